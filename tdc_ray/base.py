@@ -1,0 +1,100 @@
+"""Stage 1: trains the base on all timesteps (TDC Eq. 6). Knows nothing of Ray."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from tdc_ray.config import RunConfig
+from tdc_ray.data import batches, load_dataset
+from tdc_ray.diffusion import noise_schedule
+from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet import build_unet
+from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.seeds import derive_seed
+from tdc_ray.training import TrainState, start_state, train
+from tdc_ray.work import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of several data-parallel workers this is, and where it computes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def train_base(
+    config: RunConfig,
+    place: Place,
+    *,
+    resume_from: Path | None,
+    wrap: Callable[[UNet2DModel], nn.Module],
+    report: Report,
+    save: Callable[[TrainState], None],
+) -> TrainState:
+    """Train the base, or go on from a checkpoint; a finished one is given back as it is.
+
+    Args:
+        config: The run's settings.
+        place: This worker.
+        resume_from: A checkpoint file of an earlier attempt.
+        wrap: Wraps the UNet for data parallel training.
+        report: Gets metrics and the step.
+        save: Gets the state to be kept, on every rank.
+
+    Raises:
+        NonFiniteLossError: Training diverged.
+        CheckpointError: The checkpoint does not fit.
+        DataError: The dataset is missing or malformed.
+    """
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    unet = build_unet(architecture(config.model.architecture), dropout=config.model.dropout)
+    state = start_state(unet.to(place.device), config.base)
+    if resume_from is not None:
+        state.load(resume_from)
+    images = batches(
+        load_dataset(config.data),
+        batch_size=config.base.batch_size,
+        seed=derive_seed(config.seed, "base", "order"),
+        start_step=state.step,
+        num_steps=config.base.num_steps,
+        rank=place.rank,
+        world_size=place.world_size,
+        num_workers=config.data.num_workers,
+    )
+    train(
+        state,
+        wrap(unet),
+        images,
+        noise_schedule(config.diffusion).to(place.device),
+        config.base,
+        config.data,
+        timesteps=range(config.diffusion.num_train_timesteps),
+        seed=derive_seed(config.seed, "base"),
+        rank=place.rank,
+        report=report,
+        save=save,
+    )
+    return state
+
+
+def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
+    """Draw a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
+    data = config.data
+    with state.averaged() as unet:
+        images = sample(
+            lambda _: unet,
+            make_scheduler(config.diffusion, config.sampler),
+            generators=image_generators(config.evaluate.seed, 0, num_images),
+            shape=(data.num_channels, data.image_size, data.image_size),
+            num_inference_steps=config.sampler.num_inference_steps,
+            eta=config.sampler.eta,
+            timestep_scale=config.diffusion.timestep_scale,
+            device=state.device,
+        )
+    return to_uint8(images)

@@ -1,0 +1,516 @@
+"""The settings of a run: one frozen dataclass per stage, and ``RunConfig``, which composes them."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from tdc_ray.errors import ConfigError
+from tdc_ray.schedule import BetaSchedule
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PruneMethod = Literal["none", "random", "magnitude", "taylor"]
+FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
+
+
+def _require(*, ok: bool, setting: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{setting} must be {rule}, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images are learnt, and how they are brought into shape."""
+
+    source: Literal["digits", "folder", "npz", "cifar10"] = "digits"
+    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or a
+    folder of files with `images` or `arr_0` or ImageNet-64's `data`; cifar10: torchvision's layout."""
+
+    path: str | None = None
+    """Where the images are; every source but digits needs it."""
+
+    image_size: int = 8
+    """Height and width that images are brought to, in pixels."""
+
+    num_channels: Literal[1, 3] = 1
+    """Grey (1) or colour (3)."""
+
+    horizontal_flip: bool = False
+    """Mirror half of the training images at random."""
+
+    crop_padding: int = 0
+    """Pad by this many pixels (reflected) and crop at random; 0 leaves images as they are."""
+
+    num_workers: int = 0
+    """Processes that load and decode images beside each trainer."""
+
+    def __post_init__(self) -> None:
+        _require(
+            ok=self.image_size >= 4,
+            setting="data.image_size",
+            rule="at least 4",
+            value=self.image_size,
+        )
+        _require(
+            ok=0 <= self.crop_padding < self.image_size,
+            setting="data.crop_padding",
+            rule=f"in [0, image_size = {self.image_size})",
+            value=self.crop_padding,
+        )
+        _require(
+            ok=self.num_workers >= 0,
+            setting="data.num_workers",
+            rule="at least 0",
+            value=self.num_workers,
+        )
+        if self.source != "digits" and self.path is None:
+            raise ConfigError(
+                f"data.path must be given for data.source {self.source}: where are the images? "
+                "Set --data.path."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The base denoiser."""
+
+    architecture: str = "digits"
+    """A name from `tdc_ray.models.architectures`."""
+
+    dropout: float = 0.0
+    """Dropout inside the residual blocks, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            ok=0 <= self.dropout < 1,
+            setting="model.dropout",
+            rule="in [0, 1)",
+            value=self.dropout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionConfig:
+    """The noise process and what the network predicts of it."""
+
+    num_train_timesteps: int = 1000
+    """Number of timesteps T."""
+
+    beta_schedule: BetaSchedule = "linear"
+    """The noise schedule, under diffusers' name."""
+
+    beta_start: float = 1e-4
+    """First beta of the linear schedules."""
+
+    beta_end: float = 0.02
+    """Last beta of the linear schedules."""
+
+    learned_sigma: bool = False
+    """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
+
+    vlb_weight: float = 0.001
+    """Weight of L_vlb in L_hybrid (Nichol and Dhariwal, arXiv:2102.09672, equation 16)."""
+
+    rescale_timesteps: bool = False
+    """Feed the network t * 1000 / T in place of t, as improved-diffusion does."""
+
+    def __post_init__(self) -> None:
+        _require(
+            ok=self.num_train_timesteps >= 2,
+            setting="diffusion.num_train_timesteps",
+            rule="at least 2",
+            value=self.num_train_timesteps,
+        )
+        _require(
+            ok=0 < self.beta_start <= self.beta_end < 1,
+            setting="diffusion.beta_start and diffusion.beta_end",
+            rule="0 < beta_start <= beta_end < 1",
+            value=(self.beta_start, self.beta_end),
+        )
+        _require(
+            ok=self.vlb_weight >= 0,
+            setting="diffusion.vlb_weight",
+            rule="at least 0",
+            value=self.vlb_weight,
+        )
+
+    @property
+    def timestep_scale(self) -> float:
+        """What a timestep is multiplied with before the network sees it."""
+        return 1000 / self.num_train_timesteps if self.rescale_timesteps else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """How the timesteps are grouped and what each group may cost."""
+
+    num_groups: int = 10
+    """Number of groups before empty ones vanish (the paper's N)."""
+
+    min_macs_share: float = 0.5
+    """Share of the base's macs that the easiest timestep gets, in (0, 1] (the paper's k)."""
+
+    schedule: FlopsSchedule = "snr"
+    """How the limits move with t (the paper's FLOPs schedule, Table II)."""
+
+    match_snr_mean: bool = False
+    """Raise or lower the start of a uni-increasing or uni-decreasing schedule so that its mean limit
+    over the sampling steps is that of the SNR schedule."""
+
+    min_group_size: int = 1
+    """Groups of fewer timesteps than this join their neighbour."""
+
+    def __post_init__(self) -> None:
+        _require(
+            ok=self.num_groups >= 1,
+            setting="plan.num_groups",
+            rule="at least 1",
+            value=self.num_groups,
+        )
+        _require(
+            ok=0 < self.min_macs_share <= 1,
+            setting="plan.min_macs_share",
+            rule="in (0, 1]",
+            value=self.min_macs_share,
+        )
+        _require(
+            ok=self.min_group_size >= 1,
+            setting="plan.min_group_size",
+            rule="at least 1",
+            value=self.min_group_size,
+        )
+        if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
+            raise ConfigError(
+                "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, got "
+                f"{self.schedule}; constant has the SNR schedule's mean already."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Gradient training, of the base or of an expert."""
+
+    num_steps: int = 2000
+    """Optimizer steps."""
+
+    batch_size: int = 64
+    """Images per optimizer step, over all workers."""
+
+    micro_batch_size: int | None = None
+    """Images per forward pass of one worker; gradients are accumulated. None: the whole share."""
+
+    learning_rate: float = 1e-3
+    """AdamW's learning rate after the warm-up."""
+
+    num_warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None: never."""
+
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the weights, in [0, 1)."""
+
+    ema_warmup: bool = False
+    """Let the decay rise as 1 - (1 + step)^(-2/3) until it reaches `ema_decay`."""
+
+    precision: Precision = "fp32"
+    """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler)."""
+
+    log_every: int = 50
+    """Steps between two reports of the loss."""
+
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints, from which a run that was cut goes on."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept."""
+
+    def check(self, stage: str) -> None:
+        """Refuse wrong values under the name of the stage, which only the whole config knows.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        positive = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in positive:
+            value = getattr(self, name)
+            _require(ok=value >= 1, setting=f"{stage}.{name}", rule="at least 1", value=value)
+        for name in ("num_steps", "num_warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            _require(ok=value >= 0, setting=f"{stage}.{name}", rule="at least 0", value=value)
+        _require(
+            ok=self.micro_batch_size is None or self.micro_batch_size >= 1,
+            setting=f"{stage}.micro_batch_size",
+            rule="at least 1",
+            value=self.micro_batch_size,
+        )
+        _require(
+            ok=self.learning_rate > 0,
+            setting=f"{stage}.learning_rate",
+            rule="above 0",
+            value=self.learning_rate,
+        )
+        _require(
+            ok=self.max_grad_norm is None or self.max_grad_norm > 0,
+            setting=f"{stage}.max_grad_norm",
+            rule="above 0",
+            value=self.max_grad_norm,
+        )
+        _require(
+            ok=0 <= self.ema_decay < 1,
+            setting=f"{stage}.ema_decay",
+            rule="in [0, 1)",
+            value=self.ema_decay,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """How the base is pruned to each group's limit."""
+
+    method: PruneMethod = "taylor"
+    """What ranks the channels; none: TDC without pruning, every expert keeps the base's widths."""
+
+    num_rounds: int = 3
+    """Rounds of propose, cut, measure, remember (the paper's R)."""
+
+    num_candidates: int = 3
+    """Pruning schemes per round."""
+
+    num_images: int = 512
+    """Noised images of the group's timesteps on which scores and losses are measured."""
+
+    batch_size: int = 128
+    """Images per forward pass while measuring."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_rounds", "num_candidates", "num_images", "batch_size"):
+            value = getattr(self, name)
+            _require(ok=value >= 1, setting=f"prune.{name}", rule="at least 1", value=value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """How images are drawn from the model."""
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """The diffusers scheduler; timesteps are spaced as its `leading`."""
+
+    num_inference_steps: int = 100
+    """Denoising steps."""
+
+    eta: float = 0.0
+    """Stochasticity of DDIM, in [0, 1]; ddpm has none to set."""
+
+    steps_offset: int = 0
+    """Added to every sampled timestep (1 for latent diffusion)."""
+
+    clip_sample: bool = True
+    """Clip the predicted image to [-1, 1]; right for pixels, wrong for latents."""
+
+    set_alpha_to_one: bool = True
+    """The step after the last has no noise at all (diffusers' name)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            ok=self.num_inference_steps >= 1,
+            setting="sampler.num_inference_steps",
+            rule="at least 1",
+            value=self.num_inference_steps,
+        )
+        _require(
+            ok=0 <= self.eta <= 1, setting="sampler.eta", rule="in [0, 1]", value=self.eta
+        )
+        _require(
+            ok=self.steps_offset in (0, 1),
+            setting="sampler.steps_offset",
+            rule="0 or 1",
+            value=self.steps_offset,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """How the base and the experts are scored."""
+
+    num_images: int = 50_000
+    """Images sampled from each model."""
+
+    batch_size: int = 250
+    """Images sampled at once."""
+
+    seed: int = 0
+    """Seed of the initial noise, the same for the base and the experts."""
+
+    features: Literal["auto", "inception", "classifier"] = "auto"
+    """What measures the Frechet distance. auto: Inception where its weights are to be had, else a
+    small classifier trained on the data's labels, after which the metric is then named."""
+
+    inception_path: str | None = None
+    """The folder that holds inception-2015-12-05.pt; None: the cache, then the network."""
+
+    cache_dir: str = "~/.cache/tdc_ray"
+    """Where Inception, trained classifiers and moments of training images are kept for all runs; on
+    a cluster it must be a place that all nodes see."""
+
+    reference: str | None = None
+    """Name of clean-fid's ready statistics of the training split (cifar10); None: from the data."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_images", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            _require(
+                ok=value >= least,
+                setting=f"evaluate.{name}",
+                rule=f"at least {least}",
+                value=value,
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """What the run takes of the cluster; nothing here changes what is computed but the number of
+    base workers and the CPUs of each, on which floating point sums depend."""
+
+    num_base_workers: int = 1
+    """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
+
+    cpus_per_base_worker: int = 2
+    """CPUs, and so threads, of a base worker."""
+
+    num_actors: int | None = None
+    """Actors that prune, fine-tune and sample; None: as many as fit on the cluster, at most 64."""
+
+    cpus_per_actor: int = 1
+    """CPUs, and so threads, of an actor."""
+
+    gpus_per_base_worker: float = 0.0
+    """GPUs of a base worker."""
+
+    gpus_per_actor: float = 0.0
+    """GPUs of an actor; fractions share one."""
+
+    max_attempts: int = 3
+    """How often an item is started whose actor dies under it, and the base whose worker dies."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_base_workers", "cpus_per_base_worker", "cpus_per_actor", "max_attempts")
+        for name in counts:
+            value = getattr(self, name)
+            _require(ok=value >= 1, setting=f"compute.{name}", rule="at least 1", value=value)
+        for name in ("gpus_per_base_worker", "gpus_per_actor"):
+            value = getattr(self, name)
+            _require(ok=value >= 0, setting=f"compute.{name}", rule="at least 0", value=value)
+        _require(
+            ok=self.num_actors is None or self.num_actors >= 1,
+            setting="compute.num_actors",
+            rule="at least 1",
+            value=self.num_actors,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides what a run computes, and where."""
+
+    preset: str = "digits"
+    """Name of the preset that the settings started from."""
+
+    seed: int = 0
+    """Seed of everything random in training, pruning and fine-tuning."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    base: TrainConfig = field(default_factory=TrainConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    finetune: TrainConfig = field(default_factory=TrainConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        self.base.check("base")
+        self.finetune.check("finetune")
+        steps, timesteps = self.sampler.num_inference_steps, self.diffusion.num_train_timesteps
+        _require(
+            ok=steps <= timesteps,
+            setting="sampler.num_inference_steps",
+            rule=f"at most diffusion.num_train_timesteps = {timesteps}",
+            value=steps,
+        )
+        _require(
+            ok=self.plan.num_groups <= timesteps,
+            setting="plan.num_groups",
+            rule=f"at most diffusion.num_train_timesteps = {timesteps}",
+            value=self.plan.num_groups,
+        )
+        workers = self.compute.num_base_workers
+        _require(
+            ok=self.base.batch_size % workers == 0,
+            setting="base.batch_size",
+            rule=f"a multiple of compute.num_base_workers = {workers}",
+            value=self.base.batch_size,
+        )
+        if self.sampler.sampler == "ddpm" and self.sampler.eta:
+            raise ConfigError(
+                f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with ddpm. "
+                "Leave it at 0."
+            )
+
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Give the settings as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(document: object) -> RunConfig:
+    """Read what :func:`to_json` gave.
+
+    Raises:
+        ConfigError: A setting is unknown, of another type, or out of its range.
+    """
+    try:
+        return _ADAPTER.validate_python(document, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{setting}: {first['msg']}, got {first['input']!r}.") from error
+
+
+def digest(config: RunConfig) -> str:
+    """Eight hexadecimal digits that name all settings but those of the cluster."""
+    document = to_json(config) | {"compute": None}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """Name every setting, but those of the cluster, in which two configs differ, with both values."""
+    found: list[str] = []
+
+    def compare(path: str, left: object, right: object) -> None:
+        if isinstance(left, dict) and isinstance(right, dict):
+            for key in left:
+                compare(f"{path}.{key}" if path else key, left[key], right[key])
+        elif left != right:
+            found.append(f"{path} {left} -> {right}")
+
+    compare("", to_json(one) | {"compute": None}, to_json(other) | {"compute": None})
+    return found
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Where a run goes that names no directory: the same settings give the same place."""
+    return Path("runs") / f"{config.preset}-seed{config.seed}-{digest(config)}"

@@ -1,0 +1,164 @@
+"""Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, and going on after a kill."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.torch
+import torch
+from diffusers import UNet2DModel
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from tdc_ray.base import Place, sample_grid, train_base
+from tdc_ray.config import ComputeConfig, RunConfig
+from tdc_ray.distributed.cluster import Board
+from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import architecture, count
+from tdc_ray.models.unet import save_unet
+from tdc_ray.progress import ProgressView
+from tdc_ray.storage import write_json
+from tdc_ray.training import TrainState
+
+STATE_FILE = "state.pt"
+KEY = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseJob:
+    """What each worker is told."""
+
+    run_dir: RunDir
+    config: RunConfig
+    board: Board
+
+
+def train_base_on_ray(run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView) -> None:
+    """Train the base on the cluster; a base that is done is left alone.
+
+    The same call goes on from the last checkpoint of an earlier one, whatever ended that.
+
+    Raises:
+        ClusterError: The cluster is too small for the workers asked for.
+        TdcError: What a worker raised.
+        WorkFailedError: Workers died more often than ``compute.max_attempts`` allows.
+    """
+    if run_dir.base_result.exists():
+        return
+    resources = _resources(config.compute)
+    _check_cluster(config.compute, resources)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": BaseJob(run_dir, config, board)},
+        scaling_config=ScalingConfig(
+            num_workers=config.compute.num_base_workers,
+            use_gpu=config.compute.gpus_per_base_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=TrainRunConfig(
+            name=run_dir.base_training.name,
+            storage_path=str(run_dir.base_training.parent),
+            failure_config=FailureConfig(max_failures=config.compute.max_attempts - 1),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
+        ),
+    )
+    view.start(KEY, config.base.num_steps)
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            cause = getattr(failure, "cause", None) or failure.__cause__ or failure
+            if isinstance(cause, TdcError):
+                raise cause from error
+        raise WorkFailedError({KEY: str(error)}) from error
+    finally:
+        view.finish(KEY)
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What one worker does."""
+    job: BaseJob = settings["job"]
+    config, started = job.config, time.perf_counter()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    torch.set_num_threads(config.compute.cpus_per_base_worker)
+    place = Place(rank, context.get_world_size(), ray.train.torch.get_device())
+
+    def save(state: TrainState) -> None:
+        if rank != 0:
+            ray.train.report({"step": state.step})
+            return
+        job.board.add_images(KEY, state.step, sample_grid(state, config).numpy())
+        with tempfile.TemporaryDirectory() as folder:
+            state.save(Path(folder) / STATE_FILE)
+            ray.train.report({"step": state.step}, checkpoint=Checkpoint.from_directory(folder))
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        state = _train(job, place, None, save)
+    else:
+        with checkpoint.as_directory() as folder:
+            state = _train(job, place, Path(folder) / STATE_FILE, save)
+    if rank == 0:
+        _finish(job, state, time.perf_counter() - started)
+
+
+def _train(job: BaseJob, place: Place, resume_from: Path | None, save: Any) -> TrainState:
+    return train_base(
+        job.config,
+        place,
+        resume_from=resume_from,
+        wrap=_wrap,
+        report=job.board.reporter(KEY) if place.rank == 0 else lambda _metrics, _step: None,
+        save=save,
+    )
+
+
+def _wrap(unet: UNet2DModel) -> nn.Module:
+    wrapped: nn.Module = ray.train.torch.prepare_model(unet)
+    return wrapped
+
+
+def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
+    """Save the averaged weights, then the result, whose existence says that the base is done."""
+    config = job.config
+    unet_config = architecture(config.model.architecture)
+    with state.averaged() as unet:
+        save_unet(unet, job.run_dir.base_unet, num_heads=unet_config.get("num_heads"))
+    num_params, macs = count(unet_config)
+    result = {
+        "macs": macs,
+        "num_params": num_params,
+        "train_steps": state.step,
+        "train_macs": 3.0 * macs * state.step * config.base.batch_size,
+        "seconds": seconds,
+    }
+    write_json(job.run_dir.base_result, result)
+
+
+def _resources(compute: ComputeConfig) -> dict[str, float]:
+    resources = {"CPU": float(compute.cpus_per_base_worker)}
+    if compute.gpus_per_base_worker > 0:
+        resources["GPU"] = compute.gpus_per_base_worker
+    return resources
+
+
+def _check_cluster(compute: ComputeConfig, resources: dict[str, float]) -> None:
+    """Refuse what would wait for ever."""
+    available = ray.cluster_resources()
+    for name, amount in resources.items():
+        needed = amount * compute.num_base_workers
+        if needed > available.get(name, 0.0):
+            raise ClusterError(
+                f"training the base needs {needed:g} {name} (compute.num_base_workers "
+                f"{compute.num_base_workers} x {amount:g}), the cluster has "
+                f"{available.get(name, 0.0):g}. Lower compute.num_base_workers or "
+                f"compute.{'cpus' if name == 'CPU' else 'gpus'}_per_base_worker, or add nodes."
+            )

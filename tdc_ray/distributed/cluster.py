@@ -1,0 +1,115 @@
+"""Connects to Ray, and brings what workers report back to the driver."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tdc_ray.progress import Event, ProgressView
+from tdc_ray.work import Report
+
+OBJECT_STORE_BYTES = 256 * 1024**2
+"""Object store of a local Ray; items carry paths and small values, so little goes through it."""
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@contextlib.contextmanager
+def connected(num_cpus: int | None = None) -> Iterator[None]:
+    """Use the cluster that ``RAY_ADDRESS`` names, or the one already joined, or a local one.
+
+    Args:
+        num_cpus: Logical CPUs of a local Ray; None: as many as the machine has.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray Train's controller looks at its workers this often; a report waits for the next look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**common)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **common,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Holds events until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+
+    def drain(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+
+class Board:
+    """The driver's end: fetches events in a thread and shows them. Sendable to workers."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    def reporter(self, key: str) -> Report:
+        """Make the function through which a piece of work reports; it never waits."""
+
+        def report(metrics: Mapping[str, float], step: int) -> None:
+            self._actor.add.remote(Event(key, step, dict(metrics)))
+
+        return report
+
+    def add_images(self, key: str, step: int, images: NDArray[np.uint8]) -> None:
+        """Report a grid of images, ``(B, H, W, C)``."""
+        self._actor.add.remote(Event(key, step, {}, images))
+
+    def show(self, view: ProgressView) -> None:
+        """Fetch what came in and show it."""
+        for event in ray.get(self._actor.drain.remote()):
+            view.show(event)
+
+
+@contextlib.contextmanager
+def board(view: ProgressView) -> Iterator[Board]:
+    """Start a board on the driver's node and show what it gets for as long as needed."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = _Board.options(scheduling_strategy=here).remote()
+    handle, stop = Board(actor), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(SECONDS_BETWEEN_LOOKS):
+            handle.show(view)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield handle
+        stop.set()
+        thread.join()
+        handle.show(view)
+    finally:
+        stop.set()
+        ray.kill(actor)

@@ -1,0 +1,170 @@
+"""Runs chains of work items over a pool of Ray actors; what to do is decided by ``policy``."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from tdc_ray.config import ComputeConfig
+from tdc_ray.distributed.cluster import Board
+from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
+from tdc_ray.errors import WorkFailedError
+from tdc_ray.progress import ProgressView
+from tdc_ray.work import Chain, Result, WorkItem, finished, run_item
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 5.0
+
+T = TypeVar("T")
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class _Actor:
+    """A process that runs items, one at a time."""
+
+    def __init__(self, num_threads: int, board: Board) -> None:
+        import torch  # the driver of a pool may do without
+
+        torch.set_num_threads(num_threads)
+        self.board = board
+
+    def run(self, item: WorkItem) -> Result:
+        return run_item(item, self.board.reporter(item.key))
+
+
+@dataclass(slots=True)
+class _Progress(Generic[T]):
+    """How far a chain has come: the items it waits for, and their results by key."""
+
+    chain: Chain[T]
+    waiting: list[WorkItem] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+
+
+class Pool:
+    """Actors on the cluster; a context manager that ends them."""
+
+    def __init__(self, compute: ComputeConfig, board: Board, view: ProgressView) -> None:
+        self._compute, self._board, self._view = compute, board, view
+        self._idle: list[ActorHandle] = []
+        self._running: dict[ray.ObjectRef, tuple[ActorHandle, str, WorkItem]] = {}
+        self._attempts: dict[str, int] = {}
+
+    def __enter__(self) -> "Pool":
+        compute = self._compute
+        resources = {"CPU": float(compute.cpus_per_actor), "GPU": compute.gpus_per_actor}
+        count = num_actors(compute.num_actors, ray.cluster_resources(), resources)
+        self._idle = [self._new_actor() for _ in range(count)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in [*self._idle, *(actor for actor, _, _ in self._running.values())]:
+            ray.kill(actor)
+
+    def run(self, chains: Mapping[str, Chain[T]]) -> dict[str, T]:
+        """Run all chains side by side, and within each its items in order.
+
+        A chain whose item fails for good ends there; the others are finished first.
+
+        Returns:
+            What each chain returned, by its name.
+
+        Raises:
+            WorkFailedError: Chains failed; names each and its reason.
+        """
+        values: dict[str, T] = {}
+        failed: dict[str, str] = {}
+        states: dict[str, _Progress[T]] = {}
+        ready: list[tuple[str, WorkItem]] = []
+        for name, chain in chains.items():
+            states[name] = _Progress(chain)
+            ready += self._advance(name, states[name], values, None)
+        while ready or self._running:
+            while ready and self._idle:
+                item = next_item(item for _, item in ready)
+                entry = next(entry for entry in ready if entry[1] is item)
+                ready.remove(entry)
+                self._start(*entry)
+            refs = list(self._running)
+            done, _ = ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            for ref in done:
+                name, item, outcome = self._collect(ref)
+                if isinstance(outcome, Failure):
+                    ready.append((name, item))
+                elif isinstance(outcome, str):
+                    failed[name] = outcome
+                    ready = [entry for entry in ready if entry[0] != name]
+                elif name not in failed:
+                    state = states[name]
+                    state.results[item.key] = outcome
+                    ready += self._advance(name, state, values, item)
+        if failed:
+            raise WorkFailedError(failed)
+        return values
+
+    def _advance(
+        self, name: str, state: _Progress[T], values: dict[str, T], item: WorkItem | None
+    ) -> list[tuple[str, WorkItem]]:
+        """Let a chain go on once all items it waits for have results; give the new ones to run."""
+        if item is not None and any(i.key not in state.results for i in state.waiting):
+            return []
+        results: Sequence[Result] | None = None
+        if item is not None:
+            results = [state.results.pop(i.key) for i in state.waiting]
+        while True:
+            try:
+                state.waiting = list(state.chain.send(results))  # type: ignore[arg-type]
+            except StopIteration as stop:
+                values[name] = stop.value
+                return []
+            for waiting in state.waiting:
+                earlier = finished(waiting)
+                if earlier is not None:
+                    state.results[waiting.key] = earlier
+            missing = [i for i in state.waiting if i.key not in state.results]
+            if missing:
+                return [(name, i) for i in missing]
+            results = [state.results.pop(i.key) for i in state.waiting]
+
+    def _start(self, name: str, item: WorkItem) -> None:
+        actor = self._idle.pop()
+        self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
+        self._view.start(item.key, item.num_steps)
+        self._running[actor.run.remote(item)] = (actor, name, item)
+
+    def _collect(self, ref: ray.ObjectRef) -> tuple[str, WorkItem, Result | Failure | str]:
+        """Give the result of an item, that it is to be tried again, or why it failed for good."""
+        actor, name, item = self._running.pop(ref)
+        self._view.finish(item.key)
+        try:
+            result: Result = ray.get(ref)
+        except RayTaskError as error:
+            self._idle.append(actor)
+            return name, item, f"{type(error.cause).__name__}: {error.cause}"
+        except RayActorError as error:
+            ray.kill(actor)  # it may be alive but out of reach
+            self._idle.append(self._new_actor())
+            attempts = self._attempts[item.key]
+            action = after_failure(
+                Failure.WORKER_LOST, attempts=attempts, max_attempts=self._compute.max_attempts
+            )
+            if action is Action.RETRY:
+                logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
+                return name, item, Failure.WORKER_LOST
+            return name, item, f"its worker died {attempts} times: {error}"
+        self._idle.append(actor)
+        return name, item, result
+
+    def _new_actor(self) -> Any:
+        compute = self._compute
+        options = _Actor.options(  # type: ignore[attr-defined]
+            num_cpus=compute.cpus_per_actor,
+            num_gpus=compute.gpus_per_actor,
+            scheduling_strategy="SPREAD",
+        )
+        return options.remote(compute.cpus_per_actor, self._board)

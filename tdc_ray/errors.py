@@ -1,0 +1,89 @@
+"""Every error the package raises on purpose.
+
+::
+
+    TdcError
+    ├── ConfigError            a setting is out of its range, or two settings disagree
+    ├── ScheduleError          betas or alphas_cumprod that are no noise schedule
+    ├── DataError              a dataset is missing, malformed or does not fit the model
+    ├── StorageError           a run directory cannot be used
+    ├── CheckpointError        a saved model is missing, malformed or of another kind
+    ├── UnsupportedModelError  a UNet has a block that cannot be pruned
+    ├── LimitError             a macs limit that no pruning scheme can meet
+    ├── NonFiniteLossError     training diverged
+    ├── EvaluationError        no feature extractor, or too few images for a score
+    ├── ClusterError           the cluster cannot give what the run asks for
+    └── WorkFailedError        work items failed on the pool for good
+
+Every constructor hands all of its arguments to ``super().__init__`` so that the error can be
+unpickled: Ray delivers an error that cannot as an ``UnserializableException``.
+"""
+
+from collections.abc import Mapping
+
+
+class TdcError(Exception):
+    """Base of all errors that the package raises on purpose."""
+
+
+class ConfigError(TdcError):
+    """A setting is out of its range, or two settings disagree."""
+
+
+class ScheduleError(TdcError):
+    """The betas or alphas_cumprod given are no noise schedule."""
+
+
+class DataError(TdcError):
+    """A dataset is missing, malformed, or does not fit the model."""
+
+
+class StorageError(TdcError):
+    """A run directory cannot be used."""
+
+
+class CheckpointError(TdcError):
+    """A saved model is missing, malformed, or of another kind than expected."""
+
+
+class UnsupportedModelError(TdcError):
+    """A UNet holds a block that the pruning space does not know."""
+
+
+class LimitError(TdcError):
+    """No scheme of the pruning space is as small as the limit asks for."""
+
+
+class EvaluationError(TdcError):
+    """There is no feature extractor, or there are too few images for a score."""
+
+
+class ClusterError(TdcError):
+    """The Ray cluster cannot give what the run asks for."""
+
+
+class NonFiniteLossError(TdcError):
+    """The training loss became NaN or infinite."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(step, loss)
+        self.step = step
+        self.loss = loss
+
+    def __str__(self) -> str:
+        return (
+            f"the loss is {self.loss} at step {self.step}. Lower the learning rate, turn on "
+            "max_grad_norm, or train in fp32."
+        )
+
+
+class WorkFailedError(TdcError):
+    """Work items failed for good; what the others finished is kept."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(dict(reasons))
+        self.reasons = dict(reasons)
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {reason}" for key, reason in sorted(self.reasons.items())]
+        return f"{len(lines)} work item(s) failed:\n  " + "\n  ".join(lines)

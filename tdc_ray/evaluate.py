@@ -1,0 +1,248 @@
+"""Scores the base and the experts: samples images, extracts features, Frechet distance.
+
+Everything is cut into work items, so that 50,000 images use the whole pool. Both models start from
+the same noise, take the same steps and are held against the same training images.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from tdc_ray.config import RunConfig
+from tdc_ray.data import load_dataset
+from tdc_ray.features import (
+    FeatureSpec,
+    Moments,
+    distance,
+    load_extractor,
+    moments_of,
+    ready_statistics,
+    train_classifier,
+)
+from tdc_ray.layout import RunDir
+from tdc_ray.models.unet import load_unet
+from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.prune.measure import worker_device
+from tdc_ray.sampling import image_generators
+from tdc_ray.storage import atomic_path
+from tdc_ray.work import Chain, Report, Result, WorkItem
+
+Which = Literal["base", "tdc"]
+
+MAX_SHARDS = 64
+"""Most pieces that the images of one model are sampled in."""
+
+REFERENCE_SHARD = 10_000
+"""Training images whose features one item extracts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How one model did."""
+
+    score: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleJob:
+    """Sample the images ``first`` to ``first + count - 1`` of the evaluation."""
+
+    run_dir: RunDir
+    config: RunConfig
+    which: Which
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureJob:
+    """Extract features of sampled images (a path) or of training images (first and count)."""
+
+    config: RunConfig
+    spec: FeatureSpec
+    samples: Path | tuple[int, int]
+    moments_path: Path
+
+
+def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> Chain[str]:
+    """Train the classifier if one is needed, then take the moments of the training images.
+
+    Both are kept in the cache for other runs.
+
+    Returns:
+        Where the reference comes from, in words.
+    """
+    if spec.num_classes is not None and not spec.path.exists():
+        yield [_classifier_item(config, spec)]
+    if _ready(config, spec) is not None:
+        return f"clean-fid's statistics of {config.evaluate.reference}, training split"
+    count = len(load_dataset(config.data))
+    if not spec.moments_path.exists():
+        shards = range(0, count, REFERENCE_SHARD)
+        paths = [run_dir.samples / "reference" / f"{first:07d}.npz" for first in shards]
+        yield [
+            WorkItem(
+                key=f"reference/{first:07d}",
+                function=extract_features,
+                job=FeatureJob(
+                    config, spec, (first, min(REFERENCE_SHARD, count - first)), path
+                ),
+                result_path=path.with_suffix(".json"),
+                cost=0.0,
+            )
+            for first, path in zip(shards, paths, strict=True)
+        ]
+        reduce(add, [Moments.load(path) for path in paths]).save(spec.moments_path)
+    return f"the {count} training images"
+
+
+def evaluate(
+    run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, macs: float
+) -> Mapping[str, Chain[Result]]:
+    """Cut the scoring of one model into chains that sample a share and extract its features.
+
+    Args:
+        run_dir: Where the model is and the images go.
+        config: The run's settings.
+        spec: The features.
+        which: The base or the experts.
+        macs: Macs of one denoising step, for the order of the work.
+    """
+    size, total = config.evaluate.batch_size, config.evaluate.num_images
+    share = size * -(-total // (MAX_SHARDS * size))
+    return {
+        f"{which}/{first:07d}": _shard(
+            SampleJob(run_dir, config, which, first, min(share, total - first)), spec, macs
+        )
+        for first in range(0, total, share)
+    }
+
+
+def score(
+    run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, results: list[Result]
+) -> Score:
+    """Put the shards of one model together: its Frechet distance, and how fast it samples."""
+    moments = [Moments.load(path) for path in sorted(_folder(run_dir, which).glob("*.moments.npz"))]
+    reference = _ready(config, spec) or Moments.load(spec.moments_path).mean_and_covariance()
+    seconds = sum(result["seconds"] for result in results)
+    return Score(
+        distance(reduce(add, moments).mean_and_covariance(), reference),
+        sum(result["num_images"] for result in results) / seconds,
+        seconds,
+    )
+
+
+def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> ProgressivePipeline:
+    """Load the base or the experts of a run."""
+    if which == "tdc":
+        return ProgressivePipeline.from_pretrained(run_dir.experts)
+    return base_pipeline(load_unet(run_dir.base_unet), config)
+
+
+def sample_images(job: SampleJob, report: Report) -> Result:
+    """Sample a share of the images into an npz file (``arr_0``, uint8, ``(N, H, W, C)``)."""
+    pipeline = load_pipeline(job.run_dir, job.config, job.which).to(worker_device())
+    pipeline.set_progress_bar_config(disable=True)
+    size, started = job.config.evaluate.batch_size, time.perf_counter()
+    pixels = []
+    for first in range(job.first, job.first + job.count, size):
+        count = min(size, job.first + job.count - first)
+        generators = image_generators(job.config.evaluate.seed, first, count)
+        pixels.append(pipeline(count, generators, output_type="np").images)
+        report({}, first + count - job.first)
+    with atomic_path(_samples_path(job)) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=np.concatenate(pixels))
+    return {"num_images": job.count, "seconds": time.perf_counter() - started}
+
+
+def extract_features(job: FeatureJob, report: Report) -> Result:
+    """Extract features and keep their moments."""
+    extractor = load_extractor(job.spec, job.config.data.num_channels, worker_device())
+    if isinstance(job.samples, Path):
+        with np.load(job.samples, allow_pickle=False) as file:
+            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)  # (N, C, H, W)
+        numbers = range(len(images))
+    else:
+        first, count = job.samples
+        numbers = range(first, first + count)
+    size, moments = job.config.evaluate.batch_size, []
+    for start in range(0, len(numbers), size):
+        chosen = list(numbers[start : start + size])
+        batch = (
+            images[chosen]
+            if isinstance(job.samples, Path)
+            else load_dataset(job.config.data).__getitems__(chosen)[0]
+        )
+        moments.append(moments_of(extractor(batch)))
+    reduce(add, moments).save(job.moments_path)
+    report({}, 1)
+    return {"num_images": len(numbers)}
+
+
+def train_classifier_item(job: FeatureJob, report: Report) -> Result:
+    """Train the classifier that the spec names."""
+    assert job.spec.num_classes is not None
+    dataset, channels = load_dataset(job.config.data), job.config.data.num_channels
+    accuracy = train_classifier(dataset, channels, job.spec.num_classes, job.spec.path)
+    report({"accuracy": accuracy}, 1)
+    return {"accuracy": accuracy}
+
+
+def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
+    path = _samples_path(job)
+    steps = job.config.sampler.num_inference_steps
+    (sampled,) = yield [
+        WorkItem(
+            key=f"evaluate-{job.which}/{job.first:07d}",
+            function=sample_images,
+            job=job,
+            result_path=path.with_suffix(".json"),
+            cost=macs * steps * job.count,
+            num_steps=job.count,
+        )
+    ]
+    moments_path = path.with_suffix(".moments.npz")
+    yield [
+        WorkItem(
+            key=f"evaluate-{job.which}/{job.first:07d}-features",
+            function=extract_features,
+            job=FeatureJob(job.config, spec, path, moments_path),
+            result_path=moments_path.with_suffix(".json"),
+            cost=0.0,
+        )
+    ]
+    return sampled
+
+
+def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
+    return WorkItem(
+        key="features/classifier",
+        function=train_classifier_item,
+        job=FeatureJob(config, spec, spec.path, spec.path),
+        result_path=spec.path.with_suffix(".json"),
+        cost=0.0,
+    )
+
+
+def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    """Give clean-fid's own statistics where they are asked for, fit the features and can be had."""
+    if config.evaluate.reference is None or spec.num_classes is not None:
+        return None
+    return ready_statistics(config.evaluate.reference, config.data.image_size)
+
+
+def _folder(run_dir: RunDir, which: Which) -> Path:
+    return run_dir.samples / which
+
+
+def _samples_path(job: SampleJob) -> Path:
+    return _folder(job.run_dir, job.which) / f"{job.first:07d}.npz"

@@ -1,0 +1,287 @@
+"""What turns images into features for a Frechet distance: Inception, or a small classifier.
+
+The distance is clean-fid's. It is called FID only with Inception's features; with those of a small
+classifier it is named after the classifier and can be compared with nothing else.
+"""
+
+import hashlib
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from cleanfid.downloads_helper import check_download_inception
+from cleanfid.features import get_reference_statistics
+from cleanfid.fid import frechet_distance
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
+from numpy.typing import NDArray
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from tdc_ray.config import RunConfig
+from tdc_ray.data import ImageDataset, batches, fixed_batches, to_model_range
+from tdc_ray.errors import EvaluationError
+from tdc_ray.schedule import FloatArray
+from tdc_ray.storage import atomic_path
+
+logger = logging.getLogger(__name__)
+
+INCEPTION_FILE = "inception-2015-12-05.pt"
+DOWNLOAD_TIMEOUT_S = 20.0
+CLASSIFIER_VERSION = 1
+"""Changes whenever the classifier or its training does, so that cached ones are made again."""
+
+CLASSIFIER_STEPS = 600
+CLASSIFIER_BATCH = 64
+NUM_FEATURES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """Which features a run is scored on, and where their extractor is."""
+
+    metric: str
+    """Name of the score: ``fid``, or ``fd_<dataset>_cnn``."""
+
+    extractor: str
+    """What computes the features, in words."""
+
+    path: Path
+    """Inception's folder, or the classifier's file (which may still have to be trained)."""
+
+    moments_path: Path
+    """Where the moments of the training images' features are kept."""
+
+    num_classes: int | None
+    """Classes of the classifier; None: Inception."""
+
+
+class Extractor(Protocol):
+    """Computes features of images."""
+
+    def __call__(self, images: Tensor) -> FloatArray:
+        """Take uint8 ``(B, C, H, W)``, give float64 ``(B, D)``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over features, from which mean and covariance follow; shards of them add up."""
+
+    count: int
+    total: FloatArray
+    """``(D,)``"""
+
+    outer: FloatArray
+    """``(D, D)``"""
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count, self.total + other.total, self.outer + other.outer
+        )
+
+    def mean_and_covariance(self) -> tuple[FloatArray, FloatArray]:
+        """Give ``(D,)`` and the unbiased ``(D, D)``."""
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return mean, covariance
+
+    def save(self, path: Path) -> None:
+        """Write an npz file, atomically."""
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, count=self.count, total=self.total, outer=self.outer)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(int(file["count"]), file["total"], file["outer"])
+
+
+def moments_of(features: FloatArray) -> Moments:
+    """Sum up features ``(N, D)``."""
+    return Moments(len(features), features.sum(0), features.T @ features)
+
+
+def distance(
+    one: tuple[FloatArray, FloatArray], other: tuple[FloatArray, FloatArray]
+) -> float:
+    """Frechet distance between two Gaussians, each a mean ``(D,)`` and a covariance ``(D, D)``."""
+    return float(frechet_distance(*one, *other))
+
+
+def choose_features(config: RunConfig, dataset: ImageDataset) -> FeatureSpec:
+    """Decide what a run is scored on.
+
+    Raises:
+        EvaluationError: Neither Inception's weights nor labels for a classifier are to be had.
+    """
+    cache, wanted = Path(config.evaluate.cache_dir).expanduser(), config.evaluate.features
+    fingerprint = dataset.fingerprint()
+    if wanted != "classifier":
+        folder = _inception_folder(config, cache)
+        if folder is not None:
+            moments = cache / "moments" / f"{fingerprint}-inception.npz"
+            return FeatureSpec("fid", "Inception-v3 (clean-fid, clean)", folder, moments, None)
+        if wanted == "inception":
+            raise EvaluationError(
+                f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor to "
+                "be downloaded. Put it somewhere and set --evaluate.inception-path to its folder."
+            )
+    if not dataset.has_labels:
+        raise EvaluationError(
+            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no labels "
+            "to train a classifier on. Set --evaluate.inception-path to the folder that holds it."
+        )
+    key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
+    name = f"fd_{config.data.source if config.data.source != 'npz' else _stem(config)}_cnn"
+    labels = torch.cat([labels for _, labels in fixed_batches(dataset, len(dataset), 4096, 0)])
+    return FeatureSpec(
+        name,
+        f"CNN of this project, {NUM_FEATURES} features, trained on the labels ({key})",
+        cache / "classifiers" / f"{key}.safetensors",
+        cache / "moments" / f"{key}-cnn.npz",
+        int(labels.max()) + 1,
+    )
+
+
+def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -> Extractor:
+    """Load the extractor that a spec names; a classifier must have been trained."""
+    if spec.num_classes is None:
+        return _Inception(spec.path, device)
+    classifier = Classifier(num_channels, spec.num_classes)
+    load_model(classifier, spec.path)
+    return _ClassifierFeatures(classifier.eval().to(device), device)
+
+
+def ready_statistics(name: str, image_size: int) -> tuple[FloatArray, FloatArray] | None:
+    """Fetch clean-fid's own statistics of a dataset's training split; None where there are none."""
+    try:
+        with _timeout():
+            mean, covariance = get_reference_statistics(
+                name, image_size, mode="clean", split="train"
+            )
+    except OSError as error:
+        logger.warning("clean-fid's statistics of %s are not to be had: %s", name, error)
+        return None
+    return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+
+
+class Classifier(nn.Module):
+    """A small CNN; its features are what its last hidden layer gives out."""
+
+    def __init__(self, num_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(num_channels, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 16, NUM_FEATURES),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give logits: ``(B, C, H, W)`` in [-1, 1] to ``(B, num_classes)``."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+def train_classifier(
+    dataset: ImageDataset, num_channels: int, num_classes: int, path: Path
+) -> float:
+    """Train the classifier, keep it, and give its accuracy on the training images.
+
+    Everything is fixed but the data: the same images give the same classifier.
+    """
+    torch.manual_seed(0)
+    classifier = Classifier(num_channels, num_classes)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
+    images = batches(dataset, batch_size=CLASSIFIER_BATCH, seed=0, num_steps=CLASSIFIER_STEPS)
+    right = total = 0
+    for step, (batch, labels) in enumerate(images):
+        logits = classifier(to_model_range(batch))
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step >= CLASSIFIER_STEPS * 3 // 4:
+            right += int((logits.argmax(1) == labels).sum())
+            total += len(labels)
+    with atomic_path(path) as temporary:
+        save_model(classifier, str(temporary))
+    return right / total
+
+
+class _ClassifierFeatures:
+    def __init__(self, classifier: Classifier, device: torch.device) -> None:
+        self.classifier, self.device = classifier, device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> FloatArray:
+        features = self.classifier.body(to_model_range(images.to(self.device)))
+        values: FloatArray = features.double().cpu().numpy()
+        return values
+
+
+class _Inception:
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.model = InceptionV3W(str(folder), download=False).to(device).eval()
+        self.resize, self.device = build_resizer("clean"), device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> FloatArray:
+        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        resized = np.stack([self.resize(image) for image in colour])  # (B, 299, 299, 3), 0..255
+        batch = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
+        values: NDArray[np.float64] = self.model(batch).double().cpu().numpy()
+        return values
+
+
+def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
+    """Find Inception's weights: the given folder, the cache, the network."""
+    given = config.evaluate.inception_path
+    if given is not None:
+        if not (Path(given) / INCEPTION_FILE).exists():
+            raise EvaluationError(
+                f"evaluate.inception_path {given} must be a folder that holds {INCEPTION_FILE}."
+            )
+        return Path(given)
+    if not (cache / INCEPTION_FILE).exists():
+        try:
+            with _timeout(), tempfile.TemporaryDirectory() as folder:
+                check_download_inception(folder)
+                with atomic_path(cache / INCEPTION_FILE) as temporary:
+                    shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
+        except OSError as error:
+            logger.warning("%s is not to be downloaded: %s", INCEPTION_FILE, error)
+            return None
+    return cache
+
+
+def _stem(config: RunConfig) -> str:
+    """Name an npz dataset after its file."""
+    stem = Path(config.data.path or "npz").stem
+    return "".join(c if c.isalnum() else "_" for c in stem)
+
+
+@contextmanager
+def _timeout() -> Iterator[None]:
+    """Bound how long clean-fid waits for a server that does not answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,80 @@
+"""Where things are in a run directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run; ``root`` is absolute, so that it means the same in every process."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings."""
+        return self.root / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, commit and machine of the first start."""
+        return self.root / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        """The groups and their limits."""
+        return self.root / "plan.json"
+
+    @property
+    def plan_plot(self) -> Path:
+        """The plan as a picture."""
+        return self.root / "plan.png"
+
+    @property
+    def base_unet(self) -> Path:
+        """The base with its averaged weights, as diffusers saves it."""
+        return self.root / "base" / "unet"
+
+    @property
+    def base_result(self) -> Path:
+        """What training the base took; it exists when the base is done."""
+        return self.root / "base" / "result.json"
+
+    @property
+    def base_training(self) -> Path:
+        """Ray Train's directory: checkpoints of stage 1."""
+        return self.root / "base" / "training"
+
+    @property
+    def memory(self) -> Path:
+        """The memory bank."""
+        return self.root / "memory.jsonl"
+
+    @property
+    def experts(self) -> Path:
+        """What ``ProgressivePipeline.from_pretrained`` loads."""
+        return self.root / "experts"
+
+    @property
+    def samples(self) -> Path:
+        """Images that the base and the experts were scored on, and their features' moments."""
+        return self.root / "evaluation"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def log(self) -> Path:
+        """The log of all attempts."""
+        return self.root / "run.log"
+
+    @property
+    def results(self) -> Path:
+        """What came out."""
+        return self.root / "results.json"
+
+    def group(self, index: int) -> Path:
+        """What stage 2 leaves of a group: scores, losses of candidates, checkpoints."""
+        return self.root / "groups" / f"{index:02d}"

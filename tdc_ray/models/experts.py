@@ -1,0 +1,66 @@
+"""Saves and loads experts: the base's config, what of each unit is kept, and safetensors.
+
+diffusers' own ``save_pretrained`` keeps no widths, so a pruned UNet saved by it cannot be loaded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.units import Kept, units_of
+from tdc_ray.models.unet import build_unet
+from tdc_ray.storage import atomic_path, read_json, write_json
+
+CONFIG_FILE = "expert.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+    """Save a pruned UNet; the folder appears when it is whole.
+
+    Args:
+        folder: Where to; replaced if it exists.
+        unet: The pruned UNet.
+        config: The config of the base that it was cut from.
+        kept: What of each unit is kept.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}
+        write_json(temporary / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
+        tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS_FILE)
+
+
+def load_expert(folder: Path) -> UNet2DModel:
+    """Load a pruned UNet, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: The folder holds no expert, or weights and config do not fit.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder} holds no expert: {CONFIG_FILE} is missing.")
+    document = read_json(folder / CONFIG_FILE)
+    try:
+        unet = _empty(document)
+        load_model(unet, folder / WEIGHTS_FILE)
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no whole expert: {error}") from error
+    return unet.eval()
+
+
+def _empty(document: dict[str, Any]) -> UNet2DModel:
+    """Build the pruned shape without giving the base's weights any memory."""
+    config = document["unet"]
+    dropout = config.pop("dropout", 0.0)
+    kept = {name: tuple(indices) for name, indices in document["kept"].items()}
+    with torch.device("meta"):
+        base = build_unet(config, dropout=dropout)
+    return cut(base, units_of(config), kept).to_empty(device="cpu")

@@ -1,0 +1,107 @@
+"""Builds, saves and loads ``UNet2DModel``; a folder that exists here loads in diffusers too."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.utils import logging as diffusers_logging
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.storage import atomic_path, read_json, write_json
+
+HEADS_FILE = "tdc_heads.json"
+"""Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
+
+diffusers_logging.disable_progress_bar()
+
+
+def build_unet(config: UNetConfig, *, dropout: float = 0.0) -> UNet2DModel:
+    """Build a UNet with random weights on the current default device."""
+    arguments = {key: value for key, value in config.items() if key != "num_heads"}
+    unet = UNet2DModel(**arguments, dropout=dropout)
+    if config.get("num_heads") is not None:
+        set_num_heads(unet, config["num_heads"])
+    return unet
+
+
+def set_num_heads(unet: UNet2DModel, num_heads: int) -> None:
+    """Give every attention the same number of heads, whatever its width; weights stay."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.heads = num_heads
+            module.sliceable_head_dim = num_heads
+            module.scale = (module.inner_dim // num_heads) ** -0.5
+
+
+def count_macs(unet: UNet2DModel) -> int:
+    """Count the macs of one forward pass for one image by running it.
+
+    Counted are convolutions and linear layers, not the two products inside attention. The pass
+    runs on the meta device when the UNet lies there.
+    """
+    total = 0
+
+    def add(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        channels = output.shape[-1] if isinstance(module, torch.nn.Linear) else output.shape[1]
+        total += output.numel() // channels * weight.numel()
+
+    counted = (torch.nn.Conv2d, torch.nn.Linear)
+    hooks = [m.register_forward_hook(add) for m in unet.modules() if isinstance(m, counted)]
+    size = unet.config["sample_size"]
+    parameter = next(unet.parameters())
+    sample = parameter.new_zeros(1, unet.config["in_channels"], size, size)
+    timestep = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    has_classes = unet.config["num_class_embeds"] is not None
+    try:
+        with torch.inference_mode():
+            unet(sample, timestep, class_labels=timestep if has_classes else None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def count_params(module: torch.nn.Module) -> int:
+    """Count the parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def save_unet(unet: UNet2DModel, folder: Path, *, num_heads: int | None = None) -> None:
+    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
+    with atomic_path(folder) as temporary:
+        unet.save_pretrained(temporary)
+        if num_heads is not None:
+            write_json(temporary / HEADS_FILE, {"num_heads": num_heads})
+
+
+def load_unet(folder: Path) -> UNet2DModel:
+    """Load what :func:`save_unet` or diffusers saved, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: There is no such folder, or it holds no ``UNet2DModel`` in safetensors.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no model: config.json is missing.")
+    try:
+        unet = UNet2DModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} holds no UNet2DModel in safetensors: {error}") from error
+    if (folder / HEADS_FILE).exists():
+        set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
+    unet.eval()
+    return unet
+
+
+def unet_config(folder: Path) -> UNetConfig:
+    """Read the config of a saved UNet without its weights."""
+    config = dict(read_json(folder / "config.json"))
+    if (folder / HEADS_FILE).exists():
+        config["num_heads"] = read_json(folder / HEADS_FILE)["num_heads"]
+    return config

@@ -1,0 +1,215 @@
+"""The experts as one pipeline: loads, samples, and switches experts as t falls. Pulls in no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from torch import nn
+
+from tdc_ray.config import DiffusionConfig, RunConfig, SamplerConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.experts import load_expert
+from tdc_ray.plan import Group
+from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.storage import read_json, write_json
+
+INDEX_FILE = "progressive.json"
+FORMAT = 1
+
+
+class Experts(nn.ModuleList):
+    """Denoisers, each for a run of timesteps; together they serve every timestep."""
+
+    def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]]) -> None:
+        """Take one span ``(first, last)`` of timesteps, last included, per UNet, in order."""
+        super().__init__(unets)
+        self.spans = tuple(spans)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.parameters()).dtype
+
+    def for_timestep(self, timestep: int) -> nn.Module:
+        """Give the expert that serves a timestep.
+
+        Raises:
+            ConfigError: None does.
+        """
+        for unet, (first, last) in zip(self, self.spans, strict=True):
+            if first <= timestep <= last:
+                return unet
+        raise ConfigError(
+            f"no expert serves timestep {timestep}: the experts' timesteps are {self.spans}. "
+            "Use a scheduler with the number of timesteps that the experts were trained for."
+        )
+
+
+class ProgressivePipeline(DiffusionPipeline):
+    """Unconditional image generation with one expert per group of timesteps.
+
+    ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps are
+    integers of the training schedule, such as ``DDPMScheduler.from_config(pipeline.scheduler.config)``.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        scheduler: SchedulerMixin,
+        *,
+        shape: tuple[int, int, int],
+        num_inference_steps: int,
+        eta: float,
+        timestep_scale: float,
+    ) -> None:
+        """Put a pipeline together.
+
+        Args:
+            experts: The denoisers.
+            scheduler: The diffusers scheduler.
+            shape: ``(C, H, W)`` of an image.
+            num_inference_steps: Steps taken when a call names none.
+            eta: Stochasticity of DDIM when a call names none.
+            timestep_scale: What a timestep is multiplied with before a network sees it.
+        """
+        super().__init__()
+        self.register_modules(experts=experts, scheduler=scheduler)
+        self.shape, self.timestep_scale = shape, timestep_scale
+        self.num_inference_steps, self.eta = num_inference_steps, eta
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+        output_type: str = "pil",
+        *,
+        seed: int = 0,
+    ) -> ImagePipelineOutput:
+        """Draw images.
+
+        Args:
+            batch_size: Number of images.
+            generator: One per image, or one for all; None: made from ``seed``.
+            num_inference_steps: Denoising steps; None: as planned.
+            eta: Stochasticity of DDIM; None: as planned.
+            output_type: ``pil``, ``np`` (uint8, ``(B, H, W, C)``) or ``pt`` (in [-1, 1],
+                ``(B, C, H, W)``).
+            seed: Image ``i`` of a seed is the same in every batch.
+
+        Returns:
+            An object with ``images``.
+        """
+        if isinstance(generator, list):
+            generators = generator
+        elif generator is not None:
+            seeds = torch.randint(2**62, (batch_size,), generator=generator).tolist()
+            generators = [torch.Generator().manual_seed(value) for value in seeds]
+        else:
+            generators = image_generators(seed, 0, batch_size)
+        if len(generators) != batch_size:
+            raise ConfigError(
+                f"generator must be one, or one per image: got {len(generators)} for batch_size "
+                f"{batch_size}."
+            )
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        with self.progress_bar(total=steps) as bar:
+            images = sample(
+                self.experts.for_timestep,
+                self.scheduler,
+                generators=generators,
+                shape=self.shape,
+                num_inference_steps=steps,
+                eta=self.eta if eta is None else eta,
+                timestep_scale=self.timestep_scale,
+                device=self.device,
+                dtype=self.experts.dtype,
+                on_step=bar.update,
+            )
+        if output_type == "pt":
+            return ImagePipelineOutput(images=images)
+        pixels = to_uint8(images).numpy()
+        if output_type == "np":
+            return ImagePipelineOutput(images=pixels)
+        return ImagePipelineOutput(images=self.numpy_to_pil(pixels / 255.0))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **_: Any) -> "ProgressivePipeline":
+        """Load the experts of a run: its ``experts`` folder, or the run directory itself.
+
+        Raises:
+            CheckpointError: The folder holds no experts, or one of another format.
+        """
+        folder = Path(path)
+        if not (folder / INDEX_FILE).exists() and (folder / "experts" / INDEX_FILE).exists():
+            folder = folder / "experts"
+        if not (folder / INDEX_FILE).exists():
+            raise CheckpointError(
+                f"{path} holds no experts: {INDEX_FILE} is missing. Finish the run first."
+            )
+        index = read_json(folder / INDEX_FILE)
+        if index["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {index['format']}, expected {FORMAT}.")
+        rows = index["experts"]
+        experts = Experts(
+            [load_expert(folder / row["folder"]) for row in rows],
+            [(row["first"], row["last"]) for row in rows],
+        )
+        scheduler = make_scheduler(
+            DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
+        )
+        return _assemble(experts, scheduler, index)
+
+
+def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
+    """Make a pipeline whose only expert is the base, which serves every timestep."""
+    experts = Experts([unet], [(0, config.diffusion.num_train_timesteps - 1)])
+    scheduler = make_scheduler(config.diffusion, config.sampler)
+    return _assemble(experts, scheduler, _index(config, []))
+
+
+def save_index(folder: Path, config: RunConfig, groups: Sequence[Group], names: Sequence[str]) -> None:
+    """Write what makes a folder of experts a pipeline: who serves what, and how to sample.
+
+    Args:
+        folder: Where the experts' folders are.
+        config: The run's settings.
+        groups: The groups in order.
+        names: The folder of each group's expert.
+    """
+    rows = [
+        {"folder": name, "first": group.first, "last": group.last}
+        for group, name in zip(groups, names, strict=True)
+    ]
+    write_json(folder / INDEX_FILE, _index(config, rows))
+
+
+def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    data = config.data
+    return {
+        "format": FORMAT,
+        "shape": [data.num_channels, data.image_size, data.image_size],
+        "diffusion": asdict(config.diffusion),
+        "sampler": asdict(config.sampler),
+        "experts": rows,
+    }
+
+
+def _assemble(
+    experts: Experts, scheduler: SchedulerMixin, index: dict[str, Any]
+) -> ProgressivePipeline:
+    channels, height, width = index["shape"]
+    sampler = index["sampler"]
+    return ProgressivePipeline(
+        experts,
+        scheduler,
+        shape=(channels, height, width),
+        num_inference_steps=sampler["num_inference_steps"],
+        eta=sampler["eta"],
+        timestep_scale=DiffusionConfig(**index["diffusion"]).timestep_scale,
+    )

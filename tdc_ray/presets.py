@@ -1,0 +1,221 @@
+"""The presets: functions that each give a complete ``RunConfig``; a variant replaces fields."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from tdc_ray.config import (
+    ComputeConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PlanConfig,
+    PruneConfig,
+    RunConfig,
+    SamplerConfig,
+    TrainConfig,
+)
+from tdc_ray.errors import ConfigError
+
+
+def digits() -> RunConfig:
+    """Scikit-learn's 1,797 digits of 8x8 and a UNet of 1.08 M parameters: minutes on 2 cores."""
+    base = TrainConfig(
+        num_steps=2000,
+        batch_size=64,
+        learning_rate=1e-3,
+        num_warmup_steps=100,
+        ema_decay=0.995,
+        ema_warmup=True,
+        checkpoint_every=500,
+    )
+    return RunConfig(
+        preset="digits",
+        plan=PlanConfig(num_groups=4),
+        base=base,
+        finetune=replace(base, num_steps=400, learning_rate=5e-4, checkpoint_every=200),
+        sampler=SamplerConfig(num_inference_steps=50),
+        evaluate=EvaluateConfig(num_images=2000, features="classifier"),
+    )
+
+
+def digits_smoke() -> RunConfig:
+    """The path of ``digits`` in little: 0.19 M parameters, a few steps; its images are noise."""
+    full = digits()
+    return replace(
+        full,
+        preset="digits-smoke",
+        model=ModelConfig(architecture="tiny"),
+        base=replace(full.base, num_steps=60, batch_size=32, checkpoint_every=20, log_every=10),
+        finetune=replace(
+            full.finetune, num_steps=20, batch_size=32, checkpoint_every=10, log_every=5
+        ),
+        prune=PruneConfig(num_rounds=2, num_candidates=2, num_images=64, batch_size=64),
+        sampler=SamplerConfig(num_inference_steps=10),
+        evaluate=replace(full.evaluate, num_images=200, batch_size=100),
+    )
+
+
+def mnist() -> RunConfig:
+    """MNIST from an npz file (``--data.path``), at 16x16."""
+    full = digits()
+    return replace(
+        full,
+        preset="mnist",
+        data=DataConfig(source="npz", path="mnist.npz", image_size=16),
+        model=ModelConfig(architecture="mnist16"),
+    )
+
+
+def mnist32() -> RunConfig:
+    """MNIST from an npz file (``--data.path``), at 32x32."""
+    full = digits()
+    return replace(
+        full,
+        preset="mnist-32",
+        data=DataConfig(source="npz", path="mnist.npz", image_size=32),
+        model=ModelConfig(architecture="mnist32"),
+    )
+
+
+def cifar10() -> RunConfig:
+    """The paper's main setting: IDDPM on CIFAR-10, linear betas, T = 1000, 100 DDIM steps.
+
+    Base and fine-tune steps add up to the 450 k of Table I (the paper does not split them).
+    """
+    base = TrainConfig(
+        num_steps=250_000,
+        batch_size=128,
+        learning_rate=1e-4,
+        max_grad_norm=None,
+        ema_decay=0.9999,
+        log_every=100,
+        checkpoint_every=10_000,
+    )
+    return RunConfig(
+        preset="cifar10",
+        data=DataConfig(
+            source="cifar10", path="data", image_size=32, num_channels=3, num_workers=2
+        ),
+        model=ModelConfig(architecture="iddpm-cifar10", dropout=0.3),
+        diffusion=DiffusionConfig(learned_sigma=True),
+        base=base,
+        prune=PruneConfig(num_images=1024),
+        finetune=replace(base, num_steps=20_000, checkpoint_every=2_000),
+        evaluate=EvaluateConfig(reference="cifar10"),
+        compute=ComputeConfig(gpus_per_base_worker=1, gpus_per_actor=1),
+    )
+
+
+def cifar10_cosine() -> RunConfig:
+    """The schedule of OpenAI's released CIFAR-10 checkpoint: cosine, T = 4000."""
+    return replace(
+        cifar10(),
+        preset="cifar10-cosine",
+        diffusion=DiffusionConfig(
+            num_train_timesteps=4000,
+            beta_schedule="squaredcos_cap_v2",
+            learned_sigma=True,
+            rescale_timesteps=True,
+        ),
+    )
+
+
+def imagenet64() -> RunConfig:
+    """IDDPM on ImageNet-64 (npz batches), linear betas, T = 1000; 1.3 M steps as in Table I."""
+    full = cifar10()
+    return replace(
+        full,
+        preset="imagenet64",
+        data=DataConfig(
+            source="npz", path="imagenet64", image_size=64, num_channels=3, num_workers=4
+        ),
+        model=ModelConfig(architecture="iddpm-imagenet64"),
+        base=replace(full.base, num_steps=800_000),
+        finetune=replace(full.finetune, num_steps=50_000, checkpoint_every=5_000),
+        evaluate=EvaluateConfig(),
+    )
+
+
+def ffhq256_ldm() -> RunConfig:
+    """The UNet and schedule of CompVis's FFHQ-256 latent diffusion, on latents of 64x64x3.
+
+    ``data.path`` names an npz file of such latents' images; the run trains on what it is given.
+    """
+    full = cifar10()
+    return replace(
+        full,
+        preset="ffhq256-ldm",
+        data=DataConfig(
+            source="folder", path="ffhq256", image_size=64, num_channels=3, num_workers=4
+        ),
+        model=ModelConfig(architecture="ldm-ffhq256"),
+        diffusion=DiffusionConfig(
+            beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195
+        ),
+        base=replace(full.base, num_steps=350_000, batch_size=48),
+        finetune=replace(full.finetune, batch_size=48),
+        sampler=SamplerConfig(
+            num_inference_steps=200, steps_offset=1, clip_sample=False, set_alpha_to_one=False
+        ),
+        evaluate=EvaluateConfig(),
+    )
+
+
+def ddpm_cifar10() -> RunConfig:
+    """DDPM on CIFAR-10: fixed sigma, L_simple, one attention head."""
+    full = cifar10()
+    train = replace(full.base, learning_rate=2e-4, num_warmup_steps=5_000, max_grad_norm=1.0)
+    return replace(
+        full,
+        preset="ddpm-cifar10",
+        data=replace(full.data, horizontal_flip=True),
+        model=ModelConfig(architecture="ddpm-cifar10", dropout=0.1),
+        diffusion=DiffusionConfig(),
+        base=replace(train, num_steps=800_000),
+        finetune=replace(train, num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+    )
+
+
+PRESETS: Mapping[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "digits-smoke": digits_smoke,
+    "mnist": mnist,
+    "mnist-32": mnist32,
+    "cifar10": cifar10,
+    "cifar10-cosine": cifar10_cosine,
+    "imagenet64": imagenet64,
+    "ffhq256-ldm": ffhq256_ldm,
+    "ddpm-cifar10": ddpm_cifar10,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """Give the settings of a preset.
+
+    Raises:
+        ConfigError: No preset has this name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}.")
+    return PRESETS[name]()
+
+
+@dataclass(frozen=True, slots=True)
+class PaperRow:
+    """What the paper prints for TDC with pruning at k = 0.5 and N = 10 (Table I)."""
+
+    macs: float
+    """The paper's mean "FLOPs" of the experts over the sampling steps, in macs."""
+
+    fid: float
+    num_params: float
+    train_steps: float
+
+
+PAPER: Mapping[str, PaperRow] = {
+    "cifar10": PaperRow(6.56e9, 3.76, 48.7e6, 450e3),
+    "imagenet64": PaperRow(32.7e9, 19.2, 103e6, 1.3e6),
+    "ffhq256-ldm": PaperRow(77.2e9, 4.73, 231.0e6, 550e3),
+}
+"""The paper's own numbers, for the preset whose setting they are; shown beside ours, never as ours."""

@@ -1,0 +1,143 @@
+"""Shows and records what long work reports: bars in a terminal, lines in a log, TensorBoard."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a piece of work may write a line where there is no terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a piece of work reported."""
+
+    key: str
+    """The work, such as ``base`` or ``group-03/finetune``."""
+
+    step: int
+    metrics: Mapping[str, float]
+    images: NDArray[np.uint8] | None = None
+    """A grid's images, ``(B, H, W, C)``."""
+
+
+@dataclass(slots=True)
+class _Task:
+    num_steps: int
+    bar: TaskID
+    started: float = field(default_factory=time.monotonic)
+    first_step: int | None = None
+    last_line: float = 0.0
+
+
+class ProgressView:
+    """Takes events from any thread; a context manager that ends the display."""
+
+    def __init__(self, tensorboard_dir: Path, console: Console) -> None:
+        self._dir = tensorboard_dir
+        self._live = console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, _Task] = {}
+        self._writers: dict[str, SummaryWriter] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "ProgressView":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+        for writer in self._writers.values():
+            writer.close()
+
+    def start(self, key: str, num_steps: int) -> None:
+        """Say that a piece of work has begun."""
+        with self._lock:
+            bar = self._bars.add_task(key, total=num_steps, note="")
+            self._tasks[key] = _Task(num_steps, bar)
+
+    def finish(self, key: str) -> None:
+        """Say that it is done; its bar goes."""
+        with self._lock:
+            task = self._tasks.pop(key, None)
+            if task is not None:
+                self._bars.remove_task(task.bar)
+                if not self._live:
+                    logger.info("%s done in %.0f s", key, time.monotonic() - task.started)
+
+    def show(self, event: Event) -> None:
+        """Record an event and bring the display up to date."""
+        with self._lock:
+            self._record(event)
+            task = self._tasks.get(event.key)
+            if task is None:
+                return
+            note = _note(event.metrics)
+            self._bars.update(task.bar, completed=event.step, note=note)
+            now = time.monotonic()
+            task.first_step = event.step if task.first_step is None else task.first_step
+            if not self._live and note and now - task.last_line >= SECONDS_BETWEEN_LINES:
+                task.last_line = now
+                left = _time_left(task, event.step, now)
+                logger.info("%s step %d/%d%s%s", event.key, event.step, task.num_steps, note, left)
+
+    def _record(self, event: Event) -> None:
+        """Write to TensorBoard: one run per group, so that the groups' curves share a plot."""
+        run, _, work = event.key.partition("/")
+        stage = "prune" if work.startswith(("round", "base")) else "train"
+        writer = self._writers.get(run)
+        if writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # imports torch
+
+            writer = SummaryWriter(str(self._dir / run), purge_step=event.step)
+            self._writers[run] = writer
+        for name, value in event.metrics.items():
+            writer.add_scalar(f"{stage}/{name}", value, event.step)
+        if event.images is not None:
+            writer.add_images("samples", event.images, event.step, dataformats="NHWC")
+
+
+def _note(metrics: Mapping[str, float]) -> str:
+    for name in ("loss", "loss_cut"):
+        if name in metrics:
+            return f" {name} {metrics[name]:.4f}"
+    return ""
+
+
+def _time_left(task: _Task, step: int, now: float) -> str:
+    done = step - (task.first_step or 0)
+    if done <= 0 or step >= task.num_steps:
+        return ""
+    seconds = (now - task.started) / done * (task.num_steps - step)
+    return f", {seconds / 60:.1f} min left" if seconds >= 60 else f", {seconds:.0f} s left"

@@ -1,0 +1,81 @@
+"""The memory bank (TDC Eq. 12): which schemes were tried, and what they were worth."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from tdc_ray.errors import StorageError
+from tdc_ray.storage import append_json_line, read_json_lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEntry:
+    """One scheme that was cut and measured."""
+
+    group: int
+    round: int
+    candidate: int
+
+    source: str
+    """Who proposed it, such as ``taylor/global``."""
+
+    widths: Mapping[str, int]
+    """The scheme."""
+
+    macs: int
+    num_params: int
+
+    loss_cut: float
+    """Loss on held-out noise of the group's timesteps, straight after the cut."""
+
+    loss_refit: float | None = None
+    """Loss after the refit; None where there was none."""
+
+    @property
+    def loss(self) -> float:
+        """What the scheme is judged by."""
+        return self.loss_cut if self.loss_refit is None else self.loss_refit
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where it stands: group, round, candidate."""
+        return (self.group, self.round, self.candidate)
+
+
+_ADAPTER = TypeAdapter(MemoryEntry)
+
+
+class MemoryBank:
+    """An append-only file of entries with one writer; a line torn by a kill does not count."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the bank.
+
+        Raises:
+            StorageError: The file holds a line that is no entry.
+        """
+        self.path = path
+        try:
+            found = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
+        except ValidationError as error:
+            raise StorageError(f"{path} holds a line that is no memory entry: {error}") from error
+        self._entries = {entry.place: entry for entry in found}
+
+    def add(self, entry: MemoryEntry) -> None:
+        """Remember an entry; one that is remembered already is left as it is."""
+        if entry.place not in self._entries:
+            append_json_line(self.path, dataclasses.asdict(entry))
+            self._entries[entry.place] = entry
+
+    def of_group(self, group: int, *, before_round: int) -> list[MemoryEntry]:
+        """Give what a group found in earlier rounds, in the order of rounds and candidates."""
+        chosen = [e for e in self._entries.values() if e.group == group and e.round < before_round]
+        return sorted(chosen, key=lambda entry: entry.place)
+
+
+def best(entries: list[MemoryEntry]) -> MemoryEntry:
+    """Give the entry of the lowest loss, the earliest of equals."""
+    return min(entries, key=lambda entry: (entry.loss, entry.place))

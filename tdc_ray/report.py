@@ -1,0 +1,138 @@
+"""Plans and results as tables and pictures for a person."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tdc_ray.config import RunConfig
+from tdc_ray.plan import Plan
+from tdc_ray.presets import PAPER
+from tdc_ray.results import ModelResult, Results
+from tdc_ray.storage import atomic_path
+
+
+def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) -> None:
+    """Print the groups, and the mean limit beside the paper's figure where there is one."""
+    title = (
+        f"{config.preset}: {config.plan.schedule} schedule, k = {config.plan.min_macs_share:g}, "
+        f"N = {config.plan.num_groups}, base {_macs(macs_base)} macs"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("group", "timesteps", "size", "SNR (dB)", "limit / F", "limit (macs)", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in plan.groups:
+        table.add_row(
+            str(group.index),
+            f"{group.first}-{group.last}",
+            str(len(group.timesteps)),
+            f"{group.snr_db_first:.1f} to {group.snr_db_last:.1f}",
+            f"{group.limit_share:.4f}",
+            _macs(group.max_macs(macs_base)),
+            str(group.num_sampling_steps),
+        )
+    console.print(table)
+    steps = len(plan.sampling_timesteps)
+    console.print(
+        f"mean limit over the {steps} sampling steps: {plan.mean_limit_share:.5g} F = "
+        f"{_macs(plan.mean_limit_share * macs_base)} macs",
+        soft_wrap=True,
+    )
+    paper = PAPER.get(config.preset)
+    if paper is not None:
+        console.print(
+            f"the paper's mean of the experts, for k = 0.5 and N = 10: {_macs(paper.macs)}",
+            soft_wrap=True,
+        )
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """Draw SNR and limit over the timesteps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    limits = figure.subplots()
+    for group in plan.groups:
+        span = (group.first, group.last + 1)
+        limits.fill_between(span, group.limit_share, alpha=0.35, step="post", color="tab:blue")
+        limits.plot(span, (group.limit_share, group.limit_share), color="tab:blue")
+    limits.set(xlabel="timestep (0 is the least noisy)", ylabel="limit / F", ylim=(0, 1.05))
+    snr = limits.twinx()
+    ends = [point for g in plan.groups for point in ((g.first, g.snr_db_first), (g.last, g.snr_db_last))]
+    snr.plot(*zip(*ends, strict=True), color="tab:orange")
+    snr.set_ylabel("SNR (dB)", color="tab:orange")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def print_results(console: Console, results: Results) -> None:
+    """Print a run's results, and what they do and do not show."""
+    table = Table(title=f"{results.preset}, seed {results.seed}", title_justify="left")
+    table.add_column("model")
+    names = (results.metric, "FLOPs (MACs)", "params", "train steps", "train macs", "images/s")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("base", *_model_row(results.base))
+    label = "TDC" if results.prune.method != "none" else "TDC without pruning"
+    table.add_row(label, *_model_row(results.tdc))
+    console.print(table)
+    groups = Table(title="groups (losses on held-out noise)", title_justify="left")
+    for name in ("group", "timesteps", "limit", "macs", "base", "cut", "fine-tuned"):
+        groups.add_column(name, justify="right", no_wrap=True)
+    for group in results.groups:
+        groups.add_row(
+            str(group.index),
+            f"{group.timesteps[0]}-{group.timesteps[1]}",
+            _macs(group.macs_limit),
+            _macs(group.macs),
+            f"{group.loss_base:.4f}",
+            f"{group.loss_cut:.4f}",
+            f"{group.loss_finetuned:.4f}",
+        )
+    console.print(groups)
+    for line in conclusions(results):
+        console.print(line, soft_wrap=True)
+
+
+def conclusions(results: Results) -> list[str]:
+    """Say in words what a run showed and what it did not."""
+    base, tdc, evaluation = results.base, results.tdc, results.evaluation
+    better = "better" if tdc.score < base.score else "not better"
+    spent = tdc.train_macs + results.prune.search_macs
+    lines = [
+        f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
+        f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
+        f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
+        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {evaluation.weights} weights, "
+        f"against {evaluation.reference}.",
+        f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the base "
+        "alone had less; whether it would have gained as much from the same macs is not shown here "
+        "(experiments/main_results.py compares).",
+        "One training seed shows no spread.",
+    ]
+    if results.metric != "fid":
+        lines.append(
+            f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is no "
+            "FID and can be compared only with runs on the same data."
+        )
+    return lines
+
+
+def _model_row(model: ModelResult) -> tuple[str, ...]:
+    return (
+        f"{model.score:.3f}",
+        _macs(model.macs),
+        f"{model.num_params / 1e6:.2f} M",
+        f"{model.train_steps:,}",
+        f"{model.train_macs:.2e}",
+        f"{model.images_per_second:.1f}",
+    )
+
+
+def _macs(macs: float) -> str:
+    """Write macs with the digits that the paper's tables have."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"

@@ -1,0 +1,182 @@
+"""``results.json``: what a run came to. One schema, with a version."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tdc_ray.errors import StorageError
+from tdc_ray.storage import read_json, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelResult:
+    """The base, or the experts together."""
+
+    score: float
+    """The metric; lower is better."""
+
+    macs: float
+    """Macs of one denoising step for one image; of experts the mean over the sampling steps."""
+
+    num_params: float
+    """Parameters at work in a step; of experts the mean over the sampling steps."""
+
+    train_steps: int
+    """Optimizer steps; of TDC those of the base and all experts."""
+
+    train_macs: float
+    """3 x macs x images seen, summed over the base and, for TDC, all experts."""
+
+    images_per_second: float
+    """Images sampled per second by one worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanResult:
+    """How the timesteps were grouped."""
+
+    k: float
+    num_groups: int
+    """Groups asked for (the paper's N); ``groups`` holds those that are left."""
+
+    schedule: str
+    mean_macs_limit: float
+    """Mean over the sampling steps of the groups' limits, in macs."""
+
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupResult:
+    """One group and its expert."""
+
+    index: int
+    timesteps: tuple[int, int]
+    """First and last, both included."""
+
+    macs_limit: int
+    macs: int
+    num_params: int
+    widths: Mapping[str, int]
+    """How many groups or heads each unit keeps."""
+
+    loss_base: float
+    """Loss of the base on held-out noise of the group's timesteps; so all losses here."""
+
+    loss_cut: float
+    """Straight after the cut."""
+
+    loss_refit: float | None
+    """After the refit; None where there was none."""
+
+    loss_finetuned: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneResult:
+    """What the search for sub-models took."""
+
+    method: str
+    rounds: int
+    candidates: int
+    """Schemes measured, over all groups."""
+
+    seconds: float
+    """Summed over workers."""
+
+    search_macs: float
+    """Macs of scores and measurements; not part of ``train_macs``."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """Everything that a score depends on beside the models."""
+
+    sampler: str
+    num_inference_steps: int
+    eta: float
+    seed: int
+    num_images: int
+    """Images sampled from each model."""
+
+    reference: str
+    """What the images are held against."""
+
+    features: str
+    """What computed the features."""
+
+    weights: str
+    """Which weights were sampled from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSeconds:
+    """Where the time went; all but ``wall`` are summed over workers."""
+
+    base: float
+    prune: float
+    finetune: float
+    evaluate: float
+    wall: float
+    """Of the attempt that finished the run, from start to end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """The whole of ``results.json``."""
+
+    version: int = SCHEMA_VERSION
+    preset: str
+    seed: int
+    dataset: str
+    metric: str
+    """``fid`` for Inception's features and nothing else."""
+
+    base: ModelResult
+    tdc: ModelResult
+    plan: PlanResult
+    groups: tuple[GroupResult, ...]
+    prune: PruneResult
+    evaluation: EvaluationResult
+    seconds: StageSeconds
+    versions: Mapping[str, str]
+    commit: str | None
+
+
+_ADAPTER = TypeAdapter(Results)
+
+
+def save_results(path: Path, results: Results) -> None:
+    """Write the results as JSON."""
+    write_json(path, asdict(results))
+
+
+def load_results(path: Path) -> Results:
+    """Read what :func:`save_results` wrote.
+
+    Raises:
+        StorageError: The file is missing, or of another schema.
+    """
+    document = read_json(path)
+    try:
+        return _ADAPTER.validate_python(document, extra="forbid")
+    except ValidationError as error:
+        raise StorageError(f"{path} is no results.json of version {SCHEMA_VERSION}: {error}") from error
+
+
+def comparable(results: Results) -> dict[str, Any]:
+    """Give what a repeated run must reproduce: all but times, rates, versions and commit."""
+    document = asdict(results)
+    for model in ("base", "tdc"):
+        del document[model]["images_per_second"]
+    del document["prune"]["seconds"], document["seconds"]
+    del document["versions"], document["commit"]
+    return document

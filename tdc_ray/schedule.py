@@ -1,0 +1,83 @@
+"""Noise schedules: betas, alphas_cumprod and the signal-to-noise ratio, in float64 NumPy."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdc_ray.errors import ScheduleError
+
+FloatArray = NDArray[np.float64]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+MAX_BETA = 0.999
+"""Largest beta of the cosine schedule (Nichol and Dhariwal, arXiv:2102.09672, section 3.2)."""
+
+COSINE_OFFSET = 0.008
+"""The small offset s of the cosine schedule (arXiv:2102.09672, equation 17)."""
+
+
+def betas(
+    schedule: BetaSchedule, num_train_timesteps: int, *, beta_start: float, beta_end: float
+) -> FloatArray:
+    """Variance of the noise that each timestep adds.
+
+    The names are those of diffusers: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear
+    in the square root; latent diffusion, arXiv:2112.10752) and ``squaredcos_cap_v2`` (cosine,
+    arXiv:2102.09672 equation 17, for which ``beta_start`` and ``beta_end`` have no meaning).
+
+    Returns:
+        Shape ``(T,)``, unitless, inside (0, 1).
+
+    Raises:
+        ScheduleError: ``num_train_timesteps`` is below 2, or a beta lies outside (0, 1).
+    """
+    if num_train_timesteps < 2:
+        raise ScheduleError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
+    if schedule == "linear":
+        values = np.linspace(beta_start, beta_end, num_train_timesteps)
+    elif schedule == "scaled_linear":
+        values = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    else:
+        time = np.arange(num_train_timesteps + 1) / num_train_timesteps
+        alpha_bar = np.cos((time + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
+        values = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+    if not np.all((values > 0) & (values < 1)):
+        raise ScheduleError(f"betas must lie inside (0, 1), got [{values.min()}, {values.max()}].")
+    return np.asarray(values, dtype=np.float64)
+
+
+def alphas_cumprod(betas: FloatArray) -> FloatArray:
+    """Share of the signal's variance that is left at every timestep (DDPM's alpha-bar).
+
+    Args:
+        betas: Shape ``(T,)``, inside (0, 1).
+
+    Returns:
+        Shape ``(T,)``, unitless, strictly decreasing.
+    """
+    return np.cumprod(1.0 - betas)
+
+
+def snr_db(alphas_cumprod: FloatArray) -> FloatArray:
+    """Signal-to-noise ratio of every timestep, in decibels.
+
+    TDC (arXiv:2312.13307) Eq. 2::
+
+        SNR(t) = 10 log10(alphas_cumprod[t] / (1 - alphas_cumprod[t]))
+
+    Args:
+        alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1).
+
+    Returns:
+        Shape ``(T,)``, in dB, strictly decreasing.
+
+    Raises:
+        ScheduleError: A value is outside (0, 1), or the values do not decrease.
+    """
+    if not np.all((alphas_cumprod > 0) & (alphas_cumprod < 1)):
+        low, high = alphas_cumprod.min(), alphas_cumprod.max()
+        raise ScheduleError(f"alphas_cumprod must lie inside (0, 1), got [{low}, {high}].")
+    if not np.all(np.diff(alphas_cumprod) < 0):
+        raise ScheduleError("alphas_cumprod must strictly decrease with the timestep.")
+    return np.asarray(10.0 * np.log10(alphas_cumprod / (1.0 - alphas_cumprod)))

@@ -1,0 +1,259 @@
+"""The one training loop, for the base and for the experts."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from tdc_ray.config import DataConfig, TrainConfig
+from tdc_ray.data import Batch, augment, to_model_range
+from tdc_ray.diffusion import NoiseSchedule, denoising_loss
+from tdc_ray.errors import CheckpointError, NonFiniteLossError
+from tdc_ray.seeds import derive_seed
+from tdc_ray.storage import atomic_path
+from tdc_ray.work import Report
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(slots=True)
+class TrainState:
+    """All that changes while training, and so all that a checkpoint holds."""
+
+    unet: UNet2DModel
+    ema: EMAModel
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.unet.parameters()).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything as tensors and plain values."""
+        return {
+            "unet": self.unet.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.unet.load_state_dict(state["unet"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint file; it appears when it is whole."""
+        with atomic_path(path) as temporary:
+            torch.save(self.state_dict(), temporary)
+
+    def load(self, path: Path) -> None:
+        """Read a checkpoint file; it is never unpickled.
+
+        Raises:
+            CheckpointError: It cannot be read or does not fit the model.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.load_state_dict(state)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[UNet2DModel]:
+        """Give the UNet with its averaged (EMA) weights, in eval mode, for as long as needed."""
+        parameters = list(self.unet.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.unet.eval()
+        try:
+            yield self.unet
+        finally:
+            self.ema.restore(parameters)
+            self.unet.train()
+
+
+def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
+    """Prepare a UNet, already on its device, for its first step."""
+    parameters = list(unet.parameters())
+    device = parameters[0].device
+    return TrainState(
+        unet=unet.train(),
+        ema=EMAModel(
+            parameters,
+            decay=config.ema_decay,
+            # Without a least decay diffusers warms up by (1 + step) / (10 + step).
+            min_decay=0.0 if config.ema_warmup else config.ema_decay,
+            use_ema_warmup=config.ema_warmup,
+            foreach=True,
+        ),
+        optimizer=torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+    )
+
+
+def train(
+    state: TrainState,
+    model: nn.Module,
+    images: Iterable[Batch],
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    data: DataConfig,
+    *,
+    timesteps: range,
+    seed: int,
+    rank: int = 0,
+    report: Report,
+    save: Callable[[TrainState], None],
+) -> None:
+    """Train from ``state.step`` to ``config.num_steps`` on noise of ``timesteps`` alone.
+
+    All that is random follows from ``(seed, rank, step)``: a run that was cut and goes on from a
+    checkpoint ends with the weights, bit for bit, of one that was not.
+
+    Args:
+        state: What is trained; holds the bare UNet.
+        model: The same UNet, wrapped for data parallel training where there are several ranks.
+        images: The rank's batches, from ``state.step`` on.
+        schedule: The noise schedule, on the device of the model.
+        config: Steps, learning rate, precision.
+        data: Augmentation flags.
+        timesteps: The contiguous timesteps to draw from.
+        seed: Seed of noise, timesteps, augmentation and dropout.
+        rank: The rank among the workers.
+        report: Gets ``loss`` (mean since the last report), ``grad_norm``, ``learning_rate`` and
+            ``images_per_second`` (of this rank) every ``config.log_every`` steps.
+        save: Called every ``config.checkpoint_every`` steps and after the last one.
+
+    Raises:
+        NonFiniteLossError: The loss became NaN or infinite.
+    """
+    device, losses = state.device, _Losses(first_step=state.step)
+    for batch, _ in images:
+        step_seed = derive_seed(seed, rank, state.step)
+        torch.manual_seed(step_seed)  # dropout takes no generator
+        generator = torch.Generator(device).manual_seed(step_seed)
+        augmented = augment(batch, data, torch.Generator().manual_seed(step_seed))
+        x_0 = to_model_range(augmented.to(device, non_blocking=True))
+        epsilon = torch.randn(x_0.shape, generator=generator, device=device)
+        drawn = torch.randint(
+            timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = _learning_rate(config, state.step)
+        loss = _backward(state, model, schedule, config, x_0, epsilon, drawn)
+        grad_norm = _optimizer_step(state, config)
+        state.ema.step(state.unet.parameters())
+        state.step += 1
+        losses.add(loss)
+        last = state.step == config.num_steps
+        checkpoint = last or state.step % config.checkpoint_every == 0
+        if last or checkpoint or state.step % config.log_every == 0:
+            metrics = losses.take() | {
+                "grad_norm": float(grad_norm),
+                "learning_rate": _learning_rate(config, state.step - 1),
+            }
+            rate = metrics.pop("steps_per_second") * len(x_0)
+            report(metrics | {"images_per_second": rate}, state.step)
+        if checkpoint:
+            save(state)
+
+
+def _backward(
+    state: TrainState,
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    config: TrainConfig,
+    x_0: Tensor,
+    epsilon: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """Add up the gradients of all micro-batches; give the mean loss, on the device."""
+    size = config.micro_batch_size or len(x_0)
+    total = torch.zeros((), device=x_0.device)
+    for start in range(0, len(x_0), size):
+        part = slice(start, start + size)
+        last = start + size >= len(x_0)
+        with _synced(model, last=last), _precision(config, x_0.device):
+            per_image = denoising_loss(model, schedule, x_0[part], epsilon[part], timesteps[part])
+            loss = per_image.sum() / len(x_0)
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def _optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
+    """Clip, step, and clear the gradients; give their norm before clipping."""
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.unet.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(state.unet.parameters(), config.max_grad_norm, norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _synced(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Let ranks exchange gradients only with the last micro-batch."""
+    if not last and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    if config.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[config.precision])
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    if step < config.num_warmup_steps:
+        return config.learning_rate * (step + 1) / config.num_warmup_steps
+    return config.learning_rate
+
+
+class _Losses:
+    """Losses since the last report, left on the device so that no step waits for it."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step = first_step
+        self.values: list[Tensor] = []
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        self.values.append(loss)
+
+    def take(self) -> dict[str, float]:
+        """Give mean and speed, and start over; a loss that is not finite is an error."""
+        values = torch.stack(self.values).tolist()
+        for offset, value in enumerate(values):
+            if not -float("inf") < value < float("inf"):
+                raise NonFiniteLossError(self.first_step + offset, value)
+        now = time.perf_counter()
+        found = {
+            "loss": sum(values) / len(values),
+            "steps_per_second": len(values) / (now - self.since),
+        }
+        self.first_step += len(values)
+        self.values, self.since = [], now
+        return found
