@@ -165,6 +165,7 @@ def _sample(command: Sample, console: Console) -> None:
 
     pipeline = ProgressivePipeline.from_pretrained(command.run)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=not console.is_terminal)
     pixels = []
     for first in range(0, command.num_images, command.batch_size):
         count = min(command.batch_size, command.num_images - first)

@@ -33,6 +33,11 @@ class Experts(nn.ModuleList):
         """Precision of the weights."""
         return next(self.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def for_timestep(self, timestep: int) -> nn.Module:
         """Give the expert that serves a timestep.
 
@@ -60,10 +65,10 @@ class ProgressivePipeline(DiffusionPipeline):
         experts: Experts,
         scheduler: SchedulerMixin,
         *,
-        shape: tuple[int, int, int],
-        num_inference_steps: int,
-        eta: float,
-        timestep_scale: float,
+        shape: tuple[int, int, int] = (3, 32, 32),
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        timestep_scale: float = 1.0,
     ) -> None:
         """Put a pipeline together.
 
@@ -79,6 +84,12 @@ class ProgressivePipeline(DiffusionPipeline):
         self.register_modules(experts=experts, scheduler=scheduler)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
+        self.register_to_config(  # diffusers tells settings from parts by this
+            shape=shape,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            timestep_scale=timestep_scale,
+        )
 
     @torch.inference_mode()
     def __call__(

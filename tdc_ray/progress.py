@@ -48,7 +48,8 @@ class _Task:
     num_steps: int
     bar: TaskID
     started: float = field(default_factory=time.monotonic)
-    first_step: int | None = None
+    first: tuple[int, float] | None = None
+    """Step and time of the first event, from which the speed is reckoned."""
     last_line: float = 0.0
 
 
@@ -106,7 +107,7 @@ class ProgressView:
             note = _note(event.metrics)
             self._bars.update(task.bar, completed=event.step, note=note)
             now = time.monotonic()
-            task.first_step = event.step if task.first_step is None else task.first_step
+            task.first = task.first or (event.step, now)
             if not self._live and note and now - task.last_line >= SECONDS_BETWEEN_LINES:
                 task.last_line = now
                 left = _time_left(task, event.step, now)
@@ -136,8 +137,8 @@ def _note(metrics: Mapping[str, float]) -> str:
 
 
 def _time_left(task: _Task, step: int, now: float) -> str:
-    done = step - (task.first_step or 0)
-    if done <= 0 or step >= task.num_steps:
+    first_step, first_time = task.first or (step, now)
+    if step == first_step or step >= task.num_steps:
         return ""
-    seconds = (now - task.started) / done * (task.num_steps - step)
+    seconds = (now - first_time) / (step - first_step) * (task.num_steps - step)
     return f", {seconds / 60:.1f} min left" if seconds >= 60 else f", {seconds:.0f} s left"

@@ -72,12 +72,12 @@ def plot_plan(plan: Plan, path: Path) -> None:
 def print_results(console: Console, results: Results) -> None:
     """Print a run's results, and what they do and do not show."""
     table = Table(title=f"{results.preset}, seed {results.seed}", title_justify="left")
-    table.add_column("model")
-    names = (results.metric, "FLOPs (MACs)", "params", "train steps", "train macs", "images/s")
+    table.add_column("model", no_wrap=True)
+    names = (results.metric, "FLOPs (MACs)", "params", "steps", "train macs", "images/s")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("base", *_model_row(results.base))
-    label = "TDC" if results.prune.method != "none" else "TDC without pruning"
+    label = "TDC" if results.prune.method != "none" else "TDC, no pruning"
     table.add_row(label, *_model_row(results.tdc))
     console.print(table)
     groups = Table(title="groups (losses on held-out noise)", title_justify="left")

@@ -1,0 +1,120 @@
+"""What the experiments share: their flags, a base for several runs, and tables with provenance."""
+
+import csv
+import json
+import logging
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tdc_ray.config import RunConfig
+from tdc_ray.layout import RunDir
+from tdc_ray.results import Results
+from tdc_ray.run import run
+from tdc_ray.storage import write_json, write_text
+
+SMOKE_PRESET = "digits-smoke"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags of an experiment."""
+
+    preset: str = "digits"
+    """The preset that the experiment varies."""
+    smoke: bool = False
+    """The same in little: the digits-smoke preset and one seed."""
+    storage: Path = Path("runs")
+    """Folder of the experiment's runs; the same command goes on where it was cut."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds."""
+
+
+def parse_flags(description: str | None) -> Flags:
+    """Parse the command line and configure logging."""
+    flags = tyro.cli(Flags, description=description)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("tdc_ray").setLevel(logging.INFO)
+    if flags.smoke:
+        return Flags(preset=SMOKE_PRESET, smoke=True, storage=flags.storage, seeds=flags.seeds[:1])
+    return flags
+
+
+def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) -> Results:
+    """Do one run, or read the results of a finished one.
+
+    Args:
+        config: Its settings.
+        folder: Its directory.
+        base_of: A finished run whose base this one has too, or goes on training from: its
+            checkpoints, and, where the settings of stage 1 are the same, its weights are taken over.
+    """
+    if base_of is not None and not (folder / "base").exists():
+        _share_base(RunDir(base_of), RunDir(folder), config)
+    return run(config, folder, Console())
+
+
+def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
+    steps = json.loads(source.base_result.read_text())["train_steps"]
+    copied = target.root / "base.copying"
+    shutil.rmtree(copied, ignore_errors=True)
+    shutil.copytree(source.root / "base", copied)
+    if steps != config.base.num_steps:  # train on from the last checkpoint
+        (copied / source.base_result.name).unlink()
+        shutil.rmtree(copied / source.base_unet.name)
+    copied.rename(target.root / "base")
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write mean and sample standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def write_table(
+    folder: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Print a table and write it as CSV and Markdown, beside what made it."""
+    table = Table(title=name)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    lines = [columns, ["---"] * len(columns), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    write_text(folder / f"{name}.md", text + "\n")
+
+
+def write_record(folder: Path, name: str, flags: Flags, record: Mapping[str, object]) -> None:
+    """Write the numbers behind a table as JSON, with command, commit, seeds and machine."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    made_by = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit or None,
+        "seeds": list(flags.seeds),
+        "machine": f"{platform.platform()}, {_processor()}",
+    }
+    write_json(folder / f"{name}.json", {"made_by": made_by, **record})
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
