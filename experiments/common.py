@@ -55,8 +55,8 @@ def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) ->
     Args:
         config: Its settings.
         folder: Its directory.
-        base_of: A finished run whose base this one has too, or goes on training from: its
-            checkpoints, and, where the settings of stage 1 are the same, its weights are taken over.
+        base_of: A finished run whose base this one has too, or goes on training from:
+            its checkpoints are taken over, and where stage 1 is the same its weights too.
     """
     if base_of is not None and not (folder / "base").exists():
         _share_base(RunDir(base_of), RunDir(folder), config)

@@ -12,9 +12,9 @@ Hardware and hours: `digits` takes about 15 minutes a seed on 2 CPU cores. `cifa
 450 k steps of 3 x 8.1 GMACs x 128 images a seed, about 1.4e18 MACs: days on one large GPU
 (an estimate from macs).
 
-The paper (FID, 100-step DDIM, k = 0.5, N = 10), on CIFAR-10: IDDPM 4.08 at 8.14 G after 500 k steps;
-TDC without pruning 3.52 at 8.14 G, 280 k; TDC 3.76 at 6.56 G, 450 k. On ImageNet-64: 20.7, 17.6, 19.2
-at 39.3, 39.3, 32.7 G after 1.5, 1.1, 1.3 M steps.
+The paper (FID, 100-step DDIM, k = 0.5, N = 10), on CIFAR-10: IDDPM 4.08 at 8.14 G after 500 k
+steps; TDC without pruning 3.52 at 8.14 G, 280 k; TDC 3.76 at 6.56 G, 450 k. On ImageNet-64: 20.7,
+17.6, 19.2 at 39.3, 39.3, 32.7 G after 1.5, 1.1, 1.3 M steps.
 """
 
 from dataclasses import asdict, replace
@@ -64,8 +64,18 @@ def main(flags: Flags) -> None:
     config = preset(flags.preset)
     folder = flags.storage / f"main_results-{flags.preset}"
     seeds = {s: rows_of_seed(replace(config, seed=s), folder / f"seed-{s}") for s in flags.seeds}
-    metric = run_once(replace(config, seed=flags.seeds[0]), folder / f"seed-{flags.seeds[0]}/tdc").metric
-    columns = ["row", metric, "the paper's FID", "FLOPs (MACs)", "params", "train steps", "train macs"]
+    metric = run_once(
+        replace(config, seed=flags.seeds[0]), folder / f"seed-{flags.seeds[0]}/tdc"
+    ).metric
+    columns = [
+        "row",
+        metric,
+        "the paper's FID",
+        "FLOPs (MACs)",
+        "params",
+        "train steps",
+        "train macs",
+    ]
     table = []
     for row in ROWS:
         models = [seeds[seed][row] for seed in flags.seeds]

@@ -1,0 +1,43 @@
+"""Progressive diffusion models: TDC Training (arXiv:2312.13307) as a distributed system on Ray.
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tdc_ray.config import RunConfig
+    from tdc_ray.pipeline import ProgressivePipeline
+    from tdc_ray.plan import Plan, plan_groups
+    from tdc_ray.presets import preset
+    from tdc_ray.results import Results, load_results
+    from tdc_ray.run import run
+
+__all__ = [
+    "Plan",
+    "ProgressivePipeline",
+    "Results",
+    "RunConfig",
+    "load_results",
+    "plan_groups",
+    "preset",
+    "run",
+]
+
+_MODULES = {
+    "Plan": "plan",
+    "ProgressivePipeline": "pipeline",
+    "Results": "results",
+    "RunConfig": "config",
+    "load_results": "results",
+    "plan_groups": "plan",
+    "preset": "presets",
+    "run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass per stage, and ``RunConfig``, which composes them."""
+"""The settings of a run: a frozen dataclass per stage, and ``RunConfig``, which composes them."""
 
 import dataclasses
 import hashlib
@@ -27,8 +27,9 @@ class DataConfig:
     """Which images are learnt, and how they are brought into shape."""
 
     source: Literal["digits", "folder", "npz", "cifar10"] = "digits"
-    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or a
-    folder of files with `images` or `arr_0` or ImageNet-64's `data`; cifar10: torchvision's layout."""
+    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or
+    a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision
+    unpacks it."""
 
     path: str | None = None
     """Where the images are; every source but digits needs it."""
@@ -158,8 +159,8 @@ class PlanConfig:
     """How the limits move with t (the paper's FLOPs schedule, Table II)."""
 
     match_snr_mean: bool = False
-    """Raise or lower the start of a uni-increasing or uni-decreasing schedule so that its mean limit
-    over the sampling steps is that of the SNR schedule."""
+    """Give a uni-increasing or uni-decreasing schedule the mean limit, over the sampling steps, of
+    the SNR schedule, by another least limit."""
 
     min_group_size: int = 1
     """Groups of fewer timesteps than this join their neighbour."""
@@ -185,8 +186,8 @@ class PlanConfig:
         )
         if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
             raise ConfigError(
-                "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, got "
-                f"{self.schedule}; constant has the SNR schedule's mean already."
+                "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "
+                f"got {self.schedule}; constant has the SNR schedule's mean already."
             )
 
 
@@ -326,9 +327,7 @@ class SamplerConfig:
             rule="at least 1",
             value=self.num_inference_steps,
         )
-        _require(
-            ok=0 <= self.eta <= 1, setting="sampler.eta", rule="in [0, 1]", value=self.eta
-        )
+        _require(ok=0 <= self.eta <= 1, setting="sampler.eta", rule="in [0, 1]", value=self.eta)
         _require(
             ok=self.steps_offset in (0, 1),
             setting="sampler.steps_offset",
@@ -358,11 +357,11 @@ class EvaluateConfig:
     """The folder that holds inception-2015-12-05.pt; None: the cache, then the network."""
 
     cache_dir: str = "~/.cache/tdc_ray"
-    """Where Inception, trained classifiers and moments of training images are kept for all runs; on
-    a cluster it must be a place that all nodes see."""
+    """Where Inception, trained classifiers and moments of training images are kept for all runs;
+    on a cluster it must be a place that all nodes see."""
 
     reference: str | None = None
-    """Name of clean-fid's ready statistics of the training split (cifar10); None: from the data."""
+    """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 2), ("batch_size", 1)):
@@ -377,8 +376,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
-    """What the run takes of the cluster; nothing here changes what is computed but the number of
-    base workers and the CPUs of each, on which floating point sums depend."""
+    """What the run takes of the cluster.
+
+    Nothing here changes what is computed, but for the last bits of sums, which depend on the
+    number of base workers and on the CPUs of each worker.
+    """
 
     num_base_workers: int = 1
     """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
@@ -497,7 +499,7 @@ def digest(config: RunConfig) -> str:
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """Name every setting, but those of the cluster, in which two configs differ, with both values."""
+    """Name every setting, but those of the cluster, in which two configs differ."""
     found: list[str] = []
 
     def compare(path: str, left: object, right: object) -> None:

@@ -171,7 +171,9 @@ def batches(
     yield from loader
 
 
-def fixed_batches(dataset: ImageDataset, count: int, batch_size: int, seed: int) -> Iterator[Batch]:
+def fixed_batches(
+    dataset: ImageDataset, count: int, batch_size: int, seed: int
+) -> Iterator[Batch]:
     """Give ``count`` images, the same ones for the same seed; over again where there are fewer."""
     chosen = torch.cat(
         [_permutation(len(dataset), seed, epoch) for epoch in range(-(-count // len(dataset)))]
@@ -257,7 +259,9 @@ def _npz(path: Path, config: DataConfig) -> ArrayImages:
     read = [_read_npz(file) for file in files]
     images = np.concatenate([pixels for pixels, _ in read])
     labels = [labels for _, labels in read if labels is not None]
-    return _array_images(images, np.concatenate(labels) if len(labels) == len(read) else None, config)
+    return _array_images(
+        images, np.concatenate(labels) if len(labels) == len(read) else None, config
+    )
 
 
 def _natural(path: Path) -> tuple[int, str]:
@@ -317,7 +321,7 @@ def _array_images(
 
 
 def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
-    """(N, H, W) or (N, H, W, C) -> (N, C, H, W)"""
+    """Turn ``(N, H, W)`` or ``(N, H, W, C)`` into ``(N, C, H, W)``."""
     tensor = torch.from_numpy(np.ascontiguousarray(pixels))
     return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 

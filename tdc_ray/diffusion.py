@@ -117,8 +117,8 @@ def loss_per_image(
     """Training loss of every image: L_simple, or L_hybrid where the variance is learnt.
 
     L_simple is the mean squared error of epsilon (DDPM, arXiv:2006.11239, equation 14). L_hybrid
-    adds ``vlb_weight * L_vlb`` in which the mean is detached (arXiv:2102.09672, equation 16); L_vlb
-    is T times the term of the timestep drawn, in bits per dimension.
+    adds ``vlb_weight * L_vlb`` in which the mean is detached (arXiv:2102.09672, equation 16);
+    L_vlb is T times the term of the timestep drawn, in bits per dimension.
 
     Args:
         schedule: The noise schedule, on the device of the tensors.
@@ -137,9 +137,7 @@ def loss_per_image(
         return (prediction - epsilon).square().mean(dim=(1, 2, 3))
     epsilon_pred, place = prediction.chunk(2, dim=1)  # (B, C, H, W) each
     simple = (epsilon_pred - epsilon).square().mean(dim=(1, 2, 3))
-    bits = _vlb_bits(
-        schedule, epsilon_pred.detach(), place, x_0=x_0, x_t=x_t, timesteps=timesteps
-    )
+    bits = _vlb_bits(schedule, epsilon_pred.detach(), place, x_0=x_0, x_t=x_t, timesteps=timesteps)
     return simple + schedule.vlb_weight * schedule.num_train_timesteps * bits
 
 

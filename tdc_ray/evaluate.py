@@ -93,9 +93,7 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
             WorkItem(
                 key=f"reference/{first:07d}",
                 function=extract_features,
-                job=FeatureJob(
-                    config, spec, (first, min(REFERENCE_SHARD, count - first)), path
-                ),
+                job=FeatureJob(config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
                 result_path=path.with_suffix(".json"),
                 cost=0.0,
             )
@@ -131,7 +129,9 @@ def score(
     run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, results: list[Result]
 ) -> Score:
     """Put the shards of one model together: its Frechet distance, and how fast it samples."""
-    moments = [Moments.load(path) for path in sorted(_folder(run_dir, which).glob("*.moments.npz"))]
+    moments = [
+        Moments.load(path) for path in sorted(_folder(run_dir, which).glob("*.moments.npz"))
+    ]
     reference = _ready(config, spec) or Moments.load(spec.moments_path).mean_and_covariance()
     seconds = sum(result["seconds"] for result in results)
     return Score(
@@ -234,7 +234,7 @@ def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
 
 
 def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """Give clean-fid's own statistics where they are asked for, fit the features and can be had."""
+    """Give clean-fid's own statistics where they are asked for, fit the features and exist."""
     if config.evaluate.reference is None or spec.num_classes is not None:
         return None
     return ready_statistics(config.evaluate.reference, config.data.image_size)

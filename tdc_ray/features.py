@@ -111,9 +111,7 @@ def moments_of(features: FloatArray) -> Moments:
     return Moments(len(features), features.sum(0), features.T @ features)
 
 
-def distance(
-    one: tuple[FloatArray, FloatArray], other: tuple[FloatArray, FloatArray]
-) -> float:
+def distance(one: tuple[FloatArray, FloatArray], other: tuple[FloatArray, FloatArray]) -> float:
     """Frechet distance between two Gaussians, each a mean ``(D,)`` and a covariance ``(D, D)``."""
     return float(frechet_distance(*one, *other))
 
@@ -133,13 +131,14 @@ def choose_features(config: RunConfig, dataset: ImageDataset) -> FeatureSpec:
             return FeatureSpec("fid", "Inception-v3 (clean-fid, clean)", folder, moments, None)
         if wanted == "inception":
             raise EvaluationError(
-                f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor to "
-                "be downloaded. Put it somewhere and set --evaluate.inception-path to its folder."
+                f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "
+                "to be downloaded. Put it somewhere and name its folder by "
+                "--evaluate.inception-path."
             )
     if not dataset.has_labels:
         raise EvaluationError(
-            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no labels "
-            "to train a classifier on. Set --evaluate.inception-path to the folder that holds it."
+            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no "
+            "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
     name = f"fd_{config.data.source if config.data.source != 'npz' else _stem(config)}_cnn"
@@ -163,7 +162,7 @@ def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -
 
 
 def ready_statistics(name: str, image_size: int) -> tuple[FloatArray, FloatArray] | None:
-    """Fetch clean-fid's own statistics of a dataset's training split; None where there are none."""
+    """Fetch clean-fid's own statistics of a training split; None where there are none."""
     try:
         with _timeout():
             mean, covariance = get_reference_statistics(

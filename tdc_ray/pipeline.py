@@ -1,4 +1,4 @@
-"""The experts as one pipeline: loads, samples, and switches experts as t falls. Pulls in no Ray."""
+"""The experts as one pipeline: loads, samples, switches experts as t falls. Needs no Ray."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -56,8 +56,9 @@ class Experts(nn.ModuleList):
 class ProgressivePipeline(DiffusionPipeline):
     """Unconditional image generation with one expert per group of timesteps.
 
-    ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps are
-    integers of the training schedule, such as ``DDPMScheduler.from_config(pipeline.scheduler.config)``.
+    ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps
+    are integers of the training schedule; ``DDPMScheduler.from_config(pipeline.scheduler.config)``
+    makes one.
     """
 
     def __init__(
@@ -184,7 +185,9 @@ def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
     return _assemble(experts, scheduler, _index(config, []))
 
 
-def save_index(folder: Path, config: RunConfig, groups: Sequence[Group], names: Sequence[str]) -> None:
+def save_index(
+    folder: Path, config: RunConfig, groups: Sequence[Group], names: Sequence[str]
+) -> None:
     """Write what makes a folder of experts a pipeline: who serves what, and how to sample.
 
     Args:

@@ -1,4 +1,4 @@
-"""Budgets per timestep, the groups they form, and the macs limit of each group (TDC Eq. 3 to 5)."""
+"""Budgets per timestep, the groups they form, each group's macs limit (TDC Eq. 3 to 5)."""
 
 import dataclasses
 import math
@@ -72,9 +72,7 @@ class Plan:
         for group in self.groups:
             if group.first <= timestep <= group.last:
                 return group
-        raise ConfigError(
-            f"timestep must be in [0, {self.num_train_timesteps}), got {timestep}."
-        )
+        raise ConfigError(f"timestep must be in [0, {self.num_train_timesteps}), got {timestep}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +121,7 @@ def sampling_timesteps(
     return tuple(i * stride + steps_offset for i in reversed(range(num_inference_steps)))
 
 
-def plan_groups(
-    diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig
-) -> Plan:
+def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig) -> Plan:
     """Group the timesteps and give each group its limit.
 
     Raises:
@@ -195,7 +191,9 @@ def _snr_groups(snr: FloatArray, config: PlanConfig, notes: list[str]) -> list[_
     shares = limit_shares(count, config.min_macs_share)
     empty = [str(i) for i in range(count) if bounds[i] == bounds[i + 1]]
     if empty:
-        notes.append(f"of {count} groups, number {', '.join(empty)} (from 0) is empty and vanishes")
+        notes.append(
+            f"of {count} groups, number {', '.join(empty)} (from 0) is empty and vanishes"
+        )
     return [
         _Draft(int(bounds[i]), int(bounds[i + 1]), float(shares[i]))
         for i in range(count)

@@ -62,7 +62,11 @@ def plot_plan(plan: Plan, path: Path) -> None:
         limits.plot(span, (group.limit_share, group.limit_share), color="tab:blue")
     limits.set(xlabel="timestep (0 is the least noisy)", ylabel="limit / F", ylim=(0, 1.05))
     snr = limits.twinx()
-    ends = [point for g in plan.groups for point in ((g.first, g.snr_db_first), (g.last, g.snr_db_last))]
+    ends = [
+        point
+        for g in plan.groups
+        for point in ((g.first, g.snr_db_first), (g.last, g.snr_db_last))
+    ]
     snr.plot(*zip(*ends, strict=True), color="tab:orange")
     snr.set_ylabel("SNR (dB)", color="tab:orange")
     with atomic_path(path) as temporary:
@@ -110,14 +114,14 @@ def conclusions(results: Results) -> list[str]:
         f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {evaluation.weights} weights, "
         f"against {evaluation.reference}.",
         f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the base "
-        "alone had less; whether it would have gained as much from the same macs is not shown here "
-        "(experiments/main_results.py compares).",
+        "alone had less; whether it would have gained as much from the same macs is not shown "
+        "here (experiments/main_results.py compares).",
         "One training seed shows no spread.",
     ]
     if results.metric != "fid":
         lines.append(
-            f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is no "
-            "FID and can be compared only with runs on the same data."
+            f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is "
+            "no FID and can be compared only with runs on the same data."
         )
     return lines
 

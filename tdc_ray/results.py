@@ -169,7 +169,9 @@ def load_results(path: Path) -> Results:
     try:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:
-        raise StorageError(f"{path} is no results.json of version {SCHEMA_VERSION}: {error}") from error
+        raise StorageError(
+            f"{path} is no results.json of version {SCHEMA_VERSION}: {error}"
+        ) from error
 
 
 def comparable(results: Results) -> dict[str, Any]:

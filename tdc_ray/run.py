@@ -1,6 +1,5 @@
 """Algorithm 1 from start to end: plan, base, pruning rounds and fine-tunes, pipeline, scores."""
 
-import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -15,7 +14,7 @@ from rich.console import Console
 from tdc_ray.config import ComputeConfig, RunConfig, differences, from_json, to_json
 from tdc_ray.data import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
-from tdc_ray.distributed.cluster import Board, board, connected
+from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
@@ -127,7 +126,7 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
         changed = differences(from_json(read_json(run_dir.config)), config)
         if changed:
             raise StorageError(
-                f"run directory {run_dir.root} was made with other settings: {'; '.join(changed)}. "
+                f"run directory {run_dir.root} has other settings: {'; '.join(changed)}. "
                 "Use the same settings to go on, or another --run-dir."
             )
         return

@@ -61,8 +61,8 @@ def sample(
 ) -> Tensor:
     """Draw one image per generator.
 
-    The denoiser is chosen by the discrete timestep, not by the step's index, so that any spacing of
-    steps gets the expert that was trained for it.
+    The denoiser is chosen by the discrete timestep, not by the step's index, so that any spacing
+    of steps gets the expert that was trained for it.
 
     Args:
         denoiser_for: Gives the ``UNet2DModel`` that serves a timestep.

@@ -22,9 +22,9 @@ def betas(
 ) -> FloatArray:
     """Variance of the noise that each timestep adds.
 
-    The names are those of diffusers: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear`` (linear
-    in the square root; latent diffusion, arXiv:2112.10752) and ``squaredcos_cap_v2`` (cosine,
-    arXiv:2102.09672 equation 17, for which ``beta_start`` and ``beta_end`` have no meaning).
+    The names are those of diffusers: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear``
+    (linear in the square root; latent diffusion, arXiv:2112.10752) and ``squaredcos_cap_v2``
+    (cosine, arXiv:2102.09672 equation 17, which needs no ``beta_start`` and ``beta_end``).
 
     Returns:
         Shape ``(T,)``, unitless, inside (0, 1).

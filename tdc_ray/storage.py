@@ -31,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise StorageError(f"nothing was written for {path}.")
         if temporary.is_dir():
             _remove(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         _remove(temporary)
 

@@ -1,4 +1,4 @@
-"""Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, and going on after a kill."""
+"""Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, life after a kill."""
 
 import tempfile
 import time
@@ -39,7 +39,9 @@ class BaseJob:
     board: Board
 
 
-def train_base_on_ray(run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView) -> None:
+def train_base_on_ray(
+    run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView
+) -> None:
     """Train the base on the cluster; a base that is done is left alone.
 
     The same call goes on from the last checkpoint of an earlier one, whatever ended that.

@@ -33,7 +33,7 @@ def next_item(ready: Iterable[WorkItem]) -> WorkItem:
 
 
 def after_failure(failure: Failure, *, attempts: int, max_attempts: int) -> Action:
-    """Decide what follows a failure; a lost worker is not the item's fault, an error of its own is.
+    """Decide what follows a failure: a lost worker is not the item's fault, its own error is.
 
     Args:
         failure: What happened.

@@ -154,7 +154,9 @@ class Pool:
                 Failure.WORKER_LOST, attempts=attempts, max_attempts=self._compute.max_attempts
             )
             if action is Action.RETRY:
-                logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
+                logger.warning(
+                    "%s lost its worker (attempt %d); it starts again", item.key, attempts
+                )
                 return name, item, Failure.WORKER_LOST
             return name, item, f"its worker died {attempts} times: {error}"
         self._idle.append(actor)

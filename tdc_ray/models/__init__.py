@@ -1,0 +1,1 @@
+"""What models are: architectures, units, surgery, and how they are saved."""

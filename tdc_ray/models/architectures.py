@@ -1,4 +1,4 @@
-"""The named UNets, and the layers of any ``UNet2DModel`` told from its config alone, without torch.
+"""The named UNets, and the layers of any ``UNet2DModel``, told from its config without torch.
 
 The settings of the paper's models were checked against openai/improved-diffusion and
 CompVis/latent-diffusion; their parameters and macs are the paper's.
@@ -180,7 +180,14 @@ _DEFAULTS: UNetConfig = {
     "time_embedding_type": "positional",
     "class_embed_type": None,
 }
-_BLOCK_KINDS = (_DOWN, _ATTN_DOWN, _UP, _ATTN_UP, "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+_BLOCK_KINDS = (
+    _DOWN,
+    _ATTN_DOWN,
+    _UP,
+    _ATTN_UP,
+    "ResnetDownsampleBlock2D",
+    "ResnetUpsampleBlock2D",
+)
 
 
 def parts(config: UNetConfig) -> list[Part]:

@@ -14,8 +14,8 @@ from safetensors.torch import load_model, save_file
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
-from tdc_ray.models.units import Kept, units_of
 from tdc_ray.models.unet import build_unet
+from tdc_ray.models.units import Kept, units_of
 from tdc_ray.storage import atomic_path, read_json, write_json
 
 CONFIG_FILE = "expert.json"

@@ -80,6 +80,4 @@ def _unit(part: Part) -> Unit:
         kind = "residual"
     macs = sum(layer.macs for layer in own)
     num_params = sum(layer.num_params for layer in own) - shared
-    return Unit(
-        part.name, kind, width, channels, macs // width, num_params // width, part.pixels
-    )
+    return Unit(part.name, kind, width, channels, macs // width, num_params // width, part.pixels)

@@ -1,4 +1,4 @@
-"""The search for a group's sub-model: propose, fit to the limit, cut, measure, remember; R times."""
+"""The search for a group's sub-model: propose, fit to the limit, cut, measure, remember."""
 
 from dataclasses import dataclass
 
@@ -74,9 +74,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     (base,) = yield [_measure_item(task, "base", full, forward * space.macs_base, rounds=1)]
     macs, seconds = forward * space.macs_base, base["seconds"]
     if config.prune.method == "none":
-        return Choice(
-            space.full, full, base["loss_cut"], base["loss_cut"], 0, macs, seconds
-        )
+        return Choice(space.full, full, base["loss_cut"], base["loss_cut"], 0, macs, seconds)
     (scored,) = yield [_score_item(task)]
     macs += 3 * forward * space.macs_base if config.prune.method == "taylor" else 0
     seconds += scored["seconds"]
@@ -140,9 +138,7 @@ def _score_item(task: GroupTask) -> WorkItem:
     )
 
 
-def _measure_item(
-    task: GroupTask, name: str, kept: Kept, cost: float, *, rounds: int
-) -> WorkItem:
+def _measure_item(task: GroupTask, name: str, kept: Kept, cost: float, *, rounds: int) -> WorkItem:
     return WorkItem(
         key=f"{task.name}/{name}",
         function=measure_candidate,

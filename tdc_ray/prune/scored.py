@@ -1,4 +1,4 @@
-"""Proposes schemes from scores alone: uniform ratios, a global ranking, and steps from the best."""
+"""Proposes schemes from scores: uniform ratios, a global ranking, and steps from the best."""
 
 import random
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def propose(
         take("uniform", uniform_scheme(space, max_macs, values))
         take("global", global_scheme(space, max_macs, values))
     start = best(list(memory)).widths if memory else found[0][1]
-    draw = random.Random(derive_seed(seed, len(memory)))  # noqa: S311
+    draw = random.Random(derive_seed(seed, len(memory)))
     for _ in range(MAX_TRIES * num_candidates):
         if len(found) == num_candidates:
             break

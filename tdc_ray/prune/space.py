@@ -65,9 +65,9 @@ def space_of(config: UNetConfig) -> Space:
 def repair(space: Space, scheme: Scheme, max_macs: int, values: Values) -> dict[str, int]:
     """Bring a scheme to a limit, changing it where that costs the least value.
 
-    Steps of the least value per mac are given up until the macs are within the limit; then steps of
-    the most value per mac are taken back as long as they fit. What comes out is tight: one step more
-    of any unit would break the limit.
+    Steps of the least value per mac are given up until the macs are within the limit; then steps
+    of the most value per mac are taken back as long as they fit. What comes out is tight: one step
+    more of any unit would break the limit.
 
     Args:
         space: The pruning space.
