@@ -195,7 +195,7 @@ def _parse(arguments: Sequence[str]) -> Command:
         | Annotated[Sample, subcommand("sample")]
     )
     command: Command = tyro.cli(
-        choices,  # type: ignore[arg-type]  # a union made at run time
+        choices,
         args=list(arguments),
         prog="tdc-ray",
         description=DESCRIPTION,

@@ -5,7 +5,7 @@ import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ def batches(
     order = _StepOrder(
         len(dataset), batch_size, seed, range(start_step, num_steps), rank, world_size
     )
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
         batch_sampler=order,
         num_workers=num_workers,
@@ -213,7 +213,8 @@ def _permutation(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
+    """Take what ``__getitems__`` gave for the batch that it is."""
     return batch
 
 

@@ -53,7 +53,7 @@ class Experts(nn.ModuleList):
         )
 
 
-class ProgressivePipeline(DiffusionPipeline):
+class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
     """Unconditional image generation with one expert per group of timesteps.
 
     ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps

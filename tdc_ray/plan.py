@@ -96,7 +96,7 @@ def difficulty(snr_db: FloatArray) -> FloatArray:
     Returns:
         Shape ``(T,)``, unitless, strictly increasing from 0 to 1.
     """
-    return (snr_db[0] - snr_db) / (snr_db[0] - snr_db[-1])
+    return np.asarray((snr_db[0] - snr_db) / (snr_db[0] - snr_db[-1]))
 
 
 def limit_shares(num_groups: int, min_macs_share: float) -> FloatArray:

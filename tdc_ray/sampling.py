@@ -81,7 +81,9 @@ def sample(
     """
     num_channels = shape[0]
     generator = list(generators)
-    x = randn_tensor((len(generator), *shape), generator=generator, device=torch.device(device))
+    x: Tensor = randn_tensor(
+        (len(generator), *shape), generator=generator, device=torch.device(device)
+    )
     scheduler.set_timesteps(num_inference_steps)
     x = x * scheduler.init_noise_sigma
     extra = _step_arguments(scheduler, eta=eta, generator=generator)

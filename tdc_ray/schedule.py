@@ -56,7 +56,7 @@ def alphas_cumprod(betas: FloatArray) -> FloatArray:
     Returns:
         Shape ``(T,)``, unitless, strictly decreasing.
     """
-    return np.cumprod(1.0 - betas)
+    return np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
 
 
 def snr_db(alphas_cumprod: FloatArray) -> FloatArray:

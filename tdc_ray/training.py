@@ -37,7 +37,8 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.unet.parameters()).device
+        device: torch.device = next(self.unet.parameters()).device
+        return device
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything as tensors and plain values."""

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import ray
@@ -36,7 +37,11 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    common: Any = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
     if "RAY_ADDRESS" in os.environ:
         ray.init(**common)
     else:
@@ -53,8 +58,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-@ray.remote(num_cpus=0)
-class _Board:
+class _Events:
     """Holds events until the driver fetches them."""
 
     def __init__(self) -> None:
@@ -88,7 +92,8 @@ class Board:
 
     def show(self, view: ProgressView) -> None:
         """Fetch what came in and show it."""
-        for event in ray.get(self._actor.drain.remote()):
+        events: list[Event] = ray.get(self._actor.drain.remote())
+        for event in events:
             view.show(event)
 
 
@@ -96,7 +101,7 @@ class Board:
 def board(view: ProgressView) -> Iterator[Board]:
     """Start a board on the driver's node and show what it gets for as long as needed."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = _Board.options(scheduling_strategy=here).remote()
+    actor: Any = ray.remote(num_cpus=0)(_Events).options(scheduling_strategy=here).remote()
     handle, stop = Board(actor), threading.Event()
 
     def watch() -> None:

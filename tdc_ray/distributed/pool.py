@@ -23,8 +23,7 @@ SECONDS_BETWEEN_LOOKS = 5.0
 T = TypeVar("T")
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
-class _Actor:
+class _Worker:
     """A process that runs items, one at a time."""
 
     def __init__(self, num_threads: int, board: Board) -> None:
@@ -164,9 +163,11 @@ class Pool:
 
     def _new_actor(self) -> Any:
         compute = self._compute
-        options = _Actor.options(  # type: ignore[attr-defined]
+        remote = ray.remote(
             num_cpus=compute.cpus_per_actor,
             num_gpus=compute.gpus_per_actor,
+            max_restarts=0,
+            max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        return options.remote(compute.cpus_per_actor, self._board)
+        return remote(_Worker).remote(compute.cpus_per_actor, self._board)
