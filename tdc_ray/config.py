@@ -17,9 +17,16 @@ PruneMethod = Literal["none", "random", "magnitude", "taylor"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 
 
-def _require(*, ok: bool, setting: str, rule: str, value: object) -> None:
+def _rule(stage: str, config: object, name: str, rule: str, *, ok: bool) -> None:
+    """Refuse a setting that breaks its rule."""
     if not ok:
-        raise ConfigError(f"{setting} must be {rule}, got {value}.")
+        raise ConfigError(f"{stage}.{name} must be {rule}, got {getattr(config, name)}.")
+
+
+def _at_least(least: int, stage: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _rule(stage, config, name, f"at least {least}", ok=value is None or value >= least)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,24 +57,10 @@ class DataConfig:
     """Processes that load and decode images beside each trainer."""
 
     def __post_init__(self) -> None:
-        _require(
-            ok=self.image_size >= 4,
-            setting="data.image_size",
-            rule="at least 4",
-            value=self.image_size,
-        )
-        _require(
-            ok=0 <= self.crop_padding < self.image_size,
-            setting="data.crop_padding",
-            rule=f"in [0, image_size = {self.image_size})",
-            value=self.crop_padding,
-        )
-        _require(
-            ok=self.num_workers >= 0,
-            setting="data.num_workers",
-            rule="at least 0",
-            value=self.num_workers,
-        )
+        _at_least(4, "data", self, "image_size")
+        _at_least(0, "data", self, "crop_padding", "num_workers")
+        rule = f"below data.image_size = {self.image_size}"
+        _rule("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
         if self.source != "digits" and self.path is None:
             raise ConfigError(
                 f"data.path must be given for data.source {self.source}: where are the images? "
@@ -86,12 +79,7 @@ class ModelConfig:
     """Dropout inside the residual blocks, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        _require(
-            ok=0 <= self.dropout < 1,
-            setting="model.dropout",
-            rule="in [0, 1)",
-            value=self.dropout,
-        )
+        _rule("model", self, "dropout", "in [0, 1)", ok=0 <= self.dropout < 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,24 +108,11 @@ class DiffusionConfig:
     """Feed the network t * 1000 / T in place of t, as improved-diffusion does."""
 
     def __post_init__(self) -> None:
-        _require(
-            ok=self.num_train_timesteps >= 2,
-            setting="diffusion.num_train_timesteps",
-            rule="at least 2",
-            value=self.num_train_timesteps,
-        )
-        _require(
-            ok=0 < self.beta_start <= self.beta_end < 1,
-            setting="diffusion.beta_start and diffusion.beta_end",
-            rule="0 < beta_start <= beta_end < 1",
-            value=(self.beta_start, self.beta_end),
-        )
-        _require(
-            ok=self.vlb_weight >= 0,
-            setting="diffusion.vlb_weight",
-            rule="at least 0",
-            value=self.vlb_weight,
-        )
+        _at_least(2, "diffusion", self, "num_train_timesteps")
+        _at_least(0, "diffusion", self, "vlb_weight")
+        _rule("diffusion", self, "beta_start", "in (0, 1)", ok=0 < self.beta_start < 1)
+        rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
+        _rule("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
 
     @property
     def timestep_scale(self) -> float:
@@ -166,24 +141,8 @@ class PlanConfig:
     """Groups of fewer timesteps than this join their neighbour."""
 
     def __post_init__(self) -> None:
-        _require(
-            ok=self.num_groups >= 1,
-            setting="plan.num_groups",
-            rule="at least 1",
-            value=self.num_groups,
-        )
-        _require(
-            ok=0 < self.min_macs_share <= 1,
-            setting="plan.min_macs_share",
-            rule="in (0, 1]",
-            value=self.min_macs_share,
-        )
-        _require(
-            ok=self.min_group_size >= 1,
-            setting="plan.min_group_size",
-            rule="at least 1",
-            value=self.min_group_size,
-        )
+        _at_least(1, "plan", self, "num_groups", "min_group_size")
+        _rule("plan", self, "min_macs_share", "in (0, 1]", ok=0 < self.min_macs_share <= 1)
         if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
             raise ConfigError(
                 "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "
@@ -240,37 +199,13 @@ class TrainConfig:
         Raises:
             ConfigError: A value is out of its range.
         """
-        positive = ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-        for name in positive:
-            value = getattr(self, name)
-            _require(ok=value >= 1, setting=f"{stage}.{name}", rule="at least 1", value=value)
-        for name in ("num_steps", "num_warmup_steps", "weight_decay"):
-            value = getattr(self, name)
-            _require(ok=value >= 0, setting=f"{stage}.{name}", rule="at least 0", value=value)
-        _require(
-            ok=self.micro_batch_size is None or self.micro_batch_size >= 1,
-            setting=f"{stage}.micro_batch_size",
-            rule="at least 1",
-            value=self.micro_batch_size,
-        )
-        _require(
-            ok=self.learning_rate > 0,
-            setting=f"{stage}.learning_rate",
-            rule="above 0",
-            value=self.learning_rate,
-        )
-        _require(
-            ok=self.max_grad_norm is None or self.max_grad_norm > 0,
-            setting=f"{stage}.max_grad_norm",
-            rule="above 0",
-            value=self.max_grad_norm,
-        )
-        _require(
-            ok=0 <= self.ema_decay < 1,
-            setting=f"{stage}.ema_decay",
-            rule="in [0, 1)",
-            value=self.ema_decay,
-        )
+        positive = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
+        _at_least(1, stage, self, *positive, "keep_checkpoints")
+        _at_least(0, stage, self, "num_steps", "num_warmup_steps", "weight_decay")
+        _rule(stage, self, "learning_rate", "above 0", ok=self.learning_rate > 0)
+        clipped = self.max_grad_norm is None or self.max_grad_norm > 0
+        _rule(stage, self, "max_grad_norm", "above 0, or None", ok=clipped)
+        _rule(stage, self, "ema_decay", "in [0, 1)", ok=0 <= self.ema_decay < 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,9 +228,7 @@ class PruneConfig:
     """Images per forward pass while measuring."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "num_candidates", "num_images", "batch_size"):
-            value = getattr(self, name)
-            _require(ok=value >= 1, setting=f"prune.{name}", rule="at least 1", value=value)
+        _at_least(1, "prune", self, "num_rounds", "num_candidates", "num_images", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,19 +254,9 @@ class SamplerConfig:
     """The step after the last has no noise at all (diffusers' name)."""
 
     def __post_init__(self) -> None:
-        _require(
-            ok=self.num_inference_steps >= 1,
-            setting="sampler.num_inference_steps",
-            rule="at least 1",
-            value=self.num_inference_steps,
-        )
-        _require(ok=0 <= self.eta <= 1, setting="sampler.eta", rule="in [0, 1]", value=self.eta)
-        _require(
-            ok=self.steps_offset in (0, 1),
-            setting="sampler.steps_offset",
-            rule="0 or 1",
-            value=self.steps_offset,
-        )
+        _at_least(1, "sampler", self, "num_inference_steps")
+        _rule("sampler", self, "eta", "in [0, 1]", ok=0 <= self.eta <= 1)
+        _rule("sampler", self, "steps_offset", "0 or 1", ok=self.steps_offset in (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,14 +287,8 @@ class EvaluateConfig:
     """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 2), ("batch_size", 1)):
-            value = getattr(self, name)
-            _require(
-                ok=value >= least,
-                setting=f"evaluate.{name}",
-                rule=f"at least {least}",
-                value=value,
-            )
+        _at_least(2, "evaluate", self, "num_images")
+        _at_least(1, "evaluate", self, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -404,19 +321,9 @@ class ComputeConfig:
     """How often an item is started whose actor dies under it, and the base whose worker dies."""
 
     def __post_init__(self) -> None:
-        counts = ("num_base_workers", "cpus_per_base_worker", "cpus_per_actor", "max_attempts")
-        for name in counts:
-            value = getattr(self, name)
-            _require(ok=value >= 1, setting=f"compute.{name}", rule="at least 1", value=value)
-        for name in ("gpus_per_base_worker", "gpus_per_actor"):
-            value = getattr(self, name)
-            _require(ok=value >= 0, setting=f"compute.{name}", rule="at least 0", value=value)
-        _require(
-            ok=self.num_actors is None or self.num_actors >= 1,
-            setting="compute.num_actors",
-            rule="at least 1",
-            value=self.num_actors,
-        )
+        counts = ("num_base_workers", "cpus_per_base_worker", "num_actors", "cpus_per_actor")
+        _at_least(1, "compute", self, *counts, "max_attempts")
+        _at_least(0, "compute", self, "gpus_per_base_worker", "gpus_per_actor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -443,26 +350,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.base.check("base")
         self.finetune.check("finetune")
-        steps, timesteps = self.sampler.num_inference_steps, self.diffusion.num_train_timesteps
-        _require(
-            ok=steps <= timesteps,
-            setting="sampler.num_inference_steps",
-            rule=f"at most diffusion.num_train_timesteps = {timesteps}",
-            value=steps,
-        )
-        _require(
-            ok=self.plan.num_groups <= timesteps,
-            setting="plan.num_groups",
-            rule=f"at most diffusion.num_train_timesteps = {timesteps}",
-            value=self.plan.num_groups,
-        )
-        workers = self.compute.num_base_workers
-        _require(
-            ok=self.base.batch_size % workers == 0,
-            setting="base.batch_size",
-            rule=f"a multiple of compute.num_base_workers = {workers}",
-            value=self.base.batch_size,
-        )
+        timesteps, workers = self.diffusion.num_train_timesteps, self.compute.num_base_workers
+        rule = f"at most diffusion.num_train_timesteps = {timesteps}"
+        few = self.sampler.num_inference_steps <= timesteps
+        _rule("sampler", self.sampler, "num_inference_steps", rule, ok=few)
+        _rule("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
+        rule = f"a multiple of compute.num_base_workers = {workers}"
+        _rule("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
         if self.sampler.sampler == "ddpm" and self.sampler.eta:
             raise ConfigError(
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with ddpm. "

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def train_base_on_ray(
         ),
     )
     view.start(KEY, config.base.num_steps)
+    # In the main thread fit() would take over Ctrl-C for good, and exit with 0 on it.
+    executor = ThreadPoolExecutor(max_workers=1)
     try:
-        trainer.fit()
+        executor.submit(trainer.fit).result()
     except ray.train.TrainingFailedError as error:
         failures: dict[int, Exception] = getattr(error, "worker_failures", {})
         for failure in failures.values():
@@ -81,6 +84,7 @@ def train_base_on_ray(
                 raise cause from error
         raise WorkFailedError({KEY: str(error)}) from error
     finally:
+        executor.shutdown(wait=False)
         view.finish(KEY)
 
 

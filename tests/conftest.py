@@ -1,0 +1,64 @@
+"""One Ray cluster for the whole test run, and Hypothesis without clocks."""
+
+import os
+
+# Ray reads these when it is imported, and so do the processes that tests start.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from rich.console import Console
+
+from tdc_ray.config import RunConfig
+from tdc_ray.presets import preset
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums have the same last bits in every test, whatever the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where trained classifiers are kept, for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of 2 CPUs."""
+    from tdc_ray.distributed.cluster import connected
+
+    with connected(num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="session")
+def smoke_config(cache_dir: Path) -> RunConfig:
+    """The digits-smoke preset, with its cache in a temporary place."""
+    config = preset("digits-smoke")
+    return replace(config, evaluate=replace(config.evaluate, cache_dir=str(cache_dir)))
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    ray_cluster: None, smoke_config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The directory of a whole run of ``smoke_config`` that nothing cut."""
+    from tdc_ray.run import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(smoke_config, folder, Console(quiet=True))
+    return folder

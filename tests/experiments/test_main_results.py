@@ -1,0 +1,32 @@
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_smoke_writes_the_table_and_what_made_it(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import main_results
+    from common import parse_flags
+
+    arguments = ["main_results.py", "--smoke", "--storage", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main_results.main(parse_flags(main_results.__doc__))
+
+    folder = tmp_path / "main_results-digits-smoke"
+    with (folder / "main_results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == list(main_results.ROWS)
+    assert {row["the paper's FID"] for row in rows} == {"-"}  # its numbers are not the digits'
+    record = json.loads((folder / "main_results.json").read_text())
+    assert set(record["made_by"]) == {"command", "commit", "seeds", "machine"}
+    models = record["seeds"]["0"]
+    spent = models["TDC"]["train_macs"]
+    assert models["base, macs of TDC"]["train_macs"] >= spent > models["base"]["train_macs"]
+    assert models["TDC, no pruning"]["macs"] == models["base"]["macs"] > models["TDC"]["macs"]

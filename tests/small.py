@@ -1,0 +1,107 @@
+"""Small things that many tests share: a tiny base, its run directory, quick settings."""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from tdc_ray.config import RunConfig
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import UNetConfig, architecture
+from tdc_ray.models.unet import build_unet, save_unet
+from tdc_ray.models.units import Unit
+from tdc_ray.plan import Group, plan_groups
+from tdc_ray.presets import preset
+from tdc_ray.prune.rounds import GroupTask
+from tdc_ray.prune.space import space_of
+
+TINY: UNetConfig = architecture("tiny")
+
+
+def small_config(**changes: Mapping[str, Any] | int) -> RunConfig:
+    """The settings of digits-smoke, with fields of its stages changed, such as
+    ``prune={"method": "none"}``."""
+    config = preset("digits-smoke")
+    for stage, change in changes.items():
+        new = (
+            dataclasses.replace(getattr(config, stage), **change)
+            if isinstance(change, Mapping)
+            else change
+        )
+        config = dataclasses.replace(config, **{stage: new})
+    return config
+
+
+def random_unet(config: UNetConfig = TINY, *, seed: int = 0, dropout: float = 0.0) -> UNet2DModel:
+    """A UNet in eval mode, none of whose parameters is at its initial 0 or 1."""
+    torch.manual_seed(seed)
+    unet = build_unet(config, dropout=dropout)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return unet.eval()
+
+
+def make_run_dir(root: Path, *, seed: int = 0) -> RunDir:
+    """A run directory whose base is there, though untrained."""
+    run_dir = RunDir(root)
+    save_unet(random_unet(seed=seed), run_dir.base_unet)
+    return run_dir
+
+
+def group_of(config: RunConfig, index: int) -> Group:
+    """One group of the config's plan."""
+    return plan_groups(config.diffusion, config.plan, config.sampler).groups[index]
+
+
+def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupTask:
+    """One group's share of stage 2, for the tiny base."""
+    return GroupTask(run_dir, config, space_of(TINY), group_of(config, index))
+
+
+def random_kept(units: Sequence[Unit], seed: int) -> dict[str, tuple[int, ...]]:
+    """At least one group or head of every unit, drawn at random."""
+    draw = random.Random(seed)
+    return {
+        unit.name: tuple(sorted(draw.sample(range(unit.width), draw.randint(1, unit.width))))
+        for unit in units
+    }
+
+
+def widths_of(kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The scheme that a choice amounts to."""
+    return {name: len(places) for name, places in kept.items()}
+
+
+@torch.inference_mode()
+def output_of(unet: UNet2DModel, *, seed: int = 0, batch_size: int = 3) -> Tensor:
+    """What a UNet gives out for some noise at some timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+    size = unet.config["sample_size"]
+    noise = torch.randn(batch_size, unet.config["in_channels"], size, size, generator=generator)
+    timesteps = torch.randint(0, 1000, (batch_size,), generator=generator)
+    classes = unet.config["num_class_embeds"]
+    labels = None if classes is None else timesteps % classes
+    return unet(noise, timesteps, class_labels=labels).sample
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Two nests of dicts, lists, tensors and plain values are equal, tensors bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}[{index}]")
+    else:
+        assert one == other, where

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdc_ray.cli import run_command
+
+
+def tdc_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tdc_ray", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_plan_prints_the_groups_and_writes_them(tmp_path, capsys):
+    assert run_command(["plan", "--preset", "cifar10", "--out-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "0.8305 F = 6.76 G macs" in printed
+    assert "the paper's mean of the experts, for k = 0.5 and N = 10: 6.56 G" in printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    sizes = [group["last"] - group["first"] + 1 for group in plan["groups"]]
+    assert sizes == [4, 13, 35, 87, 164, 190, 160, 132, 114, 101]
+    assert Image.open(tmp_path / "plan.png").size[0] > 400
+
+
+def test_plan_says_which_groups_vanish_and_which_no_step_enters(tmp_path, capsys):
+    arguments = ["plan", "--preset", "cifar10-cosine", "--out-dir", str(tmp_path)]
+    assert run_command(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "number 8 (from 0) is empty and vanishes" in printed
+    assert "no sampling step enters group 6, 7, 8" in printed
+
+
+def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
+    arguments = ["plan", "--preset=imagenet64", "--plan.num-groups", "4"]
+    assert run_command([*arguments, "--out-dir", str(tmp_path)]) == 0
+    assert "imagenet64: snr schedule, k = 0.5, N = 4, base 39.35 G" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--preset", "nothing"], ["--preset must be one of digits,", "got nothing"]),
+        (["plan", "--plan.min-macs-share", "1.5"], ["plan.min_macs_share", "(0, 1]", "1.5"]),
+        (["run", "--finetune.batch-size", "0"], ["finetune.batch_size", "at least 1", "0"]),
+        (["run", "--preset", "mnist", "--dry-run"], ["mnist.npz does not exist", "--data.path"]),
+        (["run", "--preset", "ffhq256-ldm", "--dry-run"], ["ldm-ffhq256", "no first stage"]),
+        (["sample", "nowhere"], ["nowhere holds no experts"]),
+    ],
+)
+def test_bad_input_is_one_line_with_setting_rule_and_value(arguments, words, tmp_path):
+    done = tdc_ray(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_verbose_shows_where_an_error_came_from(tmp_path):
+    done = tdc_ray("sample", "nowhere", "--verbose", cwd=tmp_path)
+    assert "Traceback" in done.stdout + done.stderr
+
+
+def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["run", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "num_groups=4" in printed
+    assert "mean limit over the 50 sampling steps" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_command():
+    printed = tdc_ray("--help").stdout
+    for command in ("run", "plan", "sample"):
+        assert f"• {command}" in printed
+
+
+@pytest.mark.ray
+def test_sample_writes_a_grid_and_an_npz_that_a_seed_decides(finished_run, tmp_path):
+    for name in ("one", "two"):
+        out = ["--out-dir", str(tmp_path / name), "--batch-size", "5" if name == "one" else "8"]
+        arguments = ["sample", str(finished_run), "--num-images", "8", "--seed", "3", *out]
+        assert run_command(arguments) == 0
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+    assert one.dtype == np.uint8
+    assert one.shape == (8, 8, 8, 1)
+    assert np.abs(one.astype(int) - two).max() <= 1  # batches of other sizes, other last bits
+    assert Image.open(tmp_path / "one" / "samples.png").size[0] >= 3 * 8

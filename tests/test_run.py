@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diffusers import UNet2DModel
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import architecture
+from tdc_ray.models.experts import load_expert
+from tdc_ray.models.unet import count_macs, count_params
+from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.prune.space import is_tight, space_of
+from tdc_ray.results import load_results
+from tdc_ray.run import check, run
+from tdc_ray.storage import exclusive
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def results(finished_run):
+    return load_results(RunDir(finished_run).results)
+
+
+def test_every_group_is_within_its_limit_and_tight(results, smoke_config):
+    space = space_of(architecture(smoke_config.model.architecture))
+    for group in results.groups:
+        assert group.macs == space.macs(group.widths) <= group.macs_limit
+        assert is_tight(space, group.widths, group.macs_limit)
+
+
+def test_the_experts_are_what_the_results_say(finished_run, results):
+    for group in results.groups:
+        expert = load_expert(finished_run / "experts" / f"expert-{group.index:02d}")
+        assert (count_macs(expert), count_params(expert)) == (group.macs, group.num_params)
+
+
+def test_macs_of_tdc_are_the_mean_over_the_sampling_steps(finished_run, results):
+    pipeline = ProgressivePipeline.from_pretrained(finished_run)
+    pipeline.scheduler.set_timesteps(results.evaluation.num_inference_steps)
+    by_step = []
+    for timestep in pipeline.scheduler.timesteps.tolist():
+        by_step += [g.macs for g in results.groups if g.timesteps[0] <= timestep <= g.timesteps[1]]
+    assert results.tdc.macs == pytest.approx(np.mean(by_step))
+
+
+def test_training_cost_adds_up_over_base_and_experts(results, smoke_config):
+    batch = smoke_config.finetune.batch_size
+    steps = smoke_config.finetune.num_steps
+    experts = sum(3 * group.macs * steps * batch for group in results.groups)
+    assert results.tdc.train_macs == pytest.approx(results.base.train_macs + experts)
+    assert results.tdc.train_steps == results.base.train_steps + steps * len(results.groups)
+
+
+def test_the_score_is_named_after_its_classifier_and_never_fid(results):
+    assert results.metric == "fd_digits_cnn"
+    assert np.isfinite([results.base.score, results.tdc.score]).all()
+    assert results.base.score > 0
+
+
+def test_the_scored_images_are_those_that_the_saved_models_sample(finished_run, smoke_config):
+    base = UNet2DModel.from_pretrained(RunDir(finished_run).base_unet).eval()
+    models = {
+        "base": base_pipeline(base, smoke_config),
+        "tdc": ProgressivePipeline.from_pretrained(finished_run / "experts"),
+    }
+    for which, pipeline in models.items():
+        pipeline.set_progress_bar_config(disable=True)
+        scored = np.load(finished_run / "evaluation" / which / "0000000.npz")["arr_0"]
+        again = pipeline(len(scored), seed=smoke_config.evaluate.seed, output_type="np").images
+        assert np.abs(scored.astype(int) - again).max() <= 1  # other threads, other last bits
+
+
+def test_tensorboard_reads_losses_and_sample_grids(finished_run):
+    base = EventAccumulator(str(finished_run / "tensorboard" / "base")).Reload()
+    assert {"train/loss", "train/learning_rate"} <= set(base.Tags()["scalars"])
+    assert base.Tags()["images"]
+    group = EventAccumulator(str(finished_run / "tensorboard" / "group-00")).Reload()
+    assert {"train/loss", "prune/loss_cut"} <= set(group.Tags()["scalars"])
+
+
+def test_a_finished_run_is_read_and_not_done_again(finished_run, smoke_config, results):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.json")}
+    assert run(smoke_config, finished_run, Console(quiet=True)) == results
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.json")} == before
+
+
+def test_other_settings_in_the_same_directory_are_refused_by_name(finished_run, smoke_config):
+    changed = replace(smoke_config, plan=replace(smoke_config.plan, min_macs_share=0.6))
+    with pytest.raises(StorageError, match=r"plan\.min_macs_share 0\.5 -> 0\.6"):
+        run(changed, finished_run, Console(quiet=True))
+
+
+def test_a_directory_in_use_is_refused(finished_run, smoke_config):
+    with exclusive(finished_run), pytest.raises(StorageError, match="is in use by process"):
+        run(smoke_config, finished_run, Console(quiet=True))
+
+
+def test_what_cannot_work_is_said_before_any_work(smoke_config, tmp_path):
+    impossible = replace(smoke_config, plan=replace(smoke_config.plan, min_macs_share=0.01))
+    with pytest.raises(LimitError, match=r"group 0.*plan\.min_macs_share"):
+        run(impossible, tmp_path / "a", Console(quiet=True))
+    missing = replace(smoke_config.data, source="npz", path=str(tmp_path / "none.npz"))
+    with pytest.raises(DataError, match=r"none\.npz does not exist"):
+        run(replace(smoke_config, data=missing), tmp_path / "b", Console(quiet=True))
+    wrong_size = replace(smoke_config, data=replace(smoke_config.data, image_size=16))
+    with pytest.raises(ConfigError, match=r"data\.image_size must be 8"):
+        run(wrong_size, tmp_path / "c", Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_pruning_a_limit_below_the_smallest_model_does_not_matter(smoke_config):
+    unpruned = replace(
+        smoke_config,
+        plan=replace(smoke_config.plan, min_macs_share=0.01),
+        prune=replace(smoke_config.prune, method="none"),
+    )
+    space, plan = check(unpruned)
+    assert plan.groups[0].max_macs(space.macs_base) < space.min_macs
