@@ -76,6 +76,7 @@ class Pool:
         Raises:
             WorkFailedError: Chains failed; names each and its reason.
         """
+        self._attempts = {}
         values: dict[str, T] = {}
         failed: dict[str, str] = {}
         states: dict[str, _Progress[T]] = {}

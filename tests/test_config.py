@@ -1,0 +1,336 @@
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdc_ray.config import (
+    ComputeConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PlanConfig,
+    PruneConfig,
+    RunConfig,
+    SamplerConfig,
+    TrainConfig,
+    default_run_dir,
+    differences,
+    digest,
+    from_json,
+    to_json,
+)
+from tdc_ray.errors import ConfigError
+
+
+def changed(config, setting, value):
+    """Give the config with one setting, such as ``base.num_steps``, replaced."""
+    stage, name = setting.split(".")
+    return replace(config, **{stage: replace(getattr(config, stage), **{name: value})})
+
+
+def run_configs():
+    train = st.builds(
+        TrainConfig,
+        num_steps=st.integers(0, 10**7),
+        batch_size=st.integers(1, 512),
+        micro_batch_size=st.none() | st.integers(1, 512),
+        learning_rate=st.floats(1e-9, 1.0),
+        max_grad_norm=st.none() | st.floats(0.01, 10.0),
+        ema_decay=st.floats(0, 1, exclude_max=True),
+        ema_warmup=st.booleans(),
+        precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    )
+    return st.builds(
+        RunConfig,
+        preset=st.text(max_size=12),
+        seed=st.integers(-(2**40), 2**40),
+        data=st.builds(
+            DataConfig,
+            source=st.sampled_from(["digits", "folder", "npz", "cifar10"]),
+            path=st.text(max_size=12),
+            image_size=st.integers(8, 64),
+            num_channels=st.sampled_from([1, 3]),
+            horizontal_flip=st.booleans(),
+            crop_padding=st.integers(0, 7),
+        ),
+        diffusion=st.builds(
+            DiffusionConfig,
+            beta_schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            beta_start=st.floats(1e-6, 0.01),
+            learned_sigma=st.booleans(),
+        ),
+        plan=st.builds(
+            PlanConfig,
+            num_groups=st.integers(1, 1000),
+            min_macs_share=st.floats(0, 1, exclude_min=True),
+            schedule=st.sampled_from(["uni-increasing", "uni-decreasing"]),
+            match_snr_mean=st.booleans(),
+        ),
+        base=train,
+        finetune=train,
+        sampler=st.builds(SamplerConfig, num_inference_steps=st.integers(1, 1000)),
+        compute=st.builds(ComputeConfig, num_actors=st.none() | st.integers(1, 99)),
+    )
+
+
+# --- to and from JSON ------------------------------------------------------------------------
+
+
+@given(run_configs())
+def test_every_config_survives_json(config):
+    document = json.loads(json.dumps(to_json(config)))
+    assert from_json(document) == config
+    assert digest(from_json(document)) == digest(config)
+
+
+def test_json_holds_every_stage_and_every_setting_of_it():
+    document = to_json(RunConfig())
+    assert list(document) == [field.name for field in dataclasses.fields(RunConfig)]
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    assert list(document["base"]) == list(document["finetune"]) == names
+
+
+def test_settings_that_the_document_leaves_out_have_their_defaults():
+    assert from_json({"base": {"num_steps": 7}}) == RunConfig(base=TrainConfig(num_steps=7))
+
+
+@pytest.mark.parametrize(
+    ("document", "setting"),
+    [
+        ({"trainer": {}}, "trainer"),
+        ({"base": {"num_step": 3}}, "base.num_step"),
+        ({"finetune": {"lr": 0.1}}, "finetune.lr"),
+        ({"sampler": {"steps": 10}}, "sampler.steps"),
+    ],
+)
+def test_an_unknown_setting_is_refused_by_its_name(document, setting):
+    with pytest.raises(ConfigError, match=rf"^{setting}: Unexpected keyword argument"):
+        from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"seed": "zero"}, r"^seed: .*integer.*got 'zero'"),
+        ({"seed": None}, r"^seed: .*integer.*got None"),
+        ({"base": {"num_steps": 1.5}}, r"^base\.num_steps: .*integer.*got 1\.5"),
+        ({"base": {"learning_rate": "fast"}}, r"^base\.learning_rate: .*number.*got 'fast'"),
+        ({"base": {"micro_batch_size": "all"}}, r"^base\.micro_batch_size: .*got 'all'"),
+        ({"data": {"path": 3}}, r"^data\.path: .*string.*got 3"),
+        ({"data": {"source": "web"}}, r"^data\.source: .*'digits'.*got 'web'"),
+        ({"data": {"num_channels": 2}}, r"^data\.num_channels: .*1 or 3.*got 2"),
+        ({"sampler": {"clip_sample": "often"}}, r"^sampler\.clip_sample: .*bool.*got 'often'"),
+        ({"plan": [10]}, r"^plan: .*dictionary.*got \[10\]"),
+        ([], r"dictionary.*got \[\]"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_the_settings_name(document, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"plan": {"min_macs_share": 0}}, r"^plan\.min_macs_share must be in \(0, 1\], got 0"),
+        ({"base": {"num_steps": -1}}, r"^base\.num_steps must be at least 0, got -1"),
+        ({"finetune": {"num_steps": -1}}, r"^finetune\.num_steps must be at least 0, got -1"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_when_read(document, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(document)
+
+
+# --- ranges ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataConfig(image_size=3), r"data\.image_size must be at least 4, got 3"),
+        (lambda: DataConfig(crop_padding=-1), r"data\.crop_padding must be at least 0, got -1"),
+        (
+            lambda: DataConfig(image_size=8, crop_padding=8),
+            r"data\.crop_padding must be below data\.image_size = 8, got 8",
+        ),
+        (lambda: DataConfig(num_workers=-1), r"data\.num_workers must be at least 0, got -1"),
+        (lambda: ModelConfig(dropout=1.0), r"model\.dropout must be in \[0, 1\), got 1\.0"),
+        (lambda: ModelConfig(dropout=-0.1), r"model\.dropout must be in \[0, 1\), got -0\.1"),
+        (
+            lambda: DiffusionConfig(num_train_timesteps=1),
+            r"diffusion\.num_train_timesteps must be at least 2, got 1",
+        ),
+        (
+            lambda: DiffusionConfig(beta_start=0.5, beta_end=0.1),
+            r"diffusion\.beta_end must be in \[diffusion\.beta_start = 0\.5, 1\), got 0\.1",
+        ),
+        (lambda: DiffusionConfig(beta_start=0.0), r"diffusion\.beta_start must be in \(0, 1\)"),
+        (lambda: DiffusionConfig(beta_end=1.0), r"diffusion\.beta_end"),
+        (lambda: DiffusionConfig(vlb_weight=-1), r"diffusion\.vlb_weight must be at least 0"),
+        (lambda: PlanConfig(num_groups=0), r"plan\.num_groups must be at least 1, got 0"),
+        (lambda: PlanConfig(min_macs_share=1.1), r"plan\.min_macs_share must be in \(0, 1\]"),
+        (lambda: PlanConfig(min_macs_share=float("nan")), r"plan\.min_macs_share .* got nan"),
+        (lambda: PlanConfig(min_group_size=0), r"plan\.min_group_size must be at least 1"),
+        (lambda: PruneConfig(num_rounds=0), r"prune\.num_rounds must be at least 1, got 0"),
+        (lambda: PruneConfig(num_candidates=0), r"prune\.num_candidates must be at least 1"),
+        (lambda: PruneConfig(num_images=0), r"prune\.num_images must be at least 1"),
+        (lambda: PruneConfig(batch_size=0), r"prune\.batch_size must be at least 1"),
+        (
+            lambda: SamplerConfig(num_inference_steps=0),
+            r"sampler\.num_inference_steps must be at least 1, got 0",
+        ),
+        (lambda: SamplerConfig(eta=1.5), r"sampler\.eta must be in \[0, 1\], got 1\.5"),
+        (lambda: SamplerConfig(steps_offset=2), r"sampler\.steps_offset must be 0 or 1, got 2"),
+        (lambda: EvaluateConfig(num_images=1), r"evaluate\.num_images must be at least 2, got 1"),
+        (lambda: EvaluateConfig(batch_size=0), r"evaluate\.batch_size must be at least 1"),
+        (
+            lambda: ComputeConfig(num_base_workers=0),
+            r"compute\.num_base_workers must be at least 1, got 0",
+        ),
+        (lambda: ComputeConfig(cpus_per_actor=0), r"compute\.cpus_per_actor must be at least 1"),
+        (lambda: ComputeConfig(gpus_per_actor=-1), r"compute\.gpus_per_actor must be at least 0"),
+        (lambda: ComputeConfig(num_actors=0), r"compute\.num_actors must be at least 1, got 0"),
+        (lambda: ComputeConfig(max_attempts=0), r"compute\.max_attempts must be at least 1"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_at_construction(make, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize("stage", ["base", "finetune"])
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("num_steps", -1, "at least 0"),
+        ("batch_size", 0, "at least 1"),
+        ("micro_batch_size", 0, "at least 1"),
+        ("learning_rate", 0.0, "above 0"),
+        ("num_warmup_steps", -1, "at least 0"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("max_grad_norm", 0.0, "above 0, or None"),
+        ("ema_decay", 1.0, r"in \[0, 1\)"),
+        ("log_every", 0, "at least 1"),
+        ("checkpoint_every", 0, "at least 1"),
+        ("keep_checkpoints", 0, "at least 1"),
+    ],
+)
+def test_training_errors_name_the_stage_they_are_about(stage, name, value, rule):
+    with pytest.raises(ConfigError, match=rf"^{stage}\.{name} must be {rule}, got {value}"):
+        RunConfig(**{stage: TrainConfig(**{name: value})})
+
+
+@pytest.mark.parametrize("source", ["folder", "npz", "cifar10"])
+def test_every_source_but_digits_needs_a_path(source):
+    with pytest.raises(ConfigError, match=rf"data\.path .* data\.source {source}.*--data\.path"):
+        DataConfig(source=source)
+
+
+@pytest.mark.parametrize("schedule", ["snr", "constant"])
+def test_matching_the_snr_mean_is_for_uniform_schedules(schedule):
+    with pytest.raises(ConfigError, match=rf"plan\.match_snr_mean goes with .* got {schedule}"):
+        PlanConfig(schedule=schedule, match_snr_mean=True)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().base.num_steps = 3
+
+
+def test_timesteps_are_rescaled_to_a_thousand_only_when_asked():
+    assert DiffusionConfig(num_train_timesteps=4000).timestep_scale == 1.0
+    rescaled = DiffusionConfig(num_train_timesteps=4000, rescale_timesteps=True)
+    assert rescaled.timestep_scale == 0.25
+
+
+# --- rules between stages --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["sampler.num_inference_steps", "plan.num_groups"])
+def test_there_are_at_most_as_many_sampling_steps_and_groups_as_timesteps(setting):
+    short = RunConfig(
+        diffusion=DiffusionConfig(num_train_timesteps=50),
+        sampler=SamplerConfig(num_inference_steps=50),
+    )
+    assert changed(short, setting, 50).diffusion.num_train_timesteps == 50
+    rule = r"at most diffusion\.num_train_timesteps = 50, got 51"
+    with pytest.raises(ConfigError, match=rf"^{setting} must be {rule}"):
+        changed(short, setting, 51)
+
+
+def test_the_base_batch_is_split_evenly_over_its_workers():
+    rule = r"a multiple of compute\.num_base_workers = 3, got 64"
+    with pytest.raises(ConfigError, match=rf"^base\.batch_size must be {rule}"):
+        RunConfig(base=TrainConfig(batch_size=64), compute=ComputeConfig(num_base_workers=3))
+
+
+def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
+    config = RunConfig(
+        base=TrainConfig(batch_size=6),
+        finetune=TrainConfig(batch_size=5),
+        compute=ComputeConfig(num_base_workers=3),
+    )
+    assert config.finetune.batch_size == 5
+
+
+def test_eta_is_for_ddim():
+    with pytest.raises(ConfigError, match=r"sampler\.eta .* got 0\.5 with ddpm"):
+        RunConfig(sampler=SamplerConfig(sampler="ddpm", eta=0.5))
+
+
+# --- telling configs apart -------------------------------------------------------------------
+
+CHANGES = [
+    ("data.horizontal_flip", True),
+    ("model.dropout", 0.1),
+    ("diffusion.vlb_weight", 0.5),
+    ("plan.num_groups", 3),
+    ("base.num_steps", 9),
+    ("prune.method", "random"),
+    ("finetune.num_steps", 9),
+    ("sampler.eta", 1.0),
+    ("evaluate.seed", 5),
+]
+
+
+@pytest.mark.parametrize(("setting", "value"), CHANGES)
+def test_a_difference_is_named_with_both_values(setting, value):
+    stage, name = setting.split(".")
+    one, other = RunConfig(), changed(RunConfig(), setting, value)
+    before = getattr(getattr(one, stage), name)
+    assert differences(one, other) == [f"{setting} {before} -> {value}"]
+    assert digest(one) != digest(other)
+
+
+def test_all_differences_are_named():
+    other = changed(replace(RunConfig(), seed=3), "base.num_steps", 9)
+    assert differences(RunConfig(), other) == ["seed 0 -> 3", "base.num_steps 2000 -> 9"]
+    assert differences(other, other) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_actors", 7), ("num_base_workers", 2), ("gpus_per_actor", 0.5)]
+)
+def test_what_the_run_takes_of_the_cluster_makes_no_other_run(name, value):
+    other = changed(RunConfig(), f"compute.{name}", value)
+    assert digest(other) == digest(RunConfig())
+    assert differences(RunConfig(), other) == []
+    assert default_run_dir(other) == default_run_dir(RunConfig())
+
+
+def test_the_digest_is_eight_hexadecimal_digits():
+    assert len(digest(RunConfig())) == 8
+    assert int(digest(RunConfig()), 16) >= 0
+
+
+def test_the_default_run_directory_tells_preset_seed_and_settings():
+    config = replace(RunConfig(), preset="mnist", seed=3)
+    assert default_run_dir(config) == Path("runs") / f"mnist-seed3-{digest(config)}"
+    longer = changed(config, "base.num_steps", 9)
+    assert default_run_dir(longer) != default_run_dir(config)
