@@ -67,6 +67,13 @@ class DataConfig:
                 "Set --data.path."
             )
 
+    @property
+    def name(self) -> str:
+        """What results call the dataset: its source, or the name of its file or folder."""
+        if self.path is None or self.source == "cifar10":
+            return self.source
+        return "".join(c if c.isalnum() else "_" for c in Path(self.path).stem)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

@@ -27,7 +27,8 @@ Batch = tuple[Tensor, Tensor]
 class ImageDataset(Protocol):
     """Images that can be fetched by their numbers."""
 
-    has_labels: bool
+    num_classes: int | None
+    """Number of classes of the labels; None where there are no labels."""
 
     def __len__(self) -> int: ...
 
@@ -46,7 +47,7 @@ class ArrayImages:
     def __init__(self, images: Tensor, labels: Tensor | None) -> None:
         """Take uint8 images ``(N, C, H, W)`` and int64 labels ``(N,)``."""
         self.images = images
-        self.has_labels = labels is not None
+        self.num_classes = None if labels is None else int(labels.max()) + 1
         self.labels = torch.full((len(images),), -1) if labels is None else labels
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class ArrayImages:
 class FolderImages:
     """Image files, decoded when they are asked for; none of them has a label."""
 
-    has_labels = False
+    num_classes: int | None = None
 
     def __init__(self, paths: Sequence[Path], config: DataConfig) -> None:
         self.paths = list(paths)

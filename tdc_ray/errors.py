@@ -85,5 +85,11 @@ class WorkFailedError(TdcError):
         self.reasons = dict(reasons)
 
     def __str__(self) -> str:
-        lines = [f"{key}: {reason}" for key, reason in sorted(self.reasons.items())]
-        return f"{len(lines)} work item(s) failed:\n  " + "\n  ".join(lines)
+        lines = [f"  {key}: {reason}" for key, reason in sorted(self.reasons.items())]
+        return "\n".join(
+            [
+                f"{len(lines)} of the run's parts failed:",
+                *lines,
+                "The others are finished and kept; the same command tries these again.",
+            ]
+        )

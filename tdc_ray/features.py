@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import ImageDataset, batches, fixed_batches, to_model_range
+from tdc_ray.data import ImageDataset, batches, to_model_range
 from tdc_ray.errors import EvaluationError
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path
@@ -135,20 +135,18 @@ def choose_features(config: RunConfig, dataset: ImageDataset) -> FeatureSpec:
                 "to be downloaded. Put it somewhere and name its folder by "
                 "--evaluate.inception-path."
             )
-    if not dataset.has_labels:
+    if dataset.num_classes is None:
         raise EvaluationError(
             f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no "
             "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
-    name = f"fd_{config.data.source if config.data.source != 'npz' else _stem(config)}_cnn"
-    labels = torch.cat([labels for _, labels in fixed_batches(dataset, len(dataset), 4096, 0)])
     return FeatureSpec(
-        name,
+        f"fd_{config.data.name}_cnn",
         f"CNN of this project, {NUM_FEATURES} features, trained on the labels ({key})",
         cache / "classifiers" / f"{key}.safetensors",
         cache / "moments" / f"{key}-cnn.npz",
-        int(labels.max()) + 1,
+        dataset.num_classes,
     )
 
 
@@ -267,12 +265,6 @@ def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
             logger.warning("%s is not to be downloaded: %s", INCEPTION_FILE, error)
             return None
     return cache
-
-
-def _stem(config: RunConfig) -> str:
-    """Name an npz dataset after its file."""
-    stem = Path(config.data.path or "npz").stem
-    return "".join(c if c.isalnum() else "_" for c in stem)
 
 
 @contextmanager

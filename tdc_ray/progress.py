@@ -94,8 +94,9 @@ class ProgressView:
             task = self._tasks.pop(key, None)
             if task is not None:
                 self._bars.remove_task(task.bar)
-                if not self._live:
-                    logger.info("%s done in %.0f s", key, time.monotonic() - task.started)
+                seconds = time.monotonic() - task.started
+                if not self._live and seconds >= 1:
+                    logger.info("%s done in %.0f s", key, seconds)
 
     def show(self, event: Event) -> None:
         """Record an event and bring the display up to date."""
@@ -115,6 +116,8 @@ class ProgressView:
 
     def _record(self, event: Event) -> None:
         """Write to TensorBoard: one run per group, so that the groups' curves share a plot."""
+        if not event.metrics and event.images is None:
+            return
         run, _, work = event.key.partition("/")
         stage = "prune" if work.startswith(("round", "base")) else "train"
         writer = self._writers.get(run)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -192,7 +193,7 @@ def _results(
     return Results(
         preset=config.preset,
         seed=config.seed,
-        dataset=config.data.source,
+        dataset=config.data.name,
         metric=spec.metric,
         base=ModelResult(
             score=base_score.score,
@@ -275,17 +276,19 @@ def _step_mean(plan: Plan, values: Sequence[int]) -> float:
     return total / len(plan.sampling_timesteps)
 
 
-def _local_cpus(compute: ComputeConfig) -> int | None:
+def _local_cpus(compute: ComputeConfig) -> int:
     """Logical CPUs of a local Ray: the machine's, or as many as one base worker wants."""
-    import os
-
-    machine = os.cpu_count() or 1
-    return max(machine, compute.cpus_per_base_worker * compute.num_base_workers)
+    return max(os.cpu_count() or 1, compute.cpus_per_base_worker * compute.num_base_workers)
 
 
 def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "not installed"
+    return found
 
 
 def _machine() -> dict[str, str]:
@@ -293,9 +296,8 @@ def _machine() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from; None outside of one."""
+    """Commit of the checkout the package runs from, marked if changed; None outside of one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     here = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

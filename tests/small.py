@@ -92,8 +92,8 @@ def output_of(unet: UNet2DModel, *, seed: int = 0, batch_size: int = 3) -> Tenso
 
 def assert_same(one: Any, other: Any, where: str = "") -> None:
     """Two nests of dicts, lists, tensors and plain values are equal, tensors bit for bit."""
-    assert type(one) is type(other), where
     if isinstance(one, Tensor):
+        assert one.dtype == other.dtype, where
         assert torch.equal(one, other), where
     elif isinstance(one, Mapping):
         assert one.keys() == other.keys(), where
@@ -104,4 +104,4 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         for index, (left, right) in enumerate(zip(one, other, strict=True)):
             assert_same(left, right, f"{where}[{index}]")
     else:
-        assert one == other, where
+        assert (type(one), one) == (type(other), other), where

@@ -1,7 +1,7 @@
 """Runs chains of work items over a pool of Ray actors; what to do is decided by ``policy``."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -41,24 +41,26 @@ class _Progress(Generic[T]):
     """How far a chain has come: the items it waits for, and their results by key."""
 
     chain: Chain[T]
-    waiting: list[WorkItem] = field(default_factory=list)
+    waiting: list[WorkItem] | None = None
+    """None before it has begun."""
+
     results: dict[str, Result] = field(default_factory=dict)
 
 
 class Pool:
-    """Actors on the cluster; a context manager that ends them."""
+    """Actors, started as there is work for them; a context manager that ends them."""
 
     def __init__(self, compute: ComputeConfig, board: Board, view: ProgressView) -> None:
         self._compute, self._board, self._view = compute, board, view
         self._idle: list[ActorHandle] = []
+        self._max_actors = 0
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, str, WorkItem]] = {}
         self._attempts: dict[str, int] = {}
 
     def __enter__(self) -> "Pool":
         compute = self._compute
         resources = {"CPU": float(compute.cpus_per_actor), "GPU": compute.gpus_per_actor}
-        count = num_actors(compute.num_actors, ray.cluster_resources(), resources)
-        self._idle = [self._new_actor() for _ in range(count)]
+        self._max_actors = num_actors(compute.num_actors, ray.cluster_resources(), resources)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,9 +85,9 @@ class Pool:
         ready: list[tuple[str, WorkItem]] = []
         for name, chain in chains.items():
             states[name] = _Progress(chain)
-            ready += self._advance(name, states[name], values, None)
+            ready += self._advance(name, states[name], values)
         while ready or self._running:
-            while ready and self._idle:
+            while ready and (self._idle or len(self._running) < self._max_actors):
                 item = next_item(item for _, item in ready)
                 entry = next(entry for entry in ready if entry[1] is item)
                 ready.remove(entry)
@@ -102,37 +104,37 @@ class Pool:
                 elif name not in failed:
                     state = states[name]
                     state.results[item.key] = outcome
-                    ready += self._advance(name, state, values, item)
+                    ready += self._advance(name, state, values)
         if failed:
             raise WorkFailedError(failed)
         return values
 
     def _advance(
-        self, name: str, state: _Progress[T], values: dict[str, T], item: WorkItem | None
+        self, name: str, state: _Progress[T], values: dict[str, T]
     ) -> list[tuple[str, WorkItem]]:
-        """Let a chain go on once all items it waits for have results; give the new ones to run."""
-        if item is not None and any(i.key not in state.results for i in state.waiting):
-            return []
-        results: Sequence[Result] | None = None
-        if item is not None:
-            results = [state.results.pop(i.key) for i in state.waiting]
-        while True:
+        """Let a chain go on for as long as all it waits for has results; give what is to be run."""
+        while state.waiting is None or all(i.key in state.results for i in state.waiting):
+            results = None
+            if state.waiting is not None:
+                results = [state.results.pop(i.key) for i in state.waiting]
             try:
                 state.waiting = list(state.chain.send(results))  # type: ignore[arg-type]
             except StopIteration as stop:
                 values[name] = stop.value
                 return []
-            for waiting in state.waiting:
-                earlier = finished(waiting)
-                if earlier is not None:
-                    state.results[waiting.key] = earlier
-            missing = [i for i in state.waiting if i.key not in state.results]
+            missing = []
+            for item in state.waiting:
+                earlier = finished(item)
+                if earlier is None:
+                    missing.append((name, item))
+                else:
+                    state.results[item.key] = earlier
             if missing:
-                return [(name, i) for i in missing]
-            results = [state.results.pop(i.key) for i in state.waiting]
+                return missing
+        return []
 
     def _start(self, name: str, item: WorkItem) -> None:
-        actor = self._idle.pop()
+        actor = self._idle.pop() if self._idle else self._new_actor()
         self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
         self._view.start(item.key, item.num_steps)
         self._running[actor.run.remote(item)] = (actor, name, item)
@@ -148,7 +150,6 @@ class Pool:
             return name, item, f"{type(error.cause).__name__}: {error.cause}"
         except RayActorError as error:
             ray.kill(actor)  # it may be alive but out of reach
-            self._idle.append(self._new_actor())
             attempts = self._attempts[item.key]
             action = after_failure(
                 Failure.WORKER_LOST, attempts=attempts, max_attempts=self._compute.max_attempts

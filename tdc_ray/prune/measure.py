@@ -46,6 +46,8 @@ class MeasureJob:
     config: RunConfig
     group: Group
     kept: Kept
+    number: int
+    """Place in the group's search, from 0: the base; the step of its metrics."""
 
 
 def worker_device() -> torch.device:
@@ -80,7 +82,7 @@ def measure_candidate(job: MeasureJob, report: Report) -> Result:
     units = units_of(unet_config(job.run_dir.base_unet))
     unet = cut(load_unet(job.run_dir.base_unet), units, job.kept).to(device)
     loss = held_out_loss(unet, job.config, job.group)
-    report({"loss_cut": loss}, 1)
+    report({"loss_cut": loss}, job.number)
     return {"loss_cut": loss, "seconds": time.perf_counter() - started}
 
 

@@ -71,7 +71,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     config, space, group = task.config, task.space, task.group
     forward = float(config.prune.num_images)
     full = keep_all(space.units)
-    (base,) = yield [_measure_item(task, "base", full, forward * space.macs_base, rounds=1)]
+    (base,) = yield [_measure_item(task, "base", full, 0)]
     macs, seconds = forward * space.macs_base, base["seconds"]
     if config.prune.method == "none":
         return Choice(space.full, full, base["loss_cut"], base["loss_cut"], 0, macs, seconds)
@@ -94,10 +94,9 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
                 task,
                 f"round-{number}-candidate-{place}",
                 choice,
-                forward * space.macs(scheme),
-                rounds=config.prune.num_rounds - number,
+                1 + number * config.prune.num_candidates + place,
             )
-            for place, (choice, (_, scheme)) in enumerate(zip(chosen, candidates, strict=True))
+            for place, choice in enumerate(chosen)
         ]
         for place, (name, scheme) in enumerate(candidates):
             entry = MemoryEntry(
@@ -138,14 +137,18 @@ def _score_item(task: GroupTask) -> WorkItem:
     )
 
 
-def _measure_item(task: GroupTask, name: str, kept: Kept, cost: float, *, rounds: int) -> WorkItem:
+def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
+    prune = task.config.prune
+    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    rounds_behind = prune.num_rounds - number // prune.num_candidates
     return WorkItem(
         key=f"{task.name}/{name}",
         function=measure_candidate,
-        job=MeasureJob(task.run_dir, task.config, task.group, kept),
+        job=MeasureJob(task.run_dir, task.config, task.group, kept, number),
         result_path=task.run_dir.group(task.group.index) / f"{name}.json",
-        cost=cost,
-        cost_behind=_rounds_macs(task, rounds) + task.finetune_macs,
+        cost=float(prune.num_images * macs),
+        cost_behind=_rounds_macs(task, rounds_behind) + task.finetune_macs,
+        num_steps=number,
     )
 
 

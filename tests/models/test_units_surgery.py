@@ -168,7 +168,7 @@ def test_the_model_that_is_cut_is_left_as_it_was(config):
     with torch.no_grad():
         for parameter in pruned.parameters():  # none of them may share its memory with the base
             parameter.zero_()
-    assert_same(dict(unet.state_dict()), weights)
+    assert_same(unet.state_dict(), weights)
     assert_same(output_of(unet), output)
 
 
@@ -178,7 +178,9 @@ def test_every_parameter_of_a_cut_model_gets_a_gradient(config):
     size, classes = config["sample_size"], config.get("num_class_embeds")
     x = torch.randn(4, config["in_channels"], size, size)
     labels = None if classes is None else torch.arange(4)
-    pruned(x, torch.tensor([0, 10, 500, 999]), class_labels=labels).sample.square().sum().backward()
+    pruned(
+        x, torch.tensor([0, 10, 500, 999]), class_labels=labels
+    ).sample.square().sum().backward()
     for name, parameter in pruned.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.shape == parameter.shape, name

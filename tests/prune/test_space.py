@@ -1,0 +1,133 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdc_ray.errors import LimitError
+from tdc_ray.models.architectures import architecture
+from tdc_ray.prune.space import Space, Values, is_tight, repair, space_of
+from tests.small import TINY
+
+SPACES = {name: space_of(architecture(name)) for name in ("tiny", "digits", "iddpm-cifar10")}
+SPACES["one-head"] = space_of({**TINY, "attention_head_dim": None})
+
+spaces = st.sampled_from(list(SPACES.values()))
+seeds = st.integers(0, 2**32)
+shares = st.floats(0, 1)
+
+
+def random_scheme(space: Space, draw: random.Random) -> dict[str, int]:
+    return {unit.name: draw.randint(1, unit.width) for unit in space.units}
+
+
+def random_values(space: Space, draw: random.Random) -> Values:
+    """Falling, some of them equal, some 0."""
+    return {
+        unit.name: sorted(
+            (draw.choice((0.0, 1.0, draw.random())) for _ in range(unit.width)), reverse=True
+        )
+        for unit in space.units
+    }
+
+
+def equal_values(space: Space) -> Values:
+    return {unit.name: [1.0] * unit.width for unit in space.units}
+
+
+def limit_at(space: Space, share: float) -> int:
+    """A limit between the smallest scheme's macs and the base's."""
+    return space.min_macs + round(share * (space.macs_base - space.min_macs))
+
+
+@given(spaces, seeds, shares)
+def test_a_repaired_scheme_is_within_the_limit_and_tight(space, seed, share):
+    draw, limit = random.Random(seed), limit_at(space, share)
+    repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
+    assert repaired.keys() == space.full.keys()
+    assert all(1 <= repaired[unit.name] <= unit.width for unit in space.units)
+    assert space.macs(repaired) <= limit
+    for unit in space.units:  # what is_tight says, said again
+        wider = {**repaired, unit.name: repaired[unit.name] + 1}
+        assert repaired[unit.name] == unit.width or space.macs(wider) > limit
+    assert is_tight(space, repaired, limit)
+
+
+@given(spaces, seeds, shares)
+def test_a_tight_scheme_is_left_as_it_is(space, seed, share):
+    draw, limit = random.Random(seed), limit_at(space, share)
+    tight = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
+    assert repair(space, tight, limit, random_values(space, draw)) == tight
+
+
+@given(spaces, seeds)
+def test_a_smaller_width_never_raises_macs_or_parameters(space, seed):
+    draw = random.Random(seed)
+    scheme = random_scheme(space, draw)
+    smaller = {name: draw.randint(1, width) for name, width in scheme.items()}
+    assert space.min_macs <= space.macs(smaller) <= space.macs(scheme) <= space.macs_base
+    assert space.num_params(smaller) <= space.num_params(scheme) <= space.num_params_base
+    assert (space.macs(smaller) == space.macs(scheme)) == (smaller == scheme)
+
+
+@given(spaces, seeds, seeds)
+def test_less_than_the_largest_step_of_a_limit_is_left_unused(space, seed, other):
+    draw = random.Random(seed)
+    limit = limit_at(space, random.Random(other).random())
+    repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
+    largest_step = max(unit.macs for unit in space.units)
+    assert repaired == space.full or space.macs(repaired) > limit - largest_step
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_the_full_scheme_is_unchanged_at_the_limit_of_the_base(space):
+    assert repair(space, space.full, space.macs_base, equal_values(space)) == space.full
+    ones = dict.fromkeys(space.full, 1)
+    assert repair(space, ones, space.macs_base, equal_values(space)) == space.full
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_the_smallest_scheme_is_all_that_the_smallest_limit_allows(space):
+    ones = dict.fromkeys(space.full, 1)
+    assert repair(space, space.full, space.min_macs, equal_values(space)) == ones
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_a_limit_below_the_smallest_scheme_is_an_error_that_names_the_numbers(space):
+    limit = space.min_macs - 1
+    with pytest.raises(LimitError) as raised:
+        repair(space, space.full, limit, equal_values(space))
+    for number in (limit, space.min_macs, space.macs_base):
+        assert f"{number:,}" in str(raised.value)
+    with pytest.raises(LimitError, match=f"^group 7 is limited to {limit:,} macs"):
+        space.check_limit(limit, "group 7")
+    space.check_limit(space.min_macs, "group 7")  # met by the smallest scheme
+
+
+def test_the_step_of_the_least_value_per_mac_goes_first():
+    space = SPACES["tiny"]
+    for unit in space.units:
+        values = {**equal_values(space), unit.name: [1.0] * (unit.width - 1) + [0.0]}
+        limit = space.macs_base - unit.macs
+        assert repair(space, space.full, limit, values) == {
+            **space.full,
+            unit.name: unit.width - 1,
+        }
+
+
+def test_the_step_of_the_most_value_per_mac_comes_back_first():
+    space = SPACES["tiny"]
+    ones = dict.fromkeys(space.full, 1)
+    for unit in space.units:
+        values = {**equal_values(space), unit.name: [1e6] * unit.width}
+        repaired = repair(space, ones, space.min_macs + unit.macs, values)
+        assert repaired[unit.name] == 2
+
+
+def test_a_scheme_that_leaves_room_or_breaks_the_limit_is_not_tight():
+    space = SPACES["tiny"]
+    ones = dict.fromkeys(space.full, 1)
+    assert is_tight(space, space.full, space.macs_base)
+    assert not is_tight(space, space.full, space.macs_base - 1)
+    assert not is_tight(space, ones, space.macs_base)
+    assert is_tight(space, ones, space.min_macs)

@@ -1,0 +1,265 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+from torch import nn
+
+from tdc_ray.config import DiffusionConfig
+from tdc_ray.diffusion import denoising_loss, loss_per_image, noise_schedule
+from tdc_ray.errors import ScheduleError
+
+LINEAR = DiffusionConfig()
+LEARNED = DiffusionConfig(learned_sigma=True)
+COSINE = DiffusionConfig(
+    num_train_timesteps=4000,
+    beta_schedule="squaredcos_cap_v2",
+    learned_sigma=True,
+    rescale_timesteps=True,
+)
+TIMESTEPS = torch.tensor([0, 1, 2, 300, 750, 999])
+
+
+def pixels(*shape, seed=0):
+    """Images in [-1, 1] in steps of 2 / 255, black and white among them."""
+    values = np.random.default_rng(seed).integers(0, 256, shape)
+    values[..., 0], values[..., 1] = 0, 255
+    return torch.from_numpy(values / 127.5 - 1).float()
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_betas(config):
+    """Betas by hand, in float64."""
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
+    steps = np.arange(config.num_train_timesteps + 1) / config.num_train_timesteps
+    alpha_bar = np.cos((steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def reference_vlb_bits(config, epsilon_pred, place, x_0, x_t, timestep):
+    """The bound's term of one image at one timestep, in bits per dimension: float64, by the book.
+
+    q(x_{t-1} | x_t, x_0) by Bayes' rule from the product of two Gaussians; p by the network's
+    output (arXiv:2102.09672, section 3).
+    """
+    beta = reference_betas(config)
+    alpha_bar = np.cumprod(1 - beta)
+
+    def posterior_variance(t):
+        # precision of x_t given x_{t-1}, plus precision of x_{t-1} given x_0
+        return 1 / ((1 - beta[t]) / beta[t] + 1 / (1 - alpha_bar[t - 1]))
+
+    def posterior_mean(x_0):
+        if timestep == 0:
+            return x_0
+        towards_x_t = np.sqrt(1 - beta[timestep]) / beta[timestep] * x_t
+        before = alpha_bar[timestep - 1]
+        towards_x_0 = np.sqrt(before) / (1 - before) * x_0
+        return (towards_x_t + towards_x_0) * posterior_variance(timestep)
+
+    low = np.log(posterior_variance(max(timestep, 1)))
+    high = np.log(beta[timestep])
+    share = (place + 1) / 2
+    variance = np.exp(share * high + (1 - share) * low)
+    signal, noise = np.sqrt(alpha_bar[timestep]), np.sqrt(1 - alpha_bar[timestep])
+    mean = posterior_mean((x_t - noise * epsilon_pred) / signal)
+    if timestep == 0:
+        deviation = np.sqrt(variance)
+        upper = np.where(x_0 > 0.999, 1, norm.cdf(x_0 + 1 / 255, mean, deviation))
+        lower = np.where(x_0 < -0.999, 0, norm.cdf(x_0 - 1 / 255, mean, deviation))
+        nats = -np.log(np.maximum(upper - lower, 1e-12))
+    else:
+        true_mean, true_variance = posterior_mean(x_0), np.exp(low)
+        nats = (
+            np.log(np.sqrt(variance / true_variance))
+            + (true_variance + (true_mean - mean) ** 2) / (2 * variance)
+            - 0.5
+        )
+    return nats.mean() / np.log(2)
+
+
+def losses(config, prediction, x_0, epsilon, timesteps):
+    schedule = noise_schedule(config)
+    x_t = schedule.add_noise(x_0, epsilon, timesteps)
+    arguments = {"x_0": x_0, "x_t": x_t, "epsilon": epsilon, "timesteps": timesteps}
+    return loss_per_image(schedule, prediction, **arguments)
+
+
+# --- noising ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_noising_mixes_image_and_noise_by_the_share_of_signal_left(config):
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    timesteps = TIMESTEPS * (config.num_train_timesteps // 1000)
+    left = np.cumprod(1 - reference_betas(config))[timesteps.numpy()][:, None, None, None]
+    expected = np.sqrt(left) * x_0.numpy() + np.sqrt(1 - left) * epsilon.numpy()
+    x_t = noise_schedule(config).add_noise(x_0, epsilon, timesteps)
+    assert x_t.dtype == torch.float32
+    np.testing.assert_allclose(x_t, expected, atol=1e-6)
+
+
+@given(st.integers(2, 500))
+def test_noising_keeps_the_variance(num_timesteps):
+    schedule = noise_schedule(DiffusionConfig(num_train_timesteps=num_timesteps))
+    assert schedule.num_train_timesteps == num_timesteps
+    total = schedule.signal.square() + schedule.noise.square()
+    torch.testing.assert_close(total, torch.ones(num_timesteps))
+
+
+def test_betas_that_are_no_schedule_are_refused():
+    with pytest.raises(ScheduleError, match="num_train_timesteps"):
+        # The config refuses this too; the schedule does not count on it.
+        noise_schedule(SimpleNamespace(**vars_of(LINEAR) | {"num_train_timesteps": 1}))
+
+
+def vars_of(config):
+    return {name: getattr(config, name) for name in config.__slots__}
+
+
+def test_a_schedule_moves_to_a_device_as_a_whole():
+    schedule = noise_schedule(COSINE).to(torch.device("meta"))
+    tensors = [v for v in vars_of(schedule).values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 6
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert schedule.timestep_scale == 0.25
+    assert schedule.learned_sigma
+
+
+# --- timesteps -------------------------------------------------------------------------------
+
+
+def test_timesteps_are_scaled_to_a_thousand():
+    scaled = noise_schedule(COSINE).model_timesteps(torch.tensor([0, 40, 3960, 3999]))
+    assert scaled.tolist() == [0, 10, 990, 999.75]
+
+
+def test_timesteps_stay_as_they_are_unless_scaling_is_asked_for():
+    plain = DiffusionConfig(num_train_timesteps=4000)
+    timesteps = torch.tensor([0, 40, 3999])
+    assert torch.equal(noise_schedule(plain).model_timesteps(timesteps), timesteps)
+
+
+# --- L_simple --------------------------------------------------------------------------------
+
+
+def test_l_simple_is_the_mean_squared_error_of_epsilon():
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    prediction = gaussian(6, 3, 4, 4, seed=1)
+    expected = ((prediction - epsilon).numpy() ** 2).mean(axis=(1, 2, 3))
+    found = losses(LINEAR, prediction, x_0, epsilon, TIMESTEPS)
+    assert found.shape == (6,)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_losses_are_float32_whatever_the_network_gives_out():
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    for config, channels in ((LINEAR, 3), (LEARNED, 6)):
+        prediction = gaussian(6, channels, 4, 4, seed=1).bfloat16()
+        assert losses(config, prediction, x_0, epsilon, TIMESTEPS).dtype == torch.float32
+
+
+# --- L_hybrid --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [LEARNED, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("error", [0.02, 0.3])
+def test_l_hybrid_equals_the_reference(config, error):
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    timesteps = TIMESTEPS * (config.num_train_timesteps // 1000)
+    epsilon_pred = epsilon + error * gaussian(6, 3, 4, 4, seed=1)
+    place = gaussian(6, 3, 4, 4, seed=2)
+    found = losses(config, torch.cat([epsilon_pred, place], dim=1), x_0, epsilon, timesteps)
+    x_t = noise_schedule(config).add_noise(x_0, epsilon, timesteps)
+    for index, timestep in enumerate(timesteps.tolist()):
+        image = [tensor[index].double().numpy() for tensor in (epsilon_pred, place, x_0, x_t)]
+        bits = reference_vlb_bits(config, *image, timestep)
+        simple = ((image[0] - epsilon[index].double().numpy()) ** 2).mean()
+        expected = simple + 0.001 * config.num_train_timesteps * bits
+        assert found[index].item() == pytest.approx(expected, rel=2e-4, abs=1e-5), timestep
+
+
+def test_a_weight_of_zero_leaves_l_simple():
+    unweighted = DiffusionConfig(learned_sigma=True, vlb_weight=0.0)
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    prediction = gaussian(6, 6, 4, 4, seed=1)
+    found = losses(unweighted, prediction, x_0, epsilon, TIMESTEPS)
+    torch.testing.assert_close(found, losses(LINEAR, prediction[:, :3], x_0, epsilon, TIMESTEPS))
+
+
+def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    prediction = gaussian(6, 6, 4, 4, seed=1).requires_grad_()
+    losses(LEARNED, prediction, x_0, epsilon, TIMESTEPS).sum().backward()
+    simple = prediction.detach()[:, :3].clone().requires_grad_()
+    losses(LINEAR, simple, x_0, epsilon, TIMESTEPS).sum().backward()
+    torch.testing.assert_close(prediction.grad[:, :3], simple.grad, rtol=0, atol=0)
+    assert (prediction.grad[:, 3:].abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def hybrid_of_a_perfect_mean(place, timestep):
+    """The weighted bound where epsilon is predicted exactly and the variance is at ``place``."""
+    x_0, epsilon = pixels(1, 3, 4, 4), gaussian(1, 3, 4, 4)
+    prediction = torch.cat([epsilon, torch.full_like(epsilon, place)], dim=1)
+    return losses(LEARNED, prediction, x_0, epsilon, torch.tensor([timestep])).item()
+
+
+@pytest.mark.parametrize("timestep", [1, 2, 300, 999])
+def test_at_minus_one_the_variance_is_the_posteriors(timestep):
+    assert hybrid_of_a_perfect_mean(-1.0, timestep) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("timestep", [1, 2, 5, 300])
+def test_at_plus_one_the_variance_is_beta(timestep):
+    beta = reference_betas(LEARNED)
+    before = np.cumprod(1 - beta)
+    ratio = (1 - before[timestep - 1]) / (1 - before[timestep])  # posterior variance / beta
+    nats = 0.5 * (ratio - 1 - np.log(ratio))  # KL of two Gaussians of equal means
+    expected = nats / np.log(2)  # times T = 1000 and the weight 0.001
+    assert hybrid_of_a_perfect_mean(1.0, timestep) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_the_first_timesteps_range_ends_at_the_posterior_variance_of_the_second():
+    schedule = noise_schedule(LEARNED)
+    assert schedule.min_log_variance[0] == schedule.min_log_variance[1]
+    assert schedule.max_log_variance[0].exp().item() == pytest.approx(1e-4)
+
+
+# --- with a network --------------------------------------------------------------------------
+
+
+class Scripted(nn.Module):
+    """Gives out what it was told to, as a ``UNet2DModel`` would, and keeps what it was given."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, sample, timestep):
+        self.sample, self.timestep = sample, timestep
+        return SimpleNamespace(sample=self.output)
+
+
+def test_a_network_that_knows_the_noise_has_no_loss():
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    model = Scripted(epsilon)
+    schedule = noise_schedule(LINEAR)
+    assert denoising_loss(model, schedule, x_0, epsilon, TIMESTEPS).tolist() == [0] * 6
+    assert torch.equal(model.sample, schedule.add_noise(x_0, epsilon, TIMESTEPS))
+
+
+def test_the_network_sees_scaled_timesteps_and_the_noising_does_not():
+    x_0, epsilon = pixels(2, 3, 4, 4), gaussian(2, 3, 4, 4)
+    model, schedule = Scripted(gaussian(2, 6, 4, 4, seed=1)), noise_schedule(COSINE)
+    timesteps = torch.tensor([40, 3960])
+    found = denoising_loss(model, schedule, x_0, epsilon, timesteps)
+    assert model.timestep.tolist() == [10, 990]
+    assert torch.equal(model.sample, schedule.add_noise(x_0, epsilon, timesteps))
+    torch.testing.assert_close(found, losses(COSINE, model.output, x_0, epsilon, timesteps))

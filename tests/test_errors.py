@@ -1,0 +1,66 @@
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+import tdc_ray.errors
+from tdc_ray.errors import NonFiniteLossError, TdcError, WorkFailedError
+
+
+def subclasses(error: type[TdcError]) -> Iterator[type[TdcError]]:
+    for subclass in error.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
+
+
+ALL = [TdcError, *subclasses(TdcError)]
+ARGUMENTS = {
+    NonFiniteLossError: (17, float("inf")),
+    WorkFailedError: ({"group-03/finetune": "out of memory", "base": "lost"},),
+}
+"""Of errors that take something else than a message."""
+
+
+def make(error: type[TdcError]) -> TdcError:
+    return error(*ARGUMENTS.get(error, (f"what {error.__name__} says",)))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("error", ALL)
+def test_every_error_survives_pickling_with_its_message(error, protocol):
+    before = make(error)
+    after = pickle.loads(pickle.dumps(before, protocol))
+    assert type(after) is error
+    assert str(after) == str(before) != ""
+    assert vars(after) == vars(before)
+
+
+@pytest.mark.parametrize("error", ALL)
+def test_every_error_is_raised_and_caught_as_a_tdc_error(error):
+    with pytest.raises(TdcError) as caught:
+        raise make(error)
+    assert not isinstance(caught.value, ValueError | RuntimeError | OSError)
+
+
+@pytest.mark.parametrize("error", ALL)
+def test_every_error_is_in_the_tree_of_the_docstring(error):
+    assert error.__module__ == "tdc_ray.errors"
+    assert error.__name__ in tdc_ray.errors.__doc__
+
+
+def test_a_message_is_shown_as_it_was_given():
+    assert str(TdcError("plan.num_groups must be at least 1, got 0.")).endswith("got 0.")
+
+
+def test_a_diverged_loss_is_told_with_its_step_and_what_to_do():
+    message = str(NonFiniteLossError(17, float("inf")))
+    assert message.startswith("the loss is inf at step 17.")
+    assert "learning rate" in message
+
+
+def test_every_failed_item_is_told_with_its_reason_in_order():
+    reasons = {"group-03": "out of memory", "base": "lost"}
+    error = WorkFailedError(reasons)
+    assert str(error) == "2 work item(s) failed:\n  base: lost\n  group-03: out of memory"
+    reasons["later"] = "no"
+    assert "later" not in error.reasons

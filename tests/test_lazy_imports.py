@@ -1,0 +1,79 @@
+"""What a fresh process imports: ``--help`` and ``plan`` start at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import tdc_ray
+
+FRAMEWORKS = {"torch", "diffusers", "ray"}
+
+LIST_PACKAGES = """
+import importlib, json, sys
+importlib.import_module(sys.argv[1])
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def packages_after_importing(module: str) -> set[str]:
+    command = [sys.executable, "-c", LIST_PACKAGES, module]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "tdc_ray",
+        "tdc_ray.plan",
+        "tdc_ray.schedule",
+        "tdc_ray.config",
+        "tdc_ray.presets",
+        "tdc_ray.prune.memory",
+        "tdc_ray.models.architectures",
+        "tdc_ray.cli",
+    ],
+)
+def test_planning_imports_no_framework(module):
+    found = packages_after_importing(module)
+    assert "tdc_ray" in found
+    assert not found & FRAMEWORKS
+
+
+def test_sampling_from_a_finished_run_imports_no_ray():
+    found = packages_after_importing("tdc_ray.pipeline")
+    assert {"torch", "diffusers"} <= found
+    assert "ray" not in found
+
+
+def test_the_plan_command_imports_no_framework(tmp_path):
+    arguments = ["plan", "--preset", "cifar10", "--out-dir", str(tmp_path)]
+    command = [sys.executable, "-X", "importtime", "-m", "tdc_ray", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "plan.json").exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    found = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in lines}
+    assert {"tdc_ray", "numpy"} <= found
+    assert not found & FRAMEWORKS
+
+
+def test_the_packages_names_are_loaded_when_they_are_first_used():
+    code = (
+        "import sys, tdc_ray; assert 'tdc_ray.presets' not in sys.modules; "
+        "assert tdc_ray.preset('cifar10').preset == 'cifar10'; "
+        "assert 'tdc_ray.presets' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(tdc_ray.__all__) - {"run"}))  # run imports ray
+def test_every_public_name_is_that_of_its_module(name):
+    found = getattr(tdc_ray, name)
+    assert found is getattr(sys.modules[found.__module__], name)
+
+
+def test_other_names_are_no_attributes():
+    with pytest.raises(AttributeError, match="'tdc_ray' has no attribute 'nothing'"):
+        _ = tdc_ray.nothing
