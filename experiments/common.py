@@ -6,15 +6,18 @@ import logging
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torchvision.utils import make_grid
 
 from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
@@ -99,14 +102,40 @@ def write_table(
     write_text(folder / f"{name}.md", text + "\n")
 
 
-def write_record(folder: Path, name: str, flags: Flags, record: Mapping[str, object]) -> None:
-    """Write the numbers behind a table as JSON, with command, commit, seeds and machine."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:
+    """Draw images of several models side by side, image by image from the same noise.
+
+    Args:
+        folder: Where the PNG goes.
+        name: Its name without the suffix.
+        runs: For every title, the folder of samples of a run's evaluation.
+        num_images: How many of each.
+    """
+    figure = Figure(figsize=(1.8 * len(runs) + 0.4, 2.2), layout="constrained")
+    for axes, (title, samples) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
+        images = torch.from_numpy(np.load(sorted(samples.glob("*[0-9].npz"))[0])["arr_0"])
+        grid = make_grid(images[:num_images].permute(0, 3, 1, 2), nrow=round(num_images**0.5))
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(title, fontsize=8)
+        axes.axis("off")
+    figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def write_record(
+    folder: Path, name: str, flags: Flags, commits: set[str | None], record: Mapping[str, object]
+) -> None:
+    """Write the numbers behind a table as JSON, beside command, commits, seeds and machine.
+
+    Args:
+        folder: Where the JSON goes.
+        name: Its name without the suffix.
+        flags: The experiment's flags.
+        commits: Commits that the runs were made with.
+        record: The numbers.
+    """
     made_by = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit or None,
+        "commits": sorted(str(commit) for commit in commits),
         "seeds": list(flags.seeds),
         "machine": f"{platform.platform()}, {_processor()}",
     }

@@ -20,11 +20,19 @@ steps; TDC without pruning 3.52 at 8.14 G, 280 k; TDC 3.76 at 6.56 G, 450 k. On 
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from common import Flags, mean_and_spread, parse_flags, run_once, write_record, write_table
+from common import (
+    Flags,
+    mean_and_spread,
+    parse_flags,
+    run_once,
+    write_record,
+    write_samples,
+    write_table,
+)
 
 from tdc_ray.config import RunConfig
 from tdc_ray.presets import preset
-from tdc_ray.results import ModelResult, Results
+from tdc_ray.results import Results
 
 PAPER = {
     "cifar10": {"base": "4.08", "TDC, no pruning": "3.52", "TDC": "3.76"},
@@ -49,24 +57,25 @@ def longer_base(config: RunConfig, tdc: Results) -> RunConfig:
     )
 
 
-def rows_of_seed(config: RunConfig, folder: Path) -> dict[str, ModelResult]:
-    """Run everything for one seed; give the model of each row."""
+def runs_of_seed(config: RunConfig, folder: Path) -> tuple[Results, Results, Results]:
+    """Do everything for one seed: TDC, the longer base, TDC without pruning."""
     tdc_dir = folder / "tdc"
     tdc = run_once(config, tdc_dir)
     unpruned = run_once(without_pruning(config), folder / "no-pruning", base_of=tdc_dir)
     longer = run_once(longer_base(config, tdc), folder / "longer-base", base_of=tdc_dir)
-    models = (tdc.base, longer.base, unpruned.tdc, tdc.tdc)
-    return dict(zip(ROWS, models, strict=True))
+    return tdc, longer, unpruned
 
 
 def main(flags: Flags) -> None:
     """Run all seeds and write the table."""
     config = preset(flags.preset)
     folder = flags.storage / f"main_results-{flags.preset}"
-    seeds = {s: rows_of_seed(replace(config, seed=s), folder / f"seed-{s}") for s in flags.seeds}
-    metric = run_once(
-        replace(config, seed=flags.seeds[0]), folder / f"seed-{flags.seeds[0]}/tdc"
-    ).metric
+    runs = {s: runs_of_seed(replace(config, seed=s), folder / f"seed-{s}") for s in flags.seeds}
+    seeds = {
+        seed: dict(zip(ROWS, (tdc.base, longer.base, unpruned.tdc, tdc.tdc), strict=True))
+        for seed, (tdc, longer, unpruned) in runs.items()
+    }
+    metric = runs[flags.seeds[0]][0].metric
     columns = [
         "row",
         metric,
@@ -91,8 +100,14 @@ def main(flags: Flags) -> None:
             ]
         )
     write_table(folder, "main_results", columns, table)
+    first = folder / f"seed-{flags.seeds[0]}"
+    samples = ("tdc/evaluation/base", "longer-base/evaluation/base")
+    samples += ("no-pruning/evaluation/tdc", "tdc/evaluation/tdc")
+    titles = dict(zip(ROWS, (first / name for name in samples), strict=True))
+    write_samples(folder, "main_results", titles, num_images=36)
     record = {str(s): {row: asdict(model) for row, model in seeds[s].items()} for s in flags.seeds}
-    write_record(folder, "main_results", flags, {"metric": metric, "seeds": record})
+    commits = {result.commit for results in runs.values() for result in results}
+    write_record(folder, "main_results", flags, commits, {"metric": metric, "seeds": record})
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def _folder(path: Path, config: DataConfig) -> FolderImages:
 def _cifar10(path: Path, config: DataConfig) -> ArrayImages:
     from torchvision.datasets import CIFAR10
 
-    try:
+    try:  # the files are pickles: torchvision checks their MD5 before it opens them
         cifar = CIFAR10(str(path), train=True, download=False)
     except RuntimeError as error:
         raise DataError(

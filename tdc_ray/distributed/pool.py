@@ -112,7 +112,7 @@ class Pool:
     def _advance(
         self, name: str, state: _Progress[T], values: dict[str, T]
     ) -> list[tuple[str, WorkItem]]:
-        """Let a chain go on for as long as all it waits for has results; give what is to be run."""
+        """Let a chain go on while all it waits for has results; give what is to be run."""
         while state.waiting is None or all(i.key in state.results for i in state.waiting):
             results = None
             if state.waiting is not None:

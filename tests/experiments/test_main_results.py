@@ -25,7 +25,8 @@ def test_smoke_writes_the_table_and_what_made_it(ray_cluster, tmp_path, monkeypa
     assert [row["row"] for row in rows] == list(main_results.ROWS)
     assert {row["the paper's FID"] for row in rows} == {"-"}  # its numbers are not the digits'
     record = json.loads((folder / "main_results.json").read_text())
-    assert set(record["made_by"]) == {"command", "commit", "seeds", "machine"}
+    assert set(record["made_by"]) == {"command", "commits", "seeds", "machine"}
+    assert (folder / "main_results.png").stat().st_size > 1000
     models = record["seeds"]["0"]
     spent = models["TDC"]["train_macs"]
     assert models["base, macs of TDC"]["train_macs"] >= spent > models["base"]["train_macs"]
