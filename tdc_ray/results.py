@@ -83,8 +83,10 @@ class PruneResult:
 
     method: str
     rounds: int
+    """Rounds per group; 0 without pruning."""
+
     candidates: int
-    """Schemes measured, over all groups."""
+    """Schemes per round; a group that has no more measures fewer."""
 
     seconds: float
     """Summed over workers."""

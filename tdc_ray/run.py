@@ -189,7 +189,7 @@ def _results(
     started: float,
 ) -> Results:
     base, (base_score, tdc_score) = read_json(run_dir.base_result), scores
-    sampler = config.sampler
+    sampler, pruned = config.sampler, config.prune.method != "none"
     return Results(
         preset=config.preset,
         seed=config.seed,
@@ -221,8 +221,8 @@ def _results(
         groups=tuple(_group_result(expert) for expert in experts),
         prune=PruneResult(
             method=config.prune.method,
-            rounds=config.prune.num_rounds if config.prune.method != "none" else 0,
-            candidates=sum(expert.choice.num_candidates for expert in experts),
+            rounds=config.prune.num_rounds if pruned else 0,
+            candidates=config.prune.num_candidates if pruned else 0,
             seconds=sum(expert.choice.seconds for expert in experts),
             search_macs=sum(expert.choice.search_macs for expert in experts),
             prompt_tokens=0,

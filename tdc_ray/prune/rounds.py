@@ -53,9 +53,6 @@ class Choice:
     loss_cut: float
     """The same of the sub-model, straight after the cut."""
 
-    num_candidates: int
-    """Schemes that were measured."""
-
     search_macs: float
     """Macs spent on scores and measurements."""
 
@@ -74,7 +71,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     (base,) = yield [_measure_item(task, "base", full, 0)]
     macs, seconds = forward * space.macs_base, base["seconds"]
     if config.prune.method == "none":
-        return Choice(space.full, full, base["loss_cut"], base["loss_cut"], 0, macs, seconds)
+        return Choice(space.full, full, base["loss_cut"], base["loss_cut"], macs, seconds)
     (scored,) = yield [_score_item(task)]
     macs += 3 * forward * space.macs_base if config.prune.method == "taylor" else 0
     seconds += scored["seconds"]
@@ -119,7 +116,6 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
         kept[winner.place],
         base["loss_cut"],
         winner.loss_cut,
-        len(kept),
         macs,
         seconds,
     )
