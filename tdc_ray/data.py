@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from tdc_ray.config import DataConfig
 from tdc_ray.errors import DataError
+from tdc_ray.seeds import derive_seed
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -210,7 +211,7 @@ class _StepOrder:
 
 
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 2**32 + epoch)
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     return torch.randperm(length, generator=generator)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config import DiffusionConfig, SamplerConfig
 from tdc_ray.schedule import betas
+from tdc_ray.seeds import derive_seed
 
 DenoiserFor = Callable[[int], nn.Module]
 """Gives the denoiser that serves a timestep."""
@@ -42,7 +43,8 @@ def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]
 
     Every image has a generator of its own, so its noise does not depend on how images are batched.
     """
-    return [torch.Generator().manual_seed(seed * 2**32 + first + i) for i in range(count)]
+    start = derive_seed(seed, "images") + first  # torch's CPU generator heeds 32 bits of a seed
+    return [torch.Generator().manual_seed(start + i) for i in range(count)]
 
 
 @torch.inference_mode()
