@@ -120,7 +120,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if isinstance(generator, list):
             generators = generator
         elif generator is not None:
-            seeds = torch.randint(2**62, (batch_size,), generator=generator).tolist()
+            seeds = torch.randint(2**31, (batch_size,), generator=generator).tolist()
             generators = [torch.Generator().manual_seed(value) for value in seeds]
         else:
             generators = image_generators(seed, 0, batch_size)

@@ -149,10 +149,11 @@ def train(
     """
     device, losses = state.device, _Losses(first_step=state.step)
     for batch, _ in images:
-        step_seed = derive_seed(seed, rank, state.step)
-        torch.manual_seed(step_seed)  # dropout takes no generator
-        generator = torch.Generator(device).manual_seed(step_seed)
-        augmented = augment(batch, data, torch.Generator().manual_seed(step_seed))
+        place = (seed, rank, state.step)
+        torch.manual_seed(derive_seed(*place, "dropout"))  # dropout takes no generator
+        generator = torch.Generator(device).manual_seed(derive_seed(*place, "noise"))
+        shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
+        augmented = augment(batch, data, shaken)
         x_0 = to_model_range(augmented.to(device, non_blocking=True))
         epsilon = torch.randn(x_0.shape, generator=generator, device=device)
         drawn = torch.randint(
