@@ -72,7 +72,8 @@ class DataConfig:
         """What results call the dataset: its source, or the name of its file or folder."""
         if self.path is None or self.source == "cifar10":
             return self.source
-        return "".join(c if c.isalnum() else "_" for c in Path(self.path).stem)
+        stem = Path(self.path).resolve().stem
+        return "".join(c if c.isalnum() else "_" for c in stem)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,7 +390,7 @@ def from_json(document: object) -> RunConfig:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"])
+        setting = ".".join(str(part) for part in first["loc"]) or "the settings"
         raise ConfigError(f"{setting}: {first['msg']}, got {first['input']!r}.") from error
 
 

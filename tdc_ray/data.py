@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import logging
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,11 @@ from tdc_ray.errors import DataError
 from tdc_ray.seeds import derive_seed
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
+"""Share of red, green and blue in grey (ITU-R BT.601, as in PIL)."""
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 """uint8 images ``(B, C, H, W)`` and int64 labels ``(B,)``, -1 where there are none."""
@@ -260,8 +267,16 @@ def _npz(path: Path, config: DataConfig) -> ArrayImages:
     if not files:
         raise DataError(f"data.path {path} holds no .npz file.")
     read = [_read_npz(file) for file in files]
+    for file, (pixels, _) in zip(files, read, strict=True):
+        if pixels.shape[1:] != read[0][0].shape[1:]:
+            raise DataError(
+                f"images in {file} must have shape {read[0][0].shape[1:]}, like those in "
+                f"{files[0]}, got {pixels.shape[1:]}."
+            )
     images = np.concatenate([pixels for pixels, _ in read])
     labels = [labels for _, labels in read if labels is not None]
+    if labels and len(labels) < len(read):
+        logger.warning("labels of %s are left out: some of its files have none", path)
     return _array_images(
         images, np.concatenate(labels) if len(labels) == len(read) else None, config
     )
@@ -275,7 +290,7 @@ def _natural(path: Path) -> tuple[int, str]:
 def _read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
     """Read images ``(N, H, W, C)`` and labels ``(N,)``."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             key = next((key for key in ("images", "arr_0", "data") if key in file), None)
             if key is None:
                 raise DataError(
@@ -284,8 +299,8 @@ def _read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
             images = file[key]
             label_key = next((name for name in ("labels", "arr_1") if name in file), None)
             labels = None if label_key is None else file[label_key]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no readable npz file: {error}.") from error
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is no readable npz file: {error}") from error
     if key == "data":  # ImageNet-64: rows of 3 x H x W, labels from 1
         images = _unflatten(images, path)
         labels = None if labels is None else labels - 1
@@ -305,7 +320,7 @@ def _read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
 
 
 def _unflatten(rows: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
-    size = int((rows.shape[-1] / 3) ** 0.5)
+    size = round((rows.shape[1] / 3) ** 0.5) if rows.ndim == 2 else 0
     if rows.ndim != 2 or rows.shape[1] != 3 * size * size:
         raise DataError(f"data in {path} must have shape (N, 3 * H * H), got {rows.shape}.")
     return rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)  # (N, 3HH) -> (N, H, H, 3)
@@ -333,7 +348,8 @@ def _to_size(images: Tensor, config: DataConfig) -> Tensor:
     """Bring uint8 images to the size (shorter side, then a square from the middle) and colours."""
     channels, size = images.shape[1], config.image_size
     if channels == 3 and config.num_channels == 1:
-        images = transforms.rgb_to_grayscale(images)
+        weights = torch.tensor(GREY_WEIGHTS)[:, None, None]
+        images = (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
     elif channels == 1 and config.num_channels == 3:
         images = images.expand(-1, 3, -1, -1).contiguous()
     if images.shape[-2:] != (size, size):

@@ -82,7 +82,9 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
         Where the reference comes from, in words.
     """
     if spec.num_classes is not None and not spec.path.exists():
-        yield [_classifier_item(config, spec)]
+        item = _classifier_item(config, spec)
+        item.result_path.unlink(missing_ok=True)  # without its weights it is no result
+        yield [item]
     if _ready(config, spec) is not None:
         return f"clean-fid's statistics of {config.evaluate.reference}, training split"
     count = len(load_dataset(config.data))

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from torch import nn
 
 from tdc_ray.config import DiffusionConfig, RunConfig, SamplerConfig
-from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
@@ -164,18 +164,21 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             raise CheckpointError(
                 f"{path} holds no experts: {INDEX_FILE} is missing. Finish the run first."
             )
-        index = read_json(folder / INDEX_FILE)
-        if index["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {index['format']}, expected {FORMAT}.")
-        rows = index["experts"]
-        experts = Experts(
-            [load_expert(folder / row["folder"]) for row in rows],
-            [(row["first"], row["last"]) for row in rows],
-        )
-        scheduler = make_scheduler(
-            DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
-        )
-        return _assemble(experts, scheduler, index)
+        try:
+            index = read_json(folder / INDEX_FILE)
+            if index["format"] != FORMAT:
+                raise CheckpointError(f"{folder} has format {index['format']}, expected {FORMAT}.")
+            rows = index["experts"]
+            experts = Experts(
+                [load_expert(folder / row["folder"]) for row in rows],
+                [(row["first"], row["last"]) for row in rows],
+            )
+            scheduler = make_scheduler(
+                DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
+            )
+            return _assemble(experts, scheduler, index)
+        except (KeyError, TypeError, StorageError) as error:
+            raise CheckpointError(f"{folder / INDEX_FILE} is malformed: {error}") from error
 
 
 def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:

@@ -77,11 +77,22 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A group before it has an index: timesteps [start, stop) and the share of its limit."""
+    """A group before its index is known: timesteps [start, stop) and the share of its limit."""
+
+    number: int
+    """Place among all N groups."""
 
     start: int
     stop: int
     share: float
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def joined_by(self, other: "_Draft") -> "_Draft":
+        start, stop = min(self.start, other.start), max(self.stop, other.stop)
+        return dataclasses.replace(self, start=start, stop=stop)
 
 
 def difficulty(snr_db: FloatArray) -> FloatArray:
@@ -146,15 +157,25 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             f"{steps[0]}, past the last timestep {len(snr) - 1}. Use 0, or fewer steps."
         )
     notes: list[str] = []
-    by_snr = _join_small(_snr_groups(snr, config, notes), config.min_group_size, notes)
-    if config.schedule == "snr":
-        drafts = by_snr
-    elif config.schedule == "constant":
-        mean = _mean_share(by_snr, steps)
-        drafts = [dataclasses.replace(draft, share=mean) for draft in by_snr]
+    by_snr = _snr_groups(snr, config)
+    if config.schedule.startswith("uni-"):
+        before = _uniform_groups(len(snr), config, config.min_macs_share)
     else:
-        drafts = _uniform_groups(len(snr), config, by_snr, steps)
-        drafts = _join_small(drafts, config.min_group_size, notes)
+        before = by_snr
+        if len(by_snr) < config.num_groups:
+            notes.append(_vanished(by_snr, config))
+    by_snr = _join_small(by_snr, config.min_group_size)
+    drafts = _join_small(before, config.min_group_size)
+    if len(drafts) < len(before):
+        notes.append(
+            f"{len(before) - len(drafts)} group(s) under {config.min_group_size} timesteps joined "
+            "a neighbour"
+        )
+    if config.schedule == "constant":
+        mean = _mean_share(by_snr, steps)
+        drafts = [dataclasses.replace(draft, share=mean) for draft in drafts]
+    elif config.match_snr_mean:
+        drafts = _matched(len(snr), config, _mean_share(by_snr, steps), steps)
     groups = tuple(
         Group(
             index=index,
@@ -182,43 +203,50 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
     )
 
 
-def _snr_groups(snr: FloatArray, config: PlanConfig, notes: list[str]) -> list[_Draft]:
+def _snr_groups(snr: FloatArray, config: PlanConfig) -> list[_Draft]:
     """Group by difficulty (TDC Eq. 5); which timestep falls where does not depend on k."""
-    place = difficulty(snr)
     count = config.num_groups
-    member = np.clip(np.ceil(place * count).astype(int) - 1, 0, count - 1)
+    member = np.clip(np.ceil(difficulty(snr) * count).astype(int) - 1, 0, count - 1)
     bounds = np.searchsorted(member, np.arange(count + 1))
     shares = limit_shares(count, config.min_macs_share)
-    empty = [str(i) for i in range(count) if bounds[i] == bounds[i + 1]]
-    if empty:
-        notes.append(
-            f"of {count} groups, number {', '.join(empty)} (from 0) is empty and vanishes"
-        )
     return [
-        _Draft(int(bounds[i]), int(bounds[i + 1]), float(shares[i]))
+        _Draft(i, int(bounds[i]), int(bounds[i + 1]), float(shares[i]))
         for i in range(count)
         if bounds[i] < bounds[i + 1]
     ]
 
 
-def _uniform_groups(
-    num_timesteps: int, config: PlanConfig, by_snr: Sequence[_Draft], steps: Sequence[int]
-) -> list[_Draft]:
-    """Equal runs of timesteps whose limits rise (or fall) linearly to F (or from F)."""
-    count = config.num_groups
+def _vanished(drafts: Sequence[_Draft], config: PlanConfig) -> str:
+    left = {draft.number for draft in drafts}
+    empty = [str(number) for number in range(config.num_groups) if number not in left]
+    return (
+        f"of {config.num_groups} groups, number {', '.join(empty)} (from 0) is empty and vanishes"
+    )
+
+
+def _uniform_groups(num_timesteps: int, config: PlanConfig, min_macs_share: float) -> list[_Draft]:
+    """Equal runs of timesteps whose limits rise linearly to F, or fall from it."""
+    count, shares = config.num_groups, limit_shares(config.num_groups, min_macs_share)
+    if config.schedule == "uni-decreasing":
+        shares = shares[::-1]
     bounds = [num_timesteps * i // count for i in range(count + 1)]
+    return [_Draft(i, bounds[i], bounds[i + 1], float(shares[i])) for i in range(count)]
+
+
+def _matched(
+    num_timesteps: int, config: PlanConfig, target: float, steps: Sequence[int]
+) -> list[_Draft]:
+    """Uniform groups with the k that gives their limits the target for a mean."""
 
     def drafts(min_macs_share: float) -> list[_Draft]:
-        shares = limit_shares(count, min_macs_share)
-        if config.schedule == "uni-decreasing":
-            shares = shares[::-1]
-        return [_Draft(bounds[i], bounds[i + 1], float(shares[i])) for i in range(count)]
+        uniform = _uniform_groups(num_timesteps, config, min_macs_share)
+        return _join_small(uniform, config.min_group_size)
 
-    if not config.match_snr_mean:
+    # A limit is place + (1 - place) k, linear in k, so the mean can be solved for k.
+    place = _mean_share(drafts(0.0), steps)
+    if place == 1:  # one group, whose limit is F whatever k is
         return drafts(config.min_macs_share)
-    # The limit is linear in k: limit = place + (1 - place) k, so the mean can be solved for k.
-    target, place = _mean_share(by_snr, steps), _mean_share(drafts(0.0), steps)
-    k = (target - place) / (1 - place) if place < 1 else 0.0
+    k = (target - place) / (1 - place)
     if not 0 < k <= 1:
         raise ConfigError(
             f"plan.match_snr_mean cannot bring {config.schedule} to the SNR schedule's mean limit "
@@ -228,29 +256,20 @@ def _uniform_groups(
     return drafts(k)
 
 
-def _join_small(drafts: list[_Draft], min_size: int, notes: list[str]) -> list[_Draft]:
-    """Join groups of too few timesteps to the next one, the last to the one before it.
+def _join_small(drafts: Sequence[_Draft], min_size: int) -> list[_Draft]:
+    """Join groups of too few timesteps to the neighbour with the higher limit, the last downward.
 
-    A joined group takes its neighbour's limit. "The next" is the one of harder timesteps, which
-    on the SNR schedule is the one with the higher limit.
+    What is joined takes the limit of the neighbour that it joins.
     """
+    falling = drafts[0].share > drafts[-1].share
     joined: list[_Draft] = []
-    start: int | None = None
-    for draft in drafts:
-        first = draft.start if start is None else start
-        start = first if draft.stop - first < min_size else None
-        if start is None:
-            joined.append(_Draft(first, draft.stop, draft.share))
-    if start is not None:  # the last ones were too few together
-        if joined:
-            joined[-1] = dataclasses.replace(joined[-1], stop=drafts[-1].stop)
-        else:
-            joined.append(_Draft(start, drafts[-1].stop, drafts[-1].share))
-    if len(joined) < len(drafts):
-        notes.append(
-            f"{len(drafts) - len(joined)} group(s) under {min_size} timesteps joined a neighbour"
-        )
-    return joined
+    for draft in reversed(drafts) if falling else drafts:  # from the lowest limit up
+        small = bool(joined) and joined[-1].size < min_size
+        joined.append(draft.joined_by(joined.pop()) if small else draft)
+    if len(joined) > 1 and joined[-1].size < min_size:
+        last = joined.pop()
+        joined[-1] = joined[-1].joined_by(last)
+    return joined[::-1] if falling else joined
 
 
 def _mean_share(drafts: Sequence[_Draft], steps: Sequence[int]) -> float:

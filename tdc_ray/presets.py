@@ -138,10 +138,7 @@ def imagenet64() -> RunConfig:
 
 
 def ffhq256_ldm() -> RunConfig:
-    """The UNet and schedule of CompVis's FFHQ-256 latent diffusion, on latents of 64x64x3.
-
-    ``data.path`` names an npz file of such latents' images; the run trains on what it is given.
-    """
+    """The UNet and schedule of CompVis's FFHQ-256 latent diffusion, on latents of 64x64x3."""
     full = cifar10()
     return replace(
         full,

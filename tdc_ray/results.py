@@ -168,6 +168,9 @@ def load_results(path: Path) -> Results:
         StorageError: The file is missing, or of another schema.
     """
     document = read_json(path)
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise StorageError(f"{path} has version {version}, expected {SCHEMA_VERSION}.")
     try:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:

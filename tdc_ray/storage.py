@@ -29,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if not temporary.exists():
             raise StorageError(f"nothing was written for {path}.")
-        if temporary.is_dir():
+        if temporary.is_dir() or path.is_dir():  # a plain replace takes files alone
             _remove(path)
         temporary.replace(path)
     finally:
@@ -112,7 +112,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise StorageError(
                 f"run directory {run_dir} is in use by process {file.read() or '(unknown)'}: "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class TrainState:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.load_state_dict(state)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
             raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
 
     @contextlib.contextmanager

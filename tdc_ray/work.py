@@ -69,11 +69,14 @@ def run_item(item: WorkItem, report: Report) -> Result:
 
 def run_chain(chain: Chain[T], report: Report = lambda _metrics, _step: None) -> T:
     """Run a chain in this process, one item after the other."""
-    results: Sequence[Result] | None = None
+    results: list[Result] | None = None
     while True:
         try:
             items = chain.send(results)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as stop:
             value: T = stop.value
             return value
-        results = [finished(item) or run_item(item, report) for item in items]
+        results = []
+        for item in items:
+            earlier = finished(item)
+            results.append(run_item(item, report) if earlier is None else earlier)

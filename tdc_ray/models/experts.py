@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 
-from tdc_ray.errors import CheckpointError
+from tdc_ray.errors import CheckpointError, TdcError
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
@@ -47,11 +47,10 @@ def load_expert(folder: Path) -> UNet2DModel:
     """
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} holds no expert: {CONFIG_FILE} is missing.")
-    document = read_json(folder / CONFIG_FILE)
     try:
-        unet = _empty(document)
+        unet = _empty(read_json(folder / CONFIG_FILE))
         load_model(unet, folder / WEIGHTS_FILE)
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
         raise CheckpointError(f"{folder} holds no whole expert: {error}") from error
     return unet.eval()
 

@@ -88,11 +88,17 @@ def load_unet(folder: Path) -> UNet2DModel:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no model: config.json is missing.")
     try:
-        unet = UNet2DModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        unet, found = UNet2DModel.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} holds no UNet2DModel in safetensors: {error}") from error
+    if missing := found["missing_keys"]:  # diffusers leaves these random
+        raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(missing))}.")
     if (folder / HEADS_FILE).exists():
         set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
     unet.eval()
