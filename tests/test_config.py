@@ -232,6 +232,19 @@ def test_every_source_but_digits_needs_a_path(source):
         DataConfig(source=source)
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (DataConfig(), "digits"),
+        (DataConfig(source="cifar10", path="some/where"), "cifar10"),
+        (DataConfig(source="npz", path="some/mnist-10k.npz"), "mnist_10k"),
+        (DataConfig(source="folder", path="some/FFHQ 64/"), "FFHQ_64"),
+    ],
+)
+def test_a_dataset_is_called_after_its_source_or_its_path(config, name):
+    assert config.name == name
+
+
 @pytest.mark.parametrize("schedule", ["snr", "constant"])
 def test_matching_the_snr_mean_is_for_uniform_schedules(schedule):
     with pytest.raises(ConfigError, match=rf"plan\.match_snr_mean goes with .* got {schedule}"):

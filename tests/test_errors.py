@@ -61,6 +61,9 @@ def test_a_diverged_loss_is_told_with_its_step_and_what_to_do():
 def test_every_failed_item_is_told_with_its_reason_in_order():
     reasons = {"group-03": "out of memory", "base": "lost"}
     error = WorkFailedError(reasons)
-    assert str(error) == "2 work item(s) failed:\n  base: lost\n  group-03: out of memory"
+    first, *lines, last = str(error).splitlines()
+    assert first.startswith("2 of the run's parts failed")
+    assert lines == ["  base: lost", "  group-03: out of memory"]
+    assert "the same command tries these again" in last
     reasons["later"] = "no"
     assert "later" not in error.reasons

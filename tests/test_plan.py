@@ -243,17 +243,11 @@ def test_a_mean_that_no_k_can_reach_is_refused_with_what_to_change():
         plan_groups(COSINE, config, DDIM_100)
 
 
-@pytest.mark.xfail(
-    raises=ConfigError, reason="bug: with one group the mean is 1 for any k, yet it is refused"
-)
 def test_one_group_has_the_snr_mean_already():
     config = PlanConfig(num_groups=1, schedule="uni-increasing", match_snr_mean=True)
     assert plan_groups(LINEAR, config, DDIM_100).mean_limit_share == 1.0
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="bug: groups are joined after k was solved for, mean 0.861"
-)
 def test_match_snr_mean_holds_for_groups_that_were_joined():
     config = PlanConfig(min_group_size=150)
     by_snr = plan_groups(LINEAR, config, DDIM_100)
@@ -273,9 +267,6 @@ def test_empty_groups_vanish_with_a_note():
     assert any("of 10 groups, number 8" in note and "empty" in note for note in plan.notes)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="bug: uni-* plans carry the notes of the SNR groups"
-)
 @pytest.mark.parametrize("schedule", ["uni-increasing", "uni-decreasing"])
 def test_equal_runs_have_no_note_about_groups_of_the_snr_schedule(schedule):
     plan = plan_groups(COSINE, PlanConfig(schedule=schedule), DDIM_100)

@@ -77,9 +77,6 @@ def test_nothing_is_seen_of_a_block_that_raises(tmp_path, make):
             make_folder,
             make_file,
             id="folder by file",
-            marks=pytest.mark.xfail(
-                raises=IsADirectoryError, reason="bug: only a folder clears what stood there"
-            ),
         ),
     ],
 )

@@ -94,9 +94,6 @@ def test_an_item_that_fails_leaves_no_result_and_is_run_again(tmp_path):
     assert calls(tmp_path) == ["a", "a", "b", "c5"]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="bug: `finished(item) or run_item(...)` takes {} for unfinished"
-)
 def test_an_item_whose_result_is_empty_is_finished_too(tmp_path):
     def chain():
         yield [item(tmp_path, "a", empty_result)]

@@ -73,7 +73,8 @@ def test_noise_is_the_same_at_every_call_and_another_for_every_purpose_group_and
         drawn(CONFIG, 2),
         drawn(small_config(seed=1), 1),
     ]
-    assert not any(torch.equal(first[1], other[1]) for other in others)
+    for part in (0, 1):  # the images, and the noise
+        assert not any(torch.equal(first[part], other[part]) for other in others)
 
 
 def test_the_images_are_different_training_images_in_model_range():
@@ -86,7 +87,7 @@ def test_the_images_are_different_training_images_in_model_range():
 
 
 def test_the_same_candidate_has_the_same_loss_twice(run_dir):
-    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), random_kept(UNITS, seed=0))
+    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), random_kept(UNITS, seed=0), 1)
     torch.manual_seed(1)
     first = measure_candidate(job, ignore)["loss_cut"]
     torch.manual_seed(2)
@@ -97,7 +98,7 @@ def test_the_same_candidate_has_the_same_loss_twice(run_dir):
 
 def test_another_candidate_and_another_group_have_another_loss(run_dir):
     jobs = [
-        MeasureJob(run_dir, CONFIG, group_of(CONFIG, index), random_kept(UNITS, seed))
+        MeasureJob(run_dir, CONFIG, group_of(CONFIG, index), random_kept(UNITS, seed), 1)
         for index in (0, 3)
         for seed in (0, 1)
     ]
@@ -106,7 +107,7 @@ def test_another_candidate_and_another_group_have_another_loss(run_dir):
 
 def test_a_candidate_that_keeps_everything_has_the_loss_of_the_base(run_dir):
     group = group_of(CONFIG, 2)
-    result = measure_candidate(MeasureJob(run_dir, CONFIG, group, keep_all(UNITS)), ignore)
+    result = measure_candidate(MeasureJob(run_dir, CONFIG, group, keep_all(UNITS), 0), ignore)
     assert result["loss_cut"] == held_out_loss(load_unet(run_dir.base_unet), CONFIG, group)
 
 
@@ -122,11 +123,11 @@ def test_the_loss_is_measured_without_dropout():
     assert held_out_loss(unet, CONFIG, group) == held_out_loss(unet, CONFIG, group)
 
 
-def test_a_measurement_is_reported(run_dir):
+def test_a_measurement_is_reported_at_its_place_in_the_search(run_dir):
     seen = []
-    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), keep_all(UNITS))
+    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), keep_all(UNITS), 5)
     result = measure_candidate(job, lambda metrics, step: seen.append((dict(metrics), step)))
-    assert seen == [({"loss_cut": result["loss_cut"]}, 1)]
+    assert seen == [({"loss_cut": result["loss_cut"]}, 5)]
     assert result["seconds"] > 0
 
 

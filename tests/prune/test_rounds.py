@@ -69,9 +69,9 @@ def test_the_choice_is_tight_within_the_limit_and_the_best_that_was_measured(run
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_bank_holds_every_candidate_of_every_round(run_dir, method):
     task = task_of(run_dir, config_of(method, num_rounds=3, num_candidates=2))
-    choice, entries = find(task), entries_of(task)
+    find(task)
+    entries = entries_of(task)
     assert [entry.place for entry in entries] == [(0, r, c) for r in range(3) for c in range(2)]
-    assert choice.num_candidates == 6
     assert task.run_dir.memory.read_text().count("\n") == 6
     assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 6
     for entry in entries:
@@ -86,7 +86,6 @@ def test_without_pruning_the_choice_is_the_base_and_nothing_is_remembered(run_di
     assert choice.widths == task.space.full
     assert choice.kept == keep_all(task.space.units)
     assert choice.loss_cut == choice.loss_base
-    assert choice.num_candidates == 0
     assert not task.run_dir.memory.exists()
     assert list(results_of(task)) == ["base.json"]
 
@@ -97,7 +96,16 @@ def test_a_group_limited_to_the_base_keeps_all_of_it(run_dir):
     choice = find(task)
     assert choice.widths == task.space.full
     assert choice.loss_cut == choice.loss_base
-    assert choice.num_candidates == 1  # there is nothing else to try
+    assert len(entries_of(task)) == 1  # there is nothing else to try
+
+
+def test_losses_are_reported_by_their_place_in_the_search(run_dir):
+    task, seen = task_of(run_dir, config_of(num_rounds=2, num_candidates=3)), []
+    chain = search(task, MemoryBank(run_dir.memory))
+    choice = run_chain(chain, lambda metrics, step: seen.append((step, dict(metrics))))
+    losses = [choice.loss_base] + [entry.loss_cut for entry in entries_of(task)]
+    found = [(step, metrics["loss_cut"]) for step, metrics in seen if metrics]
+    assert found == list(enumerate(losses))
 
 
 @pytest.mark.parametrize("method", ["none", *METHODS])

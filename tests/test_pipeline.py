@@ -1,0 +1,242 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.experts import save_expert
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.pipeline import (
+    INDEX_FILE,
+    Experts,
+    ProgressivePipeline,
+    base_pipeline,
+    save_index,
+)
+from tdc_ray.plan import Group, plan_groups
+from tdc_ray.sampling import image_generators, make_scheduler
+from tests.small import TINY, assert_same, random_kept, random_unet, small_config
+
+UNITS = units_of(TINY)
+CONFIG = small_config()
+
+
+def groups_of(config: RunConfig) -> tuple[Group, ...]:
+    return plan_groups(config.diffusion, config.plan, config.sampler).groups
+
+
+def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:
+    """A pipeline of experts that are in memory, made as a user would make it."""
+    experts = Experts(unets, [(group.first, group.last) for group in groups_of(config)])
+    return ProgressivePipeline(
+        experts,
+        make_scheduler(config.diffusion, config.sampler),
+        shape=(1, 8, 8),
+        num_inference_steps=config.sampler.num_inference_steps,
+        eta=config.sampler.eta,
+        timestep_scale=config.diffusion.timestep_scale,
+    )
+
+
+def images_of(pipeline: ProgressivePipeline, count: int = 3, **arguments) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(count, output_type="pt", **arguments).images
+
+
+def pruned_unets() -> list[UNet2DModel]:
+    return [
+        cut(random_unet(seed=seed), UNITS, random_kept(UNITS, seed))
+        for seed in range(len(groups_of(CONFIG)))
+    ]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A run directory's folder of experts, each cut from a base of its own."""
+    groups = groups_of(CONFIG)
+    names = [f"expert-{group.index:02d}" for group in groups]
+    for seed, (name, unet) in enumerate(zip(names, pruned_unets(), strict=True)):
+        save_expert(tmp_path / "experts" / name, unet, TINY, random_kept(UNITS, seed))
+    save_index(tmp_path / "experts", CONFIG, groups, names)
+    return tmp_path / "experts"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        small_config(sampler={"eta": 1.0}),
+        small_config(sampler={"sampler": "ddpm"}),
+        small_config(sampler={"steps_offset": 1, "clip_sample": False}),
+        small_config(
+            diffusion={
+                "num_train_timesteps": 400,
+                "beta_schedule": "squaredcos_cap_v2",
+                "rescale_timesteps": True,
+            },
+            plan={"num_groups": 7},
+        ),
+    ],
+    ids=["ddim", "eta", "ddpm", "latent-like", "cosine"],
+)
+def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_path, config):
+    base, groups = random_unet(), groups_of(config)
+    expected = images_of(base_pipeline(base, config))
+    assert expected.shape == (3, 1, 8, 8)
+    assert_same(images_of(live([random_unet() for _ in groups], config)), expected)
+    names = [str(group.index) for group in groups]
+    for name in names:
+        save_expert(tmp_path / name, base, TINY, keep_all(UNITS))
+    save_index(tmp_path, config, groups, names)
+    assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_saved_experts_draw_the_images_of_the_live_ones(saved):
+    expected = images_of(live(pruned_unets()))
+    assert_same(images_of(ProgressivePipeline.from_pretrained(saved)), expected)
+    assert_same(images_of(ProgressivePipeline.from_pretrained(str(saved))), expected)
+    run_dir = saved.parent
+    assert_same(images_of(ProgressivePipeline.from_pretrained(run_dir)), expected)
+    assert not torch.equal(expected, images_of(base_pipeline(random_unet(), CONFIG)))
+
+
+def test_a_moved_folder_of_experts_still_loads(saved, tmp_path):
+    expected = images_of(ProgressivePipeline.from_pretrained(saved))
+    saved.rename(tmp_path / "elsewhere")
+    assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path / "elsewhere")), expected)
+
+
+def test_a_step_uses_the_expert_of_its_timestep():
+    unets = [random_unet(seed=seed) for seed in range(4)]
+    pipeline, groups = live(unets), groups_of(CONFIG)
+    for timestep in range(1000):
+        (place,) = (g.index for g in groups if timestep in g.timesteps)
+        assert pipeline.experts.for_timestep(timestep) is unets[place]
+
+
+def test_a_timestep_without_an_expert_is_an_error_that_names_it():
+    pipeline = live([random_unet() for _ in range(4)])
+    for timestep in (-1, 1000):
+        with pytest.raises(ConfigError, match=f"no expert serves timestep {timestep}:"):
+            pipeline.experts.for_timestep(timestep)
+    pipeline.scheduler = DDPMScheduler(num_train_timesteps=4000)
+    with pytest.raises(ConfigError, match="no expert serves timestep 3600"):
+        images_of(pipeline)
+
+
+def test_a_folder_without_an_index_is_a_checkpoint_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=rf"{folder} holds no experts: {INDEX_FILE}"):
+            ProgressivePipeline.from_pretrained(folder)
+
+
+def test_an_index_of_another_format_is_a_checkpoint_error(saved):
+    index = json.loads((saved / INDEX_FILE).read_text())
+    (saved / INDEX_FILE).write_text(json.dumps(index | {"format": 2}))
+    with pytest.raises(CheckpointError, match=f"{saved} has format 2, expected 1"):
+        ProgressivePipeline.from_pretrained(saved)
+
+
+def test_an_expert_that_is_missing_is_a_checkpoint_error_that_names_it(saved):
+    (saved / "expert-02" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expert-02"):
+        ProgressivePipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"format": 1', '{"format": 1, "experts": []}'], ids=repr
+)
+def test_a_spoilt_index_is_a_checkpoint_error(saved, text):
+    (saved / INDEX_FILE).write_text(text)
+    with pytest.raises(CheckpointError):
+        ProgressivePipeline.from_pretrained(saved)
+
+
+def test_the_scheduler_can_be_swapped_for_another_made_from_its_config(saved):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    before = images_of(pipeline)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    images = images_of(pipeline)
+    assert images.shape == before.shape
+    assert images.isfinite().all()
+    assert not torch.allclose(images, before, atol=1e-2)
+    assert_same(pipeline.scheduler.betas, make_scheduler(CONFIG.diffusion, CONFIG.sampler).betas)
+    ddpm = small_config(sampler={"sampler": "ddpm"})
+    assert_same(images, images_of(live(pruned_unets(), ddpm)))
+
+
+def test_images_come_as_pil_numpy_or_torch():
+    pipeline = base_pipeline(random_unet(), CONFIG)
+    tensor = images_of(pipeline, 2)
+    assert tensor.dtype == torch.float32
+    assert tensor.shape == (2, 1, 8, 8)
+    pixels = pipeline(2, output_type="np").images
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (2, 8, 8, 1)
+    expected = np.clip((tensor.numpy().transpose(0, 2, 3, 1) + 1) * 127.5, 0, 255)
+    np.testing.assert_allclose(pixels, expected, atol=0.501)
+    pictures = pipeline(2).images
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    np.testing.assert_array_equal(np.stack([np.asarray(p) for p in pictures]), pixels[..., 0])
+
+
+def test_colour_comes_as_rgb_pictures():
+    config = {**TINY, "in_channels": 3, "out_channels": 3}
+    settings = small_config(data={"num_channels": 3})
+    (picture,) = base_pipeline(random_unet(config), settings)().images
+    assert (picture.mode, picture.size) == ("RGB", (8, 8))
+
+
+def test_image_i_of_a_seed_is_the_same_in_every_batch():
+    pipeline = base_pipeline(random_unet(), CONFIG)
+    four = images_of(pipeline, 4)
+    assert_same(images_of(pipeline, 4, seed=0), four)
+    torch.testing.assert_close(images_of(pipeline, 2), four[:2], rtol=1e-4, atol=1e-4)
+    given = images_of(pipeline, 2, generator=image_generators(0, 2, 2))
+    torch.testing.assert_close(given, four[2:], rtol=1e-4, atol=1e-4)
+
+
+def test_another_seed_draws_other_images():
+    pipeline = base_pipeline(random_unet(), CONFIG)
+    assert not torch.allclose(images_of(pipeline, seed=1), images_of(pipeline), atol=0.1)
+
+
+def test_one_generator_serves_a_whole_batch_of_different_images():
+    pipeline = base_pipeline(random_unet(), CONFIG)
+    images = images_of(pipeline, 2, generator=torch.Generator().manual_seed(3))
+    assert_same(images_of(pipeline, 2, generator=torch.Generator().manual_seed(3)), images)
+    assert not torch.allclose(images[0], images[1], atol=0.1)
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_the_number_of_generators_must_be_that_of_the_images(num):
+    pipeline = base_pipeline(random_unet(), CONFIG)
+    with pytest.raises(ConfigError, match=f"got {num} for batch_size 2"):
+        pipeline(2, image_generators(0, 0, num))
+
+
+def test_steps_and_eta_of_a_call_win_over_the_planned_ones():
+    planned = base_pipeline(random_unet(), small_config(sampler={"num_inference_steps": 4}))
+    called = images_of(planned, num_inference_steps=10, eta=1.0)
+    assert_same(
+        called, images_of(base_pipeline(random_unet(), small_config(sampler={"eta": 1.0})))
+    )
+    assert not torch.allclose(called, images_of(planned), atol=0.1)
+
+
+def test_a_pipeline_moves_as_a_whole(saved):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    assert (pipeline.dtype, pipeline.device.type) == (torch.float32, "cpu")
+    full = images_of(pipeline)
+    half = images_of(pipeline.to(torch.bfloat16))
+    assert all(parameter.dtype == torch.bfloat16 for parameter in pipeline.experts.parameters())
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    assert (half - full).abs().mean() < 0.1

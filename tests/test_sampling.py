@@ -1,0 +1,279 @@
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from torch import Tensor, nn
+
+from tdc_ray.config import DiffusionConfig, SamplerConfig
+from tdc_ray.data import to_model_range
+from tdc_ray.plan import sampling_timesteps
+from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.schedule import alphas_cumprod, betas
+from tests.small import TINY, assert_same, random_unet
+
+SHAPE = (1, 8, 8)
+LINEAR = DiffusionConfig()
+COSINE = DiffusionConfig(
+    num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True
+)
+LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+
+
+def betas_of(diffusion: DiffusionConfig) -> np.ndarray:
+    return betas(
+        diffusion.beta_schedule,
+        diffusion.num_train_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+    )
+
+
+def draw(
+    unet: nn.Module,
+    diffusion: DiffusionConfig = LINEAR,
+    sampler: SamplerConfig | None = None,
+    *,
+    first: int = 0,
+    count: int = 2,
+) -> Tensor:
+    sampler = sampler or SamplerConfig(num_inference_steps=10)
+    return sample(
+        lambda _: unet,
+        make_scheduler(diffusion, sampler),
+        generators=image_generators(0, first, count),
+        shape=SHAPE,
+        num_inference_steps=sampler.num_inference_steps,
+        eta=sampler.eta,
+        timestep_scale=diffusion.timestep_scale,
+    )
+
+
+class Recorder(nn.Module):
+    """Passes everything on and remembers what it saw."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Any:
+        self.seen.append((x.clone(), timesteps))
+        return self.unet(x, timesteps)
+
+
+@torch.no_grad()
+def ddim_by_hand(
+    unet: nn.Module, diffusion: DiffusionConfig, num_steps: int, count: int
+) -> Tensor:
+    """DDIM (arXiv:2010.02502, equation 12, sigma 0), x_0 clipped, epsilon re-derived."""
+    alpha_bar = alphas_cumprod(betas_of(diffusion))
+    stride = diffusion.num_train_timesteps // num_steps
+    noise = [torch.randn(SHAPE, generator=g) for g in image_generators(0, 0, count)]
+    x = torch.stack(noise).double().numpy()
+    for timestep in range(diffusion.num_train_timesteps - stride, -1, -stride):
+        seen = torch.full((count,), timestep * diffusion.timestep_scale)
+        epsilon = unet(torch.from_numpy(x).float(), seen).sample.double().numpy()
+        now = alpha_bar[timestep]
+        before = alpha_bar[timestep - stride] if timestep >= stride else 1.0
+        x_0 = np.clip((x - np.sqrt(1 - now) * epsilon) / np.sqrt(now), -1, 1)
+        epsilon = (x - np.sqrt(now) * x_0) / np.sqrt(1 - now)
+        x = np.sqrt(before) * x_0 + np.sqrt(1 - before) * epsilon
+    return torch.from_numpy(x)
+
+
+@pytest.mark.parametrize("diffusion", [LINEAR, COSINE], ids=["linear", "cosine-4000"])
+@pytest.mark.parametrize("num_steps", [10, 100])
+def test_ddim_is_the_papers_update_with_a_clipped_image(diffusion, num_steps):
+    unet = random_unet()
+    images = draw(unet, diffusion, SamplerConfig(num_inference_steps=num_steps))
+    expected = ddim_by_hand(unet, diffusion, num_steps, count=2)
+    assert (images - expected).abs().max() < 1e-4
+    assert images.std() > 0.1
+    assert images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("diffusion", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
+    scheduler = make_scheduler(diffusion, SamplerConfig(sampler=sampler))
+    values = betas_of(diffusion)
+    assert isinstance(scheduler, DDIMScheduler if sampler == "ddim" else DDPMScheduler)
+    np.testing.assert_array_equal(scheduler.betas.numpy(), values.astype(np.float32))
+    np.testing.assert_allclose(scheduler.alphas_cumprod, alphas_cumprod(values), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (1, 0)]
+)
+def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset):
+    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
+    scheduler = make_scheduler(LINEAR, sampler)
+    scheduler.set_timesteps(num_steps)
+    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(1000, num_steps, offset)
+
+
+def test_settings_reach_the_scheduler():
+    latent = SamplerConfig(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    config = make_scheduler(LATENT, latent).config
+    assert not config["clip_sample"]
+    assert not config["set_alpha_to_one"]
+    assert config["steps_offset"] == 1
+    learned = DiffusionConfig(learned_sigma=True)
+    ddpm = SamplerConfig(sampler="ddpm")
+    assert make_scheduler(learned, ddpm).config["variance_type"] == "learned_range"
+    assert make_scheduler(LINEAR, ddpm).config["variance_type"] == "fixed_small"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig(num_inference_steps=10),
+        SamplerConfig(num_inference_steps=10, eta=1.0),
+        SamplerConfig(num_inference_steps=10, sampler="ddpm"),
+    ],
+    ids=["ddim", "ddim-eta-1", "ddpm"],
+)
+def test_an_image_does_not_depend_on_how_images_are_batched(sampler):
+    recorder = Recorder(random_unet())
+    together = draw(recorder, sampler=sampler, count=4)
+    noise = recorder.seen[0][0]
+    recorder.seen.clear()
+    apart = [draw(recorder, sampler=sampler, first=i, count=1) for i in range(4)]
+    assert_same(torch.cat([x for x, _ in recorder.seen[::10]]), noise)
+    torch.testing.assert_close(torch.cat(apart), together, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def first_draws(seed: int, first: int, count: int) -> list[float]:
+    generators = image_generators(seed, first, count)
+    return [torch.rand(1, generator=g, dtype=torch.float64).item() for g in generators]
+
+
+def test_every_image_has_noise_of_its_own_wherever_its_batch_begins():
+    assert len(set(first_draws(0, first=0, count=100))) == 100
+    assert first_draws(0, first=0, count=100)[60:] == first_draws(0, first=60, count=40)
+
+
+def test_the_images_of_another_seed_have_other_noise():
+    numbers = [number for seed in range(3) for number in first_draws(seed, first=0, count=10)]
+    assert len(set(numbers)) == 30
+
+
+class FirstHalf(nn.Module):
+    """Gives out the first half of the channels alone."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.unet(x, timesteps).sample.chunk(2, dim=1)[0])
+
+
+def with_other_variance(unet: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        unet.conv_out.bias[1] += 1.0
+    return unet
+
+
+def test_ddim_drops_the_channels_of_the_variance():
+    learned, config = DiffusionConfig(learned_sigma=True), {**TINY, "out_channels": 2}
+    images = draw(random_unet(config), learned)
+    assert images.shape == (2, *SHAPE)
+    assert_same(draw(FirstHalf(random_unet(config)), learned), images)
+    assert_same(draw(with_other_variance(random_unet(config)), learned), images)
+
+
+def test_ddpm_uses_the_channels_of_the_variance():
+    learned, config = DiffusionConfig(learned_sigma=True), {**TINY, "out_channels": 2}
+    ddpm = SamplerConfig(sampler="ddpm", num_inference_steps=10)
+    images = draw(random_unet(config), learned, ddpm)
+    assert images.shape == (2, *SHAPE)
+    assert images.isfinite().all()
+    other = draw(with_other_variance(random_unet(config)), learned, ddpm)
+    assert not torch.allclose(other, images, atol=1e-3)
+    fixed = draw(FirstHalf(random_unet(config)), LINEAR, ddpm)
+    assert not torch.allclose(fixed, images, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
+def test_the_denoiser_is_chosen_by_the_discrete_timestep(scheduler_class):
+    asked, used = [], []
+    unets = {name: Recorder(random_unet(seed=place)) for place, name in enumerate("ab")}
+
+    def denoiser_for(timestep: int) -> nn.Module:
+        assert isinstance(timestep, int)
+        asked.append(timestep)
+        used.append("a" if timestep < 300 else "b")
+        return unets[used[-1]]
+
+    scheduler: SchedulerMixin = scheduler_class.from_config(
+        make_scheduler(LINEAR, SamplerConfig()).config
+    )
+    sample(
+        denoiser_for,
+        scheduler,
+        generators=image_generators(0, 0, 2),
+        shape=SHAPE,
+        num_inference_steps=10,
+    )
+    assert asked == list(range(900, -1, -100))
+    assert used == ["b"] * 7 + ["a"] * 3
+    seen = {name: [t.tolist() for _, t in unet.seen] for name, unet in unets.items()}
+    assert seen == {
+        "b": [[t, t] for t in range(900, 299, -100)],
+        "a": [[t, t] for t in range(200, -1, -100)],
+    }
+
+
+def test_the_network_sees_scaled_timesteps_and_the_denoiser_is_chosen_by_unscaled_ones():
+    recorder, asked = Recorder(random_unet()), []
+
+    def denoiser_for(timestep: int) -> nn.Module:
+        asked.append(timestep)
+        return recorder
+
+    sample(
+        denoiser_for,
+        make_scheduler(COSINE, SamplerConfig()),
+        generators=image_generators(0, 0, 1),
+        shape=SHAPE,
+        num_inference_steps=3,
+        timestep_scale=COSINE.timestep_scale,
+    )
+    assert asked == [2666, 1333, 0]
+    assert [timesteps.item() for _, timesteps in recorder.seen] == [666.5, 333.25, 0.0]
+
+
+def test_eta_makes_ddim_stochastic_and_0_does_not():
+    unet = random_unet()
+    images = [draw(unet, sampler=SamplerConfig(num_inference_steps=5, eta=e)) for e in (0.0, 0.5)]
+    assert not torch.allclose(images[0], images[1], atol=1e-2)
+
+
+def test_every_step_is_announced():
+    steps = []
+    sample(
+        lambda _: random_unet(),
+        make_scheduler(LINEAR, SamplerConfig()),
+        generators=image_generators(0, 0, 1),
+        shape=SHAPE,
+        num_inference_steps=4,
+        on_step=lambda: steps.append(len(steps)),
+    )
+    assert steps == [0, 1, 2, 3]
+
+
+def test_pixels_survive_the_way_to_the_model_range_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert_same(to_uint8(to_model_range(pixels)), pixels.permute(0, 2, 3, 1))
+
+
+def test_pixels_outside_the_range_are_clipped_and_colours_go_last():
+    images = torch.tensor([-3.0, 0.5, 3.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
+    pixels = to_uint8(images)
+    assert pixels.shape == (2, 4, 5, 3)
+    assert pixels[0, 0, 0].tolist() == [0, 191, 255]
