@@ -1,4 +1,3 @@
-import gc
 import itertools
 import pickle
 from hashlib import md5
@@ -192,8 +191,6 @@ def npy_under_another_name(path):
         pytest.param(
             cut_short,
             id="cut short",
-            # NumPy leaves the file that it opened to the garbage collector.
-            marks=pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
         ),
         pytest.param(one_bit_off, id="one bit off"),
         pytest.param(
@@ -215,7 +212,6 @@ def test_a_damaged_npz_file_is_named(tmp_path, damage):
     damage(path)
     with pytest.raises(DataError, match=f"^{path} is no readable npz file"):
         load_dataset(npz_config(path))
-    gc.collect()
 
 
 @pytest.mark.parametrize("other", [(3, 9, 9), (3, 8, 8, 3)])
