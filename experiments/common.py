@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import platform
 import shutil
 import statistics
 import sys
@@ -20,6 +19,7 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config import RunConfig
+from tdc_ray.environment import machine
 from tdc_ray.layout import RunDir
 from tdc_ray.results import Results
 from tdc_ray.run import run
@@ -137,13 +137,6 @@ def write_record(
         "command": " ".join(["python", *sys.argv]),
         "commits": sorted(str(commit) for commit in commits),
         "seeds": list(flags.seeds),
-        "machine": f"{platform.platform()}, {_processor()}",
+        "machine": machine(),
     }
     write_json(folder / f"{name}.json", {"made_by": made_by, **record})
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.progress import Event, ProgressView
@@ -20,6 +21,8 @@ OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""
 
 SECONDS_BETWEEN_LOOKS = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -90,8 +93,12 @@ class Board:
         self._actor.add.remote(Event(key, step, {}, images))
 
     def show(self, view: ProgressView) -> None:
-        """Fetch what came in and show it."""
-        events: list[Event] = ray.get(self._actor.drain.remote())
+        """Fetch what came in and show it; a board that died is no reason to stop the work."""
+        try:
+            events: list[Event] = ray.get(self._actor.drain.remote())
+        except RayActorError:
+            logger.warning("the progress board died; it starts again, what it held is not shown")
+            return
         for event in events:
             view.show(event)
 
@@ -100,7 +107,8 @@ class Board:
 def board(view: ProgressView) -> Iterator[Board]:
     """Start a board on the driver's node and show what it gets for as long as needed."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor: Any = ray.remote(num_cpus=0)(_Events).options(scheduling_strategy=here).remote()
+    remote = ray.remote(num_cpus=0, max_restarts=-1)(_Events)
+    actor: Any = remote.options(scheduling_strategy=here).remote()
     handle, stop = Board(actor), threading.Event()
 
     def watch() -> None:

@@ -1,0 +1,36 @@
+"""What a result was made with: versions, commit, machine."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("tdc-ray", "torch", "diffusers", "ray", "numpy", "clean-fid", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout the package runs from, marked if changed; None outside of one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def machine() -> str:
+    """Name system and processors, such as ``Linux x86_64, 2 x Intel(R) Xeon(R) Processor``."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processors = f"{len(names)} x {names[0]}" if names else platform.processor()
+    return f"{platform.system()} {platform.machine()}, {processors}"

@@ -1,0 +1,131 @@
+"""Brings together what the stages left into the results of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdc_ray.config import RunConfig
+from tdc_ray.environment import commit, versions
+from tdc_ray.evaluate import Score
+from tdc_ray.features import FeatureSpec
+from tdc_ray.finetune import Expert
+from tdc_ray.layout import RunDir
+from tdc_ray.plan import Plan
+from tdc_ray.results import (
+    EvaluationResult,
+    GroupResult,
+    ModelResult,
+    PlanResult,
+    PruneResult,
+    Results,
+    StageSeconds,
+)
+from tdc_ray.storage import read_json
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What stage 2 and the evaluation came to."""
+
+    plan: Plan
+    experts: Sequence[Expert]
+    """One per group, in order."""
+
+    base: Score
+    tdc: Score
+    spec: FeatureSpec
+    reference: str
+    """What the images were held against, in words."""
+
+
+def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: float) -> Results:
+    """Bring together what the stages left.
+
+    Args:
+        run_dir: Where the base's result is.
+        config: The run's settings.
+        outcome: What stage 2 and the evaluation came to.
+        seconds: How long this attempt took.
+    """
+    plan, experts = outcome.plan, outcome.experts
+    base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
+    sampler, pruned = config.sampler, config.prune.method != "none"
+    return Results(
+        preset=config.preset,
+        seed=config.seed,
+        dataset=config.data.name,
+        metric=outcome.spec.metric,
+        base=ModelResult(
+            score=base_score.score,
+            macs=float(base["macs"]),
+            num_params=float(base["num_params"]),
+            train_steps=base["train_steps"],
+            train_macs=base["train_macs"],
+            images_per_second=base_score.images_per_second,
+        ),
+        tdc=ModelResult(
+            score=tdc_score.score,
+            macs=step_mean(plan, [expert.macs for expert in experts]),
+            num_params=step_mean(plan, [expert.num_params for expert in experts]),
+            train_steps=base["train_steps"] + sum(expert.train_steps for expert in experts),
+            train_macs=base["train_macs"] + sum(expert.train_macs for expert in experts),
+            images_per_second=tdc_score.images_per_second,
+        ),
+        plan=PlanResult(
+            k=config.plan.min_macs_share,
+            num_groups=config.plan.num_groups,
+            schedule=config.plan.schedule,
+            mean_macs_limit=plan.mean_limit_share * base["macs"],
+            notes=plan.notes,
+        ),
+        groups=tuple(_group_result(expert) for expert in experts),
+        prune=PruneResult(
+            method=config.prune.method,
+            rounds=config.prune.num_rounds if pruned else 0,
+            candidates=config.prune.num_candidates if pruned else 0,
+            seconds=sum(expert.choice.seconds for expert in experts),
+            search_macs=sum(expert.choice.search_macs for expert in experts),
+            prompt_tokens=0,
+            completion_tokens=0,
+        ),
+        evaluation=EvaluationResult(
+            sampler=sampler.sampler,
+            num_inference_steps=sampler.num_inference_steps,
+            eta=sampler.eta,
+            seed=config.evaluate.seed,
+            num_images=config.evaluate.num_images,
+            reference=outcome.reference,
+            features=outcome.spec.extractor,
+            weights="EMA",
+        ),
+        seconds=StageSeconds(
+            base=base["seconds"],
+            prune=sum(expert.choice.seconds for expert in experts),
+            finetune=sum(expert.seconds for expert in experts),
+            evaluate=base_score.seconds + tdc_score.seconds,
+            wall=seconds,
+        ),
+        versions=versions(),
+        commit=commit(),
+    )
+
+
+def _group_result(expert: Expert) -> GroupResult:
+    return GroupResult(
+        index=expert.group.index,
+        timesteps=(expert.group.first, expert.group.last),
+        macs_limit=expert.max_macs,
+        macs=expert.macs,
+        num_params=expert.num_params,
+        widths=expert.choice.widths,
+        loss_base=expert.choice.loss_base,
+        loss_cut=expert.choice.loss_cut,
+        loss_refit=None,
+        loss_finetuned=expert.loss_finetuned,
+    )
+
+
+def step_mean(plan: Plan, values: Sequence[int]) -> float:
+    """Mean over the sampling steps of a value per group, in the groups' order."""
+    weighted = zip(plan.groups, values, strict=True)
+    total = sum(group.num_sampling_steps * value for group, value in weighted)
+    return total / len(plan.sampling_timesteps)
