@@ -310,7 +310,7 @@ class ComputeConfig:
     num_base_workers: int = 1
     """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
 
-    cpus_per_base_worker: int = 2
+    cpus_per_base_worker: int = 1
     """CPUs, and so threads, of a base worker."""
 
     num_actors: int | None = None
