@@ -22,6 +22,17 @@ from tdc_ray.seeds import derive_seed
 from tdc_ray.storage import atomic_path
 from tdc_ray.work import Report
 
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    UnpicklingError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)
+"""What torch raises for files that are damaged, or hold something else than a checkpoint."""
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,7 +85,7 @@ class TrainState:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.load_state_dict(state)
-        except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
 
     @contextlib.contextmanager
