@@ -23,7 +23,8 @@ def test_plan_prints_the_groups_and_writes_them(tmp_path, capsys):
     plan = json.loads((tmp_path / "plan.json").read_text())
     sizes = [group["last"] - group["first"] + 1 for group in plan["groups"]]
     assert sizes == [4, 13, 35, 87, 164, 190, 160, 132, 114, 101]
-    assert Image.open(tmp_path / "plan.png").size[0] > 400
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.size[0] > 400
 
 
 def test_plan_says_which_groups_vanish_and_which_no_step_enters(tmp_path, capsys):
@@ -90,4 +91,5 @@ def test_sample_writes_a_grid_and_an_npz_that_a_seed_decides(finished_run, tmp_p
     assert one.dtype == np.uint8
     assert one.shape == (8, 8, 8, 1)
     assert np.abs(one.astype(int) - two).max() <= 1  # batches of other sizes, other last bits
-    assert Image.open(tmp_path / "one" / "samples.png").size[0] >= 3 * 8
+    with Image.open(tmp_path / "one" / "samples.png") as grid:
+        assert grid.size[0] >= 3 * 8

@@ -9,7 +9,15 @@ import torch
 
 from tdc_ray.config import RunConfig
 from tdc_ray.data import load_dataset
-from tdc_ray.evaluate import Score, Which, evaluate, load_pipeline, prepare_features, score
+from tdc_ray.evaluate import (
+    Score,
+    Which,
+    evaluate,
+    load_pipeline,
+    prepare_features,
+    score,
+    train_classifier_item,
+)
 from tdc_ray.features import (
     FeatureSpec,
     Moments,
@@ -27,7 +35,7 @@ from tdc_ray.pipeline import save_index
 from tdc_ray.plan import plan_groups
 from tdc_ray.sampling import image_generators
 from tdc_ray.storage import write_json
-from tdc_ray.work import WorkItem, run_chain
+from tdc_ray.work import WorkItem, finished, run_chain
 from tests.small import TINY, make_run_dir, random_kept, small_config
 
 UNITS = units_of(TINY)
@@ -137,14 +145,14 @@ def test_another_run_uses_the_classifier_and_moments_of_the_cache(config, spec, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="the result of the item is found, so the classifier is not trained")
 def test_a_classifier_that_went_missing_from_the_cache_is_trained_again(config, tmp_path):
     evaluate_config = dataclasses.replace(config.evaluate, cache_dir=str(tmp_path / "cache"))
     fresh = dataclasses.replace(config, evaluate=evaluate_config)
     spec = choose_features(fresh, load_dataset(fresh.data))
-    write_json(spec.path.with_suffix(".json"), {"accuracy": 0.99})
-    run_chain(prepare_features(RunDir(tmp_path / "run"), fresh, spec))
-    assert spec.path.exists()
+    write_json(spec.path.with_suffix(".json"), {"accuracy": 0.99})  # all that is left of it
+    (item,) = next(prepare_features(RunDir(tmp_path / "run"), fresh, spec))
+    assert item.function is train_classifier_item
+    assert finished(item) is None
 
 
 def test_a_finished_evaluation_is_not_done_again(scored, config, spec):

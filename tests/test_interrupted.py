@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 def start(folder: Path, cache_dir: Path) -> subprocess.Popen[bytes]:
-    log = folder.with_suffix(".log").open("ab")
     command = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
     flags = ["--run-dir", str(folder), "--evaluate.cache-dir", str(cache_dir)]
-    return subprocess.Popen([*command, *flags], stdout=log, stderr=log, start_new_session=True)
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen([*command, *flags], stdout=log, stderr=log, start_new_session=True)
 
 
 def children(parent: int, title: str) -> list[int]:
