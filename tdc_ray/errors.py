@@ -63,7 +63,7 @@ class ClusterError(TdcError):
 
 
 class NonFiniteLossError(TdcError):
-    """The training loss became NaN or infinite."""
+    """The training loss became NaN or infinite at a step, counted from 1."""
 
     def __init__(self, step: int, loss: float) -> None:
         super().__init__(step, loss)

@@ -127,13 +127,9 @@ def evaluate(
     }
 
 
-def score(
-    run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, results: list[Result]
-) -> Score:
-    """Put the shards of one model together: its Frechet distance, and how fast it samples."""
-    moments = [
-        Moments.load(path) for path in sorted(_folder(run_dir, which).glob("*.moments.npz"))
-    ]
+def score(config: RunConfig, spec: FeatureSpec, results: list[Result]) -> Score:
+    """Put what one model's chains gave together: its Frechet distance, and how fast it samples."""
+    moments = [Moments.load(Path(result["moments_path"])) for result in results]
     reference = _ready(config, spec) or Moments.load(spec.moments_path).mean_and_covariance()
     seconds = sum(result["seconds"] for result in results)
     return Score(
@@ -222,7 +218,7 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
             cost=0.0,
         )
     ]
-    return sampled
+    return {**sampled, "moments_path": str(moments_path)}
 
 
 def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
@@ -242,9 +238,5 @@ def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray
     return ready_statistics(config.evaluate.reference, config.data.image_size)
 
 
-def _folder(run_dir: RunDir, which: Which) -> Path:
-    return run_dir.samples / which
-
-
 def _samples_path(job: SampleJob) -> Path:
-    return _folder(job.run_dir, job.which) / f"{job.first:07d}.npz"
+    return job.run_dir.samples / job.which / f"{job.first:07d}.npz"

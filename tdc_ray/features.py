@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -136,8 +137,9 @@ def choose_features(config: RunConfig, dataset: ImageDataset) -> FeatureSpec:
                 "--evaluate.inception-path."
             )
     if dataset.num_classes is None:
+        missing = "" if wanted == "classifier" else f"{INCEPTION_FILE} is not to be had and "
         raise EvaluationError(
-            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no "
+            f"{missing}data.source {config.data.source} has no "
             "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
@@ -166,7 +168,7 @@ def ready_statistics(name: str, image_size: int) -> tuple[FloatArray, FloatArray
             mean, covariance = get_reference_statistics(
                 name, image_size, mode="clean", split="train"
             )
-    except OSError as error:
+    except (OSError, ValueError, BadZipFile) as error:
         logger.warning("clean-fid's statistics of %s are not to be had: %s", name, error)
         return None
     return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
@@ -259,9 +261,10 @@ def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
         try:
             with _timeout(), tempfile.TemporaryDirectory() as folder:
                 check_download_inception(folder)
+                torch.jit.load(Path(folder) / INCEPTION_FILE)  # a download cut short is none
                 with atomic_path(cache / INCEPTION_FILE) as temporary:
                     shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.warning("%s is not to be downloaded: %s", INCEPTION_FILE, error)
             return None
     return cache

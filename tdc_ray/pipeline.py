@@ -18,6 +18,7 @@ from tdc_ray.storage import read_json, write_json
 
 INDEX_FILE = "progressive.json"
 FORMAT = 1
+OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class Experts(nn.ModuleList):
@@ -120,10 +121,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if isinstance(generator, list):
             generators = generator
         elif generator is not None:
-            seeds = torch.randint(2**31, (batch_size,), generator=generator).tolist()
+            device = generator.device
+            seeds = torch.randint(
+                2**31, (batch_size,), generator=generator, device=device
+            ).tolist()
             generators = [torch.Generator().manual_seed(value) for value in seeds]
         else:
             generators = image_generators(seed, 0, batch_size)
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type}."
+            )
         if len(generators) != batch_size:
             raise ConfigError(
                 f"generator must be one, or one per image: got {len(generators)} for batch_size "

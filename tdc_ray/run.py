@@ -165,8 +165,8 @@ def _evaluate(
     )
     done = pool.run({**base, **tdc})
     return (
-        score(run_dir, config, spec, "base", [done[name] for name in base]),
-        score(run_dir, config, spec, "tdc", [done[name] for name in tdc]),
+        score(config, spec, [done[name] for name in base]),
+        score(config, spec, [done[name] for name in tdc]),
     )
 
 

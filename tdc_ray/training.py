@@ -111,8 +111,10 @@ def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
         ema=EMAModel(
             parameters,
             decay=config.ema_decay,
-            # Without a least decay diffusers warms up by (1 + step) / (10 + step).
+            # Without a least decay diffusers warms up by (1 + step) / (10 + step), and without the
+            # -1 the average starts from the weights after the first step, not before it.
             min_decay=0.0 if config.ema_warmup else config.ema_decay,
+            update_after_step=0 if config.ema_warmup else -1,
             use_ema_warmup=config.ema_warmup,
             foreach=True,
         ),
@@ -262,7 +264,7 @@ class _Losses:
         values = torch.stack(self.values).tolist()
         for offset, value in enumerate(values):
             if not -float("inf") < value < float("inf"):
-                raise NonFiniteLossError(self.first_step + offset, value)
+                raise NonFiniteLossError(self.first_step + offset + 1, value)
         now = time.perf_counter()
         found = {
             "loss": sum(values) / len(values),

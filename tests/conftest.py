@@ -7,6 +7,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # SciPy's threads wait for each other on busy cores
 
 from collections.abc import Iterator
 from dataclasses import replace

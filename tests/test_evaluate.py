@@ -70,7 +70,7 @@ def save_experts(run_dir: RunDir, config: RunConfig, kept: Kept) -> None:
 def score_of(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which) -> Score:
     chains = evaluate(run_dir, config, spec, which, macs=1.0)
     results = [run_chain(chain) for chain in chains.values()]
-    return score(run_dir, config, spec, which, results)
+    return score(config, spec, results)
 
 
 def written(folder: Path) -> dict[Path, int]:

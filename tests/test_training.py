@@ -345,9 +345,9 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_its_step(log_every, tm
     config = config_of(
         learning_rate=1e30, num_warmup_steps=0, max_grad_norm=None, log_every=log_every
     )
-    with pytest.raises(NonFiniteLossError, match=r"is (nan|inf) at step 1\. Lower") as raised:
+    with pytest.raises(NonFiniteLossError, match=r"is (nan|inf) at step 2\. Lower") as raised:
         run_base(config, folder=tmp_path)
-    assert raised.value.step == 1  # step 0 is that of the first, sound weights
+    assert raised.value.step == 2  # the first step's weights are sound
     assert list(tmp_path.iterdir()) == []  # no checkpoint of what is spoilt
     again = pickle.loads(pickle.dumps(raised.value))
     assert str(again) == str(raised.value)
@@ -410,22 +410,6 @@ def hold_a_list(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
 
-UNCAUGHT = pytest.mark.xfail(reason="IndexError and TypeError come through")
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        tear,
-        remove,
-        widen,
-        forget,
-        smuggle,
-        empty,
-        pytest.param(replace_by_text, marks=UNCAUGHT),
-        pytest.param(hold_a_list, marks=UNCAUGHT),
-    ],
-)
 def test_a_spoilt_checkpoint_is_an_error_that_names_it(tmp_path, harm):
     config = config_of(num_steps=1)
     run_base(config, folder=tmp_path)

@@ -364,5 +364,11 @@ class _Walk:
 
     def _attention(self, name: str, channels: int, *, has_norm: bool) -> AttentionBlock:
         head_dim = self.config["attention_head_dim"] or channels
-        num_heads = self.config.get("num_heads") or channels // head_dim
+        if self.config.get("num_heads"):
+            head_dim = channels // self.config["num_heads"]
+        if head_dim == 0 or channels % head_dim:
+            raise UnsupportedModelError(
+                f"{name} has {channels} channels, which its heads do not divide evenly."
+            )
+        num_heads = channels // head_dim
         return AttentionBlock(name, channels, num_heads, has_norm, self.size**2)

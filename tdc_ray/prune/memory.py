@@ -1,6 +1,7 @@
 """The memory bank (TDC Eq. 12): which schemes were tried, and what they were worth."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,5 +78,5 @@ class MemoryBank:
 
 
 def best(entries: list[MemoryEntry]) -> MemoryEntry:
-    """Give the entry of the lowest loss, the earliest of equals."""
-    return min(entries, key=lambda entry: (entry.loss, entry.place))
+    """Give the entry of the lowest loss, the earliest of equals; a loss of NaN is the highest."""
+    return min(entries, key=lambda entry: (math.isnan(entry.loss), entry.loss, entry.place))
