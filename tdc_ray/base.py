@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import batches, load_dataset
+from tdc_ray.data import batches
+from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.architectures import architecture
 from tdc_ray.models.unet import build_unet

@@ -139,7 +139,8 @@ def _run(command: Run, console: Console) -> None:
 
 
 def _plan(command: Plan, console: Console) -> None:
-    from tdc_ray.models.architectures import architecture, count
+    from tdc_ray.models.architectures import architecture
+    from tdc_ray.models.layers import count
     from tdc_ray.plan import plan_groups, to_json
     from tdc_ray.report import plot_plan, print_plan
     from tdc_ray.storage import write_json

@@ -1,337 +1,27 @@
-"""The settings of a run: a frozen dataclass per stage, and ``RunConfig``, which composes them."""
+"""``RunConfig`` composes the stages' settings; to and from JSON."""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.schedule import BetaSchedule
-
-Precision = Literal["fp32", "bf16", "fp16"]
-PruneMethod = Literal["none", "random", "magnitude", "taylor"]
-FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
-
-
-def _rule(stage: str, config: object, name: str, rule: str, *, ok: bool) -> None:
-    """Refuse a setting that breaks its rule."""
-    if not ok:
-        raise ConfigError(f"{stage}.{name} must be {rule}, got {getattr(config, name)}.")
-
-
-def _at_least(least: int, stage: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _rule(stage, config, name, f"at least {least}", ok=value is None or value >= least)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which images are learnt, and how they are brought into shape."""
-
-    source: Literal["digits", "folder", "npz", "cifar10"] = "digits"
-    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or
-    a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision
-    unpacks it."""
-
-    path: str | None = None
-    """Where the images are; every source but digits needs it."""
-
-    image_size: int = 8
-    """Height and width that images are brought to, in pixels."""
-
-    num_channels: Literal[1, 3] = 1
-    """Grey (1) or colour (3)."""
-
-    horizontal_flip: bool = False
-    """Mirror half of the training images at random."""
-
-    crop_padding: int = 0
-    """Pad by this many pixels (reflected) and crop at random; 0 leaves images as they are."""
-
-    num_workers: int = 0
-    """Processes that load and decode images beside each trainer."""
-
-    def __post_init__(self) -> None:
-        _at_least(4, "data", self, "image_size")
-        _at_least(0, "data", self, "crop_padding", "num_workers")
-        rule = f"below data.image_size = {self.image_size}"
-        _rule("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
-        if self.source != "digits" and self.path is None:
-            raise ConfigError(
-                f"data.path must be given for data.source {self.source}: where are the images? "
-                "Set --data.path."
-            )
-
-    @property
-    def name(self) -> str:
-        """What results call the dataset: its source, or the name of its file or folder."""
-        if self.path is None or self.source == "cifar10":
-            return self.source
-        stem = Path(self.path).resolve().stem
-        return "".join(c if c.isalnum() else "_" for c in stem)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The base denoiser."""
-
-    architecture: str = "digits"
-    """A name from `tdc_ray.models.architectures`."""
-
-    dropout: float = 0.0
-    """Dropout inside the residual blocks, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        _rule("model", self, "dropout", "in [0, 1)", ok=0 <= self.dropout < 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiffusionConfig:
-    """The noise process and what the network predicts of it."""
-
-    num_train_timesteps: int = 1000
-    """Number of timesteps T."""
-
-    beta_schedule: BetaSchedule = "linear"
-    """The noise schedule, under diffusers' name."""
-
-    beta_start: float = 1e-4
-    """First beta of the linear schedules."""
-
-    beta_end: float = 0.02
-    """Last beta of the linear schedules."""
-
-    learned_sigma: bool = False
-    """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
-
-    vlb_weight: float = 0.001
-    """Weight of L_vlb in L_hybrid (Nichol and Dhariwal, arXiv:2102.09672, equation 16)."""
-
-    rescale_timesteps: bool = False
-    """Feed the network t * 1000 / T in place of t, as improved-diffusion does."""
-
-    def __post_init__(self) -> None:
-        _at_least(2, "diffusion", self, "num_train_timesteps")
-        _at_least(0, "diffusion", self, "vlb_weight")
-        _rule("diffusion", self, "beta_start", "in (0, 1)", ok=0 < self.beta_start < 1)
-        rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
-        _rule("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
-
-    @property
-    def timestep_scale(self) -> float:
-        """What a timestep is multiplied with before the network sees it."""
-        return 1000 / self.num_train_timesteps if self.rescale_timesteps else 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
-    """How the timesteps are grouped and what each group may cost."""
-
-    num_groups: int = 10
-    """Number of groups before empty ones vanish (the paper's N)."""
-
-    min_macs_share: float = 0.5
-    """Share of the base's macs that the easiest timestep gets, in (0, 1] (the paper's k)."""
-
-    schedule: FlopsSchedule = "snr"
-    """How the limits move with t (the paper's FLOPs schedule, Table II)."""
-
-    match_snr_mean: bool = False
-    """Give a uni-increasing or uni-decreasing schedule the mean limit, over the sampling steps, of
-    the SNR schedule, by another least limit."""
-
-    min_group_size: int = 1
-    """Groups of fewer timesteps than this join their neighbour."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, "plan", self, "num_groups", "min_group_size")
-        _rule("plan", self, "min_macs_share", "in (0, 1]", ok=0 < self.min_macs_share <= 1)
-        if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
-            raise ConfigError(
-                "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "
-                f"got {self.schedule}; constant has the SNR schedule's mean already."
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Gradient training, of the base or of an expert."""
-
-    num_steps: int = 2000
-    """Optimizer steps."""
-
-    batch_size: int = 64
-    """Images per optimizer step, over all workers."""
-
-    micro_batch_size: int | None = None
-    """Images per forward pass of one worker; gradients are accumulated. None: the whole share."""
-
-    learning_rate: float = 1e-3
-    """AdamW's learning rate after the warm-up."""
-
-    num_warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
-
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-
-    max_grad_norm: float | None = 1.0
-    """Gradients are clipped to this norm; None: never."""
-
-    ema_decay: float = 0.9999
-    """Decay of the exponential moving average of the weights, in [0, 1)."""
-
-    ema_warmup: bool = False
-    """Let the decay rise as 1 - (1 + step)^(-2/3) until it reaches `ema_decay`."""
-
-    precision: Precision = "fp32"
-    """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler)."""
-
-    log_every: int = 50
-    """Steps between two reports of the loss."""
-
-    checkpoint_every: int = 1000
-    """Steps between two checkpoints, from which a run that was cut goes on."""
-
-    keep_checkpoints: int = 2
-    """How many checkpoints are kept."""
-
-    def check(self, stage: str) -> None:
-        """Refuse wrong values under the name of the stage, which only the whole config knows.
-
-        Raises:
-            ConfigError: A value is out of its range.
-        """
-        positive = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        _at_least(1, stage, self, *positive, "keep_checkpoints")
-        _at_least(0, stage, self, "num_steps", "num_warmup_steps", "weight_decay")
-        _rule(stage, self, "learning_rate", "above 0", ok=self.learning_rate > 0)
-        clipped = self.max_grad_norm is None or self.max_grad_norm > 0
-        _rule(stage, self, "max_grad_norm", "above 0, or None", ok=clipped)
-        _rule(stage, self, "ema_decay", "in [0, 1)", ok=0 <= self.ema_decay < 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PruneConfig:
-    """How the base is pruned to each group's limit."""
-
-    method: PruneMethod = "taylor"
-    """What ranks the channels; none: TDC without pruning, every expert keeps the base's widths."""
-
-    num_rounds: int = 3
-    """Rounds of propose, cut, measure, remember (the paper's R)."""
-
-    num_candidates: int = 3
-    """Pruning schemes per round."""
-
-    num_images: int = 512
-    """Noised images of the group's timesteps on which scores and losses are measured."""
-
-    batch_size: int = 128
-    """Images per forward pass while measuring."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, "prune", self, "num_rounds", "num_candidates", "num_images", "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplerConfig:
-    """How images are drawn from the model."""
-
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """The diffusers scheduler; timesteps are spaced as its `leading`."""
-
-    num_inference_steps: int = 100
-    """Denoising steps."""
-
-    eta: float = 0.0
-    """Stochasticity of DDIM, in [0, 1]; ddpm has none to set."""
-
-    steps_offset: int = 0
-    """Added to every sampled timestep (1 for latent diffusion)."""
-
-    clip_sample: bool = True
-    """Clip the predicted image to [-1, 1]; right for pixels, wrong for latents."""
-
-    set_alpha_to_one: bool = True
-    """The step after the last has no noise at all (diffusers' name)."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, "sampler", self, "num_inference_steps")
-        _rule("sampler", self, "eta", "in [0, 1]", ok=0 <= self.eta <= 1)
-        _rule("sampler", self, "steps_offset", "0 or 1", ok=self.steps_offset in (0, 1))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """How the base and the experts are scored."""
-
-    num_images: int = 50_000
-    """Images sampled from each model."""
-
-    batch_size: int = 250
-    """Images sampled at once."""
-
-    seed: int = 0
-    """Seed of the initial noise, the same for the base and the experts."""
-
-    features: Literal["auto", "inception", "classifier"] = "auto"
-    """What measures the Frechet distance. auto: Inception where its weights are to be had, else a
-    small classifier trained on the data's labels, after which the metric is then named."""
-
-    inception_path: str | None = None
-    """The folder that holds inception-2015-12-05.pt; None: the cache, then the network."""
-
-    cache_dir: str = "~/.cache/tdc_ray"
-    """Where Inception, trained classifiers and moments of training images are kept for all runs;
-    on a cluster it must be a place that all nodes see."""
-
-    reference: str | None = None
-    """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
-
-    def __post_init__(self) -> None:
-        _at_least(2, "evaluate", self, "num_images")
-        _at_least(1, "evaluate", self, "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComputeConfig:
-    """What the run takes of the cluster.
-
-    Nothing here changes what is computed, but for the last bits of sums, which depend on the
-    number of base workers and on the CPUs of each worker.
-    """
-
-    num_base_workers: int = 1
-    """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
-
-    cpus_per_base_worker: int = 1
-    """CPUs, and so threads, of a base worker."""
-
-    num_actors: int | None = None
-    """Actors that prune, fine-tune and sample; None: as many as fit on the cluster, at most 64."""
-
-    cpus_per_actor: int = 1
-    """CPUs, and so threads, of an actor."""
-
-    gpus_per_base_worker: float = 0.0
-    """GPUs of a base worker."""
-
-    gpus_per_actor: float = 0.0
-    """GPUs of an actor; fractions share one."""
-
-    max_attempts: int = 3
-    """How often an item is started whose actor dies under it, and the base whose worker dies."""
-
-    def __post_init__(self) -> None:
-        counts = ("num_base_workers", "cpus_per_base_worker", "num_actors", "cpus_per_actor")
-        _at_least(1, "compute", self, *counts, "max_attempts")
-        _at_least(0, "compute", self, "gpus_per_base_worker", "gpus_per_actor")
+from tdc_ray.settings import (
+    ComputeConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PlanConfig,
+    PruneConfig,
+    SamplerConfig,
+    TrainConfig,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,10 +51,10 @@ class RunConfig:
         timesteps, workers = self.diffusion.num_train_timesteps, self.compute.num_base_workers
         rule = f"at most diffusion.num_train_timesteps = {timesteps}"
         few = self.sampler.num_inference_steps <= timesteps
-        _rule("sampler", self.sampler, "num_inference_steps", rule, ok=few)
-        _rule("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
+        require("sampler", self.sampler, "num_inference_steps", rule, ok=few)
+        require("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
         rule = f"a multiple of compute.num_base_workers = {workers}"
-        _rule("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
+        require("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
         if self.sampler.sampler == "ddpm" and self.sampler.eta:
             raise ConfigError(
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with ddpm. "

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.config import DiffusionConfig
 from tdc_ray.schedule import FloatArray, alphas_cumprod, betas
+from tdc_ray.settings import DiffusionConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import load_dataset
+from tdc_ray.datasets import load_dataset
+from tdc_ray.device import worker_device
 from tdc_ray.features import (
     FeatureSpec,
     Moments,
@@ -29,7 +30,6 @@ from tdc_ray.features import (
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
-from tdc_ray.prune.measure import worker_device
 from tdc_ray.sampling import image_generators
 from tdc_ray.storage import atomic_path
 from tdc_ray.work import Chain, Report, Result, WorkItem

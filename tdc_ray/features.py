@@ -28,7 +28,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import ImageDataset, batches, to_model_range
+from tdc_ray.data import batches, to_model_range
+from tdc_ray.datasets import ImageDataset
 from tdc_ray.errors import EvaluationError
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path

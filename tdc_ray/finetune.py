@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import batches, load_dataset
+from tdc_ray.data import batches
+from tdc_ray.datasets import load_dataset
+from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
@@ -13,7 +15,7 @@ from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import count_params, load_unet, unet_config
 from tdc_ray.models.units import Kept, units_of
 from tdc_ray.plan import Group
-from tdc_ray.prune.measure import held_out_loss, worker_device
+from tdc_ray.prune.measure import held_out_loss
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import Choice, GroupTask, search
 from tdc_ray.prune.space import space_of

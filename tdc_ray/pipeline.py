@@ -9,11 +9,12 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from torch import nn
 
-from tdc_ray.config import DiffusionConfig, RunConfig, SamplerConfig
+from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.settings import DiffusionConfig, SamplerConfig
 from tdc_ray.storage import read_json, write_json
 
 INDEX_FILE = "progressive.json"

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from tdc_ray.config import (
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import ConfigError
+from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
     DiffusionConfig,
@@ -11,11 +13,9 @@ from tdc_ray.config import (
     ModelConfig,
     PlanConfig,
     PruneConfig,
-    RunConfig,
     SamplerConfig,
     TrainConfig,
 )
-from tdc_ray.errors import ConfigError
 
 
 def digits() -> RunConfig:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tdc_ray.config import ComputeConfig, RunConfig, differences, from_json, to_json
-from tdc_ray.data import load_dataset
+from tdc_ray.config import RunConfig, differences, from_json, to_json
+from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
@@ -30,6 +30,7 @@ from tdc_ray.prune.rounds import GroupTask
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
+from tdc_ray.settings import ComputeConfig
 from tdc_ray.storage import exclusive, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
 

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from tdc_ray.config import DiffusionConfig, SamplerConfig
 from tdc_ray.schedule import betas
 from tdc_ray.seeds import derive_seed
+from tdc_ray.settings import DiffusionConfig, SamplerConfig
 
 DenoiserFor = Callable[[int], nn.Module]
 """Gives the denoiser that serves a timestep."""

@@ -14,11 +14,12 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from tdc_ray.config import DataConfig, TrainConfig
-from tdc_ray.data import Batch, augment, to_model_range
+from tdc_ray.data import augment, to_model_range
+from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.seeds import derive_seed
+from tdc_ray.settings import DataConfig, TrainConfig
 from tdc_ray.storage import atomic_path
 from tdc_ray.work import Report
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.config import (
+from tdc_ray.config import RunConfig, default_run_dir, differences, digest, from_json, to_json
+from tdc_ray.errors import ConfigError
+from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
     DiffusionConfig,
@@ -15,16 +17,9 @@ from tdc_ray.config import (
     ModelConfig,
     PlanConfig,
     PruneConfig,
-    RunConfig,
     SamplerConfig,
     TrainConfig,
-    default_run_dir,
-    differences,
-    digest,
-    from_json,
-    to_json,
 )
-from tdc_ray.errors import ConfigError
 
 
 def changed(config, setting, value):

@@ -11,16 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from tdc_ray.config import DataConfig
-from tdc_ray.data import (
-    ArrayImages,
-    augment,
-    batches,
-    fixed_batches,
-    load_dataset,
-    to_model_range,
-)
+from tdc_ray.data import augment, batches, fixed_batches, to_model_range
+from tdc_ray.datasets import ArrayImages, load_dataset
 from tdc_ray.errors import DataError
+from tdc_ray.settings import DataConfig
 
 
 def random_pixels(*shape, seed=0):

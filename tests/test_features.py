@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tdc_ray.config import DataConfig, RunConfig
-from tdc_ray.data import ImageDataset, load_dataset, to_model_range
+from tdc_ray.config import RunConfig
+from tdc_ray.data import to_model_range
+from tdc_ray.datasets import ImageDataset, load_dataset
 from tdc_ray.errors import EvaluationError
 from tdc_ray.features import (
     INCEPTION_FILE,
@@ -24,6 +25,7 @@ from tdc_ray.features import (
     ready_statistics,
     train_classifier,
 )
+from tdc_ray.settings import DataConfig
 from tests.small import assert_same, small_config
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tdc_ray.config import DiffusionConfig, PlanConfig, SamplerConfig
 from tdc_ray.errors import ConfigError, ScheduleError
-from tdc_ray.models.architectures import architecture, count
+from tdc_ray.models.architectures import architecture
+from tdc_ray.models.layers import count
 from tdc_ray.plan import (
     difficulty,
     limit_shares,
@@ -20,6 +20,7 @@ from tdc_ray.plan import (
 )
 from tdc_ray.presets import preset
 from tdc_ray.schedule import alphas_cumprod, betas, snr_db
+from tdc_ray.settings import DiffusionConfig, PlanConfig, SamplerConfig
 
 LINEAR = DiffusionConfig()
 LDM = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)

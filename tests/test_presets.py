@@ -6,15 +6,8 @@ import torch
 
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.architectures import (
-    ARCHITECTURES,
-    AttentionBlock,
-    ResidualBlock,
-    architecture,
-    count,
-    layers,
-    parts,
-)
+from tdc_ray.models.architectures import ARCHITECTURES, architecture
+from tdc_ray.models.layers import AttentionBlock, ResidualBlock, count, layers, parts
 from tdc_ray.models.unet import build_unet, count_macs, count_params
 from tdc_ray.plan import plan_groups
 from tdc_ray.presets import PAPER, PRESETS, preset

@@ -7,11 +7,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
-from tdc_ray.config import DiffusionConfig, SamplerConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.plan import sampling_timesteps
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
 from tdc_ray.schedule import alphas_cumprod, betas
+from tdc_ray.settings import DiffusionConfig, SamplerConfig
 from tests.small import TINY, assert_same, random_unet
 
 SHAPE = (1, 8, 8)

@@ -17,13 +17,15 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from tdc_ray.base import Place, sample_grid, train_base
-from tdc_ray.config import ComputeConfig, RunConfig
+from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import architecture, count
+from tdc_ray.models.architectures import architecture
+from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
+from tdc_ray.settings import ComputeConfig
 from tdc_ray.storage import write_json
 from tdc_ray.training import TrainState
 

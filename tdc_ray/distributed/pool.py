@@ -9,11 +9,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from tdc_ray.config import ComputeConfig
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
 from tdc_ray.errors import WorkFailedError
 from tdc_ray.progress import ProgressView
+from tdc_ray.settings import ComputeConfig
 from tdc_ray.work import Chain, Result, WorkItem, finished, run_item
 
 logger = logging.getLogger(__name__)

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tdc_ray.models.architectures import (
-    AttentionBlock,
-    Layer,
-    Part,
-    ResidualBlock,
-    UNetConfig,
-    layers,
-    parts,
-)
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.layers import AttentionBlock, Layer, Part, ResidualBlock, layers, parts
 
 Kept = Mapping[str, tuple[int, ...]]
 """For every unit, which of its groups or heads stay, in rising order."""

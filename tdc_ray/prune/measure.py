@@ -12,7 +12,9 @@ import torch
 from diffusers import UNet2DModel
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import fixed_batches, load_dataset, to_model_range
+from tdc_ray.data import fixed_batches, to_model_range
+from tdc_ray.datasets import load_dataset
+from tdc_ray.device import worker_device
 from tdc_ray.diffusion import denoising_loss, noise_schedule
 from tdc_ray.layout import RunDir
 from tdc_ray.models.surgery import cut
@@ -48,11 +50,6 @@ class MeasureJob:
     kept: Kept
     number: int
     """Place in the group's search, from 0: the base; the step of its metrics."""
-
-
-def worker_device() -> torch.device:
-    """Where this process computes: the GPU it was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def score_units(job: ScoreJob, report: Report) -> Result:

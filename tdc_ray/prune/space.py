@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tdc_ray.errors import LimitError
-from tdc_ray.models.architectures import UNetConfig, count
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.layers import count
 from tdc_ray.models.units import Unit, units_of
 
 Scheme = Mapping[str, int]

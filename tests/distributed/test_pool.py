@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tdc_ray.config import ComputeConfig
 from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.progress import ProgressView
+from tdc_ray.settings import ComputeConfig
 from tdc_ray.storage import write_json
 from tdc_ray.work import Chain, WorkItem
 

@@ -4,7 +4,8 @@ import sys
 import pytest
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.architectures import ARCHITECTURES, LATENT, architecture, count, layers, parts
+from tdc_ray.models.architectures import ARCHITECTURES, LATENT, architecture
+from tdc_ray.models.layers import count, layers, parts
 from tdc_ray.models.unet import build_unet, count_macs, count_params
 
 
@@ -57,7 +58,8 @@ def test_latent_architectures_are_architectures():
 
 def test_counting_needs_no_torch():
     code = (
-        "import sys; from tdc_ray.models.architectures import ARCHITECTURES, count; "
+        "import sys; from tdc_ray.models.architectures import ARCHITECTURES; "
+        "from tdc_ray.models.layers import count; "
         "[count(config) for config in ARCHITECTURES.values()]; "
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"
     )

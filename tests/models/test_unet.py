@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.architectures import count
+from tdc_ray.models.layers import count
 from tdc_ray.models.unet import (
     build_unet,
     count_macs,

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from tdc_ray.data import load_dataset, to_model_range
+from tdc_ray.data import to_model_range
+from tdc_ray.datasets import load_dataset
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import build_unet, load_unet
 from tdc_ray.models.units import keep_all, units_of
