@@ -58,8 +58,8 @@ def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) ->
     Args:
         config: Its settings.
         folder: Its directory.
-        base_of: A finished run whose base this one has too, or goes on training from:
-            its checkpoints are taken over, and where stage 1 is the same its weights too.
+        base_of: A finished run whose base this one has too, or goes on training from: its
+            checkpoints are taken over, and where stage 1 is the same its weights and scores too.
     """
     if base_of is not None and not (folder / "base").exists():
         _share_base(RunDir(base_of), RunDir(folder), config)
@@ -71,7 +71,9 @@ def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
     copied = target.root / "base.copying"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(source.root / "base", copied)
-    if steps != config.base.num_steps:  # train on from the last checkpoint
+    if steps == config.base.num_steps:  # its images and their features are the same too
+        shutil.copytree(source.samples / "base", target.samples / "base", dirs_exist_ok=True)
+    else:  # train on from the last checkpoint
         (copied / source.base_result.name).unlink()
         shutil.rmtree(copied / source.base_unet.name)
     copied.rename(target.root / "base")

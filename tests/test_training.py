@@ -412,6 +412,9 @@ def hold_a_list(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
 
+@pytest.mark.parametrize(
+    "harm", [tear, remove, widen, forget, smuggle, empty, replace_by_text, hold_a_list]
+)
 def test_a_spoilt_checkpoint_is_an_error_that_names_it(tmp_path, harm):
     config = config_of(num_steps=1)
     run_base(config, folder=tmp_path)
