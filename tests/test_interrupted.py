@@ -11,7 +11,7 @@ import pytest
 
 from tdc_ray.results import comparable, load_results
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def start(folder: Path, cache_dir: Path) -> subprocess.Popen[bytes]:

@@ -39,6 +39,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # for machines that are busy
     common: Any = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

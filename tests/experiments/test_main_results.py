@@ -9,7 +9,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_smoke_writes_the_table_and_what_made_it(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import main_results
