@@ -19,6 +19,7 @@ steps; TDC without pruning 3.52 at 8.14 G, 280 k; TDC 3.76 at 6.56 G, 450 k. On 
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 
 from common import (
     Flags,
@@ -84,7 +85,12 @@ def main(flags: Flags) -> None:
         "params",
         "train steps",
         "train macs",
+        "search macs",
     ]
+    none = dict.fromkeys(flags.seeds, 0.0)
+    search = dict.fromkeys(ROWS, none)
+    for row, place in (("TDC", 0), ("TDC, no pruning", 2)):
+        search[row] = {seed: results[place].prune.search_macs for seed, results in runs.items()}
     table = []
     for row in ROWS:
         models = [seeds[seed][row] for seed in flags.seeds]
@@ -93,10 +99,11 @@ def main(flags: Flags) -> None:
                 row,
                 mean_and_spread([model.score for model in models]),
                 PAPER.get(flags.preset, {}).get(row, "-"),
-                f"{models[0].macs:.4g}",
-                f"{models[0].num_params:.4g}",
-                str(models[0].train_steps),
-                f"{models[0].train_macs:.3g}",
+                f"{mean([model.macs for model in models]) / 1e6:.2f} M",
+                f"{mean([model.num_params for model in models]) / 1e6:.2f} M",
+                f"{mean([model.train_steps for model in models]):.0f}",
+                f"{mean([model.train_macs for model in models]):.3g}",
+                f"{mean([search[row][seed] for seed in flags.seeds]):.2g}",
             ]
         )
     write_table(folder, "main_results", columns, table)

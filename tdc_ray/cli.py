@@ -15,6 +15,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 from tdc_ray.config import RunConfig, default_run_dir
 from tdc_ray.errors import TdcError
 from tdc_ray.presets import PRESETS, preset
+from tdc_ray.settings import require
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ class Sample:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
+
 
 Command = Run | Plan | Sample
 
@@ -100,10 +105,11 @@ def run_command(arguments: Sequence[str]) -> int:
             _plan(command, console)
         else:
             _sample(command, console)
-    except TdcError as error:
+    except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again to go on")
+        again = "; run the same command again to go on" if isinstance(command, Run) else ""
+        Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130
     return 0
 
@@ -114,11 +120,16 @@ def _run(command: Run, console: Console) -> None:
     from tdc_ray.run import check, run  # imports torch and ray
 
     if command.dry_run:
+        from tdc_ray.models.architectures import architecture
+        from tdc_ray.models.layers import count
+        from tdc_ray.plan import plan_groups
         from tdc_ray.report import print_plan
 
-        space, plan = check(config)
+        plan = plan_groups(config.diffusion, config.plan, config.sampler)
+        _, macs_base = count(architecture(config.model.architecture))
         console.print(config)
-        print_plan(console, plan, config, space.macs_base)
+        print_plan(console, plan, config, macs_base)
+        check(config)
         console.print(f"would run in {folder}", soft_wrap=True)
         return
     console.print(f"run directory {folder}; the same command goes on after a cut", soft_wrap=True)
@@ -227,15 +238,14 @@ def _configure_logging(console: Console, *, verbose: bool) -> None:
 
 
 def _log_to(path: Path) -> logging.Handler:
-    """Keep the log of all attempts beside the results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    """Keep the log of all attempts beside the results, once the run has made its directory."""
+    handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler
 
 
-def _fail(error: TdcError, *, verbose: bool) -> int:
+def _fail(error: TdcError | OSError, *, verbose: bool) -> int:
     if verbose:
         logger.error("", exc_info=error)
     Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,13 @@ def from_json(document: object) -> RunConfig:
 
 
 def digest(config: RunConfig) -> str:
-    """Eight hexadecimal digits that name all settings but those of the cluster."""
-    document = to_json(config) | {"compute": None}
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that name all settings that decide what is computed."""
+    document = json.dumps(_deciding(config), sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """Name every setting, but those of the cluster, in which two configs differ."""
+    """Name every setting that decides what is computed and in which two configs differ."""
     found: list[str] = []
 
     def compare(path: str, left: object, right: object) -> None:
@@ -101,8 +101,34 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
         elif left != right:
             found.append(f"{path} {left} -> {right}")
 
-    compare("", to_json(one) | {"compute": None}, to_json(other) | {"compute": None})
+    compare("", _deciding(one), _deciding(other))
     return found
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Leave out where a run computes, and make paths absolute, so that they mean the same."""
+    document = to_json(with_absolute_paths(config))
+    kept = ("num_base_workers", "cpus_per_base_worker")
+    return document | {"compute": {name: document["compute"][name] for name in kept}}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make every path absolute: processes on a cluster have working directories of their own."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve())
+
+    data, evaluate = config.data, config.evaluate
+    inception = evaluate.inception_path
+    return replace(
+        config,
+        data=data if data.path is None else replace(data, path=absolute(data.path)),
+        evaluate=replace(
+            evaluate,
+            cache_dir=absolute(evaluate.cache_dir),
+            inception_path=None if inception is None else absolute(inception),
+        ),
+    )
 
 
 def default_run_dir(config: RunConfig) -> Path:

@@ -66,8 +66,8 @@ class ArrayImages:
     def fingerprint(self) -> str:
         """Hash shape, pixels and labels."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        digest.update(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -88,10 +88,11 @@ class FolderImages:
         return torch.stack(images), torch.full((len(images),), -1)
 
     def fingerprint(self) -> str:
-        """Hash the files' names and sizes, and the shape they are brought to."""
+        """Hash the files' places, sizes and times, and the shape they are brought to."""
         digest = hashlib.sha256(f"{self.config.image_size} {self.config.num_channels}".encode())
         for path in self.paths:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            found = path.stat()
+            digest.update(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
     def _decode(self, path: Path) -> Tensor:

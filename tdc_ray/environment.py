@@ -21,9 +21,14 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of the checkout the package runs from, marked if changed; None outside of one."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
     return done.stdout.strip() or None
 
 

@@ -31,6 +31,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.sampling import image_generators
+from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
@@ -85,8 +86,12 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
         item = _classifier_item(config, spec)
         item.result_path.unlink(missing_ok=True)  # without its weights it is no result
         yield [item]
-    if _ready(config, spec) is not None:
-        return f"clean-fid's statistics of {config.evaluate.reference}, training split"
+    if run_dir.reference.exists():
+        return str(np.load(run_dir.reference, allow_pickle=False)["source"])
+    ready = _ready(config, spec)
+    if ready is not None:
+        source = f"clean-fid's statistics of {config.evaluate.reference}, training split"
+        return _keep_reference(run_dir, ready, source)
     count = len(load_dataset(config.data))
     if not spec.moments_path.exists():
         shards = range(0, count, REFERENCE_SHARD)
@@ -102,7 +107,8 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
             for first, path in zip(shards, paths, strict=True)
         ]
         reduce(add, [Moments.load(path) for path in paths]).save(spec.moments_path)
-    return f"the {count} training images"
+    moments = Moments.load(spec.moments_path).mean_and_covariance()
+    return _keep_reference(run_dir, moments, f"the {count} training images")
 
 
 def evaluate(
@@ -127,10 +133,11 @@ def evaluate(
     }
 
 
-def score(config: RunConfig, spec: FeatureSpec, results: list[Result]) -> Score:
+def score(run_dir: RunDir, results: list[Result]) -> Score:
     """Put what one model's chains gave together: its Frechet distance, and how fast it samples."""
     moments = [Moments.load(Path(result["moments_path"])) for result in results]
-    reference = _ready(config, spec) or Moments.load(spec.moments_path).mean_and_covariance()
+    with np.load(run_dir.reference, allow_pickle=False) as file:
+        reference = (file["mean"], file["covariance"])
     seconds = sum(result["seconds"] for result in results)
     return Score(
         distance(reduce(add, moments).mean_and_covariance(), reference),
@@ -231,7 +238,14 @@ def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
     )
 
 
-def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray] | None:
+def _keep_reference(run_dir: RunDir, moments: tuple[FloatArray, FloatArray], source: str) -> str:
+    mean, covariance = moments
+    with atomic_path(run_dir.reference) as temporary, temporary.open("wb") as file:
+        np.savez(file, mean=mean, covariance=covariance, source=source)
+    return source
+
+
+def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[FloatArray, FloatArray] | None:
     """Give clean-fid's own statistics where they are asked for, fit the features and exist."""
     if config.evaluate.reference is None or spec.num_classes is not None:
         return None

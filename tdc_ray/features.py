@@ -32,7 +32,7 @@ from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import ImageDataset
 from tdc_ray.errors import EvaluationError
 from tdc_ray.schedule import FloatArray
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage import atomic_path, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +118,25 @@ def distance(one: tuple[FloatArray, FloatArray], other: tuple[FloatArray, FloatA
     return float(frechet_distance(*one, *other))
 
 
-def choose_features(config: RunConfig, dataset: ImageDataset) -> FeatureSpec:
-    """Decide what a run is scored on.
+def choose_features(config: RunConfig, dataset: ImageDataset, decided: Path) -> FeatureSpec:
+    """Decide what a run is scored on, once: what a network or a cache has may change later.
+
+    Args:
+        config: The run's settings.
+        dataset: Its images.
+        decided: Where the decision is kept for later calls.
 
     Raises:
         EvaluationError: Neither Inception's weights nor labels for a classifier are to be had.
     """
-    cache, wanted = Path(config.evaluate.cache_dir).expanduser(), config.evaluate.features
+    wanted = read_json(decided)["features"] if decided.exists() else config.evaluate.features
+    spec = _find_features(config, dataset, wanted)
+    write_json(decided, {"features": "inception" if spec.num_classes is None else "classifier"})
+    return spec
+
+
+def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> FeatureSpec:
+    cache = Path(config.evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()
     if wanted != "classifier":
         folder = _inception_folder(config, cache)

@@ -58,6 +58,7 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
     choice = yield from search(task, memory)
     (tuned,) = yield [_item(task, choice)]
+    _checkpoint(task.run_dir, task.group).unlink(missing_ok=True)  # its result exists now
     return Expert(
         group=task.group,
         max_macs=task.max_macs,
@@ -89,14 +90,13 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     base_config = unet_config(job.run_dir.base_unet)
     unet = cut(load_unet(job.run_dir.base_unet), units_of(base_config), job.kept)
     state = start_state(unet.to(worker_device()), config.finetune)
-    checkpoint = job.run_dir.group(group.index) / "checkpoint.pt"
+    checkpoint = _checkpoint(job.run_dir, group)
     if checkpoint.exists():
         state.load(checkpoint)
     _train(state, config, group, checkpoint, report)
     with state.averaged() as averaged:
         save_expert(expert_dir(job.run_dir, group), averaged, base_config, job.kept)
         loss = held_out_loss(averaged, config, group)
-    checkpoint.unlink(missing_ok=True)
     space = space_of(base_config)
     macs = space.macs({name: len(places) for name, places in job.kept.items()})
     num_steps = config.finetune.num_steps
@@ -108,6 +108,10 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
         "train_macs": 3.0 * macs * num_steps * config.finetune.batch_size,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _checkpoint(run_dir: RunDir, group: Group) -> Path:
+    return run_dir.group(group.index) / "checkpoint.pt"
 
 
 def _train(

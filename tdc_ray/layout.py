@@ -61,6 +61,16 @@ class RunDir:
         return self.root / "evaluation"
 
     @property
+    def features(self) -> Path:
+        """Which features the run is scored on: decided once, at its first start."""
+        return self.samples / "features.json"
+
+    @property
+    def reference(self) -> Path:
+        """Mean and covariance of the features that the images are held against."""
+        return self.samples / "reference.npz"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.root / "tensorboard"

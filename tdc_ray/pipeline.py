@@ -129,6 +129,10 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             generators = [torch.Generator().manual_seed(value) for value in seeds]
         else:
             generators = image_generators(seed, 0, batch_size)
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        longest = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= longest:
+            raise ConfigError(f"num_inference_steps must be in [1, {longest}], got {steps}.")
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type}."
@@ -138,7 +142,6 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 f"generator must be one, or one per image: got {len(generators)} for batch_size "
                 f"{batch_size}."
             )
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         with self.progress_bar(total=steps) as bar:
             images = sample(
                 self.experts.for_timestep,
@@ -160,8 +163,14 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         return ImagePipelineOutput(images=self.numpy_to_pil(pixels / 255.0))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **_: Any) -> "ProgressivePipeline":
+    def from_pretrained(
+        cls, path: str | Path, *, torch_dtype: torch.dtype = torch.float32
+    ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
+
+        Args:
+            path: The folder.
+            torch_dtype: Precision to bring the weights to.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -185,7 +194,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             scheduler = make_scheduler(
                 DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
             )
-            return _assemble(experts, scheduler, index)
+            return _assemble(experts.to(torch_dtype), scheduler, index)
         except (KeyError, TypeError, StorageError) as error:
             raise CheckpointError(f"{folder / INDEX_FILE} is malformed: {error}") from error
 

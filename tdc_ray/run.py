@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tdc_ray.config import RunConfig, differences, from_json, to_json
+from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
@@ -52,14 +52,15 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     started = time.perf_counter()
-    run_dir = RunDir(folder.resolve())
+    run_dir, config = RunDir(folder.resolve()), with_absolute_paths(config)
+    _refuse_other_settings(run_dir, config)
+    if run_dir.results.exists():
+        logger.info("%s is finished; nothing is done again", run_dir.root)
+        return load_results(run_dir.results)
     space, plan = check(config)
     with exclusive(run_dir.root):
         _prepare(run_dir, config, plan)
-        if run_dir.results.exists():
-            logger.info("%s is finished; nothing is done again", run_dir.root)
-            return load_results(run_dir.results)
-        spec = choose_features(config, load_dataset(config.data))
+        spec = choose_features(config, load_dataset(config.data), run_dir.features)
         with (
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),
@@ -111,15 +112,27 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     return space, plan
 
 
+def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
+    """Make sure that a run directory, if there is one, is of the very run that is asked for."""
+    if not run_dir.config.exists():
+        return
+    try:
+        before = from_json(read_json(run_dir.config))
+    except ConfigError as error:
+        raise StorageError(
+            f"{run_dir.config} is of another version: {error} Choose another --run-dir."
+        ) from error
+    changed = differences(before, config)
+    if changed:
+        raise StorageError(
+            f"run directory {run_dir.root} has other settings: {'; '.join(changed)}. "
+            "Use the same settings to go on, or another --run-dir."
+        )
+
+
 def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
-    """Write down settings and versions, or make sure that they are those of an earlier call."""
+    """Write down settings, versions and plan, unless an earlier call did."""
     if run_dir.config.exists():
-        changed = differences(from_json(read_json(run_dir.config)), config)
-        if changed:
-            raise StorageError(
-                f"run directory {run_dir.root} has other settings: {'; '.join(changed)}. "
-                "Use the same settings to go on, or another --run-dir."
-            )
         return
     write_json(
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
@@ -166,8 +179,8 @@ def _evaluate(
     )
     done = pool.run({**base, **tdc})
     return (
-        score(config, spec, [done[name] for name in base]),
-        score(config, spec, [done[name] for name in tdc]),
+        score(run_dir, [done[name] for name in base]),
+        score(run_dir, [done[name] for name in tdc]),
     )
 
 

@@ -194,7 +194,7 @@ class TrainConfig:
     """Steps between two checkpoints, from which a run that was cut goes on."""
 
     keep_checkpoints: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints of the base are kept; an expert keeps one until it is done."""
 
     def check(self, stage: str) -> None:
         """Refuse wrong values under the name of the stage, which only the whole config knows.
@@ -298,8 +298,8 @@ class EvaluateConfig:
 class ComputeConfig:
     """What the run takes of the cluster.
 
-    Nothing here changes what is computed, but for the last bits of sums, which depend on the
-    number of base workers and on the CPUs of each worker.
+    Of these, the number of base workers (each draws noise of its own) and the CPUs of a base
+    worker (the last bits of sums) change what is computed, and so what a run directory is for.
     """
 
     num_base_workers: int = 1

@@ -1,9 +1,11 @@
 """How run directories are read and written: a file or directory that exists is whole."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,23 +19,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move what was written there into place.
 
     Works for a file and for a directory. Whatever stood at ``path`` is replaced. The temporary
-    name holds the process id, so that two writers never share one.
+    name holds host and process, so that two writers never share one.
 
     Raises:
         StorageError: The block wrote nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f"{socket.gethostname()}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    old = path.with_name(f".{path.name}.{writer}.old")
     _remove(temporary)
     try:
         yield temporary
         if not temporary.exists():
             raise StorageError(f"nothing was written for {path}.")
         if temporary.is_dir() or path.is_dir():  # a plain replace takes files alone
-            _remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(old)
         temporary.replace(path)
     finally:
         _remove(temporary)
+        _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.config import RunConfig, default_run_dir, differences, digest, from_json, to_json
+from tdc_ray.config import (
+    RunConfig,
+    default_run_dir,
+    differences,
+    digest,
+    from_json,
+    to_json,
+    with_absolute_paths,
+)
 from tdc_ray.errors import ConfigError
 from tdc_ray.settings import (
     ComputeConfig,
@@ -323,13 +331,28 @@ def test_all_differences_are_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_actors", 7), ("num_base_workers", 2), ("gpus_per_actor", 0.5)]
+    ("name", "value"), [("num_actors", 7), ("cpus_per_actor", 2), ("gpus_per_actor", 0.5)]
 )
 def test_what_the_run_takes_of_the_cluster_makes_no_other_run(name, value):
     other = changed(RunConfig(), f"compute.{name}", value)
     assert digest(other) == digest(RunConfig())
     assert differences(RunConfig(), other) == []
     assert default_run_dir(other) == default_run_dir(RunConfig())
+
+
+@pytest.mark.parametrize("name", ["num_base_workers", "cpus_per_base_worker"])
+def test_how_the_base_is_spread_makes_another_run(name):
+    other = changed(RunConfig(), f"compute.{name}", 2)
+    assert digest(other) != digest(RunConfig())
+    assert differences(RunConfig(), other) == [f"compute.{name} 1 -> 2"]
+
+
+def test_a_relative_path_and_its_absolute_one_are_the_same_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = changed(RunConfig(), "evaluate.cache_dir", "cache")
+    absolute = changed(RunConfig(), "evaluate.cache_dir", str(tmp_path / "cache"))
+    assert with_absolute_paths(relative) == absolute
+    assert differences(relative, absolute) == []
 
 
 def test_the_digest_is_eight_hexadecimal_digits():

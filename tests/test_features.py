@@ -1,4 +1,5 @@
 import dataclasses
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tdc_ray.features import (
     train_classifier,
 )
 from tdc_ray.settings import DataConfig
+from tdc_ray.storage import write_json
 from tests.small import assert_same, small_config
 
 CPU = torch.device("cpu")
@@ -59,7 +61,8 @@ def npz_of(path: Path, *, labels: bool, channels: int = 1) -> DataConfig:
 
 
 def choose(config: RunConfig) -> FeatureSpec:
-    return choose_features(config, load_dataset(config.data))
+    with tempfile.TemporaryDirectory() as folder:
+        return choose_features(config, load_dataset(config.data), Path(folder) / "features.json")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -291,3 +294,17 @@ def test_resized_images_keep_their_places_and_colours(inception, tmp_path):
     np.testing.assert_allclose(red[:12], (255 - 128) / 128, atol=0.05)
     np.testing.assert_allclose(red[20:], -1, atol=0.05)
     np.testing.assert_allclose(green, -1, atol=1e-6)
+
+
+def test_the_features_of_a_run_are_decided_once(tmp_path, cache_dir):
+    """With "auto", what a later attempt finds in the cache or the network changes nothing."""
+    inception = tmp_path / "inception"
+    inception.mkdir()
+    (inception / INCEPTION_FILE).write_bytes(b"there now")
+    evaluate = {"features": "auto", "inception_path": str(inception), "cache_dir": str(cache_dir)}
+    config = small_config(evaluate=evaluate)
+    decided = tmp_path / "features.json"
+    assert choose_features(config, load_dataset(config.data), decided).metric == "fid"
+    write_json(decided, {"features": "classifier"})  # as an attempt without Inception left it
+    again = choose_features(config, load_dataset(config.data), decided)
+    assert again.metric == "fd_digits_cnn"

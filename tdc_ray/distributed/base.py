@@ -16,9 +16,11 @@ from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from tdc_ray import errors
 from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.config import RunConfig
-from tdc_ray.distributed.cluster import Board
+from tdc_ray.distributed.cluster import Board, node_resources
+from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import architecture
@@ -26,7 +28,7 @@ from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
 from tdc_ray.settings import ComputeConfig
-from tdc_ray.storage import write_json
+from tdc_ray.storage import read_json, write_json
 from tdc_ray.training import TrainState
 
 STATE_FILE = "state.pt"
@@ -73,26 +75,43 @@ def train_base_on_ray(
             checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
         ),
     )
+    _error_path(run_dir).unlink(missing_ok=True)
     view.start(KEY, config.base.num_steps)
     # In the main thread fit() would take over Ctrl-C for good, and exit with 0 on it.
     executor = ThreadPoolExecutor(max_workers=1)
     try:
         executor.submit(trainer.fit).result()
     except ray.train.TrainingFailedError as error:
-        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-        for failure in failures.values():
-            cause = getattr(failure, "cause", None) or failure.__cause__ or failure
-            if isinstance(cause, TdcError):
-                raise cause from error
-        raise WorkFailedError({KEY: str(error)}) from error
+        if not _error_path(run_dir).exists():
+            raise WorkFailedError({KEY: str(error)}) from error
     finally:
         executor.shutdown(wait=False)
         view.finish(KEY)
+    if _error_path(run_dir).exists():
+        document = read_json(_error_path(run_dir))
+        raise getattr(errors, document["type"])(*document["arguments"])
+
+
+def _error_path(run_dir: RunDir) -> Path:
+    """Where a worker leaves an error of its own, which the driver raises."""
+    return run_dir.base_training.parent / "error.json"
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """What one worker does."""
+    """What one worker does. Ray Train tries all failures again, but our own errors would recur."""
     job: BaseJob = settings["job"]
+    if _error_path(job.run_dir).exists():
+        return
+    try:
+        _train_rank(job)
+    except TdcError as error:
+        document = {"type": type(error).__name__, "arguments": list(error.args)}
+        write_json(_error_path(job.run_dir), document)
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks wait for this one: end them
+
+
+def _train_rank(job: BaseJob) -> None:
     config, started = job.config, time.perf_counter()
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -160,13 +179,12 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
 
 def _check_cluster(compute: ComputeConfig, resources: dict[str, float]) -> None:
     """Refuse what would wait for ever."""
-    available = ray.cluster_resources()
-    for name, amount in resources.items():
-        needed = amount * compute.num_base_workers
-        if needed > available.get(name, 0.0):
-            raise ClusterError(
-                f"training the base needs {needed:g} {name} (compute.num_base_workers "
-                f"{compute.num_base_workers} x {amount:g}), the cluster has "
-                f"{available.get(name, 0.0):g}. Lower compute.num_base_workers or "
-                f"compute.{'cpus' if name == 'CPU' else 'gpus'}_per_base_worker, or add nodes."
-            )
+    nodes = node_resources()
+    fits = num_fitting(nodes, resources)
+    if fits < compute.num_base_workers:
+        raise ClusterError(
+            f"training the base needs {compute.num_base_workers} workers "
+            f"(compute.num_base_workers) of {resources}, of which {fits} fit on the nodes "
+            f"{nodes}. Lower compute.num_base_workers, compute.cpus_per_base_worker or "
+            "compute.gpus_per_base_worker, or add nodes."
+        )

@@ -39,7 +39,6 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # for machines that are busy
     common: Any = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -59,6 +58,11 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Give the resources of every node that is alive, taken or not."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 class _Events:

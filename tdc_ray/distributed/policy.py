@@ -1,6 +1,6 @@
 """Which item runs next, and what a failure leads to: pure decisions, no Ray."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 from tdc_ray.errors import ClusterError
@@ -46,23 +46,36 @@ def after_failure(failure: Failure, *, attempts: int, max_attempts: int) -> Acti
 
 
 def num_actors(
-    wanted: int | None, available: Mapping[str, float], per_actor: Mapping[str, float]
+    wanted: int | None, nodes: Sequence[Mapping[str, float]], per_actor: Mapping[str, float]
 ) -> int:
-    """Decide how many actors to start.
+    """Decide how many actors to start at the most.
 
     Args:
         wanted: The configured number; None: as many as fit.
-        available: Resources of the cluster, such as ``{"CPU": 8.0}``.
+        nodes: Resources of every node, such as ``[{"CPU": 8.0}]``.
         per_actor: Resources of one actor.
 
     Raises:
-        ClusterError: Not one actor fits.
+        ClusterError: Not one actor fits on any node.
     """
-    needed = {name: amount for name, amount in per_actor.items() if amount > 0}
-    fits = min(int(available.get(name, 0.0) / amount) for name, amount in needed.items())
+    fits = num_fitting(nodes, per_actor)
     if fits < 1:
         raise ClusterError(
-            f"an actor needs {needed}, but the cluster has {dict(available)}. Lower "
-            "compute.cpus_per_actor or compute.gpus_per_actor, or add nodes."
+            f"an actor needs {dict(per_actor)}, which no node has; the nodes have "
+            f"{[dict(node) for node in nodes]}. Lower compute.cpus_per_actor or "
+            "compute.gpus_per_actor, or add larger nodes."
         )
     return min(fits, MAX_ACTORS if wanted is None else wanted)
+
+
+def num_fitting(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float]) -> int:
+    """Count the processes that fit on the nodes, each of them on one node.
+
+    Args:
+        nodes: Resources of every node.
+        needed: Resources of one process.
+    """
+    return sum(
+        min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount > 0)
+        for node in nodes
+    )

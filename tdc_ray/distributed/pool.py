@@ -9,7 +9,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from tdc_ray.distributed.cluster import Board
+from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
 from tdc_ray.errors import WorkFailedError
 from tdc_ray.progress import ProgressView
@@ -60,7 +60,7 @@ class Pool:
     def __enter__(self) -> "Pool":
         compute = self._compute
         resources = {"CPU": float(compute.cpus_per_actor), "GPU": compute.gpus_per_actor}
-        self._max_actors = num_actors(compute.num_actors, ray.cluster_resources(), resources)
+        self._max_actors = num_actors(compute.num_actors, node_resources(), resources)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,7 +96,7 @@ class Pool:
             done, _ = ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
             for ref in done:
                 name, item, outcome = self._collect(ref)
-                if isinstance(outcome, Failure):
+                if isinstance(outcome, Action):
                     ready.append((name, item))
                 elif isinstance(outcome, str):
                     failed[name] = outcome
@@ -139,29 +139,27 @@ class Pool:
         self._view.start(item.key, item.num_steps)
         self._running[actor.run.remote(item)] = (actor, name, item)
 
-    def _collect(self, ref: ray.ObjectRef) -> tuple[str, WorkItem, Result | Failure | str]:
+    def _collect(self, ref: ray.ObjectRef) -> tuple[str, WorkItem, Result | Action | str]:
         """Give the result of an item, that it is to be tried again, or why it failed for good."""
         actor, name, item = self._running.pop(ref)
         self._view.finish(item.key)
+        attempts = self._attempts[item.key]
         try:
             result: Result = ray.get(ref)
         except RayTaskError as error:
             self._idle.append(actor)
-            return name, item, f"{type(error.cause).__name__}: {error.cause}"
+            failure, reason = Failure.OWN_ERROR, f"{type(error.cause).__name__}: {error.cause}"
         except RayActorError as error:
             ray.kill(actor)  # it may be alive but out of reach
-            attempts = self._attempts[item.key]
-            action = after_failure(
-                Failure.WORKER_LOST, attempts=attempts, max_attempts=self._compute.max_attempts
-            )
-            if action is Action.RETRY:
-                logger.warning(
-                    "%s lost its worker (attempt %d); it starts again", item.key, attempts
-                )
-                return name, item, Failure.WORKER_LOST
-            return name, item, f"its worker died {attempts} times: {error}"
-        self._idle.append(actor)
-        return name, item, result
+            failure, reason = Failure.WORKER_LOST, f"its worker died {attempts} times: {error}"
+        else:
+            self._idle.append(actor)
+            return name, item, result
+        most = self._compute.max_attempts
+        if after_failure(failure, attempts=attempts, max_attempts=most) is Action.GIVE_UP:
+            return name, item, reason
+        logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
+        return name, item, Action.RETRY
 
     def _new_actor(self) -> Any:
         compute = self._compute

@@ -68,7 +68,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     config, space, group = task.config, task.space, task.group
     forward = float(config.prune.num_images)
     full = keep_all(space.units)
-    (base,) = yield [_measure_item(task, "base", full, 0)]
+    (base,) = yield [_measure_item(task, "base", full, 0, config.prune.num_rounds)]
     macs, seconds = forward * space.macs_base, base["seconds"]
     if config.prune.method == "none":
         return Choice(space.full, full, base["loss_cut"], base["loss_cut"], macs, seconds)
@@ -92,6 +92,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
                 f"round-{number}-candidate-{place}",
                 choice,
                 1 + number * config.prune.num_candidates + place,
+                config.prune.num_rounds - number - 1,
             )
             for place, choice in enumerate(chosen)
         ]
@@ -133,10 +134,11 @@ def _score_item(task: GroupTask) -> WorkItem:
     )
 
 
-def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
+def _measure_item(
+    task: GroupTask, name: str, kept: Kept, number: int, rounds_behind: int
+) -> WorkItem:
     prune = task.config.prune
     macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
-    rounds_behind = prune.num_rounds - number // prune.num_candidates
     return WorkItem(
         key=f"{task.name}/{name}",
         function=measure_candidate,

@@ -108,6 +108,7 @@ def repair(space: Space, scheme: Scheme, max_macs: int, values: Values) -> dict[
         macs += units[name].macs
         if widths[name] < units[name].width:
             heapq.heappush(best, (-worth(name, widths[name] + 1), name))
+    assert is_tight(space, widths, max_macs)
     return widths
 
 

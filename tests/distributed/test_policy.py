@@ -43,13 +43,20 @@ def test_an_error_of_its_own_is_never_retried():
 
 
 def test_as_many_actors_as_fit_are_started_unless_fewer_are_wanted():
-    assert num_actors(None, {"CPU": 8.0}, {"CPU": 2.0, "GPU": 0.0}) == 4
-    assert num_actors(3, {"CPU": 8.0}, {"CPU": 2.0}) == 3
-    assert num_actors(9, {"CPU": 8.0}, {"CPU": 2.0}) == 4
-    assert num_actors(None, {"CPU": 64.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 0.5}) == 4
-    assert num_actors(None, {"CPU": 1000.0}, {"CPU": 1.0}) == MAX_ACTORS
+    assert num_actors(None, [{"CPU": 8.0}], {"CPU": 2.0, "GPU": 0.0}) == 4
+    assert num_actors(3, [{"CPU": 8.0}], {"CPU": 2.0}) == 3
+    assert num_actors(9, [{"CPU": 8.0}], {"CPU": 2.0}) == 4
+    assert num_actors(None, [{"CPU": 64.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.5}) == 4
+    assert num_actors(None, [{"CPU": 1000.0}], {"CPU": 1.0}) == MAX_ACTORS
+
+
+def test_actors_are_counted_node_by_node():
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 9.0}]
+    assert num_actors(None, nodes, {"CPU": 3.0}) == 1 + 1 + 3
+    with pytest.raises(ClusterError, match="no node has"):
+        num_actors(None, nodes[:2], {"CPU": 8.0})
 
 
 def test_an_actor_that_fits_nowhere_is_an_error_that_names_the_setting():
     with pytest.raises(ClusterError, match=r"GPU.*compute\.gpus_per_actor"):
-        num_actors(None, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0})
+        num_actors(None, [{"CPU": 8.0}], {"CPU": 1.0, "GPU": 1.0})
