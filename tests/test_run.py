@@ -94,9 +94,9 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(finished_run, 
         run(changed, finished_run, Console(quiet=True))
 
 
-def test_a_directory_in_use_is_refused(finished_run, smoke_config):
-    with exclusive(finished_run), pytest.raises(StorageError, match="is in use by process"):
-        run(smoke_config, finished_run, Console(quiet=True))
+def test_a_directory_in_use_is_refused(smoke_config, tmp_path):
+    with exclusive(tmp_path), pytest.raises(StorageError, match="is in use by process"):
+        run(smoke_config, tmp_path, Console(quiet=True))
 
 
 def test_what_cannot_work_is_said_before_any_work(smoke_config, tmp_path):
