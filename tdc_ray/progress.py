@@ -51,6 +51,7 @@ class _Task:
     first: tuple[int, float] | None = None
     """Step and time of the first event, from which the speed is reckoned."""
     last_line: float = 0.0
+    note: str = ""
 
 
 class ProgressView:
@@ -106,7 +107,8 @@ class ProgressView:
             if task is None:
                 return
             note = _note(event.metrics)
-            self._bars.update(task.bar, completed=event.step, note=note)
+            task.note = note or task.note
+            self._bars.update(task.bar, completed=event.step, note=task.note)
             now = time.monotonic()
             task.first = task.first or (event.step, now)
             if not self._live and note and now - task.last_line >= SECONDS_BETWEEN_LINES:

@@ -146,7 +146,7 @@ def _measure_item(
         result_path=task.run_dir.group(task.group.index) / f"{name}.json",
         cost=float(prune.num_images * macs),
         cost_behind=_rounds_macs(task, rounds_behind) + task.finetune_macs,
-        num_steps=number,
+        num_steps=max(number, 1),
     )
 
 
