@@ -69,11 +69,11 @@ def mnist() -> RunConfig:
 
 def mnist32() -> RunConfig:
     """MNIST from an npz file (``--data.path``), at 32x32."""
-    full = digits()
+    small = mnist()
     return replace(
-        full,
+        small,
         preset="mnist-32",
-        data=DataConfig(source="npz", path="mnist.npz", image_size=32),
+        data=replace(small.data, image_size=32),
         model=ModelConfig(architecture="mnist32"),
     )
 
