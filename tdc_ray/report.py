@@ -77,7 +77,7 @@ def print_results(console: Console, results: Results) -> None:
     """Print a run's results, and what they do and do not show."""
     table = Table(title=f"{results.preset}, seed {results.seed}", title_justify="left")
     table.add_column("model", no_wrap=True)
-    names = (results.metric, "FLOPs (MACs)", "params", "steps", "train macs", "images/s")
+    names = (results.metric, "FLOPs (MACs)", "params", "steps", "train macs", "img/s")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("base", *_model_row(results.base))
