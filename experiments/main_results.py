@@ -8,7 +8,7 @@ as TDC spent in all, search included; TDC without pruning; TDC. All rows of a se
 the longer base goes on from its last checkpoint, which gives the very weights of training it
 from the start.
 
-Hardware and hours: `digits` takes about 15 minutes a seed on 2 CPU cores. `cifar10` takes some
+Hardware and hours: `digits` takes about 20 minutes a seed on 2 CPU cores. `cifar10` takes some
 450 k steps of 3 x 8.1 GMACs x 128 images a seed, about 1.4e18 MACs: days on one large GPU
 (an estimate from macs).
 
