@@ -14,6 +14,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from tdc_ray.config import RunConfig, default_run_dir
 from tdc_ray.errors import TdcError
+from tdc_ray.plan import Plan as GroupPlan
 from tdc_ray.presets import PRESETS, preset
 from tdc_ray.settings import require
 
@@ -120,15 +121,8 @@ def _run(command: Run, console: Console) -> None:
     from tdc_ray.run import check, run  # imports torch and ray
 
     if command.dry_run:
-        from tdc_ray.models.architectures import architecture
-        from tdc_ray.models.layers import count
-        from tdc_ray.plan import plan_groups
-        from tdc_ray.report import print_plan
-
-        plan = plan_groups(config.diffusion, config.plan, config.sampler)
-        _, macs_base = count(architecture(config.model.architecture))
         console.print(config)
-        print_plan(console, plan, config, macs_base)
+        _show_plan(config, console)
         check(config)
         console.print(f"would run in {folder}", soft_wrap=True)
         return
@@ -149,17 +143,25 @@ def _run(command: Run, console: Console) -> None:
     )
 
 
-def _plan(command: Plan, console: Console) -> None:
+def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
     from tdc_ray.models.architectures import architecture
     from tdc_ray.models.layers import count
-    from tdc_ray.plan import plan_groups, to_json
-    from tdc_ray.report import plot_plan, print_plan
-    from tdc_ray.storage import write_json
+    from tdc_ray.plan import plan_groups
+    from tdc_ray.report import print_plan
 
-    config = command.config
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     _, macs_base = count(architecture(config.model.architecture))
     print_plan(console, plan, config, macs_base)
+    return plan
+
+
+def _plan(command: Plan, console: Console) -> None:
+    from tdc_ray.plan import to_json
+    from tdc_ray.report import plot_plan
+    from tdc_ray.storage import write_json
+
+    config = command.config
+    plan = _show_plan(config, console)
     folder = command.out_dir or default_run_dir(config)
     write_json(folder / "plan.json", to_json(plan))
     plot_plan(plan, folder / "plan.png")

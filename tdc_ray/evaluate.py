@@ -87,7 +87,8 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
         item.result_path.unlink(missing_ok=True)  # without its weights it is no result
         yield [item]
     if run_dir.reference.exists():
-        return str(np.load(run_dir.reference, allow_pickle=False)["source"])
+        with np.load(run_dir.reference, allow_pickle=False) as file:
+            return str(file["source"])
     ready = _ready(config, spec)
     if ready is not None:
         source = f"clean-fid's statistics of {config.evaluate.reference}, training split"

@@ -13,8 +13,8 @@ UNetConfig = Mapping[str, Any]
 """Keyword arguments of ``diffusers.UNet2DModel``, and ``num_heads`` where every attention has the
 same number of heads whatever its width, which ``attention_head_dim`` cannot say."""
 
-_DOWN, _ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
-_UP, _ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
+DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
+UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
 
 
 def _iddpm(**changes: Any) -> UNetConfig:
@@ -56,8 +56,8 @@ def _small(*, sample_size: int, channels: tuple[int, ...], layers_per_block: int
         out_channels=1,
         layers_per_block=layers_per_block,
         block_out_channels=channels,
-        down_block_types=(_DOWN,) * (depth - 1) + (_ATTN_DOWN,),
-        up_block_types=(_ATTN_UP,) + (_UP,) * (depth - 1),
+        down_block_types=(DOWN,) * (depth - 1) + (ATTN_DOWN,),
+        up_block_types=(ATTN_UP,) + (UP,) * (depth - 1),
         attention_head_dim=16,
         norm_num_groups=8,
         attn_norm_num_groups=8,
@@ -73,28 +73,28 @@ ARCHITECTURES: Mapping[str, UNetConfig] = {
         sample_size=32,
         layers_per_block=3,
         block_out_channels=(128, 256, 256, 256),
-        down_block_types=(_DOWN, _ATTN_DOWN, _ATTN_DOWN, _DOWN),
-        up_block_types=(_UP, _ATTN_UP, _ATTN_UP, _UP),
+        down_block_types=(DOWN, ATTN_DOWN, ATTN_DOWN, DOWN),
+        up_block_types=(UP, ATTN_UP, ATTN_UP, UP),
     ),
     "iddpm-imagenet64": _iddpm(
         sample_size=64,
         layers_per_block=3,
         block_out_channels=(128, 256, 384, 512),
-        down_block_types=(_DOWN, _DOWN, _ATTN_DOWN, _ATTN_DOWN),
-        up_block_types=(_ATTN_UP, _ATTN_UP, _UP, _UP),
+        down_block_types=(DOWN, DOWN, ATTN_DOWN, ATTN_DOWN),
+        up_block_types=(ATTN_UP, ATTN_UP, UP, UP),
         num_heads=4,
     ),
     "ddpm-cifar10": _ddpm(
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
-        down_block_types=(_DOWN, _ATTN_DOWN, _DOWN, _DOWN),
-        up_block_types=(_UP, _UP, _ATTN_UP, _UP),
+        down_block_types=(DOWN, ATTN_DOWN, DOWN, DOWN),
+        up_block_types=(UP, UP, ATTN_UP, UP),
     ),
     "ddpm-ffhq256": _ddpm(
         sample_size=256,
         block_out_channels=(128, 128, 256, 256, 512, 512),
-        down_block_types=(_DOWN, _DOWN, _DOWN, _DOWN, _ATTN_DOWN, _DOWN),
-        up_block_types=(_UP, _ATTN_UP, _UP, _UP, _UP, _UP),
+        down_block_types=(DOWN, DOWN, DOWN, DOWN, ATTN_DOWN, DOWN),
+        up_block_types=(UP, ATTN_UP, UP, UP, UP, UP),
     ),
     "ldm-ffhq256": {
         "sample_size": 64,
@@ -102,8 +102,8 @@ ARCHITECTURES: Mapping[str, UNetConfig] = {
         "out_channels": 3,
         "layers_per_block": 2,
         "block_out_channels": (224, 448, 672, 896),
-        "down_block_types": (_DOWN, _ATTN_DOWN, _ATTN_DOWN, _ATTN_DOWN),
-        "up_block_types": (_ATTN_UP, _ATTN_UP, _ATTN_UP, _UP),
+        "down_block_types": (DOWN, ATTN_DOWN, ATTN_DOWN, ATTN_DOWN),
+        "up_block_types": (ATTN_UP, ATTN_UP, ATTN_UP, UP),
         "attention_head_dim": 32,
     },
 }

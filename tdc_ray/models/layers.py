@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.architectures import UNetConfig
-
-_DOWN, _ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
-_UP, _ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
+from tdc_ray.models.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +63,10 @@ _DEFAULTS: UNetConfig = {
     "class_embed_type": None,
 }
 _BLOCK_KINDS = (
-    _DOWN,
-    _ATTN_DOWN,
-    _UP,
-    _ATTN_UP,
+    DOWN,
+    ATTN_DOWN,
+    UP,
+    ATTN_UP,
     "ResnetDownsampleBlock2D",
     "ResnetUpsampleBlock2D",
 )
@@ -181,12 +178,12 @@ class _Walk:
             for layer in range(self.config["layers_per_block"]):
                 yield self._residual(f"{name}.resnets.{layer}", previous, width)
                 previous = width
-                if kind == _ATTN_DOWN:
+                if kind == ATTN_DOWN:
                     yield self._attention(f"{name}.attentions.{layer}", width, has_norm=True)
             if index == len(self.channels) - 1:
                 continue
             padding = self.config["downsample_padding"]
-            by_resnet = self._samples_by_resnet(kind, _ATTN_DOWN, "downsample_type")
+            by_resnet = self._samples_by_resnet(kind, ATTN_DOWN, "downsample_type")
             halves = by_resnet or padding == 0
             self.size = self.size // 2 if halves else (self.size - 1) // 2 + 1
             yield self._resample(f"{name}.downsamplers.0", width, by_resnet=by_resnet)
@@ -213,10 +210,10 @@ class _Walk:
                 skip = deepest if layer == num_layers - 1 else width
                 yield self._residual(f"{name}.resnets.{layer}", previous + skip, width)
                 previous = width
-                if kind == _ATTN_UP:
+                if kind == ATTN_UP:
                     yield self._attention(f"{name}.attentions.{layer}", width, has_norm=True)
             if index < len(widths) - 1:
-                by_resnet = self._samples_by_resnet(kind, _ATTN_UP, "upsample_type")
+                by_resnet = self._samples_by_resnet(kind, ATTN_UP, "upsample_type")
                 self.size *= 2
                 yield self._resample(f"{name}.upsamplers.0", width, by_resnet=by_resnet)
 
