@@ -6,8 +6,9 @@ import logging
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,13 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config import RunConfig
+from tdc_ray.distributed.base import train_base_on_ray
+from tdc_ray.distributed.cluster import board, connected
+from tdc_ray.distributed.pool import Pool
 from tdc_ray.environment import machine
 from tdc_ray.layout import RunDir
+from tdc_ray.presets import preset
+from tdc_ray.progress import ProgressView
 from tdc_ray.results import Results
 from tdc_ray.run import run
 from tdc_ray.storage import write_json, write_text
@@ -40,6 +46,19 @@ class Flags:
     """Folder of the experiment's runs; the same command goes on where it was cut."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
+    data: Path | None = None
+    """Where the images are, for presets that need a path."""
+    num_actors: int | None = None
+    """Most actors that work at once; default: as many as fit on the cluster."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Give the preset's settings for one seed."""
+        config = replace(preset(self.preset), seed=seed)
+        compute = replace(config.compute, num_actors=self.num_actors)
+        config = replace(config, compute=compute)
+        if self.data is None:
+            return config
+        return replace(config, data=replace(config.data, path=str(self.data.resolve())))
 
 
 def parse_flags(description: str | None) -> Flags:
@@ -48,8 +67,38 @@ def parse_flags(description: str | None) -> Flags:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     if flags.smoke:
-        return Flags(preset=SMOKE_PRESET, smoke=True, storage=flags.storage, seeds=flags.seeds[:1])
+        return replace(flags, preset=SMOKE_PRESET, seeds=flags.seeds[:1])
     return flags
+
+
+@contextmanager
+def workers(config: RunConfig, folder: Path) -> Iterator[Pool]:
+    """Start or join a Ray cluster and give a pool of its actors."""
+    with (
+        ProgressView(folder / "tensorboard", Console()) as view,
+        connected(),
+        board(view) as events,
+        Pool(config, events, view) as pool,
+    ):
+        yield pool
+
+
+def trained_base(config: RunConfig, folder: Path) -> Path:
+    """Train a base, or go on, or find it done; give the folder of its UNet.
+
+    Args:
+        config: The settings; only those that decide stage 1 matter.
+        folder: The experiment's folder for this base.
+    """
+    run_dir = RunDir(folder.resolve())
+    if not run_dir.base_result.exists():
+        with (
+            ProgressView(run_dir.tensorboard, Console()) as view,
+            connected(),
+            board(view) as events,
+        ):
+            train_base_on_ray(run_dir, config, events, view)
+    return run_dir.base_unet
 
 
 def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) -> Results:

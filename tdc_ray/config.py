@@ -17,6 +17,7 @@ from tdc_ray.settings import (
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
+    ProxyConfig,
     PruneConfig,
     SamplerConfig,
     TrainConfig,
@@ -40,6 +41,7 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     base: TrainConfig = field(default_factory=TrainConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
     finetune: TrainConfig = field(default_factory=TrainConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -118,11 +120,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve())
 
-    data, evaluate = config.data, config.evaluate
+    data, proxy, evaluate = config.data, config.proxy, config.evaluate
     inception = evaluate.inception_path
     return replace(
         config,
         data=data if data.path is None else replace(data, path=absolute(data.path)),
+        proxy=proxy if proxy.replay is None else replace(proxy, replay=absolute(proxy.replay)),
         evaluate=replace(
             evaluate,
             cache_dir=absolute(evaluate.cache_dir),

@@ -1,6 +1,6 @@
 """Batches of images in an order that only the seed and the step decide."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,22 @@ def augment(images: Tensor, config: DataConfig, generator: torch.Generator) -> T
     return images
 
 
+def held_out_split(
+    dataset: ImageDataset, share: float, seed: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Split the numbers of a dataset's images at random: the rest, and a share that is held out.
+
+    Either part has at least one image; a dataset of one image is in both.
+    """
+    order = _permutation(len(dataset), derive_seed(seed, "held-out"), 0).tolist()
+    count = max(1, round(share * len(order)))
+    return order[count:] or order, order[:count]
+
+
 def batches(
     dataset: ImageDataset,
     *,
+    among: Sequence[int] | None = None,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -49,12 +62,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Give one rank's share of the batches of steps ``start_step`` to ``num_steps - 1``.
 
-    Images come epoch after epoch, each epoch in an order of its own. What a step sees depends on
-    nothing but the seed and the step, so training can go on anywhere.
+    Images come epoch after epoch, each epoch in an order of its own; ``among`` numbers those that
+    come at all. What a step sees depends on nothing but the seed and the step, so training can go
+    on anywhere.
     """
-    order = _StepOrder(
-        len(dataset), batch_size, seed, range(start_step, num_steps), rank, world_size
-    )
+    numbers = range(len(dataset)) if among is None else among
+    order = _StepOrder(numbers, batch_size, seed, range(start_step, num_steps), rank, world_size)
     loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
         batch_sampler=order,
@@ -66,23 +79,38 @@ def batches(
 
 
 def fixed_batches(
-    dataset: ImageDataset, count: int, batch_size: int, seed: int
+    dataset: ImageDataset,
+    count: int,
+    batch_size: int,
+    seed: int,
+    *,
+    among: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Give ``count`` images, the same ones for the same seed; over again where there are fewer."""
+    """Give ``count`` images, the same ones for the same seed; over again where there are fewer.
+
+    ``among`` numbers those that come at all.
+    """
+    numbers = range(len(dataset)) if among is None else among
     chosen = torch.cat(
-        [_permutation(len(dataset), seed, epoch) for epoch in range(-(-count // len(dataset)))]
+        [_permutation(len(numbers), seed, epoch) for epoch in range(-(-count // len(numbers)))]
     )[:count].tolist()
     for start in range(0, count, batch_size):
-        yield dataset.__getitems__(chosen[start : start + batch_size])
+        yield dataset.__getitems__([numbers[i] for i in chosen[start : start + batch_size]])
 
 
 class _StepOrder:
     """Indices of one rank's share of every step's batch."""
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, steps: range, rank: int, world_size: int
+        self,
+        numbers: Sequence[int],
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.numbers, self.batch_size, self.seed = numbers, batch_size, seed
         self.steps, self.rank, self.world_size = steps, rank, world_size
 
     def __len__(self) -> int:
@@ -95,10 +123,10 @@ class _StepOrder:
             first = step * self.batch_size + self.rank * share
             indices: list[int] = []
             for position in range(first, first + share):
-                if position // self.num_images != epoch:
-                    epoch = position // self.num_images
-                    order = _permutation(self.num_images, self.seed, epoch)
-                indices.append(int(order[position % self.num_images]))
+                if position // len(self.numbers) != epoch:
+                    epoch = position // len(self.numbers)
+                    order = _permutation(len(self.numbers), self.seed, epoch)
+                indices.append(self.numbers[int(order[position % len(self.numbers)])])
             yield indices
 
 

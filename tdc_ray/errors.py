@@ -10,6 +10,8 @@
     ├── CheckpointError        a saved model is missing, malformed or of another kind
     ├── UnsupportedModelError  a UNet has a block that cannot be pruned
     ├── LimitError             a macs limit that no pruning scheme can meet
+    ├── ProxyError             a proxy gave no usable scheme
+    │   └── ProxyReplyError    a language model's reply holds no valid scheme
     ├── NonFiniteLossError     training diverged
     ├── EvaluationError        no feature extractor, or too few images for a score
     ├── ClusterError           the cluster cannot give what the run asks for
@@ -52,6 +54,14 @@ class UnsupportedModelError(TdcError):
 
 class LimitError(TdcError):
     """No scheme of the pruning space is as small as the limit asks for."""
+
+
+class ProxyError(TdcError):
+    """A proxy gave no usable scheme; the caller decides what takes over."""
+
+
+class ProxyReplyError(ProxyError):
+    """A language model's reply holds no valid scheme; the text is fit to be sent back to it."""
 
 
 class EvaluationError(TdcError):

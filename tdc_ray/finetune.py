@@ -1,24 +1,24 @@
 """Stage 2's second half: fine-tunes a pruned expert on its group's timesteps (TDC Eq. 8)."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import batches
+from tdc_ray.data import batches, held_out_split
 from tdc_ray.datasets import load_dataset
-from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import count_params, load_unet, unet_config
-from tdc_ray.models.units import Kept, units_of
+from tdc_ray.models.unet import count_params, unet_config
+from tdc_ray.models.units import Kept
 from tdc_ray.plan import Group
-from tdc_ray.prune.measure import held_out_loss
+from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import Choice, GroupTask, search
-from tdc_ray.prune.space import space_of
+from tdc_ray.prune.noised import held_out_loss
+from tdc_ray.prune.rounds import search
+from tdc_ray.prune.task import Choice, GroupTask
 from tdc_ray.seeds import derive_seed
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Chain, Report, Result, WorkItem
@@ -32,6 +32,17 @@ class FinetuneJob:
     config: RunConfig
     group: Group
     kept: Kept
+    checkpoint: Path
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.config.finetune.num_steps
+
+    @property
+    def num_images(self) -> int:
+        """Images that training sees."""
+        return self.num_steps * self.config.finetune.batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +68,14 @@ def expert_dir(run_dir: RunDir, group: Group) -> Path:
 def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
     choice = yield from search(task, memory)
-    (tuned,) = yield [_item(task, choice)]
-    _checkpoint(task.run_dir, task.group).unlink(missing_ok=True)  # its result exists now
+    if task.config.prune.halving_steps and choice.candidates:
+        choice = yield from _halve(task, choice, memory)
+    job = _job(task, choice.kept, task.config.finetune.num_steps, "checkpoint.pt")
+    cost = 3.0 * task.space.macs(choice.widths) * job.num_images
+    (tuned,) = yield [
+        task.item("finetune", finetune_expert, job, cost=cost, num_steps=job.num_steps)
+    ]
+    job.checkpoint.unlink(missing_ok=True)  # its result exists now
     return Expert(
         group=task.group,
         max_macs=task.max_macs,
@@ -75,51 +92,124 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
 def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     """Fine-tune, or go on from the checkpoint of an earlier attempt, and save the expert.
 
-    The expert starts from the base's averaged weights and is saved with its own averaged weights.
+    The expert starts from the base's averaged weights, cut and refitted, and is saved with its own
+    averaged weights. With no steps to take it is what the refit left.
 
     Returns:
-        ``macs``, ``num_params``, ``loss_finetuned`` (on held-out noise), ``train_steps``,
-        ``train_macs`` (three forward passes per image seen) and ``seconds`` of this attempt.
+        ``macs``, ``num_params``, ``loss_finetuned`` (on held-out images and noise),
+        ``train_steps``, ``train_macs`` (three forward passes per image seen) and ``seconds`` of
+        this attempt.
 
     Raises:
         NonFiniteLossError: Training diverged.
         CheckpointError: The base or the checkpoint cannot be read.
     """
     started = time.perf_counter()
-    config, group = job.config, job.group
-    base_config = unet_config(job.run_dir.base_unet)
-    unet = cut(load_unet(job.run_dir.base_unet), units_of(base_config), job.kept)
-    state = start_state(unet.to(worker_device()), config.finetune)
-    checkpoint = _checkpoint(job.run_dir, group)
-    if checkpoint.exists():
-        state.load(checkpoint)
-    _train(state, config, group, checkpoint, report)
+    base, state = _tune(job, report)
     with state.averaged() as averaged:
-        save_expert(expert_dir(job.run_dir, group), averaged, base_config, job.kept)
-        loss = held_out_loss(averaged, config, group)
-    space = space_of(base_config)
-    macs = space.macs({name: len(places) for name, places in job.kept.items()})
-    num_steps = config.finetune.num_steps
+        save_expert(
+            expert_dir(job.run_dir, job.group),
+            averaged,
+            unet_config(job.run_dir.base_unet),
+            job.kept,
+        )
+        loss = held_out_loss(averaged, job.config, job.group)
+    macs = base.space.macs({name: len(places) for name, places in job.kept.items()})
     return {
         "macs": macs,
-        "num_params": count_params(unet),
+        "num_params": count_params(state.unet),
         "loss_finetuned": loss,
-        "train_steps": num_steps,
-        "train_macs": 3.0 * macs * num_steps * config.finetune.batch_size,
+        "train_steps": job.num_steps,
+        "train_macs": 3.0 * macs * job.num_images,
         "seconds": time.perf_counter() - started,
     }
 
 
-def _checkpoint(run_dir: RunDir, group: Group) -> Path:
-    return run_dir.group(group.index) / "checkpoint.pt"
+def try_candidate(job: FinetuneJob, report: Report) -> Result:
+    """Fine-tune a candidate for a few steps, or some more; give ``loss`` and ``seconds``."""
+    started = time.perf_counter()
+    _, state = _tune(job, report)
+    with state.averaged() as averaged:
+        loss = held_out_loss(averaged, job.config, job.group)
+    return {"loss": loss, "seconds": time.perf_counter() - started}
+
+
+def trial_item(
+    task: GroupTask, name: str, kept: Kept, num_steps: int, steps_before: int = 0
+) -> WorkItem:
+    """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
+
+    Args:
+        task: The group.
+        name: Of the sub-model within the group; its checkpoint is named so.
+        kept: What of each unit is kept.
+        num_steps: Optimizer steps in all.
+        steps_before: How many of them an earlier item of this name took.
+    """
+    job = _job(task, kept, num_steps, f"{name}.pt")
+    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    images = (num_steps - steps_before) * task.config.finetune.batch_size
+    key = f"{name}-{num_steps}"
+    return task.item(key, try_candidate, job, cost=3.0 * macs * images, num_steps=num_steps)
+
+
+def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]:
+    """Train the better half of the candidates, then the better half of those for longer, and on.
+
+    Successive halving: Jamieson and Talwalkar, arXiv:1502.07943. A candidate that goes on does so
+    from where it was.
+    """
+    left = list(choice.candidates[: (len(choice.candidates) + 1) // 2])
+    steps, before = task.config.prune.halving_steps, 0
+    while len(left) > 1:
+        items = [
+            trial_item(task, "try-{1}-{2}".format(*one.entry.place), one.kept, steps, before)
+            for one in left
+        ]
+        results = yield items
+        losses = {}
+        for candidate, item, result in zip(left, items, results, strict=True):
+            memory.add_tuned(candidate.entry.place, result["loss"])
+            losses[candidate.entry.place] = result["loss"]
+            choice.spent.add({"macs": item.cost, "seconds": result["seconds"]})
+        left.sort(key=lambda candidate: losses[candidate.entry.place])
+        left = left[: (len(left) + 1) // 2]
+        steps, before = 2 * steps, steps
+    for checkpoint in task.run_dir.group(task.group.index).glob("try-*.pt"):
+        checkpoint.unlink()
+    return replace(choice, kept=left[0].kept, entry=left[0].entry)
+
+
+def _job(task: GroupTask, kept: Kept, num_steps: int, checkpoint: str) -> FinetuneJob:
+    config = task.config
+    shorter = replace(config, finetune=replace(config.finetune, num_steps=num_steps))
+    folder = task.run_dir.group(task.group.index)
+    return FinetuneJob(task.run_dir, shorter, task.group, kept, folder / checkpoint)
+
+
+def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
+    """Cut and refit the base, and train what is left, or go on from a checkpoint of it."""
+    base = load_base(job.run_dir, job.config)
+    if job.checkpoint.exists():
+        unet = cut(base.unet, base.space.units, job.kept)
+        state = start_state(unet, job.config.finetune)
+        state.load(job.checkpoint)
+    else:
+        unet = pruned_unet(base, job.kept, job.config, job.group)
+        state = start_state(unet, job.config.finetune)
+    _train(state, job.config, job.group, job.checkpoint, report)
+    return base, state
 
 
 def _train(
     state: TrainState, config: RunConfig, group: Group, checkpoint: Path, report: Report
 ) -> None:
     name = ("finetune", group.first, group.last)
+    dataset = load_dataset(config.data)
+    among, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
-        load_dataset(config.data),
+        dataset,
+        among=among,
         batch_size=config.finetune.batch_size,
         seed=derive_seed(config.seed, *name, "order"),
         start_step=state.step,
@@ -137,17 +227,4 @@ def _train(
         seed=derive_seed(config.seed, *name),
         report=report,
         save=lambda current: current.save(checkpoint),
-    )
-
-
-def _item(task: GroupTask, choice: Choice) -> WorkItem:
-    macs = task.space.macs(choice.widths)
-    train_config = task.config.finetune
-    return WorkItem(
-        key=f"{task.name}/finetune",
-        function=finetune_expert,
-        job=FinetuneJob(task.run_dir, task.config, task.group, choice.kept),
-        result_path=task.run_dir.group(task.group.index) / "finetune.json",
-        cost=3.0 * macs * train_config.num_steps * train_config.batch_size,
-        num_steps=train_config.num_steps,
     )

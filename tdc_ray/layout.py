@@ -9,6 +9,8 @@ class RunDir:
     """Paths of one run; ``root`` is absolute, so that it means the same in every process."""
 
     root: Path
+    given_base: Path | None = None
+    """A base that lies elsewhere."""
 
     @property
     def config(self) -> Path:
@@ -33,7 +35,7 @@ class RunDir:
     @property
     def base_unet(self) -> Path:
         """The base with its averaged weights, as diffusers saves it."""
-        return self.root / "base" / "unet"
+        return self.given_base or self.root / "base" / "unet"
 
     @property
     def base_result(self) -> Path:
@@ -49,6 +51,11 @@ class RunDir:
     def memory(self) -> Path:
         """The memory bank."""
         return self.root / "memory.jsonl"
+
+    @property
+    def transcripts(self) -> Path:
+        """What was asked of a language model, and what it answered."""
+        return self.root / "proxy"
 
     @property
     def experts(self) -> Path:

@@ -85,7 +85,7 @@ def print_results(console: Console, results: Results) -> None:
     table.add_row(label, *_model_row(results.tdc))
     console.print(table)
     groups = Table(title="groups (losses on held-out noise)", title_justify="left")
-    for name in ("group", "timesteps", "limit", "macs", "base", "cut", "fine-tuned"):
+    for name in ("group", "timesteps", "limit", "macs", "base", "cut", "refit", "tuned"):
         groups.add_column(name, justify="right", no_wrap=True)
     for group in results.groups:
         groups.add_row(
@@ -95,6 +95,7 @@ def print_results(console: Console, results: Results) -> None:
             _macs(group.macs),
             f"{group.loss_base:.4f}",
             f"{group.loss_cut:.4f}",
+            "-" if group.loss_refit is None else f"{group.loss_refit:.4f}",
             f"{group.loss_finetuned:.4f}",
         )
     console.print(groups)
@@ -123,7 +124,7 @@ def conclusions(results: Results) -> list[str]:
             f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is "
             "no FID and can be compared only with runs on the same data."
         )
-    return lines
+    return lines + [f"Note: {note}" for note in results.prune.notes]
 
 
 def _model_row(model: ModelResult) -> tuple[str, ...]:

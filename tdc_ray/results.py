@@ -76,6 +76,9 @@ class GroupResult:
 
     loss_finetuned: float
 
+    source: str = "unknown"
+    """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (no cut)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneResult:
@@ -89,13 +92,21 @@ class PruneResult:
     """Schemes per round; a group that has no more measures fewer."""
 
     seconds: float
-    """Summed over workers."""
+    """Of computing, summed over workers."""
 
     search_macs: float
-    """Macs of scores and measurements; not part of ``train_macs``."""
+    """Macs of scores, sensitivities, refits and measurements; not part of ``train_macs``."""
 
     prompt_tokens: int
     completion_tokens: int
+
+    proxy_seconds: float = 0.0
+    """Waiting for a language model, summed over calls."""
+
+    refit: str = "none"
+    space: str = "inner"
+    notes: tuple[str, ...] = ()
+    """What did not go as asked for, such as an offline proxy that took over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +195,6 @@ def comparable(results: Results) -> dict[str, Any]:
     document = asdict(results)
     for model in ("base", "tdc"):
         del document[model]["images_per_second"]
-    del document["prune"]["seconds"], document["seconds"]
+    del document["prune"]["seconds"], document["prune"]["proxy_seconds"], document["seconds"]
     del document["versions"], document["commit"]
     return document

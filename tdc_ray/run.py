@@ -26,8 +26,8 @@ from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import GroupTask
 from tdc_ray.prune.space import Space, space_of
+from tdc_ray.prune.task import GroupTask, group_name
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.settings import ComputeConfig
@@ -68,7 +68,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         ):
             logger.info("stage 1: training the base (%s)", run_dir.base_unet)
             train_base_on_ray(run_dir, config, events, view)
-            with Pool(config.compute, events, view) as pool:
+            with Pool(config, events, view) as pool:
                 experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
                 scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
         outcome = Outcome(plan, experts, *scores, spec, reference)
@@ -104,7 +104,8 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
                 f"{setting} must be {wanted} for model.architecture {config.model.architecture}, "
                 f"got {value}."
             )
-    plan, space = plan_groups(diffusion, config.plan, config.sampler), space_of(unet_config)
+    plan = plan_groups(diffusion, config.plan, config.sampler)
+    space = space_of(unet_config, config.prune.space)
     if config.prune.method != "none":
         for group in plan.groups:
             space.check_limit(group.max_macs(space.macs_base), f"group {group.index}")
@@ -153,12 +154,13 @@ def _make_experts(
     """Stage 2: all groups side by side; the features are made ready beside them."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
     memory = MemoryBank(run_dir.memory)
-    tasks = [GroupTask(run_dir, config, space, group) for group in plan.groups]
+    names = frozenset(group_name(group) for group in plan.groups)
+    tasks = [GroupTask(run_dir, config, space, group, names) for group in plan.groups]
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)})
     experts = [done[task.name] for task in tasks]
-    names = [expert_dir(run_dir, group).name for group in plan.groups]
-    save_index(run_dir.experts, config, plan.groups, names)
+    folders = [expert_dir(run_dir, group).name for group in plan.groups]
+    save_index(run_dir.experts, config, plan.groups, folders)
     return experts, done["features"]
 
 

@@ -48,7 +48,8 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     """
     plan, experts = outcome.plan, outcome.experts
     base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
-    sampler, pruned = config.sampler, config.prune.method != "none"
+    sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
+    rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
     return Results(
         preset=config.preset,
         seed=config.seed,
@@ -80,12 +81,18 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         groups=tuple(_group_result(expert) for expert in experts),
         prune=PruneResult(
             method=config.prune.method,
-            rounds=config.prune.num_rounds if pruned else 0,
-            candidates=config.prune.num_candidates if pruned else 0,
-            seconds=sum(expert.choice.seconds for expert in experts),
-            search_macs=sum(expert.choice.search_macs for expert in experts),
-            prompt_tokens=0,
-            completion_tokens=0,
+            rounds=rounds.get(config.prune.method, 1),
+            candidates=max(
+                (e.entry.candidate + 1 for x in experts for e in x.choice.candidates), default=0
+            ),
+            seconds=sum(part.seconds for part in spent),
+            search_macs=sum(part.macs for part in spent),
+            prompt_tokens=sum(part.prompt_tokens for part in spent),
+            completion_tokens=sum(part.completion_tokens for part in spent),
+            proxy_seconds=sum(part.proxy_seconds for part in spent),
+            refit=config.prune.refit,
+            space=config.prune.space,
+            notes=tuple(note for part in spent for note in part.notes),
         ),
         evaluation=EvaluationResult(
             sampler=sampler.sampler,
@@ -99,7 +106,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         ),
         seconds=StageSeconds(
             base=base["seconds"],
-            prune=sum(expert.choice.seconds for expert in experts),
+            prune=sum(part.seconds for part in spent),
             finetune=sum(expert.seconds for expert in experts),
             evaluate=base_score.seconds + tdc_score.seconds,
             wall=seconds,
@@ -119,8 +126,9 @@ def _group_result(expert: Expert) -> GroupResult:
         widths=expert.choice.widths,
         loss_base=expert.choice.loss_base,
         loss_cut=expert.choice.loss_cut,
-        loss_refit=None,
+        loss_refit=expert.choice.loss_refit,
         loss_finetuned=expert.loss_finetuned,
+        source="base" if expert.choice.entry is None else expert.choice.entry.source,
     )
 
 

@@ -6,9 +6,9 @@ none of the chain's business.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tdc_ray.storage import read_json, write_json
 
@@ -46,9 +46,22 @@ class WorkItem:
     num_steps: int = 1
     """Steps that it reports, for the progress display."""
 
+    is_call: bool = False
+    """It waits for a language model and computes nothing, so it holds no worker."""
 
-Chain = Generator[Sequence[WorkItem], Sequence[Result], T]
-"""Yields items that may run side by side, is sent their results in order, and returns a value."""
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """A chain that yields it goes on when all other parties, but those that ended, have come."""
+
+    name: str
+    parties: frozenset[str]
+    """Names of the chains that meet."""
+
+
+Chain = Generator[Sequence[WorkItem] | Meeting, Sequence[Result], T]
+"""Yields items that may run side by side, is sent their results in order, and returns a value. A
+meeting is answered with no results."""
 
 
 def finished(item: WorkItem) -> Result | None:
@@ -67,16 +80,83 @@ def run_item(item: WorkItem, report: Report) -> Result:
     return result
 
 
-def run_chain(chain: Chain[T], report: Report = lambda _metrics, _step: None) -> T:
-    """Run a chain in this process, one item after the other."""
-    results: list[Result] | None = None
-    while True:
+@dataclass(slots=True)
+class _State(Generic[T]):
+    """A chain, and what it waits for."""
+
+    chain: Chain[T]
+    waits_for: Sequence[WorkItem] | Meeting | None = None
+    """None before it was started."""
+
+    results: dict[str, Result] = field(default_factory=dict)
+    """Of the items that it waits for, as far as they are there, by key."""
+
+    met: set[Meeting] = field(default_factory=set)
+    """Meetings that it went on from."""
+
+
+class Chains(Generic[T]):
+    """Chains that are under way side by side: which of them can go on, and with what items."""
+
+    def __init__(self, chains: Mapping[str, Chain[T]]) -> None:
+        self.values: dict[str, T] = {}
+        """What the chains that ended returned, by their names."""
+
+        self._states = {name: _State(chain) for name, chain in chains.items()}
+
+    def go_on(self) -> list[tuple[str, WorkItem]]:
+        """Let every chain go on that can, and give the items that are to be run, by its name.
+
+        Items whose results an earlier attempt left are not among them.
+        """
+        missing: list[tuple[str, WorkItem]] = []
+        while movable := [name for name in self._states if self._can_go_on(name)]:
+            for name in movable:
+                missing += [(name, item) for item in self._advance(name)]
+        return missing
+
+    def put(self, name: str, item: WorkItem, result: Result) -> None:
+        """Give a chain the result of one of its items; a chain that was dropped takes none."""
+        if name in self._states:
+            self._states[name].results[item.key] = result
+
+    def drop(self, name: str) -> None:
+        """End a chain that failed; the others no longer wait for it."""
+        self._states.pop(name, None)
+
+    def _can_go_on(self, name: str) -> bool:
+        waits_for, results = self._states[name].waits_for, self._states[name].results
+        if waits_for is None:
+            return True
+        if not isinstance(waits_for, Meeting):
+            return all(item.key in results for item in waits_for)
+        others = [self._states[other] for other in waits_for.parties & self._states.keys()]
+        return all(waits_for == other.waits_for or waits_for in other.met for other in others)
+
+    def _advance(self, name: str) -> list[WorkItem]:
+        state, results = self._states[name], None
+        if isinstance(state.waits_for, Meeting):
+            state.met.add(state.waits_for)
+            results = []
+        elif state.waits_for is not None:
+            results = [state.results.pop(item.key) for item in state.waits_for]
         try:
-            items = chain.send(results)  # type: ignore[arg-type]  # None starts a generator
+            state.waits_for = state.chain.send(results)
         except StopIteration as stop:
-            value: T = stop.value
-            return value
-        results = []
-        for item in items:
-            earlier = finished(item)
-            results.append(run_item(item, report) if earlier is None else earlier)
+            self.values[name] = stop.value
+            del self._states[name]
+            return []
+        if isinstance(state.waits_for, Meeting):
+            return []
+        earlier = {item.key: finished(item) for item in state.waits_for}
+        state.results = {key: result for key, result in earlier.items() if result is not None}
+        return [item for item in state.waits_for if earlier[item.key] is None]
+
+
+def run_chain(chain: Chain[T], report: Report = lambda _metrics, _step: None) -> T:
+    """Run a chain that meets no other in this process, one item after the other."""
+    chains = Chains({"": chain})
+    while missing := chains.go_on():
+        for name, item in missing:
+            chains.put(name, item, run_item(item, report))
+    return chains.values[""]

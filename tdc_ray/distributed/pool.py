@@ -1,26 +1,29 @@
 """Runs chains of work items over a pool of Ray actors; what to do is decided by ``policy``."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from tdc_ray.config import RunConfig
+from tdc_ray.distributed.caller import start_caller
 from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
 from tdc_ray.errors import WorkFailedError
 from tdc_ray.progress import ProgressView
-from tdc_ray.settings import ComputeConfig
-from tdc_ray.work import Chain, Result, WorkItem, finished, run_item
+from tdc_ray.work import Chain, Chains, Result, WorkItem, run_item
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 5.0
 
 T = TypeVar("T")
+
+Entry = tuple[str, WorkItem]
+"""An item that is to be run, with the name of its chain."""
 
 
 class _Worker:
@@ -36,22 +39,13 @@ class _Worker:
         return run_item(item, self.board.reporter(item.key))
 
 
-@dataclass(slots=True)
-class _Progress(Generic[T]):
-    """How far a chain has come: the items it waits for, and their results by key."""
-
-    chain: Chain[T]
-    waiting: list[WorkItem] | None = None
-    """None before it has begun."""
-
-    results: dict[str, Result] = field(default_factory=dict)
-
-
 class Pool:
     """Actors, started as there is work for them; a context manager that ends them."""
 
-    def __init__(self, compute: ComputeConfig, board: Board, view: ProgressView) -> None:
-        self._compute, self._board, self._view = compute, board, view
+    def __init__(self, config: RunConfig, board: Board, view: ProgressView) -> None:
+        self._compute, self._proxy = config.compute, config.proxy
+        self._board, self._view = board, view
+        self._caller: ActorHandle | None = None
         self._idle: list[ActorHandle] = []
         self._max_actors = 0
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, str, WorkItem]] = {}
@@ -64,7 +58,8 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in [*self._idle, *(actor for actor, _, _ in self._running.values())]:
+        busy = [actor for actor, _, item in self._running.values() if not item.is_call]
+        for actor in [*self._idle, *busy]:
             ray.kill(actor)
 
     def run(self, chains: Mapping[str, Chain[T]]) -> dict[str, T]:
@@ -79,19 +74,11 @@ class Pool:
             WorkFailedError: Chains failed; names each and its reason.
         """
         self._attempts = {}
-        values: dict[str, T] = {}
+        under_way = Chains(chains)
         failed: dict[str, str] = {}
-        states: dict[str, _Progress[T]] = {}
-        ready: list[tuple[str, WorkItem]] = []
-        for name, chain in chains.items():
-            states[name] = _Progress(chain)
-            ready += self._advance(name, states[name], values)
+        ready = under_way.go_on()
         while ready or self._running:
-            while ready and (self._idle or len(self._running) < self._max_actors):
-                item = next_item(item for _, item in ready)
-                entry = next(entry for entry in ready if entry[1] is item)
-                ready.remove(entry)
-                self._start(*entry)
+            ready = self._start_some(ready)
             refs = list(self._running)
             done, _ = ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
             for ref in done:
@@ -100,44 +87,38 @@ class Pool:
                     ready.append((name, item))
                 elif isinstance(outcome, str):
                     failed[name] = outcome
+                    under_way.drop(name)
                     ready = [entry for entry in ready if entry[0] != name]
-                elif name not in failed:
-                    state = states[name]
-                    state.results[item.key] = outcome
-                    ready += self._advance(name, state, values)
+                else:
+                    under_way.put(name, item, outcome)
+            ready += under_way.go_on()
         if failed:
             raise WorkFailedError(failed)
-        return values
+        return under_way.values
 
-    def _advance(
-        self, name: str, state: _Progress[T], values: dict[str, T]
-    ) -> list[tuple[str, WorkItem]]:
-        """Let a chain go on while all it waits for has results; give what is to be run."""
-        while state.waiting is None or all(i.key in state.results for i in state.waiting):
-            results = None
-            if state.waiting is not None:
-                results = [state.results.pop(i.key) for i in state.waiting]
-            try:
-                state.waiting = list(state.chain.send(results))  # type: ignore[arg-type]
-            except StopIteration as stop:
-                values[name] = stop.value
-                return []
-            missing = []
-            for item in state.waiting:
-                earlier = finished(item)
-                if earlier is None:
-                    missing.append((name, item))
-                else:
-                    state.results[item.key] = earlier
-            if missing:
-                return missing
-        return []
+    def _start_some(self, ready: Sequence[Entry]) -> list[Entry]:
+        """Start all calls, and as many other items as there are actors for; give what is left."""
+        left = [entry for entry in ready if not entry[1].is_call]
+        for name, item in ready:
+            if item.is_call:
+                if self._caller is None:
+                    self._caller = start_caller(self._proxy)
+                self._start(name, item, self._caller, self._caller.run.remote(item, self._board))
+        while left and (self._idle or self._num_busy() < self._max_actors):
+            chosen = next_item(item for _, item in left)
+            name, item = next(entry for entry in left if entry[1] is chosen)
+            left.remove((name, item))
+            actor = self._idle.pop() if self._idle else self._new_actor()
+            self._start(name, item, actor, actor.run.remote(item))
+        return left
 
-    def _start(self, name: str, item: WorkItem) -> None:
-        actor = self._idle.pop() if self._idle else self._new_actor()
+    def _num_busy(self) -> int:
+        return sum(not item.is_call for _, _, item in self._running.values())
+
+    def _start(self, name: str, item: WorkItem, actor: ActorHandle, ref: ray.ObjectRef) -> None:
         self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
         self._view.start(item.key, item.num_steps)
-        self._running[actor.run.remote(item)] = (actor, name, item)
+        self._running[ref] = (actor, name, item)
 
     def _collect(self, ref: ray.ObjectRef) -> tuple[str, WorkItem, Result | Action | str]:
         """Give the result of an item, that it is to be tried again, or why it failed for good."""
@@ -147,19 +128,24 @@ class Pool:
         try:
             result: Result = ray.get(ref)
         except RayTaskError as error:
-            self._idle.append(actor)
+            self._release(actor, item)
             failure, reason = Failure.OWN_ERROR, f"{type(error.cause).__name__}: {error.cause}"
         except RayActorError as error:
-            ray.kill(actor)  # it may be alive but out of reach
+            if not item.is_call:  # the caller starts again by itself
+                ray.kill(actor)  # it may be alive but out of reach
             failure, reason = Failure.WORKER_LOST, f"its worker died {attempts} times: {error}"
         else:
-            self._idle.append(actor)
+            self._release(actor, item)
             return name, item, result
         most = self._compute.max_attempts
         if after_failure(failure, attempts=attempts, max_attempts=most) is Action.GIVE_UP:
             return name, item, reason
         logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
         return name, item, Action.RETRY
+
+    def _release(self, actor: ActorHandle, item: WorkItem) -> None:
+        if not item.is_call:
+            self._idle.append(actor)
 
     def _new_actor(self) -> Any:
         compute = self._compute

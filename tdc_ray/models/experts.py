@@ -15,7 +15,7 @@ from tdc_ray.errors import CheckpointError, TdcError
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
-from tdc_ray.models.units import Kept, units_of
+from tdc_ray.models.units import Kept, units_for
 from tdc_ray.storage import atomic_path, read_json, write_json
 
 CONFIG_FILE = "expert.json"
@@ -62,4 +62,4 @@ def _empty(document: dict[str, Any]) -> UNet2DModel:
     kept = {name: tuple(indices) for name, indices in document["kept"].items()}
     with torch.device("meta"):
         base = build_unet(config, dropout=dropout)
-    return cut(base, units_of(config), kept).to_empty(device="cpu")
+    return cut(base, units_for(config, kept), kept).to_empty(device="cpu")

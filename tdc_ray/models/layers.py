@@ -1,51 +1,22 @@
 """The layers of any ``UNet2DModel``, told from its config without torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Parameters and cost of one module of a UNet."""
-
-    name: str
-    """Its dotted name in the ``UNet2DModel``."""
-
-    num_params: int
-    macs: int
-    """Multiply-accumulates for one image; 0 for norms and embeddings, which are not counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResidualBlock:
-    """A ``ResnetBlock2D``: its inner width lies between ``conv1`` and ``conv2``."""
-
-    name: str
-    in_channels: int
-    out_channels: int
-    time_channels: int
-    num_groups: int
-    scale_shift: bool
-    pixels: int
-    """Height times width of its output."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionBlock:
-    """An ``Attention``: its inner width is ``num_heads`` heads of ``channels / num_heads``."""
-
-    name: str
-    channels: int
-    num_heads: int
-    has_norm: bool
-    pixels: int
-
-
-Part = Layer | ResidualBlock | AttentionBlock
+from tdc_ray.models.shapes import (
+    STREAM,
+    AttentionBlock,
+    Channels,
+    Layer,
+    Part,
+    ResidualBlock,
+    conv,
+    linear,
+    norm,
+    total,
+)
 
 _DEFAULTS: UNetConfig = {
     "layers_per_block": 2,
@@ -85,25 +56,29 @@ def layers(part: Part) -> list[Layer]:
     """Split a part into the layers that have parameters."""
     if isinstance(part, Layer):
         return [part]
+    name, inner, stream, pixels = part.name, part.inner, part.stream, part.pixels
     if isinstance(part, AttentionBlock):
-        width, name = part.channels, part.name
-        norm = [Layer(f"{name}.group_norm", 2 * width, 0)] if part.has_norm else []
-        projections = ("to_q", "to_k", "to_v", "to_out.0")
-        return norm + [_linear(f"{name}.{p}", width, width, part.pixels) for p in projections]
-    inner, name = part.out_channels, part.name
-    embedded = 2 * inner if part.scale_shift else inner
+        return [
+            *([norm(f"{name}.group_norm", stream)] if part.num_groups else []),
+            *(linear(f"{name}.to_{p}", stream, inner, pixels=pixels) for p in "qkv"),
+            linear(f"{name}.to_out.0", inner, stream, pixels=pixels),
+        ]
+    embedded = (inner, inner) if part.scale_shift else (inner,)
     found = [
-        Layer(f"{name}.norm1", 2 * part.in_channels, 0),
-        _conv(f"{name}.conv1", part.in_channels, inner, 3, part.pixels),
-        _linear(f"{name}.time_emb_proj", part.time_channels, embedded, 1),
-        Layer(f"{name}.norm2", 2 * inner, 0),
-        _conv(f"{name}.conv2", inner, part.out_channels, 3, part.pixels),
+        norm(f"{name}.norm1", *part.inputs),
+        conv(f"{name}.conv1", part.inputs, inner, 3, pixels),
+        linear(f"{name}.time_emb_proj", Channels(part.time_channels), *embedded),
+        norm(f"{name}.norm2", inner),
+        conv(f"{name}.conv2", (inner,), stream, 3, pixels),
     ]
-    if part.in_channels != part.out_channels:
-        found.append(
-            _conv(f"{name}.conv_shortcut", part.in_channels, part.out_channels, 1, part.pixels)
-        )
+    if part.in_channels != stream.count:
+        found.append(conv(f"{name}.conv_shortcut", part.inputs, stream, 1, pixels))
     return found
+
+
+def all_layers(config: UNetConfig) -> list[Layer]:
+    """List the layers of a UNet that have parameters, in the order of its forward pass."""
+    return [layer for part in parts(config) for layer in layers(part)]
 
 
 def count(config: UNetConfig) -> tuple[int, int]:
@@ -115,22 +90,12 @@ def count(config: UNetConfig) -> tuple[int, int]:
     Returns:
         ``(num_params, macs)``.
     """
-    found = [layer for part in parts(config) for layer in layers(part)]
+    found = all_layers(config)
     return sum(layer.num_params for layer in found), sum(layer.macs for layer in found)
 
 
-def _conv(name: str, in_channels: int, out_channels: int, kernel: int, pixels: int) -> Layer:
-    weights = in_channels * out_channels * kernel * kernel
-    return Layer(name, weights + out_channels, weights * pixels)
-
-
-def _linear(name: str, in_features: int, out_features: int, pixels: int) -> Layer:
-    weights = in_features * out_features
-    return Layer(name, weights + out_features, weights * pixels)
-
-
 class _Walk:
-    """Walks through a config as ``UNet2DModel.__init__`` does, keeping track of the resolution."""
+    """Walks through a config as ``UNet2DModel`` does: the resolution, the stream, its skips."""
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = {**_DEFAULTS, **config}
@@ -155,67 +120,66 @@ class _Walk:
                 raise UnsupportedModelError(
                     f"{setting} {self.config[setting]} is not supported; known are {known}."
                 )
+        self.stream = Channels(self.channels[0], f"{STREAM}conv_in")
+        self.skips = [self.stream]
 
     def walk(self) -> Iterator[Part]:
-        config, channels = self.config, self.channels
-        pixels = self.size**2
-        yield _conv("conv_in", config["in_channels"], channels[0], 3, pixels)
-        yield _linear("time_embedding.linear_1", channels[0], self.time_channels, 1)
-        yield _linear("time_embedding.linear_2", self.time_channels, self.time_channels, 1)
-        if config["num_class_embeds"] is not None:
-            num_params = config["num_class_embeds"] * self.time_channels
-            yield Layer("class_embedding", num_params, 0)
+        config, pixels = self.config, self.size**2
+        time = Channels(self.time_channels)
+        yield conv("conv_in", (Channels(config["in_channels"]),), self.stream, 3, pixels)
+        yield linear("time_embedding.linear_1", Channels(self.channels[0]), time)
+        yield linear("time_embedding.linear_2", time, time)
+        if (num_classes := config["num_class_embeds"]) is not None:
+            yield Layer("class_embedding", (Channels(num_classes),), (time,), has_bias=False)
         yield from self._down()
         yield from self._mid()
         yield from self._up()
-        yield Layer("conv_norm_out", 2 * channels[0], 0)
-        yield _conv("conv_out", channels[0], config["out_channels"], 3, pixels)
+        yield norm("conv_norm_out", self.stream)
+        yield conv("conv_out", (self.stream,), Channels(config["out_channels"]), 3, pixels)
 
     def _down(self) -> Iterator[Part]:
-        previous = self.channels[0]
         for index, kind in enumerate(self.config["down_block_types"]):
             width, name = self.channels[index], f"down_blocks.{index}"
             for layer in range(self.config["layers_per_block"]):
-                yield self._residual(f"{name}.resnets.{layer}", previous, width)
-                previous = width
+                yield self._residual(f"{name}.resnets.{layer}", (self.stream,), width)
                 if kind == ATTN_DOWN:
-                    yield self._attention(f"{name}.attentions.{layer}", width, has_norm=True)
+                    groups = self.config["norm_num_groups"]
+                    yield self._attention(f"{name}.attentions.{layer}", groups)
+                self.skips.append(self.stream)
             if index == len(self.channels) - 1:
                 continue
             padding = self.config["downsample_padding"]
             by_resnet = self._samples_by_resnet(kind, ATTN_DOWN, "downsample_type")
             halves = by_resnet or padding == 0
             self.size = self.size // 2 if halves else (self.size - 1) // 2 + 1
-            yield self._resample(f"{name}.downsamplers.0", width, by_resnet=by_resnet)
+            yield self._resample(f"{name}.downsamplers.0", by_resnet=by_resnet)
+            self.skips.append(self.stream)
 
     def _mid(self) -> Iterator[Part]:
         if self.config["mid_block_type"] is None:
             return
-        width = self.channels[-1]
-        yield self._residual("mid_block.resnets.0", width, width)
+        width = self.stream.count
+        yield self._residual("mid_block.resnets.0", (self.stream,), width)
         if self.config["add_attention"]:
-            default = self.config["resnet_time_scale_shift"] == "default"
-            has_norm = self.config["attn_norm_num_groups"] is not None or default
-            yield self._attention("mid_block.attentions.0", width, has_norm=has_norm)
-        yield self._residual("mid_block.resnets.1", width, width)
+            groups = self.config["attn_norm_num_groups"]
+            if groups is None and self.config["resnet_time_scale_shift"] == "default":
+                groups = self.config["norm_num_groups"]
+            yield self._attention("mid_block.attentions.0", groups)
+        yield self._residual("mid_block.resnets.1", (self.stream,), width)
 
     def _up(self) -> Iterator[Part]:
-        widths = self.channels[::-1]
-        previous = widths[0]
         for index, kind in enumerate(self.config["up_block_types"]):
-            width, name = widths[index], f"up_blocks.{index}"
-            deepest = widths[min(index + 1, len(widths) - 1)]
-            num_layers = self.config["layers_per_block"] + 1
-            for layer in range(num_layers):
-                skip = deepest if layer == num_layers - 1 else width
-                yield self._residual(f"{name}.resnets.{layer}", previous + skip, width)
-                previous = width
+            width, name = self.channels[-1 - index], f"up_blocks.{index}"
+            for layer in range(self.config["layers_per_block"] + 1):
+                inputs = (self.stream, self.skips.pop())
+                yield self._residual(f"{name}.resnets.{layer}", inputs, width)
                 if kind == ATTN_UP:
-                    yield self._attention(f"{name}.attentions.{layer}", width, has_norm=True)
-            if index < len(widths) - 1:
+                    groups = self.config["norm_num_groups"]
+                    yield self._attention(f"{name}.attentions.{layer}", groups)
+            if index < len(self.channels) - 1:
                 by_resnet = self._samples_by_resnet(kind, ATTN_UP, "upsample_type")
                 self.size *= 2
-                yield self._resample(f"{name}.upsamplers.0", width, by_resnet=by_resnet)
+                yield self._resample(f"{name}.upsamplers.0", by_resnet=by_resnet)
 
     def _samples_by_resnet(
         self,
@@ -228,29 +192,32 @@ class _Walk:
             kind == attention_kind and self.config[setting] == "resnet"
         )
 
-    def _resample(self, name: str, width: int, *, by_resnet: bool) -> Part:
+    def _resample(self, name: str, *, by_resnet: bool) -> Part:
+        before = self.stream
         if by_resnet:
-            return self._residual(name, width, width)
-        return _conv(f"{name}.conv", width, width, 3, self.size**2)
+            return self._residual(name, (before,), before.count)
+        self.stream = Channels(before.count, f"{STREAM}{name}")
+        return conv(f"{name}.conv", (before,), self.stream, 3, self.size**2)
 
-    def _residual(self, name: str, in_channels: int, out_channels: int) -> ResidualBlock:
+    def _residual(self, name: str, inputs: tuple[Channels, ...], width: int) -> ResidualBlock:
+        if total(inputs) != width:  # its shortcut is a convolution: nothing is added to the stream
+            self.stream = Channels(width, f"{STREAM}{name}")
         return ResidualBlock(
             name,
-            in_channels,
-            out_channels,
+            inputs,
+            self.stream,
             self.time_channels,
             self.config["norm_num_groups"],
             self.config["resnet_time_scale_shift"] == "scale_shift",
             self.size**2,
         )
 
-    def _attention(self, name: str, channels: int, *, has_norm: bool) -> AttentionBlock:
+    def _attention(self, name: str, num_groups: int | None) -> AttentionBlock:
+        channels = self.stream.count
         head_dim = self.config["attention_head_dim"] or channels
-        if self.config.get("num_heads"):
-            head_dim = channels // self.config["num_heads"]
-        if head_dim == 0 or channels % head_dim:
+        num_heads = self.config.get("num_heads") or channels // head_dim
+        if channels % head_dim or channels % num_heads:
             raise UnsupportedModelError(
                 f"{name} has {channels} channels, which its heads do not divide evenly."
             )
-        num_heads = channels // head_dim
-        return AttentionBlock(name, channels, num_heads, has_norm, self.size**2)
+        return AttentionBlock(name, self.stream, num_heads, num_groups, self.size**2)

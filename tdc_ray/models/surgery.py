@@ -7,22 +7,33 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.layers import all_layers
+from tdc_ray.models.shapes import starts_of
+from tdc_ray.models.streams import cut_streams
 from tdc_ray.models.units import Kept, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class Coupled:
-    """A parameter that has the unit's inner channels along one of its dimensions."""
+    """A parameter that has a unit's channels along one of its dimensions."""
+
+    layer: str
+    """Dotted name of the module."""
 
     module: nn.Module
     name: str
     dim: int
-    copies: int = 1
-    """How often the channels follow each other along the dimension (scale, then shift: 2)."""
+    starts: tuple[int, ...]
+    """Where the channels begin along the dimension. They may be there more than once: as scale and
+    shift of a time embedding, or where a stream is its own skip connection."""
+
+    num_channels: int
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -33,74 +44,114 @@ class Coupled:
 
     def by_channel(self, values: Tensor) -> Tensor:
         """Bring a tensor shaped like the parameter to ``(channels, everything else)``."""
-        front = values.movedim(self.dim, 0)
-        channels = front.shape[0] // self.copies
-        return front.reshape(self.copies, channels, -1).transpose(0, 1).flatten(1)
+        copies = [values.narrow(self.dim, start, self.num_channels) for start in self.starts]
+        rows = [some.movedim(self.dim, 0).reshape(self.num_channels, -1) for some in copies]
+        return torch.cat(rows, dim=1)
 
-    def keep(self, channels: Tensor, num_channels: int) -> None:
-        """Leave nothing but the given channels of ``num_channels``."""
-        index = torch.cat([channels + copy * num_channels for copy in range(self.copies)])
+    def keep(self, channels: Tensor) -> None:
+        """Leave nothing but the given channels; the dimension must have no others."""
         old = self.parameter
-        kept = old.detach().index_select(self.dim, index.to(old.device)).contiguous()
+        index = self.places(channels).to(old.device)
+        kept = old.detach().index_select(self.dim, index).contiguous()
         setattr(self.module, self.name, nn.Parameter(kept, requires_grad=old.requires_grad))
+
+    def places(self, channels: Tensor) -> Tensor:
+        """Tell where some of the unit's channels are along the dimension."""
+        return torch.cat([start + channels for start in self.starts])
 
 
 def coupled(unet: UNet2DModel, unit: Unit) -> list[Coupled]:
-    """List the parameters that go with a unit's inner channels.
+    """List the parameters that go with a unit's channels.
+
+    Args:
+        unet: An uncut UNet; for an inner unit, others may have been cut.
+        unit: One of its units.
 
     Raises:
-        UnsupportedModelError: The block is not of the kind that the unit was made for.
+        UnsupportedModelError: The UNet has no such unit.
     """
-    block = unet.get_submodule(unit.name)
-    if unit.kind == "residual" and isinstance(block, ResnetBlock2D):
-        copies = 2 if block.time_embedding_norm == "scale_shift" else 1
-        return [
-            Coupled(block.conv1, "weight", 0),
-            Coupled(block.conv1, "bias", 0),
-            Coupled(block.time_emb_proj, "weight", 0, copies),
-            Coupled(block.time_emb_proj, "bias", 0, copies),
-            Coupled(block.norm2, "weight", 0),
-            Coupled(block.norm2, "bias", 0),
-            Coupled(block.conv2, "weight", 1),
-        ]
-    if unit.kind == "attention" and isinstance(block, Attention):
-        into = (block.to_q, block.to_k, block.to_v)
-        rows = [Coupled(layer, name, 0) for layer in into for name in ("weight", "bias")]
-        return [*rows, Coupled(block.to_out[0], "weight", 1)]
-    raise UnsupportedModelError(
-        f"{unit.name} is a {type(block).__name__}, which cannot be cut as {unit.kind}."
-    )
+    found = []
+    for layer in all_layers(unet.config):
+        for dim, channels in ((0, layer.outputs), (1, layer.inputs)):
+            if starts := tuple(starts_of(unit.name, channels)):
+                module = unet.get_submodule(layer.name)
+                names = ("weight", "bias") if dim == 0 else ("weight",)
+                places = starts, unit.width * unit.channels
+                found += [Coupled(layer.name, module, name, dim, *places) for name in names]
+    if not found:
+        raise UnsupportedModelError(f"this UNet has no {unit.kind} unit {unit.name}.")
+    return found
 
 
 def cut(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> UNet2DModel:
-    """Give a copy of a UNet without the groups and heads that are not kept.
+    """Give a copy of a UNet without the steps (groups, heads, slices) that are not kept.
 
     Args:
         unet: An uncut UNet; it is left as it is. It may lie on the meta device.
         units: Its units.
-        kept: What stays of each of them; at least one group or head.
+        kept: What stays of each of them; at least one step.
     """
     pruned = copy.deepcopy(unet)
-    for unit in units:
-        if len(kept[unit.name]) < unit.width:
-            _cut_unit(pruned, unit, kept[unit.name])
+    narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
+    cut_streams(pruned, [unit for unit in narrower if unit.kind == "stream"], kept)
+    for unit in narrower:
+        if unit.kind != "stream":
+            _cut_inner(pruned, unit, kept[unit.name])
+    for module in pruned.modules():
+        _update_attributes(module)
     return pruned
 
 
-def _cut_unit(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
-    places = torch.tensor(kept)[:, None] * unit.channels + torch.arange(unit.channels)
-    channels = places.flatten()  # (groups kept, channels of one) -> (channels kept,)
+def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> dict[str, Tensor]:
+    """Tell which output channels are left of every convolution and linear layer that loses some.
+
+    Args:
+        unet: An uncut UNet.
+        units: Its units.
+        kept: What stays of each of them.
+
+    Returns:
+        Indices of the base's output channels, in order, by the layer's dotted name.
+    """
+    found = {}
+    for unit in units:
+        if len(kept[unit.name]) < unit.width:
+            channels = torch.tensor(unit.places(kept[unit.name]))
+            for part in coupled(unet, unit):
+                if part.dim == 0 and isinstance(part.module, nn.Conv2d | nn.Linear):
+                    found[part.layer] = part.places(channels)
+    return found
+
+
+def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
+    channels = torch.tensor(unit.places(kept))
     for part in coupled(unet, unit):
-        part.keep(channels, unit.width * unit.channels)
-    block, width = unet.get_submodule(unit.name), len(channels)
+        part.keep(channels)
+    block = unet.get_submodule(unit.name)
     if isinstance(block, ResnetBlock2D):
-        block.conv1.out_channels = width
-        block.time_emb_proj.out_features = len(block.time_emb_proj.weight)
-        block.norm2.num_channels, block.norm2.num_groups = width, len(kept)
-        block.conv2.in_channels = width
+        block.norm2.num_groups = len(kept)
     elif isinstance(block, Attention):
-        for layer in (block.to_q, block.to_k, block.to_v):
-            layer.out_features = width
-        block.to_out[0].in_features = width
         block.heads = block.sliceable_head_dim = len(kept)
-        block.inner_dim = block.inner_kv_dim = width
+
+
+def _update_attributes(module: nn.Module) -> None:
+    """Bring what a module says of its widths in line with its weights."""
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, ResnetBlock2D):
+        module.in_channels = len(module.norm1.weight)
+        module.out_channels = len(module.conv2.weight)
+        for sampler in (module.upsample, module.downsample):
+            if sampler is not None:  # without weights; its forward pass checks its input
+                sampler.channels = sampler.out_channels = module.in_channels
+    elif isinstance(module, Downsample2D | Upsample2D):
+        if isinstance(module.conv, nn.Conv2d):
+            module.out_channels, module.channels = module.conv.weight.shape[:2]
+    elif isinstance(module, Attention):
+        module.inner_dim, module.query_dim = module.to_q.weight.shape
+        module.inner_kv_dim, module.cross_attention_dim = module.inner_dim, module.query_dim
+        module.out_dim = len(module.to_out[0].weight)

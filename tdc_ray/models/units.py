@@ -1,53 +1,88 @@
-"""The units of a UNet: what can be cut without touching anything but the unit itself.
+"""The units of a UNet: what can be cut as a whole.
 
-A unit is the inner width of a residual block, in whole GroupNorm groups, or an attention's heads.
-Cutting it leaves the residual stream, the skip connections and the statistics of the groups that
-are kept as they were, so macs and parameters add up over the units.
+Inner units are the inner width of a residual block, in whole GroupNorm groups, and an attention's
+heads. Cutting them leaves the residual stream, the skip connections and the statistics of the
+groups that are kept as they were, so macs and parameters add up over them.
+
+Stream units are the width of the residual stream itself, from where a convolution starts it to
+where the next one does; whatever adds to it or reads it, skip connections too, is cut with it. A
+step takes one channel from each of its GroupNorm groups, so that every norm keeps its groups.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.layers import AttentionBlock, Layer, Part, ResidualBlock, layers, parts
+from tdc_ray.models.layers import parts
+from tdc_ray.models.shapes import STREAM, AttentionBlock, Layer, ResidualBlock
 
 Kept = Mapping[str, tuple[int, ...]]
-"""For every unit, which of its groups or heads stay, in rising order."""
+"""For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising
+order."""
+
+SpaceKind = Literal["inner", "full"]
+"""Inner units alone, or the stream's too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A residual block's inner width or an attention's heads."""
+    """A residual block's inner width, an attention's heads or the width of the stream."""
 
     name: str
-    """Dotted name of the block in the ``UNet2DModel``."""
+    """Dotted name of the block in the ``UNet2DModel``; for a stream, of the module that starts it,
+    after ``stream:``."""
 
-    kind: Literal["residual", "attention"]
+    kind: Literal["residual", "attention", "stream"]
 
     width: int
-    """How many GroupNorm groups, or heads, there are."""
+    """How many steps there are: GroupNorm groups, heads, or slices of the stream."""
 
     channels: int
-    """Channels of one group or head."""
-
-    macs: int
-    """Macs that go with one group or head."""
-
-    num_params: int
-    """Parameters that go with one group or head."""
+    """Channels of one step."""
 
     pixels: int
     """Height times width of what the block gives out."""
 
+    def places(self, steps: Iterable[int]) -> list[int]:
+        """Tell which of the unit's channels belong to some steps: rising where these rise."""
+        if self.kind == "stream":  # one channel of each group
+            kept = tuple(steps)
+            return [group * self.width + step for group in range(self.channels) for step in kept]
+        return [step * self.channels + i for step in steps for i in range(self.channels)]
 
-def units_of(config: UNetConfig) -> tuple[Unit, ...]:
+
+def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """List the units of a UNet in the order of its forward pass.
+
+    Streams that have but one channel in each GroupNorm group cannot be cut and are left out.
 
     Raises:
         UnsupportedModelError: The UNet has a block of an unknown kind.
     """
-    return tuple(_unit(part) for part in parts(config) if not isinstance(part, Layer))
+    found = parts(config)
+    groups: defaultdict[str | None, int] = defaultdict(lambda: 1)
+    for part in found:
+        if not isinstance(part, Layer):
+            for stream in part.streams:
+                groups[stream.unit] = lcm(groups[stream.unit], part.num_groups or 1)
+    units: dict[str, Unit] = {}
+    for part in found:
+        if not isinstance(part, Layer):
+            units[part.name] = _inner_unit(part)
+        stream = part.outputs[0] if isinstance(part, Layer) else part.stream
+        step = groups[stream.unit]
+        if kind == "full" and stream.unit is not None and stream.count > step:
+            unit = Unit(stream.unit, "stream", stream.count // step, step, part.pixels)
+            units.setdefault(stream.unit, unit)
+    return tuple(units.values())
+
+
+def units_for(config: UNetConfig, kept: Kept) -> tuple[Unit, ...]:
+    """List the units that a choice was made among."""
+    return units_of(config, "full" if any(name.startswith(STREAM) for name in kept) else "inner")
 
 
 def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
@@ -55,22 +90,10 @@ def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
     return {unit.name: tuple(range(unit.width)) for unit in units}
 
 
-def _unit(part: Part) -> Unit:
+def _inner_unit(part: ResidualBlock | AttentionBlock) -> Unit:
+    kind: Literal["residual", "attention"]
     if isinstance(part, AttentionBlock):
-        width = part.num_heads
-        channels = part.channels // width
-        own = [layer for layer in layers(part) if layer.macs]  # the norm is not the heads'
-        # to_q, to_k, to_v have a bias per inner channel; to_out's bias is the stream's.
-        shared = part.channels
-        kind: Literal["residual", "attention"] = "attention"
+        kind, width = "attention", part.num_heads
     else:
-        assert isinstance(part, ResidualBlock)
-        width = part.num_groups
-        channels = part.out_channels // width
-        inner = ("conv1", "time_emb_proj", "norm2", "conv2")
-        own = [layer for layer in layers(part) if layer.name.rsplit(".", 1)[-1] in inner]
-        shared = part.out_channels  # conv2's bias is the stream's
-        kind = "residual"
-    macs = sum(layer.macs for layer in own)
-    num_params = sum(layer.num_params for layer in own) - shared
-    return Unit(part.name, kind, width, channels, macs // width, num_params // width, part.pixels)
+        kind, width = "residual", part.num_groups
+    return Unit(part.name, kind, width, part.inner.count // width, part.pixels)

@@ -1,23 +1,26 @@
-"""Scores of groups and heads: random, magnitude, Taylor. A higher score is kept longer."""
+"""Scores of groups and heads: random, magnitude, Taylor, Diff-Pruning, reconstruction.
+
+A higher score is kept longer.
+"""
 
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdc_ray.diffusion import NoiseSchedule, denoising_loss
+from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.surgery import coupled
 from tdc_ray.models.units import Kept, Unit
+from tdc_ray.prune.least_squares import LeastSquares
+from tdc_ray.prune.noised import NoisedBatch
 
-Method = Literal["random", "magnitude", "taylor"]
+DIFF_PRUNING_THRESHOLD = 0.05
+"""Diff-Pruning stops where the loss falls below this share of the largest so far."""
 
 Scores = dict[str, list[float]]
 """For every unit, the score of each of its groups or heads, 0 or more."""
-
-NoisedBatch = tuple[Tensor, Tensor, Tensor]
-"""x_0 in [-1, 1] ``(B, C, H, W)``, epsilon ``(B, C, H, W)``, timesteps ``(B,)``."""
 
 
 def random_scores(units: tuple[Unit, ...], seed: int) -> Scores:
@@ -29,7 +32,7 @@ def random_scores(units: tuple[Unit, ...], seed: int) -> Scores:
 def magnitude_scores(unet: UNet2DModel, units: tuple[Unit, ...]) -> Scores:
     """Score by the squared L2 norm of all weights that go with a group or head."""
     return {
-        unit.name: _per_group(
+        unit.name: _per_step(
             unit,
             torch.stack(
                 [
@@ -60,18 +63,93 @@ def taylor_scores(
     """
     unet.zero_grad(set_to_none=True)
     num_images = 0
-    for x_0, epsilon, timesteps in batches:
-        denoising_loss(unet, schedule, x_0, epsilon, timesteps).sum().backward()
-        num_images += len(x_0)
+    for batch in batches:
+        batch.loss(batch.predict(unet, schedule), schedule).sum().backward()
+        num_images += len(batch.x_0)
     scores: Scores = {}
     for unit in units:
-        change = torch.zeros(unit.width * unit.channels, device=schedule.signal.device)
-        for part in coupled(unet, unit):
-            parameter = part.parameter
-            assert parameter.grad is not None
-            change += part.by_channel(parameter.detach() * parameter.grad).sum(1)
-        scores[unit.name] = _per_group(unit, change.abs() / num_images)
+        change = sum(
+            part.by_channel(_product(part.parameter)).sum(1) for part in coupled(unet, unit)
+        )
+        assert isinstance(change, Tensor)
+        scores[unit.name] = _per_step(unit, change.abs() / num_images)
     unet.zero_grad(set_to_none=True)
+    return scores
+
+
+def diff_pruning_scores(
+    unet: UNet2DModel,
+    units: tuple[Unit, ...],
+    batch: NoisedBatch,
+    timesteps: range,
+    schedule: NoiseSchedule,
+) -> tuple[Scores, int]:
+    """Score by ``sum of |w * gradient|``, the gradient added up over the timesteps that matter.
+
+    Diff-Pruning (Fang et al., arXiv:2305.10924): one batch, one noise; t runs upwards and stops at
+    the first whose loss is below :data:`DIFF_PRUNING_THRESHOLD` times the largest so far.
+
+    Args:
+        unet: The base, in eval mode; its gradients are cleared.
+        units: Its units.
+        batch: Images and noise; its timesteps are not heeded.
+        timesteps: The group's, all of which count where the threshold never fires.
+        schedule: The noise schedule, on the device of the model.
+
+    Returns:
+        The scores, and how many timesteps were looked at.
+    """
+    unet.zero_grad(set_to_none=True)
+    largest, seen = 0.0, 0
+    for timestep in timesteps:
+        at = replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
+        channels = batch.epsilon.shape[1]
+        loss = (at.predict(unet, schedule)[:, :channels] - batch.epsilon).square().mean()
+        seen += 1
+        if loss.item() < DIFF_PRUNING_THRESHOLD * largest:
+            break
+        largest = max(largest, loss.item())
+        loss.backward()
+    scores: Scores = {}
+    for unit in units:
+        parts = coupled(unet, unit)
+        weight = sum(part.by_channel(_product(part.parameter).abs()).sum(1) for part in parts)
+        assert isinstance(weight, Tensor)
+        scores[unit.name] = _per_step(unit, weight)
+    unet.zero_grad(set_to_none=True)
+    return scores, seen
+
+
+def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
+    """Score a residual block's groups, or an attention's heads, by what the refit cannot make up.
+
+    One after the other goes whichever leaves the smallest squared error in the layer behind the
+    unit when all weights that are left are solved for anew: the optimal brain surgeon (Hassibi and
+    Stork, 1993) for whole groups. The score of one is the error by the time that it goes.
+
+    Args:
+        unit: The unit.
+        squares: Of the layer that reads it, on the base's own activations.
+    """
+    gram, cross = squares.normal()
+    inverse = torch.linalg.inv(gram)
+    weights = inverse @ cross  # (n, m)
+    size = len(gram) // unit.width
+    left = {step: slice(step * size, (step + 1) * size) for step in range(unit.width)}
+    scores, error = [0.0] * unit.width, 0.0
+    while left:
+        rise = {
+            step: float((weights[own] * torch.linalg.solve(inverse[own, own], weights[own])).sum())
+            for step, own in left.items()
+        }
+        step = min(rise, key=rise.__getitem__)
+        own = left.pop(step)
+        error += max(rise[step], 0.0)
+        scores[step] = error
+        both = torch.linalg.solve(inverse[own, own], torch.cat([weights[own], inverse[own]], 1))
+        change = inverse[:, own] @ both  # (n, m + n)
+        weights = weights - change[:, : weights.shape[1]]
+        inverse = inverse - change[:, weights.shape[1] :]
     return scores
 
 
@@ -84,7 +162,13 @@ def keep_best(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) -
     return kept
 
 
-def _per_group(unit: Unit, per_channel: Tensor) -> list[float]:
-    """Add up the channels of each group or head: ``(width * channels,)`` -> ``width`` floats."""
-    values: list[float] = per_channel.double().view(unit.width, unit.channels).sum(1).tolist()
+def _product(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.detach() * parameter.grad
+
+
+def _per_step(unit: Unit, per_channel: Tensor) -> list[float]:
+    """Add up the channels of each group, head or slice: ``(channels,)`` -> ``width`` floats."""
+    places = torch.tensor([unit.places((step,)) for step in range(unit.width)])
+    values: list[float] = per_channel.double()[places].sum(1).tolist()
     return values

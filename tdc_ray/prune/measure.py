@@ -1,34 +1,48 @@
-"""Work on one group's timesteps: scores of the base's units, and the loss of a pruned model.
+"""Work on one group's timesteps: scores, sensitivities, and the loss of a pruned model.
 
-Loss is measured on the same images, timesteps and noise for every candidate of a group. The noise
-is held out: no training step draws it. The images are training images.
+Losses are measured on the same images, timesteps and noise for every candidate of a group; no
+fine-tune sees those images.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from diffusers import UNet2DModel
 
 from tdc_ray.config import RunConfig
-from tdc_ray.data import fixed_batches, to_model_range
-from tdc_ray.datasets import load_dataset
 from tdc_ray.device import worker_device
-from tdc_ray.diffusion import denoising_loss, noise_schedule
+from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir
-from tdc_ray.models.surgery import cut
+from tdc_ray.models.layers import all_layers
+from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.unet import load_unet, unet_config
-from tdc_ray.models.units import Kept, units_of
+from tdc_ray.models.units import Kept, Unit, keep_all
 from tdc_ray.plan import Group
 from tdc_ray.prune.importance import (
-    NoisedBatch,
+    Scores,
+    diff_pruning_scores,
+    keep_best,
     magnitude_scores,
     random_scores,
     taylor_scores,
 )
+from tdc_ray.prune.noised import NoisedBatch, held_out_loss, noised_batches
+from tdc_ray.prune.refit import refit
+from tdc_ray.prune.sensitivity import (
+    Solutions,
+    levels,
+    masked_units,
+    measure_units,
+    solve_units,
+)
+from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.seeds import derive_seed
+from tdc_ray.settings import ScoreMethod
 from tdc_ray.work import Report, Result
+
+DIFF_PRUNING_BATCH = 32
+"""Images of Diff-Pruning's one batch, at most; it goes through the network at every timestep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +52,22 @@ class ScoreJob:
     run_dir: RunDir
     config: RunConfig
     group: Group
+    method: ScoreMethod
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityJob:
+    """Rank some of the base's units and measure how the loss grows when one of them is cut."""
+
+    run_dir: RunDir
+    config: RunConfig
+    group: Group
+    units: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureJob:
-    """Cut the base and measure the loss on a group's timesteps."""
+    """Cut the base, refit what is left, and measure the loss on a group's timesteps."""
 
     run_dir: RunDir
     config: RunConfig
@@ -52,66 +77,175 @@ class MeasureJob:
     """Place in the group's search, from 0: the base; the step of its metrics."""
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base on the worker's device, and what can be cut of it."""
+
+    unet: UNet2DModel
+    space: Space
+    layer_macs: Mapping[str, int]
+    """Of every layer by its name, in the order of the forward pass."""
+
+
+def load_base(run_dir: RunDir, config: RunConfig) -> Base:
+    """Load a run's base.
+
+    Raises:
+        CheckpointError: It is missing or malformed.
+    """
+    unet_settings = unet_config(run_dir.base_unet)
+    return Base(
+        load_unet(run_dir.base_unet).to(worker_device()),
+        space_of(unet_settings, config.prune.space),
+        {layer.name: layer.macs for layer in all_layers(unet_settings)},
+    )
+
+
 def score_units(job: ScoreJob, report: Report) -> Result:
-    """Give ``scores`` (a list per unit) by the method of the config, and ``seconds``."""
+    """Give ``scores`` (a list per unit), ``macs`` that it took, and ``seconds``."""
     started = time.perf_counter()
-    config, device = job.config, worker_device()
-    units = units_of(unet_config(job.run_dir.base_unet))
-    method = config.prune.method
-    if method == "random":
-        scores = random_scores(units, derive_seed(config.seed, "random", job.group.index))
-    else:
-        unet = load_unet(job.run_dir.base_unet).to(device)
-        if method == "magnitude":
-            scores = magnitude_scores(unet, units)
-        else:
-            batches = noised_batches(config, job.group, device, purpose="scores")
-            schedule = noise_schedule(config.diffusion).to(device)
-            scores = taylor_scores(unet, units, batches, schedule)
+    config = job.config
+    base = load_base(job.run_dir, config)
+    scores, macs = _scores(job.method, base, base.space.units, config, job.group)
     report({}, 1)
-    return {"scores": scores, "seconds": time.perf_counter() - started}
+    return {"scores": scores, "macs": macs, "seconds": time.perf_counter() - started}
+
+
+def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
+    """Give ``scores``, ``sensitivities``, ``macs`` and ``seconds`` for some units.
+
+    Sensitivities are the growth of the loss, for every unit, by width (as text, being JSON).
+    """
+    started = time.perf_counter()
+    config, group, device = job.config, job.group, worker_device()
+    base, schedule = load_base(job.run_dir, config), noise_schedule(config.diffusion).to(device)
+    units = tuple(unit for unit in base.space.units if unit.name in job.units)
+    inner = [unit for unit in units if unit.kind != "stream"]
+    streams = [unit for unit in units if unit.kind == "stream"]
+    scores: Scores = {}
+    macs = 0.0
+    if streams or config.prune.refit == "none":
+        scores, macs = _scores("taylor", base, units, config, group)
+    grown: dict[str, dict[int, float]] = {}
+    if inner:
+        if config.prune.refit == "none":
+            solutions = masked_units(base.unet, inner, scores, config.prune.num_levels)
+        else:
+            seen = list(noised_batches(config, group, device, purpose="refit"))
+            ranked, solutions = solve_units(
+                base.unet, inner, seen, schedule, config.prune.num_levels
+            )
+            scores |= ranked
+            macs += config.prune.num_refit_images * base.space.macs_base
+        held_out = list(noised_batches(config, group, device, purpose="held-out"))
+        grown = measure_units(base.unet, solutions, held_out, schedule)
+        macs += _measuring_macs(base, solutions) * config.prune.num_images
+    if streams:
+        loss = held_out_loss(base.unet, config, group)
+        for unit in streams:
+            grown[unit.name] = {}
+            for width in levels(unit, config.prune.num_levels):
+                (kept,) = keep_best((unit,), scores, {unit.name: width}).values()
+                choice = keep_all(base.space.units) | {unit.name: kept}
+                _, refitted, spent = _cut_and_measure(base, choice, config, group)
+                grown[unit.name][width] = refitted - loss
+                macs += spent
+    report({}, 1)
+    return {
+        "scores": scores,
+        "sensitivities": grown,
+        "macs": macs,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def measure_candidate(job: MeasureJob, report: Report) -> Result:
-    """Give ``loss_cut`` of the base cut to what is kept, and ``seconds``."""
-    started = time.perf_counter()
-    device = worker_device()
-    units = units_of(unet_config(job.run_dir.base_unet))
-    unet = cut(load_unet(job.run_dir.base_unet), units, job.kept).to(device)
-    loss = held_out_loss(unet, job.config, job.group)
-    report({"loss_cut": loss}, job.number)
-    return {"loss_cut": loss, "seconds": time.perf_counter() - started}
+    """Give ``loss_cut`` and ``loss_refit`` of what is kept of the base, ``macs`` and ``seconds``.
 
-
-@torch.inference_mode()
-def held_out_loss(unet: UNet2DModel, config: RunConfig, group: Group) -> float:
-    """Mean training loss on held-out noise of a group's timesteps."""
-    device = next(unet.parameters()).device
-    schedule = noise_schedule(config.diffusion).to(device)
-    unet.eval()
-    losses = [
-        denoising_loss(unet, schedule, x_0, epsilon, timesteps)
-        for x_0, epsilon, timesteps in noised_batches(config, group, device, purpose="held-out")
-    ]
-    return float(torch.cat(losses).double().mean())
-
-
-def noised_batches(
-    config: RunConfig, group: Group, device: torch.device, *, purpose: str
-) -> Iterator[NoisedBatch]:
-    """Give ``prune.num_images`` images with noise and timesteps, the same ones at every call.
-
-    The timesteps are spread evenly over the group's.
+    ``loss_refit`` is None where there is no refit; where nothing is cut both are the base's.
     """
-    count, timesteps = config.prune.num_images, group.timesteps
-    seed = derive_seed(config.seed, purpose, group.first, group.last)
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randperm(count, generator=generator) * len(timesteps) // count
-    dataset = load_dataset(config.data)
-    start = 0
-    for images, _ in fixed_batches(dataset, count, config.prune.batch_size, seed):
-        x_0 = to_model_range(images)
-        epsilon = torch.randn(x_0.shape, generator=generator)
-        drawn = timesteps.start + places[start : start + len(x_0)]
-        start += len(x_0)
-        yield x_0.to(device), epsilon.to(device), drawn.to(device)
+    started = time.perf_counter()
+    base = load_base(job.run_dir, job.config)
+    loss_cut, loss, macs = _cut_and_measure(base, job.kept, job.config, job.group)
+    loss_refit = None if job.config.prune.refit == "none" else loss
+    report({"loss_cut": loss_cut, "loss_refit": loss}, job.number)
+    return {
+        "loss_cut": loss_cut,
+        "loss_refit": loss_refit,
+        "macs": macs,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def pruned_unet(base: Base, kept: Kept, config: RunConfig, group: Group) -> UNet2DModel:
+    """Cut the base and, as the settings say, refit what is left on the group's timesteps."""
+    pruned = cut(base.unet, base.space.units, kept)
+    if config.prune.refit != "none":
+        _refit(base, pruned, kept, config, group)
+    return pruned
+
+
+def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group: Group) -> float:
+    """Refit in place, unless nothing is cut; give the macs that it took."""
+    units = base.space.units
+    if kept == keep_all(units):
+        return 0.0
+    schedule = noise_schedule(config.diffusion).to(base.unet.device)
+    batches = noised_batches(config, group, base.unet.device, purpose="refit")
+    outputs = kept_outputs(base.unet, units, kept)
+    macs = refit(base.unet, pruned, outputs, batches, schedule)
+    passes = base.space.macs_base + 2 * base.space.macs(_widths(kept))
+    return macs + float(config.prune.num_refit_images * passes)
+
+
+def _cut_and_measure(
+    base: Base, kept: Kept, config: RunConfig, group: Group
+) -> tuple[float, float, float]:
+    """Give the loss after the cut, the loss after the refit if there is one, and the macs."""
+    pruned = cut(base.unet, base.space.units, kept)
+    measuring = float(config.prune.num_images * base.space.macs(_widths(kept)))
+    loss_cut = held_out_loss(pruned, config, group)
+    if config.prune.refit == "none":
+        return loss_cut, loss_cut, measuring
+    macs = _refit(base, pruned, kept, config, group)
+    return loss_cut, held_out_loss(pruned, config, group), macs + 2 * measuring
+
+
+def _widths(kept: Kept) -> Scheme:
+    return {name: len(places) for name, places in kept.items()}
+
+
+def _scores(
+    method: ScoreMethod,
+    base: Base,
+    units: tuple[Unit, ...],
+    config: RunConfig,
+    group: Group,
+) -> tuple[Scores, float]:
+    """Give the scores by a method, and the macs that they took."""
+    unet, forward = base.unet, float(base.space.macs_base)
+    if method == "random":
+        return random_scores(units, derive_seed(config.seed, "random", group.index)), 0.0
+    if method == "magnitude":
+        return magnitude_scores(unet, units), 0.0
+    schedule = noise_schedule(config.diffusion).to(unet.device)
+    batches = noised_batches(config, group, unet.device, purpose="scores")
+    if method == "taylor":
+        return taylor_scores(unet, units, batches, schedule), 3 * forward * config.prune.num_images
+    first = next(batches)
+    size = min(DIFF_PRUNING_BATCH, len(first.x_0))
+    parts = (first.x_0, first.epsilon, first.timesteps, first.labels)
+    batch = NoisedBatch(*(part[:size] for part in parts))
+    scores, seen = diff_pruning_scores(unet, units, batch, group.timesteps, schedule)
+    return scores, 3 * forward * size * seen
+
+
+def _measuring_macs(base: Base, solutions: Solutions) -> float:
+    """Macs per image of measuring units: of all that stands behind each, once for each level."""
+    behind, total = 0, 0
+    for name, macs in reversed(list(base.layer_macs.items())):
+        behind += macs
+        block, _, layer = name.rpartition(".")
+        if block in solutions and layer in ("conv1", "to_q"):  # where the block begins
+            total += behind * len(solutions[block])
+    return float(total)

@@ -21,7 +21,7 @@ class MemoryEntry:
     candidate: int
 
     source: str
-    """Who proposed it, such as ``taylor/global``."""
+    """Who proposed it: ``offline``, ``llm``, or a score and its use, such as ``taylor/global``."""
 
     widths: Mapping[str, int]
     """The scheme."""
@@ -35,9 +35,15 @@ class MemoryEntry:
     loss_refit: float | None = None
     """Loss after the refit; None where there was none."""
 
+    loss_tuned: float | None = None
+    """Loss after a short fine-tune; None where there was none."""
+
+    overshoot: int = 0
+    """Macs by which the proposal was above the group's limit before it was repaired."""
+
     @property
     def loss(self) -> float:
-        """What the scheme is judged by."""
+        """What the scheme is judged by: the loss after the refit, or after the cut without one."""
         return self.loss_cut if self.loss_refit is None else self.loss_refit
 
     @property
@@ -68,13 +74,38 @@ class MemoryBank:
     def add(self, entry: MemoryEntry) -> None:
         """Remember an entry; one that is remembered already is left as it is."""
         if entry.place not in self._entries:
-            append_json_line(self.path, dataclasses.asdict(entry))
-            self._entries[entry.place] = entry
+            self._write(entry)
 
-    def of_group(self, group: int, *, before_round: int) -> list[MemoryEntry]:
-        """Give what a group found in earlier rounds, in the order of rounds and candidates."""
-        chosen = [e for e in self._entries.values() if e.group == group and e.round < before_round]
-        return sorted(chosen, key=lambda entry: entry.place)
+    def add_tuned(self, place: tuple[int, int, int], loss: float) -> None:
+        """Remember the loss of an entry after a short fine-tune, in a line that replaces it."""
+        tuned = dataclasses.replace(self._entries[place], loss_tuned=loss)
+        if tuned != self._entries[place]:
+            self._write(tuned)
+
+    def _write(self, entry: MemoryEntry) -> None:
+        append_json_line(self.path, dataclasses.asdict(entry))
+        self._entries[entry.place] = entry
+
+    def seen_by(self, group: int, *, before_round: int, shared: bool) -> list[MemoryEntry]:
+        """Give what was found in earlier rounds, in the order of groups, rounds and candidates.
+
+        Args:
+            group: The group that looks.
+            before_round: The round that it is in.
+            shared: Whether it sees what other groups found.
+        """
+        return sorted(
+            (
+                entry
+                for entry in self._entries.values()
+                if entry.round < before_round and (shared or entry.group == group)
+            ),
+            key=lambda entry: entry.place,
+        )
+
+    def all(self) -> list[MemoryEntry]:
+        """Give everything, in the order of groups, rounds and candidates."""
+        return sorted(self._entries.values(), key=lambda entry: entry.place)
 
 
 def best(entries: list[MemoryEntry]) -> MemoryEntry:

@@ -1,63 +1,32 @@
-"""The search for a group's sub-model: propose, fit to the limit, cut, measure, remember."""
+"""The search for a group's sub-model: propose, fit to the limit, cut, refit, measure, remember."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
-from tdc_ray.config import RunConfig
-from tdc_ray.layout import RunDir
-from tdc_ray.models.units import Kept, keep_all
-from tdc_ray.plan import Group
-from tdc_ray.prune.importance import keep_best
-from tdc_ray.prune.measure import MeasureJob, ScoreJob, measure_candidate, score_units
-from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
-from tdc_ray.prune.scored import propose
-from tdc_ray.prune.space import Scheme, Space
+from tdc_ray.models.units import Kept, Unit, keep_all
+from tdc_ray.prune.importance import Scores, keep_best
+from tdc_ray.prune.language_model import AskJob, ask
+from tdc_ray.prune.measure import (
+    MeasureJob,
+    ScoreJob,
+    SensitivityJob,
+    measure_candidate,
+    measure_sensitivities,
+    score_units,
+)
+from tdc_ray.prune.memory import MemoryBank, MemoryEntry
+from tdc_ray.prune.offline import OfflineProxy, loss_curves, step_values
+from tdc_ray.prune.proxy import PruningTask
+from tdc_ray.prune.scored import baseline_schemes
+from tdc_ray.prune.space import Scheme, repair
+from tdc_ray.prune.task import Candidate, Choice, GroupTask, Spent
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Chain, WorkItem
+from tdc_ray.settings import ScoreMethod
+from tdc_ray.work import Chain, Meeting, WorkItem
 
-
-@dataclass(frozen=True, slots=True)
-class GroupTask:
-    """One group's share of stage 2."""
-
-    run_dir: RunDir
-    config: RunConfig
-    space: Space
-    group: Group
-
-    @property
-    def name(self) -> str:
-        """Name of the group, in keys and tags."""
-        return f"group-{self.group.index:02d}"
-
-    @property
-    def max_macs(self) -> int:
-        """The limit in macs."""
-        return self.group.max_macs(self.space.macs_base)
-
-    @property
-    def finetune_macs(self) -> float:
-        """Macs that the fine-tune will take at most: forward and backward count three forwards."""
-        train = self.config.finetune
-        return 3.0 * self.max_macs * train.num_steps * train.batch_size
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The sub-model that a group's expert starts from."""
-
-    widths: Scheme
-    kept: Kept
-    loss_base: float
-    """Loss of the uncut base on held-out noise of the group's timesteps."""
-
-    loss_cut: float
-    """The same of the sub-model, straight after the cut."""
-
-    search_macs: float
-    """Macs spent on scores and measurements."""
-
-    seconds: float
-    """Time spent on them, on one worker."""
+SENSITIVITY_ITEMS = 4
+"""Items that a group's sensitivities are cut into, so that several workers share them."""
 
 
 def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
@@ -65,91 +34,186 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
 
     Without pruning (``prune.method`` none) it is the base itself.
     """
-    config, space, group = task.config, task.space, task.group
-    forward = float(config.prune.num_images)
-    full = keep_all(space.units)
-    (base,) = yield [_measure_item(task, "base", full, 0, config.prune.num_rounds)]
-    macs, seconds = forward * space.macs_base, base["seconds"]
-    if config.prune.method == "none":
-        return Choice(space.full, full, base["loss_cut"], base["loss_cut"], macs, seconds)
-    (scored,) = yield [_score_item(task)]
-    macs += 3 * forward * space.macs_base if config.prune.method == "taylor" else 0
-    seconds += scored["seconds"]
-    kept: dict[tuple[int, int, int], Kept] = {}
+    config, spent = task.config, Spent()
+    full = keep_all(task.space.units)
+    (base,) = yield [_measure_item(task, "base", full, 0)]
+    spent.add(base)
+    loss_base = base["loss_cut"]
+    method = config.prune.method
+    if method == "none" or task.max_macs >= task.space.macs_base:
+        return Choice(full, None, loss_base, (), spent)
+    if method == "offline" or method == "llm":
+        found = yield from _search_by_proxy(task, memory, loss_base, spent)
+    else:
+        found = yield from _search_by_score(task, memory, method, spent)
+    found.sort(key=lambda tried: (isnan(tried.entry.loss), tried.entry.loss, tried.entry.place))
+    return Choice(found[0].kept, found[0].entry, loss_base, tuple(found), spent)
+
+
+def _search_by_score(
+    task: GroupTask, memory: MemoryBank, method: ScoreMethod, spent: Spent
+) -> Chain[list[Candidate]]:
+    """Measure the schemes that follow from a score; there is one round and nothing to learn."""
+    job = ScoreJob(task.run_dir, task.config, task.group, method)
+    cost = 3.0 * task.config.prune.num_images * task.space.macs_base
+    (scored,) = yield [task.item("scores", score_units, job, cost=cost)]
+    spent.add(scored)
+    found = baseline_schemes(task.space, scored["scores"], task.max_macs)
+    schemes = [_Proposal(f"{method}/{name}", scheme) for name, scheme in found]
+    return (yield from _measure(task, memory, 0, schemes, scored["scores"], spent))
+
+
+def _search_by_proxy(
+    task: GroupTask, memory: MemoryBank, loss_base: float, spent: Spent
+) -> Chain[list[Candidate]]:
+    """Measure the base's sensitivities, then let the proxy propose, round by round."""
+    config, group = task.config, task.group
+    shares = [task.space.units[i::SENSITIVITY_ITEMS] for i in range(SENSITIVITY_ITEMS)]
+    measured = yield [_sensitivity_item(task, i, units) for i, units in enumerate(shares) if units]
+    scores: Scores = {}
+    sensitivities: dict[str, dict[int, float]] = {}
+    for part in measured:
+        spent.add(part)
+        scores |= part["scores"]
+        for unit, grown in part["sensitivities"].items():
+            sensitivities[unit] = {int(width): growth for width, growth in grown.items()}
+    shared = config.prune.memory == "shared" and len(task.parties) > 1
+    candidates: list[Candidate] = []
     for number in range(config.prune.num_rounds):
-        candidates = propose(
-            space,
-            scored["scores"],
-            task.max_macs,
-            memory.of_group(group.index, before_round=number),
+        if shared and number > 0:
+            yield Meeting(f"round {number}", task.parties)
+        seen = memory.seen_by(group.index, before_round=number, shared=shared)
+        pruning_task = PruningTask(
+            space=task.space,
+            group=group.index,
+            timesteps=(group.first, group.last),
+            snr_db=(group.snr_db_first, group.snr_db_last),
+            max_macs=task.max_macs,
+            loss_base=loss_base,
+            scores=scores,
+            sensitivities=sensitivities,
             num_candidates=config.prune.num_candidates,
+            round=number,
+            num_rounds=config.prune.num_rounds,
             seed=derive_seed(config.seed, "propose", group.index, number),
         )
-        chosen = [keep_best(space.units, scored["scores"], scheme) for _, scheme in candidates]
-        results = yield [
-            _measure_item(
-                task,
-                f"round-{number}-candidate-{place}",
-                choice,
-                1 + number * config.prune.num_candidates + place,
-                config.prune.num_rounds - number - 1,
-            )
-            for place, choice in enumerate(chosen)
-        ]
-        for place, (name, scheme) in enumerate(candidates):
-            entry = MemoryEntry(
-                group=group.index,
-                round=number,
-                candidate=place,
-                source=f"{config.prune.method}/{name}",
-                widths=scheme,
-                macs=space.macs(scheme),
-                num_params=space.num_params(scheme),
-                loss_cut=results[place]["loss_cut"],
-            )
-            memory.add(entry)
-            kept[entry.place] = chosen[place]
-            macs += forward * entry.macs
-            seconds += results[place]["seconds"]
-    winner = best(memory.of_group(group.index, before_round=config.prune.num_rounds))
-    return Choice(
-        winner.widths,
-        kept[winner.place],
-        base["loss_cut"],
-        winner.loss_cut,
-        macs,
-        seconds,
-    )
+        proposals = _Proposals(pruning_task, seen)
+        if config.prune.method == "llm":
+            reply = yield from _ask(task, pruning_task, seen, spent)
+            proposals.take("llm", reply)
+        if len(proposals.found) < config.prune.num_candidates:
+            proposals.take("offline", OfflineProxy().propose(pruning_task, seen))
+        candidates += yield from _measure(task, memory, number, proposals.found, scores, spent)
+    return candidates
 
 
-def _score_item(task: GroupTask) -> WorkItem:
-    forward = float(task.config.prune.num_images * task.space.macs_base)
-    return WorkItem(
-        key=f"{task.name}/scores",
-        function=score_units,
-        job=ScoreJob(task.run_dir, task.config, task.group),
-        result_path=task.run_dir.group(task.group.index) / "scores.json",
-        cost=3 * forward,
-        cost_behind=_rounds_macs(task, task.config.prune.num_rounds) + task.finetune_macs,
-    )
+@dataclass(frozen=True, slots=True)
+class _Proposal:
+    source: str
+    scheme: Scheme
+    overshoot: int = 0
 
 
-def _measure_item(
-    task: GroupTask, name: str, kept: Kept, number: int, rounds_behind: int
-) -> WorkItem:
+class _Proposals:
+    """Collects proposals of a round: brought to the limit, no more than asked for, none twice."""
+
+    def __init__(self, task: PruningTask, seen: Sequence[MemoryEntry]) -> None:
+        self._task = task
+        self._tried = [dict(entry.widths) for entry in seen if entry.group == task.group]
+        self.found: list[_Proposal] = []
+
+    def take(self, source: str, schemes: Sequence[Scheme]) -> None:
+        task = self._task
+        values = step_values(task.space, loss_curves(task.space, task.sensitivities))
+        for scheme in schemes:
+            fitted = repair(task.space, scheme, task.max_macs, values)
+            if fitted not in self._tried and len(self.found) < task.num_candidates:
+                overshoot = max(0, task.space.macs(scheme) - task.max_macs)
+                self.found.append(_Proposal(source, fitted, overshoot))
+                self._tried.append(fitted)
+
+
+def _ask(
+    task: GroupTask, pruning_task: PruningTask, seen: Sequence[MemoryEntry], spent: Spent
+) -> Chain[list[Scheme]]:
+    """Ask the language model; where it gives nothing the reason is noted."""
+    number, proxy = pruning_task.round, task.config.proxy
+    job = AskJob(proxy, pruning_task, tuple(seen), task.run_dir.transcripts)
+    (reply,) = yield [task.item(f"round-{number}-ask", ask, job, is_call=True)]
+    spent.proxy_seconds += reply["seconds"]
+    spent.prompt_tokens += reply["prompt_tokens"]
+    spent.completion_tokens += reply["completion_tokens"]
+    if reply["error"] is not None:
+        spent.notes.append(
+            f"{task.name}, round {number}: the offline proxy took over: {reply['error']}"
+        )
+    schemes: list[Scheme] = reply["schemes"]
+    return schemes
+
+
+def _measure(
+    task: GroupTask,
+    memory: MemoryBank,
+    number: int,
+    proposals: Sequence[_Proposal],
+    scores: Scores,
+    spent: Spent,
+) -> Chain[list[Candidate]]:
+    """Cut, refit and measure the schemes of a round, and remember them."""
+    space, prune = task.space, task.config.prune
+    kept = [keep_best(space.units, scores, dict(proposal.scheme)) for proposal in proposals]
+    first = 1 + number * prune.num_candidates
+    results = yield [
+        _measure_item(task, f"round-{number}-candidate-{place}", choice, first + place)
+        for place, choice in enumerate(kept)
+    ]
+    found = []
+    for place, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
+        entry = MemoryEntry(
+            group=task.group.index,
+            round=number,
+            candidate=place,
+            source=proposal.source,
+            widths=proposal.scheme,
+            macs=space.macs(proposal.scheme),
+            num_params=space.num_params(proposal.scheme),
+            loss_cut=result["loss_cut"],
+            loss_refit=result["loss_refit"],
+            overshoot=proposal.overshoot,
+        )
+        memory.add(entry)
+        spent.add(result)
+        found.append(Candidate(entry, kept[place]))
+    return found
+
+
+def _sensitivity_item(task: GroupTask, index: int, units: Sequence[Unit]) -> WorkItem:
     prune = task.config.prune
+    passes = prune.num_refit_images + len(units) * prune.num_levels * prune.num_images / 2
+    job = SensitivityJob(task.run_dir, task.config, task.group, tuple(unit.name for unit in units))
+    return task.item(
+        f"sensitivities-{index}",
+        measure_sensitivities,
+        job,
+        cost=passes * task.space.macs_base,
+        behind=_candidates_macs(task, 0),
+    )
+
+
+def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
     macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
-    return WorkItem(
-        key=f"{task.name}/{name}",
-        function=measure_candidate,
-        job=MeasureJob(task.run_dir, task.config, task.group, kept, number),
-        result_path=task.run_dir.group(task.group.index) / f"{name}.json",
-        cost=float(prune.num_images * macs),
-        cost_behind=_rounds_macs(task, rounds_behind) + task.finetune_macs,
+    return task.item(
+        name,
+        measure_candidate,
+        MeasureJob(task.run_dir, task.config, task.group, kept, number),
+        cost=float(task.config.prune.num_images * macs),
+        behind=_candidates_macs(task, number),
         num_steps=max(number, 1),
     )
 
 
-def _rounds_macs(task: GroupTask, rounds: int) -> float:
+def _candidates_macs(task: GroupTask, number: int) -> float:
+    """Macs, roughly, of measuring all candidates that come after one."""
     prune = task.config.prune
-    return float(rounds * prune.num_candidates * prune.num_images * task.max_macs)
+    images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")
+    return float((prune.num_rounds * prune.num_candidates - number) * images * task.max_macs)

@@ -7,32 +7,23 @@ from safetensors.torch import load_file, save_file
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.experts import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
 from tdc_ray.models.surgery import cut
-from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.models.units import Kept, keep_all, units_for, units_of
+from tests.models.configs import CONFIGS
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet
 
 KEPT = random_kept(units_of(TINY), seed=0)
 
 
-def save_random(folder: Path, *, seed: int = 0) -> None:
-    save_expert(folder, cut(random_unet(seed=seed), units_of(TINY), KEPT), TINY, KEPT)
+def save_random(folder: Path, *, seed: int = 0, kept: Kept = KEPT) -> None:
+    save_expert(folder, cut(random_unet(seed=seed), units_for(TINY, kept), kept), TINY, kept)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"num_heads": 4},
-        {"num_class_embeds": 10},
-        {"resnet_time_scale_shift": "default"},
-        {"attention_head_dim": None},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("seed", range(2))
-def test_a_saved_expert_loads_bit_for_bit_in_eval_mode(tmp_path, change, seed):
-    config = {**TINY, **change}
-    units = units_of(config)
-    kept = random_kept(units, seed)
+@pytest.mark.parametrize("kind", ["inner", "full"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_expert_loads_bit_for_bit_in_eval_mode(tmp_path, name, kind):
+    config = CONFIGS[name]
+    units = units_of(config, kind)
+    kept = random_kept(units, seed=len(name))
     expert = cut(random_unet(config), units, kept)
     save_expert(tmp_path / "expert", expert.train(), config, kept)
     loaded = load_expert(tmp_path / "expert")
@@ -41,9 +32,10 @@ def test_a_saved_expert_loads_bit_for_bit_in_eval_mode(tmp_path, change, seed):
     assert_same(output_of(loaded), output_of(expert.eval()))
 
 
-def test_an_expert_that_keeps_everything_is_the_base(tmp_path):
+@pytest.mark.parametrize("kind", ["inner", "full"])
+def test_an_expert_that_keeps_everything_is_the_base(tmp_path, kind):
     unet = random_unet()
-    save_expert(tmp_path / "expert", unet, TINY, keep_all(units_of(TINY)))
+    save_expert(tmp_path / "expert", unet, TINY, keep_all(units_of(TINY, kind)))
     assert_same(output_of(load_expert(tmp_path / "expert")), output_of(unet))
 
 
@@ -107,6 +99,18 @@ def forget_a_unit(folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(document))
 
 
+def keep_one_slice_less(folder: Path) -> None:
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    document["kept"]["stream:down_blocks.1.resnets.0"].pop()
+    (folder / CONFIG_FILE).write_text(json.dumps(document))
+
+
+def forget_a_stream(folder: Path) -> None:
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    del document["kept"]["stream:down_blocks.1.resnets.0"]
+    (folder / CONFIG_FILE).write_text(json.dumps(document))
+
+
 def forget_the_unet(folder: Path) -> None:
     document = json.loads((folder / CONFIG_FILE).read_text())
     del document["unet"]
@@ -138,6 +142,14 @@ HARMS = [
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_torn_or_mismatched_expert_is_a_checkpoint_error_that_names_it(tmp_path, harm):
     save_random(tmp_path / "expert")
+    harm(tmp_path / "expert")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'expert'} holds no whole expert"):
+        load_expert(tmp_path / "expert")
+
+
+@pytest.mark.parametrize("harm", [keep_one_group_less, keep_one_slice_less, forget_a_stream])
+def test_a_mismatched_expert_of_the_full_space_is_a_checkpoint_error(tmp_path, harm):
+    save_random(tmp_path / "expert", kept=random_kept(units_of(TINY, "full"), seed=0))
     harm(tmp_path / "expert")
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'expert'} holds no whole expert"):
         load_expert(tmp_path / "expert")

@@ -168,7 +168,7 @@ def test_taylor_does_not_depend_on_gradients_of_earlier_work():
 
 
 def test_the_highest_scores_are_kept_in_rising_order_and_the_first_of_equals():
-    unit = Unit("block", "residual", width=4, channels=1, macs=1, num_params=1, pixels=1)
+    unit = Unit("block", "residual", width=4, channels=1, pixels=1)
     scores = {"block": [1.0, 3.0, 2.0, 3.0]}
     chosen = [keep_best((unit,), scores, {"block": width})["block"] for width in (1, 2, 3, 4)]
     assert chosen == [(1,), (1, 3), (1, 2, 3), (0, 1, 2, 3)]

@@ -90,7 +90,7 @@ def test_the_global_scheme_cuts_the_least_score_per_mac_wherever_it_is():
     low = SPACE.units[3]
     scores = {unit.name: [1.0] * unit.width for unit in SPACE.units}
     scores[low.name] = [1e-6] * low.width
-    limit = SPACE.macs_base - (low.width - 1) * low.macs
+    limit = SPACE.macs_base - (low.width - 1) * SPACE.step_macs(low.name, SPACE.full)
     expected = {**SPACE.full, low.name: 1}
     assert global_scheme(SPACE, limit, values_of(scores)) == expected
 

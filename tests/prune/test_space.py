@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,10 @@ from tdc_ray.models.architectures import architecture
 from tdc_ray.prune.space import Space, Values, is_tight, repair, space_of
 from tests.small import TINY
 
-SPACES = {name: space_of(architecture(name)) for name in ("tiny", "digits", "iddpm-cifar10")}
+NAMES = ("tiny", "digits", "iddpm-cifar10")
+SPACES = {name: space_of(architecture(name)) for name in NAMES}
 SPACES["one-head"] = space_of({**TINY, "attention_head_dim": None})
+SPACES |= {f"{name}-full": space_of(architecture(name), "full") for name in NAMES}
 
 spaces = st.sampled_from(list(SPACES.values()))
 seeds = st.integers(0, 2**32)
@@ -75,8 +78,45 @@ def test_less_than_the_largest_step_of_a_limit_is_left_unused(space, seed, other
     draw = random.Random(seed)
     limit = limit_at(space, random.Random(other).random())
     repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
-    largest_step = max(unit.macs for unit in space.units)
+    largest_step = max(space.step_macs(unit.name, space.full) for unit in space.units)
     assert repaired == space.full or space.macs(repaired) > limit - largest_step
+
+
+def repaired_without_a_heap(space: Space, scheme, limit: int, values: Values) -> dict[str, int]:
+    """What repair does, every choice made anew."""
+    widths, full = dict(scheme), space.full
+    while space.macs(widths) > limit:
+        name = min(
+            (name for name in widths if widths[name] > 1),
+            key=lambda name: (
+                values[name][widths[name] - 1] / space.step_macs(name, widths),
+                name,
+            ),
+        )
+        widths[name] -= 1
+    while True:
+        room = limit - space.macs(widths)
+        fitting = [
+            name
+            for name in widths
+            if widths[name] < full[name] and space.step_macs(name, widths) <= room
+        ]
+        if not fitting:
+            return widths
+        name = min(
+            fitting,
+            key=lambda name: (-values[name][widths[name]] / space.step_macs(name, widths), name),
+        )
+        widths[name] += 1
+
+
+@given(st.sampled_from(["tiny", "tiny-full", "digits-full"]), seeds, shares)
+def test_repair_takes_the_best_step_at_every_turn(name, seed, share):
+    space, draw = SPACES[name], random.Random(seed)
+    scheme, values = random_scheme(space, draw), random_values(space, draw)
+    limit = limit_at(space, share)
+    expected = repaired_without_a_heap(space, scheme, limit, values)
+    assert repair(space, scheme, limit, values) == expected
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
@@ -104,23 +144,35 @@ def test_a_limit_below_the_smallest_scheme_is_an_error_that_names_the_numbers(sp
     space.check_limit(space.min_macs, "group 7")  # met by the smallest scheme
 
 
-def test_the_step_of_the_least_value_per_mac_goes_first():
-    space = SPACES["tiny"]
+@given(spaces, seeds)
+def test_a_step_makes_the_macs_that_it_is_said_to_make(space, seed):
+    scheme = random_scheme(space, random.Random(seed))
+    for unit in space.units:
+        macs = [space.macs({**scheme, unit.name: width}) for width in range(1, unit.width + 1)]
+        steps = [wider - narrower for narrower, wider in pairwise(macs)]
+        assert steps == [space.step_macs(unit.name, scheme)] * (unit.width - 1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-full"])
+def test_the_step_of_the_least_value_per_mac_goes_first(name):
+    space = SPACES[name]
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1.0] * (unit.width - 1) + [0.0]}
-        limit = space.macs_base - unit.macs
+        limit = space.macs_base - space.step_macs(unit.name, space.full)
         assert repair(space, space.full, limit, values) == {
             **space.full,
             unit.name: unit.width - 1,
         }
 
 
-def test_the_step_of_the_most_value_per_mac_comes_back_first():
-    space = SPACES["tiny"]
+@pytest.mark.parametrize("name", ["tiny", "tiny-full"])
+def test_the_step_of_the_most_value_per_mac_comes_back_first(name):
+    space = SPACES[name]
     ones = dict.fromkeys(space.full, 1)
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1e6] * unit.width}
-        repaired = repair(space, ones, space.min_macs + unit.macs, values)
+        limit = space.min_macs + space.step_macs(unit.name, ones)
+        repaired = repair(space, ones, limit, values)
         assert repaired[unit.name] == 2
 
 

@@ -1,0 +1,45 @@
+"""The one actor through which a cluster's calls to a language model go."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tdc_ray.distributed.cluster import Board
+from tdc_ray.prune.budget import Budget
+from tdc_ray.settings import ProxyConfig
+from tdc_ray.work import Result, WorkItem, run_item
+
+NAME = "tdc-ray-caller"
+
+
+class _Caller:
+    """Runs calls, several at once, within one budget; the key is in its own environment."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.budget = Budget(config)
+
+    def run(self, item: WorkItem, board: Board) -> Result:
+        function: Any = item.function
+        shared = replace(item, function=partial(function, budget=self.budget))
+        return run_item(shared, board.reporter(item.key))
+
+
+def start_caller(config: ProxyConfig) -> Any:
+    """Give the caller of this Ray job, starting it if there is none.
+
+    It runs on the node where it is first started from, which must be the driver's: the key comes
+    from that node's environment. It lives as long as what this first call returned, and all that
+    come later share it, its budget and its bound on calls at once, whatever their config says.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, max_restarts=-1)(_Caller)
+    handle: Any = remote.options(
+        name=NAME,
+        get_if_exists=True,
+        max_concurrency=config.max_concurrent,
+        scheduling_strategy=here,
+    ).remote(config)
+    return handle

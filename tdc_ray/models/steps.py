@@ -1,0 +1,107 @@
+"""A UNet's forward pass cut into steps, so that work can stop, look and go on between blocks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What flows between two steps, for one batch."""
+
+    hidden: Tensor
+    """``(B, C, H, W)``"""
+
+    embedding: Tensor
+    """Of timestep and class, ``(B, E)``."""
+
+    skips: tuple[Tensor, ...] = ()
+    """Outputs of the way down that the way up has not read yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One residual block, attention or sampler, or the convolutions at both ends."""
+
+    name: str
+    """Dotted name of the module in the ``UNet2DModel``."""
+
+    module: nn.Module
+    reads_skip: bool = False
+    """The last skip is concatenated to its input."""
+
+    leaves_skip: bool = False
+    """Its output is a skip."""
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        hidden, skips = state.hidden, state.skips
+        if self.reads_skip:
+            hidden, skips = torch.cat([hidden, skips[-1]], dim=1), skips[:-1]
+        if isinstance(self.module, ResnetBlock2D):
+            hidden = self.module(hidden, state.embedding)
+        else:
+            hidden = self.module(hidden)
+        if self.leaves_skip:
+            skips = (*skips, hidden)
+        return State(hidden, state.embedding, skips)
+
+
+def start(
+    unet: UNet2DModel, x_t: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
+) -> State:
+    """Give the state before the first step.
+
+    Args:
+        unet: The UNet.
+        x_t: Noised images, ``(B, C, H, W)``.
+        timesteps: As the network sees them, ``(B,)``.
+        class_labels: ``(B,)`` where the UNet is conditioned on classes.
+    """
+    embedding = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
+    if unet.class_embedding is not None:
+        embedding = embedding + unet.class_embedding(class_labels)
+    return State(x_t, embedding)
+
+
+def steps(unet: UNet2DModel) -> list[Step]:
+    """Cut the forward pass into steps; one after the other they give the UNet's output.
+
+    The UNet has nothing but the blocks that ``models.layers`` knows.
+    """
+    names = {module: name for name, module in unet.named_modules()}
+    found = [Step("conv_in", unet.conv_in, leaves_skip=True)]
+    for block in unet.down_blocks:
+        for modules in _layers(block):
+            *inner, last = modules
+            found += [Step(names[module], module) for module in inner]
+            found.append(Step(names[last], last, leaves_skip=True))
+        for sampler in block.downsamplers or ():
+            found.append(Step(names[sampler], sampler, leaves_skip=True))
+    if unet.mid_block is not None:
+        first, *others = unet.mid_block.resnets
+        found.append(Step(names[first], first))
+        for attention, resnet in zip(unet.mid_block.attentions, others, strict=True):
+            pair = (attention, resnet) if attention is not None else (resnet,)
+            found += [Step(names[module], module) for module in pair]
+    for block in unet.up_blocks:
+        for resnet, *attentions in _layers(block):
+            found.append(Step(names[resnet], resnet, reads_skip=True))
+            found += [Step(names[module], module) for module in attentions]
+        for sampler in block.upsamplers or ():
+            found.append(Step(names[sampler], sampler))
+    out = nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out)
+    return [*found, Step("conv_out", out.train(unet.training))]
+
+
+def _layers(block: Any) -> Iterator[tuple[nn.Module, ...]]:
+    """Give every residual block with the attention that follows it, if any."""
+    attentions = getattr(block, "attentions", None)
+    if attentions is None:
+        return zip(block.resnets)
+    return zip(block.resnets, attentions, strict=True)

@@ -1,0 +1,101 @@
+"""The noised images on which scores, refits and losses rest: the same for all candidates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from tdc_ray.config import RunConfig
+from tdc_ray.data import fixed_batches, held_out_split, to_model_range
+from tdc_ray.datasets import load_dataset
+from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
+from tdc_ray.models.steps import State, start
+from tdc_ray.plan import Group
+from tdc_ray.seeds import derive_seed
+
+Purpose = Literal["scores", "refit", "held-out"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedBatch:
+    """Images of a group's timesteps, and their noise."""
+
+    x_0: Tensor
+    """In [-1, 1], ``(B, C, H, W)``."""
+
+    epsilon: Tensor
+    """``(B, C, H, W)``"""
+
+    timesteps: Tensor
+    """``(B,)``"""
+
+    labels: Tensor
+    """Classes, ``(B,)``; heeded by UNets that are conditioned on them."""
+
+    def start(self, unet: UNet2DModel, schedule: NoiseSchedule) -> State:
+        """Give the state before the UNet's first step."""
+        x_t = schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
+        return start(unet, x_t, schedule.model_timesteps(self.timesteps), self._labels(unet))
+
+    def predict(self, unet: UNet2DModel, schedule: NoiseSchedule) -> Tensor:
+        """Give the UNet's output, ``(B, C or 2C, H, W)``."""
+        x_t = schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
+        timesteps = schedule.model_timesteps(self.timesteps)
+        output: Tensor = unet(x_t, timesteps, class_labels=self._labels(unet)).sample
+        return output
+
+    def loss(self, prediction: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """Give every image's training loss, ``(B,)``."""
+        return loss_per_image(
+            schedule,
+            prediction,
+            x_0=self.x_0,
+            x_t=schedule.add_noise(self.x_0, self.epsilon, self.timesteps),
+            epsilon=self.epsilon,
+            timesteps=self.timesteps,
+        )
+
+    def _labels(self, unet: UNet2DModel) -> Tensor | None:
+        return None if unet.class_embedding is None else self.labels
+
+
+def noised_batches(
+    config: RunConfig, group: Group, device: torch.device, *, purpose: Purpose
+) -> Iterator[NoisedBatch]:
+    """Give noised images, the same ones at every call.
+
+    The timesteps are spread evenly over the group's. For ``held-out`` the images are those that no
+    fine-tune sees (``prune.held_out_share``), for the other purposes they are the others.
+    """
+    prune, timesteps = config.prune, group.timesteps
+    count = prune.num_refit_images if purpose == "refit" else prune.num_images
+    seed = derive_seed(config.seed, purpose, group.first, group.last)
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(count, generator=generator) * len(timesteps) // count
+    dataset = load_dataset(config.data)
+    rest, held_out = held_out_split(dataset, prune.held_out_share, config.seed)
+    among = held_out if purpose == "held-out" else rest
+    start = 0
+    for images, labels in fixed_batches(dataset, count, prune.batch_size, seed, among=among):
+        x_0 = to_model_range(images)
+        epsilon = torch.randn(x_0.shape, generator=generator)
+        drawn = timesteps.start + places[start : start + len(x_0)]
+        start += len(x_0)
+        tensors = (x_0, epsilon, drawn, labels)
+        yield NoisedBatch(*(tensor.to(device) for tensor in tensors))
+
+
+@torch.inference_mode()
+def held_out_loss(unet: UNet2DModel, config: RunConfig, group: Group) -> float:
+    """Mean training loss on held-out images and noise of a group's timesteps."""
+    device = next(unet.parameters()).device
+    schedule = noise_schedule(config.diffusion).to(device)
+    unet.eval()
+    losses = [
+        batch.loss(batch.predict(unet, schedule), schedule)
+        for batch in noised_batches(config, group, device, purpose="held-out")
+    ]
+    return float(torch.cat(losses).double().mean())

@@ -1,0 +1,225 @@
+"""What a language model is told: the task, the units, what was measured, the memory bank."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+
+from tdc_ray.models.units import Unit
+from tdc_ray.prune.memory import MemoryEntry
+from tdc_ray.prune.proxy import PruningTask
+
+Message = Mapping[str, str]
+"""Role and content."""
+
+SYSTEM = (
+    "You decide how the units of a neural network are narrowed. "
+    "You answer with one JSON object and nothing else."
+)
+
+TASK = """\
+# Task
+A diffusion model's UNet denoises images in many timesteps; timestep 0 is the least noisy. The
+timesteps are split into groups, and each group gets an expert of its own: the UNet with some
+units cut to a smaller width, then fitted and trained on the group's timesteps alone. A scheme
+gives every unit the width that it keeps.
+
+Propose {num_candidates} different schemes for group {group}, best guess first, none of them in the
+memory bank below. Each must have macs (multiply-accumulates of one forward pass) of at most the
+limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
+A scheme above the limit is cut further by a plain rule, so its overshoot is lost.
+
+# Group {group}
+timesteps: {first} to {last}, signal-to-noise ratio {snr_first} to {snr_last} dB
+macs of the uncut base: {macs_base}
+limit: {max_macs} macs = {limit} % of the base's
+loss of the uncut base: {loss_base}
+round: {round} of {num_rounds}; the memory bank grows with every round
+
+# Units, in the order of the forward pass
+"""
+
+COLUMNS = (
+    "number | unit | kind | place | resolution | channels | widths | macs | step | score | low"
+)
+
+LEGEND = """
+kind: residual = a block's inner width in GroupNorm groups; attention = heads; stream = the
+  residual stream's width, which many blocks share.
+place: down, mid or up with the number of its block, or the first convolution; resolution: of the
+  feature maps there.
+channels: of one step of width.
+widths: the legal ones, all whole numbers from the first to the last; the last is uncut.
+macs: those that the unit's steps hold, all else uncut, in % of the base's.
+step: those that go with one step of width, in % of the base's.
+  {rule}
+score: importance for this group's timesteps, mean over the unit's steps, as a z-score over the
+  units; higher means that more is lost. The least important steps of a unit are cut first.
+low: share of the unit's score, in %, that its less important half holds; far below 50 means that
+  half of the unit is nearly free.
+
+# Sensitivities
+By how much the loss grows when one unit alone is cut, in % of the base's loss, as width: growth.
+Growths of small cuts roughly add up; what counts is growth per macs saved.
+"""
+
+ADDS_UP = "Macs add up: macs % of a scheme = 100 - sum of (uncut width - width) * step."
+
+MULTIPLIES = (
+    "It holds while all else is uncut: a stream's width multiplies with those of what reads it,\n"
+    "  so that cuts of both save less than the sum of their steps."
+)
+
+FORM = """
+# Answer
+One JSON object of this form, a list of schemes, each a list of units and the widths they keep:
+{example}
+Units that are left out keep their full width. No unit twice in a scheme, no other keys, no text.
+"""
+
+
+def messages_for(
+    task: PruningTask, memory: Sequence[MemoryEntry], *, max_entries: int
+) -> list[Message]:
+    """Make the messages that ask for schemes.
+
+    Args:
+        task: The group, its limit, and what was measured of the base.
+        memory: What is remembered.
+        max_entries: How much of it the prompt holds at most.
+    """
+    head = TASK.format(
+        num_candidates=task.num_candidates,
+        group=task.group,
+        first=task.timesteps[0],
+        last=task.timesteps[1],
+        snr_first=_short(task.snr_db[0]),
+        snr_last=_short(task.snr_db[1]),
+        macs_base=task.space.macs_base,
+        max_macs=task.max_macs,
+        limit=_percent(task.max_macs, task),
+        loss_base=_short(task.loss_base),
+        round=task.round + 1,
+        num_rounds=task.num_rounds,
+    )
+    parts = [head, _units(task), _sensitivities(task), _memory(task, memory, max_entries)]
+    content = "".join([*parts, FORM.format(example=_example(task))])
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def correction(reply: str, problem: str) -> list[Message]:
+    """Answer a bad reply with what was wrong; one that was empty is best asked for again."""
+    if not reply:
+        return []
+    content = (
+        f"Your answer cannot be used:\n{problem}\nAnswer again, with the whole JSON object of the "
+        "form described above and nothing else."
+    )
+    return [{"role": "assistant", "content": reply}, {"role": "user", "content": content}]
+
+
+def _units(task: PruningTask) -> str:
+    full, space = task.space.full, task.space
+    means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
+    mean, spread = statistics.fmean(means), statistics.pstdev(means)
+    lines = [COLUMNS]
+    for number, unit in enumerate(space.units):
+        step = space.step_macs(unit.name, full)
+        cells = [
+            str(number),
+            unit.name,
+            unit.kind,
+            _place(unit),
+            _resolution(unit),
+            str(unit.channels),
+            f"1-{unit.width}",
+            _percent(unit.width * step, task),
+            _percent(step, task),
+            f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
+            _low(task.scores[unit.name]),
+        ]
+        lines.append(" | ".join(cells))
+    adds_up = all(unit.kind != "stream" for unit in space.units)
+    return "\n".join([*lines, LEGEND.format(rule=ADDS_UP if adds_up else MULTIPLIES)])
+
+
+def _place(unit: Unit) -> str:
+    found = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
+    if found is None:
+        return "first"
+    return f"{found[1]} {found[2]}" if found[1] else "mid"
+
+
+def _resolution(unit: Unit) -> str:
+    side = math.isqrt(unit.pixels)
+    return f"{side}x{side}" if side * side == unit.pixels else f"{unit.pixels} pixels"
+
+
+def _low(scores: Sequence[float]) -> str:
+    total = sum(scores)
+    return f"{100 * sum(sorted(scores)[: len(scores) // 2]) / total:.0f}" if total else "0"
+
+
+def _sensitivities(task: PruningTask) -> str:
+    lines = []
+    for number, unit in enumerate(task.space.units):
+        measured = sorted(task.sensitivities.get(unit.name, {}).items(), reverse=True)
+        growths = [f"{width}: {100 * loss / task.loss_base:+.2g}" for width, loss in measured]
+        if growths:
+            lines.append(f"{number} | {', '.join(growths)}")
+    return "\n".join(lines or ["None were measured."])
+
+
+def _memory(task: PruningTask, memory: Sequence[MemoryEntry], max_entries: int) -> str:
+    """Show the group's own entries before its neighbours', and within each group the best."""
+
+    def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
+        distance = abs(entry.group - task.group)
+        return (distance, entry.group, math.isnan(entry.loss), entry.loss)
+
+    chosen: dict[tuple[tuple[str, int], ...], MemoryEntry] = {}
+    for entry in sorted(memory, key=order):
+        chosen.setdefault(tuple(sorted(entry.widths.items())), entry)
+    entries = list(chosen.values())[:max_entries]
+    title = "\n\n# Memory bank: schemes that were measured, best of this group last\n"
+    if not entries:
+        return f"{title}It is empty.\n"
+    legend = (
+        "Units are given by their number, as number: width; those left out are uncut.\n"
+        "Losses of other groups are of their timesteps and compare only within one group.\n"
+    )
+    return title + legend + "\n".join(_entry(task, e) for e in reversed(entries)) + "\n"
+
+
+def _entry(task: PruningTask, entry: MemoryEntry) -> str:
+    own = entry.group == task.group
+    loss = f"loss {_short(entry.loss)}"
+    if own:
+        loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
+    macs = f"macs {_percent(entry.macs, task)} %"
+    if entry.macs > task.max_macs:
+        over = _percent(entry.macs - task.max_macs, task)
+        macs += f" (overshoots this group's limit by {over} points)"
+    widths = [
+        f"{number}: {entry.widths[unit.name]}"
+        for number, unit in enumerate(task.space.units)
+        if entry.widths[unit.name] < unit.width
+    ]
+    who = "this group" if own else f"group {entry.group}"
+    return f"{who} | {macs} | {loss} | {', '.join(widths) or 'uncut'}"
+
+
+def _example(task: PruningTask) -> str:
+    """Write out a scheme of two units, to show the form."""
+    units = task.space.units[:2]
+    scheme = [{"unit": unit.name, "keep": max(1, unit.width // 2)} for unit in units]
+    return json.dumps({"schemes": [scheme]})
+
+
+def _percent(macs: int, task: PruningTask) -> str:
+    return f"{100 * macs / task.space.macs_base:.4g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,154 @@
+"""The refit after a cut: what lies behind it learns, by least squares, to make up for it.
+
+Block by block in forward order, the weights that read what was cut, and those that close the
+blocks behind it, are solved for so that on noised images of the group's timesteps the block gives
+out what the base's does. No gradient step is taken.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.models.steps import State, Step, steps
+from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap
+from tdc_ray.prune.noised import NoisedBatch
+from tdc_ray.seeds import derive_seed
+
+
+@torch.no_grad()
+def refit(
+    base: UNet2DModel,
+    pruned: UNet2DModel,
+    kept_outputs: Mapping[str, Tensor],
+    batches: Iterable[NoisedBatch],
+    schedule: NoiseSchedule,
+) -> int:
+    """Solve for the weights behind the cuts, in place.
+
+    Both networks run through the images one block at a time, so every activation is computed once;
+    they are all held meanwhile, the statistics are not.
+
+    Args:
+        base: The uncut UNet, in eval mode.
+        pruned: The same, cut, on the same device.
+        kept_outputs: For every layer of ``pruned`` whose outputs were cut, which are kept.
+        batches: Noised images of the group's timesteps.
+        schedule: The noise schedule, on the device of the networks.
+
+    Returns:
+        Macs that the statistics took, forward passes not counted.
+    """
+    macs = 0
+    pruned.eval()
+    keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
+    true = [batch.start(base, schedule) for batch in batches]
+    ours, cut_before = true, False
+    for base_step, step in zip(steps(base), steps(pruned), strict=True):
+        after = [base_step(state) for state in true]
+        for name in _to_solve(base_step.module, step.module, cut_before=cut_before):
+            layer = step.module.get_submodule(name)
+            assert isinstance(layer, ReadLayer)
+            wanted = after if name == closing(step.module) else None
+            macs += _solve(layer, name, base_step, step, true, ours, wanted, keep.get(layer))
+        cut_before = cut_before or _is_cut(base_step.module, step.module)
+        ours = [step(state) for state in ours] if cut_before else after
+        true = after
+    return macs
+
+
+def closing(module: nn.Module) -> str:
+    """Name the layer whose output a step adds to the stream, or gives out."""
+    if isinstance(module, ResnetBlock2D):
+        return "conv2"
+    if isinstance(module, Attention):
+        return "to_out.0"
+    (name,) = _layers(module)  # a sampler, or an end of the network, has just one
+    return name
+
+
+def _solve(
+    layer: ReadLayer,
+    name: str,
+    base_step: Step,
+    step: Step,
+    true: Sequence[State],
+    ours: Sequence[State],
+    after: Sequence[State] | None,
+    keep: Tensor | None,
+) -> int:
+    """Solve for one layer's weights; give the macs of the statistics.
+
+    Args:
+        layer: The layer of the cut network.
+        name: Its name within the step.
+        base_step: The step of the base.
+        step: That of the cut network.
+        true: What goes into the one.
+        ours: What goes into the other.
+        after: What comes out of the base's, where the layer closes the step: the step's output is
+            fitted then, so that whatever else is off in it is made up for. None: the layer's is.
+        keep: Which of the base's outputs the layer has; None: all.
+    """
+    num_images = sum(len(state.hidden) for state in true)
+    squares: LeastSquares | None = None
+    for index, state in enumerate(ours):
+        with Tap(layer) as tap:
+            found = step(state).hidden
+        is_linear = isinstance(layer, nn.Linear)
+        if after is None:
+            with Tap(base_step.module.get_submodule(name)) as base_tap:
+                base_step(true[index])
+            wanted = _select(base_tap.output, keep, dim=2 if is_linear else 1)
+        else:
+            missing = (_select(after[index].hidden, keep, dim=1) - found) * _scale(step.module)
+            if is_linear:
+                missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+            wanted = tap.output + missing
+        if squares is None:
+            num_places = wanted[0].numel() // len(layer.weight)
+            seed = derive_seed(step.name, name)
+            squares = LeastSquares(layer, num_rows=num_images * num_places, seed=seed)
+        squares.add(tap.input, wanted)
+    assert squares is not None
+    weights, bias = squares.solve()
+    layer.weight.copy_(weights)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    return squares.macs
+
+
+def _to_solve(base: nn.Module, module: nn.Module, *, cut_before: bool) -> list[str]:
+    """Name the layers of a step that read what was cut, the closing one last."""
+    shrunk = [
+        name
+        for name, layer in _layers(module).items()
+        if layer.weight.shape[1] < _layers(base)[name].weight.shape[1]
+    ]
+    last = closing(module)
+    closes = [last] if cut_before or last in shrunk else []
+    return [name for name in shrunk if name != last] + closes
+
+
+def _is_cut(base: nn.Module, module: nn.Module) -> bool:
+    pairs = zip(base.parameters(), module.parameters(), strict=True)
+    return any(one.shape != other.shape for one, other in pairs)
+
+
+def _layers(module: nn.Module) -> dict[str, ReadLayer]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, ReadLayer)}
+
+
+def _select(values: Tensor, keep: Tensor | None, *, dim: int) -> Tensor:
+    return values if keep is None else values.index_select(dim, keep.to(values.device))
+
+
+def _scale(module: nn.Module) -> float:
+    """What a block divides its sum by."""
+    if isinstance(module, ResnetBlock2D):
+        return float(module.output_scale_factor)
+    return float(module.rescale_output_factor) if isinstance(module, Attention) else 1.0

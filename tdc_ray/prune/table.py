@@ -1,0 +1,83 @@
+"""Macs and parameters of every scheme as polynomials in the widths, from a table of shapes."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from tdc_ray.models.shapes import Channels, Layer
+from tdc_ray.models.units import Unit
+
+Terms = Mapping[tuple[str, ...], int]
+"""Coefficients by what they are multiplied with: no width, one unit's, or two units'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomial:
+    """``constant + sum of a[u] w[u] + sum of b[u, v] w[u] w[v]`` over units and pairs of them.
+
+    No unit is paired with itself, as no layer both reads and writes one unit's channels; so a
+    unit's slope does not depend on its own width.
+    """
+
+    constant: int
+    factors: Mapping[str, int]
+    pairs: Mapping[tuple[str, str], int]
+    partners: Mapping[str, Mapping[str, int]]
+    """The pairs again, by unit: ``partners[u][v]`` and ``partners[v][u]`` are ``b[u, v]``."""
+
+    @classmethod
+    def of(cls, terms: Terms, units: Sequence[Unit]) -> Self:
+        """Order the terms by unit."""
+        factors = {unit.name: terms.get((unit.name,), 0) for unit in units}
+        pairs: dict[tuple[str, str], int] = {}
+        partners: dict[str, dict[str, int]] = {unit.name: {} for unit in units}
+        for names, factor in terms.items():
+            if len(names) == 2:
+                one, other = names
+                assert one != other
+                pairs[one, other] = partners[one][other] = partners[other][one] = factor
+        return cls(terms.get((), 0), factors, pairs, partners)
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """Evaluate it."""
+        single = sum([factor * widths[unit] for unit, factor in self.factors.items()])
+        double = [factor * widths[u] * widths[v] for (u, v), factor in self.pairs.items()]
+        return self.constant + single + sum(double)
+
+    def slope(self, unit: str, widths: Mapping[str, int]) -> int:
+        """Tell what one step of a unit adds, given the widths of the others."""
+        others = self.partners[unit].items()
+        return self.factors[unit] + sum([factor * widths[other] for other, factor in others])
+
+
+def tabulate(layers: Sequence[Layer], units: Sequence[Unit]) -> tuple[Polynomial, Polynomial]:
+    """Count parameters and macs of a UNet for any widths of its units.
+
+    Returns:
+        ``(num_params, macs)``.
+    """
+    by_name = {unit.name: unit for unit in units}
+
+    def form(channels: tuple[Channels, ...]) -> dict[tuple[str, ...], int]:
+        """How many channels there are: some per step of a unit, some in any case."""
+        terms: defaultdict[tuple[str, ...], int] = defaultdict(int)
+        for some in channels:
+            if some.unit in by_name:
+                terms[some.unit,] += by_name[some.unit].channels
+            else:
+                terms[()] += some.count
+        return terms
+
+    num_params: defaultdict[tuple[str, ...], int] = defaultdict(int)
+    macs: defaultdict[tuple[str, ...], int] = defaultdict(int)
+    for layer in layers:
+        inputs, outputs = form(layer.inputs), form(layer.outputs)
+        for written, rows in outputs.items():
+            num_params[written] += rows * layer.has_bias
+            for read, columns in inputs.items():
+                weights = rows * columns * layer.kernel_area
+                both = tuple(sorted(written + read))
+                num_params[both] += weights
+                macs[both] += weights * layer.pixels
+    return Polynomial.of(num_params, units), Polynomial.of(macs, units)

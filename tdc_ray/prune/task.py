@@ -1,0 +1,141 @@
+"""One group's share of stage 2: what is asked of it, and what its search comes to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tdc_ray.config import RunConfig
+from tdc_ray.layout import RunDir
+from tdc_ray.models.units import Kept
+from tdc_ray.plan import Group
+from tdc_ray.prune.memory import MemoryEntry
+from tdc_ray.prune.space import Scheme, Space
+from tdc_ray.work import Report, Result, WorkItem
+
+
+def group_name(group: Group) -> str:
+    """Name a group, in keys and tags."""
+    return f"group-{group.index:02d}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTask:
+    """One group's share of stage 2."""
+
+    run_dir: RunDir
+    config: RunConfig
+    space: Space
+    group: Group
+    parties: frozenset[str] = frozenset()
+    """Names of all groups' chains, which share the memory bank round by round."""
+
+    @property
+    def name(self) -> str:
+        """Name of the group, in keys and tags."""
+        return group_name(self.group)
+
+    @property
+    def max_macs(self) -> int:
+        """The limit in macs."""
+        return self.group.max_macs(self.space.macs_base)
+
+    @property
+    def finetune_macs(self) -> float:
+        """Macs that the fine-tune will take at most: forward and backward count three forwards."""
+        train = self.config.finetune
+        return 3.0 * self.max_macs * train.num_steps * train.batch_size
+
+    def item(
+        self,
+        name: str,
+        function: Callable[[Any, Report], Result],
+        job: Any,
+        *,
+        cost: float = 0.0,
+        behind: float = 0.0,
+        num_steps: int = 1,
+        is_call: bool = False,
+    ) -> WorkItem:
+        """Make an item of the search; see ``WorkItem``.
+
+        Args:
+            name: Its name within the group.
+            function: What to call.
+            job: With what.
+            cost: Expected macs.
+            behind: Expected macs of the search after it; the fine-tune's are added.
+            num_steps: Steps that it reports.
+            is_call: Whether it waits for a language model.
+        """
+        return WorkItem(
+            key=f"{self.name}/{name}",
+            function=function,
+            job=job,
+            result_path=self.run_dir.group(self.group.index) / f"{name}.json",
+            cost=cost,
+            cost_behind=behind + self.finetune_macs,
+            num_steps=num_steps,
+            is_call=is_call,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sub-model that was measured."""
+
+    entry: MemoryEntry
+    kept: Kept
+
+
+@dataclass(slots=True)
+class Spent:
+    """What a search took."""
+
+    macs: float = 0.0
+    seconds: float = 0.0
+    """Of computing, summed over workers."""
+
+    proxy_seconds: float = 0.0
+    """Of waiting for a language model."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What did not go as asked for."""
+
+    def add(self, result: Result) -> None:
+        """Count an item that computed."""
+        self.macs += result["macs"]
+        self.seconds += result["seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The sub-model that a group's expert starts from."""
+
+    kept: Kept
+    entry: MemoryEntry | None
+    """What is remembered of it; None for the base itself, which nothing is cut of."""
+
+    loss_base: float
+    """Loss of the uncut base on held-out images and noise of the group's timesteps."""
+
+    candidates: tuple[Candidate, ...]
+    """All that were measured, best first."""
+
+    spent: Spent
+
+    @property
+    def widths(self) -> Scheme:
+        """The scheme."""
+        return {unit: len(places) for unit, places in self.kept.items()}
+
+    @property
+    def loss_cut(self) -> float:
+        """The loss straight after the cut."""
+        return self.loss_base if self.entry is None else self.entry.loss_cut
+
+    @property
+    def loss_refit(self) -> float | None:
+        """The loss after the refit; None where there was none."""
+        return None if self.entry is None else self.entry.loss_refit

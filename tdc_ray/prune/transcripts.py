@@ -1,0 +1,108 @@
+"""What was asked of a language model and what it said: one file of JSON lines per group and round.
+
+A transcript holds bodies of requests, never their headers, and so no key.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tdc_ray.errors import ProxyError, StorageError
+from tdc_ray.storage import append_json_line, read_json_lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What calls took."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and replies."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            calls=self.calls + other.calls,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(
+            calls=self.calls - other.calls,
+            prompt_tokens=self.prompt_tokens - other.prompt_tokens,
+            completion_tokens=self.completion_tokens - other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and what came of it."""
+
+    request: Mapping[str, Any]
+    """Body of the request."""
+
+    reply: str
+    """What the model said, empty where it said nothing."""
+
+    error: str | None
+    """Why the reply is no use; None: its schemes were taken."""
+
+    usage: Usage
+    """As the server counted; where it did not, the most that it can have been."""
+
+    seconds: float
+
+
+_ADAPTER = TypeAdapter(Exchange)
+
+
+def transcript_path(folder: Path, group: int, round_: int) -> Path:
+    """Give the transcript of one proposal."""
+    return folder / f"group-{group:02d}-round-{round_}.jsonl"
+
+
+def append_exchange(path: Path, exchange: Exchange) -> None:
+    """Add an exchange to a transcript."""
+    append_json_line(path, dataclasses.asdict(exchange))
+
+
+def recorded_reply(path: Path) -> str:
+    """Give the reply whose schemes were taken: the last one, in whatever attempt it came.
+
+    Raises:
+        ProxyError: There is no transcript, or it ends in a failure.
+        StorageError: The file holds a line that is no exchange.
+    """
+    exchanges = _read(path)
+    if not exchanges:
+        raise ProxyError(f"proxy.replay: there is no transcript {path}.")
+    last = exchanges[-1]
+    if last.error is not None:
+        raise ProxyError(f"proxy.replay: {path.name} ends in a failure: {last.error}")
+    return last.reply
+
+
+def spent_in(folder: Path) -> Usage:
+    """Add up what the calls in a folder of transcripts took.
+
+    Raises:
+        StorageError: A file holds a line that is no exchange.
+    """
+    paths = sorted(folder.glob("group-*.jsonl"))
+    return sum((exchange.usage for path in paths for exchange in _read(path)), start=Usage())
+
+
+def _read(path: Path) -> list[Exchange]:
+    try:
+        return [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
+    except ValidationError as error:
+        raise StorageError(f"{path} holds a line that is no exchange: {error}") from error

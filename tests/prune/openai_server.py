@@ -1,0 +1,158 @@
+"""A chat server on loopback that answers by a script."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
+
+Step = Callable[["Handler"], None]
+"""Answers one request."""
+
+
+class Server(ThreadingHTTPServer):
+    """Takes one step of its script for each request; the last one goes on for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, *script: Step) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = list(script)
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def next_step(self, request: dict[str, Any]) -> Step:
+        with self.lock:
+            step = self.script[min(len(self.requests), len(self.script) - 1)]
+            self.requests.append(request)
+            self.times.append(time.monotonic())
+            return step
+
+    def count(self, change: int) -> None:
+        with self.lock:
+            self.under_way += change
+            self.most_under_way = max(self.most_under_way, self.under_way)
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is what some tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.count(+1)
+        try:
+            self.server.next_step(json.loads(body))(self)
+        finally:
+            self.server.count(-1)
+
+    def answer(self, status: int, body: str, **headers: str) -> None:
+        content = body.encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(content))} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(*script: Step) -> Iterator[Server]:
+    with Server(*script) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+
+
+def completion(
+    content: str | None, *, finish_reason: str = "stop", refusal: str | None = None
+) -> str:
+    """Body of a good answer."""
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE}
+    return json.dumps(top | {"choices": [choice]})
+
+
+def says(content: str | None, **how: str) -> Step:
+    return lambda handler: handler.answer(200, completion(content, **how))
+
+
+def fails(status: int, body: str = '{"error": {"message": "no"}}', **headers: str) -> Step:
+    return lambda handler: handler.answer(status, body, **headers)
+
+
+def echoes_key(status: int) -> Step:
+    """An error whose text holds the key, whole and in part."""
+
+    def step(handler: Handler) -> None:
+        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        message = f"Incorrect API key provided: {key} ({key[:12]}****{key[-6:]})"
+        handler.answer(status, json.dumps({"error": {"message": message}}))
+
+    return step
+
+
+def says_key(handler: Handler) -> None:
+    handler.answer(200, completion(f"Your key is {handler.headers['Authorization']}."))
+
+
+def after(seconds: float, step: Step) -> Step:
+    def late(handler: Handler) -> None:
+        time.sleep(seconds)
+        step(handler)
+
+    return late
+
+
+def is_silent(handler: Handler) -> None:
+    handler.server.closing.wait(20)
+
+
+def trickles(handler: Handler) -> None:
+    """Sends a blank again and again, so that no read ever times out."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    while not handler.server.closing.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+def hangs_up(handler: Handler) -> None:
+    """Breaks off in the middle of the body."""
+    handler.answer(200, completion("late"), Content_Length="100000")
+
+
+def refuses_format(then: Step, status: int = 400) -> Step:
+    """Knows no structured output."""
+
+    def step(handler: Handler) -> None:
+        if "response_format" in handler.server.requests[-1]:
+            handler.answer(status, '{"error": {"message": "unknown field response_format"}}')
+        else:
+            then(handler)
+
+    return step
