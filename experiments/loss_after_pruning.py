@@ -28,7 +28,7 @@ from tdc_ray.environment import commit
 from tdc_ray.finetune import trial_item
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import unet_config
-from tdc_ray.plan import Group, plan_groups
+from tdc_ray.plan import Group, one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
@@ -60,8 +60,7 @@ def settings_of(config: RunConfig) -> dict[str, Group]:
     """Give the timesteps of each setting, all with the same limit."""
     plan = plan_groups(config.diffusion, replace(config.plan, num_groups=10), config.sampler)
     last = config.diffusion.num_train_timesteps - 1
-    first, end = plan.groups[0], plan.groups[-1]
-    found = {"all": replace(first, last=last, snr_db_last=end.snr_db_last)}
+    found = {"all": one_group(config.diffusion, config.sampler, (0, last), MACS_SHARE)}
     found |= {f"group {group.index}": group for group in plan.groups}
     return {name: replace(found[name], limit_share=MACS_SHARE) for name in SETTINGS}
 
@@ -181,7 +180,7 @@ def main(flags: Flags) -> None:
                     place = folder / f"seed-{seed}"
                     task = task_of(config, base, place, setting, method, refit=refit)
                     tasks[(seed, setting), method, refit] = task
-    searched = {key: task for key, task in tasks.items() if key[2] or key[1] == PROXY}
+    searched = {key: task for key, task in tasks.items() if key[2]}
     with workers(flags.config(flags.seeds[0]), folder) as pool:
         found = pool.run(
             {
@@ -191,10 +190,7 @@ def main(flags: Flags) -> None:
         )
         tables: dict[Cell, Losses] = {}
         for cell in dict.fromkeys(cell for cell, _, _ in searched):
-            tables[cell] = excess(found[str((cell, PROXY, False))])
-            tables[cell] = {
-                f"{name}, searched without refit": v for name, v in tables[cell].items()
-            }
+            tables[cell] = {}
             for method in (*SCORES, PROXY):
                 tables[cell] |= excess(found[str((cell, method, True))])
         write_all(folder, flags, tables)

@@ -3,87 +3,18 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.logging import RichHandler
-from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from tdc_ray.commands import Memory, Plan, Prune, Run, Sample, parse
 from tdc_ray.config import RunConfig, default_run_dir
-from tdc_ray.errors import TdcError
+from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.plan import Plan as GroupPlan
-from tdc_ray.presets import PRESETS, preset
-from tdc_ray.settings import require
 
 logger = logging.getLogger(__name__)
-
-DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
-
-tdc-ray run              the whole of TDC Training on the bundled digits, in minutes
-tdc-ray plan             which timesteps form a group, and what each group may cost
-tdc-ray sample RUN_DIR   images from a finished run
-
-Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
-
-Settings = Annotated[RunConfig, arg(name="")]
-"""Flags such as ``--plan.num-groups`` without a prefix of their own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Do the whole of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
-
-    Run the same command again to go on after a cut, or to see the results of a finished run.
-    """
-
-    config: Settings
-    run_dir: Path | None = None
-    """Where everything goes; default: runs/<preset>-seed<seed>-<digest of the settings>."""
-    dry_run: bool = False
-    """Show the settings and the plan, check the data, and stop."""
-    verbose: bool = False
-    """Log more, and show where an error came from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Show the groups of timesteps and what each may cost; trains nothing."""
-
-    config: Settings
-    out_dir: Path | None = None
-    """Where plan.json and plan.png go; default: the default run directory."""
-    verbose: bool = False
-    """Log more, and show where an error came from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Sample images from the experts of a finished run: a grid and an npz (arr_0, uint8, NHWC)."""
-
-    run: Positional[Path]
-    """The run directory, or a folder of experts."""
-    num_images: int = 64
-    """How many images."""
-    seed: int = 0
-    """Image i of a seed is always the same."""
-    num_inference_steps: int | None = None
-    """Denoising steps; default: as the run was planned."""
-    batch_size: int = 64
-    """Images sampled at once."""
-    out_dir: Path | None = None
-    """Where samples.png and samples.npz go; default: RUN/samples."""
-    verbose: bool = False
-    """Log more, and show where an error came from."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size"):
-            require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
-
-
-Command = Run | Plan | Sample
 
 
 def main() -> None:
@@ -95,7 +26,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; give the exit code: 0, 1 for an error, 130 for an interrupt."""
     console = Console()
     try:
-        command = _parse(arguments)
+        command = parse(arguments)
     except TdcError as error:
         return _fail(error, verbose="--verbose" in arguments)
     _configure_logging(console, verbose=command.verbose)
@@ -104,12 +35,16 @@ def run_command(arguments: Sequence[str]) -> int:
             _run(command, console)
         elif isinstance(command, Plan):
             _plan(command, console)
+        elif isinstance(command, Prune):
+            _prune(command, console)
+        elif isinstance(command, Memory):
+            _memory(command, console)
         else:
             _sample(command, console)
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        again = "; run the same command again to go on" if isinstance(command, Run) else ""
+        again = "; run the same command again to go on" if isinstance(command, Run | Prune) else ""
         Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130
     return 0
@@ -168,6 +103,42 @@ def _plan(command: Plan, console: Console) -> None:
     console.print(f"written: {folder}/plan.json, {folder}/plan.png", soft_wrap=True)
 
 
+def _prune(command: Prune, console: Console) -> None:
+    from tdc_ray.models.unet import unet_config
+    from tdc_ray.plan import one_group, plan_groups
+    from tdc_ray.prune_model import REPORT_FILE, for_unet, prune_model, unet_dir
+    from tdc_ray.report import print_pruned
+
+    unet = unet_dir(command.model_dir)
+    config = replace(command.config, prune=replace(command.config.prune, method=command.method))
+    config = for_unet(config, unet_config(unet), command.data)
+    if command.group is None:
+        span = command.timesteps or (0, config.diffusion.num_train_timesteps - 1)
+        group = one_group(config.diffusion, config.sampler, span, command.macs)
+    else:
+        groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
+        if not 0 <= command.group < len(groups):
+            raise ConfigError(f"--group must be 0 to {len(groups) - 1}, got {command.group}.")
+        group = replace(groups[command.group], limit_share=command.macs)
+    report = prune_model(unet, config, group, command.out, console)
+    print_pruned(console, report)
+    console.print(f"written: {command.out}/{REPORT_FILE} and the model", soft_wrap=True)
+
+
+def _memory(command: Memory, console: Console) -> None:
+    from tdc_ray.layout import RunDir
+    from tdc_ray.prune.memory import MemoryBank
+    from tdc_ray.report import print_memory
+
+    paths = [RunDir(command.run).memory, *sorted(command.run.glob("search/*/memory.jsonl"))]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        raise StorageError(f"{command.run} holds no memory bank: {paths[0]} does not exist.")
+    for path in found:
+        entries = MemoryBank(path).all()
+        print_memory(console, [e for e in entries if command.group in (None, e.group)], path)
+
+
 def _sample(command: Sample, console: Console) -> None:
     import numpy as np
     import torch
@@ -198,33 +169,6 @@ def _sample(command: Sample, console: Console) -> None:
     console.print(
         f"written: {folder}/samples.npz ({images.shape}), {folder}/samples.png", soft_wrap=True
     )
-
-
-def _parse(arguments: Sequence[str]) -> Command:
-    """Parse in two passes: the preset decides the defaults of all other flags."""
-    config = preset(_preset_name(arguments))
-    choices = (
-        Annotated[Run, subcommand("run", default=Run(config=config))]
-        | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
-        | Annotated[Sample, subcommand("sample")]
-    )
-    command: Command = tyro.cli(
-        choices,
-        args=list(arguments),
-        prog="tdc-ray",
-        description=DESCRIPTION,
-        config=(OmitSubcommandPrefixes,),
-    )
-    return command
-
-
-def _preset_name(arguments: Sequence[str]) -> str:
-    for place, argument in enumerate(arguments):
-        if argument == "--preset" and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith("--preset="):
-            return argument.removeprefix("--preset=")
-    return "digits"
 
 
 def _configure_logging(console: Console, *, verbose: bool) -> None:

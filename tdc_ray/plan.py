@@ -132,6 +132,40 @@ def sampling_timesteps(
     return tuple(i * stride + steps_offset for i in reversed(range(num_inference_steps)))
 
 
+def one_group(
+    diffusion: DiffusionConfig,
+    sampler: SamplerConfig,
+    timesteps: tuple[int, int],
+    limit_share: float,
+) -> Group:
+    """Make a group of any timesteps, such as all of them.
+
+    Args:
+        diffusion: The noise process.
+        sampler: Tells which sampling steps fall into the group.
+        timesteps: First and last, both included.
+        limit_share: Share of the base's macs that it may take.
+
+    Raises:
+        ScheduleError: The betas are no noise schedule.
+        ConfigError: There are no such timesteps.
+    """
+    first, last = timesteps
+    snr = _snr_of(diffusion)
+    if not 0 <= first <= last < len(snr):
+        raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
+    steps = sampling_timesteps(len(snr), sampler.num_inference_steps, sampler.steps_offset)
+    return Group(
+        index=0,
+        first=first,
+        last=last,
+        limit_share=limit_share,
+        snr_db_first=float(snr[first]),
+        snr_db_last=float(snr[last]),
+        num_sampling_steps=sum(first <= step <= last for step in steps),
+    )
+
+
 def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig) -> Plan:
     """Group the timesteps and give each group its limit.
 
@@ -140,16 +174,7 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
         ConfigError: A mean limit was asked for that the schedule cannot have, or the sampler
             steps outside the timesteps.
     """
-    snr = snr_db(
-        alphas_cumprod(
-            betas(
-                diffusion.beta_schedule,
-                diffusion.num_train_timesteps,
-                beta_start=diffusion.beta_start,
-                beta_end=diffusion.beta_end,
-            )
-        )
-    )
+    snr = _snr_of(diffusion)
     steps = sampling_timesteps(len(snr), sampler.num_inference_steps, sampler.steps_offset)
     if steps[0] >= len(snr):
         raise ConfigError(
@@ -280,3 +305,13 @@ def _mean_share(drafts: Sequence[_Draft], steps: Sequence[int]) -> float:
 def to_json(plan: Plan) -> dict[str, Any]:
     """Give the plan as plain JSON values."""
     return dataclasses.asdict(plan)
+
+
+def _snr_of(diffusion: DiffusionConfig) -> FloatArray:
+    values = betas(
+        diffusion.beta_schedule,
+        diffusion.num_train_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+    )
+    return snr_db(alphas_cumprod(values))

@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from tdc_ray.work import Report, WorkItem
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -99,6 +102,15 @@ class ProgressView:
                 if not self._live and seconds >= 1:
                     logger.info("%s done in %.0f s", key, seconds)
 
+    @contextmanager
+    def watch(self, item: WorkItem) -> Iterator[Report]:
+        """Show an item that runs in this process."""
+        self.start(item.key, item.num_steps)
+        try:
+            yield lambda metrics, step: self.show(Event(item.key, step, dict(metrics)))
+        finally:
+            self.finish(item.key)
+
     def show(self, event: Event) -> None:
         """Record an event and bring the display up to date."""
         with self._lock:
@@ -121,7 +133,8 @@ class ProgressView:
         if not event.metrics and event.images is None:
             return
         run, _, work = event.key.partition("/")
-        stage = "prune" if work.startswith(("round", "base")) else "train"
+        searches = ("round", "base", "scores", "sensitivities")
+        stage = "prune" if work.startswith(searches) else "train"
         writer = self._writers.get(run)
         if writer is None:
             from torch.utils.tensorboard import SummaryWriter  # imports torch
@@ -135,7 +148,7 @@ class ProgressView:
 
 
 def _note(metrics: Mapping[str, float]) -> str:
-    for name in ("loss", "loss_cut"):
+    for name in ("loss", "loss_refit", "loss_cut"):
         if name in metrics:
             return f" {name} {metrics[name]:.4f}"
     return ""

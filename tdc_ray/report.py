@@ -1,6 +1,9 @@
 """Plans and results as tables and pictures for a person."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,6 +11,7 @@ from rich.table import Table
 from tdc_ray.config import RunConfig
 from tdc_ray.plan import Plan
 from tdc_ray.presets import PAPER
+from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.results import ModelResult, Results
 from tdc_ray.storage import atomic_path
 
@@ -103,6 +107,51 @@ def print_results(console: Console, results: Results) -> None:
         console.print(line, soft_wrap=True)
 
 
+def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
+    """Print what ``tdc-ray prune`` came to."""
+    table = Table(title=f"pruned by {report['source']}", title_justify="left")
+    for name in ("model", "macs", "params", "loss", "loss above the base's"):
+        table.add_column(name, justify="right", no_wrap=True)
+    base, left = report["loss_base"], (_macs(report["macs"]), _millions(report["num_params"]))
+    whole = (_macs(report["macs_base"]), _millions(report["num_params_base"]))
+    table.add_row("base", *whole, f"{base:.5f}", "")
+    for name, loss in (("cut", report["loss_cut"]), ("refit", report["loss_refit"])):
+        if loss is not None:
+            table.add_row(name, *left, f"{loss:.5f}", f"{loss - base:+.5f}")
+    console.print(table)
+    first, last = report["timesteps"]
+    console.print(
+        f"timesteps {first} to {last}, limit {_macs(report['macs_limit'])} macs, losses on "
+        f"held-out images and noise, {report['seconds']:.0f} s",
+        soft_wrap=True,
+    )
+    for note in report["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -> None:
+    """Print a memory bank group by group, the best scheme last."""
+    table = Table(title=str(path), title_justify="left")
+    names = ("group", "round", "source", "macs", "overshoot", "cut", "refit", "tuned")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in sorted({entry.group for entry in entries}):
+        own = [entry for entry in entries if entry.group == group]
+        for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
+            table.add_row(
+                str(group),
+                f"{entry.round}.{entry.candidate}",
+                entry.source,
+                _macs(entry.macs),
+                _macs(entry.overshoot) if entry.overshoot else "",
+                f"{entry.loss_cut:.5f}",
+                "" if entry.loss_refit is None else f"{entry.loss_refit:.5f}",
+                "" if entry.loss_tuned is None else f"{entry.loss_tuned:.5f}",
+            )
+        table.add_section()
+    console.print(table)
+
+
 def conclusions(results: Results) -> list[str]:
     """Say in words what a run showed and what it did not."""
     base, tdc, evaluation = results.base, results.tdc, results.evaluation
@@ -131,7 +180,7 @@ def _model_row(model: ModelResult) -> tuple[str, ...]:
     return (
         f"{model.score:.3f}",
         _macs(model.macs),
-        f"{model.num_params / 1e6:.2f} M",
+        _millions(model.num_params),
         f"{model.train_steps:,}",
         f"{model.train_macs:.2e}",
         f"{model.images_per_second:.1f}",
@@ -141,3 +190,7 @@ def _model_row(model: ModelResult) -> tuple[str, ...]:
 def _macs(macs: float) -> str:
     """Write macs with the digits that the paper's tables have."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f} M"

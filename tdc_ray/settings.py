@@ -9,7 +9,8 @@ from tdc_ray.schedule import BetaSchedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
-PruneMethod = Literal["none", "random", "magnitude", "taylor", "diff-pruning", "offline", "llm"]
+SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]
+PruneMethod = SearchMethod | Literal["none"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 
 

@@ -5,7 +5,8 @@ stages of one group, in order. Who runs the items (a pool of Ray actors, or the 
 none of the chain's business.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -153,10 +154,24 @@ class Chains(Generic[T]):
         return [item for item in state.waits_for if earlier[item.key] is None]
 
 
-def run_chain(chain: Chain[T], report: Report = lambda _metrics, _step: None) -> T:
-    """Run a chain that meets no other in this process, one item after the other."""
+@contextmanager
+def unwatched(_: WorkItem) -> Iterator[Report]:
+    """Heed nothing that an item reports."""
+    yield lambda _metrics, _step: None
+
+
+def run_chain(
+    chain: Chain[T], watch: Callable[[WorkItem], AbstractContextManager[Report]] = unwatched
+) -> T:
+    """Run a chain that meets no other in this process, one item after the other.
+
+    Args:
+        chain: The chain.
+        watch: Entered while an item runs; gives what takes its reports.
+    """
     chains = Chains({"": chain})
     while missing := chains.go_on():
         for name, item in missing:
-            chains.put(name, item, run_item(item, report))
+            with watch(item) as report:
+                chains.put(name, item, run_item(item, report))
     return chains.values[""]

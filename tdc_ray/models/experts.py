@@ -33,10 +33,24 @@ def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept)
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}
-        write_json(temporary / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
-        tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS_FILE)
+        _write(temporary, unet, config, kept)
+
+
+def save_expert_into(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+    """Save a pruned UNet into a folder that holds other things too; see :func:`save_expert`."""
+    whole = folder / ".model"
+    save_expert(whole, unet, config, kept)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # an old config never goes with new weights
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        (whole / name).replace(folder / name)
+    whole.rmdir()
+
+
+def _write(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    write_json(folder / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
+    tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
 
 
 def load_expert(folder: Path) -> UNet2DModel:

@@ -1,0 +1,174 @@
+"""The commands and their flags, made from dataclasses by tyro."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.presets import PRESETS, preset
+from tdc_ray.settings import SearchMethod, require
+
+DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
+
+tdc-ray run              the whole of TDC Training on the bundled digits, in minutes
+tdc-ray plan             which timesteps form a group, and what each group may cost
+tdc-ray sample RUN_DIR   images from a finished run
+tdc-ray prune MODEL_DIR  cut any saved UNet2DModel to a share of its macs
+tdc-ray memory RUN_DIR   the pruning schemes that were tried, and their losses
+
+Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
+
+Settings = Annotated[RunConfig, arg(name="")]
+"""Flags such as ``--plan.num-groups`` without a prefix of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Do the whole of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
+
+    Run the same command again to go on after a cut, or to see the results of a finished run.
+    With --finetune.num-steps 0 it is training-free: after the base no gradient step is taken, and
+    the experts are what cut and least-squares refit make of the base, in minutes.
+    """
+
+    config: Settings
+    run_dir: Path | None = None
+    """Where everything goes; default: runs/<preset>-seed<seed>-<digest of the settings>."""
+    dry_run: bool = False
+    """Show the settings and the plan, check the data, and stop."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show the groups of timesteps and what each may cost; trains nothing."""
+
+    config: Settings
+    out_dir: Path | None = None
+    """Where plan.json and plan.png go; default: the default run directory."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Sample images from the experts of a finished run: a grid and an npz (arr_0, uint8, NHWC)."""
+
+    run: Positional[Path]
+    """The run directory, or a folder of experts."""
+    num_images: int = 64
+    """How many images."""
+    seed: int = 0
+    """Image i of a seed is always the same."""
+    num_inference_steps: int | None = None
+    """Denoising steps; default: as the run was planned."""
+    batch_size: int = 64
+    """Images sampled at once."""
+    out_dir: Path | None = None
+    """Where samples.png and samples.npz go; default: RUN/samples."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Cut any saved UNet2DModel to a share of its macs and refit it: no gradient step, no Ray.
+
+    Run the same command again to go on after a cut. The language model (--method llm) needs
+    OPENAI_API_KEY, and OPENAI_BASE_URL for servers other than OpenAI's.
+    """
+
+    model_dir: Positional[Path]
+    """Folder of a diffusers UNet2DModel or of a pipeline with one, or a run directory."""
+    config: Settings
+    out: Path
+    """Where the pruned model and report.json go."""
+    macs: float = 0.7
+    """Most macs that are left, as a share of the model's, in (0, 1]."""
+    method: SearchMethod = "offline"
+    """Who proposes what is cut (prune.method)."""
+    data: str | None = None
+    """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; default: what the
+    model's run was trained on."""
+    timesteps: tuple[int, int] | None = None
+    """First and last timestep to prune for; default: all."""
+    group: int | None = None
+    """A group of the plan (--plan.num-groups and so on) to prune for, in place of timesteps."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def __post_init__(self) -> None:
+        require("prune", self, "macs", "in (0, 1]", ok=0 < self.macs <= 1)
+        if self.timesteps is not None and self.group is not None:
+            raise ConfigError("give --timesteps or --group, not both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
+
+    run: Positional[Path]
+    """A run directory, or what tdc-ray prune wrote."""
+    group: int | None = None
+    """Only this group."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+Command = Run | Plan | Sample | Prune | Memory
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Parse in two passes: the preset decides the defaults of all other flags."""
+    config = preset(_preset_name(arguments))
+    missing: Any = tyro.MISSING
+    trained = _config_of_model(arguments) or config
+    prune = Prune(model_dir=missing, out=missing, config=trained)
+    choices = (
+        Annotated[Run, subcommand("run", default=Run(config=config))]
+        | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
+        | Annotated[Sample, subcommand("sample")]
+        | Annotated[Prune, subcommand("prune", default=prune)]
+        | Annotated[Memory, subcommand("memory")]
+    )
+    command: Command = tyro.cli(
+        choices,
+        args=list(arguments),
+        prog="tdc-ray",
+        description=DESCRIPTION,
+        config=(OmitSubcommandPrefixes,),
+    )
+    return command
+
+
+def _preset_name(arguments: Sequence[str]) -> str:
+    for place, argument in enumerate(arguments):
+        if argument == "--preset" and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith("--preset="):
+            return argument.removeprefix("--preset=")
+    return "digits"
+
+
+def _config_of_model(arguments: Sequence[str]) -> RunConfig | None:
+    """Give the settings of the run that trained the model that is to be pruned."""
+    if not arguments or arguments[0] != "prune":
+        return None
+    from tdc_ray.prune_model import run_config_of, unet_dir
+
+    for argument in arguments[1:]:
+        with contextlib.suppress(CheckpointError):
+            if config := run_config_of(unet_dir(Path(argument))):
+                return config
+    return None

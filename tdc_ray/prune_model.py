@@ -1,0 +1,176 @@
+"""Prunes any saved ``UNet2DModel`` to a share of its macs, in this process: ``tdc-ray prune``."""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.datasets import IMAGE_SUFFIXES, load_dataset
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.experts import save_expert_into
+from tdc_ray.models.unet import unet_config
+from tdc_ray.plan import Group
+from tdc_ray.progress import ProgressView
+from tdc_ray.prune.measure import load_base, pruned_unet
+from tdc_ray.prune.memory import MemoryBank
+from tdc_ray.prune.rounds import search
+from tdc_ray.prune.space import space_of
+from tdc_ray.prune.task import GroupTask
+from tdc_ray.settings import DataConfig
+from tdc_ray.storage import exclusive, read_json, write_json
+from tdc_ray.work import run_chain
+
+REPORT_FILE = "report.json"
+
+logger = logging.getLogger(__name__)
+
+
+def unet_dir(path: Path) -> Path:
+    """Find the UNet in what was named: its folder, a pipeline's, or a run directory.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    for folder in (path, path / "unet", path / "base" / "unet"):
+        config = folder / "config.json"
+        if config.exists() and "block_out_channels" in read_json(config):
+            return folder.resolve()
+    raise CheckpointError(
+        f"{path} holds no UNet2DModel: neither it nor its unet or base/unet has a config.json "
+        "with block_out_channels."
+    )
+
+
+def run_config_of(unet: Path) -> RunConfig | None:
+    """Give the settings of the run that trained a UNet; None where it is not in a run directory.
+
+    Raises:
+        ConfigError: They are of another version.
+    """
+    path = unet.parents[1] / "config.json"
+    if unet.name != "unet" or unet.parent.name != "base" or not path.exists():
+        return None
+    return from_json(read_json(path))
+
+
+def data_config(source: str, unet: UNetConfig) -> DataConfig:
+    """Tell from a path, or ``digits``, what data it is, and bring it to the UNet's shape.
+
+    Raises:
+        ConfigError: It cannot be told, or the UNet does not take images.
+    """
+    channels = unet["in_channels"]
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
+            "something else."
+        )
+    shape = {"image_size": unet["sample_size"], "num_channels": channels}
+    if source == "digits":
+        return DataConfig(source="digits", **shape)
+    path = Path(source).expanduser()
+    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
+        return DataConfig(source="npz", path=source, **shape)
+    if (path / "cifar-10-batches-py").is_dir():
+        return DataConfig(source="cifar10", path=source, **shape)
+    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        return DataConfig(source="folder", path=source, **shape)
+    raise ConfigError(
+        f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
+        f"of cifar-10-batches-py, got {source}."
+    )
+
+
+def prune_model(
+    unet: Path, config: RunConfig, group: Group, out: Path, console: Console
+) -> dict[str, object]:
+    """Search, cut and refit; write the pruned model and its report.
+
+    The same call goes on where an earlier one was cut.
+
+    Args:
+        unet: The folder of the UNet.
+        config: Data, noise process and how to prune.
+        group: The timesteps, and the limit.
+        out: Where to: the model (``models.experts.load_expert`` reads it) and ``report.json``;
+            what the search measured is kept in its folder ``search``.
+        console: Where progress is shown.
+
+    Returns:
+        The report.
+
+    Raises:
+        TdcError: What went wrong, said before work starts wherever that can be known.
+    """
+    started = time.perf_counter()
+    config, base_settings = with_absolute_paths(config), unet_config(unet)
+    space = space_of(base_settings, config.prune.space)
+    _check(config, base_settings)
+    space.check_limit(group.max_macs(space.macs_base), "the model")
+    dataset = load_dataset(config.data)
+    if base_settings.get("num_class_embeds") and not dataset.num_classes:
+        raise ConfigError("the model is conditioned on classes: --data must have labels.")
+    with exclusive(out):
+        run_dir = RunDir((out / "search" / _name(unet, config, group)).resolve(), unet)
+        task = GroupTask(run_dir, config, space, group)
+        with ProgressView(run_dir.tensorboard, console) as view:
+            choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
+        logger.info("writing the model")
+        pruned = pruned_unet(load_base(run_dir, config), choice.kept, config, group)
+        save_expert_into(out, pruned, base_settings, choice.kept)
+        report: dict[str, object] = {
+            "macs_base": space.macs_base,
+            "macs": space.macs(choice.widths),
+            "macs_limit": task.max_macs,
+            "num_params_base": space.num_params_base,
+            "num_params": space.num_params(choice.widths),
+            "loss_base": choice.loss_base,
+            "loss_cut": choice.loss_cut,
+            "loss_refit": choice.loss_refit,
+            "method": config.prune.method,
+            "source": "base" if choice.entry is None else choice.entry.source,
+            "refit": config.prune.refit,
+            "space": config.prune.space,
+            "timesteps": [group.first, group.last],
+            "widths": dict(choice.widths),
+            "search_macs": choice.spent.macs,
+            "prompt_tokens": choice.spent.prompt_tokens,
+            "completion_tokens": choice.spent.completion_tokens,
+            "notes": choice.spent.notes,
+            "seconds": time.perf_counter() - started,
+        }
+        write_json(out / REPORT_FILE, report)
+    return report
+
+
+def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig:
+    """Bring settings in line with a UNet: what it learns, and its data if it was named."""
+    learned = unet["out_channels"] == 2 * unet["in_channels"]
+    config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
+    return config if data is None else replace(config, data=data_config(data, unet))
+
+
+def _check(config: RunConfig, unet: UNetConfig) -> None:
+    for setting, value, wanted in (
+        ("data.image_size", config.data.image_size, unet["sample_size"]),
+        ("data.num_channels", config.data.num_channels, unet["in_channels"]),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f"{setting} must be {wanted} for this model, got {value}. Name data by --data."
+            )
+
+
+def _name(unet: Path, config: RunConfig, group: Group) -> str:
+    """Name a search by all that decides what it measures."""
+    weights = sorted(unet.glob("*.safetensors"))
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
+    document = [digest(config), str(unet), states, group.first, group.last, group.limit_share]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]
