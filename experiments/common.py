@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,17 +20,29 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.utils import make_grid
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config import RunConfig, with_absolute_paths
+from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.environment import machine
+from tdc_ray.evaluate import Which, evaluate, prepare_features, score
+from tdc_ray.features import FeatureSpec, choose_features
+from tdc_ray.finetune import expert_dir, make_expert
 from tdc_ray.layout import RunDir
+from tdc_ray.models.unet import unet_config
+from tdc_ray.pipeline import save_index
+from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
+from tdc_ray.prune.memory import MemoryBank
+from tdc_ray.prune.space import space_of
+from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.results import Results
 from tdc_ray.run import run
 from tdc_ray.storage import write_json, write_text
+from tdc_ray.summary import step_mean
+from tdc_ray.work import Chain
 
 SMOKE_PRESET = "digits-smoke"
 
@@ -61,9 +74,12 @@ class Flags:
         return replace(config, data=replace(config.data, path=str(self.data.resolve())))
 
 
-def parse_flags(description: str | None) -> Flags:
+AnyFlags = TypeVar("AnyFlags", bound=Flags)
+
+
+def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFlags:  # type: ignore[assignment]
     """Parse the command line and configure logging."""
-    flags = tyro.cli(Flags, description=description)
+    flags = tyro.cli(kind, description=description)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     if flags.smoke:
@@ -101,6 +117,79 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
     return run_dir.base_unet
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Something to sample from."""
+
+    which: Which
+    path: Path
+    """The base's UNet, or a folder of experts."""
+    macs: float
+    """Of one denoising step."""
+
+
+def scores_of(
+    pool: Pool, config: RunConfig, folder: Path, models: Mapping[str, Model], seeds: Sequence[int]
+) -> tuple[str, dict[str, list[float]]]:
+    """Score models by the images that they give for several sampling seeds.
+
+    Args:
+        pool: The actors.
+        config: How to sample and to score.
+        folder: Where images and moments go.
+        models: By name.
+        seeds: Of the initial noise.
+
+    Returns:
+        The metric's name, and every model's scores in the order of the seeds.
+    """
+    config, folder = with_absolute_paths(config), folder.resolve()
+    spec = choose_features(config, load_dataset(config.data), folder / "features.json")
+    pool.run({"features": prepare_features(RunDir(folder / "reference"), config, spec)})
+    chains = {}
+    for name, model in models.items():
+        for seed in seeds:
+            root = folder / name.replace(" ", "-").replace("/", "-") / f"sampling-seed-{seed}"
+            run_dir = RunDir(root, model.path.resolve() if model.which == "base" else None)
+            if model.which == "tdc" and not run_dir.experts.exists():
+                root.mkdir(parents=True, exist_ok=True)
+                run_dir.experts.symlink_to(model.path.resolve())
+            seeded = replace(config, evaluate=replace(config.evaluate, seed=seed))
+            chains[f"{name}|{seed}"] = _score(run_dir, seeded, spec, model)
+    scores = pool.run(chains)
+    by_name = {name: [scores[f"{name}|{seed}"] for seed in seeds] for name in models}
+    return spec.metric, by_name
+
+
+def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) -> Chain[float]:
+    yield from prepare_features(run_dir, config, spec)
+    results = []
+    for shard in evaluate(run_dir, config, spec, model.which, model.macs).values():
+        results.append((yield from shard))
+    return score(run_dir, results).score
+
+
+def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
+    """Do stage 2 of a run: make all experts from a base, as a run does, without scoring them."""
+    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    run_dir = RunDir(root.resolve(), base.resolve())
+    space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
+    tasks = group_tasks(run_dir, config, space, plan.groups)
+    done = pool.run({task.name: make_expert(task, memory) for task in tasks})
+    folders = [expert_dir(run_dir, group).name for group in plan.groups]
+    save_index(run_dir.experts, config, plan.groups, folders)
+    macs = step_mean(plan, [done[task.name].macs for task in tasks])
+    return Model("tdc", run_dir.experts, macs)
+
+
+def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupTask:
+    """Give the task of pruning a base for all timesteps at once."""
+    span = (0, config.diffusion.num_train_timesteps - 1)
+    group = one_group(config.diffusion, config.sampler, span, macs_share)
+    space = space_of(unet_config(base), config.prune.space)
+    return GroupTask(RunDir(root.resolve(), base.resolve()), config, space, group)
+
+
 def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) -> Results:
     """Do one run, or read the results of a finished one.
 
@@ -120,8 +209,10 @@ def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
     copied = target.root / "base.copying"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(source.root / "base", copied)
-    if steps == config.base.num_steps:  # its images and their features are the same too
-        shutil.copytree(source.samples / "base", target.samples / "base", dirs_exist_ok=True)
+    if steps == config.base.num_steps:
+        samples = source.samples / "base"  # its images and their features are the same too
+        if samples.exists():
+            shutil.copytree(samples, target.samples / "base", dirs_exist_ok=True)
     else:  # train on from the last checkpoint
         (copied / source.base_result.name).unlink()
         shutil.rmtree(copied / source.base_unet.name)
@@ -151,6 +242,37 @@ def write_table(
     lines = [columns, ["---"] * len(columns), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     write_text(folder / f"{name}.md", text + "\n")
+
+
+def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) -> None:
+    """Draw the mean of every row as a bar and each of its values as a dot."""
+    figure = Figure(figsize=(7, 0.4 * len(values) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, some in enumerate(values.values()):
+        axes.barh(place, statistics.mean(some), color="tab:blue", alpha=0.5)
+        axes.plot(some, [place] * len(some), "k.", markersize=4)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def plot_rounds(
+    folder: Path, name: str, losses: Mapping[str, Mapping[int, Sequence[float]]]
+) -> None:
+    """Draw mean and standard deviation of losses over the rounds."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for label, by_round in losses.items():
+        rounds = sorted(by_round)
+        middle = np.array([np.mean(by_round[number]) for number in rounds])
+        spread = np.array([np.std(by_round[number]) for number in rounds])
+        (line,) = axes.plot(rounds, middle, marker="o", label=label)
+        axes.fill_between(
+            rounds, middle - spread, middle + spread, alpha=0.2, color=line.get_color()
+        )
+    axes.set(xlabel="round", ylabel="loss above the base's", xticks=rounds)
+    axes.legend()
+    figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:

@@ -70,12 +70,9 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     choice = yield from search(task, memory)
     if task.config.prune.halving_steps and choice.candidates:
         choice = yield from _halve(task, choice, memory)
-    job = _job(task, choice.kept, task.config.finetune.num_steps, "checkpoint.pt")
-    cost = 3.0 * task.space.macs(choice.widths) * job.num_images
-    (tuned,) = yield [
-        task.item("finetune", finetune_expert, job, cost=cost, num_steps=job.num_steps)
-    ]
-    job.checkpoint.unlink(missing_ok=True)  # its result exists now
+    item = finetune_item(task, choice.kept)
+    (tuned,) = yield [item]
+    item.job.checkpoint.unlink(missing_ok=True)  # its result exists now
     return Expert(
         group=task.group,
         max_macs=task.max_macs,
@@ -132,6 +129,14 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
     with state.averaged() as averaged:
         loss = held_out_loss(averaged, job.config, job.group)
     return {"loss": loss, "seconds": time.perf_counter() - started}
+
+
+def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
+    """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
+    job = _job(task, kept, task.config.finetune.num_steps, "checkpoint.pt")
+    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    cost = 3.0 * macs * job.num_images
+    return task.item("finetune", finetune_expert, job, cost=cost, num_steps=job.num_steps)
 
 
 def trial_item(

@@ -64,7 +64,7 @@ def mnist() -> RunConfig:
         preset="mnist",
         data=DataConfig(source="npz", path="mnist.npz", image_size=16),
         model=ModelConfig(architecture="mnist16"),
-        prune=PruneConfig(num_images=256, num_refit_images=256),
+        prune=PruneConfig(num_images=256),
     )
 
 
@@ -101,7 +101,7 @@ def cifar10() -> RunConfig:
         model=ModelConfig(architecture="iddpm-cifar10", dropout=0.3),
         diffusion=DiffusionConfig(learned_sigma=True),
         base=base,
-        prune=PruneConfig(num_images=1024, num_refit_images=128, batch_size=32),
+        prune=PruneConfig(num_images=1024, num_refit_images=512, batch_size=32),
         finetune=replace(base, num_steps=20_000, checkpoint_every=2_000),
         evaluate=EvaluateConfig(reference="cifar10"),
         compute=ComputeConfig(gpus_per_base_worker=1, gpus_per_actor=1),

@@ -131,22 +131,31 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
 
 def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -> None:
     """Print a memory bank group by group, the best scheme last."""
-    table = Table(title=str(path), title_justify="left")
-    names = ("group", "round", "source", "macs", "overshoot", "cut", "refit", "tuned")
-    for name in names:
+    console.print(str(path), soft_wrap=True)
+    optional = {
+        "refit": any(entry.loss_refit is not None for entry in entries),
+        "tuned": any(entry.loss_tuned is not None for entry in entries),
+        "overshoot": any(entry.overshoot for entry in entries),
+    }
+    shown = [name for name, wanted in optional.items() if wanted]
+    table = Table()
+    for name in ("group", "round", "source", "macs", "cut", *shown):
         table.add_column(name, justify="right", no_wrap=True)
     for group in sorted({entry.group for entry in entries}):
         own = [entry for entry in entries if entry.group == group]
         for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
+            cells = {
+                "refit": _loss(entry.loss_refit),
+                "tuned": _loss(entry.loss_tuned),
+                "overshoot": _macs(entry.overshoot),
+            }
             table.add_row(
                 str(group),
                 f"{entry.round}.{entry.candidate}",
                 entry.source,
                 _macs(entry.macs),
-                _macs(entry.overshoot) if entry.overshoot else "",
-                f"{entry.loss_cut:.5f}",
-                "" if entry.loss_refit is None else f"{entry.loss_refit:.5f}",
-                "" if entry.loss_tuned is None else f"{entry.loss_tuned:.5f}",
+                _loss(entry.loss_cut),
+                *(cells[name] for name in shown),
             )
         table.add_section()
     console.print(table)
@@ -194,3 +203,7 @@ def _macs(macs: float) -> str:
 
 def _millions(count: float) -> str:
     return f"{count / 1e6:.2f} M"
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.5f}"

@@ -101,7 +101,7 @@ class PruneResult:
     completion_tokens: int
 
     proxy_seconds: float = 0.0
-    """Waiting for a language model, summed over calls."""
+    """Of proposing schemes, or of waiting for a language model to, summed over groups."""
 
     refit: str = "none"
     space: str = "inner"

@@ -27,7 +27,7 @@ from tdc_ray.plan import to_json as plan_to_json
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
-from tdc_ray.prune.task import GroupTask, group_name
+from tdc_ray.prune.task import group_tasks
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.settings import ComputeConfig
@@ -154,8 +154,7 @@ def _make_experts(
     """Stage 2: all groups side by side; the features are made ready beside them."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
     memory = MemoryBank(run_dir.memory)
-    names = frozenset(group_name(group) for group in plan.groups)
-    tasks = [GroupTask(run_dir, config, space, group, names) for group in plan.groups]
+    tasks = group_tasks(run_dir, config, space, plan.groups)
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)})
     experts = [done[task.name] for task in tasks]

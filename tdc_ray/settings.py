@@ -250,8 +250,9 @@ class PruneConfig:
     """Noised images of the group's timesteps on which scores, losses and sensitivities are
     measured."""
 
-    num_refit_images: int = 512
-    """Noised images of the group's timesteps from which the refit takes its statistics."""
+    num_refit_images: int = 1024
+    """Noised images of the group's timesteps from which the refit takes its statistics. Their
+    activations between two blocks are held in memory."""
 
     num_levels: int = 4
     """Widths of each unit at which its sensitivity is measured."""

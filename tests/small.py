@@ -1,8 +1,10 @@
 """Small things that many tests share: a tiny base, its run directory, quick settings."""
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig, architecture
 from tdc_ray.models.unet import build_unet, save_unet
-from tdc_ray.models.units import Unit
+from tdc_ray.models.units import SpaceKind, Unit
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.presets import preset
-from tdc_ray.prune.rounds import GroupTask
 from tdc_ray.prune.space import space_of
+from tdc_ray.prune.task import GroupTask
+from tdc_ray.work import Report, WorkItem
 
 TINY: UNetConfig = architecture("tiny")
 
@@ -61,7 +64,13 @@ def group_of(config: RunConfig, index: int) -> Group:
 
 def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupTask:
     """One group's share of stage 2, for the tiny base."""
-    return GroupTask(run_dir, config, space_of(TINY), group_of(config, index))
+    kind: SpaceKind = config.prune.space
+    return GroupTask(run_dir, config, space_of(TINY, kind), group_of(config, index))
+
+
+def reporting_to(report: Report) -> Callable[[WorkItem], AbstractContextManager[Report]]:
+    """For ``run_chain``: all items report to one."""
+    return lambda _item: contextlib.nullcontext(report)
 
 
 def random_kept(units: Sequence[Unit], seed: int) -> dict[str, tuple[int, ...]]:

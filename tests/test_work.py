@@ -1,6 +1,7 @@
 import ast
 import importlib
 import pickle
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 import tdc_ray
 from tdc_ray.storage import append_json_line, read_json, read_json_lines, write_json
-from tdc_ray.work import WorkItem, finished, run_chain, run_item
+from tdc_ray.work import Chains, Meeting, WorkItem, finished, run_chain, run_item
+from tests.small import reporting_to
 
 PACKAGE = Path(tdc_ray.__file__).parent
 
@@ -124,27 +126,137 @@ def test_items_report_their_metrics(tmp_path):
     assert reported == [({"train/loss": 0.5}, 3)]
 
 
+def test_items_of_a_chain_report_to_whoever_watches_them(tmp_path):
+    steps = []
+    run_chain(two_stages(tmp_path), reporting_to(lambda _metrics, step: steps.append(step)))
+    assert steps == [3, 3, 3]
+
+
+# --- meetings --------------------------------------------------------------------------------
+
+PARTIES = frozenset({"a", "b", "c"})
+
+
+def meeting_chain(folder, name, log, *, rounds=(0, 1, 2)):
+    """An item per round, and a meeting before every round but the first."""
+    for number in rounds:
+        if number > 0:
+            yield Meeting(f"round {number}", PARTIES)
+        log.append((name, "begins", number))
+        yield [item(folder, f"{name}{number}")]
+        log.append((name, "ends", number))
+    return name
+
+
+def run_shuffled(chains, draw):
+    """Run the items that are ready in any order."""
+    ready = chains.go_on()
+    while ready:
+        name, one = ready.pop(draw.randrange(len(ready)))
+        chains.put(name, one, run_item(one, lambda _metrics, _step: None))
+        ready += chains.go_on()
+    return chains.values
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_begins_a_round_before_all_parties_ended_the_one_before(tmp_path, seed):
+    log = []
+    chains = Chains({name: meeting_chain(tmp_path, name, log) for name in "abc"})
+    assert run_shuffled(chains, random.Random(seed)) == {"a": "a", "b": "b", "c": "c"}
+    for name, what, number in log:
+        begun = log.index((name, what, number))
+        if what == "begins" and number > 0:
+            assert all(log.index((party, "ends", number - 1)) < begun for party in PARTIES)
+
+
+def test_whoever_is_no_party_holds_nobody_up(tmp_path):
+    log = []
+    chains = {name: meeting_chain(tmp_path, name, log) for name in "abc"}
+    under_way = Chains({**chains, "other": two_stages(tmp_path / "other")})
+    ready = under_way.go_on()
+    while met := [entry for entry in ready if entry[0] != "other"]:  # it is left to wait
+        ready = [entry for entry in ready if entry[0] == "other"]
+        for name, one in met:
+            under_way.put(name, one, run_item(one, lambda _metrics, _step: None))
+        ready += under_way.go_on()
+    assert under_way.values == {"a": "a", "b": "b", "c": "c"}
+
+
+def test_a_party_that_has_ended_is_not_waited_for(tmp_path):
+    log = []
+    chains = {
+        "a": meeting_chain(tmp_path, "a", log),
+        "b": meeting_chain(tmp_path, "b", log, rounds=(0,)),
+    }
+    assert run_shuffled(Chains(chains), random.Random(0)) == {"a": "a", "b": "b"}
+    assert ("a", "ends", 2) in log
+
+
+def test_a_party_that_was_dropped_is_not_waited_for(tmp_path):
+    log = []
+    chains = Chains({name: meeting_chain(tmp_path, name, log) for name in "ab"})
+    (first, _second) = chains.go_on()
+    chains.put(*first, run_item(first[1], lambda _metrics, _step: None))
+    assert chains.go_on() == []  # a waits for b
+    chains.drop("b")
+    assert [one.key for _, one in chains.go_on()] == ["a1"]
+
+
+def test_a_result_for_a_chain_that_was_dropped_is_ignored(tmp_path):
+    chains = Chains({"a": meeting_chain(tmp_path, "a", [])})
+    ((name, one),) = chains.go_on()
+    chains.drop("a")
+    chains.put(name, one, {"value": 1})
+    assert chains.go_on() == []
+    assert chains.values == {}
+
+
+def test_a_chain_that_meets_only_itself_goes_on(tmp_path):
+    log = []
+    assert run_chain(meeting_chain(tmp_path, "a", log)) == "a"
+    assert log[-1] == ("a", "ends", 2)
+
+
+def test_chains_whose_items_are_finished_meet_without_running_any(tmp_path):
+    def chains():
+        return Chains({name: meeting_chain(tmp_path, name, []) for name in "abc"})
+
+    values = run_shuffled(chains(), random.Random(0))
+    again = chains()
+    assert again.go_on() == []
+    assert again.values == values
+
+
 def test_an_item_can_be_sent_to_another_process(tmp_path):
     one = item(tmp_path, "a")
     assert pickle.loads(pickle.dumps(one)) == one
 
 
 def functions_of_work_items():
-    """Find ``function=...`` of every ``WorkItem(...)`` in the package's source."""
+    """Find what every ``WorkItem(...)`` and ``GroupTask.item(...)`` in the source calls."""
     for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "WorkItem":
-                module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            if not isinstance(node, ast.Call):
+                continue
+            if getattr(node.func, "id", None) == "WorkItem" and path.stem != "task":
                 function = next(k.value for k in node.keywords if k.arg == "function")
                 yield module, ast.unparse(function)
+            if getattr(node.func, "attr", None) == "item" and len(node.args) > 1:
+                yield module, ast.unparse(node.args[1])
 
 
 FUNCTIONS = sorted(set(functions_of_work_items()))
 
 
 def test_the_packages_work_items_are_found():
-    assert ("tdc_ray.finetune", "finetune_expert") in FUNCTIONS
-    assert len(FUNCTIONS) >= 5
+    assert {
+        ("tdc_ray.finetune", "finetune_expert"),
+        ("tdc_ray.finetune", "try_candidate"),
+        ("tdc_ray.prune.rounds", "measure_sensitivities"),
+        ("tdc_ray.prune.rounds", "ask"),
+        ("tdc_ray.evaluate", "sample_images"),
+    } <= set(FUNCTIONS)
 
 
 @pytest.mark.parametrize(("module", "name"), FUNCTIONS)

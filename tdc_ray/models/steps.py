@@ -66,7 +66,8 @@ def start(
     embedding = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
     if unet.class_embedding is not None:
         embedding = embedding + unet.class_embedding(class_labels)
-    return State(x_t, embedding)
+    centred = 2 * x_t - 1 if unet.config["center_input_sample"] else x_t
+    return State(centred, embedding)
 
 
 def steps(unet: UNet2DModel) -> list[Step]:

@@ -1,5 +1,6 @@
 """The search for a group's sub-model: propose, fit to the limit, cut, refit, measure, remember."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -102,7 +103,9 @@ def _search_by_proxy(
             reply = yield from _ask(task, pruning_task, seen, spent)
             proposals.take("llm", reply)
         if len(proposals.found) < config.prune.num_candidates:
+            started = time.perf_counter()
             proposals.take("offline", OfflineProxy().propose(pruning_task, seen))
+            spent.proxy_seconds += time.perf_counter() - started
         candidates += yield from _measure(task, memory, number, proposals.found, scores, spent)
     return candidates
 

@@ -1,6 +1,6 @@
 """One group's share of stage 2: what is asked of it, and what its search comes to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,8 @@ class GroupTask:
     space: Space
     group: Group
     parties: frozenset[str] = frozenset()
-    """Names of all groups' chains, which share the memory bank round by round."""
+    """Names of the chains of all groups that have something to cut: they share the memory bank
+    round by round."""
 
     @property
     def name(self) -> str:
@@ -79,6 +80,15 @@ class GroupTask:
         )
 
 
+def group_tasks(
+    run_dir: RunDir, config: RunConfig, space: Space, groups: Sequence[Group]
+) -> list[GroupTask]:
+    """Give every group its task; no group waits for one that keeps the whole base."""
+    searching = (group for group in groups if group.max_macs(space.macs_base) < space.macs_base)
+    parties = frozenset(map(group_name, searching))
+    return [GroupTask(run_dir, config, space, group, parties) for group in groups]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A sub-model that was measured."""
@@ -96,7 +106,7 @@ class Spent:
     """Of computing, summed over workers."""
 
     proxy_seconds: float = 0.0
-    """Of waiting for a language model."""
+    """Of the proxy: of proposing, or of waiting for a language model."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

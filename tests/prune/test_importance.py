@@ -1,19 +1,27 @@
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from tdc_ray.diffusion import denoising_loss, noise_schedule
+from tdc_ray.diffusion import NoiseSchedule, denoising_loss, noise_schedule
 from tdc_ray.models.units import Unit, units_of
 from tdc_ray.prune.importance import (
-    NoisedBatch,
     Scores,
+    diff_pruning_scores,
     keep_best,
     magnitude_scores,
     random_scores,
+    reconstruction_scores,
     taylor_scores,
 )
+from tdc_ray.prune.least_squares import LeastSquares
+from tdc_ray.prune.noised import NoisedBatch
 from tests.small import TINY, random_unet, small_config
 
 UNITS = units_of(TINY)
@@ -24,10 +32,11 @@ TIME_ADDED = {**TINY, "resnet_time_scale_shift": "default"}
 def noised(*sizes: int) -> list[NoisedBatch]:
     generator = torch.Generator().manual_seed(1)
     return [
-        (
+        NoisedBatch(
             torch.rand(size, 1, 8, 8, generator=generator) * 2 - 1,
             torch.randn(size, 1, 8, 8, generator=generator),
             torch.randint(0, 1000, (size,), generator=generator),
+            torch.zeros(size, dtype=torch.long),
         )
         for size in sizes
     ]
@@ -38,14 +47,17 @@ def scores_by(method: str) -> Scores:
         return random_scores(UNITS, seed=0)
     if method == "magnitude":
         return magnitude_scores(random_unet(), UNITS)
-    return taylor_scores(random_unet(), UNITS, noised(4), SCHEDULE)
+    if method == "taylor":
+        return taylor_scores(random_unet(), UNITS, noised(4), SCHEDULE)
+    (batch,) = noised(4)
+    return diff_pruning_scores(random_unet(), UNITS, batch, range(500, 503), SCHEDULE)[0]
 
 
 def unit_named(name: str) -> Unit:
     return next(unit for unit in UNITS if unit.name == name)
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude", "taylor"])
+@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "diff-pruning"])
 def test_every_group_and_head_of_every_unit_has_a_score(method):
     scores = scores_by(method)
     assert list(scores) == [unit.name for unit in UNITS]
@@ -143,7 +155,9 @@ def test_taylor_is_the_first_order_change_of_the_mean_loss(config, name):
     def model(sample: Tensor, timestep: Tensor) -> object:
         return functional_call(unet, changed, (sample, timestep))
 
-    losses = torch.cat([denoising_loss(model, SCHEDULE, *batch) for batch in batches])
+    losses = torch.cat(
+        [denoising_loss(model, SCHEDULE, b.x_0, b.epsilon, b.timesteps) for b in batches]
+    )
     (slope,) = torch.autograd.grad(losses.mean(), gate)
     expected = slope.abs().view(unit.width, unit.channels).sum(1)
     assert len(losses) == 8
@@ -165,6 +179,161 @@ def test_taylor_does_not_depend_on_gradients_of_earlier_work():
     for parameter in unet.parameters():
         parameter.grad = torch.full_like(parameter, 9.0)
     assert taylor_scores(unet, UNITS, noised(4), SCHEDULE) == first
+
+
+# --- Diff-Pruning ----------------------------------------------------------------------------
+
+
+def summed_by_hand(unit: Unit, values: Mapping[str, Tensor]) -> list[float]:
+    """Values of all weights of each group or head of a unit of TINY, added up."""
+    total = unit.width * unit.channels
+    sums = []
+    for step in range(unit.width):
+        rows = slice(step * unit.channels, (step + 1) * unit.channels)
+        shift = slice(total + rows.start, total + rows.stop)
+        if unit.kind == "residual":
+            places = [("conv1", rows), ("norm2", rows)]
+            places += [("time_emb_proj", rows), ("time_emb_proj", shift)]
+            behind = "conv2.weight"
+        else:
+            places = [(f"to_{name}", rows) for name in "qkv"]
+            behind = "to_out.0.weight"
+        parts = [values[f"{unit.name}.{behind}"][:, rows]]
+        for layer, place in places:
+            parts += [values[f"{unit.name}.{layer}.{name}"][place] for name in ("weight", "bias")]
+        sums.append(sum(float(part.double().sum()) for part in parts))
+    return sums
+
+
+@pytest.mark.parametrize(
+    "name", ["down_blocks.1.resnets.0", "mid_block.attentions.0", "up_blocks.1.resnets.1"]
+)
+def test_diff_pruning_adds_up_weight_times_gradient_over_the_timesteps_by_hand(name):
+    unet, unit, (batch,), timesteps = random_unet(), unit_named(name), noised(4), range(200, 205)
+    scores, seen = diff_pruning_scores(unet, UNITS, batch, timesteps, SCHEDULE)
+
+    gradients = {key: torch.zeros_like(value) for key, value in unet.named_parameters()}
+    for timestep in timesteps:
+        x_t = SCHEDULE.signal[timestep] * batch.x_0 + SCHEDULE.noise[timestep] * batch.epsilon
+        loss = nn.functional.mse_loss(unet(x_t, timestep).sample, batch.epsilon)
+        found = torch.autograd.grad(loss, list(unet.parameters()))
+        for gradient, change in zip(gradients.values(), found, strict=True):
+            gradient += change
+    products = {
+        key: (value.detach() * gradients[key]).abs() for key, value in unet.named_parameters()
+    }
+    assert seen == 5
+    assert scores[name] == pytest.approx(summed_by_hand(unit, products), rel=1e-4)
+
+
+def without_noise(schedule: NoiseSchedule) -> NoiseSchedule:
+    """All timesteps see the image itself, and differ only in the time embedding."""
+    return replace(
+        schedule, signal=torch.ones_like(schedule.signal), noise=torch.zeros_like(schedule.noise)
+    )
+
+
+def test_diff_pruning_stops_where_the_loss_is_far_below_the_largest_and_leaves_it_out():
+    unet, (batch,), schedule = random_unet(), noised(4), without_noise(SCHEDULE)
+    at_103 = replace(batch, timesteps=torch.full((4,), 103))
+    solved = replace(batch, epsilon=at_103.predict(unet, schedule).detach())  # no loss at 103
+    scores, seen = diff_pruning_scores(unet, UNITS, solved, range(100, 110), schedule)
+    assert seen == 4
+    assert (scores, 3) == diff_pruning_scores(unet, UNITS, solved, range(100, 103), schedule)
+
+
+def test_diff_pruning_looks_at_all_timesteps_where_the_loss_never_falls_that_far():
+    (batch,) = noised(4)
+    _, seen = diff_pruning_scores(random_unet(), UNITS, batch, range(990, 1000), SCHEDULE)
+    assert seen == 10
+
+
+def test_diff_pruning_heeds_neither_the_batchs_timesteps_nor_a_learnt_variance():
+    unet, (batch,) = random_unet({**TINY, "out_channels": 2}), noised(4)
+    first, _ = diff_pruning_scores(unet, UNITS, batch, range(5, 8), SCHEDULE)
+    with torch.no_grad():
+        unet.conv_out.weight[1] += 1.0  # the variance's
+    other = replace(batch, timesteps=batch.timesteps.flip(0))
+    again, _ = diff_pruning_scores(unet, UNITS, other, range(5, 8), SCHEDULE)
+    assert all(again[name] == pytest.approx(first[name], rel=1e-5) for name in first)
+
+
+def test_diff_pruning_leaves_no_gradient_behind():
+    unet, (batch,) = random_unet(), noised(4)
+    unet.conv_in.weight.grad = torch.ones_like(unet.conv_in.weight)
+    diff_pruning_scores(unet, UNITS, batch, range(2), SCHEDULE)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+# --- reconstruction --------------------------------------------------------------------------
+
+
+def unit_and_squares(seed: int, *, linear: bool, width: int = 4) -> tuple[Unit, LeastSquares]:
+    """A unit of four steps of two channels whose channels can make up for each other."""
+    torch.manual_seed(seed)
+    unit = Unit("block", "attention" if linear else "residual", width, 2, pixels=36)
+    layer = nn.Linear(2 * width, 5) if linear else nn.Conv2d(2 * width, 5, 3, padding=1)
+    mixed = torch.randn(20, 36, 2 * width) @ torch.randn(2 * width, 2 * width)
+    inputs = mixed if linear else mixed.transpose(1, 2).reshape(20, 2 * width, 6, 6)
+    squares = LeastSquares(layer, num_rows=1, seed=0)
+    squares.add(inputs, layer(inputs).detach() + 0.1)
+    return unit, squares
+
+
+def least_error(squares: LeastSquares, columns: list[int]) -> float:
+    """What is left of the error with some columns alone, but for a constant."""
+    gram, cross = squares.normal()
+    solved = torch.linalg.lstsq(gram[columns][:, columns], cross[columns]).solution
+    return -float((cross[columns] * solved).sum())
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["attention", "residual"])
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10**6))
+def test_reconstruction_eliminates_as_brute_force_does(linear, seed):
+    unit, squares = unit_and_squares(seed, linear=linear)
+    taps = 1 if linear else 9
+
+    def columns(steps: set[int]) -> list[int]:
+        size = unit.channels * taps
+        return [step * size + place for step in sorted(steps) for place in range(size)]
+
+    left, expected = set(range(unit.width)), [0.0] * unit.width
+    start = least_error(squares, columns(left))
+    while left:
+        errors = {
+            step: (least_error(squares, columns(left - {step})) if len(left) > 1 else 0.0) - start
+            for step in left
+        }
+        gone = min(errors, key=errors.__getitem__)
+        expected[gone] = errors[gone]
+        left.remove(gone)
+    assert reconstruction_scores(unit, squares) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
+    torch.manual_seed(0)
+    unit, layer = Unit("block", "attention", 3, 2, pixels=36), nn.Linear(6, 5)
+    inputs = torch.randn(20, 36, 6)
+    inputs[..., 4:] = inputs[..., :2]
+    squares = LeastSquares(layer, num_rows=1, seed=0)
+    squares.add(inputs, layer(inputs).detach())
+    scores = reconstruction_scores(unit, squares)
+    assert min(scores[0], scores[2]) < 1e-3 * min(scores[1], max(scores[0], scores[2]))
+
+
+def test_a_step_that_nothing_reads_costs_nothing():
+    unit, squares = unit_and_squares(0, linear=True)
+    with torch.no_grad():
+        squares.layer.weight[:, 2:4] = 0.0
+    inputs = torch.randn(20, 36, 8)
+    silent = LeastSquares(squares.layer, num_rows=1, seed=0)
+    silent.add(inputs, squares.layer(inputs).detach())
+    scores = reconstruction_scores(unit, silent)
+    assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
+
+
+# --- choosing --------------------------------------------------------------------------------
 
 
 def test_the_highest_scores_are_kept_in_rising_order_and_the_first_of_equals():

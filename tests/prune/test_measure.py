@@ -1,27 +1,47 @@
+import json
 import math
 
 import pytest
 import torch
 
-from tdc_ray.data import to_model_range
-from tdc_ray.datasets import load_dataset
+from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
-from tdc_ray.models.unet import build_unet, load_unet
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.unet import load_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.prune.importance import magnitude_scores
 from tdc_ray.prune.measure import (
     MeasureJob,
     ScoreJob,
-    held_out_loss,
+    SensitivityJob,
+    load_base,
     measure_candidate,
-    noised_batches,
+    measure_sensitivities,
+    pruned_unet,
     score_units,
 )
-from tests.small import TINY, group_of, make_run_dir, random_kept, small_config
+from tdc_ray.prune.noised import held_out_loss
+from tdc_ray.prune.sensitivity import levels
+from tests.small import (
+    TINY,
+    assert_same,
+    group_of,
+    make_run_dir,
+    random_kept,
+    small_config,
+    widths_of,
+)
 
-CPU = torch.device("cpu")
 UNITS = units_of(TINY)
-CONFIG = small_config()
+
+
+def config_of(**prune) -> RunConfig:
+    few = {"num_images": 32, "num_refit_images": 16, "num_levels": 2}
+    return small_config(prune={**few, **prune})
+
+
+CONFIG = config_of()
+UNFITTED = config_of(refit="none")
 
 
 @pytest.fixture(scope="module")
@@ -33,117 +53,178 @@ def ignore(_metrics, _step):
     pass
 
 
-def drawn(config, index: int, *, purpose: str = "held-out"):
-    """Images, noise and timesteps of a group, batches put together."""
-    found = list(noised_batches(config, group_of(config, index), CPU, purpose=purpose))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("index", range(4))
-@pytest.mark.parametrize("purpose", ["held-out", "scores"])
-def test_all_timesteps_of_the_noise_lie_inside_the_group(index, purpose):
-    group = group_of(CONFIG, index)
-    x_0, epsilon, timesteps = drawn(CONFIG, index, purpose=purpose)
-    assert x_0.shape == epsilon.shape == (CONFIG.prune.num_images, 1, 8, 8)
-    assert all(timestep in group.timesteps for timestep in timesteps.tolist())
-
-
-@pytest.mark.parametrize("index", range(4))
-def test_the_timesteps_are_spread_evenly_over_the_group(index):
-    group, count = group_of(CONFIG, index), CONFIG.prune.num_images
-    found = sorted(drawn(CONFIG, index)[2].tolist())
-    size = len(group.timesteps)
-    assert found == [group.first + place * size // count for place in range(count)]
-
-
-def test_more_images_than_timesteps_use_every_timestep():
-    config = small_config(
-        prune={"num_images": 40, "batch_size": 16}, plan={"num_groups": 10, "min_group_size": 1}
+def measured(run_dir, config, index, kept, number=1):
+    return measure_candidate(
+        MeasureJob(run_dir, config, group_of(config, index), kept, number), ignore
     )
-    group = group_of(config, 0)
-    assert len(group.timesteps) == 4
-    assert set(drawn(config, 0)[2].tolist()) == set(group.timesteps)
 
 
-def test_noise_is_the_same_at_every_call_and_another_for_every_purpose_group_and_seed():
-    first = drawn(CONFIG, 1)
-    torch.manual_seed(99)
-    assert all(torch.equal(a, b) for a, b in zip(first, drawn(CONFIG, 1), strict=True))
-    others = [
-        drawn(CONFIG, 1, purpose="scores"),
-        drawn(CONFIG, 2),
-        drawn(small_config(seed=1), 1),
-    ]
-    for part in (0, 1):  # the images, and the noise
-        assert not any(torch.equal(first[part], other[part]) for other in others)
+def timeless(result):
+    return {name: value for name, value in result.items() if name != "seconds"}
 
 
-def test_the_images_are_different_training_images_in_model_range():
-    x_0 = drawn(CONFIG, 0)[0]
-    images = to_model_range(load_dataset(CONFIG.data).images)
-    places = [(images == image).flatten(1).all(1).nonzero()[0].item() for image in x_0]
-    assert len(set(places)) == len(x_0)
-    assert x_0.min() == -1
-    assert x_0.max() == 1
+# --- candidates ------------------------------------------------------------------------------
 
 
-def test_the_same_candidate_has_the_same_loss_twice(run_dir):
-    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), random_kept(UNITS, seed=0), 1)
+def test_the_same_candidate_has_the_same_losses_twice(run_dir):
     torch.manual_seed(1)
-    first = measure_candidate(job, ignore)["loss_cut"]
+    first = measured(run_dir, CONFIG, 0, random_kept(UNITS, seed=0))
     torch.manual_seed(2)
-    assert measure_candidate(job, ignore)["loss_cut"] == first
-    assert math.isfinite(first)
-    assert first > 0
+    assert timeless(measured(run_dir, CONFIG, 0, random_kept(UNITS, seed=0))) == timeless(first)
+    for name in ("loss_cut", "loss_refit"):
+        assert math.isfinite(first[name])
+        assert first[name] > 0
 
 
-def test_another_candidate_and_another_group_have_another_loss(run_dir):
-    jobs = [
-        MeasureJob(run_dir, CONFIG, group_of(CONFIG, index), random_kept(UNITS, seed), 1)
+def test_another_candidate_and_another_group_have_other_losses(run_dir):
+    found = [
+        measured(run_dir, CONFIG, index, random_kept(UNITS, seed))
         for index in (0, 3)
         for seed in (0, 1)
     ]
-    assert len({measure_candidate(job, ignore)["loss_cut"] for job in jobs}) == 4
+    losses = [result[name] for result in found for name in ("loss_cut", "loss_refit")]
+    assert len(set(losses)) == 8
 
 
-def test_a_candidate_that_keeps_everything_has_the_loss_of_the_base(run_dir):
-    group = group_of(CONFIG, 2)
-    result = measure_candidate(MeasureJob(run_dir, CONFIG, group, keep_all(UNITS), 0), ignore)
-    assert result["loss_cut"] == held_out_loss(load_unet(run_dir.base_unet), CONFIG, group)
+@pytest.mark.parametrize("config", [CONFIG, UNFITTED], ids=["refit", "no refit"])
+def test_a_candidate_that_keeps_everything_has_the_loss_of_the_base(run_dir, config):
+    result = measured(run_dir, config, 2, keep_all(UNITS))
+    assert result["loss_cut"] == held_out_loss(
+        load_unet(run_dir.base_unet), config, group_of(config, 2)
+    )
+    assert result["loss_refit"] == (None if config is UNFITTED else result["loss_cut"])
 
 
-def test_the_loss_is_the_mean_over_all_images_however_they_are_batched(run_dir):
-    group, unet = group_of(CONFIG, 0), load_unet(run_dir.base_unet)
-    whole = held_out_loss(unet, small_config(prune={"num_images": 48, "batch_size": 48}), group)
-    parts = held_out_loss(unet, small_config(prune={"num_images": 48, "batch_size": 32}), group)
-    assert parts == pytest.approx(whole, rel=1e-5)
+@pytest.mark.parametrize("space", ["inner", "full"])
+def test_the_losses_are_those_of_the_cut_and_of_the_refitted_unet(run_dir, space):
+    config = config_of(space=space)
+    group, base = group_of(config, 0), load_base(run_dir, config)
+    kept = random_kept(base.space.units, seed=3)
+    result = measured(run_dir, config, 0, kept)
+    pruned = cut(base.unet, base.space.units, kept)
+    assert result["loss_cut"] == held_out_loss(pruned, config, group)
+    refitted = pruned_unet(base, kept, config, group)
+    assert result["loss_refit"] == held_out_loss(refitted, config, group)
+    assert result["loss_refit"] != result["loss_cut"]
 
 
-def test_the_loss_is_measured_without_dropout():
-    group, unet = group_of(CONFIG, 0), build_unet(TINY, dropout=0.5).train()
-    assert held_out_loss(unet, CONFIG, group) == held_out_loss(unet, CONFIG, group)
+def test_without_a_refit_the_pruned_unet_is_the_cut_base(run_dir):
+    base, kept = load_base(run_dir, UNFITTED), random_kept(UNITS, seed=0)
+    pruned = pruned_unet(base, kept, UNFITTED, group_of(UNFITTED, 0))
+    assert_same(pruned.state_dict(), cut(base.unet, UNITS, kept).state_dict())
+    result = measured(run_dir, UNFITTED, 0, kept)
+    assert result["loss_refit"] is None
+    assert result["loss_cut"] == held_out_loss(pruned, UNFITTED, group_of(UNFITTED, 0))
+
+
+def test_a_refit_of_nothing_cut_is_the_base(run_dir):
+    base = load_base(run_dir, CONFIG)
+    pruned = pruned_unet(base, keep_all(UNITS), CONFIG, group_of(CONFIG, 0))
+    assert_same(pruned.state_dict(), base.unet.state_dict())
 
 
 def test_a_measurement_is_reported_at_its_place_in_the_search(run_dir):
     seen = []
-    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), keep_all(UNITS), 5)
+    kept = random_kept(UNITS, seed=0)
+    job = MeasureJob(run_dir, CONFIG, group_of(CONFIG, 0), kept, 5)
     result = measure_candidate(job, lambda metrics, step: seen.append((dict(metrics), step)))
-    assert seen == [({"loss_cut": result["loss_cut"]}, 5)]
+    losses = {name: result[name] for name in ("loss_cut", "loss_refit")}
+    assert seen == [(losses, 5)]
     assert result["seconds"] > 0
 
 
-@pytest.mark.parametrize("method", ["random", "magnitude", "taylor"])
-def test_units_are_scored_by_the_method_of_the_config(run_dir, method):
-    config = small_config(prune={"method": method})
+def test_measuring_costs_a_forward_pass_per_image_and_the_refit_at_least_three(run_dir):
+    kept = random_kept(UNITS, seed=0)
+    space = load_base(run_dir, CONFIG).space
+    macs = space.macs(widths_of(kept))
+    assert measured(run_dir, UNFITTED, 0, kept)["macs"] == 32 * macs
+    passes = 2 * 32 * macs + 16 * (space.macs_base + 2 * macs)
+    assert measured(run_dir, CONFIG, 0, kept)["macs"] > passes
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["inner", "full"])
+@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "diff-pruning"])
+def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space):
+    config = small_config(
+        prune={"num_images": 8, "space": space}, plan={"num_groups": 50, "min_group_size": 1}
+    )
+    units = units_of(TINY, space)
     found = [
-        score_units(ScoreJob(run_dir, config, group_of(config, index)), ignore)["scores"]
-        for index in (0, 0, 3)
+        score_units(ScoreJob(run_dir, config, group_of(config, index), method), ignore)
+        for index in (2, 2, 3)
     ]
-    assert {name: len(values) for name, values in found[0].items()} == {
-        unit.name: unit.width for unit in UNITS
+    scores = [result["scores"] for result in found]
+    assert {name: len(values) for name, values in scores[0].items()} == {
+        unit.name: unit.width for unit in units
     }
-    assert found[0] == found[1]
+    assert scores[0] == scores[1]
     if method == "magnitude":  # knows nothing of timesteps
-        assert found[0] == found[2] == magnitude_scores(load_unet(run_dir.base_unet), UNITS)
+        assert scores[0] == scores[2] == magnitude_scores(load_unet(run_dir.base_unet), units)
     else:
-        assert found[0] != found[2]
+        assert scores[0] != scores[2]
+    macs = load_base(run_dir, config).space.macs_base
+    timesteps = len(group_of(config, 2).timesteps)
+    passes = {"taylor": 3 * 8, "diff-pruning": 3 * 8 * timesteps}.get(method, 0)
+    assert found[0]["macs"] == passes * macs
+
+
+# --- sensitivities ---------------------------------------------------------------------------
+
+
+def sensitivities_of(run_dir, config, *names):
+    job = SensitivityJob(run_dir, config, group_of(config, 0), names)
+    return measure_sensitivities(job, ignore)
+
+
+@pytest.mark.parametrize("space", ["inner", "full"])
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_the_units_asked_for_are_ranked_and_measured_at_their_levels(run_dir, refit, space):
+    config, units = config_of(refit=refit, space=space), units_of(TINY, space)
+    chosen = units[::4]
+    assert {unit.kind for unit in chosen} >= ({"residual", "stream"} if space == "full" else set())
+    result = sensitivities_of(run_dir, config, *(unit.name for unit in chosen))
+    assert result["scores"].keys() == result["sensitivities"].keys()
+    assert set(result["scores"]) == {unit.name for unit in chosen}
+    for unit in chosen:
+        assert len(result["scores"][unit.name]) == unit.width
+        grown = result["sensitivities"][unit.name]
+        assert sorted(grown) == levels(unit, 2)
+        assert all(math.isfinite(growth) for growth in grown.values())
+    assert result["macs"] > 0
+
+
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_units_are_measured_alike_in_any_company(run_dir, refit):
+    config, units = config_of(refit=refit), units_of(TINY)
+    together = sensitivities_of(run_dir, config, *(unit.name for unit in units))
+    for unit in units[3], units[-1]:
+        alone = sensitivities_of(run_dir, config, unit.name)
+        assert alone["scores"][unit.name] == together["scores"][unit.name]
+        assert alone["sensitivities"][unit.name] == together["sensitivities"][unit.name]
+
+
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_dir, refit):
+    config, units = config_of(refit=refit, space="full"), units_of(TINY, "full")
+    unit = next(unit for unit in units if unit.kind == "stream")
+    result = sensitivities_of(run_dir, config, unit.name)
+    base = load_base(run_dir, config)
+    loss = held_out_loss(base.unet, config, group_of(config, 0))
+    scores = result["scores"][unit.name]
+    for width, grown in result["sensitivities"][unit.name].items():
+        best = sorted(range(unit.width), key=lambda step: -scores[step])[:width]
+        kept = {**keep_all(units), unit.name: tuple(sorted(best))}
+        pruned = pruned_unet(base, kept, config, group_of(config, 0))
+        assert grown == held_out_loss(pruned, config, group_of(config, 0)) - loss
+
+
+def test_sensitivities_survive_their_file_with_widths_as_text(run_dir):
+    name = UNITS[0].name
+    result = sensitivities_of(run_dir, CONFIG, name)
+    read = json.loads(json.dumps(result))
+    grown = {int(width): growth for width, growth in read["sensitivities"][name].items()}
+    assert grown == result["sensitivities"][name]
+    assert read["scores"] == result["scores"]

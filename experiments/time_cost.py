@@ -1,0 +1,76 @@
+"""Table IV: what does the search for sub-models cost beside their fine-tuning?
+
+    python experiments/time_cost.py --preset digits
+    python experiments/time_cost.py --smoke
+
+One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
+measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--method llm` asks
+a language model.
+
+Hardware and hours: `digits` takes about 10 minutes a seed on 2 CPU cores.
+
+The paper (thousands of seconds, CIFAR-10): GPT-4 inference 0.078, fine-tuning 190, total 342;
+OMS-DPM, which trains a predictor, more than 3800.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+
+from common import Flags, parse_flags, plot_bars, run_once, trained_base, write_record, write_table
+
+from tdc_ray.results import Results
+from tdc_ray.settings import PruneMethod
+
+PAPER = {"cifar10": {"proxy": "0.078", "fine-tuning": "190", "total": "342"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostFlags(Flags):
+    """Flags of this experiment."""
+
+    method: PruneMethod = "offline"
+    """Which proxy: offline or llm."""
+
+
+def seconds_of(results: Results) -> dict[str, float]:
+    """Give the seconds of every row, summed over workers."""
+    spent = results.seconds
+    stages = {
+        "proxy": results.prune.proxy_seconds,
+        "measuring": spent.prune,
+        "fine-tuning": spent.finetune,
+        "base": spent.base,
+        "evaluation": spent.evaluate,
+    }
+    return stages | {"total": sum(stages.values())}
+
+
+def main(flags: CostFlags) -> None:
+    """Run all seeds and write the table."""
+    folder = flags.storage / f"time_cost-{flags.preset}-{flags.method}"
+    found = []
+    for seed in flags.seeds:
+        config = flags.config(seed)
+        config = replace(config, prune=replace(config.prune, method=flags.method))
+        base = flags.storage / f"base-{flags.preset}" / f"seed-{seed}"
+        trained_base(config, base)
+        found.append(run_once(config, folder / f"seed-{seed}", base_of=base))
+    seconds = [seconds_of(results) for results in found]
+    paper = PAPER.get(flags.preset, {})
+    rows = [
+        [row, f"{mean(by[row] for by in seconds) / 1000:.4f}", paper.get(row, "-")]
+        for row in seconds[0]
+    ]
+    columns = ["stage", "thousands of seconds", "the paper's"]
+    write_table(folder, "time_cost", columns, rows)
+    plot_bars(folder, "time_cost", {row: [by[row] for by in seconds] for row in seconds[0]})
+    record = {
+        "method": flags.method,
+        "seconds": seconds,
+        "prune": [asdict(results.prune) for results in found],
+    }
+    write_record(folder, "time_cost", flags, {results.commit for results in found}, record)
+
+
+if __name__ == "__main__":
+    main(parse_flags(__doc__, CostFlags))

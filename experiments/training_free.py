@@ -1,0 +1,98 @@
+"""How far does the refit alone carry? Training-free experts beside fine-tuned ones.
+
+    python experiments/training_free.py --preset digits
+    python experiments/training_free.py --smoke
+
+For k = 0.5 and 0.3 and N = 4 and 10, experts made from one base three ways: training-free (pruned
+and refitted, no gradient step), fine-tuned (the same, then fine-tuned), and the paper's way
+(pruned without a refit, then fine-tuned); the base beside them. Scores of sampled images for three
+sampling seeds. `--seeds` are the sampling seeds here; the base is that of training seed 0.
+
+Hardware and hours: `digits` about 1, `mnist --data mnist.npz` about 3 on 2 CPU cores.
+
+The paper does not have this: it fine-tunes every expert and has no refit.
+"""
+
+from dataclasses import dataclass, replace
+
+from common import (
+    Flags,
+    Model,
+    experts_of,
+    mean_and_spread,
+    parse_flags,
+    plot_bars,
+    scores_of,
+    trained_base,
+    workers,
+    write_record,
+    write_table,
+)
+
+from tdc_ray.config import RunConfig
+from tdc_ray.environment import commit
+from tdc_ray.models.layers import count
+from tdc_ray.models.unet import unet_config
+
+K, N = (0.5, 0.3), (4, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeFlags(Flags):
+    """Flags of this experiment."""
+
+    num_images: int | None = None
+    """Images that a score is taken from; default: the preset's."""
+    finetune_steps: int | None = None
+    """Steps of a fine-tune; default: the preset's."""
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Give the three ways from the base to experts."""
+    no_refit = replace(config.prune, refit="none")
+    return {
+        "training-free": replace(config, finetune=replace(config.finetune, num_steps=0)),
+        "fine-tuned": config,
+        "paper's way": replace(config, prune=no_refit),
+    }
+
+
+def main(flags: FreeFlags) -> None:
+    """Make all experts, score them, and write the table."""
+    folder = flags.storage / f"training_free-{flags.preset}"
+    config = flags.config(0)
+    if flags.num_images is not None:
+        config = replace(config, evaluate=replace(config.evaluate, num_images=flags.num_images))
+    if flags.finetune_steps is not None:
+        steps = flags.finetune_steps
+        config = replace(config, finetune=replace(config.finetune, num_steps=steps))
+    base = trained_base(config, flags.storage / f"base-{flags.preset}" / "seed-0")
+    _, macs_base = count(unet_config(base))
+    models = {"base": Model("base", base, macs_base)}
+    with workers(config, folder) as pool:
+        for k in K[:1] if flags.smoke else K:
+            for groups in N[:1] if flags.smoke else N:
+                plan = replace(config.plan, min_macs_share=k, num_groups=groups)
+                for name, variant in variants(replace(config, plan=plan)).items():
+                    row = f"k {k:g}, N {groups}, {name}"
+                    root = folder / row.replace(", ", "-").replace(" ", "-").replace("'", "")
+                    models[row] = experts_of(pool, variant, base, root)
+        metric, scores = scores_of(pool, config, folder / "scores", models, flags.seeds)
+    rows = [
+        [row, mean_and_spread(scores[row]), f"{model.macs / macs_base:.3f}"]
+        for row, model in models.items()
+    ]
+    write_table(folder, "training_free", ["experts", metric, "mean macs / F"], rows)
+    plot_bars(folder, "training_free", scores)
+    record = {
+        "metric": metric,
+        "num_images": config.evaluate.num_images,
+        "finetune_steps": config.finetune.num_steps,
+        "scores": scores,
+        "macs": {row: model.macs for row, model in models.items()},
+    }
+    write_record(folder, "training_free", flags, {commit()}, record)
+
+
+if __name__ == "__main__":
+    main(parse_flags(__doc__, FreeFlags))

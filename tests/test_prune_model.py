@@ -1,0 +1,183 @@
+"""``tdc-ray prune`` and ``tdc-ray memory``, in this process and in real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdc_ray.cli import run_command
+from tdc_ray.models.experts import load_expert
+from tdc_ray.models.unet import count_macs, save_unet
+from tests.prune.openai_server import (
+    echoes_key,
+    fails,
+    hangs_up,
+    refuses_format,
+    says,
+    says_key,
+    serving,
+)
+from tests.prune.tasks import NAMES
+from tests.small import TINY, make_run_dir, output_of, random_unet
+
+FEW = ("--prune.num-images", "32", "--prune.num-refit-images", "32", "--prune.num-levels", "1")
+FEW += ("--prune.num-rounds", "2", "--prune.num-candidates", "2")
+KEY = "sk-proj-Kq73-secretSECRET-91xz"
+REPORT = {"macs_base", "macs", "macs_limit", "loss_base", "loss_cut", "loss_refit", "method"}
+REPORT |= {"seconds"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run_dir(tmp_path_factory.mktemp("model")).base_unet
+
+
+def prune(model: Path, out: Path, *arguments: str) -> dict:
+    command = ["prune", str(model), "--out", str(out), "--data", "digits", *FEW, *arguments]
+    assert run_command(command) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["offline", "magnitude", "diff-pruning"])
+def test_a_pruned_model_is_within_the_limit_and_loads(model, tmp_path, method):
+    report = prune(model, tmp_path, "--macs", "0.6", "--method", method, "--timesteps", "0", "9")
+    assert report.keys() >= REPORT
+    assert report["method"] == method
+    assert report["macs"] <= report["macs_limit"] == int(0.6 * report["macs_base"])
+    pruned = load_expert(tmp_path)
+    assert count_macs(pruned) == report["macs"]
+    assert torch.isfinite(output_of(pruned)).all()
+
+
+def test_the_refit_is_what_lowers_the_loss(model, tmp_path):
+    report = prune(model, tmp_path / "refit", "--method", "taylor")
+    without = prune(model, tmp_path / "cut", "--method", "taylor", "--prune.refit", "none")
+    assert without["loss_refit"] is None
+    gap = report["loss_refit"] - report["loss_base"]
+    assert abs(gap) < abs(without["loss_cut"] - without["loss_base"])
+
+
+def test_the_same_command_again_measures_nothing_again(model, tmp_path):
+    first = prune(model, tmp_path, "--method", "offline")
+    memory = next(tmp_path.glob("search/*/memory.jsonl"))
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("search/*/groups/*/*.json")}
+    lines = memory.read_text()
+    second = prune(model, tmp_path, "--method", "offline")
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+    assert memory.read_text() == lines
+    different = {"seconds", "search_macs"}
+    assert {k: v for k, v in first.items() if k not in different} == {
+        k: v for k, v in second.items() if k not in different
+    }
+    prune(model, tmp_path, "--method", "offline", "--macs", "0.8")
+    assert len(list(tmp_path.glob("search/*"))) == 2
+
+
+def test_the_full_space_goes_below_what_inner_widths_can_reach(model, tmp_path):
+    report = prune(
+        model, tmp_path, "--macs", "0.2", "--prune.space", "full", "--method", "offline"
+    )
+    assert count_macs(load_expert(tmp_path)) == report["macs"] <= 0.2 * report["macs_base"]
+
+
+def test_a_model_conditioned_on_classes_is_pruned_with_its_labels(tmp_path):
+    save_unet(random_unet({**TINY, "num_class_embeds": 10}), tmp_path / "model")
+    report = prune(tmp_path / "model", tmp_path / "out", "--method", "offline")
+    assert report["macs"] <= report["macs_limit"]
+
+
+def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
+    report = prune(model, tmp_path, "--method", "taylor")
+    capsys.readouterr()
+    assert run_command(["memory", str(tmp_path)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "taylor/" in line]
+    assert f"{report['loss_refit']:.5f}" in rows[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--macs", "1.5"], ["prune.macs", "(0, 1]", "1.5"]),
+        (["--macs", "0.01"], ["limited to", "smallest pruned model"]),
+        (["--data", "nowhere"], ["--data", "nowhere"]),
+        (["--timesteps", "5", "2000"], ["timesteps", "999", "2000"]),
+        (["--group", "77"], ["--group", "77"]),
+        (["--group", "0", "--timesteps", "0", "9"], ["--timesteps or --group"]),
+        (["--data.image-size", "16"], ["data.image_size", "8", "16"]),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_work(model, tmp_path, capsys, arguments, words):
+    out = tmp_path / "out"
+    assert run_command(["prune", str(model), "--out", str(out), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    for word in words:
+        assert word in error
+    assert not (out / "report.json").exists()
+
+
+def test_what_holds_no_unet_is_refused(tmp_path, capsys):
+    assert run_command(["prune", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "holds no UNet2DModel" in capsys.readouterr().err
+
+
+def schemes(*rows: dict[str, int]) -> str:
+    listed = [[{"unit": unit, "keep": keep} for unit, keep in row.items()] for row in rows]
+    return json.dumps({"schemes": listed})
+
+
+def everything_below(folder: Path) -> str:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return "".join(path.read_bytes().decode(errors="replace") for path in files)
+
+
+@pytest.mark.parametrize(
+    ("script", "source"),
+    [
+        ([says(schemes({NAMES[0]: 2}, {NAMES[1]: 1})), says(schemes({NAMES[2]: 1}))], "llm"),
+        ([refuses_format(says(schemes({NAMES[0]: 2})))], "llm"),
+        ([fails(500), fails(429, Retry_After="0"), says(schemes({NAMES[0]: 2}))], "llm"),
+        ([says("I would cut a lot."), says(schemes({"nothing": 1})), says_key], "offline"),
+        ([says(schemes({NAMES[0]: 99})), says(None, refusal="No."), hangs_up], "offline"),
+        ([echoes_key(401)], "offline"),
+    ],
+)
+def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
+    model, tmp_path, script, source
+):
+    command = [sys.executable, "-m", "tdc_ray", "prune", str(model), "--out", str(tmp_path)]
+    command += ["--data", "digits", "--method", "llm", "--verbose", *FEW]
+    command += ["--proxy.timeout-s", "2", "--proxy.max-seconds", "8", "--proxy.max-retries", "2"]
+    with serving(*script) as server:
+        environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+        environment["OMP_NUM_THREADS"] = "1"
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        num_requests = len(server.requests)
+        assert num_requests > 0
+        replay = [*command, "--proxy.replay", str(next(tmp_path.glob("search/*")))]
+        replay[replay.index("--out") + 1] = str(tmp_path / "replayed")
+        if source == "llm":
+            subprocess.run(replay, env=environment, capture_output=True, check=True)
+            assert len(server.requests) == num_requests  # not one call
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["macs"] <= report["macs_limit"]
+    memory = next(tmp_path.glob("search/*/memory.jsonl")).read_text().splitlines()
+    sources = {json.loads(line)["source"] for line in memory}
+    assert source in sources
+    if source == "offline":
+        assert sources == {"offline"}
+        assert "the offline proxy took over" in " ".join(report["notes"])
+    else:
+        again = json.loads((tmp_path / "replayed" / "report.json").read_text())
+        assert again["widths"] == report["widths"]
+        assert report["prompt_tokens"] >= 1000
+    for text in (done.stdout, done.stderr, everything_below(tmp_path)):
+        assert KEY not in text
+        assert KEY[8:] not in text
