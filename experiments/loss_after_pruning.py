@@ -39,7 +39,7 @@ from tdc_ray.work import Chain
 MACS_SHARE = 0.7
 SETTINGS = ("all", "group 0", "group 3", "group 6")
 SCORES: tuple[PruneMethod, ...] = ("random", "magnitude", "taylor", "diff-pruning")
-STEPS = (50, 200, 1000)
+STEPS, SMOKE_STEPS = (50, 200, 1000), (2, 5, 10)
 PROXY = "offline"
 AIMS = (
     "proxy with refit at 0 steps: at most 0.10 of the best baseline's excess without refit",
@@ -96,10 +96,12 @@ def excess(choice: Choice) -> Losses:
     return losses
 
 
-def tune(task: GroupTask, name: str, candidate: Candidate) -> Chain[dict[int, float]]:
-    """Fine-tune a sub-model and give its loss after each of STEPS."""
+def tune(
+    task: GroupTask, name: str, candidate: Candidate, all_steps: Sequence[int]
+) -> Chain[dict[int, float]]:
+    """Fine-tune a sub-model and give its loss after each of some numbers of steps."""
     losses, before = {}, 0
-    for steps in STEPS:
+    for steps in all_steps:
         (result,) = yield [trial_item(task, name, candidate.kept, steps, before)]
         losses[steps], before = result["loss"], steps
     (task.run_dir.group(task.group.index) / f"{name}.pt").unlink(missing_ok=True)
@@ -122,10 +124,10 @@ def standard_error(values: Sequence[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def verdicts(tables: Mapping[Cell, Losses], setting: str) -> list[str]:
+def verdicts(tables: Mapping[Cell, Losses], setting: str, all_steps: Sequence[int]) -> list[str]:
     """Hold the numbers of one setting against AIMS."""
     cells = [table for (_, name), table in tables.items() if name == setting]
-    last, refit = f", {STEPS[-1]} steps", ", refit"
+    last, refit = f", {all_steps[-1]} steps", ", refit"
 
     def best(table: Losses, wanted: Callable[[str, str], bool]) -> float:
         """Give the least loss of the baselines whose name and variant are wanted."""
@@ -155,13 +157,18 @@ def verdicts(tables: Mapping[Cell, Losses], setting: str) -> list[str]:
             best(t, lambda name, variant: name.startswith("diff") and variant == last[2:])
             for t in cells
         ]
-        for steps in STEPS:
+        for steps in all_steps:
             at = [table[f"{PROXY}{refit}, {steps} steps"] for table in cells]
             lines.append(
                 f"aim 4: after {steps} steps {gap(at, diff)} from Diff-Pruning without refit "
-                f"after {STEPS[-1]}"
+                f"after {all_steps[-1]}"
             )
     return [f"{setting}: {line}" for line in lines]
+
+
+def steps_of(flags: Flags) -> tuple[int, ...]:
+    """Give the steps after which losses are measured."""
+    return SMOKE_STEPS if flags.smoke else STEPS
 
 
 def main(flags: Flags) -> None:
@@ -202,7 +209,8 @@ def main(flags: Flags) -> None:
                     method: PruneMethod = source.split("/")[0]  # type: ignore[assignment]
                     name = f"{source}{', refit' if refit else ''}"
                     task = tasks[cell, method, refit]
-                    chains[f"{cell}|{name}"] = tune(task, source.replace("/", "-"), candidate)
+                    place = source.replace("/", "-")
+                    chains[f"{cell}|{name}"] = tune(task, place, candidate, steps_of(flags))
         for key, losses in pool.run(chains).items():
             place, name = key.split("|")
             cell = next(cell for cell in tables if str(cell) == place)
@@ -224,7 +232,7 @@ def write_all(folder: Path, flags: Flags, tables: Mapping[Cell, Losses]) -> None
             row.append(f"{mean(values):.3g}{spread} ({len(values)})" if values else "-")
         rows.append(row)
     write_table(folder, "loss_after_pruning", ["loss above the base's (seeds)", *SETTINGS], rows)
-    lines = [line for setting in SETTINGS for line in verdicts(tables, setting)]
+    lines = [line for setting in SETTINGS for line in verdicts(tables, setting, steps_of(flags))]
     for line in lines:
         print(line)
     record = {f"seed {seed}, {setting}": table for (seed, setting), table in tables.items()}

@@ -144,6 +144,8 @@ def prune_model(
             "prompt_tokens": choice.spent.prompt_tokens,
             "completion_tokens": choice.spent.completion_tokens,
             "notes": choice.spent.notes,
+            "proxy_seconds": choice.spent.proxy_seconds,
+            "search_seconds": choice.spent.seconds,
             "seconds": time.perf_counter() - started,
         }
         write_json(out / REPORT_FILE, report)

@@ -24,6 +24,7 @@ from tdc_ray.settings import (
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
+    ProxyConfig,
     PruneConfig,
     SamplerConfig,
     TrainConfig,
@@ -75,6 +76,23 @@ def run_configs():
             match_snr_mean=st.booleans(),
         ),
         base=train,
+        prune=st.builds(
+            PruneConfig,
+            method=st.sampled_from(["offline", "llm", "taylor", "none"]),
+            space=st.sampled_from(["inner", "full"]),
+            refit=st.sampled_from(["least-squares", "none"]),
+            memory=st.sampled_from(["shared", "own"]),
+            halving_steps=st.integers(0, 1000),
+            held_out_share=st.floats(0, 0.5, exclude_min=True),
+        ),
+        proxy=st.builds(
+            ProxyConfig,
+            temperature=st.none() | st.floats(0, 2),
+            max_total_tokens=st.none() | st.integers(1, 10**9),
+            max_cost=st.none() | st.floats(0.01, 100),
+            price_per_million_completion_tokens=st.floats(0.01, 100),
+            replay=st.none() | st.text(max_size=12),
+        ),
         finetune=train,
         sampler=st.builds(SamplerConfig, num_inference_steps=st.integers(1, 1000)),
         compute=st.builds(ComputeConfig, num_actors=st.none() | st.integers(1, 99)),
@@ -184,6 +202,24 @@ def test_a_value_out_of_its_range_is_refused_when_read(document, message):
         (lambda: PruneConfig(num_candidates=0), r"prune\.num_candidates must be at least 1"),
         (lambda: PruneConfig(num_images=0), r"prune\.num_images must be at least 1"),
         (lambda: PruneConfig(batch_size=0), r"prune\.batch_size must be at least 1"),
+        (lambda: PruneConfig(num_refit_images=0), r"prune\.num_refit_images must be at least 1"),
+        (lambda: PruneConfig(num_levels=0), r"prune\.num_levels must be at least 1"),
+        (lambda: PruneConfig(halving_steps=-1), r"prune\.halving_steps must be at least 0"),
+        (lambda: PruneConfig(held_out_share=0), r"prune\.held_out_share must be in \(0, 0\.5\]"),
+        (lambda: PruneConfig(held_out_share=0.6), r"prune\.held_out_share .* got 0\.6"),
+        (lambda: ProxyConfig(temperature=-1), r"proxy\.temperature must be at least 0, got -1"),
+        (lambda: ProxyConfig(timeout_s=0), r"proxy\.timeout_s must be above 0, got 0"),
+        (lambda: ProxyConfig(max_seconds=-1), r"proxy\.max_seconds must be above 0, got -1"),
+        (lambda: ProxyConfig(max_replies=0), r"proxy\.max_replies must be at least 1, got 0"),
+        (lambda: ProxyConfig(max_retries=-1), r"proxy\.max_retries must be at least 0, got -1"),
+        (lambda: ProxyConfig(max_concurrent=0), r"proxy\.max_concurrent must be at least 1"),
+        (lambda: ProxyConfig(max_total_tokens=0), r"proxy\.max_total_tokens must be at least 1"),
+        (lambda: ProxyConfig(max_cost=0), r"proxy\.max_cost must be above 0, got 0"),
+        (lambda: ProxyConfig(max_cost=5), r"proxy\.max_cost 5 needs prices: set"),
+        (
+            lambda: ProxyConfig(price_per_million_prompt_tokens=-1),
+            r"proxy\.price_per_million_prompt_tokens must be at least 0, got -1",
+        ),
         (
             lambda: SamplerConfig(num_inference_steps=0),
             r"sampler\.num_inference_steps must be at least 1, got 0",
@@ -254,6 +290,17 @@ def test_matching_the_snr_mean_is_for_uniform_schedules(schedule):
         PlanConfig(schedule=schedule, match_snr_mean=True)
 
 
+def test_by_default_the_offline_proxy_prunes_the_inner_widths_and_what_is_left_is_refitted():
+    prune = RunConfig().prune
+    found = (prune.method, prune.space, prune.refit, prune.memory, prune.halving_steps)
+    assert found == ("offline", "inner", "least-squares", "shared", 0)
+
+
+def test_no_setting_holds_a_key_or_an_address():
+    names = {field.name for field in dataclasses.fields(ProxyConfig)}
+    assert not any("key" in name or "url" in name for name in names)
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().base.num_steps = 3
@@ -309,6 +356,11 @@ CHANGES = [
     ("plan.num_groups", 3),
     ("base.num_steps", 9),
     ("prune.method", "random"),
+    ("prune.space", "full"),
+    ("prune.refit", "none"),
+    ("prune.memory", "own"),
+    ("prune.halving_steps", 50),
+    ("proxy.model", "another"),
     ("finetune.num_steps", 9),
     ("sampler.eta", 1.0),
     ("evaluate.seed", 5),

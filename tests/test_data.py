@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from tdc_ray.data import augment, batches, fixed_batches, to_model_range
+from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.datasets import ArrayImages, load_dataset
 from tdc_ray.errors import DataError
 from tdc_ray.settings import DataConfig
@@ -571,3 +571,68 @@ def test_fixed_batches_do_not_depend_on_their_size(num_images, count, batch_size
 def test_fixed_batches_of_other_seeds_are_other_images():
     one, other = (numbers(fixed_batches(numbered(50), 10, 10, seed)) for seed in (0, 1))
     assert one != other
+
+
+# --- held-out images -------------------------------------------------------------------------
+
+held_out_shares = st.floats(0, 0.5, exclude_min=True)
+
+
+@given(st.integers(2, 300), held_out_shares, st.integers(0, 2**31 - 1))
+def test_every_image_is_held_out_or_of_the_rest(num_images, share, seed):
+    rest, held_out = held_out_split(numbered(num_images), share, seed)
+    assert sorted([*rest, *held_out]) == list(range(num_images))
+    assert len(rest) >= 1
+    assert len(held_out) == max(1, round(share * num_images))
+
+
+@given(held_out_shares, st.integers(0, 2**31 - 1))
+def test_a_single_image_is_in_both_parts(share, seed):
+    assert held_out_split(numbered(1), share, seed) == ([0], [0])
+
+
+def test_which_images_are_held_out_follows_from_the_seed_alone():
+    torch.manual_seed(1)
+    one = held_out_split(numbered(100), 0.1, seed=3)
+    torch.manual_seed(2)
+    assert held_out_split(numbered(100), 0.1, seed=3) == one
+    assert held_out_split(numbered(100), 0.1, seed=4) != one
+    assert sorted(one[1]) != list(range(10))
+
+
+@given(st.integers(2, 40), held_out_shares, st.integers(1, 40), st.integers(0, 2**31 - 1))
+def test_batches_among_some_images_hold_each_of_them_once_an_epoch(
+    num_images, share, batch_size, seed
+):
+    dataset = numbered(num_images)
+    rest, held_out = held_out_split(dataset, share, seed)
+    for among in (rest, held_out):
+        num_steps = 2 * len(among) // batch_size + 1
+        stream = batches(
+            dataset, among=among, batch_size=batch_size, seed=seed, num_steps=num_steps
+        )
+        seen = list(itertools.chain.from_iterable(numbers(stream)))
+        for epoch in range(2):
+            part = seen[epoch * len(among) : (epoch + 1) * len(among)]
+            assert sorted(part) == sorted(among)
+
+
+@given(st.integers(2, 40), held_out_shares, st.integers(1, 70), st.integers(0, 2**31 - 1))
+def test_fixed_batches_among_some_images_are_of_them_alone(num_images, share, count, seed):
+    dataset = numbered(num_images)
+    _, held_out = held_out_split(dataset, share, seed)
+    stream = fixed_batches(dataset, count, 7, seed, among=held_out)
+    found = list(itertools.chain.from_iterable(numbers(stream)))
+    assert len(found) == count
+    first = found[: len(held_out)]
+    assert len(set(first)) == len(first)
+    assert set(found) <= set(held_out)
+
+
+def test_batches_among_all_images_are_those_without_a_choice():
+    dataset, common = numbered(30), {"batch_size": 8, "seed": 3, "num_steps": 9}
+    everyone = numbers(batches(dataset, among=range(30), **common))
+    assert everyone == numbers(batches(dataset, **common))
+    assert numbers(fixed_batches(dataset, 40, 8, 3, among=range(30))) == numbers(
+        fixed_batches(dataset, 40, 8, 3)
+    )

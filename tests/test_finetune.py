@@ -2,29 +2,56 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tdc_ray.config import RunConfig
-from tdc_ray.finetune import Expert, expert_dir, make_expert
+from tdc_ray.data import held_out_split
+from tdc_ray.datasets import ArrayImages, load_dataset
+from tdc_ray.finetune import Expert, FinetuneJob, expert_dir, finetune_expert, make_expert
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
-from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import count_macs, count_params, load_unet
-from tdc_ray.prune.measure import held_out_loss
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import GroupTask
+from tdc_ray.prune.measure import load_base, pruned_unet
+from tdc_ray.prune.memory import MemoryBank, MemoryEntry
+from tdc_ray.prune.noised import held_out_loss
+from tdc_ray.prune.rounds import search
+from tdc_ray.prune.task import GroupTask
+from tdc_ray.settings import DataConfig
 from tdc_ray.work import Report, run_chain
-from tests.small import assert_same, make_run_dir, small_config, task_of, widths_of
+from tests.small import (
+    assert_same,
+    make_run_dir,
+    output_of,
+    reporting_to,
+    small_config,
+    task_of,
+    widths_of,
+)
 
 NUM_STEPS = 5
 
 
-def config_of(*, method: str = "magnitude", **finetune: int) -> RunConfig:
+def config_of(
+    *,
+    method: str = "magnitude",
+    refit: str = "least-squares",
+    space: str = "inner",
+    halving_steps: int = 0,
+    **finetune: float,
+) -> RunConfig:
     """Five steps of 8 images, with a checkpoint after every second."""
     steps = {"num_steps": NUM_STEPS, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    few = {"num_images": 16, "num_refit_images": 16, "num_levels": 2, "num_rounds": 1}
     return small_config(
         model={"dropout": 0.2},
-        prune={"method": method, "num_images": 16, "num_rounds": 1, "num_candidates": 2},
+        prune={
+            "method": method,
+            **few,
+            "refit": refit,
+            "space": space,
+            "halving_steps": halving_steps,
+        },
         finetune={**steps, **finetune},
     )
 
@@ -34,11 +61,13 @@ def ignore(_metrics, _step):
 
 
 def make(task: GroupTask, report: Report = ignore) -> Expert:
-    return run_chain(make_expert(task, MemoryBank(task.run_dir.memory)), report)
+    chain = make_expert(task, MemoryBank(task.run_dir.memory))
+    return run_chain(chain, reporting_to(report))
 
 
 def timeless(expert: Expert) -> Expert:
-    choice = dataclasses.replace(expert.choice, seconds=0.0)
+    spent = dataclasses.replace(expert.choice.spent, seconds=0.0, proxy_seconds=0.0)
+    choice = dataclasses.replace(expert.choice, spent=spent)
     return dataclasses.replace(expert, choice=choice, seconds=0.0)
 
 
@@ -69,9 +98,8 @@ def test_the_cost_is_three_forward_passes_for_every_image_seen(task, expert):
 
 
 def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
-    config = config_of(num_steps=30, checkpoint_every=30)
-    config = dataclasses.replace(
-        config, finetune=dataclasses.replace(config.finetune, learning_rate=2e-3, ema_decay=0.5)
+    config = config_of(
+        num_steps=30, checkpoint_every=30, learning_rate=2e-3, ema_decay=0.5, refit="none"
     )
     found = make(task_of(make_run_dir(tmp_path), config))
     assert found.loss_finetuned < 0.9 * found.choice.loss_cut
@@ -144,12 +172,22 @@ def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, e
     assert timeless(make(again)) == timeless(expert)
 
 
-def test_without_a_step_the_expert_is_the_cut_base(tmp_path):
-    task = task_of(make_run_dir(tmp_path), config_of(num_steps=0))
+# --- without training ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["inner", "full"])
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_without_a_step_the_expert_is_what_the_refit_left(tmp_path, refit, space):
+    config = config_of(num_steps=0, refit=refit, space=space)
+    task = task_of(make_run_dir(tmp_path), config)
     expert = make(task)
-    expected = cut(load_unet(task.run_dir.base_unet), task.space.units, expert.choice.kept)
+    base = load_base(task.run_dir, config)
+    expected = pruned_unet(base, expert.choice.kept, config, task.group)
     assert_same(weights_of(task), expected.state_dict())
-    assert expert.loss_finetuned == expert.choice.loss_cut
+    saved = load_expert(expert_dir(task.run_dir, task.group))
+    assert_same(output_of(saved), output_of(expected))
+    choice = expert.choice
+    assert expert.loss_finetuned == (choice.loss_cut if refit == "none" else choice.loss_refit)
     assert (expert.train_steps, expert.train_macs) == (0, 0)
 
 
@@ -165,3 +203,150 @@ def test_only_the_groups_own_expert_is_written(task, expert):
     run_dir: RunDir = task.run_dir
     assert [path.name for path in run_dir.experts.iterdir()] == ["expert-00"]
     assert widths_of(expert.choice.kept) == dict(expert.choice.widths)
+
+
+# --- successive halving ----------------------------------------------------------------------
+
+
+def entries_of(task: GroupTask) -> list[MemoryEntry]:
+    return MemoryBank(task.run_dir.memory).all()
+
+
+@pytest.fixture(scope="module")
+def halved_task(tmp_path_factory) -> GroupTask:
+    """Four candidates, of which two are tried for 2 steps, and one is left."""
+    config = config_of(method="offline", halving_steps=2, learning_rate=5e-3, ema_decay=0.0)
+    config = dataclasses.replace(
+        config,
+        prune=dataclasses.replace(config.prune, num_images=32, num_candidates=4),
+        plan=dataclasses.replace(config.plan, min_macs_share=0.3),
+    )
+    return task_of(make_run_dir(tmp_path_factory.mktemp("halved")), config)
+
+
+@pytest.fixture(scope="module")
+def halved(halved_task) -> Expert:
+    return make(halved_task)
+
+
+def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(halved_task, halved):
+    entries = sorted(entries_of(halved_task), key=lambda entry: entry.loss)
+    assert len(entries) == 4
+    assert all(entry.loss_tuned is not None for entry in entries[:2])
+    assert all(entry.loss_tuned is None for entry in entries[2:])
+    best = min(entries[:2], key=lambda entry: entry.loss_tuned)
+    assert halved.choice.entry.place == best.place
+    assert halved.choice.widths == best.widths
+    assert halved.macs == best.macs
+
+
+def trial_of(task: GroupTask, entry: MemoryEntry, num_steps: int) -> Path:
+    name = f"try-{entry.round}-{entry.candidate}-{num_steps}.json"
+    return task.run_dir.group(task.group.index) / name
+
+
+def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
+    (entry,) = (e for e in entries_of(halved_task) if e.place == halved.choice.entry.place)
+    told = json.loads(trial_of(halved_task, entry, 2).read_text())
+    assert told["loss"] == entry.loss_tuned
+    config = halved_task.config
+    short = dataclasses.replace(
+        config,
+        finetune=dataclasses.replace(config.finetune, num_steps=2),
+        prune=dataclasses.replace(config.prune, halving_steps=0),
+    )
+    run_dir = make_run_dir(tmp_path)
+    job = FinetuneJob(run_dir, short, halved_task.group, halved.choice.kept, tmp_path / "c.pt")
+    assert finetune_expert(job, ignore)["loss_finetuned"] == entry.loss_tuned
+
+
+def test_halving_leaves_no_checkpoint_behind(halved_task, halved):
+    folder = halved_task.run_dir.group(halved_task.group.index)
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    assert len(list(folder.glob("try-*.json"))) == 2
+
+
+def test_what_the_trials_took_is_the_searchs(halved_task, halved):
+    untried = dataclasses.replace(
+        halved_task.config, prune=dataclasses.replace(halved_task.config.prune, halving_steps=0)
+    )
+    search_alone = run_chain(
+        search(
+            dataclasses.replace(halved_task, config=untried),
+            MemoryBank(halved_task.run_dir.memory),
+        )
+    )
+    tried = [entry for entry in entries_of(halved_task) if entry.loss_tuned is not None]
+    trials = sum(3 * entry.macs * 2 * 8 for entry in tried)
+    assert halved.choice.spent.macs == search_alone.spent.macs + trials
+    assert halved.train_steps == NUM_STEPS
+
+
+def test_a_halving_that_is_done_is_not_done_again(halved_task, halved):
+    reports = []
+    memory = halved_task.run_dir.memory.read_bytes()
+    again = make(halved_task, lambda metrics, step: reports.append((metrics, step)))
+    assert timeless(again) == timeless(halved)
+    assert reports == []
+    assert halved_task.run_dir.memory.read_bytes() == memory
+
+
+def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_path):
+    more = dataclasses.replace(
+        halved_task.config,
+        prune=dataclasses.replace(halved_task.config.prune, num_rounds=2, num_candidates=2 + 1),
+    )
+    task = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path), config=more)
+    steps = []
+    make(task, lambda metrics, at: steps.append(at) if "grad_norm" in metrics else None)
+    assert len(entries_of(task)) == 6
+    trials = steps[:-NUM_STEPS]
+    assert trials == [1, 2] * 3 + [3, 4] * 2  # of six three, of which two, of which one
+    tuned = [entry for entry in entries_of(task) if entry.loss_tuned is not None]
+    again = [entry for entry in tuned if trial_of(task, entry, 4).exists()]
+    assert (len(tuned), len(again)) == (3, 2)
+    for entry in again:  # the last loss is the one that is remembered
+        told = json.loads(trial_of(task, entry, 4).read_text())
+        assert entry.loss_tuned == told["loss"]
+
+
+def test_killed_within_a_trial_and_started_again_gives_the_same_expert(
+    halved_task, halved, tmp_path
+):
+    again = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path))
+    with pytest.raises(KilledError):
+        make(again, kill_at(2))
+    assert timeless(make(again)) == timeless(halved)
+    assert_same(weights_of(again), weights_of(halved_task))
+    assert entries_of(again) == entries_of(halved_task)
+
+
+def test_a_group_that_keeps_the_base_has_nothing_to_halve(halved_task, tmp_path):
+    whole = task_of(make_run_dir(tmp_path), halved_task.config, index=3)
+    expert = make(whole)
+    assert expert.macs == whole.space.macs_base
+    assert not list(whole.run_dir.group(3).glob("try-*"))
+
+
+# --- held-out images -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "taylor"])
+def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
+    config = config_of(method=method)
+    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).choice.kept
+    dataset = ArrayImages(load_dataset(DataConfig()).images[:100], None)
+    _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    images = dataset.images[:, 0].numpy()
+    other = images.copy()
+    other[held_out] = 255 - other[held_out]
+    found = []
+    for name, pixels in (("same", images), ("other", other)):
+        np.savez(tmp_path / f"{name}.npz", images=pixels)
+        data = DataConfig(source="npz", path=str(tmp_path / f"{name}.npz"))
+        task = task_of(make_run_dir(tmp_path / name), dataclasses.replace(config, data=data))
+        job = FinetuneJob(task.run_dir, task.config, task.group, kept, tmp_path / f"{name}.pt")
+        found.append((finetune_expert(job, ignore)["loss_finetuned"], weights_of(task)))
+    (one_loss, one), (other_loss, other_weights) = found
+    assert_same(one, other_weights)
+    assert one_loss != other_loss

@@ -12,6 +12,7 @@ from tdc_ray.models.architectures import architecture
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, count_params
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import is_tight, space_of
 from tdc_ray.results import load_results
 from tdc_ray.run import check, run
@@ -36,6 +37,31 @@ def test_the_experts_are_what_the_results_say(finished_run, results):
     for group in results.groups:
         expert = load_expert(finished_run / "experts" / f"expert-{group.index:02d}")
         assert (count_macs(expert), count_params(expert)) == (group.macs, group.num_params)
+
+
+def test_every_group_below_the_base_was_searched_for_and_refitted(
+    finished_run, results, smoke_config
+):
+    prune, whole = smoke_config.prune, results.groups[-1]
+    entries = MemoryBank(RunDir(finished_run).memory).all()
+    assert (whole.source, whole.loss_refit, whole.macs) == ("base", None, whole.macs_limit)
+    assert {entry.group for entry in entries} == {group.index for group in results.groups[:-1]}
+    for group in results.groups[:-1]:
+        own = [entry for entry in entries if entry.group == group.index]
+        assert 1 <= len(own) <= prune.num_rounds * prune.num_candidates
+        best = min(own, key=lambda entry: entry.loss)
+        assert (group.source, group.widths) == ("offline", best.widths)
+        assert (group.loss_cut, group.loss_refit) == (best.loss_cut, best.loss_refit)
+        assert len({entry.loss_refit for entry in own}) == len(own)
+
+
+def test_the_results_tell_how_it_was_pruned(results, smoke_config):
+    prune = results.prune
+    assert (prune.method, prune.refit, prune.space) == ("offline", "least-squares", "inner")
+    assert prune.rounds == smoke_config.prune.num_rounds
+    assert 1 <= prune.candidates <= smoke_config.prune.num_candidates
+    assert prune.search_macs > 0
+    assert (prune.prompt_tokens, prune.completion_tokens, prune.notes) == (0, 0, ())
 
 
 def test_macs_of_tdc_are_the_mean_over_the_sampling_steps(finished_run, results):
@@ -79,7 +105,7 @@ def test_tensorboard_reads_losses_and_sample_grids(finished_run):
     assert {"train/loss", "train/learning_rate"} <= set(base.Tags()["scalars"])
     assert base.Tags()["images"]
     group = EventAccumulator(str(finished_run / "tensorboard" / "group-00")).Reload()
-    assert {"train/loss", "prune/loss_cut"} <= set(group.Tags()["scalars"])
+    assert {"train/loss", "prune/loss_cut", "prune/loss_refit"} <= set(group.Tags()["scalars"])
 
 
 def test_a_finished_run_is_read_and_not_done_again(finished_run, smoke_config, results):

@@ -12,8 +12,8 @@ RIDGE = 1e-4
 digits on the digits base, 1e-2 higher ones."""
 
 ROWS_PER_UNKNOWN = 128
-"""Rows that are enough for the weights of one output; what there is beyond is left out. With 32 the
-loss above the base's was half as high again on the digits base."""
+"""Rows that are enough for the weights of one output; what there is beyond is left out. With 32
+the loss above the base's was half as high again on the digits base."""
 
 FLOATS_PER_BLOCK = 2**24
 """Most numbers that the rows of one block take (64 MiB)."""

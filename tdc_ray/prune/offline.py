@@ -79,14 +79,19 @@ def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorA
     """Give the growth of the loss at every width of every unit, from 1 to its full width.
 
     Between the widths that were measured it is interpolated; noise is taken out by letting it
-    never fall while a unit gets narrower. Units that were not measured cost nothing.
+    never fall while a unit gets narrower. Units that were not measured cost nothing; a growth that
+    is no number, or infinite, counts as the largest that is neither.
 
     Returns:
         For every unit ``(width,)``; the last is 0.
     """
     curves = {}
+    finite = [g for grown in sensitivities.values() for g in grown.values() if np.isfinite(g)]
+    largest = max(finite, default=1.0)
     for unit in space.units:
-        measured = dict(sensitivities.get(unit.name, {})) | {unit.width: 0.0}
+        measured = {unit.width: 0.0}
+        for width, growth in sensitivities.get(unit.name, {}).items():
+            measured[width] = growth if np.isfinite(growth) else largest
         widths = sorted(measured)
         grown = np.interp(np.arange(1, unit.width + 1), widths, [measured[w] for w in widths])
         rising = np.maximum.accumulate(np.maximum(grown[::-1], 0.0))

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.progress import ProgressView
 from tdc_ray.settings import ComputeConfig
-from tdc_ray.storage import write_json
-from tdc_ray.work import Chain, WorkItem
+from tdc_ray.storage import read_json, write_json
+from tdc_ray.work import Chain, Meeting, WorkItem
 
 pytestmark = pytest.mark.ray
 
@@ -20,27 +21,30 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def pool(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     folder = tmp_path_factory.mktemp("tensorboard")
-    compute = ComputeConfig(num_actors=2, max_attempts=2)
+    config = RunConfig(compute=ComputeConfig(num_actors=2, max_attempts=2))
     with (
         ProgressView(folder, Console(quiet=True)) as view,
         board(view) as events,
-        Pool(compute, events, view) as pool,
+        Pool(config, events, view) as pool,
     ):
         yield pool
 
 
-def chain(folder: Path, name: str, function, numbers) -> Chain[list]:
+def item_of(folder: Path, name: str, function, number, *, is_call: bool = False) -> WorkItem:
+    return WorkItem(
+        key=f"{name}/{number}",
+        function=function,
+        job=(folder, name, number),
+        result_path=folder / f"{name}-{number}.json",
+        cost=1.0,
+        is_call=is_call,
+    )
+
+
+def chain(folder: Path, name: str, function, numbers, *, is_call: bool = False) -> Chain[list]:
     values = []
     for number in numbers:
-        (result,) = yield [
-            WorkItem(
-                key=f"{name}/{number}",
-                function=function,
-                job=(folder, name, number),
-                result_path=folder / f"{name}-{number}.json",
-                cost=1.0,
-            )
-        ]
+        (result,) = yield [item_of(folder, name, function, number, is_call=is_call)]
         values.append(result["value"])
     return values
 
@@ -55,7 +59,7 @@ def test_chains_run_side_by_side_and_each_in_order(pool, tmp_path):
             file.write(f"start {name} {number} {os.getpid()}\n")
         other = folder / ("started-b" if name == "a" else "started-a")
         (folder / f"started-{name}").touch()
-        for _ in range(600):  # both chains must be under way at once for either to go on
+        for _ in range(400):  # both chains must be under way at once for either to go on
             if other.exists():
                 break
             time.sleep(0.05)
@@ -140,4 +144,84 @@ def test_a_pool_that_does_not_fit_is_refused(ray_cluster, tmp_path):
         board(view) as events,
         pytest.raises(ClusterError, match=r"compute\.cpus_per_actor"),
     ):
-        Pool(ComputeConfig(cpus_per_actor=1000), events, view).__enter__()
+        Pool(RunConfig(compute=ComputeConfig(cpus_per_actor=1000)), events, view).__enter__()
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+def test_calls_hold_no_worker(pool, tmp_path):
+    """Three calls wait, all at once, for work that one of two actors does meanwhile."""
+
+    def wait(job, report, budget):
+        import time
+
+        folder, name, _number = job
+        (folder / f"waiting-{name}").touch()
+        for _ in range(400):
+            if (folder / "worked").exists():
+                return {"value": budget is not None}
+            time.sleep(0.05)
+        raise TimeoutError("nothing worked beside the call")
+
+    def work(job, report):
+        import time
+
+        folder, _name, number = job
+        for _ in range(400):
+            if len(list(folder.glob("waiting-*"))) == 3:
+                (folder / "worked").touch()
+                return {"value": number}
+            time.sleep(0.05)
+        raise TimeoutError("the calls are not under way at once")
+
+    calls = {name: chain(tmp_path, name, wait, [1], is_call=True) for name in "abc"}
+    done = pool.run(calls | {"work": chain(tmp_path, "work", work, [7])})
+    assert done == {"a": [True], "b": [True], "c": [True], "work": [7]}
+
+
+def test_a_call_with_an_error_of_its_own_fails_and_the_others_finish(pool, tmp_path):
+    def call(job, report, budget):
+        from tdc_ray.errors import ProxyError
+
+        _folder, name, number = job
+        if name == "bad":
+            raise ProxyError("no answer")
+        return {"value": number}
+
+    chains = {name: chain(tmp_path, name, call, [1, 2], is_call=True) for name in ("bad", "good")}
+    with pytest.raises(WorkFailedError, match="ProxyError: no answer"):
+        pool.run(chains)
+    assert (tmp_path / "good-2.json").exists()
+
+
+# --- meetings --------------------------------------------------------------------------------
+
+PARTIES = frozenset({"a", "b", "bad"})
+
+
+def meeting_chain(folder: Path, name: str, function) -> Chain[list]:
+    (first,) = yield [item_of(folder, name, function, 1)]
+    yield Meeting("second round", PARTIES)
+    (second,) = yield [item_of(folder, name, function, 2)]
+    return [first["value"], second["value"]]
+
+
+def test_chains_meet_and_nobody_waits_for_one_that_failed(pool, tmp_path):
+    def work(job, report):
+        import time
+
+        folder, name, number = job
+        if name == "bad":
+            raise ValueError("this one fails")
+        if name == "b":
+            time.sleep(0.5)  # a waits for b
+        found = sorted(path.name for path in folder.glob("[ab]-1.json"))
+        return {"value": found if number == 2 else number}
+
+    chains = {name: meeting_chain(tmp_path, name, work) for name in PARTIES}
+    with pytest.raises(WorkFailedError) as caught:
+        pool.run(chains)
+    assert set(caught.value.reasons) == {"bad"}
+    for name in "ab":
+        assert read_json(tmp_path / f"{name}-2.json") == {"value": ["a-1.json", "b-1.json"]}

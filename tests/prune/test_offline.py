@@ -1,6 +1,6 @@
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -98,11 +98,6 @@ def remembered(
 
 def propose(task: PruningTask, memory: Sequence[MemoryEntry] = ()) -> list[Scheme]:
     return OfflineProxy().propose(task, memory)
-
-
-def predicted(values: Mapping[str, Sequence[float]], scheme: Scheme) -> float:
-    """What the steps that are cut were worth."""
-    return math.fsum(sum(values[name][width:]) for name, width in scheme.items())
 
 
 def growth(task: PruningTask, scheme: Scheme, **factors: float) -> float:
@@ -207,7 +202,8 @@ def test_the_knapsack_is_optimal_within_one_step(seed, share):
     costs = lost[np.arange(len(worth)), ALL - 1].sum(1)
     least = costs[limit >= MACS].min()
     one_step = max(max(steps) for steps in values.values())
-    assert least - 1e-12 <= predicted(values, found) <= least + one_step + 1e-12
+    cost = sum(sum(values[name][width:]) for name, width in found.items())
+    assert least - 1e-12 <= cost <= least + one_step + 1e-12
 
 
 def test_units_that_cost_nothing_are_cut_first_and_dear_ones_last():
@@ -257,6 +253,20 @@ def test_a_fall_by_noise_is_taken_out():
     unit = next(unit for unit in SPACES["inner"].units if unit.width == 8)
     curve = loss_curves(SPACES["inner"], {unit.name: {1: 0.1, 4: 0.4, 6: -0.2}})[unit.name]
     assert curve == pytest.approx([0.4, 0.4, 0.4, 0.4, 0.1, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("growth", [math.nan, math.inf])
+def test_a_growth_that_is_no_number_counts_as_the_largest_that_is(growth):
+    space = SPACES["inner"]
+    odd, other = (unit for unit in space.units[:2] if unit.width == 8)
+    sensitivities = {odd.name: {1: growth, 4: 0.1}, other.name: {1: 0.7, 4: 0.2}}
+    curve = loss_curves(space, sensitivities)[odd.name]
+    assert (curve[0], curve[3]) == (0.7, 0.1)
+    task = task_of(space, 0.5, even_sensitivities(space) | sensitivities)
+    first = propose(task)
+    memory = [remembered(task, scheme, 0.1 + n, candidate=n) for n, scheme in enumerate(first)]
+    assert len(propose(task, memory)) == 3
+    assert first[0][odd.name] > 1
 
 
 @given(st.sampled_from(list(SPACES.values())), seeds)

@@ -72,17 +72,15 @@ def test_where_nothing_is_cut_nothing_changes(kind):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_refit_brings_the_output_nearer_to_the_bases(name, kind):
     config = CONFIGS[name]
-    base, units, batches = random_unet(config), units_of(config, kind), noised(config, 24)
-    for seed in (0, 1):
-        kept = random_kept(units, seed)
-        assert_nearer(base, units, kept, batches)
+    base, units = random_unet(config), units_of(config, kind)
+    assert_nearer(base, units, random_kept(units, len(name)), noised(config, 16))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_refit_brings_the_output_of_any_unet_nearer(seed):
     config = random_config(seed)
     base, units = random_unet(config, seed=seed), units_of(config, "full")
-    assert_nearer(base, units, random_kept(units, seed), noised(config, 24))
+    assert_nearer(base, units, random_kept(units, seed), noised(config, 16))
 
 
 def assert_nearer(
@@ -265,7 +263,7 @@ def test_a_refit_can_be_repeated():
     assert_same(one.state_dict(), other.state_dict())
 
 
-def test_statistics_of_more_images_take_more_macs_up_to_what_is_enough():
+def test_statistics_of_twice_the_images_take_twice_the_macs():
     base, units = random_unet(), units_of(TINY)
     kept = random_kept(units, 0)
     outputs = kept_outputs(base, units, kept)
@@ -273,9 +271,7 @@ def test_statistics_of_more_images_take_more_macs_up_to_what_is_enough():
     def macs(size: int) -> int:
         return refit(base, cut(base, units, kept), outputs, noised(TINY, size), SCHEDULE)
 
-    few, more, many, most = (macs(size) for size in (2, 4, 400, 800))
-    assert more == 2 * few
-    assert most < 1.2 * many
+    assert macs(4) == 2 * macs(2) > 0
 
 
 @pytest.mark.parametrize("kind", ["inner", "full"])

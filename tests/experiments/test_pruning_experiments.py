@@ -1,0 +1,56 @@
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return tmp_path
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_stability_has_five_rounds_of_three_and_a_plot(ray_cluster, storage, monkeypatch):
+    import proxy_stability
+    from common import parse_flags
+
+    monkeypatch.setattr(sys, "argv", ["proxy_stability.py", "--smoke", "--storage", str(storage)])
+    proxy_stability.main(parse_flags(proxy_stability.__doc__, proxy_stability.StabilityFlags))
+    folder = storage / "proxy_stability-digits-smoke-offline"
+    assert [row["round"] for row in rows_of(folder, "proxy_stability")] == list("12345")
+    record = json.loads((folder / "proxy_stability.json").read_text())
+    for by_round in record["excess_loss"].values():
+        assert [len(losses) for losses in by_round.values()] == [3] * 5
+    assert (folder / "proxy_stability.png").stat().st_size > 1000
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_losses_are_compared_on_every_setting_and_held_against_the_aims(
+    ray_cluster, storage, monkeypatch
+):
+    import loss_after_pruning
+    from common import parse_flags
+
+    arguments = ["loss_after_pruning.py", "--smoke", "--storage", str(storage)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    loss_after_pruning.main(parse_flags(loss_after_pruning.__doc__))
+    folder = storage / "loss_after_pruning-digits-smoke"
+    names = {row["loss above the base's (seeds)"] for row in rows_of(folder, "loss_after_pruning")}
+    for name in ("taylor/uniform", "magnitude/global, refit", "offline, refit, 10 steps"):
+        assert name in names
+    record = json.loads((folder / "loss_after_pruning.json").read_text())
+    assert len(record["excess_loss"]) == len(loss_after_pruning.SETTINGS)
+    aims = [line for line in record["verdicts"] if line.startswith("all: aim")]
+    assert len(aims) == 3 + len(loss_after_pruning.SMOKE_STEPS)
