@@ -1,5 +1,7 @@
 """Stage 2's second half: fine-tunes a pruned expert on its group's timesteps (TDC Eq. 8)."""
 
+import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, held_out_split
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
+from tdc_ray.errors import NonFiniteLossError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
@@ -22,6 +25,8 @@ from tdc_ray.prune.task import Choice, GroupTask
 from tdc_ray.seeds import derive_seed
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Chain, Report, Result, WorkItem
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +128,18 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
 
 
 def try_candidate(job: FinetuneJob, report: Report) -> Result:
-    """Fine-tune a candidate for a few steps, or some more; give ``loss`` and ``seconds``."""
+    """Fine-tune a candidate for a few steps, or some more; give ``loss`` and ``seconds``.
+
+    A candidate whose training diverges has an infinite loss: the others go on without it.
+    """
     started = time.perf_counter()
-    _, state = _tune(job, report)
-    with state.averaged() as averaged:
-        loss = held_out_loss(averaged, job.config, job.group)
+    try:
+        _, state = _tune(job, report)
+        with state.averaged() as averaged:
+            loss = held_out_loss(averaged, job.config, job.group)
+    except NonFiniteLossError as error:
+        logger.warning("%s: %s", job.checkpoint.stem, error)
+        loss = math.inf
     return {"loss": loss, "seconds": time.perf_counter() - started}
 
 

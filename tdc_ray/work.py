@@ -92,9 +92,6 @@ class _State(Generic[T]):
     results: dict[str, Result] = field(default_factory=dict)
     """Of the items that it waits for, as far as they are there, by key."""
 
-    met: set[Meeting] = field(default_factory=set)
-    """Meetings that it went on from."""
-
 
 class Chains(Generic[T]):
     """Chains that are under way side by side: which of them can go on, and with what items."""
@@ -112,7 +109,7 @@ class Chains(Generic[T]):
         """
         missing: list[tuple[str, WorkItem]] = []
         while movable := [name for name in self._states if self._can_go_on(name)]:
-            for name in movable:
+            for name in movable:  # all that meet, in one turn
                 missing += [(name, item) for item in self._advance(name)]
         return missing
 
@@ -132,12 +129,11 @@ class Chains(Generic[T]):
         if not isinstance(waits_for, Meeting):
             return all(item.key in results for item in waits_for)
         others = [self._states[other] for other in waits_for.parties & self._states.keys()]
-        return all(waits_for == other.waits_for or waits_for in other.met for other in others)
+        return all(waits_for == other.waits_for for other in others)
 
     def _advance(self, name: str) -> list[WorkItem]:
         state, results = self._states[name], None
         if isinstance(state.waits_for, Meeting):
-            state.met.add(state.waits_for)
             results = []
         elif state.waits_for is not None:
             results = [state.results.pop(item.key) for item in state.waits_for]

@@ -205,7 +205,7 @@ def _cut_and_measure(
     pruned = cut(base.unet, base.space.units, kept)
     measuring = float(config.prune.num_images * base.space.macs(_widths(kept)))
     loss_cut = held_out_loss(pruned, config, group)
-    if config.prune.refit == "none":
+    if config.prune.refit == "none" or kept == keep_all(base.space.units):
         return loss_cut, loss_cut, measuring
     macs = _refit(base, pruned, kept, config, group)
     return loss_cut, held_out_loss(pruned, config, group), macs + 2 * measuring

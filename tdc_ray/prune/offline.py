@@ -27,6 +27,9 @@ PREDICTION_ERROR = 0.1
 LEAST_FACTOR = 0.3
 """No unit is taken to be freer than this."""
 
+FREE_CHARGE = 1e-3
+"""What cutting everything would cost at least, as a share of what it is measured to cost."""
+
 MAX_TRIES = 50
 """Draws for a scheme that was not tried before; in a tiny space there may be none."""
 
@@ -116,12 +119,19 @@ def knapsack(
 def step_values(
     space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
 ) -> Values:
-    """Tell what every step is worth: by how much the loss would grow without it, on the hull."""
+    """Tell what every step is worth: by how much the loss would grow without it, on the hull.
+
+    A small charge per mac is added, so that steps whose measured growth is 0 differ by their
+    factors too: else every draw would cut the same ones.
+    """
     factors = np.ones(len(space.units)) if factors is None else factors
-    return {
-        unit.name: (max(factor, LEAST_FACTOR) * _hull_steps(curves[unit.name])).tolist()
-        for unit, factor in zip(space.units, factors, strict=True)
-    }
+    growth = sum(float(curve[0]) for curve in curves.values()) or 1.0
+    charge = FREE_CHARGE * growth / space.macs_base
+    values = {}
+    for unit, factor in zip(space.units, factors, strict=True):
+        steps = _hull_steps(curves[unit.name]) + charge * space.step_macs(unit.name, space.full)
+        values[unit.name] = (max(factor, LEAST_FACTOR) * steps).tolist()
+    return values
 
 
 def _hull_steps(curve: FactorArray) -> FactorArray:

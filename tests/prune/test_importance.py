@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -240,6 +241,26 @@ def test_diff_pruning_stops_where_the_loss_is_far_below_the_largest_and_leaves_i
     scores, seen = diff_pruning_scores(unet, UNITS, solved, range(100, 110), schedule)
     assert seen == 4
     assert (scores, 3) == diff_pruning_scores(unet, UNITS, solved, range(100, 103), schedule)
+
+
+def test_diff_pruning_compares_with_the_largest_loss_so_far_and_not_with_the_last():
+    unet, (batch,) = random_unet(), noised(4)
+    with torch.no_grad():
+        unet.time_embedding.linear_2.weight.zero_()  # it sees the fading image alone
+    schedule = without_noise(SCHEDULE)
+    schedule.signal[:7] = torch.tensor([1, 0.05, 0.02, 0.014, 0.008, 0.004, 0])
+
+    def loss_at(timestep: int, batch: NoisedBatch) -> float:
+        at = replace(batch, timesteps=torch.full((4,), timestep))
+        return float((at.predict(unet, schedule).detach() - batch.epsilon).square().mean())
+
+    last = replace(batch, timesteps=torch.full((4,), 6))
+    solved = replace(batch, epsilon=last.predict(unet, schedule).detach())
+    losses = [loss_at(timestep, solved) for timestep in range(6)]
+    assert all(0.05 < b / a < 1 for a, b in itertools.pairwise(losses))
+    first = next(place for place, loss in enumerate(losses) if loss < 0.05 * losses[0])
+    _, seen = diff_pruning_scores(unet, UNITS, solved, range(7), schedule)
+    assert seen == first + 1 == 5
 
 
 def test_diff_pruning_looks_at_all_timesteps_where_the_loss_never_falls_that_far():

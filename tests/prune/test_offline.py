@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from tdc_ray.errors import LimitError
 from tdc_ray.models.architectures import architecture
 from tdc_ray.prune.memory import MemoryEntry
-from tdc_ray.prune.offline import OfflineProxy, knapsack, loss_curves, step_values
+from tdc_ray.prune.offline import (
+    FREE_CHARGE,
+    OfflineProxy,
+    knapsack,
+    loss_curves,
+    step_values,
+)
 from tdc_ray.prune.proxy import PruningTask, Sensitivities
 from tdc_ray.prune.space import Scheme, Space, is_tight, space_of
 from tests.prune.tasks import TASK
@@ -277,8 +283,15 @@ def test_steps_are_worth_less_and_less_as_a_unit_widens(space, seed):
         assert len(values) == unit.width
         assert min(values) >= 0
         assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values))
-        below = sum(values[1:])  # from one step on: the hull begins and ends on the curve
-        assert below == pytest.approx(curves[unit.name][0], abs=1e-12)
+        charge = sum(values[1:]) - curves[unit.name][0]  # the hull begins and ends on the curve
+        assert -1e-12 <= charge <= FREE_CHARGE * (sum(c[0] for c in curves.values()) or 1.0)
+
+
+def test_where_nothing_costs_anything_there_are_still_different_schemes():
+    space = SPACES["inner"]
+    free = {unit.name: {1: 0.0} for unit in space.units}
+    found = propose(task_of(space, 0.8, free, num_candidates=4))
+    assert len({tuple(scheme.items()) for scheme in found}) == 4
 
 
 # --- learning from the memory bank -----------------------------------------------------------
