@@ -33,7 +33,7 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Candidate, Choice, GroupTask
-from tdc_ray.settings import PruneMethod
+from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.work import Chain
 
 MACS_SHARE = 0.7

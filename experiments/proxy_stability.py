@@ -31,7 +31,7 @@ from tdc_ray.environment import commit
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice
-from tdc_ray.settings import PruneMethod
+from tdc_ray.prune_settings import PruneMethod
 
 MACS_SHARE = 0.7
 NUM_ROUNDS, NUM_CANDIDATES = 5, 3

@@ -45,7 +45,7 @@ from tdc_ray.models.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.settings import PruneMethod
+from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.work import Chain, Result
 
 Row = tuple[float, float, float, int]

@@ -28,8 +28,8 @@ from common import (
     write_table,
 )
 
+from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results
-from tdc_ray.settings import PruneMethod
 
 PAPER = {
     "cifar10": {

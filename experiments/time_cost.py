@@ -18,8 +18,8 @@ from statistics import mean
 
 from common import Flags, parse_flags, plot_bars, run_once, trained_base, write_record, write_table
 
+from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results
-from tdc_ray.settings import PruneMethod
 
 PAPER = {"cifar10": {"proxy": "0.078", "fine-tuning": "190", "total": "342"}}
 

@@ -12,7 +12,8 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
-from tdc_ray.settings import SearchMethod, require
+from tdc_ray.prune_settings import SearchMethod
+from tdc_ray.settings import require
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ConfigError
+from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
@@ -17,8 +18,6 @@ from tdc_ray.settings import (
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
-    ProxyConfig,
-    PruneConfig,
     SamplerConfig,
     TrainConfig,
     require,

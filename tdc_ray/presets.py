@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import ConfigError
+from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
@@ -12,7 +13,6 @@ from tdc_ray.settings import (
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
-    PruneConfig,
     SamplerConfig,
     TrainConfig,
 )

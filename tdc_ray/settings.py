@@ -8,9 +8,6 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.schedule import BetaSchedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
-ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
-SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]
-PruneMethod = SearchMethod | Literal["none"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 
 
@@ -20,7 +17,8 @@ def require(stage: str, config: object, name: str, rule: str, *, ok: bool) -> No
         raise ConfigError(f"{stage}.{name} must be {rule}, got {getattr(config, name)}.")
 
 
-def _at_least(least: int, stage: str, config: object, *names: str) -> None:
+def at_least(least: int, stage: str, config: object, *names: str) -> None:
+    """Refuse settings below a bound; None is none of them."""
     for name in names:
         value = getattr(config, name)
         require(stage, config, name, f"at least {least}", ok=value is None or value >= least)
@@ -54,8 +52,8 @@ class DataConfig:
     """Processes that load and decode images beside each trainer."""
 
     def __post_init__(self) -> None:
-        _at_least(4, "data", self, "image_size")
-        _at_least(0, "data", self, "crop_padding", "num_workers")
+        at_least(4, "data", self, "image_size")
+        at_least(0, "data", self, "crop_padding", "num_workers")
         rule = f"below data.image_size = {self.image_size}"
         require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
         if self.source != "digits" and self.path is None:
@@ -113,8 +111,8 @@ class DiffusionConfig:
     """Feed the network t * 1000 / T in place of t, as improved-diffusion does."""
 
     def __post_init__(self) -> None:
-        _at_least(2, "diffusion", self, "num_train_timesteps")
-        _at_least(0, "diffusion", self, "vlb_weight")
+        at_least(2, "diffusion", self, "num_train_timesteps")
+        at_least(0, "diffusion", self, "vlb_weight")
         require("diffusion", self, "beta_start", "in (0, 1)", ok=0 < self.beta_start < 1)
         rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
         require("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
@@ -146,7 +144,7 @@ class PlanConfig:
     """Groups of fewer timesteps than this join their neighbour."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "plan", self, "num_groups", "min_group_size")
+        at_least(1, "plan", self, "num_groups", "min_group_size")
         require("plan", self, "min_macs_share", "in (0, 1]", ok=0 < self.min_macs_share <= 1)
         if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
             raise ConfigError(
@@ -205,142 +203,12 @@ class TrainConfig:
             ConfigError: A value is out of its range.
         """
         positive = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        _at_least(1, stage, self, *positive, "keep_checkpoints")
-        _at_least(0, stage, self, "num_steps", "num_warmup_steps", "weight_decay")
+        at_least(1, stage, self, *positive, "keep_checkpoints")
+        at_least(0, stage, self, "num_steps", "num_warmup_steps", "weight_decay")
         require(stage, self, "learning_rate", "above 0", ok=self.learning_rate > 0)
         clipped = self.max_grad_norm is None or self.max_grad_norm > 0
         require(stage, self, "max_grad_norm", "above 0, or None", ok=clipped)
         require(stage, self, "ema_decay", "in [0, 1)", ok=0 <= self.ema_decay < 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PruneConfig:
-    """How the base is pruned to each group's limit."""
-
-    method: PruneMethod = "offline"
-    """Who proposes the schemes. offline: a search over measured sensitivities that needs no key;
-    llm: a language model (see proxy); random, magnitude, taylor, diff-pruning: the better of a
-    uniform ratio and a global ranking by this score, one round; none: TDC without pruning, every
-    expert keeps the base's widths."""
-
-    space: Literal["inner", "full"] = "inner"
-    """What can be cut. inner: residual blocks' inner widths and attention heads; full: the
-    residual stream's width too."""
-
-    refit: Literal["least-squares", "none"] = "least-squares"
-    """What follows a cut. least-squares: the weights that read what was cut are fitted anew so
-    that their layer gives out what the base's does; none: nothing, as in the paper."""
-
-    memory: Literal["shared", "own"] = "shared"
-    """What a group sees of the memory bank. shared: what all groups had found by the end of the
-    round before; own: what it found itself, without waiting for the others."""
-
-    num_rounds: int = 3
-    """Rounds of propose, cut, refit, measure, remember (the paper's R)."""
-
-    num_candidates: int = 3
-    """Pruning schemes per round."""
-
-    halving_steps: int = 0
-    """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
-    many steps, then the best half of those for twice as many, until one is left; 0: the lowest
-    loss straight after cut and refit wins."""
-
-    num_images: int = 512
-    """Noised images of the group's timesteps on which scores, losses and sensitivities are
-    measured."""
-
-    num_refit_images: int = 1024
-    """Noised images of the group's timesteps from which the refit takes its statistics. Their
-    activations between two blocks are held in memory."""
-
-    num_levels: int = 4
-    """Widths of each unit at which its sensitivity is measured."""
-
-    held_out_share: float = 0.1
-    """Share of the images that no fine-tune sees and on which all losses are measured, in
-    (0, 0.5]."""
-
-    batch_size: int = 128
-    """Images per forward pass while measuring."""
-
-    def __post_init__(self) -> None:
-        counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
-        _at_least(1, "prune", self, *counts, "num_levels", "batch_size")
-        _at_least(0, "prune", self, "halving_steps")
-        require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProxyConfig:
-    """The language model that proposes schemes where `prune.method` is llm.
-
-    The key and the address come from OPENAI_API_KEY and OPENAI_BASE_URL in the environment of the
-    driver's node, never from a setting.
-    """
-
-    model: str = "gpt-4.1"
-    """The model's name as its server knows it."""
-
-    reply_format: Literal["auto", "schema", "json"] = "auto"
-    """schema: structured output by a JSON schema; json: the form of the answer is described in the
-    prompt only; auto: schema, and json once the server has refused the schema."""
-
-    temperature: float | None = None
-    """Sampling temperature, at least 0; None: the server's default."""
-
-    max_completion_tokens: int = 16_000
-    """Most tokens of one reply."""
-
-    timeout_s: float = 120.0
-    """Longest wait for one reply, in seconds."""
-
-    max_retries: int = 4
-    """How often a request is sent again after a timeout, 429 or 5xx; Retry-After is heeded."""
-
-    max_replies: int = 3
-    """Replies per proposal: a bad one is answered with what was wrong with it. After the last the
-    offline proxy takes over."""
-
-    max_seconds: float = 900.0
-    """Longest that one proposal may take in all before the offline proxy takes over."""
-
-    max_concurrent: int = 4
-    """Calls under way at once, over the whole cluster."""
-
-    max_total_tokens: int | None = 2_000_000
-    """Most tokens, prompts and replies, of all calls over the whole cluster; then the offline
-    proxy takes over. None: no bound."""
-
-    max_cost: float | None = None
-    """Most that all calls may cost, in the currency of the two prices; None: no bound."""
-
-    price_per_million_prompt_tokens: float = 0.0
-    """What the provider charges for a million prompt tokens."""
-
-    price_per_million_completion_tokens: float = 0.0
-    """What the provider charges for a million tokens of replies."""
-
-    max_memory_entries: int = 20
-    """Most entries of the memory bank in a prompt."""
-
-    replay: str | None = None
-    """A run directory whose transcripts answer in place of the server; no call is made."""
-
-    def __post_init__(self) -> None:
-        counts = ("max_completion_tokens", "max_replies", "max_concurrent", "max_total_tokens")
-        _at_least(1, "proxy", self, *counts)
-        prices = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
-        _at_least(0, "proxy", self, "temperature", "max_retries", "max_memory_entries", *prices)
-        for name in ("timeout_s", "max_seconds", "max_cost"):
-            value = getattr(self, name)
-            require("proxy", self, name, "above 0", ok=value is None or value > 0)
-        if self.max_cost is not None and not any(getattr(self, name) for name in prices):
-            raise ConfigError(
-                f"proxy.max_cost {self.max_cost} needs prices: set "
-                "--proxy.price-per-million-prompt-tokens and "
-                "--proxy.price-per-million-completion-tokens."
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -366,7 +234,7 @@ class SamplerConfig:
     """The step after the last has no noise at all (diffusers' name)."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "sampler", self, "num_inference_steps")
+        at_least(1, "sampler", self, "num_inference_steps")
         require("sampler", self, "eta", "in [0, 1]", ok=0 <= self.eta <= 1)
         require("sampler", self, "steps_offset", "0 or 1", ok=self.steps_offset in (0, 1))
 
@@ -399,8 +267,8 @@ class EvaluateConfig:
     """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
 
     def __post_init__(self) -> None:
-        _at_least(2, "evaluate", self, "num_images")
-        _at_least(1, "evaluate", self, "batch_size")
+        at_least(2, "evaluate", self, "num_images")
+        at_least(1, "evaluate", self, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -434,5 +302,5 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         counts = ("num_base_workers", "cpus_per_base_worker", "num_actors", "cpus_per_actor")
-        _at_least(1, "compute", self, *counts, "max_attempts")
-        _at_least(0, "compute", self, "gpus_per_base_worker", "gpus_per_actor")
+        at_least(1, "compute", self, *counts, "max_attempts")
+        at_least(0, "compute", self, "gpus_per_base_worker", "gpus_per_actor")

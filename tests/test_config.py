@@ -17,6 +17,7 @@ from tdc_ray.config import (
     with_absolute_paths,
 )
 from tdc_ray.errors import ConfigError
+from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
@@ -24,8 +25,6 @@ from tdc_ray.settings import (
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
-    ProxyConfig,
-    PruneConfig,
     SamplerConfig,
     TrainConfig,
 )

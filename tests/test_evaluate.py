@@ -36,7 +36,7 @@ from tdc_ray.plan import plan_groups
 from tdc_ray.sampling import image_generators
 from tdc_ray.storage import write_json
 from tdc_ray.work import WorkItem, finished, run_chain
-from tests.small import TINY, make_run_dir, random_kept, small_config
+from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config
 
 UNITS = units_of(TINY)
 
@@ -219,7 +219,8 @@ def test_moments_of_the_shares_are_those_of_all_samples(scored, spec):
 def test_progress_is_reported_in_images(config, spec, tmp_path):
     run_dir, seen = make_run_dir(tmp_path), []
     (chain, *_) = evaluate(run_dir, config, spec, "base", macs=1.0).values()
-    result = run_chain(chain, lambda metrics, step: seen.append((dict(metrics), step)))
+    watch = reporting_to(lambda metrics, step: seen.append((dict(metrics), step)))
+    result = run_chain(chain, watch)
     assert seen == [({}, 20), ({}, 1)]  # a share's images, then its features
     assert result["num_images"] == 20
     assert result["seconds"] > 0

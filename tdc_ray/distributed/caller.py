@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.prune.budget import Budget
-from tdc_ray.settings import ProxyConfig
+from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.work import Result, WorkItem, run_item
 
 NAME = "tdc-ray-caller"

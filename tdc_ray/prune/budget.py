@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.transcripts import Usage, spent_in
-from tdc_ray.settings import ProxyConfig
+from tdc_ray.prune_settings import ProxyConfig
 
 
 class Budget:

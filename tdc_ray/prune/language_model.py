@@ -22,7 +22,7 @@ from tdc_ray.prune.transcripts import (
     recorded_reply,
     transcript_path,
 )
-from tdc_ray.settings import ProxyConfig
+from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.work import Report, Result
 
 logger = logging.getLogger(__name__)

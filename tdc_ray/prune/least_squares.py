@@ -69,15 +69,18 @@ class LeastSquares:
         self._origin = layer.weight.new_zeros(inputs)
         self._gram, self._cross = zeros(inputs, inputs), zeros(inputs, outputs)
         self._inputs, self._outputs = zeros(inputs), zeros(outputs)
-        self._count = 0
+        self._count, self._num_rows = 0.0, 0
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+    def add(self, inputs: Tensor, outputs: Tensor, weights: Tensor | None = None) -> None:
         """Add the rows of a batch.
 
         Args:
             inputs: What goes into the layer: ``(B, C, H, W)``, or ``(B, N, C)`` if it is linear.
             outputs: What should come out: ``(B, M, H', W')`` or ``(B, N, M)``.
+            weights: How much the squared error of every image counts, ``(B,)``; None: 1.
         """
+        if weights is None:
+            weights = inputs.new_ones(len(inputs))
         if outputs.ndim == 4:
             outputs = outputs.flatten(2).transpose(1, 2)  # (B, M, H', W') -> (B, N, M)
         num_places = outputs.shape[1]
@@ -88,19 +91,22 @@ class LeastSquares:
             part = slice(first, first + size)
             rows = _rows(self.layer, inputs[part], places)
             targets = outputs[part][:, places].flatten(0, 1)
-            if self._count == 0:
+            if self._num_rows == 0:
                 self._origin = rows.mean(0)
             rows -= self._origin
-            self._gram += (rows.T @ rows).double()
-            self._cross += (rows.T @ targets).double()
-            self._inputs += rows.sum(0, dtype=torch.float64)
-            self._outputs += targets.sum(0, dtype=torch.float64)
-            self._count += len(rows)
+            counts = weights[part, None].expand(-1, len(places)).reshape(-1, 1)  # (B * places, 1)
+            weighted = rows * counts
+            self._gram += (weighted.T @ rows).double()
+            self._cross += (weighted.T @ targets).double()
+            self._inputs += weighted.sum(0, dtype=torch.float64)
+            self._outputs += (targets * counts).sum(0, dtype=torch.float64)
+            self._count += float(counts.double().sum())
+            self._num_rows += len(rows)
 
     @property
     def macs(self) -> int:
         """Macs that the statistics took."""
-        return self._count * len(self._gram) * (len(self._gram) + self._cross.shape[1])
+        return self._num_rows * len(self._gram) * (len(self._gram) + self._cross.shape[1])
 
     def normal(self) -> tuple[Tensor, Tensor]:
         """Give both sides of the normal equations, ``(n, n)`` and ``(n, m)``, the bias gone.

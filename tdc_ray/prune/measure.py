@@ -37,9 +37,12 @@ from tdc_ray.prune.sensitivity import (
     solve_units,
 )
 from tdc_ray.prune.space import Scheme, Space, space_of
+from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.settings import ScoreMethod
 from tdc_ray.work import Report, Result
+
+ERROR_WEIGHT_PASSES = 3
+"""What the weights of the refit's images cost, in forward passes: one forward and one backward."""
 
 DIFF_PRUNING_BATCH = 32
 """Images of Diff-Pruning's one batch, at most; it goes through the network at every timestep."""
@@ -136,7 +139,9 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
                 base.unet, inner, seen, schedule, config.prune.num_levels
             )
             scores |= ranked
-            macs += config.prune.num_refit_images * base.space.macs_base
+            macs += (
+                config.prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * base.space.macs_base
+            )
         held_out = list(noised_batches(config, group, device, purpose="held-out"))
         grown = measure_units(base.unet, solutions, held_out, schedule)
         macs += _measuring_macs(base, solutions) * config.prune.num_images
@@ -194,7 +199,8 @@ def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group
     batches = noised_batches(config, group, base.unet.device, purpose="refit")
     outputs = kept_outputs(base.unet, units, kept)
     macs = refit(base.unet, pruned, outputs, batches, schedule)
-    passes = base.space.macs_base + 2 * base.space.macs(_widths(kept))
+    passes = (1 + ERROR_WEIGHT_PASSES) * base.space.macs_base
+    passes += 2 * base.space.macs(_widths(kept))
     return macs + float(config.prune.num_refit_images * passes)
 
 

@@ -2,7 +2,8 @@
 
 Block by block in forward order, the weights that read what was cut, and those that close the
 blocks behind it, are solved for so that on noised images of the group's timesteps the block gives
-out what the base's does. No gradient step is taken.
+out what the base's does. An image counts by how much an error in the block's output would change
+the network's. No gradient step is taken.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,8 @@ def refit(
     """
     macs = 0
     pruned.eval()
+    batches = list(batches)
+    weights = error_weights(base, batches, schedule)
     keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
     true = [batch.start(base, schedule) for batch in batches]
     ours, cut_before = true, False
@@ -54,11 +57,58 @@ def refit(
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
             wanted = after if name == closing(step.module) else None
-            macs += _solve(layer, name, base_step, step, true, ours, wanted, keep.get(layer))
+            macs += _solve(
+                layer,
+                name,
+                base_step,
+                step,
+                true,
+                ours,
+                wanted,
+                keep.get(layer),
+                weights[step.name],
+            )
         cut_before = cut_before or _is_cut(base_step.module, step.module)
         ours = [step(state) for state in ours] if cut_before else after
         true = after
     return macs
+
+
+def error_weights(
+    base: UNet2DModel, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
+) -> dict[str, list[Tensor]]:
+    """Tell how much a small error in a step's output changes the network's, for every image.
+
+    The squared norm of the network's Jacobian, estimated with one random direction (Hutchinson):
+    noisy for one value, but summed over all of a step's. At timesteps whose noise is easy to
+    predict errors matter less, and the loss hardly heeds them.
+
+    Args:
+        base: The base, in eval mode.
+        batches: Noised images of the group's timesteps.
+        schedule: The noise schedule, on the device of the base.
+
+    Returns:
+        For every step, a tensor ``(B,)`` for each batch; their mean over all images is 1.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("error weights"))
+    found: dict[str, list[Tensor]] = {}
+    all_steps = steps(base)
+    for batch in batches:
+        with torch.enable_grad():
+            state, hidden = batch.start(base, schedule), []
+            for step in all_steps:
+                state = step(state)
+                hidden.append(state.hidden)
+            direction = torch.randn(state.hidden.shape, generator=generator)
+            total = (state.hidden * direction.to(state.hidden.device)).sum()
+            gradients = torch.autograd.grad(total, hidden)
+        for step, gradient in zip(all_steps, gradients, strict=True):
+            found.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
+    for parts in found.values():
+        mean = torch.cat(parts).mean()
+        parts[:] = [part / mean if mean > 0 else torch.ones_like(part) for part in parts]
+    return found
 
 
 def closing(module: nn.Module) -> str:
@@ -80,6 +130,7 @@ def _solve(
     ours: Sequence[State],
     after: Sequence[State] | None,
     keep: Tensor | None,
+    weights: Sequence[Tensor],
 ) -> int:
     """Solve for one layer's weights; give the macs of the statistics.
 
@@ -93,6 +144,7 @@ def _solve(
         after: What comes out of the base's, where the layer closes the step: the step's output is
             fitted then, so that whatever else is off in it is made up for. None: the layer's is.
         keep: Which of the base's outputs the layer has; None: all.
+        weights: How much every image of each batch counts.
     """
     num_images = sum(len(state.hidden) for state in true)
     squares: LeastSquares | None = None
@@ -113,10 +165,10 @@ def _solve(
             num_places = wanted[0].numel() // len(layer.weight)
             seed = derive_seed(step.name, name)
             squares = LeastSquares(layer, num_rows=num_images * num_places, seed=seed)
-        squares.add(tap.input, wanted)
+        squares.add(tap.input, wanted, weights[index])
     assert squares is not None
-    weights, bias = squares.solve()
-    layer.weight.copy_(weights)
+    weight, bias = squares.solve()
+    layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(bias)
     return squares.macs

@@ -22,8 +22,8 @@ from tdc_ray.prune.proxy import PruningTask
 from tdc_ray.prune.scored import baseline_schemes
 from tdc_ray.prune.space import Scheme, repair
 from tdc_ray.prune.task import Candidate, Choice, GroupTask, Spent
+from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.settings import ScoreMethod
 from tdc_ray.work import Chain, Meeting, WorkItem
 
 SENSITIVITY_ITEMS = 4

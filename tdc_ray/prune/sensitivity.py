@@ -13,7 +13,7 @@ from tdc_ray.models.units import Unit
 from tdc_ray.prune.importance import Scores, keep_best, reconstruction_scores
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.prune.refit import closing
+from tdc_ray.prune.refit import closing, error_weights
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]
@@ -145,7 +145,8 @@ def _statistics(
     }
     all_steps = steps(base)
     last = max(i for i, step in enumerate(all_steps) if step.name in squares)
-    for batch in batches:
+    weights = error_weights(base, batches, schedule)
+    for number, batch in enumerate(batches):
         state = batch.start(base, schedule)
         for step in all_steps[: last + 1]:
             if step.name not in squares:
@@ -153,7 +154,7 @@ def _statistics(
                 continue
             with Tap(squares[step.name].layer) as tap:
                 state = step(state)
-            squares[step.name].add(tap.input, tap.output)
+            squares[step.name].add(tap.input, tap.output, weights[step.name][number])
     for unit in units:
         yield unit, squares.pop(unit.name)
 

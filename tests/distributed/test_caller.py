@@ -15,7 +15,7 @@ from tdc_ray.distributed.caller import start_caller
 from tdc_ray.distributed.cluster import Board, board
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import AskJob, ask
-from tdc_ray.settings import ProxyConfig
+from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.storage import read_json
 from tdc_ray.work import WorkItem
 from tests.prune.openai_server import after, says, serving

@@ -18,7 +18,7 @@ from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.language_model import AskJob, LanguageModel, ask
 from tdc_ray.prune.space import repair
 from tdc_ray.prune.transcripts import Usage
-from tdc_ray.settings import ProxyConfig
+from tdc_ray.prune_settings import ProxyConfig
 from tests.prune.openai_server import (
     USAGE,
     after,

@@ -249,3 +249,17 @@ def test_a_tap_keeps_what_last_went_in_and_came_out_while_it_is_entered():
     layer(second)
     assert tap.input is first
     assert tap.output is wanted
+
+
+@all_layers
+def test_an_image_that_counts_twice_is_an_image_that_comes_twice(layer):
+    ours, theirs = layer_of(layer), layer_of(layer, seed=1)
+    inputs = inputs_of(ours, size=6)
+    outputs = outputs_of(theirs, inputs, noise=0.5)
+    counts = torch.tensor([1, 2, 1, 0, 3, 1])
+    weighted = LeastSquares(ours, num_rows=1, seed=0)
+    weighted.add(inputs, outputs, counts.float())
+    repeated = squares_of(
+        ours, (inputs.repeat_interleave(counts, 0), outputs.repeat_interleave(counts, 0))
+    )
+    assert_close(weighted.solve(), repeated.solve(), atol=1e-4)

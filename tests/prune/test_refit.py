@@ -9,7 +9,7 @@ from tdc_ray.models.steps import steps
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.prune.refit import closing, refit
+from tdc_ray.prune.refit import closing, error_weights, refit
 from tdc_ray.settings import DiffusionConfig
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, assert_same, random_kept, random_unet
@@ -281,3 +281,28 @@ def test_the_refitted_unet_trains(kind: SpaceKind):
     batch.loss(batch.predict(refitted.train(), SCHEDULE), SCHEDULE).mean().backward()
     assert all(parameter.requires_grad for parameter in refitted.parameters())
     assert all(torch.isfinite(p.grad).all() for p in refitted.parameters() if p.grad is not None)
+
+
+# --- how much an image counts ----------------------------------------------------------------
+
+
+def test_images_count_by_what_an_error_does_to_the_output():
+    base, batches = random_unet(), noised(TINY, 5, 3)
+    weights = error_weights(base, batches, SCHEDULE)
+    assert list(weights) == [step.name for step in steps(base)]
+    for parts in weights.values():
+        assert [len(part) for part in parts] == [5, 3]
+        assert float(torch.cat(parts).mean()) == pytest.approx(1.0, abs=1e-5)
+    with torch.no_grad():  # an output that heeds nothing: no image counts more than another
+        base.conv_out.weight.zero_()
+    silent = error_weights(base, batches, SCHEDULE)
+    assert all(bool((part == 1).all()) for part in silent["conv_in"])
+
+
+def test_an_image_whose_errors_are_lost_counts_little():
+    base, batches = random_unet(), noised(TINY, 8)
+    (before,) = error_weights(base, batches, SCHEDULE)["conv_in"]
+    assert float(before.max() / before.min()) > 1.01  # images differ
+    (last,) = error_weights(base, batches, SCHEDULE)["conv_out"]
+    size = TINY["sample_size"] ** 2 * TINY["out_channels"]
+    assert float((last - 1).abs().max()) < 6 * (2 / size) ** 0.5  # only the direction's own norm

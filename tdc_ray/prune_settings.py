@@ -1,0 +1,141 @@
+"""The settings of pruning and of the language model that may propose for it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tdc_ray.errors import ConfigError
+from tdc_ray.settings import at_least, require
+
+ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
+SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]
+PruneMethod = SearchMethod | Literal["none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """How the base is pruned to each group's limit."""
+
+    method: PruneMethod = "offline"
+    """Who proposes the schemes. offline: a search over measured sensitivities that needs no key;
+    llm: a language model (see proxy); random, magnitude, taylor, diff-pruning: the better of a
+    uniform ratio and a global ranking by this score, one round; none: TDC without pruning, every
+    expert keeps the base's widths."""
+
+    space: Literal["inner", "full"] = "inner"
+    """What can be cut. inner: residual blocks' inner widths and attention heads; full: the
+    residual stream's width too."""
+
+    refit: Literal["least-squares", "none"] = "least-squares"
+    """What follows a cut. least-squares: the weights that read what was cut are fitted anew so
+    that their layer gives out what the base's does; none: nothing, as in the paper."""
+
+    memory: Literal["shared", "own"] = "shared"
+    """What a group sees of the memory bank. shared: what all groups had found by the end of the
+    round before; own: what it found itself, without waiting for the others."""
+
+    num_rounds: int = 3
+    """Rounds of propose, cut, refit, measure, remember (the paper's R)."""
+
+    num_candidates: int = 3
+    """Pruning schemes per round."""
+
+    halving_steps: int = 0
+    """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
+    many steps, then the best half of those for twice as many, until one is left; 0: the lowest
+    loss straight after cut and refit wins."""
+
+    num_images: int = 512
+    """Noised images of the group's timesteps on which scores, losses and sensitivities are
+    measured."""
+
+    num_refit_images: int = 1024
+    """Noised images of the group's timesteps from which the refit takes its statistics. Their
+    activations between two blocks are held in memory."""
+
+    num_levels: int = 4
+    """Widths of each unit at which its sensitivity is measured."""
+
+    held_out_share: float = 0.1
+    """Share of the images that no fine-tune sees and on which all losses are measured, in
+    (0, 0.5]."""
+
+    batch_size: int = 128
+    """Images per forward pass while measuring."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
+        at_least(1, "prune", self, *counts, "num_levels", "batch_size")
+        at_least(0, "prune", self, "halving_steps")
+        require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProxyConfig:
+    """The language model that proposes schemes where `prune.method` is llm.
+
+    The key and the address come from OPENAI_API_KEY and OPENAI_BASE_URL in the environment of the
+    driver's node, never from a setting.
+    """
+
+    model: str = "gpt-4.1"
+    """The model's name as its server knows it."""
+
+    reply_format: Literal["auto", "schema", "json"] = "auto"
+    """schema: structured output by a JSON schema; json: the form of the answer is described in the
+    prompt only; auto: schema, and json once the server has refused the schema."""
+
+    temperature: float | None = None
+    """Sampling temperature, at least 0; None: the server's default."""
+
+    max_completion_tokens: int = 16_000
+    """Most tokens of one reply."""
+
+    timeout_s: float = 120.0
+    """Longest wait for one reply, in seconds."""
+
+    max_retries: int = 4
+    """How often a request is sent again after a timeout, 429 or 5xx; Retry-After is heeded."""
+
+    max_replies: int = 3
+    """Replies per proposal: a bad one is answered with what was wrong with it. After the last the
+    offline proxy takes over."""
+
+    max_seconds: float = 900.0
+    """Longest that one proposal may take in all before the offline proxy takes over."""
+
+    max_concurrent: int = 4
+    """Calls under way at once, over the whole cluster."""
+
+    max_total_tokens: int | None = 2_000_000
+    """Most tokens, prompts and replies, of all calls over the whole cluster; then the offline
+    proxy takes over. None: no bound."""
+
+    max_cost: float | None = None
+    """Most that all calls may cost, in the currency of the two prices; None: no bound."""
+
+    price_per_million_prompt_tokens: float = 0.0
+    """What the provider charges for a million prompt tokens."""
+
+    price_per_million_completion_tokens: float = 0.0
+    """What the provider charges for a million tokens of replies."""
+
+    max_memory_entries: int = 20
+    """Most entries of the memory bank in a prompt."""
+
+    replay: str | None = None
+    """A run directory whose transcripts answer in place of the server; no call is made."""
+
+    def __post_init__(self) -> None:
+        counts = ("max_completion_tokens", "max_replies", "max_concurrent", "max_total_tokens")
+        at_least(1, "proxy", self, *counts)
+        prices = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
+        at_least(0, "proxy", self, "temperature", "max_retries", "max_memory_entries", *prices)
+        for name in ("timeout_s", "max_seconds", "max_cost"):
+            value = getattr(self, name)
+            require("proxy", self, name, "above 0", ok=value is None or value > 0)
+        if self.max_cost is not None and not any(getattr(self, name) for name in prices):
+            raise ConfigError(
+                f"proxy.max_cost {self.max_cost} needs prices: set "
+                "--proxy.price-per-million-prompt-tokens and "
+                "--proxy.price-per-million-completion-tokens."
+            )
