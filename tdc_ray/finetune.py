@@ -15,7 +15,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import count_params, unet_config
-from tdc_ray.models.units import Kept
+from tdc_ray.models.units import Kept, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank
@@ -116,7 +116,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
             job.kept,
         )
         loss = held_out_loss(averaged, job.config, job.group)
-    macs = base.space.macs({name: len(places) for name, places in job.kept.items()})
+    macs = base.space.macs(widths_of(job.kept))
     return {
         "macs": macs,
         "num_params": count_params(state.unet),
@@ -146,7 +146,7 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
 def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
     job = _job(task, kept, task.config.finetune.num_steps, "checkpoint.pt")
-    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    macs = task.space.macs(widths_of(kept))
     cost = 3.0 * macs * job.num_images
     return task.item("finetune", finetune_expert, job, cost=cost, num_steps=job.num_steps)
 
@@ -164,7 +164,7 @@ def trial_item(
         steps_before: How many of them an earlier item of this name took.
     """
     job = _job(task, kept, num_steps, f"{name}.pt")
-    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    macs = task.space.macs(widths_of(kept))
     images = (num_steps - steps_before) * task.config.finetune.batch_size
     key = f"{name}-{num_steps}"
     return task.item(key, try_candidate, job, cost=3.0 * macs * images, num_steps=num_steps)
@@ -207,13 +207,15 @@ def _job(task: GroupTask, kept: Kept, num_steps: int, checkpoint: str) -> Finetu
 def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
     """Cut and refit the base, and train what is left, or go on from a checkpoint of it."""
     base = load_base(job.run_dir, job.config)
-    if job.checkpoint.exists():
-        unet = cut(base.unet, base.space.units, job.kept)
-        state = start_state(unet, job.config.finetune)
+    goes_on = job.checkpoint.exists()  # its weights replace those of a refit
+    unet = (
+        cut(base.unet, base.space.units, job.kept)
+        if goes_on
+        else pruned_unet(base, job.kept, job.config, job.group)
+    )
+    state = start_state(unet, job.config.finetune)
+    if goes_on:
         state.load(job.checkpoint)
-    else:
-        unet = pruned_unet(base, job.kept, job.config, job.group)
-        state = start_state(unet, job.config.finetune)
     _train(state, job.config, job.group, job.checkpoint, report)
     return base, state
 

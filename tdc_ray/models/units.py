@@ -85,6 +85,11 @@ def units_for(config: UNetConfig, kept: Kept) -> tuple[Unit, ...]:
     return units_of(config, "full" if any(name.startswith(STREAM) for name in kept) else "inner")
 
 
+def widths_of(kept: Kept) -> dict[str, int]:
+    """Tell how many steps of each unit a choice keeps."""
+    return {name: len(steps) for name, steps in kept.items()}
+
+
 def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
     """Give the choice that cuts nothing."""
     return {unit.name: tuple(range(unit.width)) for unit in units}

@@ -17,7 +17,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.unet import load_unet, unet_config
-from tdc_ray.models.units import Kept, Unit, keep_all
+from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.importance import (
     Scores,
@@ -36,7 +36,7 @@ from tdc_ray.prune.sensitivity import (
     measure_units,
     solve_units,
 )
-from tdc_ray.prune.space import Scheme, Space, space_of
+from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
 from tdc_ray.work import Report, Result
@@ -200,7 +200,7 @@ def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group
     outputs = kept_outputs(base.unet, units, kept)
     macs = refit(base.unet, pruned, outputs, batches, schedule)
     passes = (1 + ERROR_WEIGHT_PASSES) * base.space.macs_base
-    passes += 2 * base.space.macs(_widths(kept))
+    passes += 2 * base.space.macs(widths_of(kept))
     return macs + float(config.prune.num_refit_images * passes)
 
 
@@ -209,16 +209,12 @@ def _cut_and_measure(
 ) -> tuple[float, float, float]:
     """Give the loss after the cut, the loss after the refit if there is one, and the macs."""
     pruned = cut(base.unet, base.space.units, kept)
-    measuring = float(config.prune.num_images * base.space.macs(_widths(kept)))
+    measuring = float(config.prune.num_images * base.space.macs(widths_of(kept)))
     loss_cut = held_out_loss(pruned, config, group)
     if config.prune.refit == "none" or kept == keep_all(base.space.units):
         return loss_cut, loss_cut, measuring
     macs = _refit(base, pruned, kept, config, group)
     return loss_cut, held_out_loss(pruned, config, group), macs + 2 * measuring
-
-
-def _widths(kept: Kept) -> Scheme:
-    return {name: len(places) for name, places in kept.items()}
 
 
 def _scores(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tdc_ray.models.units import Kept, Unit, keep_all
+from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
 from tdc_ray.prune.importance import Scores, keep_best
 from tdc_ray.prune.language_model import AskJob, ask
 from tdc_ray.prune.measure import (
@@ -204,7 +204,7 @@ def _sensitivity_item(task: GroupTask, index: int, units: Sequence[Unit]) -> Wor
 
 
 def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
-    macs = task.space.macs({unit: len(places) for unit, places in kept.items()})
+    macs = task.space.macs(widths_of(kept))
     return task.item(
         name,
         measure_candidate,

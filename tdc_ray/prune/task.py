@@ -6,7 +6,7 @@ from typing import Any
 
 from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
-from tdc_ray.models.units import Kept
+from tdc_ray.models.units import Kept, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.space import Scheme, Space
@@ -138,7 +138,7 @@ class Choice:
     @property
     def widths(self) -> Scheme:
         """The scheme."""
-        return {unit: len(places) for unit, places in self.kept.items()}
+        return widths_of(self.kept)
 
     @property
     def loss_cut(self) -> float:
