@@ -55,6 +55,11 @@ class PruneConfig:
     num_levels: int = 4
     """Widths of each unit at which its sensitivity is measured."""
 
+    num_passes: int = 3
+    """How often sensitivities are measured. 1: on the base; 2: once more at the limit, on the best
+    scheme so far; 3: half-way there too, and so on. Cuts disturb each other, and the later passes
+    see it."""
+
     held_out_share: float = 0.1
     """Share of the images that no fine-tune sees and on which all losses are measured, in
     (0, 0.5]."""
@@ -64,7 +69,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
-        at_least(1, "prune", self, *counts, "num_levels", "batch_size")
+        at_least(1, "prune", self, *counts, "num_levels", "num_passes", "batch_size")
         at_least(0, "prune", self, "halving_steps")
         require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
 

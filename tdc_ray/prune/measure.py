@@ -5,8 +5,8 @@ fine-tune sees those images.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from diffusers import UNet2DModel
 
@@ -15,6 +15,7 @@ from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
+from tdc_ray.models.shapes import Layer
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.unet import load_unet, unet_config
 from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
@@ -36,7 +37,8 @@ from tdc_ray.prune.sensitivity import (
     measure_units,
     solve_units,
 )
-from tdc_ray.prune.space import Space, space_of
+from tdc_ray.prune.space import Scheme, Space, space_of
+from tdc_ray.prune.table import tabulate
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
 from tdc_ray.work import Report, Result
@@ -60,12 +62,17 @@ class ScoreJob:
 
 @dataclass(frozen=True, slots=True)
 class SensitivityJob:
-    """Rank some of the base's units and measure how the loss grows when one of them is cut."""
+    """Measure how the loss of the base, or of a cut of it, grows when one unit is cut further."""
 
     run_dir: RunDir
     config: RunConfig
     group: Group
     units: tuple[str, ...]
+    kept: Kept
+    """What the model that is measured keeps of the base: the best by score."""
+
+    scores: Scores
+    """Of the base's units; those that are ranked by reconstruction may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +93,8 @@ class Base:
 
     unet: UNet2DModel
     space: Space
-    layer_macs: Mapping[str, int]
-    """Of every layer by its name, in the order of the forward pass."""
+    layers: Sequence[Layer]
+    """In the order of the forward pass."""
 
 
 def load_base(run_dir: RunDir, config: RunConfig) -> Base:
@@ -100,7 +107,7 @@ def load_base(run_dir: RunDir, config: RunConfig) -> Base:
     return Base(
         load_unet(run_dir.base_unet).to(worker_device()),
         space_of(unet_settings, config.prune.space),
-        {layer.name: layer.macs for layer in all_layers(unet_settings)},
+        all_layers(unet_settings),
     )
 
 
@@ -118,41 +125,43 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
     """Give ``scores``, ``sensitivities``, ``macs`` and ``seconds`` for some units.
 
     Sensitivities are the growth of the loss, for every unit, by width (as text, being JSON).
+    Scores are those of inner units by reconstruction, of the steps that the model still has.
     """
     started = time.perf_counter()
-    config, group, device = job.config, job.group, worker_device()
-    base, schedule = load_base(job.run_dir, config), noise_schedule(config.diffusion).to(device)
-    units = tuple(unit for unit in base.space.units if unit.name in job.units)
-    inner = [unit for unit in units if unit.kind != "stream"]
-    streams = [unit for unit in units if unit.kind == "stream"]
+    config, group, prune = job.config, job.group, job.config.prune
+    base = load_base(job.run_dir, config)
+    device, schedule = base.unet.device, noise_schedule(config.diffusion).to(base.unet.device)
+    unet, macs = _cut_and_refit(base, job.kept, config, group)
+    macs_model = base.space.macs(widths_of(job.kept))
+    units = [unit for unit in base.space.units if unit.name in job.units]
+    inner = [
+        replace(unit, width=len(job.kept[unit.name])) for unit in units if unit.kind != "stream"
+    ]
     scores: Scores = {}
-    macs = 0.0
-    if streams or config.prune.refit == "none":
-        scores, macs = _scores("taylor", base, units, config, group)
     grown: dict[str, dict[int, float]] = {}
     if inner:
-        if config.prune.refit == "none":
-            solutions = masked_units(base.unet, inner, scores, config.prune.num_levels)
+        if prune.refit == "none":
+            left = {u.name: [job.scores[u.name][i] for i in job.kept[u.name]] for u in inner}
+            solutions = masked_units(unet, inner, left, prune.num_levels)
         else:
             seen = list(noised_batches(config, group, device, purpose="refit"))
-            ranked, solutions = solve_units(
-                base.unet, inner, seen, schedule, config.prune.num_levels
-            )
-            scores |= ranked
-            macs += (
-                config.prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * base.space.macs_base
-            )
+            scores, solutions = solve_units(unet, inner, seen, schedule, prune.num_levels)
+            macs += prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * macs_model
         held_out = list(noised_batches(config, group, device, purpose="held-out"))
-        grown = measure_units(base.unet, solutions, held_out, schedule)
-        macs += _measuring_macs(base, solutions) * config.prune.num_images
+        grown = measure_units(unet, solutions, held_out, schedule)
+        macs += _measuring_macs(base, widths_of(job.kept), solutions) * prune.num_images
+    streams = [unit for unit in units if unit.kind == "stream"]
     if streams:
-        loss = held_out_loss(base.unet, config, group)
+        loss = held_out_loss(unet, config, group)
+        macs += float(prune.num_images * macs_model)
         for unit in streams:
             grown[unit.name] = {}
-            for width in levels(unit, config.prune.num_levels):
-                (kept,) = keep_best((unit,), scores, {unit.name: width}).values()
-                choice = keep_all(base.space.units) | {unit.name: kept}
-                _, refitted, spent = _cut_and_measure(base, choice, config, group)
+            at = replace(unit, width=len(job.kept[unit.name]))
+            for width in levels(at, prune.num_levels):
+                (kept,) = keep_best((unit,), job.scores, {unit.name: width}).values()
+                _, refitted, spent = _cut_and_measure(
+                    base, {**job.kept, unit.name: kept}, config, group
+                )
                 grown[unit.name][width] = refitted - loss
                 macs += spent
     report({}, 1)
@@ -184,10 +193,17 @@ def measure_candidate(job: MeasureJob, report: Report) -> Result:
 
 def pruned_unet(base: Base, kept: Kept, config: RunConfig, group: Group) -> UNet2DModel:
     """Cut the base and, as the settings say, refit what is left on the group's timesteps."""
+    return _cut_and_refit(base, kept, config, group)[0]
+
+
+def _cut_and_refit(
+    base: Base, kept: Kept, config: RunConfig, group: Group
+) -> tuple[UNet2DModel, float]:
+    """Give the cut model and the macs that its refit took."""
     pruned = cut(base.unet, base.space.units, kept)
-    if config.prune.refit != "none":
-        _refit(base, pruned, kept, config, group)
-    return pruned
+    if config.prune.refit == "none":
+        return pruned, 0.0
+    return pruned, _refit(base, pruned, kept, config, group)
 
 
 def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group: Group) -> float:
@@ -242,12 +258,13 @@ def _scores(
     return scores, 3 * forward * size * seen
 
 
-def _measuring_macs(base: Base, solutions: Solutions) -> float:
+def _measuring_macs(base: Base, widths: Scheme, solutions: Solutions) -> float:
     """Macs per image of measuring units: of all that stands behind each, once for each level."""
     behind, total = 0, 0
-    for name, macs in reversed(list(base.layer_macs.items())):
-        behind += macs
-        block, _, layer = name.rpartition(".")
-        if block in solutions and layer in ("conv1", "to_q"):  # where the block begins
+    for layer in reversed(base.layers):
+        _, macs = tabulate([layer], base.space.units)
+        behind += macs.at(widths)
+        block, _, last = layer.name.rpartition(".")
+        if block in solutions and last in ("conv1", "to_q"):  # where the block begins
             total += behind * len(solutions[block])
     return float(total)

@@ -70,10 +70,11 @@ class OfflineProxy:
             values = step_values(space, curves, mean)
             take(repair(space, best(nearest).widths, task.max_macs, values))
         draw = np.random.default_rng(derive_seed(task.seed, "offline", len(own)))
-        for _ in range(MAX_TRIES * task.num_candidates):
+        for number in range(MAX_TRIES * task.num_candidates):
             if len(found) >= task.num_candidates:
                 break
-            factors = mean + factor @ draw.standard_normal(len(mean))
+            spread = 1 + number / MAX_TRIES  # draws that bring nothing new reach further
+            factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
             take(knapsack(space, curves, task.max_macs, factors))
         return found[: task.num_candidates]
 
@@ -102,8 +103,44 @@ def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorA
     return curves
 
 
+def measured_further(
+    sensitivities: Sensitivities,
+    curves: Mapping[str, FactorArray],
+    start: Scheme,
+    grown: Sensitivities,
+) -> dict[str, dict[int, float]]:
+    """Put sensitivities that were measured on a cut model behind those that led there.
+
+    Cuts disturb each other, so that the next one costs more, or less, once others are made.
+
+    Args:
+        sensitivities: Of the base.
+        curves: :func:`loss_curves` of these.
+        start: The scheme of the cut model.
+        grown: By how much that model's loss grows when one unit is cut further.
+
+    Returns:
+        Down to a unit's width in the cut model what was known before; below it, that unit's growth
+        up to there and what was measured from there.
+    """
+    found = {}
+    for name, known in sensitivities.items():
+        found[name] = dict(known)
+        if further := grown.get(name):
+            width = start[name]
+            until = float(curves[name][width - 1])
+            found[name] = {w: growth for w, growth in known.items() if w > width}
+            if width < len(curves[name]):
+                found[name][width] = until
+            found[name] |= {w: until + growth for w, growth in further.items()}
+    return found
+
+
 def knapsack(
-    space: Space, curves: Mapping[str, FactorArray], max_macs: int, factors: FactorArray
+    space: Space,
+    curves: Mapping[str, FactorArray],
+    max_macs: int,
+    factors: FactorArray | None = None,
 ) -> dict[str, int]:
     """Give the scheme within a limit whose predicted growth of the loss is (nearly) the least.
 

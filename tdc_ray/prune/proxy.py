@@ -9,7 +9,8 @@ from tdc_ray.prune.space import Scheme, Space
 
 Sensitivities = Mapping[str, Mapping[int, float]]
 """For every unit, widths below its own and by how much the loss grows when that unit alone is cut
-to them, after the refit where there is one."""
+to them, after the refit where there is one. What is far below may be measured on models that are
+cut elsewhere too (``prune.num_passes``)."""
 
 
 @dataclass(frozen=True, slots=True)

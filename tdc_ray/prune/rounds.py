@@ -17,14 +17,20 @@ from tdc_ray.prune.measure import (
     score_units,
 )
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
-from tdc_ray.prune.offline import OfflineProxy, loss_curves, step_values
-from tdc_ray.prune.proxy import PruningTask
+from tdc_ray.prune.offline import (
+    OfflineProxy,
+    knapsack,
+    loss_curves,
+    measured_further,
+    step_values,
+)
+from tdc_ray.prune.proxy import PruningTask, Sensitivities
 from tdc_ray.prune.scored import baseline_schemes
 from tdc_ray.prune.space import Scheme, repair
 from tdc_ray.prune.task import Candidate, Choice, GroupTask, Spent
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Chain, Meeting, WorkItem
+from tdc_ray.work import Chain, Meeting, Result, WorkItem
 
 SENSITIVITY_ITEMS = 4
 """Items that a group's sensitivities are cut into, so that several workers share them."""
@@ -55,29 +61,18 @@ def _search_by_score(
     task: GroupTask, memory: MemoryBank, method: ScoreMethod, spent: Spent
 ) -> Chain[list[Candidate]]:
     """Measure the schemes that follow from a score; there is one round and nothing to learn."""
-    job = ScoreJob(task.run_dir, task.config, task.group, method)
-    cost = 3.0 * task.config.prune.num_images * task.space.macs_base
-    (scored,) = yield [task.item("scores", score_units, job, cost=cost)]
-    spent.add(scored)
-    found = baseline_schemes(task.space, scored["scores"], task.max_macs)
+    scores = yield from _scores(task, method, spent)
+    found = baseline_schemes(task.space, scores, task.max_macs)
     schemes = [_Proposal(f"{method}/{name}", scheme) for name, scheme in found]
-    return (yield from _measure(task, memory, 0, schemes, scored["scores"], spent))
+    return (yield from _measure(task, memory, 0, schemes, scores, spent))
 
 
 def _search_by_proxy(
     task: GroupTask, memory: MemoryBank, loss_base: float, spent: Spent
 ) -> Chain[list[Candidate]]:
-    """Measure the base's sensitivities, then let the proxy propose, round by round."""
+    """Measure sensitivities, then let the proxy propose, round by round."""
     config, group = task.config, task.group
-    shares = [task.space.units[i::SENSITIVITY_ITEMS] for i in range(SENSITIVITY_ITEMS)]
-    measured = yield [_sensitivity_item(task, i, units) for i, units in enumerate(shares) if units]
-    scores: Scores = {}
-    sensitivities: dict[str, dict[int, float]] = {}
-    for part in measured:
-        spent.add(part)
-        scores |= part["scores"]
-        for unit, grown in part["sensitivities"].items():
-            sensitivities[unit] = {int(width): growth for width, growth in grown.items()}
+    scores, sensitivities = yield from _sensitivities(task, spent)
     shared = config.prune.memory == "shared" and len(task.parties) > 1
     candidates: list[Candidate] = []
     for number in range(config.prune.num_rounds):
@@ -108,6 +103,55 @@ def _search_by_proxy(
             spent.proxy_seconds += time.perf_counter() - started
         candidates += yield from _measure(task, memory, number, proposals.found, scores, spent)
     return candidates
+
+
+def _scores(task: GroupTask, method: ScoreMethod, spent: Spent) -> Chain[Scores]:
+    """Score the base's units."""
+    job = ScoreJob(task.run_dir, task.config, task.group, method)
+    cost = 3.0 * task.config.prune.num_images * task.space.macs_base
+    (scored,) = yield [task.item("scores", score_units, job, cost=cost)]
+    spent.add(scored)
+    scores: Scores = scored["scores"]
+    return scores
+
+
+def _sensitivities(task: GroupTask, spent: Spent) -> Chain[tuple[Scores, Sensitivities]]:
+    """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
+    prune, space = task.config.prune, task.space
+    scores: Scores = {}
+    if prune.refit == "none" or any(unit.kind == "stream" for unit in space.units):
+        scores = yield from _scores(task, "taylor", spent)
+    shares = [space.units[i::SENSITIVITY_ITEMS] for i in range(SENSITIVITY_ITEMS)]
+    full = keep_all(space.units)
+    measured = yield [
+        _sensitivity_item(task, f"sensitivities-{i}", units, full, scores)
+        for i, units in enumerate(shares)
+        if units
+    ]
+    sensitivities: dict[str, dict[int, float]] = {}
+    for part in measured:
+        spent.add(part)
+        scores |= part["scores"]
+        sensitivities |= _by_width(part)
+    for number in range(1, prune.num_passes):
+        too_many = space.macs_base - task.max_macs
+        max_macs = space.macs_base - too_many * number // (prune.num_passes - 1)
+        curves = loss_curves(space, sensitivities)
+        start = knapsack(space, curves, max_macs)
+        units = [unit for unit in space.units if start[unit.name] > 1]
+        if units:
+            kept = keep_best(space.units, scores, start)
+            item = _sensitivity_item(task, f"sensitivities-pass-{number}", units, kept, scores)
+            (more,) = yield [item]
+            spent.add(more)
+            sensitivities = measured_further(sensitivities, curves, start, _by_width(more))
+    return scores, sensitivities
+
+
+def _by_width(result: Result) -> dict[str, dict[int, float]]:
+    """Give the sensitivities of an item, whose widths are text where they were read from JSON."""
+    found = result["sensitivities"].items()
+    return {unit: {int(width): loss for width, loss in grown.items()} for unit, grown in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +234,18 @@ def _measure(
     return found
 
 
-def _sensitivity_item(task: GroupTask, index: int, units: Sequence[Unit]) -> WorkItem:
+def _sensitivity_item(
+    task: GroupTask, name: str, units: Sequence[Unit], kept: Kept, scores: Scores
+) -> WorkItem:
     prune = task.config.prune
     passes = prune.num_refit_images + len(units) * prune.num_levels * prune.num_images / 2
-    job = SensitivityJob(task.run_dir, task.config, task.group, tuple(unit.name for unit in units))
+    names = tuple(unit.name for unit in units)
+    job = SensitivityJob(task.run_dir, task.config, task.group, names, kept, scores)
     return task.item(
-        f"sensitivities-{index}",
+        name,
         measure_sensitivities,
         job,
-        cost=passes * task.space.macs_base,
+        cost=passes * task.space.macs(widths_of(kept)),
         behind=_candidates_macs(task, 0),
     )
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import load_unet
 from tdc_ray.models.units import keep_all, units_of
-from tdc_ray.prune.importance import magnitude_scores
+from tdc_ray.prune.importance import keep_best, magnitude_scores
 from tdc_ray.prune.measure import (
     MeasureJob,
     ScoreJob,
@@ -174,8 +175,10 @@ def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space
 # --- sensitivities ---------------------------------------------------------------------------
 
 
-def sensitivities_of(run_dir, config, *names):
-    job = SensitivityJob(run_dir, config, group_of(config, 0), names)
+def sensitivities_of(run_dir, config, *names, kept=None):
+    units, group = units_of(TINY, config.prune.space), group_of(config, 0)
+    scores = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)["scores"]
+    job = SensitivityJob(run_dir, config, group, names, kept or keep_all(units), scores)
     return measure_sensitivities(job, ignore)
 
 
@@ -186,10 +189,12 @@ def test_the_units_asked_for_are_ranked_and_measured_at_their_levels(run_dir, re
     chosen = units[::4]
     assert {unit.kind for unit in chosen} >= ({"residual", "stream"} if space == "full" else set())
     result = sensitivities_of(run_dir, config, *(unit.name for unit in chosen))
-    assert result["scores"].keys() == result["sensitivities"].keys()
-    assert set(result["scores"]) == {unit.name for unit in chosen}
+    assert set(result["sensitivities"]) == {unit.name for unit in chosen}
     for unit in chosen:
-        assert len(result["scores"][unit.name]) == unit.width
+        if unit.kind != "stream" and refit != "none":
+            assert len(result["scores"][unit.name]) == unit.width
+        else:
+            assert unit.name not in result["scores"]
         grown = result["sensitivities"][unit.name]
         assert sorted(grown) == levels(unit, 2)
         assert all(math.isfinite(growth) for growth in grown.values())
@@ -202,7 +207,7 @@ def test_units_are_measured_alike_in_any_company(run_dir, refit):
     together = sensitivities_of(run_dir, config, *(unit.name for unit in units))
     for unit in units[3], units[-1]:
         alone = sensitivities_of(run_dir, config, unit.name)
-        assert alone["scores"][unit.name] == together["scores"][unit.name]
+        assert alone["scores"].get(unit.name) == together["scores"].get(unit.name)
         assert alone["sensitivities"][unit.name] == together["sensitivities"][unit.name]
 
 
@@ -213,12 +218,38 @@ def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_di
     result = sensitivities_of(run_dir, config, unit.name)
     base = load_base(run_dir, config)
     loss = held_out_loss(base.unet, config, group_of(config, 0))
-    scores = result["scores"][unit.name]
+    group = group_of(config, 0)
+    taylor = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)
+    scores = taylor["scores"][unit.name]
     for width, grown in result["sensitivities"][unit.name].items():
         best = sorted(range(unit.width), key=lambda step: -scores[step])[:width]
         kept = {**keep_all(units), unit.name: tuple(sorted(best))}
         pruned = pruned_unet(base, kept, config, group_of(config, 0))
         assert grown == held_out_loss(pruned, config, group_of(config, 0)) - loss
+
+
+@pytest.mark.parametrize("space", ["inner", "full"])
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_a_cut_model_is_measured_from_its_own_loss_and_widths(run_dir, refit, space):
+    config, units = config_of(refit=refit, space=space), units_of(TINY, space)
+    group = group_of(config, 0)
+    scores = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)["scores"]
+    half = {unit.name: max(1, unit.width // 2) for unit in units}
+    kept = keep_best(units, scores, half)
+    chosen = [unit for unit in units if half[unit.name] > 1][:: 2 if space == "inner" else 1]
+    assert {unit.kind for unit in chosen} >= ({"stream"} if space == "full" else {"residual"})
+    result = sensitivities_of(run_dir, config, *(unit.name for unit in chosen), kept=kept)
+    base = load_base(run_dir, config)
+    before = held_out_loss(pruned_unet(base, kept, config, group), config, group)
+    for unit in chosen:
+        grown = result["sensitivities"][unit.name]
+        assert sorted(grown) == levels(replace(unit, width=half[unit.name]), 2)
+        if refit == "none" or unit.kind == "stream":
+            for width, growth in grown.items():
+                further = keep_best(units, scores, half | {unit.name: width})
+                pruned = pruned_unet(base, further, config, group)
+                after = held_out_loss(pruned, config, group)
+                assert growth == pytest.approx(after - before, abs=1e-6)
 
 
 def test_sensitivities_survive_their_file_with_widths_as_text(run_dir):

@@ -16,6 +16,7 @@ from tdc_ray.prune.offline import (
     OfflineProxy,
     knapsack,
     loss_curves,
+    measured_further,
     step_values,
 )
 from tdc_ray.prune.proxy import PruningTask, Sensitivities
@@ -427,3 +428,24 @@ def test_losses_of_other_groups_teach_nothing_of_this_one():
         for seed, scheme in enumerate(schemes_of_others(space, 0.5, 4))
     ]
     assert propose(task, memory) == propose(task)
+
+
+# --- measuring further -----------------------------------------------------------------------
+
+
+def test_what_was_measured_on_a_cut_model_follows_what_led_there():
+    space = SPACES["digits"]
+    name, other, third = (unit.name for unit in space.units[:3])
+    widths = {unit.name: unit.width for unit in space.units}
+    known = {name: {1: 8.0, 2: 4.0}, other: {1: 1.0}, third: {1: 2.0}}
+    curves = loss_curves(space, known)
+    start = {**widths, name: 3, other: 1}
+    found = measured_further(known, curves, start, {name: {1: 5.0, 2: 1.0}, third: {1: 7.0}})
+    until = curves[name][3 - 1]
+    assert 0 < until < 4.0
+    assert found == {
+        name: {1: until + 5.0, 2: until + 1.0, 3: until},  # wider than 3 nothing was measured
+        other: {1: 1.0},  # as narrow as can be: not measured again
+        third: {1: 7.0},  # uncut in the cut model: measured anew
+    }
+    assert loss_curves(space, found)[name].tolist()[2] == until
