@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def train_base_on_ray(
         return
     resources = _resources(config.compute)
     _check_cluster(config.compute, resources)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"job": BaseJob(run_dir, config, board)},
         scaling_config=ScalingConfig(
@@ -77,19 +76,23 @@ def train_base_on_ray(
     )
     _error_path(run_dir).unlink(missing_ok=True)
     view.start(KEY, config.base.num_steps)
-    # In the main thread fit() would take over Ctrl-C for good, and exit with 0 on it.
-    executor = ThreadPoolExecutor(max_workers=1)
     try:
-        executor.submit(trainer.fit).result()
+        trainer.fit()
     except ray.train.TrainingFailedError as error:
         if not _error_path(run_dir).exists():
             raise WorkFailedError({KEY: str(error)}) from error
     finally:
-        executor.shutdown(wait=False)
         view.finish(KEY)
     if _error_path(run_dir).exists():
         document = read_json(_error_path(run_dir))
         raise getattr(errors, document["type"])(*document["arguments"])
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C alone: Ray's own handler would keep it for good, and exit with 0 on it."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def _error_path(run_dir: RunDir) -> Path:
