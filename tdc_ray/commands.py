@@ -17,11 +17,7 @@ from tdc_ray.settings import require
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
-tdc-ray run              the whole of TDC Training on the bundled digits, in minutes
-tdc-ray plan             which timesteps form a group, and what each group may cost
-tdc-ray sample RUN_DIR   images from a finished run
-tdc-ray prune MODEL_DIR  cut any saved UNet2DModel to a share of its macs
-tdc-ray memory RUN_DIR   the pruning schemes that were tried, and their losses
+tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
 

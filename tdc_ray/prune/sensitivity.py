@@ -1,7 +1,7 @@
 """How the loss grows when one unit alone is cut, measured after the refit."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import UNet2DModel
@@ -84,7 +84,6 @@ def measure_units(
     solutions: Solutions,
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
-    done: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[int, float]]:
     """Measure by how much the mean loss grows with each of the solutions alone.
 
@@ -95,7 +94,6 @@ def measure_units(
         solutions: What to measure.
         batches: Held-out noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
-        done: Called after each batch.
 
     Returns:
         The increase over the base's loss for every unit and width.
@@ -124,7 +122,6 @@ def measure_units(
                     total(changed, all_steps[index + 1 :]) - own
                 ) / num_images
             state = step(state)
-        done()
     return grown
 
 

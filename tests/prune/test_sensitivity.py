@@ -196,14 +196,6 @@ def test_the_bases_own_weights_make_the_loss_grow_by_nothing():
     assert grown == {unit.name: {1: 0.0} for unit in UNITS}
 
 
-def test_every_batch_is_told_of():
-    base, done = random_unet(), []
-    scores = magnitude_scores(base, UNITS)
-    solutions = masked_units(base, UNITS[:1], scores, num_levels=1)
-    measure_units(base, solutions, HELD_OUT, SCHEDULE, lambda: done.append(1))
-    assert len(done) == len(HELD_OUT)
-
-
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_levels_are_spread_evenly_below_a_units_width_down_to_one(width, num_levels):
     found = levels(Unit("block", "residual", width, 1, 1), num_levels)
