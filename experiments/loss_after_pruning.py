@@ -102,9 +102,10 @@ def tune(
     """Fine-tune a sub-model and give its loss after each of some numbers of steps."""
     losses, before = {}, 0
     for steps in all_steps:
-        (result,) = yield [trial_item(task, name, candidate.kept, steps, before)]
+        item = trial_item(task, name, candidate.kept, steps, before)
+        (result,) = yield [item]
         losses[steps], before = result["loss"], steps
-    (task.run_dir.group(task.group.index) / f"{name}.pt").unlink(missing_ok=True)
+    item.job.checkpoint.unlink(missing_ok=True)
     return losses
 
 

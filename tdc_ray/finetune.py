@@ -15,7 +15,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import count_params, unet_config
-from tdc_ray.models.units import Kept, widths_of
+from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank
@@ -76,6 +76,9 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     if task.config.prune.halving_steps and choice.candidates:
         choice = yield from _halve(task, choice, memory)
     item = finetune_item(task, choice.kept)
+    for other in item.result_path.parent.glob("finetune-*.json"):
+        if other != item.result_path:  # of another choice, whose expert this one's will replace
+            other.unlink()
     (tuned,) = yield [item]
     item.job.checkpoint.unlink(missing_ok=True)  # its result exists now
     return Expert(
@@ -145,10 +148,16 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
 
 def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
-    job = _job(task, kept, task.config.finetune.num_steps, "checkpoint.pt")
+    job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{name_of(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
-    cost = 3.0 * macs * job.num_images
-    return task.item("finetune", finetune_expert, job, cost=cost, num_steps=job.num_steps)
+    return task.item(
+        "finetune",
+        finetune_expert,
+        job,
+        cost=3.0 * macs * job.num_images,
+        num_steps=job.num_steps,
+        kept=kept,
+    )
 
 
 def trial_item(
@@ -158,16 +167,22 @@ def trial_item(
 
     Args:
         task: The group.
-        name: Of the sub-model within the group; its checkpoint is named so.
+        name: What it is tried for; its files are named after that and what is kept.
         kept: What of each unit is kept.
         num_steps: Optimizer steps in all.
         steps_before: How many of them an earlier item of this name took.
     """
-    job = _job(task, kept, num_steps, f"{name}.pt")
+    job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
     images = (num_steps - steps_before) * task.config.finetune.batch_size
-    key = f"{name}-{num_steps}"
-    return task.item(key, try_candidate, job, cost=3.0 * macs * images, num_steps=num_steps)
+    return task.item(
+        f"{name}-{num_steps}",
+        try_candidate,
+        job,
+        cost=3.0 * macs * images,
+        num_steps=num_steps,
+        kept=kept,
+    )
 
 
 def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]:
@@ -189,7 +204,7 @@ def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]
             memory.add_tuned(candidate.entry.place, result["loss"])
             losses[candidate.entry.place] = result["loss"]
             choice.spent.add({"macs": item.cost, "seconds": result["seconds"]})
-        left.sort(key=lambda candidate: losses[candidate.entry.place])
+        left.sort(key=lambda one: (math.isnan(losses[one.entry.place]), losses[one.entry.place]))
         left = left[: (len(left) + 1) // 2]
         steps, before = 2 * steps, steps
     for checkpoint in task.run_dir.group(task.group.index).glob("try-*.pt"):

@@ -47,8 +47,14 @@ class WorkItem:
     num_steps: int = 1
     """Steps that it reports, for the progress display."""
 
-    is_call: bool = False
-    """It waits for a language model and computes nothing, so it holds no worker."""
+    on_loss: Result | None = None
+    """Of a call, which waits for a language model, computes nothing and so holds no worker: what
+    it gives where whoever makes the calls died too often. None: it is no call."""
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it waits for a language model."""
+        return self.on_loss is not None
 
 
 @dataclass(frozen=True, slots=True)

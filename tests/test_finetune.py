@@ -108,7 +108,8 @@ def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
 def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
     folder = task.run_dir.group(task.group.index)
     assert {path.suffix for path in folder.iterdir()} == {".json"}
-    told = json.loads((folder / "finetune.json").read_text())
+    (result,) = folder.glob("finetune-*.json")
+    told = json.loads(result.read_text())
     assert told["loss_finetuned"] == expert.loss_finetuned
 
 
@@ -143,8 +144,8 @@ def weights_of(task: GroupTask) -> dict:
     return load_expert(expert_dir(task.run_dir, task.group)).state_dict()
 
 
-def checkpoint_of(task: GroupTask) -> Path:
-    return task.run_dir.group(task.group.index) / "checkpoint.pt"
+def checkpoints_of(task: GroupTask) -> list[Path]:
+    return list(task.run_dir.group(task.group.index).glob("finetune-*.pt"))
 
 
 @pytest.mark.parametrize("steps", [[1], [3], [4, 5], [3, 3, 5]], ids=str)
@@ -155,20 +156,21 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
     for step in steps:
         with pytest.raises(KilledError):
             make(again, kill_at(step))
-        assert checkpoint_of(again).exists() == (step > 2)
+        assert len(checkpoints_of(again)) == (step > 2)
         assert not expert_dir(again.run_dir, again.group).exists()
     seen = []
     found = make(again, lambda metrics, at: seen.append(at) if "grad_norm" in metrics else None)
     assert seen == list(range((steps[-1] - 1) // 2 * 2 + 1, NUM_STEPS + 1))  # not from the start
     assert timeless(found) == timeless(expert)
     assert_same(weights_of(again), weights_of(task))
-    assert not checkpoint_of(again).exists()
+    assert not checkpoints_of(again)
 
 
 def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, expert, tmp_path):
     again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
     make(again)
-    (again.run_dir.group(0) / "finetune.json").unlink()
+    (result,) = again.run_dir.group(0).glob("finetune-*.json")
+    result.unlink()
     assert timeless(make(again)) == timeless(expert)
 
 
@@ -240,14 +242,15 @@ def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(halved_
     assert halved.macs == best.macs
 
 
-def trial_of(task: GroupTask, entry: MemoryEntry, num_steps: int) -> Path:
-    name = f"try-{entry.round}-{entry.candidate}-{num_steps}.json"
-    return task.run_dir.group(task.group.index) / name
+def trials_of(task: GroupTask, entry: MemoryEntry, num_steps: int) -> list[Path]:
+    name = f"try-{entry.round}-{entry.candidate}-{num_steps}-*.json"
+    return list(task.run_dir.group(task.group.index).glob(name))
 
 
 def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
     (entry,) = (e for e in entries_of(halved_task) if e.place == halved.choice.entry.place)
-    told = json.loads(trial_of(halved_task, entry, 2).read_text())
+    (trial,) = trials_of(halved_task, entry, 2)
+    told = json.loads(trial.read_text())
     assert told["loss"] == entry.loss_tuned
     config = halved_task.config
     short = dataclasses.replace(
@@ -303,11 +306,11 @@ def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_pat
     trials = steps[:-NUM_STEPS]
     assert trials == [1, 2] * 3 + [3, 4] * 2  # of six three, of which two, of which one
     tuned = [entry for entry in entries_of(task) if entry.loss_tuned is not None]
-    again = [entry for entry in tuned if trial_of(task, entry, 4).exists()]
+    again = [entry for entry in tuned if trials_of(task, entry, 4)]
     assert (len(tuned), len(again)) == (3, 2)
     for entry in again:  # the last loss is the one that is remembered
-        told = json.loads(trial_of(task, entry, 4).read_text())
-        assert entry.loss_tuned == told["loss"]
+        (trial,) = trials_of(task, entry, 4)
+        assert entry.loss_tuned == json.loads(trial.read_text())["loss"]
 
 
 def test_killed_within_a_trial_and_started_again_gives_the_same_expert(

@@ -1,6 +1,7 @@
 """Runs chains of work items over a pool of Ray actors; what to do is decided by ``policy``."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -49,7 +50,7 @@ class Pool:
         self._idle: list[ActorHandle] = []
         self._max_actors = 0
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, str, WorkItem]] = {}
-        self._attempts: dict[str, int] = {}
+        self._attempts: Counter[tuple[str, str]] = Counter()
 
     def __enter__(self) -> "Pool":
         compute = self._compute
@@ -73,7 +74,7 @@ class Pool:
         Raises:
             WorkFailedError: Chains failed; names each and its reason.
         """
-        self._attempts = {}
+        self._attempts.clear()
         under_way = Chains(chains)
         failed: dict[str, str] = {}
         ready = under_way.go_on()
@@ -84,7 +85,7 @@ class Pool:
             for ref in done:
                 name, item, outcome = self._collect(ref)
                 if isinstance(outcome, Action):
-                    ready.append((name, item))
+                    ready += [(name, item)] if name not in failed else []
                 elif isinstance(outcome, str):
                     failed[name] = outcome
                     under_way.drop(name)
@@ -116,7 +117,7 @@ class Pool:
         return sum(not item.is_call for _, _, item in self._running.values())
 
     def _start(self, name: str, item: WorkItem, actor: ActorHandle, ref: ray.ObjectRef) -> None:
-        self._attempts[item.key] = self._attempts.get(item.key, 0) + 1
+        self._attempts[name, item.key] += 1
         self._view.start(item.key, item.num_steps)
         self._running[ref] = (actor, name, item)
 
@@ -124,7 +125,7 @@ class Pool:
         """Give the result of an item, that it is to be tried again, or why it failed for good."""
         actor, name, item = self._running.pop(ref)
         self._view.finish(item.key)
-        attempts = self._attempts[item.key]
+        attempts = self._attempts[name, item.key]
         try:
             result: Result = ray.get(ref)
         except RayTaskError as error:
@@ -139,6 +140,8 @@ class Pool:
             return name, item, result
         most = self._compute.max_attempts
         if after_failure(failure, attempts=attempts, max_attempts=most) is Action.GIVE_UP:
+            if failure is Failure.WORKER_LOST and item.on_loss is not None:
+                return name, item, item.on_loss
             return name, item, reason
         logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
         return name, item, Action.RETRY

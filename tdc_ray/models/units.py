@@ -9,6 +9,8 @@ where the next one does; whatever adds to it or reads it, skip connections too, 
 step takes one channel from each of its GroupNorm groups, so that every norm keeps its groups.
 """
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -88,6 +90,12 @@ def units_for(config: UNetConfig, kept: Kept) -> tuple[Unit, ...]:
 def widths_of(kept: Kept) -> dict[str, int]:
     """Tell how many steps of each unit a choice keeps."""
     return {name: len(steps) for name, steps in kept.items()}
+
+
+def name_of(kept: Kept) -> str:
+    """Give a choice a short name, another one for every choice."""
+    document = json.dumps({name: list(steps) for name, steps in sorted(kept.items())})
+    return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
 def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:

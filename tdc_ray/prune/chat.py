@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,7 +39,10 @@ class Answer:
     """Why that is no use; None: it may be."""
 
     usage: Usage | None = None
-    """What it took; None: the server did not say."""
+    """What the last attempt took; None: the server did not say."""
+
+    unanswered: int = 0
+    """Attempts that no answer came of, though the server may have worked, and charge, for them."""
 
     status: int = 200
     """HTTP status; 0: no answer came."""
@@ -100,10 +103,16 @@ def limit_name(host: str) -> str:
     return "max_completion_tokens" if own else "max_tokens"
 
 
-def upper_bound(request: Mapping[str, Any], max_completion_tokens: int) -> Usage:
+def upper_bound(
+    request: Mapping[str, Any], max_completion_tokens: int, num_attempts: int
+) -> Usage:
     """Give the most that a request can take: no token stands for less than a byte."""
     prompt_tokens = len(json.dumps(request))
-    return Usage(calls=1, prompt_tokens=prompt_tokens, completion_tokens=max_completion_tokens)
+    return Usage(
+        calls=1,
+        prompt_tokens=num_attempts * prompt_tokens,
+        completion_tokens=num_attempts * max_completion_tokens,
+    )
 
 
 def send(
@@ -119,9 +128,11 @@ def send(
     """
     import openai  # slow to load, and only the process that makes the calls needs it
 
-    status, usage = 0, None
+    status, usage, count = 0, None, _Count()
     try:
-        body = asyncio.run(_post(request, min(timeout_s, max_seconds), max_retries, max_seconds))
+        body = asyncio.run(
+            _post(request, min(timeout_s, max_seconds), max_retries, max_seconds, count)
+        )
     except openai.APIStatusError as error:
         status, usage = error.status_code, Usage(calls=1)
         if status in (401, 403):  # the body may show a part of the key
@@ -135,19 +146,39 @@ def send(
     except (openai.OpenAIError, OSError, ValueError, ImportError) as error:
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
-        return _read(body)
-    return Answer(problem=scrub(problem)[:MAX_PROBLEM_CHARS], usage=usage, status=status)
+        return replace(_read(body), unanswered=count.unanswered - 1)
+    problem = scrub(problem)[:MAX_PROBLEM_CHARS]
+    return Answer(problem=problem, usage=usage, unanswered=count.unanswered, status=status)
+
+
+@dataclass(slots=True)
+class _Count:
+    """Counts the client's attempts at one request, but those that were refused."""
+
+    unanswered: int = 0
+
+    async def begin(self, _: object) -> None:
+        self.unanswered += 1
+
+    async def end(self, response: Any) -> None:
+        self.unanswered -= response.status_code != 200  # 200 may yet break off
 
 
 async def _post(
-    request: Mapping[str, Any], timeout_s: float, max_retries: int, max_seconds: float
+    request: Mapping[str, Any],
+    timeout_s: float,
+    max_retries: int,
+    max_seconds: float,
+    count: _Count,
 ) -> str:
     """Give the body of the answer. Asynchronous, for the client's waits end at once when cut."""
     import openai
 
+    hooks: dict[str, list[Any]] = {"request": [count.begin], "response": [count.end]}
     async with (
         asyncio.timeout(max_seconds),
-        openai.AsyncOpenAI(timeout=timeout_s, max_retries=max_retries) as client,
+        openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
+        openai.AsyncOpenAI(timeout=timeout_s, max_retries=max_retries, http_client=http) as client,
     ):
         response = await client.chat.completions.with_raw_response.create(**request)
         return str(response.text)

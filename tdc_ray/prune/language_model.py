@@ -85,7 +85,8 @@ class LanguageModel:
     def _call(self, request: dict[str, Any], deadline: float) -> tuple[Answer, Usage]:
         """Make a call within the budget; what it took is the most it can have, where unknown."""
         config = self._config
-        bound = upper_bound(request, config.max_completion_tokens)
+        once = upper_bound(request, config.max_completion_tokens, 1)
+        bound = upper_bound(request, config.max_completion_tokens, 1 + config.max_retries)
         self._budget.reserve(bound, deadline - time.monotonic())
         used = bound
         try:
@@ -95,7 +96,8 @@ class LanguageModel:
                 max_retries=config.max_retries,
                 max_seconds=deadline - time.monotonic(),
             )
-            used = answer.usage or bound
+            unknown = answer.unanswered + (answer.status == 200 and answer.usage is None)
+            used = sum([once] * unknown, start=answer.usage or Usage())
         finally:
             self._budget.settle(bound, used)
             self.usage += used
@@ -136,6 +138,18 @@ class AskJob:
     memory: tuple[MemoryEntry, ...]
     transcripts: Path
     """The run's folder of transcripts."""
+
+
+NO_REPLY: Result = {
+    "schemes": [],
+    "prompt_tokens": 0,
+    "completion_tokens": 0,
+    "calls": 0,
+    "cost": 0.0,
+    "error": "whoever makes the calls died",
+    "seconds": 0.0,
+}
+"""What :func:`ask` would give, where it was not there to give it."""
 
 
 def ask(job: AskJob, report: Report, budget: Budget | None = None) -> Result:

@@ -68,11 +68,27 @@ class SensitivityJob:
     config: RunConfig
     group: Group
     units: tuple[str, ...]
+    """Inner units."""
+
     kept: Kept
     """What the model that is measured keeps of the base: the best by score."""
 
     scores: Scores
-    """Of the base's units; those that are ranked by reconstruction may be missing."""
+    """Of the base's units; those that have none are ranked by reconstruction, on this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamJob:
+    """The same for one unit of the stream, whose every width is a candidate of its own."""
+
+    run_dir: RunDir
+    config: RunConfig
+    group: Group
+    unit: str
+    kept: Kept
+    scores: Scores
+    loss: float
+    """Of the model that is measured, on the group's held-out images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,48 +138,35 @@ def score_units(job: ScoreJob, report: Report) -> Result:
 
 
 def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
-    """Give ``scores``, ``sensitivities``, ``macs`` and ``seconds`` for some units.
+    """Give ``scores``, ``sensitivities``, ``macs`` and ``seconds`` for some inner units.
 
     Sensitivities are the growth of the loss, for every unit, by width (as text, being JSON).
-    Scores are those of inner units by reconstruction, of the steps that the model still has.
     """
     started = time.perf_counter()
     config, group, prune = job.config, job.group, job.config.prune
     base = load_base(job.run_dir, config)
     device, schedule = base.unet.device, noise_schedule(config.diffusion).to(base.unet.device)
     unet, macs = _cut_and_refit(base, job.kept, config, group)
-    macs_model = base.space.macs(widths_of(job.kept))
-    units = [unit for unit in base.space.units if unit.name in job.units]
-    inner = [
-        replace(unit, width=len(job.kept[unit.name])) for unit in units if unit.kind != "stream"
+    widths = widths_of(job.kept)
+    units = [
+        replace(unit, width=widths[unit.name])
+        for unit in base.space.units
+        if unit.name in job.units
     ]
-    scores: Scores = {}
-    grown: dict[str, dict[int, float]] = {}
-    if inner:
-        if prune.refit == "none":
-            left = {u.name: [job.scores[u.name][i] for i in job.kept[u.name]] for u in inner}
-            solutions = masked_units(unet, inner, left, prune.num_levels)
-        else:
-            seen = list(noised_batches(config, group, device, purpose="refit"))
-            scores, solutions = solve_units(unet, inner, seen, schedule, prune.num_levels)
-            macs += prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * macs_model
-        held_out = list(noised_batches(config, group, device, purpose="held-out"))
-        grown = measure_units(unet, solutions, held_out, schedule)
-        macs += _measuring_macs(base, widths_of(job.kept), solutions) * prune.num_images
-    streams = [unit for unit in units if unit.kind == "stream"]
-    if streams:
-        loss = held_out_loss(unet, config, group)
-        macs += float(prune.num_images * macs_model)
-        for unit in streams:
-            grown[unit.name] = {}
-            at = replace(unit, width=len(job.kept[unit.name]))
-            for width in levels(at, prune.num_levels):
-                (kept,) = keep_best((unit,), job.scores, {unit.name: width}).values()
-                _, refitted, spent = _cut_and_measure(
-                    base, {**job.kept, unit.name: kept}, config, group
-                )
-                grown[unit.name][width] = refitted - loss
-                macs += spent
+    scores = {
+        unit.name: [job.scores[unit.name][step] for step in job.kept[unit.name]]
+        for unit in units
+        if unit.name in job.scores
+    }
+    if prune.refit == "none":
+        solutions = masked_units(unet, units, scores, prune.num_levels)
+    else:
+        seen = list(noised_batches(config, group, device, purpose="refit"))
+        scores, solutions = solve_units(unet, units, scores, seen, schedule, prune.num_levels)
+        macs += prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * base.space.macs(widths)
+    held_out = list(noised_batches(config, group, device, purpose="held-out"))
+    grown = measure_units(unet, solutions, held_out, schedule)
+    macs += _measuring_macs(base, widths, solutions) * prune.num_images
     report({}, 1)
     return {
         "scores": scores,
@@ -171,6 +174,24 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
         "macs": macs,
         "seconds": time.perf_counter() - started,
     }
+
+
+def measure_stream(job: StreamJob, report: Report) -> Result:
+    """Give ``sensitivities``, as :func:`measure_sensitivities` does, ``macs`` and ``seconds``."""
+    started = time.perf_counter()
+    base = load_base(job.run_dir, job.config)
+    (unit,) = (unit for unit in base.space.units if unit.name == job.unit)
+    grown, macs = {}, 0.0
+    for width in levels(
+        replace(unit, width=len(job.kept[unit.name])), job.config.prune.num_levels
+    ):
+        kept = {**job.kept, **keep_best((unit,), job.scores, {unit.name: width})}
+        _, loss, spent = _cut_and_measure(base, kept, job.config, job.group)
+        grown[width] = loss - job.loss
+        macs += spent
+    report({}, 1)
+    seconds = time.perf_counter() - started
+    return {"sensitivities": {unit.name: grown}, "macs": macs, "seconds": seconds}
 
 
 def measure_candidate(job: MeasureJob, report: Report) -> Result:

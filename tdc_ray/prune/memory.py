@@ -72,8 +72,13 @@ class MemoryBank:
         self._entries = {entry.place: entry for entry in found}
 
     def add(self, entry: MemoryEntry) -> None:
-        """Remember an entry; one that is remembered already is left as it is."""
-        if entry.place not in self._entries:
+        """Remember an entry; of the same scheme at the same place the first stays.
+
+        Another scheme replaces it: with a shared bank a group that failed before may change what
+        the others come to.
+        """
+        before = self._entries.get(entry.place)
+        if before is None or before.widths != entry.widths:
             self._write(entry)
 
     def add_tuned(self, place: tuple[int, int, int], loss: float) -> None:

@@ -28,7 +28,8 @@ gives every unit the width that it keeps.
 Propose {num_candidates} different schemes for group {group}, best guess first, none of them in the
 memory bank below. Each must have macs (multiply-accumulates of one forward pass) of at most the
 limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
-A scheme above the limit is cut further by a plain rule, so its overshoot is lost.
+A scheme above the limit is cut further by a plain rule, so its overshoot is lost; one below it
+is widened by that rule until it is full.
 
 # Group {group}
 timesteps: {first} to {last}, signal-to-noise ratio {snr_first} to {snr_last} dB
@@ -60,7 +61,8 @@ low: share of the unit's score, in %, that its less important half holds; far be
   half of the unit is nearly free.
 
 # Sensitivities
-By how much the loss grows when one unit alone is cut, in % of the base's loss, as width: growth.
+By how much the loss grows when a unit is cut, in % of the base's loss, as width: growth. The
+smallest widths may be measured on models whose other units are narrower too.
 Growths of small cuts roughly add up; what counts is growth per macs saved.
 """
 
@@ -198,7 +200,9 @@ def _entry(task: PruningTask, entry: MemoryEntry) -> str:
     if own:
         loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
     macs = f"macs {_percent(entry.macs, task)} %"
-    if entry.macs > task.max_macs:
+    if own and entry.overshoot:
+        macs += f" (cut to it from {_percent(entry.overshoot, task)} points above the limit)"
+    elif entry.macs > task.max_macs:
         over = _percent(entry.macs - task.max_macs, task)
         macs += f" (overshoots this group's limit by {over} points)"
     widths = [

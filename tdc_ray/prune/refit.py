@@ -6,6 +6,8 @@ out what the base's does. An image counts by how much an error in the block's ou
 the network's. No gradient step is taken.
 """
 
+import tempfile
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -20,6 +22,9 @@ from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
 
+BYTES_IN_MEMORY = 2 * 2**30
+"""Of the images' activations between two blocks."""
+
 
 @torch.no_grad()
 def refit(
@@ -31,8 +36,9 @@ def refit(
 ) -> int:
     """Solve for the weights behind the cuts, in place.
 
-    Both networks run through the images one block at a time, so every activation is computed once;
-    they are all held meanwhile, the statistics are not.
+    Both networks run through the images one block at a time, so every activation is computed once.
+    Those between two blocks are kept meanwhile: up to :data:`BYTES_IN_MEMORY` where they are, more
+    in nameless files below ``TMPDIR``, so that memory does not grow with the images.
 
     Args:
         base: The uncut UNet, in eval mode.
@@ -49,10 +55,11 @@ def refit(
     batches = list(batches)
     weights = error_weights(base, batches, schedule)
     keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
-    true = [batch.start(base, schedule) for batch in batches]
+    store, device = _Store(), base.device
+    true = [store.keep(batch.start(base, schedule)) for batch in batches]
     ours, cut_before = true, False
     for base_step, step in zip(steps(base), steps(pruned), strict=True):
-        after = [base_step(state) for state in true]
+        after = [store.keep(base_step(_on(state, device))) for state in true]
         for name in _to_solve(base_step.module, step.module, cut_before=cut_before):
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
@@ -69,9 +76,42 @@ def refit(
                 weights[step.name],
             )
         cut_before = cut_before or _is_cut(base_step.module, step.module)
-        ours = [step(state) for state in ours] if cut_before else after
+        ours = [store.keep(step(_on(state, device))) for state in ours] if cut_before else after
         true = after
     return macs
+
+
+class _Store:
+    """Keeps states; what does not fit into memory lies in files that the system may write out."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}
+
+    def keep(self, state: State) -> State:
+        """Give a state with its newest tensor, which alone may be new, kept."""
+        hidden = state.hidden
+        size = hidden.numel() * hidden.element_size()
+        if sum(self._held.values()) + size > BYTES_IN_MEMORY:
+            kept = _in_file(hidden)
+            skips = tuple(kept if skip is hidden else skip for skip in state.skips)
+            return State(kept, state.embedding, skips)
+        self._held[id(hidden)] = size
+        weakref.finalize(hidden, self._held.pop, id(hidden), None)
+        return state
+
+
+def _on(state: State, device: torch.device) -> State:
+    """Bring back what was kept elsewhere."""
+    skips = tuple(skip.to(device) for skip in state.skips)
+    return State(state.hidden.to(device), state.embedding, skips)
+
+
+def _in_file(tensor: Tensor) -> Tensor:
+    """Copy a tensor into a file that has no name and goes with the tensor."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(tensor.numel() * tensor.element_size())
+        kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return kept.view(tensor.shape).copy_(tensor)
 
 
 def error_weights(
@@ -146,18 +186,19 @@ def _solve(
         keep: Which of the base's outputs the layer has; None: all.
         weights: How much every image of each batch counts.
     """
-    num_images = sum(len(state.hidden) for state in true)
+    num_images, device = sum(len(state.hidden) for state in true), layer.weight.device
     squares: LeastSquares | None = None
     for index, state in enumerate(ours):
         with Tap(layer) as tap:
-            found = step(state).hidden
+            found = step(_on(state, device)).hidden
         is_linear = isinstance(layer, nn.Linear)
         if after is None:
             with Tap(base_step.module.get_submodule(name)) as base_tap:
-                base_step(true[index])
+                base_step(_on(true[index], device))
             wanted = _select(base_tap.output, keep, dim=2 if is_linear else 1)
         else:
-            missing = (_select(after[index].hidden, keep, dim=1) - found) * _scale(step.module)
+            own = _select(after[index].hidden.to(device), keep, dim=1)
+            missing = (own - found) * _scale(step.module)
             if is_linear:
                 missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
             wanted = tap.output + missing

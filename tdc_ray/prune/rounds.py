@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
+from tdc_ray.models.units import Kept, keep_all, widths_of
 from tdc_ray.prune.importance import Scores, keep_best
-from tdc_ray.prune.language_model import AskJob, ask
+from tdc_ray.prune.language_model import NO_REPLY, AskJob, ask
 from tdc_ray.prune.measure import (
     MeasureJob,
     ScoreJob,
     SensitivityJob,
+    StreamJob,
     measure_candidate,
     measure_sensitivities,
+    measure_stream,
     score_units,
 )
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
@@ -72,7 +74,7 @@ def _search_by_proxy(
 ) -> Chain[list[Candidate]]:
     """Measure sensitivities, then let the proxy propose, round by round."""
     config, group = task.config, task.group
-    scores, sensitivities = yield from _sensitivities(task, spent)
+    scores, sensitivities = yield from _sensitivities(task, loss_base, spent)
     shared = config.prune.memory == "shared" and len(task.parties) > 1
     candidates: list[Candidate] = []
     for number in range(config.prune.num_rounds):
@@ -115,37 +117,50 @@ def _scores(task: GroupTask, method: ScoreMethod, spent: Spent) -> Chain[Scores]
     return scores
 
 
-def _sensitivities(task: GroupTask, spent: Spent) -> Chain[tuple[Scores, Sensitivities]]:
+def _sensitivities(
+    task: GroupTask, loss_base: float, spent: Spent
+) -> Chain[tuple[Scores, Sensitivities]]:
     """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
     prune, space = task.config.prune, task.space
+    has_streams = any(unit.kind == "stream" for unit in space.units)
     scores: Scores = {}
-    if prune.refit == "none" or any(unit.kind == "stream" for unit in space.units):
+    if prune.refit == "none" or has_streams:
         scores = yield from _scores(task, "taylor", spent)
-    shares = [space.units[i::SENSITIVITY_ITEMS] for i in range(SENSITIVITY_ITEMS)]
+        ranked = [
+            unit.name for unit in space.units if prune.refit == "none" or unit.kind == "stream"
+        ]
+        scores = {name: scores[name] for name in ranked}
     full = keep_all(space.units)
-    measured = yield [
-        _sensitivity_item(task, f"sensitivities-{i}", units, full, scores)
-        for i, units in enumerate(shares)
-        if units
-    ]
-    sensitivities: dict[str, dict[int, float]] = {}
-    for part in measured:
+    items = _sensitivity_items(task, 0, full, scores, loss_base, SENSITIVITY_ITEMS)
+    sensitivities: Sensitivities = {}
+    for part in (yield items):
         spent.add(part)
-        scores |= part["scores"]
-        sensitivities |= _by_width(part)
+        scores |= part.get("scores", {})
+        sensitivities = {**sensitivities, **_by_width(part)}
     for number in range(1, prune.num_passes):
         too_many = space.macs_base - task.max_macs
         max_macs = space.macs_base - too_many * number // (prune.num_passes - 1)
         curves = loss_curves(space, sensitivities)
         start = knapsack(space, curves, max_macs)
-        units = [unit for unit in space.units if start[unit.name] > 1]
-        if units:
-            kept = keep_best(space.units, scores, start)
-            item = _sensitivity_item(task, f"sensitivities-pass-{number}", units, kept, scores)
-            (more,) = yield [item]
-            spent.add(more)
-            sensitivities = measured_further(sensitivities, curves, start, _by_width(more))
+        kept, loss = keep_best(space.units, scores, start), loss_base
+        if has_streams:
+            (measured,) = yield [_measure_item(task, f"sensitivities-{number}-start", kept, 0)]
+            spent.add(measured)
+            loss = _loss(measured)
+        grown: dict[str, dict[int, float]] = {}
+        for part in (yield _sensitivity_items(task, number, kept, scores, loss, 1)):
+            spent.add(part)
+            grown |= _by_width(part)
+        sensitivities = measured_further(sensitivities, curves, start, grown)
     return scores, sensitivities
+
+
+def _loss(measured: Result) -> float:
+    """What a candidate is judged by."""
+    loss: float = (
+        measured["loss_cut"] if measured["loss_refit"] is None else measured["loss_refit"]
+    )
+    return loss
 
 
 def _by_width(result: Result) -> dict[str, dict[int, float]]:
@@ -186,7 +201,7 @@ def _ask(
     """Ask the language model; where it gives nothing the reason is noted."""
     number, proxy = pruning_task.round, task.config.proxy
     job = AskJob(proxy, pruning_task, tuple(seen), task.run_dir.transcripts)
-    (reply,) = yield [task.item(f"round-{number}-ask", ask, job, is_call=True)]
+    (reply,) = yield [task.item(f"round-{number}-ask", ask, job, on_loss=NO_REPLY)]
     spent.proxy_seconds += reply["seconds"]
     spent.prompt_tokens += reply["prompt_tokens"]
     spent.completion_tokens += reply["completion_tokens"]
@@ -234,20 +249,40 @@ def _measure(
     return found
 
 
-def _sensitivity_item(
-    task: GroupTask, name: str, units: Sequence[Unit], kept: Kept, scores: Scores
-) -> WorkItem:
-    prune = task.config.prune
-    passes = prune.num_refit_images + len(units) * prune.num_levels * prune.num_images / 2
-    names = tuple(unit.name for unit in units)
-    job = SensitivityJob(task.run_dir, task.config, task.group, names, kept, scores)
-    return task.item(
-        name,
-        measure_sensitivities,
-        job,
-        cost=passes * task.space.macs(widths_of(kept)),
-        behind=_candidates_macs(task, 0),
-    )
+def _sensitivity_items(
+    task: GroupTask, number: int, kept: Kept, scores: Scores, loss: float, num_shares: int
+) -> list[WorkItem]:
+    """Make a pass's items: inner units in some shares, and every stream by itself.
+
+    Args:
+        task: The group.
+        number: The pass.
+        kept: What the model that is measured keeps of the base.
+        scores: Of the base's units.
+        loss: Of that model.
+        num_shares: Items for the inner units; each runs the images through the whole model.
+    """
+    prune, where = task.config.prune, (task.run_dir, task.config, task.group)
+    left = [unit for unit in task.space.units if len(kept[unit.name]) > 1]
+    inner = [unit.name for unit in left if unit.kind != "stream"]
+    macs, behind = task.space.macs(widths_of(kept)), _candidates_macs(task, 0)
+    items = []
+    for place in range(num_shares):
+        if names := tuple(inner[place::num_shares]):
+            passes = (
+                3 * prune.num_refit_images + len(names) * prune.num_levels * prune.num_images / 2
+            )
+            job = SensitivityJob(*where, names, kept, scores)
+            name = f"sensitivities-{number}-{place}"
+            items.append(
+                task.item(name, measure_sensitivities, job, cost=passes * macs, behind=behind)
+            )
+    for place, unit in enumerate(unit for unit in left if unit.kind == "stream"):
+        passes = prune.num_levels * (prune.num_images + 3 * prune.num_refit_images)
+        stream = StreamJob(*where, unit.name, kept, scores, loss)
+        name = f"sensitivities-{number}-stream-{place}"
+        items.append(task.item(name, measure_stream, stream, cost=passes * macs, behind=behind))
+    return items
 
 
 def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
@@ -259,6 +294,7 @@ def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkIt
         cost=float(task.config.prune.num_images * macs),
         behind=_candidates_macs(task, number),
         num_steps=max(number, 1),
+        kept=kept,
     )
 
 

@@ -32,6 +32,7 @@ def levels(unit: Unit, num_levels: int) -> list[int]:
 def solve_units(
     base: UNet2DModel,
     units: Sequence[Unit],
+    scores: Scores,
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
     num_levels: int,
@@ -43,17 +44,19 @@ def solve_units(
     Args:
         base: The base, in eval mode.
         units: Inner units.
+        scores: Of units that are ranked already.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
         num_levels: How many widths of each unit.
 
     Returns:
-        Scores by reconstruction (:func:`reconstruction_scores`), and the weights.
+        Scores, by reconstruction (:func:`reconstruction_scores`) where there were none, and the
+        weights.
     """
-    scores: Scores = {}
-    solutions: Solutions = {}
+    scores, solutions = dict(scores), {}
     for unit, squares in _statistics(base, units, batches, schedule):
-        scores[unit.name] = reconstruction_scores(unit, squares)
+        if unit.name not in scores:
+            scores[unit.name] = reconstruction_scores(unit, squares)
         solutions[unit.name] = {
             width: squares.solve(_columns(unit, scores, width, squares.layer))
             for width in levels(unit, num_levels)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
-from tdc_ray.models.units import Kept, widths_of
+from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.space import Scheme, Space
@@ -55,7 +55,8 @@ class GroupTask:
         cost: float = 0.0,
         behind: float = 0.0,
         num_steps: int = 1,
-        is_call: bool = False,
+        kept: Kept | None = None,
+        on_loss: Result | None = None,
     ) -> WorkItem:
         """Make an item of the search; see ``WorkItem``.
 
@@ -66,17 +67,20 @@ class GroupTask:
             cost: Expected macs.
             behind: Expected macs of the search after it; the fine-tune's are added.
             num_steps: Steps that it reports.
-            is_call: Whether it waits for a language model.
+            kept: The choice that it is about, which its result is named after: where others come
+                to other schemes than in an earlier attempt, so may this group, at the same place.
+            on_loss: What a call gives that is lost; None: it is no call.
         """
+        file = name if kept is None else f"{name}-{name_of(kept)}"
         return WorkItem(
             key=f"{self.name}/{name}",
             function=function,
             job=job,
-            result_path=self.run_dir.group(self.group.index) / f"{name}.json",
+            result_path=self.run_dir.group(self.group.index) / f"{file}.json",
             cost=cost,
             cost_behind=behind + self.finetune_macs,
             num_steps=num_steps,
-            is_call=is_call,
+            on_loss=on_loss,
         )
 
 

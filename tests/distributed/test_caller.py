@@ -45,7 +45,7 @@ def caller(events: Board) -> Iterator[Any]:
 
 
 def call(folder: Path, key: str, function, job=None) -> WorkItem:
-    return WorkItem(key, function, job, folder / f"{key}.json", 0.0, is_call=True)
+    return WorkItem(key, function, job, folder / f"{key}.json", 0.0, on_loss={})
 
 
 def test_a_call_leaves_its_result_and_reads_the_key_where_it_runs(caller, events, tmp_path):

@@ -37,7 +37,7 @@ def item_of(folder: Path, name: str, function, number, *, is_call: bool = False)
         job=(folder, name, number),
         result_path=folder / f"{name}-{number}.json",
         cost=1.0,
-        is_call=is_call,
+        on_loss={"lost": True} if is_call else None,
     )
 
 
@@ -193,6 +193,21 @@ def test_a_call_with_an_error_of_its_own_fails_and_the_others_finish(pool, tmp_p
     with pytest.raises(WorkFailedError, match="ProxyError: no answer"):
         pool.run(chains)
     assert (tmp_path / "good-2.json").exists()
+
+
+def test_calls_whose_caller_keeps_dying_give_what_they_give_then(pool, tmp_path):
+    def call(job, report, budget):
+        import os
+
+        os._exit(1)
+
+    done = pool.run({"call": lost_call(tmp_path, call)})
+    assert done == {"call": {"lost": True}}
+
+
+def lost_call(folder: Path, function) -> Chain[dict]:
+    (result,) = yield [item_of(folder, "call", function, 1, is_call=True)]
+    return result
 
 
 # --- meetings --------------------------------------------------------------------------------

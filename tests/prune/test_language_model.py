@@ -208,14 +208,24 @@ def test_no_traceback_of_an_error_shows_the_key(tmp_path, monkeypatch):
     assert caught.value.__context__ is None
 
 
-@pytest.mark.parametrize("step", [is_silent, trickles, fails(429, Retry_After="60")])
-def test_a_proposal_ends_in_its_time_whatever_the_server_does(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "tokens"), [(is_silent, 500), (trickles, 500), (fails(429, Retry_After="60"), 0)]
+)
+def test_a_proposal_ends_in_its_time_whatever_the_server_does(step, tokens, tmp_path, monkeypatch):
     started = time.monotonic()
     job = job_in(tmp_path, max_seconds=0.7, max_retries=9)
     result, _ = run(job, monkeypatch, step)
     assert time.monotonic() - started < 5
     assert "no answer in time" in result["error"]
-    assert result["completion_tokens"] == 500  # the server may have charged for it
+    assert result["completion_tokens"] == tokens  # the server may have charged for them
+
+
+def test_every_attempt_that_a_server_may_have_charged_for_counts(tmp_path, monkeypatch):
+    script = [fails(500), hangs_up, is_silent, says(GOOD)]
+    job = job_in(tmp_path, timeout_s=0.5, max_retries=5)
+    result, server = run(job, monkeypatch, *script)
+    assert (result["error"], len(server.requests)) == (None, 4)
+    assert result["completion_tokens"] == 2 * 500 + 200
 
 
 def test_retry_after_is_heeded(tmp_path, monkeypatch):

@@ -15,9 +15,11 @@ from tdc_ray.prune.measure import (
     MeasureJob,
     ScoreJob,
     SensitivityJob,
+    StreamJob,
     load_base,
     measure_candidate,
     measure_sensitivities,
+    measure_stream,
     pruned_unet,
     score_units,
 )
@@ -175,26 +177,27 @@ def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space
 # --- sensitivities ---------------------------------------------------------------------------
 
 
-def sensitivities_of(run_dir, config, *names, kept=None):
-    units, group = units_of(TINY, config.prune.space), group_of(config, 0)
-    scores = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)["scores"]
-    job = SensitivityJob(run_dir, config, group, names, kept or keep_all(units), scores)
+def taylor_of(run_dir, config) -> dict:
+    job = ScoreJob(run_dir, config, group_of(config, 0), "taylor")
+    return score_units(job, ignore)["scores"]
+
+
+def sensitivities_of(run_dir, config, *names, kept=None, scores=None):
+    if scores is None:
+        scores = taylor_of(run_dir, config) if config.prune.refit == "none" else {}
+    kept = kept or keep_all(units_of(TINY, config.prune.space))
+    job = SensitivityJob(run_dir, config, group_of(config, 0), names, kept, scores)
     return measure_sensitivities(job, ignore)
 
 
-@pytest.mark.parametrize("space", ["inner", "full"])
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
-def test_the_units_asked_for_are_ranked_and_measured_at_their_levels(run_dir, refit, space):
-    config, units = config_of(refit=refit, space=space), units_of(TINY, space)
-    chosen = units[::4]
-    assert {unit.kind for unit in chosen} >= ({"residual", "stream"} if space == "full" else set())
+def test_the_units_asked_for_are_ranked_and_measured_at_their_levels(run_dir, refit):
+    config, chosen = config_of(refit=refit), UNITS[::4]
     result = sensitivities_of(run_dir, config, *(unit.name for unit in chosen))
-    assert set(result["sensitivities"]) == {unit.name for unit in chosen}
+    assert result["scores"].keys() == result["sensitivities"].keys()
+    assert set(result["scores"]) == {unit.name for unit in chosen}
     for unit in chosen:
-        if unit.kind != "stream" and refit != "none":
-            assert len(result["scores"][unit.name]) == unit.width
-        else:
-            assert unit.name not in result["scores"]
+        assert len(result["scores"][unit.name]) == unit.width
         grown = result["sensitivities"][unit.name]
         assert sorted(grown) == levels(unit, 2)
         assert all(math.isfinite(growth) for growth in grown.values())
@@ -203,50 +206,53 @@ def test_the_units_asked_for_are_ranked_and_measured_at_their_levels(run_dir, re
 
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
 def test_units_are_measured_alike_in_any_company(run_dir, refit):
-    config, units = config_of(refit=refit), units_of(TINY)
-    together = sensitivities_of(run_dir, config, *(unit.name for unit in units))
-    for unit in units[3], units[-1]:
+    config = config_of(refit=refit)
+    together = sensitivities_of(run_dir, config, *(unit.name for unit in UNITS))
+    for unit in UNITS[3], UNITS[-1]:
         alone = sensitivities_of(run_dir, config, unit.name)
-        assert alone["scores"].get(unit.name) == together["scores"].get(unit.name)
+        assert alone["scores"][unit.name] == together["scores"][unit.name]
         assert alone["sensitivities"][unit.name] == together["sensitivities"][unit.name]
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
-def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_dir, refit):
+def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_dir, refit, half):
     config, units = config_of(refit=refit, space="full"), units_of(TINY, "full")
-    unit = next(unit for unit in units if unit.kind == "stream")
-    result = sensitivities_of(run_dir, config, unit.name)
+    group, scores = group_of(config, 0), taylor_of(run_dir, config)
+    widths = {u.name: max(1, u.width // 2) if half else u.width for u in units}
+    kept = keep_best(units, scores, widths)
     base = load_base(run_dir, config)
-    loss = held_out_loss(base.unet, config, group_of(config, 0))
-    group = group_of(config, 0)
-    taylor = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)
-    scores = taylor["scores"][unit.name]
-    for width, grown in result["sensitivities"][unit.name].items():
-        best = sorted(range(unit.width), key=lambda step: -scores[step])[:width]
-        kept = {**keep_all(units), unit.name: tuple(sorted(best))}
-        pruned = pruned_unet(base, kept, config, group_of(config, 0))
-        assert grown == held_out_loss(pruned, config, group_of(config, 0)) - loss
+    loss = held_out_loss(pruned_unet(base, kept, config, group), config, group)
+    unit = next(u for u in units if u.kind == "stream" and widths[u.name] > 1)
+    job = StreamJob(run_dir, config, group, unit.name, kept, scores, loss)
+    found = measure_stream(job, ignore)["sensitivities"]
+    assert found.keys() == {unit.name}
+    assert sorted(found[unit.name]) == levels(replace(unit, width=widths[unit.name]), 2)
+    for width, grown in found[unit.name].items():
+        best = sorted(range(unit.width), key=lambda step: -scores[unit.name][step])[:width]
+        narrower = {**kept, unit.name: tuple(sorted(best))}
+        pruned = pruned_unet(base, narrower, config, group)
+        assert grown == held_out_loss(pruned, config, group) - loss
 
 
-@pytest.mark.parametrize("space", ["inner", "full"])
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
-def test_a_cut_model_is_measured_from_its_own_loss_and_widths(run_dir, refit, space):
-    config, units = config_of(refit=refit, space=space), units_of(TINY, space)
-    group = group_of(config, 0)
-    scores = score_units(ScoreJob(run_dir, config, group, "taylor"), ignore)["scores"]
-    half = {unit.name: max(1, unit.width // 2) for unit in units}
-    kept = keep_best(units, scores, half)
-    chosen = [unit for unit in units if half[unit.name] > 1][:: 2 if space == "inner" else 1]
-    assert {unit.kind for unit in chosen} >= ({"stream"} if space == "full" else {"residual"})
-    result = sensitivities_of(run_dir, config, *(unit.name for unit in chosen), kept=kept)
+def test_a_cut_model_is_measured_from_its_own_loss_and_keeps_the_ranking(run_dir, refit):
+    config, group = config_of(refit=refit), group_of(CONFIG, 0)
+    scores = taylor_of(run_dir, config)
+    half = {unit.name: max(1, unit.width // 2) for unit in UNITS}
+    kept = keep_best(UNITS, scores, half)
+    chosen = [unit for unit in UNITS if half[unit.name] > 1]
+    names = [unit.name for unit in chosen]
+    result = sensitivities_of(run_dir, config, *names, kept=kept, scores=scores)
     base = load_base(run_dir, config)
     before = held_out_loss(pruned_unet(base, kept, config, group), config, group)
     for unit in chosen:
+        assert result["scores"][unit.name] == [scores[unit.name][step] for step in kept[unit.name]]
         grown = result["sensitivities"][unit.name]
         assert sorted(grown) == levels(replace(unit, width=half[unit.name]), 2)
-        if refit == "none" or unit.kind == "stream":
+        if refit == "none":
             for width, growth in grown.items():
-                further = keep_best(units, scores, half | {unit.name: width})
+                further = keep_best(UNITS, scores, half | {unit.name: width})
                 pruned = pruned_unet(base, further, config, group)
                 after = held_out_loss(pruned, config, group)
                 assert growth == pytest.approx(after - before, abs=1e-6)

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,11 @@ def test_an_overshoot_is_told_with_its_size():
     share = 100 * SPACE.macs(MEMORY[3].widths) / SPACE.macs_base
     over = 100 * (SPACE.macs(MEMORY[3].widths) - TASK.max_macs) / SPACE.macs_base
     assert f"macs {share:.4g} % (overshoots this group's limit by {over:.4g} points)" in lines[1]
+
+
+def test_a_proposal_that_was_brought_down_is_told_of():
+    above = replace(entry(2, 1.0, u0=1), overshoot=SPACE.macs_base // 50)
+    assert "(cut to it from 2 points above the limit)" in lines_of_memory(content([above]))[0]
 
 
 def test_a_loss_that_is_not_finite_is_the_worst():

@@ -19,6 +19,7 @@ from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import is_tight, space_of
 from tdc_ray.prune.task import Choice, GroupTask, group_tasks
 from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.storage import write_json
 from tdc_ray.work import Chains, Result, WorkItem, run_chain, run_item
 from tests.small import TINY, make_run_dir, reporting_to, small_config, task_of, widths_of
 
@@ -141,7 +142,7 @@ def test_without_pruning_the_choice_is_the_base_and_nothing_is_remembered(run_di
     assert choice.loss_cut == choice.loss_base
     assert (choice.entry, choice.loss_refit, choice.candidates) == (None, None, ())
     assert not task.run_dir.memory.exists()
-    assert list(results_of(task)) == ["base.json"]
+    assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
 
 
 @pytest.mark.parametrize("method", ["offline", "llm", "taylor"])
@@ -152,7 +153,7 @@ def test_a_group_limited_to_the_base_keeps_all_of_it_without_a_search(run_dir, m
     assert choice.kept == keep_all(task.space.units)
     assert choice.loss_cut == choice.loss_base
     assert choice.entry is None
-    assert list(results_of(task)) == ["base.json"]
+    assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
 
 
 def test_the_paper_s_way_judges_by_the_loss_after_the_cut(run_dir):
@@ -221,7 +222,8 @@ def test_a_finished_search_is_not_done_again(found, method):
 
 
 def lose_the_last_result(run_dir: RunDir, folder: Path) -> None:
-    (folder / "round-1-candidate-1.json").unlink()
+    (last,) = folder.glob("round-1-candidate-1-*.json")
+    last.unlink()
 
 
 def lose_the_last_line(run_dir: RunDir, _folder: Path) -> None:
@@ -245,7 +247,7 @@ def lose_the_memory(run_dir: RunDir, _folder: Path) -> None:
 
 
 def lose_a_sensitivity(_run_dir: RunDir, folder: Path) -> None:
-    (folder / "sensitivities-2.json").unlink()
+    (folder / "sensitivities-0-2.json").unlink()
 
 
 def lose_every_result(_run_dir: RunDir, folder: Path) -> None:
@@ -365,6 +367,27 @@ def left_alone(tasks: list[GroupTask], names: set[str], loop: Loop) -> dict[str,
         chains.put(name, item, loop._result(item))
         ready += chains.go_on()
     return chains.values
+
+
+def test_a_group_that_failed_before_leaves_no_loss_with_another_scheme(loop, base, tmp_path):
+    run_dir = new_run_dir(tmp_path, base)
+    tasks, memory = tasks_in(run_dir, config_of("offline")), MemoryBank(run_dir.memory)
+    chains = chains_of(tasks, memory)
+    chains.drop("group-01")
+    ready = chains.go_on()
+    while ready:
+        name, item = ready.pop(0)
+        write_json(item.result_path, loop._result(item))
+        chains.put(name, item, loop._result(item))
+        ready += chains.go_on()
+    without = memory.all()
+    loop.run(chains_of(tasks, memory), in_order)  # now with the group that failed
+    whole = MemoryBank(new_run_dir(tmp_path / "whole", base).memory)
+    loop.run(
+        chains_of(tasks_in(RunDir(tmp_path / "whole"), config_of("offline")), whole), in_order
+    )
+    assert memory.all() == MemoryBank(run_dir.memory).all() == whole.all()
+    assert without != [entry for entry in whole.all() if entry.group != 1]
 
 
 def test_nobody_waits_for_a_group_that_keeps_the_whole_base(loop, run_dir):

@@ -23,7 +23,7 @@ def test_groups_that_have_something_to_cut_are_the_parties_of_all():
 
 
 def test_an_item_is_named_and_kept_with_its_group():
-    item = task_of(RUN_DIR, CONFIG, 2).item("base", nothing, None, is_call=True)
+    item = task_of(RUN_DIR, CONFIG, 2).item("base", nothing, None, on_loss={})
     assert item.key == "group-02/base"
     assert item.result_path == RUN_DIR.group(2) / "base.json"
     assert item.is_call
