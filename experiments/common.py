@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.utils import make_grid
 
-from tdc_ray.config import RunConfig, with_absolute_paths
+from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
-from tdc_ray.environment import machine
+from tdc_ray.environment import commit, machine
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir, make_expert
@@ -40,7 +41,7 @@ from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.results import Results
 from tdc_ray.run import run
-from tdc_ray.storage import write_json, write_text
+from tdc_ray.storage import exclusive, read_json, write_json, write_text
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain
 
@@ -87,10 +88,42 @@ def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFla
     return flags
 
 
+SETTINGS_FILE = "made_by.json"
+
+
+def claim(root: Path, config: RunConfig) -> None:
+    """Keep a folder for one set of settings, and note the commit that it was begun with.
+
+    Raises:
+        StorageError: It holds results of other settings.
+    """
+    path = root / SETTINGS_FILE
+    if not path.exists():
+        write_json(path, {"commit": commit(), "settings": to_json(with_absolute_paths(config))})
+        return
+    try:
+        before = from_json(read_json(path)["settings"])
+    except ConfigError as error:
+        raise StorageError(
+            f"{root} is of another version: {error} Choose another --storage."
+        ) from error
+    if changed := differences(before, config):
+        raise StorageError(
+            f"{root} has results of other settings: {'; '.join(changed)}. Use the same flags to "
+            "go on, or another --storage."
+        )
+
+
+def commits_of(folder: Path) -> set[str | None]:
+    """Name the commits that an experiment's folders were begun with."""
+    return {read_json(path)["commit"] for path in folder.rglob(SETTINGS_FILE)}
+
+
 @contextmanager
 def workers(config: RunConfig, folder: Path) -> Iterator[Pool]:
-    """Start or join a Ray cluster and give a pool of its actors."""
+    """Start or join a Ray cluster and give a pool of its actors; the folder is held meanwhile."""
     with (
+        exclusive(folder),
         ProgressView(folder / "tensorboard", Console()) as view,
         connected(),
         board(view) as events,
@@ -107,8 +140,11 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
         folder: The experiment's folder for this base.
     """
     run_dir = RunDir(folder.resolve())
+    stage_1 = ("preset", "seed", "data", "model", "diffusion", "base")
+    claim(run_dir.root, RunConfig(**{name: getattr(config, name) for name in stage_1}))
     if not run_dir.base_result.exists():
         with (
+            exclusive(run_dir.root),
             ProgressView(run_dir.tensorboard, Console()) as view,
             connected(),
             board(view) as events,
@@ -144,6 +180,7 @@ def scores_of(
         The metric's name, and every model's scores in the order of the seeds.
     """
     config, folder = with_absolute_paths(config), folder.resolve()
+    claim(folder, config)
     spec = choose_features(config, load_dataset(config.data), folder / "features.json")
     pool.run({"features": prepare_features(RunDir(folder / "reference"), config, spec)})
     chains = {}
@@ -171,6 +208,7 @@ def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) 
 
 def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     """Do stage 2 of a run: make all experts from a base, as a run does, without scoring them."""
+    claim(root, config)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     run_dir = RunDir(root.resolve(), base.resolve())
     space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
@@ -184,6 +222,7 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
 
 def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupTask:
     """Give the task of pruning a base for all timesteps at once."""
+    claim(root, config)
     span = (0, config.diffusion.num_train_timesteps - 1)
     group = one_group(config.diffusion, config.sampler, span, macs_share)
     space = space_of(unet_config(base), config.prune.space)
@@ -217,6 +256,12 @@ def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
         (copied / source.base_result.name).unlink()
         shutil.rmtree(copied / source.base_unet.name)
     copied.rename(target.root / "base")
+
+
+def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
+    """Give the paper's numbers on a preset's dataset; on one that it has not, CIFAR-10's."""
+    name = preset if preset in numbers else "cifar10"
+    return {"": f"the paper's ({name})", **numbers[name]}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -303,7 +348,7 @@ def write_record(
         folder: Where the JSON goes.
         name: Its name without the suffix.
         flags: The experiment's flags.
-        commits: Commits that the runs were made with.
+        commits: Commits that the results were made with.
         record: The numbers.
     """
     made_by = {
@@ -311,5 +356,6 @@ def write_record(
         "commits": sorted(str(commit) for commit in commits),
         "seeds": list(flags.seeds),
         "machine": machine(),
+        "settings": to_json(flags.config(flags.seeds[0])),
     }
     write_json(folder / f"{name}.json", {"made_by": made_by, **record})

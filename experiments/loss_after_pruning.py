@@ -21,10 +21,18 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import Flags, parse_flags, trained_base, workers, write_record, write_table
+from common import (
+    Flags,
+    claim,
+    commits_of,
+    parse_flags,
+    trained_base,
+    workers,
+    write_record,
+    write_table,
+)
 
 from tdc_ray.config import RunConfig
-from tdc_ray.environment import commit
 from tdc_ray.finetune import trial_item
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import unet_config
@@ -182,6 +190,7 @@ def main(flags: Flags) -> None:
         config = replace(
             config, finetune=replace(config.finetune, batch_size=16, learning_rate=2e-4)
         )
+        claim(folder / f"seed-{seed}", config)
         for setting in SETTINGS:
             for method in (*SCORES, PROXY):
                 for refit in (True, False):
@@ -241,7 +250,7 @@ def write_all(folder: Path, flags: Flags, tables: Mapping[Cell, Losses]) -> None
         folder,
         "loss_after_pruning",
         flags,
-        {commit()},
+        commits_of(folder),
         {"aims": AIMS, "verdicts": lines, "excess_loss": record},
     )
 

@@ -24,6 +24,7 @@ from statistics import mean
 from common import (
     Flags,
     mean_and_spread,
+    paper_column,
     parse_flags,
     run_once,
     write_record,
@@ -77,10 +78,11 @@ def main(flags: Flags) -> None:
         for seed, (tdc, longer, unpruned) in runs.items()
     }
     metric = runs[flags.seeds[0]][0].metric
+    paper = paper_column(PAPER, flags.preset)
     columns = [
         "row",
         metric,
-        "the paper's FID",
+        paper[""],
         "FLOPs (MACs)",
         "params",
         "train steps",
@@ -98,7 +100,7 @@ def main(flags: Flags) -> None:
             [
                 row,
                 mean_and_spread([model.score for model in models]),
-                PAPER.get(flags.preset, {}).get(row, "-"),
+                paper.get(row, "-"),
                 f"{mean([model.macs for model in models]) / 1e6:.2f} M",
                 f"{mean([model.num_params for model in models]) / 1e6:.2f} M",
                 f"{mean([model.train_steps for model in models]):.0f}",

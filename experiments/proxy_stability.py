@@ -19,6 +19,7 @@ from statistics import mean, pstdev
 from common import (
     Flags,
     all_timesteps,
+    commits_of,
     parse_flags,
     plot_rounds,
     trained_base,
@@ -27,7 +28,6 @@ from common import (
     write_table,
 )
 
-from tdc_ray.environment import commit
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice
@@ -80,7 +80,7 @@ def main(flags: StabilityFlags) -> None:
     plot_rounds(folder, "proxy_stability", losses)
     notes = [note for choice in found.values() for note in choice.spent.notes]
     record = {"method": flags.method, "excess_loss": losses, "notes": notes}
-    write_record(folder, "proxy_stability", flags, {commit()}, record)
+    write_record(folder, "proxy_stability", flags, commits_of(folder), record)
 
 
 if __name__ == "__main__":

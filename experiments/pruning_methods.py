@@ -27,7 +27,9 @@ from common import (
     Flags,
     Model,
     all_timesteps,
+    commits_of,
     mean_and_spread,
+    paper_column,
     parse_flags,
     plot_bars,
     scores_of,
@@ -39,7 +41,6 @@ from common import (
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.pool import Pool
-from tdc_ray.environment import commit
 from tdc_ray.finetune import Expert, finetune_item, make_expert
 from tdc_ray.models.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import save_index
@@ -160,7 +161,7 @@ def main(flags: Flags) -> None:
         with workers(config, folder) as pool:
             metric, found[seed] = one_seed(config, base, folder / f"seed-{seed}", pool)
     order = ["pretrained", *SCRATCH, *(row for row, _, _ in METHODS)]
-    paper = PAPER.get(flags.preset, {})
+    paper = paper_column(PAPER, flags.preset)
     table = []
     for row in order:
         values = [rows[row] for rows in found.values()]
@@ -178,7 +179,7 @@ def main(flags: Flags) -> None:
     columns = [
         "row",
         metric,
-        "the paper's FID",
+        paper[""],
         "FLOPs (MACs)",
         "params",
         "steps",
@@ -188,7 +189,9 @@ def main(flags: Flags) -> None:
         folder, "pruning_methods", {r: [rows[r][0] for rows in found.values()] for r in order}
     )
     record = {str(seed): rows for seed, rows in found.items()}
-    write_record(folder, "pruning_methods", flags, {commit()}, {"metric": metric, "seeds": record})
+    write_record(
+        folder, "pruning_methods", flags, commits_of(folder), {"metric": metric, "seeds": record}
+    )
 
 
 if __name__ == "__main__":

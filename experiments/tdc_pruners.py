@@ -20,6 +20,7 @@ from statistics import mean
 from common import (
     Flags,
     mean_and_spread,
+    paper_column,
     parse_flags,
     plot_bars,
     run_once,
@@ -77,7 +78,7 @@ def main(flags: PrunerFlags) -> None:
             )
             run_dir = folder / f"seed-{seed}" / row.replace(" ", "-")
             found[row].append(run_once(replace(config, prune=prune), run_dir, base_of=base))
-    paper = PAPER.get(flags.preset, {})
+    paper = paper_column(PAPER, flags.preset)
     base_results = [results.base for results in found["proxy"]]
     table = [
         [
@@ -101,7 +102,7 @@ def main(flags: PrunerFlags) -> None:
             ]
         )
     metric = found["proxy"][0].metric
-    columns = ["pruner", metric, "the paper's FID", "FLOPs (MACs)", "params", "search macs"]
+    columns = ["pruner", metric, paper[""], "FLOPs (MACs)", "params", "search macs"]
     write_table(folder, "tdc_pruners", columns, table)
     scores = {"original": [base.score for base in base_results]}
     scores |= {row: [result.tdc.score for result in results] for row, results in found.items()}

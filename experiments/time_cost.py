@@ -16,7 +16,16 @@ OMS-DPM, which trains a predictor, more than 3800.
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
-from common import Flags, parse_flags, plot_bars, run_once, trained_base, write_record, write_table
+from common import (
+    Flags,
+    paper_column,
+    parse_flags,
+    plot_bars,
+    run_once,
+    trained_base,
+    write_record,
+    write_table,
+)
 
 from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results
@@ -56,12 +65,12 @@ def main(flags: CostFlags) -> None:
         trained_base(config, base)
         found.append(run_once(config, folder / f"seed-{seed}", base_of=base))
     seconds = [seconds_of(results) for results in found]
-    paper = PAPER.get(flags.preset, {})
+    paper = paper_column(PAPER, flags.preset)
     rows = [
         [row, f"{mean(by[row] for by in seconds) / 1000:.4f}", paper.get(row, "-")]
         for row in seconds[0]
     ]
-    columns = ["stage", "thousands of seconds", "the paper's"]
+    columns = ["stage", "thousands of seconds", paper[""]]
     write_table(folder, "time_cost", columns, rows)
     plot_bars(folder, "time_cost", {row: [by[row] for by in seconds] for row in seconds[0]})
     record = {

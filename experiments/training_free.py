@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from common import (
     Flags,
     Model,
+    commits_of,
     experts_of,
     mean_and_spread,
     parse_flags,
@@ -30,7 +31,6 @@ from common import (
 )
 
 from tdc_ray.config import RunConfig
-from tdc_ray.environment import commit
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import unet_config
 
@@ -91,7 +91,7 @@ def main(flags: FreeFlags) -> None:
         "scores": scores,
         "macs": {row: model.macs for row, model in models.items()},
     }
-    write_record(folder, "training_free", flags, {commit()}, record)
+    write_record(folder, "training_free", flags, commits_of(folder), record)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,9 @@ def _prune(command: Prune, console: Console) -> None:
     from tdc_ray.report import print_pruned
 
     unet = unet_dir(command.model_dir)
-    config = replace(command.config, prune=replace(command.config.prune, method=command.method))
-    config = for_unet(config, unet_config(unet), command.data)
+    config = for_unet(command.config, unet_config(unet), command.data)
+    if command.method is not None:
+        config = replace(config, prune=replace(config.prune, method=command.method))
     if command.group is None:
         span = command.timesteps or (0, config.diffusion.num_train_timesteps - 1)
         group = one_group(config.diffusion, config.sampler, span, command.macs)

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,8 +94,8 @@ class Prune:
     """Where the pruned model and report.json go."""
     macs: float = 0.7
     """Most macs that are left, as a share of the model's, in (0, 1]."""
-    method: SearchMethod = "offline"
-    """Who proposes what is cut (prune.method)."""
+    method: SearchMethod | None = None
+    """Who proposes what is cut; default: prune.method, which is that of the model's run."""
     data: str | None = None
     """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; default: what the
     model's run was trained on."""
@@ -130,8 +131,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """Parse in two passes: the preset decides the defaults of all other flags."""
     config = preset(_preset_name(arguments))
     missing: Any = tyro.MISSING
-    trained = _config_of_model(arguments) or config
-    prune = Prune(model_dir=missing, out=missing, config=trained)
+    prune = Prune(model_dir=missing, out=missing, config=_config_of_model(arguments) or config)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
@@ -150,22 +150,35 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _preset_name(arguments: Sequence[str]) -> str:
+    return _value_of("--preset", arguments) or "digits"
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     for place, argument in enumerate(arguments):
-        if argument == "--preset" and place + 1 < len(arguments):
+        if argument == flag and place + 1 < len(arguments):
             return arguments[place + 1]
-        if argument.startswith("--preset="):
-            return argument.removeprefix("--preset=")
-    return "digits"
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
 
 
 def _config_of_model(arguments: Sequence[str]) -> RunConfig | None:
-    """Give the settings of the run that trained the model that is to be pruned."""
-    if not arguments or arguments[0] != "prune":
+    """Give the settings of the run that trained the model that is to be pruned.
+
+    They hold unless a preset is asked for. The model is the first argument that is neither a flag
+    nor a flag's value.
+    """
+    if not arguments or arguments[0] != "prune" or _value_of("--preset", arguments):
         return None
     from tdc_ray.prune_model import run_config_of, unet_dir
 
-    for argument in arguments[1:]:
+    for before, argument in pairwise(arguments):
+        is_value = before.startswith("--") and "=" not in before and before != "--verbose"
+        if argument.startswith("-") or is_value:
+            continue
         with contextlib.suppress(CheckpointError):
             if config := run_config_of(unet_dir(Path(argument))):
-                return config
+                prune = config.prune
+                method = "offline" if prune.method == "none" else prune.method
+                return replace(config, prune=replace(prune, method=method, halving_steps=0))
     return None

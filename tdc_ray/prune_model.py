@@ -109,8 +109,14 @@ def prune_model(
     Raises:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
-    started = time.perf_counter()
     config, base_settings = with_absolute_paths(config), unet_config(unet)
+    if config.prune.method == "none":
+        raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
+    if config.prune.halving_steps:
+        raise ConfigError(
+            f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
+            "it takes no gradient step."
+        )
     space = space_of(base_settings, config.prune.space)
     _check(config, base_settings)
     space.check_limit(group.max_macs(space.macs_base), "the model")
@@ -123,6 +129,7 @@ def prune_model(
         with ProgressView(run_dir.tensorboard, console) as view:
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")
+        writing = time.perf_counter()
         pruned = pruned_unet(load_base(run_dir, config), choice.kept, config, group)
         save_expert_into(out, pruned, base_settings, choice.kept)
         report: dict[str, object] = {
@@ -146,7 +153,9 @@ def prune_model(
             "notes": choice.spent.notes,
             "proxy_seconds": choice.spent.proxy_seconds,
             "search_seconds": choice.spent.seconds,
-            "seconds": time.perf_counter() - started,
+            "seconds": choice.spent.seconds
+            + choice.spent.proxy_seconds
+            + (time.perf_counter() - writing),
         }
         write_json(out / REPORT_FILE, report)
     return report

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from tdc_ray.cli import run_command
+from tdc_ray.commands import parse
+from tdc_ray.config import to_json
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, save_unet
+from tdc_ray.storage import write_json
 from tests.prune.openai_server import (
     echoes_key,
     fails,
@@ -22,7 +26,7 @@ from tests.prune.openai_server import (
     serving,
 )
 from tests.prune.tasks import NAMES
-from tests.small import TINY, make_run_dir, output_of, random_unet
+from tests.small import TINY, make_run_dir, output_of, random_unet, small_config
 
 FEW = ("--prune.num-images", "32", "--prune.num-refit-images", "32", "--prune.num-levels", "1")
 FEW += ("--prune.num-rounds", "2", "--prune.num-candidates", "2")
@@ -108,6 +112,8 @@ def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
         (["--group", "77"], ["--group", "77"]),
         (["--group", "0", "--timesteps", "0", "9"], ["--timesteps or --group"]),
         (["--data.image-size", "16"], ["data.image_size", "8", "16"]),
+        (["--prune.method", "none"], ["prune.method", "none", "--method"]),
+        (["--prune.halving-steps", "5"], ["prune.halving_steps", "0", "5"]),
     ],
 )
 def test_bad_input_is_one_clear_error_before_work(model, tmp_path, capsys, arguments, words):
@@ -123,6 +129,42 @@ def test_bad_input_is_one_clear_error_before_work(model, tmp_path, capsys, argum
 def test_what_holds_no_unet_is_refused(tmp_path, capsys):
     assert run_command(["prune", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "holds no UNet2DModel" in capsys.readouterr().err
+
+
+def with_config(model: Path, folder: Path, **changes) -> Path:
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_config_of_another_diffusers_is_read_as_far_as_it_is_known(model, tmp_path):
+    other = with_config(model, tmp_path / "model", of_a_later_version=1, sample_size=[8, 8])
+    prune(other, tmp_path / "out", "--method", "magnitude")
+    assert output_of(load_expert(tmp_path / "out")).shape[-1] == 8
+
+
+@pytest.mark.parametrize("size", [None, [8, 16]])
+def test_a_model_without_a_size_is_refused(model, tmp_path, capsys, size):
+    other = with_config(model, tmp_path / "model", sample_size=size)
+    command = ["prune", str(other), "--out", str(tmp_path / "out"), "--data", "digits"]
+    assert run_command(command) == 1
+    error = capsys.readouterr().err
+    assert "sample_size" in error
+    assert str(size) in error
+
+
+def test_the_settings_are_those_of_the_models_run_whatever_other_runs_are_named(tmp_path):
+    for name, schedule in (("one", "linear"), ("other", "squaredcos_cap_v2")):
+        run_dir = make_run_dir(tmp_path / name)
+        config = small_config(diffusion={"beta_schedule": schedule}, prune={"method": "taylor"})
+        write_json(run_dir.config, to_json(config))
+    rest = [str(tmp_path / "one"), "--out", str(tmp_path / "out")]
+    command = parse(["prune", "--proxy.replay", str(tmp_path / "other"), *rest])
+    assert command.config.diffusion.beta_schedule == "linear"
+    assert (command.method, command.config.prune.method) == (None, "taylor")
+    again = parse(["prune", "--preset", "digits", *rest])
+    assert again.config.prune.method == "offline"
 
 
 def schemes(*rows: dict[str, int]) -> str:

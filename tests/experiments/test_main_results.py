@@ -23,9 +23,10 @@ def test_smoke_writes_the_table_and_what_made_it(ray_cluster, tmp_path, monkeypa
     with (folder / "main_results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == list(main_results.ROWS)
-    assert {row["the paper's FID"] for row in rows} == {"-"}  # its numbers are not the digits'
+    paper = {row["row"]: row["the paper's (cifar10)"] for row in rows}
+    assert paper == {"base, macs of TDC": "-"} | main_results.PAPER["cifar10"]
     record = json.loads((folder / "main_results.json").read_text())
-    assert set(record["made_by"]) == {"command", "commits", "seeds", "machine"}
+    assert set(record["made_by"]) == {"command", "commits", "seeds", "machine", "settings"}
     assert (folder / "main_results.png").stat().st_size > 1000
     models = record["seeds"]["0"]
     spent = models["TDC"]["train_macs"]

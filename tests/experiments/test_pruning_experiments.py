@@ -1,17 +1,27 @@
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from tdc_ray.errors import StorageError
+from tests.small import small_config
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """One storage for all experiments here, so that they share a base."""
+    return tmp_path_factory.mktemp("storage")
+
+
 @pytest.fixture
-def storage(tmp_path, monkeypatch):
+def storage(shared, monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return tmp_path
+    return shared
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -54,3 +64,45 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(
     assert len(record["excess_loss"]) == len(loss_after_pruning.SETTINGS)
     aims = [line for line in record["verdicts"] if line.startswith("all: aim")]
     assert len(aims) == 3 + len(loss_after_pruning.SMOKE_STEPS)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "folder", "flags", "column"),
+    [
+        ("pruning_methods", "digits-smoke", "Flags", "row"),
+        ("tdc_pruners", "digits-smoke", "PrunerFlags", "pruner"),
+        ("time_cost", "digits-smoke-offline", "CostFlags", "stage"),
+        ("training_free", "digits-smoke", "FreeFlags", "experts"),
+    ],
+)
+def test_smoke_writes_table_plot_and_what_made_them(
+    ray_cluster, storage, monkeypatch, name, folder, flags, column
+):
+    experiment = importlib.import_module(name)
+    from common import parse_flags
+
+    command = [f"{name}.py", "--smoke", "--storage", str(storage)]
+    monkeypatch.setattr(sys, "argv", command)
+    experiment.main(parse_flags(experiment.__doc__, getattr(experiment, flags)))
+    where = storage / f"{name}-{folder}"
+    found = [row[column] for row in rows_of(where, name)]
+    assert len(set(found)) == len(found) >= 4
+    if hasattr(experiment, "PAPER"):  # the paper's number stands beside ours
+        paper = {row[column]: row["the paper's (cifar10)"] for row in rows_of(where, name)}
+        assert paper.items() >= experiment.PAPER["cifar10"].items()
+    made_by = json.loads((where / f"{name}.json").read_text())["made_by"]
+    assert len(made_by["commits"]) == 1
+    assert made_by["settings"]["preset"] == "digits-smoke"
+    assert (where / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.ray
+def test_a_storage_of_other_settings_is_refused(ray_cluster, storage):
+    from common import claim
+
+    claim(storage / "claimed", small_config())
+    claim(storage / "claimed", small_config())
+    with pytest.raises(StorageError, match=r"finetune.num_steps 20 -> 7\. .*another --storage"):
+        claim(storage / "claimed", small_config(finetune={"num_steps": 7}))
