@@ -18,6 +18,7 @@ from tdc_ray.models.experts import save_expert_into
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group
 from tdc_ray.progress import ProgressView
+from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.prune.measure import load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
@@ -112,6 +113,8 @@ def prune_model(
     config, base_settings = with_absolute_paths(config), unet_config(unet)
     if config.prune.method == "none":
         raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
+    if config.prune.method == "llm":
+        check_proxy(config.proxy)
     if config.prune.halving_steps:
         raise ConfigError(
             f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "

@@ -65,12 +65,12 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),
             board(view) as events,
+            Pool(config, events, view) as pool,
         ):
             logger.info("stage 1: training the base (%s)", run_dir.base_unet)
             train_base_on_ray(run_dir, config, events, view)
-            with Pool(config, events, view) as pool:
-                experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
-                scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
+            experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
+            scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
         outcome = Outcome(plan, experts, *scores, spec, reference)
         seconds = time.perf_counter() - started
         results = summarize(run_dir, config, outcome, seconds)

@@ -167,6 +167,24 @@ def test_the_settings_are_those_of_the_models_run_whatever_other_runs_are_named(
     assert again.config.prune.method == "offline"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["OPENAI_API_KEY is not set", "prune.method offline"]),
+        (["--proxy.replay", "nowhere"], ["proxy.replay", "nowhere", "--proxy.replay"]),
+    ],
+)
+def test_without_a_key_or_a_transcript_nothing_is_begun(
+    model, tmp_path, monkeypatch, capsys, flags, words
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    command = ["prune", str(model), "--out", str(tmp_path), "--data", "digits", "--method", "llm"]
+    assert run_command([*command, *flags]) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+    assert not list(tmp_path.iterdir())
+
+
 def schemes(*rows: dict[str, int]) -> str:
     listed = [[{"unit": unit, "keep": keep} for unit, keep in row.items()] for row in rows]
     return json.dumps({"schemes": listed})
@@ -203,7 +221,7 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
         assert done.returncode == 0, done.stderr
         num_requests = len(server.requests)
         assert num_requests > 0
-        replay = [*command, "--proxy.replay", str(next(tmp_path.glob("search/*")))]
+        replay = [*command, "--proxy.replay", str(tmp_path)]
         replay[replay.index("--out") + 1] = str(tmp_path / "replayed")
         if source == "llm":
             subprocess.run(replay, env=environment, capture_output=True, check=True)

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from tdc_ray.errors import ProxyError
 from tdc_ray.results import load_results
+from tdc_ray.run import run
 from tests.prune.openai_server import Handler, echoes_key, fails, says, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -67,3 +71,11 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(cache_dir, ray_dir, tmp_p
     ):
         assert KEY not in text
         assert KEY[8:] not in text
+
+
+def test_without_a_key_the_base_is_not_trained(ray_cluster, cache_dir, smoke_config, tmp_path):
+    config = replace(smoke_config, prune=replace(smoke_config.prune, method="llm"))
+    config = replace(config, proxy=replace(config.proxy, replay=str(tmp_path / "nowhere")))
+    with pytest.raises(ProxyError, match=r"proxy\.replay must be a run directory .*nowhere"):
+        run(config, tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run" / "base").exists()

@@ -1,30 +1,56 @@
 """The one actor through which a cluster's calls to a language model go."""
 
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.distributed.cluster import Board
+from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
+from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.work import Result, WorkItem, run_item
 
 NAME = "tdc-ray-caller"
+
+SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class _Caller:
     """Runs calls, several at once, within one budget; the key is in its own environment."""
 
     def __init__(self, config: ProxyConfig) -> None:
-        self.budget = Budget(config)
+        self.config, self.budget = config, Budget(config)
+
+    def is_there(self) -> None:
+        """Answer, and be alive."""
+
+    def check(self) -> None:
+        check_proxy(self.config)
 
     def run(self, item: WorkItem, board: Board) -> Result:
         function: Any = item.function
         shared = replace(item, function=partial(function, budget=self.budget))
         return run_item(shared, board.reporter(item.key))
+
+
+def start_checked_caller(config: ProxyConfig) -> Any:
+    """Start the caller and make sure that it has what it needs: see :func:`start_caller`.
+
+    Raises:
+        ProxyError: Its environment holds no key, or there is nothing to replay.
+    """
+    caller = start_caller(config)
+    try:
+        ray.get(caller.check.remote())
+    except RayTaskError as error:
+        raise ProxyError(str(error.cause)) from None
+    return caller
 
 
 def start_caller(config: ProxyConfig) -> Any:
@@ -36,10 +62,17 @@ def start_caller(config: ProxyConfig) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_restarts=-1)(_Caller)
-    handle: Any = remote.options(
+    options = remote.options(
         name=NAME,
         get_if_exists=True,
         max_concurrency=config.max_concurrent,
         scheduling_strategy=here,
-    ).remote(config)
-    return handle
+    )
+    while True:
+        handle: Any = options.remote(config)
+        try:
+            ray.get(handle.is_there.remote())
+        except RayActorError:
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # an earlier one, on its way out: not yet gone
+        else:
+            return handle

@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from tdc_ray.config import RunConfig
-from tdc_ray.distributed.caller import start_caller
+from tdc_ray.distributed.caller import start_caller, start_checked_caller
 from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
 from tdc_ray.errors import WorkFailedError
@@ -41,10 +41,14 @@ class _Worker:
 
 
 class Pool:
-    """Actors, started as there is work for them; a context manager that ends them."""
+    """Actors, started as there is work for them; a context manager that ends them.
+
+    Where a language model is to be asked, entering makes sure that it can be.
+    """
 
     def __init__(self, config: RunConfig, board: Board, view: ProgressView) -> None:
         self._compute, self._proxy = config.compute, config.proxy
+        self._asks = config.prune.method == "llm"
         self._board, self._view = board, view
         self._caller: ActorHandle | None = None
         self._idle: list[ActorHandle] = []
@@ -54,6 +58,8 @@ class Pool:
 
     def __enter__(self) -> "Pool":
         compute = self._compute
+        if self._asks:
+            self._caller = start_checked_caller(self._proxy)
         resources = {"CPU": float(compute.cpus_per_actor), "GPU": compute.gpus_per_actor}
         self._max_actors = num_actors(compute.num_actors, node_resources(), resources)
         return self

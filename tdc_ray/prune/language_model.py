@@ -20,6 +20,7 @@ from tdc_ray.prune.transcripts import (
     Usage,
     append_exchange,
     recorded_reply,
+    replayed_from,
     transcript_path,
 )
 from tdc_ray.prune_settings import ProxyConfig
@@ -52,7 +53,7 @@ class LanguageModel:
         """
         if self._config.replay is None:
             return self._converse(task, memory, time.monotonic() + timeout_s)
-        folder = Path(self._config.replay) / self._transcripts.name
+        folder = replayed_from(Path(self._config.replay))
         return parse_reply(recorded_reply(transcript_path(folder, task.group, task.round)), task)
 
     def _converse(
@@ -102,6 +103,18 @@ class LanguageModel:
             self._budget.settle(bound, used)
             self.usage += used
         return answer, used
+
+
+def check_proxy(config: ProxyConfig) -> None:
+    """Find out whether there is a key to ask with, or a transcript to replay.
+
+    Raises:
+        ProxyError: There is none in this process's environment, or in ``proxy.replay``.
+    """
+    if config.replay is None:
+        server_host()
+    else:
+        replayed_from(Path(config.replay))
 
 
 def _request(

@@ -70,6 +70,22 @@ def transcript_path(folder: Path, group: int, round_: int) -> Path:
     return folder / f"group-{group:02d}-round-{round_}.jsonl"
 
 
+def replayed_from(folder: Path) -> Path:
+    """Find the transcripts of a run, or of what ``tdc-ray prune`` wrote.
+
+    Raises:
+        ProxyError: There are none, or those of several searches.
+    """
+    found = {path.parent for path in folder.glob("proxy/group-*.jsonl")}
+    found |= {path.parent for path in folder.glob("search/*/proxy/group-*.jsonl")}
+    if len(found) != 1:
+        raise ProxyError(
+            f"proxy.replay must be a run directory with transcripts of one search in its folder "
+            f"proxy, got {folder} with {len(found)}. Set --proxy.replay."
+        )
+    return found.pop()
+
+
 def append_exchange(path: Path, exchange: Exchange) -> None:
     """Add an exchange to a transcript."""
     append_json_line(path, dataclasses.asdict(exchange))
