@@ -25,7 +25,7 @@ from tdc_ray.pixels import channels_first, to_size
 from tdc_ray.settings import DataConfig
 from tdc_ray.storage import atomic_path, locked
 
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**20
 """How much of a file is unpacked at once."""
 
 _UNREADABLE = (
