@@ -109,6 +109,8 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
 def _deciding(config: RunConfig) -> dict[str, Any]:
     """Leave out where a run computes, and make paths absolute, so that they mean the same."""
     document = to_json(with_absolute_paths(config))
+    for name in ("max_corrupt", "cache_dir"):  # a run that they stopped goes on with others
+        del document["data"][name]
     kept = ("num_base_workers", "cpus_per_base_worker")
     return document | {"compute": {name: document["compute"][name] for name in kept}}
 
@@ -123,7 +125,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     inception = evaluate.inception_path
     return replace(
         config,
-        data=data if data.path is None else replace(data, path=absolute(data.path)),
+        data=replace(
+            data,
+            path=None if data.path is None else absolute(data.path),
+            cache_dir=absolute(data.cache_dir),
+        ),
         proxy=proxy if proxy.replay is None else replace(proxy, replay=absolute(proxy.replay)),
         evaluate=replace(
             evaluate,

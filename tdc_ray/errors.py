@@ -6,6 +6,7 @@
     ├── ConfigError            a setting is out of its range, or two settings disagree
     ├── ScheduleError          betas or alphas_cumprod that are no noise schedule
     ├── DataError              a dataset is missing, malformed or does not fit the model
+    │   └── CorruptFileError   a file of it cannot be read
     ├── StorageError           a run directory cannot be used
     ├── CheckpointError        a saved model is missing, malformed or of another kind
     ├── UnsupportedModelError  a UNet has a block that cannot be pruned
@@ -38,6 +39,10 @@ class ScheduleError(TdcError):
 
 class DataError(TdcError):
     """A dataset is missing, malformed, or does not fit the model."""
+
+
+class CorruptFileError(DataError):
+    """A file of a dataset is damaged or of another kind; a few of them may be left out."""
 
 
 class StorageError(TdcError):

@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
-from tdc_ray.datasets import IMAGE_SUFFIXES, load_dataset
+from tdc_ray.datasets import load_dataset
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into

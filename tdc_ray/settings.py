@@ -51,15 +51,31 @@ class DataConfig:
     num_workers: int = 0
     """Processes that load and decode images beside each trainer."""
 
+    labels_from_folders: bool = False
+    """An image's class is the subfolder of `path` that it lies in (source folder); classes are
+    counted from 0 in the order of their names."""
+
+    max_corrupt: int = 10
+    """Most corrupt files that a process and its loader processes leave out. Each is named in a
+    warning, and the next image takes its place; an npz file's images are missing altogether."""
+
+    cache_dir: str = "~/.cache/tdc_ray"
+    """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
+    either a place that all nodes see, or each node fills its own."""
+
     def __post_init__(self) -> None:
         at_least(4, "data", self, "image_size")
-        at_least(0, "data", self, "crop_padding", "num_workers")
+        at_least(0, "data", self, "crop_padding", "num_workers", "max_corrupt")
         rule = f"below data.image_size = {self.image_size}"
         require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
         if self.source != "digits" and self.path is None:
             raise ConfigError(
                 f"data.path must be given for data.source {self.source}: where are the images? "
                 "Set --data.path."
+            )
+        if self.labels_from_folders and self.source != "folder":
+            raise ConfigError(
+                f"data.labels_from_folders goes with data.source folder, got {self.source}."
             )
 
     @property

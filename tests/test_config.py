@@ -180,6 +180,11 @@ def test_a_value_out_of_its_range_is_refused_when_read(document, message):
             r"data\.crop_padding must be below data\.image_size = 8, got 8",
         ),
         (lambda: DataConfig(num_workers=-1), r"data\.num_workers must be at least 0, got -1"),
+        (lambda: DataConfig(max_corrupt=-1), r"data\.max_corrupt must be at least 0, got -1"),
+        (
+            lambda: DataConfig(source="npz", path="a", labels_from_folders=True),
+            r"data\.labels_from_folders goes with data\.source folder, got npz",
+        ),
         (lambda: ModelConfig(dropout=1.0), r"model\.dropout must be in \[0, 1\), got 1\.0"),
         (lambda: ModelConfig(dropout=-0.1), r"model\.dropout must be in \[0, 1\), got -0\.1"),
         (
@@ -402,8 +407,21 @@ def test_a_relative_path_and_its_absolute_one_are_the_same_setting(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     relative = changed(RunConfig(), "evaluate.cache_dir", "cache")
     absolute = changed(RunConfig(), "evaluate.cache_dir", str(tmp_path / "cache"))
-    assert with_absolute_paths(relative) == absolute
+    assert with_absolute_paths(relative) == with_absolute_paths(absolute)
     assert differences(relative, absolute) == []
+
+
+def test_the_datas_cache_is_the_same_place_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = changed(RunConfig(), "data.cache_dir", "cache")
+    assert with_absolute_paths(relative).data.cache_dir == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_corrupt", 99), ("cache_dir", "elsewhere")])
+def test_a_run_that_corrupt_files_or_a_full_cache_stopped_goes_on_with_other_settings(name, value):
+    other = changed(RunConfig(), f"data.{name}", value)
+    assert differences(RunConfig(), other) == []
+    assert default_run_dir(other) == default_run_dir(RunConfig())
 
 
 def test_the_digest_is_eight_hexadecimal_digits():

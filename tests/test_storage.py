@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tdc_ray.storage import (
     append_json_line,
     atomic_path,
     exclusive,
+    locked,
     read_json,
     read_json_lines,
     write_json,
@@ -280,3 +282,18 @@ def test_the_process_is_told_anew_by_every_holder(tmp_path):
     (tmp_path / ".lock").write_text("123456789012")  # an earlier holder's, and longer
     with held_by_another_process(tmp_path) as process:
         assert (tmp_path / ".lock").read_text() == json.dumps(process.pid)
+
+
+def test_one_lock_holder_waits_for_the_other(tmp_path):
+    path, entered = tmp_path / "folder" / "a.lock", threading.Event()
+
+    def enter():
+        with locked(path):
+            entered.set()
+
+    other = threading.Thread(target=enter)
+    with locked(path):
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(20)
+    other.join()

@@ -1,0 +1,302 @@
+"""npz files of images: read whole, or image by image where they are too large for memory."""
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdc_ray.errors import CorruptFileError, DataError
+from tdc_ray.pixels import channels_first, to_size
+from tdc_ray.settings import DataConfig
+from tdc_ray.storage import atomic_path, locked
+
+BLOCK_BYTES = 2**20
+"""How much of a file is unpacked at once."""
+
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile and NumPy raise for files that are damaged, or hold something else than arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class NpzFile:
+    """What an npz file says of its images, and their labels."""
+
+    path: Path
+    member: zipfile.ZipInfo
+    """The images' npy file within it."""
+
+    header_bytes: int
+    """What stands in the npy file before the pixels."""
+
+    stored_shape: tuple[int, ...]
+    """``(N, H, W, C)``; of ImageNet-64's rows ``(N, C, H, W)``."""
+
+    channels_first: bool
+
+    fortran_order: bool
+    """The bytes of one image lie scattered, as the npy format allows."""
+
+    labels: NDArray[np.int64] | None
+    """``(N,)``"""
+
+    def __len__(self) -> int:
+        return self.stored_shape[0]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(H, W, C)``."""
+        shape = self.stored_shape[1:]
+        return (*shape[1:], shape[0]) if self.channels_first else shape
+
+    def read(self) -> NDArray[np.uint8]:
+        """Read all images, in ``stored_shape``.
+
+        Raises:
+            CorruptFileError: The pixels are damaged.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+                pixels: NDArray[np.uint8] = npy.read_array(file, allow_pickle=False)
+        except _UNREADABLE as error:
+            raise _unreadable(self.path, error) from error
+        return pixels.reshape(self.stored_shape)
+
+    def to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Turn images as they are stored into ``(B, C, H, W)``."""
+        return torch.from_numpy(pixels) if self.channels_first else channels_first(pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackedNpz:
+    """An npz file whose pixels lie uncompressed somewhere."""
+
+    npz: NpzFile
+    path: Path
+    offset: int
+    """Where the first image starts in the file at ``path``, in bytes."""
+
+    def read(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Read some of the images, ``(B, C, H, W)``.
+
+        Raises:
+            DataError: The file is gone, or ends early.
+        """
+        pixels = np.empty((len(numbers), *self.npz.stored_shape[1:]), np.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for place in np.argsort(numbers):
+                    offset = self.offset + int(numbers[place]) * pixels[place].nbytes
+                    if os.preadv(file.fileno(), [pixels[place]], offset) != pixels[place].nbytes:
+                        raise DataError(f"{self.path} has been cut short. Start again.")
+        except OSError as error:
+            raise DataError(f"{self.path} can no longer be read: {error}. Start again.") from error
+        return self.npz.to_tensor(pixels)
+
+
+class NpzImages:
+    """Images that are read from npz files when they are asked for.
+
+    They are read, not mapped: a mapped file counts as a process's memory as far as it was touched,
+    and one that is cut short, or lost with its server, ends the process by a signal.
+    """
+
+    def __init__(
+        self, files: Sequence[UnpackedNpz], labels: Tensor | None, config: DataConfig
+    ) -> None:
+        """Take the files, and int64 labels ``(N,)``."""
+        self.files, self.config = list(files), config
+        self.ends = np.cumsum([len(file.npz) for file in files])
+        self.num_classes = None if labels is None else int(labels.max()) + 1
+        self.labels = torch.full((len(self),), -1) if labels is None else labels
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen, config = np.asarray(indices), self.config
+        shape = (len(chosen), config.num_channels, config.image_size, config.image_size)
+        images = torch.empty(shape, dtype=torch.uint8)
+        of_file = np.searchsorted(self.ends, chosen, side="right")
+        for number in np.unique(of_file):
+            file, places = self.files[number], np.flatnonzero(of_file == number)
+            first = self.ends[number] - len(file.npz)
+            images[places] = to_size(file.read(chosen[places] - first), config)
+        return images, self.labels[chosen]
+
+    def fingerprint(self) -> str:
+        """Hash the pixels' checksums, the labels, and the shape that images are brought to."""
+        digest = hashlib.sha256(f"{self.config.image_size} {self.config.num_channels}".encode())
+        for file in self.files:
+            digest.update(f"{file.npz.stored_shape} {file.npz.member.CRC}\n".encode())
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def open_npz(path: Path) -> NpzFile:
+    """Read all of an npz file but the pixels.
+
+    Raises:
+        CorruptFileError: It is damaged, or its arrays are no images and labels.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _open(path, archive)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:
+    """Check the pixels, and copy them into the cache if they are compressed; both only once.
+
+    Later calls, of other processes too, see by a file in the cache that it is done.
+
+    Raises:
+        CorruptFileError: The pixels are damaged.
+        DataError: They cannot be read one by one, or the cache cannot take them.
+    """
+    if npz.fortran_order:
+        raise DataError(
+            f"{npz.path} is too large for memory and holds its images in Fortran's order. "
+            "Save them again by numpy.savez(path, images=numpy.ascontiguousarray(images))."
+        )
+    is_stored = npz.member.compress_type == zipfile.ZIP_STORED
+    state = npz.path.stat()
+    content = f"{npz.path.resolve()} {npz.member.filename} {state.st_size} {state.st_mtime_ns}"
+    name = f"{npz.path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    copy = cache_dir / "npz" / f"{name}.{'checked' if is_stored else 'npy'}"
+    size = 0 if is_stored else npz.member.file_size
+    try:
+        if not _is_whole(copy, size):
+            with locked(copy.with_suffix(".lock")):
+                if not _is_whole(copy, size):  # another process may have done it meanwhile
+                    _copy_pixels(npz, copy, size)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir {cache_dir} cannot take {size / 1e9:.1f} GB of {npz.path}: {error}. "
+            "Set --data.cache-dir to a place that can."
+        ) from error
+    if is_stored:
+        return UnpackedNpz(npz, npz.path, _member_offset(npz) + npz.header_bytes)
+    return UnpackedNpz(npz, copy, npz.header_bytes)
+
+
+def _open(path: Path, archive: zipfile.ZipFile) -> NpzFile:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    key = next((key for key in ("images", "arr_0", "data") if key in members), None)
+    if key is None:
+        raise CorruptFileError(
+            f"{path} must hold images, arr_0 or data; it holds {', '.join(members)}."
+        )
+    with archive.open(members[key]) as file:
+        shape, fortran_order, dtype = _read_header(file)
+        header_bytes = file.tell()
+    stored_shape = (
+        _unflattened(shape, path) if key == "data" else (*shape, 1)[: max(4, len(shape))]
+    )
+    if dtype != np.uint8:
+        raise CorruptFileError(f"{key} in {path} must be uint8, got {dtype}.")
+    if key != "data" and (len(stored_shape) != 4 or stored_shape[-1] not in (1, 3)):
+        raise CorruptFileError(
+            f"{key} in {path} must have shape (N, H, W) or (N, H, W, 1 or 3), got {shape}."
+        )
+    if header_bytes + math.prod(shape) != members[key].file_size:
+        raise ValueError(f"{key} has not the size of shape {shape}")
+    label_key = next((name for name in ("labels", "arr_1") if name in members), None)
+    labels = None
+    if label_key is not None:
+        with archive.open(members[label_key]) as file:
+            label_shape, _, _ = _read_header(file)
+        if label_shape != shape[:1]:
+            raise CorruptFileError(
+                f"labels in {path} must have shape {shape[:1]}, got {label_shape}."
+            )
+        with archive.open(members[label_key]) as file:
+            labels = npy.read_array(file, allow_pickle=False).astype(np.int64)
+        labels = labels - 1 if key == "data" else labels  # ImageNet-64 counts from 1
+    return NpzFile(
+        path, members[key], header_bytes, stored_shape, key == "data", fortran_order, labels
+    )
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read shape, order and type of an array, up to where its content starts."""
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array has version {version} of the npy format")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read")
+    return shape, fortran_order, dtype
+
+
+def _unflattened(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """Give ImageNet-64's rows ``(N, 3HH)`` their shape ``(N, 3, H, H)``."""
+    size = round((shape[1] / 3) ** 0.5) if len(shape) == 2 else 0
+    if len(shape) != 2 or shape[1] != 3 * size * size:
+        raise CorruptFileError(f"data in {path} must have shape (N, 3 * H * H), got {shape}.")
+    return (shape[0], 3, size, size)
+
+
+def _is_whole(copy: Path, size: int) -> bool:
+    return copy.exists() and copy.stat().st_size == size
+
+
+def _copy_pixels(npz: NpzFile, copy: Path, size: int) -> None:
+    """Go through the pixels, which checks them, and write them down unless ``size`` is 0."""
+    free = shutil.disk_usage(copy.parent).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free")
+    with atomic_path(copy) as temporary, temporary.open("wb") as file:
+        for block in _blocks(npz):
+            if size:
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _blocks(npz: NpzFile) -> Iterator[bytes]:
+    try:
+        with zipfile.ZipFile(npz.path) as archive, archive.open(npz.member) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+    except _UNREADABLE as error:
+        raise _unreadable(npz.path, error) from error
+
+
+def _member_offset(npz: NpzFile) -> int:
+    """Where a member's content starts: behind header, name and extra field (APPNOTE 4.3.7)."""
+    with npz.path.open("rb") as file:
+        file.seek(npz.member.header_offset)
+        name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
+    return npz.member.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # not its content
+        return DataError(f"{path} cannot be read: {error}.")
+    return CorruptFileError(f"{path} is no readable npz file: {error}")
