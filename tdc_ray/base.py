@@ -8,13 +8,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet
-from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.seeds import derive_seed
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Report
@@ -54,7 +55,7 @@ def train_base(
         DataError: The dataset is missing or malformed.
     """
     torch.manual_seed(derive_seed(config.seed, "init"))
-    unet = build_unet(architecture(config.model.architecture), dropout=config.model.dropout)
+    unet = build_unet(base_unet(config), dropout=config.model.dropout)
     state = start_state(unet.to(place.device), config.base)
     if resume_from is not None:
         state.load(resume_from)
@@ -78,6 +79,7 @@ def train_base(
         timesteps=range(config.diffusion.num_train_timesteps),
         seed=derive_seed(config.seed, "base"),
         rank=place.rank,
+        label_dropout=config.conditioning.label_dropout,
         report=report,
         save=save,
     )
@@ -86,7 +88,7 @@ def train_base(
 
 def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
     """Draw a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
-    data = config.data
+    data, num_classes = config.data, config.conditioning.num_classes
     with state.averaged() as unet:
         images = sample(
             lambda _: unet,
@@ -97,5 +99,8 @@ def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> T
             eta=config.sampler.eta,
             timestep_scale=config.diffusion.timestep_scale,
             device=state.device,
+            class_labels=image_labels(num_classes, 0, num_images),
+            guidance_scale=config.sampler.guidance_scale,
+            null_class=null_class(state.unet.config["num_class_embeds"], num_classes),
         )
     return to_uint8(images)

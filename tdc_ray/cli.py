@@ -79,13 +79,13 @@ def _run(command: Run, console: Console) -> None:
 
 
 def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
-    from tdc_ray.models.architectures import architecture
+    from tdc_ray.models.architectures import base_unet
     from tdc_ray.models.layers import count
     from tdc_ray.plan import plan_groups
     from tdc_ray.report import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    _, macs_base = count(architecture(config.model.architecture))
+    _, macs_base = count(base_unet(config))
     print_plan(console, plan, config, macs_base)
     return plan
 
@@ -146,18 +146,27 @@ def _sample(command: Sample, console: Console) -> None:
     from torchvision.utils import save_image
 
     from tdc_ray.pipeline import ProgressivePipeline
-    from tdc_ray.sampling import image_generators
+    from tdc_ray.sampling import image_generators, image_labels
     from tdc_ray.storage import atomic_path
 
     pipeline = ProgressivePipeline.from_pretrained(command.run)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=not console.is_terminal)
     pixels = []
+    classes = torch.tensor(command.labels) if command.labels else None
     for first in range(0, command.num_images, command.batch_size):
         count = min(command.batch_size, command.num_images - first)
         generators = image_generators(command.seed, first, count)
+        turns = image_labels(
+            pipeline.num_classes if classes is None else len(classes), first, count
+        )
         output = pipeline(
-            count, generators, num_inference_steps=command.num_inference_steps, output_type="np"
+            count,
+            generators,
+            num_inference_steps=command.num_inference_steps,
+            output_type="np",
+            class_labels=turns if classes is None else classes[turns],
+            guidance_scale=command.guidance_scale,
         )
         pixels.append(output.images)
     images = np.concatenate(pixels)

@@ -67,6 +67,10 @@ class Sample:
     """Image i of a seed is always the same."""
     num_inference_steps: int | None = None
     """Denoising steps; default: as the run was planned."""
+    labels: tuple[int, ...] | None = None
+    """Classes, which take turns over the images; default: all that a conditioned model knows."""
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance, 1 for none; default: as the run was planned."""
     batch_size: int = 64
     """Images sampled at once."""
     out_dir: Path | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
@@ -36,6 +37,7 @@ class RunConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     base: TrainConfig = field(default_factory=TrainConfig)
@@ -56,10 +58,10 @@ class RunConfig:
         require("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
         rule = f"a multiple of compute.num_base_workers = {workers}"
         require("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
-        if self.sampler.sampler == "ddpm" and self.sampler.eta:
+        if self.sampler.sampler != "ddim" and self.sampler.eta:
             raise ConfigError(
-                f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with ddpm. "
-                "Leave it at 0."
+                f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
+                f"{self.sampler.sampler}. Leave it at 0."
             )
 
 

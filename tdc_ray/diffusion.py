@@ -1,14 +1,18 @@
 """Noising and losses: L_simple, and L_hybrid for networks that learn the variance."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.schedule import FloatArray, alphas_cumprod, betas
-from tdc_ray.settings import DiffusionConfig
+from tdc_ray.schedule import FloatArray, alphas_cumprod, betas, snr
+from tdc_ray.settings import DiffusionConfig, LossWeight
+
+DEFAULT_GAMMA: Mapping[LossWeight, float] = {"min-snr": 5.0, "p2": 1.0}
+"""The papers' own: Min-SNR (arXiv:2303.09556) and P2 (arXiv:2204.00227)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,9 @@ class NoiseSchedule:
 
     noise: Tensor
     """sqrt(1 - alphas_cumprod)"""
+
+    snr: Tensor
+    """alphas_cumprod / (1 - alphas_cumprod)"""
 
     posterior_signal: Tensor
     """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equation 7)."""
@@ -49,6 +56,7 @@ class NoiseSchedule:
         return NoiseSchedule(
             self.signal.to(device),
             self.noise.to(device),
+            self.snr.to(device),
             self.posterior_signal.to(device),
             self.posterior_sample.to(device),
             self.min_log_variance.to(device),
@@ -95,6 +103,7 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     return NoiseSchedule(
         signal=_tensor(np.sqrt(alpha_bar)),
         noise=_tensor(np.sqrt(1 - alpha_bar)),
+        snr=_tensor(snr(alpha_bar)),
         posterior_signal=_tensor(beta * np.sqrt(before) / (1 - alpha_bar)),
         posterior_sample=_tensor((1 - before) * np.sqrt(1 - beta) / (1 - alpha_bar)),
         min_log_variance=_tensor(np.log(posterior_variance)),
@@ -105,6 +114,28 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     )
 
 
+def loss_weights(schedule: NoiseSchedule, kind: LossWeight, gamma: float | None) -> Tensor | None:
+    """Weight of every timestep's L_simple, for networks that predict epsilon.
+
+    ``min-snr`` is ``min(snr, gamma) / snr`` (Hang et al., arXiv:2303.09556), ``p2`` is
+    ``1 / (k + snr)^gamma`` with the paper's k = 1 (Choi et al., arXiv:2204.00227).
+
+    Args:
+        schedule: The noise schedule.
+        kind: Which.
+        gamma: None: the papers' own.
+
+    Returns:
+        ``(T,)``, in (0, 1], float32; None where all weights are 1.
+    """
+    if kind == "constant":
+        return None
+    gamma = DEFAULT_GAMMA[kind] if gamma is None else gamma
+    if kind == "min-snr":
+        return (gamma / schedule.snr).clamp(max=1)
+    return (1 + schedule.snr) ** -gamma
+
+
 def loss_per_image(
     schedule: NoiseSchedule,
     prediction: Tensor,
@@ -113,6 +144,7 @@ def loss_per_image(
     x_t: Tensor,
     epsilon: Tensor,
     timesteps: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Training loss of every image: L_simple, or L_hybrid where the variance is learnt.
 
@@ -128,21 +160,32 @@ def loss_per_image(
         x_t: ``(B, C, H, W)``.
         epsilon: The noise in x_t, ``(B, C, H, W)``.
         timesteps: ``(B,)``.
+        weights: Weight of L_simple at every timestep, ``(T,)``; None: 1. L_vlb has none.
 
     Returns:
         ``(B,)``, float32.
     """
     prediction = prediction.float()
-    if not schedule.learned_sigma:
-        return (prediction - epsilon).square().mean(dim=(1, 2, 3))
-    epsilon_pred, place = prediction.chunk(2, dim=1)  # (B, C, H, W) each
+    epsilon_pred, *place = prediction.chunk(2 if schedule.learned_sigma else 1, dim=1)
     simple = (epsilon_pred - epsilon).square().mean(dim=(1, 2, 3))
-    bits = _vlb_bits(schedule, epsilon_pred.detach(), place, x_0=x_0, x_t=x_t, timesteps=timesteps)
+    if weights is not None:
+        simple = weights[timesteps] * simple
+    if not place:
+        return simple
+    mean = epsilon_pred.detach()
+    bits = _vlb_bits(schedule, mean, place[0], x_0=x_0, x_t=x_t, timesteps=timesteps)
     return simple + schedule.vlb_weight * schedule.num_train_timesteps * bits
 
 
 def denoising_loss(
-    model: nn.Module, schedule: NoiseSchedule, x_0: Tensor, epsilon: Tensor, timesteps: Tensor
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    epsilon: Tensor,
+    timesteps: Tensor,
+    *,
+    class_labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Noise images, let the model predict the noise, and give every image's loss.
 
@@ -152,14 +195,23 @@ def denoising_loss(
         x_0: Images in [-1, 1], ``(B, C, H, W)``.
         epsilon: Standard normal noise, ``(B, C, H, W)``.
         timesteps: ``(B,)``, integers in [0, T).
+        class_labels: ``(B,)`` for a model that is conditioned on classes.
+        weights: Weight of L_simple at every timestep, ``(T,)``; None: 1.
 
     Returns:
         ``(B,)``, float32.
     """
     x_t = schedule.add_noise(x_0, epsilon, timesteps)
-    prediction = model(x_t, schedule.model_timesteps(timesteps)).sample
+    told = {} if class_labels is None else {"class_labels": class_labels}
+    prediction = model(x_t, schedule.model_timesteps(timesteps), **told).sample
     return loss_per_image(
-        schedule, prediction, x_0=x_0, x_t=x_t, epsilon=epsilon, timesteps=timesteps
+        schedule,
+        prediction,
+        x_0=x_0,
+        x_t=x_t,
+        epsilon=epsilon,
+        timesteps=timesteps,
+        weights=weights,
     )
 
 

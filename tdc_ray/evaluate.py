@@ -30,7 +30,7 @@ from tdc_ray.features import (
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
-from tdc_ray.sampling import image_generators
+from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path
 from tdc_ray.work import Chain, Report, Result, WorkItem
@@ -163,7 +163,9 @@ def sample_images(job: SampleJob, report: Report) -> Result:
     for first in range(job.first, job.first + job.count, size):
         count = min(size, job.first + job.count - first)
         generators = image_generators(job.config.evaluate.seed, first, count)
-        pixels.append(pipeline(count, generators, output_type="np").images)
+        labels = image_labels(job.config.conditioning.num_classes, first, count)
+        output = pipeline(count, generators, output_type="np", class_labels=labels)
+        pixels.append(output.images)
         report({}, first + count - job.first)
     with atomic_path(_samples_path(job)) as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=np.concatenate(pixels))

@@ -259,6 +259,7 @@ def _train(
         config.data,
         timesteps=group.timesteps,
         seed=derive_seed(config.seed, *name),
+        label_dropout=config.conditioning.label_dropout,
         report=report,
         save=lambda current: current.save(checkpoint),
     )

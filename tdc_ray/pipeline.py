@@ -9,11 +9,12 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from torch import nn
 
+from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
-from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
 from tdc_ray.storage import read_json, write_json
 
@@ -40,6 +41,13 @@ class Experts(nn.ModuleList):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Classes that each expert embeds; None: they are unconditional."""
+        first: Any = self[0]
+        embeds: int | None = first.config["num_class_embeds"]
+        return embeds
+
     def for_timestep(self, timestep: int) -> nn.Module:
         """Give the expert that serves a timestep.
 
@@ -56,7 +64,7 @@ class Experts(nn.ModuleList):
 
 
 class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Unconditional image generation with one expert per group of timesteps.
+    """Image generation, unconditional or by classes, with one expert per group of timesteps.
 
     ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps
     are integers of the training schedule; ``DDPMScheduler.from_config(pipeline.scheduler.config)``
@@ -72,6 +80,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         num_inference_steps: int = 50,
         eta: float = 0.0,
         timestep_scale: float = 1.0,
+        num_classes: int | None = None,
+        guidance_scale: float = 1.0,
     ) -> None:
         """Put a pipeline together.
 
@@ -82,16 +92,22 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             num_inference_steps: Steps taken when a call names none.
             eta: Stochasticity of DDIM when a call names none.
             timestep_scale: What a timestep is multiplied with before a network sees it.
+            num_classes: Classes that the experts are conditioned on, without the null class; None:
+                they are unconditional.
+            guidance_scale: Weight of classifier-free guidance when a call names none; 1: none.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
+        self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.register_to_config(  # diffusers tells settings from parts by this
             shape=shape,
             num_inference_steps=num_inference_steps,
             eta=eta,
             timestep_scale=timestep_scale,
+            num_classes=num_classes,
+            guidance_scale=guidance_scale,
         )
 
     @torch.inference_mode()
@@ -104,6 +120,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         output_type: str = "pil",
         *,
         seed: int = 0,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
     ) -> ImagePipelineOutput:
         """Draw images.
 
@@ -115,9 +133,16 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             output_type: ``pil``, ``np`` (uint8, ``(B, H, W, C)``) or ``pt`` (in [-1, 1],
                 ``(B, C, H, W)``).
             seed: Image ``i`` of a seed is the same in every batch.
+            class_labels: One class per image, or one for all, for experts that are conditioned on
+                classes; None: image ``i`` is of class ``i`` modulo their number.
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1: none; None: as
+                planned.
 
         Returns:
             An object with ``images``.
+
+        Raises:
+            ConfigError: An argument is out of its range, or goes with other experts.
         """
         if isinstance(generator, list):
             generators = generator
@@ -142,7 +167,14 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 f"generator must be one, or one per image: got {len(generators)} for batch_size "
                 f"{batch_size}."
             )
-        with self.progress_bar(total=steps) as bar:
+        labels = self._labels(class_labels, batch_size)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        null = null_class(self.experts.num_class_embeds, self.num_classes)
+        if scale < 0 or (scale != 1 and null is None):
+            rule = "at least 0" if null is not None else "1 for experts without a null class"
+            raise ConfigError(f"guidance_scale must be {rule}, got {scale}.")
+        self.scheduler.set_timesteps(steps)
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             images = sample(
                 self.experts.for_timestep,
                 self.scheduler,
@@ -154,6 +186,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 device=self.device,
                 dtype=self.experts.dtype,
                 on_step=bar.update,
+                class_labels=labels,
+                guidance_scale=scale,
+                null_class=null,
             )
         if output_type == "pt":
             return ImagePipelineOutput(images=images)
@@ -161,6 +196,29 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if output_type == "np":
             return ImagePipelineOutput(images=pixels)
         return ImagePipelineOutput(images=self.numpy_to_pil(pixels / 255.0))
+
+    def _labels(
+        self, class_labels: int | Sequence[int] | torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor | None:
+        """Bring a call's labels to one per image, ``(B,)``."""
+        if self.num_classes is None:
+            if class_labels is not None:
+                raise ConfigError("class_labels must be None: the experts are unconditional.")
+            return None
+        if class_labels is None:
+            return image_labels(self.num_classes, 0, batch_size)
+        labels = torch.as_tensor(class_labels)
+        if labels.ndim == 0:
+            labels = labels.expand(batch_size)
+        if labels.shape != (batch_size,):
+            raise ConfigError(
+                f"class_labels must be one, or one per image: got {labels.tolist()} for "
+                f"batch_size {batch_size}."
+            )
+        for label in labels.tolist():
+            if label not in range(self.num_classes):
+                raise ConfigError(f"class_labels must be in [0, {self.num_classes}), got {label}.")
+        return labels
 
     @classmethod
     def from_pretrained(
@@ -231,6 +289,7 @@ def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "shape": [data.num_channels, data.image_size, data.image_size],
         "diffusion": asdict(config.diffusion),
         "sampler": asdict(config.sampler),
+        "num_classes": config.conditioning.num_classes,
         "experts": rows,
     }
 
@@ -247,4 +306,6 @@ def _assemble(
         num_inference_steps=sampler["num_inference_steps"],
         eta=sampler["eta"],
         timestep_scale=DiffusionConfig(**index["diffusion"]).timestep_scale,
+        num_classes=index.get("num_classes"),
+        guidance_scale=sampler.get("guidance_scale", 1.0),
     )

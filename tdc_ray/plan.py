@@ -124,12 +124,16 @@ def limit_shares(num_groups: int, min_macs_share: float) -> FloatArray:
     return np.asarray(upper + (1 - upper) * min_macs_share)
 
 
-def sampling_timesteps(
-    num_train_timesteps: int, num_inference_steps: int, steps_offset: int
-) -> tuple[int, ...]:
-    """Timesteps that a sampler visits, noisiest first: diffusers' ``leading`` spacing."""
-    stride = num_train_timesteps // num_inference_steps
-    return tuple(i * stride + steps_offset for i in reversed(range(num_inference_steps)))
+def sampling_timesteps(num_train_timesteps: int, sampler: SamplerConfig) -> tuple[int, ...]:
+    """Timesteps at which a sampler evaluates the network, noisiest first.
+
+    They have diffusers' ``leading`` spacing; pndm evaluates the second one twice, since its first
+    step is made again with what was found there.
+    """
+    count, offset = sampler.num_inference_steps, sampler.steps_offset
+    stride = num_train_timesteps // count
+    steps = [i * stride + offset for i in reversed(range(count))]
+    return tuple(steps[:2] + steps[1:] if sampler.sampler == "pndm" else steps)
 
 
 def one_group(
@@ -154,7 +158,7 @@ def one_group(
     snr = _snr_of(diffusion)
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
-    steps = sampling_timesteps(len(snr), sampler.num_inference_steps, sampler.steps_offset)
+    steps = sampling_timesteps(len(snr), sampler)
     return Group(
         index=0,
         first=first,
@@ -175,7 +179,7 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             steps outside the timesteps.
     """
     snr = _snr_of(diffusion)
-    steps = sampling_timesteps(len(snr), sampler.num_inference_steps, sampler.steps_offset)
+    steps = sampling_timesteps(len(snr), sampler)
     if steps[0] >= len(snr):
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "

@@ -163,7 +163,12 @@ def ffhq256_ldm() -> RunConfig:
 
 
 def ddpm_cifar10() -> RunConfig:
-    """DDPM on CIFAR-10: fixed sigma, L_simple, one attention head."""
+    """DDPM on CIFAR-10: fixed sigma, L_simple, one attention head.
+
+    Learning rate, batch 128, EMA, flips, dropout and the 800 k steps are those of DDPM's appendix
+    B (arXiv:2006.11239), warm-up and clipping those of its code; the fine-tune's steps are
+    chosen here.
+    """
     full = cifar10()
     train = replace(full.base, learning_rate=2e-4, num_warmup_steps=5_000, max_grad_norm=1.0)
     return replace(
@@ -177,6 +182,28 @@ def ddpm_cifar10() -> RunConfig:
     )
 
 
+def ddpm_ffhq256() -> RunConfig:
+    """DDPM on FFHQ-256 (a folder of images), in pixels: the rows DDPM and P2 of Table I.
+
+    From DDPM's appendix B for 256x256 (arXiv:2006.11239): learning rate 2e-5, batch 64, EMA
+    0.9999, flips, no dropout, linear betas, T = 1000; from its code: 5,000 steps of warm-up,
+    gradients clipped to 1. The 800 k steps are Table I's; the micro-batch, the fine-tune's steps
+    and the images of pruning are chosen here. P2's row adds ``loss_weight="p2"``.
+    """
+    full = ddpm_cifar10()
+    train = replace(full.base, batch_size=64, micro_batch_size=8, learning_rate=2e-5)
+    return replace(
+        full,
+        preset="ddpm-ffhq256",
+        data=replace(full.data, source="folder", path="ffhq256", image_size=256, num_workers=4),
+        model=ModelConfig(architecture="ddpm-ffhq256"),
+        base=train,
+        prune=PruneConfig(num_images=256, num_refit_images=128, batch_size=8),
+        finetune=replace(train, num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+        evaluate=EvaluateConfig(batch_size=50),
+    )
+
+
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-smoke": digits_smoke,
@@ -187,6 +214,7 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "imagenet64": imagenet64,
     "ffhq256-ldm": ffhq256_ldm,
     "ddpm-cifar10": ddpm_cifar10,
+    "ddpm-ffhq256": ddpm_ffhq256,
 }
 
 

@@ -125,8 +125,14 @@ def prune_model(
     _check(config, base_settings)
     space.check_limit(group.max_macs(space.macs_base), "the model")
     dataset = load_dataset(config.data)
-    if base_settings.get("num_class_embeds") and not dataset.num_classes:
-        raise ConfigError("the model is conditioned on classes: --data must have labels.")
+    if embeds := base_settings.get("num_class_embeds"):
+        if not dataset.num_classes:
+            raise ConfigError("the model is conditioned on classes: --data must have labels.")
+        if dataset.num_classes > embeds:
+            raise ConfigError(
+                f"labels of --data must be below {embeds}, the classes that the model embeds, got "
+                f"{dataset.num_classes - 1}."
+            )
     with exclusive(out):
         run_dir = RunDir((out / "search" / _name(unet, config, group)).resolve(), unet)
         task = GroupTask(run_dir, config, space, group)

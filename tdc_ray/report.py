@@ -165,13 +165,16 @@ def conclusions(results: Results) -> list[str]:
     """Say in words what a run showed and what it did not."""
     base, tdc, evaluation = results.base, results.tdc, results.evaluation
     better = "better" if tdc.score < base.score else "not better"
+    told = ""
+    if evaluation.labels is not None:
+        told = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
     spent = tdc.train_macs + results.prune.search_macs
     lines = [
         f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
         f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
         f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
-        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {evaluation.weights} weights, "
-        f"against {evaluation.reference}.",
+        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {told}{evaluation.weights} "
+        f"weights, against {evaluation.reference}.",
         f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the base "
         "alone had less; whether it would have gained as much from the same macs is not shown "
         "here (experiments/main_results.py compares).",

@@ -129,6 +129,15 @@ class EvaluationResult:
     weights: str
     """Which weights were sampled from."""
 
+    num_classes: int | None = None
+    """Classes that the models are told; None: they are unconditional."""
+
+    labels: str | None = None
+    """Which image is of which class."""
+
+    guidance_scale: float = 1.0
+    """Weight of classifier-free guidance; other than 1 every step takes two forward passes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSeconds:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tdc_ray.conditioning import check_conditioning
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
@@ -20,7 +21,7 @@ from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import Expert, expert_dir, make_expert
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import LATENT, architecture
+from tdc_ray.models.architectures import LATENT, base_unet
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
@@ -86,7 +87,7 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
     """
-    unet_config = architecture(config.model.architecture)
+    unet_config = base_unet(config)
     data, diffusion = config.data, config.diffusion
     if config.model.architecture in LATENT:
         raise ConfigError(
@@ -109,7 +110,12 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     if config.prune.method != "none":
         for group in plan.groups:
             space.check_limit(group.max_macs(space.macs_base), f"group {group.index}")
-    load_dataset(data)
+    check_conditioning(
+        config.conditioning,
+        guidance_scale=config.sampler.guidance_scale,
+        num_class_embeds=unet_config.get("num_class_embeds"),
+        num_data_classes=load_dataset(data).num_classes,
+    )
     return space, plan
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -28,14 +28,16 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> Schedu
     common = {
         "num_train_timesteps": diffusion.num_train_timesteps,
         "trained_betas": values.tolist(),
-        "clip_sample": sampler.clip_sample,
         "timestep_spacing": "leading",
         "steps_offset": sampler.steps_offset,
     }
+    clip, to_one = sampler.clip_sample, sampler.set_alpha_to_one
     if sampler.sampler == "ddim":
-        return DDIMScheduler(**common, set_alpha_to_one=sampler.set_alpha_to_one)
+        return DDIMScheduler(**common, clip_sample=clip, set_alpha_to_one=to_one)
+    if sampler.sampler == "pndm":
+        return PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=to_one)
     variance = "learned_range" if diffusion.learned_sigma else "fixed_small"
-    return DDPMScheduler(**common, variance_type=variance)
+    return DDPMScheduler(**common, clip_sample=clip, variance_type=variance)
 
 
 def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
@@ -45,6 +47,18 @@ def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]
     """
     start = derive_seed(seed, "images") + first  # torch's CPU generator heeds 32 bits of a seed
     return [torch.Generator().manual_seed(start + i) for i in range(count)]
+
+
+def image_labels(num_classes: int | None, first: int, count: int) -> Tensor | None:
+    """Classes of the images ``first`` to ``first + count - 1``: image i is of i mod num_classes.
+
+    So an image is of the same class in every batch, model and run, and all classes come equally
+    often.
+
+    Returns:
+        ``(count,)``, int64; None where there are no classes.
+    """
+    return None if num_classes is None else torch.arange(first, first + count) % num_classes
 
 
 @torch.inference_mode()
@@ -60,6 +74,9 @@ def sample(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[], None] = lambda: None,
+    class_labels: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_class: int | None = None,
 ) -> Tensor:
     """Draw one image per generator.
 
@@ -77,6 +94,10 @@ def sample(
         device: Where the denoisers are.
         dtype: Their precision.
         on_step: Called after each step.
+        class_labels: ``(B,)`` for denoisers that are conditioned on classes.
+        guidance_scale: Weight s of classifier-free guidance (arXiv:2207.12598), in the form
+            unconditional + s (conditional - unconditional); 1: none.
+        null_class: The class that stands for none; guidance needs it.
 
     Returns:
         ``(B, C, H, W)`` in about [-1, 1], float32, on ``device``.
@@ -89,12 +110,22 @@ def sample(
     scheduler.set_timesteps(num_inference_steps)
     x = x * scheduler.init_noise_sigma
     extra = _step_arguments(scheduler, eta=eta, generator=generator)
-    learns_variance = str(scheduler.config.get("variance_type", "")).startswith("learned")
+    learns_variance = _learns_variance(scheduler)
+    told, copies = {}, 1
+    if class_labels is not None:
+        labels = class_labels.to(x.device)
+        if guidance_scale != 1.0:
+            assert null_class is not None
+            labels, copies = torch.cat([labels, torch.full_like(labels, null_class)]), 2
+        told = {"class_labels": labels}
     for timestep in scheduler.timesteps.tolist():
         model_input = scheduler.scale_model_input(x, timestep).to(dtype)
         seen = timestep if timestep_scale == 1.0 else timestep * timestep_scale
-        timesteps = torch.full((len(x),), seen, device=x.device)
-        output = denoiser_for(timestep)(model_input, timesteps).sample.float()
+        timesteps = torch.full((copies * len(x),), seen, device=x.device)
+        model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
+        output = denoiser_for(timestep)(model_input, timesteps, **told).sample.float()
+        if copies == 2:
+            output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
         if not learns_variance:
             output = output[:, :num_channels]  # (B, 2C, H, W) -> (B, C, H, W)
         x = scheduler.step(output, timestep, x, **extra).prev_sample
@@ -106,6 +137,22 @@ def to_uint8(images: Tensor) -> Tensor:
     """Bring images from [-1, 1], ``(B, C, H, W)``, to pixels: uint8, ``(B, H, W, C)``."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _guided(output: Tensor, scale: float, num_channels: int) -> Tensor:
+    """Guide epsilon, given the outputs with classes and then those without.
+
+    The channels of a learned variance, if there are any, are those with classes.
+    """
+    conditional, unconditional = output.chunk(2)  # (2B, C or 2C, H, W) -> twice (B, ...)
+    guided = unconditional + scale * (conditional - unconditional)
+    return torch.cat([guided[:, :num_channels], conditional[:, num_channels:]], dim=1)
+
+
+def _learns_variance(scheduler: SchedulerMixin) -> bool:
+    """Tell whether the scheduler takes a learned variance; others keep the setting unheeded."""
+    heeded = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return heeded and str(scheduler.config["variance_type"]).startswith("learned")
 
 
 def _step_arguments(

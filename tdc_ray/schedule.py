@@ -59,6 +59,26 @@ def alphas_cumprod(betas: FloatArray) -> FloatArray:
     return np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
 
 
+def snr(alphas_cumprod: FloatArray) -> FloatArray:
+    """Signal-to-noise ratio of every timestep: ``alphas_cumprod / (1 - alphas_cumprod)``.
+
+    Args:
+        alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1).
+
+    Returns:
+        Shape ``(T,)``, a ratio of variances, strictly decreasing.
+
+    Raises:
+        ScheduleError: A value is outside (0, 1), or the values do not decrease.
+    """
+    if not np.all((alphas_cumprod > 0) & (alphas_cumprod < 1)):
+        low, high = alphas_cumprod.min(), alphas_cumprod.max()
+        raise ScheduleError(f"alphas_cumprod must lie inside (0, 1), got [{low}, {high}].")
+    if not np.all(np.diff(alphas_cumprod) < 0):
+        raise ScheduleError("alphas_cumprod must strictly decrease with the timestep.")
+    return np.asarray(alphas_cumprod / (1.0 - alphas_cumprod))
+
+
 def snr_db(alphas_cumprod: FloatArray) -> FloatArray:
     """Signal-to-noise ratio of every timestep, in decibels.
 
@@ -75,9 +95,4 @@ def snr_db(alphas_cumprod: FloatArray) -> FloatArray:
     Raises:
         ScheduleError: A value is outside (0, 1), or the values do not decrease.
     """
-    if not np.all((alphas_cumprod > 0) & (alphas_cumprod < 1)):
-        low, high = alphas_cumprod.min(), alphas_cumprod.max()
-        raise ScheduleError(f"alphas_cumprod must lie inside (0, 1), got [{low}, {high}].")
-    if not np.all(np.diff(alphas_cumprod) < 0):
-        raise ScheduleError("alphas_cumprod must strictly decrease with the timestep.")
-    return np.asarray(10.0 * np.log10(alphas_cumprod / (1.0 - alphas_cumprod)))
+    return np.asarray(10.0 * np.log10(snr(alphas_cumprod)))

@@ -9,6 +9,8 @@ from tdc_ray.schedule import BetaSchedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
+LossWeight = Literal["constant", "min-snr", "p2"]
+Sampler = Literal["ddim", "ddpm", "pndm"]
 
 
 def require(stage: str, config: object, name: str, rule: str, *, ok: bool) -> None:
@@ -200,6 +202,14 @@ class TrainConfig:
     ema_warmup: bool = False
     """Let the decay rise as 1 - (1 + step)^(-2/3) until it reaches `ema_decay`."""
 
+    loss_weight: LossWeight = "constant"
+    """Weight of a timestep's L_simple: constant is 1, min-snr min(snr, gamma) / snr
+    (arXiv:2303.09556), p2 1 / (1 + snr)^gamma (arXiv:2204.00227). L_vlb of a learned variance and
+    the losses that pruning measures have no weight."""
+
+    loss_weight_gamma: float | None = None
+    """gamma of `loss_weight`; None: the papers' 5 for min-snr, 1 for p2."""
+
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler)."""
 
@@ -225,32 +235,42 @@ class TrainConfig:
         clipped = self.max_grad_norm is None or self.max_grad_norm > 0
         require(stage, self, "max_grad_norm", "above 0, or None", ok=clipped)
         require(stage, self, "ema_decay", "in [0, 1)", ok=0 <= self.ema_decay < 1)
+        gamma = self.loss_weight_gamma
+        rule = "above 0, or None, and None with loss_weight constant"
+        fits = gamma is None or (gamma > 0 and self.loss_weight != "constant")
+        require(stage, self, "loss_weight_gamma", rule, ok=fits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerConfig:
     """How images are drawn from the model."""
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """The diffusers scheduler; timesteps are spaced as its `leading`."""
+    sampler: Sampler = "ddim"
+    """The diffusers scheduler; timesteps are spaced as its `leading`. pndm is PNDM by linear
+    multistep alone, without Runge-Kutta steps, as in latent diffusion."""
 
     num_inference_steps: int = 100
-    """Denoising steps."""
+    """Denoising steps; pndm evaluates the network once more, at the second timestep again."""
 
     eta: float = 0.0
-    """Stochasticity of DDIM, in [0, 1]; ddpm has none to set."""
+    """Stochasticity of DDIM, in [0, 1]; ddpm and pndm have none to set."""
+
+    guidance_scale: float = 1.0
+    """Weight s of classifier-free guidance, unconditional + s (conditional - unconditional), for
+    which every step takes two forward passes; 1: none."""
 
     steps_offset: int = 0
     """Added to every sampled timestep (1 for latent diffusion)."""
 
     clip_sample: bool = True
-    """Clip the predicted image to [-1, 1]; right for pixels, wrong for latents."""
+    """Clip the predicted image to [-1, 1]; right for pixels, wrong for latents. Not for pndm."""
 
     set_alpha_to_one: bool = True
-    """The step after the last has no noise at all (diffusers' name)."""
+    """The step after the last has no noise at all (diffusers' name); with ddpm always so."""
 
     def __post_init__(self) -> None:
         at_least(1, "sampler", self, "num_inference_steps")
+        at_least(0, "sampler", self, "guidance_scale")
         require("sampler", self, "eta", "in [0, 1]", ok=0 <= self.eta <= 1)
         require("sampler", self, "steps_offset", "0 or 1", ok=self.steps_offset in (0, 1))
 

@@ -48,6 +48,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     """
     plan, experts = outcome.plan, outcome.experts
     base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
+    num_classes = config.conditioning.num_classes
     sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
     rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
     return Results(
@@ -103,6 +104,9 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             reference=outcome.reference,
             features=outcome.spec.extractor,
             weights="EMA",
+            num_classes=num_classes,
+            labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
+            guidance_scale=sampler.guidance_scale,
         ),
         seconds=StageSeconds(
             base=base["seconds"],

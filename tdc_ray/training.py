@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdc_ray.data import augment, to_model_range
 from tdc_ray.datasets import Batch
-from tdc_ray.diffusion import NoiseSchedule, denoising_loss
+from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DataConfig, TrainConfig
@@ -137,6 +137,7 @@ def train(
     timesteps: range,
     seed: int,
     rank: int = 0,
+    label_dropout: float = 0.0,
     report: Report,
     save: Callable[[TrainState], None],
 ) -> None:
@@ -155,15 +156,18 @@ def train(
         timesteps: The contiguous timesteps to draw from.
         seed: Seed of noise, timesteps, augmentation and dropout.
         rank: The rank among the workers.
-        report: Gets ``loss`` (mean since the last report), ``grad_norm``, ``learning_rate`` and
-            ``images_per_second`` (of this rank) every ``config.log_every`` steps.
+        label_dropout: Share of labels that a UNet conditioned on classes sees as its last class.
+        report: Gets ``loss`` (weighted, mean since the last report), ``grad_norm``,
+            ``learning_rate`` and ``images_per_second`` (of this rank) every ``config.log_every``
+            steps.
         save: Called every ``config.checkpoint_every`` steps and after the last one.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
     """
     device, losses = state.device, _Losses(first_step=state.step)
-    for batch, _ in images:
+    weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
+    for batch, labels in images:
         place = (seed, rank, state.step)
         torch.manual_seed(derive_seed(*place, "dropout"))  # dropout takes no generator
         generator = torch.Generator(device).manual_seed(derive_seed(*place, "noise"))
@@ -176,7 +180,8 @@ def train(
         )
         for group in state.optimizer.param_groups:
             group["lr"] = _learning_rate(config, state.step)
-        loss = _backward(state, model, schedule, config, x_0, epsilon, drawn)
+        told = _class_labels(state.unet, labels, label_dropout, place)
+        loss = _backward(state, model, schedule, config, x_0, epsilon, drawn, told, weights)
         grad_norm = _optimizer_step(state, config)
         state.ema.step(state.unet.parameters())
         state.step += 1
@@ -194,6 +199,19 @@ def train(
             save(state)
 
 
+def _class_labels(
+    unet: UNet2DModel, labels: Tensor, label_dropout: float, place: tuple[int, int, int]
+) -> Tensor | None:
+    """Give the classes that the UNet is told, some of them dropped; None: it takes none."""
+    if unet.class_embedding is None:
+        return None
+    if label_dropout:
+        generator = torch.Generator().manual_seed(derive_seed(*place, "labels"))
+        dropped = torch.rand(len(labels), generator=generator) < label_dropout
+        labels = labels.masked_fill(dropped, unet.class_embedding.num_embeddings - 1)
+    return labels.to(unet.device)
+
+
 def _backward(
     state: TrainState,
     model: nn.Module,
@@ -202,6 +220,8 @@ def _backward(
     x_0: Tensor,
     epsilon: Tensor,
     timesteps: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
 ) -> Tensor:
     """Add up the gradients of all micro-batches; give the mean loss, on the device."""
     size = config.micro_batch_size or len(x_0)
@@ -210,7 +230,15 @@ def _backward(
         part = slice(start, start + size)
         last = start + size >= len(x_0)
         with _synced(model, last=last), _precision(config, x_0.device):
-            per_image = denoising_loss(model, schedule, x_0[part], epsilon[part], timesteps[part])
+            per_image = denoising_loss(
+                model,
+                schedule,
+                x_0[part],
+                epsilon[part],
+                timesteps[part],
+                class_labels=None if labels is None else labels[part],
+                weights=weights,
+            )
             loss = per_image.sum() / len(x_0)
             state.scaler.scale(loss).backward()
         total += loss.detach()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.config import (
     RunConfig,
     default_run_dir,
@@ -29,6 +30,8 @@ from tdc_ray.settings import (
     TrainConfig,
 )
 
+PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
 
 def changed(config, setting, value):
     """Give the config with one setting, such as ``base.num_steps``, replaced."""
@@ -46,6 +49,8 @@ def run_configs():
         max_grad_norm=st.none() | st.floats(0.01, 10.0),
         ema_decay=st.floats(0, 1, exclude_max=True),
         ema_warmup=st.booleans(),
+        loss_weight=st.sampled_from(["min-snr", "p2"]),
+        loss_weight_gamma=st.none() | st.floats(0.1, 10.0),
         precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     )
     return st.builds(
@@ -55,11 +60,16 @@ def run_configs():
         data=st.builds(
             DataConfig,
             source=st.sampled_from(["digits", "folder", "npz", "cifar10"]),
-            path=st.text(max_size=12),
+            path=PATHS,
             image_size=st.integers(8, 64),
             num_channels=st.sampled_from([1, 3]),
             horizontal_flip=st.booleans(),
             crop_padding=st.integers(0, 7),
+        ),
+        conditioning=st.builds(
+            ConditioningConfig,
+            num_classes=st.integers(1, 1000),
+            label_dropout=st.floats(0, 1, exclude_max=True),
         ),
         diffusion=st.builds(
             DiffusionConfig,
@@ -90,10 +100,14 @@ def run_configs():
             max_total_tokens=st.none() | st.integers(1, 10**9),
             max_cost=st.none() | st.floats(0.01, 100),
             price_per_million_completion_tokens=st.floats(0.01, 100),
-            replay=st.none() | st.text(max_size=12),
+            replay=st.none() | PATHS,
         ),
         finetune=train,
-        sampler=st.builds(SamplerConfig, num_inference_steps=st.integers(1, 1000)),
+        sampler=st.builds(
+            SamplerConfig,
+            num_inference_steps=st.integers(1, 1000),
+            guidance_scale=st.floats(0, 10),
+        ),
         compute=st.builds(ComputeConfig, num_actors=st.none() | st.integers(1, 99)),
     )
 
@@ -230,6 +244,22 @@ def test_a_value_out_of_its_range_is_refused_when_read(document, message):
         ),
         (lambda: SamplerConfig(eta=1.5), r"sampler\.eta must be in \[0, 1\], got 1\.5"),
         (lambda: SamplerConfig(steps_offset=2), r"sampler\.steps_offset must be 0 or 1, got 2"),
+        (
+            lambda: SamplerConfig(guidance_scale=-1),
+            r"sampler\.guidance_scale must be at least 0, got -1",
+        ),
+        (
+            lambda: ConditioningConfig(num_classes=0),
+            r"conditioning\.num_classes must be at least 1, got 0",
+        ),
+        (
+            lambda: ConditioningConfig(num_classes=10, label_dropout=1.0),
+            r"conditioning\.label_dropout must be in \[0, 1\), .* got 1\.0",
+        ),
+        (
+            lambda: ConditioningConfig(label_dropout=0.1),
+            r"conditioning\.label_dropout .* 0 without conditioning\.num_classes, got 0\.1",
+        ),
         (lambda: EvaluateConfig(num_images=1), r"evaluate\.num_images must be at least 2, got 1"),
         (lambda: EvaluateConfig(batch_size=0), r"evaluate\.batch_size must be at least 1"),
         (
@@ -259,6 +289,7 @@ def test_a_value_out_of_its_range_is_refused_at_construction(make, message):
         ("weight_decay", -0.1, "at least 0"),
         ("max_grad_norm", 0.0, "above 0, or None"),
         ("ema_decay", 1.0, r"in \[0, 1\)"),
+        ("loss_weight_gamma", 5.0, "above 0, or None, and None with loss_weight constant"),
         ("log_every", 0, "at least 1"),
         ("checkpoint_every", 0, "at least 1"),
         ("keep_checkpoints", 0, "at least 1"),
@@ -346,9 +377,17 @@ def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
     assert config.finetune.batch_size == 5
 
 
-def test_eta_is_for_ddim():
-    with pytest.raises(ConfigError, match=r"sampler\.eta .* got 0\.5 with ddpm"):
-        RunConfig(sampler=SamplerConfig(sampler="ddpm", eta=0.5))
+@pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
+def test_eta_is_for_ddim(sampler):
+    with pytest.raises(ConfigError, match=rf"sampler\.eta .* got 0\.5 with {sampler}"):
+        RunConfig(sampler=SamplerConfig(sampler=sampler, eta=0.5))
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0])
+def test_gamma_is_above_0(gamma):
+    train = TrainConfig(loss_weight="p2", loss_weight_gamma=gamma)
+    with pytest.raises(ConfigError, match=rf"^finetune\.loss_weight_gamma .* got {gamma}"):
+        RunConfig(finetune=train)
 
 
 # --- telling configs apart -------------------------------------------------------------------
@@ -356,6 +395,7 @@ def test_eta_is_for_ddim():
 CHANGES = [
     ("data.horizontal_flip", True),
     ("model.dropout", 0.1),
+    ("conditioning.num_classes", 10),
     ("diffusion.vlb_weight", 0.5),
     ("plan.num_groups", 3),
     ("base.num_steps", 9),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import nn
 
-from tdc_ray.diffusion import denoising_loss, loss_per_image, noise_schedule
+from tdc_ray.diffusion import denoising_loss, loss_per_image, loss_weights, noise_schedule
 from tdc_ray.errors import ScheduleError
 from tdc_ray.settings import DiffusionConfig
 
@@ -85,11 +85,11 @@ def reference_vlb_bits(config, epsilon_pred, place, x_0, x_t, timestep):
     return nats.mean() / np.log(2)
 
 
-def losses(config, prediction, x_0, epsilon, timesteps):
+def losses(config, prediction, x_0, epsilon, timesteps, weights=None):
     schedule = noise_schedule(config)
     x_t = schedule.add_noise(x_0, epsilon, timesteps)
     arguments = {"x_0": x_0, "x_t": x_t, "epsilon": epsilon, "timesteps": timesteps}
-    return loss_per_image(schedule, prediction, **arguments)
+    return loss_per_image(schedule, prediction, **arguments, weights=weights)
 
 
 # --- noising ---------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def vars_of(config):
 def test_a_schedule_moves_to_a_device_as_a_whole():
     schedule = noise_schedule(COSINE).to(torch.device("meta"))
     tensors = [v for v in vars_of(schedule).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 7
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert schedule.timestep_scale == 0.25
     assert schedule.learned_sigma
@@ -263,3 +263,54 @@ def test_the_network_sees_scaled_timesteps_and_the_noising_does_not():
     assert model.timestep.tolist() == [10, 990]
     assert torch.equal(model.sample, schedule.add_noise(x_0, epsilon, timesteps))
     torch.testing.assert_close(found, losses(COSINE, model.output, x_0, epsilon, timesteps))
+
+
+# --- weights of the timesteps ----------------------------------------------------------------
+
+
+def snr_at(timestep):
+    left = np.cumprod(1 - reference_betas(LINEAR))[timestep]
+    return left / (1 - left)
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 100, 300, 500, 999])
+def test_weights_are_those_of_the_papers_at_every_timestep(timestep):
+    schedule, snr = noise_schedule(LINEAR), snr_at(timestep)
+    expected = {
+        ("min-snr", None): min(snr, 5) / snr,
+        ("min-snr", 2.0): min(snr, 2) / snr,
+        ("p2", None): 1 / (1 + snr),
+        ("p2", 0.5): 1 / (1 + snr) ** 0.5,
+    }
+    for (kind, gamma), weight in expected.items():
+        weights = loss_weights(schedule, kind, gamma)
+        assert weights.shape == (1000,)
+        assert weights[timestep].item() == pytest.approx(weight, rel=1e-5), (kind, gamma)
+
+
+def test_some_timesteps_are_below_gamma_and_some_are_above():
+    weights = loss_weights(noise_schedule(LINEAR), "min-snr", None)
+    assert weights[0].item() == pytest.approx(5 / 9999, rel=1e-4)  # betas start at 1e-4
+    assert (weights[snr_at(np.arange(1000)) < 5] == 1).all()
+    assert 0 < int((weights < 1).sum()) < 999
+
+
+def test_constant_weights_nothing():
+    assert loss_weights(noise_schedule(LINEAR), "constant", None) is None
+
+
+def test_a_weight_scales_the_loss_of_its_timestep_alone():
+    x_0, epsilon, prediction = (gaussian(6, 3, 4, 4, seed=seed) for seed in range(3))
+    weights = torch.arange(1000.0)
+    plain = losses(LINEAR, prediction, x_0, epsilon, TIMESTEPS)
+    weighted = losses(LINEAR, prediction, x_0, epsilon, TIMESTEPS, weights)
+    torch.testing.assert_close(weighted, TIMESTEPS * plain)
+
+
+def test_l_vlb_has_no_weight():
+    x_0, epsilon, prediction = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), gaussian(6, 6, 4, 4)
+    whole = losses(LEARNED, prediction, x_0, epsilon, TIMESTEPS)
+    simple = losses(LINEAR, prediction[:, :3], x_0, epsilon, TIMESTEPS)
+    vlb = losses(LEARNED, prediction, x_0, epsilon, TIMESTEPS, torch.zeros(1000))
+    assert (vlb > 0).all()
+    torch.testing.assert_close(vlb + simple, whole)

@@ -74,6 +74,7 @@ def saved(tmp_path) -> Path:
         CONFIG,
         small_config(sampler={"eta": 1.0}),
         small_config(sampler={"sampler": "ddpm"}),
+        small_config(sampler={"sampler": "pndm"}),
         small_config(sampler={"steps_offset": 1, "clip_sample": False}),
         small_config(
             diffusion={
@@ -84,7 +85,7 @@ def saved(tmp_path) -> Path:
             plan={"num_groups": 7},
         ),
     ],
-    ids=["ddim", "eta", "ddpm", "latent-like", "cosine"],
+    ids=["ddim", "eta", "ddpm", "pndm", "latent-like", "cosine"],
 )
 def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_path, config):
     base, groups = random_unet(), groups_of(config)

@@ -315,15 +315,16 @@ def test_groups_that_no_sampling_step_enters_are_noted():
 def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_steps, steps_offset):
     scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=steps_offset)
     scheduler.set_timesteps(num_steps)
-    ours = sampling_timesteps(num_timesteps, num_steps, steps_offset)
-    assert list(ours) == scheduler.timesteps.tolist()
+    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=steps_offset)
+    assert list(sampling_timesteps(num_timesteps, sampler)) == scheduler.timesteps.tolist()
 
 
 @given(st.integers(2, 500), st.data())
 def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
     num_steps = data.draw(st.integers(1, num_timesteps))
     offset = data.draw(st.integers(0, 1))
-    ours = sampling_timesteps(num_timesteps, num_steps, offset)
+    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
+    ours = sampling_timesteps(num_timesteps, sampler)
     assume(ours[0] < num_timesteps)
     scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=offset)
     scheduler.set_timesteps(num_steps)

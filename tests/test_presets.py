@@ -6,7 +6,7 @@ import torch
 
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.architectures import ARCHITECTURES, architecture
+from tdc_ray.models.architectures import ARCHITECTURES, architecture, base_unet
 from tdc_ray.models.layers import count, layers, parts
 from tdc_ray.models.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet import build_unet, count_macs, count_params
@@ -56,6 +56,27 @@ def test_tdc_on_cifar10_trains_the_450_thousand_steps_of_table_i():
     config = preset("cifar10")
     experts = config.plan.num_groups * config.finetune.num_steps
     assert config.base.num_steps + experts == PAPER["cifar10"].train_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "dropout", "source", "num_params", "macs"),
+    [
+        ("ddpm-cifar10", 2e-4, 128, 0.1, "cifar10", 35_746_307, 6.05e9),
+        ("ddpm-ffhq256", 2e-5, 64, 0.0, "folder", 113_673_219, 248.17e9),
+    ],
+)
+def test_ddpm_is_trained_as_its_paper_says(name, rate, batch, dropout, source, num_params, macs):
+    config = preset(name)
+    base, diffusion = config.base, config.diffusion
+    assert (base.learning_rate, base.batch_size, base.num_steps) == (rate, batch, 800_000)
+    assert (base.num_warmup_steps, base.max_grad_norm, base.weight_decay) == (5000, 1.0, 0.0)
+    assert (base.ema_decay, base.ema_warmup, base.loss_weight) == (0.9999, False, "constant")
+    assert (diffusion.beta_schedule, diffusion.num_train_timesteps) == ("linear", 1000)
+    assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.02)
+    assert not diffusion.learned_sigma
+    assert (config.data.source, config.data.horizontal_flip) == (source, True)
+    assert config.model.dropout == dropout
+    assert count(base_unet(config)) == (num_params, pytest.approx(macs, abs=0.005e9))
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():

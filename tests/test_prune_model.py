@@ -102,6 +102,12 @@ def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
     assert f"{report['loss_refit']:.5f}" in rows[-1]
 
 
+def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
+    save_unet(random_unet({**TINY, "num_class_embeds": 9}), tmp_path / "model")
+    assert run_command(["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 1
+    assert "labels of --data must be below 9" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import architecture
@@ -14,8 +15,10 @@ from tdc_ray.models.unet import count_macs, count_params
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import is_tight, space_of
+from tdc_ray.report import conclusions
 from tdc_ray.results import load_results
 from tdc_ray.run import check, run
+from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import exclusive
 
 pytestmark = pytest.mark.ray
@@ -146,3 +149,42 @@ def test_without_pruning_a_limit_below_the_smallest_model_does_not_matter(smoke_
     )
     space, plan = check(unpruned)
     assert plan.groups[0].max_macs(space.macs_base) < space.min_macs
+
+
+def test_a_run_may_be_conditioned_on_classes_guided_weighted_and_sampled_by_pndm(
+    ray_cluster, smoke_config, tmp_path
+):
+    few = {"batch_size": 16, "checkpoint_every": 4, "log_every": 4, "loss_weight": "p2"}
+    config = replace(
+        smoke_config,
+        conditioning=ConditioningConfig(num_classes=10, label_dropout=0.2),
+        plan=replace(smoke_config.plan, num_groups=2),
+        base=replace(smoke_config.base, num_steps=8, **few),
+        finetune=replace(smoke_config.finetune, num_steps=4, **few),
+        prune=replace(smoke_config.prune, method="magnitude", num_images=16, num_refit_images=16),
+        sampler=SamplerConfig(sampler="pndm", num_inference_steps=4, guidance_scale=2.0),
+        evaluate=replace(smoke_config.evaluate, num_images=24, batch_size=12),
+    )
+    results = run(config, tmp_path / "run", Console(quiet=True))
+    assert load_results(tmp_path / "run" / "results.json") == results
+    found = results.evaluation
+    assert (found.num_classes, found.labels) == (10, "image i is of class i mod 10")
+    assert (found.sampler, found.guidance_scale) == ("pndm", 2.0)
+    assert "image i is of class i mod 10, guidance 2, " in " ".join(conclusions(results))
+    pipeline = ProgressivePipeline.from_pretrained(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    asked, serve = [], pipeline.experts.for_timestep
+    pipeline.experts.for_timestep = lambda timestep: asked.append(timestep) or serve(timestep)
+    again = pipeline(24, seed=config.evaluate.seed, output_type="np").images
+    scored = np.load(tmp_path / "run" / "evaluation" / "tdc" / "0000000.npz")["arr_0"]
+    assert np.abs(scored.astype(int) - again[:12]).max() <= 1  # of a batch of another size
+    by_step = [
+        group.macs
+        for timestep in asked
+        for group in results.groups
+        if group.timesteps[0] <= timestep <= group.timesteps[1]
+    ]
+    assert len(by_step) == 5  # PNDM evaluates the second timestep twice
+    assert results.tdc.macs == pytest.approx(np.mean(by_step))
+    base = UNet2DModel.from_pretrained(RunDir(tmp_path / "run").base_unet)
+    assert base.class_embedding.num_embeddings == 11

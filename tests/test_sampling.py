@@ -4,17 +4,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from tdc_ray.data import to_model_range
-from tdc_ray.plan import sampling_timesteps
+from tdc_ray.plan import plan_groups, sampling_timesteps
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
 from tdc_ray.schedule import alphas_cumprod, betas
-from tdc_ray.settings import DiffusionConfig, SamplerConfig
+from tdc_ray.settings import DiffusionConfig, PlanConfig, SamplerConfig
 from tests.small import TINY, assert_same, random_unet
 
 SHAPE = (1, 8, 8)
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
 LINEAR = DiffusionConfig()
 COSINE = DiffusionConfig(
     num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True
@@ -96,23 +97,86 @@ def test_ddim_is_the_papers_update_with_a_clipped_image(diffusion, num_steps):
 
 
 @pytest.mark.parametrize("diffusion", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
     scheduler = make_scheduler(diffusion, SamplerConfig(sampler=sampler))
     values = betas_of(diffusion)
-    assert isinstance(scheduler, DDIMScheduler if sampler == "ddim" else DDPMScheduler)
+    assert isinstance(scheduler, SCHEDULERS[sampler])
     np.testing.assert_array_equal(scheduler.betas.numpy(), values.astype(np.float32))
     np.testing.assert_allclose(scheduler.alphas_cumprod, alphas_cumprod(values), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(
-    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (1, 0)]
+    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (2, 1), (1, 0)]
 )
-def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset):
-    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
+def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset, name):
+    sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps, steps_offset=offset)
     scheduler = make_scheduler(LINEAR, sampler)
     scheduler.set_timesteps(num_steps)
-    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(1000, num_steps, offset)
+    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(1000, sampler)
+
+
+def test_every_evaluation_of_a_sampler_is_counted_in_the_group_that_serves_it():
+    sampler = SamplerConfig(sampler="pndm", num_inference_steps=10)
+    plan, unet, asked = plan_groups(LINEAR, PlanConfig(num_groups=4), sampler), random_unet(), []
+
+    def denoiser_for(timestep: int) -> nn.Module:
+        asked.append(plan.group_of(timestep).index)
+        return unet
+
+    sample(
+        denoiser_for,
+        make_scheduler(LINEAR, sampler),
+        generators=image_generators(0, 0, 1),
+        shape=SHAPE,
+        num_inference_steps=10,
+    )
+    assert len(asked) == len(plan.sampling_timesteps) == 11
+    assert [asked.count(g.index) for g in plan.groups] == [
+        group.num_sampling_steps for group in plan.groups
+    ]
+
+
+@torch.no_grad()
+def pndm_by_hand(unet: nn.Module, num_steps: int, count: int) -> Tensor:
+    """F-PNDM's transfer (arXiv:2202.09778, equation 11) with linear multistep after one Heun
+    step; written with the noise's share sqrt(1 / alpha_bar - 1), whose change epsilon drives."""
+    left = np.append(alphas_cumprod(betas_of(LINEAR)), 1.0)  # the last is that of timestep -1
+    stride = 1000 // num_steps
+    x = torch.cat([torch.randn(1, *SHAPE, generator=g) for g in image_generators(0, 0, count)])
+    x, history = x.double(), []
+
+    def epsilon(x: Tensor, timestep: int) -> Tensor:
+        return unet(x.float(), torch.full((count,), timestep)).sample.double()
+
+    def move(x: Tensor, epsilon: Tensor, start: int, end: int) -> Tensor:
+        shares = [np.sqrt(1 / left[t] - 1) for t in (start, end)]
+        return np.sqrt(left[end]) * (x / np.sqrt(left[start]) + (shares[1] - shares[0]) * epsilon)
+
+    for timestep in range((num_steps - 1) * stride, -1, -stride):
+        end = max(timestep - stride, -1)
+        history = [*history[-3:], epsilon(x, timestep)]
+        e = history[::-1]
+        if len(e) == 1:
+            guess = move(x, e[0], timestep, end)
+            slope = (e[0] + epsilon(guess, end)) / 2
+        elif len(e) == 2:
+            slope = (3 * e[0] - e[1]) / 2
+        elif len(e) == 3:
+            slope = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        else:
+            slope = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+        x = move(x, slope, timestep, end)
+    return x
+
+
+@pytest.mark.parametrize("num_steps", [3, 20])
+def test_pndm_is_the_linear_multistep_method(num_steps):
+    unet, sampler = random_unet(), SamplerConfig(sampler="pndm", num_inference_steps=num_steps)
+    images, expected = draw(unet, LINEAR, sampler), pndm_by_hand(unet, num_steps, count=2)
+    # Nothing clips, so images of an untrained network are large.
+    assert (images - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_settings_reach_the_scheduler():
@@ -133,8 +197,9 @@ def test_settings_reach_the_scheduler():
         SamplerConfig(num_inference_steps=10),
         SamplerConfig(num_inference_steps=10, eta=1.0),
         SamplerConfig(num_inference_steps=10, sampler="ddpm"),
+        SamplerConfig(num_inference_steps=9, sampler="pndm"),  # 10 evaluations
     ],
-    ids=["ddim", "ddim-eta-1", "ddpm"],
+    ids=["ddim", "ddim-eta-1", "ddpm", "pndm"],
 )
 def test_an_image_does_not_depend_on_how_images_are_batched(sampler):
     recorder = Recorder(random_unet())
@@ -179,12 +244,29 @@ def with_other_variance(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def test_ddim_drops_the_channels_of_the_variance():
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_ddim_and_pndm_drop_the_channels_of_the_variance(name):
     learned, config = DiffusionConfig(learned_sigma=True), {**TINY, "out_channels": 2}
-    images = draw(random_unet(config), learned)
+    sampler = SamplerConfig(sampler=name, num_inference_steps=10)
+    images = draw(random_unet(config), learned, sampler)
     assert images.shape == (2, *SHAPE)
-    assert_same(draw(FirstHalf(random_unet(config)), learned), images)
-    assert_same(draw(with_other_variance(random_unet(config)), learned), images)
+    assert_same(draw(FirstHalf(random_unet(config)), learned, sampler), images)
+    assert_same(draw(with_other_variance(random_unet(config)), learned, sampler), images)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, PNDMScheduler])
+def test_a_scheduler_made_from_one_with_a_learned_variance_drops_its_channels(scheduler_class):
+    ddpm = make_scheduler(DiffusionConfig(learned_sigma=True), SamplerConfig(sampler="ddpm"))
+    scheduler = scheduler_class.from_config(ddpm.config)
+    unet = random_unet({**TINY, "out_channels": 2})
+    images = sample(
+        lambda _: unet,
+        scheduler,
+        generators=image_generators(0, 0, 2),
+        shape=SHAPE,
+        num_inference_steps=5,
+    )
+    assert images.shape == (2, *SHAPE)
 
 
 def test_ddpm_uses_the_channels_of_the_variance():

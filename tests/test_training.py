@@ -14,7 +14,7 @@ from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion import loss_weights, noise_schedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet import build_unet
 from tdc_ray.settings import DiffusionConfig, TrainConfig
@@ -327,6 +327,35 @@ def test_timesteps_and_noise_differ_from_step_to_step():
     recorder = Recorder(state.unet)
     train_own(state, recorder, config)
     assert len({tuple(seen.tolist()) for seen in recorder.seen}) == 3
+
+
+def gradient_at(timestep: int, **settings: Any) -> Tensor:
+    """A tenth of the first step's gradient, of images noised to one timestep."""
+    config = replace(config_of().base, num_steps=1, max_grad_norm=None, **settings)
+    torch.manual_seed(0)
+    state = start_state(build_unet(TINY), config)
+    train_own(state, state.unet, config, timesteps=range(timestep, timestep + 1))
+    found = state.optimizer.state_dict()["state"].values()
+    return torch.cat([values["exp_avg"].flatten() for values in found])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+@pytest.mark.parametrize(("loss_weight", "gamma"), [("min-snr", None), ("p2", 0.5)])
+def test_training_weighs_timesteps_as_asked(loss_weight, gamma, micro_batch_size):
+    weights = loss_weights(noise_schedule(small_config().diffusion), loss_weight, gamma)
+    settings = {"loss_weight": loss_weight, "loss_weight_gamma": gamma}
+    weighted = gradient_at(100, micro_batch_size=micro_batch_size, **settings)
+    plain = gradient_at(100, micro_batch_size=micro_batch_size)
+    assert 0 < weights[100] < 0.8
+    torch.testing.assert_close(weighted, weights[100] * plain, rtol=1e-3, atol=1e-7)
+
+
+def test_weights_of_1_are_the_training_without_weights_bit_for_bit():
+    above_every_snr = {"loss_weight": "min-snr", "loss_weight_gamma": 1e5}
+    (one, losses), (other, same) = run_base(config_of()), run_base(config_of(**above_every_snr))
+    assert_same(other.state_dict(), one.state_dict())
+    assert without_speed(same) == without_speed(losses)
+    assert losses_of(run_base(config_of(loss_weight="p2"))[1]) != losses_of(losses)
 
 
 def test_a_network_that_learns_the_variance_trains_by_the_hybrid_loss():

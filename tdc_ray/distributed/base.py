@@ -22,7 +22,7 @@ from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
@@ -159,7 +159,7 @@ def _wrap(unet: UNet2DModel) -> nn.Module:
 def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
     """Save the averaged weights, then the result, whose existence says that the base is done."""
     config = job.config
-    unet_config = architecture(config.model.architecture)
+    unet_config = base_unet(config)
     with state.averaged() as unet:
         save_unet(unet, job.run_dir.base_unet, num_heads=unet_config.get("num_heads"))
     num_params, macs = count(unet_config)

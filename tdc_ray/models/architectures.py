@@ -7,6 +7,7 @@ CompVis/latent-diffusion; their parameters and macs are the paper's.
 from collections.abc import Mapping
 from typing import Any
 
+from tdc_ray.config import RunConfig
 from tdc_ray.errors import ConfigError
 
 UNetConfig = Mapping[str, Any]
@@ -123,3 +124,13 @@ def architecture(name: str) -> UNetConfig:
             f"model.architecture must be one of {', '.join(ARCHITECTURES)}, got {name}."
         )
     return ARCHITECTURES[name]
+
+
+def base_unet(config: RunConfig) -> UNetConfig:
+    """Give the settings of a run's base: the named UNet, and the classes that it embeds.
+
+    Raises:
+        ConfigError: No architecture has this name.
+    """
+    found, embeds = architecture(config.model.architecture), config.conditioning.num_class_embeds
+    return found if embeds is None else {**found, "num_class_embeds": embeds}
