@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
@@ -21,6 +22,7 @@ tdc-ray run              the whole of TDC Training on the bundled digits, in min
 tdc-ray plan             which timesteps form a group, and what each group may cost
 tdc-ray sample RUN_DIR   images from a finished run
 tdc-ray prune MODEL_DIR  cut any saved UNet2DModel to a share of its macs
+tdc-ray train-autoencoder  a first stage for latent diffusion
 tdc-ray memory RUN_DIR   the pruning schemes that were tried, and their losses
 
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
@@ -127,7 +129,25 @@ class Memory:
     """Log more, and show where an error came from."""
 
 
-Command = Run | Plan | Sample | Prune | Memory
+@dataclass(frozen=True, kw_only=True)
+class TrainAutoencoder:
+    """Train a small first stage for latent diffusion (an AutoencoderKL); needs no Ray.
+
+    The loss is L1 and a small divergence, without discriminator or perceptual loss. Run the same
+    command again to go on after a cut.
+    """
+
+    config: Annotated[AutoencoderConfig, arg(name="")]
+    out: Path
+    """Where the model goes, as a diffusers folder, and report.json: what --data.first-stage is."""
+    data: str | None = None
+    """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; in place of
+    --data.source and --data.path."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -136,12 +156,14 @@ def parse(arguments: Sequence[str]) -> Command:
     missing: Any = tyro.MISSING
     trained = _config_of_model(arguments) or config
     prune = Prune(model_dir=missing, out=missing, config=trained)
+    autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Memory, subcommand("memory")]
+        | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
     )
     command: Command = tyro.cli(
         choices,

@@ -27,7 +27,8 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-"""uint8 images ``(B, C, H, W)`` and int64 labels ``(B,)``, -1 where there are none."""
+"""uint8 images, or float32 latents, ``(B, C, H, W)``, and int64 labels ``(B,)``, -1 where there
+are none."""
 
 
 class ImageDataset(Protocol):

@@ -51,6 +51,9 @@ class DataConfig:
     num_workers: int = 0
     """Processes that load and decode images beside each trainer."""
 
+    first_stage: str | None = None
+    """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
+
     def __post_init__(self) -> None:
         at_least(4, "data", self, "image_size")
         at_least(0, "data", self, "crop_padding", "num_workers")
