@@ -110,7 +110,7 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
         report = {
             "held_out": errors | {"num_images": len(held_out)},
             "scaling_factor": first_stage.scaling_factor,
-            "latent_shape": input_shape(replace(config.data, first_stage=str(out))),
+            "latent_shape": list(input_shape(replace(config.data, first_stage=str(out)))),
             "num_params": count_params(first_stage),
             "num_steps": state.step,
             "dataset": config.data.name,
@@ -161,7 +161,7 @@ def autoencoder_loss(
 
 def reconstruction_errors(first_stage: FirstStage, images: Iterable[Batch]) -> dict[str, float]:
     """Mean ``l1`` and ``mse`` of images in [-1, 1] encoded and decoded again, and ``psnr_db``."""
-    device, off, squared, count = first_stage.model.device, 0.0, 0.0, 0
+    device, off, squared, count = first_stage.device, 0.0, 0.0, 0
     for batch, _ in images:
         x = to_model_range(batch.to(device))
         error = (first_stage.decode(first_stage.encode(x)).clamp(-1, 1) - x).double()

@@ -47,6 +47,18 @@ class FirstStage(nn.Module):
         self.scaling_factor = float(model.config["scaling_factor"])
         self.shift_factor = float(model.config.get("shift_factor") or 0.0)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images ``(B, C, H, W)`` in [-1, 1] to latents ``(B, c, h, w)``, float32.
@@ -65,14 +77,14 @@ class FirstStage(nn.Module):
         return torch.cat([self._decode(part) for part in latents.split(BATCH)]).float()
 
     def _encode(self, images: Tensor) -> Tensor:
-        encoded = self.model.encode(images.to(self.model.dtype))
+        encoded = self.model.encode(images.to(self.dtype))
         latents: Tensor = (
             encoded.latents if isinstance(self.model, VQModel) else encoded.latent_dist.mode()
         )
         return (latents - self.shift_factor) * self.scaling_factor
 
     def _decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.model.dtype) / self.scaling_factor + self.shift_factor
+        scaled = latents.to(self.dtype) / self.scaling_factor + self.shift_factor
         images: Tensor = self.model.decode(scaled).sample
         return images
 
@@ -115,7 +127,11 @@ def first_stage_digest(folder: Path) -> str:
     Raises:
         CheckpointError: A file is missing or malformed.
     """
-    config = {name: value for name, value in _config(folder).items() if name not in _NO_MATTER}
+    config = {
+        name: value
+        for name, value in _config(folder).items()
+        if name not in _NO_MATTER and value is not None
+    }
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise CheckpointError(f"{folder} holds no first stage: {WEIGHTS_FILE} is missing.")

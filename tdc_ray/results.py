@@ -129,6 +129,9 @@ class EvaluationResult:
     weights: str
     """Which weights were sampled from."""
 
+    first_stage: str | None = None
+    """Digest of the frozen first stage that decoded the images; None in pixel space."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSeconds:
