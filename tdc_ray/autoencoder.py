@@ -8,7 +8,7 @@ arXiv:2112.10752, section 3.1, has both).
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.config import named_differences
 from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
-from tdc_ray.datasets import Batch, load_dataset
+from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.device import worker_device
 from tdc_ray.environment import commit, versions
 from tdc_ray.errors import StorageError
@@ -78,35 +78,15 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
             logger.info("%s is finished; nothing is done again", out)
             found: dict[str, Any] = read_json(out / REPORT_FILE)
             return found
-        torch.manual_seed(derive_seed(config.seed, KEY, "init"))
-        model = build_autoencoder(config).to(worker_device())
-        state = start_state(model, config.train)  # its `unet` is any model
-        if (out / CHECKPOINT_FILE).exists():
-            state.load(out / CHECKPOINT_FILE)
-            logger.info("going on from step %d", state.step)
-        images = batches(
-            dataset,
-            among=rest,
-            batch_size=config.train.batch_size,
-            seed=derive_seed(config.seed, KEY, "order"),
-            start_step=state.step,
-            num_steps=config.train.num_steps,
-            num_workers=config.data.num_workers,
-        )
-        with ProgressView(out / "tensorboard", console) as view:
-            view.start(KEY, config.train.num_steps)
-            _train(state, config, images, out, lambda m, step: view.show(Event(KEY, step, m)))
-            view.finish(KEY)
-        few = fixed_batches(
-            dataset, min(SCALE_IMAGES, len(rest)), config.train.batch_size, 0, among=rest
-        )
+        state = _trained(config, dataset, rest, out, console)
+        size = config.train.batch_size
+        few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, among=rest)
         with state.averaged() as averaged:
             averaged.register_to_config(scaling_factor=_scaling_factor(averaged, few))
             save_first_stage(averaged, out)
         first_stage = load_first_stage(out).to(worker_device())
-        size = config.train.batch_size
-        parts = [held_out[i : i + size] for i in range(0, len(held_out), size)]
-        errors = reconstruction_errors(first_stage, (dataset.__getitems__(p) for p in parts))
+        parts = (held_out[start : start + size] for start in range(0, len(held_out), size))
+        errors = reconstruction_errors(first_stage, map(dataset.__getitems__, parts))
         report = {
             "held_out": errors | {"num_images": len(held_out)},
             "scaling_factor": first_stage.scaling_factor,
@@ -171,6 +151,36 @@ def reconstruction_errors(first_stage: FirstStage, images: Iterable[Batch]) -> d
     mse = squared / count
     psnr_db = 10 * math.log10(4 / mse) if mse else math.inf  # the range is 2, its square 4
     return {"l1": off / count, "mse": mse, "psnr_db": psnr_db}
+
+
+def _trained(
+    config: AutoencoderConfig,
+    dataset: ImageDataset,
+    among: Sequence[int],
+    out: Path,
+    console: Console,
+) -> TrainState:
+    """Train on some of the images from the start, or from an earlier call's checkpoint on."""
+    torch.manual_seed(derive_seed(config.seed, KEY, "init"))
+    model = build_autoencoder(config).to(worker_device())
+    state = start_state(model, config.train)  # its `unet` may be any model
+    if (out / CHECKPOINT_FILE).exists():
+        state.load(out / CHECKPOINT_FILE)
+        logger.info("going on from step %d", state.step)
+    images = batches(
+        dataset,
+        among=among,
+        batch_size=config.train.batch_size,
+        seed=derive_seed(config.seed, KEY, "order"),
+        start_step=state.step,
+        num_steps=config.train.num_steps,
+        num_workers=config.data.num_workers,
+    )
+    with ProgressView(out / "tensorboard", console) as view:
+        view.start(KEY, config.train.num_steps)
+        _train(state, config, images, out, lambda found, step: view.show(Event(KEY, step, found)))
+        view.finish(KEY)
+    return state
 
 
 def _train(

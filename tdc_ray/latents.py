@@ -132,7 +132,7 @@ def encode_images(job: EncodeJob, report: Report) -> Result:
                 f"images {numbers.start} to {numbers.stop - 1}."
             )
         report({}, start + len(numbers))
-    tensors = {"latents": torch.cat(latents), "labels": torch.cat(labels)}
+    tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
     return {"num_images": job.count}

@@ -58,7 +58,12 @@ def make_run_dir(root: Path, *, seed: int = 0) -> RunDir:
 
 
 def make_first_stage(
-    folder: Path, kind: str = "AutoencoderKL", *, seed: int = 0, scaling_factor: float = 0.7
+    folder: Path,
+    kind: str = "AutoencoderKL",
+    *,
+    seed: int = 0,
+    scaling_factor: float = 0.7,
+    latent_channels: int = 1,
 ) -> Path:
     """A first stage of random weights that halves grey images: 16x16 become latents of 1x8x8,
     which the tiny base takes."""
@@ -69,7 +74,7 @@ def make_first_stage(
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
         "block_out_channels": (8, 16),
-        "latent_channels": 1,
+        "latent_channels": latent_channels,
         "norm_num_groups": 4,
         "sample_size": 16,
         "scaling_factor": scaling_factor,

@@ -85,6 +85,22 @@ def test_cached_latents_and_labels_are_those_of_the_images(config, latents):
     assert_same(labels, images.__getitems__(range(1797))[1])
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_latents_of_several_channels_are_cached_as_well(tmp_path, kind):
+    folder = make_first_stage(tmp_path / "first_stage", kind, latent_channels=3)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels)
+    data = {"source": "npz", "path": str(tmp_path / "a.npz")}
+    config = latent_config(folder, tmp_path, data=data)
+    run_chain(prepare_latents(config))
+    images, _ = load_dataset(config.data).__getitems__(range(20))
+    encoded = load_first_stage(folder).encode(to_model_range(images))
+    found, labels = load_inputs(config).__getitems__(range(20))
+    assert found.shape == (20, 3, 8, 8)
+    assert_same(found, encoded)
+    assert labels.tolist() == [-1] * 20
+
+
 def test_latents_come_in_the_order_asked_for_across_shards(config, latents):
     numbers = [1500, 3, SHARD, SHARD - 1, 3, 0, 1796]
     found, labels = load_inputs(config).__getitems__(numbers)

@@ -26,8 +26,8 @@ QUIET = Console(quiet=True)
 
 def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_dir, tmp_path):
     autoencoder = AutoencoderConfig(
-        data=DataConfig(image_size=16),
-        block_out_channels=(8, 16),
+        data=DataConfig(),
+        block_out_channels=(8,),
         latent_channels=1,
         train=TrainConfig(num_steps=5, batch_size=16),
     )
@@ -36,6 +36,7 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
     config = latent_config(
         stage,
         cache_dir,
+        data={"image_size": 8},  # the classifier that scores is that of other tests
         base={"num_steps": 4, "checkpoint_every": 4, "batch_size": 16},
         finetune={"num_steps": 2, "checkpoint_every": 2, "batch_size": 16},
         prune={"num_images": 16, "num_refit_images": 16, "num_rounds": 1, "num_candidates": 1},
@@ -60,7 +61,7 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
     pipeline.set_progress_bar_config(disable=True)
     scored = np.load(folder / "evaluation" / "tdc" / "0000000.npz")["arr_0"]
     again = pipeline(len(scored), seed=config.evaluate.seed, output_type="np").images
-    assert scored.shape == (20, 16, 16, 1)
+    assert scored.shape == (20, 8, 8, 1)
     assert np.abs(scored.astype(int) - again).max() <= 1  # other threads, other last bits
 
     RunDir(folder).results.unlink()  # as if the run had been cut
