@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches
-from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
+from tdc_ray.first_stage import input_shape, load_first_stage
+from tdc_ray.latents import load_inputs
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
@@ -60,7 +61,7 @@ def train_base(
     if resume_from is not None:
         state.load(resume_from)
     images = batches(
-        load_dataset(config.data),
+        load_inputs(config),
         batch_size=config.base.batch_size,
         seed=derive_seed(config.seed, "base", "order"),
         start_step=state.step,
@@ -88,13 +89,13 @@ def train_base(
 
 def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
     """Draw a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
-    data, num_classes = config.data, config.conditioning.num_classes
+    first_stage, num_classes = config.data.first_stage, config.conditioning.num_classes
     with state.averaged() as unet:
         images = sample(
             lambda _: unet,
             make_scheduler(config.diffusion, config.sampler),
             generators=image_generators(config.evaluate.seed, 0, num_images),
-            shape=(data.num_channels, data.image_size, data.image_size),
+            shape=input_shape(config.data),
             num_inference_steps=config.sampler.num_inference_steps,
             eta=config.sampler.eta,
             timestep_scale=config.diffusion.timestep_scale,
@@ -103,4 +104,6 @@ def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> T
             guidance_scale=config.sampler.guidance_scale,
             null_class=null_class(state.unet.config["num_class_embeds"], num_classes),
         )
+    if first_stage is not None:
+        images = load_first_stage(Path(first_stage)).to(state.device).decode(images)
     return to_uint8(images)

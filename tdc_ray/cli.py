@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tdc_ray.commands import Memory, Plan, Prune, Run, Sample, parse
+from tdc_ray.commands import Memory, Plan, Prune, Run, Sample, TrainAutoencoder, parse
 from tdc_ray.config import RunConfig, default_run_dir
 from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.plan import Plan as GroupPlan
@@ -39,12 +39,15 @@ def run_command(arguments: Sequence[str]) -> int:
             _prune(command, console)
         elif isinstance(command, Memory):
             _memory(command, console)
+        elif isinstance(command, TrainAutoencoder):
+            _train_autoencoder(command, console)
         else:
             _sample(command, console)
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        again = "; run the same command again to go on" if isinstance(command, Run | Prune) else ""
+        resumable = isinstance(command, Run | Prune | TrainAutoencoder)
+        again = "; run the same command again to go on" if resumable else ""
         Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130
     return 0
@@ -124,6 +127,24 @@ def _prune(command: Prune, console: Console) -> None:
     report = prune_model(unet, config, group, command.out, console)
     print_pruned(console, report)
     console.print(f"written: {command.out}/{REPORT_FILE} and the model", soft_wrap=True)
+
+
+def _train_autoencoder(command: TrainAutoencoder, console: Console) -> None:
+    from tdc_ray.autoencoder import REPORT_FILE, train_autoencoder
+    from tdc_ray.prune_model import data_config
+
+    config = command.config
+    if command.data is not None:
+        config = replace(config, data=data_config(command.data, config.data))
+    report = train_autoencoder(config, command.out, console)
+    errors = report["held_out"]
+    console.print(
+        f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE {errors['mse']:.5f} "
+        f"(of [-1, 1]), PSNR {errors['psnr_db']:.1f} dB; latents {report['latent_shape']}, "
+        f"scaling_factor {report['scaling_factor']:.4f}\n"
+        f"written: {command.out}/{REPORT_FILE} and the model: --data.first-stage {command.out}",
+        soft_wrap=True,
+    )
 
 
 def _memory(command: Memory, console: Console) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
@@ -128,7 +129,25 @@ class Memory:
     """Log more, and show where an error came from."""
 
 
-Command = Run | Plan | Sample | Prune | Memory
+@dataclass(frozen=True, kw_only=True)
+class TrainAutoencoder:
+    """Train a small first stage for latent diffusion (an AutoencoderKL); needs no Ray.
+
+    The loss is L1 and a small divergence, without discriminator or perceptual loss. Run the same
+    command again to go on after a cut.
+    """
+
+    config: Annotated[AutoencoderConfig, arg(name="")]
+    out: Path
+    """Where the model goes, as a diffusers folder, and report.json: what --data.first-stage is."""
+    data: str | None = None
+    """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; in place of
+    --data.source and --data.path."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -136,12 +155,14 @@ def parse(arguments: Sequence[str]) -> Command:
     config = preset(_preset_name(arguments))
     missing: Any = tyro.MISSING
     prune = Prune(model_dir=missing, out=missing, config=_config_of_model(arguments) or config)
+    autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Memory, subcommand("memory")]
+        | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
     )
     command: Command = tyro.cli(
         choices,

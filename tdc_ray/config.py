@@ -63,6 +63,23 @@ class RunConfig:
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
+        self._check_latents()
+
+    def _check_latents(self) -> None:
+        """Refuse what is right for pixels and wrong for latents."""
+        if self.data.first_stage is None:
+            return
+        for setting, value, reason in (
+            ("sampler.clip_sample", self.sampler.clip_sample, "latents lie outside [-1, 1]"),
+            ("diffusion.learned_sigma", self.diffusion.learned_sigma, "L_vlb is of 8-bit pixels"),
+            ("data.horizontal_flip", self.data.horizontal_flip, "latents are cached as they are"),
+            ("data.crop_padding", self.data.crop_padding, "latents are cached as they are"),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{setting} must be {type(value)()} with data.first_stage, got {value}: "
+                    f"{reason}."
+                )
 
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -95,6 +112,11 @@ def digest(config: RunConfig) -> str:
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
     """Name every setting that decides what is computed and in which two configs differ."""
+    return named_differences(_deciding(one), _deciding(other))
+
+
+def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Name every value in which two nests of settings of one kind differ."""
     found: list[str] = []
 
     def compare(path: str, left: object, right: object) -> None:
@@ -104,7 +126,7 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
         elif left != right:
             found.append(f"{path} {left} -> {right}")
 
-    compare("", _deciding(one), _deciding(other))
+    compare("", one, other)
     return found
 
 
@@ -125,6 +147,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     data, proxy, evaluate = config.data, config.proxy, config.evaluate
     inception = evaluate.inception_path
+    stage = data.first_stage
+    data = data if stage is None else replace(data, first_stage=absolute(stage))
     return replace(
         config,
         data=replace(

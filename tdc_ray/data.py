@@ -15,7 +15,9 @@ from tdc_ray.settings import DataConfig
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """Bring uint8 images to [-1, 1], float32."""
+    """Bring uint8 images to [-1, 1], float32; latents, which are float32, stay as they are."""
+    if images.is_floating_point():
+        return images
     return images.float().div_(127.5).sub_(1.0)
 
 

@@ -29,7 +29,8 @@ Found = TypeVar("Found")
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-"""uint8 images ``(B, C, H, W)`` and int64 labels ``(B,)``, -1 where there are none."""
+"""uint8 images, or float32 latents, ``(B, C, H, W)``, and int64 labels ``(B,)``, -1 where there
+are none."""
 
 
 class ImageDataset(Protocol):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, held_out_split
-from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError
+from tdc_ray.latents import load_inputs
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
@@ -239,7 +239,7 @@ def _train(
     state: TrainState, config: RunConfig, group: Group, checkpoint: Path, report: Report
 ) -> None:
     name = ("finetune", group.first, group.last)
-    dataset = load_dataset(config.data)
+    dataset = load_inputs(config)
     among, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
         dataset,

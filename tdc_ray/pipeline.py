@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -12,6 +12,7 @@ from torch import nn
 from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
+from tdc_ray.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
@@ -19,6 +20,7 @@ from tdc_ray.settings import DiffusionConfig, SamplerConfig
 from tdc_ray.storage import read_json, write_json
 
 INDEX_FILE = "progressive.json"
+FIRST_STAGE_DIR = "first_stage"
 FORMAT = 1
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -71,10 +73,14 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     makes one.
     """
 
+    _optional_components: ClassVar[list[str]] = ["first_stage"]
+    """Diffusers' own way to say what may be None."""
+
     def __init__(
         self,
         experts: Experts,
         scheduler: SchedulerMixin,
+        first_stage: FirstStage | None = None,
         *,
         shape: tuple[int, int, int] = (3, 32, 32),
         num_inference_steps: int = 50,
@@ -88,7 +94,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         Args:
             experts: The denoisers.
             scheduler: The diffusers scheduler.
-            shape: ``(C, H, W)`` of an image.
+            first_stage: Decodes what the experts give, where that is latents.
+            shape: ``(C, H, W)`` of what the experts give.
             num_inference_steps: Steps taken when a call names none.
             eta: Stochasticity of DDIM when a call names none.
             timestep_scale: What a timestep is multiplied with before a network sees it.
@@ -97,7 +104,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale: Weight of classifier-free guidance when a call names none; 1: none.
         """
         super().__init__()
-        self.register_modules(experts=experts, scheduler=scheduler)
+        self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
@@ -190,6 +197,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 guidance_scale=scale,
                 null_class=null,
             )
+        if self.first_stage is not None:
+            images = self.first_stage.decode(images)
         if output_type == "pt":
             return ImagePipelineOutput(images=images)
         pixels = to_uint8(images).numpy()
@@ -228,7 +237,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
         Args:
             path: The folder.
-            torch_dtype: Precision to bring the weights to.
+            torch_dtype: Precision to bring the experts' weights to; a first stage keeps its own.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -252,22 +261,31 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             scheduler = make_scheduler(
                 DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
             )
-            return _assemble(experts.to(torch_dtype), scheduler, index)
+            name = index.get("first_stage")
+            first_stage = None if name is None else load_first_stage(folder / name)
+            return _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
         except (KeyError, TypeError, StorageError) as error:
             raise CheckpointError(f"{folder / INDEX_FILE} is malformed: {error}") from error
 
 
 def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
-    """Make a pipeline whose only expert is the base, which serves every timestep."""
+    """Make a pipeline whose only expert is the base, which serves every timestep.
+
+    Where the settings name a first stage it decodes.
+    """
     experts = Experts([unet], [(0, config.diffusion.num_train_timesteps - 1)])
     scheduler = make_scheduler(config.diffusion, config.sampler)
-    return _assemble(experts, scheduler, _index(config, []))
+    place = config.data.first_stage
+    first_stage = None if place is None else load_first_stage(Path(place))
+    return _assemble(experts, scheduler, first_stage, _index(config, []))
 
 
 def save_index(
     folder: Path, config: RunConfig, groups: Sequence[Group], names: Sequence[str]
 ) -> None:
     """Write what makes a folder of experts a pipeline: who serves what, and how to sample.
+
+    A first stage is copied into it, so that it needs nothing from elsewhere.
 
     Args:
         folder: Where the experts' folders are.
@@ -279,14 +297,16 @@ def save_index(
         {"folder": name, "first": group.first, "last": group.last}
         for group, name in zip(groups, names, strict=True)
     ]
+    if config.data.first_stage is not None:
+        copy_first_stage(Path(config.data.first_stage), folder / FIRST_STAGE_DIR)
     write_json(folder / INDEX_FILE, _index(config, rows))
 
 
 def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    data = config.data
     return {
         "format": FORMAT,
-        "shape": [data.num_channels, data.image_size, data.image_size],
+        "shape": list(input_shape(config.data)),
+        "first_stage": None if config.data.first_stage is None else FIRST_STAGE_DIR,
         "diffusion": asdict(config.diffusion),
         "sampler": asdict(config.sampler),
         "num_classes": config.conditioning.num_classes,
@@ -295,13 +315,17 @@ def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _assemble(
-    experts: Experts, scheduler: SchedulerMixin, index: dict[str, Any]
+    experts: Experts,
+    scheduler: SchedulerMixin,
+    first_stage: FirstStage | None,
+    index: dict[str, Any],
 ) -> ProgressivePipeline:
     channels, height, width = index["shape"]
     sampler = index["sampler"]
     return ProgressivePipeline(
         experts,
         scheduler,
+        first_stage,
         shape=(channels, height, width),
         num_inference_steps=sampler["num_inference_steps"],
         eta=sampler["eta"],

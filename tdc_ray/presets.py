@@ -17,6 +17,14 @@ from tdc_ray.settings import (
     TrainConfig,
 )
 
+LDM_DIFFUSION = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+"""CompVis's latent diffusion on FFHQ-256."""
+
+LDM_SAMPLER = SamplerConfig(
+    num_inference_steps=200, steps_offset=1, clip_sample=False, set_alpha_to_one=False
+)
+"""As CompVis samples from it."""
+
 
 def digits() -> RunConfig:
     """Scikit-learn's 1,797 digits of 8x8 and a UNet of 1.08 M parameters: minutes on 2 cores."""
@@ -78,6 +86,21 @@ def mnist32() -> RunConfig:
         preset="mnist-32",
         data=replace(small.data, image_size=32),
         model=ModelConfig(architecture="mnist32"),
+    )
+
+
+def mnist32_ldm() -> RunConfig:
+    """Latent diffusion on MNIST at 32x32 (``--data.path``), on latents of 8x8x4.
+
+    The first stage (``--data.first-stage``) is what ``tdc-ray train-autoencoder`` makes.
+    """
+    full = mnist32()
+    return replace(
+        full,
+        preset="mnist-32-ldm",
+        model=ModelConfig(architecture="mnist32-ldm"),
+        diffusion=LDM_DIFFUSION,
+        sampler=replace(LDM_SAMPLER, num_inference_steps=50),
     )
 
 
@@ -147,17 +170,13 @@ def ffhq256_ldm() -> RunConfig:
         full,
         preset="ffhq256-ldm",
         data=DataConfig(
-            source="folder", path="ffhq256", image_size=64, num_channels=3, num_workers=4
+            source="folder", path="ffhq256", image_size=256, num_channels=3, num_workers=4
         ),
         model=ModelConfig(architecture="ldm-ffhq256"),
-        diffusion=DiffusionConfig(
-            beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195
-        ),
+        diffusion=LDM_DIFFUSION,
         base=replace(full.base, num_steps=350_000, batch_size=48),
         finetune=replace(full.finetune, batch_size=48),
-        sampler=SamplerConfig(
-            num_inference_steps=200, steps_offset=1, clip_sample=False, set_alpha_to_one=False
-        ),
+        sampler=LDM_SAMPLER,
         evaluate=EvaluateConfig(),
     )
 
@@ -209,6 +228,7 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "digits-smoke": digits_smoke,
     "mnist": mnist,
     "mnist-32": mnist32,
+    "mnist-32-ldm": mnist32_ldm,
     "cifar10": cifar10,
     "cifar10-cosine": cifar10_cosine,
     "imagenet64": imagenet64,

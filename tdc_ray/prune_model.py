@@ -12,7 +12,9 @@ from rich.console import Console
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
+from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
@@ -62,28 +64,21 @@ def run_config_of(unet: Path) -> RunConfig | None:
     return from_json(read_json(path))
 
 
-def data_config(source: str, unet: UNetConfig) -> DataConfig:
-    """Tell from a path, or ``digits``, what data it is, and bring it to the UNet's shape.
+def data_config(source: str, data: DataConfig) -> DataConfig:
+    """Tell from a path, or ``digits``, what data it is; the other settings stay.
 
     Raises:
-        ConfigError: It cannot be told, or the UNet does not take images.
+        ConfigError: It cannot be told.
     """
-    channels = unet["in_channels"]
-    if channels not in (1, 3):
-        raise ConfigError(
-            f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
-            "something else."
-        )
-    shape = {"image_size": unet["sample_size"], "num_channels": channels}
     if source == "digits":
-        return DataConfig(source="digits", **shape)
+        return replace(data, source="digits", path=None)
     path = Path(source).expanduser()
     if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
-        return DataConfig(source="npz", path=source, **shape)
+        return replace(data, source="npz", path=source)
     if (path / "cifar-10-batches-py").is_dir():
-        return DataConfig(source="cifar10", path=source, **shape)
+        return replace(data, source="cifar10", path=source)
     if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        return DataConfig(source="folder", path=source, **shape)
+        return replace(data, source="folder", path=source)
     raise ConfigError(
         f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
         f"of cifar-10-batches-py, got {source}."
@@ -137,6 +132,7 @@ def prune_model(
         run_dir = RunDir((out / "search" / _name(unet, config, group)).resolve(), unet)
         task = GroupTask(run_dir, config, space, group)
         with ProgressView(run_dir.tensorboard, console) as view:
+            run_chain(prepare_latents(config), view.watch)
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")
         writing = time.perf_counter()
@@ -175,10 +171,31 @@ def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig
     """Bring settings in line with a UNet: what it learns, and its data if it was named."""
     learned = unet["out_channels"] == 2 * unet["in_channels"]
     config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
-    return config if data is None else replace(config, data=data_config(data, unet))
+    return config if data is None else replace(config, data=_named_data(data, config, unet))
+
+
+def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
+    """Bring data to the UNet's shape, or to what a first stage needs for it to take the latents.
+
+    Raises:
+        ConfigError: It cannot be told what data it is, or the UNet does not take images.
+    """
+    if config.data.first_stage is not None:
+        return data_config(source, config.data)
+    channels = unet["in_channels"]
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
+            "something else. If it is latents, name --data.first-stage."
+        )
+    size: int = unet["sample_size"]
+    return data_config(source, DataConfig(image_size=size, num_channels=channels))
 
 
 def _check(config: RunConfig, unet: UNetConfig) -> None:
+    check_latents(config.data, unet, "this model")
+    if config.data.first_stage is not None:
+        return
     for setting, value, wanted in (
         ("data.image_size", config.data.image_size, unet["sample_size"]),
         ("data.num_channels", config.data.num_channels, unet["in_channels"]),

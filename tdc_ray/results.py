@@ -138,6 +138,9 @@ class EvaluationResult:
     guidance_scale: float = 1.0
     """Weight of classifier-free guidance; other than 1 every step takes two forward passes."""
 
+    first_stage: str | None = None
+    """Digest of the frozen first stage that decoded the images; None in pixel space."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSeconds:

@@ -20,9 +20,11 @@ from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import Expert, expert_dir, make_expert
+from tdc_ray.first_stage import check_latents, copy_first_stage
+from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import LATENT, base_unet
-from tdc_ray.pipeline import save_index
+from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
 from tdc_ray.progress import ProgressView
@@ -68,6 +70,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             board(view) as events,
             Pool(config, events, view) as pool,
         ):
+            pool.run({"latents": prepare_latents(config)})
             logger.info("stage 1: training the base (%s)", run_dir.base_unet)
             train_base_on_ray(run_dir, config, events, view)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
@@ -89,18 +92,21 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     """
     unet_config = base_unet(config)
     data, diffusion = config.data, config.diffusion
-    if config.model.architecture in LATENT:
+    if config.model.architecture in LATENT and data.first_stage is None:
         raise ConfigError(
-            f"model.architecture {config.model.architecture} denoises latents, and there is no "
-            "first stage to encode images yet: it can be planned and counted, not trained."
+            f"model.architecture {config.model.architecture} denoises latents and needs a first "
+            "stage: set --data.first-stage to the folder of a diffusers VQModel or AutoencoderKL, "
+            "a released one or what tdc-ray train-autoencoder makes."
         )
+    check_latents(data, unet_config, f"model.architecture {config.model.architecture}")
     learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]
     for setting, value, wanted in (
         ("data.image_size", data.image_size, unet_config["sample_size"]),
         ("data.num_channels", data.num_channels, unet_config["in_channels"]),
         ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
     ):
-        if value != wanted:
+        of_images = data.first_stage is None or not setting.startswith("data.")
+        if of_images and value != wanted:
             raise ConfigError(
                 f"{setting} must be {wanted} for model.architecture {config.model.architecture}, "
                 f"got {value}."
@@ -138,7 +144,13 @@ def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
 
 
 def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
-    """Write down settings, versions and plan, unless an earlier call did."""
+    """Write down settings, versions and plan, unless an earlier call did.
+
+    Raises:
+        StorageError: The first stage is no longer that of the earlier call.
+    """
+    if config.data.first_stage is not None:
+        copy_first_stage(Path(config.data.first_stage), run_dir.experts / FIRST_STAGE_DIR)
     if run_dir.config.exists():
         return
     write_json(

@@ -65,6 +65,9 @@ class DataConfig:
     """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
     either a place that all nodes see, or each node fills its own."""
 
+    first_stage: str | None = None
+    """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
+
     def __post_init__(self) -> None:
         at_least(4, "data", self, "image_size")
         at_least(0, "data", self, "crop_padding", "num_workers", "max_corrupt")

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tdc_ray.config import RunConfig
 from tdc_ray.environment import commit, versions
 from tdc_ray.evaluate import Score
 from tdc_ray.features import FeatureSpec
 from tdc_ray.finetune import Expert
+from tdc_ray.first_stage import first_stage_digest
 from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
 from tdc_ray.results import (
@@ -50,6 +52,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
     num_classes = config.conditioning.num_classes
     sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
+    first_stage = config.data.first_stage
     rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
     return Results(
         preset=config.preset,
@@ -107,6 +110,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             num_classes=num_classes,
             labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
             guidance_scale=sampler.guidance_scale,
+            first_stage=None if first_stage is None else first_stage_digest(Path(first_stage)),
         ),
         seconds=StageSeconds(
             base=base["seconds"],

@@ -165,7 +165,7 @@ def train(
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
     """
-    device, losses = state.device, _Losses(first_step=state.step)
+    device, losses = state.device, Losses(first_step=state.step)
     weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
     for batch, labels in images:
         place = (seed, rank, state.step)
@@ -179,10 +179,10 @@ def train(
             timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
         )
         for group in state.optimizer.param_groups:
-            group["lr"] = _learning_rate(config, state.step)
+            group["lr"] = learning_rate_at(config, state.step)
         told = _class_labels(state.unet, labels, label_dropout, place)
         loss = _backward(state, model, schedule, config, x_0, epsilon, drawn, told, weights)
-        grad_norm = _optimizer_step(state, config)
+        grad_norm = optimizer_step(state, config)
         state.ema.step(state.unet.parameters())
         state.step += 1
         losses.add(loss)
@@ -191,7 +191,7 @@ def train(
         if last or checkpoint or state.step % config.log_every == 0:
             metrics = losses.take() | {
                 "grad_norm": float(grad_norm),
-                "learning_rate": _learning_rate(config, state.step - 1),
+                "learning_rate": learning_rate_at(config, state.step - 1),
             }
             rate = metrics.pop("steps_per_second") * len(x_0)
             report(metrics | {"images_per_second": rate}, state.step)
@@ -229,7 +229,7 @@ def _backward(
     for start in range(0, len(x_0), size):
         part = slice(start, start + size)
         last = start + size >= len(x_0)
-        with _synced(model, last=last), _precision(config, x_0.device):
+        with _synced(model, last=last), precision(config, x_0.device):
             per_image = denoising_loss(
                 model,
                 schedule,
@@ -245,7 +245,7 @@ def _backward(
     return total
 
 
-def _optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
+def optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
     """Clip, step, and clear the gradients; give their norm before clipping."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.unet.parameters() if p.grad is not None]
@@ -265,19 +265,21 @@ def _synced(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Enter autocast where the settings ask for it."""
     if config.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST[config.precision])
 
 
-def _learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Give the learning rate of a step, counted from 0."""
     if step < config.num_warmup_steps:
         return config.learning_rate * (step + 1) / config.num_warmup_steps
     return config.learning_rate
 
 
-class _Losses:
+class Losses:
     """Losses since the last report, left on the device so that no step waits for it."""
 
     def __init__(self, first_step: int) -> None:
@@ -286,6 +288,7 @@ class _Losses:
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
+        """Take the loss of a step."""
         self.values.append(loss)
 
     def take(self) -> dict[str, float]:

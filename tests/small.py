@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import Tensor
 
 from tdc_ray.config import RunConfig
@@ -55,6 +55,48 @@ def make_run_dir(root: Path, *, seed: int = 0) -> RunDir:
     run_dir = RunDir(root)
     save_unet(random_unet(seed=seed), run_dir.base_unet)
     return run_dir
+
+
+def make_first_stage(
+    folder: Path,
+    kind: str = "AutoencoderKL",
+    *,
+    seed: int = 0,
+    scaling_factor: float = 0.7,
+    latent_channels: int = 1,
+) -> Path:
+    """A first stage of random weights that halves grey images: 16x16 become latents of 1x8x8,
+    which the tiny base takes."""
+    torch.manual_seed(seed)
+    shared = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "latent_channels": latent_channels,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "scaling_factor": scaling_factor,
+    }
+    model = AutoencoderKL(**shared)
+    if kind == "VQModel":
+        model = VQModel(**shared, num_vq_embeddings=16)
+        torch.nn.init.normal_(model.quantize.embedding.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def latent_config(folder: Path, cache_dir: Path, **changes: Mapping[str, Any] | int) -> RunConfig:
+    """Small settings for the latents that :func:`make_first_stage` makes of digits."""
+    stages: dict[str, Any] = {
+        "sampler": {"clip_sample": False, "num_inference_steps": 4},
+        "data": {"image_size": 16, "first_stage": str(folder)},
+        "evaluate": {"cache_dir": str(cache_dir)},
+    }
+    for name, change in changes.items():
+        stages[name] = stages.get(name, {}) | change if isinstance(change, Mapping) else change
+    return small_config(**stages)
 
 
 def group_of(config: RunConfig, index: int) -> Group:

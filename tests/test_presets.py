@@ -6,7 +6,7 @@ import torch
 
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.architectures import ARCHITECTURES, architecture, base_unet
+from tdc_ray.models.architectures import ARCHITECTURES, LATENT, architecture, base_unet
 from tdc_ray.models.layers import count, layers, parts
 from tdc_ray.models.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet import build_unet, count_macs, count_params
@@ -29,7 +29,12 @@ def test_a_presets_settings_fit_its_architecture(name):
     config = preset(name)
     unet = architecture(config.model.architecture)
     channels = config.data.num_channels
-    assert config.data.image_size == unet["sample_size"]
+    if config.model.architecture in LATENT:  # the first stage decides the channels
+        channels = unet["in_channels"]
+        assert config.data.image_size == 4 * unet["sample_size"]
+        assert not config.sampler.clip_sample
+    else:
+        assert config.data.image_size == unet["sample_size"]
     assert channels == unet["in_channels"]
     assert unet["out_channels"] == channels * (2 if config.diffusion.learned_sigma else 1)
 

@@ -48,13 +48,15 @@ def _ddpm(**changes: Any) -> UNetConfig:
     } | changes
 
 
-def _small(*, sample_size: int, channels: tuple[int, ...], layers_per_block: int) -> UNetConfig:
+def _small(
+    *, sample_size: int, channels: tuple[int, ...], layers_per_block: int, in_channels: int = 1
+) -> UNetConfig:
     """UNet for small grey images: attention at the lowest resolution, heads of 16, 8 groups."""
     depth = len(channels)
     return _iddpm(
         sample_size=sample_size,
-        in_channels=1,
-        out_channels=1,
+        in_channels=in_channels,
+        out_channels=in_channels,
         layers_per_block=layers_per_block,
         block_out_channels=channels,
         down_block_types=(DOWN,) * (depth - 1) + (ATTN_DOWN,),
@@ -70,6 +72,7 @@ ARCHITECTURES: Mapping[str, UNetConfig] = {
     "digits": _small(sample_size=8, channels=(32, 64), layers_per_block=2),
     "mnist16": _small(sample_size=16, channels=(32, 64), layers_per_block=2),
     "mnist32": _small(sample_size=32, channels=(32, 64, 64), layers_per_block=2),
+    "mnist32-ldm": _small(sample_size=8, channels=(48, 96), layers_per_block=2, in_channels=4),
     "iddpm-cifar10": _iddpm(
         sample_size=32,
         layers_per_block=3,
@@ -109,7 +112,7 @@ ARCHITECTURES: Mapping[str, UNetConfig] = {
     },
 }
 
-LATENT = frozenset({"ldm-ffhq256"})
+LATENT = frozenset({"ldm-ffhq256", "mnist32-ldm"})
 """Architectures that denoise latents of a first stage, not pixels."""
 
 

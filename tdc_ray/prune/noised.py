@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tdc_ray.config import RunConfig
 from tdc_ray.data import fixed_batches, held_out_split, to_model_range
-from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
+from tdc_ray.latents import load_inputs
 from tdc_ray.models.steps import State, start
 from tdc_ray.plan import Group
 from tdc_ray.seeds import derive_seed
@@ -75,7 +75,7 @@ def noised_batches(
     seed = derive_seed(config.seed, purpose, group.first, group.last)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(count, generator=generator) * len(timesteps) // count
-    dataset = load_dataset(config.data)
+    dataset = load_inputs(config)
     rest, held_out = held_out_split(dataset, prune.held_out_share, config.seed)
     among = held_out if purpose == "held-out" else rest
     start = 0

@@ -1,0 +1,82 @@
+"""The settings of a first stage that is trained here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tdc_ray.errors import ConfigError
+from tdc_ray.settings import DataConfig, TrainConfig, at_least, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """A small AutoencoderKL, and how it is trained."""
+
+    seed: int = 0
+    """Seed of everything random."""
+
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(source="npz", path="mnist.npz", image_size=32)
+    )
+    """The images."""
+
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    """Channels at each resolution; each but the first halves height and width of the latents."""
+
+    layers_per_block: int = 1
+    """Residual blocks at each resolution."""
+
+    latent_channels: int = 4
+    """Channels of the latents."""
+
+    loss: Literal["l1", "mse"] = "l1"
+    """How far a reconstruction is off, summed over an image's pixels."""
+
+    kl_weight: float = 1e-3
+    """Weight of the posterior's divergence from a standard normal, summed over the latents."""
+
+    held_out_share: float = 0.1
+    """Share of the images that no step sees and that the reconstruction error is measured on."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            num_steps=1000,
+            batch_size=32,
+            learning_rate=1e-3,
+            num_warmup_steps=50,
+            ema_decay=0.995,
+            ema_warmup=True,
+            checkpoint_every=100,
+        )
+    )
+    """Optimizer steps; the averaged weights are what is saved."""
+
+    def __post_init__(self) -> None:
+        self.train.check("train")
+        for channels in self.block_out_channels or (0,):
+            if channels < 8 or channels % 8:
+                raise ConfigError(
+                    "block_out_channels must be multiples of 8 (GroupNorm's groups), got "
+                    f"{self.block_out_channels}."
+                )
+        at_least(1, "train-autoencoder", self, "layers_per_block", "latent_channels")
+        at_least(0, "train-autoencoder", self, "kl_weight")
+        ok = 0 < self.held_out_share < 1
+        require("train-autoencoder", self, "held_out_share", "in (0, 1)", ok=ok)
+        whole = self.train.micro_batch_size is None
+        require("train", self.train, "micro_batch_size", "None for an autoencoder", ok=whole)
+        factor = self.downsampling
+        if self.data.image_size % factor:
+            raise ConfigError(
+                f"data.image_size must be a multiple of {factor} for block_out_channels "
+                f"{self.block_out_channels}, got {self.data.image_size}."
+            )
+        if self.data.first_stage is not None:
+            raise ConfigError(
+                "data.first_stage must be None where a first stage is trained, got "
+                f"{self.data.first_stage}."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """How many times smaller the latents are than the images."""
+        return 1 << len(self.block_out_channels) - 1

@@ -1,0 +1,253 @@
+"""The frozen first stage of latent diffusion: encodes images, decodes latents (arXiv:2112.10752).
+
+It is a folder as diffusers saves a ``VQModel`` or an ``AutoencoderKL``. Its ``config.json`` must
+name ``scaling_factor``: diffusers' default is Stable Diffusion's, and ruins the samples of others.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from tdc_ray.errors import CheckpointError, ConfigError, StorageError
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.settings import DataConfig
+from tdc_ray.storage import atomic_path, read_json
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+KINDS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+
+BATCH = 16
+"""Images that go through it at once, so that images of any size and number need bounded memory."""
+
+Shape = tuple[int, int, int]
+"""``(C, H, W)``"""
+
+
+class FirstStage(nn.Module):
+    """A ``VQModel`` or ``AutoencoderKL`` between images in [-1, 1] and the denoiser's latents."""
+
+    model: VQModel | AutoencoderKL
+
+    def __init__(self, model: VQModel | AutoencoderKL) -> None:
+        """Take the model and freeze it."""
+        super().__init__()
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.scaling_factor = float(model.config["scaling_factor"])
+        self.shift_factor = float(model.config.get("shift_factor") or 0.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images ``(B, C, H, W)`` in [-1, 1] to latents ``(B, c, h, w)``, float32.
+
+        Of a ``VQModel`` they are not quantised; of an ``AutoencoderKL`` they are the posterior's
+        mode, not a sample of it, so that an image's latents are always the same.
+        """
+        return torch.cat([self._encode(part) for part in images.split(BATCH)]).float()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents ``(B, c, h, w)`` to images ``(B, C, H, W)`` in about [-1, 1], float32.
+
+        A ``VQModel`` quantises them first.
+        """
+        return torch.cat([self._decode(part) for part in latents.split(BATCH)]).float()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        encoded = self.model.encode(images.to(self.dtype))
+        latents: Tensor = (
+            encoded.latents if isinstance(self.model, VQModel) else encoded.latent_dist.mode()
+        )
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        scaled = latents.to(self.dtype) / self.scaling_factor + self.shift_factor
+        images: Tensor = self.model.decode(scaled).sample
+        return images
+
+
+def load_first_stage(folder: Path) -> FirstStage:
+    """Load a first stage, from safetensors alone, on the CPU.
+
+    Raises:
+        CheckpointError: There is none, or it is malformed.
+    """
+    kind = KINDS[_config(folder)["_class_name"]]
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no {kind.__name__} in safetensors: {error}"
+        ) from error
+    if missing := found["missing_keys"]:  # diffusers leaves these random
+        raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(missing))}.")
+    return FirstStage(model)
+
+
+def save_first_stage(model: VQModel | AutoencoderKL, folder: Path) -> None:
+    """Save config and weights as diffusers does; each file appears when it is whole."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (Path(temporary) / name).replace(folder / name)
+
+
+def first_stage_digest(folder: Path) -> str:
+    """Name what decides the latents: the weights' SHA-256, and the config; 16 hex digits.
+
+    Raises:
+        CheckpointError: A file is missing or malformed.
+    """
+    config = {
+        name: value
+        for name, value in _config(folder).items()
+        if name not in _NO_MATTER and value is not None
+    }
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no first stage: {WEIGHTS_FILE} is missing.")
+    found = path.stat()
+    document = [config, _sha256(path, found.st_size, found.st_mtime_ns)]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def copy_first_stage(folder: Path, to: Path) -> None:
+    """Copy a first stage, unless it is there already.
+
+    Raises:
+        StorageError: There is another one.
+    """
+    if not to.exists():
+        with atomic_path(to) as temporary:
+            temporary.mkdir()
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(folder / name, temporary / name)
+    if first_stage_digest(to) != first_stage_digest(folder):
+        raise StorageError(
+            f"data.first_stage {folder} is no longer the one that {to} is a copy of. Put that one "
+            "back to go on, or choose another --run-dir."
+        )
+
+
+def input_shape(data: DataConfig) -> Shape:
+    """Give the shape of what a denoiser is trained on: images, or a first stage's latents.
+
+    Raises:
+        CheckpointError: The first stage is missing or malformed.
+        ConfigError: The first stage does not take the images.
+    """
+    shape = (data.num_channels, data.image_size, data.image_size)
+    if data.first_stage is None:
+        return shape
+    config = _config(Path(data.first_stage))
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if config["in_channels"] != data.num_channels or data.image_size % factor:
+        raise ConfigError(
+            f"data.first_stage {data.first_stage} takes images of {config['in_channels']} "
+            f"channels and a size that {factor} divides, got data.num_channels "
+            f"{data.num_channels} and data.image_size {data.image_size}."
+        )
+    channels = config["latent_channels"]
+    if config["_class_name"] == "VQModel":
+        channels = config.get("vq_embed_dim") or channels
+    return (channels, data.image_size // factor, data.image_size // factor)
+
+
+def check_latents(data: DataConfig, unet: UNetConfig, model: str) -> None:
+    """Refuse a first stage that does not load, or whose latents are not what the model takes.
+
+    Args:
+        data: The data, with a first stage or without.
+        unet: The model's settings.
+        model: What to call it.
+
+    Raises:
+        CheckpointError: The first stage is missing or malformed.
+        ConfigError: It does not fit the images or the model.
+    """
+    if data.first_stage is None:
+        return
+    found = input_shape(data)
+    wanted = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+    if found != wanted:
+        raise ConfigError(
+            f"data.first_stage {data.first_stage} turns images of {data.image_size}x"
+            f"{data.image_size} into latents of {_text(found)}, and {model} takes "
+            f"{_text(wanted)} (channels x height x width). Choose another data.image_size, "
+            "first stage or architecture."
+        )
+    load_first_stage(Path(data.first_stage))
+
+
+_NO_MATTER = ("_diffusers_version", "_name_or_path")
+"""What a config holds beside what is computed."""
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Read and check the config."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"data.first_stage {folder} holds no first stage: {CONFIG_FILE} is missing. Name the "
+            "folder of a diffusers VQModel or AutoencoderKL."
+        )
+    try:
+        document: object = read_json(path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    config: dict[str, Any] = document if isinstance(document, dict) else {}
+    kind = config.get("_class_name")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"data.first_stage {folder} must be one of {', '.join(KINDS)}, got {kind} "
+            f"(_class_name in {CONFIG_FILE})."
+        )
+    needed = ("in_channels", "block_out_channels", "latent_channels", "scaling_factor")
+    if missing := [name for name in needed if config.get(name) is None]:
+        raise CheckpointError(
+            f"{path} must name {', '.join(missing)}: it is never guessed. (scaling_factor is 1.0 "
+            "for CompVis's VQ-f4, 0.18215 for Stable Diffusion's.)"
+        )
+    scale = config["scaling_factor"]
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
+        raise CheckpointError(f"scaling_factor in {path} must be above 0, got {scale}.")
+    return config
+
+
+@functools.lru_cache(maxsize=8)  # a worker asks for every item
+def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(str(length) for length in shape)

@@ -1,0 +1,178 @@
+"""A dataset's latents: computed once, kept in the cache as safetensors, read bit by bit."""
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tdc_ray.config import RunConfig
+from tdc_ray.data import to_model_range
+from tdc_ray.datasets import Batch, ImageDataset, load_dataset
+from tdc_ray.device import worker_device
+from tdc_ray.errors import DataError
+from tdc_ray.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.settings import DataConfig
+from tdc_ray.storage import atomic_path
+from tdc_ray.work import Chain, Report, Result, WorkItem
+
+VERSION = 1
+"""Changes whenever what is in a shard does, so that cached ones are made again."""
+
+SHARD = 1024
+"""Images whose latents are in one file: 50 MB of FFHQ's."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Encode the images ``first`` to ``first + count - 1`` of a dataset into a shard."""
+
+    data: DataConfig
+    first: int
+    count: int
+    path: Path
+
+
+class LatentImages:
+    """Latents and labels of a dataset, in shards of which only what is asked for is read."""
+
+    def __init__(self, folder: Path, dataset: ImageDataset) -> None:
+        """Take the folder of the shards and the dataset of the images."""
+        self.num_classes = dataset.num_classes
+        self._folder, self._length = folder, len(dataset)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number in {index // SHARD for index in indices}:
+            path = shard_path(self._folder, number * SHARD)
+            with safe_open(path, framework="pt") as file:  # memory-mapped
+                latents, labels = file.get_slice("latents"), file.get_slice("labels")
+                for index in indices:
+                    if index // SHARD == number:
+                        row = index % SHARD
+                        found[index] = (latents[row].clone(), labels[row : row + 1].clone())
+        rows = [found[index] for index in indices]
+        return torch.stack([row for row, _ in rows]), torch.cat([label for _, label in rows])
+
+    def fingerprint(self) -> str:
+        """Name the content by first stage and images."""
+        return self._folder.name
+
+
+def load_inputs(config: RunConfig) -> ImageDataset:
+    """Open what a denoiser is trained on: images, or their cached latents.
+
+    Raises:
+        DataError: The data is missing or malformed, or latents were not computed yet.
+        CheckpointError: The first stage is missing or malformed.
+    """
+    if config.data.first_stage is None:
+        return load_dataset(config.data)
+    return _load_latents(config.data, config.evaluate.cache_dir)
+
+
+def prepare_latents(config: RunConfig) -> Chain[None]:
+    """Compute what is missing of the latents that :func:`load_inputs` gives, shard by shard."""
+    data = config.data
+    if data.first_stage is None:
+        return
+    folder, count = latents_dir(config), len(load_dataset(data))
+    items = []
+    for first in _missing(folder, count):
+        path = shard_path(folder, first)
+        result_path = path.with_suffix(".json")
+        result_path.unlink(missing_ok=True)  # without its shard it is no result
+        job = EncodeJob(data, first, min(SHARD, count - first), path)
+        items.append(
+            WorkItem(
+                key=f"latents/{first:09d}",
+                function=encode_images,
+                job=job,
+                result_path=result_path,
+                cost=float(job.count),
+                num_steps=job.count,
+            )
+        )
+    if items:
+        logger.info("latents of %d images go to %s", sum(i.num_steps for i in items), folder)
+        yield items
+
+
+def encode_images(job: EncodeJob, report: Report) -> Result:
+    """Encode a share of the images into a shard, which appears when it is whole.
+
+    Raises:
+        DataError: A latent is not finite.
+    """
+    assert job.data.first_stage is not None
+    device, dataset = worker_device(), load_dataset(job.data)
+    first_stage = load_first_stage(Path(job.data.first_stage)).to(device)
+    latents, labels = [], []
+    for start in range(0, job.count, BATCH):
+        numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
+        images, classes = dataset.__getitems__(numbers)
+        latents.append(first_stage.encode(to_model_range(images.to(device))).cpu())
+        labels.append(classes)
+        if not latents[-1].isfinite().all():
+            raise DataError(
+                f"data.first_stage {job.data.first_stage} gives latents that are not finite for "
+                f"images {numbers.start} to {numbers.stop - 1}."
+            )
+        report({}, start + len(numbers))
+    tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
+    with atomic_path(job.path) as temporary:
+        save_file(tensors, temporary)
+    return {"num_images": job.count}
+
+
+def latents_dir(config: RunConfig) -> Path:
+    """Where the latents are: named by first stage, images and their shape.
+
+    Raises:
+        DataError: The data is missing or malformed.
+        CheckpointError: The first stage is missing or malformed.
+    """
+    return _latents_dir(config.data, config.evaluate.cache_dir)
+
+
+def shard_path(folder: Path, first: int) -> Path:
+    """Where the latents of an image and those that follow are."""
+    return folder / f"{first:09d}.safetensors"
+
+
+def _latents_dir(data: DataConfig, cache_dir: str) -> Path:
+    assert data.first_stage is not None
+    digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
+    document = [VERSION, SHARD, digest, load_dataset(data).fingerprint(), data.image_size, shape]
+    key = hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+    return Path(cache_dir).expanduser() / "latents" / key
+
+
+@functools.lru_cache(maxsize=1)  # a worker does many items on the same data
+def _load_latents(data: DataConfig, cache_dir: str) -> LatentImages:
+    folder, images = _latents_dir(data, cache_dir), load_dataset(data)
+    if missing := _missing(folder, len(images)):
+        raise DataError(
+            f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
+            f"missing in {folder}: tdc-ray run computes them. evaluate.cache_dir must lie where "
+            "all nodes see it."
+        )
+    return LatentImages(folder, images)
+
+
+def _missing(folder: Path, count: int) -> list[int]:
+    """Give the first image of every shard that is not there."""
+    return [first for first in range(0, count, SHARD) if not shard_path(folder, first).exists()]
