@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tdc_ray.base_sources import find_base
+from tdc_ray.bases import check_base, import_base
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
@@ -20,7 +22,8 @@ from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import Expert, expert_dir, make_expert
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import LATENT, architecture
+from tdc_ray.models.architectures import LATENT, UNetConfig, architecture
+from tdc_ray.models.layers import count
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
@@ -60,14 +63,17 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
     space, plan = check(config)
     with exclusive(run_dir.root):
         _prepare(run_dir, config, plan)
+        if config.model.base is not None:
+            _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         with (
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),
             board(view) as events,
         ):
-            logger.info("stage 1: training the base (%s)", run_dir.base_unet)
-            train_base_on_ray(run_dir, config, events, view)
+            if config.model.base is None:
+                logger.info("stage 1: training the base (%s)", run_dir.base_unet)
+                train_base_on_ray(run_dir, config, events, view)
             with Pool(config, events, view) as pool:
                 experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
                 scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
@@ -82,16 +88,17 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     """Find out before any work whether settings, data and limits can go together.
 
     Raises:
-        ConfigError: Settings disagree with the architecture.
+        ConfigError: Settings disagree with the architecture, or with the base that is given.
+        CheckpointError: The base that is given is missing or malformed.
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
     """
-    unet_config = architecture(config.model.architecture)
+    unet_config, name, is_latent = _base_of(config)
     data, diffusion = config.data, config.diffusion
-    if config.model.architecture in LATENT:
+    if is_latent:
         raise ConfigError(
-            f"model.architecture {config.model.architecture} denoises latents, and there is no "
-            "first stage to encode images yet: it can be planned and counted, not trained."
+            f"{name} denoises latents, and there is no first stage to encode images yet: it can "
+            "be planned and counted, not trained."
         )
     learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]
     for setting, value, wanted in (
@@ -100,10 +107,7 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
     ):
         if value != wanted:
-            raise ConfigError(
-                f"{setting} must be {wanted} for model.architecture {config.model.architecture}, "
-                f"got {value}."
-            )
+            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
     plan = plan_groups(diffusion, config.plan, config.sampler)
     space = space_of(unet_config, config.prune.space)
     if config.prune.method != "none":
@@ -111,6 +115,16 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
             space.check_limit(group.max_macs(space.macs_base), f"group {group.index}")
     load_dataset(data)
     return space, plan
+
+
+def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
+    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
+    if config.model.base is not None:
+        base = find_base(config.model.base)
+        name = f"the base {base.source}"
+        return check_base(base, config), name, base.first_stage is not None
+    named = config.model.architecture
+    return architecture(named), f"model.architecture {named}", named in LATENT
 
 
 def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
@@ -141,6 +155,23 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     write_json(run_dir.plan, plan_to_json(plan))
     plot_plan(plan, run_dir.plan_plot)
     write_json(run_dir.config, to_json(config))
+
+
+def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
+    """Import the base that is given, unless an earlier call did; nothing of it is trained."""
+    if run_dir.base_result.exists():
+        return
+    logger.info("stage 1: importing the base %s (%s)", source, run_dir.base_unet)
+    started = time.perf_counter()
+    num_params, macs = count(import_base(find_base(source), config, run_dir.base))
+    result = {
+        "macs": macs,
+        "num_params": num_params,
+        "train_steps": 0,
+        "train_macs": 0.0,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(run_dir.base_result, result)
 
 
 def _make_experts(

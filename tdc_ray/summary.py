@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tdc_ray.base_sources import BASE_FILE
 from tdc_ray.config import RunConfig
 from tdc_ray.environment import commit, versions
 from tdc_ray.evaluate import Score
@@ -12,6 +13,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
 from tdc_ray.results import (
     EvaluationResult,
+    GivenBaseResult,
     GroupResult,
     ModelResult,
     PlanResult,
@@ -48,6 +50,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     """
     plan, experts = outcome.plan, outcome.experts
     base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
+    given = _given_base(run_dir)
     sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
     rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
     return Results(
@@ -102,7 +105,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             num_images=config.evaluate.num_images,
             reference=outcome.reference,
             features=outcome.spec.extractor,
-            weights="EMA",
+            weights="EMA" if given is None else f"{given.weights} (base), EMA (experts)",
         ),
         seconds=StageSeconds(
             base=base["seconds"],
@@ -113,7 +116,16 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         ),
         versions=versions(),
         commit=commit(),
+        given_base=given,
     )
+
+
+def _given_base(run_dir: RunDir) -> GivenBaseResult | None:
+    path = run_dir.base / BASE_FILE
+    if not path.exists():
+        return None
+    document = read_json(path)
+    return GivenBaseResult(**{name: document[name] for name in ("source", "files", "weights")})
 
 
 def _group_result(expert: Expert) -> GroupResult:
