@@ -9,7 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tdc_ray.commands import Memory, Plan, Prune, Run, Sample, TrainAutoencoder, parse
+from tdc_ray.commands import (
+    Import,
+    Memory,
+    Plan,
+    Prune,
+    Run,
+    Sample,
+    TrainAutoencoder,
+    parse,
+)
 from tdc_ray.config import RunConfig, default_run_dir
 from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.plan import Plan as GroupPlan
@@ -41,6 +50,8 @@ def run_command(arguments: Sequence[str]) -> int:
             _memory(command, console)
         elif isinstance(command, TrainAutoencoder):
             _train_autoencoder(command, console)
+        elif isinstance(command, Import):
+            _import(command, console)
         else:
             _sample(command, console)
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
@@ -88,7 +99,14 @@ def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
     from tdc_ray.report import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    _, macs_base = count(base_unet(config))
+    if config.model.base is None:
+        unet = base_unet(config)
+    else:
+        from tdc_ray.base_sources import find_base  # imports torch
+        from tdc_ray.bases import check_base
+
+        unet = check_base(find_base(config.model.base), config)
+    _, macs_base = count(unet)
     print_plan(console, plan, config, macs_base)
     return plan
 
@@ -159,6 +177,26 @@ def _memory(command: Memory, console: Console) -> None:
     for path in found:
         entries = MemoryBank(path).all()
         print_memory(console, [e for e in entries if command.group in (None, e.group)], path)
+
+
+def _import(command: Import, console: Console) -> None:
+    from tdc_ray.base_sources import find_base
+    from tdc_ray.bases import import_base, untold
+    from tdc_ray.models.layers import count
+
+    if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
+        raise StorageError(f"{command.out} must be a new or an empty folder: choose another.")
+    base = find_base(command.source)
+    num_params, macs = count(import_base(base, command.config, command.out))
+    console.print(
+        f"written: {command.out} ({base.weights} weights, {num_params / 1e6:.2f} M parameters, "
+        f"{macs / 1e9:.2f} G macs)",
+        soft_wrap=True,
+    )
+    for name in untold(base):
+        stage, _, setting = name.partition(".")
+        value = getattr(getattr(command.config, stage), setting)
+        console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
 
 
 def _sample(command: Sample, console: Console) -> None:

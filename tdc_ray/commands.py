@@ -147,15 +147,32 @@ class TrainAutoencoder:
     """Log more, and show where an error came from."""
 
 
-Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Bring a base into diffusers' format, with the noise process that it was trained with.
+
+    ``tdc-ray run --base DIR`` starts from it, and so it does from the base itself.
+    """
+
+    source: Positional[str]
+    """A base as --base takes it, such as openai:FILE.pt or compvis:FILE.ckpt."""
+    out: Positional[Path]
+    """A new folder."""
+    config: Settings
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder | Import
 
 
 def parse(arguments: Sequence[str]) -> Command:
     """Parse in two passes: the preset decides the defaults of all other flags."""
-    config = preset(_preset_name(arguments))
+    config = _with_base(preset(_preset_name(arguments)), arguments)
     missing: Any = tyro.MISSING
     prune = Prune(model_dir=missing, out=missing, config=_config_of_model(arguments) or config)
     autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
+    imported = Import(source=missing, out=missing, config=config)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
@@ -163,6 +180,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Memory, subcommand("memory")]
         | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
+        | Annotated[Import, subcommand("import", default=imported)]
     )
     command: Command = tyro.cli(
         choices,
@@ -185,6 +203,50 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")
     return None
+
+
+def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Make what a given base tells the defaults of all flags.
+
+    A preset that was named, or a flag, says what the data are; otherwise their resolution and
+    channels are the base's, and of a run directory all settings come along.
+
+    Raises:
+        ConfigError: The base does not tell its noise process, and nothing was named that has it.
+        CheckpointError: There is no such base.
+    """
+    source = _source(arguments)
+    if source is None:
+        return config
+    from tdc_ray.base_sources import find_base  # imports torch
+    from tdc_ray.bases import come_along, untold
+    from tdc_ray.prune_model import run_config_of
+
+    base, has_preset = find_base(source), _value_of("--preset", arguments) is not None
+    missing = untold(base)
+    if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
+        raise ConfigError(
+            f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
+            f"with by --preset, or set --{missing[0].replace('_', '-')} and so on."
+        )
+    if not has_preset and base.folder is not None:
+        config = run_config_of(base.folder) or config
+    config = replace(config, model=replace(config.model, base=None, num_heads=None))
+    return come_along(base, config, with_data=not has_preset)
+
+
+def _source(arguments: Sequence[str]) -> str | None:
+    """Find the base among the arguments, before they are parsed."""
+    if not arguments or arguments[0] not in ("run", "plan", "import"):
+        return None
+    if arguments[0] != "import":
+        return _value_of("--base", arguments) or _value_of("--model.base", arguments)
+    names = [
+        argument
+        for before, argument in pairwise(arguments)
+        if not argument.startswith("-") and not before.startswith("--")
+    ]
+    return names[0] if names else None
 
 
 def _config_of_model(arguments: Sequence[str]) -> RunConfig | None:

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError
+from tdc_ray.model_settings import FILE_KINDS, ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
-    ModelConfig,
     PlanConfig,
     SamplerConfig,
     TrainConfig,
@@ -145,8 +145,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve())
 
+    def absolute_base(base: str) -> str:
+        kind, colon, path = base.partition(":")
+        if kind in FILE_KINDS and colon:
+            return f"{kind}:{absolute(path)}"
+        return absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
+
     data, proxy, evaluate = config.data, config.proxy, config.evaluate
-    inception = evaluate.inception_path
+    model, inception = config.model, evaluate.inception_path
     stage = data.first_stage
     data = data if stage is None else replace(data, first_stage=absolute(stage))
     return replace(
@@ -156,6 +162,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             path=None if data.path is None else absolute(data.path),
             cache_dir=absolute(data.cache_dir),
         ),
+        model=model if model.base is None else replace(model, base=absolute_base(model.base)),
         proxy=proxy if proxy.replay is None else replace(proxy, replay=absolute(proxy.replay)),
         evaluate=replace(
             evaluate,

@@ -33,19 +33,24 @@ class RunDir:
         return self.root / "plan.png"
 
     @property
+    def base(self) -> Path:
+        """What stage 1 leaves, or the import of a base in its place."""
+        return self.root / "base"
+
+    @property
     def base_unet(self) -> Path:
         """The base with its averaged weights, as diffusers saves it."""
-        return self.given_base or self.root / "base" / "unet"
+        return self.given_base or self.base / "unet"
 
     @property
     def base_result(self) -> Path:
         """What training the base took; it exists when the base is done."""
-        return self.root / "base" / "result.json"
+        return self.base / "result.json"
 
     @property
     def base_training(self) -> Path:
         """Ray Train's directory: checkpoints of stage 1."""
-        return self.root / "base" / "training"
+        return self.base / "training"
 
     @property
     def memory(self) -> Path:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import ConfigError
+from tdc_ray.model_settings import ModelConfig
 from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
-    ModelConfig,
     PlanConfig,
     SamplerConfig,
     TrainConfig,
@@ -163,6 +163,11 @@ def imagenet64() -> RunConfig:
     )
 
 
+def imagenet64_cosine() -> RunConfig:
+    """The schedule of OpenAI's released ImageNet-64 checkpoint: cosine, T = 4000."""
+    return replace(imagenet64(), preset="imagenet64-cosine", diffusion=cifar10_cosine().diffusion)
+
+
 def ffhq256_ldm() -> RunConfig:
     """The UNet and schedule of CompVis's FFHQ-256 latent diffusion, on latents of 64x64x3."""
     full = cifar10()
@@ -232,6 +237,7 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "cifar10": cifar10,
     "cifar10-cosine": cifar10_cosine,
     "imagenet64": imagenet64,
+    "imagenet64-cosine": imagenet64_cosine,
     "ffhq256-ldm": ffhq256_ldm,
     "ddpm-cifar10": ddpm_cifar10,
     "ddpm-ffhq256": ddpm_ffhq256,

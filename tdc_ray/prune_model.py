@@ -116,6 +116,11 @@ def prune_model(
             f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
             "it takes no gradient step."
         )
+    if not isinstance(base_settings.get("sample_size"), int):
+        raise ConfigError(
+            f"sample_size in {unet / 'config.json'} must be one whole number, got "
+            f"{base_settings.get('sample_size')}: write the height and width of its images there."
+        )
     space = space_of(base_settings, config.prune.space)
     _check(config, base_settings)
     space.check_limit(group.max_macs(space.macs_base), "the model")

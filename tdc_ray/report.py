@@ -169,15 +169,25 @@ def conclusions(results: Results) -> list[str]:
     if evaluation.labels is not None:
         told = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
     spent = tdc.train_macs + results.prune.search_macs
+    if results.given_base is None:
+        cost = (
+            f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the "
+            "base alone had less; whether it would have gained as much from the same macs is not "
+            "shown here (experiments/main_results.py compares)."
+        )
+    else:
+        cost = (
+            f"The base was given ({results.given_base.source}): what its training took is not "
+            f"known and counts 0 here. The experts took {spent:.2e} macs beyond it; whether the "
+            "base would have gained as much from these is not shown."
+        )
     lines = [
         f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
         f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
         f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
         f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {told}{evaluation.weights} "
         f"weights, against {evaluation.reference}.",
-        f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the base "
-        "alone had less; whether it would have gained as much from the same macs is not shown "
-        "here (experiments/main_results.py compares).",
+        cost,
         "One training seed shows no spread.",
     ]
     if results.metric != "fid":

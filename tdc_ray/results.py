@@ -27,13 +27,28 @@ class ModelResult:
     """Parameters at work in a step; of experts the mean over the sampling steps."""
 
     train_steps: int
-    """Optimizer steps; of TDC those of the base and all experts."""
+    """Optimizer steps of this run: of a given base 0; of TDC those of the base and all experts."""
 
     train_macs: float
-    """3 x macs x images seen, summed over the base and, for TDC, all experts."""
+    """3 x macs x images seen, summed over the base (a given one counts 0: what its training took
+    is not known) and, for TDC, all experts."""
 
     images_per_second: float
     """Images sampled per second by one worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenBaseResult:
+    """Where a base came from that the run did not train; what its training took is not known."""
+
+    source: str
+    """As it was named: a folder, a run directory, a name on the hub, a checkpoint file."""
+
+    files: Mapping[str, str]
+    """SHA-256 of the files that hold its weights, by their paths."""
+
+    weights: str
+    """Which weights they are, such as EMA."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +189,8 @@ class Results:
     seconds: StageSeconds
     versions: Mapping[str, str]
     commit: str | None
+    given_base: GivenBaseResult | None = None
+    """None: the run trained its base."""
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tdc_ray.base_sources import find_base
+from tdc_ray.bases import check_base, import_base
 from tdc_ray.conditioning import check_conditioning
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
@@ -23,7 +25,8 @@ from tdc_ray.finetune import Expert, expert_dir, make_expert
 from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import LATENT, base_unet
+from tdc_ray.models.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.models.layers import count
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
@@ -63,6 +66,8 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
     space, plan = check(config)
     with exclusive(run_dir.root):
         _prepare(run_dir, config, plan)
+        if config.model.base is not None:
+            _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         with (
             ProgressView(run_dir.tensorboard, console) as view,
@@ -70,9 +75,11 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             board(view) as events,
             Pool(config, events, view) as pool,
         ):
-            pool.run({"latents": prepare_latents(config)})
-            logger.info("stage 1: training the base (%s)", run_dir.base_unet)
-            train_base_on_ray(run_dir, config, events, view)
+            with Pool(config, events, view) as encoders:  # whose actors end before stage 1
+                encoders.run({"latents": prepare_latents(config)})
+            if config.model.base is None:
+                logger.info("stage 1: training the base (%s)", run_dir.base_unet)
+                train_base_on_ray(run_dir, config, events, view)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
         outcome = Outcome(plan, experts, *scores, spec, reference)
@@ -86,19 +93,20 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     """Find out before any work whether settings, data and limits can go together.
 
     Raises:
-        ConfigError: Settings disagree with the architecture.
+        ConfigError: Settings disagree with the architecture, or with the base that is given.
+        CheckpointError: The base that is given is missing or malformed.
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
     """
-    unet_config = base_unet(config)
+    unet_config, name, is_latent = _base_of(config)
     data, diffusion = config.data, config.diffusion
-    if config.model.architecture in LATENT and data.first_stage is None:
+    if is_latent and data.first_stage is None:
         raise ConfigError(
-            f"model.architecture {config.model.architecture} denoises latents and needs a first "
-            "stage: set --data.first-stage to the folder of a diffusers VQModel or AutoencoderKL, "
-            "a released one or what tdc-ray train-autoencoder makes."
+            f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
+            "folder of a diffusers VQModel or AutoencoderKL, a released one (tdc-ray import takes "
+            "it out of a checkpoint) or what tdc-ray train-autoencoder makes."
         )
-    check_latents(data, unet_config, f"model.architecture {config.model.architecture}")
+    check_latents(data, unet_config, name)
     learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]
     for setting, value, wanted in (
         ("data.image_size", data.image_size, unet_config["sample_size"]),
@@ -107,10 +115,7 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     ):
         of_images = data.first_stage is None or not setting.startswith("data.")
         if of_images and value != wanted:
-            raise ConfigError(
-                f"{setting} must be {wanted} for model.architecture {config.model.architecture}, "
-                f"got {value}."
-            )
+            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
     plan = plan_groups(diffusion, config.plan, config.sampler)
     space = space_of(unet_config, config.prune.space)
     if config.prune.method != "none":
@@ -123,6 +128,16 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         num_data_classes=load_dataset(data).num_classes,
     )
     return space, plan
+
+
+def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
+    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
+    if config.model.base is not None:
+        base = find_base(config.model.base)
+        name = f"the base {base.source}"
+        return check_base(base, config), name, base.first_stage is not None
+    named = config.model.architecture
+    return base_unet(config), f"model.architecture {named}", named in LATENT
 
 
 def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
@@ -159,6 +174,23 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     write_json(run_dir.plan, plan_to_json(plan))
     plot_plan(plan, run_dir.plan_plot)
     write_json(run_dir.config, to_json(config))
+
+
+def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
+    """Import the base that is given, unless an earlier call did; nothing of it is trained."""
+    if run_dir.base_result.exists():
+        return
+    logger.info("stage 1: importing the base %s (%s)", source, run_dir.base_unet)
+    started = time.perf_counter()
+    num_params, macs = count(import_base(find_base(source), config, run_dir.base))
+    result = {
+        "macs": macs,
+        "num_params": num_params,
+        "train_steps": 0,
+        "train_macs": 0.0,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(run_dir.base_result, result)
 
 
 def _make_experts(

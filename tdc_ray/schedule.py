@@ -1,6 +1,6 @@
 """Noise schedules: betas, alphas_cumprod and the signal-to-noise ratio, in float64 NumPy."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,3 +96,23 @@ def snr_db(alphas_cumprod: FloatArray) -> FloatArray:
         ScheduleError: A value is outside (0, 1), or the values do not decrease.
     """
     return np.asarray(10.0 * np.log10(snr(alphas_cumprod)))
+
+
+def recognise(values: FloatArray) -> tuple[BetaSchedule, float, float] | None:
+    """Find the schedule that betas are of.
+
+    Args:
+        values: Shape ``(T,)``; computed in float32 or better.
+
+    Returns:
+        Its name, ``beta_start`` and ``beta_end`` (which the cosine schedule does not need); None
+        where no schedule known here gives these betas.
+    """
+    if len(values) < 2 or not np.all((values > 0) & (values < 1)):
+        return None
+    start, end = (float(f"{value:.6g}") for value in (values[0], values[-1]))
+    for schedule in get_args(BetaSchedule):
+        known = betas(schedule, len(values), beta_start=start, beta_end=end)
+        if np.allclose(values, known, rtol=1e-5, atol=1e-8):
+            return schedule, start, end
+    return None

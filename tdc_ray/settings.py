@@ -93,20 +93,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The base denoiser."""
-
-    architecture: str = "digits"
-    """A name from `tdc_ray.models.architectures`."""
-
-    dropout: float = 0.0
-    """Dropout inside the residual blocks, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        require("model", self, "dropout", "in [0, 1)", ok=0 <= self.dropout < 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DiffusionConfig:
     """The noise process and what the network predicts of it."""
 

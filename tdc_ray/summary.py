@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdc_ray.base_sources import BASE_FILE
 from tdc_ray.config import RunConfig
 from tdc_ray.environment import commit, versions
 from tdc_ray.evaluate import Score
@@ -14,6 +15,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
 from tdc_ray.results import (
     EvaluationResult,
+    GivenBaseResult,
     GroupResult,
     ModelResult,
     PlanResult,
@@ -51,6 +53,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     plan, experts = outcome.plan, outcome.experts
     base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
     num_classes = config.conditioning.num_classes
+    given = _given_base(run_dir)
     sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
     first_stage = config.data.first_stage
     rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
@@ -106,7 +109,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             num_images=config.evaluate.num_images,
             reference=outcome.reference,
             features=outcome.spec.extractor,
-            weights="EMA",
+            weights="EMA" if given is None else f"{given.weights} (base), EMA (experts)",
             num_classes=num_classes,
             labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
             guidance_scale=sampler.guidance_scale,
@@ -121,7 +124,16 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         ),
         versions=versions(),
         commit=commit(),
+        given_base=given,
     )
+
+
+def _given_base(run_dir: RunDir) -> GivenBaseResult | None:
+    path = run_dir.base / BASE_FILE
+    if not path.exists():
+        return None
+    document = read_json(path)
+    return GivenBaseResult(**{name: document[name] for name in ("source", "files", "weights")})
 
 
 def _group_result(expert: Expert) -> GroupResult:

@@ -18,13 +18,13 @@ from tdc_ray.config import (
     with_absolute_paths,
 )
 from tdc_ray.errors import ConfigError
+from tdc_ray.model_settings import ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
     ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
-    ModelConfig,
     PlanConfig,
     SamplerConfig,
     TrainConfig,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.errors import ScheduleError
-from tdc_ray.schedule import MAX_BETA, alphas_cumprod, betas, snr_db
+from tdc_ray.schedule import MAX_BETA, alphas_cumprod, betas, recognise, snr_db
 
 SCHEDULES = [
     pytest.param("linear", 1000, 1e-4, 0.02, id="linear"),
@@ -89,3 +89,21 @@ def test_signal_that_is_used_up_before_the_end_is_refused():
     vanishing = alphas_cumprod(betas("linear", 2000, beta_start=0.5, beta_end=0.9))
     with pytest.raises(ScheduleError, match="alphas_cumprod"):
         snr_db(vanishing)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("name", "num_timesteps", "start", "end"), SCHEDULES)
+def test_betas_tell_their_schedule(name, num_timesteps, start, end, dtype):
+    values = betas(name, num_timesteps, beta_start=start, beta_end=end).astype(dtype)
+    found = recognise(values.astype(np.float64))
+    assert found is not None
+    assert found[0] == name
+    if name != "squaredcos_cap_v2":
+        assert found[1:] == (start, end)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1], [0.1, 0.3, 0.2], [0.0, 0.1], np.geomspace(1e-4, 0.02, 100)], ids=str
+)
+def test_other_betas_are_of_no_schedule(values):
+    assert recognise(np.asarray(values)) is None

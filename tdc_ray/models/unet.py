@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging as diffusers_logging
 
-from tdc_ray.errors import CheckpointError, UnsupportedModelError
+from tdc_ray.errors import CheckpointError
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.storage import atomic_path, read_json, write_json
 
@@ -107,22 +107,13 @@ def load_unet(folder: Path) -> UNet2DModel:
 
 
 def unet_config(folder: Path) -> UNetConfig:
-    """Read the config of a saved UNet without its weights, in the terms of this diffusers.
-
-    Raises:
-        UnsupportedModelError: Its images have no one size.
-    """
+    """Read the config of a saved UNet without its weights, in the terms of this diffusers."""
     known = inspect.signature(UNet2DModel.__init__).parameters
     read = dict(read_json(folder / "config.json"))
     config = {name: value for name, value in read.items() if name in known}
     size = config.get("sample_size")
     if isinstance(size, list | tuple) and len(set(size)) == 1:
-        config["sample_size"] = size = size[0]
-    if not isinstance(size, int):
-        raise UnsupportedModelError(
-            f"sample_size in {folder / 'config.json'} must be one whole number, got {size}: "
-            "write the height and width of the images that the model is for."
-        )
+        config["sample_size"] = size[0]
     if (folder / HEADS_FILE).exists():
         config["num_heads"] = read_json(folder / HEADS_FILE)["num_heads"]
     return config

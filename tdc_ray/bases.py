@@ -1,0 +1,211 @@
+"""Bases that are given, not trained: settings that come along with them, checks, and the import.
+
+An imported base is a folder: ``unet`` in diffusers' format, ``first_stage`` where the UNet
+denoises latents (a diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise
+process, how it is sampled, where all came from, and the SHA-256 of the files.
+"""
+
+import hashlib
+import logging
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, VQModel
+
+from tdc_ray.base_sources import (
+    BASE_FILE,
+    FIRST_STAGE_DIR,
+    FORMAT,
+    NOISE,
+    SAMPLER,
+    GivenBase,
+)
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models import compvis, openai_unet
+from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.state_dicts import StateDict
+from tdc_ray.models.unet import build_unet, load_unet, save_unet
+from tdc_ray.storage import atomic_path, read_json, write_json
+
+_SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
+"""What tells the named architectures apart."""
+
+_FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+
+logger = logging.getLogger(__name__)
+
+
+def come_along(base: GivenBase, config: RunConfig, *, with_data: bool) -> RunConfig:
+    """Bring settings in line with what a base tells.
+
+    Args:
+        base: The base.
+        config: The settings.
+        with_data: Bring the data to the base's resolution and channels, too.
+    """
+    images = ("data.image_size", "data.num_channels")
+    told = {name: value for name, value in base.told.items() if with_data or name not in images}
+    timesteps = told.get("diffusion.num_train_timesteps", math.inf)
+    if config.sampler.num_inference_steps > timesteps:
+        told["sampler.num_inference_steps"] = timesteps
+    if config.plan.num_groups > timesteps:
+        told["plan.num_groups"] = timesteps
+    stages: dict[str, dict[str, Any]] = {}
+    for name, value in told.items():
+        stage, _, setting = name.partition(".")
+        stages.setdefault(stage, {})[setting] = value
+    changed = {stage: replace(getattr(config, stage), **new) for stage, new in stages.items()}
+    return replace(config, **changed)
+
+
+def untold(base: GivenBase) -> list[str]:
+    """Name the settings of the noise process that a base does not tell."""
+    is_cosine = base.told.get("diffusion.beta_schedule") == "squaredcos_cap_v2"
+    needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]
+    names = [f"diffusion.{name}" for name in needed]
+    return [name for name in names if name not in base.told]
+
+
+def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:
+    """Make sure that the settings are those that a base was trained with; give its UNet's.
+
+    Raises:
+        ConfigError: They are not, or the number of heads is not known.
+        CheckpointError: The number of heads does not fit the channels.
+    """
+    for name, found in base.told.items():
+        stage, _, setting = name.partition(".")
+        value = getattr(getattr(config, stage), setting)
+        same = math.isclose(value, found) if isinstance(found, float) else value == found
+        cosine = config.diffusion.beta_schedule == "squaredcos_cap_v2"
+        if cosine and setting in ("beta_start", "beta_end"):
+            continue
+        if stage != "sampler" and not same:
+            raise ConfigError(
+                f"{name} must be {found}, as was found in the base {base.source}, got {value}. "
+                f"Set --{name.replace('_', '-')} to that, or give another base."
+            )
+    return _unet_settings(base, config)
+
+
+def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
+    """Write a base into a folder, ``base.json`` last; give the UNet's settings.
+
+    Raises:
+        ConfigError: The settings are not those that it was trained with.
+        CheckpointError: Its weights are missing or malformed.
+    """
+    settings = check_base(base, config)
+    try:
+        weights = _weights(base, settings)
+        first_stage = _first_stage(base, settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
+    unet = build_unet(settings, dropout=config.model.dropout)
+    unet.load_state_dict(weights)
+    save_unet(unet, folder / "unet", num_heads=settings.get("num_heads"))
+    if first_stage is not None:
+        with atomic_path(folder / FIRST_STAGE_DIR) as temporary:
+            first_stage.save_pretrained(temporary)
+    sampler = asdict(config.sampler)
+    document = {
+        "format": FORMAT,
+        "source": base.source,
+        "files": {str(path): _sha256(path) for path in base.files},
+        "origin": base.origin,
+        "weights": base.weights,
+        "told": sorted(base.told),
+        "diffusion": asdict(config.diffusion),
+        "sampler": {name: sampler[name] for name in SAMPLER},
+        "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
+    }
+    write_json(folder / BASE_FILE, document)
+    return settings
+
+
+def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
+    """Settings of the base's UNet; what a checkpoint file does not tell is in the config."""
+    model, size = config.model, config.data.image_size
+    if base.folder is not None:
+        if model.num_heads is not None:
+            raise ConfigError(
+                f"model.num_heads goes with openai: and compvis: alone, got {model.num_heads}: "
+                f"{base.source} tells its own. Leave it out."
+            )
+        return {**base.unet, "sample_size": base.unet["sample_size"] or size}
+    if model.num_heads is not None:
+        if isinstance(base.first_stage, compvis.Checkpoint):
+            size //= _downsampling(compvis.told_by_shapes(base.first_stage))
+        return {**openai_unet.with_heads(base.unet, model.num_heads), "sample_size": size}
+    named = architecture(model.architecture)
+    for name in _SHAPE:
+        if base.unet[name] != named[name]:
+            fitting = [
+                known
+                for known, its in ARCHITECTURES.items()
+                if all(its[key] == base.unet[key] for key in _SHAPE)
+            ]
+            presets = f" ({' or '.join(fitting)} is like it)" if fitting else ""
+            raise ConfigError(
+                f"the base {base.source} is not of model.architecture {model.architecture}: found "
+                f"{name} {base.unet[name]}, expected {named[name]}{presets}. Name the preset that "
+                "it was trained with by --preset, or how many heads its attentions have, which it "
+                "does not tell, by --model.num-heads."
+            )
+    heads = {name: named[name] for name in ("attention_head_dim", "num_heads") if name in named}
+    return {**base.unet, **heads, "sample_size": named["sample_size"]}
+
+
+def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
+    if base.folder is None:
+        return openai_unet.to_diffusers(base.state, settings)
+    weights: StateDict = load_unet(base.folder).float().state_dict()
+    return weights
+
+
+def _first_stage(base: GivenBase, settings: UNetConfig) -> VQModel | AutoencoderKL | None:
+    """Load what encodes to the UNet's latents, if there is one."""
+    stage = base.first_stage
+    if isinstance(stage, compvis.Checkpoint):
+        config = compvis.told_by_shapes(stage)
+        size = settings["sample_size"] * _downsampling(config)
+        return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
+    if stage is None:
+        return None
+    document = read_json(stage / "config.json")
+    kind = _FIRST_STAGES.get(document.get("_class_name"))
+    if kind is None:
+        raise CheckpointError(
+            f"{stage} must hold one of {', '.join(_FIRST_STAGES)}, got "
+            f"{document.get('_class_name')}."
+        )
+    try:
+        model, found = kind.from_pretrained(
+            stage,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{stage} holds no {kind.__name__}: {error}") from error
+    if missing := found["missing_keys"]:  # diffusers leaves these random
+        raise CheckpointError(f"{stage} lacks the weights {', '.join(sorted(missing))}.")
+    if kind is VQModel and "scaling_factor" not in document:
+        # diffusers' default came later, and is wrong for CompVis's (huggingface/diffusers 6725)
+        logger.info("%s names no scaling_factor: 1.0 is taken", stage)
+        model.register_to_config(scaling_factor=1.0)
+    return model.float()
+
+
+def _downsampling(first_stage: UNetConfig) -> int:
+    """How many pixels of an image lie side by side in one of a latent."""
+    return int(2 ** (len(first_stage["block_out_channels"]) - 1))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

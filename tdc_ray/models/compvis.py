@@ -1,0 +1,163 @@
+"""Checkpoints of CompVis/latent-diffusion: UNet with EMA, VQ first stage, noise schedule.
+
+``state_dict`` holds the UNet under ``model.diffusion_model.``, its moving averages under
+``model_ema.`` with the dots dropped from the names (ldm/modules/ema.py), the first stage under
+``first_stage_model.``, and the schedule's buffers under names without a dot. The UNet is
+improved-diffusion's; ``ffhq256`` and ``celebahq256`` have the same one.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from diffusers import VQModel
+from torch import Tensor
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.state_dicts import Shapes, StateDict, check_tensors, shape_of
+
+UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
+
+_NAMES = (
+    (r"^encoder\.down_blocks\.(\d+)", r"encoder.down.\1"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"group_norm", "norm"),
+    (r"conv_norm_out", "norm_out"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
+)
+"""Names in a ``VQModel`` and in ldm/modules/diffusionmodules/model.py; the decoder's levels, which
+count the other way round there, are not among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The parts of a checkpoint."""
+
+    unet: StateDict
+    """Under improved-diffusion's names."""
+
+    is_averaged: bool
+    """The UNet's weights are the moving averages."""
+
+    first_stage: StateDict
+
+    betas: Tensor | None
+    """Shape ``(T,)``; None where the file has none."""
+
+    scaling_factor: float
+    """Latents are multiplied by it; 1.0 where training did not measure it (scale_by_std)."""
+
+
+def split(state: StateDict) -> Checkpoint:
+    """Take a checkpoint apart; of the UNet's weights the averaged ones are preferred.
+
+    Raises:
+        CheckpointError: It is of a conditional model, or parts are missing or unknown.
+    """
+    unet = _below(state, UNET)
+    if not unet:
+        raise CheckpointError(f"it holds no {UNET}*, under which CompVis keeps the UNet.")
+    known = (UNET, EMA, FIRST_STAGE)
+    if other := [name for name in state if "." in name and not name.startswith(known)]:
+        raise CheckpointError(
+            f"it holds {other[0]}: only unconditional models are supported, of "
+            f"{', '.join(f'{name}*' for name in known)} alone."
+        )
+    averaged = _below(state, EMA)
+    first_stage, betas = _below(state, FIRST_STAGE), state.get("betas")
+    scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
+    if averaged:
+        plain = {name: f"diffusion_model.{name}".replace(".", "") for name in unet}
+        shapes = {plain[name]: tuple(tensor.shape) for name, tensor in unet.items()}
+        counters = {name: tuple(averaged[name].shape) for name in _COUNTERS if name in averaged}
+        check_tensors(averaged, shapes | counters)
+        unet = {name: averaged[plain[name]] for name in unet}
+    return Checkpoint(unet, bool(averaged), first_stage, betas, scale)
+
+
+_COUNTERS = ("decay", "num_updates")
+"""What ``model_ema.`` holds beside weights."""
+
+
+def told_by_shapes(checkpoint: Checkpoint) -> UNetConfig:
+    """Tell the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
+
+    Raises:
+        CheckpointError: The tensors are not those of a VQ first stage.
+    """
+    state = checkpoint.first_stage
+    num_vq_embeddings, vq_embed_dim = shape_of(state, "quantize.embedding.weight")
+    channels: list[int] = []
+    while (name := f"encoder.down.{len(channels)}.block.0.conv1.weight") in state:
+        channels.append(len(state[name]))
+    layers = 0
+    while f"encoder.down.0.block.{layers}.conv1.weight" in state:
+        layers += 1
+    return {
+        "in_channels": shape_of(state, "encoder.conv_in.weight")[1],
+        "out_channels": shape_of(state, "decoder.conv_out.weight")[0],
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers,
+        "latent_channels": shape_of(state, "post_quant_conv.weight")[0],
+        "num_vq_embeddings": num_vq_embeddings,
+        "vq_embed_dim": vq_embed_dim,
+        "scaling_factor": checkpoint.scaling_factor,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
+    }
+
+
+def to_vq_model(state: StateDict, config: UNetConfig) -> VQModel:
+    """Turn a first stage into a ``VQModel``, float32, in eval mode.
+
+    Args:
+        state: The first stage's tensors.
+        config: What :func:`told_by_shapes` gave, with a ``sample_size``.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or is too many.
+    """
+    with torch.device("meta"):
+        model = VQModel(**config)
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names = {name: _original_name(name, len(config["block_out_channels"])) for name in ours}
+    check_tensors(state, _original_shapes(ours, names))
+    weights = {name: state[names[name]].float().reshape(shape) for name, shape in ours.items()}
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _original_shapes(ours: Shapes, names: dict[str, str]) -> Shapes:
+    """Attention's linear layers are convolutions there."""
+    return {
+        names[name]: (*shape, 1, 1) if ".attentions." in name and len(shape) == 2 else shape
+        for name, shape in ours.items()
+    }
+
+
+def _original_name(name: str, depth: int) -> str:
+    name = re.sub(
+        r"^decoder\.up_blocks\.(\d+)",
+        lambda found: f"decoder.up.{depth - 1 - int(found[1])}",
+        name,
+    )
+    for ours, original in _NAMES:
+        name = re.sub(ours, original, name)
+    return name
+
+
+def _below(state: StateDict, prefix: str) -> StateDict:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,195 @@
+"""Checkpoints of openai/improved-diffusion: what their shapes tell, and where each tensor goes.
+
+A checkpoint is the plain state dict of ``UNetModel`` (improved_diffusion/unet.py). CompVis' latent
+diffusion has the same network under the same names. Two things do not show in the shapes: the
+number of attention heads, and the size of the images.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
+from tdc_ray.models.state_dicts import Shapes, StateDict, check_tensors, shape_of
+from tdc_ray.models.unet import build_unet
+
+COMMON: UNetConfig = {
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+}
+"""What all of them share (improved_diffusion/nn.py: GroupNorm32, timestep_embedding)."""
+
+_OUTER = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_INNER = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "group_norm": "norm",
+    "to_q": "qkv",
+    "to_k": "qkv",
+    "to_v": "qkv",
+    "to_out.0": "proj_out",
+}
+"""Modules of residual blocks and attentions: ours, theirs."""
+
+
+def told_by_shapes(state: StateDict) -> UNetConfig:
+    """Tell the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
+
+    Raises:
+        CheckpointError: The tensors are not those of such a network.
+    """
+    width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight")
+    levels: list[list[tuple[int, bool]]] = [[]]  # channels of residual blocks, with attention?
+    number = 1
+    while True:
+        block = f"input_blocks.{number}"
+        if f"{block}.0.op.weight" in state:
+            levels.append([])
+        elif (conv := f"{block}.0.in_layers.2.weight") in state:
+            levels[-1].append((len(state[conv]), f"{block}.1.qkv.weight" in state))
+        else:
+            break
+        number += 1
+    if any(len(level) != len(levels[0]) or len(set(level)) != 1 for level in levels):
+        raise CheckpointError(
+            "its input_blocks must be levels of equally many residual blocks, alike within a "
+            "level, with a convolution (.0.op) between levels. Found, as (channels, has "
+            f"attention): {levels}."
+        )
+    channels, attends = zip(*(level[0] for level in levels), strict=True)
+    if width != channels[0] or any(count % COMMON["norm_num_groups"] for count in channels):
+        raise CheckpointError(
+            f"its channels must be multiples of {COMMON['norm_num_groups']}, and as many in "
+            f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
+        )
+    embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight")
+    settings = {
+        **COMMON,
+        "in_channels": in_channels,
+        "out_channels": shape_of(state, "out.2.weight")[0],
+        "layers_per_block": len(levels[0]),
+        "block_out_channels": channels,
+        "down_block_types": tuple(ATTN_DOWN if a else DOWN for a in attends),
+        "up_block_types": tuple(ATTN_UP if a else UP for a in reversed(attends)),
+        "resnet_time_scale_shift": "scale_shift" if embedded == 2 * channels[0] else "default",
+    }
+    if "label_emb.weight" in state:
+        settings["num_class_embeds"] = len(state["label_emb.weight"])
+    return settings
+
+
+def with_heads(config: UNetConfig, num_heads: int) -> UNetConfig:
+    """Give every attention the same number of heads.
+
+    Raises:
+        CheckpointError: An attention's channels are no multiple of it.
+    """
+    kinds = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+    widths = {width for width, kind in kinds if kind == ATTN_DOWN}
+    widths.add(config["block_out_channels"][-1])  # that of the middle
+    if odd := [width for width in sorted(widths) if width % num_heads]:
+        raise CheckpointError(f"{num_heads} heads do not divide attention of {odd[0]} channels.")
+    if len(widths) == 1:
+        return {**config, "attention_head_dim": widths.pop() // num_heads}
+    return {**config, "attention_head_dim": None, "num_heads": num_heads}
+
+
+def original_names(config: UNetConfig) -> dict[str, str]:
+    """Give for each tensor of the ``UNet2DModel`` the checkpoint's tensor that holds it.
+
+    Three of ours, ``to_q``, ``to_k`` and ``to_v``, are parts of one ``qkv``.
+    """
+    blocks = dict(_OUTER)
+    layers, depth = config["layers_per_block"], len(config["block_out_channels"])
+    number = 1
+    for level in range(depth):
+        for layer in range(layers):
+            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{number}.0"
+            blocks[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{number}.1"
+            number += 1
+        blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+        number += 1
+    for level, kind in enumerate(config["up_block_types"]):
+        for layer in range(layers + 1):
+            number = level * (layers + 1) + layer
+            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
+            blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
+        place = 2 if kind == ATTN_UP else 1
+        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{place}.conv"
+    return {name: _original_name(name, blocks) for name in _our_shapes(config)}
+
+
+def original_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """Give the shape of every tensor of a checkpoint of this architecture."""
+    ours, found = _our_shapes(config), {}
+    for name, original in original_names(config).items():
+        shape = ours[name]
+        if ".qkv." in original:
+            shape = (3 * shape[0], *shape[1:])
+        if original.endswith(("qkv.weight", "proj_out.weight")):
+            shape = (*shape, 1)  # of a Conv1d
+        found[original] = shape
+    return found
+
+
+def to_diffusers(state: StateDict, config: UNetConfig) -> dict[str, Tensor]:
+    """Turn a checkpoint into the state dict of a ``UNet2DModel``, float32.
+
+    The output of ``qkv`` reshapes to (heads, 3, C / heads): improved-diffusion splits the heads
+    first, and so does CompVis (QKVAttentionLegacy).
+
+    Args:
+        state: The checkpoint.
+        config: What :func:`told_by_shapes` gave, with heads.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or is too many.
+    """
+    check_tensors(state, original_shapes(config))
+    ours, found = _our_shapes(config), {}
+    for name, original in original_names(config).items():
+        tensor, shape = state[original].float(), ours[name]
+        if ".qkv." in original:
+            heads = config.get("num_heads") or shape[0] // (
+                config["attention_head_dim"] or shape[0]
+            )
+            part = "qkv".index(name.removesuffix(".weight").removesuffix(".bias")[-1])
+            tensor = tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, part]
+        found[name] = tensor.reshape(shape)
+    return found
+
+
+def _our_shapes(config: UNetConfig) -> Shapes:
+    with torch.device("meta"):
+        unet = build_unet(config)
+    return {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+
+
+def _original_name(name: str, blocks: Mapping[str, str]) -> str:
+    module, _, parameter = name.rpartition(".")
+    if module in blocks:
+        return f"{blocks[module]}.{parameter}"
+    for inner, original in _INNER.items():
+        if module.endswith(f".{inner}"):
+            return f"{blocks[module.removesuffix(f'.{inner}')]}.{original}.{parameter}"
+    raise AssertionError(name)

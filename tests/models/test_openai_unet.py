@@ -1,0 +1,164 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.openai_unet import (
+    original_shapes,
+    to_diffusers,
+    told_by_shapes,
+    with_heads,
+)
+from tdc_ray.models.unet import build_unet
+from tests.models.openai_reference import OpenAIUNet, randomise
+
+TOLD = ("in_channels", "out_channels", "layers_per_block", "block_out_channels")
+TOLD += ("down_block_types", "up_block_types")
+
+
+def reference(seed: int = 0, **changes) -> OpenAIUNet:
+    torch.manual_seed(seed)
+    return randomise(OpenAIUNet(**changes), seed)
+
+
+def converted(original: OpenAIUNet, heads: int):
+    state = original.state_dict()
+    config = with_heads(told_by_shapes(state), heads)
+    unet = build_unet({**config, "sample_size": 8}).eval()
+    unet.load_state_dict(to_diffusers(state, config))
+    return unet
+
+
+@torch.inference_mode()
+def largest_difference(original: OpenAIUNet, heads: int) -> float:
+    unet, generator = converted(original, heads), torch.Generator().manual_seed(1)
+    x = torch.randn(3, unet.config["in_channels"], 8, 8, generator=generator)
+    timesteps = torch.tensor([0.0, 123.25, 999.75])  # rescaled ones are no integers
+    labels = torch.tensor([0, 2, 1]) if hasattr(original, "label_emb") else None
+    expected = original(x, timesteps, labels)
+    assert expected.std() > 0.1
+    return (unet(x, timesteps, class_labels=labels).sample - expected).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"heads": 1},
+        {"scale_shift": False, "out_channels": 3},
+        {"num_classes": 3},
+        {"channels": (32, 64, 96), "layers": 1, "attention_at": (1, 2), "heads": 2},
+        {"channels": (32, 32, 64), "attention_at": ()},
+        {"channels": (64,), "attention_at": (0,), "in_channels": 1, "out_channels": 2},
+    ],
+    ids=str,
+)
+def test_a_converted_unet_gives_what_the_original_gives(changes):
+    assert largest_difference(reference(**changes), changes.get("heads", 4)) < 1e-4
+
+
+def test_the_number_of_heads_decides_the_output():
+    assert largest_difference(reference(heads=4), heads=2) > 1e-2
+
+
+def test_qkv_is_split_by_heads_first():
+    original = reference(heads=4)
+    attention, qkv = converted(original, 4).mid_block.attentions[0], original.middle_block[1].qkv
+    head = slice(3 * 16, 4 * 16)  # the second head's q, after the first one's q, k and v
+    assert torch.equal(attention.to_q.weight[16:32], qkv.weight[head, :, 0])
+    assert torch.equal(attention.to_q.bias[16:32], qkv.bias[head])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("iddpm-cifar10", 446), ("iddpm-imagenet64", 450), ("ldm-ffhq256", 368)]
+)
+def test_a_named_architecture_has_as_many_tensors_and_is_told_by_their_shapes(name, count):
+    config = architecture(name)
+    shapes = original_shapes(config)
+    assert len(shapes) == count
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    told = told_by_shapes(state)
+    for key in TOLD:
+        assert told[key] == config[key]
+    scale_shift = config.get("resnet_time_scale_shift", "default")
+    assert told["resnet_time_scale_shift"] == scale_shift
+    weights = to_diffusers(state, config)
+    with torch.device("meta"):
+        unet = build_unet(config)
+    found = {name: value.shape for name, value in weights.items()}
+    assert found == {name: value.shape for name, value in unet.state_dict().items()}
+
+
+def test_the_keys_are_those_of_improved_diffusion():
+    keys = set(original_shapes(ARCHITECTURES["iddpm-cifar10"]))
+    assert {
+        "time_embed.0.weight",
+        "input_blocks.4.0.op.weight",
+        "input_blocks.5.0.skip_connection.bias",
+        "input_blocks.5.1.qkv.weight",
+        "middle_block.1.proj_out.weight",
+        "output_blocks.3.1.conv.weight",
+        "output_blocks.7.2.conv.weight",
+        "output_blocks.15.0.out_layers.3.weight",
+        "out.2.bias",
+    } <= keys
+    assert keys == set(OpenAIUNet((32, 64, 64, 64), layers=3, attention_at=(1, 2)).state_dict())
+
+
+def test_heads_are_one_width_where_diffusers_can_say_so():
+    config = told_by_shapes(reference().state_dict())
+    assert with_heads(config, 4)["attention_head_dim"] == 16
+    assert "num_heads" not in with_heads(config, 4)
+    two = told_by_shapes(reference(channels=(32, 64, 96), attention_at=(1, 2)).state_dict())
+    assert (with_heads(two, 2)["num_heads"], with_heads(two, 2)["attention_head_dim"]) == (2, None)
+    with pytest.raises(CheckpointError, match="5 heads do not divide attention of 64 channels"):
+        with_heads(config, 5)
+
+
+def changed(change) -> tuple[dict[str, Tensor], UNetConfig]:
+    state = dict(reference().state_dict())
+    config = with_heads(told_by_shapes(state), 4)
+    change(state)
+    return state, config
+
+
+def lose(state: dict[str, Tensor]) -> None:
+    del state["middle_block.1.norm.bias"]
+
+
+def add(state: dict[str, Tensor]) -> None:
+    state["middle_block.1.rel_pos"] = torch.zeros(3)
+
+
+def widen(state: dict[str, Tensor]) -> None:
+    state["input_blocks.1.0.in_layers.2.bias"] = torch.zeros(33)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lose, r"lacks middle_block\.1\.norm\.bias \(64,\), expected"),
+        (add, r"holds middle_block\.1\.rel_pos \(3,\), unknown"),
+        (widen, r"input_blocks\.1\.0\.in_layers\.2\.bias has the shape \(33,\), expected \(32,\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named_with_what_was_expected(change, words):
+    with pytest.raises(CheckpointError, match=words):
+        to_diffusers(*changed(change))
+
+
+def test_other_networks_are_no_such_checkpoint():
+    with pytest.raises(CheckpointError, match=r"lacks input_blocks\.0\.0\.weight; it holds conv"):
+        told_by_shapes({"conv.weight": torch.zeros(1)})
+    state = {
+        name: value
+        for name, value in reference().state_dict().items()
+        if not name.startswith("input_blocks.3.")  # resampled without a convolution
+    }
+    with pytest.raises(CheckpointError, match=r"levels of equally many.*\[\[\(32, False\)"):
+        told_by_shapes({k.replace("input_blocks.4.", "input_blocks.3."): state[k] for k in state})
+    odd = dict(reference().state_dict())
+    odd["input_blocks.0.0.weight"] = torch.zeros(48, 3, 3, 3)
+    with pytest.raises(CheckpointError, match="found 48, then"):
+        told_by_shapes(odd)
