@@ -1,31 +1,23 @@
 """What the experiments share: their flags, a base for several runs, and tables with provenance."""
 
-import csv
 import json
 import logging
 import shutil
-import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-import torch
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
-from torchvision.utils import make_grid
 
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
-from tdc_ray.environment import commit, machine
+from tdc_ray.environment import commit
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
@@ -41,7 +33,7 @@ from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.results import Results
 from tdc_ray.run import run
-from tdc_ray.storage import exclusive, read_json, write_json, write_text
+from tdc_ray.storage import exclusive, read_json, write_json
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain
 
@@ -256,106 +248,3 @@ def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
         (copied / source.base_result.name).unlink()
         shutil.rmtree(copied / source.base_unet.name)
     copied.rename(target.root / "base")
-
-
-def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
-    """Give the paper's numbers on a preset's dataset; on one that it has not, CIFAR-10's."""
-    name = preset if preset in numbers else "cifar10"
-    return {"": f"the paper's ({name})", **numbers[name]}
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Write mean and sample standard deviation."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def write_table(
-    folder: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    """Print a table and write it as CSV and Markdown, beside what made it."""
-    table = Table(title=name)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    lines = [columns, ["---"] * len(columns), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    write_text(folder / f"{name}.md", text + "\n")
-
-
-def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) -> None:
-    """Draw the mean of every row as a bar and each of its values as a dot."""
-    figure = Figure(figsize=(7, 0.4 * len(values) + 1), layout="constrained")
-    axes = figure.subplots()
-    for place, some in enumerate(values.values()):
-        axes.barh(place, statistics.mean(some), color="tab:blue", alpha=0.5)
-        axes.plot(some, [place] * len(some), "k.", markersize=4)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def plot_rounds(
-    folder: Path, name: str, losses: Mapping[str, Mapping[int, Sequence[float]]]
-) -> None:
-    """Draw mean and standard deviation of losses over the rounds."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for label, by_round in losses.items():
-        rounds = sorted(by_round)
-        middle = np.array([np.mean(by_round[number]) for number in rounds])
-        spread = np.array([np.std(by_round[number]) for number in rounds])
-        (line,) = axes.plot(rounds, middle, marker="o", label=label)
-        axes.fill_between(
-            rounds, middle - spread, middle + spread, alpha=0.2, color=line.get_color()
-        )
-    axes.set(xlabel="round", ylabel="loss above the base's", xticks=rounds)
-    axes.legend()
-    figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:
-    """Draw images of several models side by side, image by image from the same noise.
-
-    Args:
-        folder: Where the PNG goes.
-        name: Its name without the suffix.
-        runs: For every title, the folder of samples of a run's evaluation.
-        num_images: How many of each.
-    """
-    figure = Figure(figsize=(1.8 * len(runs) + 0.4, 2.2), layout="constrained")
-    for axes, (title, samples) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
-        images = torch.from_numpy(np.load(sorted(samples.glob("*[0-9].npz"))[0])["arr_0"])
-        grid = make_grid(images[:num_images].permute(0, 3, 1, 2), nrow=round(num_images**0.5))
-        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_title(title, fontsize=8)
-        axes.axis("off")
-    figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def write_record(
-    folder: Path, name: str, flags: Flags, commits: set[str | None], record: Mapping[str, object]
-) -> None:
-    """Write the numbers behind a table as JSON, beside command, commits, seeds and machine.
-
-    Args:
-        folder: Where the JSON goes.
-        name: Its name without the suffix.
-        flags: The experiment's flags.
-        commits: Commits that the results were made with.
-        record: The numbers.
-    """
-    made_by = {
-        "command": " ".join(["python", *sys.argv]),
-        "commits": sorted(str(commit) for commit in commits),
-        "seeds": list(flags.seeds),
-        "machine": machine(),
-        "settings": to_json(flags.config(flags.seeds[0])),
-    }
-    write_json(folder / f"{name}.json", {"made_by": made_by, **record})

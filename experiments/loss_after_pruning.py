@@ -21,16 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import (
-    Flags,
-    claim,
-    commits_of,
-    parse_flags,
-    trained_base,
-    workers,
-    write_record,
-    write_table,
-)
+from common import Flags, claim, commits_of, parse_flags, trained_base, workers
+from output import write_record, write_table
 
 from tdc_ray.config import RunConfig
 from tdc_ray.finetune import trial_item

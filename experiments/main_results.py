@@ -21,16 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
-from common import (
-    Flags,
-    mean_and_spread,
-    paper_column,
-    parse_flags,
-    run_once,
-    write_record,
-    write_samples,
-    write_table,
-)
+from common import Flags, parse_flags, run_once
+from output import mean_and_spread, paper_column, write_record, write_samples, write_table
 
 from tdc_ray.config import RunConfig
 from tdc_ray.presets import preset

@@ -28,16 +28,12 @@ from common import (
     Model,
     all_timesteps,
     commits_of,
-    mean_and_spread,
-    paper_column,
     parse_flags,
-    plot_bars,
     scores_of,
     trained_base,
     workers,
-    write_record,
-    write_table,
 )
+from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.pool import Pool

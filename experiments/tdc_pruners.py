@@ -17,17 +17,8 @@ The paper (FID): on CIFAR-10 original 4.08, random 3.95, magnitude 3.88, Taylor 
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
-from common import (
-    Flags,
-    mean_and_spread,
-    paper_column,
-    parse_flags,
-    plot_bars,
-    run_once,
-    trained_base,
-    write_record,
-    write_table,
-)
+from common import Flags, parse_flags, run_once, trained_base
+from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results

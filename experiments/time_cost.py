@@ -16,16 +16,8 @@ OMS-DPM, which trains a predictor, more than 3800.
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
-from common import (
-    Flags,
-    paper_column,
-    parse_flags,
-    plot_bars,
-    run_once,
-    trained_base,
-    write_record,
-    write_table,
-)
+from common import Flags, parse_flags, run_once, trained_base
+from output import paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results

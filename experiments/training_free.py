@@ -20,15 +20,12 @@ from common import (
     Model,
     commits_of,
     experts_of,
-    mean_and_spread,
     parse_flags,
-    plot_bars,
     scores_of,
     trained_base,
     workers,
-    write_record,
-    write_table,
 )
+from output import mean_and_spread, plot_bars, write_record, write_table
 
 from tdc_ray.config import RunConfig
 from tdc_ray.models.layers import count

@@ -209,7 +209,10 @@ def _diffusers(
     unet = {name: found.get(name, default) for name, default in _UNET_DEFAULTS.items()}
     by_unet = _told_by_unet(source, unet, is_latent=first_stage is not None)
     if first_stage is not None:
-        by_unet["data.first_stage"] = str(first_stage.resolve())
+        by_unet |= {
+            "data.first_stage": str(first_stage.resolve()),
+            "sampler.clip_sample": False,  # latents lie outside [-1, 1]
+        }
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in sorted(place.glob("*.safetensors")))
     return GivenBase(

@@ -116,11 +116,6 @@ def prune_model(
             f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
             "it takes no gradient step."
         )
-    if not isinstance(base_settings.get("sample_size"), int):
-        raise ConfigError(
-            f"sample_size in {unet / 'config.json'} must be one whole number, got "
-            f"{base_settings.get('sample_size')}: write the height and width of its images there."
-        )
     space = space_of(base_settings, config.prune.space)
     _check(config, base_settings)
     space.check_limit(group.max_macs(space.macs_base), "the model")
@@ -173,7 +168,16 @@ def prune_model(
 
 
 def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig:
-    """Bring settings in line with a UNet: what it learns, and its data if it was named."""
+    """Bring settings in line with a UNet: what it learns, and its data if it was named.
+
+    Raises:
+        ConfigError: The data or the size of the model's images cannot be told.
+    """
+    if not isinstance(size := unet.get("sample_size"), int):
+        raise ConfigError(
+            f"sample_size in the model's config.json must be one whole number, got {size}: write "
+            "the height and width of its images there."
+        )
     learned = unet["out_channels"] == 2 * unet["in_channels"]
     config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
     return config if data is None else replace(config, data=_named_data(data, config, unet))
