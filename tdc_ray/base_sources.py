@@ -160,7 +160,7 @@ def _imported(source: str, folder: Path) -> GivenBase:
     try:
         told = {f"diffusion.{name}": document["diffusion"][name] for name in NOISE}
         told |= {f"sampler.{name}": document["sampler"][name] for name in SAMPLER}
-        stage = document["first_stage"] and folder / document["first_stage"]
+        stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
     except (KeyError, TypeError) as error:
@@ -189,8 +189,16 @@ def _pipeline(source: str, folder: Path) -> GivenBase:
     where = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     stages = [where[name] for name in ("vqvae", "vae") if name in parts]
     stage = stages[0] if stages else None
-    told = _told_by_scheduler(source, _json(where["scheduler"] / "scheduler_config.json"))
-    return _diffusers(source, where["unet"], told, "as given", stage)
+    scheduler = _json(where["scheduler"] / "scheduler_config.json")
+    told = _told_by_scheduler(source, scheduler)
+    base = _diffusers(source, where["unet"], told, "as given", stage)
+    is_learned = scheduler.get("variance_type") == "learned_range"
+    if is_learned and not base.told["diffusion.learned_sigma"]:
+        raise ConfigError(
+            f"{source} has variance_type learned_range in its scheduler, and its unet gives out "
+            f"{base.unet['out_channels']} channels: expected {2 * base.unet['in_channels']}."
+        )
+    return base
 
 
 def _diffusers(
@@ -229,7 +237,7 @@ def _diffusers(
 
 def _told_by_unet(source: str, unet: UNetConfig, *, is_latent: bool) -> dict[str, Any]:
     inputs, outputs = unet["in_channels"], unet["out_channels"]
-    if outputs not in (inputs, 2 * inputs):
+    if not isinstance(inputs, int) or outputs not in (inputs, 2 * inputs):
         raise ConfigError(
             f"{source} must predict as many channels as it takes, or twice as many with a learned "
             f"variance: found {inputs} in and {outputs} out."

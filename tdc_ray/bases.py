@@ -8,9 +8,8 @@ process, how it is sampled, where all came from, and the SHA-256 of the files.
 import hashlib
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from diffusers import AutoencoderKL, VQModel
 
@@ -22,7 +21,7 @@ from tdc_ray.base_sources import (
     SAMPLER,
     GivenBase,
 )
-from tdc_ray.config import RunConfig
+from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
@@ -45,20 +44,21 @@ def come_along(base: GivenBase, config: RunConfig, *, with_data: bool) -> RunCon
         base: The base.
         config: The settings.
         with_data: Bring the data to the base's resolution and channels, too.
+
+    Raises:
+        ConfigError: What it tells is out of a setting's range.
     """
+    document = to_json(config)
     images = ("data.image_size", "data.num_channels")
-    told = {name: value for name, value in base.told.items() if with_data or name not in images}
-    timesteps = told.get("diffusion.num_train_timesteps", math.inf)
-    if config.sampler.num_inference_steps > timesteps:
-        told["sampler.num_inference_steps"] = timesteps
-    if config.plan.num_groups > timesteps:
-        told["plan.num_groups"] = timesteps
-    stages: dict[str, dict[str, Any]] = {}
-    for name, value in told.items():
+    for name, value in base.told.items():
         stage, _, setting = name.partition(".")
-        stages.setdefault(stage, {})[setting] = value
-    changed = {stage: replace(getattr(config, stage), **new) for stage, new in stages.items()}
-    return replace(config, **changed)
+        if with_data or name not in images:
+            document[stage][setting] = value
+    timesteps = document["diffusion"]["num_train_timesteps"]
+    for stage, setting in (("sampler", "num_inference_steps"), ("plan", "num_groups")):
+        if isinstance(timesteps, int):  # else it is refused by name
+            document[stage][setting] = min(document[stage][setting], timesteps)
+    return from_json(document)
 
 
 def untold(base: GivenBase) -> list[str]:

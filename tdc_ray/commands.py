@@ -231,7 +231,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         )
     if not has_preset and base.folder is not None:
         config = run_config_of(base.folder) or config
-    config = replace(config, model=replace(config.model, base=None, num_heads=None))
+    config = replace(config, model=replace(config.model, base=source, num_heads=None))
     return come_along(base, config, with_data=not has_preset)
 
 

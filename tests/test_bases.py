@@ -130,6 +130,25 @@ def test_a_scheduler_that_is_not_supported_is_refused_by_name(tmp_path, schedule
         find_base(save_pipeline(tmp_path / "p", scheduler))
 
 
+def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(tmp_path):
+    learned = DDPMScheduler(variance_type="learned_range")
+    twice = random_unet({**TINY, "out_channels": 2})
+    base = find_base(save_pipeline(tmp_path / "p", learned, unet=twice))
+    assert base.told["diffusion.learned_sigma"] is True
+    with pytest.raises(
+        ConfigError, match=r"learned_range in its scheduler.*1 channels: expected 2"
+    ):
+        find_base(save_pipeline(tmp_path / "q", learned))
+
+
+def test_values_of_another_type_are_refused_by_name(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p/unet/config.json", sample_size="large")
+    base = find_base(source)
+    with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
+        come_along(base, CONFIG, with_data=True)
+
+
 def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
     source = save_pipeline(tmp_path / "p")
     document = {"_class_name": "DDPMScheduler", "beta_end": 0.02}

@@ -474,3 +474,23 @@ def test_the_default_run_directory_tells_preset_seed_and_settings():
     assert default_run_dir(config) == Path("runs") / f"mnist-seed3-{digest(config)}"
     longer = changed(config, "base.num_steps", 9)
     assert default_run_dir(longer) != default_run_dir(config)
+
+
+def test_a_base_has_an_absolute_path_unless_it_is_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline").mkdir()
+    for base, found in (
+        ("openai:a.pt", f"openai:{tmp_path}/a.pt"),
+        ("compvis:b/a.ckpt", f"compvis:{tmp_path}/b/a.ckpt"),
+        ("pipeline", f"{tmp_path}/pipeline"),
+        ("google/ddpm-cifar10-32", "google/ddpm-cifar10-32"),
+    ):
+        config = changed(RunConfig(), "model.base", base)
+        assert with_absolute_paths(config).model.base == found
+        assert digest(config) != digest(RunConfig())
+
+
+def test_a_number_of_heads_without_a_base_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.num_heads goes with model\.base, got 4"):
+        ModelConfig(num_heads=4)
+    assert ModelConfig(num_heads=4, base="openai:a.pt").num_heads == 4

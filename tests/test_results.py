@@ -6,6 +6,7 @@ import pytest
 from tdc_ray.errors import StorageError
 from tdc_ray.results import (
     EvaluationResult,
+    GivenBaseResult,
     GroupResult,
     ModelResult,
     PlanResult,
@@ -81,6 +82,9 @@ RESULTS = Results(
     seconds=StageSeconds(base=1.0, prune=2.0, finetune=3.0, evaluate=4.0, wall=5.0),
     versions={"torch": "2.8.0"},
     commit="a2e27d0",
+    given_base=GivenBaseResult(
+        source="openai:model.pt", files={"/data/model.pt": "0" * 64}, weights="as given"
+    ),
 )
 
 
