@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tdc_ray.commands import (
+    Export,
     Import,
     Memory,
     Plan,
@@ -52,6 +53,8 @@ def run_command(arguments: Sequence[str]) -> int:
             _train_autoencoder(command, console)
         elif isinstance(command, Import):
             _import(command, console)
+        elif isinstance(command, Export):
+            _export(command, console)
         else:
             _sample(command, console)
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
@@ -197,6 +200,13 @@ def _import(command: Import, console: Console) -> None:
         stage, _, setting = name.partition(".")
         value = getattr(getattr(command.config, stage), setting)
         console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
+
+
+def _export(command: Export, console: Console) -> None:
+    from tdc_ray.export import export_run
+
+    export_run(command.run, command.out)
+    console.print(f"written: {command.out} (README.md says how to sample)", soft_wrap=True)
 
 
 def _sample(command: Sample, console: Console) -> None:

@@ -118,6 +118,21 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export a finished run's experts for diffusers, plain PyTorch and tdc_ray.
+
+    With a model card, and code that needs neither Ray nor tdc_ray.
+    """
+
+    run: Positional[Path]
+    """The run directory."""
+    out: Positional[Path]
+    """A new folder."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
 
@@ -163,7 +178,7 @@ class Import:
     """Log more, and show where an error came from."""
 
 
-Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder | Import
+Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder | Import | Export
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -178,6 +193,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
+        | Annotated[Export, subcommand("export")]
         | Annotated[Memory, subcommand("memory")]
         | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
         | Annotated[Import, subcommand("import", default=imported)]

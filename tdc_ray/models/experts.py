@@ -53,6 +53,7 @@ def _write(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> N
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
+@torch.inference_mode(mode=False)  # whose tensors take no gradients, which a cut is traced by
 def load_expert(folder: Path) -> UNet2DModel:
     """Load a pruned UNet, in eval mode, on the CPU.
 

@@ -1,0 +1,77 @@
+"""Pruned denoisers, each for some timesteps. Needs torch, diffusers and safetensors.
+
+From tdc_ray (Apache-2.0), which is not needed to run this.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+from torch import nn
+
+PARAMETERS = ("weight", "bias")
+
+
+def load_expert(folder: str | Path) -> UNet2DModel:
+    """Load one pruned UNet, in eval mode, on the CPU.
+
+    It is built with the base's widths; then every layer gets the weights that are left of it, and
+    every number that says of a module how wide it is.
+    """
+    document = json.loads((Path(folder) / "modules.json").read_text())
+    tensors = load_file(Path(folder) / "model.safetensors")
+    with torch.device("meta"):
+        unet = UNet2DModel(**document["unet"])
+    for name, module in unet.named_modules():
+        for key in PARAMETERS:
+            if f"{name}.{key}" in tensors:
+                setattr(module, key, nn.Parameter(tensors.pop(f"{name}.{key}")))
+        for key, value in document["attributes"].get(name, {}).items():
+            setattr(module, key, value)
+    left = [*tensors, *(name for name, value in unet.named_parameters() if value.is_meta)]
+    if left:
+        raise ValueError(f"{folder}: weights and modules.json do not fit: {', '.join(left)}.")
+    for module in unet.modules():  # what has no weights but a buffer of its own
+        for key, buffer in module.named_buffers(recurse=False):
+            assert not buffer.is_meta, key
+    return unet.eval()
+
+
+class Experts(nn.ModuleList):
+    """Denoisers, each for a run of timesteps; together they serve every timestep."""
+
+    def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]]) -> None:
+        """Take one span ``(first, last)`` of timesteps, last included, per UNet, in order."""
+        super().__init__(unets)
+        self.spans = tuple(spans)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def for_timestep(self, timestep: int) -> nn.Module:
+        """Give the expert that serves a timestep."""
+        for unet, (first, last) in zip(self, self.spans, strict=True):
+            if first <= timestep <= last:
+                return unet
+        raise ValueError(f"no expert serves timestep {timestep}, but {self.spans} are served.")
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> "Experts":
+        """Load what ``progressive.json`` lists; diffusers' other arguments are not heeded."""
+        rows = json.loads((Path(path) / "progressive.json").read_text())["experts"]
+        unets = [load_expert(Path(path) / row["folder"]) for row in rows]
+        experts = cls(unets, [(row["first"], row["last"]) for row in rows])
+        return experts if torch_dtype is None else experts.to(torch_dtype)
