@@ -1,6 +1,8 @@
 """The files of cluster/: they fit the schemas, agree with each other, and name what exists."""
 
 import copy
+import functools
+import importlib
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 import click
 import jsonschema
 import pytest
+import tyro
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -54,12 +57,18 @@ PODS = {"head": HEAD, "worker": WORKER, "tensorboard": TENSORBOARD}
 # KubeRay
 
 
+@functools.cache
 def schema(kind: str) -> dict[str, Any]:
     path = SCHEMAS / f"ray.io_v1_{kind}.json"
     if not path.exists():
         pytest.skip(f"KubeRay's schemas are not part of the project: {path} does not exist")
     document: dict[str, Any] = json.loads(path.read_text())
     return document
+
+
+def check(document: object, by: dict[str, Any]) -> None:
+    """Validate as ``jsonschema.validate`` does, but without checking the large schema first."""
+    jsonschema.Draft202012Validator(by).validate(document)
 
 
 KUBERAY = [("raycluster", "kuberay-cluster.yaml"), ("rayjob", "kuberay-job.yaml")]
@@ -70,7 +79,7 @@ def test_kuberay_files_fit_its_schema(kind, name):
     (document,) = documents(name)
     assert document["apiVersion"] == "ray.io/v1"
     assert document["kind"].lower() == kind
-    jsonschema.validate(document, schema(kind))
+    check(document, schema(kind))
 
 
 @pytest.mark.parametrize(("kind", "name"), KUBERAY)
@@ -83,7 +92,22 @@ def test_the_schema_refuses_a_misspelt_key(kind, name):
             part = part[key]
         part["enableAutoscalling"] = True
         with pytest.raises(jsonschema.ValidationError, match="enableAutoscalling"):
-            jsonschema.validate(wrong, schema(kind))
+            check(wrong, schema(kind))
+
+
+def test_kubernetes_own_objects_fit_what_kuberays_schema_says_of_them():
+    head = schema("raycluster")["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]
+    volume = head["template"]["properties"]["spec"]["properties"]["volumes"]["items"]
+    claim = volume["properties"]["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]
+    rules = schema("raycluster")["properties"]["spec"]["properties"]["networkPolicy"]["properties"]
+    ingress = rules["head"]["properties"]["ingressRules"]
+    check(shared("Deployment")["spec"]["template"], head["template"])
+    check(shared("PersistentVolumeClaim")["spec"], claim["spec"])
+    check(shared("Service")["spec"], head["headService"]["properties"]["spec"])
+    check(shared("NetworkPolicy")["spec"]["ingress"], ingress)
+    wrong = {**shared("Service")["spec"], "selectr": {}}
+    with pytest.raises(jsonschema.ValidationError, match="selectr"):
+        check(wrong, head["headService"]["properties"]["spec"])
 
 
 def test_the_job_has_the_very_cluster_of_the_cluster_file():
@@ -239,6 +263,12 @@ def test_everything_that_the_image_copies_exists_and_is_let_into_the_context():
     for source in copied:
         assert (ROOT / source).exists(), source
         assert f"!{source}" in let_in, source
+
+
+def test_the_images_default_cache_lies_on_the_storage():
+    default = parse(["run"]).config.evaluate.cache_dir.replace("~", "/home/ubuntu")
+    assert f"ln -s /shared/cache {default} " in (CLUSTER / "Dockerfile").read_text()
+    assert ("ENV", "HOME=/home/ubuntu") in instructions()
 
 
 def test_the_dockerfile_lists_the_projects_own_requirements():
@@ -403,15 +433,18 @@ def test_every_setting_and_file_that_the_readme_names_exists():
         assert (CLUSTER / name).exists(), name
 
 
-def test_every_experiment_of_the_readme_takes_its_flags():
+def test_every_experiment_of_the_readme_takes_its_flags(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    from common import Flags
+
     shown = [line for line in commands() if "python experiments/" in line]
     assert shown
     for line in shown:
-        words = shlex.split(line[line.index("experiments/") :])
-        script = [sys.executable, words[0], "--help"]
-        done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
-        for flag in words[1:]:
-            assert not flag.startswith("--") or flag in done.stdout, flag
+        path, *flags = shlex.split(line[line.index("experiments/") :])
+        module = importlib.import_module(Path(path).stem)
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        kinds = [kind for kind in kinds if issubclass(kind, Flags)]
+        tyro.cli(max(kinds, key=lambda kind: len(kind.mro())), args=flags)
 
 
 def ray_command(words: list[str]) -> tuple[click.Command, list[str]]:
