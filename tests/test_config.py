@@ -30,7 +30,6 @@ from tdc_ray.settings import (
     TrainConfig,
 )
 
-
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
 
