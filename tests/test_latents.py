@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,7 +15,7 @@ from tdc_ray.config import digest, with_absolute_paths
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.errors import CheckpointError, ConfigError, DataError
+from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from tdc_ray.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.latents import (
     SHARD,
@@ -24,6 +25,7 @@ from tdc_ray.latents import (
     prepare_latents,
     shard_path,
 )
+from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
@@ -31,7 +33,7 @@ from tdc_ray.pipeline import FIRST_STAGE_DIR, ProgressivePipeline, base_pipeline
 from tdc_ray.plan import plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.prune.noised import noised_batches
-from tdc_ray.run import check
+from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed
 from tdc_ray.work import run_chain, run_item
 from tests.small import (
@@ -305,6 +307,14 @@ def test_check_compares_the_latents_with_the_architecture(config):
     nowhere = replace(config, data=replace(config.data, first_stage="/nowhere"))
     with pytest.raises(CheckpointError, match=r"data\.first_stage /nowhere holds no first stage"):
         check(nowhere)
+
+
+def test_a_run_does_not_go_on_with_another_first_stage(config, tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    make_first_stage(run_dir.experts / FIRST_STAGE_DIR, seed=3)  # what an earlier call copied
+    with pytest.raises(StorageError, match=rf"{run_dir.experts}/{FIRST_STAGE_DIR} is a copy of"):
+        run(config, run_dir.root, Console(quiet=True))
+    assert not run_dir.config.exists()
 
 
 def test_the_first_stage_is_part_of_the_digest_by_its_absolute_path(config, monkeypatch, tmp_path):

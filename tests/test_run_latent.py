@@ -10,15 +10,14 @@ from tdc_ray.autoencoder import train_autoencoder
 from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.datasets import load_dataset
-from tdc_ray.errors import StorageError
 from tdc_ray.first_stage import first_stage_digest, load_first_stage
 from tdc_ray.latents import latents_dir, load_inputs
 from tdc_ray.layout import RunDir
-from tdc_ray.pipeline import FIRST_STAGE_DIR, ProgressivePipeline
+from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.run import run
 from tdc_ray.settings import DataConfig, TrainConfig
-from tests.small import assert_same, latent_config, make_first_stage
+from tests.small import assert_same, latent_config
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -63,8 +62,3 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
     again = pipeline(len(scored), seed=config.evaluate.seed, output_type="np").images
     assert scored.shape == (20, 8, 8, 1)
     assert np.abs(scored.astype(int) - again).max() <= 1  # other threads, other last bits
-
-    RunDir(folder).results.unlink()  # as if the run had been cut
-    make_first_stage(stage, seed=3)
-    with pytest.raises(StorageError, match=rf"{folder}/experts/{FIRST_STAGE_DIR} is a copy"):
-        run(config, folder, QUIET)
