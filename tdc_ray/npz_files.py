@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ from tdc_ray.storage import atomic_path, locked
 
 BLOCK_BYTES = 2**20
 """How much of a file is unpacked at once."""
+
+logger = logging.getLogger(__name__)
 
 _UNREADABLE = (
     OSError,
@@ -271,6 +274,7 @@ def _copy_pixels(npz: NpzFile, copy: Path, size: int) -> None:
     free = shutil.disk_usage(copy.parent).free
     if free < size:
         raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free")
+    logger.info("%s %s, once", "unpacking" if size else "checking", npz.path)
     with atomic_path(copy) as temporary, temporary.open("wb") as file:
         for block in _blocks(npz):
             if size:
