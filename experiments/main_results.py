@@ -25,7 +25,6 @@ from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, write_record, write_samples, write_table
 
 from tdc_ray.config import RunConfig
-from tdc_ray.presets import preset
 from tdc_ray.results import Results
 
 PAPER = {
@@ -62,9 +61,8 @@ def runs_of_seed(config: RunConfig, folder: Path) -> tuple[Results, Results, Res
 
 def main(flags: Flags) -> None:
     """Run all seeds and write the table."""
-    config = preset(flags.preset)
     folder = flags.storage / f"main_results-{flags.preset}"
-    runs = {s: runs_of_seed(replace(config, seed=s), folder / f"seed-{s}") for s in flags.seeds}
+    runs = {s: runs_of_seed(flags.config(s), folder / f"seed-{s}") for s in flags.seeds}
     seeds = {
         seed: dict(zip(ROWS, (tdc.base, longer.base, unpruned.tdc, tdc.tdc), strict=True))
         for seed, (tdc, longer, unpruned) in runs.items()
