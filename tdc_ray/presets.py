@@ -59,7 +59,12 @@ def digits_smoke() -> RunConfig:
             full.finetune, num_steps=20, batch_size=32, checkpoint_every=10, log_every=5
         ),
         prune=PruneConfig(
-            num_rounds=2, num_candidates=2, num_images=64, num_refit_images=64, batch_size=64
+            num_rounds=2,
+            num_candidates=2,
+            num_images=64,
+            num_refit_images=64,
+            num_passes=2,
+            batch_size=64,
         ),
         sampler=SamplerConfig(num_inference_steps=10),
         evaluate=replace(full.evaluate, num_images=200, batch_size=100),
