@@ -1,5 +1,6 @@
 """One Ray cluster for the whole test run, and Hypothesis without clocks."""
 
+import logging
 import os
 
 # Ray reads these when it is imported, and so do the processes that tests start.
@@ -29,6 +30,17 @@ hypothesis.settings.load_profile("tests")
 def one_thread() -> None:
     """Sums have the same last bits in every test, whatever the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """What a command sets up for its own log ends with its test."""
+    root, ours = logging.getLogger(), logging.getLogger("tdc_ray")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,14 @@ def start(folder: Path, cache_dir: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
     flags = ["--run-dir", str(folder), "--evaluate.cache-dir", str(cache_dir)]
     with folder.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen([*command, *flags], stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [*command, *flags],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            # A shell starts its background jobs deaf to it, and what they start inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
 
 
 def children(parent: int, title: str) -> list[int]:
