@@ -96,8 +96,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except _FAILED as error:
         raise StorageError(f"{shown(path)} cannot be written: {error}{_free(path)}.") from error
     finally:
-        _remove(temporary)
-        _remove(old)
+        with contextlib.suppress(OSError):  # what went wrong was said
+            _remove(temporary)
+            _remove(old)
 
 
 def _free(path: Path) -> str:
