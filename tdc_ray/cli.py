@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,10 +17,12 @@ from tdc_ray.commands import (
     Prune,
     Run,
     Sample,
+    Simulate,
+    Status,
     TrainAutoencoder,
     parse,
 )
-from tdc_ray.config import RunConfig, default_run_dir
+from tdc_ray.config import RunConfig, default_run_dir, to_json
 from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.plan import Plan as GroupPlan
 
@@ -49,6 +51,10 @@ def run_command(arguments: Sequence[str]) -> int:
             _prune(command, console)
         elif isinstance(command, Memory):
             _memory(command, console)
+        elif isinstance(command, Status):
+            _status(command, console)
+        elif isinstance(command, Simulate):
+            _simulate(command, console)
         elif isinstance(command, TrainAutoencoder):
             _train_autoencoder(command, console)
         elif isinstance(command, Import):
@@ -180,6 +186,26 @@ def _memory(command: Memory, console: Console) -> None:
     for path in found:
         entries = MemoryBank(path).all()
         print_memory(console, [e for e in entries if command.group in (None, e.group)], path)
+
+
+def _status(command: Status, console: Console) -> None:
+    from tdc_ray.layout import RunDir
+    from tdc_ray.status import status
+    from tdc_ray.workers_report import print_status
+
+    print_status(console, status(RunDir(command.run)))
+
+
+def _simulate(command: Simulate, console: Console) -> None:
+    from tdc_ray.simulation import simulate_run
+    from tdc_ray.storage import write_json
+    from tdc_ray.workers_report import print_simulated
+
+    found = simulate_run(command.config, command.simulation)
+    print_simulated(console, found)
+    if command.json is not None:
+        document = [asdict(one) for one in found]
+        write_json(command.json, {"settings": to_json(command.config), "simulated": document})
 
 
 def _import(command: Import, console: Console) -> None:
