@@ -226,6 +226,12 @@ def _import(command: Import, console: Console) -> None:
         stage, _, setting = name.partition(".")
         value = getattr(getattr(command.config, stage), setting)
         console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
+    if (embeds := base.unet.get("num_class_embeds")) is not None:
+        console.print(
+            f"it embeds {embeds} classes: run it with --conditioning.num-classes {embeds}, or "
+            f"{embeds - 1} if the last one stands for no class",
+            soft_wrap=True,
+        )
 
 
 def _export(command: Export, console: Console) -> None:

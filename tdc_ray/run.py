@@ -110,8 +110,9 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     if is_latent and data.first_stage is None:
         raise ConfigError(
             f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
-            "folder of a diffusers VQModel or AutoencoderKL, a released one (tdc-ray import takes "
-            "it out of a checkpoint) or what tdc-ray train-autoencoder makes."
+            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
+            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
+            "tdc-ray import FILE DIR by --base DIR."
         )
     check_latents(data, unet_config, name)
     learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]

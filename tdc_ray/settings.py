@@ -58,8 +58,9 @@ class DataConfig:
     counted from 0 in the order of their names."""
 
     max_corrupt: int = 10
-    """Most corrupt files that a process and its loader processes leave out. Each is named in a
-    warning, and the next image takes its place; an npz file's images are missing altogether."""
+    """Most corrupt files that a process and its loader processes leave out, each named in a
+    warning. The next image takes an image's place; an npz file, however many images it holds,
+    counts as one, and its images are missing altogether."""
 
     cache_dir: str = "~/.cache/tdc_ray"
     """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
