@@ -1,6 +1,5 @@
 """What the experiments share: their flags, a base for several runs, and tables with provenance."""
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir, make_expert
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
+from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import unet_config
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import one_group, plan_groups
@@ -32,10 +32,11 @@ from tdc_ray.progress import ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
+from tdc_ray.remote import is_remote, located, shown
 from tdc_ray.results import Results
 from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
-from tdc_ray.storage import exclusive, read_json, write_json
+from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain
 
@@ -51,7 +52,7 @@ class Flags:
     smoke: bool = False
     """The same in little: the digits-smoke preset and one seed."""
     storage: Path = Path("runs")
-    """Folder of the experiment's runs; the same command goes on where it was cut."""
+    """Folder or URI of the experiment's runs; the same command goes on where it was cut."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     data: Path | None = None
@@ -80,6 +81,7 @@ AnyFlags = TypeVar("AnyFlags", bound=Flags)
 def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFlags:  # type: ignore[assignment]
     """Parse the command line and configure logging."""
     flags = tyro.cli(kind, description=description)
+    flags = replace(flags, storage=located(flags.storage))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     if flags.smoke:
@@ -97,25 +99,25 @@ def claim(root: Path, config: RunConfig) -> None:
         StorageError: It holds results of other settings.
     """
     path = root / SETTINGS_FILE
-    if not path.exists():
+    if not exists(path):
         write_json(path, {"commit": commit(), "settings": to_json(with_absolute_paths(config))})
         return
     try:
         before = from_json(read_json(path)["settings"])
     except ConfigError as error:
         raise StorageError(
-            f"{root} is of another version: {error} Choose another --storage."
+            f"{shown(root)} is of another version: {error} Choose another --storage."
         ) from error
     if changed := differences(before, config):
         raise StorageError(
-            f"{root} has results of other settings: {'; '.join(changed)}. Use the same flags to "
-            "go on, or another --storage."
+            f"{shown(root)} has results of other settings: {'; '.join(changed)}. Use the same "
+            "flags to go on, or another --storage."
         )
 
 
 def commits_of(folder: Path) -> set[str | None]:
     """Name the commits that an experiment's folders were begun with."""
-    return {read_json(path)["commit"] for path in folder.rglob(SETTINGS_FILE)}
+    return {read_json(path)["commit"] for path in listing(folder, f"**/{SETTINGS_FILE}")}
 
 
 @contextmanager
@@ -148,7 +150,7 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
     sampler = SamplerConfig(clip_sample=config.data.first_stage is None)  # as latents demand
     deciding = {name: getattr(config, name) for name in stage_1}
     claim(run_dir.root, RunConfig(**deciding, sampler=sampler))
-    if not run_dir.base_result.exists():
+    if not exists(run_dir.base_result):
         with (
             exclusive(run_dir.root),
             ProgressView(run_dir.tensorboard, Console()) as view,
@@ -196,14 +198,23 @@ def scores_of(
         for seed in seeds:
             root = folder / name.replace(" ", "-").replace("/", "-") / f"sampling-seed-{seed}"
             run_dir = RunDir(root, model.path.resolve() if model.which == "base" else None)
-            if model.which == "tdc" and not run_dir.experts.exists():
-                root.mkdir(parents=True, exist_ok=True)
-                run_dir.experts.symlink_to(model.path.resolve())
+            if model.which == "tdc" and not exists(run_dir.experts):
+                _refer(run_dir.experts, model.path)
             seeded = replace(config, evaluate=replace(config.evaluate, seed=seed))
             chains[f"{name}|{seed}"] = _score(run_dir, seeded, spec, model)
     scores = pool.run(chains)
     by_name = {name: [scores[f"{name}|{seed}"] for seed in seeds] for name in models}
     return spec.metric, by_name
+
+
+def _refer(path: Path, to: Path) -> None:
+    """Let a folder be found at another path too; a store has no links, so there it is copied."""
+    if is_remote(path):
+        with atomic_path(path) as copied:
+            shutil.copytree(fetch(to), copied)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(to.resolve())
 
 
 def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) -> Chain[float]:
@@ -246,21 +257,19 @@ def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) ->
         base_of: A finished run whose base this one has too, or goes on training from: its
             checkpoints are taken over, and where stage 1 is the same its weights and scores too.
     """
-    if base_of is not None and not (folder / "base").exists():
+    if base_of is not None and not exists(folder / "base"):
         _share_base(RunDir(base_of), RunDir(folder), config)
     return run(config, folder, Console())
 
 
 def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
-    steps = json.loads(source.base_result.read_text())["train_steps"]
-    copied = target.root / "base.copying"
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(source.root / "base", copied)
-    if steps == config.base.num_steps:
-        samples = source.samples / "base"  # its images and their features are the same too
-        if samples.exists():
-            shutil.copytree(samples, target.samples / "base", dirs_exist_ok=True)
-    else:  # train on from the last checkpoint
-        (copied / source.base_result.name).unlink()
-        shutil.rmtree(copied / source.base_unet.name)
-    copied.rename(target.root / "base")
+    is_same = read_json(source.base_result)["train_steps"] == config.base.num_steps
+    samples = source.samples / "base"  # its images and their features are the same too
+    if is_same and exists(samples):
+        with atomic_path(target.samples / "base") as copied:
+            shutil.copytree(fetch(samples), copied)
+    with atomic_path(target.base) as copied:
+        shutil.copytree(fetch(source.base), copied)
+        if not is_same:  # train on from the last checkpoint
+            (copied / source.base_result.name).unlink()
+            shutil.rmtree(copied / source.base_unet.name)

@@ -34,6 +34,7 @@ from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Candidate, Choice, GroupTask
 from tdc_ray.prune_settings import PruneMethod
+from tdc_ray.storage import remove
 from tdc_ray.work import Chain
 
 MACS_SHARE = 0.7
@@ -105,7 +106,7 @@ def tune(
         item = trial_item(task, name, candidate.kept, steps, before)
         (result,) = yield [item]
         losses[steps], before = result["loss"], steps
-    item.job.checkpoint.unlink(missing_ok=True)
+    remove(item.job.checkpoint)
     return losses
 
 

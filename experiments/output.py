@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from tdc_ray.config import to_json
 from tdc_ray.environment import machine
-from tdc_ray.storage import write_json, write_text
+from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
@@ -42,8 +42,8 @@ def write_table(
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
+    path = folder / f"{name}.csv"
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     lines = [columns, ["---"] * len(columns), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -59,7 +59,7 @@ def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) ->
         axes.plot(some, [place] * len(some), "k.", markersize=4)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    _save(figure, folder / f"{name}.png")
 
 
 def plot_rounds(
@@ -78,7 +78,7 @@ def plot_rounds(
         )
     axes.set(xlabel="round", ylabel="loss above the base's", xticks=rounds)
     axes.legend()
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    _save(figure, folder / f"{name}.png")
 
 
 def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:
@@ -92,12 +92,12 @@ def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images:
     """
     figure = Figure(figsize=(1.8 * len(runs) + 0.4, 2.2), layout="constrained")
     for axes, (title, samples) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
-        images = torch.from_numpy(np.load(sorted(samples.glob("*[0-9].npz"))[0])["arr_0"])
+        images = torch.from_numpy(np.load(fetch(listing(samples, "*[0-9].npz")[0]))["arr_0"])
         grid = make_grid(images[:num_images].permute(0, 3, 1, 2), nrow=round(num_images**0.5))
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=8)
         axes.axis("off")
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    _save(figure, folder / f"{name}.png")
 
 
 def write_record(
@@ -120,3 +120,8 @@ def write_record(
         "settings": to_json(flags.config(flags.seeds[0])),
     }
     write_json(folder / f"{name}.json", {"made_by": made_by, **record})
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

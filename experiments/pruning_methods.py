@@ -43,6 +43,7 @@ from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.prune_settings import PruneMethod
+from tdc_ray.storage import exists
 from tdc_ray.work import Chain, Result
 
 Row = tuple[float, float, float, int]
@@ -88,7 +89,7 @@ def task_of(
 def from_scratch(config: RunConfig, task: GroupTask, root: Path, times: int) -> GroupTask:
     """Give the task of training a shape from random weights with the base's settings."""
     untrained = root / "untrained" / "unet"
-    if not untrained.exists():
+    if not exists(untrained):
         torch.manual_seed(config.seed)
         settings = unet_config(task.run_dir.base_unet)
         plain = {name: value for name, value in settings.items() if not name.startswith("_")}

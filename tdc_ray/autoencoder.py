@@ -26,10 +26,12 @@ from tdc_ray.device import worker_device
 from tdc_ray.environment import commit, versions
 from tdc_ray.errors import StorageError
 from tdc_ray.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
+from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import count_params
 from tdc_ray.progress import Event, ProgressView
+from tdc_ray.remote import located, shown
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import exclusive, read_json, write_json
+from tdc_ray.storage import exists, read_json, remove, write_json
 from tdc_ray.training import (
     Losses,
     TrainState,
@@ -69,13 +71,13 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
         NonFiniteLossError: Training diverged.
     """
     started = time.perf_counter()
-    config = _with_absolute_path(config)
+    config, out = _with_absolute_path(config), located(out)
     dataset = load_dataset(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
     with exclusive(out):
         _keep_settings(out, config)
-        if (out / REPORT_FILE).exists():
-            logger.info("%s is finished; nothing is done again", out)
+        if exists(out / REPORT_FILE):
+            logger.info("%s is finished; nothing is done again", shown(out))
             found: dict[str, Any] = read_json(out / REPORT_FILE)
             return found
         state = _trained(config, dataset, rest, out, console)
@@ -100,7 +102,7 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
             "commit": commit(),
         }
         write_json(out / REPORT_FILE, report)
-        (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+        remove(out / CHECKPOINT_FILE)
     return report
 
 
@@ -164,7 +166,7 @@ def _trained(
     torch.manual_seed(derive_seed(config.seed, KEY, "init"))
     model = build_autoencoder(config).to(worker_device())
     state = start_state(model, config.train)  # its `unet` may be any model
-    if (out / CHECKPOINT_FILE).exists():
+    if exists(out / CHECKPOINT_FILE):
         state.load(out / CHECKPOINT_FILE)
         logger.info("going on from step %d", state.step)
     images = batches(
@@ -234,12 +236,12 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
     """Write the settings down, or make sure that an earlier call had the same."""
     settings = asdict(config) | {"block_out_channels": list(config.block_out_channels)}
-    if (out / SETTINGS_FILE).exists():
+    if exists(out / SETTINGS_FILE):
         changed = named_differences(read_json(out / SETTINGS_FILE), settings)
         if changed:
             raise StorageError(
-                f"{out} has other settings: {'; '.join(changed)}. Use the same settings to go "
-                "on, or another --out."
+                f"{shown(out)} has other settings: {'; '.join(changed)}. Use the same "
+                "settings to go on, or another --out."
             )
     else:
         write_json(out / SETTINGS_FILE, settings)

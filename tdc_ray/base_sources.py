@@ -25,8 +25,9 @@ from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.unet import unet_config
+from tdc_ray.remote import located, shown
 from tdc_ray.schedule import BetaSchedule, recognise
-from tdc_ray.storage import read_json
+from tdc_ray.storage import exists, fetch, listing, read_json
 
 BASE_FILE = "base.json"
 """Makes a folder an imported base."""
@@ -102,8 +103,8 @@ def find_base(source: str) -> GivenBase:
             return (_openai if kind == "openai" else _compvis)(source, file, state)
         except CheckpointError as error:
             raise CheckpointError(f"{source} is no such checkpoint: {error}") from error
-    folder = Path(source).expanduser()
-    return _in_folder(source, folder if folder.exists() else _from_hub(source))
+    folder = located(source).expanduser()
+    return _in_folder(source, folder if exists(folder) else _from_hub(source))
 
 
 def _openai(source: str, file: Path, state: StateDict) -> GivenBase:
@@ -133,15 +134,15 @@ def _compvis(source: str, file: Path, state: StateDict) -> GivenBase:
 
 
 def _in_folder(source: str, folder: Path) -> GivenBase:
-    if (folder / BASE_FILE).exists():
+    if exists(folder / BASE_FILE):
         return _imported(source, folder)
-    if (folder / "model_index.json").exists():
+    if exists(folder / "model_index.json"):
         return _pipeline(source, folder)
     run_dir = RunDir(folder)
-    if run_dir.config.exists() and run_dir.base_unet.exists():
+    if exists(run_dir.config) and exists(run_dir.base_unet):
         return _run(source, run_dir)
     if "block_out_channels" in _json(folder / "config.json"):
-        if (folder.parent / "model_index.json").exists():
+        if exists(folder.parent / "model_index.json"):
             return _pipeline(source, folder.parent)
         return _diffusers(source, folder, {}, "as given")
     raise CheckpointError(
@@ -155,7 +156,7 @@ def _imported(source: str, folder: Path) -> GivenBase:
     document = _json(folder / BASE_FILE)
     if document.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder / BASE_FILE} has format {document.get('format')}, expected {FORMAT}."
+            f"{shown(folder / BASE_FILE)} has format {document.get('format')}, expected {FORMAT}."
         )
     try:
         told = {f"diffusion.{name}": document["diffusion"][name] for name in NOISE}
@@ -164,12 +165,12 @@ def _imported(source: str, folder: Path) -> GivenBase:
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / BASE_FILE} is malformed: {error!r}.") from error
+        raise CheckpointError(f"{shown(folder / BASE_FILE)} is malformed: {error!r}.") from error
     return _diffusers(source, folder / "unet", told, weights, stage, origin)
 
 
 def _run(source: str, run_dir: RunDir) -> GivenBase:
-    if (run_dir.base / BASE_FILE).exists():
+    if exists(run_dir.base / BASE_FILE):
         return _imported(source, run_dir.base)
     config = from_json(read_json(run_dir.config))
     told = {f"diffusion.{name}": getattr(config.diffusion, name) for name in NOISE}
@@ -180,7 +181,7 @@ def _run(source: str, run_dir: RunDir) -> GivenBase:
 
 def _pipeline(source: str, folder: Path) -> GivenBase:
     """Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one."""
-    index = _json(folder / "model_index.json")
+    index = _json(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
     if not {"unet", "scheduler"} <= parts:
         raise ConfigError(
@@ -219,11 +220,11 @@ def _diffusers(
     by_unet = _told_by_unet(source, unet, is_latent=first_stage is not None)
     if first_stage is not None:
         by_unet |= {
-            "data.first_stage": str(first_stage.resolve()),
+            "data.first_stage": shown(first_stage.resolve()),
             "sampler.clip_sample": False,  # latents lie outside [-1, 1]
         }
     folders = [folder] if first_stage is None else [folder, first_stage]
-    files = tuple(file for place in folders for file in sorted(place.glob("*.safetensors")))
+    files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
     return GivenBase(
         source,
         unet,
@@ -324,7 +325,7 @@ def _from_hub(name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a file that is missing is an empty one."""
-    document = read_json(path) if path.exists() else {}
+    document = read_json(path) if exists(path) else {}
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
+        raise CheckpointError(f"{shown(path)} must hold a JSON object.")
     return document

@@ -27,7 +27,8 @@ from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.state_dicts import StateDict
 from tdc_ray.models.unet import build_unet, load_unet, save_unet
-from tdc_ray.storage import atomic_path, read_json, write_json
+from tdc_ray.remote import shown
+from tdc_ray.storage import atomic_path, fetch, read_json, write_json
 
 _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
@@ -114,7 +115,7 @@ def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
     document = {
         "format": FORMAT,
         "source": base.source,
-        "files": {str(path): _sha256(path) for path in base.files},
+        "files": {shown(path): _sha256(path) for path in base.files},
         "origin": base.origin,
         "weights": base.weights,
         "told": sorted(base.told),
@@ -184,7 +185,7 @@ def _first_stage(base: GivenBase, settings: UNetConfig) -> VQModel | Autoencoder
         )
     try:
         model, found = kind.from_pretrained(
-            stage,
+            fetch(stage),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -207,5 +208,5 @@ def _downsampling(first_stage: UNetConfig) -> int:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with fetch(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

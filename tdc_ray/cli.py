@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +26,9 @@ from tdc_ray.commands import (
 )
 from tdc_ray.config import RunConfig, default_run_dir, to_json
 from tdc_ray.errors import ConfigError, StorageError, TdcError
+from tdc_ray.mirror import growing
 from tdc_ray.plan import Plan as GroupPlan
+from tdc_ray.remote import is_remote, located, shown, writer
 
 logger = logging.getLogger(__name__)
 
@@ -75,28 +79,25 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _run(command: Run, console: Console) -> None:
     config = command.config
-    folder = command.run_dir or default_run_dir(config)
+    folder = located(command.run_dir or default_run_dir(config))
     from tdc_ray.run import check, run  # imports torch and ray
 
     if command.dry_run:
         console.print(config)
         _show_plan(config, console)
         check(config)
-        console.print(f"would run in {folder}", soft_wrap=True)
+        console.print(f"would run in {shown(folder)}", soft_wrap=True)
         return
-    console.print(f"run directory {folder}; the same command goes on after a cut", soft_wrap=True)
+    name = shown(folder)
+    console.print(f"run directory {name}; the same command goes on after a cut", soft_wrap=True)
     from tdc_ray.report import print_results
 
-    log = _log_to(folder / "run.log")
-    try:
+    with _log_to(folder / "run.log"):
         results = run(config, folder, console)
-    finally:
-        logging.getLogger().removeHandler(log)
-        log.close()
     print_results(console, results)
     console.print(
-        f"results: {folder}/results.json\nimages: tdc-ray sample {folder}\n"
-        f"curves: tensorboard --logdir {folder}/tensorboard",
+        f"results: {name}/results.json\nimages: tdc-ray sample {name}\n"
+        f"curves: tensorboard --logdir {name}/tensorboard",
         soft_wrap=True,
     )
 
@@ -127,10 +128,11 @@ def _plan(command: Plan, console: Console) -> None:
 
     config = command.config
     plan = _show_plan(config, console)
-    folder = command.out_dir or default_run_dir(config)
+    folder = located(command.out_dir or default_run_dir(config))
     write_json(folder / "plan.json", to_json(plan))
     plot_plan(plan, folder / "plan.png")
-    console.print(f"written: {folder}/plan.json, {folder}/plan.png", soft_wrap=True)
+    name = shown(folder)
+    console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
 
 
 def _prune(command: Prune, console: Console) -> None:
@@ -153,7 +155,7 @@ def _prune(command: Prune, console: Console) -> None:
         group = replace(groups[command.group], limit_share=command.macs)
     report = prune_model(unet, config, group, command.out, console)
     print_pruned(console, report)
-    console.print(f"written: {command.out}/{REPORT_FILE} and the model", soft_wrap=True)
+    console.print(f"written: {shown(command.out)}/{REPORT_FILE} and the model", soft_wrap=True)
 
 
 def _train_autoencoder(command: TrainAutoencoder, console: Console) -> None:
@@ -164,12 +166,12 @@ def _train_autoencoder(command: TrainAutoencoder, console: Console) -> None:
     if command.data is not None:
         config = replace(config, data=data_config(command.data, config.data))
     report = train_autoencoder(config, command.out, console)
-    errors = report["held_out"]
+    errors, out = report["held_out"], shown(command.out)
     console.print(
         f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE {errors['mse']:.5f} "
         f"(of [-1, 1]), PSNR {errors['psnr_db']:.1f} dB; latents {report['latent_shape']}, "
         f"scaling_factor {report['scaling_factor']:.4f}\n"
-        f"written: {command.out}/{REPORT_FILE} and the model: --data.first-stage {command.out}",
+        f"written: {out}/{REPORT_FILE} and the model: --data.first-stage {out}",
         soft_wrap=True,
     )
 
@@ -178,11 +180,15 @@ def _memory(command: Memory, console: Console) -> None:
     from tdc_ray.layout import RunDir
     from tdc_ray.prune.memory import MemoryBank
     from tdc_ray.report import print_memory
+    from tdc_ray.storage import exists, listing
 
-    paths = [RunDir(command.run).memory, *sorted(command.run.glob("search/*/memory.jsonl"))]
-    found = [path for path in paths if path.exists()]
+    folder = located(command.run)
+    paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
+    found = [path for path in paths if exists(path)]
     if not found:
-        raise StorageError(f"{command.run} holds no memory bank: {paths[0]} does not exist.")
+        raise StorageError(
+            f"{shown(folder)} holds no memory bank: {shown(paths[0])} does not exist."
+        )
     for path in found:
         entries = MemoryBank(path).all()
         print_memory(console, [e for e in entries if command.group in (None, e.group)], path)
@@ -193,7 +199,7 @@ def _status(command: Status, console: Console) -> None:
     from tdc_ray.status import status
     from tdc_ray.workers_report import print_status
 
-    print_status(console, status(RunDir(command.run)))
+    print_status(console, status(RunDir(located(command.run))))
 
 
 def _simulate(command: Simulate, console: Console) -> None:
@@ -212,13 +218,15 @@ def _import(command: Import, console: Console) -> None:
     from tdc_ray.base_sources import find_base
     from tdc_ray.bases import import_base, untold
     from tdc_ray.models.layers import count
+    from tdc_ray.storage import exists
 
-    if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
-        raise StorageError(f"{command.out} must be a new or an empty folder: choose another.")
+    out = located(command.out)
+    if exists(out) and (is_remote(out) or not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"{shown(out)} must be a new or an empty folder: choose another.")
     base = find_base(command.source)
-    num_params, macs = count(import_base(base, command.config, command.out))
+    num_params, macs = count(import_base(base, command.config, out))
     console.print(
-        f"written: {command.out} ({base.weights} weights, {num_params / 1e6:.2f} M parameters, "
+        f"written: {shown(out)} ({base.weights} weights, {num_params / 1e6:.2f} M parameters, "
         f"{macs / 1e9:.2f} G macs)",
         soft_wrap=True,
     )
@@ -238,7 +246,7 @@ def _export(command: Export, console: Console) -> None:
     from tdc_ray.export import export_run
 
     export_run(command.run, command.out)
-    console.print(f"written: {command.out} (README.md says how to sample)", soft_wrap=True)
+    console.print(f"written: {shown(command.out)} (README.md says how to sample)", soft_wrap=True)
 
 
 def _sample(command: Sample, console: Console) -> None:
@@ -271,14 +279,15 @@ def _sample(command: Sample, console: Console) -> None:
         )
         pixels.append(output.images)
     images = np.concatenate(pixels)
-    folder = command.out_dir or command.run / "samples"
+    folder = located(command.out_dir or command.run / "samples")
     with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=images)
     grid = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     with atomic_path(folder / "samples.png") as temporary, temporary.open("wb") as file:
         save_image(grid, file, nrow=max(1, round(len(images) ** 0.5)), format="png")
+    name = shown(folder)
     console.print(
-        f"written: {folder}/samples.npz ({images.shape}), {folder}/samples.png", soft_wrap=True
+        f"written: {name}/samples.npz ({images.shape}), {name}/samples.png", soft_wrap=True
     )
 
 
@@ -294,12 +303,22 @@ def _configure_logging(console: Console, *, verbose: bool) -> None:
     logging.getLogger("tdc_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def _log_to(path: Path) -> logging.Handler:
-    """Keep the log of all attempts beside the results, once the run has made its directory."""
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    return handler
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Keep the log of all attempts beside the results, once the run has made its directory.
+
+    Of a URI it is a folder, where every attempt has a file of its own.
+    """
+    with growing(path) as place:
+        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
+        handler = logging.FileHandler(file if is_remote(path) else place, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
 
 def _fail(error: TdcError | OSError, *, verbose: bool) -> int:

@@ -39,7 +39,8 @@ class Run:
 
     config: Settings
     run_dir: Path | None = None
-    """Where everything goes; default: runs/<preset>-seed<seed>-<digest of the settings>."""
+    """Where everything goes: a path or a URI such as s3://bucket/run; default:
+    runs/<preset>-seed<seed>-<digest of the settings>."""
     dry_run: bool = False
     """Show the settings and the plan, check the data, and stop."""
     verbose: bool = False
@@ -62,7 +63,7 @@ class Sample:
     """Sample images from the experts of a finished run: a grid and an npz (arr_0, uint8, NHWC)."""
 
     run: Positional[Path]
-    """The run directory, or a folder of experts."""
+    """The run directory, or a folder of experts, or its URI."""
     num_images: int = 64
     """How many images."""
     seed: int = 0
@@ -120,7 +121,8 @@ class Prune:
     """
 
     model_dir: Positional[Path]
-    """Folder of a diffusers UNet2DModel or of a pipeline with one, or a run directory."""
+    """Folder of a diffusers UNet2DModel or of a pipeline with one, or a run directory; or its
+    URI."""
     config: Settings
     out: Path
     """Where the pruned model and report.json go."""
@@ -152,7 +154,7 @@ class Export:
     """
 
     run: Positional[Path]
-    """The run directory."""
+    """The run directory, or its URI."""
     out: Positional[Path]
     """A new folder."""
     verbose: bool = False
@@ -164,7 +166,7 @@ class Memory:
     """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
 
     run: Positional[Path]
-    """A run directory, or what tdc-ray prune wrote."""
+    """A run directory, or what tdc-ray prune wrote, or its URI."""
     group: int | None = None
     """Only this group."""
     verbose: bool = False

@@ -14,6 +14,7 @@ from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.model_settings import FILE_KINDS, ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
+from tdc_ray.remote import is_remote, located
 from tdc_ray.settings import (
     DataConfig,
     DiffusionConfig,
@@ -149,7 +150,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make every path absolute: processes on a cluster have working directories of their own."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().resolve())
+        place = located(path)
+        return path if is_remote(place) else str(place.expanduser().resolve())
 
     def absolute_base(base: str) -> str:
         kind, colon, path = base.partition(":")

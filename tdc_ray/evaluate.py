@@ -32,7 +32,7 @@ from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage import atomic_path, exists, fetch, remove
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
 Which = Literal["base", "tdc"]
@@ -82,19 +82,19 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
     Returns:
         Where the reference comes from, in words.
     """
-    if spec.num_classes is not None and not spec.path.exists():
+    if spec.num_classes is not None and not exists(spec.path):
         item = _classifier_item(config, spec)
-        item.result_path.unlink(missing_ok=True)  # without its weights it is no result
+        remove(item.result_path)  # without its weights it is no result
         yield [item]
-    if run_dir.reference.exists():
-        with np.load(run_dir.reference, allow_pickle=False) as file:
+    if exists(run_dir.reference):
+        with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])
     ready = _ready(config, spec)
     if ready is not None:
         source = f"clean-fid's statistics of {config.evaluate.reference}, training split"
         return _keep_reference(run_dir, ready, source)
     count = len(load_dataset(config.data))
-    if not spec.moments_path.exists():
+    if not exists(spec.moments_path):
         shards = range(0, count, REFERENCE_SHARD)
         paths = [run_dir.samples / "reference" / f"{first:07d}.npz" for first in shards]
         yield [
@@ -137,7 +137,7 @@ def evaluate(
 def score(run_dir: RunDir, results: list[Result]) -> Score:
     """Put what one model's chains gave together: its Frechet distance, and how fast it samples."""
     moments = reduce(add, (Moments.load(Path(result["moments_path"])) for result in results))
-    with np.load(run_dir.reference, allow_pickle=False) as file:
+    with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
         reference = (file["mean"], file["covariance"])
     seconds = sum(result["seconds"] for result in results)
     return Score(
@@ -176,7 +176,7 @@ def extract_features(job: FeatureJob, report: Report) -> Result:
     """Extract features and keep their moments."""
     extractor = load_extractor(job.spec, job.config.data.num_channels, worker_device())
     if isinstance(job.samples, Path):
-        with np.load(job.samples, allow_pickle=False) as file:
+        with np.load(fetch(job.samples), allow_pickle=False) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)  # (N, C, H, W)
         numbers = range(len(images))
     else:

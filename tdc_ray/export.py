@@ -18,8 +18,16 @@ from tdc_ray.layout import RunDir
 from tdc_ray.model_card import model_card
 from tdc_ray.models.experts import CONFIG_FILE, WEIGHTS_FILE, load_expert
 from tdc_ray.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
+from tdc_ray.remote import located, shown
 from tdc_ray.results import load_results
-from tdc_ray.storage import atomic_path, read_json, write_json, write_text
+from tdc_ray.storage import (
+    atomic_path,
+    exists,
+    fetch,
+    read_json,
+    write_json,
+    write_text,
+)
 
 EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
 MODULES_FILE = "modules.json"
@@ -37,11 +45,11 @@ def export_run(run: Path, folder: Path) -> None:
         ConfigError: The folder exists.
         StorageError: The run is not finished.
     """
-    run_dir = RunDir(run.resolve())
-    if folder.exists():
-        raise ConfigError(f"{folder} exists: name a new folder, or remove it.")
-    if not run_dir.results.exists():
-        raise StorageError(f"{run} is not finished: {run_dir.results.name} is missing.")
+    run_dir, folder = RunDir(located(run).resolve()), located(folder)
+    if exists(folder):
+        raise ConfigError(f"{shown(folder)} exists: name a new folder, or remove it.")
+    if not exists(run_dir.results):
+        raise StorageError(f"{shown(run)} is not finished: {run_dir.results.name} is missing.")
     pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
     config, results = from_json(read_json(run_dir.config)), load_results(run_dir.results)
     with atomic_path(folder) as temporary:
@@ -52,7 +60,9 @@ def export_run(run: Path, folder: Path) -> None:
                 run_dir.experts / row["folder"], temporary / EXPERTS_DIR / row["folder"]
             )
         if index["first_stage"] is not None:
-            shutil.copytree(run_dir.experts / index["first_stage"], temporary / FIRST_STAGE_DIR)
+            shutil.copytree(
+                fetch(run_dir.experts / index["first_stage"]), temporary / FIRST_STAGE_DIR
+            )
             index["first_stage"] = f"../{FIRST_STAGE_DIR}"
         write_json(temporary / EXPERTS_DIR / INDEX_FILE, index)
         pipeline.scheduler.save_pretrained(temporary / SCHEDULER_DIR)
@@ -65,6 +75,7 @@ def export_run(run: Path, folder: Path) -> None:
 
 def _export_expert(source: Path, folder: Path) -> None:
     folder.mkdir()
+    fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
     arguments = dict(read_json(source / CONFIG_FILE)["unet"])

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import ImageDataset
-from tdc_ray.errors import EvaluationError
+from tdc_ray.errors import EvaluationError, StorageError
+from tdc_ray.remote import located
 from tdc_ray.schedule import FloatArray
-from tdc_ray.storage import atomic_path, read_json, write_json
+from tdc_ray.storage import atomic_path, exists, fetch, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Moments:
     @classmethod
     def load(cls, path: Path) -> "Moments":
         """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(fetch(path), allow_pickle=False) as file:
             return cls(int(file["count"]), file["total"], file["outer"])
 
 
@@ -129,14 +130,14 @@ def choose_features(config: RunConfig, dataset: ImageDataset, decided: Path) -> 
     Raises:
         EvaluationError: Neither Inception's weights nor labels for a classifier are to be had.
     """
-    wanted = read_json(decided)["features"] if decided.exists() else config.evaluate.features
+    wanted = read_json(decided)["features"] if exists(decided) else config.evaluate.features
     spec = _find_features(config, dataset, wanted)
     write_json(decided, {"features": "inception" if spec.num_classes is None else "classifier"})
     return spec
 
 
 def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> FeatureSpec:
-    cache = Path(config.evaluate.cache_dir).expanduser()
+    cache = located(config.evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()
     if wanted != "classifier":
         folder = _inception_folder(config, cache)
@@ -170,7 +171,7 @@ def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -
     if spec.num_classes is None:
         return _Inception(spec.path, device)
     classifier = Classifier(num_channels, spec.num_classes)
-    load_model(classifier, spec.path)
+    load_model(classifier, fetch(spec.path))
     return _ClassifierFeatures(classifier.eval().to(device), device)
 
 
@@ -249,7 +250,11 @@ class _ClassifierFeatures:
 
 class _Inception:
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.model = InceptionV3W(str(folder), download=False).to(device).eval()
+        self.model = (
+            InceptionV3W(str(fetch(folder / INCEPTION_FILE).parent), download=False)
+            .to(device)
+            .eval()
+        )
         self.resize, self.device = build_resizer("clean"), device
 
     @torch.inference_mode()
@@ -265,19 +270,19 @@ def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
     """Find Inception's weights: the given folder, the cache, the network."""
     given = config.evaluate.inception_path
     if given is not None:
-        if not (Path(given) / INCEPTION_FILE).exists():
+        if not exists(located(given) / INCEPTION_FILE):
             raise EvaluationError(
                 f"evaluate.inception_path {given} must be a folder that holds {INCEPTION_FILE}."
             )
-        return Path(given)
-    if not (cache / INCEPTION_FILE).exists():
+        return located(given)
+    if not exists(cache / INCEPTION_FILE):
         try:
             with _timeout(), tempfile.TemporaryDirectory() as folder:
                 check_download_inception(folder)
                 torch.jit.load(Path(folder) / INCEPTION_FILE)  # a download cut short is none
                 with atomic_path(cache / INCEPTION_FILE) as temporary:
                     shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, StorageError) as error:
             logger.warning("%s is not to be downloaded: %s", INCEPTION_FILE, error)
             return None
     return cache

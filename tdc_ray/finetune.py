@@ -26,6 +26,7 @@ from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice, GroupTask
 from tdc_ray.seeds import derive_seed
+from tdc_ray.storage import exists, listing, remove
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
@@ -79,11 +80,11 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     if task.config.prune.halving_steps and choice.candidates:
         choice = yield from _halve(task, choice, memory)
     item = finetune_item(task, choice.kept)
-    for other in item.result_path.parent.glob("finetune-*.json"):
+    for other in listing(item.result_path.parent, "finetune-*.json"):
         if other != item.result_path:  # of another choice, whose expert this one's will replace
-            other.unlink()
+            remove(other)
     (tuned,) = yield [item]
-    item.job.checkpoint.unlink(missing_ok=True)  # its result exists now
+    remove(item.job.checkpoint)  # its result exists now
     return Expert(
         group=task.group,
         max_macs=task.max_macs,
@@ -241,8 +242,8 @@ def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]
         left.sort(key=lambda one: (math.isnan(losses[one.entry.place]), losses[one.entry.place]))
         left = left[: (len(left) + 1) // 2]
         steps, before = 2 * steps, steps
-    for checkpoint in task.run_dir.group(task.group.index).glob("try-*.pt"):
-        checkpoint.unlink()
+    for checkpoint in listing(task.run_dir.group(task.group.index), "try-*.pt"):
+        remove(checkpoint)
     return replace(choice, kept=left[0].kept, entry=left[0].entry)
 
 
@@ -256,7 +257,7 @@ def _job(task: GroupTask, kept: Kept, num_steps: int, checkpoint: str) -> Finetu
 def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
     """Cut and refit the base, and train what is left, or go on from a checkpoint of it."""
     base = load_base(job.run_dir, job.config)
-    goes_on = job.checkpoint.exists()  # its weights replace those of a refit
+    goes_on = exists(job.checkpoint)  # its weights replace those of a refit
     unet = (
         cut(base.unet, base.space.units, job.kept)
         if goes_on

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.remote import located, shown
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import atomic_path, read_json
+from tdc_ray.storage import atomic_path, exists, fetch, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -98,7 +99,7 @@ def load_first_stage(folder: Path) -> FirstStage:
     kind = KINDS[_config(folder)["_class_name"]]
     try:
         model, found = kind.from_pretrained(
-            folder,
+            fetch(located(folder)),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -106,7 +107,7 @@ def load_first_stage(folder: Path) -> FirstStage:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} holds no {kind.__name__} in safetensors: {error}"
+            f"{shown(folder)} holds no {kind.__name__} in safetensors: {error}"
         ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
         raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(missing))}.")
@@ -115,10 +116,11 @@ def load_first_stage(folder: Path) -> FirstStage:
 
 def save_first_stage(model: VQModel | AutoencoderKL, folder: Path) -> None:
     """Save config and weights as diffusers does; each file appears when it is whole."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model.save_pretrained(temporary)
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            (Path(temporary) / name).replace(folder / name)
+            with atomic_path(folder / name) as temporary:
+                shutil.move(Path(saved) / name, temporary)
 
 
 def first_stage_digest(folder: Path) -> str:
@@ -132,9 +134,9 @@ def first_stage_digest(folder: Path) -> str:
         for name, value in _config(folder).items()
         if name not in _NO_MATTER and value is not None
     }
-    path = folder / WEIGHTS_FILE
+    path = fetch(located(folder) / WEIGHTS_FILE)
     if not path.exists():
-        raise CheckpointError(f"{folder} holds no first stage: {WEIGHTS_FILE} is missing.")
+        raise CheckpointError(f"{shown(folder)} holds no first stage: {WEIGHTS_FILE} is missing.")
     found = path.stat()
     document = [config, _sha256(path, found.st_size, found.st_mtime_ns)]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
@@ -146,15 +148,16 @@ def copy_first_stage(folder: Path, to: Path) -> None:
     Raises:
         StorageError: There is another one.
     """
-    if not to.exists():
+    if not exists(to):
+        folder = fetch(located(folder))
         with atomic_path(to) as temporary:
             temporary.mkdir()
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(folder / name, temporary / name)
     if first_stage_digest(to) != first_stage_digest(folder):
         raise StorageError(
-            f"data.first_stage {folder} is no longer the one that {to} is a copy of. Put that one "
-            "back to go on, or choose another --run-dir."
+            f"data.first_stage {folder} is no longer the one that {shown(to)} is a copy "
+            "of. Put that one back to go on, or choose another --run-dir."
         )
 
 
@@ -214,8 +217,8 @@ _NO_MATTER = ("_diffusers_version", "_name_or_path")
 
 def _config(folder: Path) -> Mapping[str, Any]:
     """Read and check the config."""
-    path = folder / CONFIG_FILE
-    if not path.exists():
+    path = located(folder) / CONFIG_FILE
+    if not exists(path):
         raise CheckpointError(
             f"data.first_stage {folder} holds no first stage: {CONFIG_FILE} is missing. Name the "
             "folder of a diffusers VQModel or AutoencoderKL."

@@ -19,8 +19,9 @@ from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.device import worker_device
 from tdc_ray.errors import DataError
 from tdc_ray.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.remote import located, shown
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage import atomic_path, fetch, listing, remove
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
 VERSION = 1
@@ -94,7 +95,7 @@ def prepare_latents(config: RunConfig) -> Chain[None]:
     for first in _missing(folder, count):
         path = shard_path(folder, first)
         result_path = path.with_suffix(".json")
-        result_path.unlink(missing_ok=True)  # without its shard it is no result
+        remove(result_path)  # without its shard it is no result
         job = EncodeJob(data, first, min(SHARD, count - first), path)
         items.append(
             WorkItem(
@@ -158,7 +159,7 @@ def _latents_dir(data: DataConfig, cache_dir: str) -> Path:
     digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
     document = [VERSION, SHARD, digest, load_dataset(data).fingerprint(), data.image_size, shape]
     key = hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
-    return Path(cache_dir).expanduser() / "latents" / key
+    return located(cache_dir).expanduser() / "latents" / key
 
 
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data
@@ -167,12 +168,13 @@ def _load_latents(data: DataConfig, cache_dir: str) -> LatentImages:
     if missing := _missing(folder, len(images)):
         raise DataError(
             f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
-            f"missing in {folder}: tdc-ray run computes them. evaluate.cache_dir must lie where "
-            "all nodes see it."
+            f"missing in {shown(folder)}: tdc-ray run computes them. evaluate.cache_dir must "
+            "lie where all nodes see it."
         )
-    return LatentImages(folder, images)
+    return LatentImages(fetch(folder), images)
 
 
 def _missing(folder: Path, count: int) -> list[int]:
     """Give the first image of every shard that is not there."""
-    return [first for first in range(0, count, SHARD) if not shard_path(folder, first).exists()]
+    found = set(listing(folder, "*.safetensors"))
+    return [first for first in range(0, count, SHARD) if shard_path(folder, first) not in found]

@@ -15,9 +15,10 @@ from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
+from tdc_ray.remote import located, shown
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
-from tdc_ray.storage import read_json, write_json
+from tdc_ray.storage import exists, read_json, write_json
 
 INDEX_FILE = "progressive.json"
 FIRST_STAGE_DIR = "first_stage"
@@ -236,23 +237,22 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
 
         Args:
-            path: The folder.
+            path: The folder, or its URI, such as ``s3://bucket/run``.
             torch_dtype: Precision to bring the experts' weights to; a first stage keeps its own.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
         """
-        folder = Path(path)
-        if not (folder / INDEX_FILE).exists() and (folder / "experts" / INDEX_FILE).exists():
-            folder = folder / "experts"
-        if not (folder / INDEX_FILE).exists():
+        folder = located(path)
+        folder = folder if exists(folder / INDEX_FILE) else folder / "experts"
+        if not exists(folder / INDEX_FILE):
             raise CheckpointError(
-                f"{path} holds no experts: {INDEX_FILE} is missing. Finish the run first."
+                f"{shown(path)} holds no experts: {INDEX_FILE} is missing. Finish the run first."
             )
         try:
             index = read_json(folder / INDEX_FILE)
             if index["format"] != FORMAT:
-                raise CheckpointError(f"{folder} has format {index['format']}, expected {FORMAT}.")
+                raise CheckpointError(f"{path} has format {index['format']}, expected {FORMAT}.")
             rows = index["experts"]
             experts = Experts(
                 [load_expert(folder / row["folder"]) for row in rows],
@@ -265,7 +265,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             first_stage = None if name is None else load_first_stage(folder / name)
             return _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
         except (KeyError, TypeError, StorageError) as error:
-            raise CheckpointError(f"{folder / INDEX_FILE} is malformed: {error}") from error
+            raise CheckpointError(f"{shown(folder / INDEX_FILE)} is malformed: {error}") from error
 
 
 def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:

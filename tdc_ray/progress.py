@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tdc_ray.mirror import growing
 from tdc_ray.work import Report, WorkItem
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ WORKERS = "workers"
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a piece of work may write a line where there is no terminal."""
+
+
+SECONDS_BETWEEN_FLUSHES = 10
+"""How old what TensorBoard shows may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class ProgressView:
 
     def __init__(self, tensorboard_dir: Path, console: Console) -> None:
         self._dir = tensorboard_dir
+        self._end = ExitStack()
         self._live = console.is_terminal
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -91,13 +97,15 @@ class ProgressView:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "ProgressView":
+        self._dir = self._end.enter_context(growing(self._dir))
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
-        for writer in self._writers.values():
-            writer.close()
+        with self._end:
+            for writer in self._writers.values():
+                writer.close()
 
     def start(self, key: str, num_steps: int, task: int | None = None) -> None:
         """Say that a piece of work has begun, and by what number events will name it, if any."""
@@ -167,7 +175,9 @@ class ProgressView:
         if writer is None:
             from torch.utils.tensorboard import SummaryWriter  # imports torch
 
-            writer = SummaryWriter(str(self._dir / run), purge_step=step)
+            writer = SummaryWriter(
+                str(self._dir / run), purge_step=step, flush_secs=SECONDS_BETWEEN_FLUSHES
+            )
             self._writers[run] = writer
         return writer
 

@@ -16,6 +16,7 @@ from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
+from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
 from tdc_ray.models.unet import unet_config
@@ -27,8 +28,9 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask
+from tdc_ray.remote import is_remote, located, shown, version
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import exclusive, read_json, write_json
+from tdc_ray.storage import exists, listing, read_json, write_json
 from tdc_ray.work import run_chain
 
 REPORT_FILE = "report.json"
@@ -42,13 +44,14 @@ def unet_dir(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
+    path = located(path)
     for folder in (path, path / "unet", path / "base" / "unet"):
         config = folder / "config.json"
-        if config.exists() and "block_out_channels" in read_json(config):
+        if exists(config) and "block_out_channels" in read_json(config):
             return folder.resolve()
     raise CheckpointError(
-        f"{path} holds no UNet2DModel: neither it nor its unet or base/unet has a config.json "
-        "with block_out_channels."
+        f"{shown(path)} holds no UNet2DModel: neither it nor its unet or base/unet has a "
+        "config.json with block_out_channels."
     )
 
 
@@ -59,7 +62,7 @@ def run_config_of(unet: Path) -> RunConfig | None:
         ConfigError: They are of another version.
     """
     path = unet.parents[1] / "config.json"
-    if unet.name != "unet" or unet.parent.name != "base" or not path.exists():
+    if unet.name != "unet" or unet.parent.name != "base" or not exists(path):
         return None
     return from_json(read_json(path))
 
@@ -106,7 +109,7 @@ def prune_model(
     Raises:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
-    config, base_settings = with_absolute_paths(config), unet_config(unet)
+    out, config, base_settings = located(out), with_absolute_paths(config), unet_config(unet)
     if config.prune.method == "none":
         raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
     if config.prune.method == "llm":
@@ -217,9 +220,13 @@ def _check(config: RunConfig, unet: UNetConfig) -> None:
             )
 
 
+def _state(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
 def _name(unet: Path, config: RunConfig, group: Group) -> str:
     """Name a search by all that decides what it measures."""
-    weights = sorted(unet.glob("*.safetensors"))
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-    document = [digest(config), str(unet), states, group.first, group.last, group.limit_share]
+    weights = listing(unet, "*.safetensors")
+    states = [version(file) if is_remote(file) else _state(file) for file in weights]
+    document = [digest(config), shown(unet), states, group.first, group.last, group.limit_share]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]

@@ -27,6 +27,7 @@ from tdc_ray.finetune import Expert, expert_dir, make_expert
 from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
+from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
@@ -36,9 +37,10 @@ from tdc_ray.progress import WORKERS, Event, ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
+from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
-from tdc_ray.storage import exclusive, read_json, write_json
+from tdc_ray.storage import exists, fetch, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
 from tdc_ray.timeline import Timeline, Usage, load_history, usage
 from tdc_ray.workers_report import plot_timeline
@@ -51,7 +53,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
 
     Args:
         config: The settings.
-        folder: The run directory. The same call goes on where an earlier one was cut.
+        folder: The run directory, or its URI. The same call goes on where an earlier one was cut.
         console: Where progress is shown.
 
     Returns:
@@ -61,10 +63,10 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     started = time.perf_counter()
-    run_dir, config = RunDir(folder.resolve()), with_absolute_paths(config)
+    run_dir, config = RunDir(located(folder).resolve()), with_absolute_paths(config)
     _refuse_other_settings(run_dir, config)
-    if run_dir.results.exists():
-        logger.info("%s is finished; nothing is done again", run_dir.root)
+    if exists(run_dir.results):
+        logger.info("%s is finished; nothing is done again", shown(run_dir.root))
         return load_results(run_dir.results)
     space, plan = check(config)
     with exclusive(run_dir.root):
@@ -83,7 +85,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             with Pool(config, events, view, timeline) as encoders:  # who end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
             if config.model.base is None:
-                logger.info("stage 1: training the base (%s)", run_dir.base_unet)
+                logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
                 train_base_on_ray(run_dir, config, events, view)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
@@ -150,18 +152,18 @@ def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
 
 def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
     """Make sure that a run directory, if there is one, is of the very run that is asked for."""
-    if not run_dir.config.exists():
+    if not exists(run_dir.config):
         return
     try:
         before = from_json(read_json(run_dir.config))
     except ConfigError as error:
         raise StorageError(
-            f"{run_dir.config} is of another version: {error} Choose another --run-dir."
+            f"{shown(run_dir.config)} is of another version: {error} Choose another --run-dir."
         ) from error
     changed = differences(before, config)
     if changed:
         raise StorageError(
-            f"run directory {run_dir.root} has other settings: {'; '.join(changed)}. "
+            f"run directory {shown(run_dir.root)} has other settings: {'; '.join(changed)}. "
             "Use the same settings to go on, or another --run-dir."
         )
 
@@ -174,7 +176,7 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     """
     if config.data.first_stage is not None:
         copy_first_stage(Path(config.data.first_stage), run_dir.experts / FIRST_STAGE_DIR)
-    if run_dir.config.exists():
+    if exists(run_dir.config):
         return
     write_json(
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
@@ -186,9 +188,9 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
 
 def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
     """Import the base that is given, unless an earlier call did; nothing of it is trained."""
-    if run_dir.base_result.exists():
+    if exists(run_dir.base_result):
         return
-    logger.info("stage 1: importing the base %s (%s)", source, run_dir.base_unet)
+    logger.info("stage 1: importing the base %s (%s)", source, shown(run_dir.base_unet))
     started = time.perf_counter()
     num_params, macs = count(import_base(find_base(source), config, run_dir.base))
     result = {
@@ -248,7 +250,7 @@ def _show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
     history = load_history(run_dir.timeline)
     used = usage(history)
     plot_timeline(history, run_dir.timeline_plot)
-    view.show_picture(WORKERS, "timeline", run_dir.timeline_plot)
+    view.show_picture(WORKERS, "timeline", fetch(run_dir.timeline_plot))
     for part in used:
         metrics = {"utilisation": part.utilisation, "makespan_seconds": part.makespan_seconds}
         view.show(Event(f"{WORKERS}/{part.phase}", 0, metrics))

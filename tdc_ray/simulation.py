@@ -18,6 +18,7 @@ from tdc_ray.prune.rounds import SENSITIVITY_ITEMS, measure_item, sensitivity_it
 from tdc_ray.prune.scored import uniform_scheme
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
+from tdc_ray.remote import located, shown
 from tdc_ray.simulation_settings import SimulationConfig
 from tdc_ray.timeline import load_history
 from tdc_ray.work import Chain, Meeting, WorkItem
@@ -66,12 +67,14 @@ def _costs(simulation: SimulationConfig) -> Callable[[WorkItem], float]:
     """Give what an item takes: as measured, or by its macs."""
     measured: dict[str, float] = {}
     if simulation.costs is not None:
-        timeline, spans = RunDir(simulation.costs).timeline, defaultdict(list)
+        timeline, spans = RunDir(located(simulation.costs)).timeline, defaultdict(list)
         for span in load_history(timeline).spans:
             if span.outcome == "done" and span.ended is not None:
                 spans[span.item].append(span.ended - span.started)
         if not spans:
-            raise StorageError(f"{timeline} has no finished item: name a run that is further.")
+            raise StorageError(
+                f"{shown(timeline)} has no finished item: name a run that is further."
+            )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
     return lambda item: measured.get(item.key, item.cost / simulation.macs_per_second)
 

@@ -1,6 +1,5 @@
 """How far a run is, by its directory alone: from any machine that sees the storage."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,9 @@ from tdc_ray.layout import RunDir
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.prune.task import group_name
+from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
-from tdc_ray.storage import read_json
+from tdc_ray.storage import exists, listing, read_json
 from tdc_ray.timeline import History, Span, Usage, load_history, usage
 
 
@@ -60,8 +60,10 @@ def status(run_dir: RunDir) -> Status:
     Raises:
         StorageError: There is no run, or a file of it is damaged.
     """
-    if not run_dir.config.exists():
-        raise StorageError(f"{run_dir.root} is no run directory: it has no {run_dir.config.name}.")
+    if not exists(run_dir.config):
+        raise StorageError(
+            f"{shown(run_dir.root)} is no run directory: it has no {run_dir.config.name}."
+        )
     config = from_json(read_json(run_dir.config))
     history = load_history(run_dir.timeline)
     entries = MemoryBank(run_dir.memory).all()
@@ -73,26 +75,25 @@ def status(run_dir: RunDir) -> Status:
         running=[span for span in history.spans if span.ended is None],
         num_workers=sum(stay.left is None for stay in history.stays),
         usage=usage(history),
-        results=load_results(run_dir.results) if run_dir.results.exists() else None,
+        results=load_results(run_dir.results) if exists(run_dir.results) else None,
     )
 
 
 def _base(run_dir: RunDir, config: RunConfig) -> str:
-    if run_dir.base_result.exists():
+    if exists(run_dir.base_result):
         done = read_json(run_dir.base_result)
         return f"done: {done['train_steps']} steps in {done['seconds']:.0f} s"
-    kept = list(run_dir.base_training.glob("checkpoint_*"))
+    kept = listing(run_dir.base_training, "checkpoint_*")
     if not kept:
         return f"no checkpoint yet of {config.base.num_steps} steps"
-    age = time.time() - max(path.stat().st_mtime for path in kept)
-    return f"not done; last checkpoint {age:.0f} s ago (one every {config.base.checkpoint_every})"
+    return f"checkpoint {kept[-1].name} (one every {config.base.checkpoint_every} steps)"
 
 
 def _group(
     run_dir: RunDir, group: Group, entries: Sequence[MemoryEntry], history: History
 ) -> GroupStatus:
     found = [entry for entry in entries if entry.group == group.index]
-    tuned = [read_json(path) for path in run_dir.group(group.index).glob("finetune-*.json")]
+    tuned = [read_json(path) for path in listing(run_dir.group(group.index), "finetune-*.json")]
     return GroupStatus(
         index=group.index,
         timesteps=(group.first, group.last),

@@ -1,17 +1,70 @@
-"""How run directories are read and written: a file or directory that exists is whole."""
+"""How run directories are read and written: a file or directory that exists is whole.
+
+Paths are local ones, or mirrors of what is in an object store (see ``tdc_ray.remote``).
+"""
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from tdc_ray import mirror, remote
 from tdc_ray.errors import StorageError
+from tdc_ray.remote import is_remote, shown
+
+_FAILED = (OSError, RuntimeError, SafetensorError)
+"""What Python, torch and safetensors raise where a disk does not take what they write."""
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder.
+
+    Raises:
+        StorageError: The store of a URI does not tell.
+    """
+    return remote.exists(path) if is_remote(path) else path.exists()
+
+
+def fetch(path: Path) -> Path:
+    """Make the local copy of what a URI names current, and give its path; others are as they are.
+
+    What the URI lacks is missing afterwards.
+
+    Raises:
+        StorageError: The store of a URI does not give it.
+    """
+    if is_remote(path):
+        mirror.fetch(path)
+    return path
+
+
+def listing(path: Path, pattern: str) -> list[Path]:
+    """Find files and folders below a path as ``Path.glob`` does; sorted.
+
+    Raises:
+        StorageError: The store of a URI does not tell.
+    """
+    return remote.listing(path, pattern) if is_remote(path) else sorted(path.glob(pattern))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there.
+
+    Raises:
+        StorageError: The store of a URI does not do it.
+    """
+    if is_remote(path):
+        mirror.remove(path)
+    else:
+        _remove(path)
 
 
 @contextmanager
@@ -19,27 +72,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move what was written there into place.
 
     Works for a file and for a directory. Whatever stood at ``path`` is replaced. The temporary
-    name holds host and process, so that two writers never share one.
+    name holds host and process, so that two writers never share one. For a URI it is uploaded: a
+    file appears when it is whole, those of a directory one by one, ``config.json`` last.
 
     Raises:
-        StorageError: The block wrote nothing.
+        StorageError: The block wrote nothing, or the disk or the store does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{socket.gethostname()}-{os.getpid()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    old = path.with_name(f".{path.name}.{writer}.old")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.name}.{remote.writer()}.tmp")
+    old = path.with_name(f".{path.name}.{remote.writer()}.old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
         yield temporary
         if not temporary.exists():
-            raise StorageError(f"nothing was written for {path}.")
+            raise StorageError(f"nothing was written for {shown(path)}.")
+        if is_remote(path):
+            mirror.upload(temporary, path)
+            return
         if temporary.is_dir() or path.is_dir():  # a plain replace takes files alone
             with contextlib.suppress(FileNotFoundError):
                 path.replace(old)
         temporary.replace(path)
+    except _FAILED as error:
+        raise StorageError(f"{shown(path)} cannot be written: {error}{_free(path)}.") from error
     finally:
         _remove(temporary)
         _remove(old)
+
+
+def _free(path: Path) -> str:
+    """Tell how full a disk is: what libraries raise where it is full does not say so."""
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk)"
+    return ""
 
 
 def _remove(path: Path) -> None:
@@ -69,65 +134,65 @@ def read_json(path: Path) -> Any:
         StorageError: The file is missing or holds no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(remote.read(path) if is_remote(path) else path.read_bytes())
     except FileNotFoundError as error:
-        raise StorageError(f"{path} does not exist.") from error
+        raise StorageError(f"{shown(path)} does not exist.") from error
     except ValueError as error:
-        raise StorageError(f"{path} is not JSON: {error}.") from error
+        raise StorageError(f"{shown(path)} is not JSON: {error}.") from error
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON document as a line; a torn last line, left by a kill, is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value) + "\n"
-    with path.open("a+b") as file:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            file.truncate(whole)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one JSON document as a line; a torn last line, left by a kill, is dropped first.
+
+    Of a URI, where a store cannot append, a line is an object of its own below the path.
+
+    Raises:
+        StorageError: The disk or the store does not take it.
+    """
+    line = (json.dumps(value) + "\n").encode()
+    if is_remote(path):
+        remote.append(path, line)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole != len(content):
+                file.truncate(whole)
+            try:
+                _write_all(file, line)
+            except OSError:
+                file.truncate(whole)
+                raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}{_free(path)}.") from error
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    """Write through to the disk."""
+    while content:
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Read every whole line of a JSON-lines file; a file that is missing is empty.
 
     Raises:
-        StorageError: A whole line holds no JSON.
+        StorageError: A whole line holds no JSON, or the store of a URI does not give it.
     """
-    if not path.exists():
+    if is_remote(path):
+        lines = remote.read_entries(path)
+    elif path.exists():
+        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline stands a torn line
+    else:
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline stands a torn line
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise StorageError(f"{path} holds a line that is not JSON: {error}.") from error
-
-
-@contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for one driver; a killed driver's hold ends with it.
-
-    Raises:
-        StorageError: Another driver holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / ".lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise StorageError(
-                f"run directory {run_dir} is in use by process {file.read() or '(unknown)'}: "
-                "wait for it, stop it, or choose another --run-dir."
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        raise StorageError(f"{shown(path)} holds a line that is not JSON: {error}.") from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tdc_ray.results import (
     Results,
     StageSeconds,
 )
-from tdc_ray.storage import read_json
+from tdc_ray.storage import exists, read_json
 from tdc_ray.timeline import Usage
 
 
@@ -135,7 +135,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
 
 def _given_base(run_dir: RunDir) -> GivenBaseResult | None:
     path = run_dir.base / BASE_FILE
-    if not path.exists():
+    if not exists(path):
         return None
     document = read_json(path)
     return GivenBaseResult(**{name: document[name] for name in ("source", "files", "weights")})

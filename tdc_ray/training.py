@@ -18,9 +18,10 @@ from tdc_ray.data import augment, to_model_range
 from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
+from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DataConfig, TrainConfig
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage import atomic_path, fetch
 from tdc_ray.work import Report
 
 _UNREADABLE = (
@@ -84,10 +85,12 @@ class TrainState:
             CheckpointError: It cannot be read or does not fit the model.
         """
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(fetch(path), map_location=self.device, weights_only=True)
             self.load_state_dict(state)
         except _UNREADABLE as error:
-            raise CheckpointError(f"{path} is no checkpoint of this model: {error}") from error
+            raise CheckpointError(
+                f"{shown(path)} is no checkpoint of this model: {error}"
+            ) from error
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[UNet2DModel]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tdc_ray.storage import read_json, write_json
+from tdc_ray.storage import exists, read_json, write_json
 
 Result = dict[str, Any]
 """What an item gives back: plain JSON values. Anything larger is a file that the result names."""
@@ -98,7 +98,7 @@ meeting is answered with no results."""
 
 def finished(item: WorkItem) -> Result | None:
     """Give the result that an earlier attempt left, if there is one."""
-    if not item.result_path.exists():
+    if not exists(item.result_path):
         return None
     result = read_json(item.result_path)
     assert isinstance(result, dict)

@@ -28,6 +28,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from ray.cluster_utils import Cluster
 
 from tdc_ray.layout import RunDir
+from tdc_ray.remote import located
 from tdc_ray.results import comparable, load_results
 from tdc_ray.storage import write_json
 from tdc_ray.timeline import load_history
@@ -147,7 +148,7 @@ def one_run(
                 next_kill = time.monotonic() + draw.expovariate(1 / pause_s)
             time.sleep(0.05)
         finished, starts = run.driver.poll() == 0, run.starts
-    folder = RunDir(Path(run_dir))
+    folder = RunDir(located(run_dir))
     equal = finished and comparable(load_results(folder.results)) == comparable(
         load_results(undisturbed)
     )

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import uuid
 
 # Ray reads these when it is imported, and so do the processes that tests start.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -75,3 +78,35 @@ def finished_run(
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(smoke_config, folder, Console(quiet=True))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Port of an S3 server on loopback."""
+    pipe = subprocess.PIPE
+    script = Path(__file__).parent / "s3_server.py"
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        yield int(server.stdout.readline())
+        server.stdin.close()
+
+
+@pytest.fixture
+def bucket(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of an empty bucket of the test's own; its mirror is empty too."""
+    from fsspec.core import url_to_fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "TDC_RAY_MIRROR": str(tmp_path / "node"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://test-{uuid.uuid4().hex[:12]}"
+    store, key = url_to_fs(uri)
+    store.mkdir(key)
+    return uri

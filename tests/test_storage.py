@@ -1,5 +1,5 @@
-import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -7,18 +7,26 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from tdc_ray import remote
 from tdc_ray.errors import StorageError
+from tdc_ray.remote import located
 from tdc_ray.storage import (
     append_json_line,
     atomic_path,
-    exclusive,
+    exists,
+    fetch,
+    listing,
     locked,
     read_json,
     read_json_lines,
+    remove,
     write_json,
     write_text,
 )
@@ -210,78 +218,7 @@ def test_other_characters_survive_as_lines(tmp_path):
     assert read_json_lines(path) == [{"text": "two\nlines, ε"}]
 
 
-# --- exclusive -------------------------------------------------------------------------------
-
-HOLD = """
-import sys
-from pathlib import Path
-from tdc_ray.storage import exclusive
-with exclusive(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.readline()
-"""
-
-
-@contextmanager
-def held_by_another_process(run_dir):
-    command = [sys.executable, "-c", HOLD, str(run_dir)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def hold(run_dir):
-    with exclusive(run_dir):
-        return "held"
-
-
-def test_a_second_driver_is_refused_and_told_the_first_ones_process(tmp_path):
-    run_dir = tmp_path / "runs" / "one"  # it is made
-    with held_by_another_process(run_dir) as process:
-        with pytest.raises(StorageError) as caught:
-            hold(run_dir)
-        assert f"{run_dir} is in use by process {process.pid}:" in str(caught.value)
-        assert "--run-dir" in str(caught.value)
-        command = [sys.executable, "-c", HOLD, str(run_dir)]
-        second = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert second.returncode == 1
-        assert f"in use by process {process.pid}" in second.stderr
-        assert hold(tmp_path / "runs" / "other") == "held"
-
-
-def test_the_hold_ends_with_a_killed_driver(tmp_path):
-    with held_by_another_process(tmp_path) as process:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert hold(tmp_path) == "held"
-
-
-def test_the_hold_ends_with_the_block_of_the_other_process(tmp_path):
-    with held_by_another_process(tmp_path) as process:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.wait() == 0
-        assert hold(tmp_path) == "held"
-
-
-def test_the_hold_ends_with_an_error_too(tmp_path):
-    def fail():
-        with exclusive(tmp_path):
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert hold(tmp_path) == hold(tmp_path) == "held"
-
-
-def test_the_process_is_told_anew_by_every_holder(tmp_path):
-    (tmp_path / ".lock").write_text("123456789012")  # an earlier holder's, and longer
-    with held_by_another_process(tmp_path) as process:
-        assert (tmp_path / ".lock").read_text() == json.dumps(process.pid)
+# --- locked ----------------------------------------------------------------------------------
 
 
 def test_one_lock_holder_waits_for_the_other(tmp_path):
@@ -297,3 +234,180 @@ def test_one_lock_holder_waits_for_the_other(tmp_path):
         assert not entered.wait(0.3)
     assert entered.wait(20)
     other.join()
+
+
+# --- an object store ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder])
+def test_a_uri_is_read_and_written_as_a_path_is(bucket, make):
+    folder = located(f"{bucket}/run")
+    path = folder / "target"
+    with atomic_path(path) as temporary:
+        make(temporary, "whole")
+        assert not exists(path)
+    assert exists(path)
+    assert read(fetch(path)) == "whole"
+    assert listing(folder, "t*") == [path]
+    assert [file.name for file in folder.iterdir()] == ["target"]  # of this node, hidden ones too
+    with atomic_path(path) as temporary:
+        make(temporary, "new")
+    assert read(fetch(path)) == "new"
+    remove(path)
+    assert not exists(path)
+    assert not fetch(path).exists()
+
+
+def test_nothing_is_seen_in_a_store_of_a_block_that_raises(bucket):
+    path = located(f"{bucket}/run/target")
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            make_file(temporary, "half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert not exists(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_json_is_always_what_the_store_has(bucket):
+    path = located(f"{bucket}/results.json")
+    with pytest.raises(StorageError, match=f"^{bucket}/results.json does not exist"):
+        read_json(path)
+    write_json(path, {"a": 1})
+    remote.write(path, b'{"a": 2}')  # another driver
+    assert read_json(path) == {"a": 2}
+    remote.write(path, b"{")
+    with pytest.raises(StorageError, match=f"^{bucket}/results.json is not JSON"):
+        read_json(path)
+
+
+def test_lines_are_objects_of_their_own_in_a_store(bucket):
+    path = located(f"{bucket}/memory.jsonl")
+    assert read_json_lines(path) == []
+    for number in range(3):
+        append_json_line(path, {"round": number})
+    assert read_json_lines(path) == [{"round": 0}, {"round": 1}, {"round": 2}]
+    assert len(listing(path, "*.json")) == 3
+    remote.write(path / "000003-x.json", b"{")
+    with pytest.raises(
+        StorageError, match=f"^{bucket}/memory.jsonl holds a line that is not JSON"
+    ):
+        read_json_lines(path)
+
+
+APPEND = """
+import sys
+from tdc_ray.remote import located
+from tdc_ray.storage import append_json_line
+number = 0
+while True:
+    append_json_line(located(sys.argv[1]), {"number": number, "text": "x" * 1000})
+    number += 1
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_kill_loses_no_line_that_was_appended(request, tmp_path, where):
+    place = str(tmp_path) if where == "local" else request.getfixturevalue("bucket")
+    command = [sys.executable, "-c", APPEND, f"{place}/memory.jsonl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(5):
+            said = process.stdout.readline()
+        process.kill()
+    lines = read_json_lines(located(f"{place}/memory.jsonl"))
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    assert len(lines) >= int(said) == 5
+
+
+# --- a disk that is full -----------------------------------------------------------------------
+
+
+@contextmanager
+def no_room(num_bytes):
+    """Let no file of this process grow beyond a size, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+TENSORS = {"weight": torch.zeros(100_000)}
+
+
+def by_numpy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **{name: value.numpy() for name, value in TENSORS.items()})
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save(TENSORS, path),
+        lambda path: save_file(TENSORS, path),
+        by_numpy,
+        lambda path: path.write_text("x" * 100_000),
+    ],
+    ids=["torch", "safetensors", "numpy", "text"],
+)
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_write_without_room_is_one_error_and_leaves_what_was_there(
+    request, tmp_path, write, where
+):
+    place = str(tmp_path / "run") if where == "local" else request.getfixturevalue("bucket")
+    path = located(f"{place}/file")
+    write_text(path, "before")
+
+    def fill():
+        with atomic_path(path) as temporary:
+            write(temporary)
+
+    with (
+        no_room(10_000),
+        pytest.raises(StorageError, match=rf"^{place}/file cannot be written: .*MB are free"),
+    ):
+        fill()
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    assert fetch(path).read_text() == "before"
+
+
+def test_a_line_without_room_is_one_error_and_leaves_the_lines_before(tmp_path):
+    path = tmp_path / "memory.jsonl"
+    append_json_line(path, 1)
+    with no_room(100), pytest.raises(StorageError, match=f"^{path} cannot be written: .*large"):
+        append_json_line(path, "x" * 1000)
+    assert path.read_text() == "1\n"
+    append_json_line(path, 2)
+    assert read_json_lines(path) == [1, 2]
+
+
+def test_a_full_disk_is_told_with_how_full_it_is(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written: .* \(0 MB are free"):
+            write_text(disk / "file", "x" * 1_000_000)
+        assert list(disk.iterdir()) == []
+        write_text(disk / "file", "x")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=f"^{tmp_path}/file/a/b cannot be written"):
+        write_text(tmp_path / "file" / "a" / "b", "x")

@@ -10,6 +10,7 @@ import ray
 import ray.train.torch
 import torch
 from diffusers import UNet2DModel
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
@@ -28,7 +29,8 @@ from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
-from tdc_ray.storage import read_json, write_json
+from tdc_ray.remote import filesystem, is_remote
+from tdc_ray.storage import exists, read_json, remove, write_json
 from tdc_ray.training import TrainState
 
 STATE_FILE = "state.pt"
@@ -56,7 +58,7 @@ def train_base_on_ray(
         TdcError: What a worker raised.
         WorkFailedError: Workers died more often than ``compute.max_attempts`` allows.
     """
-    if run_dir.base_result.exists():
+    if exists(run_dir.base_result):
         return
     resources = _resources(config.compute)
     _check_cluster(config.compute, resources)
@@ -70,21 +72,21 @@ def train_base_on_ray(
         ),
         run_config=TrainRunConfig(
             name=run_dir.base_training.name,
-            storage_path=str(run_dir.base_training.parent),
+            **_storage(run_dir.base_training.parent),
             failure_config=FailureConfig(max_failures=config.compute.max_attempts - 1),
             checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
         ),
     )
-    _error_path(run_dir).unlink(missing_ok=True)
+    remove(_error_path(run_dir))
     view.start(KEY, config.base.num_steps)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        if not _error_path(run_dir).exists():
+        if not exists(_error_path(run_dir)):
             raise WorkFailedError({KEY: str(error)}) from error
     finally:
         view.finish(KEY)
-    if _error_path(run_dir).exists():
+    if exists(_error_path(run_dir)):
         document = read_json(_error_path(run_dir))
         raise getattr(errors, document["type"])(*document["arguments"])
 
@@ -104,7 +106,7 @@ def _error_path(run_dir: RunDir) -> Path:
 def _work(settings: dict[str, Any]) -> None:
     """What one worker does. Ray Train tries all failures again, but our own errors would recur."""
     job: BaseJob = settings["job"]
-    if _error_path(job.run_dir).exists():
+    if exists(_error_path(job.run_dir)):
         return
     try:
         _train_rank(job)
@@ -172,6 +174,14 @@ def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
         "seconds": seconds,
     }
     write_json(job.run_dir.base_result, result)
+
+
+def _storage(folder: Path) -> dict[str, Any]:
+    """Tell Ray Train where a folder is."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    store, key = filesystem(folder)
+    return {"storage_path": key, "storage_filesystem": PyFileSystem(FSSpecHandler(store))}
 
 
 def _resources(compute: ComputeConfig) -> dict[str, float]:

@@ -16,7 +16,8 @@ from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
 from tdc_ray.models.units import Kept, units_for
-from tdc_ray.storage import atomic_path, read_json, write_json
+from tdc_ray.remote import shown
+from tdc_ray.storage import atomic_path, fetch, read_json, remove, write_json
 
 CONFIG_FILE = "expert.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -33,24 +34,17 @@ def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept)
     """
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        _write(temporary, unet, config, kept)
+        save_expert_into(temporary, unet, config, kept)
 
 
 def save_expert_into(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
     """Save a pruned UNet into a folder that holds other things too; see :func:`save_expert`."""
-    whole = folder / ".model"
-    save_expert(whole, unet, config, kept)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # an old config never goes with new weights
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        (whole / name).replace(folder / name)
-    whole.rmdir()
-
-
-def _write(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+    remove(folder / CONFIG_FILE)  # an old config never goes with new weights
+    tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary)
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     write_json(folder / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
-    tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
 
 
 @torch.inference_mode(mode=False)  # whose tensors take no gradients, which a cut is traced by
@@ -60,13 +54,13 @@ def load_expert(folder: Path) -> UNet2DModel:
     Raises:
         CheckpointError: The folder holds no expert, or weights and config do not fit.
     """
-    if not (folder / CONFIG_FILE).exists():
-        raise CheckpointError(f"{folder} holds no expert: {CONFIG_FILE} is missing.")
+    if not (fetch(folder) / CONFIG_FILE).exists():
+        raise CheckpointError(f"{shown(folder)} holds no expert: {CONFIG_FILE} is missing.")
     try:
         unet = _empty(read_json(folder / CONFIG_FILE))
         load_model(unet, folder / WEIGHTS_FILE)
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
-        raise CheckpointError(f"{folder} holds no whole expert: {error}") from error
+        raise CheckpointError(f"{shown(folder)} holds no whole expert: {error}") from error
     return unet.eval()
 
 

@@ -10,7 +10,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.storage import atomic_path, read_json, write_json
+from tdc_ray.remote import shown
+from tdc_ray.storage import atomic_path, fetch, read_json, write_json
 
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
@@ -86,8 +87,8 @@ def load_unet(folder: Path) -> UNet2DModel:
     Raises:
         CheckpointError: There is no such folder, or it holds no ``UNet2DModel`` in safetensors.
     """
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds no model: config.json is missing.")
+    if not (fetch(folder) / "config.json").exists():
+        raise CheckpointError(f"{shown(folder)} holds no model: config.json is missing.")
     try:
         unet, found = UNet2DModel.from_pretrained(
             folder,
@@ -97,9 +98,11 @@ def load_unet(folder: Path) -> UNet2DModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} holds no UNet2DModel in safetensors: {error}") from error
+        raise CheckpointError(
+            f"{shown(folder)} holds no UNet2DModel in safetensors: {error}"
+        ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(missing))}.")
+        raise CheckpointError(f"{shown(folder)} lacks the weights {', '.join(sorted(missing))}.")
     if (folder / HEADS_FILE).exists():
         set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
     unet.eval()
@@ -109,7 +112,7 @@ def load_unet(folder: Path) -> UNet2DModel:
 def unet_config(folder: Path) -> UNetConfig:
     """Read the config of a saved UNet without its weights, in the terms of this diffusers."""
     known = inspect.signature(UNet2DModel.__init__).parameters
-    read = dict(read_json(folder / "config.json"))
+    read = dict(read_json(fetch(folder) / "config.json"))
     config = {name: value for name, value in read.items() if name in known}
     size = config.get("sample_size")
     if isinstance(size, list | tuple) and len(set(size)) == 1:

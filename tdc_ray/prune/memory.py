@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
+from tdc_ray.remote import shown
 from tdc_ray.storage import append_json_line, read_json_lines
 
 
@@ -68,7 +69,9 @@ class MemoryBank:
         try:
             found = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
         except ValidationError as error:
-            raise StorageError(f"{path} holds a line that is no memory entry: {error}") from error
+            raise StorageError(
+                f"{shown(path)} holds a line that is no memory entry: {error}"
+            ) from error
         self._entries = {entry.place: entry for entry in found}
 
     def add(self, entry: MemoryEntry) -> None:

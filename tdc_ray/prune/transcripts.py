@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ProxyError, StorageError
-from tdc_ray.storage import append_json_line, read_json_lines
+from tdc_ray.remote import located, shown
+from tdc_ray.storage import append_json_line, listing, read_json_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +77,13 @@ def replayed_from(folder: Path) -> Path:
     Raises:
         ProxyError: There are none, or those of several searches.
     """
-    found = {path.parent for path in folder.glob("proxy/group-*.jsonl")}
-    found |= {path.parent for path in folder.glob("search/*/proxy/group-*.jsonl")}
+    folder = located(folder)
+    found = {path.parent for path in listing(folder, "proxy/group-*.jsonl")}
+    found |= {path.parent for path in listing(folder, "search/*/proxy/group-*.jsonl")}
     if len(found) != 1:
         raise ProxyError(
             f"proxy.replay must be a run directory with transcripts of one search in its folder "
-            f"proxy, got {folder} with {len(found)}. Set --proxy.replay."
+            f"proxy, got {shown(folder)} with {len(found)}. Set --proxy.replay."
         )
     return found.pop()
 
@@ -100,7 +102,7 @@ def recorded_reply(path: Path) -> str:
     """
     exchanges = _read(path)
     if not exchanges:
-        raise ProxyError(f"proxy.replay: there is no transcript {path}.")
+        raise ProxyError(f"proxy.replay: there is no transcript {shown(path)}.")
     last = exchanges[-1]
     if last.error is not None:
         raise ProxyError(f"proxy.replay: {path.name} ends in a failure: {last.error}")
@@ -113,7 +115,7 @@ def spent_in(folder: Path) -> Usage:
     Raises:
         StorageError: A file holds a line that is no exchange.
     """
-    paths = sorted(folder.glob("group-*.jsonl"))
+    paths = listing(folder, "group-*.jsonl")
     return sum((exchange.usage for path in paths for exchange in _read(path)), start=Usage())
 
 
@@ -121,4 +123,4 @@ def _read(path: Path) -> list[Exchange]:
     try:
         return [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
     except ValidationError as error:
-        raise StorageError(f"{path} holds a line that is no exchange: {error}") from error
+        raise StorageError(f"{shown(path)} holds a line that is no exchange: {error}") from error

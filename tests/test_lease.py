@@ -1,0 +1,239 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tdc_ray import lease, remote
+from tdc_ray.errors import StorageError
+from tdc_ray.lease import LEASE_FILE, exclusive
+from tdc_ray.remote import located
+
+# --- the lock of this machine ------------------------------------------------------------------
+
+HOLD = """
+import sys
+from tdc_ray.lease import exclusive
+from tdc_ray.remote import located
+with exclusive(located(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def held_by_another_process(run_dir):
+    command = [sys.executable, "-c", HOLD, str(run_dir)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n", process.stderr.read()
+            yield process
+        finally:
+            process.kill()
+
+
+def hold(run_dir):
+    with exclusive(run_dir):
+        return "held"
+
+
+def test_a_second_driver_is_refused_and_told_the_first_ones_process(tmp_path):
+    run_dir = tmp_path / "runs" / "one"  # it is made
+    with held_by_another_process(run_dir) as process:
+        with pytest.raises(StorageError) as caught:
+            hold(run_dir)
+        assert f"{run_dir} is in use by process {process.pid}:" in str(caught.value)
+        assert "--run-dir" in str(caught.value)
+        command = [sys.executable, "-c", HOLD, str(run_dir)]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert f"in use by process {process.pid}" in second.stderr
+        assert hold(tmp_path / "runs" / "other") == "held"
+
+
+def test_the_hold_ends_with_a_killed_driver(tmp_path):
+    with held_by_another_process(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert hold(tmp_path) == "held"
+
+
+def test_the_hold_ends_with_the_block_of_the_other_process(tmp_path):
+    with held_by_another_process(tmp_path) as process:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+        assert hold(tmp_path) == "held"
+
+
+def test_the_hold_ends_with_an_error_too(tmp_path):
+    def fail():
+        with exclusive(tmp_path):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert hold(tmp_path) == hold(tmp_path) == "held"
+
+
+def test_the_process_is_told_anew_by_every_holder(tmp_path):
+    (tmp_path / ".lock").write_text("123456789012")  # an earlier holder's, and longer
+    with held_by_another_process(tmp_path) as process:
+        assert (tmp_path / ".lock").read_text() == json.dumps(process.pid)
+
+
+# --- the lease ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "s3"])
+def run_dir(request, tmp_path):
+    """A run directory; a local one is seen by drivers on hosts whose locks are their own."""
+    if request.param == "local":
+        return tmp_path / "run"
+    return located(f"{request.getfixturevalue('bucket')}/run")
+
+
+@pytest.fixture
+def other_host(monkeypatch):
+    """Let this process be on another host: locks and process numbers there are others."""
+    monkeypatch.setattr(lease, "_processes", lambda: "another")
+    monkeypatch.setattr(lease, "LOCK_FILE", ".other-lock")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 2.0)
+    monkeypatch.setattr(lease, "SETTLED_AFTER_S", 0.3)
+
+
+def lease_of(run_dir: Path) -> dict:
+    path = run_dir / LEASE_FILE
+    return json.loads(remote.read(path) if remote.is_remote(path) else path.read_bytes())
+
+
+def write_lease(run_dir: Path, document: dict) -> None:
+    content = json.dumps(document).encode()
+    if remote.is_remote(run_dir):
+        remote.write(run_dir / LEASE_FILE, content)
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / LEASE_FILE).write_bytes(content)
+
+
+def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, other_host):
+    with held_by_another_process(remote.shown(run_dir)) as process:
+        held = lease_of(run_dir)
+        started = time.monotonic()
+        with pytest.raises(StorageError) as caught:
+            hold(run_dir)
+        assert time.monotonic() - started < lease.STALE_AFTER_S
+        assert f"process {process.pid} on host {held['host']}" in str(caught.value)
+        assert held["started"] in str(caught.value)
+        assert str(caught.value).startswith(f"run directory {remote.shown(run_dir)} is in use")
+
+
+def test_a_killed_drivers_lease_is_taken_at_once_on_its_host(run_dir):
+    with held_by_another_process(remote.shown(run_dir)) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        started = time.monotonic()
+        assert hold(run_dir) == "held"
+        assert time.monotonic() - started < lease.STALE_AFTER_S / 2
+
+
+def test_a_killed_drivers_lease_runs_out_on_other_hosts(bucket, other_host):
+    run_dir = located(f"{bucket}/run")
+    with held_by_another_process(remote.shown(run_dir)) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        started = time.monotonic()
+        assert hold(run_dir) == "held"
+        assert lease.STALE_AFTER_S <= time.monotonic() - started < lease.STALE_AFTER_S + 8
+
+
+def test_a_lease_is_given_back(run_dir, other_host, quick):
+    with held_by_another_process(remote.shown(run_dir)) as process:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+    started = time.monotonic()
+    assert hold(run_dir) == "held"
+    assert time.monotonic() - started < lease.STALE_AFTER_S
+
+
+def test_a_torn_lease_runs_out_too(run_dir, quick):
+    write_lease(run_dir, {})
+    assert hold(run_dir) == "held"
+
+
+def test_a_suspended_driver_whose_lease_was_taken_stops(run_dir, other_host, quick):
+    with held_by_another_process(remote.shown(run_dir)) as process:
+        process.send_signal(signal.SIGSTOP)
+        with exclusive(run_dir):
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(30) == 1  # though nobody told it to end
+            assert f"was taken over by process {os.getpid()}" in process.stderr.read()
+            assert lease_of(run_dir)["pid"] == os.getpid()
+
+
+def test_the_loss_of_a_lease_interrupts_the_block(run_dir, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
+    before = signal.getsignal(lease._STOP)
+
+    def lose():
+        with exclusive(run_dir):
+            write_lease(run_dir, {"id": "x", "pid": 1, "host": "thief"})
+            threading.Event().wait(30)
+            pytest.fail("it went on")
+
+    with pytest.raises(StorageError, match="taken over by process 1 on host thief"):
+        lose()
+    assert lease_of(run_dir)["id"] == "x"
+    assert signal.getsignal(lease._STOP) == before
+
+
+def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(bucket, monkeypatch, caplog):
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
+    run_dir, write, failed = located(f"{bucket}/run"), remote.write, threading.Event()
+
+    def fail(path, content):
+        failed.set()
+        raise StorageError("a hiccup")
+
+    with exclusive(run_dir):
+        monkeypatch.setattr(remote, "write", fail)
+        assert failed.wait(20)
+        monkeypatch.setattr(remote, "write", write)
+        count = lease_of(run_dir)["count"]
+        deadline = time.monotonic() + 20
+        while lease_of(run_dir)["count"] == count:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "a hiccup" in caplog.text
+
+
+def test_of_drivers_that_start_at_once_one_holds(bucket):
+    command = [sys.executable, "-c", HOLD, f"{bucket}/run"]
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(3)
+    ]
+    said = [process.stdout.readline() for process in started]
+    assert sorted(said) == ["", "", "held\n"]
+    for process in started:
+        _, errors = process.communicate()
+        assert process.returncode == 0 or "is in use by process" in errors
+
+
+def test_ctrl_c_is_still_ctrl_c(run_dir):
+    with pytest.raises(KeyboardInterrupt), exclusive(run_dir):
+        raise KeyboardInterrupt
+    assert hold(run_dir) == "held"
