@@ -21,6 +21,7 @@ from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir, make_expert
+from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import unet_config
@@ -33,7 +34,8 @@ from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.remote import is_remote, located, shown
 from tdc_ray.results import Results
-from tdc_ray.run import run
+from tdc_ray.run import check, run
+from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain
@@ -55,6 +57,8 @@ class Flags:
     """Training seeds."""
     data: Path | None = None
     """Where the images are, for presets that need a path."""
+    first_stage: Path | None = None
+    """Folder of the first stage, for presets of latent diffusion."""
     num_actors: int | None = None
     """Most actors that work at once; default: as many as fit on the cluster."""
 
@@ -63,9 +67,12 @@ class Flags:
         config = replace(preset(self.preset), seed=seed)
         compute = replace(config.compute, num_actors=self.num_actors)
         config = replace(config, compute=compute)
-        if self.data is None:
-            return config
-        return replace(config, data=replace(config.data, path=str(self.data.resolve())))
+        data = config.data
+        if self.data is not None:
+            data = replace(data, path=str(self.data.resolve()))
+        if self.first_stage is not None:
+            data = replace(data, first_stage=str(self.first_stage.resolve()))
+        return replace(config, data=data)
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
@@ -115,7 +122,10 @@ def commits_of(folder: Path) -> set[str | None]:
 
 @contextmanager
 def workers(config: RunConfig, folder: Path) -> Iterator[Pool]:
-    """Start or join a Ray cluster and give a pool of its actors; the folder is held meanwhile."""
+    """Start or join a Ray cluster and give a pool of its actors; the folder is held meanwhile.
+
+    Latents that the settings need are computed first, where they are missing.
+    """
     with (
         exclusive(folder),
         ProgressView(folder / "tensorboard", Console()) as view,
@@ -123,6 +133,7 @@ def workers(config: RunConfig, folder: Path) -> Iterator[Pool]:
         board(view) as events,
         Pool(config, events, view) as pool,
     ):
+        pool.run({"latents": prepare_latents(config)})
         yield pool
 
 
@@ -134,8 +145,11 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
         folder: The experiment's folder for this base.
     """
     run_dir = RunDir(folder.resolve())
-    stage_1 = ("preset", "seed", "data", "model", "diffusion", "base")
-    claim(run_dir.root, RunConfig(**{name: getattr(config, name) for name in stage_1}))
+    stage_1 = ("preset", "seed", "data", "model", "conditioning", "diffusion", "base")
+    check(config)
+    sampler = SamplerConfig(clip_sample=config.data.first_stage is None)  # as latents demand
+    deciding = {name: getattr(config, name) for name in stage_1}
+    claim(run_dir.root, RunConfig(**deciding, sampler=sampler))
     if not exists(run_dir.base_result):
         with (
             exclusive(run_dir.root),
@@ -143,6 +157,8 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
             connected(),
             board(view) as events,
         ):
+            with Pool(config, events, view) as encoders:  # whose actors end before the training
+                encoders.run({"latents": prepare_latents(config)})
             train_base_on_ray(run_dir, config, events, view)
     return run_dir.base_unet
 

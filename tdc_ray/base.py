@@ -1,7 +1,6 @@
 """Stage 1: trains the base on all timesteps (TDC Eq. 6). Knows nothing of Ray."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches
+from tdc_ray.device import Place
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.first_stage import input_shape, load_first_stage
 from tdc_ray.latents import load_inputs
@@ -20,15 +20,6 @@ from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sam
 from tdc_ray.seeds import derive_seed
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Report
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which of several data-parallel workers this is, and where it computes."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
 
 def train_base(

@@ -175,6 +175,7 @@ def _run(source: str, run_dir: RunDir) -> GivenBase:
     config = from_json(read_json(run_dir.config))
     told = {f"diffusion.{name}": getattr(config.diffusion, name) for name in NOISE}
     told |= {f"sampler.{name}": getattr(config.sampler, name) for name in SAMPLER}
+    told["conditioning.num_classes"] = config.conditioning.num_classes
     return _diffusers(source, run_dir.base_unet, told, "EMA")
 
 

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from tdc_ray.commands import (
     Prune,
     Run,
     Sample,
+    Simulate,
+    Status,
     TrainAutoencoder,
     parse,
 )
-from tdc_ray.config import RunConfig, default_run_dir
+from tdc_ray.config import RunConfig, default_run_dir, to_json
 from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.mirror import growing
 from tdc_ray.plan import Plan as GroupPlan
@@ -53,6 +55,10 @@ def run_command(arguments: Sequence[str]) -> int:
             _prune(command, console)
         elif isinstance(command, Memory):
             _memory(command, console)
+        elif isinstance(command, Status):
+            _status(command, console)
+        elif isinstance(command, Simulate):
+            _simulate(command, console)
         elif isinstance(command, TrainAutoencoder):
             _train_autoencoder(command, console)
         elif isinstance(command, Import):
@@ -188,6 +194,26 @@ def _memory(command: Memory, console: Console) -> None:
         print_memory(console, [e for e in entries if command.group in (None, e.group)], path)
 
 
+def _status(command: Status, console: Console) -> None:
+    from tdc_ray.layout import RunDir
+    from tdc_ray.status import status
+    from tdc_ray.workers_report import print_status
+
+    print_status(console, status(RunDir(located(command.run))))
+
+
+def _simulate(command: Simulate, console: Console) -> None:
+    from tdc_ray.simulation import simulate_run
+    from tdc_ray.storage import write_json
+    from tdc_ray.workers_report import print_simulated
+
+    found = simulate_run(command.config, command.simulation)
+    print_simulated(console, found)
+    if command.json is not None:
+        document = [asdict(one) for one in found]
+        write_json(command.json, {"settings": to_json(command.config), "simulated": document})
+
+
 def _import(command: Import, console: Console) -> None:
     from tdc_ray.base_sources import find_base
     from tdc_ray.bases import import_base, untold
@@ -208,6 +234,12 @@ def _import(command: Import, console: Console) -> None:
         stage, _, setting = name.partition(".")
         value = getattr(getattr(command.config, stage), setting)
         console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
+    if (embeds := base.unet.get("num_class_embeds")) is not None:
+        console.print(
+            f"it embeds {embeds} classes: run it with --conditioning.num-classes {embeds}, or "
+            f"{embeds - 1} if the last one stands for no class",
+            soft_wrap=True,
+        )
 
 
 def _export(command: Export, console: Console) -> None:

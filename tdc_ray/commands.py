@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
 from tdc_ray.prune_settings import SearchMethod
 from tdc_ray.settings import require
+from tdc_ray.simulation_settings import SimulationConfig
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
@@ -83,6 +84,32 @@ class Sample:
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Show how far a run is: groups, what is under way, workers; from wherever it can be seen."""
+
+    run: Positional[Path]
+    """The run directory."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Say how long stage 2 would take on a cluster that you do not have; starts nothing.
+
+    The very scheduling policy of a run, in simulated time. What items take is measured
+    (--costs RUN) or follows from their macs and --macs-per-second.
+    """
+
+    config: Settings
+    simulation: Annotated[SimulationConfig, arg(name="")] = field(default_factory=SimulationConfig)
+    json: Path | None = None
+    """Where the table goes as JSON."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +207,9 @@ class Import:
     """Log more, and show where an error came from."""
 
 
-Command = Run | Plan | Sample | Prune | Memory | TrainAutoencoder | Import | Export
+Command = (
+    Run | Plan | Sample | Status | Simulate | Prune | Memory | TrainAutoencoder | Import | Export
+)
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -196,6 +225,8 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Export, subcommand("export")]
+        | Annotated[Status, subcommand("status")]
+        | Annotated[Simulate, subcommand("simulate")]
         | Annotated[Memory, subcommand("memory")]
         | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
         | Annotated[Import, subcommand("import", default=imported)]

@@ -51,7 +51,7 @@ def check_conditioning(
         config: The settings.
         guidance_scale: That of sampling; 1 is none.
         num_class_embeds: Classes that the base embeds; None: it is unconditional.
-        num_data_classes: Classes of the data; None: it has no labels.
+        num_data_classes: Classes of the data; None: it has no labels, or not for all.
 
     Raises:
         ConfigError: They cannot.
@@ -60,12 +60,13 @@ def check_conditioning(
     if embeds is None and num_classes is not None:
         raise ConfigError(
             "conditioning.num_classes must be None for this base, which is unconditional, got "
-            f"{num_classes}."
+            f"{num_classes}. Leave it out, or give a base that embeds classes."
         )
     if embeds is not None and num_classes not in (embeds, embeds - 1):
         raise ConfigError(
             f"conditioning.num_classes must be {embeds} for this base, or {embeds - 1} if the "
-            f"last of the classes it embeds stands for no class, got {num_classes}."
+            f"last of the classes it embeds stands for no class, got {num_classes}. Set "
+            "--conditioning.num-classes to what it was trained with."
         )
     if null_class(embeds, num_classes) is None:
         for name, value, none in (
@@ -80,8 +81,10 @@ def check_conditioning(
                 )
     if num_classes is not None and num_data_classes is None:
         raise ConfigError(
-            f"data must have labels for conditioning.num_classes {num_classes}, and has none. "
-            "Use other data, or an unconditional base."
+            "data must have a label from 0 on for every image with conditioning.num_classes "
+            f"{num_classes}, and has none, or not for all (a warning then says of how many). Set "
+            "--data.labels-from-folders, put labels into the npz files, or leave "
+            "--conditioning.num-classes out and use an unconditional base."
         )
     if num_classes is not None and num_data_classes is not None and num_data_classes > num_classes:
         raise ConfigError(

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.compute_settings import DECIDING, ComputeConfig
 from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.model_settings import FILE_KINDS, ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.remote import is_remote, located
 from tdc_ray.settings import (
-    ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
@@ -64,7 +64,14 @@ class RunConfig:
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
+        self._check_finetune_workers()
         self._check_latents()
+
+    def _check_finetune_workers(self) -> None:
+        """Refuse batches that the workers of a fine-tune cannot share evenly."""
+        workers, size = self.compute.workers_per_finetune, self.finetune.batch_size
+        rule = f"a multiple of compute.workers_per_finetune = {workers}"
+        require("finetune", self.finetune, "batch_size", rule, ok=size % workers == 0)
 
     def _check_latents(self) -> None:
         """Refuse what is right for pixels and wrong for latents."""
@@ -136,8 +143,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     document = to_json(with_absolute_paths(config))
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped goes on with others
         del document["data"][name]
-    kept = ("num_base_workers", "cpus_per_base_worker")
-    return document | {"compute": {name: document["compute"][name] for name in kept}}
+    return document | {"compute": {name: document["compute"][name] for name in DECIDING}}
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -37,7 +37,7 @@ class ImageDataset(Protocol):
     """Images that can be fetched by their numbers."""
 
     num_classes: int | None
-    """Number of classes of the labels; None where there are no labels."""
+    """Number of classes of the labels; None where there are no labels, or not for all images."""
 
     def __len__(self) -> int: ...
 
@@ -169,10 +169,12 @@ class _Readable:
                     raise
                 self.reasons.append(str(error))
                 if len(self.reasons) > min(self.max_corrupt, self.num_files - 1):
+                    none_left = len(self.reasons) == self.num_files
+                    way_out = "" if none_left else ", or raise --data.max-corrupt"
                     raise CorruptFileError(
                         f"{len(self.reasons)} of {self.num_files} npz files are corrupt, and "
-                        f"data.max_corrupt is {self.max_corrupt}: {' '.join(self.reasons)} "
-                        "Mend or remove them, or raise --data.max-corrupt."
+                        f"data.max_corrupt, which counts files, is {self.max_corrupt}: "
+                        f"{' '.join(self.reasons)} Mend or remove them{way_out}."
                     ) from error
                 logger.warning("%s Its images are left out.", error)
         return results
@@ -180,9 +182,16 @@ class _Readable:
 
 def _labels(path: Path, files: Sequence[NpzFile]) -> Tensor | None:
     labels = [file.labels for file in files if file.labels is not None]
-    if labels and len(labels) < len(files):
-        logger.warning("labels of %s are left out: some of its files have none", path)
-    return torch.from_numpy(np.concatenate(labels)) if len(labels) == len(files) else None
+    if len(labels) < len(files):
+        if labels:
+            logger.warning("labels of %s are left out: some of its files have none", path)
+        return None
+    together = np.concatenate(labels)
+    if missing := int((together < 0).sum()):  # by convention, images without a label have -1
+        total = len(together)
+        logger.warning("labels of %s are left out: %d of %d are below 0", path, missing, total)
+        return None
+    return torch.from_numpy(together)
 
 
 def _natural(path: Path) -> tuple[int, str]:

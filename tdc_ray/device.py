@@ -1,8 +1,27 @@
-"""Where a worker computes."""
+"""Where a worker computes, and which of several workers it is."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import distributed
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of several data-parallel workers this is, and where it computes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
 
 
 def worker_device() -> torch.device:
     """Give the GPU that this process was given, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place() -> Place:
+    """Give this process's place among the workers of its item."""
+    if not distributed.is_initialized():
+        return Place(0, 1, worker_device())
+    return Place(distributed.get_rank(), distributed.get_world_size(), worker_device())

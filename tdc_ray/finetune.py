@@ -6,8 +6,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, held_out_split
+from tdc_ray.device import place
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError
 from tdc_ray.latents import load_inputs
@@ -25,7 +28,7 @@ from tdc_ray.prune.task import Choice, GroupTask
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage import exists, listing, remove
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Chain, Report, Result, WorkItem
+from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,8 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     """
     started = time.perf_counter()
     base, state = _tune(job, report)
+    if place().rank != 0:
+        return {}
     with state.averaged() as averaged:
         save_expert(
             expert_dir(job.run_dir, job.group),
@@ -131,6 +136,20 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     }
 
 
+def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
+    """Give the same fine-tune with half the images at once; None: it is down to one.
+
+    The gradients of a batch are summed over its parts, so only the last bits of a sum change.
+    """
+    train_config = job.config.finetune
+    share = train_config.batch_size // job.config.compute.workers_per_finetune
+    size = min(train_config.micro_batch_size or share, share)
+    if size == 1:
+        return None
+    smaller = replace(train_config, micro_batch_size=-(-size // 2))
+    return replace(job, config=replace(job.config, finetune=smaller))
+
+
 def try_candidate(job: FinetuneJob, report: Report) -> Result:
     """Fine-tune a candidate for a few steps, or some more; give ``loss`` and ``seconds``.
 
@@ -139,6 +158,8 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
     started = time.perf_counter()
     try:
         _, state = _tune(job, report)
+        if place().rank != 0:
+            return {}
         with state.averaged() as averaged:
             loss = held_out_loss(averaged, job.config, job.group)
     except NonFiniteLossError as error:
@@ -151,7 +172,7 @@ def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
     job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{name_of(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
-    return task.item(
+    item = task.item(
         "finetune",
         finetune_expert,
         job,
@@ -159,6 +180,7 @@ def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
         num_steps=job.num_steps,
         kept=kept,
     )
+    return _as_training(item, task.config)
 
 
 def trial_item(
@@ -176,13 +198,25 @@ def trial_item(
     job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
     images = (num_steps - steps_before) * task.config.finetune.batch_size
-    return task.item(
+    item = task.item(
         f"{name}-{num_steps}",
         try_candidate,
         job,
         cost=3.0 * macs * images,
         num_steps=num_steps,
         kept=kept,
+    )
+    return _as_training(item, task.config)
+
+
+def _as_training(item: WorkItem, config: RunConfig) -> WorkItem:
+    """Give an item what a fine-tune takes: an actor that trains, or several, data parallel."""
+    compute = config.compute
+    return replace(
+        item,
+        resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
+        num_workers=compute.workers_per_finetune,
+        halve=halve_micro_batch,
     )
 
 
@@ -239,7 +273,10 @@ def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
 def _train(
     state: TrainState, config: RunConfig, group: Group, checkpoint: Path, report: Report
 ) -> None:
-    name = ("finetune", group.first, group.last)
+    name, here = ("finetune", group.first, group.last), place()
+    model: nn.Module = state.unet
+    if here.world_size > 1:
+        model = nn.parallel.DistributedDataParallel(state.unet)
     dataset = load_inputs(config)
     among, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
@@ -249,18 +286,21 @@ def _train(
         seed=derive_seed(config.seed, *name, "order"),
         start_step=state.step,
         num_steps=config.finetune.num_steps,
+        rank=here.rank,
+        world_size=here.world_size,
         num_workers=config.data.num_workers,
     )
     train(
         state,
-        state.unet,
+        model,
         images,
         noise_schedule(config.diffusion).to(state.device),
         config.finetune,
         config.data,
         timesteps=group.timesteps,
         seed=derive_seed(config.seed, *name),
+        rank=here.rank,
         label_dropout=config.conditioning.label_dropout,
         report=report,
-        save=lambda current: current.save(checkpoint),
+        save=lambda current: current.save(checkpoint) if here.rank == 0 else None,
     )

@@ -88,6 +88,16 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def timeline(self) -> Path:
+        """Who ran what, when."""
+        return self.root / "timeline.jsonl"
+
+    @property
+    def timeline_plot(self) -> Path:
+        """The same as a picture."""
+        return self.root / "timeline.png"
+
+    @property
     def log(self) -> Path:
         """The log of all attempts."""
         return self.root / "run.log"

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.model_settings import ModelConfig
 from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import (
-    ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
+
+WORKERS = "workers"
+"""TensorBoard run of what is about the pool's workers; its tags begin with the phase."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a piece of work may write a line where there is no terminal."""
@@ -50,9 +54,18 @@ class Event:
     images: NDArray[np.uint8] | None = None
     """A grid's images, ``(B, H, W, C)``."""
 
+    task: int | None = None
+    """Which attempt at it, where several of the same name may be under way."""
+
+    @property
+    def bar(self) -> int | str:
+        """Whose bar it moves."""
+        return self.key if self.task is None else self.task
+
 
 @dataclass(slots=True)
 class _Task:
+    key: str
     num_steps: int
     bar: TaskID
     started: float = field(default_factory=time.monotonic)
@@ -79,7 +92,7 @@ class ProgressView:
             console=console,
             disable=not self._live,
         )
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[int | str, _Task] = {}
         self._writers: dict[str, SummaryWriter] = {}
         self._lock = threading.Lock()
 
@@ -94,21 +107,27 @@ class ProgressView:
             for writer in self._writers.values():
                 writer.close()
 
-    def start(self, key: str, num_steps: int) -> None:
-        """Say that a piece of work has begun."""
+    def start(self, key: str, num_steps: int, task: int | None = None) -> None:
+        """Say that a piece of work has begun, and by what number events will name it, if any."""
         with self._lock:
             bar = self._bars.add_task(key, total=num_steps, note="")
-            self._tasks[key] = _Task(num_steps, bar)
+            self._tasks[key if task is None else task] = _Task(key, num_steps, bar)
 
-    def finish(self, key: str) -> None:
-        """Say that it is done; its bar goes."""
+    def finish(self, bar: int | str) -> None:
+        """Say that it is done, by its number or key; its bar goes."""
         with self._lock:
-            task = self._tasks.pop(key, None)
+            task = self._tasks.pop(bar, None)
             if task is not None:
                 self._bars.remove_task(task.bar)
                 seconds = time.monotonic() - task.started
                 if not self._live and seconds >= 1:
-                    logger.info("%s done in %.0f s", key, seconds)
+                    logger.info("%s done in %.0f s", task.key, seconds)
+
+    def show_picture(self, run: str, name: str, path: Path) -> None:
+        """Put a picture file into TensorBoard."""
+        with Image.open(path) as image, self._lock:
+            pixels = np.asarray(image.convert("RGB"))
+            self._writer(run, 0).add_image(name, pixels, 0, dataformats="HWC")
 
     @contextmanager
     def watch(self, item: WorkItem) -> Iterator[Report]:
@@ -123,7 +142,7 @@ class ProgressView:
         """Record an event and bring the display up to date."""
         with self._lock:
             self._record(event)
-            task = self._tasks.get(event.key)
+            task = self._tasks.get(event.bar)
             if task is None:
                 return
             note = _note(event.metrics)
@@ -143,18 +162,24 @@ class ProgressView:
         run, _, work = event.key.partition("/")
         searches = ("round", "base", "scores", "sensitivities")
         stage = "prune" if work.startswith(searches) else "train"
+        if run == WORKERS:
+            stage = work
+        writer = self._writer(run, event.step)
+        for name, value in event.metrics.items():
+            writer.add_scalar(f"{stage}/{name}", value, event.step)
+        if event.images is not None:
+            writer.add_images("samples", event.images, event.step, dataformats="NHWC")
+
+    def _writer(self, run: str, step: int) -> "SummaryWriter":
         writer = self._writers.get(run)
         if writer is None:
             from torch.utils.tensorboard import SummaryWriter  # imports torch
 
             writer = SummaryWriter(
-                str(self._dir / run), purge_step=event.step, flush_secs=SECONDS_BETWEEN_FLUSHES
+                str(self._dir / run), purge_step=step, flush_secs=SECONDS_BETWEEN_FLUSHES
             )
             self._writers[run] = writer
-        for name, value in event.metrics.items():
-            writer.add_scalar(f"{stage}/{name}", value, event.step)
-        if event.images is not None:
-            writer.add_images("samples", event.images, event.step, dataformats="NHWC")
+        return writer
 
 
 def _note(metrics: Mapping[str, float]) -> str:

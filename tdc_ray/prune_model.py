@@ -125,7 +125,9 @@ def prune_model(
     dataset = load_dataset(config.data)
     if embeds := base_settings.get("num_class_embeds"):
         if not dataset.num_classes:
-            raise ConfigError("the model is conditioned on classes: --data must have labels.")
+            raise ConfigError(
+                "the model is conditioned on classes: --data must have a label for every image."
+            )
         if dataset.num_classes > embeds:
             raise ConfigError(
                 f"labels of --data must be below {embeds}, the classes that the model embeds, got "

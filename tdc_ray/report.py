@@ -145,8 +145,8 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         own = [entry for entry in entries if entry.group == group]
         for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
             cells = {
-                "refit": _loss(entry.loss_refit),
-                "tuned": _loss(entry.loss_tuned),
+                "refit": loss_text(entry.loss_refit),
+                "tuned": loss_text(entry.loss_tuned),
                 "overshoot": _macs(entry.overshoot),
             }
             table.add_row(
@@ -154,7 +154,7 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
                 f"{entry.round}.{entry.candidate}",
                 entry.source,
                 _macs(entry.macs),
-                _loss(entry.loss_cut),
+                loss_text(entry.loss_cut),
                 *(cells[name] for name in shown),
             )
         table.add_section()
@@ -218,5 +218,6 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:.2f} M"
 
 
-def _loss(loss: float | None) -> str:
+def loss_text(loss: float | None) -> str:
+    """Give a loss for a table; nothing where there is none."""
     return "" if loss is None else f"{loss:.5f}"

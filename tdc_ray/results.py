@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import read_json, write_json
+from tdc_ray.timeline import Usage
 
 SCHEMA_VERSION = 1
 
@@ -192,6 +193,9 @@ class Results:
     given_base: GivenBaseResult | None = None
     """None: the run trained its base."""
 
+    workers: tuple[Usage, ...] = ()
+    """How well the pool's workers were used, phase by phase; over all attempts at the run."""
+
 
 _ADAPTER = TypeAdapter(Results)
 
@@ -225,5 +229,5 @@ def comparable(results: Results) -> dict[str, Any]:
     for model in ("base", "tdc"):
         del document[model]["images_per_second"]
     del document["prune"]["seconds"], document["prune"]["proxy_seconds"], document["seconds"]
-    del document["versions"], document["commit"]
+    del document["versions"], document["commit"], document["workers"]
     return document

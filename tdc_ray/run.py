@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, import_base
+from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.conditioning import check_conditioning
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
@@ -31,16 +33,17 @@ from tdc_ray.models.layers import count
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
-from tdc_ray.progress import ProgressView
+from tdc_ray.progress import WORKERS, Event, ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
 from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
-from tdc_ray.settings import ComputeConfig
-from tdc_ray.storage import exists, read_json, write_json
+from tdc_ray.storage import exists, fetch, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
+from tdc_ray.timeline import Timeline, Usage, load_history, usage
+from tdc_ray.workers_report import plot_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -71,20 +74,24 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         if config.model.base is not None:
             _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
+        timeline = Timeline(run_dir.timeline)
+        timeline.add("driver", host=socket.gethostname(), pid=os.getpid())
         with (
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),
             board(view) as events,
-            Pool(config, events, view) as pool,
+            Pool(config, events, view, timeline) as pool,
         ):
-            with Pool(config, events, view) as encoders:  # whose actors end before stage 1
-                encoders.run({"latents": prepare_latents(config)})
+            with Pool(config, events, view, timeline) as encoders:  # who end before stage 1
+                encoders.run({"latents": prepare_latents(config)}, "latents")
             if config.model.base is None:
                 logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
                 train_base_on_ray(run_dir, config, events, view)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
-        outcome = Outcome(plan, experts, *scores, spec, reference)
+            timeline.flush()
+            used = _show_usage(run_dir, view)
+        outcome = Outcome(plan, experts, *scores, spec, reference, used)
         seconds = time.perf_counter() - started
         results = summarize(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
@@ -105,8 +112,9 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     if is_latent and data.first_stage is None:
         raise ConfigError(
             f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
-            "folder of a diffusers VQModel or AutoencoderKL, a released one (tdc-ray import takes "
-            "it out of a checkpoint) or what tdc-ray train-autoencoder makes."
+            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
+            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
+            "tdc-ray import FILE DIR by --base DIR."
         )
     check_latents(data, unet_config, name)
     learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]
@@ -208,7 +216,7 @@ def _make_experts(
     memory = MemoryBank(run_dir.memory)
     tasks = group_tasks(run_dir, config, space, plan.groups)
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
-    done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)})
+    done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
     experts = [done[task.name] for task in tasks]
     folders = [expert_dir(run_dir, group).name for group in plan.groups]
     save_index(run_dir.experts, config, plan.groups, folders)
@@ -230,11 +238,23 @@ def _evaluate(
     tdc = evaluate(
         run_dir, config, spec, "tdc", step_mean(plan, [expert.macs for expert in experts])
     )
-    done = pool.run({**base, **tdc})
+    done = pool.run({**base, **tdc}, "evaluation")
     return (
         score(run_dir, [done[name] for name in base]),
         score(run_dir, [done[name] for name in tdc]),
     )
+
+
+def _show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
+    """Draw who ran what when, and give how well the workers were used."""
+    history = load_history(run_dir.timeline)
+    used = usage(history)
+    plot_timeline(history, run_dir.timeline_plot)
+    view.show_picture(WORKERS, "timeline", fetch(run_dir.timeline_plot))
+    for part in used:
+        metrics = {"utilisation": part.utilisation, "makespan_seconds": part.makespan_seconds}
+        view.show(Event(f"{WORKERS}/{part.phase}", 0, metrics))
+    return used
 
 
 def _local_cpus(compute: ComputeConfig) -> int:

@@ -58,8 +58,9 @@ class DataConfig:
     counted from 0 in the order of their names."""
 
     max_corrupt: int = 10
-    """Most corrupt files that a process and its loader processes leave out. Each is named in a
-    warning, and the next image takes its place; an npz file's images are missing altogether."""
+    """Most corrupt files that a process and its loader processes leave out, each named in a
+    warning. The next image takes an image's place; an npz file, however many images it holds,
+    counts as one, and its images are missing altogether."""
 
     cache_dir: str = "~/.cache/tdc_ray"
     """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
@@ -294,38 +295,3 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(2, "evaluate", self, "num_images")
         at_least(1, "evaluate", self, "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComputeConfig:
-    """What the run takes of the cluster.
-
-    Of these, the number of base workers (each draws noise of its own) and the CPUs of a base
-    worker (the last bits of sums) change what is computed, and so what a run directory is for.
-    """
-
-    num_base_workers: int = 1
-    """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
-
-    cpus_per_base_worker: int = 1
-    """CPUs, and so threads, of a base worker."""
-
-    num_actors: int | None = None
-    """Actors that prune, fine-tune and sample; None: as many as fit on the cluster, at most 64."""
-
-    cpus_per_actor: int = 1
-    """CPUs, and so threads, of an actor."""
-
-    gpus_per_base_worker: float = 0.0
-    """GPUs of a base worker."""
-
-    gpus_per_actor: float = 0.0
-    """GPUs of an actor; fractions share one."""
-
-    max_attempts: int = 3
-    """How often an item is started whose actor dies under it, and the base whose worker dies."""
-
-    def __post_init__(self) -> None:
-        counts = ("num_base_workers", "cpus_per_base_worker", "num_actors", "cpus_per_actor")
-        at_least(1, "compute", self, *counts, "max_attempts")
-        at_least(0, "compute", self, "gpus_per_base_worker", "gpus_per_actor")

@@ -24,6 +24,7 @@ from tdc_ray.results import (
     StageSeconds,
 )
 from tdc_ray.storage import exists, read_json
+from tdc_ray.timeline import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class Outcome:
     spec: FeatureSpec
     reference: str
     """What the images were held against, in words."""
+
+    usage: Sequence[Usage]
+    """Of the pool's workers, by phase."""
 
 
 def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: float) -> Results:
@@ -125,6 +129,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         versions=versions(),
         commit=commit(),
         given_base=given,
+        workers=tuple(outcome.usage),
     )
 
 

@@ -23,6 +23,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What one worker takes of its node."""
+
+    cpus: float
+    """CPUs; whole ones are as many threads."""
+
+    gpus: float = 0.0
+    """GPUs; fractions share one."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkItem:
     """A piece of work that needs nothing but its job and the run directory."""
 
@@ -47,6 +58,16 @@ class WorkItem:
     num_steps: int = 1
     """Steps that it reports, for the progress display."""
 
+    resources: Resources | None = None
+    """What each of its workers takes; None: what all others take."""
+
+    num_workers: int = 1
+    """Workers that run it side by side, data parallel; the first one's result counts."""
+
+    halve: Callable[[Any], Any] | None = None
+    """Makes of its job one that needs about half the memory and comes to the same; gives None
+    where there is no smaller one. A module-level function."""
+
     on_loss: Result | None = None
     """Of a call, which waits for a language model, computes nothing and so holds no worker: what
     it gives where whoever makes the calls died too often. None: it is no call."""
@@ -55,6 +76,10 @@ class WorkItem:
     def is_call(self) -> bool:
         """Whether it waits for a language model."""
         return self.on_loss is not None
+
+    def halved(self) -> Any | None:
+        """Give its job with about half the memory, if there is one."""
+        return None if self.halve is None else self.halve(self.job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +123,9 @@ class _State(Generic[T]):
     results: dict[str, Result] = field(default_factory=dict)
     """Of the items that it waits for, as far as they are there, by key."""
 
+    stage: int = 0
+    """How often it went on."""
+
 
 class Chains(Generic[T]):
     """Chains that are under way side by side: which of them can go on, and with what items."""
@@ -107,6 +135,11 @@ class Chains(Generic[T]):
         """What the chains that ended returned, by their names."""
 
         self._states = {name: _State(chain) for name, chain in chains.items()}
+        self._news = dict.fromkeys(chains)
+        """Chains to which something happened since they were last looked at, in order."""
+
+        self._meeting: set[str] = set()
+        """Chains that wait in a meeting."""
 
     def go_on(self) -> list[tuple[str, WorkItem]]:
         """Let every chain go on that can, and give the items that are to be run, by its name.
@@ -114,7 +147,9 @@ class Chains(Generic[T]):
         Items whose results an earlier attempt left are not among them.
         """
         missing: list[tuple[str, WorkItem]] = []
-        while movable := [name for name in self._states if self._can_go_on(name)]:
+        while self._news:
+            movable = dict.fromkeys(other for name in self._news for other in self._movable(name))
+            self._news.clear()
             for name in movable:  # all that meet, in one turn
                 missing += [(name, item) for item in self._advance(name)]
         return missing
@@ -123,10 +158,31 @@ class Chains(Generic[T]):
         """Give a chain the result of one of its items; a chain that was dropped takes none."""
         if name in self._states:
             self._states[name].results[item.key] = result
+            self._news[name] = None
 
     def drop(self, name: str) -> None:
         """End a chain that failed; the others no longer wait for it."""
-        self._states.pop(name, None)
+        if self._states.pop(name, None) is not None:
+            self._meeting.discard(name)
+            self._news |= dict.fromkeys(sorted(self._meeting))
+
+    def under_way(self) -> list[str]:
+        """Name the chains that neither ended nor were dropped."""
+        return list(self._states)
+
+    def stage(self, name: str) -> int:
+        """Say how often a chain went on; one that ended or was dropped is at stage -1."""
+        return self._states[name].stage if name in self._states else -1
+
+    def _movable(self, name: str) -> list[str]:
+        """Name the chains that can go on after news of one: it, and those that it meets."""
+        if name not in self._states or not self._can_go_on(name):
+            return []
+        waits_for = self._states[name].waits_for
+        if isinstance(waits_for, Meeting):
+            parties = {name, *waits_for.parties}
+            return [other for other in self._states if other in parties]
+        return [name]
 
     def _can_go_on(self, name: str) -> bool:
         waits_for, results = self._states[name].waits_for, self._states[name].results
@@ -140,16 +196,20 @@ class Chains(Generic[T]):
     def _advance(self, name: str) -> list[WorkItem]:
         state, results = self._states[name], None
         if isinstance(state.waits_for, Meeting):
+            self._meeting.discard(name)
             results = []
         elif state.waits_for is not None:
             results = [state.results.pop(item.key) for item in state.waits_for]
+        state.stage += 1
         try:
             state.waits_for = state.chain.send(results)
         except StopIteration as stop:
             self.values[name] = stop.value
-            del self._states[name]
+            self.drop(name)
             return []
+        self._news[name] = None
         if isinstance(state.waits_for, Meeting):
+            self._meeting.add(name)
             return []
         earlier = {item.key: finished(item) for item in state.waits_for}
         state.results = {key: result for key, result in earlier.items() if result is not None}

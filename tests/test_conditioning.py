@@ -110,7 +110,8 @@ def test_what_fits_is_let_through(found):
         ),
         (
             {"embeds": 10, "data": None, "num_classes": 10},
-            "data must have labels for conditioning.num_classes 10",
+            "data must have a label from 0 on for every image with conditioning.num_classes 10, "
+            "and has none, or not for all .*--data.labels-from-folders",
         ),
         (
             {"embeds": 6, "data": 10, "num_classes": 5},
@@ -131,8 +132,18 @@ def test_a_run_is_refused_before_any_work(tmp_path):
         check(config_of(num_classes=9))
     np.savez(tmp_path / "bare.npz", images=np.zeros((4, 8, 8), np.uint8))
     bare = replace(config_of().data, source="npz", path=str(tmp_path / "bare.npz"))
-    with pytest.raises(ConfigError, match="data must have labels"):
+    with pytest.raises(ConfigError, match="data must have a label"):
         check(replace(config_of(), data=bare))
+
+
+def test_images_without_a_label_among_others_are_refused_where_labels_are_needed(tmp_path, caplog):
+    labels = np.array([0, 1, -1, 9])
+    np.savez(tmp_path / "some.npz", images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    some = replace(config_of().data, source="npz", path=str(tmp_path / "some.npz"))
+    with pytest.raises(ConfigError, match=r"data must have a label .*put labels into the npz"):
+        check(replace(config_of(), data=some))
+    assert f"labels of {some.path} are left out: 1 of 4 are below 0" in caplog.text
+    check(replace(small_config(), data=some))  # no labels are needed
 
 
 @pytest.mark.parametrize(("label_dropout", "embeds", "null"), [(0.0, 10, None), (0.1, 11, 10)])

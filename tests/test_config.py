@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.config import (
     RunConfig,
@@ -21,7 +22,6 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.model_settings import ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
 from tdc_ray.settings import (
-    ComputeConfig,
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
+from torchvision.utils import make_grid
 
 from tdc_ray.cli import run_command
 from tdc_ray.config import RunConfig, to_json
@@ -20,6 +22,7 @@ from tdc_ray.models.units import SpaceKind, units_of
 from tdc_ray.pipeline import ProgressivePipeline, save_index
 from tdc_ray.plan import plan_groups
 from tdc_ray.results import save_results
+from tdc_ray.sampling import image_generators
 from tdc_ray.storage import write_json
 from tests.small import (
     TINY,
@@ -158,11 +161,19 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_plainly(folder)
 
 
-def test_the_plain_example_samples_by_ddim(tmp_path):
-    run_dir = make_run(tmp_path / "run", small_config(sampler=FEW))
+@pytest.mark.parametrize("make", [plain, latent])
+def test_the_plain_example_gives_the_pipelines_images_for_the_same_noise(tmp_path, make):
+    config, base = make(tmp_path)
+    run_dir, noise_path = make_run(tmp_path / "run", config, base), tmp_path / "noise.pt"
     export_run(run_dir.root, tmp_path / "out")
+    pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = torch.from_numpy(pipeline(4, seed=5, output_type="np").images).permute(0, 3, 1, 2)
+    noise = [torch.randn(1, 8, 8, generator=g) for g in image_generators(5, 0, 4)]
+    torch.save(torch.stack(noise), noise_path)
     text = BLOCK.format(blocked=["ray", "tdc_ray"]) + (
-        "import runpy\n"
+        "import runpy, torch\n"
+        f"torch.randn = lambda *_, **__: torch.load({str(noise_path)!r})\n"
         f"sys.argv = ['example.py', '--num-images', '4', '--out', {str(tmp_path / 'i.png')!r}]\n"
         f"runpy.run_path({str(tmp_path / 'out/example.py')!r}, run_name='__main__')\n"
     )
@@ -170,7 +181,9 @@ def test_the_plain_example_samples_by_ddim(tmp_path):
         [sys.executable, "-c", text], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "i.png").stat().st_size > 100
+    with Image.open(tmp_path / "i.png") as image:
+        found = np.array(image.convert("L")).astype(int)
+    assert np.abs(found - make_grid(wanted, nrow=2)[0].numpy()).max() <= 1
 
 
 def test_the_card_tells_what_from_what_and_how(tmp_path):

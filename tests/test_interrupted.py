@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.results import comparable, load_results
+from tests.processes import children
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -26,30 +27,6 @@ def start(folder: Path, cache_dir: Path) -> subprocess.Popen[bytes]:
             # A shell starts its background jobs deaf to it, and what they start inherits that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-
-
-def children(parent: int, title: str) -> list[int]:
-    """Processes below a parent whose command line begins with a title."""
-    found = []
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-                parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    for pid in parents:
-        above = pid
-        while above in parents and above != parent:
-            above = parents[above]
-        if above == parent and pid != parent:
-            try:
-                if (Path("/proc") / str(pid) / "cmdline").read_text().startswith(title):
-                    found.append(pid)
-            except OSError:
-                continue
-    return found
 
 
 def wait_for(folder: Path, pattern: str, driver: subprocess.Popen[bytes]) -> None:

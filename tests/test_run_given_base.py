@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -74,6 +75,56 @@ def test_a_run_from_a_pipeline_trains_no_base_and_says_where_it_came_from(
     finally:
         other.rename(pipeline)
     assert f"model.base {pipeline} -> {other}" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_run_from_a_base_of_classes_asks_how_many_and_its_experts_are_told_them(
+    ray_cluster, cache_dir, tmp_path, capsys
+):
+    unet, folder, out = (
+        random_unet({**TINY, "num_class_embeds": 11}),
+        tmp_path / "p",
+        tmp_path / "r",
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(600)).save_pretrained(folder)
+    command = ["run", "--preset", "digits-smoke", *FEW, "--run-dir", str(out)]
+    command += ["--evaluate.cache-dir", str(cache_dir), "--base", str(folder)]
+    assert run_command(command) == 1
+    error = capsys.readouterr().err
+    assert "conditioning.num_classes must be 11 for this base, or 10 if the last" in error
+    assert "got None. Set --conditioning.num-classes" in error
+    assert not out.exists()
+
+    command += ["--conditioning.num-classes", "10", "--conditioning.label-dropout", "0.5"]
+    command += ["--sampler.guidance-scale", "2"]
+    assert run_command(command) == 0
+    results = load_results(out / "results.json")
+    assert (results.evaluation.num_classes, results.evaluation.guidance_scale) == (10, 2.0)
+    assert np.isfinite([results.base.score, results.tdc.score]).all()
+    assert_same(load_unet(RunDir(out).base_unet).state_dict(), unet.state_dict())
+    experts = ProgressivePipeline.from_pretrained(out)
+    experts.set_progress_bar_config(disable=True)
+    one, other = (experts(1, seed=0, class_labels=[label], output_type="np") for label in (3, 7))
+    assert (one.images != other.images).any()
+    config = parsed("plan", "--preset", "digits-smoke", "--base", out)
+    assert config.conditioning.num_classes is None  # an imported base does not tell
+    assert parsed("plan", "--base", out).conditioning.num_classes == 10
+
+
+def test_import_says_how_many_classes_a_base_embeds(tmp_path, capsys):
+    unet = random_unet({**TINY, "num_class_embeds": 11})
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(600)).save_pretrained(tmp_path / "p")
+    assert run_command(["import", str(tmp_path / "p"), str(tmp_path / "base")]) == 0
+    printed = capsys.readouterr().out
+    assert "it embeds 11 classes: run it with --conditioning.num-classes 11, or 10 if" in printed
+
+
+def test_the_classes_of_a_run_come_along_whatever_the_preset(tmp_path):
+    config, run_dir = small_config(conditioning={"num_classes": 10}), RunDir(tmp_path / "run")
+    save_unet(random_unet({**TINY, "num_class_embeds": 10}), run_dir.base_unet)
+    write_json(run_dir.config, to_json(config))
+    command = ("plan", "--preset", "digits-smoke", "--base", tmp_path / "run")
+    assert parsed(*command).conditioning.num_classes == 10
 
 
 def test_what_the_base_tells_comes_along_and_a_flag_that_disagrees_is_refused(

@@ -17,8 +17,10 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from tdc_ray import errors
-from tdc_ray.base import Place, sample_grid, train_base
+from tdc_ray.base import sample_grid, train_base
+from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.config import RunConfig
+from tdc_ray.device import Place
 from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
@@ -28,7 +30,6 @@ from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
 from tdc_ray.remote import filesystem, is_remote
-from tdc_ray.settings import ComputeConfig
 from tdc_ray.storage import exists, read_json, remove, write_json
 from tdc_ray.training import TrainState
 

@@ -33,10 +33,10 @@ class _Caller:
     def check(self) -> None:
         check_proxy(self.config)
 
-    def run(self, item: WorkItem, board: Board) -> Result:
+    def run(self, item: WorkItem, board: Board, task: int | None = None) -> Result:
         function: Any = item.function
         shared = replace(item, function=partial(function, budget=self.budget))
-        return run_item(shared, board.reporter(item.key))
+        return run_item(shared, board.reporter(item.key, task))
 
 
 def start_checked_caller(config: ProxyConfig) -> Any:

@@ -20,6 +20,9 @@ from tdc_ray.work import Report
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""
 
+LOCAL = "tdc-ray-local"
+"""Ray's namespace of a local Ray."""
+
 SECONDS_BETWEEN_LOOKS = 0.5
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
+            namespace=LOCAL,
             object_store_memory=OBJECT_STORE_BYTES,
             **common,
         )
@@ -63,6 +67,16 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
 def node_resources() -> list[dict[str, float]]:
     """Give the resources of every node that is alive, taken or not."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def alive_nodes() -> set[str]:
+    """Name the nodes that are alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def is_local() -> bool:
+    """Whether the cluster is one that this process started for itself: no node will join it."""
+    return bool(ray.get_runtime_context().namespace == LOCAL)
 
 
 class _Events:
@@ -85,11 +99,11 @@ class Board:
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
-    def reporter(self, key: str) -> Report:
+    def reporter(self, key: str, task: int | None = None) -> Report:
         """Make the function through which a piece of work reports; it never waits."""
 
         def report(metrics: Mapping[str, float], step: int) -> None:
-            self._actor.add.remote(Event(key, step, dict(metrics)))
+            self._actor.add.remote(Event(key, step, dict(metrics), task=task))
 
         return report
 

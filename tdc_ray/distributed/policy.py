@@ -1,78 +1,269 @@
-"""Which item runs next, and what a failure leads to: pure decisions, no Ray."""
+"""Who runs what, and what a failure leads to. Pure decisions: no Ray and no clock.
 
+The pool and the simulator both run a :class:`Schedule`: they tell it what happened, and it says
+what is to be done.
+"""
+
+import heapq
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import count
+from typing import Generic, TypeVar
 
-from tdc_ray.errors import ClusterError
-from tdc_ray.work import WorkItem
+from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem
 
-MAX_ACTORS = 64
-"""Most actors that are started unasked."""
+MAX_NODE_LOSSES = 20
+"""How often an item may lose its node: on machines that may be taken away no fault of its own."""
+
+T = TypeVar("T")
 
 
 class Failure(Enum):
     """Why an item did not finish."""
 
     WORKER_LOST = "worker_lost"
+    NODE_LOST = "node_lost"
+    OUT_OF_MEMORY = "out_of_memory"
     OWN_ERROR = "own_error"
+    """An error of ours: it would come again."""
+
+    OTHER_ERROR = "other_error"
+    """Any other error: a full disk, a network that was down."""
 
 
 class Action(Enum):
-    """What the pool does with an item that did not finish."""
+    """What becomes of an item that did not finish."""
 
     RETRY = "retry"
+    HALVE = "halve"
+    """It starts again with half the memory."""
+
+    STAND_IN = "stand_in"
+    """Its chain goes on with what the item gives where it is lost."""
+
     GIVE_UP = "give_up"
 
 
-def next_item(ready: Iterable[WorkItem]) -> WorkItem:
-    """Choose the item with the most work in it and behind it; of equals, the first by name.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An item that workers run, or whoever makes the calls."""
 
-    Longest chain first: the group that will take longest never waits for a shorter one.
+    number: int
+    chain: str
+    stage: int
+    """Of its chain: items of one stage may run side by side."""
+
+    item: WorkItem
+    workers: tuple[str, ...]
+    """As many as the item wants; none for a call."""
+
+    attempt: int
+    """How often the item was started, this time included."""
+
+
+_Ready = tuple[float, str, int, str, WorkItem]
+"""Minus the work in an item and behind it, its key, a tie-break, its chain, the item."""
+
+
+class Schedule(Generic[T]):
+    """Chains under way on workers that come and go.
+
+    Longest first: the item with the most work in it and behind it in its chain, so that the group
+    that will take longest never waits for a shorter one. An item for several workers that comes
+    first is waited for, or smaller ones would keep it waiting for ever.
     """
-    return min(ready, key=lambda item: (-(item.cost + item.cost_behind), item.key))
+
+    def __init__(
+        self, chains: Mapping[str, Chain[T]], *, default: Resources, max_attempts: int
+    ) -> None:
+        """Take the chains.
+
+        Args:
+            chains: By their names.
+            default: What one worker takes for items that do not say it.
+            max_attempts: How often an item may be started whose worker dies or that fails for
+                reasons outside of it.
+        """
+        self.failed: dict[str, str] = {}
+        """Why chains failed, by name."""
+
+        self._chains, self._default, self._max_attempts = Chains(chains), default, max_attempts
+        self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
+        self._calls: list[tuple[str, WorkItem]] = []
+        self._idle: dict[Resources, list[str]] = defaultdict(list)
+        self._wanted: Counter[Resources] = Counter()
+        self._running: dict[int, Task] = {}
+        self._failures: Counter[tuple[str, str, Failure]] = Counter()
+        self._attempts: Counter[tuple[str, str]] = Counter()
+        self._numbers = count()
+        self._put_all(self._chains.go_on())
+
+    @property
+    def values(self) -> dict[str, T]:
+        """What the chains that ended returned, by name."""
+        return self._chains.values
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to run."""
+        return not (self._running or self._calls or any(self._ready.values()))
+
+    def unfinished(self) -> list[str]:
+        """Name the chains that are under way."""
+        return self._chains.under_way()
+
+    def join(self, worker: str, resources: Resources) -> None:
+        """Take in a worker that has nothing to do."""
+        self._idle[resources].append(worker)
+
+    def leave(self, worker: str) -> None:
+        """Forget a worker that is gone, if it was idle."""
+        for idle in self._idle.values():
+            if worker in idle:
+                idle.remove(worker)
+
+    def spare(self) -> dict[str, Resources]:
+        """Name idle workers that nothing is ready for."""
+        return {
+            worker: resources
+            for resources, idle in self._idle.items()
+            if not self._ready[resources]
+            for worker in idle
+        }
+
+    def next_workers(self) -> list[str]:
+        """Name the idle workers that the next items would go to."""
+        return [
+            worker
+            for resources, ready in self._ready.items()
+            for worker in self._idle[resources][-sum(entry[-1].num_workers for entry in ready) :]
+            if ready
+        ]
+
+    def wanted(self) -> dict[Resources, int]:
+        """Count the workers that all items which run or could run would take."""
+        return {resources: number for resources, number in self._wanted.items() if number}
+
+    def start(self) -> list[Task]:
+        """Give what is to be started now: all calls, and the longest items that workers are for.
+
+        Of idle workers the one that was busy last comes first: it has the base in memory.
+        """
+        tasks = [self._task(chain, item, ()) for chain, item in self._calls]
+        self._calls.clear()
+        for resources, ready in self._ready.items():
+            idle = self._idle[resources]
+            while ready and ready[0][-1].num_workers <= len(idle):
+                *_, chain, item = heapq.heappop(ready)
+                workers = tuple(idle.pop() for _ in range(item.num_workers))
+                tasks.append(self._task(chain, item, workers))
+        return tasks
+
+    def finish(self, task: Task, result: Result) -> None:
+        """Take in an item's result; its workers are idle again."""
+        self._end(task, lost=())
+        self._chains.put(task.chain, task.item, result)
+        self._put_all(self._chains.go_on())
+
+    def fail(self, task: Task, failure: Failure, reason: str, lost: Iterable[str] = ()) -> Action:
+        """Decide what follows when an item did not finish.
+
+        Args:
+            task: The item and its workers.
+            failure: What happened.
+            reason: The same for people.
+            lost: Those of its workers that are gone.
+        """
+        self._end(task, lost)
+        chain, item = task.chain, task.item
+        if chain in self.failed:
+            return Action.GIVE_UP
+        times = self._failures[chain, item.key, failure] + 1
+        action = after_failure(item, failure, times, self._max_attempts)
+        if action is not Action.HALVE:
+            self._failures[chain, item.key, failure] = times
+        if action is Action.RETRY:
+            self._put(chain, item)
+        elif action is Action.HALVE:
+            self._put(chain, replace(item, job=item.halved()))
+        elif action is Action.STAND_IN:
+            assert item.on_loss is not None
+            self._chains.put(chain, item, item.on_loss)
+        else:
+            self._give_up(chain, reason)
+        self._put_all(self._chains.go_on())
+        return action
+
+    def _give_up(self, chain: str, reason: str) -> None:
+        """End a chain; what it has under way runs on, and its results are kept for a next time."""
+        self.failed[chain] = reason
+        self._chains.drop(chain)
+        self._calls = [call for call in self._calls if call[0] != chain]
+        for resources, ready in self._ready.items():
+            dropped = [item for *_, name, item in ready if name == chain]
+            self._wanted[resources] -= sum(item.num_workers for item in dropped)
+            ready[:] = [entry for entry in ready if entry[-2] != chain]
+            heapq.heapify(ready)
+
+    def _resources(self, item: WorkItem) -> Resources:
+        return item.resources or self._default
+
+    def _task(self, chain: str, item: WorkItem, workers: tuple[str, ...]) -> Task:
+        self._attempts[chain, item.key] += 1
+        attempt, stage = self._attempts[chain, item.key], self._chains.stage(chain)
+        task = Task(next(self._numbers), chain, stage, item, workers, attempt)
+        self._running[task.number] = task
+        return task
+
+    def _end(self, task: Task, lost: Iterable[str]) -> None:
+        del self._running[task.number]
+        resources = self._resources(task.item)
+        self._wanted[resources] -= len(task.workers)
+        self._idle[resources] += sorted(set(task.workers) - set(lost))
+
+    def _put(self, chain: str, item: WorkItem) -> None:
+        if item.is_call:
+            self._calls.append((chain, item))
+            return
+        self._wanted[self._resources(item)] += item.num_workers
+        entry = (-(item.cost + item.cost_behind), item.key, next(self._numbers), chain, item)
+        heapq.heappush(self._ready[self._resources(item)], entry)
+
+    def _put_all(self, entries: Sequence[tuple[str, WorkItem]]) -> None:
+        for chain, item in entries:
+            self._put(chain, item)
 
 
-def after_failure(failure: Failure, *, attempts: int, max_attempts: int) -> Action:
-    """Decide what follows a failure: a lost worker is not the item's fault, its own error is.
+def after_failure(item: WorkItem, failure: Failure, times: int, max_attempts: int) -> Action:
+    """Decide what follows a failure.
+
+    A lost worker is not the item's fault, and less so a lost node; an error of ours would recur;
+    one without memory is tried with less of it before that counts.
 
     Args:
-        failure: What happened.
-        attempts: How often the item was started, this time included.
+        item: What failed.
+        failure: How.
+        times: How often in this way, this time included.
         max_attempts: How often an item may be started.
     """
-    if failure is Failure.WORKER_LOST and attempts < max_attempts:
+    if failure is Failure.OUT_OF_MEMORY and item.halved() is not None:
+        return Action.HALVE
+    if failure is Failure.NODE_LOST and times <= MAX_NODE_LOSSES:
         return Action.RETRY
+    if failure is not Failure.OWN_ERROR and times < max_attempts:
+        return Action.RETRY
+    if failure is not Failure.OWN_ERROR and item.on_loss is not None:
+        return Action.STAND_IN
     return Action.GIVE_UP
-
-
-def num_actors(
-    wanted: int | None, nodes: Sequence[Mapping[str, float]], per_actor: Mapping[str, float]
-) -> int:
-    """Decide how many actors to start at the most.
-
-    Args:
-        wanted: The configured number; None: as many as fit.
-        nodes: Resources of every node, such as ``[{"CPU": 8.0}]``.
-        per_actor: Resources of one actor.
-
-    Raises:
-        ClusterError: Not one actor fits on any node.
-    """
-    fits = num_fitting(nodes, per_actor)
-    if fits < 1:
-        raise ClusterError(
-            f"an actor needs {dict(per_actor)}, which no node has; the nodes have "
-            f"{[dict(node) for node in nodes]}. Lower compute.cpus_per_actor or "
-            "compute.gpus_per_actor, or add larger nodes."
-        )
-    return min(fits, MAX_ACTORS if wanted is None else wanted)
 
 
 def num_fitting(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float]) -> int:
     """Count the processes that fit on the nodes, each of them on one node.
 
     Args:
-        nodes: Resources of every node.
+        nodes: Resources of every node, such as ``[{"CPU": 8.0}]``.
         needed: Resources of one process.
     """
     return sum(

@@ -1,168 +1,278 @@
-"""Runs chains of work items over a pool of Ray actors; what to do is decided by ``policy``."""
+"""Runs chains of work items over a crew of Ray actors; what to do is decided by ``policy``."""
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.caller import start_caller, start_checked_caller
-from tdc_ray.distributed.cluster import Board, node_resources
-from tdc_ray.distributed.policy import Action, Failure, after_failure, next_item, num_actors
-from tdc_ray.errors import WorkFailedError
+from tdc_ray.distributed.cluster import Board, alive_nodes, node_resources
+from tdc_ray.distributed.crew import Crew, needs
+from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
+from tdc_ray.distributed.ranks import Rank
+from tdc_ray.errors import TdcError, WorkFailedError
 from tdc_ray.progress import ProgressView
-from tdc_ray.work import Chain, Chains, Result, WorkItem, run_item
+from tdc_ray.timeline import Timeline
+from tdc_ray.work import Chain, Result
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often the pool looks for new nodes while nothing happens."""
+
+SECONDS_UNTIL_SAID = 10.0
+"""How long nothing can start for want of a worker before the log says so."""
+
+SECONDS_TO_FAIL = 5.0
+"""How long the other workers of an item may take to fail after one of them did."""
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says then, on a GPU and on a CPU."""
 
 T = TypeVar("T")
 
-Entry = tuple[str, WorkItem]
-"""An item that is to be run, with the name of its chain."""
 
+@dataclass(slots=True)
+class _Running:
+    """A task, what gives its result, and those of its workers that are not done."""
 
-class _Worker:
-    """A process that runs items, one at a time."""
-
-    def __init__(self, num_threads: int, board: Board) -> None:
-        import torch  # the driver of a pool may do without
-
-        torch.set_num_threads(num_threads)
-        self.board = board
-
-    def run(self, item: WorkItem) -> Result:
-        return run_item(item, self.board.reporter(item.key))
+    task: Task
+    result: ray.ObjectRef
+    owed: dict[ray.ObjectRef, str]
+    """Their names; of a call, which has none, nobody's."""
 
 
 class Pool:
-    """Actors, started as there is work for them; a context manager that ends them.
+    """Runs items on actors that come and go; a context manager that ends them.
 
     Where a language model is to be asked, entering makes sure that it can be.
     """
 
-    def __init__(self, config: RunConfig, board: Board, view: ProgressView) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        board: Board,
+        view: ProgressView,
+        timeline: Timeline | None = None,
+    ) -> None:
         self._compute, self._proxy = config.compute, config.proxy
         self._asks = config.prune.method == "llm"
-        self._board, self._view = board, view
+        self._board, self._view, self._timeline = board, view, timeline or Timeline(None)
         self._caller: ActorHandle | None = None
-        self._idle: list[ActorHandle] = []
-        self._max_actors = 0
-        self._running: dict[ray.ObjectRef, tuple[ActorHandle, str, WorkItem]] = {}
-        self._attempts: Counter[tuple[str, str]] = Counter()
+        self._crew = Crew(config.compute, board, self._timeline)
+        self._running: dict[int, _Running] = {}
 
     def __enter__(self) -> "Pool":
-        compute = self._compute
         if self._asks:
             self._caller = start_checked_caller(self._proxy)
-        resources = {"CPU": float(compute.cpus_per_actor), "GPU": compute.gpus_per_actor}
-        self._max_actors = num_actors(compute.num_actors, node_resources(), resources)
+        self._crew.check()
         return self
 
     def __exit__(self, *_: object) -> None:
-        busy = [actor for actor, _, item in self._running.values() if not item.is_call]
-        for actor in [*self._idle, *busy]:
-            ray.kill(actor)
+        self._crew.dismiss_all()
+        self._timeline.flush()
 
-    def run(self, chains: Mapping[str, Chain[T]]) -> dict[str, T]:
+    def run(self, chains: Mapping[str, Chain[T]], phase: str = "work") -> dict[str, T]:
         """Run all chains side by side, and within each its items in order.
 
         A chain whose item fails for good ends there; the others are finished first.
+
+        Args:
+            chains: By their names.
+            phase: What to call this in the timeline.
 
         Returns:
             What each chain returned, by its name.
 
         Raises:
             WorkFailedError: Chains failed; names each and its reason.
+            ClusterError: Actors die as they start.
         """
-        self._attempts.clear()
-        under_way = Chains(chains)
-        failed: dict[str, str] = {}
-        ready = under_way.go_on()
-        while ready or self._running:
-            ready = self._start_some(ready)
-            refs = list(self._running)
-            done, _ = ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
-            for ref in done:
-                name, item, outcome = self._collect(ref)
-                if isinstance(outcome, Action):
-                    ready += [(name, item)] if name not in failed else []
-                elif isinstance(outcome, str):
-                    failed[name] = outcome
-                    under_way.drop(name)
-                    ready = [entry for entry in ready if entry[0] != name]
-                else:
-                    under_way.put(name, item, outcome)
-            ready += under_way.go_on()
-        if failed:
-            raise WorkFailedError(failed)
-        return under_way.values
-
-    def _start_some(self, ready: Sequence[Entry]) -> list[Entry]:
-        """Start all calls, and as many other items as there are actors for; give what is left."""
-        left = [entry for entry in ready if not entry[1].is_call]
-        for name, item in ready:
-            if item.is_call:
-                if self._caller is None:
-                    self._caller = start_caller(self._proxy)
-                self._start(name, item, self._caller, self._caller.run.remote(item, self._board))
-        while left and (self._idle or self._num_busy() < self._max_actors):
-            chosen = next_item(item for _, item in left)
-            name, item = next(entry for entry in left if entry[1] is chosen)
-            left.remove((name, item))
-            actor = self._idle.pop() if self._idle else self._new_actor()
-            self._start(name, item, actor, actor.run.remote(item))
-        return left
-
-    def _num_busy(self) -> int:
-        return sum(not item.is_call for _, _, item in self._running.values())
-
-    def _start(self, name: str, item: WorkItem, actor: ActorHandle, ref: ray.ObjectRef) -> None:
-        self._attempts[name, item.key] += 1
-        self._view.start(item.key, item.num_steps)
-        self._running[ref] = (actor, name, item)
-
-    def _collect(self, ref: ray.ObjectRef) -> tuple[str, WorkItem, Result | Action | str]:
-        """Give the result of an item, that it is to be tried again, or why it failed for good."""
-        actor, name, item = self._running.pop(ref)
-        self._view.finish(item.key)
-        attempts = self._attempts[name, item.key]
-        try:
-            result: Result = ray.get(ref)
-        except RayTaskError as error:
-            self._release(actor, item)
-            failure, reason = Failure.OWN_ERROR, f"{type(error.cause).__name__}: {error.cause}"
-        except RayActorError as error:
-            if not item.is_call:  # the caller starts again by itself
-                ray.kill(actor)  # it may be alive but out of reach
-            failure, reason = Failure.WORKER_LOST, f"its worker died {attempts} times: {error}"
-        else:
-            self._release(actor, item)
-            return name, item, result
-        most = self._compute.max_attempts
-        if after_failure(failure, attempts=attempts, max_attempts=most) is Action.GIVE_UP:
-            if failure is Failure.WORKER_LOST and item.on_loss is not None:
-                return name, item, item.on_loss
-            return name, item, reason
-        logger.warning("%s lost its worker (attempt %d); it starts again", item.key, attempts)
-        return name, item, Action.RETRY
-
-    def _release(self, actor: ActorHandle, item: WorkItem) -> None:
-        if not item.is_call:
-            self._idle.append(actor)
-
-    def _new_actor(self) -> Any:
-        compute = self._compute
-        remote = ray.remote(
-            num_cpus=compute.cpus_per_actor,
-            num_gpus=compute.gpus_per_actor,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy="SPREAD",
+        self._end_what_an_error_left()
+        self._timeline.add("phase", name=phase)
+        schedule: Schedule[T] = Schedule(
+            chains, default=self._crew.default, max_attempts=self._compute.max_attempts
         )
-        return remote(_Worker).remote(compute.cpus_per_actor, self._board)
+        for name, resources in self._crew.ready().items():
+            schedule.join(name, resources)
+        idle_since, said = time.monotonic(), False
+        while not schedule.is_done:
+            self._staff(schedule)
+            for task in schedule.start():
+                self._start(task)
+            if self._running:
+                idle_since = time.monotonic()
+            elif not said and time.monotonic() - idle_since > SECONDS_UNTIL_SAID:
+                said = True
+                _say_what_waits(schedule)
+            self._take_in(schedule)
+            self._timeline.flush(max_age_s=SECONDS_BETWEEN_LOOKS)
+        if schedule.failed:
+            raise WorkFailedError(schedule.failed)
+        return schedule.values
+
+    def _end_what_an_error_left(self) -> None:
+        """End workers that still run items of a call that an error ended."""
+        for running in self._running.values():
+            for name in running.task.workers:
+                self._crew.dismiss(name)
+        self._running.clear()
+
+    def _staff(self, schedule: Schedule[T]) -> None:
+        """Forget idle workers that died, and hire for what could run at once."""
+        for name in self._crew.dead(schedule.next_workers()):
+            schedule.leave(name)
+            self._crew.dismiss(name)
+        wanted = schedule.wanted()
+        for name, resources in schedule.spare().items():  # they may take another's room
+            others = [kind for kind in wanted if kind != resources]
+            if any(self._crew.is_short_of(kind, wanted[kind]) for kind in others):
+                schedule.leave(name)
+                self._crew.dismiss(name)
+        self._crew.hire(wanted)
+
+    def _start(self, task: Task) -> None:
+        item = task.item
+        self._view.start(item.key, item.num_steps, task.number)
+        self._timeline.add(
+            "start",
+            task=task.number,
+            chain=task.chain,
+            stage=task.stage,
+            item=item.key,
+            workers=task.workers,
+            attempt=task.attempt,
+        )
+        if item.is_call:
+            if self._caller is None:
+                self._caller = start_caller(self._proxy)
+            ref = self._caller.run.remote(item, self._board, task.number)
+            self._running[task.number] = _Running(task, ref, {ref: ""})
+            return
+        actors = self._crew.actors(task.workers)
+        refs = [
+            actor.run.remote(item, task.number, rank)
+            for actor, rank in zip(actors, _ranks(actors), strict=True)
+        ]
+        owed = dict(zip(refs, task.workers, strict=True))
+        self._running[task.number] = _Running(task, refs[0], owed)
+
+    def _take_in(self, schedule: Schedule[T]) -> None:
+        """Wait until something happened, and tell the schedule."""
+        owed = {ref: running for running in self._running.values() for ref in running.owed}
+        starting = set(self._crew.starting())
+        refs = [*owed, *starting]
+        if not refs:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            return
+        ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+            if ref in starting:
+                name = self._crew.take_in(ref)
+                if name is not None:
+                    schedule.join(name, self._crew.ready()[name])
+            elif owed[ref].task.number in self._running:  # no other of its workers failed
+                self._take_in_result(ref, owed[ref], schedule)
+
+    def _take_in_result(
+        self, ref: ray.ObjectRef, running: _Running, schedule: Schedule[T]
+    ) -> None:
+        error = _error_of(ref)
+        if error is not None:
+            self._take_in_failure(running, schedule)
+            return
+        del running.owed[ref]
+        if running.owed:
+            return
+        result: Result = ray.get(running.result)
+        self._end(running.task, "done")
+        self._crew.rest(running.task.workers)
+        schedule.finish(running.task, result)
+
+    def _take_in_failure(self, running: _Running, schedule: Schedule[T]) -> None:
+        """Find out what an item died of, end what is left of it, and ask what follows."""
+        task = running.task
+        refs = list(running.owed)
+        done, silent = ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_FAIL)
+        errors = {ref: error for ref in done if (error := _error_of(ref)) is not None}
+        cause = min(errors.values(), key=lambda error: isinstance(error, RayTaskError))
+        lost = [running.owed[ref] for ref in [*errors, *silent] if _lost(errors.get(ref))]
+        lost = [name for name in lost if name]
+        failure = _failure_of(cause, node_lost=not self._crew.nodes(lost) <= alive_nodes())
+        if isinstance(cause, RayTaskError):
+            reason = f"{type(cause.cause).__name__}: {cause.cause}"
+        else:
+            reason = f"its worker died {task.attempt} times: {cause}"
+        for name in lost:
+            self._crew.dismiss(name)
+        self._crew.rest(name for name in task.workers if name not in lost)
+        self._end(task, failure.value)
+        action = schedule.fail(task, failure, reason, lost)
+        if action is Action.GIVE_UP:
+            self._timeline.add("failed", chain=task.chain, reason=reason)
+        again = {
+            Action.RETRY: "it starts again",
+            Action.HALVE: "it starts again with half the images at once",
+            Action.STAND_IN: "its chain goes on without it",
+            Action.GIVE_UP: "it is given up",
+        }
+        what = f"failed ({reason})" if isinstance(cause, RayTaskError) else "lost its worker"
+        logger.warning("%s %s (attempt %d); %s", task.item.key, what, task.attempt, again[action])
+
+    def _end(self, task: Task, outcome: str) -> None:
+        del self._running[task.number]
+        self._view.finish(task.number)
+        self._timeline.add("end", task=task.number, outcome=outcome)
+
+
+def _ranks(actors: list[Any]) -> list[Rank | None]:
+    """Give workers of one item their places; one alone needs none."""
+    if len(actors) == 1:
+        return [None]
+    try:
+        address: str = ray.get(actors[0].address.remote())
+    except RayActorError:
+        address = ""  # it died: so the items fail, too, and are taken in as others
+    return [Rank(index, len(actors), address) for index in range(len(actors))]
+
+
+def _error_of(ref: ray.ObjectRef) -> RayError | None:
+    """Give what a finished call raised."""
+    try:
+        ray.get(ref)
+    except (RayTaskError, RayActorError, OutOfMemoryError) as error:
+        return error
+    return None
+
+
+def _lost(error: RayError | None) -> bool:
+    """Whether a worker is gone, or hangs, and not just its item."""
+    return not isinstance(error, RayTaskError)
+
+
+def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
+    if isinstance(error, OutOfMemoryError):
+        return Failure.OUT_OF_MEMORY
+    if not isinstance(error, RayTaskError):
+        return Failure.NODE_LOST if node_lost else Failure.WORKER_LOST
+    if isinstance(error.cause, TdcError):
+        return Failure.OWN_ERROR
+    if any(words in str(error.cause) for words in OUT_OF_MEMORY):
+        return Failure.OUT_OF_MEMORY
+    return Failure.OTHER_ERROR
+
+
+def _say_what_waits(schedule: Schedule[Any]) -> None:
+    wishes = [f"{number} of {needs(kind)}" for kind, number in schedule.wanted().items()]
+    logger.warning(
+        "work waits for actors: %s could be used, and not enough are free on the nodes %s; it "
+        "goes on when there is room",
+        " and ".join(wishes),
+        node_resources(),
+    )

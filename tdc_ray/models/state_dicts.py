@@ -19,6 +19,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NAMED = 3
 """Most tensors that one error names."""
 
+_SAVE_TENSORS = (
+    "import torch, collections, torch.serialization as s; f = '{path}'; "
+    "empty = type('', (), {{'__new__': lambda *_: collections.Counter()}}); "
+    "s.add_safe_globals([(empty, g) for g in s.get_unsafe_globals_in_checkpoint(f)]); "
+    "torch.save({{'state_dict': torch.load(f, 'cpu', weights_only=True)['state_dict']}}, "
+    "'weights.ckpt')"
+)
+"""Puts an empty counter in the place of every object: PyTorch then fills in what belongs to it."""
+
 
 def load_state_dict(path: Path) -> StateDict:
     """Load a checkpoint's tensors on the CPU; they stay on the disk until they are used.
@@ -39,11 +48,10 @@ def load_state_dict(path: Path) -> StateDict:
         if not objects:
             raise CheckpointError(f"{path} is no checkpoint of PyTorch: {error}") from error
         raise CheckpointError(
-            f"{path} holds objects beside its tensors ({', '.join(sorted(objects))}), and loading "
-            "those can run any code, so it is not done. If you trust the file, save its tensors "
-            'alone where these packages are installed: python -c "import torch; torch.save('
-            f"{{'state_dict': torch.load('{path.name}', map_location='cpu', weights_only=False)"
-            "['state_dict']}, 'weights.ckpt')\", and name that file."
+            f"{path} holds objects beside its tensors ({', '.join(sorted(objects))}), as "
+            "Lightning's checkpoints do. Loading those can run any code, so it is not done. Save "
+            "its tensors alone, which needs none of these packages and runs none of their code: "
+            f'python -c "{_SAVE_TENSORS.format(path=path)}", and name weights.ckpt in its place.'
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is no checkpoint of PyTorch: {error}") from error

@@ -45,7 +45,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     """
     config, spent = task.config, Spent()
     full = keep_all(task.space.units)
-    (base,) = yield [_measure_item(task, "base", full, 0)]
+    (base,) = yield [measure_item(task, "base", full, 0)]
     spent.add(base)
     loss_base = base["loss_cut"]
     method = config.prune.method
@@ -131,7 +131,7 @@ def _sensitivities(
         ]
         scores = {name: scores[name] for name in ranked}
     full = keep_all(space.units)
-    items = _sensitivity_items(task, 0, full, scores, loss_base, SENSITIVITY_ITEMS)
+    items = sensitivity_items(task, 0, full, scores, loss_base, SENSITIVITY_ITEMS)
     sensitivities: Sensitivities = {}
     for part in (yield items):
         spent.add(part)
@@ -144,11 +144,11 @@ def _sensitivities(
         start = knapsack(space, curves, max_macs)
         kept, loss = keep_best(space.units, scores, start), loss_base
         if has_streams:
-            (measured,) = yield [_measure_item(task, f"sensitivities-{number}-start", kept, 0)]
+            (measured,) = yield [measure_item(task, f"sensitivities-{number}-start", kept, 0)]
             spent.add(measured)
             loss = _loss(measured)
         grown: dict[str, dict[int, float]] = {}
-        for part in (yield _sensitivity_items(task, number, kept, scores, loss, 1)):
+        for part in (yield sensitivity_items(task, number, kept, scores, loss, 1)):
             spent.add(part)
             grown |= _by_width(part)
         sensitivities = measured_further(sensitivities, curves, start, grown)
@@ -226,7 +226,7 @@ def _measure(
     kept = [keep_best(space.units, scores, dict(proposal.scheme)) for proposal in proposals]
     first = 1 + number * prune.num_candidates
     results = yield [
-        _measure_item(task, f"round-{number}-candidate-{place}", choice, first + place)
+        measure_item(task, f"round-{number}-candidate-{place}", choice, first + place)
         for place, choice in enumerate(kept)
     ]
     found = []
@@ -249,7 +249,7 @@ def _measure(
     return found
 
 
-def _sensitivity_items(
+def sensitivity_items(
     task: GroupTask, number: int, kept: Kept, scores: Scores, loss: float, num_shares: int
 ) -> list[WorkItem]:
     """Make a pass's items: inner units in some shares, and every stream by itself.
@@ -285,13 +285,23 @@ def _sensitivity_items(
     return items
 
 
-def _measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
-    macs = task.space.macs(widths_of(kept))
+def measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
+    """Make the item that cuts, refits and measures a sub-model.
+
+    Args:
+        task: The group.
+        name: Its name within the group.
+        kept: What of each unit is kept.
+        number: Which of the search's candidates it is, counted from 1; 0: none of them.
+    """
+    prune, macs = task.config.prune, task.space.macs(widths_of(kept))
+    refitted = prune.refit != "none" and macs < task.space.macs_base
+    images = prune.num_images + 3 * prune.num_refit_images * refitted
     return task.item(
         name,
         measure_candidate,
         MeasureJob(task.run_dir, task.config, task.group, kept, number),
-        cost=float(task.config.prune.num_images * macs),
+        cost=float(images * macs),
         behind=_candidates_macs(task, number),
         num_steps=max(number, 1),
         kept=kept,

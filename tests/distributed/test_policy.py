@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -5,58 +6,176 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.distributed.policy import (
-    MAX_ACTORS,
+    MAX_NODE_LOSSES,
     Action,
     Failure,
-    after_failure,
-    next_item,
-    num_actors,
+    Schedule,
+    num_fitting,
 )
-from tdc_ray.errors import ClusterError
-from tdc_ray.work import WorkItem
+from tdc_ray.work import Chain, Meeting, Resources, WorkItem
+
+ONE = Resources(1.0)
+NOWHERE = Path("/nonexistent/tdc-ray-tests")
 
 
-def item(key: str, cost: float, cost_behind: float = 0.0) -> WorkItem:
-    return WorkItem(key, lambda _job, _report: {}, None, Path(key), cost, cost_behind)
+def item(key: str, cost: float = 1.0, cost_behind: float = 0.0, **details) -> WorkItem:
+    place = NOWHERE / f"{key}.json"
+    return WorkItem(key, lambda _job, _report: {}, 8, place, cost, cost_behind, **details)
+
+
+def chain(*stages: Sequence[WorkItem] | Meeting) -> Chain[list]:
+    results: list = []
+    for stage in stages:
+        results += yield stage
+    return results
+
+
+def schedule_of(chains, *, workers: Sequence[str] = (), max_attempts: int = 3) -> Schedule[list]:
+    schedule: Schedule[list] = Schedule(chains, default=ONE, max_attempts=max_attempts)
+    for worker in workers:
+        schedule.join(worker, ONE)
+    return schedule
+
+
+def names(tasks) -> list[str]:
+    return [task.item.key for task in tasks]
 
 
 def test_the_item_with_the_longest_chain_goes_first():
-    short_now_long_later = item("a", 1.0, cost_behind=10.0)
-    long_now = item("b", 5.0)
-    assert next_item([long_now, short_now_long_later]) is short_now_long_later
+    stages = [item("long now", 5.0), item("long later", 1.0, cost_behind=10.0)]
+    schedule = schedule_of({"a": chain(stages)}, workers=["w"])
+    assert names(schedule.start()) == ["long later"]
 
 
 @given(st.permutations(["c", "a", "b"]))
 def test_equal_items_go_in_the_order_of_their_names(order):
-    assert next_item([item(key, 1.0) for key in order]).key == "a"
+    schedule = schedule_of({"x": chain([item(key) for key in order])}, workers=["w"])
+    assert names(schedule.start()) == ["a"]
 
 
-def test_a_lost_worker_is_retried_until_attempts_run_out():
-    lost = Failure.WORKER_LOST
-    assert after_failure(lost, attempts=1, max_attempts=3) is Action.RETRY
-    assert after_failure(lost, attempts=2, max_attempts=3) is Action.RETRY
-    assert after_failure(lost, attempts=3, max_attempts=3) is Action.GIVE_UP
+def test_chains_go_on_as_results_come_in_and_end_with_their_values():
+    chains = {name: chain([item(f"{name}1")], [item(f"{name}2")]) for name in "ab"}
+    schedule = schedule_of(chains, workers=["v", "w"])
+    first, second = schedule.start()
+    assert schedule.start() == []
+    schedule.finish(first, {"value": 1})
+    (third,) = schedule.start()
+    assert (third.chain, third.workers, third.stage) == (first.chain, first.workers, 2)
+    for task in (second, third):
+        schedule.finish(task, {})
+    (last,) = schedule.start()
+    schedule.finish(last, {})
+    assert schedule.is_done
+    assert schedule.values == {"a": [{"value": 1}, {}], "b": [{}, {}]}
 
 
-def test_an_error_of_its_own_is_never_retried():
-    assert after_failure(Failure.OWN_ERROR, attempts=1, max_attempts=3) is Action.GIVE_UP
+def test_a_lost_worker_is_forgotten_and_its_item_tried_again_until_attempts_run_out():
+    schedule = schedule_of({"a": chain([item("i")])}, workers=["u", "v", "w"], max_attempts=2)
+    (task,) = schedule.start()
+    assert schedule.fail(task, Failure.WORKER_LOST, "died", task.workers) is Action.RETRY
+    (again,) = schedule.start()
+    assert again.attempt == 2
+    assert again.workers != task.workers
+    assert schedule.fail(again, Failure.WORKER_LOST, "died", again.workers) is Action.GIVE_UP
+    assert schedule.is_done
+    assert schedule.failed == {"a": "died"}
+    assert set(schedule.spare()) == {"u", "v", "w"} - {*task.workers, *again.workers}
 
 
-def test_as_many_actors_as_fit_are_started_unless_fewer_are_wanted():
-    assert num_actors(None, [{"CPU": 8.0}], {"CPU": 2.0, "GPU": 0.0}) == 4
-    assert num_actors(3, [{"CPU": 8.0}], {"CPU": 2.0}) == 3
-    assert num_actors(9, [{"CPU": 8.0}], {"CPU": 2.0}) == 4
-    assert num_actors(None, [{"CPU": 64.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.5}) == 4
-    assert num_actors(None, [{"CPU": 1000.0}], {"CPU": 1.0}) == MAX_ACTORS
+def test_an_error_of_ours_is_not_tried_again_and_other_errors_are():
+    for failure, first in (
+        (Failure.OWN_ERROR, Action.GIVE_UP),
+        (Failure.OTHER_ERROR, Action.RETRY),
+    ):
+        schedule = schedule_of({"a": chain([item("i")])}, workers=["w"])
+        (task,) = schedule.start()
+        assert schedule.fail(task, failure, "wrong") is first
 
 
-def test_actors_are_counted_node_by_node():
-    nodes = [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 9.0}]
-    assert num_actors(None, nodes, {"CPU": 3.0}) == 1 + 1 + 3
-    with pytest.raises(ClusterError, match="no node has"):
-        num_actors(None, nodes[:2], {"CPU": 8.0})
+def test_lost_nodes_do_not_count_as_attempts_up_to_a_bound():
+    schedule = schedule_of({"a": chain([item("i")])}, workers=["w"], max_attempts=1)
+    actions = []
+    while tasks := schedule.start():
+        actions.append(schedule.fail(tasks[0], Failure.NODE_LOST, "preempted"))
+    assert actions == [Action.RETRY] * MAX_NODE_LOSSES + [Action.GIVE_UP]
 
 
-def test_an_actor_that_fits_nowhere_is_an_error_that_names_the_setting():
-    with pytest.raises(ClusterError, match=r"GPU.*compute\.gpus_per_actor"):
-        num_actors(None, [{"CPU": 8.0}], {"CPU": 1.0, "GPU": 1.0})
+def halve(size: int) -> int | None:
+    return size // 2 or None
+
+
+def test_memory_is_halved_until_there_is_no_less_and_only_then_counts_as_a_failure():
+    schedule = schedule_of({"a": chain([item("i", halve=halve)])}, workers=["w"], max_attempts=2)
+    tried = []
+    while tasks := schedule.start():
+        tried.append(tasks[0].item.job)
+        schedule.fail(tasks[0], Failure.OUT_OF_MEMORY, "out of memory")
+    assert tried == [8, 4, 2, 1, 1]
+    assert schedule.failed == {"a": "out of memory"}
+
+
+def test_a_chain_that_failed_takes_its_ready_items_along_and_others_go_on():
+    chains = {"a": chain([item("a1"), item("a2")]), "b": chain([item("b1")])}
+    schedule = schedule_of(chains, workers=["w"])
+    (task,) = schedule.start()
+    schedule.fail(task, Failure.OWN_ERROR, "wrong")
+    assert schedule.wanted() == {ONE: 1}
+    (last,) = schedule.start()
+    assert last.item.key == "b1"
+    schedule.finish(last, {})
+    assert schedule.is_done
+    assert schedule.values.keys() == {"b"}
+
+
+def test_calls_take_no_worker_and_stand_in_for_what_is_lost():
+    call = item("ask", on_loss={"lost": True})
+    schedule = schedule_of({"a": chain([call])}, max_attempts=2)
+    (task,) = schedule.start()
+    assert task.workers == ()
+    assert schedule.wanted() == {}
+    assert schedule.fail(task, Failure.WORKER_LOST, "died") is Action.RETRY
+    (task,) = schedule.start()
+    assert schedule.fail(task, Failure.WORKER_LOST, "died") is Action.STAND_IN
+    assert schedule.values == {"a": [{"lost": True}]}
+
+
+def test_an_item_for_several_workers_waits_for_them_and_smaller_ones_behind_it():
+    wide, small = item("wide", 9.0, num_workers=2), item("small")
+    schedule = schedule_of({"a": chain([wide, small])}, workers=["v"])
+    assert schedule.start() == []
+    assert schedule.wanted() == {ONE: 3}
+    schedule.join("w", ONE)
+    (task,) = schedule.start()
+    assert set(task.workers) == {"v", "w"}
+    schedule.fail(task, Failure.WORKER_LOST, "died", ["v"])
+    schedule.join("x", ONE)
+    (task,) = schedule.start()
+    assert set(task.workers) == {"w", "x"}
+    schedule.finish(task, {})
+    assert names(schedule.start()) == ["small"]
+
+
+def test_items_go_to_workers_of_their_kind_and_others_are_spare():
+    gpu = Resources(1.0, 1.0)
+    schedule = schedule_of({"a": chain([item("train", resources=gpu)])}, workers=["cpu"])
+    assert schedule.start() == []
+    assert schedule.wanted() == {gpu: 1}
+    assert schedule.spare() == {"cpu": ONE}
+    schedule.join("gpu", gpu)
+    assert schedule.next_workers() == ["gpu"]
+    (task,) = schedule.start()
+    assert task.workers == ("gpu",)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needed", "fits"),
+    [
+        ([{"CPU": 8.0}], {"CPU": 2.0, "GPU": 0.0}, 4),
+        ([{"CPU": 64.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.5}, 4),
+        ([{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 9.0}], {"CPU": 3.0}, 1 + 1 + 3),
+        ([{"CPU": 4.0}, {"CPU": 4.0}], {"CPU": 8.0}, 0),
+        ([{"CPU": 8.0}], {"CPU": 1.0, "GPU": 1.0}, 0),
+    ],
+)
+def test_processes_are_counted_node_by_node(nodes, needed, fits):
+    assert num_fitting(nodes, needed) == fits

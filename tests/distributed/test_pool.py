@@ -1,21 +1,32 @@
 """Real actors, real kills. What runs in a worker is defined inside its test, so it is sent."""
 
+import dataclasses
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.progress import ProgressView
-from tdc_ray.settings import ComputeConfig
 from tdc_ray.storage import read_json, write_json
+from tdc_ray.timeline import Timeline, load_history, usage
 from tdc_ray.work import Chain, Meeting, WorkItem
 
 pytestmark = pytest.mark.ray
+
+
+class TimedPool(Pool):
+    def __init__(self, config, events, view, path):
+        self.timeline_path, self.timeline = path, Timeline(path)
+        super().__init__(config, events, view, self.timeline)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,7 @@ def pool(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with (
         ProgressView(folder, Console(quiet=True)) as view,
         board(view) as events,
-        Pool(config, events, view) as pool,
+        TimedPool(config, events, view, folder / "timeline.jsonl") as pool,
     ):
         yield pool
 
@@ -145,6 +156,140 @@ def test_a_pool_that_does_not_fit_is_refused(ray_cluster, tmp_path):
         pytest.raises(ClusterError, match=r"compute\.cpus_per_actor"),
     ):
         Pool(RunConfig(compute=ComputeConfig(cpus_per_actor=1000)), events, view).__enter__()
+
+
+# --- workers that come and go ----------------------------------------------------------------
+
+
+def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
+    def where(job, report):
+        import os
+
+        return {"value": os.getpid()}
+
+    (pid,) = pool.run({"a": chain(tmp_path, "a", where, [1])})["a"]
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(1.5)  # so long that its death shows
+    before = [span.attempt for span in load_history(pool.timeline_path).spans]
+    pids = pool.run({"b": chain(tmp_path, "b", where, [1, 2, 3])})["b"]
+    assert pid not in pids
+    pool.timeline.flush()
+    spans = load_history(pool.timeline_path).spans[len(before) :]
+    assert [span.attempt for span in spans] == [1, 1, 1]
+
+
+def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
+    def work(job, report):
+        import torch
+        from torch import distributed
+
+        from tdc_ray.device import place
+
+        folder, _name, _number = job
+        total = torch.tensor([float(place().rank + 1)])
+        distributed.all_reduce(total)
+        (folder / f"rank-{place().rank}").touch()
+        return {"value": total.item(), "world_size": place().world_size}
+
+    def wide():
+        item = dataclasses.replace(item_of(tmp_path, "wide", work, 1), num_workers=2)
+        (result,) = yield [item]
+        return result
+
+    assert pool.run({"wide": wide()}) == {"wide": {"value": 3.0, "world_size": 2}}
+    assert (tmp_path / "rank-1").exists()
+
+
+def test_one_of_two_workers_that_dies_takes_the_other_along_and_both_start_again(pool, tmp_path):
+    def work(job, report):
+        import os
+        import signal
+
+        import torch
+        from torch import distributed
+
+        from tdc_ray.device import place
+
+        folder, _name, _number = job
+        first = folder / "first"
+        if place().rank == 1 and not first.exists():
+            first.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        total = torch.ones(1)
+        distributed.all_reduce(total)
+        return {"value": total.item()}
+
+    def wide():
+        item = dataclasses.replace(item_of(tmp_path, "wide", work, 1), num_workers=2)
+        (result,) = yield [item]
+        return result["value"]
+
+    assert pool.run({"wide": wide()}) == {"wide": 2.0}
+    assert (tmp_path / "first").exists()
+
+
+def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_path):
+    def work(job, report):
+        import torch
+
+        folder, _name, size = job
+        with open(folder / "sizes", "a") as file:  # noqa: PTH123
+            file.write(f"{size} ")
+        if size > 2:
+            torch.empty(2**60)  # raises what torch raises
+        return {"value": size}
+
+    def halve(job):
+        folder, name, size = job
+        return (folder, name, size // 2) if size > 1 else None
+
+    def large():
+        item = dataclasses.replace(item_of(tmp_path, "large", work, 8), halve=halve)
+        (result,) = yield [item]
+        return result["value"]
+
+    assert pool.run({"large": large()}) == {"large": 2}
+    assert (tmp_path / "sizes").read_text() == "8 4 2 "
+
+
+def test_an_error_from_outside_is_tried_again(pool, tmp_path):
+    def work(job, report):
+        folder, _name, number = job
+        if not (folder / "there").exists():
+            (folder / "there").touch()
+            raise OSError("the network was down")
+        return {"value": number}
+
+    assert pool.run({"a": chain(tmp_path, "a", work, [1])}) == {"a": [1]}
+
+
+def test_the_timeline_says_who_ran_what_and_what_was_lost(pool, tmp_path):
+    def work(job, report):
+        import os
+        import signal
+        import time
+
+        folder, _name, number = job
+        time.sleep(0.2)
+        if number == 2 and not (folder / "first").exists():
+            (folder / "first").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"value": number}
+
+    pool.run({"timed": chain(tmp_path, "timed", work, [1, 2])}, "timed phase")
+    pool.timeline.flush()
+    history = load_history(pool.timeline_path)
+    spans = [span for span in history.spans if span.phase == "timed phase"]
+    assert [(span.item, span.attempt, span.outcome) for span in spans] == [
+        ("timed/1", 1, "done"),
+        ("timed/2", 1, "worker_lost"),
+        ("timed/2", 2, "done"),
+    ]
+    assert {span.workers[0] for span in spans} <= {stay.worker for stay in history.stays}
+    (used,) = [part for part in usage(history) if part.phase == "timed phase"]
+    assert 0.4 <= used.lower_bound_seconds <= used.work_seconds
+    assert used.makespan_seconds >= used.work_seconds + used.lost_seconds
+    assert used.lost_seconds >= 0.2
 
 
 # --- calls -----------------------------------------------------------------------------------

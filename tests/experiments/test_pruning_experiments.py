@@ -1,13 +1,16 @@
 import csv
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from tdc_ray.errors import StorageError
-from tests.small import small_config
+from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.latents import latents_dir
+from tdc_ray.models.unet import load_unet
+from tests.small import latent_config, make_first_stage, small_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -106,3 +109,32 @@ def test_a_storage_of_other_settings_is_refused(ray_cluster, storage):
     claim(storage / "claimed", small_config())
     with pytest.raises(StorageError, match=r"finetune.num_steps 20 -> 7\. .*another --storage"):
         claim(storage / "claimed", small_config(finetune={"num_steps": 7}))
+
+
+@pytest.mark.ray
+def test_latents_are_ready_before_a_base_is_trained_on_them_and_before_all_else(
+    ray_cluster, storage, tmp_path
+):
+    from common import trained_base, workers
+
+    stage, base = make_first_stage(tmp_path / "first_stage"), {"num_steps": 2, "batch_size": 8}
+    config = latent_config(stage, tmp_path / "cache", base=base)
+    load_unet(trained_base(config, tmp_path / "base"))
+    shards = sorted(latents_dir(config).glob("*.safetensors"))
+    assert len(shards) == 2  # of 1,797 digits
+    shutil.rmtree(latents_dir(config))
+    with workers(config, tmp_path / "more"):
+        assert sorted(latents_dir(config).glob("*.safetensors")) == shards
+
+
+def test_a_preset_of_latents_asks_for_its_first_stage(storage, tmp_path, monkeypatch):
+    from common import parse_flags, trained_base
+
+    arguments = ["x.py", "--preset", "mnist-32-ldm", "--data", str(tmp_path / "mnist.npz")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    config = parse_flags("").config(0)
+    with pytest.raises(ConfigError, match=r"mnist32-ldm .*needs a first stage.*first-stage"):
+        trained_base(config, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--first-stage", str(tmp_path / "stage")])
+    assert parse_flags("").config(0).data.first_stage == str(tmp_path / "stage")

@@ -1,4 +1,7 @@
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,39 @@ def test_objects_beside_the_tensors_are_never_unpickled(tmp_path, is_zip):
     assert str(path) in str(error.value)
     if is_zip:
         assert "holds objects beside its tensors (" in str(error.value)
-        assert "weights_only=False" in str(error.value)
+    assert not trace.exists()
+
+
+class AttributeDict(dict):
+    """As Lightning keeps hyperparameters."""
+
+
+class OpensWhenUnpickled:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_the_command_that_the_error_gives_saves_the_tensors_and_runs_no_code(tmp_path):
+    trace, path = tmp_path / "it was unpickled", tmp_path / "model.ckpt"
+    saved = {
+        "state_dict": STATE,
+        "callbacks": {AttributeDict: OpensWhenUnpickled(trace)},  # the class itself is a key
+        "hyper_parameters": AttributeDict(first=AttributeDict(a=1), second=[Path("a/b")]),
+        "epoch": 3,
+    }
+    torch.save(saved, path)
+    with pytest.raises(
+        CheckpointError, match=r"AttributeDict.*as Lightning's checkpoints"
+    ) as error:
+        load_state_dict(path)
+    command = re.search(r'python (-c ".*"), and name weights\.ckpt', str(error.value))
+    assert command is not None
+    # in a fresh process that knows neither this module nor its classes
+    subprocess.run(f"{sys.executable} -I {command[1]}", shell=True, cwd=tmp_path, check=True)
+    assert_same(dict(load_state_dict(tmp_path / "weights.ckpt")), STATE)
     assert not trace.exists()
 
 

@@ -1,0 +1,238 @@
+"""The actors of a pool: hired as nodes join, forgotten as nodes go."""
+
+import itertools
+import logging
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
+
+from tdc_ray.compute_settings import ComputeConfig
+from tdc_ray.distributed.cluster import Board, is_local, node_resources
+from tdc_ray.distributed.policy import num_fitting
+from tdc_ray.distributed.ranks import Rank, as_rank
+from tdc_ray.errors import ClusterError
+from tdc_ray.timeline import Timeline
+from tdc_ray.work import Resources, Result, WorkItem, run_item
+
+logger = logging.getLogger(__name__)
+
+MAX_ACTORS = 64
+"""Most actors that are started unasked."""
+
+MAX_FAILED_STARTS = 10
+"""Actors in a row that may die before they are ready."""
+
+SECONDS_IDLE = 1.0
+"""How long a worker may have been idle and still pass for alive."""
+
+SECONDS_TO_ANSWER = 5.0
+"""How long it may then take to say that it is."""
+
+
+class _Worker:
+    """A process that runs items, one at a time."""
+
+    def __init__(self, num_threads: int, board: Board) -> None:
+        import torch  # the driver of a pool may do without
+
+        torch.set_num_threads(num_threads)
+        self.board = board
+
+    def where(self) -> str:
+        """Name the node; an answer also says that the worker is alive."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def address(self) -> str:
+        """Give an address at which other workers reach this one, on a port that is free."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
+
+    def run(self, item: WorkItem, task: int, rank: Rank | None) -> Result:
+        report = self.board.reporter(item.key, task)
+        if rank is None:
+            return run_item(item, report)
+        with as_rank(rank):
+            if rank.index == 0:
+                return run_item(item, report)
+            item.function(item.job, lambda _metrics, _step: None)
+            return {}
+
+
+@dataclass(slots=True)
+class _Hired:
+    """A worker, from when it is asked for."""
+
+    actor: ActorHandle
+    resources: Resources
+    node: str | None = None
+    """None: it is not there yet."""
+
+    idle_since: float = 0.0
+
+
+class Crew:
+    """Workers, by name."""
+
+    def __init__(self, compute: ComputeConfig, board: Board, timeline: Timeline) -> None:
+        gpus = compute.gpus_per_measurement
+        self.default = Resources(
+            compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus
+        )
+        """What a worker takes for items that do not say it."""
+
+        self._compute, self._board, self._timeline = compute, board, timeline
+        self._hired: dict[str, _Hired] = {}
+        self._starting: dict[ray.ObjectRef, str] = {}
+        self._numbers, self._failed_starts = itertools.count(), 0
+
+    def check(self) -> None:
+        """Make sure that a cluster that cannot grow is large enough.
+
+        Raises:
+            ClusterError: It is not.
+        """
+        training = Resources(self._compute.cpus_per_actor, self._compute.gpus_per_actor)
+        for resources, number in (
+            (self.default, 1),
+            (training, self._compute.workers_per_finetune),
+        ):
+            fits = num_fitting(node_resources(), needs(resources))
+            if is_local() and min(fits, self._compute.num_actors or fits) < number:
+                raise ClusterError(
+                    f"{number} actors of {needs(resources)} are needed at once, of which "
+                    f"{fits} fit on the nodes {node_resources()} and compute.num_actors allows "
+                    f"{self._compute.num_actors or 'all'}. Change compute.cpus_per_actor, "
+                    "compute.gpus_per_actor, compute.workers_per_finetune or compute.num_actors, "
+                    "or use a larger cluster."
+                )
+
+    def ready(self) -> dict[str, Resources]:
+        """Name the workers that are there, with what they take."""
+        return {name: hired.resources for name, hired in self._hired.items() if hired.node}
+
+    def starting(self) -> list[ray.ObjectRef]:
+        """Give what answers when one of the others is there."""
+        return list(self._starting)
+
+    def actors(self, names: Iterable[str]) -> list[Any]:
+        """Give the handles of workers."""
+        return [self._hired[name].actor for name in names]
+
+    def nodes(self, names: Iterable[str]) -> set[str | None]:
+        """Give the nodes of workers."""
+        return {self._hired[name].node for name in names}
+
+    def hire(self, wanted: Mapping[Resources, int]) -> None:
+        """Start actors for what could run at once, as far as there is, or may be, room."""
+        for resources, number in wanted.items():
+            have = sum(hired.resources == resources for hired in self._hired.values())
+            room = (self._compute.num_actors or MAX_ACTORS) - len(self._hired)
+            for _ in range(min(number - have, self._most(resources) - have, room)):
+                self._hire_one(resources)
+
+    def is_short_of(self, resources: Resources, number: int) -> bool:
+        """Whether fewer are there, of which more are to be had."""
+        here = sum(taken == resources for taken in self.ready().values())
+        return here < min(number, self._most(resources))
+
+    def take_in(self, ref: ray.ObjectRef) -> str | None:
+        """Welcome a worker that answers, and give its name; None: it died.
+
+        Raises:
+            ClusterError: One after the other dies.
+        """
+        name = self._starting.pop(ref)
+        try:
+            node: str = ray.get(ref)
+        except RayError as error:
+            self.dismiss(name)
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise ClusterError(
+                    f"{self._failed_starts} actors in a row died as they started. The last one: "
+                    f"{error}"
+                ) from error
+            return None
+        self._failed_starts = 0
+        self._hired[name].node = node
+        self.rest([name])
+        self._timeline.add("join", worker=name, node=node)
+        return name
+
+    def rest(self, names: Iterable[str]) -> None:
+        """Note that workers are idle from now on."""
+        for name in names:
+            self._hired[name].idle_since = time.monotonic()
+
+    def dead(self, names: Iterable[str]) -> list[str]:
+        """Ask workers that were idle for a while whether they are alive; name those that are not.
+
+        An item on a worker that died before it would count as a failure of the item.
+        """
+        long_ago = time.monotonic() - SECONDS_IDLE
+        asked: dict[ray.ObjectRef, str] = {}
+        for name in names:
+            if self._hired[name].idle_since < long_ago:
+                actor: Any = self._hired[name].actor
+                asked[actor.where.remote()] = name
+        if not asked:
+            return []
+        answers, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
+        gone = list(silent)
+        for ref in answers:
+            try:
+                ray.get(ref)
+            except RayActorError:
+                gone.append(ref)
+        self.rest(asked[ref] for ref in answers)
+        return [asked[ref] for ref in gone]
+
+    def dismiss(self, name: str) -> None:
+        """End a worker; one that is lost may be alive but out of reach."""
+        hired = self._hired.pop(name, None)
+        if hired is None:
+            return
+        self._starting = {ref: other for ref, other in self._starting.items() if other != name}
+        ray.kill(hired.actor)
+        if hired.node is not None:
+            self._timeline.add("leave", worker=name)
+
+    def dismiss_all(self) -> None:
+        """End all."""
+        for name in list(self._hired):
+            self.dismiss(name)
+
+    def _most(self, resources: Resources) -> int:
+        """Say how many actors of a kind to ask for.
+
+        A cluster that others started may grow: there those that do not fit wait for room.
+        """
+        fits, wanted = num_fitting(node_resources(), needs(resources)), self._compute.num_actors
+        if is_local():
+            return min(fits, wanted or MAX_ACTORS)
+        return wanted or min(max(fits, self._compute.workers_per_finetune), MAX_ACTORS)
+
+    def _hire_one(self, resources: Resources) -> None:
+        remote = ray.remote(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+        actor: Any = remote(_Worker).remote(max(1, int(resources.cpus)), self._board)
+        name = f"worker-{next(self._numbers)}"
+        self._hired[name] = _Hired(actor, resources)
+        self._starting[actor.where.remote()] = name
+
+
+def needs(resources: Resources) -> dict[str, float]:
+    """Give resources by Ray's names."""
+    return {"CPU": resources.cpus, "GPU": resources.gpus}

@@ -1,0 +1,217 @@
+"""Who ran what, when: kept line by line as it happens, and what it comes to."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdc_ray.storage import append_json_line, read_json_lines
+
+
+class Timeline:
+    """Takes events of one driver and appends them to a file, several in a line."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Take the file; None: nothing is kept."""
+        self._path = path
+        self._events: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
+
+    def add(self, event: str, **details: Any) -> None:
+        """Note an event, with the time."""
+        self._events.append({"event": event, "time": time.time(), **details})
+
+    def flush(self, max_age_s: float = 0.0) -> None:
+        """Write what is not yet written, unless that was done a moment ago."""
+        if time.monotonic() - self._flushed < max_age_s:
+            return
+        if self._path is not None and self._events:
+            append_json_line(self._path, self._events)
+        self._events, self._flushed = [], time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One attempt at an item; times are seconds since the epoch."""
+
+    phase: str
+    chain: str
+    stage: int
+    """Of the chain: what is of one stage may run side by side."""
+
+    item: str
+    workers: tuple[str, ...]
+    """None for a call to a language model."""
+
+    attempt: int
+    started: float
+    ended: float | None
+    """None: it runs, or its driver was killed."""
+
+    outcome: str
+    """``done``, ``running``, or a failure's name, such as ``worker_lost``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A worker's time on a node; times are seconds since the epoch."""
+
+    worker: str
+    node: str
+    joined: float
+    left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a timeline holds, over all drivers of the run."""
+
+    spans: tuple[Span, ...]
+    """In the order in which they began."""
+
+    stays: tuple[Stay, ...]
+    failed: Mapping[str, str]
+    """Why the last driver gave chains up, by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """How well the workers of a phase were used."""
+
+    phase: str
+    """``experts`` or ``evaluation``, and such."""
+
+    num_workers: int
+    """Most that were there at once."""
+
+    makespan_seconds: float
+    """From the first start to the last end of the last attempt at the phase."""
+
+    lower_bound_seconds: float
+    """No order could be faster: the larger of the work per worker and the longest chain."""
+
+    work_seconds: float
+    """Of items that were finished, summed over their workers."""
+
+    lost_seconds: float
+    """Of attempts that were not."""
+
+    utilisation: float
+    """Share of the workers' time that they spent on items."""
+
+
+def load_history(path: Path) -> History:
+    """Read what a :class:`Timeline` wrote; what a killed driver left open is closed at its end.
+
+    Raises:
+        StorageError: The file holds a line that is not JSON.
+    """
+    spans: list[Span] = []
+    stays: list[Stay] = []
+    running: dict[int, dict[str, Any]] = {}
+    present: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    phase, last = "", 0.0
+
+    def close(when: float | None, outcome: str) -> None:
+        for started in running.values():
+            spans.append(_span(started, when, outcome))
+        for joined in present.values():
+            stays.append(Stay(joined["worker"], joined["node"], joined["time"], when))
+        running.clear()
+        present.clear()
+
+    for event in (event for events in read_json_lines(path) for event in events):
+        kind = event["event"]
+        if kind == "driver":
+            close(last, "driver_lost")
+            failed.clear()
+        elif kind == "phase":
+            phase = event["name"]
+        elif kind == "join":
+            present[event["worker"]] = event
+        elif kind == "leave":
+            joined = present.pop(event["worker"])
+            stays.append(Stay(joined["worker"], joined["node"], joined["time"], event["time"]))
+        elif kind == "start":
+            running[event["task"]] = event | {"phase": phase}
+        elif kind == "end":
+            spans.append(_span(running.pop(event["task"]), event["time"], event["outcome"]))
+        elif kind == "failed":
+            failed[event["chain"]] = event["reason"]
+        last = event["time"]
+    close(None, "running")
+    return History(tuple(sorted(spans, key=lambda span: span.started)), tuple(stays), failed)
+
+
+def usage(history: History) -> list[Usage]:
+    """Work out how well each phase used its workers, in the order in which they began."""
+    phases = dict.fromkeys(span.phase for span in history.spans)
+    return [
+        _usage(phase, [span for span in history.spans if span.phase == phase], history.stays)
+        for phase in phases
+    ]
+
+
+def lower_bound(
+    stages: Mapping[tuple[str, int], float], work_seconds: float, num_workers: int
+) -> float:
+    """Say how long work must take at the least: the longest chain, or all of it side by side.
+
+    Args:
+        stages: Seconds of the longest item of every stage, by chain and number of the stage.
+        work_seconds: Of all items, summed over their workers.
+        num_workers: Workers to share them.
+    """
+    chains: dict[str, float] = defaultdict(float)
+    for (chain, _), seconds in stages.items():
+        chains[chain] += seconds
+    return max(max(chains.values(), default=0.0), work_seconds / max(num_workers, 1))
+
+
+def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> Usage:
+    ended = [(span, span.ended) for span in spans if span.ended is not None and span.workers]
+    first = min((span.started for span, _ in ended), default=0.0)
+    last = max((end for _, end in ended), default=0.0)
+    stages: dict[tuple[str, int], float] = {}
+    work = lost = 0.0
+    for span, end in ended:
+        seconds = end - span.started
+        if span.outcome == "done":
+            place = (span.chain, span.stage)
+            stages[place] = max(stages.get(place, 0.0), seconds)
+            work += seconds * len(span.workers)
+        else:
+            lost += seconds * len(span.workers)
+    here = [
+        (max(stay.joined, first), min(stay.left or last, last))
+        for stay in stays
+        if stay.joined < last and (stay.left or last) > first
+    ]
+    most = max((sum(a <= start < b for a, b in here) for start, _ in here), default=0)
+    there = sum(end - start for start, end in here)
+    return Usage(
+        phase=phase,
+        num_workers=most,
+        makespan_seconds=last - first,
+        lower_bound_seconds=lower_bound(stages, work, most),
+        work_seconds=work,
+        lost_seconds=lost,
+        utilisation=min(1.0, (work + lost) / there) if there else 0.0,
+    )
+
+
+def _span(started: dict[str, Any], ended: float | None, outcome: str) -> Span:
+    return Span(
+        phase=started["phase"],
+        chain=started["chain"],
+        stage=started["stage"],
+        item=started["item"],
+        workers=tuple(started["workers"]),
+        attempt=started["attempt"],
+        started=started["time"],
+        ended=ended,
+        outcome=outcome,
+    )

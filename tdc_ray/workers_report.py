@@ -1,0 +1,135 @@
+"""What the workers did, and would do, as tables and pictures for a person."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tdc_ray.distributed.simulate import Simulated
+from tdc_ray.report import loss_text, print_results
+from tdc_ray.status import Status
+from tdc_ray.storage import atomic_path
+from tdc_ray.timeline import History, Span
+
+COLOURS = {
+    "measuring": "tab:blue",
+    "fine-tuning": "tab:green",
+    "evaluating": "tab:purple",
+    "lost or failed": "tab:red",
+}
+"""Of the timeline's plot."""
+
+
+def plot_timeline(history: History, path: Path) -> None:
+    """Draw who ran what, when: a row per worker, a colour per outcome, the phases above."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    spans = [span for span in history.spans if span.workers]
+    if not spans:
+        return
+    now = max(span.ended or span.started for span in spans)
+    first = spans[0].started
+    rows: dict[tuple[float, str], int] = {}  # names begin anew with every driver
+    stays = sorted(history.stays, key=lambda stay: stay.joined)
+    for stay in stays:
+        rows[stay.joined, stay.worker] = len(rows)
+    figure = Figure(figsize=(10, 1.5 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for stay in stays:
+        row, end = rows[stay.joined, stay.worker], stay.left or now
+        axes.broken_barh([(stay.joined - first, end - stay.joined)], (row - 0.4, 0.8), color="0.9")
+    for span in spans:
+        colour = COLOURS[_kind(span)]
+        for worker in span.workers:
+            row = max(
+                (
+                    place
+                    for (joined, name), place in rows.items()
+                    if name == worker and joined <= span.started
+                ),
+                default=0,
+            )
+            start, end = span.started - first, (span.ended or now) - first
+            axes.broken_barh(
+                [(start, end - start)], (row - 0.35, 0.7), color=colour, ec="white", lw=0.3
+            )
+    axes.set_yticks(range(len(rows)), [worker for _, worker in rows])
+    axes.set(xlabel="seconds", title="who ran what, when")
+    axes.invert_yaxis()
+    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
+    axes.legend(
+        handles=[*handles, Patch(color="0.9", label="waiting")],
+        ncols=6,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.25),
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def print_status(console: Console, status: Status) -> None:
+    """Print how far a run is."""
+    config = status.config
+    console.print(f"{config.preset}, seed {config.seed}; stage 1: {status.base}", soft_wrap=True)
+    table = Table()
+    for name in ("group", "timesteps", "candidates", "best loss", "fine-tuned", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for group in status.groups:
+        table.add_row(
+            str(group.index),
+            f"{group.timesteps[0]}-{group.timesteps[1]}",
+            str(group.num_candidates),
+            loss_text(group.best_loss),
+            loss_text(group.loss_finetuned),
+            "" if group.failed is None else f"failed: {group.failed}",
+        )
+    console.print(table)
+    for span in status.running:
+        seconds = time.time() - span.started
+        where = ", ".join(span.workers) or "language model"
+        console.print(f"under way: {span.item} on {where}, for {seconds:.0f} s", soft_wrap=True)
+    for part in status.usage:
+        console.print(
+            f"{part.phase}: {part.num_workers} workers, {part.utilisation:.0%} used, "
+            f"{part.makespan_seconds:.0f} s (at least {part.lower_bound_seconds:.0f} s), "
+            f"{part.lost_seconds:.0f} s lost",
+            soft_wrap=True,
+        )
+    if status.results is None:
+        console.print("not finished; the command that began it goes on", soft_wrap=True)
+    else:
+        print_results(console, status.results)
+
+
+def _kind(span: Span) -> str:
+    """Say what a worker did in a span, in the words of the plot's legend."""
+    if span.outcome not in {"done", "running"}:
+        return "lost or failed"
+    if "finetune" in span.item or "try-" in span.item:
+        return "fine-tuning"
+    return "evaluating" if span.phase == "evaluation" else "measuring"
+
+
+def print_simulated(console: Console, found: Sequence[Simulated]) -> None:
+    """Print what a cluster of each size would take."""
+    table = Table(title="stage 2 in simulated time", title_justify="left")
+    for name in ("workers", "hours", "at least", "used", "lost", "failures", "given up"):
+        table.add_column(name, justify="right")
+    for one in found:
+        table.add_row(
+            str(one.num_workers),
+            f"{one.makespan_seconds / 3600:.3g}",
+            f"{one.lower_bound_seconds / 3600:.3g}",
+            f"{one.utilisation:.0%}",
+            f"{one.lost_seconds / 3600:.3g} h",
+            str(one.num_failures),
+            str(len(one.unfinished)),
+        )
+    console.print(table)
+    console.print("used: share of the workers' time; lost: work done twice", soft_wrap=True)

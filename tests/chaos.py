@@ -1,0 +1,203 @@
+"""Runs of digits-smoke on a cluster whose workers, nodes and drivers are killed at random.
+
+    python -m tests.chaos --runs 20 --out chaos.json
+
+Every run must end, no finished item may run twice, and the results must be those of a run that
+nothing disturbed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ray reads these when it is imported, and so do the processes that it starts.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from ray.cluster_utils import Cluster
+
+from tdc_ray.layout import RunDir
+from tdc_ray.remote import located
+from tdc_ray.results import comparable, load_results
+from tdc_ray.storage import write_json
+from tdc_ray.timeline import load_history
+from tests.processes import children
+
+KINDS = ("actor", "actor", "node", "driver")
+"""What is killed; actors twice as often."""
+
+COMMAND = ("-m", "tdc_ray", "run", "--preset", "digits-smoke", "--compute.num-actors", "3")
+MAX_STARTS = 12
+"""Drivers after which a run is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one run."""
+
+    seed: int
+    kills: dict[str, int]
+    starts: int
+    seconds: float
+    finished: bool
+    ran_twice: list[str]
+    equal: bool
+    """Whether the results are those of the run that nothing disturbed."""
+
+
+class Disturbed:
+    """A cluster of three nodes and a driver on it."""
+
+    def __init__(self, run_dir: str, log: Path, flags: Sequence[str]) -> None:
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self.nodes: list[Any] = [self.cluster.add_node(num_cpus=1) for _ in range(3)]
+        self._command = [sys.executable, *COMMAND, "--run-dir", run_dir, *flags]
+        self._log, self.starts = log, 0
+        self.driver = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
+
+    def ended(self) -> bool:
+        """Whether the run is finished, or given up; a driver that died is started again."""
+        code = self.driver.poll()
+        if code is None:
+            return False
+        if code == 0 or self.starts == MAX_STARTS:
+            return True
+        self.driver = self._start()
+        return False
+
+    def kill(self, kind: str, draw: random.Random) -> bool:
+        """Kill one of a kind, if there is one."""
+        if kind == "driver":
+            self.driver.kill()
+            self.driver.wait()
+        elif kind == "node":
+            self.cluster.remove_node(self.nodes.pop(draw.randrange(3)), allow_graceful=False)
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        else:
+            workers = children(os.getpid(), "ray::_Worker")
+            workers += children(os.getpid(), "ray::RayTrainWorker")
+            if not workers:
+                return False
+            os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
+        return True
+
+    def close(self) -> None:
+        self.driver.kill()
+        self.driver.wait()
+        self.cluster.shutdown()
+
+
+@contextmanager
+def disturbed(run_dir: str, log: Path, flags: Sequence[str]) -> Iterator[Disturbed]:
+    """Start a cluster and a driver, and end both."""
+    run = Disturbed(run_dir, log, flags)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def one_run(
+    seed: int,
+    run_dir: str,
+    log: Path,
+    undisturbed: Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    pause_s: float = 8.0,
+    flags: Sequence[str] = (),
+) -> Outcome:
+    """Run once, with kills at random times.
+
+    Args:
+        seed: Of what is killed and when.
+        run_dir: A path or a URI.
+        log: Where the drivers' output goes.
+        undisturbed: ``results.json`` of the run that nothing disturbed.
+        kinds: What is killed, in order; None: four to eight at random.
+        pause_s: Mean seconds between kills.
+        flags: More of the drivers' flags.
+    """
+    draw, kills, started = random.Random(seed), Counter[str](), time.monotonic()
+    wanted = list(kinds or draw.choices(KINDS, k=draw.randint(4, 8)))
+    with disturbed(run_dir, log, flags) as run:
+        next_kill = time.monotonic() + 10.0 + draw.expovariate(1 / pause_s)
+        while not run.ended():
+            if wanted and time.monotonic() > next_kill:
+                if run.kill(wanted[0], draw):
+                    kills[wanted.pop(0)] += 1
+                next_kill = time.monotonic() + draw.expovariate(1 / pause_s)
+            time.sleep(0.05)
+        finished, starts = run.driver.poll() == 0, run.starts
+    folder = RunDir(located(run_dir))
+    equal = finished and comparable(load_results(folder.results)) == comparable(
+        load_results(undisturbed)
+    )
+    return Outcome(
+        seed=seed,
+        kills=dict(kills),
+        starts=starts,
+        seconds=time.monotonic() - started,
+        finished=finished,
+        ran_twice=ran_twice(folder),
+        equal=equal,
+    )
+
+
+def ran_twice(folder: RunDir) -> list[str]:
+    """Name items that were started again after they were done."""
+    done: set[tuple[str, str]] = set()
+    found = []
+    for span in load_history(folder.timeline).spans:
+        item = (span.chain, span.item)
+        if item in done:
+            found.append(span.item)
+        if span.outcome == "done":
+            done.add(item)
+    return found
+
+
+def main() -> None:
+    """Do many runs, going on after those that an earlier call did, and write what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--storage", default="/tmp/tdc_ray-chaos")
+    parser.add_argument("--out", type=Path, default=Path("chaos.json"))
+    flags = parser.parse_args()
+    local = Path("/tmp/tdc_ray-chaos")
+    local.mkdir(exist_ok=True)
+    undisturbed = local / "undisturbed"
+    if not (undisturbed / "results.json").exists():
+        subprocess.run([sys.executable, *COMMAND, "--run-dir", str(undisturbed)], check=True)
+    outcomes = json.loads(flags.out.read_text()) if flags.out.exists() else []
+    for seed in range(len(outcomes), flags.runs):
+        log = local / f"run-{seed}.log"
+        outcome = one_run(seed, f"{flags.storage}/run-{seed}", log, undisturbed / "results.json")
+        outcomes.append(dataclasses.asdict(outcome))
+        sys.stdout.write(f"{outcomes[-1]}\n")
+        write_json(flags.out, outcomes)
+    bad = [one for one in outcomes if not one["finished"] or not one["equal"] or one["ran_twice"]]
+    raise SystemExit(f"{len(bad)} of {len(outcomes)} runs went wrong: {bad}" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
