@@ -39,7 +39,14 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
     assert MemoryBank(run_dir / "memory.jsonl").all() == (
         MemoryBank(finished_run / "memory.jsonl").all()
     )
-    for pattern in ("*", "experts/*", "base/*", "groups/*/*", "evaluation/*/*"):
+    for pattern in (
+        "*",
+        "experts/*",
+        "base/*",
+        "groups/*/*",
+        "evaluation/base/*",
+        "evaluation/tdc/*",
+    ):
         expected = {path.relative_to(finished_run) for path in finished_run.glob(pattern)}
         found = {path.relative_to(run_dir) for path in listing(run_dir, pattern)}
         # A run from Python, as the fixture's, keeps no log; only paths have a lock.
