@@ -29,7 +29,7 @@ ROOT_VARIABLE = "TDC_RAY_MIRROR"
 MIRROR = "tdc_ray-mirror"
 """The part of a path that makes it a mirror; kind of store, bucket and the rest are behind it."""
 
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+(.*))?", re.DOTALL)
 _LOCAL = ("file", "local")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _OBJECT_STORES = (*_EXTRAS, "abfs", "abfss", "az")
@@ -44,10 +44,10 @@ def located(path: Path | str) -> Path:
     Raises:
         StorageError: The URI names no place, or is of a kind that is unknown or not installed.
     """
-    match = _URI.fullmatch(str(path))  # a Path of a URI has lost one of its slashes
+    match = _URI.fullmatch(str(path))  # a Path of a URI has lost some of its slashes
     if match is None:
         return Path(path)
-    scheme, rest = match[1].lower(), match[2].strip("/")
+    scheme, rest = match[1].lower(), (match[2] or "").strip("/")
     if scheme in _LOCAL:
         return Path("/", rest)
     parts = rest.split("/")

@@ -12,6 +12,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.plan import Plan
 from tdc_ray.presets import PAPER
 from tdc_ray.prune.memory import MemoryEntry
+from tdc_ray.remote import shown
 from tdc_ray.results import ModelResult, Results
 from tdc_ray.storage import atomic_path
 
@@ -131,7 +132,7 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
 
 def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -> None:
     """Print a memory bank group by group, the best scheme last."""
-    console.print(str(path), soft_wrap=True)
+    console.print(shown(path), soft_wrap=True)
     optional = {
         "refit": any(entry.loss_refit is not None for entry in entries),
         "tuned": any(entry.loss_tuned is not None for entry in entries),

@@ -50,9 +50,10 @@ def test_without_a_setting_mirrors_are_the_users_own(monkeypatch):
     "uri",
     ["s3://", "s3:///", "s3://key:secret@bucket/a", "s3://b/a?endpoint_override=x", "s3://b/../a"],
 )
-def test_a_uri_of_no_place_or_with_a_key_is_refused_without_telling_it(uri):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_uri_of_no_place_or_with_a_key_is_refused_without_telling_it(uri, kind):
     with pytest.raises(StorageError, match=r"must be s3://BUCKET/PREFIX") as caught:
-        located(uri)
+        located(kind(uri))
     assert "secret" not in str(caught.value)
 
 
