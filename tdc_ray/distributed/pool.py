@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often the pool looks for new nodes while nothing happens."""
 
+SECONDS_BETWEEN_FLUSHES = 5.0
+"""How often the timeline is written; in an object store each time is an object."""
+
 SECONDS_UNTIL_SAID = 10.0
 """How long nothing can start for want of a worker before the log says so."""
 
@@ -112,7 +115,7 @@ class Pool:
                 said = True
                 _say_what_waits(schedule)
             self._take_in(schedule)
-            self._timeline.flush(max_age_s=SECONDS_BETWEEN_LOOKS)
+            self._timeline.flush(max_age_s=SECONDS_BETWEEN_FLUSHES)
         if schedule.failed:
             raise WorkFailedError(schedule.failed)
         return schedule.values
