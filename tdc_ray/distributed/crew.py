@@ -125,9 +125,9 @@ class Crew:
         """Give the handles of workers."""
         return [self._hired[name].actor for name in names]
 
-    def nodes(self, names: Iterable[str]) -> set[str | None]:
-        """Give the nodes of workers."""
-        return {self._hired[name].node for name in names}
+    def nodes(self, names: Iterable[str]) -> set[str]:
+        """Name the nodes of workers that are there."""
+        return {self._hired[name].node or "" for name in names}
 
     def hire(self, wanted: Mapping[Resources, int]) -> None:
         """Start actors for what could run at once, as far as there is, or may be, room."""

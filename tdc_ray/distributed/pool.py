@@ -12,7 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.caller import start_caller, start_checked_caller
-from tdc_ray.distributed.cluster import Board, alive_nodes, node_resources
+from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs
 from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
 from tdc_ray.distributed.ranks import Rank
@@ -31,6 +31,9 @@ SECONDS_BETWEEN_FLUSHES = 5.0
 
 SECONDS_UNTIL_SAID = 10.0
 """How long nothing can start for want of a worker before the log says so."""
+
+SECONDS_UNTIL_GONE = 0.3
+"""How long a node may outlive its workers where all of it is killed."""
 
 SECONDS_TO_FAIL = 5.0
 """How long the other workers of an item may take to fail after one of them did."""
@@ -207,7 +210,7 @@ class Pool:
         cause = min(errors.values(), key=lambda error: isinstance(error, RayTaskError))
         lost = [running.owed[ref] for ref in [*errors, *silent] if _lost(errors.get(ref))]
         lost = [name for name in lost if name]
-        failure = _failure_of(cause, node_lost=not self._crew.nodes(lost) <= alive_nodes())
+        failure = _failure_of(cause, node_lost=self._lost_a_node(lost))
         if isinstance(cause, RayTaskError):
             reason = f"{type(cause.cause).__name__}: {cause.cause}"
         else:
@@ -227,6 +230,12 @@ class Pool:
         }
         what = f"failed ({reason})" if isinstance(cause, RayTaskError) else "lost its worker"
         logger.warning("%s %s (attempt %d); %s", task.item.key, what, task.attempt, again[action])
+
+    def _lost_a_node(self, lost: list[str]) -> bool:
+        """Whether workers went with their node; it may end a moment after them."""
+        if lost:
+            time.sleep(SECONDS_UNTIL_GONE)
+        return not all(is_alive(node) for node in self._crew.nodes(lost))
 
     def _end(self, task: Task, outcome: str) -> None:
         del self._running[task.number]
