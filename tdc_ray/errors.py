@@ -8,6 +8,7 @@
     ├── DataError              a dataset is missing, malformed or does not fit the model
     │   └── CorruptFileError   a file of it cannot be read
     ├── StorageError           a run directory cannot be used
+    │   └── StorageFailedError a disk or a store failed, which may be over the next time
     ├── CheckpointError        a saved model is missing, malformed or of another kind
     ├── UnsupportedModelError  a UNet has a block that cannot be pruned
     ├── LimitError             a macs limit that no pruning scheme can meet
@@ -47,6 +48,10 @@ class CorruptFileError(DataError):
 
 class StorageError(TdcError):
     """A run directory cannot be used."""
+
+
+class StorageFailedError(StorageError):
+    """A disk or a store did not do what it was asked for; it may do so the next time."""
 
 
 class CheckpointError(TdcError):

@@ -7,6 +7,8 @@ the version that it is a copy of. Credentials and the store's address come from 
 alone (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` and so on).
 """
 
+import functools
+import itertools
 import os
 import re
 import socket
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdc_ray.errors import StorageError
+from tdc_ray.errors import StorageError, StorageFailedError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem  # imported where it is needed: local paths do without
@@ -138,12 +140,20 @@ def read_entries(path: Path) -> list[bytes]:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add an entry to a list of entries: an object of its own below the path, numbered."""
+    """Add an entry to a list of entries: an object of its own below the path, numbered.
+
+    Of writers that add at the same time each keeps its own order.
+    """
     store, key = filesystem(path)
     with told(path, "written"):
-        numbers = [int(name.partition("-")[0]) for name in find(path)]
-        name = f"{max(numbers, default=-1) + 1:06d}-{writer()}.json"
-        store.pipe_file(f"{key}/{name}", content)
+        number = next(_numbers(path, os.getpid()))
+        store.pipe_file(f"{key}/{number:06d}-{writer()}.json", content)
+
+
+@functools.lru_cache(maxsize=1024)  # a list may grow long, and is looked through once
+def _numbers(path: Path, _pid: int) -> Iterator[int]:
+    found = [int(name.partition("-")[0]) for name in find(path)]
+    return itertools.count(max(found, default=-1) + 1)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -216,6 +226,6 @@ def told(path: Path, done: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if done == "read":
             raise
-        raise StorageError(f"{shown(path)} cannot be {done}: {error}.") from error
+        raise StorageFailedError(f"{shown(path)} cannot be {done}: {error}.") from error
     except Exception as error:  # every store has errors of its own
-        raise StorageError(f"{shown(path)} cannot be {done}: {error}.") from error
+        raise StorageFailedError(f"{shown(path)} cannot be {done}: {error}.") from error

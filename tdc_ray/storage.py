@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tdc_ray import mirror, remote
-from tdc_ray.errors import StorageError
+from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.remote import is_remote, shown
 
 _FAILED = (OSError, RuntimeError, SafetensorError)
@@ -76,7 +76,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     file appears when it is whole, those of a directory one by one, ``config.json`` last.
 
     Raises:
-        StorageError: The block wrote nothing, or the disk or the store does not take it.
+        StorageError: The block wrote nothing.
+        StorageFailedError: The disk or the store does not take it.
     """
     temporary = path.with_name(f".{path.name}.{remote.writer()}.tmp")
     old = path.with_name(f".{path.name}.{remote.writer()}.old")
@@ -94,10 +95,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 path.replace(old)
         temporary.replace(path)
     except _FAILED as error:
-        raise StorageError(f"{shown(path)} cannot be written: {error}{_free(path)}.") from error
+        raise StorageFailedError(
+            f"{shown(path)} cannot be written: {error}{_free(path)}."
+        ) from error
     finally:
-        _remove(temporary)
-        _remove(old)
+        with contextlib.suppress(OSError):  # what went wrong was said
+            _remove(temporary)
+            _remove(old)
 
 
 def _free(path: Path) -> str:
@@ -148,7 +152,7 @@ def append_json_line(path: Path, value: Any) -> None:
     Of a URI, where a store cannot append, a line is an object of its own below the path.
 
     Raises:
-        StorageError: The disk or the store does not take it.
+        StorageFailedError: The disk or the store does not take it.
     """
     line = (json.dumps(value) + "\n").encode()
     if is_remote(path):
@@ -168,7 +172,7 @@ def append_json_line(path: Path, value: Any) -> None:
                 file.truncate(whole)
                 raise
     except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}{_free(path)}.") from error
+        raise StorageFailedError(f"{path} cannot be written: {error}{_free(path)}.") from error
 
 
 def _write_all(file: io.FileIO, content: bytes) -> None:

@@ -23,7 +23,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.device import Place
 from tdc_ray.distributed.cluster import Board, node_resources
 from tdc_ray.distributed.policy import num_fitting
-from tdc_ray.errors import ClusterError, TdcError, WorkFailedError
+from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.layers import count
@@ -110,6 +110,8 @@ def _work(settings: dict[str, Any]) -> None:
         return
     try:
         _train_rank(job)
+    except StorageFailedError:
+        raise
     except TdcError as error:
         document = {"type": type(error).__name__, "arguments": list(error.args)}
         write_json(_error_path(job.run_dir), document)

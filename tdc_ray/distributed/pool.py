@@ -16,7 +16,7 @@ from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs
 from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
 from tdc_ray.distributed.ranks import Rank
-from tdc_ray.errors import TdcError, WorkFailedError
+from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.progress import ProgressView
 from tdc_ray.timeline import Timeline
 from tdc_ray.work import Chain, Result
@@ -273,7 +273,7 @@ def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
         return Failure.OUT_OF_MEMORY
     if not isinstance(error, RayTaskError):
         return Failure.NODE_LOST if node_lost else Failure.WORKER_LOST
-    if isinstance(error.cause, TdcError):
+    if isinstance(error.cause, TdcError) and not isinstance(error.cause, StorageFailedError):
         return Failure.OWN_ERROR
     if any(words in str(error.cause) for words in OUT_OF_MEMORY):
         return Failure.OUT_OF_MEMORY
