@@ -1,6 +1,7 @@
 """Runs of digits-smoke on a cluster whose workers, nodes and drivers are killed at random.
 
     python -m tests.chaos --runs 20 --out chaos.json
+    python -m tests.chaos --runs 5 --s3 --out chaos-s3.json
 
 Every run must end, no finished item may run twice, and the results must be those of a run that
 nothing disturbed.
@@ -26,6 +27,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from ray.cluster_utils import Cluster
+from s3fs import S3FileSystem
 
 from tdc_ray.layout import RunDir
 from tdc_ray.remote import located
@@ -176,11 +178,28 @@ def ran_twice(folder: RunDir) -> list[str]:
     return found
 
 
+def s3_bucket() -> str:
+    """Start an S3 server that ends with this process; give the URI of a bucket."""
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "s3_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "chaos"
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    S3FileSystem().mkdir("chaos")
+    return "s3://chaos"
+
+
 def main() -> None:
     """Do many runs, going on after those that an earlier call did, and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--storage", default="/tmp/tdc_ray-chaos")
+    parser.add_argument("--s3", action="store_true", help="on an S3 server on loopback")
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
     flags = parser.parse_args()
     local = Path("/tmp/tdc_ray-chaos")
@@ -189,9 +208,10 @@ def main() -> None:
     if not (undisturbed / "results.json").exists():
         subprocess.run([sys.executable, *COMMAND, "--run-dir", str(undisturbed)], check=True)
     outcomes = json.loads(flags.out.read_text()) if flags.out.exists() else []
+    storage = s3_bucket() if flags.s3 else flags.storage
     for seed in range(len(outcomes), flags.runs):
-        log = local / f"run-{seed}.log"
-        outcome = one_run(seed, f"{flags.storage}/run-{seed}", log, undisturbed / "results.json")
+        log = local / f"run-{seed}{'-s3' * flags.s3}.log"
+        outcome = one_run(seed, f"{storage}/run-{seed}", log, undisturbed / "results.json")
         outcomes.append(dataclasses.asdict(outcome))
         sys.stdout.write(f"{outcomes[-1]}\n")
         write_json(flags.out, outcomes)
