@@ -94,10 +94,13 @@ def _groups(config: RunConfig) -> list[tuple[GroupTask, list[_Stage]]]:
 
 
 def _rehearse(task: GroupTask, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
-    """Go through the stages; groups of one trial meet."""
+    """Go through the stages, on workers that are all alike; groups of one trial meet."""
     parties = frozenset(f"{prefix}{name}" for name in task.parties)
     for stage in stages:
-        yield replace(stage, parties=parties) if isinstance(stage, Meeting) else stage
+        if isinstance(stage, Meeting):
+            yield replace(stage, parties=parties)
+        else:
+            yield [replace(item, resources=None) for item in stage]
 
 
 def _stages(task: GroupTask) -> list[_Stage]:
