@@ -25,7 +25,7 @@ from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import unet_config
-from tdc_ray.pipeline import save_index
+from tdc_ray.pipeline import INDEX_FILE, save_index
 from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
@@ -90,6 +90,9 @@ def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFla
 
 
 SETTINGS_FILE = "made_by.json"
+
+SHARED_FILE = "shared.json"
+"""In a base that is another run's too; it comes after all others."""
 
 
 def claim(root: Path, config: RunConfig) -> None:
@@ -198,7 +201,7 @@ def scores_of(
         for seed in seeds:
             root = folder / name.replace(" ", "-").replace("/", "-") / f"sampling-seed-{seed}"
             run_dir = RunDir(root, model.path.resolve() if model.which == "base" else None)
-            if model.which == "tdc" and not exists(run_dir.experts):
+            if model.which == "tdc" and not exists(run_dir.experts / INDEX_FILE):
                 _refer(run_dir.experts, model.path)
             seeded = replace(config, evaluate=replace(config.evaluate, seed=seed))
             chains[f"{name}|{seed}"] = _score(run_dir, seeded, spec, model)
@@ -257,8 +260,10 @@ def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) ->
         base_of: A finished run whose base this one has too, or goes on training from: its
             checkpoints are taken over, and where stage 1 is the same its weights and scores too.
     """
-    if base_of is not None and not exists(folder / "base"):
-        _share_base(RunDir(base_of), RunDir(folder), config)
+    run_dir = RunDir(folder)
+    done = (run_dir.base / SHARED_FILE, run_dir.base_result)
+    if base_of is not None and not any(map(exists, done)):
+        _share_base(RunDir(base_of), run_dir, config)
     return run(config, folder, Console())
 
 
@@ -273,3 +278,4 @@ def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
         if not is_same:  # train on from the last checkpoint
             (copied / source.base_result.name).unlink()
             shutil.rmtree(copied / source.base_unet.name)
+        write_json(copied / SHARED_FILE, {"base_of": shown(source.root)})

@@ -89,7 +89,7 @@ def task_of(
 def from_scratch(config: RunConfig, task: GroupTask, root: Path, times: int) -> GroupTask:
     """Give the task of training a shape from random weights with the base's settings."""
     untrained = root / "untrained" / "unet"
-    if not exists(untrained):
+    if not exists(untrained / "config.json"):
         torch.manual_seed(config.seed)
         settings = unet_config(task.run_dir.base_unet)
         plain = {name: value for name, value in settings.items() if not name.startswith("_")}

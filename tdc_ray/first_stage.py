@@ -148,7 +148,7 @@ def copy_first_stage(folder: Path, to: Path) -> None:
     Raises:
         StorageError: There is another one.
     """
-    if not exists(to):
+    if not exists(to / CONFIG_FILE):  # which comes last
         folder = fetch(located(folder))
         with atomic_path(to) as temporary:
             temporary.mkdir()

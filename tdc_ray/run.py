@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +75,6 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         timeline = Timeline(run_dir.timeline)
-        timeline.add("driver", host=socket.gethostname(), pid=os.getpid())
         with (
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),

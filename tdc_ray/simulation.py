@@ -76,7 +76,9 @@ def _costs(simulation: SimulationConfig) -> Callable[[WorkItem], float]:
                 f"{shown(timeline)} has no finished item: name a run that is further."
             )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
-    return lambda item: measured.get(item.key, item.cost / simulation.macs_per_second)
+    return lambda item: measured.get(
+        item.key, item.cost / (simulation.macs_per_second * item.num_workers)
+    )
 
 
 _Stage = list[WorkItem] | Meeting

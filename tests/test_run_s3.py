@@ -12,7 +12,7 @@ from tdc_ray.remote import located
 from tdc_ray.results import comparable, load_results
 from tdc_ray.storage import exists, fetch, listing
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def tdc_ray(*arguments: str, cwd: Path | None = None) -> str:
