@@ -317,8 +317,8 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor to be had from the Hugging Face hub: "
-            f"{str(error).splitlines()[0]} Download it where there is a network, and give its "
-            "folder."
+            f"{str(error).splitlines()[0].rstrip('.')}. Download it where there is a network, and "
+            "give its folder."
         ) from error
     return Path(fetched)
 

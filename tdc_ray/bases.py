@@ -8,7 +8,7 @@ process, how it is sampled, where all came from, and the SHA-256 of the files.
 import hashlib
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from diffusers import AutoencoderKL, VQModel
@@ -20,6 +20,7 @@ from tdc_ray.base_sources import (
     NOISE,
     SAMPLER,
     GivenBase,
+    find_base,
 )
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -125,6 +126,31 @@ def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
     }
     write_json(folder / BASE_FILE, document)
     return settings
+
+
+def with_first_stage(config: RunConfig) -> RunConfig:
+    """Take the first stage that is inside a given checkpoint file out of it, into the cache.
+
+    Settings that name one, or whose base is no such file, are given back as they are.
+
+    Raises:
+        ConfigError: The settings are not those that the base was trained with.
+        CheckpointError: The file is missing or malformed.
+    """
+    if config.model.base is None or config.data.first_stage is not None:
+        return config
+    base = find_base(config.model.base)
+    if not isinstance(base.first_stage, compvis.Checkpoint):
+        return config
+    (file,) = base.files
+    folder = Path(config.evaluate.cache_dir) / "first_stages" / _sha256(file)[:16]
+    if not folder.exists():
+        logger.info("taking the first stage of %s out, into %s", base.source, folder)
+        first_stage = _first_stage(base, check_base(base, config))
+        assert first_stage is not None
+        with atomic_path(folder) as temporary:
+            first_stage.save_pretrained(temporary)
+    return replace(config, data=replace(config.data, first_stage=str(folder)))
 
 
 def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:

@@ -24,7 +24,7 @@ from tdc_ray.commands import (
     TrainAutoencoder,
     parse,
 )
-from tdc_ray.config import RunConfig, default_run_dir, to_json
+from tdc_ray.config import RunConfig, default_run_dir, to_json, with_absolute_paths
 from tdc_ray.errors import ConfigError, StorageError, TdcError
 from tdc_ray.mirror import growing
 from tdc_ray.plan import Plan as GroupPlan
@@ -80,12 +80,13 @@ def run_command(arguments: Sequence[str]) -> int:
 def _run(command: Run, console: Console) -> None:
     config = command.config
     folder = located(command.run_dir or default_run_dir(config))
-    from tdc_ray.run import check, run  # imports torch and ray
+    from tdc_ray.bases import with_first_stage  # imports torch
+    from tdc_ray.run import check, run  # imports ray
 
     if command.dry_run:
         console.print(config)
         _show_plan(config, console)
-        check(config)
+        check(with_first_stage(with_absolute_paths(config)))
         console.print(f"would run in {shown(folder)}", soft_wrap=True)
         return
     name = shown(folder)

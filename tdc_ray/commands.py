@@ -226,7 +226,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Export, subcommand("export")]
         | Annotated[Status, subcommand("status")]
-        | Annotated[Simulate, subcommand("simulate")]
+        | Annotated[Simulate, subcommand("simulate", default=Simulate(config=config))]
         | Annotated[Memory, subcommand("memory")]
         | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
         | Annotated[Import, subcommand("import", default=imported)]

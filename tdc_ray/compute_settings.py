@@ -44,7 +44,7 @@ class ComputeConfig:
 
     max_attempts: int = 3
     """How often an item is started whose actor dies under it or that fails for reasons outside of
-    it, and the base whose worker dies; a node that goes away does not count."""
+    it, and the base whose worker dies; a node that goes away counts for the base alone."""
 
     def __post_init__(self) -> None:
         counts = ("num_base_workers", "cpus_per_base_worker", "num_actors", "cpus_per_actor")

@@ -72,6 +72,13 @@ class RunConfig:
         workers, size = self.compute.workers_per_finetune, self.finetune.batch_size
         rule = f"a multiple of compute.workers_per_finetune = {workers}"
         require("finetune", self.finetune, "batch_size", rule, ok=size % workers == 0)
+        most, gpus = self.compute.num_actors, self.compute.gpus_per_actor
+        rule = f"at most compute.num_actors = {most}"
+        enough = most is None or workers <= most
+        require("compute", self.compute, "workers_per_finetune", rule, ok=enough)
+        rule = "whole, or 0, with compute.workers_per_finetune above 1 (NCCL shares no GPU)"
+        whole = workers == 1 or gpus == int(gpus)
+        require("compute", self.compute, "gpus_per_actor", rule, ok=whole)
 
     def _check_latents(self) -> None:
         """Refuse what is right for pixels and wrong for latents."""

@@ -69,6 +69,18 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 lease.give_back()
 
 
+def holder(run_dir: Path) -> str | None:
+    """Name the driver that holds, or held to its sudden end, a run directory.
+
+    Raises:
+        StorageError: The store of a URI does not tell.
+    """
+    found = _read(run_dir / LEASE_FILE)
+    if not found:
+        return None
+    return f"{_name(found)}, which is gone" if _is_gone(found) else _name(found)
+
+
 @contextmanager
 def _locked_here(run_dir: Path) -> Iterator[None]:
     """Hold the lock, which ends with the process, against drivers on this machine."""

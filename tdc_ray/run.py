@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tdc_ray.base_sources import find_base
-from tdc_ray.bases import check_base, import_base
+from tdc_ray.bases import check_base, import_base, with_first_stage
 from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.conditioning import check_conditioning
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
@@ -63,7 +62,8 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     started = time.perf_counter()
-    run_dir, config = RunDir(located(folder).resolve()), with_absolute_paths(config)
+    run_dir = RunDir(located(folder).resolve())
+    config = with_first_stage(with_absolute_paths(config))
     _refuse_other_settings(run_dir, config)
     if exists(run_dir.results):
         logger.info("%s is finished; nothing is done again", shown(run_dir.root))
@@ -75,7 +75,6 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
             _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         timeline = Timeline(run_dir.timeline)
-        timeline.add("driver", host=socket.gethostname(), pid=os.getpid())
         with (
             ProgressView(run_dir.tensorboard, console) as view,
             connected(_local_cpus(config.compute)),

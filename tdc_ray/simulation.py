@@ -76,7 +76,9 @@ def _costs(simulation: SimulationConfig) -> Callable[[WorkItem], float]:
                 f"{shown(timeline)} has no finished item: name a run that is further."
             )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
-    return lambda item: measured.get(item.key, item.cost / simulation.macs_per_second)
+    return lambda item: measured.get(
+        item.key, item.cost / (simulation.macs_per_second * item.num_workers)
+    )
 
 
 _Stage = list[WorkItem] | Meeting
@@ -94,10 +96,13 @@ def _groups(config: RunConfig) -> list[tuple[GroupTask, list[_Stage]]]:
 
 
 def _rehearse(task: GroupTask, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
-    """Go through the stages; groups of one trial meet."""
+    """Go through the stages, on workers that are all alike; groups of one trial meet."""
     parties = frozenset(f"{prefix}{name}" for name in task.parties)
     for stage in stages:
-        yield replace(stage, parties=parties) if isinstance(stage, Meeting) else stage
+        if isinstance(stage, Meeting):
+            yield replace(stage, parties=parties)
+        else:
+            yield [replace(item, resources=None) for item in stage]
 
 
 def _stages(task: GroupTask) -> list[_Stage]:

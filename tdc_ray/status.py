@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tdc_ray.config import RunConfig, from_json
 from tdc_ray.errors import StorageError
 from tdc_ray.layout import RunDir
+from tdc_ray.lease import holder
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.prune.task import group_name
@@ -39,6 +40,9 @@ class Status:
     """How far a run is."""
 
     config: RunConfig
+    driver: str | None
+    """Who holds the run directory, as far as that can be seen from here."""
+
     base: str
     """How far stage 1 is."""
 
@@ -70,6 +74,7 @@ def status(run_dir: RunDir) -> Status:
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     return Status(
         config=config,
+        driver=holder(run_dir.root),
         base=_base(run_dir, config),
         groups=[_group(run_dir, group, entries, history) for group in plan.groups],
         running=[span for span in history.spans if span.ended is None],

@@ -1,5 +1,9 @@
 """Who ran what, when: kept line by line as it happens, and what it comes to."""
 
+import logging
+import os
+import secrets
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -7,29 +11,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdc_ray.errors import StorageError
 from tdc_ray.storage import append_json_line, read_json_lines
+
+logger = logging.getLogger(__name__)
 
 
 class Timeline:
     """Takes events of one driver and appends them to a file, several in a line."""
 
     def __init__(self, path: Path | None) -> None:
-        """Take the file; None: nothing is kept."""
-        self._path = path
+        """Take the file, in which a driver begins; None: nothing is kept."""
+        self._path, self._driver = path, secrets.token_hex(4)
         self._events: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
+        self.add("driver", host=socket.gethostname(), pid=os.getpid())
 
     def add(self, event: str, **details: Any) -> None:
         """Note an event, with the time."""
-        self._events.append({"event": event, "time": time.time(), **details})
+        self._events.append(
+            {"event": event, "time": time.time(), "driver": self._driver, **details}
+        )
 
     def flush(self, max_age_s: float = 0.0) -> None:
-        """Write what is not yet written, unless that was done a moment ago."""
+        """Write what is not yet written, unless that was done a moment ago.
+
+        Where the storage does not take it, it is kept for the next time: no work ends for it.
+        """
         if time.monotonic() - self._flushed < max_age_s:
             return
+        self._flushed = time.monotonic()
         if self._path is not None and self._events:
-            append_json_line(self._path, self._events)
-        self._events, self._flushed = [], time.monotonic()
+            try:
+                append_json_line(self._path, self._events)
+            except StorageError as error:
+                logger.warning("%s", error)
+                return
+        self._events = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +105,7 @@ class Usage:
     """Most that were there at once."""
 
     makespan_seconds: float
-    """From the first start to the last end of the last attempt at the phase."""
+    """From the first start to the last end, times without a driver included."""
 
     lower_bound_seconds: float
     """No order could be faster: the larger of the work per worker and the longest chain."""
@@ -113,7 +131,7 @@ def load_history(path: Path) -> History:
     running: dict[int, dict[str, Any]] = {}
     present: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    phase, last = "", 0.0
+    phase, last, driver = "", 0.0, None
 
     def close(when: float | None, outcome: str) -> None:
         for started in running.values():
@@ -125,7 +143,10 @@ def load_history(path: Path) -> History:
 
     for event in (event for events in read_json_lines(path) for event in events):
         kind = event["event"]
+        if kind != "driver" and event.get("driver") != driver:
+            continue  # of one that was suspended, and wrote after another took over
         if kind == "driver":
+            driver = event.get("driver")
             close(last, "driver_lost")
             failed.clear()
         elif kind == "phase":

@@ -77,6 +77,7 @@ def print_status(console: Console, status: Status) -> None:
     """Print how far a run is."""
     config = status.config
     console.print(f"{config.preset}, seed {config.seed}; stage 1: {status.base}", soft_wrap=True)
+    console.print(f"driver: {status.driver or 'none'}", soft_wrap=True)
     table = Table()
     for name in ("group", "timesteps", "candidates", "best loss", "fine-tuned", ""):
         table.add_column(name, justify="left" if not name else "right")

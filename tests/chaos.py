@@ -1,6 +1,8 @@
 """Runs of digits-smoke on a cluster whose workers, nodes and drivers are killed at random.
 
     python -m tests.chaos --runs 20 --out chaos.json
+    python -m tests.chaos --runs 5 --s3 --out chaos-s3.json
+    python -m tests.chaos --runs 3 --two-hosts --storage /tmp/tdc_ray-hosts --out chaos-hosts.json
 
 Every run must end, no finished item may run twice, and the results must be those of a run that
 nothing disturbed.
@@ -17,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,24 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from ray.cluster_utils import Cluster
+from s3fs import S3FileSystem
 
 from tdc_ray.layout import RunDir
 from tdc_ray.remote import located
 from tdc_ray.results import comparable, load_results
 from tdc_ray.storage import write_json
 from tdc_ray.timeline import load_history
+from tests.hosts import HERE, Host, network
 from tests.processes import children
 
 KINDS = ("actor", "actor", "node", "driver")
 """What is killed; actors twice as often."""
+
+HOST_KINDS = (*KINDS, "host", "host", "link")
+"""The same where one node is on a host of its own, which may also be cut off."""
+
+SECONDS_CUT_OFF = 40.0
+"""Longer than Ray waits for a node that is silent."""
 
 COMMAND = ("-m", "tdc_ray", "run", "--preset", "digits-smoke", "--compute.num-actors", "3")
 MAX_STARTS = 12
@@ -59,11 +69,12 @@ class Outcome:
 class Disturbed:
     """A cluster of three nodes and a driver on it."""
 
-    def __init__(self, run_dir: str, log: Path, flags: Sequence[str]) -> None:
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-        )
-        self.nodes: list[Any] = [self.cluster.add_node(num_cpus=1) for _ in range(3)]
+    def __init__(self, run_dir: str, log: Path, flags: Sequence[str], *, two_hosts: bool) -> None:
+        self._where = {"node_ip_address": HERE} if two_hosts else {}
+        head = {"num_cpus": 0, "include_dashboard": False, **self._where}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.host = Host(self.cluster.address) if two_hosts else None
+        self.nodes: list[Any] = [self._add_node() for _ in range(2 if two_hosts else 3)]
         self._command = [sys.executable, *COMMAND, "--run-dir", run_dir, *flags]
         self._log, self.starts = log, 0
         self.driver = self._start()
@@ -73,6 +84,9 @@ class Disturbed:
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
         with self._log.open("ab") as log:
             return subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
+
+    def _add_node(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, **self._where)
 
     def ended(self) -> bool:
         """Whether the run is finished, or given up; a driver that died is started again."""
@@ -90,8 +104,14 @@ class Disturbed:
             self.driver.kill()
             self.driver.wait()
         elif kind == "node":
-            self.cluster.remove_node(self.nodes.pop(draw.randrange(3)), allow_graceful=False)
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            lost = self.nodes.pop(draw.randrange(len(self.nodes)))
+            self.cluster.remove_node(lost, allow_graceful=False)
+            self.nodes.append(self._add_node())
+        elif self.host is not None and kind in ("host", "link"):
+            if kind == "link":
+                self.host.cut_off(SECONDS_CUT_OFF)
+            self.host.kill()
+            self.host.start_node()
         else:
             workers = children(os.getpid(), "ray::_Worker")
             workers += children(os.getpid(), "ray::RayTrainWorker")
@@ -103,17 +123,22 @@ class Disturbed:
     def close(self) -> None:
         self.driver.kill()
         self.driver.wait()
+        if self.host is not None:
+            self.host.kill()
         self.cluster.shutdown()
 
 
 @contextmanager
-def disturbed(run_dir: str, log: Path, flags: Sequence[str]) -> Iterator[Disturbed]:
+def disturbed(
+    run_dir: str, log: Path, flags: Sequence[str], *, two_hosts: bool
+) -> Iterator[Disturbed]:
     """Start a cluster and a driver, and end both."""
-    run = Disturbed(run_dir, log, flags)
-    try:
-        yield run
-    finally:
-        run.close()
+    with network() if two_hosts else nullcontext():
+        run = Disturbed(run_dir, log, flags, two_hosts=two_hosts)
+        try:
+            yield run
+        finally:
+            run.close()
 
 
 def one_run(
@@ -125,6 +150,7 @@ def one_run(
     kinds: Sequence[str] | None = None,
     pause_s: float = 8.0,
     flags: Sequence[str] = (),
+    two_hosts: bool = False,
 ) -> Outcome:
     """Run once, with kills at random times.
 
@@ -136,10 +162,12 @@ def one_run(
         kinds: What is killed, in order; None: four to eight at random.
         pause_s: Mean seconds between kills.
         flags: More of the drivers' flags.
+        two_hosts: Whether one node is on a host of its own.
     """
     draw, kills, started = random.Random(seed), Counter[str](), time.monotonic()
-    wanted = list(kinds or draw.choices(KINDS, k=draw.randint(4, 8)))
-    with disturbed(run_dir, log, flags) as run:
+    all_kinds = HOST_KINDS if two_hosts else KINDS
+    wanted = list(kinds or draw.choices(all_kinds, k=draw.randint(4, 8)))
+    with disturbed(run_dir, log, flags, two_hosts=two_hosts) as run:
         next_kill = time.monotonic() + 10.0 + draw.expovariate(1 / pause_s)
         while not run.ended():
             if wanted and time.monotonic() > next_kill:
@@ -176,11 +204,29 @@ def ran_twice(folder: RunDir) -> list[str]:
     return found
 
 
+def s3_bucket() -> str:
+    """Start an S3 server that ends with this process; give the URI of a bucket."""
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "s3_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+    os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "chaos"
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    S3FileSystem().mkdir("chaos")
+    return "s3://chaos"
+
+
 def main() -> None:
     """Do many runs, going on after those that an earlier call did, and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--storage", default="/tmp/tdc_ray-chaos")
+    parser.add_argument("--two-hosts", action="store_true", help="needs root")
+    parser.add_argument("--s3", action="store_true", help="on an S3 server on loopback")
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
     flags = parser.parse_args()
     local = Path("/tmp/tdc_ray-chaos")
@@ -189,9 +235,16 @@ def main() -> None:
     if not (undisturbed / "results.json").exists():
         subprocess.run([sys.executable, *COMMAND, "--run-dir", str(undisturbed)], check=True)
     outcomes = json.loads(flags.out.read_text()) if flags.out.exists() else []
+    storage = s3_bucket() if flags.s3 else flags.storage
     for seed in range(len(outcomes), flags.runs):
-        log = local / f"run-{seed}.log"
-        outcome = one_run(seed, f"{flags.storage}/run-{seed}", log, undisturbed / "results.json")
+        log = local / f"run-{seed}{'-s3' * flags.s3}.log"
+        outcome = one_run(
+            seed,
+            f"{storage}/run-{seed}",
+            log,
+            undisturbed / "results.json",
+            two_hosts=flags.two_hosts,
+        )
         outcomes.append(dataclasses.asdict(outcome))
         sys.stdout.write(f"{outcomes[-1]}\n")
         write_json(flags.out, outcomes)

@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
 from tdc_ray.base_sources import find_base
-from tdc_ray.bases import check_base, come_along, import_base, untold
+from tdc_ray.bases import check_base, come_along, import_base, untold, with_first_stage
 from tdc_ray.config import to_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.layout import RunDir
@@ -369,6 +369,23 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
     assert (unet(x, timesteps).sample - plain).abs().max() > 1e-2
     stage = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert (stage.config["scaling_factor"], stage.config["sample_size"]) == (1.0, 32)
+
+
+def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
+    source = compvis_file(tmp_path)
+    config = come_along(find_base(source), with_heads(heads=2, size=32), with_data=True)
+    config = replace(
+        config,
+        model=replace(config.model, base=source),
+        evaluate=replace(config.evaluate, cache_dir=str(tmp_path / "cache")),
+    )
+    folder = Path(with_first_stage(config).data.first_stage)
+    written = (folder / "config.json").stat().st_mtime_ns
+    VQModel.from_pretrained(folder, use_safetensors=True)
+    again = with_first_stage(config)
+    assert again.data.first_stage == str(folder)
+    assert (folder / "config.json").stat().st_mtime_ns == written
+    assert with_first_stage(again) is again
 
 
 def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_path):

@@ -8,10 +8,20 @@ import pytest
 from tdc_ray.config import RunConfig
 from tdc_ray.data import held_out_split
 from tdc_ray.datasets import ArrayImages, load_dataset
-from tdc_ray.finetune import Expert, FinetuneJob, expert_dir, finetune_expert, make_expert
+from tdc_ray.errors import ConfigError
+from tdc_ray.finetune import (
+    Expert,
+    FinetuneJob,
+    expert_dir,
+    finetune_expert,
+    finetune_item,
+    halve_micro_batch,
+    make_expert,
+)
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, count_params, load_unet
+from tdc_ray.models.units import keep_all
 from tdc_ray.prune.measure import load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.noised import held_out_loss
@@ -353,3 +363,31 @@ def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, 
     (one_loss, one), (other_loss, other_weights) = found
     assert_same(one, other_weights)
     assert one_loss != other_loss
+
+
+# --- memory and several workers --------------------------------------------------------------
+
+
+def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path):
+    task = task_of(make_run_dir(tmp_path), config_of())
+    item = finetune_item(task, keep_all(task.space.units))
+    finetune_expert(item.job, lambda _metrics, _step: None)
+    whole = load_expert(expert_dir(task.run_dir, task.group)).state_dict()
+    job = item.halved()
+    assert job.config.finetune.micro_batch_size == task.config.finetune.batch_size // 2
+    elsewhere = dataclasses.replace(job, checkpoint=tmp_path / "other.pt")
+    finetune_expert(elsewhere, lambda _metrics, _step: None)
+    for name, weights in load_expert(expert_dir(task.run_dir, task.group)).state_dict().items():
+        assert (weights - whole[name]).abs().max() < 1e-4, name
+
+
+def test_a_micro_batch_is_halved_down_to_one_image(task):
+    job, sizes = finetune_item(task, keep_all(task.space.units)).job, []
+    while (job := halve_micro_batch(job)) is not None:
+        sizes.append(job.config.finetune.micro_batch_size)
+    assert sizes == [4, 2, 1]
+
+
+def test_the_workers_of_a_fine_tune_share_its_batch():
+    with pytest.raises(ConfigError, match=r"finetune\.batch_size must be a multiple"):
+        small_config(compute={"workers_per_finetune": 3})

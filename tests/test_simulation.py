@@ -34,7 +34,8 @@ def test_trials_share_the_workers():
 
 @pytest.mark.parametrize("prune", [{"method": "none"}, {"method": "taylor"}, {"memory": "own"}])
 def test_every_kind_of_search_can_be_simulated(prune):
-    (found,) = simulate_run(small_config(prune=prune), SimulationConfig(workers=(2,)))
+    config = small_config(prune=prune, compute={"gpus_per_actor": 1.0})
+    (found,) = simulate_run(config, SimulationConfig(workers=(2,)))
     assert found.num_items > 0
     assert found.unfinished == {}
 
@@ -78,4 +79,5 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path, capsys):
     flags = ["--preset", "digits-smoke", "--workers", "3", "7", "--json", str(path)]
     assert run_command(["simulate", *flags]) == 0
     assert [one["num_workers"] for one in read_json(path)["simulated"]] == [3, 7]
+    assert read_json(path)["settings"]["finetune"]["num_steps"] == CONFIG.finetune.num_steps
     assert "at least" in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from tdc_ray.cli import run_command
 from tdc_ray.errors import StorageError
 from tdc_ray.layout import RunDir
+from tdc_ray.lease import exclusive
 from tdc_ray.status import status
 
 
@@ -36,6 +38,9 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
     (folder / "timeline.jsonl").write_text("".join(lines[: len(lines) // 2]))
     found = status(RunDir(folder))
     assert found.results is None
+    assert found.driver is None
+    with exclusive(folder):
+        assert f"process {os.getpid()} on host" in status(RunDir(folder)).driver
     assert [group.index for group in found.groups if group.loss_finetuned is None] == [1]
     assert run_command(["status", str(folder)]) == 0
     assert "not finished; the command that began it goes on" in capsys.readouterr().out

@@ -29,7 +29,6 @@ DRIVER, PHASE = (0, "driver", {}), (0, "phase", {"name": "experts"})
 
 def test_events_are_kept_in_lines_and_read_back(tmp_path):
     timeline = Timeline(tmp_path / "timeline.jsonl")
-    timeline.add("driver", host="h", pid=1)
     timeline.add("join", worker="w", node="n")
     timeline.flush()
     timeline.add("leave", worker="w")
@@ -43,7 +42,7 @@ def test_events_are_kept_in_lines_and_read_back(tmp_path):
 
 def test_nothing_is_kept_without_a_file(tmp_path):
     timeline = Timeline(None)
-    timeline.add("driver")
+    timeline.add("join")
     timeline.flush()
     assert list(tmp_path.iterdir()) == []
 
@@ -85,6 +84,19 @@ def test_what_is_side_by_side_in_a_chain_is_no_longer_chain(tmp_path):
         )
     (used,) = usage(load_history(path))
     assert used.lower_bound_seconds == 2
+
+
+def test_what_a_suspended_driver_writes_after_another_took_over_is_not_heeded(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    first = Timeline(path)
+    first.add("join", worker="worker-0", node="n")
+    first.flush()
+    second = Timeline(path)
+    second.flush()
+    first.add("leave", worker="worker-0")
+    first.flush()
+    (stay,) = load_history(path).stays
+    assert stay.left is not None
 
 
 def test_what_a_killed_driver_left_open_is_lost_with_it(tmp_path):

@@ -1,5 +1,6 @@
 """Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, life after a kill."""
 
+import logging
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tdc_ray.base import sample_grid, train_base
 from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.config import RunConfig
 from tdc_ray.device import Place
-from tdc_ray.distributed.cluster import Board, node_resources
+from tdc_ray.distributed.cluster import Board, is_local, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
@@ -32,6 +33,8 @@ from tdc_ray.progress import ProgressView
 from tdc_ray.remote import filesystem, is_remote
 from tdc_ray.storage import exists, read_json, remove, write_json
 from tdc_ray.training import TrainState
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 KEY = "base"
@@ -194,13 +197,18 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
 
 
 def _check_cluster(compute: ComputeConfig, resources: dict[str, float]) -> None:
-    """Refuse what would wait for ever."""
+    """Refuse what would wait for ever; say once what may wait for nodes to join."""
     nodes = node_resources()
     fits = num_fitting(nodes, resources)
-    if fits < compute.num_base_workers:
+    if fits >= compute.num_base_workers:
+        return
+    needed = (
+        f"training the base needs {compute.num_base_workers} workers (compute.num_base_workers) "
+        f"of {resources}, of which {fits} fit on the nodes {nodes}"
+    )
+    if is_local():
         raise ClusterError(
-            f"training the base needs {compute.num_base_workers} workers "
-            f"(compute.num_base_workers) of {resources}, of which {fits} fit on the nodes "
-            f"{nodes}. Lower compute.num_base_workers, compute.cpus_per_base_worker or "
-            "compute.gpus_per_base_worker, or add nodes."
+            f"{needed}. Lower compute.num_base_workers, compute.cpus_per_base_worker or "
+            "compute.gpus_per_base_worker, or use a larger cluster."
         )
+    logger.warning("%s; it waits until there is room", needed)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,9 @@ LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
 
 SECONDS_BETWEEN_LOOKS = 0.5
+
+SECONDS_TO_ANSWER = 2.0
+"""How long a node may take to say that it is alive."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +73,15 @@ def node_resources() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def alive_nodes() -> set[str]:
-    """Name the nodes that are alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def is_alive(node_id: str) -> bool:
+    """Ask a node itself whether it is alive: Ray knows of its end only after many seconds."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id and node["Alive"]:
+            address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            with contextlib.suppress(OSError):
+                socket.create_connection(address, timeout=SECONDS_TO_ANSWER).close()
+                return True
+    return False
 
 
 def is_local() -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -91,6 +92,7 @@ class Crew:
         self._hired: dict[str, _Hired] = {}
         self._starting: dict[ray.ObjectRef, str] = {}
         self._numbers, self._failed_starts = itertools.count(), 0
+        self._last_failed_start = -math.inf
 
     def check(self) -> None:
         """Make sure that a cluster that cannot grow is large enough.
@@ -125,9 +127,9 @@ class Crew:
         """Give the handles of workers."""
         return [self._hired[name].actor for name in names]
 
-    def nodes(self, names: Iterable[str]) -> set[str | None]:
-        """Give the nodes of workers."""
-        return {self._hired[name].node for name in names}
+    def nodes(self, names: Iterable[str]) -> set[str]:
+        """Name the nodes of workers that are there."""
+        return {self._hired[name].node or "" for name in names}
 
     def hire(self, wanted: Mapping[Resources, int]) -> None:
         """Start actors for what could run at once, as far as there is, or may be, room."""
@@ -153,7 +155,9 @@ class Crew:
             node: str = ray.get(ref)
         except RayError as error:
             self.dismiss(name)
-            self._failed_starts += 1
+            now = time.monotonic()  # many at once, of a node that died, count as one
+            self._failed_starts += now - self._last_failed_start > SECONDS_TO_ANSWER
+            self._last_failed_start = now
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise ClusterError(
                     f"{self._failed_starts} actors in a row died as they started. The last one: "

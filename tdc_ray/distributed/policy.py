@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import count
 from typing import Generic, TypeVar
 
-from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem
+from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem, finished
 
 MAX_NODE_LOSSES = 20
 """How often an item may lose its node: on machines that may be taken away no fault of its own."""
@@ -72,7 +72,7 @@ class Schedule(Generic[T]):
 
     Longest first: the item with the most work in it and behind it in its chain, so that the group
     that will take longest never waits for a shorter one. An item for several workers that comes
-    first is waited for, or smaller ones would keep it waiting for ever.
+    first is waited for, or smaller ones would keep it waiting for ever; unless fewer are there.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Schedule(Generic[T]):
         self._calls: list[tuple[str, WorkItem]] = []
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
+        self._busy: Counter[Resources] = Counter()
         self._running: dict[int, Task] = {}
         self._failures: Counter[tuple[str, str, Failure]] = Counter()
         self._attempts: Counter[tuple[str, str]] = Counter()
@@ -149,14 +150,14 @@ class Schedule(Generic[T]):
     def start(self) -> list[Task]:
         """Give what is to be started now: all calls, and the longest items that workers are for.
 
-        Of idle workers the one that was busy last comes first: it has the base in memory.
+        Of idle workers the one that was busy last comes first: its caches are warm.
         """
         tasks = [self._task(chain, item, ()) for chain, item in self._calls]
         self._calls.clear()
-        for resources, ready in self._ready.items():
+        for resources in list(self._ready):
             idle = self._idle[resources]
-            while ready and ready[0][-1].num_workers <= len(idle):
-                *_, chain, item = heapq.heappop(ready)
+            while (entry := self._next(resources)) is not None:
+                *_, chain, item = entry
                 workers = tuple(idle.pop() for _ in range(item.num_workers))
                 tasks.append(self._task(chain, item, workers))
         return tasks
@@ -184,7 +185,11 @@ class Schedule(Generic[T]):
         action = after_failure(item, failure, times, self._max_attempts)
         if action is not Action.HALVE:
             self._failures[chain, item.key, failure] = times
-        if action is Action.RETRY:
+        result = None if item.is_call else finished(item)
+        if result is not None:  # its worker died after its work and before its answer
+            self._chains.put(chain, item, result)
+            action = Action.RETRY
+        elif action is Action.RETRY:
             self._put(chain, item)
         elif action is Action.HALVE:
             self._put(chain, replace(item, job=item.halved()))
@@ -195,6 +200,23 @@ class Schedule(Generic[T]):
             self._give_up(chain, reason)
         self._put_all(self._chains.go_on())
         return action
+
+    def _next(self, resources: Resources) -> _Ready | None:
+        """Take the longest item out that can start; one that more workers are due for waits."""
+        ready, idle = self._ready[resources], len(self._idle[resources])
+        if not ready or not idle:
+            return None
+        wanted = ready[0][-1].num_workers
+        if wanted <= idle:
+            return heapq.heappop(ready)
+        if wanted <= idle + self._busy[resources]:
+            return None
+        fitting = [entry for entry in ready if entry[-1].num_workers <= idle]
+        if not fitting:
+            return None
+        ready.remove(min(fitting))
+        heapq.heapify(ready)
+        return min(fitting)
 
     def _give_up(self, chain: str, reason: str) -> None:
         """End a chain; what it has under way runs on, and its results are kept for a next time."""
@@ -215,12 +237,14 @@ class Schedule(Generic[T]):
         attempt, stage = self._attempts[chain, item.key], self._chains.stage(chain)
         task = Task(next(self._numbers), chain, stage, item, workers, attempt)
         self._running[task.number] = task
+        self._busy[self._resources(item)] += len(workers)
         return task
 
     def _end(self, task: Task, lost: Iterable[str]) -> None:
         del self._running[task.number]
         resources = self._resources(task.item)
         self._wanted[resources] -= len(task.workers)
+        self._busy[resources] -= len(task.workers)
         self._idle[resources] += sorted(set(task.workers) - set(lost))
 
     def _put(self, chain: str, item: WorkItem) -> None:

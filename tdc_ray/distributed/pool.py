@@ -12,7 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.caller import start_caller, start_checked_caller
-from tdc_ray.distributed.cluster import Board, alive_nodes, node_resources
+from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs
 from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
 from tdc_ray.distributed.ranks import Rank
@@ -26,8 +26,17 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often the pool looks for new nodes while nothing happens."""
 
+SECONDS_BETWEEN_FLUSHES = 5.0
+"""How often the timeline is written; in an object store each time is an object."""
+
+SECONDS_BETWEEN_SIGNS = 60.0
+"""How often the timeline says that the driver is alive: with a killed one, what ran is lost."""
+
 SECONDS_UNTIL_SAID = 10.0
 """How long nothing can start for want of a worker before the log says so."""
+
+SECONDS_UNTIL_GONE = 0.3
+"""How long a node may outlive its workers where all of it is killed."""
 
 SECONDS_TO_FAIL = 5.0
 """How long the other workers of an item may take to fail after one of them did."""
@@ -75,6 +84,8 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for running in list(self._running.values()):
+            self._end(running.task, "interrupted")
         self._crew.dismiss_all()
         self._timeline.flush()
 
@@ -101,7 +112,8 @@ class Pool:
         )
         for name, resources in self._crew.ready().items():
             schedule.join(name, resources)
-        idle_since, said = time.monotonic(), False
+        idle_since = alive_since = time.monotonic()
+        said = False
         while not schedule.is_done:
             self._staff(schedule)
             for task in schedule.start():
@@ -112,7 +124,10 @@ class Pool:
                 said = True
                 _say_what_waits(schedule)
             self._take_in(schedule)
-            self._timeline.flush(max_age_s=SECONDS_BETWEEN_LOOKS)
+            if time.monotonic() - alive_since > SECONDS_BETWEEN_SIGNS:
+                alive_since = time.monotonic()
+                self._timeline.add("alive")
+            self._timeline.flush(max_age_s=SECONDS_BETWEEN_FLUSHES)
         if schedule.failed:
             raise WorkFailedError(schedule.failed)
         return schedule.values
@@ -201,20 +216,23 @@ class Pool:
         refs = list(running.owed)
         done, silent = ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_FAIL)
         errors = {ref: error for ref in done if (error := _error_of(ref)) is not None}
-        cause = min(errors.values(), key=lambda error: isinstance(error, RayTaskError))
+        cause = min(errors.values(), key=_rank_as_cause)
         lost = [running.owed[ref] for ref in [*errors, *silent] if _lost(errors.get(ref))]
         lost = [name for name in lost if name]
-        failure = _failure_of(cause, node_lost=not self._crew.nodes(lost) <= alive_nodes())
+        failure = _failure_of(cause, node_lost=self._lost_a_node(lost))
         if isinstance(cause, RayTaskError):
             reason = f"{type(cause.cause).__name__}: {cause.cause}"
-        else:
+        elif lost or task.item.is_call:
             reason = f"its worker died {task.attempt} times: {cause}"
+        else:
+            reason = f"{type(cause).__name__}: {cause}"
         for name in lost:
             self._crew.dismiss(name)
         self._crew.rest(name for name in task.workers if name not in lost)
         self._end(task, failure.value)
+        is_first = task.chain not in schedule.failed
         action = schedule.fail(task, failure, reason, lost)
-        if action is Action.GIVE_UP:
+        if action is Action.GIVE_UP and is_first:
             self._timeline.add("failed", chain=task.chain, reason=reason)
         again = {
             Action.RETRY: "it starts again",
@@ -222,8 +240,14 @@ class Pool:
             Action.STAND_IN: "its chain goes on without it",
             Action.GIVE_UP: "it is given up",
         }
-        what = f"failed ({reason})" if isinstance(cause, RayTaskError) else "lost its worker"
+        what = "lost its worker" if reason.startswith("its worker died") else f"failed ({reason})"
         logger.warning("%s %s (attempt %d); %s", task.item.key, what, task.attempt, again[action])
+
+    def _lost_a_node(self, lost: list[str]) -> bool:
+        """Whether workers went with their node; it may end a moment after them."""
+        if lost:
+            time.sleep(SECONDS_UNTIL_GONE)
+        return not all(is_alive(node) for node in self._crew.nodes(lost))
 
     def _end(self, task: Task, outcome: str) -> None:
         del self._running[task.number]
@@ -243,27 +267,36 @@ def _ranks(actors: list[Any]) -> list[Rank | None]:
 
 
 def _error_of(ref: ray.ObjectRef) -> RayError | None:
-    """Give what a finished call raised."""
+    """Give what a finished call raised, or what became of its result."""
     try:
         ray.get(ref)
-    except (RayTaskError, RayActorError, OutOfMemoryError) as error:
+    except RayError as error:
         return error
     return None
 
 
 def _lost(error: RayError | None) -> bool:
     """Whether a worker is gone, or hangs, and not just its item."""
-    return not isinstance(error, RayTaskError)
+    return error is None or isinstance(error, RayActorError | OutOfMemoryError)
+
+
+def _rank_as_cause(error: RayError) -> int:
+    """Order errors of several workers: the others fail only because one of them did."""
+    if _lost(error):
+        return 0
+    failure = _failure_of(error, node_lost=False)
+    return [Failure.OUT_OF_MEMORY, Failure.OWN_ERROR, Failure.OTHER_ERROR].index(failure) + 1
 
 
 def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
     if isinstance(error, OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
-    if not isinstance(error, RayTaskError):
+    if isinstance(error, RayActorError):
         return Failure.NODE_LOST if node_lost else Failure.WORKER_LOST
-    if isinstance(error.cause, TdcError) and not isinstance(error.cause, StorageFailedError):
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, TdcError) and not isinstance(cause, StorageFailedError):
         return Failure.OWN_ERROR
-    if any(words in str(error.cause) for words in OUT_OF_MEMORY):
+    if any(words in str(cause) for words in OUT_OF_MEMORY):
         return Failure.OUT_OF_MEMORY
     return Failure.OTHER_ERROR
 

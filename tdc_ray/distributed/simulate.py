@@ -107,7 +107,7 @@ class _Simulation:
             self._join()
         self._expect_join()
         self._start()
-        while not self._schedule.is_done and self._events:
+        while not self._schedule.is_done and self._events and not self._is_stuck():
             self._now, _, happens = heapq.heappop(self._events)
             happens()
             self._start()
@@ -124,11 +124,15 @@ class _Simulation:
             unfinished=self._schedule.failed | self._left_over(),
         )
 
+    def _is_stuck(self) -> bool:
+        """Whether nothing runs although all workers are there: an item wants more of them."""
+        return not self._running and len(self._alive) == self._num_workers
+
     def _left_over(self) -> dict[str, str]:
         """Say that no worker is left, where that is so."""
         if self._schedule.is_done:
             return {}
-        return dict.fromkeys(self._schedule.unfinished(), "no worker is left")
+        return dict.fromkeys(self._schedule.unfinished(), "there are too few workers")
 
     def _at(self, seconds: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._numbers), happens))

@@ -64,7 +64,9 @@ def main() -> None:
         import diffusers
 
         kind = getattr(diffusers, index["first_stage"][1])
-        decoder = kind.from_pretrained(HERE / "first_stage", use_safetensors=True)
+        decoder = kind.from_pretrained(
+            HERE / "first_stage", use_safetensors=True, low_cpu_mem_usage=False
+        )
         shift = decoder.config.get("shift_factor") or 0.0
         x = decoder.decode(x / decoder.config["scaling_factor"] + shift).sample
     save_image(x.clamp(-1, 1) / 2 + 0.5, flags.out, nrow=round(flags.num_images**0.5))

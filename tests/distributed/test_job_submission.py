@@ -51,7 +51,9 @@ def address(python) -> Iterator[str]:
     temporary = Path(tempfile.mkdtemp(prefix="tdc", dir="/tmp"))  # sockets' names must be short
     port = free_port()
     flags = ["--head", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2"]
-    flags += ["--ray-client-server-port=0", f"--temp-dir={temporary}", "--block"]
+    flags += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0"]
+    flags += [f"--ray-client-server-port={free_port()}", "--max-worker-port=0"]
+    flags += [f"--temp-dir={temporary}", "--block"]
     environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     environment |= {"RAY_worker_niceness": "0"}
     head = subprocess.Popen(
@@ -123,7 +125,8 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(address, cache_dir, tm
 
 
 def test_an_experiment_that_fails_has_a_non_zero_code(address, tmp_path):
-    flags = ["--smoke", "--data", str(tmp_path / "nowhere.npz"), "--storage", str(tmp_path)]
+    flags = ["--preset", "mnist", "--data", str(tmp_path / "nowhere.npz")]
+    flags += ["--storage", str(tmp_path)]
     entry = ["--", "python", "experiments/main_results.py", *flags]
     failed = job("submit", "--working-dir", ".", "--submission-id", "bad", *entry, address=address)
     assert failed.returncode != 0

@@ -12,6 +12,7 @@ from tdc_ray.distributed.policy import (
     Schedule,
     num_fitting,
 )
+from tdc_ray.storage import write_json
 from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 ONE = Resources(1.0)
@@ -141,10 +142,8 @@ def test_calls_take_no_worker_and_stand_in_for_what_is_lost():
 
 def test_an_item_for_several_workers_waits_for_them_and_smaller_ones_behind_it():
     wide, small = item("wide", 9.0, num_workers=2), item("small")
-    schedule = schedule_of({"a": chain([wide, small])}, workers=["v"])
-    assert schedule.start() == []
+    schedule = schedule_of({"a": chain([wide, small])}, workers=["v", "w"])
     assert schedule.wanted() == {ONE: 3}
-    schedule.join("w", ONE)
     (task,) = schedule.start()
     assert set(task.workers) == {"v", "w"}
     schedule.fail(task, Failure.WORKER_LOST, "died", ["v"])
@@ -153,6 +152,24 @@ def test_an_item_for_several_workers_waits_for_them_and_smaller_ones_behind_it()
     assert set(task.workers) == {"w", "x"}
     schedule.finish(task, {})
     assert names(schedule.start()) == ["small"]
+
+
+def test_where_too_few_workers_are_there_smaller_items_pass_a_wide_one():
+    wide, small = item("wide", 9.0, num_workers=3), [item(f"small-{n}") for n in range(2)]
+    schedule = schedule_of({"a": chain([wide, *small])}, workers=["v", "w"])
+    assert names(schedule.start()) == ["small-0", "small-1"]
+    schedule.join("x", ONE)
+    assert schedule.start() == []  # three are there by now: the wide one is next
+
+
+def test_a_result_that_a_dying_worker_left_is_taken(tmp_path):
+    left = WorkItem("i", lambda _job, _report: {}, None, tmp_path / "i.json", 1.0)
+    schedule = schedule_of({"a": chain([left])}, workers=["w"])
+    (task,) = schedule.start()
+    write_json(left.result_path, {"value": 7})
+    schedule.fail(task, Failure.WORKER_LOST, "died", ["w"])
+    assert schedule.is_done
+    assert schedule.values == {"a": [{"value": 7}]}
 
 
 def test_items_go_to_workers_of_their_kind_and_others_are_spare():

@@ -170,6 +170,7 @@ def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
     (pid,) = pool.run({"a": chain(tmp_path, "a", where, [1])})["a"]
     os.kill(pid, signal.SIGKILL)
     time.sleep(1.5)  # so long that its death shows
+    pool.timeline.flush()
     before = [span.attempt for span in load_history(pool.timeline_path).spans]
     pids = pool.run({"b": chain(tmp_path, "b", where, [1, 2, 3])})["b"]
     assert pid not in pids
@@ -250,6 +251,45 @@ def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_p
 
     assert pool.run({"large": large()}) == {"large": 2}
     assert (tmp_path / "sizes").read_text() == "8 4 2 "
+
+
+def test_of_two_workers_the_error_of_the_one_that_failed_first_counts(pool, tmp_path):
+    def work(job, report):
+        import torch
+        from torch import distributed
+
+        from tdc_ray.device import place
+
+        _folder, _name, size = job
+        if place().rank == 1 and size > 2:
+            torch.empty(2**60)  # the other one then loses its connection
+        total = torch.ones(1)
+        distributed.all_reduce(total)
+        return {"value": size}
+
+    def halve(job):
+        folder, name, size = job
+        return (folder, name, size // 2) if size > 1 else None
+
+    def wide():
+        item = item_of(tmp_path, "wide", work, 4)
+        (result,) = yield [dataclasses.replace(item, num_workers=2, halve=halve)]
+        return result["value"]
+
+    assert pool.run({"wide": wide()}) == {"wide": 2}
+
+
+def test_an_error_that_cannot_be_read_here_fails_its_chain_alone(pool, tmp_path):
+    def work(job, report):
+        class OddError(Exception):
+            def __init__(self, one, two):
+                super().__init__("odd")
+
+        raise OddError(1, 2)
+
+    with pytest.raises(WorkFailedError) as caught:
+        pool.run({"odd": chain(tmp_path, "odd", work, [1])})
+    assert set(caught.value.reasons) == {"odd"}
 
 
 def test_an_error_from_outside_is_tried_again(pool, tmp_path):

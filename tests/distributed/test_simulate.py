@@ -122,4 +122,13 @@ def test_without_a_worker_left_the_simulation_ends_and_says_so():
         num_workers=1,
         weather=Weather(failures_per_hour=100.0),
     )
-    assert set(found.unfinished.values()) == {"no worker is left"}
+    assert set(found.unfinished.values()) == {"there are too few workers"}
+
+
+def test_an_item_for_more_workers_than_there_are_ends_the_simulation():
+    def wide() -> Chain[None]:
+        yield [item("wide", 1.0, num_workers=3)]
+
+    stormy = Weather(joins_per_hour=10.0)
+    found = simulate({"a": wide()}, seconds_of, num_workers=2, weather=stormy)
+    assert found.unfinished == {"a": "there are too few workers"}

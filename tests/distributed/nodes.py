@@ -1,0 +1,121 @@
+"""A pool on a cluster whose nodes come and go; prints what happened as JSON.
+
+python -m tests.distributed.nodes
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Ray reads these when it is imported, and so do the processes that it starts.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import ray
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+from tdc_ray.compute_settings import ComputeConfig
+from tdc_ray.config import RunConfig
+from tdc_ray.distributed.cluster import board
+from tdc_ray.distributed.pool import Pool
+from tdc_ray.progress import ProgressView
+from tdc_ray.timeline import History, Timeline, load_history
+from tdc_ray.work import Chain, Report, Result, WorkItem
+
+
+def wait(seconds: float, _report: Report) -> Result:
+    """Do what an item does, without computing."""
+    time.sleep(seconds)
+    return {}
+
+
+def chain(folder: Path, name: str, seconds: float) -> Chain[None]:
+    """One item that waits."""
+    yield [WorkItem(f"{name}/wait", wait, seconds, folder / f"{name}.json", seconds)]
+
+
+def pooled(
+    compute: ComputeConfig, num_chains: int, seconds: float, meanwhile: Callable[[], None]
+) -> History:
+    """Run chains on the cluster while something happens to it; give the timeline."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, config = Path(name), RunConfig(compute=compute)
+        with (
+            ProgressView(folder / "tensorboard", Console(quiet=True)) as view,
+            board(view) as events,
+            Pool(config, events, view, Timeline(folder / "timeline.jsonl")) as pool,
+        ):
+            chains = {f"c{i}": chain(folder, f"c{i}", seconds) for i in range(num_chains)}
+            thread = threading.Thread(target=pool.run, args=(chains,))
+            thread.start()
+            meanwhile()  # nodes are started in the main thread alone
+            thread.join()
+        return load_history(folder / "timeline.jsonl")
+
+
+def node_of(history: History, worker: str) -> str:
+    """Name the node of a worker."""
+    return next(stay.node for stay in history.stays if stay.worker == worker)
+
+
+class Warnings(logging.Handler):
+    """Keeps what the pool warns of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a text."""
+        self.texts.append(record.getMessage())
+
+
+def main() -> None:
+    """Let a node join, one be too small for the wish, and one be lost."""
+    warnings = Warnings()
+    logging.getLogger("tdc_ray").addHandler(warnings)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    first = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    added: dict[str, float] = {}
+
+    def join() -> None:
+        time.sleep(4)
+        added["time"] = time.time()
+        added["node"] = cluster.add_node(num_cpus=1).node_id
+
+    history = pooled(ComputeConfig(), 10, 2.0, join)
+    starts = [s.started for s in history.spans if node_of(history, s.workers[0]) == added["node"]]
+    found = {"seconds_until_a_joined_node_works": min(starts) - added["time"]}
+    found["items_on_the_joined_node"] = len(starts)
+
+    def grow() -> None:
+        time.sleep(12)
+        cluster.add_node(num_cpus=2)
+
+    history = pooled(ComputeConfig(cpus_per_actor=2, num_actors=3), 3, 0.1, grow)
+    found["done_after_waiting"] = sum(span.outcome == "done" for span in history.spans)
+    found["said"] = [text for text in warnings.texts if "work waits for actors" in text]
+
+    def lose() -> None:
+        time.sleep(8)
+        cluster.remove_node(first, allow_graceful=False)
+
+    history = pooled(ComputeConfig(max_attempts=1), 6, 4.0, lose)
+    found["outcomes"] = sorted(span.outcome for span in history.spans)
+    ray.shutdown()
+    cluster.shutdown()
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
