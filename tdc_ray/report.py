@@ -138,9 +138,9 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         "tuned": any(entry.loss_tuned is not None for entry in entries),
         "overshoot": any(entry.overshoot for entry in entries),
     }
-    shown = [name for name, wanted in optional.items() if wanted]
+    columns = [name for name, wanted in optional.items() if wanted]
     table = Table()
-    for name in ("group", "round", "source", "macs", "cut", *shown):
+    for name in ("group", "round", "source", "macs", "cut", *columns):
         table.add_column(name, justify="right", no_wrap=True)
     for group in sorted({entry.group for entry in entries}):
         own = [entry for entry in entries if entry.group == group]
@@ -156,7 +156,7 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
                 entry.source,
                 _macs(entry.macs),
                 loss_text(entry.loss_cut),
-                *(cells[name] for name in shown),
+                *(cells[name] for name in columns),
             )
         table.add_section()
     console.print(table)
