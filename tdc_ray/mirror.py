@@ -27,9 +27,9 @@ from tdc_ray.remote import (
     find,
     is_remote,
     put,
+    temporary,
     told,
     version_of,
-    writer,
 )
 
 SECONDS_BETWEEN_UPLOADS = 5.0
@@ -206,7 +206,7 @@ class _Copy:
     def temporary(self) -> Iterator[Path]:
         """Give a hidden place beside it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        path = self.path.with_name(f".{self.path.name}.{writer()}.tmp")
+        path = temporary(self.path)
         try:
             yield path
         finally:

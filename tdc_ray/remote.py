@@ -30,6 +30,7 @@ MIRROR = "tdc_ray-mirror"
 """The part of a path that makes it a mirror; kind of store, bucket and the rest are behind it."""
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+(.*))?", re.DOTALL)
+_TEMPORARY = re.compile(r"\..+\.tmp")
 _LOCAL = ("file", "local")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _OBJECT_STORES = (*_EXTRAS, "abfs", "abfss", "az")
@@ -73,8 +74,15 @@ def located(path: Path | str) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is the mirror of a URI."""
-    return MIRROR in path.parts
+    """Whether a path is the mirror of a URI; what is being written, file by file, is none yet."""
+    if MIRROR not in path.parts:
+        return False
+    return not any(map(_TEMPORARY.fullmatch, path.parts[path.parts.index(MIRROR) :]))
+
+
+def temporary(path: Path) -> Path:
+    """Give a hidden path beside another for what this process writes there."""
+    return path.with_name(f".{path.name}.{writer()}.tmp")
 
 
 def shown(path: Path | str) -> str:
@@ -170,11 +178,10 @@ def put(source: Path, path: Path) -> None:
         if shown(path).partition(":")[0] in _OBJECT_STORES:
             store.put_file(str(source), key)
             return
-        folder, _, name = key.rpartition("/")
-        temporary = f"{folder}/.{name}.{writer()}.tmp"
-        store.makedirs(folder, exist_ok=True)
-        store.put_file(str(source), temporary)
-        store.mv(temporary, key)
+        hidden = str(temporary(Path(key)))
+        store.makedirs(str(Path(key).parent), exist_ok=True)
+        store.put_file(str(source), hidden)
+        store.mv(hidden, key)
 
 
 def listing(path: Path, pattern: str) -> list[Path]:

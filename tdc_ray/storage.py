@@ -79,7 +79,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         StorageError: The block wrote nothing.
         StorageFailedError: The disk or the store does not take it.
     """
-    temporary = path.with_name(f".{path.name}.{remote.writer()}.tmp")
+    temporary = remote.temporary(path)
     old = path.with_name(f".{path.name}.{remote.writer()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from tdc_ray import mirror, remote
 from tdc_ray.errors import StorageError
 from tdc_ray.mirror import fetch, growing, remove, upload
 from tdc_ray.remote import filesystem, located
+from tdc_ray.storage import append_json_line, atomic_path, listing, write_json
 
 
 def make(source: Path, files: dict[str, str]) -> Path:
@@ -54,6 +55,20 @@ def test_a_file_comes_back_whole(bucket, tmp_path, monkeypatch):
     other = on_another_node(monkeypatch, tmp_path, f"{bucket}/file")
     fetch(other)
     assert other.read_bytes() == bytes(range(256)) * 40_000
+
+
+def test_a_folder_that_is_written_atomically_within_goes_up_once(bucket):
+    folder = located(f"{bucket}/expert")
+    with atomic_path(folder) as temporary:
+        write_json(temporary / "config.json", {"kept": []})
+        append_json_line(temporary / "log.jsonl", 1)
+        assert listing(located(bucket), "**") == []
+    assert listing(located(bucket), "**") == [
+        folder,
+        folder / "config.json",
+        folder / "log.jsonl",
+    ]
+    assert list(folder.parents[2].rglob("*.tmp")) == []
 
 
 def test_what_was_written_or_fetched_is_not_downloaded_again(bucket, tmp_path, monkeypatch):

@@ -30,19 +30,21 @@ from tdc_ray.timeline import History, Timeline, load_history
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
 
-def wait(seconds: float, _report: Report) -> Result:
-    """Do what an item does, without computing."""
+def wait(job: tuple[float, Path], _report: Report) -> Result:
+    """Do what an item does, without computing; leave a file that says on which node."""
+    seconds, folder = job
+    (folder / ray.get_runtime_context().get_node_id()).touch()
     time.sleep(seconds)
     return {}
 
 
 def chain(folder: Path, name: str, seconds: float) -> Chain[None]:
     """One item that waits."""
-    yield [WorkItem(f"{name}/wait", wait, seconds, folder / f"{name}.json", seconds)]
+    yield [WorkItem(f"{name}/wait", wait, (seconds, folder), folder / f"{name}.json", seconds)]
 
 
 def pooled(
-    compute: ComputeConfig, num_chains: int, seconds: float, meanwhile: Callable[[], None]
+    compute: ComputeConfig, num_chains: int, seconds: float, meanwhile: Callable[[Path], None]
 ) -> History:
     """Run chains on the cluster while something happens to it; give the timeline."""
     with tempfile.TemporaryDirectory() as name:
@@ -55,7 +57,7 @@ def pooled(
             chains = {f"c{i}": chain(folder, f"c{i}", seconds) for i in range(num_chains)}
             thread = threading.Thread(target=pool.run, args=(chains,))
             thread.start()
-            meanwhile()  # nodes are started in the main thread alone
+            meanwhile(folder)  # nodes are started in the main thread alone
             thread.join()
         return load_history(folder / "timeline.jsonl")
 
@@ -88,7 +90,7 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     added: dict[str, float] = {}
 
-    def join() -> None:
+    def join(_folder: Path) -> None:
         time.sleep(4)
         added["time"] = time.time()
         added["node"] = cluster.add_node(num_cpus=1).node_id
@@ -98,7 +100,7 @@ def main() -> None:
     found = {"seconds_until_a_joined_node_works": min(starts) - added["time"]}
     found["items_on_the_joined_node"] = len(starts)
 
-    def grow() -> None:
+    def grow(_folder: Path) -> None:
         time.sleep(12)
         cluster.add_node(num_cpus=2)
 
@@ -106,8 +108,9 @@ def main() -> None:
     found["done_after_waiting"] = sum(span.outcome == "done" for span in history.spans)
     found["said"] = [text for text in warnings.texts if "work waits for actors" in text]
 
-    def lose() -> None:
-        time.sleep(8)
+    def lose(folder: Path) -> None:
+        while not (folder / first.node_id).exists():
+            time.sleep(0.1)
         cluster.remove_node(first, allow_graceful=False)
 
     history = pooled(ComputeConfig(max_attempts=1), 6, 4.0, lose)
