@@ -25,7 +25,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tdc_ray.commands import Run, parse
+from tdc_ray.commands.parse import parse
+from tdc_ray.commands.run import Run
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tdc_ray.cli import run_command
-from tdc_ray.commands import parse
+from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, save_unet

@@ -10,7 +10,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from tdc_ray.base_sources import find_base
 from tdc_ray.cli import run_command
-from tdc_ray.commands import Import, Plan, Run, parse
+from tdc_ray.commands.models import Import
+from tdc_ray.commands.parse import parse
+from tdc_ray.commands.run import Plan, Run
 from tdc_ray.config import to_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.layout import RunDir

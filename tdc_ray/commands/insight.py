@@ -1,0 +1,90 @@
+"""What looks at runs, or ahead of them, and changes nothing."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from tdc_ray.commands.run import Settings
+from tdc_ray.config import to_json
+from tdc_ray.errors import StorageError
+from tdc_ray.remote import located, shown
+from tdc_ray.simulation_settings import SimulationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Show how far a run is: groups, what is under way, workers; from wherever it can be seen."""
+
+    run: Positional[Path]
+    """The run directory."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print how far it is."""
+        from tdc_ray.layout import RunDir
+        from tdc_ray.status import status
+        from tdc_ray.workers_report import print_status
+
+        print_status(console, status(RunDir(located(self.run))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
+
+    run: Positional[Path]
+    """A run directory, or what tdc-ray prune wrote, or its URI."""
+    group: int | None = None
+    """Only this group."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print the entries."""
+        from tdc_ray.layout import RunDir
+        from tdc_ray.prune.memory import MemoryBank
+        from tdc_ray.report import print_memory
+        from tdc_ray.storage import exists, listing
+
+        folder = located(self.run)
+        paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
+        found = [path for path in paths if exists(path)]
+        if not found:
+            raise StorageError(
+                f"{shown(folder)} holds no memory bank: {shown(paths[0])} does not exist."
+            )
+        for path in found:
+            entries = MemoryBank(path).all()
+            print_memory(console, [e for e in entries if self.group in (None, e.group)], path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Say how long stage 2 would take on a cluster that you do not have; starts nothing.
+
+    The very scheduling policy of a run, in simulated time. What items take is measured
+    (--costs RUN) or follows from their macs and --macs-per-second.
+    """
+
+    config: Settings
+    simulation: Annotated[SimulationConfig, arg(name="")] = field(default_factory=SimulationConfig)
+    json: Path | None = None
+    """Where the table goes as JSON."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print, and write, what would come out."""
+        from tdc_ray.simulation import simulate_run
+        from tdc_ray.storage import write_json
+        from tdc_ray.workers_report import print_simulated
+
+        found = simulate_run(self.config, self.simulation)
+        print_simulated(console, found)
+        if self.json is not None:
+            document = [asdict(one) for one in found]
+            write_json(self.json, {"settings": to_json(self.config), "simulated": document})

@@ -1,0 +1,137 @@
+"""Parses the command line; tyro makes the flags from the commands' dataclasses."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from tdc_ray.autoencoder_settings import AutoencoderConfig
+from tdc_ray.commands.insight import Memory, Simulate, Status
+from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
+from tdc_ray.commands.run import Plan, Run
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.presets import PRESETS, preset
+
+DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
+
+tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
+
+Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
+
+Command = (
+    Run | Plan | Sample | Status | Simulate | Prune | Memory | TrainAutoencoder | Import | Export
+)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Parse in two passes: the preset decides the defaults of all other flags."""
+    config = _with_base(preset(_preset_name(arguments)), arguments)
+    missing: Any = tyro.MISSING
+    prune = Prune(model_dir=missing, out=missing, config=_config_of_model(arguments) or config)
+    autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
+    imported = Import(source=missing, out=missing, config=config)
+    choices = (
+        Annotated[Run, subcommand("run", default=Run(config=config))]
+        | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
+        | Annotated[Sample, subcommand("sample")]
+        | Annotated[Prune, subcommand("prune", default=prune)]
+        | Annotated[Export, subcommand("export")]
+        | Annotated[Status, subcommand("status")]
+        | Annotated[Simulate, subcommand("simulate", default=Simulate(config=config))]
+        | Annotated[Memory, subcommand("memory")]
+        | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
+        | Annotated[Import, subcommand("import", default=imported)]
+    )
+    command: Command = tyro.cli(
+        choices,
+        args=list(arguments),
+        prog="tdc-ray",
+        description=DESCRIPTION,
+        config=(OmitSubcommandPrefixes,),
+    )
+    return command
+
+
+def _preset_name(arguments: Sequence[str]) -> str:
+    return _value_of("--preset", arguments) or "digits"
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Make what a given base tells the defaults of all flags.
+
+    A preset that was named, or a flag, says what the data are; otherwise their resolution and
+    channels are the base's, and of a run directory all settings come along.
+
+    Raises:
+        ConfigError: The base does not tell its noise process, and nothing was named that has it.
+        CheckpointError: There is no such base.
+    """
+    source = _source(arguments)
+    if source is None:
+        return config
+    from tdc_ray.base_sources import find_base  # imports torch
+    from tdc_ray.bases import come_along, untold
+    from tdc_ray.prune_model import run_config_of
+
+    base, has_preset = find_base(source), _value_of("--preset", arguments) is not None
+    missing = untold(base)
+    if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
+        raise ConfigError(
+            f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
+            f"with by --preset, or set --{missing[0].replace('_', '-')} and so on."
+        )
+    if not has_preset and base.folder is not None:
+        config = run_config_of(base.folder) or config
+    config = replace(config, model=replace(config.model, base=source, num_heads=None))
+    return come_along(base, config, with_data=not has_preset)
+
+
+def _source(arguments: Sequence[str]) -> str | None:
+    """Find the base among the arguments, before they are parsed."""
+    if not arguments or arguments[0] not in ("run", "plan", "import"):
+        return None
+    if arguments[0] != "import":
+        return _value_of("--base", arguments) or _value_of("--model.base", arguments)
+    names = [
+        argument
+        for before, argument in pairwise(arguments)
+        if not argument.startswith("-") and not before.startswith("--")
+    ]
+    return names[0] if names else None
+
+
+def _config_of_model(arguments: Sequence[str]) -> RunConfig | None:
+    """Give the settings of the run that trained the model that is to be pruned.
+
+    They hold unless a preset is asked for. The model is the first argument that is neither a flag
+    nor a flag's value.
+    """
+    if not arguments or arguments[0] != "prune" or _value_of("--preset", arguments):
+        return None
+    from tdc_ray.prune_model import run_config_of, unet_dir
+
+    for before, argument in pairwise(arguments):
+        is_value = before.startswith("--") and "=" not in before and before != "--verbose"
+        if argument.startswith("-") or is_value:
+            continue
+        with contextlib.suppress(CheckpointError):
+            if config := run_config_of(unet_dir(Path(argument))):
+                prune = config.prune
+                method = "offline" if prune.method == "none" else prune.method
+                return replace(config, prune=replace(prune, method=method, halving_steps=0))
+    return None

@@ -1,0 +1,129 @@
+"""Whole runs, and their plans."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from tdc_ray.config import RunConfig, default_run_dir, with_absolute_paths
+from tdc_ray.mirror import growing
+from tdc_ray.plan import Plan as GroupPlan
+from tdc_ray.remote import is_remote, located, shown, writer
+
+Settings = Annotated[RunConfig, arg(name="")]
+"""Flags such as ``--plan.num-groups`` without a prefix of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Do the whole of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
+
+    Run the same command again to go on after a cut, or to see the results of a finished run.
+    With --finetune.num-steps 0 it is training-free: after the base no gradient step is taken, and
+    the experts are what cut and least-squares refit make of the base, in minutes.
+    """
+
+    config: Settings
+    run_dir: Path | None = None
+    """Where everything goes: a path or a URI such as s3://bucket/run; default:
+    runs/<preset>-seed<seed>-<digest of the settings>."""
+    dry_run: bool = False
+    """Show the settings and the plan, check the data, and stop."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Run, or go on, and print what came out."""
+        config = self.config
+        folder = located(self.run_dir or default_run_dir(config))
+        from tdc_ray.bases import with_first_stage  # imports torch
+        from tdc_ray.run import check, run  # imports ray
+
+        if self.dry_run:
+            console.print(config)
+            _show_plan(config, console)
+            check(with_first_stage(with_absolute_paths(config)))
+            console.print(f"would run in {shown(folder)}", soft_wrap=True)
+            return
+        name = shown(folder)
+        console.print(
+            f"run directory {name}; the same command goes on after a cut", soft_wrap=True
+        )
+        from tdc_ray.report import print_results
+
+        with _log_to(folder / "run.log"):
+            results = run(config, folder, console)
+        print_results(console, results)
+        console.print(
+            f"results: {name}/results.json\nimages: tdc-ray sample {name}\n"
+            f"curves: tensorboard --logdir {name}/tensorboard",
+            soft_wrap=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show the groups of timesteps and what each may cost; trains nothing."""
+
+    config: Settings
+    out_dir: Path | None = None
+    """Where plan.json and plan.png go; default: the default run directory."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print the plan and write it."""
+        from tdc_ray.plan import to_json
+        from tdc_ray.report import plot_plan
+        from tdc_ray.storage import write_json
+
+        config = self.config
+        plan = _show_plan(config, console)
+        folder = located(self.out_dir or default_run_dir(config))
+        write_json(folder / "plan.json", to_json(plan))
+        plot_plan(plan, folder / "plan.png")
+        name = shown(folder)
+        console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
+
+
+def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
+    from tdc_ray.models.architectures import base_unet
+    from tdc_ray.models.layers import count
+    from tdc_ray.plan import plan_groups
+    from tdc_ray.report import print_plan
+
+    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    if config.model.base is None:
+        unet = base_unet(config)
+    else:
+        from tdc_ray.base_sources import find_base  # imports torch
+        from tdc_ray.bases import check_base
+
+        unet = check_base(find_base(config.model.base), config)
+    _, macs_base = count(unet)
+    print_plan(console, plan, config, macs_base)
+    return plan
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Keep the log of all attempts beside the results, once the run has made its directory.
+
+    Of a URI it is a folder, where every attempt has a file of its own.
+    """
+    with growing(path) as place:
+        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
+        handler = logging.FileHandler(file if is_remote(path) else place, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
