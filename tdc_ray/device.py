@@ -1,6 +1,7 @@
 """Where a worker computes, and which of several workers it is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
@@ -25,3 +26,13 @@ def place() -> Place:
     if not distributed.is_initialized():
         return Place(0, 1, worker_device())
     return Place(distributed.get_rank(), distributed.get_world_size(), worker_device())
+
+
+def gathered(value: int) -> list[int]:
+    """Give what this value is for each worker of this process's item, in the order of ranks."""
+    here = place()
+    if here.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * here.world_size
+    distributed.all_gather_object(values, value)
+    return values

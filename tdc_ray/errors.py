@@ -23,7 +23,25 @@ Every constructor hands all of its arguments to ``super().__init__`` so that the
 unpickled: Ray delivers an error that cannot as an ``UnserializableException``.
 """
 
+import errno
 from collections.abc import Mapping
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says then, on a GPU and on a CPU."""
+
+_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""Of errors of the system, those that tell of a path; libraries raise such without a number."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether there was not enough memory, on a GPU or a CPU."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether an error that reading a file led to says nothing about what is in the file."""
+    failed = isinstance(error, OSError) and error.errno not in _NOT_THERE
+    return failed or isinstance(error, StorageFailedError) or is_out_of_memory(error)
 
 
 class TdcError(Exception):

@@ -10,9 +10,9 @@ from torch import nn
 
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, held_out_split
-from tdc_ray.device import place
+from tdc_ray.device import gathered, place
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.errors import NonFiniteLossError
+from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.latents import load_inputs
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
@@ -25,6 +25,7 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice, GroupTask
+from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage import exists, listing, remove
 from tdc_ray.training import TrainState, start_state, train
@@ -266,6 +267,10 @@ def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
     state = start_state(unet, job.config.finetune)
     if goes_on:
         state.load(job.checkpoint)
+    if len(set(steps := gathered(state.step))) > 1:  # on NFS one may see an older file
+        raise StorageFailedError(
+            f"the workers of one fine-tune see {shown(job.checkpoint)} at the steps {steps}."
+        )
     _train(state, job.config, job.group, job.checkpoint, report)
     return base, state
 

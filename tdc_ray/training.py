@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdc_ray.data import augment, to_model_range
 from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
-from tdc_ray.errors import CheckpointError, NonFiniteLossError
+from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DataConfig, TrainConfig
@@ -88,6 +88,8 @@ class TrainState:
             state = torch.load(fetch(path), map_location=self.device, weights_only=True)
             self.load_state_dict(state)
         except _UNREADABLE as error:
+            if is_from_outside(error):
+                raise
             raise CheckpointError(
                 f"{shown(path)} is no checkpoint of this model: {error}"
             ) from error

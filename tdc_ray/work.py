@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from tdc_ray.errors import TdcError
 from tdc_ray.storage import exists, read_json, write_json
 
 Result = dict[str, Any]
@@ -134,6 +135,9 @@ class Chains(Generic[T]):
         self.values: dict[str, T] = {}
         """What the chains that ended returned, by their names."""
 
+        self.errors: dict[str, TdcError] = {}
+        """What the chains that failed between their items raised, by their names."""
+
         self._states = {name: _State(chain) for name, chain in chains.items()}
         self._news = dict.fromkeys(chains)
         """Chains to which something happened since they were last looked at, in order."""
@@ -202,18 +206,21 @@ class Chains(Generic[T]):
             results = [state.results.pop(item.key) for item in state.waits_for]
         state.stage += 1
         try:
-            state.waits_for = state.chain.send(results)
+            waits_for = state.waits_for = state.chain.send(results)
+            self._news[name] = None
+            if isinstance(waits_for, Meeting):
+                self._meeting.add(name)
+                return []
+            earlier = {item.key: finished(item) for item in waits_for}
         except StopIteration as stop:
             self.values[name] = stop.value
-            self.drop(name)
-            return []
-        self._news[name] = None
-        if isinstance(state.waits_for, Meeting):
-            self._meeting.add(name)
-            return []
-        earlier = {item.key: finished(item) for item in state.waits_for}
-        state.results = {key: result for key, result in earlier.items() if result is not None}
-        return [item for item in state.waits_for if earlier[item.key] is None]
+        except TdcError as error:  # such as of a store that cannot be written to
+            self.errors[name] = error
+        else:
+            state.results = {key: result for key, result in earlier.items() if result is not None}
+            return [item for item in waits_for if earlier[item.key] is None]
+        self.drop(name)
+        return []
 
 
 @contextmanager
@@ -236,4 +243,6 @@ def run_chain(
         for name, item in missing:
             with watch(item) as report:
                 chains.put(name, item, run_item(item, report))
+    for error in chains.errors.values():
+        raise error
     return chains.values[""]

@@ -1,10 +1,17 @@
+import errno
 import pickle
 from collections.abc import Iterator
 
 import pytest
 
 import tdc_ray.errors
-from tdc_ray.errors import NonFiniteLossError, TdcError, WorkFailedError
+from tdc_ray.errors import (
+    NonFiniteLossError,
+    StorageFailedError,
+    TdcError,
+    WorkFailedError,
+    is_from_outside,
+)
 
 
 def subclasses(error: type[TdcError]) -> Iterator[type[TdcError]]:
@@ -67,3 +74,21 @@ def test_every_failed_item_is_told_with_its_reason_in_order():
     assert "the same command tries these again" in last
     reasons["later"] = "no"
     assert "later" not in error.reasons
+
+
+@pytest.mark.parametrize(
+    ("error", "is_outside"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (StorageFailedError("the store is down"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (OSError("no file named diffusion_pytorch_model.safetensors"), False),
+        (RuntimeError("size mismatch for conv_in.weight"), False),
+    ],
+)
+def test_a_file_is_not_blamed_for_what_memory_or_disk_did(error, is_outside):
+    assert is_from_outside(error) is is_outside

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tdc_ray
+from tdc_ray.errors import LimitError
 from tdc_ray.storage import append_json_line, read_json, read_json_lines, write_json
 from tdc_ray.work import Chains, Meeting, WorkItem, finished, run_chain, run_item
 from tests.small import reporting_to
@@ -94,6 +95,15 @@ def test_an_item_that_fails_leaves_no_result_and_is_run_again(tmp_path):
     assert finished(item(tmp_path, "a")) is None
     run_chain(two_stages(tmp_path, fail_once))
     assert calls(tmp_path) == ["a", "a", "b", "c5"]
+
+
+def test_what_a_chain_raises_between_its_items_is_raised(tmp_path):
+    def chain():
+        yield []
+        raise LimitError("too small")
+
+    with pytest.raises(LimitError, match="too small"):
+        run_chain(chain())
 
 
 def test_an_item_whose_result_is_empty_is_finished_too(tmp_path):

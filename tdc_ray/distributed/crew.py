@@ -5,6 +5,7 @@ import logging
 import math
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,10 @@ MAX_FAILED_STARTS = 10
 
 SECONDS_IDLE = 1.0
 """How long a worker may have been idle and still pass for alive."""
+
+SECONDS_UNTIL_RELEASED = 60.0
+"""How long a worker may be idle on a cluster that others run: it keeps a node from being taken
+down."""
 
 SECONDS_TO_ANSWER = 5.0
 """How long it may then take to say that it is."""
@@ -139,10 +144,28 @@ class Crew:
             for _ in range(min(number - have, self._most(resources) - have, room)):
                 self._hire_one(resources)
 
-    def is_short_of(self, resources: Resources, number: int) -> bool:
-        """Whether fewer are there, of which more are to be had."""
-        here = sum(taken == resources for taken in self.ready().values())
-        return here < min(number, self._most(resources))
+    def dispensable(
+        self, spare: Mapping[str, Resources], wanted: Mapping[Resources, int]
+    ) -> list[str]:
+        """Name the spare workers to end: in the way of others, or idle on nodes that may go.
+
+        Args:
+            spare: Idle workers that nothing is ready for.
+            wanted: How many of each kind all items that run or could run would take.
+        """
+        counts = Counter(self.ready().values())
+        missing = {
+            kind: min(number, self._most(kind)) - counts[kind] for kind, number in wanted.items()
+        }
+        found = []
+        for name, resources in spare.items():
+            others = [kind for kind in missing if kind != resources and missing[kind] > 0]
+            if others:  # it may take their room
+                missing[others[0]] -= 1
+                found.append(name)
+            elif self._idle_seconds(name) > SECONDS_UNTIL_RELEASED and not is_local():
+                found.append(name)
+        return found
 
     def take_in(self, ref: ray.ObjectRef) -> str | None:
         """Welcome a worker that answers, and give its name; None: it died.
@@ -180,10 +203,9 @@ class Crew:
 
         An item on a worker that died before it would count as a failure of the item.
         """
-        long_ago = time.monotonic() - SECONDS_IDLE
         asked: dict[ray.ObjectRef, str] = {}
         for name in names:
-            if self._hired[name].idle_since < long_ago:
+            if self._idle_seconds(name) > SECONDS_IDLE:
                 actor: Any = self._hired[name].actor
                 asked[actor.where.remote()] = name
         if not asked:
@@ -212,6 +234,9 @@ class Crew:
         """End all."""
         for name in list(self._hired):
             self.dismiss(name)
+
+    def _idle_seconds(self, name: str) -> float:
+        return time.monotonic() - self._hired[name].idle_since
 
     def _most(self, resources: Resources) -> int:
         """Say how many actors of a kind to ask for.

@@ -86,11 +86,9 @@ class Schedule(Generic[T]):
             max_attempts: How often an item may be started whose worker dies or that fails for
                 reasons outside of it.
         """
-        self.failed: dict[str, str] = {}
-        """Why chains failed, by name."""
-
         self._chains, self._default, self._max_attempts = Chains(chains), default, max_attempts
         self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
+        self._given_up: dict[str, str] = {}
         self._calls: list[tuple[str, WorkItem]] = []
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
@@ -105,6 +103,11 @@ class Schedule(Generic[T]):
     def values(self) -> dict[str, T]:
         """What the chains that ended returned, by name."""
         return self._chains.values
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why chains failed, by name: an item of theirs, or they themselves between two."""
+        return self._given_up | {name: str(error) for name, error in self._chains.errors.items()}
 
     @property
     def is_done(self) -> bool:
@@ -179,7 +182,7 @@ class Schedule(Generic[T]):
         """
         self._end(task, lost)
         chain, item = task.chain, task.item
-        if chain in self.failed:
+        if chain in self._given_up:
             return Action.GIVE_UP
         times = self._failures[chain, item.key, failure] + 1
         action = after_failure(item, failure, times, self._max_attempts)
@@ -220,7 +223,7 @@ class Schedule(Generic[T]):
 
     def _give_up(self, chain: str, reason: str) -> None:
         """End a chain; what it has under way runs on, and its results are kept for a next time."""
-        self.failed[chain] = reason
+        self._given_up[chain] = reason
         self._chains.drop(chain)
         self._calls = [call for call in self._calls if call[0] != chain]
         for resources, ready in self._ready.items():

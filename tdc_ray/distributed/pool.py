@@ -16,7 +16,7 @@ from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs
 from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
 from tdc_ray.distributed.ranks import Rank
-from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError
+from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.progress import ProgressView
 from tdc_ray.timeline import Timeline
 from tdc_ray.work import Chain, Result
@@ -40,9 +40,6 @@ SECONDS_UNTIL_GONE = 0.3
 
 SECONDS_TO_FAIL = 5.0
 """How long the other workers of an item may take to fail after one of them did."""
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""What torch says then, on a GPU and on a CPU."""
 
 T = TypeVar("T")
 
@@ -113,7 +110,7 @@ class Pool:
         for name, resources in self._crew.ready().items():
             schedule.join(name, resources)
         idle_since = alive_since = time.monotonic()
-        said = False
+        said, told = False, set[str]()
         while not schedule.is_done:
             self._staff(schedule)
             for task in schedule.start():
@@ -124,13 +121,22 @@ class Pool:
                 said = True
                 _say_what_waits(schedule)
             self._take_in(schedule)
+            told |= self._tell_failed(schedule, told)
             if time.monotonic() - alive_since > SECONDS_BETWEEN_SIGNS:
                 alive_since = time.monotonic()
                 self._timeline.add("alive")
             self._timeline.flush(max_age_s=SECONDS_BETWEEN_FLUSHES)
+        self._tell_failed(schedule, told)
         if schedule.failed:
             raise WorkFailedError(schedule.failed)
         return schedule.values
+
+    def _tell_failed(self, schedule: Schedule[T], told: set[str]) -> set[str]:
+        """Note the chains that failed since, and name them."""
+        new = schedule.failed.keys() - told
+        for name in sorted(new):
+            self._timeline.add("failed", chain=name, reason=schedule.failed[name])
+        return new
 
     def _end_what_an_error_left(self) -> None:
         """End workers that still run items of a call that an error ended."""
@@ -145,11 +151,9 @@ class Pool:
             schedule.leave(name)
             self._crew.dismiss(name)
         wanted = schedule.wanted()
-        for name, resources in schedule.spare().items():  # they may take another's room
-            others = [kind for kind in wanted if kind != resources]
-            if any(self._crew.is_short_of(kind, wanted[kind]) for kind in others):
-                schedule.leave(name)
-                self._crew.dismiss(name)
+        for name in self._crew.dispensable(schedule.spare(), wanted):
+            schedule.leave(name)
+            self._crew.dismiss(name)
         self._crew.hire(wanted)
 
     def _start(self, task: Task) -> None:
@@ -230,10 +234,7 @@ class Pool:
             self._crew.dismiss(name)
         self._crew.rest(name for name in task.workers if name not in lost)
         self._end(task, failure.value)
-        is_first = task.chain not in schedule.failed
         action = schedule.fail(task, failure, reason, lost)
-        if action is Action.GIVE_UP and is_first:
-            self._timeline.add("failed", chain=task.chain, reason=reason)
         again = {
             Action.RETRY: "it starts again",
             Action.HALVE: "it starts again with half the images at once",
@@ -296,7 +297,7 @@ def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, TdcError) and not isinstance(cause, StorageFailedError):
         return Failure.OWN_ERROR
-    if any(words in str(cause) for words in OUT_OF_MEMORY):
+    if is_out_of_memory(cause):
         return Failure.OUT_OF_MEMORY
     return Failure.OTHER_ERROR
 

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 
-from tdc_ray.errors import CheckpointError, TdcError
+from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
@@ -60,6 +60,8 @@ def load_expert(folder: Path) -> UNet2DModel:
         unet = _empty(read_json(folder / CONFIG_FILE))
         load_model(unet, folder / WEIGHTS_FILE)
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
+        if is_from_outside(error):
+            raise
         raise CheckpointError(f"{shown(folder)} holds no whole expert: {error}") from error
     return unet.eval()
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging as diffusers_logging
 
-from tdc_ray.errors import CheckpointError
+from tdc_ray.errors import CheckpointError, is_from_outside
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.remote import shown
 from tdc_ray.storage import atomic_path, fetch, read_json, write_json
@@ -98,6 +98,8 @@ def load_unet(folder: Path) -> UNet2DModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if is_from_outside(error):
+            raise
         raise CheckpointError(
             f"{shown(folder)} holds no UNet2DModel in safetensors: {error}"
         ) from error

@@ -46,8 +46,8 @@ def python(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(python) -> Iterator[str]:
-    """A head with its dashboard, which takes jobs; its whole process group ends with the tests."""
+def head(python) -> Iterator[tuple[int, str]]:
+    """The process and the address of a head that takes jobs; all below it ends with the tests."""
     temporary = Path(tempfile.mkdtemp(prefix="tdc", dir="/tmp"))  # sockets' names must be short
     port = free_port()
     flags = ["--head", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2"]
@@ -68,13 +68,18 @@ def address(python) -> Iterator[str]:
         assert head.poll() is None
         assert time.monotonic() < deadline
         time.sleep(1)
-    yield f"http://127.0.0.1:{port}"
+    yield head.pid, f"http://127.0.0.1:{port}"
     below = children(head.pid, "")
     for pid in [head.pid, *below]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     head.wait()
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def address(head) -> str:
+    return head[1]
 
 
 def job(*arguments: str, address: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +99,8 @@ def info(address: str, name: str):
     return JobSubmissionClient(address).get_job_info(name)
 
 
-def test_a_job_is_stopped_and_submitted_again_and_goes_on(address, cache_dir, tmp_path):
+def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_path):
+    pid, address = head
     run_dir = tmp_path / "run"
     flags = ["--run-dir", str(run_dir), "--evaluate.cache-dir", str(cache_dir)]
     entry = ["--", "python", "-m", "tdc_ray", "run", "--preset", "digits-smoke", *flags]
@@ -112,8 +118,13 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(address, cache_dir, tm
     while not list(run_dir.glob("groups/*/sensitivities-*.json")):
         assert not info(address, "one").status.is_terminal(), job("logs", "one", address=address)
         time.sleep(0.2)
+    assert children(pid, "ray::_Worker")
     assert job("stop", "one", address=address).returncode == 0
     assert info(address, "one").status == "STOPPED"
+    deadline = time.monotonic() + 60
+    while children(pid, "ray::_Worker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
     assert not (run_dir / "results.json").exists()
 
     again = job("submit", "--working-dir", ".", "--submission-id", "two", *entry, address=address)

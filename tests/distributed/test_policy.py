@@ -12,6 +12,7 @@ from tdc_ray.distributed.policy import (
     Schedule,
     num_fitting,
 )
+from tdc_ray.errors import StorageFailedError
 from tdc_ray.storage import write_json
 from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
@@ -125,6 +126,19 @@ def test_a_chain_that_failed_takes_its_ready_items_along_and_others_go_on():
     assert last.item.key == "b1"
     schedule.finish(last, {})
     assert schedule.is_done
+    assert schedule.values.keys() == {"b"}
+
+
+def test_a_chain_that_fails_between_its_items_fails_alone():
+    def breaks() -> Chain[list]:
+        yield [item("a1")]
+        raise StorageFailedError("the store is down")
+
+    schedule = schedule_of({"a": breaks(), "b": chain([item("b1")])}, workers=["v", "w"])
+    for task in schedule.start():
+        schedule.finish(task, {})
+    assert schedule.is_done
+    assert schedule.failed == {"a": "the store is down"}
     assert schedule.values.keys() == {"b"}
 
 

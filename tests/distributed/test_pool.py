@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from rich.console import Console
 
 from tdc_ray.compute_settings import ComputeConfig
@@ -18,7 +19,7 @@ from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.progress import ProgressView
 from tdc_ray.storage import read_json, write_json
 from tdc_ray.timeline import Timeline, load_history, usage
-from tdc_ray.work import Chain, Meeting, WorkItem
+from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 pytestmark = pytest.mark.ray
 
@@ -177,6 +178,18 @@ def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
     pool.timeline.flush()
     spans = load_history(pool.timeline_path).spans[len(before) :]
     assert [span.attempt for span in spans] == [1, 1, 1]
+
+
+def test_of_two_kinds_no_more_spare_workers_end_than_others_are_missing(pool):
+    crew = pool._crew
+    crew.hire({crew.default: 2})
+    while len(crew.ready()) < 2:
+        for ref in ray.wait(crew.starting(), num_returns=1)[0]:
+            crew.take_in(ref)
+    spare, other = crew.ready(), Resources(2.0)
+    assert crew.dispensable(spare, {}) == []
+    assert crew.dispensable(spare, {crew.default: 2}) == []
+    assert crew.dispensable(spare, {other: 1, crew.default: 1}) == list(spare)[:1]
 
 
 def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
