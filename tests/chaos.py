@@ -26,6 +26,7 @@ from typing import Any
 # Ray reads these when it is imported, and so do the processes that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # until a driver without a head ends
 
 from ray.cluster_utils import Cluster
 from s3fs import S3FileSystem
@@ -38,14 +39,17 @@ from tdc_ray.timeline import load_history
 from tests.hosts import HERE, Host, network
 from tests.processes import children
 
-KINDS = ("actor", "actor", "node", "driver")
-"""What is killed; actors twice as often."""
+KINDS = ("actor", "actor", "actor", "node", "node", "driver", "head")
+"""What is killed; the head ends with all of its cluster, and another is started."""
 
 HOST_KINDS = (*KINDS, "host", "host", "link")
 """The same where one node is on a host of its own, which may also be cut off."""
 
 SECONDS_CUT_OFF = 40.0
 """Longer than Ray waits for a node that is silent."""
+
+SECONDS_TO_NOTICE = 180.0
+"""How long a driver may take to end whose head is gone."""
 
 COMMAND = ("-m", "tdc_ray", "run", "--preset", "digits-smoke", "--compute.num-actors", "3")
 MAX_STARTS = 12
@@ -71,13 +75,17 @@ class Disturbed:
 
     def __init__(self, run_dir: str, log: Path, flags: Sequence[str], *, two_hosts: bool) -> None:
         self._where = {"node_ip_address": HERE} if two_hosts else {}
+        self.host: Host | None = None
+        self._start_cluster(two_hosts=two_hosts)
+        self._command = [sys.executable, *COMMAND, "--run-dir", run_dir, *flags]
+        self._log, self.starts = log, 0
+        self.driver = self._start()
+
+    def _start_cluster(self, *, two_hosts: bool) -> None:
         head = {"num_cpus": 0, "include_dashboard": False, **self._where}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.host = Host(self.cluster.address) if two_hosts else None
         self.nodes: list[Any] = [self._add_node() for _ in range(2 if two_hosts else 3)]
-        self._command = [sys.executable, *COMMAND, "--run-dir", run_dir, *flags]
-        self._log, self.starts = log, 0
-        self.driver = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.starts += 1
@@ -103,6 +111,13 @@ class Disturbed:
         if kind == "driver":
             self.driver.kill()
             self.driver.wait()
+        elif kind == "head":
+            if self.host is not None:
+                self.host.kill()
+            for node in [self.cluster.head_node, *self.nodes]:
+                self.cluster.remove_node(node, allow_graceful=False)
+            self.driver.wait(SECONDS_TO_NOTICE)  # it ends by itself
+            self._start_cluster(two_hosts=self.host is not None)
         elif kind == "node":
             lost = self.nodes.pop(draw.randrange(len(self.nodes)))
             self.cluster.remove_node(lost, allow_graceful=False)

@@ -26,6 +26,9 @@ LOCAL = "tdc-ray-local"
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
+FAILURES_UNTIL_SAID = 5
+"""In a row, until the log says that it may be more than the board; each takes some seconds."""
+
 SECONDS_TO_ANSWER = 2.0
 """How long a node may take to say that it is alive."""
 
@@ -108,6 +111,7 @@ class Board:
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
+        self._failures = 0
 
     def reporter(self, key: str, task: int | None = None) -> Report:
         """Make the function through which a piece of work reports; it never waits."""
@@ -126,8 +130,16 @@ class Board:
         try:
             events: list[Event] = ray.get(self._actor.drain.remote())
         except RayActorError:
-            logger.warning("the progress board died; it starts again, what it held is not shown")
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning("the progress board died; it starts again, what it held is lost")
+            elif self._failures == FAILURES_UNTIL_SAID:
+                logger.warning(
+                    "the Ray cluster does not answer. Ray gives its head a minute, then ends this "
+                    "process; the same command goes on from there on another cluster"
+                )
             return
+        self._failures = 0
         for event in events:
             view.show(event)
 
