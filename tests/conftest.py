@@ -24,6 +24,7 @@ from rich.console import Console
 
 from tdc_ray.config import RunConfig
 from tdc_ray.presets import preset
+from tdc_ray.storage import locked
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
@@ -47,9 +48,16 @@ def same_logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def cache_dir(common_dir: Path) -> Path:
     """Where trained classifiers are kept, for all tests."""
-    return tmp_path_factory.mktemp("cache")
+    return common_dir / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +77,13 @@ def smoke_config(cache_dir: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    ray_cluster: None, smoke_config: RunConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The directory of a whole run of ``smoke_config`` that nothing cut."""
+def finished_run(ray_cluster: None, smoke_config: RunConfig, common_dir: Path) -> Path:
+    """The directory of a whole run of ``smoke_config`` that nothing cut: one for all processes."""
     from tdc_ray.run import run
 
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run(smoke_config, folder, Console(quiet=True))
+    folder = common_dir / "finished" / "run"
+    with locked(common_dir / "finished.lock"):
+        run(smoke_config, folder, Console(quiet=True))
     return folder
 
 
