@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from tdc_ray.finetune import expert_dir, make_expert
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import INDEX_FILE, save_index
 from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.presets import preset
@@ -164,6 +165,18 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
                 encoders.run({"latents": prepare_latents(config)})
             train_base_on_ray(run_dir, config, events, view)
     return run_dir.base_unet
+
+
+def untrained_like(base: Path, folder: Path, seed: int) -> Path:
+    """Save a UNet of a base's architecture with random weights, unless it is there."""
+    if not exists(folder / "config.json"):
+        torch.manual_seed(seed)
+        settings = unet_config(base)
+        plain = {name: value for name, value in settings.items() if not name.startswith("_")}
+        dropout = plain.pop("dropout", 0.0)
+        unet = build_unet(plain, dropout=dropout)
+        save_unet(unet, folder, num_heads=plain.get("num_heads"))
+    return folder
 
 
 @dataclass(frozen=True, slots=True)

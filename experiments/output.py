@@ -81,6 +81,26 @@ def plot_rounds(
     _save(figure, folder / f"{name}.png")
 
 
+def plot_lines(
+    folder: Path,
+    name: str,
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draw mean and sample standard deviation of several values at every point of each line."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for label, points in lines.items():
+        middle = [statistics.mean(values) for _, values in points]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        axes.errorbar([x for x, _ in points], middle, spread, marker="o", capsize=3, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    _save(figure, folder / f"{name}.png")
+
+
 def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:
     """Draw images of several models side by side, image by image from the same noise.
 

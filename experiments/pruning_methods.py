@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from common import (
     Flags,
     Model,
@@ -31,6 +30,7 @@ from common import (
     parse_flags,
     scores_of,
     trained_base,
+    untrained_like,
     workers,
 )
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
@@ -38,12 +38,10 @@ from output import mean_and_spread, paper_column, plot_bars, write_record, write
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.finetune import Expert, finetune_item, make_expert
-from tdc_ray.models.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.prune_settings import PruneMethod
-from tdc_ray.storage import exists
 from tdc_ray.work import Chain, Result
 
 Row = tuple[float, float, float, int]
@@ -88,14 +86,7 @@ def task_of(
 
 def from_scratch(config: RunConfig, task: GroupTask, root: Path, times: int) -> GroupTask:
     """Give the task of training a shape from random weights with the base's settings."""
-    untrained = root / "untrained" / "unet"
-    if not exists(untrained / "config.json"):
-        torch.manual_seed(config.seed)
-        settings = unet_config(task.run_dir.base_unet)
-        plain = {name: value for name, value in settings.items() if not name.startswith("_")}
-        dropout = plain.pop("dropout", 0.0)
-        unet = build_unet(plain, dropout=dropout)
-        save_unet(unet, untrained, num_heads=plain.get("num_heads"))
+    untrained = untrained_like(task.run_dir.base_unet, root / "untrained" / "unet", config.seed)
     steps = times * config.finetune.num_steps
     config = replace(
         config,

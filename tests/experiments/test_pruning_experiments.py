@@ -78,6 +78,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(
         ("tdc_pruners", "digits-smoke", "PrunerFlags", "pruner"),
         ("time_cost", "digits-smoke-offline", "CostFlags", "stage"),
         ("training_free", "digits-smoke", "FreeFlags", "experts"),
+        ("two_stage", "digits-smoke", "Flags", "strategy, share"),
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(
