@@ -109,6 +109,10 @@ def test_tensorboard_reads_losses_and_sample_grids(finished_run):
     assert base.Tags()["images"]
     group = EventAccumulator(str(finished_run / "tensorboard" / "group-00")).Reload()
     assert {"train/loss", "prune/loss_cut", "prune/loss_refit"} <= set(group.Tags()["scalars"])
+    workers = EventAccumulator(str(finished_run / "tensorboard" / "workers")).Reload()
+    (used,) = workers.Scalars("experts/utilisation")
+    assert 0 < used.value <= 1
+    assert workers.Tags()["images"] == ["timeline"]
 
 
 def test_a_finished_run_is_read_and_not_done_again(finished_run, smoke_config, results):
