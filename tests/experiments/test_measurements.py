@@ -1,5 +1,6 @@
 """The experiments that measure the system itself, in little."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,29 +8,23 @@ import pytest
 
 from tdc_ray.storage import read_json
 
-pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def experiments(ray_cluster, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
-    monkeypatch.setattr(sys, "argv", ["measurement.py"])
-
-
-def test_the_makespan_is_held_against_the_least_possible(tmp_path):
-    import scheduling
-
-    scheduling.main(scheduling.SchedulingFlags(smoke=True, json=tmp_path / "found.json"))
-    found = read_json(tmp_path / "found.json")["makespan_over_least_by_workers"]["2"]
-    assert 1.0 <= found["ten_items"] < found["groups"] + 1.0
-    assert found["milliseconds_per_empty_item"] > 0
-
-
-def test_the_private_memory_of_workers_is_held_against_one_that_loaded_nothing(tmp_path):
-    import worker_memory
-
-    worker_memory.main(worker_memory.MemoryFlags(smoke=True, json=tmp_path / "found.json"))
-    found = read_json(tmp_path / "found.json")
-    assert 0 < found["weights_mb"] < 2
-    assert min(found["loaded_mb"]) > 50
-    assert len(found["denoised_mb"]) == 2
+@pytest.mark.ray
+def test_makespan_and_memory_are_measured(tmp_path):
+    processes = {}
+    for name in ("scheduling", "worker_memory"):  # side by side: one mostly waits
+        command = [sys.executable, f"experiments/{name}.py", "--smoke"]
+        command += ["--json", str(tmp_path / f"{name}.json")]
+        processes[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert {name: process.wait(300) for name, process in processes.items()} == dict.fromkeys(
+        processes, 0
+    )
+    spans = read_json(tmp_path / "scheduling.json")["makespan_over_least_by_workers"]["2"]
+    assert 1.0 <= spans["ten_items"] < spans["groups"] + 1.0
+    assert spans["milliseconds_per_empty_item"] > 0
+    memory = read_json(tmp_path / "worker_memory.json")
+    assert 0 < memory["weights_mb"] < 2
+    assert min(memory["loaded_mb"]) > 50
+    assert len(memory["denoised_mb"]) == 2
