@@ -1,6 +1,6 @@
 """How far a run is, by its directory alone: from any machine that sees the storage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tdc_ray.config import RunConfig, from_json
@@ -47,6 +47,9 @@ class Status:
     """How far stage 1 is."""
 
     groups: Sequence[GroupStatus]
+    failed: Mapping[str, str]
+    """Why the last driver gave up parts other than groups, such as samples, by their names."""
+
     running: Sequence[Span]
     """What the last driver has, or had, under way."""
 
@@ -72,11 +75,13 @@ def status(run_dir: RunDir) -> Status:
     history = load_history(run_dir.timeline)
     entries = MemoryBank(run_dir.memory).all()
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    groups = {group_name(group) for group in plan.groups}
     return Status(
         config=config,
         driver=holder(run_dir.root),
         base=_base(run_dir, config),
         groups=[_group(run_dir, group, entries, history) for group in plan.groups],
+        failed={name: why for name, why in history.failed.items() if name not in groups},
         running=[span for span in history.spans if span.ended is None],
         num_workers=sum(stay.left is None for stay in history.stays),
         usage=usage(history),

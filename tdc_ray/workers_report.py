@@ -91,6 +91,8 @@ def print_status(console: Console, status: Status) -> None:
             "" if group.failed is None else f"failed: {group.failed}",
         )
     console.print(table)
+    for name, reason in status.failed.items():
+        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
     for span in status.running:
         seconds = time.time() - span.started
         where = ", ".join(span.workers) or "language model"

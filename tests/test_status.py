@@ -8,6 +8,7 @@ from tdc_ray.errors import StorageError
 from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.status import status
+from tdc_ray.timeline import Timeline
 
 
 @pytest.mark.ray
@@ -42,8 +43,15 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
     with exclusive(folder):
         assert f"process {os.getpid()} on host" in status(RunDir(folder)).driver
     assert [group.index for group in found.groups if group.loss_finetuned is None] == [1]
+    timeline = Timeline(folder / "timeline.jsonl")
+    timeline.add("failed", chain="group-02", reason="it diverged")
+    timeline.add("failed", chain="tdc/0000100", reason="[disk] full")
+    timeline.flush()
     assert run_command(["status", str(folder)]) == 0
-    assert "not finished; the command that began it goes on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not finished; the command that began it goes on" in printed
+    assert status(RunDir(folder)).groups[2].failed == "it diverged"
+    assert "failed: tdc/0000100: [disk] full" in printed
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
