@@ -1,13 +1,16 @@
 """State dicts of other projects' checkpoints: loaded without unpickling objects, and checked."""
 
+import logging
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from tdc_ray.errors import CheckpointError
 
@@ -19,42 +22,44 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NAMED = 3
 """Most tensors that one error names."""
 
-_SAVE_TENSORS = (
-    "import torch, collections, torch.serialization as s; f = '{path}'; "
-    "empty = type('', (), {{'__new__': lambda *_: collections.Counter()}}); "
-    "s.add_safe_globals([(empty, g) for g in s.get_unsafe_globals_in_checkpoint(f)]); "
-    "torch.save({{'state_dict': torch.load(f, 'cpu', weights_only=True)['state_dict']}}, "
-    "'weights.ckpt')"
-)
-"""Puts an empty counter in the place of every object: PyTorch then fills in what belongs to it."""
+logger = logging.getLogger(__name__)
+
+
+class _Nothing:
+    """Stands in for whatever a checkpoint names beside tensors: calling it gives an empty dict.
+
+    PyTorch's restricted unpickler then puts there what the file says belongs to it; none of the
+    file's own classes and functions is found, let alone called.
+    """
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        return Counter()
 
 
 def load_state_dict(path: Path) -> StateDict:
     """Load a checkpoint's tensors on the CPU; they stay on the disk until they are used.
 
-    A file that holds more than tensors under ``state_dict`` (Lightning's) gives that part.
+    A file that holds more than tensors under ``state_dict`` (Lightning's, such as CompVis's) gives
+    that part; objects beside it are left out without being unpickled.
 
     Raises:
-        CheckpointError: There is no such file, it holds objects that only unpickling could load,
-            or it holds no tensors by name.
+        CheckpointError: There is no such file, or it holds no tensors by name.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
     try:
         mapped = zipfile.is_zipfile(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
         objects = get_unsafe_globals_in_checkpoint(path) if mapped else []
-        if not objects:
-            raise CheckpointError(f"{path} is no checkpoint of PyTorch: {error}") from error
+        if objects:
+            logger.info("%s: left out what is no tensor (%s)", path, ", ".join(sorted(objects)))
+        with safe_globals([(_Nothing, name) for name in objects]):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice is before it
         raise CheckpointError(
-            f"{path} holds objects beside its tensors ({', '.join(sorted(objects))}), as "
-            "Lightning's checkpoints do. Loading those can run any code, so it is not done. Save "
-            "its tensors alone, which needs none of these packages and runs none of their code: "
-            f'python -c "{_SAVE_TENSORS.format(path=path)}", and name weights.ckpt in its place.'
+            f"{path} is no checkpoint of PyTorch whose tensors can be read without running code "
+            f"of its own: {reason.partition('Check the documentation')[0].strip()}"
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of PyTorch: {error}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} must hold tensors by name (a state dict), and does not.")
