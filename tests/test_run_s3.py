@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tdc_ray.cli import run_command
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.remote import located
 from tdc_ray.results import comparable, load_results
@@ -15,19 +16,25 @@ from tdc_ray.storage import exists, fetch, listing
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 
 
-def tdc_ray(*arguments: str, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-m", "tdc_ray", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return " ".join(done.stdout.split())
-
-
 def test_a_run_in_a_store_ends_as_one_on_a_disk(
-    finished_run, cache_dir, bucket, tmp_path, monkeypatch
+    finished_run, cache_dir, bucket, tmp_path, monkeypatch, capsys
 ):
+    def tdc_ray(*arguments: str) -> str:
+        assert run_command(arguments) == 0
+        return " ".join(capsys.readouterr().out.split())
+
     uri = f"{bucket}/runs/smoke"
     command = ["run", "--preset", "digits-smoke", "--evaluate.cache-dir", str(cache_dir)]
-    printed = tdc_ray(*command, "--run-dir", uri, cwd=tmp_path)
+    command += ["--run-dir", uri]
+    done = subprocess.run(  # a Ray of its own, whose workers have this environment
+        [sys.executable, "-m", "tdc_ray", *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = " ".join(done.stdout.split())
     assert f"run directory {uri};" in printed
     assert f"images: tdc-ray sample {uri}" in printed
     assert "tdc_ray-mirror" not in printed
@@ -61,7 +68,7 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
     (log,) = listing(run_dir / "run.log", "*.log")
     assert "stage 1: training the base" in fetch(log).read_text()
 
-    assert "is finished; nothing is done again" in tdc_ray(*command, "--run-dir", uri)
+    assert "is finished; nothing is done again" in tdc_ray(*command)
     assert "round" in tdc_ray("memory", uri)
     assert "done:" in tdc_ray("status", uri)
     tdc_ray("sample", uri, "--num-images", "4", "--num-inference-steps", "2")
