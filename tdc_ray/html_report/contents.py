@@ -1,0 +1,285 @@
+"""What stands in a report, and in which order."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from tdc_ray.html_report.blocks import (
+    Block,
+    Lines,
+    Plot,
+    Report,
+    Section,
+    Table,
+    Tiles,
+    duration,
+)
+from tdc_ray.html_report.figures import (
+    Point,
+    figure_1,
+    losses_of_groups,
+    plan_over_snr,
+    plan_over_timesteps,
+    relative_rounds,
+    rounds_of_groups,
+    stages_of_time,
+    timeline,
+)
+from tdc_ray.html_report.gather import RunData, SweepData
+from tdc_ray.html_report.overview import runs_table, settings_table, trials_table
+from tdc_ray.html_report.pictures import samples_block
+from tdc_ray.html_report.tables import (
+    groups_table,
+    models_table,
+    plan_table,
+    progress_table,
+    rounds_table,
+    time_table,
+    widths_table,
+    workers_table,
+)
+from tdc_ray.report import conclusions, macs_text, millions_text
+from tdc_ray.results import Results
+
+MAX_LABELS = 8
+"""Most models that the plot of scores names."""
+
+MAX_SPANS = 1500
+"""Most attempts at items that a timeline is drawn of: a page must open at once."""
+
+
+def report_of(
+    runs: Sequence[RunData], sweeps: Sequence[tuple[SweepData, Sequence[RunData]]]
+) -> Report:
+    """Put a report together.
+
+    Args:
+        runs: Runs that were named.
+        sweeps: Sweeps that were named, each with its trials that get sections of their own.
+    """
+    all_runs = [*runs, *(run for _, trials in sweeps for run in trials)]
+    keys = {run.name: f"run-{number}" for number, run in enumerate(all_runs)}
+    sections: list[Section] = []
+    for number, (sweep, trials) in enumerate(sweeps):
+        sections += _sweep(sweep, trials, keys, f"sweep-{number}")
+    if len(runs) > 1:
+        sections.append(_all_runs(runs, keys))
+    is_alone = len(all_runs) == 1 and not sweeps
+    for run in all_runs:
+        sections += _run(run, keys[run.name], is_alone=is_alone)
+    names = [sweep.name for sweep, _ in sweeps] + [run.name for run in runs]
+    places = [sweep.path for sweep, _ in sweeps] + [run.path for run in runs]
+    many = len(names) > 3
+    title = f"{len(names)} runs" if many else ", ".join(names)
+    return Report(
+        title=f"TDC Training: {title}",
+        subtitle=f"{places[0]} and {len(places) - 1} more" if many else ", ".join(places),
+        sections=sections,
+    )
+
+
+def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
+    finished = {run.name: run.results for run in runs if run.results is not None}
+    return Section(
+        key="runs",
+        title="All runs",
+        blocks=[*_figures_1(finished, frozenset(), "runs"), runs_table(runs, keys)],
+    )
+
+
+def _sweep(
+    data: SweepData, trials: Sequence[RunData], keys: Mapping[str, str], key: str
+) -> Iterator[Section]:
+    sweep, own = data.sweep, {run.name for run in trials}
+    done = [trial for trial in sweep.trials if trial.score is not None]
+    others = len(sweep.trials) - len(done)
+    best = min(done, key=lambda trial: trial.score or 0.0, default=None)
+    tiles = [("trials", str(len(sweep.trials)), f"{len(done)} with a score, {others} without")]
+    if best is not None:
+        settings = ", ".join(f"{name} = {value}" for name, value in best.params.items())
+        tiles.append(
+            (f"best {best.metric or 'score'}", f"{best.score:.3f}", settings or best.name)
+        )
+    if sweep.pareto:
+        tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
+    blocks: list[Block] = [Tiles(tiles)]
+    blocks += _figures_1(data.results, frozenset(sweep.pareto), key)
+    blocks.append(trials_table(data, {name: keys[name] for name in own}))
+    if (settings_means := settings_table(data)) is not None:
+        blocks.append(settings_means)
+    if len(own) < len(data.results):
+        blocks.append(
+            Lines(
+                [
+                    f"Of {len(data.results)} finished trials {len(own)} have a section here, those of the "
+                    "Pareto front and the best first; tdc-ray report on a trial's directory shows any other."
+                ]
+            )
+        )
+    yield Section(key=key, title=f"Sweep {data.name}", blocks=blocks)
+
+
+def _figures_1(found: Mapping[str, Results], pareto: frozenset[str], key: str) -> Iterator[Plot]:
+    """Draw scores against macs, one plot for each metric: others cannot be compared."""
+    by_metric: dict[str, dict[str, Results]] = {}
+    for name, results in found.items():
+        by_metric.setdefault(results.metric, {})[name] = results
+    for number, (metric, some) in enumerate(by_metric.items()):
+        bases = dict.fromkeys((r.base.score, r.base.macs) for r in some.values())
+        labelled = len(some) <= MAX_LABELS
+        points = [
+            Point("base" if len(bases) == 1 else "", score, macs, is_base=True)
+            for score, macs in bases
+        ]
+        for name, results in some.items():
+            label = name if labelled and len(some) > 1 else "TDC" if len(some) == 1 else ""
+            tdc = results.tdc
+            points.append(Point(label, tdc.score, tdc.macs, is_base=False, is_best=name in pareto))
+        front = " Orange: the Pareto front." if pareto else ""
+        yield Plot(
+            svg=figure_1(points, metric, f"{key}-figure-1-{number}"),
+            title="Score against macs",
+            caption=f"As the paper's Figure 1: a circle's area goes with the macs. Gray: bases; "
+            f"blue: TDC.{front} Lower and further to the left is better.",
+        )
+
+
+def _run(run: RunData, key: str, *, is_alone: bool) -> Iterator[Section]:
+    """Give a run's sections: on its own its parts, else itself with its parts below it."""
+    parts = list(_parts(run, key))
+    if is_alone:
+        yield from (
+            Section(key=f"{key}-{name}", title=title, blocks=blocks, run=run.name)
+            for name, title, blocks in parts
+        )
+        return
+    yield Section(key=key, title=run.name, blocks=parts[0][2], run=run.name)
+    for name, title, blocks in parts[1:]:
+        yield Section(key=f"{key}-{name}", title=title, blocks=blocks, level=3, run=run.name)
+
+
+def _parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
+    """Give key, title and blocks of each part of a run's report; the first is a summary."""
+    results = run.results
+    if results is None:
+        yield "progress", "How far it is", _progress(run)
+    else:
+        yield "summary", "At a glance", _summary(run, results)
+        figure = _figures_1({run.name: results}, frozenset(), key)
+        yield "scores", "Scores", [*figure, models_table(results)]
+    if run.samples:
+        yield "samples", "Samples", [samples_block(run.samples)]
+    if run.plan is not None:
+        yield "plan", "Plan", _plan(run, key)
+    if results is not None and results.groups:
+        plot = Plot(
+            svg=losses_of_groups(results, f"{key}-losses"),
+            title="Losses before and after",
+            caption="Loss on held-out noise of the group's timesteps, over the base's there.",
+        )
+        yield "losses", "Groups", [plot, groups_table(results)]
+        yield "widths", "Cut widths", [widths_table(results)]
+    if run.memory:
+        yield "rounds", "Rounds", _rounds(run, key)
+    if cost := _cost(run, key):
+        yield "cost", "Cost and time", cost
+
+
+def _progress(run: RunData) -> list[Block]:
+    progress = run.progress
+    assert progress is not None
+    tuned = sum(group.loss_finetuned is not None for group in progress.groups)
+    lines = [
+        "This run is not finished, and is shown as far as it is; the command that began it goes on.",
+        f"Stage 1: {progress.base}.",
+        f"Stage 2: {tuned} of {len(progress.groups)} experts are fine-tuned.",
+        *(f"Under way: {span.item}." for span in progress.running[:8]),
+    ]
+    return [Lines(lines, is_warning=True), progress_table(progress)]
+
+
+def _summary(run: RunData, results: Results) -> list[Block]:
+    base, tdc, seconds = results.base, results.tdc, results.seconds
+    spent = tdc.train_macs + results.prune.search_macs
+    trained = "the base was given"
+    if results.given_base is None and base.train_macs:
+        trained = f"{spent / base.train_macs:.2f} times the base's, search included"
+    tiles = Tiles(
+        [
+            (results.metric, f"{tdc.score:.3f}", f"base {base.score:.3f}; lower is better"),
+            (
+                "macs of a step",
+                macs_text(tdc.macs),
+                f"{tdc.macs / base.macs:.1%} of {macs_text(base.macs)}",
+            ),
+            (
+                "params at work",
+                millions_text(tdc.num_params),
+                f"{tdc.num_params / base.num_params:.1%} of {millions_text(base.num_params)}",
+            ),
+            ("train and search macs", f"{spent:.2e}", trained),
+            ("wall", duration(seconds.wall), "of the attempt that finished it"),
+        ]
+    )
+    plan = results.plan
+    made = [
+        f"{results.preset}, seed {results.seed}, {results.dataset}: {plan.schedule} schedule, "
+        f"k = {plan.k:g}, N = {plan.num_groups}; pruned by {results.prune.method}, "
+        f"refit {results.prune.refit}; commit {results.commit or 'unknown'}."
+    ]
+    return [tiles, Lines(conclusions(results)), Lines(made)]
+
+
+def _plan(run: RunData, key: str) -> list[Block]:
+    assert run.plan is not None
+    blocks: list[Block] = [
+        Plot(
+            svg=plan_over_snr(run.plan, run.results, f"{key}-plan-snr"),
+            title="Limits over the signal-to-noise ratio",
+            caption="What each group may take of the base's macs F, and what its expert takes.",
+        ),
+        Plot(
+            svg=plan_over_timesteps(run.plan, f"{key}-plan"),
+            title="Limits and SNR over the timesteps",
+            caption="Groups are runs of timesteps of about the same difficulty.",
+        ),
+        plan_table(run.plan),
+    ]
+    return [*blocks, Lines(run.plan.notes)] if run.plan.notes else blocks
+
+
+def _rounds(run: RunData, key: str) -> list[Block]:
+    table = rounds_table(run)
+    if not relative_rounds(run):
+        return [table]
+    plot = Plot(
+        svg=rounds_of_groups(run, f"{key}-rounds"),
+        title="Losses over the rounds",
+        caption="As the paper's Figure 5: mean (line) and standard deviation (band) over the "
+        "candidates of a round, after the refit where there is one.",
+    )
+    return [plot, table]
+
+
+def _cost(run: RunData, key: str) -> list[Block]:
+    blocks: list[Block] = []
+    if run.results is not None:
+        plot = Plot(
+            svg=stages_of_time(run.results.seconds, f"{key}-time"),
+            title="Where the time went",
+            caption="Summed over the workers.",
+        )
+        blocks = [plot, time_table(run.results)]
+    workers: Table = workers_table(run)
+    if workers.rows:
+        blocks.append(workers)
+    spans = sum(bool(span.workers) for span in run.history.spans)
+    if 0 < spans <= MAX_SPANS:
+        plot = Plot(
+            svg=timeline(run.history, f"{key}-timeline"),
+            title="Who ran what, when",
+            caption="A row per worker; a new driver's workers begin anew.",
+            is_wide=True,
+        )
+        blocks.append(plot)
+    elif spans:
+        blocks.append(Lines([f"{spans} attempts are too many to draw; timeline.png shows them."]))
+    return blocks

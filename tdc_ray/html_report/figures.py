@@ -1,0 +1,264 @@
+"""The report's plots, as SVG that takes its colours and its font from the page.
+
+Matplotlib draws them in its own colours, each of which becomes a variable of the page's style, so
+that one picture is right on dark and on light.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from tdc_ray.html_report.gather import RunData
+from tdc_ray.plan import Plan
+from tdc_ray.report import macs_text, plan_figure
+from tdc_ray.results import Results, StageSeconds
+from tdc_ray.timeline import History
+from tdc_ray.workers_report import timeline_figure
+
+SIZE = (4.6, 3.1)
+"""Of a plot, in inches: at a phone's width its letters are as large as the page's small ones."""
+
+BASE, INK = "tab:gray", "black"
+CYCLE = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is the base's
+
+_VARIABLES = {
+    "#1f77b4": "--c0",
+    "#ff7f0e": "--c1",
+    "#2ca02c": "--c2",
+    "#d62728": "--c3",
+    "#9467bd": "--c4",
+    "#8c564b": "--c5",
+    "#e377c2": "--c6",
+    "#7f7f7f": "--c7",
+    "#bcbd22": "--c8",
+    "#17becf": "--c9",
+    "#000000": "--ink",
+    "#ffffff": "--surface",
+    "#808080": "--muted",
+    "#e5e5e5": "--line",
+    "#b0b0b0": "--line",
+}
+"""Matplotlib's colours and the page's."""
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": "#b0b0b0",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e5e5e5",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#b0b0b0",
+    "ytick.color": "#b0b0b0",
+    "xtick.labelcolor": "#808080",
+    "ytick.labelcolor": "#808080",
+    "axes.labelcolor": "#808080",
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A model in the plot of scores against macs."""
+
+    label: str
+    """Nothing: it is drawn without one."""
+
+    score: float
+    macs: float
+    is_base: bool
+    is_best: bool = False
+    """Whether it is on the Pareto front."""
+
+
+def svg_of(figure: Figure, name: str) -> str:
+    """Give a figure as an SVG element.
+
+    Args:
+        figure: What was drawn.
+        name: Other than that of any other picture on the page: it goes into the ids.
+    """
+    file = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
+    text = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"(font(?:-family)?: [^;\"]*?)'[^;\"]*", r"\1sans-serif", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.strip()
+
+
+@contextmanager
+def _axes(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots()
+
+
+def figure_1(points: Sequence[Point], metric: str, name: str) -> str:
+    """Draw scores against macs; a circle's area goes with the macs, as in the paper's Figure 1."""
+    with _axes() as (figure, axes):
+        most = max(point.macs for point in points)
+        for point in points:
+            colour = BASE if point.is_base else "tab:blue" if not point.is_best else "tab:orange"
+            area = 260 * point.macs / most
+            axes.scatter(
+                point.macs, point.score, s=area, color=colour, alpha=0.55, ec=colour, lw=1.2
+            )
+            if point.label:
+                axes.annotate(
+                    point.label,
+                    (point.macs, point.score),
+                    xytext=(0, 11),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
+        front = sorted((p.macs, p.score) for p in points if p.is_best)
+        if len(front) > 1:
+            axes.plot(*zip(*front, strict=True), color="tab:orange", lw=1.2, ls="--", zorder=1)
+        axes.margins(0.22, 0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda macs, _: macs_text(macs)))
+        axes.set(xlabel="macs of a denoising step", ylabel=f"{metric} (lower is better)")
+        return svg_of(figure, name)
+
+
+def plan_over_timesteps(plan: Plan, name: str) -> str:
+    """Draw the limits and the SNR over the timesteps."""
+    with mpl.rc_context({**_STYLE, "axes.spines.right": True, "axes.grid": False}):
+        return svg_of(plan_figure(plan, SIZE), name)
+
+
+def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
+    """Draw every group's limit, and what its expert takes, over the signal-to-noise ratio."""
+    with _axes() as (figure, axes):
+        for group in plan.groups:
+            span = (group.snr_db_first, group.snr_db_last)
+            share = (group.limit_share, group.limit_share)
+            first = group.index == 0
+            axes.fill_between(span, share, alpha=0.18, color="tab:blue", lw=0)
+            axes.plot(span, share, color="tab:blue", label="limit" if first else None)
+            if results is not None and group.index < len(results.groups):
+                macs = results.groups[group.index].macs / results.base.macs
+                middle = sum(span) / 2
+                axes.plot(
+                    middle, macs, "o", color="tab:orange", ms=5, label="expert" if first else None
+                )
+        axes.invert_xaxis()
+        axes.set(xlabel="SNR in dB (noisier to the right)", ylabel="macs / F", ylim=(0, 1.12))
+        axes.legend(loc="lower right")
+        return svg_of(figure, name)
+
+
+def losses_of_groups(results: Results, name: str) -> str:
+    """Draw what cut, refit and fine-tune make of each group's loss, relative to the base's."""
+    stages = {
+        "cut": ("tab:red", [group.loss_cut for group in results.groups]),
+        "refit": ("tab:orange", [group.loss_refit for group in results.groups]),
+        "fine-tuned": ("tab:blue", [group.loss_finetuned for group in results.groups]),
+    }
+    with _axes() as (figure, axes):
+        axes.axhline(1, color=BASE, lw=1.2, ls="--", label="base")
+        ratios = []
+        for place, (label, (colour, losses)) in enumerate(stages.items()):
+            found = [
+                (group.index + 0.18 * (place - 1), loss / group.loss_base)
+                for group, loss in zip(results.groups, losses, strict=True)
+                if loss is not None and group.loss_base > 0
+            ]
+            ratios += [ratio for _, ratio in found]
+            if found:
+                axes.plot(*zip(*found, strict=True), "o", color=colour, label=label, ms=6)
+        _wide_range(axes, ratios)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="group (noisier to the right)", ylabel="loss / the base's loss")
+        axes.margins(x=0.08)
+        figure.legend(loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.1)
+        return svg_of(figure, name)
+
+
+def rounds_of_groups(run: RunData, name: str) -> str:
+    """Draw mean and standard deviation over a round's candidates, relative to the base's loss."""
+    with _axes() as (figure, axes):
+        ratios: list[float] = []
+        for (group, by_round), colour in zip(
+            relative_rounds(run).items(), CYCLE * 100, strict=False
+        ):
+            rounds = sorted(by_round)
+            middle = np.array([np.mean(by_round[number]) for number in rounds])
+            spread = np.array([np.std(by_round[number]) for number in rounds])
+            shown = [number + 1 for number in rounds]
+            axes.plot(shown, middle, "o-", color=colour, label=f"group {group}", ms=4)
+            low, high = middle - spread, middle + spread
+            axes.fill_between(shown, low, high, color=colour, alpha=0.16, lw=0)
+            ratios += [*middle, *high]
+        if run.results is not None:
+            axes.axhline(1, color=BASE, lw=1.2, ls="--", label="base")
+            ratios.append(1.0)
+        _wide_range(axes, ratios)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        of = "the base's" if run.results is not None else "the first round's mean"
+        axes.set(xlabel="round", ylabel=f"loss / {of}")
+        figure.legend(loc="outside upper center", ncols=4, handletextpad=0.4, columnspacing=1.1)
+        return svg_of(figure, name)
+
+
+def relative_rounds(run: RunData) -> Mapping[int, Mapping[int, list[float]]]:
+    """Give each group's losses by round over the base's, or the first round's mean without it."""
+    losses: dict[int, dict[int, list[float]]] = {}
+    for entry in run.memory:
+        if np.isfinite(entry.loss):
+            losses.setdefault(entry.group, {}).setdefault(entry.round, []).append(entry.loss)
+    found: dict[int, dict[int, list[float]]] = {}
+    bases = {} if run.results is None else {g.index: g.loss_base for g in run.results.groups}
+    for group, by_round in sorted(losses.items()):
+        whole = bases.get(group) or float(np.mean(by_round[min(by_round)]))
+        if whole > 0:
+            found[group] = {n: [loss / whole for loss in some] for n, some in by_round.items()}
+    return found
+
+
+def stages_of_time(seconds: StageSeconds, name: str) -> str:
+    """Draw where the workers' time went."""
+    stages = ("base", "prune", "finetune", "evaluate")
+    colours = ("tab:gray", "tab:blue", "tab:green", "tab:purple")
+    with _axes((SIZE[0], 1.9)) as (figure, axes):
+        for place, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
+            axes.barh(place, getattr(seconds, stage) / 60, color=colour, alpha=0.75, height=0.62)
+        axes.set_yticks(range(len(stages)), ["base", "pruning", "fine-tunes", "evaluation"])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="minutes of workers")
+        return svg_of(figure, name)
+
+
+def timeline(history: History, name: str) -> str:
+    """Draw who ran what, when."""
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        return svg_of(timeline_figure(history), name)
+
+
+def _wide_range(axes: Axes, values: Sequence[float]) -> None:
+    """Take a logarithmic axis where values differ by more than a factor of 10."""
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")

@@ -1,0 +1,74 @@
+"""Writes a report on runs and sweeps into a folder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tdc_ray.html_report.contents import report_of
+from tdc_ray.html_report.files import csv_files, markdown
+from tdc_ray.html_report.gather import RunData, SweepData, is_sweep, load_run, load_sweep
+from tdc_ray.html_report.page import page
+from tdc_ray.remote import located, shown
+from tdc_ray.storage import write_text
+
+PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
+"""What is in the folder: the page, the tables as Markdown, and a folder of them as CSV."""
+
+MAX_SECTIONS = 6
+"""Most trials of a sweep that get a section of their own."""
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a report on runs and sweeps, and give its page.
+
+    Args:
+        paths: Run directories and folders of sweeps, or their URIs.
+        out: Where the report goes; None: into ``report`` of the one folder that is named, or below
+            the working directory for several.
+
+    Raises:
+        StorageError: A folder is neither a run nor a sweep, or a file of it is damaged.
+    """
+    roots = list(dict.fromkeys(_absolute(path) for path in paths))
+    names = _names(roots)
+    runs: list[RunData] = []
+    sweeps: list[tuple[SweepData, list[RunData]]] = []
+    for root, name in zip(roots, names, strict=True):
+        if is_sweep(root):
+            sweep = load_sweep(root, name)
+            prefix = f"{name}: " if len(roots) > 1 else ""
+            trials = [load_run(sweep.roots[trial], prefix + trial) for trial in _chosen(sweep)]
+            sweeps.append((sweep, trials))
+        else:
+            runs.append(load_run(root, name))
+    report = report_of(runs, sweeps)
+    folder = located(out) if out is not None else roots[0] / "report"
+    if out is None and len(roots) > 1:
+        folder = Path("report")
+    write_text(folder / TEXT, markdown(report))
+    for name, text in csv_files(report).items():
+        write_text(folder / TABLES / f"{name}.csv", text)
+    write_text(folder / PAGE, page(report))
+    return folder / PAGE
+
+
+def _chosen(sweep: SweepData) -> list[str]:
+    """Choose the trials that get sections: those of the Pareto front and the best first."""
+    ranked = sorted(
+        sweep.results,
+        key=lambda name: (name not in sweep.sweep.pareto, sweep.results[name].tdc.score),
+    )
+    return ranked[:MAX_SECTIONS]
+
+
+def _absolute(path: Path) -> Path:
+    place = located(path)
+    return Path(os.path.abspath(place))  # noqa: PTH100  # links stay: their names mean something
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """Name each folder by what tells it from the others."""
+    if len(roots) == 1:
+        return [roots[0].name]
+    common = os.path.commonpath(map(shown, roots))
+    return [os.path.relpath(shown(root), common) for root in roots]
