@@ -225,6 +225,7 @@ def macs_text(macs: float) -> str:
 
 
 def millions_text(count: float) -> str:
+    """Write a number of parameters in millions."""
     return f"{count / 1e6:.2f} M"
 
 

@@ -69,12 +69,11 @@ def timeline_figure(history: History) -> "Figure":
     axes.set(xlabel="seconds", title="who ran what, when")
     axes.invert_yaxis()
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
-    axes.legend(
+    figure.legend(
         handles=[*handles, Patch(color="0.9", label="waiting")],
         ncols=6,
         fontsize=8,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.25),
+        loc="outside lower center",
     )
     return figure
 

@@ -1,14 +1,24 @@
 """What a report is made of, before it becomes HTML, Markdown or CSV."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tdc_ray.report import macs_text, millions_text
 
 Kind = Literal[
-    "text", "count", "score", "macs", "millions", "loss", "share", "seconds", "power", "number"
+    "text",
+    "number",
+    "count",
+    "decimal",
+    "score",
+    "loss",
+    "share",
+    "macs",
+    "millions",
+    "power",
+    "seconds",
 ]
 """How a column is written for a person; CSV files have the numbers as they are."""
 
@@ -87,7 +97,14 @@ class Lines:
     is_warning: bool = False
 
 
-Block = Table | Plot | Samples | Tiles | Lines
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What stands side by side where there is room."""
+
+    blocks: Sequence[Table | Plot | Samples]
+
+
+Block = Table | Plot | Samples | Tiles | Lines | Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +119,14 @@ class Section:
     level: Literal[2, 3] = 2
     run: str | None = None
     """The run that it is about; None: all."""
+
+    def flat(self) -> Iterator[Table | Plot | Samples | Tiles | Lines]:
+        """Give all blocks, those of rows too."""
+        for block in self.blocks:
+            if isinstance(block, Row):
+                yield from block.blocks
+            else:
+                yield block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +153,10 @@ def cell_text(value: Value, kind: Kind) -> str:
             return f"{value:.3f}"
         case "share":
             return f"{value:.1%}"
+        case "decimal":
+            return f"{value:.1f}"
+        case "loss":
+            return f"{value:#.4g}"
         case "count":
             return f"{value:,.0f}"
         case "power":

@@ -7,6 +7,8 @@ from tdc_ray.html_report.blocks import (
     Lines,
     Plot,
     Report,
+    Row,
+    Samples,
     Section,
     Table,
     Tiles,
@@ -41,6 +43,9 @@ from tdc_ray.results import Results
 
 MAX_LABELS = 8
 """Most models that the plot of scores names."""
+
+MAX_NARROW = 6
+"""Most columns of a heat map that has room beside a plot."""
 
 MAX_SPANS = 1500
 """Most attempts at items that a timeline is drawn of: a page must open at once."""
@@ -81,7 +86,7 @@ def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
     return Section(
         key="runs",
         title="All runs",
-        blocks=[*_figures_1(finished, frozenset(), "runs"), runs_table(runs, keys)],
+        blocks=[Row([*_figures_1(finished, frozenset(), "runs")]), runs_table(runs, keys)],
     )
 
 
@@ -101,7 +106,7 @@ def _sweep(
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]
-    blocks += _figures_1(data.results, frozenset(sweep.pareto), key)
+    blocks.append(Row([*_figures_1(data.results, frozenset(sweep.pareto), key)]))
     blocks.append(trials_table(data, {name: keys[name] for name in own}))
     if (settings_means := settings_table(data)) is not None:
         blocks.append(settings_means)
@@ -109,8 +114,9 @@ def _sweep(
         blocks.append(
             Lines(
                 [
-                    f"Of {len(data.results)} finished trials {len(own)} have a section here, those of the "
-                    "Pareto front and the best first; tdc-ray report on a trial's directory shows any other."
+                    f"Of {len(data.results)} finished trials {len(own)} have a section here, "
+                    "those of the Pareto front and the best first; tdc-ray report on a trial's "
+                    "directory shows any other."
                 ]
             )
         )
@@ -161,12 +167,12 @@ def _parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
     results = run.results
     if results is None:
         yield "progress", "How far it is", _progress(run)
+        if run.samples:
+            yield "samples", "Samples", [*_samples(run)]
     else:
         yield "summary", "At a glance", _summary(run, results)
-        figure = _figures_1({run.name: results}, frozenset(), key)
-        yield "scores", "Scores", [*figure, models_table(results)]
-    if run.samples:
-        yield "samples", "Samples", [samples_block(run.samples)]
+        shown = [*_figures_1({run.name: results}, frozenset(), key), *_samples(run)]
+        yield "scores", "Scores and samples", [Row(shown), models_table(results)]
     if run.plan is not None:
         yield "plan", "Plan", _plan(run, key)
     if results is not None and results.groups:
@@ -175,12 +181,18 @@ def _parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
             title="Losses before and after",
             caption="Loss on held-out noise of the group's timesteps, over the base's there.",
         )
-        yield "losses", "Groups", [plot, groups_table(results)]
-        yield "widths", "Cut widths", [widths_table(results)]
+        widths, groups = widths_table(results), groups_table(results)
+        is_narrow = len(widths.columns) <= MAX_NARROW
+        blocks: list[Block] = [Row([plot, widths])] if is_narrow else [plot, widths]
+        yield "groups", "Groups", [*blocks, groups]
     if run.memory:
         yield "rounds", "Rounds", _rounds(run, key)
     if cost := _cost(run, key):
         yield "cost", "Cost and time", cost
+
+
+def _samples(run: RunData) -> list[Samples]:
+    return [samples_block(run.samples)] if run.samples else []
 
 
 def _progress(run: RunData) -> list[Block]:
@@ -188,7 +200,8 @@ def _progress(run: RunData) -> list[Block]:
     assert progress is not None
     tuned = sum(group.loss_finetuned is not None for group in progress.groups)
     lines = [
-        "This run is not finished, and is shown as far as it is; the command that began it goes on.",
+        "This run is not finished, and is shown as far as it is; the command that began it goes "
+        "on.",
         f"Stage 1: {progress.base}.",
         f"Stage 2: {tuned} of {len(progress.groups)} experts are fine-tuned.",
         *(f"Under way: {span.item}." for span in progress.running[:8]),
@@ -230,7 +243,7 @@ def _summary(run: RunData, results: Results) -> list[Block]:
 
 def _plan(run: RunData, key: str) -> list[Block]:
     assert run.plan is not None
-    blocks: list[Block] = [
+    plots = [
         Plot(
             svg=plan_over_snr(run.plan, run.results, f"{key}-plan-snr"),
             title="Limits over the signal-to-noise ratio",
@@ -241,8 +254,8 @@ def _plan(run: RunData, key: str) -> list[Block]:
             title="Limits and SNR over the timesteps",
             caption="Groups are runs of timesteps of about the same difficulty.",
         ),
-        plan_table(run.plan),
     ]
+    blocks: list[Block] = [Row(plots), plan_table(run.plan)]
     return [*blocks, Lines(run.plan.notes)] if run.plan.notes else blocks
 
 
@@ -256,7 +269,7 @@ def _rounds(run: RunData, key: str) -> list[Block]:
         caption="As the paper's Figure 5: mean (line) and standard deviation (band) over the "
         "candidates of a round, after the refit where there is one.",
     )
-    return [plot, table]
+    return [Row([plot, table])]
 
 
 def _cost(run: RunData, key: str) -> list[Block]:
@@ -267,7 +280,7 @@ def _cost(run: RunData, key: str) -> list[Block]:
             title="Where the time went",
             caption="Summed over the workers.",
         )
-        blocks = [plot, time_table(run.results)]
+        blocks = [Row([plot, time_table(run.results)])]
     workers: Table = workers_table(run)
     if workers.rows:
         blocks.append(workers)

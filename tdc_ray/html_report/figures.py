@@ -45,6 +45,7 @@ _VARIABLES = {
     "#808080": "--muted",
     "#e5e5e5": "--line",
     "#b0b0b0": "--line",
+    "#e6e6e6": "--line",
 }
 """Matplotlib's colours and the page's."""
 
@@ -242,20 +243,30 @@ def stages_of_time(seconds: StageSeconds, name: str) -> str:
     """Draw where the workers' time went."""
     stages = ("base", "prune", "finetune", "evaluate")
     colours = ("tab:gray", "tab:blue", "tab:green", "tab:purple")
-    with _axes((SIZE[0], 1.9)) as (figure, axes):
+    most = max(getattr(seconds, stage) for stage in stages)
+    unit, length = next(
+        (name, length)
+        for name, length in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+        if most >= 2 * length or length == 1
+    )
+    with _axes((SIZE[0], 2.2)) as (figure, axes):
         for place, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
-            axes.barh(place, getattr(seconds, stage) / 60, color=colour, alpha=0.75, height=0.62)
+            axes.barh(
+                place, getattr(seconds, stage) / length, color=colour, alpha=0.75, height=0.62
+            )
         axes.set_yticks(range(len(stages)), ["base", "pruning", "fine-tunes", "evaluation"])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel="minutes of workers")
+        axes.set(xlabel=f"{unit} of workers")
         return svg_of(figure, name)
 
 
 def timeline(history: History, name: str) -> str:
     """Draw who ran what, when."""
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        return svg_of(timeline_figure(history), name)
+        figure = timeline_figure(history)
+        figure.axes[0].set_title("")  # the page has it
+        return svg_of(figure, name)
 
 
 def _wide_range(axes: Axes, values: Sequence[float]) -> None:

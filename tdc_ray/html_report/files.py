@@ -23,7 +23,7 @@ def csv_files(report: Report) -> Mapping[str, str]:
     found: dict[str, list[dict[str, Value]]] = {}
     columns: dict[str, dict[str, None]] = {}
     for section in report.sections:
-        for table in (block for block in section.blocks if isinstance(block, Table)):
+        for table in (block for block in section.flat() if isinstance(block, Table)):
             about = {} if section.run is None else {"run": section.run}
             names = [column.name for column in table.columns]
             columns.setdefault(table.name, {}).update(dict.fromkeys([*about, *names]))
@@ -47,7 +47,7 @@ def _plain(value: Value) -> Value:
 
 
 def _blocks(section: Section) -> Iterator[str]:
-    for block in section.blocks:
+    for block in section.flat():
         match block:
             case Table():
                 yield from ("", f"**{_cell(block.title)}**", "")

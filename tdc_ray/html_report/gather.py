@@ -22,6 +22,9 @@ from tdc_ray.timeline import History, Usage, load_history, usage
 
 SWEEP_FILE = "sweep.json"
 
+Setting = str | int | float | bool | None
+"""Of a trial."""
+
 Pixels = npt.NDArray[np.uint8]
 """Images of shape ``(N, H, W, C)``."""
 
@@ -55,7 +58,7 @@ class Trial:
     """One trial, as ``sweep.json`` tells of it; what it has not is None."""
 
     name: str
-    params: Mapping[str, str | int | float | bool | None]
+    params: Mapping[str, Setting]
     """The settings that vary, by their dotted names."""
 
     status: str

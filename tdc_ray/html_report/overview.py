@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from tdc_ray.html_report.blocks import Column, Table, Value
-from tdc_ray.html_report.gather import RunData, SweepData, Trial
+from tdc_ray.html_report.gather import RunData, Setting, SweepData, Trial
 from tdc_ray.html_report.paper import (
     DATASETS,
     NO_PRUNING,
@@ -165,5 +165,5 @@ def _varied(trials: Sequence[Trial]) -> list[str]:
     return [name for name in names if name != "seed"]
 
 
-def _setting(value: str | int | float | bool | None) -> str | None:
+def _setting(value: Setting) -> str | None:
     return None if value is None else str(value)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
-from itertools import groupby
 
 from tdc_ray.html_report.blocks import (
     Block,
@@ -11,6 +10,7 @@ from tdc_ray.html_report.blocks import (
     Lines,
     Plot,
     Report,
+    Row,
     Samples,
     Section,
     Table,
@@ -69,20 +69,20 @@ def _section(section: Section) -> Iterator[str]:
     tag = f"h{section.level}"
     yield f'<section id="{section.key}" aria-labelledby="{section.key}-title">'
     yield f'<{tag} id="{section.key}-title">{escape(section.title)}</{tag}>'
-    for is_row, blocks in groupby(
-        section.blocks, lambda block: isinstance(block, Plot) and not block.is_wide
-    ):
-        if is_row:
-            yield '<div class="plots">'
-        for block in blocks:
-            yield from _block(block, f"{section.key}-{section.blocks.index(block)}")
-        if is_row:
-            yield "</div>"
+    for place, block in enumerate(section.blocks):
+        yield from _block(block, f"{section.key}-{place}")
     yield "</section>"
 
 
 def _block(block: Block, key: str) -> Iterator[str]:
     match block:
+        case Row():
+            yield '<div class="row">'
+            for place, one in enumerate(block.blocks):
+                yield "<div>"
+                yield from _block(one, f"{key}-{place}")
+                yield "</div>"
+            yield "</div>"
         case Table():
             yield from _table(block, f"{key}-table")
         case Plot():
@@ -116,7 +116,8 @@ def _samples(samples: Samples) -> Iterator[str]:
     kind = "samples small" if samples.is_small else "samples"
     yield f'<figure class="{kind}"><div>'
     for title, uri in samples.grids:
-        yield f'<figure><img src="{escape(uri)}" alt="Grid of images sampled from: {escape(title)}">'
+        alt = escape(f"Grid of images sampled from: {title}")
+        yield f'<figure><img src="{escape(uri)}" alt="{alt}">'
         yield f"<figcaption>{escape(title)}</figcaption></figure>"
     yield f"</div><figcaption>{escape(samples.caption)}</figcaption></figure>"
 

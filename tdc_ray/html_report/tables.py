@@ -19,8 +19,8 @@ from tdc_ray.results import ModelResult, Results
 from tdc_ray.status import Status
 
 _OTHER_DATA = (
-    "The paper has no such dataset: its columns are of {dataset}, so only the order of the rows can be "
-    "compared, not the size of the numbers."
+    "The paper has no such dataset: its columns are of {dataset}, so only the order of the rows "
+    "can be compared, not the size of the numbers."
 )
 
 
@@ -51,7 +51,7 @@ def models_table(results: Results) -> Table:
             Column("params", "millions"),
             Column("train steps", "count"),
             Column("train macs", "power"),
-            Column("images/s", "number"),
+            Column("images/s", "decimal"),
             Column(of.format("FID"), "number"),
             Column(of.format("FLOPs (MACs)"), "macs"),
             Column(of.format("params"), "millions"),
@@ -71,9 +71,9 @@ def plan_table(plan: Plan) -> Table:
             Column("group", "number"),
             Column("timesteps"),
             Column("size", "count"),
-            Column("SNR from (dB)", "number"),
-            Column("SNR to (dB)", "number"),
-            Column("limit / F", "number"),
+            Column("SNR from (dB)", "decimal"),
+            Column("SNR to (dB)", "decimal"),
+            Column("limit / F", "share"),
             Column("sampling steps", "count"),
         ),
         rows=[
@@ -142,8 +142,8 @@ def widths_table(results: Results) -> Table:
         ),
         rows=[(unit, *(group.widths.get(unit) for group in results.groups)) for unit in units],
         heat=True,
-        note="GroupNorm groups of a residual block, heads of an attention. The colour is the share "
-        "of the widest that any group keeps.",
+        note="GroupNorm groups of a residual block, heads of an attention. The colour is the "
+        "share of the widest that any group keeps.",
     )
 
 
@@ -188,9 +188,8 @@ def time_table(results: Results) -> Table:
     ]
     tokens = ""
     if prune.prompt_tokens or prune.completion_tokens:
-        tokens = (
-            f" {prune.prompt_tokens:,} tokens of prompts, {prune.completion_tokens:,} of replies."
-        )
+        sent, got = prune.prompt_tokens, prune.completion_tokens
+        tokens = f" {sent:,} tokens of prompts, {got:,} of replies."
     return Table(
         name="time",
         title="Time and macs of each stage",
@@ -201,8 +200,8 @@ def time_table(results: Results) -> Table:
             Column("the paper's (Table IV, CIFAR-10)", "seconds"),
         ),
         rows=rows,
-        note="Times are summed over the workers, but for wall. The paper's first is of GPT-4's answers."
-        + tokens,
+        note="Times are summed over the workers, but for wall. The paper's first is of GPT-4's "
+        f"answers.{tokens}",
     )
 
 
