@@ -79,6 +79,7 @@ class Samples:
     is_small: bool
     """Whether the pixels are few, and are shown as squares."""
 
+    title: str
     caption: str
 
 
@@ -156,7 +157,7 @@ def cell_text(value: Value, kind: Kind) -> str:
         case "decimal":
             return f"{value:.1f}"
         case "loss":
-            return f"{value:#.4g}"
+            return f"{value:#.4g}" if value else "0"
         case "count":
             return f"{value:,.0f}"
         case "power":

@@ -70,14 +70,14 @@ def report_of(
     is_alone = len(all_runs) == 1 and not sweeps
     for run in all_runs:
         sections += _run(run, keys[run.name], is_alone=is_alone)
-    names = [sweep.name for sweep, _ in sweeps] + [run.name for run in runs]
     places = [sweep.path for sweep, _ in sweeps] + [run.path for run in runs]
-    many = len(names) > 3
-    title = f"{len(names)} runs" if many else ", ".join(names)
+    names = [f"sweep {sweep.name}" for sweep, _ in sweeps]
+    if runs:
+        names.append(
+            f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].preset}, seed {runs[0].seed}"
+        )
     return Report(
-        title=f"TDC Training: {title}",
-        subtitle=f"{places[0]} and {len(places) - 1} more" if many else ", ".join(places),
-        sections=sections,
+        title=f"TDC Training: {', '.join(names)}", subtitle=" · ".join(places), sections=sections
     )
 
 
@@ -170,7 +170,7 @@ def _parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         if run.samples:
             yield "samples", "Samples", [*_samples(run)]
     else:
-        yield "summary", "At a glance", _summary(run, results)
+        yield "summary", "At a glance", _summary(results)
         shown = [*_figures_1({run.name: results}, frozenset(), key), *_samples(run)]
         yield "scores", "Scores and samples", [Row(shown), models_table(results)]
     if run.plan is not None:
@@ -209,7 +209,7 @@ def _progress(run: RunData) -> list[Block]:
     return [Lines(lines, is_warning=True), progress_table(progress)]
 
 
-def _summary(run: RunData, results: Results) -> list[Block]:
+def _summary(results: Results) -> list[Block]:
     base, tdc, seconds = results.base, results.tdc, results.seconds
     spent = tdc.train_macs + results.prune.search_macs
     trained = "the base was given"

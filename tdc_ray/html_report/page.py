@@ -114,7 +114,7 @@ def _plot(plot: Plot) -> Iterator[str]:
 
 def _samples(samples: Samples) -> Iterator[str]:
     kind = "samples small" if samples.is_small else "samples"
-    yield f'<figure class="{kind}"><div>'
+    yield f'<figure class="{kind}"><h4>{escape(samples.title)}</h4><div>'
     for title, uri in samples.grids:
         alt = escape(f"Grid of images sampled from: {title}")
         yield f'<figure><img src="{escape(uri)}" alt="{alt}">'

@@ -26,14 +26,15 @@ def samples_block(samples: Mapping[str, Pixels]) -> Samples:
     size = max(max(images.shape[1:3]) for images in samples.values())
     columns = max(2, min(MAX_COLUMNS, MAX_PIXELS // size))
     columns = min(columns, max(1, int(min(map(len, samples.values())) ** 0.5)))
-    is_same = "Place by place from the same noise. " if len(samples) > 1 else ""
+    is_pair = len(samples) > 1
     return Samples(
         grids=[
             (_TITLES.get(name, name), _data_uri(images[: columns**2], columns))
             for name, images in samples.items()
         ],
         is_small=size <= SMALL,
-        caption=f"{is_same}The first {columns**2} of the images that were scored, unselected.",
+        title="Samples, place by place from the same noise" if is_pair else "Samples",
+        caption=f"The first {columns**2} of the images that were scored, unselected.",
     )
 
 
