@@ -1,5 +1,6 @@
 """What stands in a report, and in which order."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from tdc_ray.html_report.blocks import (
@@ -40,9 +41,6 @@ from tdc_ray.html_report.tables import (
 )
 from tdc_ray.report import conclusions, macs_text, millions_text
 from tdc_ray.results import Results
-
-MAX_LABELS = 8
-"""Most models that the plot of scores names."""
 
 MAX_NARROW = 6
 """Most columns of a heat map that has room beside a plot."""
@@ -86,7 +84,10 @@ def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
     return Section(
         key="runs",
         title="All runs",
-        blocks=[Row([*_figures_1(finished, frozenset(), "runs")]), runs_table(runs, keys)],
+        blocks=[
+            Row([*_figures_1(_scored(finished), "runs", over_training=True)]),
+            runs_table(runs, keys),
+        ],
     )
 
 
@@ -106,7 +107,7 @@ def _sweep(
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]
-    blocks.append(Row([*_figures_1(data.results, frozenset(sweep.pareto), key)]))
+    blocks.append(Row([*_figures_1(_tried(data), key, over_training=True)]))
     blocks.append(trials_table(data, {name: keys[name] for name in own}))
     if (settings_means := settings_table(data)) is not None:
         blocks.append(settings_means)
@@ -123,29 +124,60 @@ def _sweep(
     yield Section(key=key, title=f"Sweep {data.name}", blocks=blocks)
 
 
-def _figures_1(found: Mapping[str, Results], pareto: frozenset[str], key: str) -> Iterator[Plot]:
-    """Draw scores against macs, one plot for each metric: others cannot be compared."""
-    by_metric: dict[str, dict[str, Results]] = {}
+def _scored(found: Mapping[str, Results]) -> dict[str, list[Point]]:
+    """Give bases and experts as points, by metric: other scores cannot be compared."""
+    points: dict[str, list[Point]] = {}
     for name, results in found.items():
-        by_metric.setdefault(results.metric, {})[name] = results
-    for number, (metric, some) in enumerate(by_metric.items()):
-        bases = dict.fromkeys((r.base.score, r.base.macs) for r in some.values())
-        labelled = len(some) <= MAX_LABELS
-        points = [
-            Point("base" if len(bases) == 1 else "", score, macs, is_base=True)
-            for score, macs in bases
-        ]
-        for name, results in some.items():
-            label = name if labelled and len(some) > 1 else "TDC" if len(some) == 1 else ""
-            tdc = results.tdc
-            points.append(Point(label, tdc.score, tdc.macs, is_base=False, is_best=name in pareto))
-        front = " Orange: the Pareto front." if pareto else ""
-        yield Plot(
-            svg=figure_1(points, metric, f"{key}-figure-1-{number}"),
-            title="Score against macs",
-            caption=f"As the paper's Figure 1: a circle's area goes with the macs. Gray: bases; "
-            f"blue: TDC.{front} Lower and further to the left is better.",
-        )
+        base, tdc, searched = results.base, results.tdc, results.prune.search_macs
+        trained = base.train_macs if results.given_base is None else None
+        some = points.setdefault(results.metric, [])
+        point = Point("base", base.score, base.macs, trained, is_base=True)
+        if point not in some:
+            some.append(point)
+        label = name if len(found) > 1 else "TDC"
+        spent = tdc.train_macs + searched
+        some.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))
+    return points
+
+
+def _tried(data: SweepData) -> dict[str, list[Point]]:
+    """Give the trials of a sweep as points, with the bases that are known."""
+    points = {
+        metric: [point for point in some if point.is_base]
+        for metric, some in _scored(data.results).items()
+    }
+    for trial in data.sweep.trials:
+        if trial.score is None or trial.macs is None:
+            continue
+        spent = None if trial.train_macs is None else trial.train_macs + (trial.search_macs or 0.0)
+        is_best = trial.name in data.sweep.pareto
+        point = Point(trial.name, trial.score, trial.macs, spent, is_base=False, is_best=is_best)
+        points.setdefault(trial.metric or "score", []).append(point)
+    return points
+
+
+def _figures_1(
+    by_metric: Mapping[str, Sequence[Point]], key: str, *, over_training: bool
+) -> Iterator[Plot]:
+    """Draw scores against macs, and against those of training, for each metric."""
+    for number, (metric, found) in enumerate(by_metric.items()):
+        points = [p for p in found if math.isfinite(p.score) and math.isfinite(p.macs) and p.macs]
+        known = [point for point in points if point.train_macs is not None]
+        front = " Orange: the Pareto front." if any(p.is_best for p in points) else ""
+        colours = f"Gray: bases; blue: TDC.{front}"
+        if points:
+            yield Plot(
+                svg=figure_1(points, metric, f"{key}-figure-1-{number}"),
+                title="Score against macs",
+                caption="As the paper's Figure 1: a circle's area goes with the macs of a step. "
+                f"{colours} Lower and further to the left is better.",
+            )
+        if over_training and known:
+            yield Plot(
+                svg=figure_1(known, metric, f"{key}-train-{number}", over_training=True),
+                title="Score against what training took",
+                caption=f"Base and experts, search included. {colours}",
+            )
 
 
 def _run(run: RunData, key: str, *, is_alone: bool) -> Iterator[Section]:
@@ -171,7 +203,8 @@ def _parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
             yield "samples", "Samples", [*_samples(run)]
     else:
         yield "summary", "At a glance", _summary(results)
-        shown = [*_figures_1({run.name: results}, frozenset(), key), *_samples(run)]
+        figures = _figures_1(_scored({run.name: results}), key, over_training=False)
+        shown = [*figures, *_samples(run)]
         yield "scores", "Scores and samples", [Row(shown), models_table(results)]
     if run.plan is not None:
         yield "plan", "Plan", _plan(run, key)

@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tdc_ray.html_report.gather import RunData
 from tdc_ray.plan import Plan
@@ -26,8 +26,11 @@ from tdc_ray.workers_report import timeline_figure
 SIZE = (4.6, 3.1)
 """Of a plot, in inches: at a phone's width its letters are as large as the page's small ones."""
 
-BASE, INK = "tab:gray", "black"
+BASE = "tab:gray"
 CYCLE = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is the base's
+
+MAX_LABEL = 18
+"""Most letters of a label in a plot; of longer ones the end is shown."""
 
 _VARIABLES = {
     "#1f77b4": "--c0",
@@ -51,6 +54,7 @@ _VARIABLES = {
 
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names come from files
     "font.size": 10,
     "axes.edgecolor": "#b0b0b0",
     "axes.grid": True,
@@ -73,13 +77,16 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A model in the plot of scores against macs."""
+    """A model in a plot of scores."""
 
     label: str
-    """Nothing: it is drawn without one."""
-
     score: float
     macs: float
+    """Of a denoising step."""
+
+    train_macs: float | None
+    """Of its training, search included; None: they are not known."""
+
     is_base: bool
     is_best: bool = False
     """Whether it is on the Pareto front."""
@@ -115,33 +122,66 @@ def _axes(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.subplots()
 
 
-def figure_1(points: Sequence[Point], metric: str, name: str) -> str:
-    """Draw scores against macs; a circle's area goes with the macs, as in the paper's Figure 1."""
+def figure_1(
+    points: Sequence[Point], metric: str, name: str, *, over_training: bool = False
+) -> str:
+    """Draw scores; a circle's area goes with the macs of a step, as in the paper's Figure 1.
+
+    Args:
+        points: The models; what lies on others that have a label gets none.
+        metric: Name of the scores.
+        name: Of the picture.
+        over_training: Whether scores stand over the macs of training, not of a step.
+    """
     with _axes() as (figure, axes):
         most = max(point.macs for point in points)
-        for point in points:
-            colour = BASE if point.is_base else "tab:blue" if not point.is_best else "tab:orange"
+        places = [(p.train_macs if over_training else p.macs) or 0.0 for p in points]
+        for point, place in zip(points, places, strict=True):
+            colour = BASE if point.is_base else "tab:orange" if point.is_best else "tab:blue"
             area = 260 * point.macs / most
-            axes.scatter(
-                point.macs, point.score, s=area, color=colour, alpha=0.55, ec=colour, lw=1.2
+            axes.scatter(place, point.score, s=area, color=colour, alpha=0.55, ec=colour, lw=1.2)
+        for point, place in _labelled(points, places):
+            label = point.label
+            axes.annotate(
+                label if len(label) <= MAX_LABEL else f"…{label[1 - MAX_LABEL :]}",
+                (place, point.score),
+                xytext=(0, 11),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
             )
-            if point.label:
-                axes.annotate(
-                    point.label,
-                    (point.macs, point.score),
-                    xytext=(0, 11),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                )
-        front = sorted((p.macs, p.score) for p in points if p.is_best)
-        if len(front) > 1:
+        front = sorted(
+            (place, p.score) for p, place in zip(points, places, strict=True) if p.is_best
+        )
+        if len(front) > 1 and not over_training:
             axes.plot(*zip(*front, strict=True), color="tab:orange", lw=1.2, ls="--", zorder=1)
         axes.margins(0.22, 0.25)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda macs, _: macs_text(macs)))
-        axes.set(xlabel="macs of a denoising step", ylabel=f"{metric} (lower is better)")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda m, _: f"{m:.3g}" if over_training else macs_text(m))
+        )
+        below = "macs of training and search" if over_training else "macs of a denoising step"
+        axes.set(xlabel=below, ylabel=f"{metric} (lower is better)")
         return svg_of(figure, name)
+
+
+def _labelled(points: Sequence[Point], places: Sequence[float]) -> Iterator[tuple[Point, float]]:
+    """Choose the points that have room for a label: bases and the best ones first."""
+    width = (max(places) - min(places)) or 1.0
+    scores = [point.score for point in points]
+    height = (max(scores) - min(scores)) or 1.0
+    found: list[tuple[Point, float]] = []
+    ranked = sorted(
+        zip(points, places, strict=True), key=lambda p: (not p[0].is_base, not p[0].is_best)
+    )
+    for point, place in ranked:
+        is_free = all(
+            abs(place - other) / width > 0.3 or abs(point.score - one.score) / height > 0.12
+            for one, other in found
+        )
+        if point.label and is_free:
+            found.append((point, place))
+            yield point, place
 
 
 def plan_over_timesteps(plan: Plan, name: str) -> str:
@@ -273,3 +313,5 @@ def _wide_range(axes: Axes, values: Sequence[float]) -> None:
     """Take a logarithmic axis where values differ by more than a factor of 10."""
     if values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())

@@ -130,7 +130,7 @@ def load_run(root: Path, name: str) -> RunData:
         StorageError: A file of it is damaged.
     """
     run_dir = RunDir(root)
-    results = load_results(run_dir.results) if exists(run_dir.results) else None
+    results = _results(run_dir.results)
     history = _history(run_dir.timeline)
     progress = None
     if results is None:
@@ -176,9 +176,9 @@ def load_sweep(root: Path, name: str) -> SweepData:
         if trial.run_dir is not None
     }
     found = {
-        trial: load_results(RunDir(folder).results)
+        trial: results
         for trial, folder in roots.items()
-        if exists(RunDir(folder).results)
+        if (results := _results(RunDir(folder).results)) is not None
     }
     return SweepData(name=name, path=shown(root), sweep=sweep, results=found, roots=roots)
 
@@ -192,6 +192,20 @@ def _below(trial: Trial, path: Path) -> PurePosixPath:
             f"got {place}."
         )
     return place
+
+
+def _results(path: Path) -> Results | None:
+    """Read results, if there are any; what they are divided by must not be 0."""
+    if not exists(path):
+        return None
+    results = load_results(path)
+    names = ("macs", "num_params", "train_macs" if results.given_base is None else "macs")
+    for name in names:
+        if not getattr(results.base, name) > 0:
+            raise StorageError(
+                f"{shown(path)}: base.{name} must be above 0, got {getattr(results.base, name)}."
+            )
+    return results
 
 
 def _plan(path: Path) -> Plan:

@@ -93,14 +93,17 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
         Column("time", "seconds"),
         Column("Pareto front"),
     ]
+    failed = any(trial.error for trial in trials)
     if paper is not None:
         columns.append(Column("the paper's FID (CIFAR-10)", "number"))
+    if failed:
+        columns.append(Column("error"))
     rows = [
         (
             trial.name,
             *(_setting(trial.params.get(name)) for name in names),
             trial.seed,
-            trial.status if trial.error is None else f"{trial.status}: {trial.error}",
+            trial.status,
             trial.score,
             trial.macs,
             trial.num_params,
@@ -109,6 +112,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
             trial.seconds,
             "yes" if trial.name in pareto else "",
             *(() if paper is None else (paper.get(trial.params.get(names[0])),)),
+            *((trial.error,) if failed else ()),
         )
         for trial in trials
     ]

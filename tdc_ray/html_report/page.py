@@ -21,6 +21,9 @@ from tdc_ray.html_report.blocks import (
 
 PAPER_URL = "https://arxiv.org/abs/2312.13307"
 
+LONG = 40
+"""Letters from which on a cell's text is broken into lines."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser lets the page do: nothing but what is in it."""
 
@@ -68,6 +71,8 @@ def _contents(sections: Sequence[Section]) -> Iterator[str]:
 def _section(section: Section) -> Iterator[str]:
     tag = f"h{section.level}"
     yield f'<section id="{section.key}" aria-labelledby="{section.key}-title">'
+    if section.level > 2 and section.run is not None:
+        yield f'<p class="kicker">{escape(section.run)}</p>'
     yield f'<{tag} id="{section.key}-title">{escape(section.title)}</{tag}>'
     for place, block in enumerate(section.blocks):
         yield from _block(block, f"{section.key}-{place}")
@@ -104,9 +109,9 @@ def _block(block: Block, key: str) -> Iterator[str]:
 
 def _plot(plot: Plot) -> Iterator[str]:
     kind = "plot wide" if plot.is_wide else "plot"
-    scrolls = f' tabindex="0" role="group" aria-label="{escape(plot.title)}"'
+    scrolls = f' class="scroll" tabindex="0" role="group" aria-label="{escape(plot.title)}"'
     yield f'<figure class="{kind}"><h4>{escape(plot.title)}</h4>'
-    yield f'<div class="scroll"{scrolls if plot.is_wide else ""}>'
+    yield f"<div{scrolls}>" if plot.is_wide else "<div>"
     label = escape(f"{plot.title}. {plot.caption}")
     yield plot.svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     yield f"</div><figcaption>{escape(plot.caption)}</figcaption></figure>"
@@ -128,7 +133,8 @@ def _table(table: Table, key: str) -> Iterator[str]:
     yield f'<div class="scroll" tabindex="0" role="group" aria-labelledby="{key}">'
     yield f"<table{kind}><thead><tr>"
     for column in table.columns:
-        yield f'<th scope="col"{_number(column.kind)}>{escape(column.name)}</th>'
+        name = escape(column.name)
+        yield f'<th scope="col"{_number(column.kind)}><span>{name}</span></th>'
     yield "</tr></thead><tbody>"
     for place, row in enumerate(table.rows):
         yield '<tr class="marked">' if place in table.marked else "<tr>"
@@ -139,7 +145,8 @@ def _table(table: Table, key: str) -> Iterator[str]:
         for value, column in zip(row[1:], table.columns[1:], strict=True):
             heat = _heat(value, row[1:]) if table.heat else ""
             text = escape(cell_text(value, column.kind))
-            yield f"<td{_number(column.kind)}{heat}>{text}</td>"
+            kind = ' class="long"' if len(text) > LONG else _number(column.kind)
+            yield f"<td{kind}{heat}>{text}</td>"
         yield "</tr>"
     yield "</tbody></table></div>"
     if table.note:
