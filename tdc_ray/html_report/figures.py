@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -52,7 +53,7 @@ _VARIABLES = {
 }
 """Matplotlib's colours and the page's."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names come from files
     "font.size": 10,
@@ -107,7 +108,7 @@ def svg_of(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    text = re.sub(r' id="([\w-]+)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"(font(?:-family)?: [^;\"]*?)'[^;\"]*", r"\1sans-serif", text)
     for colour, variable in _VARIABLES.items():
@@ -138,8 +139,17 @@ def figure_1(
         places = [(p.train_macs if over_training else p.macs) or 0.0 for p in points]
         for point, place in zip(points, places, strict=True):
             colour = BASE if point.is_base else "tab:orange" if point.is_best else "tab:blue"
-            area = 260 * point.macs / most
-            axes.scatter(place, point.score, s=area, color=colour, alpha=0.55, ec=colour, lw=1.2)
+            area, order = 260 * point.macs / most, 3 if point.is_best else 2
+            axes.scatter(
+                place,
+                point.score,
+                s=area,
+                color=colour,
+                alpha=0.55,
+                ec=colour,
+                lw=1.2,
+                zorder=order,
+            )
         for point, place in _labelled(points, places):
             label = point.label
             axes.annotate(
@@ -213,7 +223,7 @@ def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
 
 def losses_of_groups(results: Results, name: str) -> str:
     """Draw what cut, refit and fine-tune make of each group's loss, relative to the base's."""
-    stages = {
+    stages: dict[str, tuple[str, Sequence[float | None]]] = {
         "cut": ("tab:red", [group.loss_cut for group in results.groups]),
         "refit": ("tab:orange", [group.loss_refit for group in results.groups]),
         "fine-tuned": ("tab:blue", [group.loss_finetuned for group in results.groups]),

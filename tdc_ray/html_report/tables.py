@@ -15,6 +15,7 @@ from tdc_ray.html_report.paper import (
     paper_dataset,
 )
 from tdc_ray.plan import Plan
+from tdc_ray.presets import PaperRow
 from tdc_ray.results import ModelResult, Results
 from tdc_ray.status import Status
 
@@ -29,17 +30,10 @@ def models_table(results: Results) -> Table:
     dataset = paper_dataset(results.preset)
     paper = TABLE_1[dataset]
     label = NO_PRUNING if results.prune.method == "none" else "TDC"
-    rows: list[tuple[Value, ...]] = []
-    for name in ("base", NO_PRUNING, "TDC"):
-        row = paper[name]
-        ours: tuple[Value, ...] = (None,) * 6
-        if name == "base":
-            ours = _model(results.base)
-        elif name == label:
-            ours = _model(results.tdc)
-        rows.append(
-            (name, *ours, row.fid, row.macs, row.num_params, row.train_steps, DATASETS[dataset])
-        )
+    ours = {"base": results.base, label: results.tdc}
+    rows = [
+        (name, *_beside(ours.get(name), row), DATASETS[dataset]) for name, row in paper.items()
+    ]
     note = "The paper's TDC rows are for k = 0.5 and N = 10."
     if not is_of_the_paper(results.preset):
         note += " " + _OTHER_DATA.format(dataset=DATASETS[dataset])
@@ -49,15 +43,15 @@ def models_table(results: Results) -> Table:
         columns=(
             Column("model"),
             Column(results.metric, "score"),
+            Column("the paper's FID", "number"),
             Column("FLOPs (MACs)", "macs"),
+            Column("the paper's FLOPs (MACs)", "macs"),
             Column("params", "millions"),
+            Column("the paper's params", "millions"),
             Column("train steps", "count"),
+            Column("the paper's train steps", "count"),
             Column("train macs", "power"),
             Column("images/s", "decimal"),
-            Column("the paper's FID", "number"),
-            Column("the paper's FLOPs (MACs)", "macs"),
-            Column("the paper's params", "millions"),
-            Column("the paper's train steps", "count"),
             Column("the paper's data"),
         ),
         rows=rows,
@@ -270,9 +264,15 @@ def progress_table(progress: Status) -> Table:
     )
 
 
-def _model(model: ModelResult) -> tuple[Value, ...]:
-    steps, rate = model.train_steps, model.images_per_second
-    return (model.score, model.macs, model.num_params, steps, model.train_macs, rate)
+def _beside(ours: ModelResult | None, paper: PaperRow) -> tuple[Value, ...]:
+    """Give a row of numbers, each of ours before the paper's; some of ours have none beside."""
+    theirs = (paper.fid, paper.macs, paper.num_params, paper.train_steps)
+    mine: tuple[Value, ...] = (None,) * 6
+    if ours is not None:
+        mine = (ours.score, ours.macs, ours.num_params, ours.train_steps)
+        mine += (ours.train_macs, ours.images_per_second)
+    pairs = zip(mine[:4], theirs, strict=True)
+    return (*(value for pair in pairs for value in pair), *mine[4:])
 
 
 def _span(first: int, last: int) -> str:
