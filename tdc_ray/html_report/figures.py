@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -163,7 +164,8 @@ def figure_1(
         front = sorted(
             (place, p.score) for p, place in zip(points, places, strict=True) if p.is_best
         )
-        if len(front) > 1 and not over_training:
+        falls = all(a[1] > b[1] for a, b in pairwise(front))  # it is one of other objectives else
+        if len(front) > 1 and falls:
             axes.plot(*zip(*front, strict=True), color="tab:orange", lw=1.2, ls="--", zorder=1)
         axes.margins(0.22, 0.25)
         axes.xaxis.set_major_locator(MaxNLocator(4))

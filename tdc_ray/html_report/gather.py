@@ -83,9 +83,12 @@ class Sweep:
     format: Literal[1]
     trials: tuple[Trial, ...]
     pareto: tuple[str, ...] = ()
-    """Names of the trials that no other one is better than in all objectives."""
+    """Names of the trials, or of their settings, that no other is better than in all
+    objectives."""
 
-    commit: str | None = None
+    def is_best(self, trial: Trial) -> bool:
+        """Whether a trial is on the Pareto front; a setting's name lacks the trial's seed."""
+        return bool({trial.name, trial.name.partition(",seed=")[0]} & set(self.pareto))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,6 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
 def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
     """Give a row to each trial; those of the Pareto front stand out."""
     trials, names = data.sweep.trials, _varied(data.sweep.trials)
-    pareto = set(data.sweep.pareto)
     metric = next((trial.metric for trial in trials if trial.metric), "score")
     paper = SWEPT.get(names[0]) if len(names) == 1 else None
     columns = [
@@ -110,7 +109,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
             trial.train_macs,
             trial.search_macs,
             trial.seconds,
-            "yes" if trial.name in pareto else "",
+            "yes" if data.sweep.is_best(trial) else "",
             *(() if paper is None else (paper.get(trial.params.get(names[0])),)),
             *((trial.error,) if failed else ()),
         )
@@ -122,7 +121,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
         columns=columns,
         rows=rows,
         links=[links.get(trial.name) for trial in trials],
-        marked=frozenset(n for n, trial in enumerate(trials) if trial.name in pareto),
+        marked=frozenset(n for n, trial in enumerate(trials) if data.sweep.is_best(trial)),
     )
 
 

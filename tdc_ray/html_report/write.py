@@ -54,11 +54,9 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 def _chosen(sweep: SweepData) -> list[str]:
     """Choose the trials that get sections: those of the Pareto front and the best first."""
-    ranked = sorted(
-        sweep.results,
-        key=lambda name: (name not in sweep.sweep.pareto, sweep.results[name].tdc.score),
-    )
-    return ranked[:MAX_SECTIONS]
+    found = [trial for trial in sweep.sweep.trials if trial.name in sweep.results]
+    found.sort(key=lambda t: (not sweep.sweep.is_best(t), sweep.results[t.name].tdc.score))
+    return [trial.name for trial in found[:MAX_SECTIONS]]
 
 
 def _absolute(path: Path) -> Path:
