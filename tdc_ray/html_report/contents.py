@@ -62,13 +62,18 @@ def _sweep(
     best = min(done, key=lambda trial: trial.score or 0.0, default=None)
     tiles = [("trials", str(len(sweep.trials)), f"{len(done)} with a score, {others} without")]
     if best is not None:
-        settings = ", ".join(f"{name} = {value}" for name, value in best.params.items())
+        settings = ", ".join(
+            f"{sweep.labels.get(name, name)} = {value}" for name, value in best.params.items()
+        )
         tiles.append(
             (f"best {best.metric or 'score'}", f"{best.score:.3f}", settings or best.name)
         )
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]
+    if under_way := sum(trial.status == "running" for trial in sweep.trials):
+        line = f"{under_way} trials are not finished; the sweep is shown as far as it is."
+        blocks.append(Lines([line], is_warning=True))
     blocks.append(Row([*figures_1(tried(data), key, over_training=True)]))
     blocks.append(trials_table(data, {name: keys[name] for name in own}))
     if (settings_means := settings_table(data)) is not None:

@@ -2,13 +2,13 @@
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.layout import RunDir
@@ -62,6 +62,9 @@ class Trial:
     """The settings that vary, by their dotted names."""
 
     status: str
+    setting: str | None = None
+    """Name of its settings, of which there is a trial for every seed."""
+
     seed: int | None = None
     run_dir: str | None = None
     """Relative to the sweep's folder."""
@@ -72,8 +75,14 @@ class Trial:
     macs: float | None = None
     num_params: float | None = None
     train_macs: float | None = None
+    """Of base and experts, as if it stood alone."""
+
+    reused_train_macs: float | None = None
+    """What of that had been computed for other trials."""
+
     search_macs: float | None = None
     seconds: float | None = None
+    """Of the attempt that finished it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,14 +90,17 @@ class Sweep:
     """``sweep.json``; fields that are not named here are passed over."""
 
     format: Literal[1]
-    trials: tuple[Trial, ...]
+    trials: Annotated[tuple[Trial, ...], Field(validation_alias=AliasChoices("rows", "trials"))]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Short names of settings."""
+
     pareto: tuple[str, ...] = ()
     """Names of the trials, or of their settings, that no other is better than in all
     objectives."""
 
     def is_best(self, trial: Trial) -> bool:
-        """Whether a trial is on the Pareto front; a setting's name lacks the trial's seed."""
-        return bool({trial.name, trial.name.partition(",seed=")[0]} & set(self.pareto))
+        """Whether a trial, or its setting, is on the Pareto front."""
+        return bool({trial.name, trial.setting} & set(self.pareto))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

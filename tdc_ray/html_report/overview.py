@@ -77,17 +77,19 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
 def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
     """Give a row to each trial; those of the Pareto front stand out."""
     trials, names = data.sweep.trials, _varied(data.sweep.trials)
+    labels = data.sweep.labels
     metric = next((trial.metric for trial in trials if trial.metric), "score")
     paper = SWEPT.get(names[0]) if len(names) == 1 else None
     columns = [
         Column("trial"),
-        *(Column(name) for name in names),
+        *(Column(labels.get(name, name)) for name in names),
         Column("seed", "number"),
         Column("status"),
         Column(metric, "score"),
         Column("FLOPs (MACs)", "macs"),
         Column("params", "millions"),
         Column("train macs", "power"),
+        Column("of these reused", "power"),
         Column("search macs", "power"),
         Column("time", "seconds"),
         Column("Pareto front"),
@@ -107,6 +109,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
             trial.macs,
             trial.num_params,
             trial.train_macs,
+            trial.reused_train_macs,
             trial.search_macs,
             trial.seconds,
             "yes" if data.sweep.is_best(trial) else "",
@@ -141,7 +144,10 @@ def settings_table(data: SweepData) -> Table | None:
         macs = [trial.macs for trial in trials if trial.macs is not None]
         rows.append(
             (
-                ", ".join(f"{name} = {_setting(trials[0].params.get(name))}" for name in names),
+                ", ".join(
+                    f"{data.sweep.labels.get(name, name)} = {_setting(trials[0].params.get(name))}"
+                    for name in names
+                ),
                 len(scores),
                 statistics.fmean(scores),
                 statistics.stdev(scores) if len(scores) > 1 else None,
