@@ -110,7 +110,7 @@ def _summary(results: Results) -> list[Block]:
     made = [
         f"{results.preset}, seed {results.seed}, {results.dataset}: {plan.schedule} schedule, "
         f"k = {plan.k:g}, N = {plan.num_groups}; pruned by {results.prune.method}, "
-        f"refit {results.prune.refit}; commit {results.commit or 'unknown'}."
+        f"refit {results.prune.refit}; commit {(results.commit or 'unknown')[:12]}."
     ]
     return [tiles, Lines(conclusions(results)), Lines(made)]
 
