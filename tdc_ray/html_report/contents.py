@@ -13,7 +13,7 @@ MAX_RUNS = 12
 
 
 def report_of(
-    runs: Sequence[RunData], sweeps: Sequence[tuple[SweepData, Sequence[RunData]]]
+    runs: Sequence[RunData], sweeps: Sequence[tuple[SweepData, Mapping[str, RunData]]]
 ) -> Report:
     """Put a report together.
 
@@ -21,7 +21,7 @@ def report_of(
         runs: Runs that were named.
         sweeps: Sweeps that were named, each with its trials that get sections of their own.
     """
-    all_runs = [*runs[:MAX_RUNS], *(run for _, trials in sweeps for run in trials)]
+    all_runs = [*runs[:MAX_RUNS], *(run for _, trials in sweeps for run in trials.values())]
     keys = {run.name: f"run-{number}" for number, run in enumerate(all_runs)}
     sections: list[Section] = []
     for number, (sweep, trials) in enumerate(sweeps):
@@ -54,9 +54,9 @@ def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
 
 
 def _sweep(
-    data: SweepData, trials: Sequence[RunData], keys: Mapping[str, str], key: str
+    data: SweepData, trials: Mapping[str, RunData], keys: Mapping[str, str], key: str
 ) -> Iterator[Section]:
-    sweep, own = data.sweep, {run.name for run in trials}
+    sweep = data.sweep
     done = [trial for trial in sweep.trials if trial.score is not None]
     others = len(sweep.trials) - len(done)
     best = min(done, key=lambda trial: trial.score or 0.0, default=None)
@@ -75,14 +75,14 @@ def _sweep(
         line = f"{under_way} trials are not finished; the sweep is shown as far as it is."
         blocks.append(Lines([line], is_warning=True))
     blocks.append(Row([*figures_1(tried(data), key, over_training=True)]))
-    blocks.append(trials_table(data, {name: keys[name] for name in own}))
+    blocks.append(trials_table(data, {name: keys[run.name] for name, run in trials.items()}))
     if (settings_means := settings_table(data)) is not None:
         blocks.append(settings_means)
-    if len(own) < len(data.results):
+    if len(trials) < len(data.results):
         blocks.append(
             Lines(
                 [
-                    f"Of {len(data.results)} finished trials {len(own)} have a section here, "
+                    f"Of {len(data.results)} finished trials {len(trials)} have a section here, "
                     "those of the Pareto front and the best first; tdc-ray report on a trial's "
                     "directory shows any other."
                 ]

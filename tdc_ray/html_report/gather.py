@@ -153,6 +153,8 @@ def load_run(root: Path, name: str) -> RunData:
             progress = status(run_dir)
         except ConfigError as error:
             raise StorageError(f"{shown(run_dir.config)} holds no settings: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{shown(root)} holds a damaged result: {error!r}.") from error
     about = progress.config if results is None and progress is not None else results
     assert about is not None
     return RunData(

@@ -124,6 +124,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
         columns=columns,
         rows=rows,
         links=[links.get(trial.name) for trial in trials],
+        note="" if paper is None else "The paper's FID: Tables II, III (without pruning) and VI.",
         marked=frozenset(n for n, trial in enumerate(trials) if data.sweep.is_best(trial)),
     )
 

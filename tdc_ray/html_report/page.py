@@ -75,25 +75,25 @@ def _section(section: Section) -> Iterator[str]:
         yield f'<p class="kicker">{escape(section.run)}</p>'
     yield f'<{tag} id="{section.key}-title">{escape(section.title)}</{tag}>'
     for place, block in enumerate(section.blocks):
-        yield from _block(block, f"{section.key}-{place}")
+        yield from _block(block, f"{section.key}-{place}", f"h{section.level + 1}")
     yield "</section>"
 
 
-def _block(block: Block, key: str) -> Iterator[str]:
+def _block(block: Block, key: str, heading: str) -> Iterator[str]:
     match block:
         case Row():
             yield '<div class="row">'
             for place, one in enumerate(block.blocks):
                 yield "<div>"
-                yield from _block(one, f"{key}-{place}")
+                yield from _block(one, f"{key}-{place}", heading)
                 yield "</div>"
             yield "</div>"
         case Table():
-            yield from _table(block, f"{key}-table")
+            yield from _table(block, f"{key}-table", heading)
         case Plot():
-            yield from _plot(block)
+            yield from _plot(block, heading)
         case Samples():
-            yield from _samples(block)
+            yield from _samples(block, heading)
         case Tiles():
             yield '<dl class="tiles">'
             for label, number, against in block.tiles:
@@ -107,19 +107,19 @@ def _block(block: Block, key: str) -> Iterator[str]:
             yield "</ul>"
 
 
-def _plot(plot: Plot) -> Iterator[str]:
+def _plot(plot: Plot, heading: str) -> Iterator[str]:
     kind = "plot wide" if plot.is_wide else "plot"
     scrolls = f' class="scroll" tabindex="0" role="group" aria-label="{escape(plot.title)}"'
-    yield f'<figure class="{kind}"><h4>{escape(plot.title)}</h4>'
+    yield f'<figure class="{kind}">{_title(plot.title, heading)}'
     yield f"<div{scrolls}>" if plot.is_wide else "<div>"
     label = escape(f"{plot.title}. {plot.caption}")
     yield plot.svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     yield f"</div><figcaption>{escape(plot.caption)}</figcaption></figure>"
 
 
-def _samples(samples: Samples) -> Iterator[str]:
+def _samples(samples: Samples, heading: str) -> Iterator[str]:
     kind = "samples small" if samples.is_small else "samples"
-    yield f'<figure class="{kind}"><h4>{escape(samples.title)}</h4><div>'
+    yield f'<figure class="{kind}">{_title(samples.title, heading)}<div>'
     for title, uri in samples.grids:
         alt = escape(f"Grid of images sampled from: {title}")
         yield f'<figure><img src="{escape(uri)}" alt="{alt}">'
@@ -127,8 +127,8 @@ def _samples(samples: Samples) -> Iterator[str]:
     yield f"</div><figcaption>{escape(samples.caption)}</figcaption></figure>"
 
 
-def _table(table: Table, key: str) -> Iterator[str]:
-    yield f'<h4 id="{key}">{escape(table.title)}</h4>'
+def _table(table: Table, key: str, heading: str) -> Iterator[str]:
+    yield _title(table.title, heading, key)
     kind = ' class="heat"' if table.heat else ""
     yield f'<div class="scroll" tabindex="0" role="group" aria-labelledby="{key}">'
     yield f"<table{kind}><thead><tr>"
@@ -151,6 +151,11 @@ def _table(table: Table, key: str) -> Iterator[str]:
     yield "</tbody></table></div>"
     if table.note:
         yield f'<p class="note">{escape(table.note)}</p>'
+
+
+def _title(text: str, heading: str, key: str | None = None) -> str:
+    anchor = "" if key is None else f' id="{key}"'
+    return f'<{heading} class="title"{anchor}>{escape(text)}</{heading}>'
 
 
 def _number(kind: Kind) -> str:

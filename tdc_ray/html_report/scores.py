@@ -47,7 +47,7 @@ def figures_1(
     """Draw scores against macs, and against those of training, for each metric."""
     for number, (metric, found) in enumerate(by_metric.items()):
         points = [p for p in found if math.isfinite(p.score) and math.isfinite(p.macs) and p.macs]
-        known = [point for point in points if point.train_macs is not None]
+        known = [point for point in points if math.isfinite(point.train_macs or math.nan)]
         front = " Orange: the Pareto front." if any(p.is_best for p in points) else ""
         colours = f"Gray: bases; blue: TDC.{front}"
         if points:

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
 
 from tdc_ray.html_report.contents import report_of
 from tdc_ray.html_report.files import csv_files, markdown
@@ -32,13 +33,15 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     roots = list(dict.fromkeys(_absolute(path) for path in paths))
     names = _names(roots)
     runs: list[RunData] = []
-    sweeps: list[tuple[SweepData, list[RunData]]] = []
+    sweeps: list[tuple[SweepData, dict[str, RunData]]] = []
     for root, name in zip(roots, names, strict=True):
         if is_sweep(root):
             sweep = load_sweep(root, name)
             prefix = f"{name}: " if len(roots) > 1 else ""
-            trials = [load_run(sweep.roots[trial], prefix + trial) for trial in _chosen(sweep)]
-            sweeps.append((sweep, trials))
+            chosen = _chosen(sweep)
+            sweeps.append(
+                (sweep, {trial: load_run(sweep.roots[trial], prefix + trial) for trial in chosen})
+            )
         else:
             runs.append(load_run(root, name))
     report = report_of(runs, sweeps)
@@ -68,5 +71,7 @@ def _names(roots: Sequence[Path]) -> list[str]:
     """Name each folder by what tells it from the others."""
     if len(roots) == 1:
         return [roots[0].name]
-    common = os.path.commonpath(map(shown, roots))
-    return [os.path.relpath(shown(root), common) for root in roots]
+    parts = [PurePosixPath(shown(root)).parts for root in roots]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    common = len(list(shared))
+    return ["/".join(part[common:]) or "." for part in parts]
