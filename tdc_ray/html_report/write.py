@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tdc_ray.html_report.contents import report_of
 from tdc_ray.html_report.files import csv_files, markdown
@@ -71,7 +71,7 @@ def _names(roots: Sequence[Path]) -> list[str]:
     """Name each folder by what tells it from the others."""
     if len(roots) == 1:
         return [roots[0].name]
-    parts = [PurePosixPath(shown(root)).parts for root in roots]
+    parts = [shown(root).split("/") for root in roots]
     shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     common = len(list(shared))
     return ["/".join(part[common:]) or "." for part in parts]
