@@ -225,15 +225,15 @@ def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
 
 def losses_of_groups(results: Results, name: str) -> str:
     """Draw what cut, refit and fine-tune make of each group's loss, relative to the base's."""
-    stages: dict[str, tuple[str, Sequence[float | None]]] = {
-        "cut": ("tab:red", [group.loss_cut for group in results.groups]),
-        "refit": ("tab:orange", [group.loss_refit for group in results.groups]),
-        "fine-tuned": ("tab:blue", [group.loss_finetuned for group in results.groups]),
+    stages: dict[str, tuple[str, str, Sequence[float | None]]] = {
+        "cut": ("tab:red", "^", [group.loss_cut for group in results.groups]),
+        "refit": ("tab:orange", "s", [group.loss_refit for group in results.groups]),
+        "fine-tuned": ("tab:blue", "o", [group.loss_finetuned for group in results.groups]),
     }
     with _axes() as (figure, axes):
         axes.axhline(1, color=BASE, lw=1.2, ls="--", label="base")
         ratios = []
-        for place, (label, (colour, losses)) in enumerate(stages.items()):
+        for place, (label, (colour, marker, losses)) in enumerate(stages.items()):
             found = [
                 (group.index + 0.18 * (place - 1), loss / group.loss_base)
                 for group, loss in zip(results.groups, losses, strict=True)
@@ -241,7 +241,7 @@ def losses_of_groups(results: Results, name: str) -> str:
             ]
             ratios += [ratio for _, ratio in found]
             if found:
-                axes.plot(*zip(*found, strict=True), "o", color=colour, label=label, ms=6)
+                axes.plot(*zip(*found, strict=True), marker, color=colour, label=label, ms=6)
         _wide_range(axes, ratios)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="group (noisier to the right)", ylabel="loss / the base's loss")
