@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,12 +16,15 @@ from tdc_ray.remote import shown
 from tdc_ray.results import ModelResult, Results
 from tdc_ray.storage import atomic_path
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where it is needed: it takes a second
+
 
 def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) -> None:
     """Print the groups, and the mean limit beside the paper's figure where there is one."""
     title = (
         f"{config.preset}: {config.plan.schedule} schedule, k = {config.plan.min_macs_share:g}, "
-        f"N = {config.plan.num_groups}, base {_macs(macs_base)} macs"
+        f"N = {config.plan.num_groups}, base {macs_text(macs_base)} macs"
     )
     table = Table(title=title, title_justify="left")
     for name in ("group", "timesteps", "size", "SNR (dB)", "limit / F", "limit (macs)", "steps"):
@@ -33,20 +36,20 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
             str(len(group.timesteps)),
             f"{group.snr_db_first:.1f} to {group.snr_db_last:.1f}",
             f"{group.limit_share:.4f}",
-            _macs(group.max_macs(macs_base)),
+            macs_text(group.max_macs(macs_base)),
             str(group.num_sampling_steps),
         )
     console.print(table)
     steps = len(plan.sampling_timesteps)
     console.print(
         f"mean limit over the {steps} sampling steps: {plan.mean_limit_share:.5g} F = "
-        f"{_macs(plan.mean_limit_share * macs_base)} macs",
+        f"{macs_text(plan.mean_limit_share * macs_base)} macs",
         soft_wrap=True,
     )
     paper = PAPER.get(config.preset)
     if paper is not None:
         console.print(
-            f"the paper's mean of the experts, for k = 0.5 and N = 10: {_macs(paper.macs)}",
+            f"the paper's mean of the experts, for k = 0.5 and N = 10: {macs_text(paper.macs)}",
             soft_wrap=True,
         )
     for note in plan.notes:
@@ -55,11 +58,15 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
 
 def plot_plan(plan: Plan, path: Path) -> None:
     """Draw SNR and limit over the timesteps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    with atomic_path(path) as temporary:
+        plan_figure(plan, (8, 4)).savefig(temporary, format="png", dpi=110)
+
+
+def plan_figure(plan: Plan, size: tuple[float, float]) -> "Figure":
+    """Draw SNR and limit over the timesteps, in a size in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=size, layout="constrained")
     limits = figure.subplots()
     for group in plan.groups:
         span = (group.first, group.last + 1)
@@ -74,8 +81,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     ]
     snr.plot(*zip(*ends, strict=True), color="tab:orange")
     snr.set_ylabel("SNR (dB)", color="tab:orange")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    return figure
 
 
 def print_results(console: Console, results: Results) -> None:
@@ -96,8 +102,8 @@ def print_results(console: Console, results: Results) -> None:
         groups.add_row(
             str(group.index),
             f"{group.timesteps[0]}-{group.timesteps[1]}",
-            _macs(group.macs_limit),
-            _macs(group.macs),
+            macs_text(group.macs_limit),
+            macs_text(group.macs),
             f"{group.loss_base:.4f}",
             f"{group.loss_cut:.4f}",
             "-" if group.loss_refit is None else f"{group.loss_refit:.4f}",
@@ -113,8 +119,11 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
     table = Table(title=f"pruned by {report['source']}", title_justify="left")
     for name in ("model", "macs", "params", "loss", "loss above the base's"):
         table.add_column(name, justify="right", no_wrap=True)
-    base, left = report["loss_base"], (_macs(report["macs"]), _millions(report["num_params"]))
-    whole = (_macs(report["macs_base"]), _millions(report["num_params_base"]))
+    base, left = (
+        report["loss_base"],
+        (macs_text(report["macs"]), millions_text(report["num_params"])),
+    )
+    whole = (macs_text(report["macs_base"]), millions_text(report["num_params_base"]))
     table.add_row("base", *whole, f"{base:.5f}", "")
     for name, loss in (("cut", report["loss_cut"]), ("refit", report["loss_refit"])):
         if loss is not None:
@@ -122,7 +131,7 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     first, last = report["timesteps"]
     console.print(
-        f"timesteps {first} to {last}, limit {_macs(report['macs_limit'])} macs, losses on "
+        f"timesteps {first} to {last}, limit {macs_text(report['macs_limit'])} macs, losses on "
         f"held-out images and noise, {report['seconds']:.0f} s",
         soft_wrap=True,
     )
@@ -148,13 +157,13 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
             cells = {
                 "refit": loss_text(entry.loss_refit),
                 "tuned": loss_text(entry.loss_tuned),
-                "overshoot": _macs(entry.overshoot),
+                "overshoot": macs_text(entry.overshoot),
             }
             table.add_row(
                 str(group),
                 f"{entry.round}.{entry.candidate}",
                 entry.source,
-                _macs(entry.macs),
+                macs_text(entry.macs),
                 loss_text(entry.loss_cut),
                 *(cells[name] for name in columns),
             )
@@ -202,20 +211,21 @@ def conclusions(results: Results) -> list[str]:
 def _model_row(model: ModelResult) -> tuple[str, ...]:
     return (
         f"{model.score:.3f}",
-        _macs(model.macs),
-        _millions(model.num_params),
+        macs_text(model.macs),
+        millions_text(model.num_params),
         f"{model.train_steps:,}",
         f"{model.train_macs:.2e}",
         f"{model.images_per_second:.1f}",
     )
 
 
-def _macs(macs: float) -> str:
+def macs_text(macs: float) -> str:
     """Write macs with the digits that the paper's tables have."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
 
 
-def _millions(count: float) -> str:
+def millions_text(count: float) -> str:
+    """Write a number of parameters in millions."""
     return f"{count / 1e6:.2f} M"
 
 

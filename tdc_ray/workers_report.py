@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from tdc_ray.report import loss_text, print_results
 from tdc_ray.status import Status
 from tdc_ray.storage import atomic_path
 from tdc_ray.timeline import History, Span
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where it is needed: it takes a second
 
 COLOURS = {
     "measuring": "tab:blue",
@@ -23,14 +27,18 @@ COLOURS = {
 
 
 def plot_timeline(history: History, path: Path) -> None:
-    """Draw who ran what, when: a row per worker, a colour per outcome, the phases above."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw who ran what, when, if anything ran."""
+    if any(span.workers for span in history.spans):
+        with atomic_path(path) as temporary:
+            timeline_figure(history).savefig(temporary, format="png", dpi=110)
+
+
+def timeline_figure(history: History) -> "Figure":
+    """Draw who ran what, when: a row per worker, a colour per outcome; something must have run."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     spans = [span for span in history.spans if span.workers]
-    if not spans:
-        return
     now = max(span.ended or span.started for span in spans)
     first = spans[0].started
     rows: dict[tuple[float, str], int] = {}  # names begin anew with every driver
@@ -38,7 +46,6 @@ def plot_timeline(history: History, path: Path) -> None:
     for stay in stays:
         rows[stay.joined, stay.worker] = len(rows)
     figure = Figure(figsize=(10, 1.5 + 0.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for stay in stays:
         row, end = rows[stay.joined, stay.worker], stay.left or now
@@ -62,15 +69,13 @@ def plot_timeline(history: History, path: Path) -> None:
     axes.set(xlabel="seconds", title="who ran what, when")
     axes.invert_yaxis()
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
-    axes.legend(
+    figure.legend(
         handles=[*handles, Patch(color="0.9", label="waiting")],
         ncols=6,
         fontsize=8,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.25),
+        loc="outside lower center",
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    return figure
 
 
 def print_status(console: Console, status: Status) -> None:

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from tdc_ray.commands.run import Settings
 from tdc_ray.config import to_json
-from tdc_ray.errors import StorageError
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.remote import located, shown
 from tdc_ray.simulation_settings import SimulationConfig
 
@@ -60,6 +60,31 @@ class Memory:
         for path in found:
             entries = MemoryBank(path).all()
             print_memory(console, [e for e in entries if self.group in (None, e.group)], path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write a report on runs and sweeps: a page for a browser; its tables as Markdown and CSV too.
+
+    The page needs no network and runs no script. Runs that are not finished are shown as far as
+    they are.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories and folders of sweeps, or their URIs."""
+    out: Path | None = None
+    """Where index.html, report.md and tables/ go; default: RUN/report, and for several report."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Write it, and say where."""
+        from tdc_ray.html_report.write import write_report
+
+        if not self.runs:
+            raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
+        page = write_report(self.runs, self.out)
+        console.print(f"written: {shown(page)} (and report.md, tables/)", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

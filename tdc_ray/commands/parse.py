@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from tdc_ray.autoencoder_settings import AutoencoderConfig
-from tdc_ray.commands.insight import Memory, Simulate, Status
+from tdc_ray.commands.insight import Memory, Report, Simulate, Status
 from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
 from tdc_ray.commands.run import Plan, Run
 from tdc_ray.config import RunConfig
@@ -25,7 +25,17 @@ tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
 
 Command = (
-    Run | Plan | Sample | Status | Simulate | Prune | Memory | TrainAutoencoder | Import | Export
+    Run
+    | Plan
+    | Sample
+    | Report
+    | Status
+    | Simulate
+    | Prune
+    | Memory
+    | TrainAutoencoder
+    | Import
+    | Export
 )
 
 
@@ -42,6 +52,7 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
         | Annotated[Export, subcommand("export")]
+        | Annotated[Report, subcommand("report")]
         | Annotated[Status, subcommand("status")]
         | Annotated[Simulate, subcommand("simulate", default=Simulate(config=config))]
         | Annotated[Memory, subcommand("memory")]

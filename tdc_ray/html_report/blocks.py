@@ -1,0 +1,179 @@
+"""What a report is made of, before it becomes HTML, Markdown or CSV."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tdc_ray.report import macs_text, millions_text
+
+Kind = Literal[
+    "text",
+    "number",
+    "count",
+    "decimal",
+    "score",
+    "loss",
+    "share",
+    "macs",
+    "millions",
+    "power",
+    "seconds",
+]
+"""How a column is written for a person; CSV files have the numbers as they are."""
+
+Value = str | int | float | None
+"""Of a cell; None: there is none."""
+
+DASH = "–"  # noqa: RUF001  # what stands where there is no value
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table."""
+
+    name: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows of values; the first column names the row."""
+
+    name: str
+    """Of the CSV file; tables of one name, of several runs, share it."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Value]]
+    links: Sequence[str | None] = ()
+    """For every row the section of the page that it leads to, if any."""
+
+    marked: frozenset[int] = frozenset()
+    """Rows that stand out."""
+
+    heat: bool = False
+    """Whether the cells behind the first are coloured by their share of the row's largest."""
+
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plot:
+    """A picture of lines and text."""
+
+    svg: str
+    title: str
+    caption: str
+    is_wide: bool = False
+    """Whether it takes the page's width, and scrolls where that is too narrow for it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Grids of images side by side."""
+
+    grids: Sequence[tuple[str, str]]
+    """Title and ``data:`` URI of each."""
+
+    is_small: bool
+    """Whether the pixels are few, and are shown as squares."""
+
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A few numbers that matter most: label, number, and what it is held against."""
+
+    tiles: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Sentences, as a list."""
+
+    lines: Sequence[str]
+    is_warning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What stands side by side where there is room."""
+
+    blocks: Sequence[Table | Plot | Samples]
+
+
+Block = Table | Plot | Samples | Tiles | Lines | Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A part of the report with a title."""
+
+    key: str
+    """Its anchor: letters, digits and dashes."""
+
+    title: str
+    blocks: Sequence[Block]
+    level: Literal[2, 3] = 2
+    run: str | None = None
+    """The run that it is about; None: all."""
+
+    def flat(self) -> Iterator[Table | Plot | Samples | Tiles | Lines]:
+        """Give all blocks, those of rows too."""
+        for block in self.blocks:
+            if isinstance(block, Row):
+                yield from block.blocks
+            else:
+                yield block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The whole."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+
+
+def cell_text(value: Value, kind: Kind) -> str:
+    """Write a value for a person."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH if value is None else str(value)
+    if isinstance(value, str):
+        return value
+    match kind:
+        case "macs":
+            return macs_text(value)
+        case "millions":
+            return millions_text(value)
+        case "score":
+            return f"{value:.3f}"
+        case "share":
+            return f"{value:.1%}"
+        case "decimal":
+            return f"{value:.1f}"
+        case "loss":
+            return f"{value:#.4g}" if value else "0"
+        case "count":
+            return f"{value:,.0f}"
+        case "power":
+            return f"{value:.2e}"
+        case "seconds":
+            return duration(value)
+        case _:
+            return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as a person would say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"

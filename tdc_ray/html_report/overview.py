@@ -1,0 +1,179 @@
+"""The report's tables of several runs, and of the trials of a sweep."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+
+from tdc_ray.html_report.blocks import Column, Table, Value
+from tdc_ray.html_report.gather import RunData, Setting, SweepData, Trial
+from tdc_ray.html_report.paper import (
+    DATASETS,
+    NO_PRUNING,
+    SWEPT,
+    TABLE_1,
+    is_of_the_paper,
+    paper_dataset,
+)
+
+
+def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
+    """Give a row to each run."""
+    rows: list[tuple[Value, ...]] = []
+    for run in runs:
+        found = run.results
+        row: tuple[Value, ...] = (run.name, run.preset, run.seed)
+        if found is None:
+            rows.append((*row, "not finished", *(None,) * 12))
+            continue
+        dataset = paper_dataset(run.preset)
+        label = NO_PRUNING if found.prune.method == "none" else "TDC"
+        rows.append(
+            (
+                *row,
+                found.metric,
+                found.base.score,
+                found.tdc.score,
+                found.base.macs,
+                found.tdc.macs,
+                found.tdc.macs / found.base.macs,
+                found.tdc.num_params,
+                found.base.train_macs,
+                found.tdc.train_macs,
+                found.prune.search_macs,
+                found.seconds.wall,
+                TABLE_1[dataset][label].fid,
+            )
+        )
+    datasets = dict.fromkeys(DATASETS[paper_dataset(run.preset)] for run in runs)
+    note = "The paper's FID is that of its own data"
+    if not all(is_of_the_paper(run.preset) for run in runs):
+        note += ", and CIFAR-10's where it has none: only the order can be compared"
+    return Table(
+        name="runs",
+        title="Runs",
+        columns=(
+            Column("run"),
+            Column("preset"),
+            Column("seed", "number"),
+            Column("metric"),
+            Column("base", "score"),
+            Column("TDC", "score"),
+            Column("base: FLOPs (MACs)", "macs"),
+            Column("TDC: FLOPs (MACs)", "macs"),
+            Column("share of F", "share"),
+            Column("TDC: params", "millions"),
+            Column("base: train macs", "power"),
+            Column("TDC: train macs", "power"),
+            Column("search macs", "power"),
+            Column("wall", "seconds"),
+            Column(f"the paper's FID of TDC ({', '.join(datasets)})", "number"),
+        ),
+        rows=[row[:15] for row in rows],
+        links=[links.get(run.name) for run in runs],
+        note=f"{note}.",
+    )
+
+
+def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
+    """Give a row to each trial; those of the Pareto front stand out."""
+    trials, names = data.sweep.trials, _varied(data.sweep.trials)
+    labels = data.sweep.labels
+    metric = next((trial.metric for trial in trials if trial.metric), "score")
+    paper = SWEPT.get(names[0]) if len(names) == 1 else None
+    columns = [
+        Column("trial"),
+        *(Column(labels.get(name, name)) for name in names),
+        Column("seed", "number"),
+        Column("status"),
+        Column(metric, "score"),
+        Column("FLOPs (MACs)", "macs"),
+        Column("params", "millions"),
+        Column("train macs", "power"),
+        Column("of these reused", "power"),
+        Column("search macs", "power"),
+        Column("time", "seconds"),
+        Column("Pareto front"),
+    ]
+    failed = any(trial.error for trial in trials)
+    if paper is not None:
+        columns.append(Column("the paper's FID (CIFAR-10)", "number"))
+    if failed:
+        columns.append(Column("error"))
+    rows = [
+        (
+            trial.name,
+            *(_setting(trial.params.get(name)) for name in names),
+            trial.seed,
+            trial.status,
+            trial.score,
+            trial.macs,
+            trial.num_params,
+            trial.train_macs,
+            trial.reused_train_macs,
+            trial.search_macs,
+            trial.seconds,
+            "yes" if data.sweep.is_best(trial) else "",
+            *(() if paper is None else (paper.get(trial.params.get(names[0])),)),
+            *((trial.error,) if failed else ()),
+        )
+        for trial in trials
+    ]
+    return Table(
+        name="trials",
+        title="Trials",
+        columns=columns,
+        rows=rows,
+        links=[links.get(trial.name) for trial in trials],
+        note="" if paper is None else "The paper's FID: Tables II, III (without pruning) and VI.",
+        marked=frozenset(n for n, trial in enumerate(trials) if data.sweep.is_best(trial)),
+    )
+
+
+def settings_table(data: SweepData) -> Table | None:
+    """Give mean and spread over the seeds of every setting, if any has several seeds."""
+    names = _varied(data.sweep.trials)
+    seeds: dict[str, list[Trial]] = {}
+    for trial in data.sweep.trials:
+        if trial.score is not None:
+            key = json.dumps([_setting(trial.params.get(name)) for name in names])
+            seeds.setdefault(key, []).append(trial)
+    if not any(len(trials) > 1 for trials in seeds.values()):
+        return None
+    rows: list[tuple[Value, ...]] = []
+    for trials in seeds.values():
+        scores = [trial.score for trial in trials if trial.score is not None]
+        macs = [trial.macs for trial in trials if trial.macs is not None]
+        rows.append(
+            (
+                ", ".join(
+                    f"{data.sweep.labels.get(name, name)} = {_setting(trials[0].params.get(name))}"
+                    for name in names
+                ),
+                len(scores),
+                statistics.fmean(scores),
+                statistics.stdev(scores) if len(scores) > 1 else None,
+                statistics.fmean(macs) if macs else None,
+            )
+        )
+    return Table(
+        name="settings",
+        title="Mean over the seeds",
+        columns=(
+            Column("setting"),
+            Column("seeds", "count"),
+            Column("mean score", "score"),
+            Column("deviation", "score"),
+            Column("FLOPs (MACs)", "macs"),
+        ),
+        rows=rows,
+    )
+
+
+def _varied(trials: Sequence[Trial]) -> list[str]:
+    """Name the settings that trials have, without the seed, which has a column of its own."""
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    return [name for name in names if name != "seed"]
+
+
+def _setting(value: Setting) -> str | None:
+    return None if value is None else str(value)

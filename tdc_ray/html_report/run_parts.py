@@ -1,0 +1,172 @@
+"""What a report says of one run: its parts in their order."""
+
+from collections.abc import Iterator
+
+from tdc_ray.html_report.blocks import Block, Lines, Plot, Row, Samples, Table, Tiles, duration
+from tdc_ray.html_report.figures import (
+    losses_of_groups,
+    plan_over_snr,
+    plan_over_timesteps,
+    relative_rounds,
+    rounds_of_groups,
+    stages_of_time,
+    timeline,
+)
+from tdc_ray.html_report.gather import RunData
+from tdc_ray.html_report.pictures import samples_block
+from tdc_ray.html_report.scores import figures_1, scored
+from tdc_ray.html_report.tables import (
+    groups_table,
+    models_table,
+    plan_table,
+    progress_table,
+    rounds_table,
+    time_table,
+    widths_table,
+    workers_table,
+)
+from tdc_ray.report import conclusions, macs_text, millions_text
+from tdc_ray.results import Results
+
+MAX_NARROW = 6
+"""Most columns of a heat map that has room beside a plot."""
+
+MAX_SPANS = 1500
+"""Most attempts at items that a timeline is drawn of: a page must open at once."""
+
+
+def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
+    """Give key, title and blocks of each part of a run's report; the first is a summary."""
+    results = run.results
+    if results is None:
+        yield "progress", "How far it is", _progress(run)
+        if run.samples:
+            yield "samples", "Samples", [*_samples(run)]
+    else:
+        yield "summary", "At a glance", _summary(results)
+        figures = figures_1(scored({run.name: results}), key, over_training=False)
+        shown: list[Plot | Samples] = [*figures, *_samples(run)]
+        yield "scores", "Scores and samples", [Row(shown), models_table(results)]
+    if run.plan is not None:
+        yield "plan", "Plan", _plan(run, key)
+    if results is not None and results.groups:
+        plot = Plot(
+            svg=losses_of_groups(results, f"{key}-losses"),
+            title="Losses before and after",
+            caption="Loss on held-out noise of the group's timesteps, over the base's there.",
+        )
+        widths, groups = widths_table(results), groups_table(results)
+        is_narrow = len(widths.columns) <= MAX_NARROW
+        blocks: list[Block] = [Row([plot, widths])] if is_narrow else [plot, widths]
+        yield "groups", "Groups", [*blocks, groups]
+    if run.memory:
+        yield "rounds", "Rounds", _rounds(run, key)
+    if cost := _cost(run, key):
+        yield "cost", "Cost and time", cost
+
+
+def _samples(run: RunData) -> list[Samples]:
+    return [samples_block(run.samples)] if run.samples else []
+
+
+def _progress(run: RunData) -> list[Block]:
+    progress = run.progress
+    assert progress is not None
+    tuned = sum(group.loss_finetuned is not None for group in progress.groups)
+    lines = [
+        "This run is not finished, and is shown as far as it is; the command that began it goes "
+        "on.",
+        f"Stage 1: {progress.base}.",
+        f"Stage 2: {tuned} of {len(progress.groups)} experts are fine-tuned.",
+        *(f"Under way: {span.item}." for span in progress.running[:8]),
+    ]
+    return [Lines(lines, is_warning=True), progress_table(progress)]
+
+
+def _summary(results: Results) -> list[Block]:
+    base, tdc, seconds = results.base, results.tdc, results.seconds
+    spent = tdc.train_macs + results.prune.search_macs
+    trained = "the base was given"
+    if results.given_base is None and base.train_macs:
+        trained = f"{spent / base.train_macs:.2f} times the base's, search included"
+    tiles = Tiles(
+        [
+            (results.metric, f"{tdc.score:.3f}", f"base {base.score:.3f}; lower is better"),
+            (
+                "macs of a step",
+                macs_text(tdc.macs),
+                f"{tdc.macs / base.macs:.1%} of {macs_text(base.macs)}",
+            ),
+            (
+                "params at work",
+                millions_text(tdc.num_params),
+                f"{tdc.num_params / base.num_params:.1%} of {millions_text(base.num_params)}",
+            ),
+            ("train and search macs", f"{spent:.2e}", trained),
+            ("wall", duration(seconds.wall), "of the attempt that finished it"),
+        ]
+    )
+    plan = results.plan
+    made = [
+        f"{results.preset}, seed {results.seed}, {results.dataset}: {plan.schedule} schedule, "
+        f"k = {plan.k:g}, N = {plan.num_groups}; pruned by {results.prune.method}, "
+        f"refit {results.prune.refit}; commit {(results.commit or 'unknown')[:12]}."
+    ]
+    return [tiles, Lines(conclusions(results)), Lines(made)]
+
+
+def _plan(run: RunData, key: str) -> list[Block]:
+    assert run.plan is not None
+    plots = [
+        Plot(
+            svg=plan_over_snr(run.plan, run.results, f"{key}-plan-snr"),
+            title="Limits over the signal-to-noise ratio",
+            caption="What each group may take of the base's macs F, and what its expert takes.",
+        ),
+        Plot(
+            svg=plan_over_timesteps(run.plan, f"{key}-plan"),
+            title="Limits and SNR over the timesteps",
+            caption="Groups are runs of timesteps of about the same difficulty.",
+        ),
+    ]
+    blocks: list[Block] = [Row(plots), plan_table(run.plan)]
+    return [*blocks, Lines(run.plan.notes)] if run.plan.notes else blocks
+
+
+def _rounds(run: RunData, key: str) -> list[Block]:
+    table = rounds_table(run)
+    if not relative_rounds(run):
+        return [table]
+    plot = Plot(
+        svg=rounds_of_groups(run, f"{key}-rounds"),
+        title="Losses over the rounds",
+        caption="As the paper's Figure 5: mean (line) and standard deviation (band) over the "
+        "candidates of a round, after the refit where there is one.",
+    )
+    return [Row([plot, table])]
+
+
+def _cost(run: RunData, key: str) -> list[Block]:
+    blocks: list[Block] = []
+    if run.results is not None:
+        plot = Plot(
+            svg=stages_of_time(run.results.seconds, f"{key}-time"),
+            title="Where the time went",
+            caption="Summed over the workers.",
+        )
+        blocks = [Row([plot, time_table(run.results)])]
+    workers: Table = workers_table(run)
+    if workers.rows:
+        blocks.append(workers)
+    spans = sum(bool(span.workers) for span in run.history.spans)
+    if 0 < spans <= MAX_SPANS:
+        plot = Plot(
+            svg=timeline(run.history, f"{key}-timeline"),
+            title="Who ran what, when",
+            caption="A row per worker; a new driver's workers begin anew.",
+            is_wide=True,
+        )
+        blocks.append(plot)
+    elif spans:
+        blocks.append(Lines([f"{spans} attempts are too many to draw; timeline.png shows them."]))
+    return blocks

@@ -1,0 +1,65 @@
+"""Scores against macs: the paper's Figure 1 for runs and for sweeps."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from tdc_ray.html_report.blocks import Plot
+from tdc_ray.html_report.figures import Point, figure_1
+from tdc_ray.html_report.gather import SweepData
+from tdc_ray.results import Results
+
+
+def scored(found: Mapping[str, Results]) -> dict[str, list[Point]]:
+    """Give bases and experts as points, by metric: other scores cannot be compared."""
+    points: dict[str, list[Point]] = {}
+    for name, results in found.items():
+        base, tdc, searched = results.base, results.tdc, results.prune.search_macs
+        trained = base.train_macs if results.given_base is None else None
+        some = points.setdefault(results.metric, [])
+        point = Point("base", base.score, base.macs, trained, is_base=True)
+        if point not in some:
+            some.append(point)
+        label = name if len(found) > 1 else "TDC"
+        spent = tdc.train_macs + searched
+        some.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))
+    return points
+
+
+def tried(data: SweepData) -> dict[str, list[Point]]:
+    """Give the trials of a sweep as points, with the bases that are known."""
+    points = {
+        metric: [point for point in some if point.is_base]
+        for metric, some in scored(data.results).items()
+    }
+    for trial in data.sweep.trials:
+        if trial.score is None or trial.macs is None:
+            continue
+        spent = None if trial.train_macs is None else trial.train_macs + (trial.search_macs or 0.0)
+        is_best = data.sweep.is_best(trial)
+        point = Point(trial.name, trial.score, trial.macs, spent, is_base=False, is_best=is_best)
+        points.setdefault(trial.metric or "score", []).append(point)
+    return points
+
+
+def figures_1(
+    by_metric: Mapping[str, Sequence[Point]], key: str, *, over_training: bool
+) -> Iterator[Plot]:
+    """Draw scores against macs, and against those of training, for each metric."""
+    for number, (metric, found) in enumerate(by_metric.items()):
+        points = [p for p in found if math.isfinite(p.score) and math.isfinite(p.macs) and p.macs]
+        known = [point for point in points if math.isfinite(point.train_macs or math.nan)]
+        front = " Orange: the Pareto front." if any(p.is_best for p in points) else ""
+        colours = f"Gray: bases; blue: TDC.{front}"
+        if points:
+            yield Plot(
+                svg=figure_1(points, metric, f"{key}-figure-1-{number}"),
+                title="Score against macs",
+                caption="As the paper's Figure 1: a circle's area goes with the macs of a step. "
+                f"{colours} Lower and further to the left is better.",
+            )
+        if over_training and known:
+            yield Plot(
+                svg=figure_1(known, metric, f"{key}-train-{number}", over_training=True),
+                title="Score against what training took",
+                caption=f"Base and experts, search included. {colours}",
+            )

@@ -1,0 +1,77 @@
+"""Writes a report on runs and sweeps into a folder."""
+
+import os
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from tdc_ray.html_report.contents import report_of
+from tdc_ray.html_report.files import csv_files, markdown
+from tdc_ray.html_report.gather import RunData, SweepData, is_sweep, load_run, load_sweep
+from tdc_ray.html_report.page import page
+from tdc_ray.remote import located, shown
+from tdc_ray.storage import write_text
+
+PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
+"""What is in the folder: the page, the tables as Markdown, and a folder of them as CSV."""
+
+MAX_SECTIONS = 6
+"""Most trials of a sweep that get a section of their own."""
+
+
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a report on runs and sweeps, and give its page.
+
+    Args:
+        paths: Run directories and folders of sweeps, or their URIs.
+        out: Where the report goes; None: into ``report`` of the one folder that is named, or below
+            the working directory for several.
+
+    Raises:
+        StorageError: A folder is neither a run nor a sweep, or a file of it is damaged.
+    """
+    roots = list(dict.fromkeys(_absolute(path) for path in paths))
+    names = _names(roots)
+    runs: list[RunData] = []
+    sweeps: list[tuple[SweepData, dict[str, RunData]]] = []
+    for root, name in zip(roots, names, strict=True):
+        if is_sweep(root):
+            sweep = load_sweep(root, name)
+            prefix = f"{name}: " if len(roots) > 1 else ""
+            chosen = _chosen(sweep)
+            sweeps.append(
+                (sweep, {trial: load_run(sweep.roots[trial], prefix + trial) for trial in chosen})
+            )
+        else:
+            runs.append(load_run(root, name))
+    report = report_of(runs, sweeps)
+    folder = located(out) if out is not None else roots[0] / "report"
+    if out is None and len(roots) > 1:
+        folder = Path("report")
+    write_text(folder / TEXT, markdown(report))
+    for name, text in csv_files(report).items():
+        write_text(folder / TABLES / f"{name}.csv", text)
+    write_text(folder / PAGE, page(report))
+    return folder / PAGE
+
+
+def _chosen(sweep: SweepData) -> list[str]:
+    """Choose the trials that get sections: those of the Pareto front and the best first."""
+    found = [trial for trial in sweep.sweep.trials if trial.name in sweep.results]
+    found.sort(key=lambda t: (not sweep.sweep.is_best(t), sweep.results[t.name].tdc.score))
+    return [trial.name for trial in found[:MAX_SECTIONS]]
+
+
+def _absolute(path: Path) -> Path:
+    place = located(path)
+    return Path(os.path.abspath(place))  # noqa: PTH100  # links stay: their names mean something
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """Name each folder by what tells it from the others."""
+    if len(roots) == 1:
+        return [roots[0].name]
+    parts = [shown(root).split("/") for root in roots]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    common = len(list(shared))
+    return ["/".join(part[common:]) or "." for part in parts]
