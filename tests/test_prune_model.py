@@ -1,10 +1,7 @@
 """``tdc-ray prune`` and ``tdc-ray memory``, in this process and in real ones."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -213,24 +210,21 @@ def everything_below(folder: Path) -> str:
     ],
 )
 def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
-    model, tmp_path, script, source
+    model, tmp_path, monkeypatch, capfd, script, source
 ):
-    command = [sys.executable, "-m", "tdc_ray", "prune", str(model), "--out", str(tmp_path)]
+    command = ["prune", str(model), "--out", str(tmp_path)]
     command += ["--data", "digits", "--method", "llm", "--verbose", *FEW]
     command += ["--proxy.timeout-s", "2", "--proxy.max-seconds", "8", "--proxy.max-retries", "2"]
     with serving(*script) as server:
-        environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-        environment["OMP_NUM_THREADS"] = "1"
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert run_command(command) == 0
         num_requests = len(server.requests)
         assert num_requests > 0
         replay = [*command, "--proxy.replay", str(tmp_path)]
         replay[replay.index("--out") + 1] = str(tmp_path / "replayed")
         if source == "llm":
-            subprocess.run(replay, env=environment, capture_output=True, check=True)
+            assert run_command(replay) == 0
             assert len(server.requests) == num_requests  # not one call
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["macs"] <= report["macs_limit"]
@@ -244,6 +238,6 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
         again = json.loads((tmp_path / "replayed" / "report.json").read_text())
         assert again["widths"] == report["widths"]
         assert report["prompt_tokens"] >= 1000
-    for text in (done.stdout, done.stderr, everything_below(tmp_path)):
+    for text in (*capfd.readouterr(), everything_below(tmp_path)):
         assert KEY not in text
         assert KEY[8:] not in text
