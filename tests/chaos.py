@@ -26,6 +26,7 @@ from typing import Any
 # Ray reads these when it is imported, and so do the processes that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112  Ray's spelling
 os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # noqa: SIM112  Ray's spelling
 
 from ray.cluster_utils import Cluster
