@@ -26,7 +26,6 @@ from typing import Any
 # Ray reads these when it is imported, and so do the processes that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112  Ray's spelling
 os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # noqa: SIM112  Ray's spelling
 
 from ray.cluster_utils import Cluster
@@ -94,8 +93,13 @@ class Disturbed:
         with self._log.open("ab") as log:
             return subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
 
-    def _add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, **self._where)
+    def _add_node(self, attempts: int = 3) -> Any:
+        try:
+            return self.cluster.add_node(num_cpus=1, **self._where)
+        except Exception as error:  # Ray's own, after 30 s: too little on a busy machine
+            if attempts == 1 or "timed out during startup" not in str(error):
+                raise
+            return self._add_node(attempts - 1)
 
     def ended(self) -> bool:
         """Whether the run is finished, or given up; a driver that died is started again."""
