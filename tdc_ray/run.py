@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,13 @@ from tdc_ray.workers_report import plot_timeline
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, folder: Path, console: Console, store: Path | None = None) -> Results:
+def run(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    store: Path | None = None,
+    listen: Callable[[Event], None] | None = None,
+) -> Results:
     """Do the whole of algorithm 1, or what of it an earlier call has left to do.
 
     Args:
@@ -59,6 +65,7 @@ def run(config: RunConfig, folder: Path, console: Console, store: Path | None = 
         console: Where progress is shown.
         store: Folder or URI of a store (see ``tdc_ray.reuse``): what other runs left there is
             taken, and what this one computes is left there. None: all is computed here.
+        listen: Gets what the work reports, as it comes in.
 
     Returns:
         What is then in ``results.json``.
@@ -81,8 +88,8 @@ def run(config: RunConfig, folder: Path, console: Console, store: Path | None = 
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         timeline = Timeline(run_dir.timeline)
         with (
-            ProgressView(run_dir.tensorboard, console) as view,
-            connected(_local_cpus(config.compute)),
+            ProgressView(run_dir.tensorboard, console, listen) as view,
+            connected(local_cpus(config.compute)),
             board(view) as events,
             Sharing(_store(store, run_dir)) as sharing,
             Pool(config, events, view, timeline, sharing) as pool,
@@ -269,6 +276,6 @@ def _show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
     return used
 
 
-def _local_cpus(compute: ComputeConfig) -> int:
+def local_cpus(compute: ComputeConfig) -> int:
     """Logical CPUs of a local Ray: the machine's, or as many as one base worker wants."""
     return max(os.cpu_count() or 1, compute.cpus_per_base_worker * compute.num_base_workers)

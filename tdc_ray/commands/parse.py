@@ -14,6 +14,7 @@ from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.commands.insight import Memory, Simulate, Status
 from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
 from tdc_ray.commands.run import Plan, Run
+from tdc_ray.commands.sweep import Sweep
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
@@ -25,7 +26,17 @@ tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
 
 Command = (
-    Run | Plan | Sample | Status | Simulate | Prune | Memory | TrainAutoencoder | Import | Export
+    Run
+    | Sweep
+    | Plan
+    | Sample
+    | Status
+    | Simulate
+    | Prune
+    | Memory
+    | TrainAutoencoder
+    | Import
+    | Export
 )
 
 
@@ -38,6 +49,7 @@ def parse(arguments: Sequence[str]) -> Command:
     imported = Import(source=missing, out=missing, config=config)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
+        | Annotated[Sweep, subcommand("sweep", default=Sweep(config=config, vary=missing))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
@@ -103,7 +115,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 def _source(arguments: Sequence[str]) -> str | None:
     """Find the base among the arguments, before they are parsed."""
-    if not arguments or arguments[0] not in ("run", "plan", "import"):
+    if not arguments or arguments[0] not in ("run", "sweep", "plan", "import"):
         return None
     if arguments[0] != "import":
         return _value_of("--base", arguments) or _value_of("--model.base", arguments)

@@ -75,7 +75,7 @@ def train_base_on_ray(
         ),
         run_config=TrainRunConfig(
             name=run_dir.base_training.name,
-            **_storage(run_dir.base_training.parent),
+            **storage_of(run_dir.base_training.parent),
             failure_config=FailureConfig(max_failures=config.compute.max_attempts - 1),
             checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
         ),
@@ -181,8 +181,8 @@ def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
     write_json(job.run_dir.base_result, result)
 
 
-def _storage(folder: Path) -> dict[str, Any]:
-    """Tell Ray Train where a folder is."""
+def storage_of(folder: Path) -> dict[str, Any]:
+    """Tell Ray Train, or Ray Tune, where a folder is."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     store, key = filesystem(folder)

@@ -103,7 +103,7 @@ class Sharing:
         key = None if store is None else key_of(item)
         if store is None or key is None:
             return item
-        if not store.holds(key) and not self._claim(item, key):
+        if not store.holds(key) and not self._claim(item.key, key):
             return None
         if store.holds(key):  # it may have come with the claim
             return store.taking(item, key)
@@ -111,9 +111,7 @@ class Sharing:
 
     def end(self, item: WorkItem) -> None:
         """Note that an item is no longer under way."""
-        key = self._held.pop(item.key, None)
-        if key is not None:
-            self._claims.release.remote(key, self._owner)
+        self._release(item.key)
 
     @contextmanager
     def alone(self, item: WorkItem) -> Iterator[bool]:
@@ -128,7 +126,7 @@ class Sharing:
             yield done is not None
             return
         said = False
-        while not store.holds(key) and not self._claim(item, key):
+        while not store.holds(key) and not self._claim(item.key, key):
             if not said:
                 logger.info("%s: another run computes the same; waiting for it", item.key)
             said = True
@@ -144,15 +142,31 @@ class Sharing:
         finally:
             self.end(item)
 
-    def _claim(self, item: WorkItem, key: str) -> bool:
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Hold a name that one run at a time may have; waits for it."""
+        while not self._claim(name, name):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            yield
+        finally:
+            self._release(name)
+
+    def _claim(self, name: str, key: str) -> bool:
+        """Claim a key under a name of this run's own."""
         try:
             claimed = bool(ray.get(self._claims.claim.remote(key, self._owner)))
         except RayError as error:  # at worst something is computed twice
-            logger.warning("claims on %s are not to be had: %s", item.key, error)
+            logger.warning("claims on %s are not to be had: %s", name, error)
             return True
         if claimed:
-            self._held[item.key] = key
+            self._held[name] = key
         return claimed
+
+    def _release(self, name: str) -> None:
+        key = self._held.pop(name, None)
+        if key is not None:
+            self._claims.release.remote(key, self._owner)
 
     def _renew(self) -> None:
         while not self._over.wait(RENEWED_EVERY_S):
