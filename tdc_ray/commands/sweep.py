@@ -83,7 +83,7 @@ def _show(results: "SweepResults", console: Console) -> None:
     console.print(table)
     if share := results.computed_share:
         console.print(
-            f"of the macs of training and search that these runs would take one by one, {share:.0%} "
+            f"of the macs that training and search of these runs take one by one, {share:.0%} "
             f"were computed; the rest was shared. Minimised: {', '.join(results.objectives)}",
             soft_wrap=True,
         )
