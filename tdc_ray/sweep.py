@@ -76,7 +76,11 @@ logger = logging.getLogger(__name__)
 
 
 def sweep(
-    config: RunConfig, space: Mapping[str, Domain], how: SweepConfig, folder: Path
+    config: RunConfig,
+    space: Mapping[str, Domain],
+    how: SweepConfig,
+    folder: Path,
+    points: Sequence[Params] | None = None,
 ) -> SweepResults:
     """Search settings, or go on, and give what came out, which ``sweep.json`` holds too.
 
@@ -85,6 +89,7 @@ def sweep(
         space: What is varied, by dotted names.
         how: How.
         folder: The sweep's folder, or its URI.
+        points: Settings of a grid, where not every combination is meant.
 
     Raises:
         TdcError: What cannot work, before any work where that can be known.
@@ -92,8 +97,9 @@ def sweep(
     """
     folder = located(folder).resolve()
     config = with_first_stage(with_absolute_paths(config))
-    check_space(space, config, how)
-    _check_trials(config, space, how)
+    check_space(space, config, how, points)
+    points = grid(space) if points is None and how.search == "grid" else points
+    _check_trials(config, space, how, points)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
     with exclusive(folder), connected(local_cpus(config.compute)):
@@ -101,24 +107,25 @@ def sweep(
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
         shared = [start_claims(folder / STORE_DIR)]  # lives as long as this
         shared += [start_checked_caller(config.proxy)] if asks else []
-        if how.search == "grid":
-            _run_grid(table, space, how)
-        else:
+        if points is None:
             _run_study(table, space, how)
+        else:
+            _run_grid(table, points, how)
     failed = {row.name: str(row.error) for row in table.rows.values() if row.status == "failed"}
     if failed:
         raise WorkFailedError(failed)
     return table.results
 
 
-def _check_trials(config: RunConfig, space: Mapping[str, Domain], how: SweepConfig) -> None:
+def _check_trials(
+    config: RunConfig,
+    space: Mapping[str, Domain],
+    how: SweepConfig,
+    points: Sequence[Params] | None,
+) -> None:
     """Check every setting of a grid, and the ends of what others draw from."""
-    settings: list[Params] = []
-    if how.search == "grid":
-        settings = grid(space)
-    else:
-        settings = [{name: value} for name, domain in space.items() for value in _values(domain)]
-    for params in settings:
+    ends = [{name: value} for name, domain in space.items() for value in _values(domain)]
+    for params in ends if points is None else points:
         try:
             check(applied(config, params, how.seeds[0]))
         except TdcError as error:
@@ -236,15 +243,16 @@ class _Table(tune.Callback):
             write_session(self.folder / HPARAMS_DIR, self.config, row)
 
 
-def _run_grid(table: _Table, space: Mapping[str, Domain], how: SweepConfig) -> None:
-    points = [
+def _run_grid(table: _Table, points: Sequence[Params], how: SweepConfig) -> None:
+    """Run all settings, seed by seed: of different seeds, trials side by side share little."""
+    left = [
         {"params": dict(params), "seed": seed}
+        for params in points
         for seed in how.seeds
-        for params in grid(space)
         if table.points_left(params, [seed])
     ]
-    if points:
-        _fit(table, how, {"point": tune.grid_search(points)}, num_samples=1)
+    if left:
+        _fit(table, how, {"point": tune.grid_search(left)}, num_samples=1)
 
 
 def _run_study(table: _Table, space: Mapping[str, Domain], how: SweepConfig) -> None:

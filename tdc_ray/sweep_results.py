@@ -62,6 +62,9 @@ class Row:
     seconds: float | None = None
     """Of the attempt that finished the run."""
 
+    commit: str | None = None
+    """That finished the run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -168,6 +171,7 @@ def with_results(row: Row, results: Results) -> Row:
         base_score=results.base.score,
         base_macs=results.base.macs,
         seconds=results.seconds.wall,
+        commit=results.commit,
     )
 
 

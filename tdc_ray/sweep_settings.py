@@ -131,8 +131,19 @@ def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
     return space
 
 
-def check_space(space: Mapping[str, Domain], config: RunConfig, sweep: SweepConfig) -> None:
+def check_space(
+    space: Mapping[str, Domain],
+    config: RunConfig,
+    sweep: SweepConfig,
+    points: Sequence[Params] | None = None,
+) -> None:
     """Refuse what no trial could run, before any does.
+
+    Args:
+        space: What is varied.
+        config: The settings that it is varied of.
+        sweep: How.
+        points: Settings of a grid, where not every combination is meant.
 
     Raises:
         ConfigError: A name, a value or a bound is wrong, or the search cannot use the domains.
@@ -160,7 +171,7 @@ def check_space(space: Mapping[str, Domain], config: RunConfig, sweep: SweepConf
             for value in ends:
                 applied(config, {name: value}, config.seed)
     if sweep.search == "grid":
-        for params in grid(space):
+        for params in grid(space) if points is None else points:
             applied(config, params, config.seed)
     bases = [name for name in space if name.startswith(("base.", "model."))]
     if sweep.stop_early and (not bases or set(bases) & set(BEFORE_THE_LOSS)):
