@@ -9,34 +9,32 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tdc_ray.bases import with_first_stage
-from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
-from tdc_ray.distributed.base import storage_of
+from tdc_ray.config import RunConfig, with_absolute_paths
+from tdc_ray.distributed.base import check_cluster, storage_of
 from tdc_ray.distributed.caller import start_checked_caller
 from tdc_ray.distributed.cluster import connected
+from tdc_ray.distributed.crew import Crew
 from tdc_ray.distributed.sharing import start_claims
-from tdc_ray.environment import commit, machine
-from tdc_ray.errors import ConfigError, StorageError, TdcError, WorkFailedError
+from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.hparams import write_session
 from tdc_ray.lease import exclusive
 from tdc_ray.remote import located, shown
 from tdc_ray.run import check, local_cpus
-from tdc_ray.storage import exists, read_json, write_json
 from tdc_ray.sweep_results import (
-    SWEEP_FILE,
     Row,
     SweepResults,
+    begun,
     ended_row,
-    load_sweep,
     save_sweep,
     started_row,
     summarized,
@@ -49,15 +47,14 @@ from tdc_ray.sweep_settings import (
     applied,
     check_space,
     grid,
-    labels,
     setting_name,
     trial_name,
 )
 from tdc_ray.sweep_study import distribution, open_storage, tidy
 from tdc_ray.sweep_trial import STORE_DIR, Job, failure_of, point_of, run_trial
+from tdc_ray.timeline import Timeline
 
 HPARAMS_DIR = "hparams"
-CONFIG_FILE = "config.json"
 TRIAL_BYTES = 128 * 1024**2
 """Memory by which Ray places trials. They take no CPU: it would be missing to their work."""
 
@@ -65,6 +62,7 @@ MAX_FAILURES = 2
 """How often a trial is begun again whose process died."""
 
 TUNE_VARIABLES = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints a lot
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # losses on the way are no score
@@ -103,7 +101,10 @@ def sweep(
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
     with exclusive(folder), connected(local_cpus(config.compute)):
-        table = _Table(folder, config, _results(folder, config, space, how))
+        check_cluster(config.compute)
+        nobody: Any = None
+        Crew(config.compute, nobody, Timeline(None)).check()
+        table = _Table(folder, config, begun(folder, config, space, how))
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
         shared = [start_claims(folder / STORE_DIR)]  # lives as long as this
         shared += [start_checked_caller(config.proxy)] if asks else []
@@ -127,7 +128,10 @@ def _check_trials(
     ends = [{name: value} for name, domain in space.items() for value in _values(domain)]
     for params in ends if points is None else points:
         try:
-            check(applied(config, params, how.seeds[0]))
+            one = applied(config, params, how.seeds[0])
+            if one != with_absolute_paths(one):  # trials have working directories of their own
+                raise ConfigError("paths that are varied must be absolute.")
+            check(one)
         except TdcError as error:
             raise type(error)(f"{setting_name(params)}: {error}") from error
 
@@ -137,50 +141,6 @@ def _values(domain: Domain | None) -> tuple[Any, ...]:
     if isinstance(domain, Range):
         return tuple(int(end) if domain.whole else end for end in (domain.low, domain.high))
     return () if domain is None else domain.values
-
-
-def _results(
-    folder: Path, config: RunConfig, space: Mapping[str, Domain], how: SweepConfig
-) -> SweepResults:
-    """Begin a sweep's results, with the rows of earlier calls.
-
-    Raises:
-        StorageError: The folder holds a sweep of other settings.
-    """
-    path = folder / CONFIG_FILE
-    if not exists(path):
-        write_json(path, to_json(config))
-    try:
-        changed = differences(from_json(read_json(path)), config)
-    except ConfigError as error:
-        raise StorageError(
-            f"{shown(path)} is of another version: {error} Choose another name."
-        ) from error
-    if changed:
-        raise StorageError(
-            f"sweep {shown(folder)} has other settings: {'; '.join(changed)}. Use the same ones "
-            "to go on, or another name."
-        )
-    rows: tuple[Row, ...] = ()
-    if exists(folder / SWEEP_FILE):
-        rows = load_sweep(folder).rows
-        if rows and set(rows[0].params) != set(space):
-            raise StorageError(
-                f"sweep {shown(folder)} varies {', '.join(rows[0].params)}. Vary the same fields "
-                "to go on, or choose another name."
-            )
-    return SweepResults(
-        name=folder.name,
-        search=how.search,
-        space={name: asdict(domain) for name, domain in space.items()},
-        labels=labels(list(space)),
-        objectives=how.objectives,
-        seeds=how.seeds,
-        preset=config.preset,
-        commit=commit(),
-        machine=machine(),
-        rows=rows,
-    )
 
 
 class _Table(tune.Callback):
@@ -326,7 +286,7 @@ def _fit(
         run_config=tune.RunConfig(
             name="tune",
             **storage_of(table.folder),
-            callbacks=[table],
+            callbacks=[table, JsonLoggerCallback()],  # type: ignore[no-untyped-call]
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),

@@ -8,15 +8,27 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from tdc_ray.errors import StorageError
+from tdc_ray.config import RunConfig, differences, from_json, to_json
+from tdc_ray.environment import commit, machine
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.layout import RunDir
 from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
 from tdc_ray.storage import exists, read_json, write_json
-from tdc_ray.sweep_settings import Objective, Params, Value, setting_name, trial_name
+from tdc_ray.sweep_settings import (
+    Domain,
+    Objective,
+    Params,
+    SweepConfig,
+    Value,
+    labels,
+    setting_name,
+    trial_name,
+)
 
 FORMAT = 1
 SWEEP_FILE = "sweep.json"
+CONFIG_FILE = "config.json"
 TRIALS_DIR = "trials"
 
 Status = Literal["running", "done", "failed", "stopped"]
@@ -117,6 +129,50 @@ class SweepResults:
 
 _ADAPTER = TypeAdapter(SweepResults)
 _MEANS = ("score", "macs", "num_params", "train_macs", "search_macs", "seconds")
+
+
+def begun(
+    folder: Path, config: RunConfig, space: Mapping[str, Domain], how: SweepConfig
+) -> SweepResults:
+    """Begin a sweep's results, with the rows of earlier calls.
+
+    Raises:
+        StorageError: The folder holds a sweep of other settings.
+    """
+    path = folder / CONFIG_FILE
+    if not exists(path):
+        write_json(path, to_json(config))
+    try:
+        changed = differences(from_json(read_json(path)), config)
+    except ConfigError as error:
+        raise StorageError(
+            f"{shown(path)} is of another version: {error} Choose another name."
+        ) from error
+    if changed:
+        raise StorageError(
+            f"sweep {shown(folder)} has other settings: {'; '.join(changed)}. Use the same ones "
+            "to go on, or another name."
+        )
+    rows: tuple[Row, ...] = ()
+    if exists(folder / SWEEP_FILE):
+        rows = load_sweep(folder).rows
+        if rows and set(rows[0].params) != set(space):
+            raise StorageError(
+                f"sweep {shown(folder)} varies {', '.join(rows[0].params)}. Vary the same fields "
+                "to go on, or choose another name."
+            )
+    return SweepResults(
+        name=folder.name,
+        search=how.search,
+        space={name: asdict(domain) for name, domain in space.items()},
+        labels=labels(list(space)),
+        objectives=how.objectives,
+        seeds=how.seeds,
+        preset=config.preset,
+        commit=commit(),
+        machine=machine(),
+        rows=rows,
+    )
 
 
 def started_row(params: Params, seed: int) -> Row:

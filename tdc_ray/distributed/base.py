@@ -63,8 +63,8 @@ def train_base_on_ray(
     """
     if exists(run_dir.base_result):
         return
+    check_cluster(config.compute)
     resources = _resources(config.compute)
-    _check_cluster(config.compute, resources)
     trainer = _Trainer(
         _work,
         train_loop_config={"job": BaseJob(run_dir, config, board)},
@@ -196,8 +196,13 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
     return resources
 
 
-def _check_cluster(compute: ComputeConfig, resources: dict[str, float]) -> None:
-    """Refuse what would wait for ever; say once what may wait for nodes to join."""
+def check_cluster(compute: ComputeConfig) -> None:
+    """Refuse what would wait for ever; say once what may wait for nodes to join.
+
+    Raises:
+        ClusterError: The cluster is too small for the workers asked for, and cannot grow.
+    """
+    resources = _resources(compute)
     nodes = node_resources()
     fits = num_fitting(nodes, resources)
     if fits >= compute.num_base_workers:
