@@ -101,8 +101,8 @@ class SweepFlags(Flags):
     max_concurrent: int = 2
     """Runs under way at once; on a cluster give more."""
     steps_share: float = 0.5
-    """Share of the preset's steps, of base and experts, and of its scored images, which sizes the
-    experiment for 2 CPU cores; 1 for all of them. With --smoke always 1."""
+    """Share of the preset's steps and scored images, which sizes the experiment for 2 CPU cores.
+    With --smoke always 1."""
 
     def config(self, seed: int) -> RunConfig:
         """Give the preset's settings for one seed, in the size that is asked for."""
@@ -127,7 +127,7 @@ def swept(
     points: Sequence[Params] | None = None,
     **how: Any,
 ) -> SweepResults:
-    """Sweep, or go on; what runs have in common, such as the base, is computed once.
+    """Sweep, or go on; what runs of a storage have in common, such as bases, is computed once.
 
     Args:
         flags: The experiment's flags.
@@ -136,10 +136,13 @@ def swept(
         points: Settings of a grid, where not every combination is meant.
         how: Further settings of the sweep.
     """
-    config = flags.config(flags.seeds[0])
+    config, store = flags.config(flags.seeds[0]), flags.storage / STORE_DIR
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
-    return sweep(config, space, settings, folder, points)
+    return sweep(config, space, settings, folder, points, store)
 
+
+STORE_DIR = "store"
+"""In an experiment's storage: results that sweeps share, a cache."""
 
 SETTINGS_FILE = "made_by.json"
 

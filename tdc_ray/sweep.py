@@ -51,10 +51,10 @@ from tdc_ray.sweep_settings import (
     trial_name,
 )
 from tdc_ray.sweep_study import distribution, open_storage, tidy
-from tdc_ray.sweep_trial import STORE_DIR, Job, failure_of, point_of, run_trial
+from tdc_ray.sweep_trial import Job, failure_of, point_of, run_trial
 from tdc_ray.timeline import Timeline
 
-HPARAMS_DIR = "hparams"
+STORE_DIR, HPARAMS_DIR = "store", "hparams"
 TRIAL_BYTES = 128 * 1024**2
 """Memory by which Ray places trials. They take no CPU: it would be missing to their work."""
 
@@ -79,6 +79,7 @@ def sweep(
     how: SweepConfig,
     folder: Path,
     points: Sequence[Params] | None = None,
+    store: Path | None = None,
 ) -> SweepResults:
     """Search settings, or go on, and give what came out, which ``sweep.json`` holds too.
 
@@ -88,12 +89,14 @@ def sweep(
         how: How.
         folder: The sweep's folder, or its URI.
         points: Settings of a grid, where not every combination is meant.
+        store: What its trials share, with other runs too; None: a folder in the sweep's.
 
     Raises:
         TdcError: What cannot work, before any work where that can be known.
         WorkFailedError: Trials failed; the others are finished and kept.
     """
     folder = located(folder).resolve()
+    store = folder / STORE_DIR if store is None else located(store).resolve()
     config = with_first_stage(with_absolute_paths(config))
     check_space(space, config, how, points)
     points = grid(space) if points is None and how.search == "grid" else points
@@ -104,9 +107,9 @@ def sweep(
         check_cluster(config.compute)
         nobody: Any = None
         Crew(config.compute, nobody, Timeline(None)).check()
-        table = _Table(folder, config, begun(folder, config, space, how))
+        table = _Table(folder, store, config, begun(folder, config, space, how))
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
-        shared = [start_claims(folder / STORE_DIR)]  # lives as long as this
+        shared = [start_claims(store)]  # lives as long as this
         shared += [start_checked_caller(config.proxy)] if asks else []
         if points is None:
             _run_study(table, space, how)
@@ -146,8 +149,10 @@ def _values(domain: Domain | None) -> tuple[Any, ...]:
 class _Table(tune.Callback):
     """The rows of a sweep: written whenever a trial begins or ends, with TensorBoard's HParams."""
 
-    def __init__(self, folder: Path, config: RunConfig, results: SweepResults) -> None:
-        self.folder, self.config, self.results = folder, config, results
+    def __init__(
+        self, folder: Path, store: Path, config: RunConfig, results: SweepResults
+    ) -> None:
+        self.folder, self.store, self.config, self.results = folder, store, config, results
         self.session = secrets.token_hex(8)
         self.rows = {row.name: row for row in results.rows}
         for row in self.rows.values():  # the driver may have died before it wrote of its end
@@ -258,7 +263,7 @@ def _fit(
     search: OptunaSearch | None = None,
 ) -> None:
     """Let Ray Tune run the trials."""
-    job = Job(table.folder, table.config, how, table.session)
+    job = Job(table.folder, table.config, how, table.session, table.store)
 
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, job, tune.report)

@@ -26,9 +26,6 @@ from tdc_ray.sweep_settings import Params, SweepConfig, applied
 TuneReport = Callable[[dict[str, float]], None]
 """Tells Ray Tune what a trial came to, or how it goes."""
 
-STORE_DIR = "store"
-"""In a sweep's folder: what its trials share."""
-
 FAILED_FILE = "failed.json"
 """In a run's directory: why it failed, and in which call of the sweep."""
 
@@ -43,6 +40,7 @@ class Job:
     config: RunConfig
     how: SweepConfig
     session: str
+    store: Path
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
@@ -66,7 +64,7 @@ def run_trial(config: Mapping[str, Any], job: Job, report: TuneReport) -> None:
 
 
 def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
-    row, store = started_row(params, seed), job.folder / STORE_DIR
+    row = started_row(params, seed)
     run_dir = RunDir(job.folder / row.run_dir)
     failed = run_dir.root / FAILED_FILE
     if exists(failed) and read_json(failed)["session"] == job.session:
@@ -79,11 +77,11 @@ def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
         if job.how.stop_early and event.key == "base" and "loss" in event.metrics:
             report({"loss": event.metrics["loss"], "base_step": event.step})
 
-    sharing = Sharing(Store(store, shown(run_dir.root)))
+    sharing = Sharing(Store(job.store, shown(run_dir.root)))
     with log_to(run_dir.log), sharing, sharing.turn(row.name):
         try:
             config = applied(job.config, params, seed)
-            return run(config, run_dir.root, Console(quiet=True), store, listen)
+            return run(config, run_dir.root, Console(quiet=True), job.store, listen)
         except TdcError as error:
             logger.exception("the run failed")
             write_json(failed, {"session": job.session, "error": str(error)})
