@@ -136,13 +136,10 @@ def swept(
         points: Settings of a grid, where not every combination is meant.
         how: Further settings of the sweep.
     """
-    config, store = flags.config(flags.seeds[0]), flags.storage / STORE_DIR
+    config, store = flags.config(flags.seeds[0]), flags.storage / "store"
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
     return sweep(config, space, settings, folder, points, store)
 
-
-STORE_DIR = "store"
-"""In an experiment's storage: results that sweeps share, a cache."""
 
 SETTINGS_FILE = "made_by.json"
 
