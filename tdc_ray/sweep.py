@@ -65,6 +65,7 @@ TUNE_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints a lot
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends a run
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "20",  # of a trial that the scheduler stops
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # losses on the way are no score
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -263,7 +264,8 @@ def _fit(
     search: OptunaSearch | None = None,
 ) -> None:
     """Let Ray Tune run the trials."""
-    job = Job(table.folder, table.config, how, table.session, table.store)
+    stop_early = how.stop_early
+    job = Job(table.folder, table.config, table.store, how.seeds, stop_early, table.session)
 
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, job, tune.report)
@@ -284,7 +286,7 @@ def _fit(
         param_space=param_space,
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=scheduler if how.stop_early else None,
+            scheduler=scheduler if stop_early else None,
             num_samples=num_samples,
             max_concurrent_trials=how.max_concurrent,
         ),

@@ -21,7 +21,7 @@ from tdc_ray.reuse import Store
 from tdc_ray.run import run
 from tdc_ray.storage import exists, read_json, remove, write_json
 from tdc_ray.sweep_results import started_row
-from tdc_ray.sweep_settings import Params, SweepConfig, applied
+from tdc_ray.sweep_settings import Params, applied
 
 TuneReport = Callable[[dict[str, float]], None]
 """Tells Ray Tune what a trial came to, or how it goes."""
@@ -38,9 +38,11 @@ class Job:
 
     folder: Path
     config: RunConfig
-    how: SweepConfig
-    session: str
     store: Path
+    seeds: tuple[int, ...]
+    stop_early: bool
+    session: str
+    """Of the call of the sweep."""
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
@@ -53,7 +55,7 @@ def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, S
 def run_trial(config: Mapping[str, Any], job: Job, report: TuneReport) -> None:
     """Run a setting in the process of a trial; its work goes to the cluster's actors."""
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
-    params, seeds = point_of(config, job.how.seeds)
+    params, seeds = point_of(config, job.seeds)
     results = [_run(job, params, seed, report) for seed in seeds]
     found: dict[str, Callable[[Results], float]] = {
         "score": lambda one: one.tdc.score,
@@ -68,13 +70,12 @@ def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
     run_dir = RunDir(job.folder / row.run_dir)
     failed = run_dir.root / FAILED_FILE
     if exists(failed) and read_json(failed)["session"] == job.session:
-        raise WorkFailedError(
-            {row.name: read_json(failed)["error"]}
-        )  # Tune tries all errors again
+        # Tune begins again whatever failed, be it the process or the run.
+        raise WorkFailedError({row.name: read_json(failed)["error"]})
     remove(failed)
 
     def listen(event: Event) -> None:
-        if job.how.stop_early and event.key == "base" and "loss" in event.metrics:
+        if job.stop_early and event.key == "base" and "loss" in event.metrics:
             report({"loss": event.metrics["loss"], "base_step": event.step})
 
     sharing = Sharing(Store(job.store, shown(run_dir.root)))
