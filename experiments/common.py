@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -39,6 +39,9 @@ from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.summary import step_mean
+from tdc_ray.sweep import sweep
+from tdc_ray.sweep_results import SweepResults
+from tdc_ray.sweep_settings import Domain, Params, SweepConfig
 from tdc_ray.work import Chain
 
 SMOKE_PRESET = "digits-smoke"
@@ -88,6 +91,55 @@ def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFla
     if flags.smoke:
         return replace(flags, preset=SMOKE_PRESET, seeds=flags.seeds[:1])
     return flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags(Flags):
+    """Flags of an experiment that is a sweep."""
+
+    num_actors: int | None = 1
+    """Most actors of each run; on a cluster give more."""
+    max_concurrent: int = 2
+    """Runs under way at once; on a cluster give more."""
+    steps_share: float = 0.5
+    """Share of the preset's steps and scored images, which sizes the experiment for 2 CPU cores.
+    With --smoke always 1."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Give the preset's settings for one seed, in the size that is asked for."""
+        config, share = super().config(seed), 1.0 if self.smoke else self.steps_share
+        base, finetune = (
+            replace(
+                train,
+                num_steps=round(share * train.num_steps),
+                num_warmup_steps=round(share * train.num_warmup_steps),
+            )
+            for train in (config.base, config.finetune)
+        )
+        images = round(share * config.evaluate.num_images)
+        evaluate = replace(config.evaluate, num_images=images)
+        return replace(config, base=base, finetune=finetune, evaluate=evaluate)
+
+
+def swept(
+    flags: SweepFlags,
+    folder: Path,
+    space: Mapping[str, Domain],
+    points: Sequence[Params] | None = None,
+    **how: Any,
+) -> SweepResults:
+    """Sweep, or go on; what runs of a storage have in common, such as bases, is computed once.
+
+    Args:
+        flags: The experiment's flags.
+        folder: The sweep's folder.
+        space: What is varied.
+        points: Settings of a grid, where not every combination is meant.
+        how: Further settings of the sweep.
+    """
+    config, store = flags.config(flags.seeds[0]), flags.storage / "store"
+    settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
+    return sweep(config, space, settings, folder, points, store)
 
 
 SETTINGS_FILE = "made_by.json"

@@ -4,6 +4,7 @@ import csv
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.utils import make_grid
 from tdc_ray.config import to_json
 from tdc_ray.environment import machine
 from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
+from tdc_ray.sweep_results import SweepResults
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
@@ -33,21 +35,21 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def write_table(
-    folder: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    folder: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
 ) -> None:
-    """Print a table and write it as CSV and Markdown, beside what made it."""
+    """Print a table and write it as CSV and Markdown, with a note, beside what made it."""
     table = Table(title=name)
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=140).print(table)
+    Console(width=140).print(table, *[note] * bool(note))
     path = folder / f"{name}.csv"
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     lines = [columns, ["---"] * len(columns), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    write_text(folder / f"{name}.md", text + "\n")
+    write_text(folder / f"{name}.md", text + "\n" + f"\n{note}\n" * bool(note))
 
 
 def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) -> None:
@@ -59,6 +61,81 @@ def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) ->
         axes.plot(some, [place] * len(some), "k.", markersize=4)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
+    _save(figure, folder / f"{name}.png")
+
+
+def write_sweep(
+    folder: Path,
+    name: str,
+    flags: Flags,
+    results: SweepResults,
+    titles: Mapping[str, str],
+    paper: Mapping[str, str],
+) -> None:
+    """Write table and record of a sweep: a row a setting, after the base's.
+
+    Every row says what its training takes by itself; a note says how much of all that was really
+    computed, and how much was shared.
+
+    Args:
+        folder: Where they go.
+        name: Their name without the suffix.
+        flags: The experiment's flags.
+        results: The sweep.
+        titles: What to call each setting.
+        paper: The paper's column: its title under "", numbers by titles.
+    """
+    rows = {setting: [r for r in results.rows if r.setting == setting] for setting in titles}
+    some = [row for found in rows.values() for row in found]
+    bases = {row.seed: row.base_score or 0.0 for row in some}
+    columns = ["", str(some[0].metric), paper[""], "FLOPs (MACs)", "params", "train macs"]
+    columns += ["search macs", "Pareto"]
+    table = [["base", mean_and_spread(list(bases.values())), paper.get("base", "-"), *["-"] * 5]]
+    table[0][3] = f"{(some[0].base_macs or 0.0) / 1e6:.2f} M"
+    for setting in results.settings:
+        if setting.name in titles:
+            mean, title = setting.mean, titles[setting.name]
+            table.append(
+                [
+                    title,
+                    mean_and_spread([row.score or 0.0 for row in rows[setting.name]]),
+                    paper.get(title, "-"),
+                    f"{mean['macs'] / 1e6:.2f} M",
+                    f"{mean['num_params'] / 1e6:.2f} M",
+                    f"{mean['train_macs']:.3g}",
+                    f"{mean['search_macs']:.2g}",
+                    "yes" if setting.pareto else "",
+                ]
+            )
+    note = (
+        f"Train and search macs are what a row takes by itself, the base included; of all rows' "
+        f"macs {results.computed_share or 0.0:.0%} were computed, the rest was shared. Pareto: no "
+        f"other row is as good in {' and '.join(results.objectives)}."
+    )
+    write_table(folder, name, columns, table, note)
+    record = {"metric": some[0].metric, "computed_share": results.computed_share}
+    listed, commits = [asdict(row) for row in some], {row.commit for row in some}
+    write_record(folder, name, flags, commits, {**record, "rows": listed})
+
+
+def plot_sweep(folder: Path, name: str, field: str, results: SweepResults, label: str) -> None:
+    """Draw scores and macs over a number that was varied: the mean, and a dot for every seed."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    done = sorted(
+        (setting for setting in results.settings if setting.num_done),
+        key=lambda setting: float(setting.params[field] or 0),
+    )
+    values = [float(setting.params[field] or 0) for setting in done]
+    left.plot(values, [setting.mean["score"] for setting in done], "o-", color="tab:blue")
+    for row in results.rows:
+        if row.score is not None:
+            left.plot(float(row.params[field] or 0), row.score, ".", color="tab:blue", alpha=0.4)
+    right.plot(values, [setting.mean["macs"] / 1e6 for setting in done], "s--", color="tab:orange")
+    left.set_xlabel(label)
+    left.set_ylabel(next((row.metric for row in results.rows if row.metric), ""), color="tab:blue")
+    right.set_ylabel("FLOPs (MACs), M", color="tab:orange")
     _save(figure, folder / f"{name}.png")
 
 

@@ -13,13 +13,50 @@ from tdc_ray.data import batches
 from tdc_ray.device import Place
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.first_stage import input_shape, load_first_stage
+from tdc_ray.inputs import of_run, of_training
 from tdc_ray.latents import load_inputs
+from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.seeds import derive_seed
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Report
+from tdc_ray.work import Inputs, Report, Result, WorkItem
+
+VERSION = 1
+"""Changes whenever what stage 1 comes to does, so that stored bases are made again."""
+
+
+def base_inputs(config: RunConfig) -> Inputs:
+    """Give what the base follows from."""
+    return {
+        "stage": "base",
+        "version": VERSION,
+        "unet": base_unet(config),
+        "dropout": config.model.dropout,
+        "workers": config.compute.num_base_workers,
+        "cpus": config.compute.cpus_per_base_worker,
+        **of_run(config),
+        **of_training(config.base),
+    }
+
+
+def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem:
+    """Describe stage 1 as a work item, by which a store knows it; Ray Train runs it."""
+    return WorkItem(
+        key="base",
+        function=_no_item,
+        job=config,
+        result_path=run_dir.base_result,
+        cost=0.0,
+        num_steps=config.base.num_steps,
+        inputs=base_inputs,
+        files=(run_dir.base_unet,),
+    )
+
+
+def _no_item(_config: RunConfig, _report: Report) -> Result:
+    raise AssertionError("stage 1 is no item of a pool")
 
 
 def train_base(

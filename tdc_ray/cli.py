@@ -10,6 +10,7 @@ from rich.logging import RichHandler
 from tdc_ray.commands.models import Prune, TrainAutoencoder
 from tdc_ray.commands.parse import parse
 from tdc_ray.commands.run import Run
+from tdc_ray.commands.sweep import Sweep
 from tdc_ray.errors import TdcError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        resumable = isinstance(command, Run | Prune | TrainAutoencoder)
+        resumable = isinstance(command, Run | Sweep | Prune | TrainAutoencoder)
         again = "; run the same command again to go on" if resumable else ""
         Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130

@@ -4,9 +4,10 @@ Everything is cut into work items, so that 50,000 images use the whole pool. Bot
 the same noise, take the same steps and are held against the same training images.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -27,15 +28,20 @@ from tdc_ray.features import (
     ready_statistics,
     train_classifier,
 )
+from tdc_ray.first_stage import first_stage_digest, input_shape
+from tdc_ray.inputs import of_images, of_weights
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path, exists, fetch, remove
-from tdc_ray.work import Chain, Report, Result, WorkItem
+from tdc_ray.work import Chain, Inputs, Report, Result, WorkItem
 
 Which = Literal["base", "tdc"]
+
+VERSION = 1
+"""Changes whenever images or features do, so that stored ones are made again."""
 
 MAX_SHARDS = 64
 """Most pieces that the images of one model are sampled in."""
@@ -72,6 +78,8 @@ class FeatureJob:
     spec: FeatureSpec
     samples: Path | tuple[int, int]
     moments_path: Path
+    digest: str | None = None
+    """Names the content of sampled images; None: it is not known."""
 
 
 def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> Chain[str]:
@@ -104,6 +112,8 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
                 job=FeatureJob(config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
                 result_path=path.with_suffix(".json"),
                 cost=0.0,
+                inputs=feature_inputs,
+                files=(path,),
             )
             for first, path in zip(shards, paths, strict=True)
         ]
@@ -167,9 +177,55 @@ def sample_images(job: SampleJob, report: Report) -> Result:
         output = pipeline(count, generators, output_type="np", class_labels=labels)
         pixels.append(output.images)
         report({}, first + count - job.first)
+    images = np.concatenate(pixels)
     with atomic_path(_samples_path(job)) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=np.concatenate(pixels))
-    return {"num_images": job.count, "seconds": time.perf_counter() - started}
+        np.savez(file, arr_0=images)
+    return {
+        "num_images": job.count,
+        "seconds": time.perf_counter() - started,
+        "digest": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+    }
+
+
+def sample_inputs(job: SampleJob) -> Inputs:
+    """Give what :func:`sample_images` follows from."""
+    config, run_dir = job.config, job.run_dir
+    stage = config.data.first_stage
+    return {
+        "stage": "sample",
+        "version": VERSION,
+        "model": of_weights(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
+        "first_stage": None if stage is None else first_stage_digest(Path(stage)),
+        "shape": input_shape(config.data),
+        "diffusion": asdict(config.diffusion),
+        "conditioning": asdict(config.conditioning),
+        "sampler": asdict(config.sampler),
+        "seed": config.evaluate.seed,
+        "batch_size": config.evaluate.batch_size,
+        "images": [job.first, job.count],
+    }
+
+
+def feature_inputs(job: FeatureJob) -> Inputs | None:
+    """Give what :func:`extract_features` follows from, where that is known."""
+    if not isinstance(job.samples, Path):
+        images = [of_images(job.config), *job.samples]
+    elif job.digest is not None:
+        images = [job.digest]
+    else:
+        return None
+    return {
+        "stage": "features",
+        "version": VERSION,
+        "extractor": job.spec.extractor,
+        "images": images,
+        "batch_size": job.config.evaluate.batch_size,
+    }
+
+
+def classifier_inputs(job: FeatureJob) -> Inputs:
+    """Give what :func:`train_classifier_item` follows from."""
+    return {"stage": "classifier", "extractor": job.spec.extractor}
 
 
 def extract_features(job: FeatureJob, report: Report) -> Result:
@@ -218,6 +274,8 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
             result_path=path.with_suffix(".json"),
             cost=macs * steps * job.count,
             num_steps=job.count,
+            inputs=sample_inputs,
+            files=(path,),
         )
     ]
     moments_path = path.with_suffix(".moments.npz")
@@ -225,9 +283,11 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
         WorkItem(
             key=f"evaluate-{job.which}/{job.first:07d}-features",
             function=extract_features,
-            job=FeatureJob(job.config, spec, path, moments_path),
+            job=FeatureJob(job.config, spec, path, moments_path, sampled.get("digest")),
             result_path=moments_path.with_suffix(".json"),
             cost=0.0,
+            inputs=feature_inputs,
+            files=(moments_path,),
         )
     ]
     return {**sampled, "moments_path": str(moments_path)}
@@ -240,6 +300,8 @@ def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
         job=FeatureJob(config, spec, spec.path, spec.path),
         result_path=spec.path.with_suffix(".json"),
         cost=0.0,
+        inputs=classifier_inputs,
+        files=(spec.path,),
     )
 
 

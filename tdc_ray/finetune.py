@@ -13,6 +13,7 @@ from tdc_ray.data import batches, held_out_split
 from tdc_ray.device import gathered, place
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
+from tdc_ray.inputs import of_group, of_measuring, of_run, of_training, of_weights
 from tdc_ray.latents import load_inputs
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
@@ -29,9 +30,13 @@ from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage import exists, listing, remove
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
+from tdc_ray.work import Chain, Inputs, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
+
+
+VERSION = 1
+"""Changes whenever what a fine-tune comes to does, so that stored ones are made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,26 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     }
 
 
+def finetune_inputs(job: FinetuneJob) -> Inputs:
+    """Give what a fine-tune, and a short one, follows from."""
+    return {
+        "stage": "finetune",
+        "version": VERSION,
+        "base": of_weights(job.run_dir.base_unet),
+        "kept": job.kept,
+        "workers": job.config.compute.workers_per_finetune,
+        **of_run(job.config),
+        **of_group(job.group),
+        **of_measuring(job.config.prune),
+        **of_training(job.config.finetune),
+    }
+
+
+def trial_inputs(job: FinetuneJob) -> Inputs:
+    """Give what :func:`try_candidate` follows from: it leaves another result than a fine-tune."""
+    return {**finetune_inputs(job), "stage": "try"}
+
+
 def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
     """Give the same fine-tune with half the images at once; None: it is down to one.
 
@@ -180,6 +205,8 @@ def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
         cost=3.0 * macs * job.num_images,
         num_steps=job.num_steps,
         kept=kept,
+        inputs=finetune_inputs,
+        files=(expert_dir(task.run_dir, task.group),),
     )
     return _as_training(item, task.config)
 
@@ -206,6 +233,8 @@ def trial_item(
         cost=3.0 * macs * images,
         num_steps=num_steps,
         kept=kept,
+        inputs=trial_inputs,
+        files=(job.checkpoint,),  # which a longer one goes on from
     )
     return _as_training(item, task.config)
 

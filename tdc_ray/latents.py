@@ -22,7 +22,7 @@ from tdc_ray.first_stage import BATCH, first_stage_digest, input_shape, load_fir
 from tdc_ray.remote import located, shown
 from tdc_ray.settings import DataConfig
 from tdc_ray.storage import atomic_path, fetch, listing, remove
-from tdc_ray.work import Chain, Report, Result, WorkItem
+from tdc_ray.work import Chain, Inputs, Report, Result, WorkItem
 
 VERSION = 1
 """Changes whenever what is in a shard does, so that cached ones are made again."""
@@ -105,6 +105,8 @@ def prepare_latents(config: RunConfig) -> Chain[None]:
                 result_path=result_path,
                 cost=float(job.count),
                 num_steps=job.count,
+                inputs=shard_inputs,
+                files=(path,),
             )
         )
     if items:
@@ -137,6 +139,11 @@ def encode_images(job: EncodeJob, report: Report) -> Result:
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
     return {"num_images": job.count}
+
+
+def shard_inputs(job: EncodeJob) -> Inputs:
+    """Give what :func:`encode_images` follows from; the folder's name tells most of it."""
+    return {"stage": "latents", "of": job.path.parent.name, "images": [job.first, job.count]}
 
 
 def latents_dir(config: RunConfig) -> Path:

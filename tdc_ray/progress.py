@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +78,14 @@ class _Task:
 class ProgressView:
     """Takes events from any thread; a context manager that ends the display."""
 
-    def __init__(self, tensorboard_dir: Path, console: Console) -> None:
-        self._dir = tensorboard_dir
+    def __init__(
+        self,
+        tensorboard_dir: Path,
+        console: Console,
+        listen: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Take the folder of TensorBoard's files, the terminal, and who else gets the events."""
+        self._dir, self._listen = tensorboard_dir, listen
         self._end = ExitStack()
         self._live = console.is_terminal
         self._bars = Progress(
@@ -140,6 +146,8 @@ class ProgressView:
 
     def show(self, event: Event) -> None:
         """Record an event and bring the display up to date."""
+        if self._listen is not None:
+            self._listen(event)
         with self._lock:
             self._record(event)
             task = self._tasks.get(event.bar)

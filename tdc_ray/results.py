@@ -171,6 +171,19 @@ class StageSeconds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseResult:
+    """What of a run was computed for it, and what taken from a store; macs as elsewhere here."""
+
+    items_computed: int
+    items_reused: int
+    train_macs_computed: float
+    train_macs_reused: float
+    search_macs_computed: float
+    search_macs_reused: float
+    """Of successive halving nothing is counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
     """The whole of ``results.json``."""
 
@@ -195,6 +208,9 @@ class Results:
 
     workers: tuple[Usage, ...] = ()
     """How well the pool's workers were used, phase by phase; over all attempts at the run."""
+
+    reuse: ReuseResult | None = None
+    """None: the run had no store, and all was computed for it."""
 
 
 _ADAPTER = TypeAdapter(Results)
@@ -224,10 +240,11 @@ def load_results(path: Path) -> Results:
 
 
 def comparable(results: Results) -> dict[str, Any]:
-    """Give what a repeated run must reproduce: all but times, rates, versions and commit."""
+    """Give what a repeated run must reproduce: all but times, rates, reuse, versions, commit."""
     document = asdict(results)
     for model in ("base", "tdc"):
         del document[model]["images_per_second"]
     del document["prune"]["seconds"], document["prune"]["proxy_seconds"], document["seconds"]
     del document["versions"], document["commit"], document["workers"]
+    del document["reuse"]
     return document

@@ -3,12 +3,13 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tdc_ray.base import base_item
 from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, import_base, with_first_stage
 from tdc_ray.compute_settings import ComputeConfig
@@ -18,6 +19,7 @@ from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
+from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
@@ -39,6 +41,7 @@ from tdc_ray.prune.task import group_tasks
 from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
+from tdc_ray.reuse import Store
 from tdc_ray.storage import exists, fetch, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
 from tdc_ray.timeline import Timeline, Usage, load_history, usage
@@ -47,13 +50,22 @@ from tdc_ray.workers_report import plot_timeline
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, folder: Path, console: Console) -> Results:
+def run(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    store: Path | None = None,
+    listen: Callable[[Event], None] | None = None,
+) -> Results:
     """Do the whole of algorithm 1, or what of it an earlier call has left to do.
 
     Args:
         config: The settings.
         folder: The run directory, or its URI. The same call goes on where an earlier one was cut.
         console: Where progress is shown.
+        store: Folder or URI of a store (see ``tdc_ray.reuse``): what other runs left there is
+            taken, and what this one computes is left there. None: all is computed here.
+        listen: Gets what the work reports, as it comes in.
 
     Returns:
         What is then in ``results.json``.
@@ -76,16 +88,19 @@ def run(config: RunConfig, folder: Path, console: Console) -> Results:
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         timeline = Timeline(run_dir.timeline)
         with (
-            ProgressView(run_dir.tensorboard, console) as view,
-            connected(_local_cpus(config.compute)),
+            ProgressView(run_dir.tensorboard, console, listen) as view,
+            connected(local_cpus(config.compute)),
             board(view) as events,
-            Pool(config, events, view, timeline) as pool,
+            Sharing(_store(store, run_dir)) as sharing,
+            Pool(config, events, view, timeline, sharing) as pool,
         ):
-            with Pool(config, events, view, timeline) as encoders:  # who end before stage 1
+            with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
             if config.model.base is None:
-                logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
-                train_base_on_ray(run_dir, config, events, view)
+                with sharing.alone(base_item(run_dir, config)) as is_done:
+                    if not is_done:
+                        logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
+                        train_base_on_ray(run_dir, config, events, view)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
             timeline.flush()
@@ -147,6 +162,11 @@ def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
         return check_base(base, config), name, base.first_stage is not None
     named = config.model.architecture
     return base_unet(config), f"model.architecture {named}", named in LATENT
+
+
+def _store(root: Path | None, run_dir: RunDir) -> Store | None:
+    """Open a store for a run."""
+    return None if root is None else Store(located(root).resolve(), shown(run_dir.root))
 
 
 def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
@@ -256,6 +276,6 @@ def _show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
     return used
 
 
-def _local_cpus(compute: ComputeConfig) -> int:
+def local_cpus(compute: ComputeConfig) -> int:
     """Logical CPUs of a local Ray: the machine's, or as many as one base worker wants."""
     return max(os.cpu_count() or 1, compute.cpus_per_base_worker * compute.num_base_workers)

@@ -21,9 +21,11 @@ from tdc_ray.results import (
     PlanResult,
     PruneResult,
     Results,
+    ReuseResult,
     StageSeconds,
 )
-from tdc_ray.storage import exists, read_json
+from tdc_ray.reuse import shared
+from tdc_ray.storage import exists, listing, read_json
 from tdc_ray.timeline import Usage
 
 
@@ -130,6 +132,33 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         commit=commit(),
         given_base=given,
         workers=tuple(outcome.usage),
+        reuse=_reuse(run_dir),
+    )
+
+
+def _reuse(run_dir: RunDir) -> ReuseResult | None:
+    """Count what the results of a run's items say of a store."""
+    paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
+    results = [read_json(path) for path in [*paths, *listing(run_dir.samples, "**/*.json")]]
+    marked = [(mark[1], result) for result in results if (mark := shared(result)) is not None]
+    if not marked:
+        return None
+
+    def macs(name: str, *, reused: bool) -> float:
+        """Sum a kind up; a fine-tune's ``macs`` are the expert's, not what it took."""
+        return sum(
+            float(result.get(name, 0.0))
+            for was_reused, result in marked
+            if was_reused == reused and (name == "train_macs" or "train_macs" not in result)
+        )
+
+    return ReuseResult(
+        items_computed=sum(not reused for reused, _ in marked),
+        items_reused=sum(reused for reused, _ in marked),
+        train_macs_computed=macs("train_macs", reused=False),
+        train_macs_reused=macs("train_macs", reused=True),
+        search_macs_computed=macs("macs", reused=False),
+        search_macs_reused=macs("macs", reused=True),
     )
 
 

@@ -17,6 +17,9 @@ from tdc_ray.storage import exists, read_json, write_json
 Result = dict[str, Any]
 """What an item gives back: plain JSON values. Anything larger is a file that the result names."""
 
+Inputs = Mapping[str, Any]
+"""All that a result follows from: plain JSON values. Equal inputs give equal results."""
+
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the step that they belong to."""
 
@@ -68,6 +71,13 @@ class WorkItem:
     halve: Callable[[Any], Any] | None = None
     """Makes of its job one that needs about half the memory and comes to the same; gives None
     where there is no smaller one. A module-level function."""
+
+    inputs: Callable[[Any], Inputs | None] | None = None
+    """Gives of its job what its result follows from, so that other runs may take it from a store
+    (see ``tdc_ray.reuse``). A module-level function; None, or what gives None: none may."""
+
+    files: tuple[Path, ...] = ()
+    """Files and folders that it leaves beside its result."""
 
     on_loss: Result | None = None
     """Of a call, which waits for a language model, computes nothing and so holds no worker: what

@@ -14,6 +14,7 @@ from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.commands.insight import Memory, Report, Simulate, Status
 from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
 from tdc_ray.commands.run import Plan, Run
+from tdc_ray.commands.sweep import Sweep
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
@@ -26,6 +27,7 @@ Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a fl
 
 Command = (
     Run
+    | Sweep
     | Plan
     | Sample
     | Report
@@ -48,6 +50,7 @@ def parse(arguments: Sequence[str]) -> Command:
     imported = Import(source=missing, out=missing, config=config)
     choices = (
         Annotated[Run, subcommand("run", default=Run(config=config))]
+        | Annotated[Sweep, subcommand("sweep", default=Sweep(config=config, vary=missing))]
         | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
         | Annotated[Sample, subcommand("sample")]
         | Annotated[Prune, subcommand("prune", default=prune)]
@@ -114,7 +117,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 def _source(arguments: Sequence[str]) -> str | None:
     """Find the base among the arguments, before they are parsed."""
-    if not arguments or arguments[0] not in ("run", "plan", "import"):
+    if not arguments or arguments[0] not in ("run", "sweep", "plan", "import"):
         return None
     if arguments[0] != "import":
         return _value_of("--base", arguments) or _value_of("--model.base", arguments)

@@ -1,10 +1,6 @@
 """Whole runs, and their plans."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +8,9 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.config import RunConfig, default_run_dir, with_absolute_paths
-from tdc_ray.mirror import growing
+from tdc_ray.logs import log_to
 from tdc_ray.plan import Plan as GroupPlan
-from tdc_ray.remote import is_remote, located, shown, writer
+from tdc_ray.remote import located, shown
 
 Settings = Annotated[RunConfig, arg(name="")]
 """Flags such as ``--plan.num-groups`` without a prefix of their own."""
@@ -33,6 +29,9 @@ class Run:
     run_dir: Path | None = None
     """Where everything goes: a path or a URI such as s3://bucket/run; default:
     runs/<preset>-seed<seed>-<digest of the settings>."""
+    store: Path | None = None
+    """Folder or URI in which runs share what they compute: what another run has left there of the
+    same inputs is taken. A cache, which may be deleted."""
     dry_run: bool = False
     """Show the settings and the plan, check the data, and stop."""
     verbose: bool = False
@@ -57,8 +56,8 @@ class Run:
         )
         from tdc_ray.report import print_results
 
-        with _log_to(folder / "run.log"):
-            results = run(config, folder, console)
+        with log_to(folder / "run.log"):
+            results = run(config, folder, console, self.store)
         print_results(console, results)
         console.print(
             f"results: {name}/results.json\nimages: tdc-ray sample {name}\n"
@@ -109,21 +108,3 @@ def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
     _, macs_base = count(unet)
     print_plan(console, plan, config, macs_base)
     return plan
-
-
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Keep the log of all attempts beside the results, once the run has made its directory.
-
-    Of a URI it is a folder, where every attempt has a file of its own.
-    """
-    with growing(path) as place:
-        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
-        handler = logging.FileHandler(file if is_remote(path) else place, delay=True)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.getLogger().removeHandler(handler)
-            handler.close()

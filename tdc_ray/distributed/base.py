@@ -63,8 +63,8 @@ def train_base_on_ray(
     """
     if exists(run_dir.base_result):
         return
+    check_cluster(config.compute)
     resources = _resources(config.compute)
-    _check_cluster(config.compute, resources)
     trainer = _Trainer(
         _work,
         train_loop_config={"job": BaseJob(run_dir, config, board)},
@@ -75,7 +75,7 @@ def train_base_on_ray(
         ),
         run_config=TrainRunConfig(
             name=run_dir.base_training.name,
-            **_storage(run_dir.base_training.parent),
+            **storage_of(run_dir.base_training.parent),
             failure_config=FailureConfig(max_failures=config.compute.max_attempts - 1),
             checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
         ),
@@ -181,8 +181,8 @@ def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
     write_json(job.run_dir.base_result, result)
 
 
-def _storage(folder: Path) -> dict[str, Any]:
-    """Tell Ray Train where a folder is."""
+def storage_of(folder: Path) -> dict[str, Any]:
+    """Tell Ray Train, or Ray Tune, where a folder is."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     store, key = filesystem(folder)
@@ -196,8 +196,13 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
     return resources
 
 
-def _check_cluster(compute: ComputeConfig, resources: dict[str, float]) -> None:
-    """Refuse what would wait for ever; say once what may wait for nodes to join."""
+def check_cluster(compute: ComputeConfig) -> None:
+    """Refuse what would wait for ever; say once what may wait for nodes to join.
+
+    Raises:
+        ClusterError: The cluster is too small for the workers asked for, and cannot grow.
+    """
+    resources = _resources(compute)
     nodes = node_resources()
     fits = num_fitting(nodes, resources)
     if fits >= compute.num_base_workers:

@@ -88,8 +88,12 @@ def is_alive(node_id: str) -> bool:
 
 
 def is_local() -> bool:
-    """Whether the cluster is one that this process started for itself: no node will join it."""
-    return bool(ray.get_runtime_context().namespace == LOCAL)
+    """Whether the cluster is one that this process started for itself: no node will join it.
+
+    A trial of a sweep is an actor, and shares the cluster with others.
+    """
+    context = ray.get_runtime_context()
+    return bool(context.namespace == LOCAL) and context.get_actor_id() is None
 
 
 class _Events:

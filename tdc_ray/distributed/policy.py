@@ -90,6 +90,7 @@ class Schedule(Generic[T]):
         self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
         self._given_up: dict[str, str] = {}
         self._calls: list[tuple[str, WorkItem]] = []
+        self._deferred: list[tuple[str, WorkItem]] = []
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
         self._busy: Counter[Resources] = Counter()
@@ -112,7 +113,8 @@ class Schedule(Generic[T]):
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to run."""
-        return not (self._running or self._calls or any(self._ready.values()))
+        waiting = self._calls or self._deferred or any(self._ready.values())
+        return not (self._running or waiting)
 
     def unfinished(self) -> list[str]:
         """Name the chains that are under way."""
@@ -164,6 +166,18 @@ class Schedule(Generic[T]):
                 workers = tuple(idle.pop() for _ in range(item.num_workers))
                 tasks.append(self._task(chain, item, workers))
         return tasks
+
+    def defer(self, task: Task) -> None:
+        """Put off an item that was to be started, which another run is at; it keeps no worker."""
+        self._attempts[task.chain, task.item.key] -= 1
+        self._end(task, lost=())
+        self._deferred.append((task.chain, task.item))
+
+    def resume(self) -> bool:
+        """Let items that were put off be started again; say whether there are any."""
+        deferred, self._deferred = self._deferred, []
+        self._put_all(deferred)
+        return bool(deferred)
 
     def finish(self, task: Task, result: Result) -> None:
         """Take in an item's result; its workers are idle again."""
@@ -226,6 +240,7 @@ class Schedule(Generic[T]):
         self._given_up[chain] = reason
         self._chains.drop(chain)
         self._calls = [call for call in self._calls if call[0] != chain]
+        self._deferred = [entry for entry in self._deferred if entry[0] != chain]
         for resources, ready in self._ready.items():
             dropped = [item for *_, name, item in ready if name == chain]
             self._wanted[resources] -= sum(item.num_workers for item in dropped)

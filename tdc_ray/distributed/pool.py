@@ -16,6 +16,7 @@ from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs
 from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
 from tdc_ray.distributed.ranks import Rank
+from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.progress import ProgressView
 from tdc_ray.timeline import Timeline
@@ -66,10 +67,12 @@ class Pool:
         board: Board,
         view: ProgressView,
         timeline: Timeline | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self._compute, self._proxy = config.compute, config.proxy
         self._asks = config.prune.method == "llm"
         self._board, self._view, self._timeline = board, view, timeline or Timeline(None)
+        self._sharing = sharing or Sharing(None)
         self._caller: ActorHandle | None = None
         self._crew = Crew(config.compute, board, self._timeline)
         self._running: dict[int, _Running] = {}
@@ -112,10 +115,12 @@ class Pool:
         idle_since = alive_since = time.monotonic()
         said, told = False, set[str]()
         while not schedule.is_done:
+            waits = schedule.resume()
             self._staff(schedule)
-            for task in schedule.start():
-                self._start(task)
-            if self._running:
+            while tasks := schedule.start():
+                for task in tasks:
+                    self._start(task, schedule)
+            if self._running or waits:
                 idle_since = time.monotonic()
             elif not said and time.monotonic() - idle_since > SECONDS_UNTIL_SAID:
                 said = True
@@ -156,8 +161,12 @@ class Pool:
             self._crew.dismiss(name)
         self._crew.hire(wanted)
 
-    def _start(self, task: Task) -> None:
-        item = task.item
+    def _start(self, task: Task, schedule: Schedule[T]) -> None:
+        """Start an item, unless another run is at the very same."""
+        item = self._sharing.begin(task.item)
+        if item is None:
+            schedule.defer(task)
+            return
         self._view.start(item.key, item.num_steps, task.number)
         self._timeline.add(
             "start",
@@ -252,6 +261,7 @@ class Pool:
 
     def _end(self, task: Task, outcome: str) -> None:
         del self._running[task.number]
+        self._sharing.end(task.item)
         self._view.finish(task.number)
         self._timeline.add("end", task=task.number, outcome=outcome)
 

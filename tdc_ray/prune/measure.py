@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
+from tdc_ray.inputs import of_group, of_measuring, of_run, of_weights
 from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.shapes import Layer
@@ -41,10 +42,13 @@ from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.table import tabulate
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Report, Result
+from tdc_ray.work import Inputs, Report, Result
 
 ERROR_WEIGHT_PASSES = 3
 """What the weights of the refit's images cost, in forward passes: one forward and one backward."""
+
+VERSION = 1
+"""Changes whenever scores, sensitivities or losses do, so that stored ones are made again."""
 
 DIFF_PRUNING_BATCH = 32
 """Images of Diff-Pruning's one batch, at most; it goes through the network at every timestep."""
@@ -101,6 +105,41 @@ class MeasureJob:
     kept: Kept
     number: int
     """Place in the group's search, from 0: the base; the step of its metrics."""
+
+
+def score_inputs(job: ScoreJob) -> Inputs:
+    """Give what :func:`score_units` follows from."""
+    place = {"group": job.group.index} if job.method == "random" else {}
+    return {"stage": "scores", "method": job.method, **place, **_inputs(job)}
+
+
+def sensitivity_inputs(job: SensitivityJob) -> Inputs:
+    """Give what :func:`measure_sensitivities` follows from."""
+    levels = job.config.prune.num_levels
+    what = {"units": job.units, "levels": levels, "kept": job.kept, "scores": job.scores}
+    return {"stage": "sensitivities", **what, **_inputs(job)}
+
+
+def stream_inputs(job: StreamJob) -> Inputs:
+    """Give what :func:`measure_stream` follows from."""
+    levels = job.config.prune.num_levels
+    what = {"unit": job.unit, "levels": levels, "kept": job.kept, "scores": job.scores}
+    return {"stage": "stream", "loss": job.loss, **what, **_inputs(job)}
+
+
+def measure_inputs(job: MeasureJob) -> Inputs:
+    """Give what :func:`measure_candidate` follows from."""
+    return {"stage": "measure", "kept": job.kept, **_inputs(job)}
+
+
+def _inputs(job: ScoreJob | SensitivityJob | StreamJob | MeasureJob) -> Inputs:
+    return {
+        "version": VERSION,
+        "base": of_weights(job.run_dir.base_unet),
+        **of_run(job.config),
+        **of_group(job.group),
+        **of_measuring(job.config.prune),
+    }
 
 
 @dataclass(frozen=True, slots=True)

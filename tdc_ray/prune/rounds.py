@@ -14,9 +14,13 @@ from tdc_ray.prune.measure import (
     SensitivityJob,
     StreamJob,
     measure_candidate,
+    measure_inputs,
     measure_sensitivities,
     measure_stream,
+    score_inputs,
     score_units,
+    sensitivity_inputs,
+    stream_inputs,
 )
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.offline import (
@@ -111,7 +115,7 @@ def _scores(task: GroupTask, method: ScoreMethod, spent: Spent) -> Chain[Scores]
     """Score the base's units."""
     job = ScoreJob(task.run_dir, task.config, task.group, method)
     cost = 3.0 * task.config.prune.num_images * task.space.macs_base
-    (scored,) = yield [task.item("scores", score_units, job, cost=cost)]
+    (scored,) = yield [task.item("scores", score_units, job, cost=cost, inputs=score_inputs)]
     spent.add(scored)
     scores: Scores = scored["scores"]
     return scores
@@ -275,13 +279,29 @@ def sensitivity_items(
             job = SensitivityJob(*where, names, kept, scores)
             name = f"sensitivities-{number}-{place}"
             items.append(
-                task.item(name, measure_sensitivities, job, cost=passes * macs, behind=behind)
+                task.item(
+                    name,
+                    measure_sensitivities,
+                    job,
+                    cost=passes * macs,
+                    behind=behind,
+                    inputs=sensitivity_inputs,
+                )
             )
     for place, unit in enumerate(unit for unit in left if unit.kind == "stream"):
         passes = prune.num_levels * (prune.num_images + 3 * prune.num_refit_images)
         stream = StreamJob(*where, unit.name, kept, scores, loss)
         name = f"sensitivities-{number}-stream-{place}"
-        items.append(task.item(name, measure_stream, stream, cost=passes * macs, behind=behind))
+        items.append(
+            task.item(
+                name,
+                measure_stream,
+                stream,
+                cost=passes * macs,
+                behind=behind,
+                inputs=stream_inputs,
+            )
+        )
     return items
 
 
@@ -305,6 +325,7 @@ def measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkIte
         behind=_candidates_macs(task, number),
         num_steps=max(number, 1),
         kept=kept,
+        inputs=measure_inputs,
     )
 
 

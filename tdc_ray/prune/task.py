@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tdc_ray.config import RunConfig
@@ -10,7 +11,7 @@ from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.space import Scheme, Space
-from tdc_ray.work import Report, Result, WorkItem
+from tdc_ray.work import Inputs, Report, Result, WorkItem
 
 
 def group_name(group: Group) -> str:
@@ -56,6 +57,8 @@ class GroupTask:
         behind: float = 0.0,
         num_steps: int = 1,
         kept: Kept | None = None,
+        inputs: Callable[[Any], Inputs | None] | None = None,
+        files: tuple[Path, ...] = (),
         on_loss: Result | None = None,
     ) -> WorkItem:
         """Make an item of the search; see ``WorkItem``.
@@ -69,6 +72,8 @@ class GroupTask:
             num_steps: Steps that it reports.
             kept: The choice that it is about, which its result is named after: where others come
                 to other schemes than in an earlier attempt, so may this group, at the same place.
+            inputs: Gives of the job what the result follows from; None: no other run may take it.
+            files: What it leaves beside its result.
             on_loss: What a call gives that is lost; None: it is no call.
         """
         file = name if kept is None else f"{name}-{name_of(kept)}"
@@ -80,6 +85,8 @@ class GroupTask:
             cost=cost,
             cost_behind=behind + self.finetune_macs,
             num_steps=num_steps,
+            inputs=inputs,
+            files=files,
             on_loss=on_loss,
         )
 

@@ -176,6 +176,33 @@ def test_where_too_few_workers_are_there_smaller_items_pass_a_wide_one():
     assert schedule.start() == []  # three are there by now: the wide one is next
 
 
+def test_an_item_that_is_put_off_frees_its_worker_and_counts_no_attempt():
+    chains = {"a": chain([item("long", 5.0)]), "b": chain([item("short")])}
+    schedule = schedule_of(chains, workers=["w"])
+    (task,) = schedule.start()
+    schedule.defer(task)
+    (other,) = schedule.start()
+    assert (task.item.key, other.item.key, other.workers) == ("long", "short", ("w",))
+    schedule.finish(other, {})
+    assert not schedule.is_done
+    assert schedule.wanted() == {}
+    assert schedule.start() == []
+    assert schedule.resume()
+    (again,) = schedule.start()
+    assert (again.item.key, again.attempt) == ("long", 1)
+    schedule.finish(again, {})
+    assert schedule.is_done
+    assert not schedule.resume()
+
+
+def test_a_chain_that_failed_takes_what_was_put_off_along():
+    schedule = schedule_of({"a": chain([item("i", 2.0), item("j")])}, workers=["v", "w"])
+    one, other = schedule.start()
+    schedule.defer(one)
+    schedule.fail(other, Failure.OWN_ERROR, "wrong")
+    assert schedule.is_done
+
+
 def test_a_result_that_a_dying_worker_left_is_taken(tmp_path):
     left = WorkItem("i", lambda _job, _report: {}, None, tmp_path / "i.json", 1.0)
     schedule = schedule_of({"a": chain([left])}, workers=["w"])

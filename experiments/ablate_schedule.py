@@ -1,0 +1,87 @@
+"""Table II: how the limits move with the timestep.
+
+    python experiments/ablate_schedule.py --preset digits
+    python experiments/ablate_schedule.py --smoke
+
+Whole runs of TDC that differ in the FLOPs schedule. The paper does not define the last three of
+its rows. Here constant gives every group the mean limit of the SNR schedule, uni-increasing and
+uni-decreasing split the timesteps evenly and let the limit grow or fall linearly, ending at the
+base's macs; in a second variant of these two the limits have the mean of the SNR schedule, so that
+compute does not decide. The mean limit of each is in the table. All runs of a seed share one base.
+
+Hardware and hours: `digits` with two seeds, half of the preset's steps and images (`--steps-share`
+0.5), takes about 30 minutes on 2 idle CPU cores, `cifar10` days on GPUs (estimates from macs).
+
+The paper (FID, FLOPs, params, CIFAR-10): SNR 3.76 at 6.56 G, 48.7 M; constant 3.91 at 6.79 G,
+49.5 M; uni-increasing 3.88 at 6.85 G, 43.2 M; uni-decreasing 4.11 at 6.21 G, 45.1 M.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common import SweepFlags, parse_flags, swept
+from output import paper_column, plot_bars, write_sweep
+
+from tdc_ray.plan import plan_groups
+from tdc_ray.sweep_settings import Choices, Value, applied, setting_name
+
+SCHEDULE, MATCH = "plan.schedule", "plan.match_snr_mean"
+ROWS = (
+    ("snr", False),
+    ("constant", False),
+    ("uni-increasing", False),
+    ("uni-decreasing", False),
+    ("uni-increasing", True),
+    ("uni-decreasing", True),
+)
+PAPER = {
+    "cifar10": {
+        "base": "4.08",
+        "snr": "3.76 (6.56 G)",
+        "constant": "3.91 (6.79 G)",
+        "uni-increasing": "3.88 (6.85 G)",
+        "uni-decreasing": "4.11 (6.21 G)",
+    }
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFlags(SweepFlags):
+    """Flags of this experiment."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    """Training seeds."""
+
+
+def main(flags: ScheduleFlags) -> None:
+    """Run all schedules and seeds; write table, plot and record."""
+    folder = flags.storage / f"ablate_schedule-{flags.preset}"
+    config = flags.config(flags.seeds[0])
+    points: list[Mapping[str, Value]] = [
+        {SCHEDULE: schedule, MATCH: match}
+        for schedule, match in (ROWS[:2] if flags.smoke else ROWS)
+    ]
+    space = {
+        name: Choices(tuple(dict.fromkeys(one[name] for one in points))) for name in points[0]
+    }
+    results = swept(flags, folder, space, points, objectives=("score", "macs"))
+    titles, paper = {}, paper_column(PAPER, flags.preset)
+    for one in points:
+        row = f"{one[SCHEDULE]}{', matched' if one[MATCH] else ''}"
+        wanted = applied(config, one, config.seed)
+        plan = plan_groups(wanted.diffusion, wanted.plan, wanted.sampler)
+        titles[setting_name(one)] = title = f"{row} (mean limit {plan.mean_limit_share:.3f} F)"
+        if row in paper:
+            paper[title] = paper[row]
+    write_sweep(folder, "ablate_schedule", flags, results, titles, paper)
+    scores = {
+        titles[setting.name]: [
+            row.score or 0.0 for row in results.rows if row.setting == setting.name
+        ]
+        for setting in results.settings
+    }
+    plot_bars(folder, "ablate_schedule", scores)
+
+
+if __name__ == "__main__":
+    main(parse_flags(__doc__, ScheduleFlags))

@@ -1,0 +1,89 @@
+"""Sweeps."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg
+
+from tdc_ray.commands.run import Settings
+from tdc_ray.errors import WorkFailedError
+from tdc_ray.remote import located, shown
+from tdc_ray.sweep_settings import SweepConfig, check_space, parse_space
+
+if TYPE_CHECKING:
+    from tdc_ray.sweep_results import SweepResults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Search settings by Ray Tune and Optuna: every trial is a whole run.
+
+    What trials have in common, such as the base, is computed once. Run the same command again to
+    go on after a cut: finished trials are not run again.
+
+    tdc-ray sweep --vary plan.min_macs_share=0.3,0.5,0.7 plan.num_groups=2,4 --seeds 0 1
+    tdc-ray sweep --search tpe --vary finetune.learning_rate=1e-4..1e-2:log --objectives score macs
+    """
+
+    config: Settings
+    vary: tuple[str, ...]
+    """What is varied: FIELD=VALUE,VALUE,... or FIELD=LOW..HIGH, with :log behind it for even steps
+    of the logarithm. Any setting is a field by its dotted name, such as plan.min_macs_share."""
+    sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
+    name: str = "sweep"
+    """Name of the sweep, and of its folder."""
+    storage: Path = Path("runs")
+    """Folder or URI that the sweep's folder lies in."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Search, or go on, and print what came out."""
+        space = parse_space(self.vary, self.config)
+        check_space(space, self.config, self.sweep)
+        folder = located(self.storage) / self.name
+        console.print(
+            f"sweep {shown(folder)}; the same command goes on after a cut\n"
+            f"curves and HParams: tensorboard --logdir {shown(folder)}",
+            soft_wrap=True,
+        )
+        from tdc_ray.sweep import sweep  # imports ray
+        from tdc_ray.sweep_results import load_sweep
+
+        try:
+            results = sweep(self.config, space, self.sweep, folder)
+        except WorkFailedError:
+            _show(load_sweep(folder), console)
+            raise
+        _show(results, console)
+
+
+def _show(results: "SweepResults", console: Console) -> None:
+    """Print a line for every setting, the Pareto front marked, and how much was computed."""
+    metric = next((row.metric for row in results.rows if row.metric), "score")
+    table = Table(title=results.name, title_justify="left")
+    for label in results.labels.values():
+        table.add_column(label)
+    for title in ("runs", metric, "FLOPs (MACs)", "params", "train macs", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    for setting in results.settings:
+        mean = setting.mean
+        cells = ["-"] * 4
+        if mean:
+            spread = setting.spread.get("score")
+            score = f"{mean['score']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+            cells = [score, f"{mean['macs'] / 1e6:.2f} M", f"{mean['num_params'] / 1e6:.2f} M"]
+            cells.append(f"{mean['train_macs']:.3g}")
+        values = [str(value) for value in setting.params.values()]
+        front = "Pareto" if setting.pareto else ""
+        table.add_row(*values, str(setting.num_done), *cells, front)
+    console.print(table)
+    if share := results.computed_share:
+        console.print(
+            f"of the macs that training and search of these runs take one by one, {share:.0%} "
+            f"were computed; the rest was shared. Minimised: {', '.join(results.objectives)}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,28 @@
+"""A log beside the results."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tdc_ray.mirror import growing
+from tdc_ray.remote import is_remote, writer
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Keep the log of all attempts beside the results, once the run has made its directory.
+
+    Of a URI it is a folder, where every attempt has a file of its own.
+    """
+    with growing(path) as place:
+        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
+        handler = logging.FileHandler(file if is_remote(path) else place, delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()

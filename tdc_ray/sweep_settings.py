@@ -1,0 +1,279 @@
+"""What a sweep varies and how it searches; which settings and names follow from that."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tdc_ray.config import RunConfig, from_json, to_json
+from tdc_ray.errors import ConfigError
+from tdc_ray.settings import at_least
+
+Search = Literal["grid", "random", "tpe"]
+Objective = Literal["score", "macs", "train_macs"]
+Value = bool | int | float | str | None
+Params = Mapping[str, Value]
+"""A value for every field that is varied, by its dotted name."""
+
+ALIASES = {
+    "plan.min_macs_share": "k",
+    "plan.num_groups": "N",
+    "plan.schedule": "schedule",
+    "prune.method": "proxy",
+}
+"""What fields are called in names and tables; others by their last part."""
+
+FIXED = ("preset", "seed")
+"""Fields that are not varied: the seeds of a sweep are its repeats."""
+
+BEFORE_THE_LOSS = ("base.loss_weight", "base.loss_weight_gamma")
+"""Fields of the base that change what its loss means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Values that a field may have."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers between two bounds, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Spread evenly over the logarithm."""
+
+    whole: bool = False
+    """Whole numbers alone."""
+
+
+Domain = Choices | Range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """How settings are searched."""
+
+    search: Search = "grid"
+    """grid: every combination of the values; random and tpe: --num-trials of them, drawn, or
+    chosen by Optuna after what was found so far."""
+
+    num_trials: int = 20
+    """Settings that random and tpe try."""
+
+    objectives: tuple[Objective, ...] = ("score",)
+    """What is minimised: the experts' score, their macs, the macs of all training. Of several, the
+    Pareto front is shown."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds: each setting is run with each of them; mean and spread are shown, and the
+    search goes by the mean."""
+
+    max_concurrent: int = 2
+    """Trials under way at once. Each takes a process of some 0.6 GB; their work shares the
+    cluster."""
+
+    stop_early: bool = False
+    """Stop trials whose base learns worse than others' (successive halving, ASHA, on the base's
+    training loss at equal steps). Makes sense, and is taken, only where fields of the base are
+    varied: experts cannot be judged before they are done."""
+
+    study: str | None = None
+    """URL of a database for Optuna's study, such as postgresql://host/db; None: a file in the
+    sweep's folder. A password in it is neither shown nor kept."""
+
+    search_seed: int = 0
+    """Seed of random and tpe."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "sweep", self, "num_trials", "max_concurrent")
+        for name in ("objectives", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"sweep.{name} must be some, none of them twice, got {values}.")
+
+
+def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
+    """Read what is varied: ``plan.num_groups=2,4`` or ``base.learning_rate=1e-4..1e-2:log``.
+
+    Args:
+        texts: ``NAME=VALUE,VALUE``, ``NAME=LOW..HIGH`` or ``NAME=LOW..HIGH:log``; whole numbers
+            where the field is one.
+        config: Settings whose fields the names are of.
+
+    Raises:
+        ConfigError: There is no such field, or a value is none that it can have.
+    """
+    space: dict[str, Domain] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        before = value_of(config, name)
+        if not values:
+            raise ConfigError(f"{text} must be NAME=VALUE,VALUE,... or NAME=LOW..HIGH[:log].")
+        match = re.fullmatch(r"(?P<low>[^:]+?)\.\.(?P<high>[^:]+)(?P<log>:log)?", values)
+        if match is None:
+            space[name] = Choices(tuple(_value(value) for value in values.split(",")))
+            continue
+        try:
+            low, high = float(match["low"]), float(match["high"])
+        except ValueError as error:
+            raise ConfigError(f"{name}: a range must be LOW..HIGH, got {values}.") from error
+        whole = isinstance(before, int) and not isinstance(before, bool)
+        space[name] = Range(low, high, log=bool(match["log"]), whole=whole)
+    return space
+
+
+def check_space(
+    space: Mapping[str, Domain],
+    config: RunConfig,
+    sweep: SweepConfig,
+    points: Sequence[Params] | None = None,
+) -> None:
+    """Refuse what no trial could run, before any does.
+
+    Args:
+        space: What is varied.
+        config: The settings that it is varied of.
+        sweep: How.
+        points: Settings of a grid, where not every combination is meant.
+
+    Raises:
+        ConfigError: A name, a value or a bound is wrong, or the search cannot use the domains.
+    """
+    if not space:
+        raise ConfigError("a sweep must vary something: --vary plan.min_macs_share=0.3,0.5")
+    for name, domain in space.items():
+        value_of(config, name)
+        if isinstance(domain, Choices):
+            if len(set(map(repr, domain.values))) < len(domain.values):
+                raise ConfigError(f"{name}: no value may be given twice, got {domain.values}.")
+            ends: tuple[Value, ...] = domain.values
+        else:
+            if not math.isfinite(domain.high) or not domain.low < domain.high:
+                raise ConfigError(f"{name}: LOW..HIGH must rise, got {domain.low}..{domain.high}.")
+            if domain.log and domain.low <= 0:
+                raise ConfigError(f"{name}: a :log range must be above 0, got {domain.low}.")
+            if sweep.search == "grid":
+                raise ConfigError(
+                    f"{name}: a grid needs values, got a range. List them by commas, or use "
+                    "--search tpe or --search random."
+                )
+            ends = tuple(int(end) if domain.whole else end for end in (domain.low, domain.high))
+        if sweep.search != "grid" or len(space) == 1:  # else combinations are tried as they come
+            for value in ends:
+                applied(config, {name: value}, config.seed)
+    if sweep.search == "grid":
+        for params in grid(space) if points is None else points:
+            applied(config, params, config.seed)
+    bases = [name for name in space if name.startswith(("base.", "model."))]
+    if sweep.stop_early and (not bases or set(bases) & set(BEFORE_THE_LOSS)):
+        raise ConfigError(
+            "sweep.stop_early goes by the base's training loss, so it needs fields of base or "
+            f"model that are varied, and none of {', '.join(BEFORE_THE_LOSS)}; got "
+            f"{', '.join(space)}."
+        )
+
+
+def grid(space: Mapping[str, Domain]) -> list[Params]:
+    """Give every combination of values; the last field varies fastest."""
+    values = [domain.values for domain in space.values() if isinstance(domain, Choices)]
+    return [dict(zip(space, some, strict=True)) for some in itertools.product(*values)]
+
+
+def value_of(config: RunConfig, name: str) -> Value:
+    """Give a field's value by its dotted name.
+
+    Raises:
+        ConfigError: There is no such field; names those that are like it.
+    """
+    known = _fields(config)
+    if name in FIXED:
+        raise ConfigError(f"{name} cannot be varied; use the sweep's seeds for repeats.")
+    if name not in known:
+        endings = [field for field in known if field.rpartition(".")[2] == name]
+        near = endings or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"no setting is called {name!r}.{hint}")
+    return known[name]
+
+
+def applied(config: RunConfig, params: Params, seed: int) -> RunConfig:
+    """Give the settings of a trial.
+
+    Raises:
+        ConfigError: A value is out of its range, or two settings disagree.
+    """
+    document = to_json(replace(config, seed=seed))
+    for name, value in params.items():
+        stage, _, field = name.rpartition(".")
+        place = document
+        for part in stage.split("."):
+            place = place[part]
+        place[field] = value
+    try:
+        return from_json(document)
+    except ConfigError as error:
+        told = ", ".join(f"{name}={value}" for name, value in params.items())
+        raise ConfigError(f"{told}: {error}") from error
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """Give fields short names: an alias, or the last part, or all where that is not unique."""
+    short = {name: ALIASES.get(name, name.rpartition(".")[2]) for name in names}
+    counts = {label: list(short.values()).count(label) for label in short.values()}
+    return {name: label if counts[label] == 1 else name for name, label in short.items()}
+
+
+def setting_name(params: Params) -> str:
+    """Name a setting, readably and fit for a folder: ``k=0.3,N=4``."""
+    short = labels(list(params))
+    parts = [f"{short[name]}={_text(value)}" for name, value in params.items()]
+    text = ",".join(parts)
+    clean = re.sub(r"[^A-Za-z0-9.,=+_-]", "-", text)
+    exact = clean == text and all(_value(_text(value)) == value for value in params.values())
+    if exact and len(clean) <= 100:
+        return clean
+    document = repr(sorted(params.items()))
+    return f"{clean[:90]}-{hashlib.sha256(document.encode()).hexdigest()[:8]}"
+
+
+def trial_name(params: Params, seed: int) -> str:
+    """Name a setting's run with a seed: ``k=0.3,N=4,seed=0``."""
+    return f"{setting_name(params)},seed={seed}"
+
+
+def _fields(config: object, prefix: str = "") -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    assert dataclasses.is_dataclass(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _fields(value, f"{prefix}{field.name}.")
+        else:
+            found[f"{prefix}{field.name}"] = value
+    return found
+
+
+def _value(text: str) -> Value:
+    """Read a value as it is written on the command line."""
+    named: dict[str, Value] = {"none": None, "true": True, "false": False}
+    if text.strip().lower() in named:
+        return named[text.strip().lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
+def _text(value: Value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

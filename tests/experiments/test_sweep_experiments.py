@@ -1,0 +1,49 @@
+"""The experiments that are sweeps, in little; they share a base through one store."""
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdc_ray.sweep_results import load_sweep
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "folder", "rows"),
+    [
+        ("ablate_k", "KFlags", "ablate_k-digits-smoke-grid", ["k = 0.3", "k = 0.7"]),
+        ("ablate_groups", "GroupsFlags", "ablate_groups-digits-smoke", ["N = 4", "N = 8"]),
+        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
+    ],
+)
+def test_the_sweep_runs_and_tells_its_costs(
+    ray_cluster, storage, monkeypatch, name, kind, folder, rows
+):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.setattr(sys, "argv", [name, "--smoke", "--storage", str(storage)])
+    experiment = importlib.import_module(name)
+    parse_flags = importlib.import_module("common").parse_flags
+    experiment.main(parse_flags(experiment.__doc__, getattr(experiment, kind)))
+    with (storage / folder / f"{name}.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row[""].partition(" (")[0] for row in table] == ["base", *rows]
+    assert all(float(row["train macs"]) > 0 for row in table[1:])
+    sweep = load_sweep(storage / folder)
+    note = (storage / folder / f"{name}.md").read_text()
+    assert f"{sweep.computed_share:.0%} were computed" in note
+    assert sweep.computed_share < 0.95  # the base is shared
+    record = json.loads((storage / folder / f"{name}.json").read_text())
+    assert [row["status"] for row in record["rows"]] == ["done", "done"]
+    assert (storage / folder / f"{name}.png").stat().st_size > 1000

@@ -1,0 +1,133 @@
+"""A sweep whose driver is killed: the same command ends with what uncut, separate runs come to."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
+
+from tdc_ray.hparams import METRICS
+from tdc_ray.results import comparable, load_results
+from tdc_ray.reuse import shared
+from tdc_ray.storage import read_json
+from tdc_ray.sweep_results import load_sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+NAMES = ["k=0.5,seed=0", "k=0.6,seed=0"]
+
+
+def command(folder: Path, cache_dir: Path) -> list[str]:
+    words = "sweep --preset digits-smoke --vary plan.min_macs_share=0.5,0.6 --compute.num-actors 1"
+    places = ["--storage", str(folder), "--name", "k", "--evaluate.cache-dir", str(cache_dir)]
+    return [sys.executable, "-m", "tdc_ray", *words.split(), *places]
+
+
+def results_of_items(run_dir: Path) -> list[dict]:
+    paths = [run_dir / "base" / "result.json"]
+    paths += [*run_dir.glob("groups/*/*.json"), *run_dir.glob("evaluation/*/*.json")]
+    return [read_json(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def swept(cache_dir, tmp_path_factory):
+    """A sweep that was killed in its middle and then ended; and what the last call printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    log = folder / "log"
+    with log.open("wb") as file:
+        driver = subprocess.Popen(command(folder, cache_dir), stdout=file, stderr=file)
+        while not list(folder.glob("k/trials/*/groups/*/round-0-*.json")):
+            assert driver.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        driver.kill()
+        driver.wait()
+    assert {row.status for row in load_sweep(folder / "k").rows} == {"running"}
+    again = subprocess.run(command(folder, cache_dir), check=False, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    return folder / "k", again.stdout
+
+
+def test_what_is_shared_changes_no_result(swept, finished_run):
+    folder, _ = swept
+    for name, k in zip(NAMES, (0.5, 0.6), strict=True):
+        results = load_results(folder / "trials" / name / "results.json")
+        assert results.plan.k == k
+    alone = comparable(load_results(finished_run / "results.json"))
+    assert comparable(load_results(folder / "trials" / NAMES[0] / "results.json")) == alone
+
+
+def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
+    folder, _ = swept
+    computed: dict[str, dict] = {}
+    for name in NAMES:
+        for result in results_of_items(folder / "trials" / name):
+            key, reused = shared(result)
+            if not reused:
+                assert key not in computed
+                computed[key] = result
+    rows = load_sweep(folder).rows
+    spent = sum(result.get("train_macs", 0) for result in computed.values())
+    assert sum(row.computed_train_macs for row in rows) == pytest.approx(spent)
+    for row in rows:
+        assert row.train_macs == pytest.approx(row.computed_train_macs + row.reused_train_macs)
+        assert row.search_macs == pytest.approx(row.computed_search_macs + row.reused_search_macs)
+    base = read_json(folder / "trials" / NAMES[0] / "base" / "result.json")["train_macs"]
+    assert sum(row.reused_train_macs for row in rows) >= base
+
+
+def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):
+    folder, printed = swept
+    sweep = load_sweep(folder)
+    assert [row.name for row in sweep.rows] == NAMES
+    assert {row.status for row in sweep.rows} == {"done"}
+    best = min(sweep.rows, key=lambda row: row.score)
+    assert sweep.pareto == (best.setting,)
+    assert f"{sweep.computed_share:.0%}" in printed
+
+
+def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
+    from tdc_ray.sweep import sweep
+    from tdc_ray.sweep_settings import Choices, SweepConfig
+
+    folder, _ = swept
+    config = replace(smoke_config, compute=replace(smoke_config.compute, num_actors=1))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/**/*.json")}
+    results = sweep(config, {"plan.min_macs_share": Choices((0.5, 0.6))}, SweepConfig(), folder)
+    assert results == load_sweep(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("trials/**/*.json")} == before
+
+
+def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):
+    folder, _ = swept
+    runs = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(runs, str(folder))
+    context = Context(TBContext(data_provider=provider, logdir=str(folder)))
+    experiment = get_experiment.Handler(
+        RequestContext(), context, "", api_pb2.GetExperimentRequest()
+    ).run()
+    names = {info.name for info in experiment.hparam_infos}
+    assert names == {"k", "N", "schedule", "proxy", "seed"}
+    assert {info.name.tag for info in experiment.metric_infos} == {
+        f"sweep/{name}" for name in METRICS
+    }
+    every = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING, api_pb2.STATUS_SUCCESS]
+    request = api_pb2.ListSessionGroupsRequest(allowed_statuses=every, slice_size=100)
+    groups = list_session_groups.Handler(RequestContext(), context, "", request).run()
+    found = {}
+    for group in groups.session_groups:
+        (session,) = group.sessions
+        values = {v.name.tag.removeprefix("sweep/"): v.value for v in session.metric_values}
+        found[group.hparams["k"].number_value] = (session.name, values)
+    for row in load_sweep(folder).rows:
+        name, values = found.pop(row.params["plan.min_macs_share"])
+        assert name == f"hparams/{row.name}"
+        assert values == pytest.approx({metric: getattr(row, metric) for metric in METRICS})
+    assert not found
