@@ -8,41 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import tyro
 from rich.console import Console
 
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
-from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.environment import commit
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.evaluate import Which, evaluate, prepare_features, score
-from tdc_ray.features import FeatureSpec, choose_features
-from tdc_ray.finetune import expert_dir, make_expert
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
-from tdc_ray.models.unet import build_unet, save_unet, unet_config
-from tdc_ray.pipeline import INDEX_FILE, save_index
-from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.space import space_of
-from tdc_ray.prune.task import GroupTask, group_tasks
-from tdc_ray.remote import is_remote, located, shown
+from tdc_ray.remote import located, shown
 from tdc_ray.results import Results
 from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
-from tdc_ray.summary import step_mean
 from tdc_ray.sweep import sweep
 from tdc_ray.sweep_results import SweepResults
 from tdc_ray.sweep_settings import Domain, Params, SweepConfig
-from tdc_ray.work import Chain
 
 SMOKE_PRESET = "digits-smoke"
 
@@ -217,103 +204,6 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
                 encoders.run({"latents": prepare_latents(config)})
             train_base_on_ray(run_dir, config, events, view)
     return run_dir.base_unet
-
-
-def untrained_like(base: Path, folder: Path, seed: int) -> Path:
-    """Save a UNet of a base's architecture with random weights, unless it is there."""
-    if not exists(folder / "config.json"):
-        torch.manual_seed(seed)
-        settings = unet_config(base)
-        plain = {name: value for name, value in settings.items() if not name.startswith("_")}
-        dropout = plain.pop("dropout", 0.0)
-        unet = build_unet(plain, dropout=dropout)
-        save_unet(unet, folder, num_heads=plain.get("num_heads"))
-    return folder
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """Something to sample from."""
-
-    which: Which
-    path: Path
-    """The base's UNet, or a folder of experts."""
-    macs: float
-    """Of one denoising step."""
-
-
-def scores_of(
-    pool: Pool, config: RunConfig, folder: Path, models: Mapping[str, Model], seeds: Sequence[int]
-) -> tuple[str, dict[str, list[float]]]:
-    """Score models by the images that they give for several sampling seeds.
-
-    Args:
-        pool: The actors.
-        config: How to sample and to score.
-        folder: Where images and moments go.
-        models: By name.
-        seeds: Of the initial noise.
-
-    Returns:
-        The metric's name, and every model's scores in the order of the seeds.
-    """
-    config, folder = with_absolute_paths(config), folder.resolve()
-    claim(folder, config)
-    spec = choose_features(config, load_dataset(config.data), folder / "features.json")
-    pool.run({"features": prepare_features(RunDir(folder / "reference"), config, spec)})
-    chains = {}
-    for name, model in models.items():
-        for seed in seeds:
-            root = folder / name.replace(" ", "-").replace("/", "-") / f"sampling-seed-{seed}"
-            run_dir = RunDir(root, model.path.resolve() if model.which == "base" else None)
-            if model.which == "tdc" and not exists(run_dir.experts / INDEX_FILE):
-                _refer(run_dir.experts, model.path)
-            seeded = replace(config, evaluate=replace(config.evaluate, seed=seed))
-            chains[f"{name}|{seed}"] = _score(run_dir, seeded, spec, model)
-    scores = pool.run(chains)
-    by_name = {name: [scores[f"{name}|{seed}"] for seed in seeds] for name in models}
-    return spec.metric, by_name
-
-
-def _refer(path: Path, to: Path) -> None:
-    """Let a folder be found at another path too; a store has no links, so there it is copied."""
-    if is_remote(path):
-        with atomic_path(path) as copied:
-            shutil.copytree(fetch(to), copied)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(to.resolve())
-
-
-def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) -> Chain[float]:
-    yield from prepare_features(run_dir, config, spec)
-    results = []
-    for shard in evaluate(run_dir, config, spec, model.which, model.macs).values():
-        results.append((yield from shard))
-    return score(run_dir, results).score
-
-
-def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
-    """Do stage 2 of a run: make all experts from a base, as a run does, without scoring them."""
-    claim(root, config)
-    plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    run_dir = RunDir(root.resolve(), base.resolve())
-    space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
-    tasks = group_tasks(run_dir, config, space, plan.groups)
-    done = pool.run({task.name: make_expert(task, memory) for task in tasks})
-    folders = [expert_dir(run_dir, group).name for group in plan.groups]
-    save_index(run_dir.experts, config, plan.groups, folders)
-    macs = step_mean(plan, [done[task.name].macs for task in tasks])
-    return Model("tdc", run_dir.experts, macs)
-
-
-def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupTask:
-    """Give the task of pruning a base for all timesteps at once."""
-    claim(root, config)
-    span = (0, config.diffusion.num_train_timesteps - 1)
-    group = one_group(config.diffusion, config.sampler, span, macs_share)
-    space = space_of(unet_config(base), config.prune.space)
-    return GroupTask(RunDir(root.resolve(), base.resolve()), config, space, group)
 
 
 def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) -> Results:

@@ -16,8 +16,9 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 from dataclasses import dataclass, replace
 from statistics import mean, pstdev
 
-from common import Flags, all_timesteps, commits_of, parse_flags, trained_base, workers
+from common import Flags, commits_of, parse_flags, trained_base, workers
 from output import plot_rounds, write_record, write_table
+from stages import all_timesteps
 
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search

@@ -15,17 +15,9 @@ The paper does not have this: it fine-tunes every expert and has no refit.
 
 from dataclasses import dataclass, replace
 
-from common import (
-    Flags,
-    Model,
-    commits_of,
-    experts_of,
-    parse_flags,
-    scores_of,
-    trained_base,
-    workers,
-)
+from common import Flags, commits_of, parse_flags, trained_base, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
+from stages import Model, experts_of, scores_of
 
 from tdc_ray.config import RunConfig
 from tdc_ray.models.layers import count

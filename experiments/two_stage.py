@@ -23,19 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from common import (
-    Flags,
-    Model,
-    all_timesteps,
-    claim,
-    commits_of,
-    parse_flags,
-    scores_of,
-    trained_base,
-    untrained_like,
-    workers,
-)
+from common import Flags, claim, commits_of, parse_flags, trained_base, workers
 from output import mean_and_spread, paper_column, plot_lines, write_record, write_table
+from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.pool import Pool

@@ -22,15 +22,13 @@ from tdc_ray.models.unet import count_params, unet_config
 from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet
-from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.noised import held_out_loss
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.task import Choice, GroupTask
+from tdc_ray.prune.task import GroupTask
 from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import exists, listing, remove
+from tdc_ray.storage import exists
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Chain, Inputs, Report, Resources, Result, WorkItem
+from tdc_ray.work import Inputs, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -60,48 +58,9 @@ class FinetuneJob:
         return self.num_steps * self.config.finetune.batch_size
 
 
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """A finished expert."""
-
-    group: Group
-    max_macs: int
-    choice: Choice
-    macs: int
-    num_params: int
-    loss_finetuned: float
-    train_steps: int
-    train_macs: float
-    seconds: float
-
-
 def expert_dir(run_dir: RunDir, group: Group) -> Path:
     """Where a group's expert is saved."""
     return run_dir.experts / f"expert-{group.index:02d}"
-
-
-def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
-    """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
-    choice = yield from search(task, memory)
-    if task.config.prune.halving_steps and choice.candidates:
-        choice = yield from _halve(task, choice, memory)
-    item = finetune_item(task, choice.kept)
-    for other in listing(item.result_path.parent, "finetune-*.json"):
-        if other != item.result_path:  # of another choice, whose expert this one's will replace
-            remove(other)
-    (tuned,) = yield [item]
-    remove(item.job.checkpoint)  # its result exists now
-    return Expert(
-        group=task.group,
-        max_macs=task.max_macs,
-        choice=choice,
-        macs=tuned["macs"],
-        num_params=tuned["num_params"],
-        loss_finetuned=tuned["loss_finetuned"],
-        train_steps=tuned["train_steps"],
-        train_macs=tuned["train_macs"],
-        seconds=tuned["seconds"],
-    )
 
 
 def finetune_expert(job: FinetuneJob, report: Report) -> Result:
@@ -248,33 +207,6 @@ def _as_training(item: WorkItem, config: RunConfig) -> WorkItem:
         num_workers=compute.workers_per_finetune,
         halve=halve_micro_batch,
     )
-
-
-def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]:
-    """Train the better half of the candidates, then the better half of those for longer, and on.
-
-    Successive halving: Jamieson and Talwalkar, arXiv:1502.07943. A candidate that goes on does so
-    from where it was.
-    """
-    left = list(choice.candidates[: (len(choice.candidates) + 1) // 2])
-    steps, before = task.config.prune.halving_steps, 0
-    while len(left) > 1:
-        items = [
-            trial_item(task, "try-{1}-{2}".format(*one.entry.place), one.kept, steps, before)
-            for one in left
-        ]
-        results = yield items
-        losses = {}
-        for candidate, item, result in zip(left, items, results, strict=True):
-            memory.add_tuned(candidate.entry.place, result["loss"])
-            losses[candidate.entry.place] = result["loss"]
-            choice.spent.add({"macs": item.cost, "seconds": result["seconds"]})
-        left.sort(key=lambda one: (math.isnan(losses[one.entry.place]), losses[one.entry.place]))
-        left = left[: (len(left) + 1) // 2]
-        steps, before = 2 * steps, steps
-    for checkpoint in listing(task.run_dir.group(task.group.index), "try-*.pt"):
-        remove(checkpoint)
-    return replace(choice, kept=left[0].kept, entry=left[0].entry)
 
 
 def _job(task: GroupTask, kept: Kept, num_steps: int, checkpoint: str) -> FinetuneJob:

@@ -24,7 +24,7 @@ from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
-from tdc_ray.finetune import Expert, expert_dir, make_expert
+from tdc_ray.finetune import expert_dir
 from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
@@ -42,6 +42,7 @@ from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.reuse import Store
+from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage import exists, fetch, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
 from tdc_ray.timeline import Timeline, Usage, load_history, usage

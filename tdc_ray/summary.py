@@ -9,7 +9,6 @@ from tdc_ray.config import RunConfig
 from tdc_ray.environment import commit, versions
 from tdc_ray.evaluate import Score
 from tdc_ray.features import FeatureSpec
-from tdc_ray.finetune import Expert
 from tdc_ray.first_stage import first_stage_digest
 from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
@@ -25,6 +24,7 @@ from tdc_ray.results import (
     StageSeconds,
 )
 from tdc_ray.reuse import shared
+from tdc_ray.stage_2 import Expert
 from tdc_ray.storage import exists, listing, read_json
 from tdc_ray.timeline import Usage
 

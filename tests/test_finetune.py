@@ -10,13 +10,11 @@ from tdc_ray.data import held_out_split
 from tdc_ray.datasets import ArrayImages, load_dataset
 from tdc_ray.errors import ConfigError
 from tdc_ray.finetune import (
-    Expert,
     FinetuneJob,
     expert_dir,
     finetune_expert,
     finetune_item,
     halve_micro_batch,
-    make_expert,
 )
 from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
@@ -28,6 +26,7 @@ from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.settings import DataConfig
+from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.work import Report, run_chain
 from tests.small import (
     assert_same,

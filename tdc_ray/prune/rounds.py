@@ -292,15 +292,9 @@ def sensitivity_items(
         passes = prune.num_levels * (prune.num_images + 3 * prune.num_refit_images)
         stream = StreamJob(*where, unit.name, kept, scores, loss)
         name = f"sensitivities-{number}-stream-{place}"
+        cost = passes * macs
         items.append(
-            task.item(
-                name,
-                measure_stream,
-                stream,
-                cost=passes * macs,
-                behind=behind,
-                inputs=stream_inputs,
-            )
+            task.item(name, measure_stream, stream, cost=cost, behind=behind, inputs=stream_inputs)
         )
     return items
 
