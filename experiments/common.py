@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
+from tdc_ray.base import base_item
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
+from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.environment import commit
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.latents import prepare_latents
@@ -24,6 +26,7 @@ from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
 from tdc_ray.remote import located, shown
 from tdc_ray.results import Results
+from tdc_ray.reuse import Store
 from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
@@ -52,6 +55,11 @@ class Flags:
     """Folder of the first stage, for presets of latent diffusion."""
     num_actors: int | None = None
     """Most actors that work at once; default: as many as fit on the cluster."""
+
+    @property
+    def store(self) -> Path:
+        """What the runs of a storage share: nothing is computed twice."""
+        return self.storage / "store"
 
     def config(self, seed: int) -> RunConfig:
         """Give the preset's settings for one seed."""
@@ -124,15 +132,15 @@ def swept(
         points: Settings of a grid, where not every combination is meant.
         how: Further settings of the sweep.
     """
-    config, store = flags.config(flags.seeds[0]), flags.storage / "store"
+    config = flags.config(flags.seeds[0])
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
-    return sweep(config, space, settings, folder, points, store)
+    return sweep(config, space, settings, folder, points, flags.store)
 
 
 SETTINGS_FILE = "made_by.json"
 
-SHARED_FILE = "shared.json"
-"""In a base that is another run's too; it comes after all others."""
+CONTINUED_FILE = "continued.json"
+"""In a base that trains on from another run's checkpoint; it comes after all others."""
 
 
 def claim(root: Path, config: RunConfig) -> None:
@@ -164,28 +172,35 @@ def commits_of(folder: Path) -> set[str | None]:
 
 
 @contextmanager
-def workers(config: RunConfig, folder: Path) -> Iterator[Pool]:
+def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
     """Start or join a Ray cluster and give a pool of its actors; the folder is held meanwhile.
 
     Latents that the settings need are computed first, where they are missing.
+
+    Args:
+        config: The settings.
+        folder: The experiment's folder.
+        store: What is shared with other runs.
     """
     with (
         exclusive(folder),
         ProgressView(folder / "tensorboard", Console()) as view,
         connected(),
         board(view) as events,
-        Pool(config, events, view) as pool,
+        Sharing(Store(store.resolve(), shown(folder.resolve()))) as sharing,
+        Pool(config, events, view, sharing=sharing) as pool,
     ):
         pool.run({"latents": prepare_latents(config)})
         yield pool
 
 
-def trained_base(config: RunConfig, folder: Path) -> Path:
+def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     """Train a base, or go on, or find it done; give the folder of its UNet.
 
     Args:
         config: The settings; only those that decide stage 1 matter.
         folder: The experiment's folder for this base.
+        store: What is shared with other runs.
     """
     run_dir = RunDir(folder.resolve())
     stage_1 = ("preset", "seed", "data", "model", "conditioning", "diffusion", "base")
@@ -199,38 +214,40 @@ def trained_base(config: RunConfig, folder: Path) -> Path:
             ProgressView(run_dir.tensorboard, Console()) as view,
             connected(),
             board(view) as events,
+            Sharing(Store(store.resolve(), shown(run_dir.root))) as sharing,
         ):
             with Pool(config, events, view) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(config)})
-            train_base_on_ray(run_dir, config, events, view)
+            with sharing.alone(base_item(run_dir, config)) as is_done:
+                if not is_done:
+                    train_base_on_ray(run_dir, config, events, view)
     return run_dir.base_unet
 
 
-def run_once(config: RunConfig, folder: Path, *, base_of: Path | None = None) -> Results:
+def base_of(flags: Flags, seed: int) -> Path:
+    """Give the folder of the UNet that all experiments of a storage have as the base of a seed."""
+    folder = flags.storage / f"base-{flags.preset}" / f"seed-{seed}"
+    return trained_base(flags.config(seed), folder, flags.store)
+
+
+def run_once(
+    config: RunConfig, folder: Path, store: Path, *, continues: Path | None = None
+) -> Results:
     """Do one run, or read the results of a finished one.
 
     Args:
         config: Its settings.
         folder: Its directory.
-        base_of: A finished run whose base this one has too, or goes on training from: its
-            checkpoints are taken over, and where stage 1 is the same its weights and scores too.
+        store: What it shares with other runs.
+        continues: A finished run from whose last checkpoint, if it kept one, the base trains on.
     """
     run_dir = RunDir(folder)
-    done = (run_dir.base / SHARED_FILE, run_dir.base_result)
-    if base_of is not None and not any(map(exists, done)):
-        _share_base(RunDir(base_of), run_dir, config)
-    return run(config, folder, Console())
-
-
-def _share_base(source: RunDir, target: RunDir, config: RunConfig) -> None:
-    is_same = read_json(source.base_result)["train_steps"] == config.base.num_steps
-    samples = source.samples / "base"  # its images and their features are the same too
-    if is_same and exists(samples):
-        with atomic_path(target.samples / "base") as copied:
-            shutil.copytree(fetch(samples), copied)
-    with atomic_path(target.base) as copied:
-        shutil.copytree(fetch(source.base), copied)
-        if not is_same:  # train on from the last checkpoint
+    done = (run_dir.base / CONTINUED_FILE, run_dir.base_result)
+    if continues is not None and not any(map(exists, done)):
+        source = RunDir(continues)
+        with atomic_path(run_dir.base) as copied:
+            shutil.copytree(fetch(source.base), copied)
             (copied / source.base_result.name).unlink()
             shutil.rmtree(copied / source.base_unet.name)
-        write_json(copied / SHARED_FILE, {"base_of": shown(source.root)})
+            write_json(copied / CONTINUED_FILE, {"continues": shown(source.root)})
+    return run(config, folder, Console(), store)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import Flags, claim, commits_of, parse_flags, trained_base, workers
+from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from output import write_record, write_table
 
 from tdc_ray.config import RunConfig
@@ -179,7 +179,7 @@ def main(flags: Flags) -> None:
     tasks: dict[tuple[Cell, PruneMethod, bool], GroupTask] = {}
     for seed in flags.seeds:
         config = flags.config(seed)
-        base = trained_base(config, flags.storage / f"base-{flags.preset}" / f"seed-{seed}")
+        base = base_of(flags, seed)
         config = replace(
             config, finetune=replace(config.finetune, batch_size=16, learning_rate=2e-4)
         )
@@ -191,7 +191,7 @@ def main(flags: Flags) -> None:
                     task = task_of(config, base, place, setting, method, refit=refit)
                     tasks[(seed, setting), method, refit] = task
     searched = {key: task for key, task in tasks.items() if key[2]}
-    with workers(flags.config(flags.seeds[0]), folder) as pool:
+    with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found = pool.run(
             {
                 str(key): search(task, MemoryBank(task.run_dir.memory))

@@ -50,19 +50,19 @@ def longer_base(config: RunConfig, tdc: Results) -> RunConfig:
     )
 
 
-def runs_of_seed(config: RunConfig, folder: Path) -> tuple[Results, Results, Results]:
+def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Results, Results]:
     """Do everything for one seed: TDC, the longer base, TDC without pruning."""
-    tdc_dir = folder / "tdc"
-    tdc = run_once(config, tdc_dir)
-    unpruned = run_once(without_pruning(config), folder / "no-pruning", base_of=tdc_dir)
-    longer = run_once(longer_base(config, tdc), folder / "longer-base", base_of=tdc_dir)
+    config, store, tdc_dir = flags.config(seed), flags.store, folder / "tdc"
+    tdc = run_once(config, tdc_dir, store)
+    unpruned = run_once(without_pruning(config), folder / "no-pruning", store)
+    longer = run_once(longer_base(config, tdc), folder / "longer-base", store, continues=tdc_dir)
     return tdc, longer, unpruned
 
 
 def main(flags: Flags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"main_results-{flags.preset}"
-    runs = {s: runs_of_seed(flags.config(s), folder / f"seed-{s}") for s in flags.seeds}
+    runs = {seed: runs_of_seed(flags, folder / f"seed-{seed}", seed) for seed in flags.seeds}
     seeds = {
         seed: dict(zip(ROWS, (tdc.base, longer.base, unpruned.tdc, tdc.tdc), strict=True))
         for seed, (tdc, longer, unpruned) in runs.items()

@@ -16,7 +16,7 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 from dataclasses import dataclass, replace
 from statistics import mean, pstdev
 
-from common import Flags, commits_of, parse_flags, trained_base, workers
+from common import Flags, base_of, commits_of, parse_flags, workers
 from output import plot_rounds, write_record, write_table
 from stages import all_timesteps
 
@@ -43,7 +43,7 @@ def main(flags: StabilityFlags) -> None:
     chains = {}
     for seed in flags.seeds:
         config = flags.config(seed)
-        base = trained_base(config, flags.storage / f"base-{flags.preset}" / f"seed-{seed}")
+        base = base_of(flags, seed)
         prune = replace(
             config.prune,
             method=flags.method,
@@ -53,7 +53,7 @@ def main(flags: StabilityFlags) -> None:
         root = folder / f"seed-{seed}"
         task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
         chains[str(seed)] = search(task, MemoryBank(task.run_dir.memory))
-    with workers(flags.config(flags.seeds[0]), folder) as pool:
+    with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found: dict[str, Choice] = pool.run(chains)
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}
     for choice in found.values():

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from common import Flags, commits_of, parse_flags, trained_base, workers
+from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 from stages import Model, all_timesteps, scores_of, untrained_like
 
@@ -137,8 +137,8 @@ def main(flags: Flags) -> None:
     metric = ""
     for seed in flags.seeds:
         config = flags.config(seed)
-        base = trained_base(config, flags.storage / f"base-{flags.preset}" / f"seed-{seed}")
-        with workers(config, folder) as pool:
+        base = base_of(flags, seed)
+        with workers(config, folder, flags.store) as pool:
             metric, found[seed] = one_seed(config, base, folder / f"seed-{seed}", pool)
     order = ["pretrained", *SCRATCH, *(row for row, _, _ in METHODS)]
     paper = paper_column(PAPER, flags.preset)

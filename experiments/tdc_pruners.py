@@ -17,7 +17,7 @@ The paper (FID): on CIFAR-10 original 4.08, random 3.95, magnitude 3.88, Taylor 
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
-from common import Flags, parse_flags, run_once, trained_base
+from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.prune_settings import PruneMethod
@@ -61,14 +61,12 @@ def main(flags: PrunerFlags) -> None:
     found: dict[str, list[Results]] = {row: [] for row in rows_of(flags)}
     for seed in flags.seeds:
         config = flags.config(seed)
-        base = flags.storage / f"base-{flags.preset}" / f"seed-{seed}"
-        trained_base(config, base)
         for row, (method, refit) in rows_of(flags).items():
             prune = replace(
                 config.prune, method=method, refit="least-squares" if refit else "none"
             )
             run_dir = folder / f"seed-{seed}" / row.replace(" ", "-")
-            found[row].append(run_once(replace(config, prune=prune), run_dir, base_of=base))
+            found[row].append(run_once(replace(config, prune=prune), run_dir, flags.store))
     paper = paper_column(PAPER, flags.preset)
     base_results = [results.base for results in found["proxy"]]
     table = [

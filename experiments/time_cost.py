@@ -16,7 +16,7 @@ OMS-DPM, which trains a predictor, more than 3800.
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
-from common import Flags, parse_flags, run_once, trained_base
+from common import Flags, parse_flags, run_once
 from output import paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.prune_settings import PruneMethod
@@ -53,9 +53,7 @@ def main(flags: CostFlags) -> None:
     for seed in flags.seeds:
         config = flags.config(seed)
         config = replace(config, prune=replace(config.prune, method=flags.method))
-        base = flags.storage / f"base-{flags.preset}" / f"seed-{seed}"
-        trained_base(config, base)
-        found.append(run_once(config, folder / f"seed-{seed}", base_of=base))
+        found.append(run_once(config, folder / f"seed-{seed}", flags.store))
     seconds = [seconds_of(results) for results in found]
     paper = paper_column(PAPER, flags.preset)
     rows = [

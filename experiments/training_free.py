@@ -15,7 +15,7 @@ The paper does not have this: it fine-tunes every expert and has no refit.
 
 from dataclasses import dataclass, replace
 
-from common import Flags, commits_of, parse_flags, trained_base, workers
+from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
@@ -55,10 +55,10 @@ def main(flags: FreeFlags) -> None:
     if flags.finetune_steps is not None:
         steps = flags.finetune_steps
         config = replace(config, finetune=replace(config.finetune, num_steps=steps))
-    base = trained_base(config, flags.storage / f"base-{flags.preset}" / "seed-0")
+    base = base_of(flags, 0)
     _, macs_base = count(unet_config(base))
     models = {"base": Model("base", base, macs_base)}
-    with workers(config, folder) as pool:
+    with workers(config, folder, flags.store) as pool:
         for k in K[:1] if flags.smoke else K:
             for groups in N[:1] if flags.smoke else N:
                 plan = replace(config.plan, min_macs_share=k, num_groups=groups)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from common import Flags, claim, commits_of, parse_flags, trained_base, workers
+from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_lines, write_record, write_table
 from stages import Model, all_timesteps, scores_of, untrained_like
 
@@ -154,8 +154,8 @@ def main(flags: Flags) -> None:
     metric = ""
     for seed in flags.seeds:
         config = flags.config(seed)
-        base = trained_base(config, flags.storage / f"base-{flags.preset}" / f"seed-{seed}")
-        with workers(config, folder) as pool:
+        base = base_of(flags, seed)
+        with workers(config, folder, flags.store) as pool:
             root = (folder / f"seed-{seed}").resolve()
             found = named(one_seed(config, base, root, pool))
             models = {name: point.model for name, point in found.items()}

@@ -1,25 +1,21 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_smoke_writes_the_table_and_what_made_it(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+def test_smoke_writes_the_table_and_what_made_it(storage, monkeypatch):
     import main_results
     from common import parse_flags
 
-    arguments = ["main_results.py", "--smoke", "--storage", str(tmp_path)]
+    arguments = ["main_results.py", "--smoke", "--storage", str(storage)]
     monkeypatch.setattr(sys, "argv", arguments)
     main_results.main(parse_flags(main_results.__doc__))
 
-    folder = tmp_path / "main_results-digits-smoke"
+    folder = storage / "main_results-digits-smoke"
     with (folder / "main_results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == list(main_results.ROWS)

@@ -12,20 +12,6 @@ from tdc_ray.latents import latents_dir
 from tdc_ray.models.unet import load_unet
 from tests.small import latent_config, make_first_stage, small_config
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    """One storage for all experiments here, so that they share a base."""
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture
-def storage(shared, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return shared
-
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
     with (folder / f"{name}.csv").open() as file:
@@ -34,7 +20,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_stability_has_five_rounds_of_three_and_a_plot(ray_cluster, storage, monkeypatch):
+def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     import proxy_stability
     from common import parse_flags
 
@@ -50,9 +36,7 @@ def test_stability_has_five_rounds_of_three_and_a_plot(ray_cluster, storage, mon
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_losses_are_compared_on_every_setting_and_held_against_the_aims(
-    ray_cluster, storage, monkeypatch
-):
+def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage, monkeypatch):
     import loss_after_pruning
     from common import parse_flags
 
@@ -82,7 +66,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(
-    ray_cluster, storage, monkeypatch, name, folder, flags, column
+    storage, monkeypatch, name, folder, flags, column
 ):
     experiment = importlib.import_module(name)
     from common import parse_flags
@@ -103,7 +87,7 @@ def test_smoke_writes_table_plot_and_what_made_them(
 
 
 @pytest.mark.ray
-def test_a_storage_of_other_settings_is_refused(ray_cluster, storage):
+def test_a_storage_of_other_settings_is_refused(storage):
     from common import claim
 
     claim(storage / "claimed", small_config())
@@ -113,21 +97,20 @@ def test_a_storage_of_other_settings_is_refused(ray_cluster, storage):
 
 
 @pytest.mark.ray
-def test_latents_are_ready_before_a_base_is_trained_on_them_and_before_all_else(
-    ray_cluster, storage, tmp_path
-):
+def test_latents_are_ready_before_a_base_is_trained_on_them_and_before_all_else(storage, tmp_path):
     from common import trained_base, workers
 
     stage, base = make_first_stage(tmp_path / "first_stage"), {"num_steps": 2, "batch_size": 8}
     config = latent_config(stage, tmp_path / "cache", base=base)
-    load_unet(trained_base(config, tmp_path / "base"))
+    load_unet(trained_base(config, tmp_path / "base", tmp_path / "store"))
     shards = sorted(latents_dir(config).glob("*.safetensors"))
     assert len(shards) == 2  # of 1,797 digits
     shutil.rmtree(latents_dir(config))
-    with workers(config, tmp_path / "more"):
+    with workers(config, tmp_path / "more", tmp_path / "store"):
         assert sorted(latents_dir(config).glob("*.safetensors")) == shards
 
 
+@pytest.mark.ray
 def test_a_preset_of_latents_asks_for_its_first_stage(storage, tmp_path, monkeypatch):
     from common import parse_flags, trained_base
 
@@ -135,7 +118,7 @@ def test_a_preset_of_latents_asks_for_its_first_stage(storage, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", arguments)
     config = parse_flags("").config(0)
     with pytest.raises(ConfigError, match=r"mnist32-ldm .*needs a first stage.*first-stage"):
-        trained_base(config, tmp_path / "base")
+        trained_base(config, tmp_path / "base", tmp_path / "store")
     assert not (tmp_path / "base").exists()
     monkeypatch.setattr(sys, "argv", [*arguments, "--first-stage", str(tmp_path / "stage")])
     assert parse_flags("").config(0).data.first_stage == str(tmp_path / "stage")

@@ -4,20 +4,12 @@ import csv
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from tdc_ray.sweep_results import load_sweep
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    return tmp_path_factory.mktemp("sweeps")
 
 
 @pytest.mark.parametrize(
@@ -28,10 +20,7 @@ def storage(tmp_path_factory):
         ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
     ],
 )
-def test_the_sweep_runs_and_tells_its_costs(
-    ray_cluster, storage, monkeypatch, name, kind, folder, rows
-):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, folder, rows):
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--storage", str(storage)])
     experiment = importlib.import_module(name)
     parse_flags = importlib.import_module("common").parse_flags
