@@ -228,6 +228,7 @@ def _run_study(table: _Table, space: Mapping[str, Domain], how: SweepConfig) -> 
     left = how.num_trials - (len(settings) - len(cut))
     if left <= 0:
         return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(table.folder, how)
     distributions = {name: distribution(domain) for name, domain in space.items()}
     study = optuna.create_study(
