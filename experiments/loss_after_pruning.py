@@ -57,7 +57,7 @@ Losses = dict[str, float]
 """Excess losses by name, such as ``taylor/global`` or ``taylor/global, refit``."""
 
 
-def settings_of(config: RunConfig) -> dict[str, Group]:
+def groups_of(config: RunConfig) -> dict[str, Group]:
     """Give the timesteps of each setting, all with the same limit."""
     plan = plan_groups(config.diffusion, replace(config.plan, num_groups=10), config.sampler)
     last = config.diffusion.num_train_timesteps - 1
@@ -80,7 +80,7 @@ def task_of(
     name = f"{setting.replace(' ', '-')}/{method}{'' if refit else '-no-refit'}"
     run_dir = RunDir((folder / name).resolve(), base)
     space = space_of(unet_config(base), prune.space)
-    return GroupTask(run_dir, replace(config, prune=prune), space, settings_of(config)[setting])
+    return GroupTask(run_dir, replace(config, prune=prune), space, groups_of(config)[setting])
 
 
 def excess(choice: Choice) -> Losses:
@@ -168,6 +168,11 @@ def verdicts(tables: Mapping[Cell, Losses], setting: str, all_steps: Sequence[in
     return [f"{setting}: {line}" for line in lines]
 
 
+def settings_of(flags: Flags) -> tuple[str, ...]:
+    """Name the timesteps for which models are cut."""
+    return SETTINGS[:2] if flags.smoke else SETTINGS
+
+
 def steps_of(flags: Flags) -> tuple[int, ...]:
     """Give the steps after which losses are measured."""
     return SMOKE_STEPS if flags.smoke else STEPS
@@ -184,7 +189,7 @@ def main(flags: Flags) -> None:
             config, finetune=replace(config.finetune, batch_size=16, learning_rate=2e-4)
         )
         claim(folder / f"seed-{seed}", config)
-        for setting in SETTINGS:
+        for setting in settings_of(flags):
             for method in (*SCORES, PROXY):
                 for refit in (True, False):
                     place = folder / f"seed-{seed}"
@@ -229,13 +234,19 @@ def write_all(folder: Path, flags: Flags, tables: Mapping[Cell, Losses]) -> None
     rows = []
     for name in names:
         row = [name]
-        for setting in SETTINGS:
+        for setting in settings_of(flags):
             values = [t[name] for (_, s), t in tables.items() if s == setting and name in t]
             spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
             row.append(f"{mean(values):.3g}{spread} ({len(values)})" if values else "-")
         rows.append(row)
-    write_table(folder, "loss_after_pruning", ["loss above the base's (seeds)", *SETTINGS], rows)
-    lines = [line for setting in SETTINGS for line in verdicts(tables, setting, steps_of(flags))]
+    write_table(
+        folder, "loss_after_pruning", ["loss above the base's (seeds)", *settings_of(flags)], rows
+    )
+    lines = [
+        line
+        for setting in settings_of(flags)
+        for line in verdicts(tables, setting, steps_of(flags))
+    ]
     for line in lines:
         print(line)
     record = {f"seed {seed}, {setting}": table for (seed, setting), table in tables.items()}

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
     [
         ("ablate_k", "KFlags", "ablate_k-digits-smoke-grid", ["k = 0.3", "k = 0.7"]),
         ("ablate_groups", "GroupsFlags", "ablate_groups-digits-smoke", ["N = 4", "N = 8"]),
-        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
+        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["constant", "snr"]),
     ],
 )
 def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, folder, rows):
