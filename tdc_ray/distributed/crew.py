@@ -7,7 +7,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -32,6 +32,9 @@ MAX_FAILED_STARTS = 10
 
 SECONDS_IDLE = 1.0
 """How long a worker may have been idle and still pass for alive."""
+
+SECONDS_TO_START = 20.0
+"""After that, what a worker that was asked for lacks is taken to be room."""
 
 SECONDS_UNTIL_RELEASED = 60.0
 """How long a worker may be idle on a cluster that others run: it keeps a node from being taken
@@ -79,6 +82,9 @@ class _Hired:
     resources: Resources
     node: str | None = None
     """None: it is not there yet."""
+
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked for."""
 
     idle_since: float = 0.0
 
@@ -153,7 +159,9 @@ class Crew:
             spare: Idle workers that nothing is ready for.
             wanted: How many of each kind all items that run or could run would take.
         """
-        counts = Counter(self.ready().values())
+        latest = time.monotonic() - SECONDS_TO_START
+        there = (hired for hired in self._hired.values() if hired.node or hired.since > latest)
+        counts = Counter(hired.resources for hired in there)
         missing = {
             kind: min(number, self._most(kind)) - counts[kind] for kind, number in wanted.items()
         }

@@ -1,7 +1,6 @@
 import csv
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.latents import latents_dir
-from tdc_ray.models.unet import load_unet
 from tests.small import latent_config, make_first_stage, small_config
 
 
@@ -79,7 +77,9 @@ def test_smoke_writes_table_plot_and_what_made_them(
     assert len(set(found)) == len(found) >= 4
     if hasattr(experiment, "PAPER"):  # the paper's number stands beside ours
         paper = {row[column]: row["the paper's (cifar10)"] for row in rows_of(where, name)}
-        assert paper.items() >= experiment.PAPER["cifar10"].items()
+        theirs = experiment.PAPER["cifar10"]
+        assert paper == {row: theirs.get(row, "-") for row in found}
+        assert len(set(paper.values())) > 2
     made_by = json.loads((where / f"{name}.json").read_text())["made_by"]
     assert len(made_by["commits"]) == 1
     assert made_by["settings"]["preset"] == "digits-smoke"
@@ -97,17 +97,13 @@ def test_a_storage_of_other_settings_is_refused(storage):
 
 
 @pytest.mark.ray
-def test_latents_are_ready_before_a_base_is_trained_on_them_and_before_all_else(storage, tmp_path):
-    from common import trained_base, workers
+def test_latents_are_ready_before_all_else(storage, tmp_path):
+    from common import workers
 
-    stage, base = make_first_stage(tmp_path / "first_stage"), {"num_steps": 2, "batch_size": 8}
-    config = latent_config(stage, tmp_path / "cache", base=base)
-    load_unet(trained_base(config, tmp_path / "base", tmp_path / "store"))
-    shards = sorted(latents_dir(config).glob("*.safetensors"))
-    assert len(shards) == 2  # of 1,797 digits
-    shutil.rmtree(latents_dir(config))
+    stage = make_first_stage(tmp_path / "first_stage")
+    config = latent_config(stage, tmp_path / "cache")
     with workers(config, tmp_path / "more", tmp_path / "store"):
-        assert sorted(latents_dir(config).glob("*.safetensors")) == shards
+        assert len(list(latents_dir(config).glob("*.safetensors"))) == 2  # of 1,797 digits
 
 
 @pytest.mark.ray
