@@ -104,7 +104,7 @@ def sweep(
     _check_trials(config, space, how, points)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
-    with exclusive(folder), connected(local_cpus(config.compute)):
+    with exclusive(folder), connected(local_cpus(config.compute), dashboard=True):
         check_cluster(config.compute)
         nobody: Any = None
         Crew(config.compute, nobody, Timeline(None)).check()

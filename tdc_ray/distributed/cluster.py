@@ -36,11 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def connected(num_cpus: int | None = None) -> Iterator[None]:
+def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterator[None]:
     """Use the cluster that ``RAY_ADDRESS`` names, or the one already joined, or a local one.
 
     Args:
         num_cpus: Logical CPUs of a local Ray; None: as many as the machine has.
+        dashboard: Whether a local Ray has one, on loopback: without it Ray Train never finds out
+            that who led a training was killed, and keeps the CPUs of that.
     """
     if ray.is_initialized():
         yield
@@ -60,7 +62,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             namespace=LOCAL,
             object_store_memory=OBJECT_STORE_BYTES,
             **common,
