@@ -17,12 +17,12 @@ The paper (FID, CIFAR-10): N = 4, 8, 10, 15, 20 gives 3.62, 3.56, 3.52, 3.56, 3.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from common import SweepFlags, parse_flags, swept
+from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_sweep, write_sweep
 
 from tdc_ray.config import RunConfig
 from tdc_ray.plan import plan_groups
-from tdc_ray.sweep_settings import Choices, Value, applied, setting_name
+from tdc_ray.sweep_settings import Value, applied, setting_name
 
 FIELD, STEPS, WARMUP = "plan.num_groups", "finetune.num_steps", "finetune.num_warmup_steps"
 VALUES = (4, 8, 10, 15, 20)
@@ -74,10 +74,7 @@ def main(flags: GroupsFlags) -> None:
         point(config, number, per_expert=flags.per_expert)
         for number in (VALUES[:2] if flags.smoke else VALUES)
     ]
-    space = {
-        name: Choices(tuple(dict.fromkeys(one[name] for one in points))) for name in points[0]
-    }
-    results = swept(flags, folder, space, points)
+    results = swept(flags, folder, domains_of(points), points)
     titles = {setting_name(one): f"N = {one[FIELD]}" for one in points}
     paper = paper_column(PAPER, flags.preset)
     write_sweep(folder, "ablate_groups", flags, results, titles, paper)

@@ -19,11 +19,11 @@ The paper (FID, FLOPs, params, CIFAR-10): SNR 3.76 at 6.56 G, 48.7 M; constant 3
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common import SweepFlags, parse_flags, swept
+from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_bars, write_sweep
 
 from tdc_ray.plan import plan_groups
-from tdc_ray.sweep_settings import Choices, Value, applied, setting_name
+from tdc_ray.sweep_settings import Value, applied, setting_name
 
 SCHEDULE, MATCH = "plan.schedule", "plan.match_snr_mean"
 ROWS = (
@@ -61,10 +61,7 @@ def main(flags: ScheduleFlags) -> None:
         {SCHEDULE: schedule, MATCH: match}
         for schedule, match in (ROWS[:2] if flags.smoke else ROWS)
     ]
-    space = {
-        name: Choices(tuple(dict.fromkeys(one[name] for one in points))) for name in points[0]
-    }
-    results = swept(flags, folder, space, points, objectives=("score", "macs"))
+    results = swept(flags, folder, domains_of(points), points, objectives=("score", "macs"))
     titles, paper = {}, paper_column(PAPER, flags.preset)
     for one in points:
         row = f"{one[SCHEDULE]}{', matched' if one[MATCH] else ''}"

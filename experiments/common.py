@@ -32,7 +32,7 @@ from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.sweep import sweep
 from tdc_ray.sweep_results import SweepResults
-from tdc_ray.sweep_settings import Domain, Params, SweepConfig
+from tdc_ray.sweep_settings import Choices, Domain, Params, SweepConfig
 
 SMOKE_PRESET = "digits-smoke"
 
@@ -114,6 +114,13 @@ class SweepFlags(Flags):
         images = round(share * config.evaluate.num_images)
         evaluate = replace(config.evaluate, num_images=images)
         return replace(config, base=base, finetune=finetune, evaluate=evaluate)
+
+
+def domains_of(points: Sequence[Params]) -> dict[str, Domain]:
+    """Give every field of a grid's settings the values that it has in them."""
+    return {
+        name: Choices(tuple(dict.fromkeys(point[name] for point in points))) for name in points[0]
+    }
 
 
 def swept(

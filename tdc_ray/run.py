@@ -106,7 +106,7 @@ def run(
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
             timeline.flush()
             used = _show_usage(run_dir, view)
-        outcome = Outcome(plan, experts, *scores, spec, reference, used)
+        outcome = Outcome(plan, experts, *scores, spec, reference, used, store is not None)
         seconds = time.perf_counter() - started
         results = summarize(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)

@@ -46,6 +46,9 @@ class Outcome:
     usage: Sequence[Usage]
     """Of the pool's workers, by phase."""
 
+    has_store: bool
+    """Whether results were shared with other runs."""
+
 
 def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: float) -> Results:
     """Bring together what the stages left.
@@ -132,7 +135,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         commit=commit(),
         given_base=given,
         workers=tuple(outcome.usage),
-        reuse=_reuse(run_dir),
+        reuse=_reuse(run_dir) if outcome.has_store else None,
     )
 
 

@@ -197,8 +197,8 @@ class _Table(tune.Callback):
         for seed in seeds:
             row = started_row(params, seed)
             error = reason or failure_of(self.folder / row.run_dir, self.session)
-            self._take(ended_row(row, self.folder, status, error))
-            row = self.rows[row.name]
+            row = ended_row(row, self.folder, status, error)
+            self._take(row)
             told = f"{row.metric} {row.score:.4g}" if row.score is not None else row.error
             logger.info("%s %s: %s", row.name, row.status, told)
         self.write()

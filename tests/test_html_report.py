@@ -1,5 +1,4 @@
 import csv
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -12,7 +11,10 @@ from tdc_ray.cli import run_command
 from tdc_ray.errors import StorageError
 from tdc_ray.html_report.page import PAPER_URL
 from tdc_ray.html_report.write import write_report
+from tdc_ray.presets import preset
 from tdc_ray.results import load_results, save_results
+from tdc_ray.sweep_results import begun, save_sweep, started_row, summarized
+from tdc_ray.sweep_settings import Choices, SweepConfig
 from tests.test_results import RESULTS
 
 VOID = {"meta", "link", "img", "br"}
@@ -122,27 +124,30 @@ def test_names_from_files_stay_text(tmp_path):
 
 def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
     finished(tmp_path / "sweep" / "a", preset="digits")
-    trials = [
-        {"name": "a", "params": {"plan.schedule": "snr"}, "seed": 0, "run_dir": "a", "new": 1},
-        {"name": "b", "params": {"plan.schedule": "constant"}, "seed": 0, "run_dir": None},
-        {"name": "c", "params": {"plan.schedule": "snr"}, "seed": 1, "error": "no disk"},
-    ]
-    for trial, score in zip(trials, (2.0, 3.0, None), strict=True):
-        trial |= {"score": score, "macs": 5e6, "metric": "fid", "train_macs": 1e12}
-        trial["status"] = "failed" if score is None else "done"
-    document = {"format": 1, "trials": trials, "pareto": ["a"], "searched": {}}
-    path = tmp_path / "sweep" / "sweep.json"
-    path.write_text(json.dumps(document))
+    rows = []
+    for name, schedule, seed, score in (
+        ("a", "constant", 0, 2.0),
+        ("b", "snr", 0, 3.0),
+        ("c", "uni-increasing", 1, None),
+    ):
+        row = replace(started_row({"plan.schedule": schedule}, seed), name=name, run_dir=name)
+        figures = {"score": score, "macs": 5e6, "metric": "fid", "train_macs": 1e12}
+        figures |= {"num_params": 2e6, "search_macs": 1e9, "seconds": 3.0}
+        failed = {"status": "failed", "error": "no disk"}
+        rows.append(replace(row, **figures, **({"status": "done"} if score else failed)))
+    config, space = preset("digits"), {"plan.schedule": Choices(("snr", "constant"))}
+    sweep = summarized(begun(tmp_path / "sweep", config, space, SweepConfig()), rows)
+    save_sweep(tmp_path / "sweep", sweep)
     page = Page(write_report([tmp_path / "sweep"]))
     found = rows_of(tmp_path / "sweep" / "report", "trials")
     assert [row["trial"] for row in found] == ["a", "b", "c"]
     assert [row["fid"] for row in found] == ["2.0", "3.0", ""]
     assert [row["Pareto front"] for row in found] == ["yes", "", ""]
-    assert [row["the paper's FID (CIFAR-10)"] for row in found] == ["3.76", "3.91", "3.76"]
+    assert [row["the paper's FID (CIFAR-10)"] for row in found] == ["3.91", "3.76", "3.88"]
     assert found[2]["error"] == "no disk"
     assert "#run-0" in page.linked
-    trials[0]["run_dir"] = "../elsewhere"
-    path.write_text(json.dumps(document))
+    rows[0] = replace(rows[0], run_dir="../elsewhere")
+    save_sweep(tmp_path / "sweep", summarized(sweep, rows))
     with pytest.raises(StorageError, match=r"trial a must lie below the sweep's folder"):
         write_report([tmp_path / "sweep"])
 

@@ -235,10 +235,12 @@ class Pool:
         failure = _failure_of(cause, node_lost=self._lost_a_node(lost))
         if isinstance(cause, RayTaskError):
             reason = f"{type(cause.cause).__name__}: {cause.cause}"
-        elif lost or task.item.is_call:
-            reason = f"its worker died {task.attempt} times: {cause}"
         else:
             reason = f"{type(cause).__name__}: {cause}"
+        what = f"failed ({reason})"
+        if not isinstance(cause, RayTaskError) and (lost or task.item.is_call):
+            reason = f"its worker died {task.attempt} times: {cause}"
+            what = "lost its worker"
         for name in lost:
             self._crew.dismiss(name)
         self._crew.rest(name for name in task.workers if name not in lost)
@@ -250,7 +252,6 @@ class Pool:
             Action.STAND_IN: "its chain goes on without it",
             Action.GIVE_UP: "it is given up",
         }
-        what = "lost its worker" if reason.startswith("its worker died") else f"failed ({reason})"
         logger.warning("%s %s (attempt %d); %s", task.item.key, what, task.attempt, again[action])
 
     def _lost_a_node(self, lost: list[str]) -> bool:

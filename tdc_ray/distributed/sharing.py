@@ -80,6 +80,9 @@ class Sharing:
         self._held: dict[str, str] = {}
         """Keys, by those of their items within the run."""
 
+        self._keys: dict[str, tuple[WorkItem, str | None]] = {}
+        """Keys of items that were to be started."""
+
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claims", daemon=True)
 
@@ -100,7 +103,7 @@ class Sharing:
         What is run takes the result from the store where it is there, else leaves it there.
         """
         store = self._store
-        key = None if store is None else key_of(item)
+        key = None if store is None else self._key(item)
         if store is None or key is None:
             return item
         if not store.holds(key) and not self._claim(item.key, key):
@@ -111,6 +114,7 @@ class Sharing:
 
     def end(self, item: WorkItem) -> None:
         """Note that an item is no longer under way."""
+        self._keys.pop(item.key, None)
         self._release(item.key)
 
     @contextmanager
@@ -151,6 +155,13 @@ class Sharing:
             yield
         finally:
             self._release(name)
+
+    def _key(self, item: WorkItem) -> str | None:
+        """Give an item's key; of one that is put off it is found once."""
+        known = self._keys.get(item.key)
+        if known is None or known[0] is not item:
+            known = self._keys[item.key] = (item, key_of(item))
+        return known[1]
 
     def _claim(self, name: str, key: str) -> bool:
         """Claim a key under a name of this run's own."""

@@ -57,10 +57,10 @@ def _sweep(
     data: SweepData, trials: Mapping[str, RunData], keys: Mapping[str, str], key: str
 ) -> Iterator[Section]:
     sweep = data.sweep
-    done = [trial for trial in sweep.trials if trial.score is not None]
-    others = len(sweep.trials) - len(done)
+    done = [trial for trial in sweep.rows if trial.score is not None]
+    others = len(sweep.rows) - len(done)
     best = min(done, key=lambda trial: trial.score or 0.0, default=None)
-    tiles = [("trials", str(len(sweep.trials)), f"{len(done)} with a score, {others} without")]
+    tiles = [("trials", str(len(sweep.rows)), f"{len(done)} with a score, {others} without")]
     if best is not None:
         settings = ", ".join(
             f"{sweep.labels.get(name, name)} = {value}" for name, value in best.params.items()
@@ -71,7 +71,7 @@ def _sweep(
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]
-    if under_way := sum(trial.status == "running" for trial in sweep.trials):
+    if under_way := sum(trial.status == "running" for trial in sweep.rows):
         line = f"{under_way} trials are not finished; the sweep is shown as far as it is."
         blocks.append(Lines([line], is_warning=True))
     blocks.append(Row([*figures_1(tried(data), key, over_training=True)]))

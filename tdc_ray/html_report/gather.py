@@ -2,14 +2,14 @@
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray import sweep_results
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
@@ -18,12 +18,8 @@ from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
 from tdc_ray.status import Status, status
 from tdc_ray.storage import exists, fetch, listing, read_json
+from tdc_ray.sweep_results import SWEEP_FILE, Row, SweepResults
 from tdc_ray.timeline import History, Usage, load_history, usage
-
-SWEEP_FILE = "sweep.json"
-
-Setting = str | int | float | bool | None
-"""Of a trial."""
 
 Pixels = npt.NDArray[np.uint8]
 """Images of shape ``(N, H, W, C)``."""
@@ -54,70 +50,23 @@ class RunData:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """One trial, as ``sweep.json`` tells of it; what it has not is None."""
-
-    name: str
-    params: Mapping[str, Setting]
-    """The settings that vary, by their dotted names."""
-
-    status: str
-    setting: str | None = None
-    """Name of its settings, of which there is a trial for every seed."""
-
-    seed: int | None = None
-    run_dir: str | None = None
-    """Relative to the sweep's folder."""
-
-    error: str | None = None
-    score: float | None = None
-    metric: str | None = None
-    macs: float | None = None
-    num_params: float | None = None
-    train_macs: float | None = None
-    """Of base and experts, as if it stood alone."""
-
-    reused_train_macs: float | None = None
-    """What of that had been computed for other trials."""
-
-    search_macs: float | None = None
-    seconds: float | None = None
-    """Of the attempt that finished it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
-    """``sweep.json``; fields that are not named here are passed over."""
-
-    format: Literal[1]
-    trials: Annotated[tuple[Trial, ...], Field(validation_alias=AliasChoices("rows", "trials"))]
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """Short names of settings."""
-
-    pareto: tuple[str, ...] = ()
-    """Names of the trials, or of their settings, that no other is better than in all
-    objectives."""
-
-    def is_best(self, trial: Trial) -> bool:
-        """Whether a trial, or its setting, is on the Pareto front."""
-        return bool({trial.name, trial.setting} & set(self.pareto))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SweepData:
     """A sweep, and what its finished trials came to."""
 
     name: str
     path: str
-    sweep: Sweep
+    sweep: SweepResults
     results: Mapping[str, Results]
     """Of the trials whose directories hold any, by name."""
 
     roots: Mapping[str, Path]
     """Their run directories."""
 
+    def is_best(self, row: Row) -> bool:
+        """Whether a trial's setting is on the Pareto front."""
+        return row.setting in self.sweep.pareto
 
-_SWEEP = TypeAdapter(Sweep)
+
 _PLAN = TypeAdapter(Plan)
 
 
@@ -182,16 +131,8 @@ def load_sweep(root: Path, name: str) -> SweepData:
     Raises:
         StorageError: A file of it is damaged.
     """
-    path = root / SWEEP_FILE
-    try:
-        sweep = _SWEEP.validate_python(read_json(path))
-    except ValidationError as error:
-        raise StorageError(f"{shown(path)} is no sweep of format 1: {error}") from error
-    roots = {
-        trial.name: root / _below(trial, path)
-        for trial in sweep.trials
-        if trial.run_dir is not None
-    }
+    sweep = sweep_results.load_sweep(root)
+    roots = {row.name: root / _below(row, root / SWEEP_FILE) for row in sweep.rows}
     found = {
         trial: results
         for trial, folder in roots.items()
@@ -200,12 +141,12 @@ def load_sweep(root: Path, name: str) -> SweepData:
     return SweepData(name=name, path=shown(root), sweep=sweep, results=found, roots=roots)
 
 
-def _below(trial: Trial, path: Path) -> PurePosixPath:
+def _below(row: Row, path: Path) -> PurePosixPath:
     """Give a trial's directory, which must lie in the sweep's folder."""
-    place = PurePosixPath(trial.run_dir or "")
+    place = PurePosixPath(row.run_dir)
     if place.is_absolute() or ".." in place.parts:
         raise StorageError(
-            f"{shown(path)}: run_dir of trial {trial.name} must lie below the sweep's folder, "
+            f"{shown(path)}: run_dir of trial {row.name} must lie below the sweep's folder, "
             f"got {place}."
         )
     return place
@@ -216,8 +157,8 @@ def _results(path: Path) -> Results | None:
     if not exists(path):
         return None
     results = load_results(path)
-    names = ("macs", "num_params", "train_macs" if results.given_base is None else "macs")
-    for name in names:
+    trained = ["train_macs"] if results.given_base is None else []
+    for name in ("macs", "num_params", *trained):
         if not getattr(results.base, name) > 0:
             raise StorageError(
                 f"{shown(path)}: base.{name} must be above 0, got {getattr(results.base, name)}."

@@ -1,11 +1,9 @@
 """The report's tables of several runs, and of the trials of a sweep."""
 
-import json
-import statistics
 from collections.abc import Mapping, Sequence
 
 from tdc_ray.html_report.blocks import Column, Table, Value
-from tdc_ray.html_report.gather import RunData, Setting, SweepData, Trial
+from tdc_ray.html_report.gather import RunData, SweepData
 from tdc_ray.html_report.paper import (
     DATASETS,
     NO_PRUNING,
@@ -23,7 +21,7 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
         found = run.results
         row: tuple[Value, ...] = (run.name, run.preset, run.seed)
         if found is None:
-            rows.append((*row, "not finished", *(None,) * 12))
+            rows.append((*row, "not finished", *(None,) * 11))
             continue
         dataset = paper_dataset(run.preset)
         label = NO_PRUNING if found.prune.method == "none" else "TDC"
@@ -68,7 +66,7 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
             Column("wall", "seconds"),
             Column(f"the paper's FID of TDC ({', '.join(datasets)})", "number"),
         ),
-        rows=[row[:15] for row in rows],
+        rows=rows,
         links=[links.get(run.name) for run in runs],
         note=f"{note}.",
     )
@@ -76,13 +74,13 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
 
 def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
     """Give a row to each trial; those of the Pareto front stand out."""
-    trials, names = data.sweep.trials, _varied(data.sweep.trials)
-    labels = data.sweep.labels
+    trials, labels = data.sweep.rows, data.sweep.labels
+    names = list(labels)
     metric = next((trial.metric for trial in trials if trial.metric), "score")
     paper = SWEPT.get(names[0]) if len(names) == 1 else None
     columns = [
         Column("trial"),
-        *(Column(labels.get(name, name)) for name in names),
+        *(Column(label) for label in labels.values()),
         Column("seed", "number"),
         Column("status"),
         Column(metric, "score"),
@@ -112,7 +110,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
             trial.reused_train_macs,
             trial.search_macs,
             trial.seconds,
-            "yes" if data.sweep.is_best(trial) else "",
+            "yes" if data.is_best(trial) else "",
             *(() if paper is None else (paper.get(trial.params.get(names[0])),)),
             *((trial.error,) if failed else ()),
         )
@@ -125,36 +123,26 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
         rows=rows,
         links=[links.get(trial.name) for trial in trials],
         note="" if paper is None else "The paper's FID: Tables II, III (without pruning) and VI.",
-        marked=frozenset(n for n, trial in enumerate(trials) if data.sweep.is_best(trial)),
+        marked=frozenset(n for n, trial in enumerate(trials) if data.is_best(trial)),
     )
 
 
 def settings_table(data: SweepData) -> Table | None:
     """Give mean and spread over the seeds of every setting, if any has several seeds."""
-    names = _varied(data.sweep.trials)
-    seeds: dict[str, list[Trial]] = {}
-    for trial in data.sweep.trials:
-        if trial.score is not None:
-            key = json.dumps([_setting(trial.params.get(name)) for name in names])
-            seeds.setdefault(key, []).append(trial)
-    if not any(len(trials) > 1 for trials in seeds.values()):
+    if not any(setting.num_done > 1 for setting in data.sweep.settings):
         return None
-    rows: list[tuple[Value, ...]] = []
-    for trials in seeds.values():
-        scores = [trial.score for trial in trials if trial.score is not None]
-        macs = [trial.macs for trial in trials if trial.macs is not None]
-        rows.append(
-            (
-                ", ".join(
-                    f"{data.sweep.labels.get(name, name)} = {_setting(trials[0].params.get(name))}"
-                    for name in names
-                ),
-                len(scores),
-                statistics.fmean(scores),
-                statistics.stdev(scores) if len(scores) > 1 else None,
-                statistics.fmean(macs) if macs else None,
-            )
+    labels = data.sweep.labels
+    rows: list[tuple[Value, ...]] = [
+        (
+            ", ".join(f"{labels.get(name, name)} = {x}" for name, x in setting.params.items()),
+            setting.num_done,
+            setting.mean["score"],
+            setting.spread.get("score"),
+            setting.mean["macs"],
         )
+        for setting in data.sweep.settings
+        if setting.num_done
+    ]
     return Table(
         name="settings",
         title="Mean over the seeds",
@@ -169,11 +157,5 @@ def settings_table(data: SweepData) -> Table | None:
     )
 
 
-def _varied(trials: Sequence[Trial]) -> list[str]:
-    """Name the settings that trials have, without the seed, which has a column of its own."""
-    names = dict.fromkeys(name for trial in trials for name in trial.params)
-    return [name for name in names if name != "seed"]
-
-
-def _setting(value: Setting) -> str | None:
+def _setting(value: object) -> str | None:
     return None if value is None else str(value)

@@ -31,11 +31,11 @@ def tried(data: SweepData) -> dict[str, list[Point]]:
         metric: [point for point in some if point.is_base]
         for metric, some in scored(data.results).items()
     }
-    for trial in data.sweep.trials:
+    for trial in data.sweep.rows:
         if trial.score is None or trial.macs is None:
             continue
         spent = None if trial.train_macs is None else trial.train_macs + (trial.search_macs or 0.0)
-        is_best = data.sweep.is_best(trial)
+        is_best = data.is_best(trial)
         point = Point(trial.name, trial.score, trial.macs, spent, is_base=False, is_best=is_best)
         points.setdefault(trial.metric or "score", []).append(point)
     return points

@@ -57,9 +57,9 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 def _chosen(sweep: SweepData) -> list[str]:
     """Choose the trials that get sections: those of the Pareto front and the best first."""
-    found = [trial for trial in sweep.sweep.trials if trial.name in sweep.results]
-    found.sort(key=lambda t: (not sweep.sweep.is_best(t), sweep.results[t.name].tdc.score))
-    return [trial.name for trial in found[:MAX_SECTIONS]]
+    found = [row for row in sweep.sweep.rows if row.name in sweep.results]
+    found.sort(key=lambda row: (not sweep.is_best(row), sweep.results[row.name].tdc.score))
+    return [row.name for row in found[:MAX_SECTIONS]]
 
 
 def _absolute(path: Path) -> Path:
