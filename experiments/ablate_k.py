@@ -14,8 +14,8 @@ Figure 6 is CIFAR-10 (`--preset cifar10 --steps-share 1`), Figure 8 latent diffu
 (`--preset ffhq256-ldm --steps-share 1`); `mnist-32-ldm` is Figure 8 in little, in the latents of a
 first stage that `tdc-ray train-autoencoder` made.
 
-Hardware and hours: `digits` with three seeds, half of the preset's steps and images
-(`--steps-share` 0.5), takes about 40 minutes on 2 idle CPU cores, `cifar10` days on GPUs
+Hardware and hours: `digits` with three seeds, a quarter of the preset's steps and images
+(`--steps-share` 0.25), takes about 40 minutes on 2 idle CPU cores, `cifar10` days on GPUs
 (estimates from macs).
 
 The paper (FID) shows both figures as plots, stable over k, and prints no numbers in them; at

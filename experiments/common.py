@@ -55,6 +55,9 @@ class Flags:
     """Folder of the first stage, for presets of latent diffusion."""
     num_actors: int | None = None
     """Most actors that work at once; default: as many as fit on the cluster."""
+    steps_share: float = 1.0
+    """Share of the preset's steps and scored images, which sizes the experiment for the machine
+    (0.25: for 2 CPU cores). With --smoke always 1."""
 
     @property
     def store(self) -> Path:
@@ -71,7 +74,23 @@ class Flags:
             data = replace(data, path=str(self.data.resolve()))
         if self.first_stage is not None:
             data = replace(data, first_stage=str(self.first_stage.resolve()))
-        return replace(config, data=data)
+        config = replace(config, data=data)
+        return config if self.smoke else in_size(config, self.steps_share)
+
+
+def in_size(config: RunConfig, share: float) -> RunConfig:
+    """Give settings with a share of their training steps and scored images."""
+    base, finetune = (
+        replace(
+            train,
+            num_steps=round(share * train.num_steps),
+            num_warmup_steps=round(share * train.num_warmup_steps),
+        )
+        for train in (config.base, config.finetune)
+    )
+    images = round(share * config.evaluate.num_images)
+    evaluate = replace(config.evaluate, num_images=images)
+    return replace(config, base=base, finetune=finetune, evaluate=evaluate)
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
@@ -96,24 +115,7 @@ class SweepFlags(Flags):
     """Most actors of each run; on a cluster give more."""
     max_concurrent: int = 2
     """Runs under way at once; on a cluster give more."""
-    steps_share: float = 0.5
-    """Share of the preset's steps and scored images, which sizes the experiment for 2 CPU cores.
-    With --smoke always 1."""
-
-    def config(self, seed: int) -> RunConfig:
-        """Give the preset's settings for one seed, in the size that is asked for."""
-        config, share = super().config(seed), 1.0 if self.smoke else self.steps_share
-        base, finetune = (
-            replace(
-                train,
-                num_steps=round(share * train.num_steps),
-                num_warmup_steps=round(share * train.num_warmup_steps),
-            )
-            for train in (config.base, config.finetune)
-        )
-        images = round(share * config.evaluate.num_images)
-        evaluate = replace(config.evaluate, num_images=images)
-        return replace(config, base=base, finetune=finetune, evaluate=evaluate)
+    steps_share: float = 0.25
 
 
 def domains_of(points: Sequence[Params]) -> dict[str, Domain]:
@@ -233,7 +235,8 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
 
 def base_of(flags: Flags, seed: int) -> Path:
     """Give the folder of the UNet that all experiments of a storage have as the base of a seed."""
-    folder = flags.storage / f"base-{flags.preset}" / f"seed-{seed}"
+    size = "" if flags.steps_share == 1 else f"-{flags.steps_share:g}"
+    folder = flags.storage / f"base-{flags.preset}{size}" / f"seed-{seed}"
     return trained_base(flags.config(seed), folder, flags.store)
 
 

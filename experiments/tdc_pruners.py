@@ -41,6 +41,7 @@ class PrunerFlags(Flags):
 
     method: PruneMethod = "offline"
     """Which proxy: offline or llm."""
+    steps_share: float = 0.25
 
 
 def rows_of(flags: PrunerFlags) -> dict[str, tuple[PruneMethod, bool]]:

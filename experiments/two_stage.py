@@ -147,7 +147,16 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
     return dict(zip(STRATEGIES, (one, single, both), strict=True))
 
 
-def main(flags: Flags) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StagesFlags(Flags):
+    """Flags of this experiment."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    """Training seeds."""
+    steps_share: float = 0.25
+
+
+def main(flags: StagesFlags) -> None:
     """Run all seeds, write the table and draw the curves."""
     folder = flags.storage / f"two_stage-{flags.preset}"
     rows: dict[str, list[tuple[float, float, int]]] = {}
@@ -203,4 +212,4 @@ def named(points: Mapping[str, Sequence[Point]]) -> dict[str, Point]:
 
 
 if __name__ == "__main__":
-    main(parse_flags(__doc__))
+    main(parse_flags(__doc__, StagesFlags))

@@ -39,10 +39,14 @@ class Server(ThreadingHTTPServer):
             self.times.append(time.monotonic())
             return step
 
-    def count(self, change: int) -> None:
+    def begin(self) -> None:
         with self.lock:
-            self.under_way += change
+            self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
+
+    def end(self) -> None:
+        with self.lock:
+            self.under_way -= 1
 
     def handle_error(self, *_: object) -> None:
         """A client that hangs up is what some tests are about."""
@@ -54,11 +58,18 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.count(+1)
+        self.server.begin()
+        self.ended = False
         try:
             self.server.next_step(json.loads(body))(self)
         finally:
-            self.server.count(-1)
+            self.end()
+
+    def end(self) -> None:
+        """Once, and before the client has the answer: it may ask again at once."""
+        if not self.ended:
+            self.ended = True
+            self.server.end()
 
     def answer(self, status: int, body: str, **headers: str) -> None:
         content = body.encode()
@@ -68,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
+        self.end()
         self.end_headers()
         self.wfile.write(content)
 
