@@ -56,8 +56,8 @@ class Flags:
     num_actors: int | None = None
     """Most actors that work at once; default: as many as fit on the cluster."""
     steps_share: float = 1.0
-    """Share of the preset's steps and scored images, which sizes the experiment for the machine
-    (0.25: for 2 CPU cores). With --smoke always 1."""
+    """Share of the preset's steps, and of the images that are measured and scored, which sizes the
+    experiment for the machine (0.25: for 2 CPU cores). With --smoke always 1."""
 
     @property
     def store(self) -> Path:
@@ -79,7 +79,7 @@ class Flags:
 
 
 def in_size(config: RunConfig, share: float) -> RunConfig:
-    """Give settings with a share of their training steps and scored images."""
+    """Give settings with a share of their training steps and of their measured and scored images."""
     base, finetune = (
         replace(
             train,
@@ -88,9 +88,14 @@ def in_size(config: RunConfig, share: float) -> RunConfig:
         )
         for train in (config.base, config.finetune)
     )
+    prune = replace(
+        config.prune,
+        num_images=round(share * config.prune.num_images),
+        num_refit_images=round(share * config.prune.num_refit_images),
+    )
     images = round(share * config.evaluate.num_images)
     evaluate = replace(config.evaluate, num_images=images)
-    return replace(config, base=base, finetune=finetune, evaluate=evaluate)
+    return replace(config, base=base, prune=prune, finetune=finetune, evaluate=evaluate)
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)

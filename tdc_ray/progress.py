@@ -31,12 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WORKERS = "workers"
-"""TensorBoard run of what is about the pool's workers; its tags begin with the phase."""
-
 SECONDS_BETWEEN_LINES = 10.0
 """How often a piece of work may write a line where there is no terminal."""
-
 
 SECONDS_BETWEEN_FLUSHES = 10
 """How old what TensorBoard shows may be."""
@@ -129,11 +125,25 @@ class ProgressView:
                 if not self._live and seconds >= 1:
                     logger.info("%s done in %.0f s", task.key, seconds)
 
+    def show_scalars(self, run: str, values: Mapping[str, float], step: int) -> None:
+        """Put values into TensorBoard, by their tags."""
+        with self._lock:
+            self._add_scalars(run, values, step)
+
     def show_picture(self, run: str, name: str, path: Path) -> None:
         """Put a picture file into TensorBoard."""
-        with Image.open(path) as image, self._lock:
-            pixels = np.asarray(image.convert("RGB"))
-            self._writer(run, 0).add_image(name, pixels, 0, dataformats="HWC")
+        with Image.open(path) as image:
+            self.show_images(run, name, np.asarray(image.convert("RGB"))[None])
+
+    def show_images(self, run: str, name: str, images: NDArray[np.uint8]) -> None:
+        """Put images, ``(B, H, W, C)``, into TensorBoard."""
+        with self._lock:
+            self._writer(run, 0).add_images(name, images, 0, dataformats="NHWC")
+
+    def show_text(self, run: str, name: str, text: str, step: int) -> None:
+        """Put text, as Markdown, into TensorBoard."""
+        with self._lock:
+            self._writer(run, step).add_text(name, text, step)
 
     @contextmanager
     def watch(self, item: WorkItem) -> Iterator[Report]:
@@ -170,13 +180,16 @@ class ProgressView:
         run, _, work = event.key.partition("/")
         searches = ("round", "base", "scores", "sensitivities")
         stage = "prune" if work.startswith(searches) else "train"
-        if run == WORKERS:
-            stage = work
-        writer = self._writer(run, event.step)
-        for name, value in event.metrics.items():
-            writer.add_scalar(f"{stage}/{name}", value, event.step)
+        tags = {f"{stage}/{name}": value for name, value in event.metrics.items()}
+        self._add_scalars(run, tags, event.step)
         if event.images is not None:
-            writer.add_images("samples", event.images, event.step, dataformats="NHWC")
+            self._writer(run, event.step).add_images(
+                "samples", event.images, event.step, dataformats="NHWC"
+            )
+
+    def _add_scalars(self, run: str, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer(run, step).add_scalar(tag, value, step)
 
     def _writer(self, run: str, step: int) -> "SummaryWriter":
         writer = self._writers.get(run)

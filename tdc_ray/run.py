@@ -34,7 +34,7 @@ from tdc_ray.models.layers import count
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
-from tdc_ray.progress import WORKERS, Event, ProgressView
+from tdc_ray.progress import Event, ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
@@ -42,11 +42,11 @@ from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.reuse import Store
+from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.stage_2 import Expert, make_expert
-from tdc_ray.storage import exists, fetch, read_json, write_json
+from tdc_ray.storage import exists, read_json, write_json
 from tdc_ray.summary import Outcome, step_mean, summarize
-from tdc_ray.timeline import Timeline, Usage, load_history, usage
-from tdc_ray.workers_report import plot_timeline
+from tdc_ray.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def run(
             Sharing(_store(store, run_dir)) as sharing,
             Pool(config, events, view, timeline, sharing) as pool,
         ):
+            show_plan(run_dir, view)
             with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
             if config.model.base is None:
@@ -102,10 +103,12 @@ def run(
                     if not is_done:
                         logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
                         train_base_on_ray(run_dir, config, events, view)
-            experts, reference = _make_experts(run_dir, config, space, plan, spec, pool)
+            memory = shown_memory(run_dir, view, config.prune.num_candidates)
+            experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
             timeline.flush()
-            used = _show_usage(run_dir, view)
+            show_samples(run_dir, view)
+            used = show_usage(run_dir, view)
         outcome = Outcome(plan, experts, *scores, spec, reference, used, store is not None)
         seconds = time.perf_counter() - started
         results = summarize(run_dir, config, outcome, seconds)
@@ -229,11 +232,11 @@ def _make_experts(
     space: Space,
     plan: Plan,
     spec: FeatureSpec,
+    memory: MemoryBank,
     pool: Pool,
 ) -> tuple[list[Expert], str]:
     """Stage 2: all groups side by side; the features are made ready beside them."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
-    memory = MemoryBank(run_dir.memory)
     tasks = group_tasks(run_dir, config, space, plan.groups)
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
@@ -263,18 +266,6 @@ def _evaluate(
         score(run_dir, [done[name] for name in base]),
         score(run_dir, [done[name] for name in tdc]),
     )
-
-
-def _show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
-    """Draw who ran what when, and give how well the workers were used."""
-    history = load_history(run_dir.timeline)
-    used = usage(history)
-    plot_timeline(history, run_dir.timeline_plot)
-    view.show_picture(WORKERS, "timeline", fetch(run_dir.timeline_plot))
-    for part in used:
-        metrics = {"utilisation": part.utilisation, "makespan_seconds": part.makespan_seconds}
-        view.show(Event(f"{WORKERS}/{part.phase}", 0, metrics))
-    return used
 
 
 def local_cpus(compute: ComputeConfig) -> int:

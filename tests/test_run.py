@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_tensorboard_reads_losses_and_sample_grids(finished_run):
     (used,) = workers.Scalars("experts/utilisation")
     assert 0 < used.value <= 1
     assert workers.Tags()["images"] == ["timeline"]
+
+
+def test_tensorboard_reads_plan_memory_bank_and_what_was_scored(finished_run):
+    shown = {
+        name: EventAccumulator(str(finished_run / "tensorboard" / name)).Reload()
+        for name in ("plan", "memory", "samples")
+    }
+    assert shown["plan"].Tags()["images"] == ["plan"]
+    assert {tag.partition("/")[0] for tag in shown["samples"].Tags()["images"]} == {"base", "tdc"}
+    entries = MemoryBank(RunDir(finished_run).memory).all()
+    losses = [event.value for event in shown["memory"].Scalars("group-00/loss")]
+    assert losses == pytest.approx([entry.loss for entry in entries if entry.group == 0])
+    best = [event.value for event in shown["memory"].Scalars("group-00/best_loss")]
+    assert best == pytest.approx(list(accumulate(losses, min)))
 
 
 def test_a_finished_run_is_read_and_not_done_again(finished_run, smoke_config, results):

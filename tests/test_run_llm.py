@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tdc_ray.errors import ProxyError
 from tdc_ray.results import load_results
@@ -54,6 +55,10 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(cache_dir, ray_dir, tmp_p
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         asked = len(server.requests)
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "proxy")).Reload()
+    told = [shown.Tensors(tag)[0].tensor_proto.string_val[0] for tag in shown.Tags()["tensors"]]
+    assert any(b"I would cut a lot." in text for text in told)
+    assert all(b"its schemes were taken" in text for text in told)
     results = load_results(tmp_path / "run" / "results.json")
     memory = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
     assert {json.loads(line)["source"] for line in memory} == {"llm", "offline"}

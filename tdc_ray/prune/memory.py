@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +59,17 @@ _ADAPTER = TypeAdapter(MemoryEntry)
 class MemoryBank:
     """An append-only file of entries with one writer; a line torn by a kill does not count."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listen: Callable[[MemoryEntry], None] = lambda _: None) -> None:
         """Open the bank.
+
+        Args:
+            path: The file.
+            listen: Gets every entry that is new.
 
         Raises:
             StorageError: The file holds a line that is no entry.
         """
-        self.path = path
+        self.path, self._listen = path, listen
         try:
             found = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
         except ValidationError as error:
@@ -83,6 +87,7 @@ class MemoryBank:
         before = self._entries.get(entry.place)
         if before is None or before.widths != entry.widths:
             self._write(entry)
+            self._listen(entry)
 
     def add_tuned(self, place: tuple[int, int, int], loss: float) -> None:
         """Remember the loss of an entry after a short fine-tune, in a line that replaces it."""

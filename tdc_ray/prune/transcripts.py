@@ -93,6 +93,25 @@ def append_exchange(path: Path, exchange: Exchange) -> None:
     append_json_line(path, dataclasses.asdict(exchange))
 
 
+def transcript_text(path: Path) -> str:
+    """Write a transcript for a reader, as Markdown.
+
+    Raises:
+        StorageError: The file holds a line that is no exchange.
+    """
+    parts = []
+    for number, exchange in enumerate(_read(path), 1):
+        parts.append(
+            f"## Call {number}: {exchange.error or 'its schemes were taken'}\n\n"
+            f"{exchange.usage.tokens:,} tokens, {exchange.seconds:.1f} s"
+        )
+        said = [(str(one["role"]), str(one["content"])) for one in exchange.request["messages"]]
+        for role, content in [*said, ("reply", exchange.reply)]:
+            quoted = content.replace("\n", "\n    ")
+            parts.append(f"**{role}**\n\n    {quoted}")
+    return "\n\n".join(parts)
+
+
 def recorded_reply(path: Path) -> str:
     """Give the reply whose schemes were taken: the last one, in whatever attempt it came.
 
