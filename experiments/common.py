@@ -79,7 +79,7 @@ class Flags:
 
 
 def in_size(config: RunConfig, share: float) -> RunConfig:
-    """Give settings with a share of their training steps and of their measured and scored images."""
+    """Give settings with a share of their steps, and of the images to measure and score."""
     base, finetune = (
         replace(
             train,

@@ -1,9 +1,9 @@
 """What a run shows in TensorBoard beside what its work reports.
 
-Its runs, in the run directory's ``tensorboard``: ``plan`` has the plan's plot, ``memory`` the losses
-that the search finds (tags by group, a step for every candidate), ``proxy`` what a
-language model was asked and what it said (a step for every round), ``samples`` the first of the
-images that base and experts were scored on, ``workers`` who ran what and how well they were used.
+Its runs, in the run directory's ``tensorboard``: ``plan`` has the plan's plot, ``memory`` the
+losses that the search finds (tags by group, a step for every candidate), ``proxy`` what a language
+model was asked and what it said (a step for every round), ``samples`` the first of the images that
+base and experts were scored on, ``workers`` who ran what and how well they were used.
 """
 
 import numpy as np
