@@ -58,7 +58,7 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(cache_dir, ray_dir, tmp_p
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "proxy")).Reload()
     told = [shown.Tensors(tag)[0].tensor_proto.string_val[0] for tag in shown.Tags()["tensors"]]
     assert any(b"I would cut a lot." in text for text in told)
-    assert all(b"its schemes were taken" in text for text in told)
+    assert any(b"its schemes were taken" in text for text in told)
     results = load_results(tmp_path / "run" / "results.json")
     memory = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
     assert {json.loads(line)["source"] for line in memory} == {"llm", "offline"}
