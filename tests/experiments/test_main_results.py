@@ -11,7 +11,7 @@ def test_smoke_writes_the_table_and_what_made_it(storage, monkeypatch):
     import main_results
     from common import parse_flags
 
-    arguments = ["main_results.py", "--smoke", "--storage", str(storage)]
+    arguments = ["main_results.py", "--smoke", "--num-actors", "1", "--storage", str(storage)]
     monkeypatch.setattr(sys, "argv", arguments)
     main_results.main(parse_flags(main_results.__doc__))
 

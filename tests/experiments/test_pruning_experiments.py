@@ -22,7 +22,7 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     import proxy_stability
     from common import parse_flags
 
-    monkeypatch.setattr(sys, "argv", ["proxy_stability.py", "--smoke", "--storage", str(storage)])
+    monkeypatch.setattr(sys, "argv", ["proxy_stability.py", "--smoke", "--num-actors", "1", "--storage", str(storage)])
     proxy_stability.main(parse_flags(proxy_stability.__doc__, proxy_stability.StabilityFlags))
     folder = storage / "proxy_stability-digits-smoke-offline"
     assert [row["round"] for row in rows_of(folder, "proxy_stability")] == list("12345")
@@ -38,7 +38,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     import loss_after_pruning
     from common import parse_flags
 
-    arguments = ["loss_after_pruning.py", "--smoke", "--storage", str(storage)]
+    arguments = ["loss_after_pruning.py", "--smoke", "--num-actors", "1", "--storage", str(storage)]
     monkeypatch.setattr(sys, "argv", arguments)
     loss_after_pruning.main(parse_flags(loss_after_pruning.__doc__))
     folder = storage / "loss_after_pruning-digits-smoke"
@@ -60,7 +60,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         ("tdc_pruners", "digits-smoke", "PrunerFlags", "pruner"),
         ("time_cost", "digits-smoke-offline", "CostFlags", "stage"),
         ("training_free", "digits-smoke", "FreeFlags", "experts"),
-        ("two_stage", "digits-smoke", "Flags", "strategy, share"),
+        ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(
@@ -69,7 +69,7 @@ def test_smoke_writes_table_plot_and_what_made_them(
     experiment = importlib.import_module(name)
     from common import parse_flags
 
-    command = [f"{name}.py", "--smoke", "--storage", str(storage)]
+    command = [f"{name}.py", "--smoke", "--num-actors", "1", "--storage", str(storage)]
     monkeypatch.setattr(sys, "argv", command)
     experiment.main(parse_flags(experiment.__doc__, getattr(experiment, flags)))
     where = storage / f"{name}-{folder}"
