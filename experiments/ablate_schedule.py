@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common import SweepFlags, domains_of, parse_flags, swept
-from output import paper_column, plot_bars, write_sweep
+from output import paper_column, plot_bars, scores_of_settings, write_sweep
 
 from tdc_ray.plan import plan_groups
 from tdc_ray.sweep_settings import Value, applied, setting_name
@@ -72,13 +72,9 @@ def main(flags: ScheduleFlags) -> None:
         if row in paper:
             paper[title] = paper[row]
     write_sweep(folder, "ablate_schedule", flags, results, titles, paper)
-    scores = {
-        titles[setting.name]: [
-            row.score or 0.0 for row in results.rows if row.setting == setting.name
-        ]
-        for setting in results.settings
-    }
-    plot_bars(folder, "ablate_schedule", scores)
+    scores = scores_of_settings(results)
+    bars = {title: scores[setting] for setting, title in titles.items()}
+    plot_bars(folder, "ablate_schedule", bars)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ def write_sweep(
         titles: What to call each setting.
         paper: The paper's column: its title under "", numbers by titles.
     """
-    rows = {setting: [r for r in results.rows if r.setting == setting] for setting in titles}
-    some = [row for found in rows.values() for row in found]
-    bases = {row.seed: row.base_score or 0.0 for row in some}
+    some = [row for row in results.rows if row.setting in titles]
+    bases = {row.seed: row.base_score for row in some if row.base_score is not None}
+    scores = scores_of_settings(results)
     columns = ["", str(some[0].metric), paper[""], "FLOPs (MACs)", "params", "train macs"]
     columns += ["search macs", "Pareto"]
     table = [["base", mean_and_spread(list(bases.values())), paper.get("base", "-"), *["-"] * 5]]
@@ -98,7 +98,7 @@ def write_sweep(
             table.append(
                 [
                     title,
-                    mean_and_spread([row.score or 0.0 for row in rows[setting.name]]),
+                    mean_and_spread(scores[setting.name]),
                     paper.get(title, "-"),
                     f"{mean['macs'] / 1e6:.2f} M",
                     f"{mean['num_params'] / 1e6:.2f} M",
@@ -116,6 +116,15 @@ def write_sweep(
     record = {"metric": some[0].metric, "computed_share": results.computed_share}
     listed, commits = [asdict(row) for row in some], {row.commit for row in some}
     write_record(folder, name, flags, commits, {**record, "rows": listed})
+
+
+def scores_of_settings(results: SweepResults) -> dict[str, list[float]]:
+    """Give the scores of each setting's runs."""
+    found: dict[str, list[float]] = {}
+    for row in results.rows:
+        if row.score is not None:
+            found.setdefault(row.setting, []).append(row.score)
+    return found
 
 
 def plot_sweep(folder: Path, name: str, field: str, results: SweepResults, label: str) -> None:

@@ -19,6 +19,7 @@ from tdc_ray.results import comparable, load_results
 from tdc_ray.reuse import shared
 from tdc_ray.storage import read_json
 from tdc_ray.sweep_results import load_sweep
+from tests.small import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -103,6 +104,29 @@ def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
     results = sweep(config, {"plan.min_macs_share": Choices((0.5, 0.6))}, SweepConfig(), folder)
     assert results.rows == load_sweep(folder).rows
     assert {path: path.stat().st_mtime_ns for path in folder.glob("trials/**/*.json")} == before
+
+
+def test_a_trial_whose_base_learns_worse_is_stopped_early(ray_cluster, cache_dir, tmp_path):
+    from tdc_ray.sweep import sweep
+    from tdc_ray.sweep_settings import Choices, SweepConfig
+
+    config = small_config(
+        base={"num_steps": 20, "log_every": 2, "checkpoint_every": 10},
+        finetune={"num_steps": 1},
+        prune={"method": "none"},
+        evaluate={"num_images": 10, "batch_size": 10, "cache_dir": str(cache_dir)},
+        compute={"num_actors": 1},
+    )
+    space = {"base.learning_rate": Choices((1e-3, 1e-9))}  # the second learns nothing
+    how = SweepConfig(stop_early=True, max_concurrent=1)
+    results = sweep(config, space, how, tmp_path / "sweep")
+    assert [(row.status, row.params["base.learning_rate"]) for row in results.rows] == [
+        ("stopped", 1e-9),
+        ("done", 1e-3),
+    ]
+    assert "learnt worse" in str(results.rows[0].error)
+    again = sweep(config, space, how, tmp_path / "sweep")
+    assert again.rows == results.rows
 
 
 def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):

@@ -26,7 +26,7 @@ from tdc_ray.html_report.tables import (
     workers_table,
 )
 from tdc_ray.report import conclusions, macs_text, millions_text
-from tdc_ray.results import Results
+from tdc_ray.results import Results, ReuseResult
 
 MAX_NARROW = 6
 """Most columns of a heat map that has room beside a plot."""
@@ -146,6 +146,17 @@ def _rounds(run: RunData, key: str) -> list[Block]:
     return [Row([plot, table])]
 
 
+def _reused(reuse: ReuseResult) -> str:
+    """Say how much of a run was taken from what others had computed."""
+    computed = reuse.train_macs_computed + reuse.search_macs_computed
+    taken = reuse.train_macs_reused + reuse.search_macs_reused
+    return (
+        f"Of its {computed + taken:.2e} macs of training and search, {computed:.2e} were computed "
+        f"for this run; the rest had been for another one ({reuse.items_reused} of "
+        f"{reuse.items_computed + reuse.items_reused} items)."
+    )
+
+
 def _cost(run: RunData, key: str) -> list[Block]:
     blocks: list[Block] = []
     if run.results is not None:
@@ -155,6 +166,8 @@ def _cost(run: RunData, key: str) -> list[Block]:
             caption="Summed over the workers.",
         )
         blocks = [Row([plot, time_table(run.results)])]
+        if run.results.reuse is not None:
+            blocks.append(Lines([_reused(run.results.reuse)]))
     workers: Table = workers_table(run)
     if workers.rows:
         blocks.append(workers)

@@ -22,7 +22,11 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     import proxy_stability
     from common import parse_flags
 
-    monkeypatch.setattr(sys, "argv", ["proxy_stability.py", "--smoke", "--num-actors", "1", "--storage", str(storage)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["proxy_stability.py", "--smoke", "--num-actors", "1", "--storage", str(storage)],
+    )
     proxy_stability.main(parse_flags(proxy_stability.__doc__, proxy_stability.StabilityFlags))
     folder = storage / "proxy_stability-digits-smoke-offline"
     assert [row["round"] for row in rows_of(folder, "proxy_stability")] == list("12345")
@@ -38,7 +42,14 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     import loss_after_pruning
     from common import parse_flags
 
-    arguments = ["loss_after_pruning.py", "--smoke", "--num-actors", "1", "--storage", str(storage)]
+    arguments = [
+        "loss_after_pruning.py",
+        "--smoke",
+        "--num-actors",
+        "1",
+        "--storage",
+        str(storage),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     loss_after_pruning.main(parse_flags(loss_after_pruning.__doc__))
     folder = storage / "loss_after_pruning-digits-smoke"
