@@ -10,8 +10,8 @@ from tdc_ray.storage import atomic_path, exists
 from tdc_ray.sweep_results import Row
 from tdc_ray.sweep_settings import ALIASES, Value, labels, value_of
 
-METRICS = ("score", "macs", "num_params", "train_macs", "seconds")
-"""What a session shows of a row; their tags begin with ``sweep/``."""
+METRICS = ("macs", "num_params", "train_macs", "seconds")
+"""What a session shows of a row after its score, which has the name of its metric."""
 
 
 def write_session(folder: Path, config: RunConfig, row: Row) -> None:
@@ -35,8 +35,14 @@ def write_session(folder: Path, config: RunConfig, row: Row) -> None:
         SummaryWriter(str(temporary)) as writer,
     ):
         writer._get_file_writer().add_summary(session)
-        for name in METRICS:
-            writer.add_scalar(f"sweep/{name}", getattr(row, name), 0)
+        for tag, value in metrics_of(row).items():
+            writer.add_scalar(tag, value, 0)
+
+
+def metrics_of(row: Row) -> dict[str, float]:
+    """Give what a session shows of a row, by tags; TensorBoard orders them by name."""
+    values = {str(row.metric): row.score} | {name: getattr(row, name) for name in METRICS}
+    return {f"sweep/{name}": float(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Value) -> bool | float | str:
