@@ -1,42 +1,30 @@
 """Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, life after a kill."""
 
 import logging
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train.torch
-import torch
-from diffusers import UNet2DModel
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
-from torch import nn
 
 from tdc_ray import errors
-from tdc_ray.base import sample_grid, train_base
 from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.config import RunConfig
-from tdc_ray.device import Place
 from tdc_ray.distributed.cluster import Board, is_local, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.layout import RunDir
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import save_unet
 from tdc_ray.progress import ProgressView
 from tdc_ray.remote import filesystem, is_remote
 from tdc_ray.storage import exists, read_json, remove, write_json
-from tdc_ray.training import TrainState
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "state.pt"
 KEY = "base"
 
 
@@ -111,8 +99,12 @@ def _work(settings: dict[str, Any]) -> None:
     job: BaseJob = settings["job"]
     if exists(_error_path(job.run_dir)):
         return
+    from tdc_ray.distributed.base_rank import (
+        train_rank,
+    )  # the controller need not import diffusers
+
     try:
-        _train_rank(job)
+        train_rank(job.run_dir, job.config, job.board)
     except StorageFailedError:
         raise
     except TdcError as error:
@@ -120,65 +112,6 @@ def _work(settings: dict[str, Any]) -> None:
         write_json(_error_path(job.run_dir), document)
         if ray.train.get_context().get_world_size() > 1:
             raise  # the other ranks wait for this one: end them
-
-
-def _train_rank(job: BaseJob) -> None:
-    config, started = job.config, time.perf_counter()
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    torch.set_num_threads(config.compute.cpus_per_base_worker)
-    place = Place(rank, context.get_world_size(), ray.train.torch.get_device())
-
-    def save(state: TrainState) -> None:
-        if rank != 0:
-            ray.train.report({"step": state.step})
-            return
-        job.board.add_images(KEY, state.step, sample_grid(state, config).numpy())
-        with tempfile.TemporaryDirectory() as folder:
-            state.save(Path(folder) / STATE_FILE)
-            ray.train.report({"step": state.step}, checkpoint=Checkpoint.from_directory(folder))
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        state = _train(job, place, None, save)
-    else:
-        with checkpoint.as_directory() as folder:
-            state = _train(job, place, Path(folder) / STATE_FILE, save)
-    if rank == 0:
-        _finish(job, state, time.perf_counter() - started)
-
-
-def _train(job: BaseJob, place: Place, resume_from: Path | None, save: Any) -> TrainState:
-    return train_base(
-        job.config,
-        place,
-        resume_from=resume_from,
-        wrap=_wrap,
-        report=job.board.reporter(KEY) if place.rank == 0 else lambda _metrics, _step: None,
-        save=save,
-    )
-
-
-def _wrap(unet: UNet2DModel) -> nn.Module:
-    wrapped: nn.Module = ray.train.torch.prepare_model(unet)
-    return wrapped
-
-
-def _finish(job: BaseJob, state: TrainState, seconds: float) -> None:
-    """Save the averaged weights, then the result, whose existence says that the base is done."""
-    config = job.config
-    unet_config = base_unet(config)
-    with state.averaged() as unet:
-        save_unet(unet, job.run_dir.base_unet, num_heads=unet_config.get("num_heads"))
-    num_params, macs = count(unet_config)
-    result = {
-        "macs": macs,
-        "num_params": num_params,
-        "train_steps": state.step,
-        "train_macs": 3.0 * macs * state.step * config.base.batch_size,
-        "seconds": seconds,
-    }
-    write_json(job.run_dir.base_result, result)
 
 
 def storage_of(folder: Path) -> dict[str, Any]:
