@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 def start(folder: Path, cache_dir: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
     flags = ["--run-dir", str(folder), "--evaluate.cache-dir", str(cache_dir)]
+    flags += ["--compute.num-actors", "1"]
     with folder.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [*command, *flags],

@@ -25,7 +25,7 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
 
     uri = f"{bucket}/runs/smoke"
     command = ["run", "--preset", "digits-smoke", "--evaluate.cache-dir", str(cache_dir)]
-    command += ["--run-dir", uri]
+    command += ["--run-dir", uri, "--compute.num-actors", "1"]
     done = subprocess.run(  # a Ray of its own, whose workers have this environment
         [sys.executable, "-m", "tdc_ray", *command],
         capture_output=True,
