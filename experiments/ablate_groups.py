@@ -69,7 +69,7 @@ def point(config: RunConfig, num_groups: int, *, per_expert: bool) -> dict[str, 
 
 def main(flags: GroupsFlags) -> None:
     """Run all numbers of groups and seeds; write table, plot and record."""
-    folder = flags.storage / f"ablate_groups-{flags.preset}"
+    folder = flags.storage / f"ablate_groups-{flags.preset}{'-per-expert' * flags.per_expert}"
     config = flags.config(flags.seeds[0])
     points: list[Mapping[str, Value]] = [
         point(config, number, per_expert=flags.per_expert)

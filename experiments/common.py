@@ -31,8 +31,8 @@ from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.sweep import sweep
-from tdc_ray.sweep_results import SweepResults
-from tdc_ray.sweep_settings import Choices, Domain, Params, SweepConfig
+from tdc_ray.sweep_results import SweepResults, summarized
+from tdc_ray.sweep_settings import Choices, Domain, Params, SweepConfig, grid, setting_name
 
 SMOKE_PRESET = "digits-smoke"
 
@@ -148,7 +148,14 @@ def swept(
     """
     config = flags.config(flags.seeds[0])
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
-    return sweep(config, space, settings, folder, points, flags.store)
+    results = sweep(config, space, settings, folder, points, flags.store)
+    asked = {setting_name(point) for point in (grid(space) if points is None else points)}
+    rows = [  # the folder may hold more, of other flags
+        row
+        for row in results.rows
+        if row.seed in flags.seeds and (settings.search != "grid" or row.setting in asked)
+    ]
+    return summarized(results, rows)
 
 
 SETTINGS_FILE = "made_by.json"

@@ -90,23 +90,28 @@ def write_sweep(
     scores = scores_of_settings(results)
     columns = ["", str(some[0].metric), paper[""], "FLOPs (MACs)", "params", "train macs"]
     columns += ["search macs", "Pareto"]
-    table = [["base", mean_and_spread(list(bases.values())), paper.get("base", "-"), *["-"] * 5]]
-    table[0][3] = f"{(some[0].base_macs or 0.0) / 1e6:.2f} M"
-    for setting in results.settings:
-        if setting.name in titles:
-            mean, title = setting.mean, titles[setting.name]
-            table.append(
-                [
-                    title,
-                    mean_and_spread(scores[setting.name]),
-                    paper.get(title, "-"),
-                    f"{mean['macs'] / 1e6:.2f} M",
-                    f"{mean['num_params'] / 1e6:.2f} M",
-                    f"{mean['train_macs']:.3g}",
-                    f"{mean['search_macs']:.2g}",
-                    "yes" if setting.pareto else "",
-                ]
-            )
+
+    def line(title: str, scores: Sequence[float], cost: Mapping[str, float]) -> list[str]:
+        return [
+            title,
+            mean_and_spread(scores),
+            paper.get(title, "-"),
+            f"{cost['macs'] / 1e6:.2f} M",
+            f"{cost['num_params'] / 1e6:.2f} M",
+            f"{cost['train_macs']:.3g}",
+            f"{cost['search_macs']:.2g}",
+        ]
+
+    of_base = {
+        name: float(getattr(some[0], f"base_{name}") or 0.0)
+        for name in ("macs", "num_params", "train_macs")
+    }
+    table = [[*line("base", list(bases.values()), of_base | {"search_macs": 0.0}), ""]]
+    settings = {setting.name: setting for setting in results.settings}
+    for name_of_setting, title in titles.items():
+        setting = settings[name_of_setting]
+        front = "yes" if setting.pareto else ""
+        table.append([*line(title, scores[setting.name], setting.mean), front])
     note = (
         f"Train and search macs are what a row takes by itself, the base included; of all rows' "
         f"macs {results.computed_share or 0.0:.0%} were computed, the rest was shared. Pareto: no "

@@ -23,6 +23,7 @@ from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.noised import held_out_loss
+from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
@@ -46,6 +47,8 @@ class FinetuneJob:
     group: Group
     kept: Kept
     checkpoint: Path
+    steps_before: int = 0
+    """Steps that an earlier item took."""
 
     @property
     def num_steps(self) -> int:
@@ -118,7 +121,7 @@ def finetune_inputs(job: FinetuneJob) -> Inputs:
 
 def trial_inputs(job: FinetuneJob) -> Inputs:
     """Give what :func:`try_candidate` follows from: it leaves another result than a fine-tune."""
-    return {**finetune_inputs(job), "stage": "try"}
+    return {**finetune_inputs(job), "stage": "try", "steps_before": job.steps_before}
 
 
 def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
@@ -136,7 +139,7 @@ def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
 
 
 def try_candidate(job: FinetuneJob, report: Report) -> Result:
-    """Fine-tune a candidate for a few steps, or some more; give ``loss`` and ``seconds``.
+    """Fine-tune a candidate for a few steps, or some more; give ``loss``, ``macs``, ``seconds``.
 
     A candidate whose training diverges has an infinite loss: the others go on without it.
     """
@@ -150,7 +153,10 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
     except NonFiniteLossError as error:
         logger.warning("%s: %s", job.checkpoint.stem, error)
         loss = math.inf
-    return {"loss": loss, "seconds": time.perf_counter() - started}
+    space = space_of(unet_config(job.run_dir.base_unet), job.config.prune.space)
+    images = (job.num_steps - job.steps_before) * job.config.finetune.batch_size
+    macs = 3.0 * space.macs(widths_of(job.kept)) * images
+    return {"loss": loss, "macs": macs, "seconds": time.perf_counter() - started}
 
 
 def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
@@ -183,6 +189,7 @@ def trial_item(
         steps_before: How many of them an earlier item of this name took.
     """
     job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt")
+    job = replace(job, steps_before=steps_before)
     macs = task.space.macs(widths_of(kept))
     images = (num_steps - steps_before) * task.config.finetune.batch_size
     item = task.item(

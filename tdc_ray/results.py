@@ -180,7 +180,6 @@ class ReuseResult:
     train_macs_reused: float
     search_macs_computed: float
     search_macs_reused: float
-    """Of successive halving nothing is counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,10 +66,10 @@ def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]
         ]
         results = yield items
         losses = {}
-        for candidate, item, result in zip(left, items, results, strict=True):
+        for candidate, result in zip(left, results, strict=True):
             memory.add_tuned(candidate.entry.place, result["loss"])
             losses[candidate.entry.place] = result["loss"]
-            choice.spent.add({"macs": item.cost, "seconds": result["seconds"]})
+            choice.spent.add(result)
         left.sort(key=lambda one: (math.isnan(losses[one.entry.place]), losses[one.entry.place]))
         left = left[: (len(left) + 1) // 2]
         steps, before = 2 * steps, steps

@@ -68,6 +68,7 @@ TUNE_VARIABLES = {
     "TUNE_FORCE_TRIAL_CLEANUP_S": "20",  # of a trial that the scheduler stops
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # losses on the way are no score
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",  # else it warns of each step of its own on a busy machine
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -178,6 +179,7 @@ class _Table(tune.Callback):
         for seed in self.points_left(params, seeds):
             row = started_row(params, seed)
             self.rows[row.name] = row
+            logger.info("%s begins; its log: %s", row.name, shown(self.folder / row.run_dir))
         self.write()
 
     def on_trial_complete(

@@ -1,5 +1,6 @@
 """``sweep.json``: one row a run, a summary a setting, and which settings no other one beats."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -71,6 +72,8 @@ class Row:
     items_reused: int | None = None
     base_score: float | None = None
     base_macs: float | None = None
+    base_num_params: float | None = None
+    base_train_macs: float | None = None
     seconds: float | None = None
     """Of the attempt that finished the run."""
 
@@ -120,10 +123,15 @@ class SweepResults:
 
     @property
     def computed_share(self) -> float | None:
-        """Share that was computed of the macs that training and search of each run take alone."""
-        done = [row for row in self.rows if row.status == "done"]
-        computed = sum((r.computed_train_macs or 0) + (r.computed_search_macs or 0) for r in done)
-        reused = sum((r.reused_train_macs or 0) + (r.reused_search_macs or 0) for r in done)
+        """Share that was computed of the macs that training and search of each run take alone.
+
+        None where runs are not done: what they computed, others may have taken.
+        """
+        if any(row.status != "done" for row in self.rows):
+            return None
+        rows = self.rows
+        computed = sum((r.computed_train_macs or 0) + (r.computed_search_macs or 0) for r in rows)
+        reused = sum((r.reused_train_macs or 0) + (r.reused_search_macs or 0) for r in rows)
         return computed / (computed + reused) if computed else None
 
 
@@ -153,18 +161,26 @@ def begun(
             f"sweep {shown(folder)} has other settings: {'; '.join(changed)}. Use the same ones "
             "to go on, or another name."
         )
+    domains = {name: _json(asdict(domain)) for name, domain in space.items()}
     rows: tuple[Row, ...] = ()
     if exists(folder / SWEEP_FILE):
-        rows = load_sweep(folder).rows
-        if rows and set(rows[0].params) != set(space):
+        before = load_sweep(folder)
+        rows = before.rows
+        if rows and list(rows[0].params) != list(space):
             raise StorageError(
-                f"sweep {shown(folder)} varies {', '.join(rows[0].params)}. Vary the same fields "
-                "to go on, or choose another name."
+                f"sweep {shown(folder)} varies {', '.join(rows[0].params)}, in this order. Vary "
+                "the same fields to go on, or choose another name."
+            )
+        asked, told = (domains, how.objectives), (before.space, before.objectives)
+        if how.search != "grid" and asked != told:  # Optuna's study is of just these
+            raise StorageError(
+                f"sweep {shown(folder)} searches {told[0]} for {', '.join(told[1])}. Search the "
+                "same for the same objectives to go on, or choose another name."
             )
     return SweepResults(
         name=folder.name,
         search=how.search,
-        space={name: asdict(domain) for name, domain in space.items()},
+        space=domains,
         labels=labels(list(space)),
         objectives=how.objectives,
         seeds=how.seeds,
@@ -226,6 +242,8 @@ def with_results(row: Row, results: Results) -> Row:
         items_reused=None if reuse is None else reuse.items_reused,
         base_score=results.base.score,
         base_macs=results.base.macs,
+        base_num_params=results.base.num_params,
+        base_train_macs=results.base.train_macs,
         seconds=results.seconds.wall,
         commit=results.commit,
     )
@@ -286,6 +304,11 @@ def load_sweep(folder: Path) -> SweepResults:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:
         raise StorageError(f"{shown(folder / SWEEP_FILE)} is no sweep.json: {error}") from error
+
+
+def _json(document: Mapping[str, Any]) -> Any:
+    """Give a document as it is when it was read again."""
+    return json.loads(json.dumps(document))
 
 
 def _setting(name: str, rows: Sequence[Row]) -> Setting:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import ConfigError
@@ -106,27 +106,34 @@ def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
 
     Args:
         texts: ``NAME=VALUE,VALUE``, ``NAME=LOW..HIGH`` or ``NAME=LOW..HIGH:log``; whole numbers
-            where the field is one.
+            where the field is one. A name is dotted, or an alias such as k.
         config: Settings whose fields the names are of.
 
     Raises:
         ConfigError: There is no such field, or a value is none that it can have.
     """
+    full = {alias: name for name, alias in ALIASES.items()}
     space: dict[str, Domain] = {}
     for text in texts:
         name, _, values = text.partition("=")
-        before = value_of(config, name)
+        name = full.get(name, name)
+        is_text = isinstance(value_of(config, name), str)
         if not values:
             raise ConfigError(f"{text} must be NAME=VALUE,VALUE,... or NAME=LOW..HIGH[:log].")
+        if name in space:
+            raise ConfigError(f"{name} may be given once: list all its values by commas.")
         match = re.fullmatch(r"(?P<low>[^:]+?)\.\.(?P<high>[^:]+)(?P<log>:log)?", values)
-        if match is None:
-            space[name] = Choices(tuple(_value(value) for value in values.split(",")))
+        if match is None or is_text:
+            read = str.strip if is_text else _value
+            space[name] = Choices(tuple(read(value) for value in values.split(",")))
             continue
         try:
             low, high = float(match["low"]), float(match["high"])
         except ValueError as error:
             raise ConfigError(f"{name}: a range must be LOW..HIGH, got {values}.") from error
-        whole = isinstance(before, int) and not isinstance(before, bool)
+        whole = _is_whole(config, name)
+        if whole and not (low.is_integer() and high.is_integer()):
+            raise ConfigError(f"{name}: LOW..HIGH must be whole numbers, got {values}.")
         space[name] = Range(low, high, log=bool(match["log"]), whole=whole)
     return space
 
@@ -153,7 +160,7 @@ def check_space(
     for name, domain in space.items():
         value_of(config, name)
         if isinstance(domain, Choices):
-            if len(set(map(repr, domain.values))) < len(domain.values):
+            if len({setting_name({name: value}) for value in domain.values}) < len(domain.values):
                 raise ConfigError(f"{name}: no value may be given twice, got {domain.values}.")
             ends: tuple[Value, ...] = domain.values
         else:
@@ -238,7 +245,9 @@ def setting_name(params: Params) -> str:
     parts = [f"{short[name]}={_text(value)}" for name, value in params.items()]
     text = ",".join(parts)
     clean = re.sub(r"[^A-Za-z0-9.,=+_-]", "-", text)
-    exact = clean == text and all(_value(_text(value)) == value for value in params.values())
+    exact = clean == text and all(
+        isinstance(value, str) or _value(_text(value)) == value for value in params.values()
+    )
     if exact and len(clean) <= 100:
         return clean
     document = repr(sorted(params.items()))
@@ -260,6 +269,17 @@ def _fields(config: object, prefix: str = "") -> dict[str, Value]:
         else:
             found[f"{prefix}{field.name}"] = value
     return found
+
+
+def _is_whole(config: RunConfig, name: str) -> bool:
+    """Whether a field has whole numbers alone, be it that it may have none."""
+    *stages, field = name.split(".")
+    stage: object = config
+    for part in stages:
+        stage = getattr(stage, part)
+    hint = get_type_hints(type(stage))[field]
+    kinds = get_args(hint) or (hint,)
+    return int in kinds and float not in kinds
 
 
 def _value(text: str) -> Value:

@@ -69,9 +69,10 @@ def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
     row = started_row(params, seed)
     run_dir = RunDir(job.folder / row.run_dir)
     failed = run_dir.root / FAILED_FILE
-    if exists(failed) and read_json(failed)["session"] == job.session:
-        # Tune begins again whatever failed, be it the process or the run.
-        raise WorkFailedError({row.name: read_json(failed)["error"]})
+    told = read_json(failed) if exists(failed) else {}
+    if told.get("session") == job.session and told["is_ours"]:
+        # Tune begins again whatever failed, but this would fail again.
+        raise WorkFailedError({row.name: told["error"]})
     remove(failed)
 
     def listen(event: Event) -> None:
@@ -83,9 +84,11 @@ def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
         try:
             config = applied(job.config, params, seed)
             return run(config, run_dir.root, Console(quiet=True), job.store, listen)
-        except TdcError as error:
+        except Exception as error:
             logger.exception("the run failed")
-            write_json(failed, {"session": job.session, "error": str(error)})
+            is_ours = isinstance(error, TdcError)
+            text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            write_json(failed, {"session": job.session, "error": text, "is_ours": is_ours})
             raise
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -14,11 +15,13 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
 from tensorboard.plugins.hparams.backend_context import Context
 
+from tdc_ray.errors import StorageError, WorkFailedError
 from tdc_ray.hparams import metrics_of
 from tdc_ray.results import comparable, load_results
 from tdc_ray.reuse import shared
 from tdc_ray.storage import read_json
 from tdc_ray.sweep_results import load_sweep
+from tdc_ray.sweep_study import open_storage
 from tests.small import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -106,7 +109,9 @@ def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("trials/**/*.json")} == before
 
 
-def test_a_trial_whose_base_learns_worse_is_stopped_early(ray_cluster, cache_dir, tmp_path):
+def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
+    ray_cluster, cache_dir, tmp_path
+):
     from tdc_ray.sweep import sweep
     from tdc_ray.sweep_settings import Choices, SweepConfig
 
@@ -117,16 +122,48 @@ def test_a_trial_whose_base_learns_worse_is_stopped_early(ray_cluster, cache_dir
         evaluate={"num_images": 10, "batch_size": 10, "cache_dir": str(cache_dir)},
         compute={"num_actors": 1},
     )
-    space = {"base.learning_rate": Choices((1e-3, 1e-9))}  # the second learns nothing
+    space = {"base.learning_rate": Choices((1e-3, 1e-9, 1e30))}  # one learns nothing, one diverges
     how = SweepConfig(stop_early=True, max_concurrent=1)
-    results = sweep(config, space, how, tmp_path / "sweep")
-    assert [(row.status, row.params["base.learning_rate"]) for row in results.rows] == [
-        ("stopped", 1e-9),
-        ("done", 1e-3),
-    ]
-    assert "learnt worse" in str(results.rows[0].error)
-    again = sweep(config, space, how, tmp_path / "sweep")
-    assert again.rows == results.rows
+    with pytest.raises(WorkFailedError, match=r"learning_rate=1e\+30,seed=0.*loss"):
+        sweep(config, space, how, tmp_path / "sweep")
+    results = load_sweep(tmp_path / "sweep")
+    stopped, done, failed = results.rows
+    assert (stopped.status, done.status, failed.status) == ("stopped", "done", "failed")
+    assert "learnt worse" in str(stopped.error)
+    assert "diverge" in str(failed.error)
+    assert results.computed_share is None
+    log = (tmp_path / "sweep" / failed.run_dir / "run.log").read_text()
+    assert "Traceback" in log
+
+
+def test_optuna_goes_on_with_its_study_and_refuses_another(ray_cluster, swept, cache_dir):
+    from tdc_ray.sweep import sweep
+    from tdc_ray.sweep_settings import Choices, Range, SweepConfig
+
+    folder = swept[0].parent / "tpe"
+    config = small_config(
+        finetune={"num_steps": 1},
+        prune={"method": "none"},
+        evaluate={"cache_dir": str(cache_dir)},
+        compute={"num_actors": 1},
+    )
+    space = {"finetune.learning_rate": Range(1e-4, 1e-2, log=True)}
+    how = SweepConfig(search="tpe", num_trials=1, objectives=("score", "macs"))
+    store = swept[0] / "store"  # with the base
+    (first,) = sweep(config, space, how, folder, store=store).rows
+    results = sweep(config, space, replace(how, num_trials=2), folder, store=store)
+    assert len(results.settings) == 2
+    assert first in results.rows
+    assert all(row.reused_train_macs >= row.base_train_macs for row in results.rows)
+    study = optuna.load_study(study_name=str(folder), storage=open_storage(folder, how))
+    assert sorted(tuple(trial.values) for trial in study.trials) == sorted(
+        (row.score, row.macs) for row in results.rows
+    )
+    with pytest.raises(StorageError, match="for score, macs"):
+        sweep(config, space, replace(how, objectives=("score",)), folder, store=store)
+    other = {"finetune.learning_rate": Choices((1e-3, 1e-2))}
+    with pytest.raises(StorageError, match="choose another name"):
+        sweep(config, other, how, folder, store=store)
 
 
 def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):

@@ -28,8 +28,10 @@ def test_fields_are_varied_by_name_over_values_and_ranges():
         "plan.min_macs_share=0.3,0.5",
         "plan.schedule=snr,constant",
         "base.learning_rate=1e-4..1e-2:log",
-        "plan.num_groups=2..8",
+        "N=2..8",
         "base.max_grad_norm=none,1",
+        "proxy=offline,none",
+        "finetune.micro_batch_size=1..16",
     ]
     assert parse_space(texts, CONFIG) == {
         "plan.min_macs_share": Choices((0.3, 0.5)),
@@ -37,7 +39,10 @@ def test_fields_are_varied_by_name_over_values_and_ranges():
         "base.learning_rate": Range(1e-4, 1e-2, log=True),
         "plan.num_groups": Range(2, 8, whole=True),
         "base.max_grad_norm": Choices((None, 1)),
+        "prune.method": Choices(("offline", "none")),
+        "finetune.micro_batch_size": Range(1, 16, whole=True),
     }
+    assert setting_name({"prune.method": "none"}) == "proxy=none"
 
 
 @pytest.mark.parametrize(
@@ -52,12 +57,19 @@ def test_fields_are_varied_by_name_over_values_and_ranges():
         ("plan.min_macs_share=0.3,1.5", r"min_macs_share must be in \(0, 1\], got 1\.5"),
         ("plan.num_groups=two", "plan.num_groups: Input should be a valid integer"),
         ("plan.num_groups=2,2", "no value may be given twice"),
+        ("plan.min_macs_share=1,1.0", "no value may be given twice"),
+        ("plan.num_groups=2.5..4", "must be whole numbers"),
         ("plan.num_groups=2..many", "must be LOW..HIGH"),
     ],
 )
 def test_wrong_names_and_values_are_refused_with_what_would_be_right(text, message):
     with pytest.raises(ConfigError, match=message):
         check_space(parse_space([text], CONFIG), CONFIG, SweepConfig())
+
+
+def test_a_field_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"plan\.num_groups may be given once"):
+        parse_space(["plan.num_groups=2", "N=4"], CONFIG)
 
 
 @pytest.mark.parametrize(

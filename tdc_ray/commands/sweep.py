@@ -9,7 +9,8 @@ from rich.table import Table
 from tyro.conf import arg
 
 from tdc_ray.commands.run import Settings
-from tdc_ray.errors import WorkFailedError
+from tdc_ray.config import RunConfig
+from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.remote import located, shown
 from tdc_ray.sweep_settings import SweepConfig, check_space, parse_space
 
@@ -24,14 +25,16 @@ class Sweep:
     What trials have in common, such as the base, is computed once. Run the same command again to
     go on after a cut: finished trials are not run again.
 
-    tdc-ray sweep --vary plan.min_macs_share=0.3,0.5,0.7 plan.num_groups=2,4 --seeds 0 1
-    tdc-ray sweep --search tpe --vary finetune.learning_rate=1e-4..1e-2:log --objectives score macs
+    tdc-ray sweep --vary k=0.3,0.5,0.7 N=2,4 --seeds 0 1
+
+    tdc-ray sweep --name rates --search tpe --vary finetune.learning_rate=1e-4..1e-2:log
     """
 
     config: Settings
     vary: tuple[str, ...]
     """What is varied: FIELD=VALUE,VALUE,... or FIELD=LOW..HIGH, with :log behind it for even steps
-    of the logarithm. Any setting is a field by its dotted name, such as plan.min_macs_share."""
+    of the logarithm. Any setting is a field by its dotted name, such as plan.min_macs_share; k, N,
+    schedule and proxy are short for the plan's and the pruning method."""
     sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     name: str = "sweep"
     """Name of the sweep, and of its folder."""
@@ -42,6 +45,8 @@ class Sweep:
 
     def execute(self, console: Console) -> None:
         """Search, or go on, and print what came out."""
+        if self.config.seed != RunConfig().seed:
+            raise ConfigError("seed is not heeded in a sweep: give its training seeds by --seeds.")
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
         folder = located(self.storage) / self.name

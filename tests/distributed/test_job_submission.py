@@ -103,6 +103,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_p
     pid, address = head
     run_dir = tmp_path / "run"
     flags = ["--run-dir", str(run_dir), "--evaluate.cache-dir", str(cache_dir)]
+    flags += ["--compute.num-actors", "1"]
     entry = ["--", "python", "-m", "tdc_ray", "run", "--preset", "digits-smoke", *flags]
     started = job(
         "submit",

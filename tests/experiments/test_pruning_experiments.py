@@ -68,7 +68,6 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     ("name", "folder", "flags", "column"),
     [
         ("pruning_methods", "digits-smoke", "Flags", "row"),
-        ("tdc_pruners", "digits-smoke", "PrunerFlags", "pruner"),
         ("time_cost", "digits-smoke-offline", "CostFlags", "stage"),
         ("training_free", "digits-smoke", "FreeFlags", "experts"),
         ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),

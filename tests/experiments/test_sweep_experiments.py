@@ -17,6 +17,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
     [
         ("ablate_k", "KFlags", "ablate_k-digits-smoke-grid", ["k = 0.3", "k = 0.7"]),
         ("ablate_groups", "GroupsFlags", "ablate_groups-digits-smoke", ["N = 4", "N = 8"]),
+        (
+            "tdc_pruners",
+            "PrunerFlags",
+            "tdc_pruners-digits-smoke-offline",
+            ["magnitude", "proxy with refit"],
+        ),
         ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["constant", "snr"]),
     ],
 )
