@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from tdc_ray.base import base_item
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
-from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.sharing import Sharing
+from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.environment import commit
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.latents import prepare_latents
@@ -239,9 +238,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
         ):
             with Pool(config, events, view) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(config)})
-            with sharing.alone(base_item(run_dir, config)) as is_done:
-                if not is_done:
-                    train_base_on_ray(run_dir, config, events, view)
+            make_base(run_dir, config, events, view, sharing)
     return run_dir.base_unet
 
 

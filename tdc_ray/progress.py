@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from tdc_ray.mirror import growing
-from tdc_ray.work import Report, WorkItem
+from tdc_ray.work import Report, Reported, WorkItem
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -95,6 +95,7 @@ class ProgressView:
             disable=not self._live,
         )
         self._tasks: dict[int | str, _Task] = {}
+        self._heard: dict[str, list[Reported]] = {}
         self._writers: dict[str, SummaryWriter] = {}
         self._lock = threading.Lock()
 
@@ -154,11 +155,22 @@ class ProgressView:
         finally:
             self.finish(item.key)
 
+    @contextmanager
+    def heard(self, key: str) -> Iterator[list[Reported]]:
+        """Give what a piece of work reports, as it comes in while the block runs."""
+        self._heard[key] = []
+        try:
+            yield self._heard[key]
+        finally:
+            del self._heard[key]
+
     def show(self, event: Event) -> None:
         """Record an event and bring the display up to date."""
         if self._listen is not None:
             self._listen(event)
         with self._lock:
+            if event.key in self._heard and event.metrics:
+                self._heard[event.key].append((event.step, event.metrics))
             self._record(event)
             task = self._tasks.get(event.bar)
             if task is None:

@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from tdc_ray.environment import versions
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.remote import is_remote, shown
 from tdc_ray.storage import atomic_path, exists, fetch, read_json, remove, write_json
-from tdc_ray.work import Inputs, Report, Result, WorkItem
+from tdc_ray.work import Inputs, Report, Reported, Result, WorkItem
 
-FORMAT = 1
+FORMAT = 2
 ENTRY_FILE = "entry.json"
 
 SHARED = "shared"
@@ -53,8 +53,16 @@ class Store:
         """Whether there is such a result."""
         return exists(self.entry(key) / ENTRY_FILE)
 
-    def publish(self, item: WorkItem, key: str, result: Result) -> Result:
+    def publish(
+        self, item: WorkItem, key: str, result: Result, reported: Sequence[Reported] = ()
+    ) -> Result:
         """Keep an item's result and files; give the result as the run keeps it.
+
+        Args:
+            item: The item, which was run.
+            key: Its key.
+            result: What came out.
+            reported: What it reported, for the curves of those that take it.
 
         Raises:
             StorageFailedError: The disk or the object store does not take it.
@@ -71,12 +79,15 @@ class Store:
             "inputs": _inputs(item),
             "files": {"folder": own.name, "digests": digests},
             "result": result,
+            "reported": reported,
         }
         write_json(entry / ENTRY_FILE, document)
         return _marked(result, key, reused=False)
 
-    def take(self, item: WorkItem, key: str) -> Result:
-        """Bring an item's files into the run, and give its result.
+    def take(
+        self, item: WorkItem, key: str, report: Report = lambda _metrics, _step: None
+    ) -> Result:
+        """Bring an item's files into the run, report what it did, and give its result.
 
         On one local file system files are linked, else copied.
 
@@ -91,6 +102,8 @@ class Store:
             _require_same(digests, document["files"]["digests"], own)
             result: Result = document["result"]
             reused = document["run"] != self.run
+            for step, metrics in document["reported"] if reused else ():
+                report(metrics, step)
         except StorageFailedError:
             raise
         except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
@@ -147,14 +160,20 @@ def _is_first() -> bool:
 def _take(_job: Any, report: Report, *, store: Store, item: WorkItem, key: str) -> Result:
     if not _is_first():
         return {}
-    result = store.take(item, key)
+    result = store.take(item, key, report)
     report({}, item.num_steps)
     return result
 
 
 def _run(job: Any, report: Report, *, store: Store, item: WorkItem, key: str) -> Result:
-    result = item.function(job, report)
-    return store.publish(item, key, result) if _is_first() else result
+    reported: list[Reported] = []
+
+    def told(metrics: Mapping[str, float], step: int) -> None:
+        reported.append((step, dict(metrics)))
+        report(metrics, step)
+
+    result = item.function(job, told)
+    return store.publish(item, key, result, reported) if _is_first() else result
 
 
 @functools.cache

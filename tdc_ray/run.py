@@ -9,17 +9,16 @@ from typing import Any
 
 from rich.console import Console
 
-from tdc_ray.base import base_item
 from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, import_base, with_first_stage
 from tdc_ray.compute_settings import ComputeConfig
 from tdc_ray.conditioning import check_conditioning
 from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
-from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.sharing import Sharing
+from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
@@ -99,10 +98,7 @@ def run(
             with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
             if config.model.base is None:
-                with sharing.alone(base_item(run_dir, config)) as is_done:
-                    if not is_done:
-                        logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
-                        train_base_on_ray(run_dir, config, events, view)
+                make_base(run_dir, config, events, view, sharing)
             memory = shown_memory(run_dir, view, config.prune.num_candidates)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)

@@ -23,6 +23,9 @@ Inputs = Mapping[str, Any]
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the step that they belong to."""
 
+Reported = tuple[int, Mapping[str, float]]
+"""A step and its metrics."""
+
 T = TypeVar("T")
 
 

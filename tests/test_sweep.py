@@ -9,6 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
@@ -85,6 +86,16 @@ def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
         assert row.search_macs == pytest.approx(row.computed_search_macs + row.reused_search_macs)
     base = read_json(folder / "trials" / NAMES[0] / "base" / "result.json")["train_macs"]
     assert sum(row.reused_train_macs for row in rows) >= base
+
+
+def test_curves_of_what_was_shared_are_those_of_every_trial(swept):
+    folder, _ = swept
+    curves = []
+    for name in NAMES:
+        events = EventAccumulator(str(folder / "trials" / name / "tensorboard" / "base")).Reload()
+        curves.append([(event.step, event.value) for event in events.Scalars("train/loss")])
+    assert curves[0] == curves[1]
+    assert curves[0][-1][0] == 60
 
 
 def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):

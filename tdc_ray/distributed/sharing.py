@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tdc_ray.remote import shown, writer
 from tdc_ray.reuse import Store, key_of, shared
 from tdc_ray.storage import read_json, write_json
-from tdc_ray.work import WorkItem, finished
+from tdc_ray.work import Report, Reported, WorkItem, finished
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 10.0
@@ -118,11 +118,18 @@ class Sharing:
         self._release(item.key)
 
     @contextmanager
-    def alone(self, item: WorkItem) -> Iterator[bool]:
+    def alone(
+        self, item: WorkItem, reported: Sequence[Reported], report: Report
+    ) -> Iterator[bool]:
         """Keep an item, which the block runs by other means than a pool, from other runs.
 
         Waits while another run is at it. Gives whether nothing is left to do: the store had it.
         Otherwise the block leaves result and files as the item says, and they are published.
+
+        Args:
+            item: The item.
+            reported: What it has reported when the block ends.
+            report: Takes what it reported to the run that computed it.
         """
         store, done = self._store, finished(item)
         key = None if store is None or (done and shared(done)) else key_of(item)
@@ -137,12 +144,12 @@ class Sharing:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         try:
             if done is None and store.holds(key):
-                write_json(item.result_path, store.take(item, key))
+                write_json(item.result_path, store.take(item, key, report))
                 yield True
                 return
             yield False
             result = read_json(item.result_path)
-            write_json(item.result_path, store.publish(item, key, result))
+            write_json(item.result_path, store.publish(item, key, result, reported))
         finally:
             self.end(item)
 

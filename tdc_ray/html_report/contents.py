@@ -59,15 +59,19 @@ def _sweep(
     sweep = data.sweep
     done = [trial for trial in sweep.rows if trial.score is not None]
     others = len(sweep.rows) - len(done)
-    best = min(done, key=lambda trial: trial.score or 0.0, default=None)
+    most = max((setting.num_done for setting in sweep.settings), default=0)
+    means = [setting for setting in sweep.settings if setting.num_done == most > 0]
+    best = min(means, key=lambda setting: setting.mean["score"], default=None)
     tiles = [("trials", str(len(sweep.rows)), f"{len(done)} with a score, {others} without")]
     if best is not None:
         settings = ", ".join(
             f"{sweep.labels.get(name, name)} = {value}" for name, value in best.params.items()
         )
-        tiles.append(
-            (f"best {best.metric or 'score'}", f"{best.score:.3f}", settings or best.name)
-        )
+        score = f"{best.mean['score']:.3f}"
+        if "score" in best.spread:
+            score += f" ± {best.spread['score']:.3f}"
+        metric = next((row.metric for row in done if row.metric), "score")
+        tiles.append((f"best {metric}", score, settings or best.name))
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]

@@ -132,6 +132,7 @@ def settings_table(data: SweepData) -> Table | None:
     if not any(setting.num_done > 1 for setting in data.sweep.settings):
         return None
     labels = data.sweep.labels
+    metric = next((row.metric for row in data.sweep.rows if row.metric), "score")
     rows: list[tuple[Value, ...]] = [
         (
             ", ".join(f"{labels.get(name, name)} = {x}" for name, x in setting.params.items()),
@@ -139,6 +140,8 @@ def settings_table(data: SweepData) -> Table | None:
             setting.mean["score"],
             setting.spread.get("score"),
             setting.mean["macs"],
+            setting.mean["train_macs"],
+            setting.mean["search_macs"],
         )
         for setting in data.sweep.settings
         if setting.num_done
@@ -149,9 +152,11 @@ def settings_table(data: SweepData) -> Table | None:
         columns=(
             Column("setting"),
             Column("seeds", "count"),
-            Column("mean score", "score"),
+            Column(metric, "score"),
             Column("deviation", "score"),
             Column("FLOPs (MACs)", "macs"),
+            Column("train macs", "power"),
+            Column("search macs", "power"),
         ),
         rows=rows,
     )

@@ -163,7 +163,7 @@ def _cost(run: RunData, key: str) -> list[Block]:
         plot = Plot(
             svg=stages_of_time(run.results.seconds, f"{key}-time"),
             title="Where the time went",
-            caption="Summed over the workers.",
+            caption="Summed over the workers; what was taken from a store, as first computed.",
         )
         blocks = [Row([plot, time_table(run.results)])]
         if run.results.reuse is not None:

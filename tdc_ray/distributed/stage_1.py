@@ -1,0 +1,33 @@
+"""Stage 1 of a run: its base is trained, or taken from what other runs left in a store."""
+
+import logging
+from collections.abc import Mapping
+
+from tdc_ray.base import base_item
+from tdc_ray.config import RunConfig
+from tdc_ray.distributed.base import KEY, train_base_on_ray
+from tdc_ray.distributed.cluster import Board
+from tdc_ray.distributed.sharing import Sharing
+from tdc_ray.layout import RunDir
+from tdc_ray.progress import Event, ProgressView
+from tdc_ray.remote import shown
+
+logger = logging.getLogger(__name__)
+
+
+def make_base(
+    run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView, sharing: Sharing
+) -> None:
+    """Leave the base in the run directory, unless it is there; see :func:`train_base_on_ray`."""
+
+    def report(metrics: Mapping[str, float], step: int) -> None:
+        view.show(Event(KEY, step, metrics))
+
+    with (
+        view.heard(KEY) as reported,
+        sharing.alone(base_item(run_dir, config), reported, report) as is_done,
+    ):
+        if not is_done:
+            logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
+            train_base_on_ray(run_dir, config, board, view)
+            board.show(view)  # its last reports
