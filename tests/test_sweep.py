@@ -141,7 +141,7 @@ def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
     stopped, done, failed = results.rows
     assert (stopped.status, done.status, failed.status) == ("stopped", "done", "failed")
     assert "learnt worse" in str(stopped.error)
-    assert "diverge" in str(failed.error)
+    assert "the loss is nan" in str(failed.error)
     assert results.computed_share is None
     log = (tmp_path / "sweep" / failed.run_dir / "run.log").read_text()
     assert "Traceback" in log
