@@ -17,8 +17,10 @@ from torchvision.utils import make_grid
 
 from tdc_ray.config import to_json
 from tdc_ray.environment import machine
-from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
-from tdc_ray.sweep_results import SweepResults
+from tdc_ray.layout import RunDir
+from tdc_ray.reuse import shared
+from tdc_ray.storage import atomic_path, fetch, listing, read_json, write_json, write_text
+from tdc_ray.sweep_results import Row, SweepResults
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
@@ -119,8 +121,28 @@ def write_sweep(
     )
     write_table(folder, name, columns, table, note)
     record = {"metric": some[0].metric, "computed_share": results.computed_share}
+    record |= unique_work(folder, some)
     listed, commits = [asdict(row) for row in some], {row.commit for row in some}
     write_record(folder, name, flags, commits, {**record, "rows": listed})
+
+
+def unique_work(folder: Path, rows: Sequence[Row]) -> dict[str, float]:
+    """Count the keys of a store that runs computed, those computed twice, and their train macs."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        run_dir = RunDir(folder / row.run_dir)
+        paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
+        for path in [*paths, *listing(run_dir.samples, "**/*.json")]:
+            result = read_json(path)
+            mark = shared(result)
+            if mark is not None and not mark[1]:
+                found.setdefault(mark[0], []).append(float(result.get("train_macs", 0.0)))
+    return {
+        "keys_computed": len(found),
+        "keys_computed_twice": sum(len(some) > 1 for some in found.values()),
+        "train_macs_of_keys": sum(some[0] for some in found.values()),
+        "train_macs_computed": sum(row.computed_train_macs or 0.0 for row in rows),
+    }
 
 
 def scores_of_settings(results: SweepResults) -> dict[str, list[float]]:

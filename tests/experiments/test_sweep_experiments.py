@@ -34,11 +34,14 @@ def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, fo
     with (storage / folder / f"{name}.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row[""].partition(" (")[0] for row in table] == ["base", *rows]
-    assert all(float(row["train macs"]) > 0 for row in table[1:])
+    assert all(float(row["train macs"]) > 0 for row in table)
     sweep = load_sweep(storage / folder)
     note = (storage / folder / f"{name}.md").read_text()
     assert f"{sweep.computed_share:.0%} were computed" in note
     assert sweep.computed_share < 0.95  # the base is shared
     record = json.loads((storage / folder / f"{name}.json").read_text())
     assert [row["status"] for row in record["rows"]] == ["done", "done"]
+    assert record["keys_computed"] > 2
+    assert record["keys_computed_twice"] == 0
+    assert record["train_macs_computed"] == pytest.approx(record["train_macs_of_keys"])
     assert (storage / folder / f"{name}.png").stat().st_size > 1000
