@@ -5,7 +5,7 @@
 
 Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and standard deviation of
 the loss in every round, after the cut and after the refit, over the candidates of all seeds.
-`--method llm` asks a language model instead of the offline proxy.
+`--proxy llm` asks a language model instead of the offline proxy.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.
 
@@ -15,6 +15,7 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 
 from dataclasses import dataclass, replace
 from statistics import mean, pstdev
+from typing import Literal
 
 from common import Flags, base_of, commits_of, parse_flags, workers
 from output import plot_rounds, write_record, write_table
@@ -23,7 +24,6 @@ from stages import all_timesteps
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice
-from tdc_ray.prune_settings import PruneMethod
 
 MACS_SHARE = 0.7
 NUM_ROUNDS, NUM_CANDIDATES = 5, 3
@@ -33,20 +33,20 @@ NUM_ROUNDS, NUM_CANDIDATES = 5, 3
 class StabilityFlags(Flags):
     """Flags of this experiment."""
 
-    method: PruneMethod = "offline"
-    """Which proxy: offline or llm."""
+    proxy: Literal["offline", "llm"] = "offline"
+    """Which proxy."""
 
 
 def main(flags: StabilityFlags) -> None:
     """Search with all seeds; write table and plot."""
-    folder = flags.storage / f"proxy_stability-{flags.preset}-{flags.method}"
+    folder = flags.storage / f"proxy_stability-{flags.preset}-{flags.proxy}"
     chains = {}
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
         prune = replace(
             config.prune,
-            method=flags.method,
+            method=flags.proxy,
             num_rounds=NUM_ROUNDS,
             num_candidates=NUM_CANDIDATES,
         )
@@ -71,7 +71,7 @@ def main(flags: StabilityFlags) -> None:
     write_table(folder, "proxy_stability", columns, rows)
     plot_rounds(folder, "proxy_stability", losses)
     notes = [note for choice in found.values() for note in choice.spent.notes]
-    record = {"method": flags.method, "excess_loss": losses, "notes": notes}
+    record = {"method": flags.proxy, "excess_loss": losses, "notes": notes}
     write_record(folder, "proxy_stability", flags, commits_of(folder), record)
 
 

@@ -21,6 +21,7 @@ pretrained 5.0 at 96.1 G; from scratch 85.0, 12.7, 6.9 at 66.3 G; 6.5, 6.2, 6.2,
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
@@ -34,10 +35,11 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.stage_2 import Expert, make_expert
+from tdc_ray.storage import read_json
 from tdc_ray.work import Chain, Result
 
-Row = tuple[float, float, float, int]
-"""Score, macs, parameters, steps."""
+Cost = tuple[float, float, int, float, float]
+"""Macs, parameters, steps, train macs (the base's not included), search macs."""
 
 MACS_SHARE = 0.7
 METHODS: tuple[tuple[str, PruneMethod, bool], ...] = (
@@ -96,7 +98,7 @@ def tune(task: GroupTask, kept: Mapping[str, tuple[int, ...]]) -> Chain[Result]:
 
 def one_seed(
     config: RunConfig, base: Path, folder: Path, pool: Pool
-) -> tuple[str, dict[str, Row]]:
+) -> tuple[str, dict[str, tuple[float, Cost]]]:
     """Give the metric's name and what every row came to."""
     tasks = {
         row: task_of(config, base, folder / row.replace(" ", "-"), method, refit=refit)
@@ -105,8 +107,14 @@ def one_seed(
     experts: dict[str, Expert] = pool.run(
         {row: make_expert(task, MemoryBank(task.run_dir.memory)) for row, task in tasks.items()}
     )
-    rows = {
-        row: (float(expert.macs), float(expert.num_params), config.finetune.num_steps)
+    rows: dict[str, Cost] = {
+        row: (
+            expert.macs,
+            expert.num_params,
+            expert.train_steps,
+            expert.train_macs,
+            expert.choice.spent.macs,
+        )
         for row, expert in experts.items()
     }
     shape = experts["proxy"].choice.kept
@@ -115,25 +123,23 @@ def one_seed(
         tasks[row] = from_scratch(config, tasks["proxy"], root, times)
     trained = pool.run({row: tune(tasks[row], shape) for row in SCRATCH})
     for row, result in trained.items():
-        rows[row] = (float(result["macs"]), float(result["num_params"]), result["train_steps"])
-    space = tasks["proxy"].space
-    rows["pretrained"] = (
-        float(space.macs_base),
-        float(space.num_params_base),
-        config.base.num_steps,
-    )
+        cost = (result["macs"], result["num_params"], result["train_steps"], result["train_macs"])
+        rows[row] = (*cost, 0.0)
+    space, stage_1 = tasks["proxy"].space, read_json(base.parent / "result.json")
+    trained_for = (stage_1["train_steps"], stage_1["train_macs"])
+    rows["pretrained"] = (space.macs_base, space.num_params_base, *trained_for, 0.0)
     models = {"pretrained": Model("base", base, space.macs_base)}
     for row, task in tasks.items():
         save_index(task.run_dir.experts, config, [task.group], ["expert-00"])
         models[row] = Model("tdc", task.run_dir.experts, rows[row][0])
     metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
-    return metric, {row: (scores[row][0], *values) for row, values in rows.items()}
+    return metric, {row: (scores[row][0], cost) for row, cost in rows.items()}
 
 
 def main(flags: Flags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"pruning_methods-{flags.preset}"
-    found: dict[int, dict[str, Row]] = {}
+    found: dict[int, dict[str, tuple[float, Cost]]] = {}
     metric = ""
     for seed in flags.seeds:
         config = flags.config(seed)
@@ -144,27 +150,25 @@ def main(flags: Flags) -> None:
     paper = paper_column(PAPER, flags.preset)
     table = []
     for row in order:
-        values = [rows[row] for rows in found.values()]
-        scores, macs, params, steps = zip(*values, strict=True)
+        scores, costs = zip(*(rows[row] for rows in found.values()), strict=True)
+        macs, params, steps, train_macs, search_macs = map(fmean, zip(*costs, strict=True))
         table.append(
             [
                 row,
                 mean_and_spread(scores),
                 paper.get(row, "-"),
-                f"{sum(macs) / len(macs) / 1e6:.2f} M",
-                f"{sum(params) / len(params) / 1e6:.2f} M",
-                str(steps[0]),
+                f"{macs / 1e6:.2f} M",
+                f"{params / 1e6:.2f} M",
+                f"{steps:.0f}",
+                f"{train_macs:.3g}",
+                f"{search_macs:.2g}",
             ]
         )
-    columns = [
-        "row",
-        metric,
-        paper[""],
-        "FLOPs (MACs)",
-        "params",
-        "steps",
-    ]
-    write_table(folder, "pruning_methods", columns, table)
+    columns = ["row", metric, paper[""], "FLOPs (MACs)", "params", "steps", "train macs"]
+    note = (
+        "Rows that are pruned come from the pretrained one, whose training is not counted again."
+    )
+    write_table(folder, "pruning_methods", [*columns, "search macs"], table, note)
     plot_bars(
         folder, "pruning_methods", {r: [rows[r][0] for rows in found.values()] for r in order}
     )

@@ -4,7 +4,7 @@
     python experiments/time_cost.py --smoke
 
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
-measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--method llm` asks
+measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm` asks
 a language model.
 
 Hardware and hours: `digits` takes about 10 minutes a seed on 2 CPU cores.
@@ -15,11 +15,11 @@ OMS-DPM, which trains a predictor, more than 3800.
 
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
+from typing import Literal
 
 from common import Flags, parse_flags, run_once
 from output import paper_column, plot_bars, write_record, write_table
 
-from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.results import Results
 
 PAPER = {"cifar10": {"proxy": "0.078", "fine-tuning": "190", "total": "342"}}
@@ -29,8 +29,8 @@ PAPER = {"cifar10": {"proxy": "0.078", "fine-tuning": "190", "total": "342"}}
 class CostFlags(Flags):
     """Flags of this experiment."""
 
-    method: PruneMethod = "offline"
-    """Which proxy: offline or llm."""
+    proxy: Literal["offline", "llm"] = "offline"
+    """Which proxy."""
 
 
 def seconds_of(results: Results) -> dict[str, float]:
@@ -48,11 +48,11 @@ def seconds_of(results: Results) -> dict[str, float]:
 
 def main(flags: CostFlags) -> None:
     """Run all seeds and write the table."""
-    folder = flags.storage / f"time_cost-{flags.preset}-{flags.method}"
+    folder = flags.storage / f"time_cost-{flags.preset}-{flags.proxy}"
     found = []
     for seed in flags.seeds:
         config = flags.config(seed)
-        config = replace(config, prune=replace(config.prune, method=flags.method))
+        config = replace(config, prune=replace(config.prune, method=flags.proxy))
         found.append(run_once(config, folder / f"seed-{seed}", flags.store))
     seconds = [seconds_of(results) for results in found]
     paper = paper_column(PAPER, flags.preset)
@@ -64,7 +64,7 @@ def main(flags: CostFlags) -> None:
     write_table(folder, "time_cost", columns, rows)
     plot_bars(folder, "time_cost", {row: [by[row] for by in seconds] for row in seconds[0]})
     record = {
-        "method": flags.method,
+        "method": flags.proxy,
         "seconds": seconds,
         "prune": [asdict(results.prune) for results in found],
     }
