@@ -67,11 +67,10 @@ def _sweep(
         settings = ", ".join(
             f"{sweep.labels.get(name, name)} = {value}" for name, value in best.params.items()
         )
-        score = f"{best.mean['score']:.3f}"
         if "score" in best.spread:
-            score += f" ± {best.spread['score']:.3f}"
+            settings += f"; ± {best.spread['score']:.3f} over {best.num_done} seeds"
         metric = next((row.metric for row in done if row.metric), "score")
-        tiles.append((f"best {metric}", score, settings or best.name))
+        tiles.append((f"best {metric}", f"{best.mean['score']:.3f}", settings))
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]
