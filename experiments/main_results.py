@@ -25,7 +25,9 @@ from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, write_record, write_samples, write_table
 
 from tdc_ray.config import RunConfig
+from tdc_ray.distributed.cluster import connected
 from tdc_ray.results import Results
+from tdc_ray.run import local_cpus
 
 PAPER = {
     "cifar10": {"base": "4.08", "TDC, no pruning": "3.52", "TDC": "3.76"},
@@ -62,7 +64,8 @@ def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Result
 def main(flags: Flags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"main_results-{flags.preset}"
-    runs = {seed: runs_of_seed(flags, folder / f"seed-{seed}", seed) for seed in flags.seeds}
+    with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all runs
+        runs = {seed: runs_of_seed(flags, folder / f"seed-{seed}", seed) for seed in flags.seeds}
     seeds = {
         seed: dict(zip(ROWS, (tdc.base, longer.base, unpruned.tdc, tdc.tdc), strict=True))
         for seed, (tdc, longer, unpruned) in runs.items()
