@@ -55,6 +55,8 @@ def longer_base(config: RunConfig, tdc: Results) -> RunConfig:
 def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Results, Results]:
     """Do everything for one seed: TDC, the longer base, TDC without pruning."""
     config, store, tdc_dir = flags.config(seed), flags.store, folder / "tdc"
+    if flags.smoke:  # a base of equal macs trains for as long as the search takes
+        config = replace(config, prune=replace(config.prune, num_rounds=1, num_passes=1))
     tdc = run_once(config, tdc_dir, store)
     unpruned = run_once(without_pruning(config), folder / "no-pruning", store)
     longer = run_once(longer_base(config, tdc), folder / "longer-base", store, continues=tdc_dir)
