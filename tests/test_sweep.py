@@ -147,7 +147,9 @@ def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
     assert "Traceback" in log
 
 
-def test_optuna_goes_on_with_its_study_and_refuses_another(ray_cluster, swept, cache_dir):
+def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
+    ray_cluster, swept, cache_dir, tmp_path
+):
     from tdc_ray.sweep import sweep
     from tdc_ray.sweep_settings import Choices, Range, SweepConfig
 
@@ -170,6 +172,10 @@ def test_optuna_goes_on_with_its_study_and_refuses_another(ray_cluster, swept, c
     assert sorted(tuple(trial.values) for trial in study.trials) == sorted(
         (row.score, row.macs) for row in results.rows
     )
+    in_database = replace(how, num_trials=3, study=f"sqlite:///{tmp_path}/study.db")
+    results = sweep(config, space, in_database, folder, store=store)
+    study = optuna.load_study(study_name=str(folder), storage=in_database.study)
+    assert len(results.settings) == len(study.trials) == 3
     with pytest.raises(StorageError, match="for score, macs"):
         sweep(config, space, replace(how, objectives=("score",)), folder, store=store)
     other = {"finetune.learning_rate": Choices((1e-3, 1e-2))}
