@@ -9,7 +9,7 @@ rounding): `--per-expert` gives every expert the preset's steps in place of that
 groups more macs. All runs of a seed share one base.
 
 Hardware and hours: `digits` with two seeds, a quarter of the preset's steps and images
-(`--steps-share` 0.25), takes about 30 minutes on 2 idle CPU cores, `cifar10` days on GPUs
+(`--steps-share` 0.25), takes about 15 minutes on 2 CPU cores, `cifar10` days on GPUs
 (estimates from macs).
 
 The paper (FID, CIFAR-10): N = 4, 8, 10, 15, 20 gives 3.62, 3.56, 3.52, 3.56, 3.60.

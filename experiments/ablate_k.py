@@ -15,7 +15,7 @@ Figure 6 is CIFAR-10 (`--preset cifar10 --steps-share 1`), Figure 8 latent diffu
 first stage that `tdc-ray train-autoencoder` made.
 
 Hardware and hours: `digits` with three seeds, a quarter of the preset's steps and images
-(`--steps-share` 0.25), takes about 40 minutes on 2 idle CPU cores, `cifar10` days on GPUs
+(`--steps-share` 0.25), takes about 35 minutes on 2 CPU cores, `cifar10` days on GPUs
 (estimates from macs).
 
 The paper (FID) shows both figures as plots, stable over k, and prints no numbers in them; at

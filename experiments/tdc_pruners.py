@@ -8,7 +8,7 @@ scores and the proxy, each as the paper has it, without a refit, and the proxy w
 All runs of a seed share one base. `--proxy llm` makes the proxy a language model.
 
 Hardware and hours: `digits` with three seeds, a quarter of the preset's steps and images
-(`--steps-share` 0.25), takes about 40 minutes on 2 idle CPU cores, `cifar10` days on GPUs
+(`--steps-share` 0.25), takes about 25 minutes on 2 CPU cores, `cifar10` days on GPUs
 (estimates from macs).
 
 The paper (FID): on CIFAR-10 original 4.08, random 3.95, magnitude 3.88, Taylor 3.90, Diff-Pruning

@@ -102,8 +102,7 @@ class Store:
             _require_same(digests, document["files"]["digests"], own)
             result: Result = document["result"]
             reused = document["run"] != self.run
-            for step, metrics in document["reported"] if reused else ():
-                report(metrics, step)
+            reported: list[Reported] = document["reported"] if reused else []
         except StorageFailedError:
             raise
         except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
@@ -111,6 +110,8 @@ class Store:
             raise StorageFailedError(
                 f"{shown(entry)} is no whole entry of a store, and was removed: {error}"
             ) from error
+        for step, metrics in reported:
+            report(metrics, step)
         return _marked(result, key, reused=reused)
 
     def taking(self, item: WorkItem, key: str) -> WorkItem:

@@ -101,7 +101,7 @@ def _work(settings: dict[str, Any]) -> None:
         return
     from tdc_ray.distributed.base_rank import (
         train_rank,
-    )  # the controller need not import diffusers
+    )  # which Train's controller does not import
 
     try:
         train_rank(job.run_dir, job.config, job.board)
