@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
             "tdc_pruners-digits-smoke-offline",
             ["magnitude", "proxy with refit"],
         ),
-        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["constant", "snr"]),
+        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
     ],
 )
 def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, folder, rows):
