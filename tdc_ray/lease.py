@@ -35,6 +35,8 @@ STALE_AFTER_S = 8.0
 SETTLED_AFTER_S = 1.0
 """Of drivers that write a lease at the same time, the last one has it after that time."""
 
+RESENT_EVERY_S = 0.5
+
 _STOP = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + 11
 """How the thread that renews a lease stops the main one: a signal that nobody else uses."""
 
@@ -115,6 +117,8 @@ class _Lease:
         }
         self._count = 0
         self._stops: int | None = None
+        self._heard = False
+        """Whether the main thread was stopped."""
 
     def take(self) -> None:
         """Write the lease where there is none, or a stale one.
@@ -152,8 +156,7 @@ class _Lease:
                 if found is not None and found.get("id", self._id) != self._id:
                     self.lost = _name(found)
                     logger.error("%s", self._lost_error())
-                    if self._stops is not None and not self.over.is_set():
-                        signal.pthread_kill(self._stops, _STOP)
+                    self._stop_main_thread()
                     return
                 self._write()
                 failing = False
@@ -179,7 +182,26 @@ class _Lease:
         if threading.current_thread() is not threading.main_thread():
             return nullcontext()  # only the main thread can be: its block goes on to its end
         self._stops = threading.get_ident()
-        return _interrupted_by_stop()
+        return self._interrupted_by_stop()
+
+    def _stop_main_thread(self) -> None:
+        """Signal until it is heard: a signal just before a call that blocks does not end that."""
+        while self._stops is not None and not self._heard and not self.over.is_set():
+            signal.pthread_kill(self._stops, _STOP)
+            self.over.wait(RESENT_EVERY_S)
+
+    @contextmanager
+    def _interrupted_by_stop(self) -> Iterator[None]:
+        def interrupt(*_: object) -> None:
+            if not self._heard:  # once: a second one would cut short what the first one ends
+                self._heard = True
+                raise KeyboardInterrupt  # what Ray heeds while it waits
+
+        before = signal.signal(_STOP, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(_STOP, before)
 
     def _write(self) -> None:
         self._count += 1
@@ -245,15 +267,3 @@ def _processes() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return secrets.token_hex(8)  # unknown: like nobody else's
-
-
-@contextmanager
-def _interrupted_by_stop() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt  # what Ray heeds while it waits
-
-    before = signal.signal(_STOP, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(_STOP, before)
