@@ -10,7 +10,8 @@ that the proxy found for those of both stages. All strategies are given as many 
 macs as both stages take in all, search included, and every point says how many it took; a model
 that trains on for the next point does so from where it was.
 
-Hardware and hours: `digits` takes about 20 minutes a seed on 2 CPU cores. `cifar10` takes some
+Hardware and hours: `digits` with two seeds, a quarter of the preset's steps and images
+(`--steps-share` 0.25), takes about 25 minutes on 2 CPU cores. `cifar10` takes some
 3 x 450 k steps of up to 3 x 8.1 GMACs x 128 images a seed: weeks on one GPU (an estimate from
 macs).
 
