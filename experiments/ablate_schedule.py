@@ -10,8 +10,8 @@ base's macs; in a second variant of these two the limits have the mean of the SN
 compute does not decide. The mean limit of each is in the table. All runs of a seed share one base.
 
 Hardware and hours: `digits` with two seeds, a quarter of the preset's steps and images
-(`--steps-share` 0.25), takes about 30 minutes on 2 idle CPU cores, `cifar10` days on GPUs
-(estimates from macs).
+(`--steps-share` 0.25), takes about 25 minutes on 2 CPU cores, 15 with 0.15 of them; `cifar10` days
+on GPUs (estimates from macs).
 
 The paper (FID, FLOPs, params, CIFAR-10): SNR 3.76 at 6.56 G, 48.7 M; constant 3.91 at 6.79 G,
 49.5 M; uni-increasing 3.88 at 6.85 G, 43.2 M; uni-decreasing 4.11 at 6.21 G, 45.1 M.
