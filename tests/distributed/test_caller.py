@@ -93,7 +93,7 @@ def test_all_trials_share_one_caller_its_budget_and_its_bound(caller, events, tm
 
         return start(replace(config, max_concurrent=50))
 
-    with serving(after(0.1, says(GOOD))) as server, ThreadPoolExecutor(6) as threads:
+    with serving(after(0.3, says(GOOD))) as server, ThreadPoolExecutor(6) as threads:
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         item = call(tmp_path, "environment", set_environment, environment)
         pid = ray.get(caller.run.remote(item, events))["pid"]

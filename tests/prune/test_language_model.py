@@ -295,7 +295,7 @@ def test_the_budget_holds_while_many_ask_at_once(tmp_path, monkeypatch):
         for n in range(6)
     ]
     budget = Budget(jobs[0].config)
-    with serving(after(0.02, says("No."))) as server, ThreadPoolExecutor(6) as threads:
+    with serving(after(0.2, says("No."))) as server, ThreadPoolExecutor(6) as threads:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         results = list(threads.map(lambda job: ask(job, lambda *_: None, budget), jobs))
     assert server.most_under_way == 2
