@@ -147,14 +147,21 @@ def swept(
     """
     config = flags.config(flags.seeds[0])
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
-    results = sweep(config, space, settings, folder, points, flags.store)
-    asked = {setting_name(point) for point in (grid(space) if points is None else points)}
-    rows = [  # the folder may hold more, of other flags
-        row
-        for row in results.rows
-        if row.seed in flags.seeds and (settings.search != "grid" or row.setting in asked)
-    ]
-    return summarized(results, rows)
+    if points is None and settings.search == "grid":
+        points = grid(space)
+    return asked_for(sweep(config, space, settings, folder, points, flags.store), points)
+
+
+def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepResults:
+    """Leave out what the folder of a sweep holds of other flags.
+
+    Args:
+        results: All that it holds, and the seeds that were asked for.
+        points: Settings of a grid; None: the search chose them.
+    """
+    asked = None if points is None else {setting_name(point) for point in points}
+    rows = [row for row in results.rows if row.seed in results.seeds]
+    return summarized(results, [row for row in rows if asked is None or row.setting in asked])
 
 
 SETTINGS_FILE = "made_by.json"
