@@ -110,3 +110,7 @@ class RunDir:
     def group(self, index: int) -> Path:
         """What stage 2 leaves of a group: scores, losses of candidates, checkpoints."""
         return self.root / "groups" / f"{index:02d}"
+
+    def error_weights(self, index: int) -> Path:
+        """How much every image counts in the refits of a group."""
+        return self.group(index) / "error-weights.safetensors"

@@ -14,7 +14,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
 from tdc_ray.plan import plan_groups
-from tdc_ray.prune.rounds import SENSITIVITY_ITEMS, measure_item, sensitivity_items
+from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items
 from tdc_ray.prune.scored import uniform_scheme
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
@@ -108,7 +108,7 @@ def _rehearse(task: GroupTask, stages: Sequence[_Stage], prefix: str) -> Chain[N
 def _stages(task: GroupTask) -> list[_Stage]:
     prune, space = task.config.prune, task.space
     full = keep_all(space.units)
-    stages: list[_Stage] = [[measure_item(task, "base", full, 0)]]
+    stages: list[_Stage] = [[base_item(task)]]
     if prune.method == "none" or task.max_macs >= space.macs_base:
         return [*stages, [finetune_item(task, full)]]
     cut = _cut_to(space, task.max_macs)

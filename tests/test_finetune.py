@@ -116,7 +116,7 @@ def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
 
 def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
     folder = task.run_dir.group(task.group.index)
-    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     (result,) = folder.glob("finetune-*.json")
     told = json.loads(result.read_text())
     assert told["loss_finetuned"] == expert.loss_finetuned

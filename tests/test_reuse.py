@@ -14,7 +14,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.errors import StorageFailedError
 from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all
-from tdc_ray.prune.rounds import measure_item
+from tdc_ray.prune.items import measure_item
 from tdc_ray.reuse import Store, key_of, shared
 from tdc_ray.storage import write_text
 from tdc_ray.work import WorkItem, run_item

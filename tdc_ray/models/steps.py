@@ -1,6 +1,7 @@
 """A UNet's forward pass cut into steps, so that work can stop, look and go on between blocks."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,25 @@ def steps(unet: UNet2DModel) -> list[Step]:
             found.append(Step(names[sampler], sampler))
     out = nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out)
     return [*found, Step("conv_out", out.train(unet.training))]
+
+
+def run(some: Sequence[Step], state: State) -> State:
+    """Run steps, one after the other."""
+    for step in some:
+        state = step(state)
+    return state
+
+
+def num_untouched(base: Sequence[Step], pruned: Sequence[Step]) -> int:
+    """Count the steps before the first one that is cut: they are the base's own."""
+    pairs = zip(base, pruned, strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda pair: not is_cut(*pair), pairs))
+
+
+def is_cut(base: Step, step: Step) -> bool:
+    """Tell whether a step has fewer channels than that of the base."""
+    pairs = zip(base.module.parameters(), step.module.parameters(), strict=True)
+    return any(one.shape != other.shape for one, other in pairs)
 
 
 def _layers(block: Any) -> Iterator[tuple[nn.Module, ...]]:

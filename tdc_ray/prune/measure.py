@@ -13,7 +13,6 @@ from diffusers import UNet2DModel
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.inputs import of_group, of_measuring, of_run, of_weights
 from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.shapes import Layer
@@ -21,6 +20,12 @@ from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.unet import load_unet, unet_config
 from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
 from tdc_ray.plan import Group
+from tdc_ray.prune.error_weights import (
+    ErrorWeights,
+    error_weights,
+    load_weights,
+    save_weights,
+)
 from tdc_ray.prune.importance import (
     Scores,
     diff_pruning_scores,
@@ -29,7 +34,8 @@ from tdc_ray.prune.importance import (
     random_scores,
     taylor_scores,
 )
-from tdc_ray.prune.noised import NoisedBatch, held_out_loss, noised_batches
+from tdc_ray.prune.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
+from tdc_ray.prune.noised import NoisedBatch, held_out_losses, noised_batches
 from tdc_ray.prune.refit import refit
 from tdc_ray.prune.sensitivity import (
     Solutions,
@@ -42,110 +48,21 @@ from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.table import tabulate
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Inputs, Report, Result
+from tdc_ray.storage import exists
+from tdc_ray.work import Report, Result
 
 ERROR_WEIGHT_PASSES = 3
 """What the weights of the refit's images cost, in forward passes: one forward and one backward."""
-
-VERSION = 1
-"""Changes whenever scores, sensitivities or losses do, so that stored ones are made again."""
 
 DIFF_PRUNING_BATCH = 32
 """Images of Diff-Pruning's one batch, at most; it goes through the network at every timestep."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreJob:
-    """Score the base's units on a group's timesteps."""
-
-    run_dir: RunDir
-    config: RunConfig
-    group: Group
-    method: ScoreMethod
-
-
-@dataclass(frozen=True, slots=True)
-class SensitivityJob:
-    """Measure how the loss of the base, or of a cut of it, grows when one unit is cut further."""
-
-    run_dir: RunDir
-    config: RunConfig
-    group: Group
-    units: tuple[str, ...]
-    """Inner units."""
-
-    kept: Kept
-    """What the model that is measured keeps of the base: the best by score."""
-
-    scores: Scores
-    """Of the base's units; those that have none are ranked by reconstruction, on this model."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamJob:
-    """The same for one unit of the stream, whose every width is a candidate of its own."""
-
-    run_dir: RunDir
-    config: RunConfig
-    group: Group
-    unit: str
-    kept: Kept
-    scores: Scores
-    loss: float
-    """Of the model that is measured, on the group's held-out images."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureJob:
-    """Cut the base, refit what is left, and measure the loss on a group's timesteps."""
-
-    run_dir: RunDir
-    config: RunConfig
-    group: Group
-    kept: Kept
-    number: int
-    """Place in the group's search, from 0: the base; the step of its metrics."""
-
-
-def score_inputs(job: ScoreJob) -> Inputs:
-    """Give what :func:`score_units` follows from."""
-    place = {"group": job.group.index} if job.method == "random" else {}
-    return {"stage": "scores", "method": job.method, **place, **_inputs(job)}
-
-
-def sensitivity_inputs(job: SensitivityJob) -> Inputs:
-    """Give what :func:`measure_sensitivities` follows from."""
-    levels = job.config.prune.num_levels
-    what = {"units": job.units, "levels": levels, "kept": job.kept, "scores": job.scores}
-    return {"stage": "sensitivities", **what, **_inputs(job)}
-
-
-def stream_inputs(job: StreamJob) -> Inputs:
-    """Give what :func:`measure_stream` follows from."""
-    levels = job.config.prune.num_levels
-    what = {"unit": job.unit, "levels": levels, "kept": job.kept, "scores": job.scores}
-    return {"stage": "stream", "loss": job.loss, **what, **_inputs(job)}
-
-
-def measure_inputs(job: MeasureJob) -> Inputs:
-    """Give what :func:`measure_candidate` follows from."""
-    return {"stage": "measure", "kept": job.kept, **_inputs(job)}
-
-
-def _inputs(job: ScoreJob | SensitivityJob | StreamJob | MeasureJob) -> Inputs:
-    return {
-        "version": VERSION,
-        "base": of_weights(job.run_dir.base_unet),
-        **of_run(job.config),
-        **of_group(job.group),
-        **of_measuring(job.config.prune),
-    }
-
-
-@dataclass(frozen=True, slots=True)
 class Base:
     """The base on the worker's device, and what can be cut of it."""
 
+    run_dir: RunDir
     unet: UNet2DModel
     space: Space
     layers: Sequence[Layer]
@@ -160,6 +77,7 @@ def load_base(run_dir: RunDir, config: RunConfig) -> Base:
     """
     unet_settings = unet_config(run_dir.base_unet)
     return Base(
+        run_dir,
         load_unet(run_dir.base_unet).to(worker_device()),
         space_of(unet_settings, config.prune.space),
         all_layers(unet_settings),
@@ -201,8 +119,11 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
         solutions = masked_units(unet, units, scores, prune.num_levels)
     else:
         seen = list(noised_batches(config, group, device, purpose="refit"))
-        scores, solutions = solve_units(unet, units, scores, seen, schedule, prune.num_levels)
-        macs += prune.num_refit_images * (1 + ERROR_WEIGHT_PASSES) * base.space.macs(widths)
+        weights, spent = _error_weights(base, unet, job.kept, config, group, seen)
+        scores, solutions = solve_units(
+            unet, units, scores, seen, schedule, weights, prune.num_levels
+        )
+        macs += spent + prune.num_refit_images * base.space.macs(widths)
     held_out = list(noised_batches(config, group, device, purpose="held-out"))
     grown = measure_units(unet, solutions, held_out, schedule)
     macs += _measuring_macs(base, widths, solutions) * prune.num_images
@@ -241,6 +162,8 @@ def measure_candidate(job: MeasureJob, report: Report) -> Result:
     started = time.perf_counter()
     base = load_base(job.run_dir, job.config)
     loss_cut, loss, macs = _cut_and_measure(base, job.kept, job.config, job.group)
+    if job.leaves_weights:
+        macs += _leave_error_weights(base, job.config, job.group)
     loss_refit = None if job.config.prune.refit == "none" else loss
     report({"loss_cut": loss_cut, "loss_refit": loss}, job.number)
     return {
@@ -272,25 +195,63 @@ def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group
     if kept == keep_all(units):
         return 0.0
     schedule = noise_schedule(config.diffusion).to(base.unet.device)
-    batches = noised_batches(config, group, base.unet.device, purpose="refit")
+    batches = list(noised_batches(config, group, base.unet.device, purpose="refit"))
+    weights, spent = _error_weights(base, base.unet, keep_all(units), config, group, batches)
     outputs = kept_outputs(base.unet, units, kept)
-    macs = refit(base.unet, pruned, outputs, batches, schedule)
-    passes = (1 + ERROR_WEIGHT_PASSES) * base.space.macs_base
-    passes += 2 * base.space.macs(widths_of(kept))
-    return macs + float(config.prune.num_refit_images * passes)
+    macs = refit(base.unet, pruned, outputs, batches, schedule, weights)
+    passes = base.space.macs_base + 2 * base.space.macs(widths_of(kept))
+    return macs + spent + float(config.prune.num_refit_images * passes)
+
+
+def _error_weights(
+    base: Base,
+    unet: UNet2DModel,
+    kept: Kept,
+    config: RunConfig,
+    group: Group,
+    batches: Sequence[NoisedBatch],
+) -> tuple[ErrorWeights, float]:
+    """Give how much every image counts, and the macs that it took to know.
+
+    The base's weights are those that its own measurement left, where it did.
+
+    Args:
+        base: The base.
+        unet: The model that is changed next: the base itself, or a cut of it.
+        kept: What it keeps of the base.
+        config: The settings.
+        group: The group.
+        batches: The refit's images.
+    """
+    path = base.run_dir.error_weights(group.index)
+    if kept == keep_all(base.space.units) and exists(path):
+        return load_weights(path, batches, unet.device), 0.0
+    schedule = noise_schedule(config.diffusion).to(unet.device)
+    passes = ERROR_WEIGHT_PASSES * config.prune.num_refit_images
+    macs = float(passes * base.space.macs(widths_of(kept)))
+    return error_weights(unet, batches, schedule), macs
+
+
+def _leave_error_weights(base: Base, config: RunConfig, group: Group) -> float:
+    """Keep how much every image counts in the group's refits; give the macs that it took."""
+    batches = list(noised_batches(config, group, base.unet.device, purpose="refit"))
+    full = keep_all(base.space.units)
+    weights, macs = _error_weights(base, base.unet, full, config, group, batches)
+    save_weights(base.run_dir.error_weights(group.index), weights)
+    return macs
 
 
 def _cut_and_measure(
     base: Base, kept: Kept, config: RunConfig, group: Group
 ) -> tuple[float, float, float]:
     """Give the loss after the cut, the loss after the refit if there is one, and the macs."""
-    pruned = cut(base.unet, base.space.units, kept)
-    measuring = float(config.prune.num_images * base.space.macs(widths_of(kept)))
-    loss_cut = held_out_loss(pruned, config, group)
-    if config.prune.refit == "none" or kept == keep_all(base.space.units):
-        return loss_cut, loss_cut, measuring
-    macs = _refit(base, pruned, kept, config, group)
-    return loss_cut, held_out_loss(pruned, config, group), macs + 2 * measuring
+    pruned, macs = _cut_and_refit(base, kept, config, group)
+    models = [pruned]
+    if macs:
+        models.append(cut(base.unet, base.space.units, kept))
+    losses = held_out_losses(base.unet, models, config, group)
+    macs += float(len(models) * config.prune.num_images * base.space.macs(widths_of(kept)))
+    return losses[-1], losses[0], macs
 
 
 def _scores(

@@ -1,6 +1,6 @@
 """The noised images on which scores, refits and losses rest: the same for all candidates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.data import fixed_batches, held_out_split, to_model_range
 from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.latents import load_inputs
-from tdc_ray.models.steps import State, start
+from tdc_ray.models.steps import State, num_untouched, run, start, steps
 from tdc_ray.plan import Group
 from tdc_ray.seeds import derive_seed
 
@@ -86,6 +86,22 @@ def noised_batches(
         start += len(x_0)
         tensors = (x_0, epsilon, drawn, labels)
         yield NoisedBatch(*(tensor.to(device) for tensor in tensors))
+
+
+@torch.inference_mode()
+def held_out_losses(
+    base: UNet2DModel, cuts: Sequence[UNet2DModel], config: RunConfig, group: Group
+) -> list[float]:
+    """Give :func:`held_out_loss` of some cuts of a base: what stands before all cuts runs once."""
+    schedule = noise_schedule(config.diffusion).to(base.device)
+    own, all_steps = steps(base), [steps(unet.eval()) for unet in cuts]
+    shared = min(num_untouched(own, found) for found in all_steps)
+    losses: list[list[Tensor]] = [[] for _ in cuts]
+    for batch in noised_batches(config, group, base.device, purpose="held-out"):
+        state = run(own[:shared], batch.start(base, schedule))
+        for found, of_cut in zip(all_steps, losses, strict=True):
+            of_cut.append(batch.loss(run(found[shared:], state).hidden, schedule))
+    return [float(torch.cat(of_cut).double().mean()) for of_cut in losses]
 
 
 @torch.inference_mode()

@@ -2,13 +2,12 @@
 
 Block by block in forward order, the weights that read what was cut, and those that close the
 blocks behind it, are solved for so that on noised images of the group's timesteps the block gives
-out what the base's does. An image counts by how much an error in the block's output would change
-the network's. No gradient step is taken.
+out what the base's does. No gradient step is taken.
 """
 
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DModel
@@ -17,7 +16,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tdc_ray.diffusion import NoiseSchedule
-from tdc_ray.models.steps import State, Step, steps
+from tdc_ray.models.steps import State, Step, is_cut, steps
+from tdc_ray.prune.error_weights import ErrorWeights
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
@@ -31,8 +31,9 @@ def refit(
     base: UNet2DModel,
     pruned: UNet2DModel,
     kept_outputs: Mapping[str, Tensor],
-    batches: Iterable[NoisedBatch],
+    batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
+    weights: ErrorWeights,
 ) -> int:
     """Solve for the weights behind the cuts, in place.
 
@@ -46,14 +47,13 @@ def refit(
         kept_outputs: For every layer of ``pruned`` whose outputs were cut, which are kept.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the networks.
+        weights: How much every image counts in every step.
 
     Returns:
         Macs that the statistics took, forward passes not counted.
     """
     macs = 0
     pruned.eval()
-    batches = list(batches)
-    weights = error_weights(base, batches, schedule)
     keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
     store, device = _Store(), base.device
     true = [store.keep(batch.start(base, schedule)) for batch in batches]
@@ -75,7 +75,7 @@ def refit(
                 keep.get(layer),
                 weights[step.name],
             )
-        cut_before = cut_before or _is_cut(base_step.module, step.module)
+        cut_before = cut_before or is_cut(base_step, step)
         ours = [store.keep(step(_on(state, device))) for state in ours] if cut_before else after
         true = after
     return macs
@@ -112,43 +112,6 @@ def _in_file(tensor: Tensor) -> Tensor:
         file.truncate(tensor.numel() * tensor.element_size())
         kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return kept.view(tensor.shape).copy_(tensor)
-
-
-def error_weights(
-    base: UNet2DModel, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
-) -> dict[str, list[Tensor]]:
-    """Tell how much a small error in a step's output changes the network's, for every image.
-
-    The squared norm of the network's Jacobian, estimated with one random direction (Hutchinson):
-    noisy for one value, but summed over all of a step's. At timesteps whose noise is easy to
-    predict errors matter less, and the loss hardly heeds them.
-
-    Args:
-        base: The base, in eval mode.
-        batches: Noised images of the group's timesteps.
-        schedule: The noise schedule, on the device of the base.
-
-    Returns:
-        For every step, a tensor ``(B,)`` for each batch; their mean over all images is 1.
-    """
-    generator = torch.Generator().manual_seed(derive_seed("error weights"))
-    found: dict[str, list[Tensor]] = {}
-    all_steps = steps(base)
-    for batch in batches:
-        with torch.enable_grad():
-            state, hidden = batch.start(base, schedule), []
-            for step in all_steps:
-                state = step(state)
-                hidden.append(state.hidden)
-            direction = torch.randn(state.hidden.shape, generator=generator)
-            total = (state.hidden * direction.to(state.hidden.device)).sum()
-            gradients = torch.autograd.grad(total, hidden)
-        for step, gradient in zip(all_steps, gradients, strict=True):
-            found.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
-    for parts in found.values():
-        mean = torch.cat(parts).mean()
-        parts[:] = [part / mean if mean > 0 else torch.ones_like(part) for part in parts]
-    return found
 
 
 def closing(module: nn.Module) -> str:
@@ -225,11 +188,6 @@ def _to_solve(base: nn.Module, module: nn.Module, *, cut_before: bool) -> list[s
     last = closing(module)
     closes = [last] if cut_before or last in shrunk else []
     return [name for name in shrunk if name != last] + closes
-
-
-def _is_cut(base: nn.Module, module: nn.Module) -> bool:
-    pairs = zip(base.parameters(), module.parameters(), strict=True)
-    return any(one.shape != other.shape for one, other in pairs)
 
 
 def _layers(module: nn.Module) -> dict[str, ReadLayer]:

@@ -5,23 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tdc_ray.models.units import Kept, keep_all, widths_of
+from tdc_ray.models.units import keep_all
 from tdc_ray.prune.importance import Scores, keep_best
+from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items
+from tdc_ray.prune.jobs import ScoreJob, score_inputs
 from tdc_ray.prune.language_model import NO_REPLY, AskJob, ask
-from tdc_ray.prune.measure import (
-    MeasureJob,
-    ScoreJob,
-    SensitivityJob,
-    StreamJob,
-    measure_candidate,
-    measure_inputs,
-    measure_sensitivities,
-    measure_stream,
-    score_inputs,
-    score_units,
-    sensitivity_inputs,
-    stream_inputs,
-)
+from tdc_ray.prune.measure import score_units
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.offline import (
     OfflineProxy,
@@ -36,10 +25,7 @@ from tdc_ray.prune.space import Scheme, repair
 from tdc_ray.prune.task import Candidate, Choice, GroupTask, Spent
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Chain, Meeting, Result, WorkItem
-
-SENSITIVITY_ITEMS = 4
-"""Items that a group's sensitivities are cut into, so that several workers share them."""
+from tdc_ray.work import Chain, Meeting, Result
 
 
 def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
@@ -49,7 +35,7 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     """
     config, spent = task.config, Spent()
     full = keep_all(task.space.units)
-    (base,) = yield [measure_item(task, "base", full, 0)]
+    (base,) = yield [base_item(task)]
     spent.add(base)
     loss_base = base["loss_cut"]
     method = config.prune.method
@@ -251,80 +237,3 @@ def _measure(
         spent.add(result)
         found.append(Candidate(entry, kept[place]))
     return found
-
-
-def sensitivity_items(
-    task: GroupTask, number: int, kept: Kept, scores: Scores, loss: float, num_shares: int
-) -> list[WorkItem]:
-    """Make a pass's items: inner units in some shares, and every stream by itself.
-
-    Args:
-        task: The group.
-        number: The pass.
-        kept: What the model that is measured keeps of the base.
-        scores: Of the base's units.
-        loss: Of that model.
-        num_shares: Items for the inner units; each runs the images through the whole model.
-    """
-    prune, where = task.config.prune, (task.run_dir, task.config, task.group)
-    left = [unit for unit in task.space.units if len(kept[unit.name]) > 1]
-    inner = [unit.name for unit in left if unit.kind != "stream"]
-    macs, behind = task.space.macs(widths_of(kept)), _candidates_macs(task, 0)
-    items = []
-    for place in range(num_shares):
-        if names := tuple(inner[place::num_shares]):
-            passes = (
-                3 * prune.num_refit_images + len(names) * prune.num_levels * prune.num_images / 2
-            )
-            job = SensitivityJob(*where, names, kept, scores)
-            name = f"sensitivities-{number}-{place}"
-            items.append(
-                task.item(
-                    name,
-                    measure_sensitivities,
-                    job,
-                    cost=passes * macs,
-                    behind=behind,
-                    inputs=sensitivity_inputs,
-                )
-            )
-    for place, unit in enumerate(unit for unit in left if unit.kind == "stream"):
-        passes = prune.num_levels * (prune.num_images + 3 * prune.num_refit_images)
-        stream = StreamJob(*where, unit.name, kept, scores, loss)
-        name = f"sensitivities-{number}-stream-{place}"
-        cost = passes * macs
-        items.append(
-            task.item(name, measure_stream, stream, cost=cost, behind=behind, inputs=stream_inputs)
-        )
-    return items
-
-
-def measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
-    """Make the item that cuts, refits and measures a sub-model.
-
-    Args:
-        task: The group.
-        name: Its name within the group.
-        kept: What of each unit is kept.
-        number: Which of the search's candidates it is, counted from 1; 0: none of them.
-    """
-    prune, macs = task.config.prune, task.space.macs(widths_of(kept))
-    refitted = prune.refit != "none" and macs < task.space.macs_base
-    images = prune.num_images + 3 * prune.num_refit_images * refitted
-    return task.item(
-        name,
-        measure_candidate,
-        MeasureJob(task.run_dir, task.config, task.group, kept, number),
-        cost=float(images * macs),
-        behind=_candidates_macs(task, number),
-        num_steps=max(number, 1),
-        kept=kept,
-        inputs=measure_inputs,
-    )
-
-
-def _candidates_macs(task: GroupTask, number: int) -> float:
-    """Macs, roughly, of measuring all candidates that come after one."""
-    prune = task.config.prune
-    images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")
-    return float((prune.num_rounds * prune.num_candidates - number) * images * task.max_macs)

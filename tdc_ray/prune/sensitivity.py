@@ -8,12 +8,13 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.diffusion import NoiseSchedule
-from tdc_ray.models.steps import State, Step, steps
+from tdc_ray.models.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit
+from tdc_ray.prune.error_weights import ErrorWeights
 from tdc_ray.prune.importance import Scores, keep_best, reconstruction_scores
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.prune.refit import closing, error_weights
+from tdc_ray.prune.refit import closing
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]
@@ -35,6 +36,7 @@ def solve_units(
     scores: Scores,
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
+    weights: ErrorWeights,
     num_levels: int,
 ) -> tuple[Scores, Solutions]:
     """Rank the steps of inner units and solve for the weights behind each, at each of its levels.
@@ -47,6 +49,7 @@ def solve_units(
         scores: Of units that are ranked already.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
+        weights: How much every image counts in every step.
         num_levels: How many widths of each unit.
 
     Returns:
@@ -54,7 +57,7 @@ def solve_units(
         weights.
     """
     scores, solutions = dict(scores), {}
-    for unit, squares in _statistics(base, units, batches, schedule):
+    for unit, squares in _statistics(base, units, batches, schedule, weights):
         if unit.name not in scores:
             scores[unit.name] = reconstruction_scores(unit, squares)
         solutions[unit.name] = {
@@ -110,9 +113,7 @@ def measure_units(
         state = batch.start(base, schedule)
 
         def total(state: State, rest: Sequence[Step], batch: NoisedBatch = batch) -> float:
-            for step in rest:
-                state = step(state)
-            return float(batch.loss(state.hidden, schedule).double().sum())
+            return float(batch.loss(run(rest, state).hidden, schedule).double().sum())
 
         own = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
@@ -134,6 +135,7 @@ def _statistics(
     units: Sequence[Unit],
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
+    weights: ErrorWeights,
 ) -> Iterator[tuple[Unit, LeastSquares]]:
     """Give for every unit the normal equations of the layer that reads it, on the base's own."""
     num_images = sum(len(batch.x_0) for batch in batches)
@@ -145,7 +147,6 @@ def _statistics(
     }
     all_steps = steps(base)
     last = max(i for i, step in enumerate(all_steps) if step.name in squares)
-    weights = error_weights(base, batches, schedule)
     for number, batch in enumerate(batches):
         state = batch.start(base, schedule)
         for step in all_steps[: last + 1]:

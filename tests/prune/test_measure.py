@@ -4,18 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tdc_ray.config import RunConfig
 from tdc_ray.layout import RunDir
+from tdc_ray.models.steps import steps
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import load_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.prune.importance import keep_best, magnitude_scores
+from tdc_ray.prune.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.prune.measure import (
-    MeasureJob,
-    ScoreJob,
-    SensitivityJob,
-    StreamJob,
     load_base,
     measure_candidate,
     measure_sensitivities,
@@ -143,6 +142,23 @@ def test_measuring_costs_a_forward_pass_per_image_and_the_refit_at_least_three(r
     assert measured(run_dir, UNFITTED, 0, kept)["macs"] == 32 * macs
     passes = 2 * 32 * macs + 16 * (space.macs_base + 2 * macs)
     assert measured(run_dir, CONFIG, 0, kept)["macs"] > passes
+
+
+def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(tmp_path):
+    run_dir, group = make_run_dir(tmp_path), group_of(CONFIG, 0)
+    kept, space = random_kept(UNITS, seed=0), load_base(run_dir, CONFIG).space
+    alone = measured(run_dir, CONFIG, 0, kept)
+    job = MeasureJob(run_dir, CONFIG, group, keep_all(UNITS), 0, leaves_weights=True)
+    base = measure_candidate(job, ignore)
+    assert base["macs"] == (32 + 3 * 16) * space.macs_base
+    after = measured(run_dir, CONFIG, 0, kept)
+    assert after["macs"] == alone["macs"] - 3 * 16 * space.macs_base
+    assert [after[name] for name in ("loss_cut", "loss_refit")] == [
+        alone[name] for name in ("loss_cut", "loss_refit")
+    ]
+    assert load_file(run_dir.error_weights(0)).keys() == {
+        step.name for step in steps(load_unet(run_dir.base_unet))
+    }
 
 
 # --- scores ----------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -8,8 +10,9 @@ from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.steps import steps
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
+from tdc_ray.prune.error_weights import error_weights
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.prune.refit import closing, error_weights, refit
+from tdc_ray.prune.refit import closing, refit
 from tdc_ray.settings import DiffusionConfig
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, assert_same, random_kept, random_unet
@@ -37,12 +40,17 @@ def outputs_of(unet: UNet2DModel, batches: list[NoisedBatch]) -> Tensor:
     return torch.cat([batch.predict(unet, SCHEDULE) for batch in batches])
 
 
+def weighed(base: UNet2DModel, batches: list[NoisedBatch]) -> tuple[Any, ...]:
+    """What a refit takes beside the networks."""
+    return batches, SCHEDULE, error_weights(base, batches, SCHEDULE)
+
+
 def cut_and_refit(
     base: UNet2DModel, units: tuple[Unit, ...], kept: Kept, batches: list[NoisedBatch]
 ) -> tuple[UNet2DModel, UNet2DModel]:
     """The base after the cut, and after the refit."""
     pruned, refitted = cut(base, units, kept), cut(base, units, kept)
-    refit(base, refitted, kept_outputs(base, units, kept), batches, SCHEDULE)
+    refit(base, refitted, kept_outputs(base, units, kept), *weighed(base, batches))
     return pruned, refitted
 
 
@@ -64,7 +72,7 @@ def cut_only(units: tuple[Unit, ...], **kept: tuple[int, ...]) -> dict[str, tupl
 def test_where_nothing_is_cut_nothing_changes(kind):
     base, units = random_unet(), units_of(TINY, kind)
     same = cut(base, units, keep_all(units))
-    assert refit(base, same, {}, noised(TINY, 8), SCHEDULE) == 0
+    assert refit(base, same, {}, *weighed(base, noised(TINY, 8))) == 0
     assert_same(same.state_dict(), base.state_dict())
 
 
@@ -280,7 +288,7 @@ def test_statistics_of_twice_the_images_take_twice_the_macs():
     outputs = kept_outputs(base, units, kept)
 
     def macs(size: int) -> int:
-        return refit(base, cut(base, units, kept), outputs, noised(TINY, size), SCHEDULE)
+        return refit(base, cut(base, units, kept), outputs, *weighed(base, noised(TINY, size)))
 
     assert macs(4) == 2 * macs(2) > 0
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.units import Unit, keep_all, units_of
+from tdc_ray.prune.error_weights import ErrorWeights, error_weights
 from tdc_ray.prune.importance import keep_best, magnitude_scores
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.prune.refit import closing, refit
@@ -41,6 +42,10 @@ def noised(*sizes: int, seed: int = 0) -> list[NoisedBatch]:
 
 
 SEEN, HELD_OUT = noised(14, 10), noised(4, 3, seed=1)
+
+
+def weights_of(base: UNet2DModel) -> ErrorWeights:
+    return error_weights(base, SEEN, SCHEDULE)
 
 
 @torch.no_grad()
@@ -92,7 +97,9 @@ def kept_at(unit: Unit, width: int, scores: dict[str, list[float]]) -> tuple[int
 def test_the_growth_is_that_of_cutting_a_unit_alone_and_solving_behind_it(name):
     config = CONFIGS[name]
     base, units = random_unet(config), units_of(config)
-    scores, solutions = solve_units(base, units, {}, SEEN, SCHEDULE, num_levels=2)
+    scores, solutions = solve_units(
+        base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
+    )
     grown = measure_units(base, solutions, HELD_OUT, SCHEDULE)
     before = loss_of(base)
     assert list(grown) == [unit.name for unit in units]
@@ -108,13 +115,15 @@ def test_the_growth_is_that_of_cutting_a_unit_alone_and_solving_behind_it(name):
 def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
     config = CONFIGS[name]
     base, units = random_unet(config), units_of(config)
-    scores, solutions = solve_units(base, units, {}, SEEN, SCHEDULE, num_levels=2)
+    scores, solutions = solve_units(
+        base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
+    )
     for unit in [unit for unit in units if unit.width > 1][::3]:
         width = levels(unit, 2)[-1]
         kept = kept_at(unit, width, scores)
         refitted = cut_alone(base, unit, kept)
         choice = keep_all(units) | {unit.name: kept}
-        refit(base, refitted, kept_outputs(base, units, choice), SEEN, SCHEDULE)
+        refit(base, refitted, kept_outputs(base, units, choice), SEEN, SCHEDULE, weights_of(base))
         layer, found = reader_of(refitted, unit), solutions[unit.name][width]
         whole = torch.zeros_like(found[0])
         whole[:, unit.places(kept)] = layer.weight.detach()
@@ -142,7 +151,9 @@ def test_without_a_refit_the_growth_is_that_of_the_plain_cut(name):
 def test_weights_of_what_is_cut_are_zero():
     base = random_unet()
     scores = magnitude_scores(base, UNITS)
-    solved_scores, solved = solve_units(base, UNITS, {}, SEEN, SCHEDULE, num_levels=2)
+    solved_scores, solved = solve_units(
+        base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
+    )
     masked = masked_units(base, UNITS, scores, num_levels=2)
     for unit in UNITS:
         for found, ranked in ((solved, solved_scores), (masked, scores)):
@@ -155,7 +166,7 @@ def test_weights_of_what_is_cut_are_zero():
 
 def test_solving_behind_a_unit_costs_less_than_just_cutting_it():
     base = random_unet()
-    scores, solved = solve_units(base, UNITS, {}, SEEN, SCHEDULE, num_levels=2)
+    scores, solved = solve_units(base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
     masked = masked_units(base, UNITS, scores, num_levels=2)
 
     def off_by(unit: Unit, weights: Weights) -> float:
@@ -170,7 +181,7 @@ def test_the_bases_weights_are_put_back():
     base = random_unet()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     places = {name: value.data_ptr() for name, value in base.named_parameters()}
-    _, solutions = solve_units(base, UNITS, {}, SEEN, SCHEDULE, num_levels=2)
+    _, solutions = solve_units(base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
     measure_units(base, solutions, HELD_OUT, SCHEDULE)
     assert_same(base.state_dict(), before)
     assert {name: value.data_ptr() for name, value in base.named_parameters()} == places
