@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from torch import nn
 
 from tdc_ray.conditioning import null_class
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
+from tdc_ray.experts import Experts, OffloadedExperts
 from tdc_ray.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
@@ -24,46 +24,6 @@ INDEX_FILE = "progressive.json"
 FIRST_STAGE_DIR = "first_stage"
 FORMAT = 1
 OUTPUT_TYPES = ("pil", "np", "pt")
-
-
-class Experts(nn.ModuleList):
-    """Denoisers, each for a run of timesteps; together they serve every timestep."""
-
-    def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]]) -> None:
-        """Take one span ``(first, last)`` of timesteps, last included, per UNet, in order."""
-        super().__init__(unets)
-        self.spans = tuple(spans)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def num_class_embeds(self) -> int | None:
-        """Classes that each expert embeds; None: they are unconditional."""
-        first: Any = self[0]
-        embeds: int | None = first.config["num_class_embeds"]
-        return embeds
-
-    def for_timestep(self, timestep: int) -> nn.Module:
-        """Give the expert that serves a timestep.
-
-        Raises:
-            ConfigError: None does.
-        """
-        for unet, (first, last) in zip(self, self.spans, strict=True):
-            if first <= timestep <= last:
-                return unet
-        raise ConfigError(
-            f"no expert serves timestep {timestep}: the experts' timesteps are {self.spans}. "
-            "Use a scheduler with the number of timesteps that the experts were trained for."
-        )
 
 
 class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
@@ -79,7 +39,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     def __init__(
         self,
-        experts: Experts,
+        experts: Experts | OffloadedExperts,
         scheduler: SchedulerMixin,
         first_stage: FirstStage | None = None,
         *,
@@ -232,13 +192,19 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, torch_dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        offload: bool = False,
     ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
 
         Args:
             path: The folder, or its URI, such as ``s3://bucket/run``.
             torch_dtype: Precision to bring the experts' weights to; a first stage keeps its own.
+            offload: Hold at most two experts in memory: the one in use, and the next, which is
+                read meanwhile.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -253,10 +219,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             index = read_json(folder / INDEX_FILE)
             if index["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {index['format']}, expected {FORMAT}.")
-            rows = index["experts"]
-            experts = Experts(
-                [load_expert(folder / row["folder"]) for row in rows],
-                [(row["first"], row["last"]) for row in rows],
+            folders = [folder / row["folder"] for row in index["experts"]]
+            spans = [(row["first"], row["last"]) for row in index["experts"]]
+            experts = (
+                OffloadedExperts(folders, spans)
+                if offload
+                else Experts([load_expert(one) for one in folders], spans)
             )
             scheduler = make_scheduler(
                 DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
@@ -315,7 +283,7 @@ def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _assemble(
-    experts: Experts,
+    experts: Experts | OffloadedExperts,
     scheduler: SchedulerMixin,
     first_stage: FirstStage | None,
     index: dict[str, Any],

@@ -131,7 +131,7 @@ def cifar10() -> RunConfig:
         model=ModelConfig(architecture="iddpm-cifar10", dropout=0.3),
         diffusion=DiffusionConfig(learned_sigma=True),
         base=base,
-        prune=PruneConfig(num_images=1024, num_refit_images=512, batch_size=32),
+        prune=PruneConfig(num_images=1024, num_refit_images=512),
         finetune=replace(base, num_steps=20_000, checkpoint_every=2_000),
         evaluate=EvaluateConfig(reference="cifar10"),
         compute=ComputeConfig(gpus_per_base_worker=1, gpus_per_actor=1),
@@ -227,7 +227,7 @@ def ddpm_ffhq256() -> RunConfig:
         data=replace(full.data, source="folder", path="ffhq256", image_size=256, num_workers=4),
         model=ModelConfig(architecture="ddpm-ffhq256"),
         base=train,
-        prune=PruneConfig(num_images=256, num_refit_images=128, batch_size=8),
+        prune=PruneConfig(num_images=256, num_refit_images=128),
         finetune=replace(train, num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
         evaluate=EvaluateConfig(batch_size=50),
     )

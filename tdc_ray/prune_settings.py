@@ -64,8 +64,9 @@ class PruneConfig:
     """Share of the images that no fine-tune sees and on which all losses are measured, in
     (0, 0.5]."""
 
-    batch_size: int = 128
-    """Images per forward pass while measuring."""
+    batch_size: int | None = None
+    """Images per forward pass while measuring; None: as many as the device takes best, by the size
+    of the model's activations."""
 
     def __post_init__(self) -> None:
         counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")

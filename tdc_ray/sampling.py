@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixi
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from tdc_ray.models.forward import denoised
 from tdc_ray.schedule import betas
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
@@ -111,23 +112,22 @@ def sample(
     x = x * scheduler.init_noise_sigma
     extra = _step_arguments(scheduler, eta=eta, generator=generator)
     learns_variance = _learns_variance(scheduler)
-    told, copies = {}, 1
+    told, copies = None, 1
     if class_labels is not None:
         labels = class_labels.to(x.device)
         if guidance_scale != 1.0:
             assert null_class is not None
             labels, copies = torch.cat([labels, torch.full_like(labels, null_class)]), 2
-        told = {"class_labels": labels}
+        told = labels
     for timestep in scheduler.timesteps.tolist():
         model_input = scheduler.scale_model_input(x, timestep).to(dtype)
         seen = timestep if timestep_scale == 1.0 else timestep * timestep_scale
         timesteps = torch.full((copies * len(x),), seen, device=x.device)
         model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
-        output = denoiser_for(timestep)(model_input, timesteps, **told).sample.float()
+        read = None if learns_variance else num_channels  # of (B, 2C, H, W), where it is learned
+        output = denoised(denoiser_for(timestep), model_input, timesteps, told, num_channels=read)
         if copies == 2:
             output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
-        if not learns_variance:
-            output = output[:, :num_channels]  # (B, 2C, H, W) -> (B, C, H, W)
         x = scheduler.step(output, timestep, x, **extra).prev_sample
         on_step()
     return x

@@ -216,7 +216,7 @@ def test_the_base_is_trained_on_noised_latents(config):
 
 
 def test_candidates_are_measured_on_latents(config, latents):
-    (batch, *_) = noised_batches(config, group_of(config, 0), ALONE.device, purpose="held-out")
+    (batch, *_) = noised_batches(config, group_of(config, 0), random_unet(), purpose="held-out")
     everything = {row.numpy().tobytes() for row in latents}
     assert {row.numpy().tobytes() for row in batch.x_0} <= everything
 

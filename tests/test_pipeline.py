@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +12,12 @@ from PIL import Image
 
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.experts import Experts
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import (
     INDEX_FILE,
-    Experts,
     ProgressivePipeline,
     base_pipeline,
     save_index,
@@ -106,6 +108,29 @@ def test_saved_experts_draw_the_images_of_the_live_ones(saved):
     run_dir = saved.parent
     assert_same(images_of(ProgressivePipeline.from_pretrained(run_dir)), expected)
     assert not torch.equal(expected, images_of(base_pipeline(random_unet(), CONFIG)))
+
+
+def test_experts_that_are_read_when_they_are_needed_draw_the_same_images(saved):
+    expected = images_of(ProgressivePipeline.from_pretrained(saved))
+    pipeline = ProgressivePipeline.from_pretrained(saved, offload=True)
+    assert_same(images_of(pipeline), expected)
+    assert_same(images_of(pipeline), expected)
+    assert sum(parameter.numel() for parameter in pipeline.experts.parameters()) == 0
+    half = pipeline.to(torch.bfloat16)
+    assert half.experts.for_timestep(999).dtype == torch.bfloat16
+    torch.testing.assert_close(images_of(half), expected, rtol=0, atol=0.1)
+
+
+def test_two_experts_are_in_memory_at_most_where_they_are_read_when_needed(saved):
+    experts = ProgressivePipeline.from_pretrained(saved, offload=True).experts
+    seen = []
+    for timestep in range(999, -1, -50):
+        seen.append(weakref.ref(experts.for_timestep(timestep)))
+        gc.collect()
+        assert len({id(unet()) for unet in seen if unet() is not None}) <= 2
+    (saved / "expert-01" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expert-01"):
+        ProgressivePipeline.from_pretrained(saved, offload=True).experts.for_timestep(300)
 
 
 def test_a_moved_folder_of_experts_still_loads(saved, tmp_path):

@@ -156,6 +156,8 @@ class Sample:
     """Weight of classifier-free guidance, 1 for none; default: as the run was planned."""
     batch_size: int = 64
     """Images sampled at once."""
+    offload: bool = False
+    """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False
@@ -175,7 +177,7 @@ class Sample:
         from tdc_ray.sampling import image_generators, image_labels
         from tdc_ray.storage import atomic_path
 
-        pipeline = ProgressivePipeline.from_pretrained(self.run)
+        pipeline = ProgressivePipeline.from_pretrained(self.run, offload=self.offload)
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
 from tdc_ray.models.architectures import UNetConfig
@@ -58,7 +58,7 @@ def load_expert(folder: Path) -> UNet2DModel:
         raise CheckpointError(f"{shown(folder)} holds no expert: {CONFIG_FILE} is missing.")
     try:
         unet = _empty(read_json(folder / CONFIG_FILE))
-        load_model(unet, folder / WEIGHTS_FILE)
+        unet.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)  # mapped, not copied
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
         if is_from_outside(error):
             raise
@@ -73,4 +73,4 @@ def _empty(document: dict[str, Any]) -> UNet2DModel:
     kept = {name: tuple(indices) for name, indices in document["kept"].items()}
     with torch.device("meta"):
         base = build_unet(config, dropout=dropout)
-    return cut(base, units_for(config, kept), kept).to_empty(device="cpu")
+    return cut(base, units_for(config, kept), kept)

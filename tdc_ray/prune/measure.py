@@ -102,7 +102,7 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
     started = time.perf_counter()
     config, group, prune = job.config, job.group, job.config.prune
     base = load_base(job.run_dir, config)
-    device, schedule = base.unet.device, noise_schedule(config.diffusion).to(base.unet.device)
+    schedule = noise_schedule(config.diffusion).to(base.unet.device)
     unet, macs = _cut_and_refit(base, job.kept, config, group)
     widths = widths_of(job.kept)
     units = [
@@ -118,13 +118,13 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
     if prune.refit == "none":
         solutions = masked_units(unet, units, scores, prune.num_levels)
     else:
-        seen = list(noised_batches(config, group, device, purpose="refit"))
+        seen = list(noised_batches(config, group, base.unet, purpose="refit"))
         weights, spent = _error_weights(base, unet, job.kept, config, group, seen)
         scores, solutions = solve_units(
             unet, units, scores, seen, schedule, weights, prune.num_levels
         )
         macs += spent + prune.num_refit_images * base.space.macs(widths)
-    held_out = list(noised_batches(config, group, device, purpose="held-out"))
+    held_out = list(noised_batches(config, group, base.unet, purpose="held-out"))
     grown = measure_units(unet, solutions, held_out, schedule)
     macs += _measuring_macs(base, widths, solutions) * prune.num_images
     report({}, 1)
@@ -195,7 +195,7 @@ def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group
     if kept == keep_all(units):
         return 0.0
     schedule = noise_schedule(config.diffusion).to(base.unet.device)
-    batches = list(noised_batches(config, group, base.unet.device, purpose="refit"))
+    batches = list(noised_batches(config, group, base.unet, purpose="refit"))
     weights, spent = _error_weights(base, base.unet, keep_all(units), config, group, batches)
     outputs = kept_outputs(base.unet, units, kept)
     macs = refit(base.unet, pruned, outputs, batches, schedule, weights)
@@ -234,7 +234,7 @@ def _error_weights(
 
 def _leave_error_weights(base: Base, config: RunConfig, group: Group) -> float:
     """Keep how much every image counts in the group's refits; give the macs that it took."""
-    batches = list(noised_batches(config, group, base.unet.device, purpose="refit"))
+    batches = list(noised_batches(config, group, base.unet, purpose="refit"))
     full = keep_all(base.space.units)
     weights, macs = _error_weights(base, base.unet, full, config, group, batches)
     save_weights(base.run_dir.error_weights(group.index), weights)
@@ -268,7 +268,7 @@ def _scores(
     if method == "magnitude":
         return magnitude_scores(unet, units), 0.0
     schedule = noise_schedule(config.diffusion).to(unet.device)
-    batches = noised_batches(config, group, unet.device, purpose="scores")
+    batches = noised_batches(config, group, unet, purpose="scores")
     if method == "taylor":
         return taylor_scores(unet, units, batches, schedule), 3 * forward * config.prune.num_images
     first = next(batches)

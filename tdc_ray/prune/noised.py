@@ -12,6 +12,7 @@ from tdc_ray.config import RunConfig
 from tdc_ray.data import fixed_batches, held_out_split, to_model_range
 from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.latents import load_inputs
+from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.steps import State, num_untouched, run, start, steps
 from tdc_ray.plan import Group
 from tdc_ray.seeds import derive_seed
@@ -63,9 +64,9 @@ class NoisedBatch:
 
 
 def noised_batches(
-    config: RunConfig, group: Group, device: torch.device, *, purpose: Purpose
+    config: RunConfig, group: Group, unet: UNet2DModel, *, purpose: Purpose
 ) -> Iterator[NoisedBatch]:
-    """Give noised images, the same ones at every call.
+    """Give noised images, the same ones at every call, in batches for a UNet, on its device.
 
     The timesteps are spread evenly over the group's. For ``held-out`` the images are those that no
     fine-tune sees (``prune.held_out_share``), for the other purposes they are the others.
@@ -78,14 +79,16 @@ def noised_batches(
     dataset = load_inputs(config)
     rest, held_out = held_out_split(dataset, prune.held_out_share, config.seed)
     among = held_out if purpose == "held-out" else rest
-    start = 0
-    for images, labels in fixed_batches(dataset, count, prune.batch_size, seed, among=among):
+    size, start = prune.batch_size or images_at_once(unet), 0
+    noise: Tensor | None = None
+    for images, labels in fixed_batches(dataset, count, size, seed, among=among):
         x_0 = to_model_range(images)
-        epsilon = torch.randn(x_0.shape, generator=generator)
-        drawn = timesteps.start + places[start : start + len(x_0)]
+        if noise is None:  # of all images, so that it does not depend on the batches
+            noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
+        part = slice(start, start + len(x_0))
         start += len(x_0)
-        tensors = (x_0, epsilon, drawn, labels)
-        yield NoisedBatch(*(tensor.to(device) for tensor in tensors))
+        tensors = (x_0, noise[part], timesteps.start + places[part], labels)
+        yield NoisedBatch(*(tensor.to(unet.device) for tensor in tensors))
 
 
 @torch.inference_mode()
@@ -97,7 +100,7 @@ def held_out_losses(
     own, all_steps = steps(base), [steps(unet.eval()) for unet in cuts]
     shared = min(num_untouched(own, found) for found in all_steps)
     losses: list[list[Tensor]] = [[] for _ in cuts]
-    for batch in noised_batches(config, group, base.device, purpose="held-out"):
+    for batch in noised_batches(config, group, base, purpose="held-out"):
         state = run(own[:shared], batch.start(base, schedule))
         for found, of_cut in zip(all_steps, losses, strict=True):
             of_cut.append(batch.loss(run(found[shared:], state).hidden, schedule))
@@ -112,6 +115,6 @@ def held_out_loss(unet: UNet2DModel, config: RunConfig, group: Group) -> float:
     unet.eval()
     losses = [
         batch.loss(batch.predict(unet, schedule), schedule)
-        for batch in noised_batches(config, group, device, purpose="held-out")
+        for batch in noised_batches(config, group, unet, purpose="held-out")
     ]
     return float(torch.cat(losses).double().mean())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ from tdc_ray.models.unet import build_unet, load_unet
 from tdc_ray.prune.noised import NoisedBatch, held_out_loss, noised_batches
 from tests.small import TINY, group_of, make_run_dir, random_unet, small_config
 
-CPU = torch.device("cpu")
+UNET = random_unet()
 CONFIG = small_config(prune={"num_images": 64, "num_refit_images": 48})
+THIRTEEN = replace(CONFIG.prune, batch_size=13)
 PURPOSES = ["held-out", "scores", "refit"]
 
 
@@ -23,7 +26,7 @@ def run_dir(tmp_path_factory) -> RunDir:
 
 def drawn(config: RunConfig, index: int, *, purpose="held-out") -> NoisedBatch:
     """All images of a group, batches put together."""
-    found = list(noised_batches(config, group_of(config, index), CPU, purpose=purpose))
+    found = list(noised_batches(config, group_of(config, index), UNET, purpose=purpose))
     names = ("x_0", "epsilon", "timesteps", "labels")
     return NoisedBatch(*(torch.cat([getattr(b, name) for b in found]) for name in names))
 
@@ -75,6 +78,12 @@ def test_noise_is_the_same_at_every_call_and_another_for_every_purpose_group_and
         assert not any(
             torch.equal(getattr(first, name)[:48], getattr(other, name)[:48]) for other in others
         )
+
+
+def test_images_timesteps_and_noise_do_not_depend_on_the_batches():
+    whole, parts = drawn(CONFIG, 1), drawn(replace(CONFIG, prune=THIRTEEN), 1)
+    for name in ("x_0", "epsilon", "timesteps", "labels"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
 
 
 def test_the_images_are_different_ones_in_model_range_with_their_labels():

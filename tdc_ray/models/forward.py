@@ -1,0 +1,78 @@
+"""A denoiser's forward pass for sampling: some images at a time, and no channel unread."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+BYTES_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+"""Of the first convolution's output. On CPUs larger tensors leave the caches and are given back to
+the system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long
+for each as with 32."""
+
+MOST_AT_ONCE = 1024
+
+
+def images_at_once(unet: UNet2DModel, size: int | None = None) -> int:
+    """Tell how many images a forward pass takes best on a UNet's device.
+
+    Args:
+        unet: The UNet.
+        size: Height and width of what it denoises; None: as its config says.
+    """
+    weight: Tensor = unet.conv_in.weight
+    size = size or unet.config["sample_size"]
+    bytes_each = len(weight) * size * size * weight.element_size()
+    at_once = BYTES_AT_ONCE.get(weight.device.type, BYTES_AT_ONCE["cuda"]) // bytes_each
+    return min(max(1, at_once), MOST_AT_ONCE)
+
+
+def denoised(
+    denoiser: nn.Module,
+    x_t: Tensor,
+    timesteps: Tensor,
+    class_labels: Tensor | None = None,
+    *,
+    num_channels: int | None = None,
+) -> Tensor:
+    """Run a denoiser on as many images at a time as its device takes best.
+
+    Args:
+        denoiser: A ``UNet2DModel``; any other module gets all images at once.
+        x_t: Noised images, ``(B, C, H, W)``.
+        timesteps: As the network sees them, ``(B,)``.
+        class_labels: ``(B,)`` for denoisers that are conditioned on classes.
+        num_channels: Channels of the output that are read; None: all.
+
+    Returns:
+        ``(B, num_channels, H, W)``, float32.
+    """
+    if not isinstance(denoiser, UNet2DModel):
+        told = {} if class_labels is None else {"class_labels": class_labels}
+        whole: Tensor = denoiser(x_t, timesteps, **told).sample
+        return whole[:, :num_channels].float()
+    size = images_at_once(denoiser, x_t.shape[-1])
+    with _first_outputs(denoiser.conv_out, num_channels):
+        parts = [
+            denoiser(
+                x_t[first : first + size],
+                timesteps[first : first + size],
+                class_labels=None if class_labels is None else class_labels[first : first + size],
+            ).sample.float()
+            for first in range(0, len(x_t), size)
+        ]
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def _first_outputs(layer: nn.Conv2d, count: int | None) -> Iterator[None]:
+    """Let a convolution compute its first outputs alone for a while."""
+    assert layer.bias is not None
+    weight, bias = layer.weight.data, layer.bias.data
+    layer.weight.data, layer.bias.data = weight[:count], bias[:count]
+    try:
+        yield
+    finally:
+        layer.weight.data, layer.bias.data = weight, bias

@@ -1,0 +1,39 @@
+import copy
+
+import pytest
+import torch
+
+from tdc_ray.models.architectures import architecture
+from tdc_ray.models.forward import denoised, images_at_once
+from tdc_ray.models.unet import build_unet
+from tests.small import TINY, random_unet
+
+LEARNED = {**TINY, "out_channels": 2 * TINY["in_channels"]}
+
+
+def test_larger_models_take_fewer_images_at_once():
+    with torch.device("meta"):
+        unet = build_unet(architecture("iddpm-cifar10"))
+    weight = torch.empty(128, 3, 3, 3)
+    unet.conv_in.weight = torch.nn.Parameter(weight)
+    assert images_at_once(unet) == 32  # 128 channels of 32 x 32, 4 bytes each: 16 MiB
+    assert images_at_once(unet, 64) == 8
+    assert images_at_once(unet, 4096) == 1
+    assert images_at_once(random_unet()) > 256
+
+
+@pytest.mark.parametrize("num_channels", [None, 1])
+def test_in_parts_the_output_is_that_of_one_pass(num_channels, monkeypatch):
+    unet = random_unet(LEARNED)
+    before = copy.deepcopy(unet.state_dict())
+    x_t, timesteps = torch.randn(7, 1, 8, 8), torch.arange(7) * 100
+    seen = []
+    unet.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    with torch.inference_mode():
+        expected = unet(x_t, timesteps).sample
+        monkeypatch.setattr("tdc_ray.models.forward.images_at_once", lambda *_: 3)
+        found = denoised(unet, x_t, timesteps, num_channels=num_channels)
+    assert seen == [7, 3, 3, 1]
+    assert found.shape[1] == num_channels or 2
+    torch.testing.assert_close(found, expected[:, :num_channels], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
