@@ -27,7 +27,7 @@ from tdc_ray.remote import located, shown
 from tdc_ray.results import Results
 from tdc_ray.reuse import Store
 from tdc_ray.run import check, run
-from tdc_ray.settings import SamplerConfig
+from tdc_ray.settings import Precision, SamplerConfig
 from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.sweep import sweep
 from tdc_ray.sweep_results import SweepResults, summarized
@@ -54,6 +54,8 @@ class Flags:
     """Folder of the first stage, for presets of latent diffusion."""
     num_actors: int | None = None
     """Most actors that work at once; default: as many as fit on the cluster."""
+    precision: Precision | None = None
+    """Precision of training; default: the preset's."""
     steps_share: float = 1.0
     """Share of the preset's steps, and of the images that are measured and scored, which sizes the
     experiment for the machine (0.25: for 2 CPU cores). With --smoke always 1."""
@@ -68,6 +70,12 @@ class Flags:
         config = replace(preset(self.preset), seed=seed)
         compute = replace(config.compute, num_actors=self.num_actors)
         config = replace(config, compute=compute)
+        if self.precision is not None:
+            base, finetune = (
+                replace(train, precision=self.precision)
+                for train in (config.base, config.finetune)
+            )
+            config = replace(config, base=base, finetune=finetune)
         data = config.data
         if self.data is not None:
             data = replace(data, path=str(self.data.resolve()))
@@ -193,6 +201,20 @@ def claim(root: Path, config: RunConfig) -> None:
         )
 
 
+def refuse_auto(config: RunConfig) -> None:
+    """Refuse a precision that only a run can settle.
+
+    Raises:
+        ConfigError: A stage's precision is auto.
+    """
+    for stage in (config.base, config.prune, config.finetune):
+        if stage.precision == "auto":
+            raise ConfigError(
+                "precision must be fp32, bf16 or fp16 for this experiment, got auto: the preset "
+                "leaves it to a run to find out. Set --precision."
+            )
+
+
 def commits_of(folder: Path) -> set[str | None]:
     """Name the commits that an experiment's folders were begun with."""
     return {read_json(path)["commit"] for path in listing(folder, f"**/{SETTINGS_FILE}")}
@@ -209,6 +231,7 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
         folder: The experiment's folder.
         store: What is shared with other runs.
     """
+    refuse_auto(config)
     with (
         exclusive(folder),
         ProgressView(folder / "tensorboard", Console()) as view,
@@ -232,6 +255,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     run_dir = RunDir(folder.resolve())
     stage_1 = ("preset", "seed", "data", "model", "conditioning", "diffusion", "base")
     check(config)
+    refuse_auto(config)
     sampler = SamplerConfig(clip_sample=config.data.first_stage is None)  # as latents demand
     deciding = {name: getattr(config, name) for name in stage_1}
     claim(run_dir.root, RunConfig(**deciding, sampler=sampler))

@@ -28,6 +28,7 @@ from tdc_ray.errors import StorageError
 from tdc_ray.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import count_params
+from tdc_ray.precision import autocast
 from tdc_ray.progress import Event, ProgressView
 from tdc_ray.remote import located, shown
 from tdc_ray.seeds import derive_seed
@@ -37,7 +38,6 @@ from tdc_ray.training import (
     TrainState,
     learning_rate_at,
     optimizer_step,
-    precision,
     start_state,
 )
 from tdc_ray.work import Report
@@ -201,7 +201,7 @@ def _train(
         x = to_model_range(augment(batch, config.data, shaken).to(state.device))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(train, state.step)
-        with precision(train, state.device):
+        with autocast(train.precision, state.device):
             loss = autoencoder_loss(state.unet, x, config, generator)
         state.scaler.scale(loss).backward()
         grad_norm = optimizer_step(state, train)

@@ -64,6 +64,11 @@ class AutoencoderConfig:
         require("train-autoencoder", self, "held_out_share", "in (0, 1)", ok=ok)
         whole = self.train.micro_batch_size is None
         require("train", self.train, "micro_batch_size", "None for an autoencoder", ok=whole)
+        known, plain = self.train.precision != "auto", self.train.compile == "none"
+        require(
+            "train", self.train, "precision", "fp32, bf16 or fp16 for an autoencoder", ok=known
+        )
+        require("train", self.train, "compile", "none for an autoencoder", ok=plain)
         factor = self.downsampling
         if self.data.image_size % factor:
             raise ConfigError(

@@ -120,6 +120,7 @@ def cifar10() -> RunConfig:
         learning_rate=1e-4,
         max_grad_norm=None,
         ema_decay=0.9999,
+        precision="auto",
         log_every=100,
         checkpoint_every=10_000,
     )

@@ -21,6 +21,7 @@ from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group
+from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.prune.measure import load_base, pruned_unet
@@ -135,9 +136,10 @@ def prune_model(
             )
     with exclusive(out):
         run_dir = RunDir((out / "search" / _name(unet, config, group)).resolve(), unet)
-        task = GroupTask(run_dir, config, space, group)
         with ProgressView(run_dir.tensorboard, console) as view:
+            config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
             run_chain(prepare_latents(config), view.watch)
+            task = GroupTask(run_dir, config, space, group)
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")
         writing = time.perf_counter()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import at_least, require
+from tdc_ray.settings import Precision, at_least, require
 
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
 SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]
@@ -63,6 +63,10 @@ class PruneConfig:
     held_out_share: float = 0.1
     """Share of the images that no fine-tune sees and on which all losses are measured, in
     (0, 0.5]."""
+
+    precision: Precision = "fp32"
+    """Of the forward passes that losses and sensitivities are measured by, as in training; cuts
+    and refits stay in fp32."""
 
     batch_size: int | None = None
     """Images per forward pass while measuring; None: as many as the device takes best, by the size

@@ -33,6 +33,7 @@ from tdc_ray.models.layers import count
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
+from tdc_ray.precision import Stage, settled
 from tdc_ray.progress import Event, ProgressView
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
@@ -48,6 +49,9 @@ from tdc_ray.summary import Outcome, step_mean, summarize
 from tdc_ray.timeline import Timeline
 
 logger = logging.getLogger(__name__)
+
+STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
+"""Stages that have a precision; a base that is given is not trained."""
 
 
 def run(
@@ -97,6 +101,9 @@ def run(
             show_plan(run_dir, view)
             with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
+                stages = STAGES if config.model.base is None else STAGES[1:]
+                chain = settled(run_dir, config, _base_of(config)[0], stages)
+                config = encoders.run({"precision": chain}, "precision")["precision"]
             if config.model.base is None:
                 make_base(run_dir, config, events, view, sharing)
             memory = shown_memory(run_dir, view, config.prune.num_candidates)

@@ -7,7 +7,8 @@ from typing import Literal
 from tdc_ray.errors import ConfigError
 from tdc_ray.schedule import BetaSchedule
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compile = Literal["none", "default", "reduce-overhead"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 LossWeight = Literal["constant", "min-snr", "p2"]
 Sampler = Literal["ddim", "ddpm", "pndm"]
@@ -201,7 +202,12 @@ class TrainConfig:
     """gamma of `loss_weight`; None: the papers' 5 for min-snr, 1 for p2."""
 
     precision: Precision = "fp32"
-    """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler)."""
+    """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler). auto: bf16 where a
+    short probe on a worker, kept in the run directory, finds it faster, else fp32."""
+
+    compile: Compile = "none"
+    """torch.compile's mode for the denoiser, which takes minutes before the first step; none: not
+    at all. reduce-overhead uses CUDA graphs, for steps so short that launching them counts."""
 
     log_every: int = 50
     """Steps between two reports of the loss."""

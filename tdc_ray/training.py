@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -18,6 +18,7 @@ from tdc_ray.data import augment, to_model_range
 from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
+from tdc_ray.precision import autocast, in_layout
 from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DataConfig, TrainConfig
@@ -34,8 +35,6 @@ _UNREADABLE = (
     RuntimeError,
 )
 """What torch raises for files that are damaged, or hold something else than a checkpoint."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -110,6 +109,7 @@ class TrainState:
 
 def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
     """Prepare a UNet, already on its device, for its first step."""
+    in_layout(unet, config.precision)
     parameters = list(unet.parameters())
     device = parameters[0].device
     return TrainState(
@@ -172,6 +172,8 @@ def train(
     """
     device, losses = state.device, Losses(first_step=state.step)
     weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
+    if config.compile != "none":
+        model = cast(nn.Module, torch.compile(model, mode=config.compile))
     for batch, labels in images:
         place = (seed, rank, state.step)
         torch.manual_seed(derive_seed(*place, "dropout"))  # dropout takes no generator
@@ -234,7 +236,7 @@ def _backward(
     for start in range(0, len(x_0), size):
         part = slice(start, start + size)
         last = start + size >= len(x_0)
-        with _synced(model, last=last), precision(config, x_0.device):
+        with _synced(model, last=last), autocast(config.precision, x_0.device):
             per_image = denoising_loss(
                 model,
                 schedule,
@@ -265,16 +267,10 @@ def optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
 
 def _synced(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
     """Let ranks exchange gradients only with the last micro-batch."""
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile
     if not last and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Enter autocast where the settings ask for it."""
-    if config.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_AUTOCAST[config.precision])
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

@@ -74,7 +74,11 @@ def count_params(module: torch.nn.Module) -> int:
 
 
 def save_unet(unet: UNet2DModel, folder: Path, *, num_heads: int | None = None) -> None:
-    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
+    """Save config and weights (safetensors) as diffusers does; the folder appears when whole.
+
+    Weights that lie channels last, which safetensors cannot hold, are brought to the usual layout.
+    """
+    unet.to(memory_format=torch.contiguous_format)
     with atomic_path(folder) as temporary:
         unet.save_pretrained(temporary)
         if num_heads is not None:

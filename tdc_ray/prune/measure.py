@@ -125,7 +125,7 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
         )
         macs += spent + prune.num_refit_images * base.space.macs(widths)
     held_out = list(noised_batches(config, group, base.unet, purpose="held-out"))
-    grown = measure_units(unet, solutions, held_out, schedule)
+    grown = measure_units(unet, solutions, held_out, schedule, prune.precision)
     macs += _measuring_macs(base, widths, solutions) * prune.num_images
     report({}, 1)
     return {

@@ -15,6 +15,7 @@ from tdc_ray.latents import load_inputs
 from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.steps import State, num_untouched, run, start, steps
 from tdc_ray.plan import Group
+from tdc_ray.precision import autocast
 from tdc_ray.seeds import derive_seed
 
 Purpose = Literal["scores", "refit", "held-out"]
@@ -101,20 +102,15 @@ def held_out_losses(
     shared = min(num_untouched(own, found) for found in all_steps)
     losses: list[list[Tensor]] = [[] for _ in cuts]
     for batch in noised_batches(config, group, base, purpose="held-out"):
-        state = run(own[:shared], batch.start(base, schedule))
-        for found, of_cut in zip(all_steps, losses, strict=True):
-            of_cut.append(batch.loss(run(found[shared:], state).hidden, schedule))
+        with autocast(config.prune.precision, base.device):
+            state = run(own[:shared], batch.start(base, schedule))
+            outputs = [run(found[shared:], state).hidden.float() for found in all_steps]
+        for output, of_cut in zip(outputs, losses, strict=True):
+            of_cut.append(batch.loss(output, schedule))
     return [float(torch.cat(of_cut).double().mean()) for of_cut in losses]
 
 
-@torch.inference_mode()
 def held_out_loss(unet: UNet2DModel, config: RunConfig, group: Group) -> float:
     """Mean training loss on held-out images and noise of a group's timesteps."""
-    device = next(unet.parameters()).device
-    schedule = noise_schedule(config.diffusion).to(device)
-    unet.eval()
-    losses = [
-        batch.loss(batch.predict(unet, schedule), schedule)
-        for batch in noised_batches(config, group, unet, purpose="held-out")
-    ]
-    return float(torch.cat(losses).double().mean())
+    (loss,) = held_out_losses(unet, [unet], config, group)
+    return loss

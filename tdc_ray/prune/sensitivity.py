@@ -10,12 +10,14 @@ from torch import Tensor
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit
+from tdc_ray.precision import autocast
 from tdc_ray.prune.error_weights import ErrorWeights
 from tdc_ray.prune.importance import Scores, keep_best, reconstruction_scores
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.prune.refit import closing
 from tdc_ray.seeds import derive_seed
+from tdc_ray.settings import Precision
 
 Weights = tuple[Tensor, Tensor]
 """Of the layer that reads a unit: weights in its shape, with 0 for what is cut, and the bias."""
@@ -90,6 +92,7 @@ def measure_units(
     solutions: Solutions,
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
+    precision: Precision = "fp32",
 ) -> dict[str, dict[int, float]]:
     """Measure by how much the mean loss grows with each of the solutions alone.
 
@@ -100,6 +103,7 @@ def measure_units(
         solutions: What to measure.
         batches: Held-out noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
+        precision: Of the forward passes.
 
     Returns:
         The increase over the base's loss for every unit and width.
@@ -110,22 +114,26 @@ def measure_units(
     num_images = sum(len(batch.x_0) for batch in batches)
 
     for batch in batches:
-        state = batch.start(base, schedule)
+        with autocast(precision, base.device):
+            state = batch.start(base, schedule)
 
         def total(state: State, rest: Sequence[Step], batch: NoisedBatch = batch) -> float:
-            return float(batch.loss(run(rest, state).hidden, schedule).double().sum())
+            with autocast(precision, base.device):
+                output = run(rest, state).hidden.float()
+            return float(batch.loss(output, schedule).double().sum())
 
         own = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
             for width, weights in solutions.get(step.name, {}).items():
                 layer = step.module.get_submodule(closing(step.module))
                 assert isinstance(layer, ReadLayer)
-                with _replaced(layer, weights):
+                with _replaced(layer, weights), autocast(precision, base.device):
                     changed = step(state)
                 grown[step.name][width] += (
                     total(changed, all_steps[index + 1 :]) - own
                 ) / num_images
-            state = step(state)
+            with autocast(precision, base.device):
+                state = step(state)
     return grown
 
 

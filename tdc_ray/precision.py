@@ -1,0 +1,167 @@
+"""fp32 or less: autocast, the layout that goes with it, and which precision trains fastest."""
+
+import contextlib
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tdc_ray.config import RunConfig
+from tdc_ray.device import worker_device
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.settings import Precision
+from tdc_ray.work import Chain, Inputs, Report, Resources, Result, WorkItem
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["base", "finetune", "prune"]
+
+LEAST_GAIN = 1.1
+"""How many times as fast bf16 must be to be taken."""
+
+REPEATS = 5
+
+NUM_IMAGES = 16
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Enter autocast where the precision asks for it; ``auto`` is settled before (`settled`).
+
+    Without gradients no weight's cast is remembered: it may be another's weight by the next layer.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    cache = torch.is_grad_enabled()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
+
+
+def in_layout(model: nn.Module, precision: Precision) -> nn.Module:
+    """Bring a model, on its device, to the memory layout that its convolutions compute in.
+
+    Tensor cores and bf16 want channels last; for fp32 on CPUs it makes no difference, as oneDNN
+    uses a blocked layout of its own.
+    """
+    device = next(model.parameters()).device
+    last = device.type == "cuda" or precision != "fp32"
+    return model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """Time a denoiser's widest and most frequent kind of layer in fp32 and in bf16."""
+
+    channels: int
+    size: int
+    """Height and width, in pixels."""
+
+    trains: bool
+    """With the backward pass."""
+
+    resources: Resources
+    """Of the worker that it speaks for."""
+
+
+def settled(
+    run_dir: RunDir, config: RunConfig, unet: UNetConfig, stages: Sequence[Stage]
+) -> Chain[RunConfig]:
+    """Put what is fastest on the workers in the place of every ``auto``, as a chain of items.
+
+    It is measured once for each stage that asks for it; the results stay in the run directory.
+
+    Args:
+        run_dir: The run.
+        config: Its settings.
+        unet: The base's config.
+        stages: Those that will be done.
+
+    Returns:
+        Settings without ``auto`` in these stages.
+    """
+    compute = config.compute
+    of_base = Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker)
+    of_actor = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
+    for stage in stages:
+        if getattr(config, stage).precision != "auto":
+            continue
+        resources = of_base if stage == "base" else of_actor
+        job = ProbeJob(
+            channels=unet["block_out_channels"][0],
+            size=unet["sample_size"],
+            trains=stage != "prune",
+            resources=resources,
+        )
+        item = WorkItem(
+            key=f"precision/{stage}",
+            function=probe,
+            job=job,
+            result_path=run_dir.root / "precision" / f"{stage}.json",
+            cost=0.0,
+            resources=resources,
+            inputs=probe_inputs,
+        )
+        (found,) = yield [item]
+        logger.info(
+            "%s.precision auto is %s here: bf16 takes %.2f of the time of fp32",
+            stage,
+            found["precision"],
+            found["bf16_seconds"] / found["fp32_seconds"],
+        )
+        chosen = replace(getattr(config, stage), precision=found["precision"])
+        config = replace(config, **{stage: chosen})
+    return config
+
+
+def probe_inputs(job: ProbeJob) -> Inputs:
+    """Name a probe, so that the runs that share a store settle for the same precision."""
+    cpus, gpus = job.resources.cpus, job.resources.gpus
+    return {
+        "stage": "precision",
+        "layer": [job.channels, job.size, job.trains],
+        "worker": [cpus, gpus],
+    }
+
+
+def probe(job: ProbeJob, report: Report) -> Result:
+    """Give ``precision``, fp32 or bf16, and ``fp32_seconds`` and ``bf16_seconds``: medians."""
+    device = worker_device()
+    conv = nn.Conv2d(job.channels, job.channels, 3, padding=1)
+    layer = nn.Sequential(conv, nn.SiLU(), conv).to(device)
+    x = torch.randn(NUM_IMAGES, job.channels, job.size, job.size, device=device)
+    seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
+    for _ in range(REPEATS + 1):
+        for precision, found in seconds.items():
+            found.append(_seconds(in_layout(layer, precision), x, precision, trains=job.trains))
+    fp32, bf16 = (statistics.median(found[1:]) for found in seconds.values())  # the first warms up
+    report({}, 1)
+    can = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    faster = can and fp32 >= LEAST_GAIN * bf16
+    return {
+        "precision": "bf16" if faster else "fp32",
+        "fp32_seconds": fp32,
+        "bf16_seconds": bf16,
+    }
+
+
+def _seconds(layer: nn.Module, x: torch.Tensor, precision: Precision, *, trains: bool) -> float:
+    _wait_for(x.device)
+    started = time.perf_counter()
+    with torch.set_grad_enabled(trains), autocast(precision, x.device):
+        total = layer(x).float().sum()
+    if trains:
+        total.backward()
+    _wait_for(x.device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
