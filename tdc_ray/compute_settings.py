@@ -39,6 +39,10 @@ class ComputeConfig:
     """GPUs of an actor that measures, samples or encodes but trains nothing; None: as many as of
     those that train."""
 
+    tf32: bool = True
+    """Let GPUs round the inputs of fp32 convolutions and products to TF32's 10 bits of mantissa:
+    several times as fast."""
+
     workers_per_finetune: int = 1
     """Actors that fine-tune one expert together (data parallel): for more GPUs than groups."""
 

@@ -16,6 +16,13 @@ class Place:
     device: torch.device
 
 
+def set_up(num_threads: int, *, tf32: bool) -> None:
+    """Prepare a worker's process: its threads, and how GPUs compute in fp32."""
+    torch.set_num_threads(num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
 def worker_device() -> torch.device:
     """Give the GPU that this process was given, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tdc_ray.device import set_up
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet, save_unet
 from tdc_ray.precision import LEAST_GAIN, autocast, in_layout, settled
@@ -62,6 +63,18 @@ def test_losses_in_bf16_are_near_those_in_fp32():
     half = replace(config, prune=replace(config.prune, precision="bf16"))
     loss, in_half = held_out_loss(unet, config, group), held_out_loss(unet, half, group)
     assert loss != in_half == pytest.approx(loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_a_worker_lets_gpus_use_tf32_or_not(tf32):
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = torch.get_num_threads(), [flag.allow_tf32 for flag in flags]
+    try:
+        set_up(before[0], tf32=tf32)
+        assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]
+    finally:
+        for flag, value in zip(flags, before[1], strict=True):
+            flag.allow_tf32 = value
 
 
 def test_a_layout_changes_no_value():

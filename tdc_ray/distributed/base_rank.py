@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import ray.train.torch
-import torch
 from diffusers import UNet2DModel
 from ray.train import Checkpoint
 from torch import nn
 
 from tdc_ray.base import sample_grid, train_base
 from tdc_ray.config import RunConfig
-from tdc_ray.device import Place
+from tdc_ray.device import Place, set_up
 from tdc_ray.distributed.base import KEY
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.layout import RunDir
@@ -31,7 +30,7 @@ def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
     started = time.perf_counter()
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    torch.set_num_threads(config.compute.cpus_per_base_worker)
+    set_up(config.compute.cpus_per_base_worker, tf32=config.compute.tf32)
     place = Place(rank, context.get_world_size(), ray.train.torch.get_device())
 
     def save(state: TrainState) -> None:

@@ -47,10 +47,10 @@ SECONDS_TO_ANSWER = 5.0
 class _Worker:
     """A process that runs items, one at a time."""
 
-    def __init__(self, num_threads: int, board: Board) -> None:
-        import torch  # the driver of a pool may do without
+    def __init__(self, num_threads: int, board: Board, *, tf32: bool) -> None:
+        from tdc_ray.device import set_up  # torch: the driver of a pool may do without
 
-        torch.set_num_threads(num_threads)
+        set_up(num_threads, tf32=tf32)
         self.board = board
 
     def where(self) -> str:
@@ -264,7 +264,9 @@ class Crew:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        actor: Any = remote(_Worker).remote(max(1, int(resources.cpus)), self._board)
+        actor: Any = remote(_Worker).remote(
+            max(1, int(resources.cpus)), self._board, tf32=self._compute.tf32
+        )
         name = f"worker-{next(self._numbers)}"
         self._hired[name] = _Hired(actor, resources)
         self._starting[actor.where.remote()] = name
