@@ -28,3 +28,14 @@ def test_makespan_and_memory_are_measured(tmp_path):
     assert 0 < memory["weights_mb"] < 2
     assert min(memory["loaded_mb"]) > 50
     assert len(memory["denoised_mb"]) == 2
+
+
+def test_the_fast_loop_is_the_plain_one(tmp_path):
+    command = [sys.executable, "experiments/loss_curves.py", "--smoke", "--storage", str(tmp_path)]
+    subprocess.run([*command, "--threads", "1"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    losses = read_json(tmp_path / "loss_curves-digits-smoke" / "loss_curves.json")["losses"]
+    plain, moved, ours, half = losses.values()
+    assert ours == pytest.approx(plain, rel=1e-3)
+    assert moved == pytest.approx(plain, rel=1e-3)
+    assert half == pytest.approx(plain, rel=0.05)
+    assert len({tuple(some) for some in (plain, moved, ours, half)}) > 2
