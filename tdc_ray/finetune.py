@@ -57,8 +57,8 @@ class FinetuneJob:
 
     @property
     def num_images(self) -> int:
-        """Images that training sees."""
-        return self.num_steps * self.config.finetune.batch_size
+        """Images that training sees, those of an earlier item not counted."""
+        return (self.num_steps - self.steps_before) * self.config.finetune.batch_size
 
 
 def expert_dir(run_dir: RunDir, group: Group) -> Path:
@@ -154,8 +154,7 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
         logger.warning("%s: %s", job.checkpoint.stem, error)
         loss = math.inf
     space = space_of(unet_config(job.run_dir.base_unet), job.config.prune.space)
-    images = (job.num_steps - job.steps_before) * job.config.finetune.batch_size
-    macs = 3.0 * space.macs(widths_of(job.kept)) * images
+    macs = 3.0 * space.macs(widths_of(job.kept)) * job.num_images
     return {"loss": loss, "macs": macs, "seconds": time.perf_counter() - started}
 
 
@@ -188,15 +187,13 @@ def trial_item(
         num_steps: Optimizer steps in all.
         steps_before: How many of them an earlier item of this name took.
     """
-    job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt")
-    job = replace(job, steps_before=steps_before)
+    job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt", steps_before)
     macs = task.space.macs(widths_of(kept))
-    images = (num_steps - steps_before) * task.config.finetune.batch_size
     item = task.item(
         f"{name}-{num_steps}",
         try_candidate,
         job,
-        cost=3.0 * macs * images,
+        cost=3.0 * macs * job.num_images,
         num_steps=num_steps,
         kept=kept,
         inputs=trial_inputs,
@@ -216,11 +213,13 @@ def _as_training(item: WorkItem, config: RunConfig) -> WorkItem:
     )
 
 
-def _job(task: GroupTask, kept: Kept, num_steps: int, checkpoint: str) -> FinetuneJob:
+def _job(
+    task: GroupTask, kept: Kept, num_steps: int, checkpoint: str, steps_before: int = 0
+) -> FinetuneJob:
     config = task.config
     shorter = replace(config, finetune=replace(config.finetune, num_steps=num_steps))
     folder = task.run_dir.group(task.group.index)
-    return FinetuneJob(task.run_dir, shorter, task.group, kept, folder / checkpoint)
+    return FinetuneJob(task.run_dir, shorter, task.group, kept, folder / checkpoint, steps_before)
 
 
 def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
