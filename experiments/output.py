@@ -170,7 +170,7 @@ def plot_sweep(folder: Path, name: str, field: str, results: SweepResults, label
             left.plot(float(row.params[field] or 0), row.score, ".", color="tab:blue", alpha=0.4)
     right.plot(values, [setting.mean["macs"] / 1e6 for setting in done], "s--", color="tab:orange")
     left.set_xlabel(label)
-    left.set_ylabel(next((row.metric for row in results.rows if row.metric), ""), color="tab:blue")
+    left.set_ylabel(results.metric, color="tab:blue")
     right.set_ylabel("FLOPs (MACs), M", color="tab:orange")
     _save(figure, folder / f"{name}.png")
 

@@ -122,6 +122,11 @@ class SweepResults:
     """Names of the settings on the Pareto front of the objectives; of one, of the best."""
 
     @property
+    def metric(self) -> str:
+        """What the scores are, or "score" where no run is done."""
+        return next((row.metric for row in self.rows if row.metric), "score")
+
+    @property
     def computed_share(self) -> float | None:
         """Share that was computed of the macs that training and search of each run take alone.
 
@@ -161,7 +166,8 @@ def begun(
             f"sweep {shown(folder)} has other settings: {'; '.join(changed)}. Use the same ones "
             "to go on, or another name."
         )
-    domains = {name: _json(asdict(domain)) for name, domain in space.items()}
+    # As they are when they were read again.
+    domains = {name: json.loads(json.dumps(asdict(domain))) for name, domain in space.items()}
     rows: tuple[Row, ...] = ()
     if exists(folder / SWEEP_FILE):
         before = load_sweep(folder)
@@ -264,15 +270,10 @@ def summarized(sweep: SweepResults, rows: Sequence[Row]) -> SweepResults:
 
 
 def pareto(settings: Sequence[Setting], objectives: Sequence[Objective]) -> set[str]:
-    """Name the settings that none dominates, by their means; unfinished ones are left out.
-
-    A setting is finished when as many of its runs are done as of any.
-    """
-    most = max((setting.num_done for setting in settings), default=0)
+    """Name the settings that none dominates, by their means; unfinished ones are left out."""
     points = {
         setting.name: [setting.mean[name] for name in objectives]
-        for setting in settings
-        if setting.num_done == most > 0
+        for setting in finished_settings(settings)
     }
 
     def dominates(one: list[float], other: list[float]) -> bool:
@@ -283,6 +284,12 @@ def pareto(settings: Sequence[Setting], objectives: Sequence[Objective]) -> set[
         for name, point in points.items()
         if not any(dominates(other, point) for other in points.values())
     }
+
+
+def finished_settings(settings: Sequence[Setting]) -> list[Setting]:
+    """Give the settings of which as many runs are done as of any, if any are."""
+    most = max((setting.num_done for setting in settings), default=0)
+    return [setting for setting in settings if setting.num_done == most > 0]
 
 
 def save_sweep(folder: Path, sweep: SweepResults) -> None:
@@ -304,11 +311,6 @@ def load_sweep(folder: Path) -> SweepResults:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:
         raise StorageError(f"{shown(folder / SWEEP_FILE)} is no sweep.json: {error}") from error
-
-
-def _json(document: Mapping[str, Any]) -> Any:
-    """Give a document as it is when it was read again."""
-    return json.loads(json.dumps(document))
 
 
 def _setting(name: str, rows: Sequence[Row]) -> Setting:

@@ -68,11 +68,10 @@ class Sweep:
 
 def _show(results: "SweepResults", console: Console) -> None:
     """Print a line for every setting, the Pareto front marked, and how much was computed."""
-    metric = next((row.metric for row in results.rows if row.metric), "score")
     table = Table(title=results.name, title_justify="left")
     for label in results.labels.values():
         table.add_column(label)
-    for title in ("runs", metric, "FLOPs (MACs)", "params", "train macs", ""):
+    for title in ("runs", results.metric, "FLOPs (MACs)", "params", "train macs", ""):
         table.add_column(title, justify="right", no_wrap=True)
     for setting in results.settings:
         mean = setting.mean

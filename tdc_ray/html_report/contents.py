@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tdc_ray.html_report.blocks import Block, Lines, Report, Row, Section, Tiles
 from tdc_ray.html_report.gather import RunData, SweepData
-from tdc_ray.html_report.overview import runs_table, settings_table, trials_table
+from tdc_ray.html_report.overview import runs_table, setting_text, settings_table, trials_table
 from tdc_ray.html_report.run_parts import run_parts
 from tdc_ray.html_report.scores import figures_1, scored, tried
+from tdc_ray.sweep_results import finished_settings
 
 MAX_RUNS = 12
 """Most runs of several that get a section of their own."""
@@ -59,18 +60,14 @@ def _sweep(
     sweep = data.sweep
     done = [trial for trial in sweep.rows if trial.score is not None]
     others = len(sweep.rows) - len(done)
-    most = max((setting.num_done for setting in sweep.settings), default=0)
-    means = [setting for setting in sweep.settings if setting.num_done == most > 0]
+    means = finished_settings(sweep.settings)
     best = min(means, key=lambda setting: setting.mean["score"], default=None)
     tiles = [("trials", str(len(sweep.rows)), f"{len(done)} with a score, {others} without")]
     if best is not None:
-        settings = ", ".join(
-            f"{sweep.labels.get(name, name)} = {value}" for name, value in best.params.items()
-        )
+        settings = setting_text(sweep, best)
         if "score" in best.spread:
             settings += f"; ± {best.spread['score']:.3f} over {best.num_done} seeds"
-        metric = next((row.metric for row in done if row.metric), "score")
-        tiles.append((f"best {metric}", f"{best.mean['score']:.3f}", settings))
+        tiles.append((f"best {sweep.metric}", f"{best.mean['score']:.3f}", settings))
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [Tiles(tiles)]

@@ -12,6 +12,7 @@ from tdc_ray.html_report.paper import (
     is_of_the_paper,
     paper_dataset,
 )
+from tdc_ray.sweep_results import Setting, SweepResults
 
 
 def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
@@ -76,14 +77,13 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
     """Give a row to each trial; those of the Pareto front stand out."""
     trials, labels = data.sweep.rows, data.sweep.labels
     names = list(labels)
-    metric = next((trial.metric for trial in trials if trial.metric), "score")
     paper = SWEPT.get(names[0]) if len(names) == 1 else None
     columns = [
         Column("trial"),
         *(Column(label) for label in labels.values()),
         Column("seed", "number"),
         Column("status"),
-        Column(metric, "score"),
+        Column(data.sweep.metric, "score"),
         Column("FLOPs (MACs)", "macs"),
         Column("params", "millions"),
         Column("train macs", "power"),
@@ -131,11 +131,9 @@ def settings_table(data: SweepData) -> Table | None:
     """Give mean and spread over the seeds of every setting, if any has several seeds."""
     if not any(setting.num_done > 1 for setting in data.sweep.settings):
         return None
-    labels = data.sweep.labels
-    metric = next((row.metric for row in data.sweep.rows if row.metric), "score")
     rows: list[tuple[Value, ...]] = [
         (
-            ", ".join(f"{labels.get(name, name)} = {x}" for name, x in setting.params.items()),
+            setting_text(data.sweep, setting),
             setting.num_done,
             setting.mean["score"],
             setting.spread.get("score"),
@@ -152,7 +150,7 @@ def settings_table(data: SweepData) -> Table | None:
         columns=(
             Column("setting"),
             Column("seeds", "count"),
-            Column(metric, "score"),
+            Column(data.sweep.metric, "score"),
             Column("deviation", "score"),
             Column("FLOPs (MACs)", "macs"),
             Column("train macs", "power"),
@@ -160,6 +158,12 @@ def settings_table(data: SweepData) -> Table | None:
         ),
         rows=rows,
     )
+
+
+def setting_text(sweep: SweepResults, setting: Setting) -> str:
+    """Say what a setting varies, by the fields' labels."""
+    params = setting.params.items()
+    return ", ".join(f"{sweep.labels.get(name, name)} = {value}" for name, value in params)
 
 
 def _setting(value: object) -> str | None:
