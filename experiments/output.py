@@ -19,7 +19,8 @@ from tdc_ray.config import to_json
 from tdc_ray.environment import machine
 from tdc_ray.layout import RunDir
 from tdc_ray.reuse import shared
-from tdc_ray.storage import atomic_path, fetch, listing, read_json, write_json, write_text
+from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
+from tdc_ray.summary import item_results
 from tdc_ray.sweep_results import Row, SweepResults
 
 
@@ -105,7 +106,7 @@ def write_sweep(
         ]
 
     of_base = {
-        name: float(getattr(some[0], f"base_{name}") or 0.0)
+        name: float(getattr(some[0], f"base_{name}"))
         for name in ("macs", "num_params", "train_macs")
     }
     table = [[*line("base", list(bases.values()), of_base | {"search_macs": 0.0}), ""]]
@@ -130,10 +131,7 @@ def unique_work(folder: Path, rows: Sequence[Row]) -> dict[str, float]:
     """Count the keys of a store that runs computed, those computed twice, and their train macs."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        run_dir = RunDir(folder / row.run_dir)
-        paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
-        for path in [*paths, *listing(run_dir.samples, "**/*.json")]:
-            result = read_json(path)
+        for result in item_results(RunDir(folder / row.run_dir)):
             mark = shared(result)
             if mark is not None and not mark[1]:
                 found.setdefault(mark[0], []).append(float(result.get("train_macs", 0.0)))

@@ -27,6 +27,7 @@ from tdc_ray.reuse import shared
 from tdc_ray.stage_2 import Expert
 from tdc_ray.storage import exists, listing, read_json
 from tdc_ray.timeline import Usage
+from tdc_ray.work import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,16 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
     )
 
 
+def item_results(run_dir: RunDir) -> list[Result]:
+    """Read what the items of a finished run left: its base, groups and samples."""
+    paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
+    return [read_json(path) for path in [*paths, *listing(run_dir.samples, "**/*.json")]]
+
+
 def _reuse(run_dir: RunDir) -> ReuseResult | None:
     """Count what the results of a run's items say of a store."""
-    paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
-    results = [read_json(path) for path in [*paths, *listing(run_dir.samples, "**/*.json")]]
-    marked = [(mark[1], result) for result in results if (mark := shared(result)) is not None]
+    found = item_results(run_dir)
+    marked = [(mark[1], result) for result in found if (mark := shared(result)) is not None]
     if not marked:
         return None
 

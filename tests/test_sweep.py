@@ -18,10 +18,12 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from tdc_ray.errors import StorageError, WorkFailedError
 from tdc_ray.hparams import metrics_of
+from tdc_ray.layout import RunDir
 from tdc_ray.results import comparable, load_results
 from tdc_ray.reuse import shared
 from tdc_ray.storage import read_json
-from tdc_ray.sweep_results import load_sweep
+from tdc_ray.summary import item_results
+from tdc_ray.sweep_results import load_sweep, started_row
 from tdc_ray.sweep_study import open_storage
 from tests.small import small_config
 
@@ -34,12 +36,6 @@ def command(folder: Path, cache_dir: Path) -> list[str]:
     words = "sweep --preset digits-smoke --vary plan.min_macs_share=0.5,0.6 --compute.num-actors 1"
     places = ["--storage", str(folder), "--name", "k", "--evaluate.cache-dir", str(cache_dir)]
     return [sys.executable, "-m", "tdc_ray", *words.split(), *places]
-
-
-def results_of_items(run_dir: Path) -> list[dict]:
-    paths = [run_dir / "base" / "result.json"]
-    paths += [*run_dir.glob("groups/*/*.json"), *run_dir.glob("evaluation/*/*.json")]
-    return [read_json(path) for path in paths]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
     folder, _ = swept
     computed: dict[str, dict] = {}
     for name in NAMES:
-        for result in results_of_items(folder / "trials" / name):
+        for result in item_results(RunDir(folder / "trials" / name)):
             key, reused = shared(result)
             if not reused:
                 assert key not in computed
@@ -145,6 +141,20 @@ def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
     assert results.computed_share is None
     log = (tmp_path / "sweep" / failed.run_dir / "run.log").read_text()
     assert "Traceback" in log
+
+
+def test_an_error_from_outside_is_told_with_its_traceback_and_tried_again(ray_cluster, tmp_path):
+    from tdc_ray.sweep_trial import FAILED_FILE, Job, failure_of, run_trial
+
+    params = {"nowhere.field": 1}
+    run_dir = tmp_path / started_row(params, 0).run_dir
+    job = Job(tmp_path, small_config(), tmp_path / "store", (0,), stop_early=False, session="now")
+    for attempt in (1, 2):
+        with pytest.raises(KeyError, match="nowhere"):
+            run_trial(params, job, lambda _metrics: None)
+        assert not read_json(run_dir / FAILED_FILE)["is_ours"]
+        assert failure_of(run_dir, "now") == "KeyError: 'nowhere'"
+        assert (run_dir / "run.log").read_text().count("Traceback") == attempt
 
 
 def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
