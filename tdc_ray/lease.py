@@ -36,6 +36,7 @@ SETTLED_AFTER_S = 1.0
 """Of drivers that write a lease at the same time, the last one has it after that time."""
 
 RESENT_EVERY_S = 0.5
+"""The main thread is signalled again after that time, until it hears it."""
 
 _STOP = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + 11
 """How the thread that renews a lease stops the main one: a signal that nobody else uses."""

@@ -16,7 +16,11 @@ from tdc_ray.storage import exists, fetch, listing
 from tdc_ray.timeline import Usage, load_history, usage
 from tdc_ray.workers_report import plot_timeline
 
-NUM_SAMPLES, WORKERS = 16, "workers"
+NUM_SAMPLES = 16
+"""Images of each model that are shown."""
+
+WORKERS = "workers"
+"""TensorBoard run of how well the workers were used."""
 
 
 def show_plan(run_dir: RunDir, view: ProgressView) -> None:
@@ -35,9 +39,10 @@ def shown_memory(run_dir: RunDir, view: ProgressView, num_candidates: int) -> Me
 
     def show(entry: MemoryEntry) -> None:
         name, round_ = f"group-{entry.group:02d}", entry.round
-        tried = [one for one in memory.all() if one.group == entry.group]
-        found = best([one for one in tried if one.place <= entry.place])
-        losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": found.loss}
+        so_far = [
+            one for one in memory.all() if one.group == entry.group and one.place <= entry.place
+        ]
+        losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": best(so_far).loss}
         step = 1 + round_ * num_candidates + entry.candidate
         view.show_scalars("memory", losses, step)
         transcript = transcript_path(run_dir.transcripts, entry.group, round_)

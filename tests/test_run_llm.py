@@ -26,16 +26,8 @@ KEY = "sk-proj-Vw52-secretSECRET-18dn"
 COMMAND = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
 COMMAND += ["--plan.num-groups", "3", "--base.num-steps", "2", "--finetune.num-steps", "2"]
 COMMAND += ["--evaluate.num-images", "20", "--evaluate.batch-size", "20", "--verbose"]
-COMMAND += [
-    "--compute.num-actors",
-    "1",
-    "--prune.method",
-    "llm",
-    "--proxy.max-replies",
-    "2",
-    "--proxy.max-seconds",
-    "20",
-]
+COMMAND += ["--compute.num-actors", "1", "--prune.method", "llm"]
+COMMAND += ["--proxy.max-replies", "2", "--proxy.max-seconds", "20"]
 
 
 @pytest.fixture

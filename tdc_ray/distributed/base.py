@@ -99,9 +99,8 @@ def _work(settings: dict[str, Any]) -> None:
     job: BaseJob = settings["job"]
     if exists(_error_path(job.run_dir)):
         return
-    from tdc_ray.distributed.base_rank import (
-        train_rank,
-    )  # which Train's controller does not import
+    # Train's controller does not import it.
+    from tdc_ray.distributed.base_rank import train_rank
 
     try:
         train_rank(job.run_dir, job.config, job.board)

@@ -26,7 +26,14 @@ STATE_FILE = "state.pt"
 
 
 def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
-    """Train as one of the workers, from the last checkpoint on; the first one saves the base."""
+    """Train as one of the workers, from the last checkpoint on; the first one saves the base.
+
+    Raises:
+        NonFiniteLossError: Training diverged.
+        CheckpointError: The checkpoint does not fit.
+        DataError: The dataset is missing or malformed.
+        StorageFailedError: The base cannot be written.
+    """
     started = time.perf_counter()
     context = ray.train.get_context()
     rank = context.get_world_rank()

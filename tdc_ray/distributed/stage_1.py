@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 def make_base(
     run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView, sharing: Sharing
 ) -> None:
-    """Leave the base in the run directory, unless it is there; see :func:`train_base_on_ray`."""
+    """Leave the base in the run directory, unless it is there; see :func:`train_base_on_ray`.
+
+    Raises:
+        TdcError: The base cannot be trained, or what is in the store cannot be read.
+    """
 
     def report(metrics: Mapping[str, float], step: int) -> None:
         view.show(Event(KEY, step, metrics))
