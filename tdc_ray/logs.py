@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 
 from tdc_ray.mirror import growing
@@ -12,13 +13,13 @@ from tdc_ray.remote import is_remote, writer
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Keep the log of all attempts beside the results, once the run has made its directory.
+    """Keep the log of all attempts beside the results, from its first line on.
 
     Of a URI it is a folder, where every attempt has a file of its own.
     """
     with growing(path) as place:
         file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
-        handler = logging.FileHandler(file if is_remote(path) else place, delay=True)
+        handler = _LogFile(file if is_remote(path) else place, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
@@ -26,3 +27,11 @@ def log_to(path: Path) -> Iterator[None]:
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Makes its folder with the first line, which may come before the run has made any."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
