@@ -226,19 +226,22 @@ def _error_weights(
     path = base.run_dir.error_weights(group.index)
     if kept == keep_all(base.space.units) and exists(path):
         return load_weights(path, batches, unet.device), 0.0
-    schedule = noise_schedule(config.diffusion).to(unet.device)
-    passes = ERROR_WEIGHT_PASSES * config.prune.num_refit_images
-    macs = float(passes * base.space.macs(widths_of(kept)))
-    return error_weights(unet, batches, schedule), macs
+    weights = error_weights(unet, batches, noise_schedule(config.diffusion).to(unet.device))
+    return weights, _weighing_macs(base, kept, config)
 
 
 def _leave_error_weights(base: Base, config: RunConfig, group: Group) -> float:
     """Keep how much every image counts in the group's refits; give the macs that it took."""
     batches = list(noised_batches(config, group, base.unet, purpose="refit"))
-    full = keep_all(base.space.units)
-    weights, macs = _error_weights(base, base.unet, full, config, group, batches)
+    schedule = noise_schedule(config.diffusion).to(base.unet.device)
+    weights = error_weights(base.unet, batches, schedule)
     save_weights(base.run_dir.error_weights(group.index), weights)
-    return macs
+    return _weighing_macs(base, keep_all(base.space.units), config)
+
+
+def _weighing_macs(base: Base, kept: Kept, config: RunConfig) -> float:
+    passes = ERROR_WEIGHT_PASSES * config.prune.num_refit_images
+    return float(passes * base.space.macs(widths_of(kept)))
 
 
 def _cut_and_measure(
