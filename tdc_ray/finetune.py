@@ -34,7 +34,7 @@ from tdc_ray.work import Inputs, Report, Resources, Result, WorkItem
 logger = logging.getLogger(__name__)
 
 
-VERSION = 1
+VERSION = 2
 """Changes whenever what a fine-tune comes to does, so that stored ones are made again."""
 
 

@@ -15,8 +15,11 @@ ROWS_PER_UNKNOWN = 128
 """Rows that are enough for the weights of one output; what there is beyond is left out. With 32
 the loss above the base's was half as high again on the digits base."""
 
+NUM_BLOCKS, MIN_BLOCK = 8, 64
+"""Blocks of rows that the Gram matrix is computed in, and the fewest rows of one."""
+
 FLOATS_PER_BLOCK = 2**24
-"""Most numbers that the rows of one block take (64 MiB)."""
+"""Most numbers that the images of one block give to read (64 MiB)."""
 
 ReadLayer = nn.Conv2d | nn.Linear
 
@@ -68,6 +71,9 @@ class LeastSquares:
         # zero, sums of float32 squares would lose the variance.
         self._origin = layer.weight.new_zeros(inputs)
         self._gram, self._cross = zeros(inputs, inputs), zeros(inputs, outputs)
+        size = max(MIN_BLOCK, -(-inputs // NUM_BLOCKS))
+        starts = range(0, inputs, size)
+        self._blocks = [slice(start, min(start + size, inputs)) for start in starts]
         self._inputs, self._outputs = zeros(inputs), zeros(outputs)
         self._count, self._num_rows = 0.0, 0
 
@@ -96,7 +102,9 @@ class LeastSquares:
             rows -= self._origin
             counts = weights[part, None].expand(-1, len(places)).reshape(-1, 1)  # (B * places, 1)
             weighted = rows * counts
-            self._gram += (weighted.T @ rows).double()
+            for block in self._blocks:  # the matrix is symmetric: what is above its diagonal
+                upper = weighted[:, block].T @ rows[:, block.start :]
+                self._gram[block, block.start :] += upper.double()
             self._cross += (weighted.T @ targets).double()
             self._inputs += weighted.sum(0, dtype=torch.float64)
             self._outputs += (targets * counts).sum(0, dtype=torch.float64)
@@ -106,7 +114,9 @@ class LeastSquares:
     @property
     def macs(self) -> int:
         """Macs that the statistics took."""
-        return self._num_rows * len(self._gram) * (len(self._gram) + self._cross.shape[1])
+        size = len(self._gram)
+        products = sum((block.stop - block.start) * (size - block.start) for block in self._blocks)
+        return self._num_rows * (products + size * self._cross.shape[1])
 
     def normal(self) -> tuple[Tensor, Tensor]:
         """Give both sides of the normal equations, ``(n, n)`` and ``(n, m)``, the bias gone.
@@ -114,7 +124,8 @@ class LeastSquares:
         The ridge pulls the weights towards those that the layer has.
         """
         mean = self._inputs / self._count
-        gram = self._gram / self._count - torch.outer(mean, mean)
+        upper = self._gram.triu()
+        gram = (upper + upper.triu(1).T) / self._count - torch.outer(mean, mean)
         cross = self._cross / self._count - torch.outer(mean, self._outputs / self._count)
         ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         gram.diagonal().add_(ridge)
