@@ -8,8 +8,8 @@ by parameter, an average of our own), the same with every weight moved by a roun
 shows how far rounding alone drives two trainings apart, and tdc_ray's loop in fp32, in fp32
 compiled, and in bf16.
 
-Hardware and hours: `digits` takes about 5 minutes on 2 CPU cores, half of it for compiling. The
-paper has no such table.
+Hardware and hours: `digits` takes about 5 minutes on 2 CPU cores, half of it for compiling.
+The paper has no such table.
 """
 
 from collections.abc import Callable, Sequence

@@ -274,7 +274,7 @@ def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
 
 def test_halving_leaves_no_checkpoint_behind(halved_task, halved):
     folder = halved_task.run_dir.group(halved_task.group.index)
-    assert {path.suffix for path in folder.iterdir()} == {".json"}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert len(list(folder.glob("try-*.json"))) == 2
 
 
