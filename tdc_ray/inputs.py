@@ -29,6 +29,9 @@ HABITS = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 SEARCH = (
     "method",
+    "channel_multiple",
+    "objective",
+    "latency_batch_size",
     "memory",
     "num_rounds",
     "num_candidates",

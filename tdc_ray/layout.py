@@ -53,6 +53,16 @@ class RunDir:
         return self.base / "training"
 
     @property
+    def latency(self) -> Path:
+        """How long every unit takes at every width, where time is limited; measured once."""
+        return self.root / "latency.json"
+
+    @property
+    def times(self) -> Path:
+        """How long base and experts take; measured once."""
+        return self.root / "times.json"
+
+    @property
     def memory(self) -> Path:
         """The memory bank."""
         return self.root / "memory.jsonl"

@@ -27,7 +27,8 @@ class Group:
     """Last timestep, included."""
 
     limit_share: float
-    """Share of the base's macs that the expert may take, in (0, 1]."""
+    """Share of the base's macs that the expert may take, or of its time where
+    ``prune.objective`` is latency, in (0, 1]."""
 
     snr_db_first: float
     """Signal-to-noise ratio at the first timestep, the group's highest, in dB."""
@@ -43,9 +44,9 @@ class Group:
         """The group's timesteps."""
         return range(self.first, self.last + 1)
 
-    def max_macs(self, macs_base: int) -> int:
-        """Give the most macs the expert may take, for a base of ``macs_base``."""
-        return math.floor(self.limit_share * macs_base + 1e-6)
+    def limit(self, base: int) -> int:
+        """Give the most that the expert may take, of the base's macs or of its nanoseconds."""
+        return math.floor(self.limit_share * base + 1e-6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

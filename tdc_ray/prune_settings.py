@@ -25,6 +25,20 @@ class PruneConfig:
     """What can be cut. inner: residual blocks' inner widths and attention heads; full: the
     residual stream's width too."""
 
+    channel_multiple: int = 1
+    """The channels that a cut unit keeps are a multiple of this wherever there are so many, as
+    vector units and tensor cores like them: 8 or 16, or 64; 1: any number of steps. A unit may
+    always be left whole."""
+
+    objective: Literal["macs", "latency"] = "macs"
+    """What a group's limit is a share of. macs: the base's; latency: the base's measured time, by
+    a table of how long each unit takes at each width on a worker's device, which is measured once
+    and kept in the run directory. It goes with the inner space."""
+
+    latency_batch_size: int = 16
+    """Images of the forward pass whose time is measured, in float32: where latency is the
+    objective, and for the report of what the experts take."""
+
     refit: Literal["least-squares", "none"] = "least-squares"
     """What follows a cut. least-squares: the weights that read what was cut are fitted anew so
     that their layer gives out what the base's does; none: nothing, as in the paper."""
@@ -74,9 +88,16 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
-        at_least(1, "prune", self, *counts, "num_levels", "num_passes", "batch_size")
+        counts += ("num_levels", "num_passes", "batch_size")
+        at_least(1, "prune", self, *counts, "channel_multiple", "latency_batch_size")
         at_least(0, "prune", self, "halving_steps")
         require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
+        if self.objective == "latency" and self.space != "inner":
+            raise ConfigError(
+                f"prune.space must be inner with prune.objective latency, got {self.space}: what a "
+                "stream's width takes depends on all that reads it. Use --prune.space inner, or "
+                "--prune.objective macs."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,7 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
             str(len(group.timesteps)),
             f"{group.snr_db_first:.1f} to {group.snr_db_last:.1f}",
             f"{group.limit_share:.4f}",
-            macs_text(group.max_macs(macs_base)),
+            macs_text(group.limit(macs_base)),
             str(group.num_sampling_steps),
         )
     console.print(table)

@@ -89,7 +89,8 @@ def _groups(config: RunConfig) -> list[tuple[GroupTask, list[_Stage]]]:
 
     Scores and calls to a language model are left out: they take no worker, or not for long.
     """
-    space = space_of(base_unet(config), config.prune.space)
+    prune = config.prune
+    space = space_of(base_unet(config), prune.space, prune.channel_multiple)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     tasks = group_tasks(NOWHERE, config, space, plan.groups)
     return [(task, _stages(task)) for task in tasks]

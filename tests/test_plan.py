@@ -102,9 +102,9 @@ def test_difficulty_runs_from_0_to_1_against_the_snr():
 
 def test_max_macs_round_down_and_keep_the_base_whole():
     last = plan_groups(LINEAR, PlanConfig(), DDIM_100).groups[-1]
-    assert last.max_macs(8_137_015_296) == 8_137_015_296
+    assert last.limit(8_137_015_296) == 8_137_015_296
     half = dataclasses.replace(last, limit_share=0.5)
-    assert half.max_macs(7) == 3
+    assert half.limit(7) == 3
 
 
 def test_snr_at_the_ends_of_a_group_is_the_schedules():

@@ -48,6 +48,15 @@ class Unit:
     pixels: int
     """Height times width of what the block gives out."""
 
+    multiple: int = 1
+    """What the number of channels that are kept should be a multiple of."""
+
+    @property
+    def legal_widths(self) -> tuple[int, ...]:
+        """Widths that it may keep, rising: those whose channels are a multiple, and its own."""
+        narrower = range(1, self.width)
+        return (*(w for w in narrower if w * self.channels % self.multiple == 0), self.width)
+
     def places(self, steps: Iterable[int]) -> list[int]:
         """Tell which of the unit's channels belong to some steps: rising where these rise."""
         if self.kind == "stream":  # one channel of each group

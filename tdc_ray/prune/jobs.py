@@ -79,14 +79,14 @@ def score_inputs(job: ScoreJob) -> Inputs:
 
 def sensitivity_inputs(job: SensitivityJob) -> Inputs:
     """Give what :func:`measure_sensitivities` follows from."""
-    levels = job.config.prune.num_levels
+    levels = job.config.prune.num_levels, job.config.prune.channel_multiple
     what = {"units": job.units, "levels": levels, "kept": job.kept, "scores": job.scores}
     return {"stage": "sensitivities", **what, **_inputs(job)}
 
 
 def stream_inputs(job: StreamJob) -> Inputs:
     """Give what :func:`measure_stream` follows from."""
-    levels = job.config.prune.num_levels
+    levels = job.config.prune.num_levels, job.config.prune.channel_multiple
     what = {"unit": job.unit, "levels": levels, "kept": job.kept, "scores": job.scores}
     return {"stage": "stream", "loss": job.loss, **what, **_inputs(job)}
 

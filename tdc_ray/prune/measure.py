@@ -79,7 +79,7 @@ def load_base(run_dir: RunDir, config: RunConfig) -> Base:
     return Base(
         run_dir,
         load_unet(run_dir.base_unet).to(worker_device()),
-        space_of(unet_settings, config.prune.space),
+        space_of(unet_settings, config.prune.space, config.prune.channel_multiple),
         all_layers(unet_settings),
     )
 

@@ -40,7 +40,11 @@ class MemoryEntry:
     """Loss after a short fine-tune; None where there was none."""
 
     overshoot: int = 0
-    """Macs by which the proposal was above the group's limit before it was repaired."""
+    """By how much the proposal was above the group's limit before it was repaired: in macs, or in
+    nanoseconds where time is limited."""
+
+    nanoseconds: int | None = None
+    """Time of a forward pass by the table of what was measured; None where macs are limited."""
 
     @property
     def loss(self) -> float:

@@ -64,18 +64,18 @@ class OfflineProxy:
                 found.append(scheme)
 
         mean, factor = _posterior(space, curves, own, task.loss_base)
-        take(knapsack(space, curves, task.max_macs, mean))
+        take(knapsack(space, curves, task.limit, mean))
         nearest = _nearest_group(memory, task.group)
         if nearest:
             values = step_values(space, curves, mean)
-            take(repair(space, best(nearest).widths, task.max_macs, values))
+            take(repair(space, best(nearest).widths, task.limit, values))
         draw = np.random.default_rng(derive_seed(task.seed, "offline", len(own)))
         for number in range(MAX_TRIES * task.num_candidates):
             if len(found) >= task.num_candidates:
                 break
             spread = 1 + number / MAX_TRIES  # draws that bring nothing new reach further
             factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
-            take(knapsack(space, curves, task.max_macs, factors))
+            take(knapsack(space, curves, task.limit, factors))
         return found[: task.num_candidates]
 
 
@@ -139,18 +139,18 @@ def measured_further(
 def knapsack(
     space: Space,
     curves: Mapping[str, FactorArray],
-    max_macs: int,
+    limit: int,
     factors: FactorArray | None = None,
 ) -> dict[str, int]:
     """Give the scheme within a limit whose predicted growth of the loss is (nearly) the least.
 
-    Steps go by least growth per mac along each curve's lower convex hull: the optimum of the
+    Steps go by least growth per cost along each curve's lower convex hull: the optimum of the
     relaxed problem, short of it by at most one step once rounded.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    return repair(space, space.full, max_macs, step_values(space, curves, factors))
+    return repair(space, space.full, limit, step_values(space, curves, factors))
 
 
 def step_values(
@@ -158,36 +158,41 @@ def step_values(
 ) -> Values:
     """Tell what every step is worth: by how much the loss would grow without it, on the hull.
 
-    A small charge per mac is added, so that steps whose measured growth is 0 differ by their
+    A small charge per cost is added, so that steps whose measured growth is 0 differ by their
     factors too: else every draw would cut the same ones.
     """
     factors = np.ones(len(space.units)) if factors is None else factors
     growth = sum(float(curve[0]) for curve in curves.values()) or 1.0
-    charge = FREE_CHARGE * growth / space.macs_base
+    charge = FREE_CHARGE * growth / space.cost_base
     values = {}
     for unit, factor in zip(space.units, factors, strict=True):
-        steps = _hull_steps(curves[unit.name]) + charge * space.step_macs(unit.name, space.full)
+        costs = np.array(space.step_costs(unit.name))
+        steps = _hull_steps(curves[unit.name], costs, space.legal[unit.name]) + charge * costs
         values[unit.name] = (max(factor, LEAST_FACTOR) * steps).tolist()
     return values
 
 
-def _hull_steps(curve: FactorArray) -> FactorArray:
+def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) -> FactorArray:
     """Fall of a curve's lower convex hull from each width to the next: ``(width,)``.
 
-    The first step is never cut; it is worth as much as the second.
+    The hull is that of the legal widths, over what their steps cost. Steps that are never cut are
+    worth as much as the first that may be.
     """
+    cost = np.cumsum(costs / costs[0])  # with even steps 1, 2, ...
     points: list[int] = []
-    for place in range(len(curve)):
-        while len(points) > 1 and _is_above(curve, points[-2], points[-1], place):
+    for place in (width - 1 for width in legal):
+        while len(points) > 1 and _is_above(curve, cost, points[-2], points[-1], place):
             points.pop()
         points.append(place)
-    hull = np.interp(np.arange(len(curve)), points, curve[points])
-    falls = -np.diff(hull)
-    return np.concatenate([falls[:1] if len(falls) else np.zeros(1), falls])
+    hull = np.interp(cost, cost[points], curve[points])
+    falls = np.concatenate([np.zeros(1), -np.diff(hull)])
+    falls[: legal[0]] = falls[legal[0]] if len(legal) > 1 else 0.0
+    return falls
 
 
-def _is_above(curve: FactorArray, left: int, middle: int, right: int) -> bool:
-    line = curve[left] + (curve[right] - curve[left]) * (middle - left) / (right - left)
+def _is_above(curve: FactorArray, cost: FactorArray, left: int, middle: int, right: int) -> bool:
+    along, across = cost[middle] - cost[left], cost[right] - cost[left]
+    line = curve[left] + (curve[right] - curve[left]) * along / across
     return bool(curve[middle] >= line)
 
 

@@ -5,10 +5,13 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tdc_ray.models.units import Unit
+from tdc_ray.prune.costs import Quantity
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.proxy import PruningTask
+from tdc_ray.prune.reply import widths_text
 
 Message = Mapping[str, str]
 """Role and content."""
@@ -26,15 +29,15 @@ units cut to a smaller width, then fitted and trained on the group's timesteps a
 gives every unit the width that it keeps.
 
 Propose {num_candidates} different schemes for group {group}, best guess first, none of them in the
-memory bank below. Each must have macs (multiply-accumulates of one forward pass) of at most the
+memory bank below. Each must have {meaning} of at most the
 limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
 A scheme above the limit is cut further by a plain rule, so its overshoot is lost; one below it
 is widened by that rule until it is full.
 
 # Group {group}
 timesteps: {first} to {last}, signal-to-noise ratio {snr_first} to {snr_last} dB
-macs of the uncut base: {macs_base}
-limit: {max_macs} macs = {limit} % of the base's
+{name} of the uncut base: {base}
+limit: {limit} {unit} = {share} % of the base's
 loss of the uncut base: {loss_base}
 round: {round} of {num_rounds}; the memory bank grows with every round
 
@@ -42,7 +45,7 @@ round: {round} of {num_rounds}; the memory bank grows with every round
 """
 
 COLUMNS = (
-    "number | unit | kind | place | resolution | channels | widths | macs | step | score | low"
+    "number | unit | kind | place | resolution | channels | widths | {name} | step | score | low"
 )
 
 LEGEND = """
@@ -51,19 +54,26 @@ kind: residual = a block's inner width in GroupNorm groups; attention = heads; s
 place: down, mid or up with the number of its block, or the first convolution; resolution: of the
   feature maps there.
 channels: of one step of width.
-widths: the legal ones, all whole numbers from the first to the last; the last is uncut.
-macs: those that the unit's steps hold, all else uncut, in % of the base's.
-step: those that go with one step of width, in % of the base's.
+widths: the legal ones, all whole numbers from the first to the last; the last is uncut.{listed}
+{held}
   {rule}
 score: importance for this group's timesteps, mean over the unit's steps, as a z-score over the
   units; higher means that more is lost. The least important steps of a unit are cut first.
 low: share of the unit's score, in %, that its less important half holds; far below 50 means that
   half of the unit is nearly free.
-
+{times}
 # Sensitivities
 By how much the loss grows when a unit is cut, in % of the base's loss, as width: growth. The
 smallest widths may be measured on models whose other units are narrower too.
-Growths of small cuts roughly add up; what counts is growth per macs saved.
+Growths of small cuts roughly add up; what counts is growth per {name} saved.
+"""
+
+LISTED = " Where they are\n  listed, no others are legal."
+
+TIMES = """
+# Times
+What the units' blocks take at their legal widths, in % of the base's time, as width: time.
+{rows}
 """
 
 ADDS_UP = "Macs add up: macs % of a scheme = 100 - sum of (uncut width - width) * step."
@@ -72,6 +82,43 @@ MULTIPLIES = (
     "It holds while all else is uncut: a stream's width multiplies with those of what reads it,\n"
     "  so that cuts of both save less than the sum of their steps."
 )
+
+TIMES_ADD_UP = (
+    "Times add up: time % of a scheme = 100 - sum of (time uncut - time at the width kept), see\n"
+    "  Times; a step is no more than the mean."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """How what is limited is spoken of."""
+
+    name: str
+    meaning: str
+    unit: str
+    num_per_unit: int
+    held: str
+    """What the columns of the units' table hold."""
+
+
+WORDS: Mapping[Quantity, _Words] = {
+    "macs": _Words(
+        "macs",
+        "macs (multiply-accumulates of one forward pass)",
+        "macs",
+        1,
+        "macs: those that the unit's steps hold, all else uncut, in % of the base's.\n"
+        "step: those that go with one step of width, in % of the base's.",
+    ),
+    "time": _Words(
+        "time",
+        "a time (of one forward pass of a batch, as measured)",
+        "microseconds",
+        1000,
+        "time: of the unit's block, uncut, in % of the base's.\n"
+        "step: what goes with one step of width on average, in % of the base's.",
+    ),
+}
 
 FORM = """
 # Answer
@@ -91,6 +138,7 @@ def messages_for(
         memory: What is remembered.
         max_entries: How much of it the prompt holds at most.
     """
+    words, space = WORDS[task.space.quantity], task.space
     head = TASK.format(
         num_candidates=task.num_candidates,
         group=task.group,
@@ -98,9 +146,12 @@ def messages_for(
         last=task.timesteps[1],
         snr_first=_short(task.snr_db[0]),
         snr_last=_short(task.snr_db[1]),
-        macs_base=task.space.macs_base,
-        max_macs=task.max_macs,
-        limit=_percent(task.max_macs, task),
+        name=words.name,
+        meaning=words.meaning,
+        unit=words.unit,
+        base=space.cost_base // words.num_per_unit,
+        limit=task.limit // words.num_per_unit,
+        share=_percent(task.limit, task),
         loss_base=_short(task.loss_base),
         round=task.round + 1,
         num_rounds=task.num_rounds,
@@ -122,12 +173,11 @@ def correction(reply: str, problem: str) -> list[Message]:
 
 
 def _units(task: PruningTask) -> str:
-    full, space = task.space.full, task.space
+    full, space, words = task.space.full, task.space, WORDS[task.space.quantity]
     means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
     mean, spread = statistics.fmean(means), statistics.pstdev(means)
-    lines = [COLUMNS]
+    lines = [COLUMNS.format(name=words.name)]
     for number, unit in enumerate(space.units):
-        step = space.step_macs(unit.name, full)
         cells = [
             str(number),
             unit.name,
@@ -135,15 +185,37 @@ def _units(task: PruningTask) -> str:
             _place(unit),
             _resolution(unit),
             str(unit.channels),
-            f"1-{unit.width}",
-            _percent(unit.width * step, task),
-            _percent(step, task),
+            widths_text(space.legal[unit.name], "-"),
+            _percent(space.costs.rise(unit.name, 0, unit.width, full), task),
+            _percent(statistics.fmean(space.step_costs(unit.name)), task),
             f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
             _low(task.scores[unit.name]),
         ]
         lines.append(" | ".join(cells))
+    are_all_legal = all(len(legal) == legal[-1] for legal in space.legal.values())
+    is_time = space.quantity == "time"
     adds_up = all(unit.kind != "stream" for unit in space.units)
-    return "\n".join([*lines, LEGEND.format(rule=ADDS_UP if adds_up else MULTIPLIES)])
+    legend = LEGEND.format(
+        listed="" if are_all_legal else LISTED,
+        held=words.held,
+        rule=TIMES_ADD_UP if is_time else ADDS_UP if adds_up else MULTIPLIES,
+        times=TIMES.format(rows=_times(task)) if is_time else "",
+        name=words.name,
+    )
+    return "\n".join([*lines, legend])
+
+
+def _times(task: PruningTask) -> str:
+    """List what every unit takes at its legal widths, the widest first."""
+    space = task.space
+    lines = []
+    for number, unit in enumerate(space.units):
+        times = [
+            f"{width}: {_percent(space.costs.rise(unit.name, 0, width, space.full), task)}"
+            for width in reversed(space.legal[unit.name])
+        ]
+        lines.append(f"{number} | {', '.join(times)}")
+    return "\n".join(lines)
 
 
 def _place(unit: Unit) -> str:
@@ -199,30 +271,34 @@ def _entry(task: PruningTask, entry: MemoryEntry) -> str:
     loss = f"loss {_short(entry.loss)}"
     if own:
         loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
-    macs = f"macs {_percent(entry.macs, task)} %"
+    cost = task.space.cost(entry.widths)
+    told = f"{WORDS[task.space.quantity].name} {_percent(cost, task)} %"
     if own and entry.overshoot:
-        macs += f" (cut to it from {_percent(entry.overshoot, task)} points above the limit)"
-    elif entry.macs > task.max_macs:
-        over = _percent(entry.macs - task.max_macs, task)
-        macs += f" (overshoots this group's limit by {over} points)"
+        told += f" (cut to it from {_percent(entry.overshoot, task)} points above the limit)"
+    elif cost > task.limit:
+        over = _percent(cost - task.limit, task)
+        told += f" (overshoots this group's limit by {over} points)"
     widths = [
         f"{number}: {entry.widths[unit.name]}"
         for number, unit in enumerate(task.space.units)
         if entry.widths[unit.name] < unit.width
     ]
     who = "this group" if own else f"group {entry.group}"
-    return f"{who} | {macs} | {loss} | {', '.join(widths) or 'uncut'}"
+    return f"{who} | {told} | {loss} | {', '.join(widths) or 'uncut'}"
 
 
 def _example(task: PruningTask) -> str:
     """Write out a scheme of two units, to show the form."""
-    units = task.space.units[:2]
-    scheme = [{"unit": unit.name, "keep": max(1, unit.width // 2)} for unit in units]
+    space = task.space
+    scheme = [
+        {"unit": unit.name, "keep": space.held(unit.name, unit.width // 2)}
+        for unit in space.units[:2]
+    ]
     return json.dumps({"schemes": [scheme]})
 
 
-def _percent(macs: int, task: PruningTask) -> str:
-    return f"{100 * macs / task.space.macs_base:.4g}"
+def _percent(cost: float, task: PruningTask) -> str:
+    return f"{100 * cost / task.space.cost_base:.4g}"
 
 
 def _short(value: float) -> str:

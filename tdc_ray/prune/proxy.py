@@ -25,8 +25,8 @@ class PruningTask:
     snr_db: tuple[float, float]
     """Of the first and the last timestep, in dB."""
 
-    max_macs: int
-    """The limit."""
+    limit: int
+    """The limit: of macs, or of nanoseconds, as the space has it."""
 
     loss_base: float
     """Loss of the uncut base on held-out noise of the group's timesteps."""

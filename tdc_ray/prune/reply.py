@@ -1,7 +1,7 @@
 """The form of a language model's answer, and its check. A reply is data, never code."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,12 +35,14 @@ class _Reply(BaseModel):
 def response_format(space: Space) -> dict[str, Any]:
     """Make the ``response_format`` of a request: a strict JSON schema with the names of all units.
 
-    Ranges of widths are not in it, since not every server knows ``minimum``; `parse_reply` checks
-    them.
+    Ranges of widths are not in it, since not every server knows ``minimum``, but those that are
+    legal for some unit are where not all are; `parse_reply` checks them for each.
     """
+    keep: dict[str, Any] = {"type": "integer", "description": "the width that the unit keeps"}
+    if any(len(widths) < widths[-1] for widths in space.legal.values()):
+        keep["enum"] = sorted({width for widths in space.legal.values() for width in widths})
     width = _object(
-        unit={"type": "string", "enum": [unit.name for unit in space.units]},
-        keep={"type": "integer", "description": "the width that the unit keeps"},
+        unit={"type": "string", "enum": [unit.name for unit in space.units]}, keep=keep
     )
     scheme = {"type": "array", "items": width}
     schema = _object(schemes={"type": "array", "items": scheme})
@@ -80,7 +82,7 @@ def parse_reply(text: str, task: PruningTask) -> list[Scheme]:
     problems: list[str] = []
     for number, widths in enumerate(reply.schemes[: task.num_candidates], start=1):
         scheme = task.space.full
-        wrong = _problems(widths, scheme)
+        wrong = _problems(widths, task.space)
         problems += [f"scheme {number}: {problem}" for problem in wrong]
         scheme.update((width.unit, width.keep) for width in widths)
         if not wrong and scheme not in found:
@@ -124,22 +126,30 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         start = text.find("{", end)
 
 
-def _problems(widths: list[_Width], full: Scheme) -> list[str]:
+def _problems(widths: list[_Width], space: Space) -> list[str]:
     """List what keeps a scheme from being cut."""
     if not widths:
         return ["it cuts nothing; name the units that are cut."]
     problems = []
     seen: set[str] = set()
     for width in widths:
-        most = full.get(width.unit)
-        if most is None:
+        legal = space.legal.get(width.unit)
+        if legal is None:
             problems.append(f"there is no unit {width.unit[:80]!r}.")
         elif width.unit in seen:
             problems.append(f"{width.unit} is named twice.")
-        elif not 1 <= width.keep <= most:
-            problems.append(f"{width.unit} can keep 1 to {most}, not {_short(width.keep)}.")
+        elif width.keep not in legal:
+            wanted = widths_text(legal, " to ")
+            problems.append(f"{width.unit} can keep {wanted}, not {_short(width.keep)}.")
         seen.add(width.unit)
     return problems
+
+
+def widths_text(legal: Sequence[int], to: str) -> str:
+    """Write a unit's legal widths: from the first to the last, or one by one."""
+    if len(legal) == legal[-1]:
+        return f"{legal[0]}{to}{legal[-1]}"
+    return ", ".join(str(width) for width in legal)
 
 
 def _short(number: int) -> str:

@@ -32,14 +32,18 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     """Find the sub-model of a group, as a chain of work items.
 
     Without pruning (``prune.method`` none) it is the base itself.
+
+    Raises:
+        ConfigError: The space is not that of the settings.
     """
+    task.check_space()
     config, spent = task.config, Spent()
     full = keep_all(task.space.units)
     (base,) = yield [base_item(task)]
     spent.add(base)
     loss_base = base["loss_cut"]
     method = config.prune.method
-    if method == "none" or task.max_macs >= task.space.macs_base:
+    if method == "none" or task.limit >= task.space.cost_base:
         return Choice(full, None, loss_base, (), spent)
     if method == "offline" or method == "llm":
         found = yield from _search_by_proxy(task, memory, loss_base, spent)
@@ -54,7 +58,7 @@ def _search_by_score(
 ) -> Chain[list[Candidate]]:
     """Measure the schemes that follow from a score; there is one round and nothing to learn."""
     scores = yield from _scores(task, method, spent)
-    found = baseline_schemes(task.space, scores, task.max_macs)
+    found = baseline_schemes(task.space, scores, task.limit)
     schemes = [_Proposal(f"{method}/{name}", scheme) for name, scheme in found]
     return (yield from _measure(task, memory, 0, schemes, scores, spent))
 
@@ -76,7 +80,7 @@ def _search_by_proxy(
             group=group.index,
             timesteps=(group.first, group.last),
             snr_db=(group.snr_db_first, group.snr_db_last),
-            max_macs=task.max_macs,
+            limit=task.limit,
             loss_base=loss_base,
             scores=scores,
             sensitivities=sensitivities,
@@ -128,10 +132,10 @@ def _sensitivities(
         scores |= part.get("scores", {})
         sensitivities = {**sensitivities, **_by_width(part)}
     for number in range(1, prune.num_passes):
-        too_many = space.macs_base - task.max_macs
-        max_macs = space.macs_base - too_many * number // (prune.num_passes - 1)
+        too_much = space.cost_base - task.limit
+        limit = space.cost_base - too_much * number // (prune.num_passes - 1)
         curves = loss_curves(space, sensitivities)
-        start = knapsack(space, curves, max_macs)
+        start = knapsack(space, curves, limit)
         kept, loss = keep_best(space.units, scores, start), loss_base
         if has_streams:
             (measured,) = yield [measure_item(task, f"sensitivities-{number}-start", kept, 0)]
@@ -178,9 +182,9 @@ class _Proposals:
         task = self._task
         values = step_values(task.space, loss_curves(task.space, task.sensitivities))
         for scheme in schemes:
-            fitted = repair(task.space, scheme, task.max_macs, values)
+            fitted = repair(task.space, scheme, task.limit, values)
             if fitted not in self._tried and len(self.found) < task.num_candidates:
-                overshoot = max(0, task.space.macs(scheme) - task.max_macs)
+                overshoot = max(0, task.space.cost(scheme) - task.limit)
                 self.found.append(_Proposal(source, fitted, overshoot))
                 self._tried.append(fitted)
 
@@ -232,6 +236,7 @@ def _measure(
             loss_cut=result["loss_cut"],
             loss_refit=result["loss_refit"],
             overshoot=proposal.overshoot,
+            nanoseconds=space.nanoseconds(proposal.scheme),
         )
         memory.add(entry)
         spent.add(result)

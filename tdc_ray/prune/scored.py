@@ -1,5 +1,7 @@
 """The baselines: schemes that follow from scores alone."""
 
+from itertools import pairwise
+
 from tdc_ray.prune.importance import Scores
 from tdc_ray.prune.space import Space, Values, repair
 
@@ -9,7 +11,7 @@ def values_of(scores: Scores) -> Values:
     return {name: sorted(values, reverse=True) for name, values in scores.items()}
 
 
-def uniform_scheme(space: Space, max_macs: int, values: Values) -> dict[str, int]:
+def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     """Keep the same share of every unit, the largest share within the limit, then fill up.
 
     Raises:
@@ -17,45 +19,45 @@ def uniform_scheme(space: Space, max_macs: int, values: Values) -> dict[str, int
     """
 
     def at(share: float) -> dict[str, int]:
-        return {unit.name: max(1, int(share * unit.width)) for unit in space.units}
+        return {unit.name: space.held(unit.name, int(share * unit.width)) for unit in space.units}
 
     low, high = 0.0, 1.0
     for _ in range(20):  # to a millionth of the width
         middle = (low + high) / 2
-        if space.macs(at(middle)) <= max_macs:
+        if space.cost(at(middle)) <= limit:
             low = middle
         else:
             high = middle
-    return repair(space, at(low), max_macs, values)
+    return repair(space, at(low), limit, values)
 
 
-def global_scheme(space: Space, max_macs: int, values: Values) -> dict[str, int]:
+def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     """Rank all units' steps together by their scores, cut the lowest, then fill up.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    space.check_limit(max_macs, "the model")
+    space.check_limit(limit, "the model")
     scheme = space.full
     ranked = sorted(
-        (value, unit.name)
-        for unit in space.units
-        for value in values[unit.name][1:]  # the best stays
+        (sum(values[name][start:stop]) / (stop - start), name)
+        for name, widths in space.legal.items()
+        for start, stop in pairwise(widths)
     )
     for _, name in ranked:
-        if space.macs(scheme) <= max_macs:
+        if space.cost(scheme) <= limit:
             break
-        scheme[name] -= 1
-    return repair(space, scheme, max_macs, values)
+        scheme[name] = space.narrower(name, scheme[name])
+    return repair(space, scheme, limit, values)
 
 
-def per_mac_scheme(space: Space, max_macs: int, values: Values) -> dict[str, int]:
-    """Rank all units' steps together by score per mac, and cut the lowest.
+def per_mac_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
+    """Rank all units' steps together by score per mac, or per time, and cut the lowest.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    return repair(space, space.full, max_macs, values)
+    return repair(space, space.full, limit, values)
 
 
 BASELINES = {
@@ -67,7 +69,7 @@ BASELINES = {
 
 
 def baseline_schemes(
-    space: Space, scores: Scores, max_macs: int
+    space: Space, scores: Scores, limit: int
 ) -> list[tuple[str, dict[str, int]]]:
     """Give the different schemes within a limit that follow from scores, with their names.
 
@@ -76,7 +78,7 @@ def baseline_schemes(
     """
     found: list[tuple[str, dict[str, int]]] = []
     for name, scheme_for in BASELINES.items():
-        scheme = scheme_for(space, max_macs, values_of(scores))
+        scheme = scheme_for(space, limit, values_of(scores))
         if all(scheme != other for _, other in found):
             found.append((name, scheme))
     return found

@@ -27,8 +27,9 @@ Solutions = dict[str, dict[int, Weights]]
 
 
 def levels(unit: Unit, num_levels: int) -> list[int]:
-    """Widths at which a unit is measured: evenly spread below its own, down to a single step."""
-    spread = {1 + round((unit.width - 1) * level / num_levels) for level in range(num_levels)}
+    """Legal widths at which a unit is measured: evenly spread below its own, down to the least."""
+    legal = unit.legal_widths
+    spread = {legal[round((len(legal) - 1) * level / num_levels)] for level in range(num_levels)}
     return sorted(width for width in spread if width < unit.width)
 
 

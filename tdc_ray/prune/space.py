@@ -1,13 +1,15 @@
-"""The pruning space: the schemes of a UNet, their macs by table, and their repair to a limit."""
+"""The pruning space: the schemes of a UNet, what they cost by table, their repair to a limit."""
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.units import SpaceKind, Unit, units_of
+from tdc_ray.prune.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
 from tdc_ray.prune.table import Polynomial, tabulate
 
 Scheme = Mapping[str, int]
@@ -31,6 +33,13 @@ class Space:
     macs_table: Polynomial
     num_params_table: Polynomial
 
+    costs: Costs
+    """What is limited: the macs, or measured time."""
+
+    quantity: Quantity
+    legal: Mapping[str, tuple[int, ...]]
+    """For every unit the widths that it may keep, rising; the last is its own."""
+
     @property
     def full(self) -> dict[str, int]:
         """The scheme that cuts nothing."""
@@ -50,82 +59,153 @@ class Space:
 
     @property
     def min_macs(self) -> int:
-        """Macs of the smallest scheme, which keeps one step of each unit."""
-        return self.macs({unit.name: 1 for unit in self.units})
+        """Macs of the smallest scheme, which keeps the least legal width of each unit."""
+        return self.macs(self.smallest)
 
-    def check_limit(self, max_macs: int, name: str) -> None:
+    @property
+    def smallest(self) -> dict[str, int]:
+        """The scheme that cuts all that may be cut."""
+        return {name: widths[0] for name, widths in self.legal.items()}
+
+    def cost(self, scheme: Scheme) -> int:
+        """Tell what a scheme takes of what is limited."""
+        return self.costs.at(scheme)
+
+    @property
+    def cost_base(self) -> int:
+        """What the uncut UNet takes."""
+        return self.costs.at(self.full)
+
+    def nanoseconds(self, scheme: Scheme) -> int | None:
+        """Time of a forward pass by the table of what was measured; None where macs are limited."""
+        return self.costs.at(scheme) if self.quantity == "time" else None
+
+    def step_costs(self, unit: str) -> list[float]:
+        """Give what each of a unit's steps costs, all else uncut."""
+        return step_costs(self.costs, unit, self.legal[unit], self.full)
+
+    def narrower(self, unit: str, width: int) -> int:
+        """Give the next narrower legal width; of the least one itself."""
+        legal = self.legal[unit]
+        return legal[max(0, bisect_left(legal, width) - 1)]
+
+    def wider(self, unit: str, width: int) -> int:
+        """Give the next wider legal width; of the whole unit's its own."""
+        legal = self.legal[unit]
+        return legal[min(len(legal) - 1, bisect_right(legal, width))]
+
+    def held(self, unit: str, width: int) -> int:
+        """Give the widest legal width within a width; where there is none the least one."""
+        legal = self.legal[unit]
+        return legal[max(0, bisect_right(legal, width) - 1)]
+
+    def widened(self, scheme: Scheme) -> dict[str, int]:
+        """Bring every width to the least legal one that holds it."""
+        return {
+            name: self.legal[name][bisect_left(self.legal[name], width)]
+            for name, width in scheme.items()
+        }
+
+    def timed(self, table: LatencyTable) -> "Space":
+        """Give the same space with time as what is limited; legal is what saves time, too."""
+        legal = {name: table.worthwhile(name, widths) for name, widths in self.legal.items()}
+        return replace(self, costs=table, quantity="time", legal=legal)
+
+    def check_limit(self, limit: int, name: str) -> None:
         """Make sure that some scheme meets a limit.
 
         Raises:
             LimitError: The smallest scheme is larger.
         """
-        if max_macs < self.min_macs:
+        least, base = self.cost(self.smallest), self.cost_base
+        if limit < least:
+            multiple = max(unit.multiple for unit in self.units)
+            lower = f", or lower prune.channel_multiple {multiple}" if multiple > 1 else ""
             raise LimitError(
-                f"{name} is limited to {max_macs:,} macs, but the smallest pruned model needs "
-                f"{self.min_macs:,} ({self.min_macs / self.macs_base:.3f} of the base's "
-                f"{self.macs_base:,}). Raise plan.min_macs_share or lower plan.num_groups."
+                f"{name} is limited to {cost_text(limit, self.quantity)}, but the smallest pruned "
+                f"model needs {cost_text(least, self.quantity)} ({least / base:.3f} of the base's "
+                f"{cost_text(base, self.quantity)}). Raise plan.min_macs_share or lower "
+                f"plan.num_groups{lower}."
             )
 
 
-def space_of(config: UNetConfig, kind: SpaceKind = "inner") -> Space:
-    """Make the pruning space of a UNet from its config."""
-    units = units_of(config, kind)
+def space_of(
+    config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: int = 1
+) -> Space:
+    """Make the pruning space of a UNet from its config; what is limited are macs.
+
+    Args:
+        config: The UNet's.
+        kind: What can be cut.
+        channel_multiple: What the channels that a cut unit keeps are a multiple of.
+    """
+    units = tuple(replace(unit, multiple=channel_multiple) for unit in units_of(config, kind))
     num_params, macs = tabulate(all_layers(config), units)
     full = {unit.name: unit.width for unit in units}
-    return Space(units, macs.at(full), num_params.at(full), macs, num_params)
+    legal = {unit.name: unit.legal_widths for unit in units}
+    return Space(
+        units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal
+    )
 
 
-def repair(space: Space, scheme: Scheme, max_macs: int, values: Values) -> dict[str, int]:
+def repair(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
     """Bring a scheme to a limit, changing it where that costs the least value.
 
-    Steps of the least value per mac are given up until the macs are within the limit; then steps
-    of the most value per mac are taken back as long as they fit. What comes out is tight: one step
-    more of any unit would break the limit.
+    Units go from one legal width to the next: those that lose the least value per cost are
+    narrowed until the scheme is within the limit, then those that gain the most are widened as
+    long as that fits. What comes out is tight: no unit could have its next wider legal width.
 
     Args:
         space: The pruning space.
-        scheme: Widths wished for.
-        max_macs: The limit.
+        scheme: Widths wished for; those that are not legal count as the next wider legal ones.
+        limit: Of macs, or of nanoseconds, as the space has it.
         values: Worth of every step of every unit.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    space.check_limit(max_macs, "the model")
-    full, widths, macs = space.full, dict(scheme), space.macs(scheme)
+    space.check_limit(limit, "the model")
+    widths = space.widened(scheme)
+    cost = space.cost(widths)
+
+    def value_per_cost(name: str, start: int, stop: int) -> float:
+        return sum(values[name][start:stop]) / space.costs.rise(name, start, stop, widths)
 
     def loss(name: str) -> float:
-        return values[name][widths[name] - 1] / space.step_macs(name, widths)
+        return value_per_cost(name, space.narrower(name, widths[name]), widths[name])
 
     def gain(name: str) -> float:
-        return -values[name][widths[name]] / space.step_macs(name, widths)
+        return -value_per_cost(name, widths[name], space.wider(name, widths[name]))
 
-    cheapest = _Queue(loss, [name for name, width in widths.items() if width > 1])
-    while macs > max_macs:
+    least, most = space.smallest, space.full
+    cheapest = _Queue(loss, [name for name, width in widths.items() if width > least[name]])
+    while cost > limit:
         name = cheapest.pop()
-        macs -= space.step_macs(name, widths)
-        widths[name] -= 1
-        if widths[name] > 1:
+        narrower = space.narrower(name, widths[name])
+        cost -= space.costs.rise(name, narrower, widths[name], widths)
+        widths[name] = narrower
+        if narrower > least[name]:
             cheapest.push(name)
-    best = _Queue(gain, [name for name, width in widths.items() if width < full[name]])
-    while best:  # a step that does not fit now never will: macs, and every step's, only grow
+    best = _Queue(gain, [name for name, width in widths.items() if width < most[name]])
+    while best:  # what does not fit now never will: costs, and those of every step, only grow
         name = best.pop()
-        step = space.step_macs(name, widths)
-        if macs + step > max_macs:
+        wider = space.wider(name, widths[name])
+        rise = space.costs.rise(name, widths[name], wider, widths)
+        if cost + rise > limit:
             continue
-        macs += step
-        widths[name] += 1
-        if widths[name] < full[name]:
+        cost += rise
+        widths[name] = wider
+        if wider < most[name]:
             best.push(name)
-    assert is_tight(space, widths, max_macs)
+    assert is_tight(space, widths, limit)
     return widths
 
 
 class _Queue:
     """Gives out names by rising key, where the keys of those that wait may rise meanwhile.
 
-    They do: narrowing a unit lowers the macs of the others' steps, so that their value per mac
-    rises, and widening raises the macs, so that it falls and its negative rises.
+    They do: narrowing a unit lowers the cost of the others' steps or leaves it, so that their
+    value per cost does not fall, and widening the other way round for its negative.
     """
 
     def __init__(self, key: Callable[[str], float], names: Iterable[str]) -> None:
@@ -148,10 +228,11 @@ class _Queue:
         return name
 
 
-def is_tight(space: Space, scheme: Scheme, max_macs: int) -> bool:
-    """Tell whether a scheme is within the limit and no unit could keep one step more."""
-    room = max_macs - space.macs(scheme)
+def is_tight(space: Space, scheme: Scheme, limit: int) -> bool:
+    """Tell whether a scheme is within the limit and no unit could have its next wider width."""
+    room = limit - space.cost(scheme)
     return room >= 0 and all(
-        scheme[unit.name] == unit.width or space.step_macs(unit.name, scheme) > room
-        for unit in space.units
+        width == space.legal[name][-1]
+        or space.costs.rise(name, width, space.wider(name, width), scheme) > room
+        for name, width in scheme.items()
     )

@@ -45,6 +45,10 @@ class Polynomial:
         double = [factor * widths[u] * widths[v] for (u, v), factor in self.pairs.items()]
         return self.constant + single + sum(double)
 
+    def rise(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
+        """Tell what a unit's steps from one width to a wider one add, given the others' widths."""
+        return (stop - start) * self.slope(unit, widths)
+
     def slope(self, unit: str, widths: Mapping[str, int]) -> int:
         """Tell what one step of a unit adds, given the widths of the others."""
         others = self.partners[unit].items()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config import RunConfig
+from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
@@ -37,9 +38,32 @@ class GroupTask:
         return group_name(self.group)
 
     @property
+    def limit(self) -> int:
+        """The limit: of macs, or of nanoseconds, as the space has it."""
+        return self.group.limit(self.space.cost_base)
+
+    @property
     def max_macs(self) -> int:
-        """The limit in macs."""
-        return self.group.max_macs(self.space.macs_base)
+        """The limit's share of the base's macs; where time is limited about what is to be left."""
+        return self.group.limit(self.space.macs_base)
+
+    def check_space(self) -> None:
+        """Make sure that the space is that of the settings.
+
+        Raises:
+            ConfigError: It limits something else, or other widths are legal in it.
+        """
+        prune, units = self.config.prune, self.space.units
+        limited = "latency" if self.space.quantity == "time" else "macs"
+        for setting, value, wanted in (
+            ("objective", prune.objective, limited),
+            ("channel_multiple", prune.channel_multiple, max(unit.multiple for unit in units)),
+        ):
+            if prune.method != "none" and value != wanted:
+                raise ConfigError(
+                    f"prune.{setting} must be {wanted} here, got {value}: only tdc-ray run and "
+                    "tdc-ray prune heed others."
+                )
 
     @property
     def finetune_macs(self) -> float:
@@ -95,7 +119,7 @@ def group_tasks(
     run_dir: RunDir, config: RunConfig, space: Space, groups: Sequence[Group]
 ) -> list[GroupTask]:
     """Give every group its task; no group waits for one that keeps the whole base."""
-    searching = (group for group in groups if group.max_macs(space.macs_base) < space.macs_base)
+    searching = (group for group in groups if group.limit(space.cost_base) < space.cost_base)
     parties = frozenset(map(group_name, searching))
     return [GroupTask(run_dir, config, space, group, parties) for group in groups]
 

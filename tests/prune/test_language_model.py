@@ -260,8 +260,8 @@ def test_schemes_above_the_limit_are_given_as_they_are(tmp_path, monkeypatch):
     values = {unit.name: [1.0] * unit.width for unit in SPACE.units}
     for scheme in result["schemes"]:
         assert is_legal(scheme)
-        assert SPACE.macs(scheme) > TASK.max_macs
-        assert SPACE.macs(repair(SPACE, scheme, TASK.max_macs, values)) <= TASK.max_macs
+        assert SPACE.macs(scheme) > TASK.limit
+        assert SPACE.macs(repair(SPACE, scheme, TASK.limit, values)) <= TASK.limit
 
 
 def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def task_of(space: Space, share: float, sensitivities: Sensitivities, seed: int 
     return replace(
         TASK,
         space=space,
-        max_macs=limit_at(space, share),
+        limit=limit_at(space, share),
         sensitivities=sensitivities,
         seed=seed,
         **{"num_candidates": 3, **changes},
@@ -130,7 +130,7 @@ def test_proposals_of_three_rounds_are_tight_within_the_limit_and_never_repeated
         task = task_of(space, share, sensitivities, seed + round_, num_candidates=num_candidates)
         found = propose(task, memory)
         assert len(found) <= num_candidates
-        assert all(is_tight(space, scheme, task.max_macs) for scheme in found)
+        assert all(is_tight(space, scheme, task.limit) for scheme in found)
         tried = [entry.widths for entry in memory] + list(found)
         assert all(scheme not in tried[:place] for place, scheme in enumerate(tried))
         losses = np.random.default_rng(seed + round_).uniform(0.01, 2, len(found))
@@ -168,13 +168,13 @@ def test_the_first_proposal_without_a_memory_is_the_knapsack_of_what_was_measure
     space = SPACES["inner"]
     task = task_of(space, share, random_sensitivities(space, seed))
     curves = loss_curves(space, task.sensitivities)
-    expected = knapsack(space, curves, task.max_macs, np.ones(len(space.units)))
+    expected = knapsack(space, curves, task.limit, np.ones(len(space.units)))
     assert propose(task)[0] == expected
 
 
 def test_where_there_is_nothing_else_to_try_there_are_fewer_proposals_than_asked_for():
     space = SPACES["inner"]
-    task = replace(task_of(space, 0.5, even_sensitivities(space)), max_macs=space.macs_base)
+    task = replace(task_of(space, 0.5, even_sensitivities(space)), limit=space.macs_base)
     assert propose(task) == [space.full]
     assert propose(task, [remembered(task, space.full, 0.1)]) == []
 
@@ -182,7 +182,7 @@ def test_where_there_is_nothing_else_to_try_there_are_fewer_proposals_than_asked
 @pytest.mark.parametrize("name", SPACES)
 def test_a_limit_that_no_scheme_meets_is_an_error(name):
     space = SPACES[name]
-    task = replace(task_of(space, 0.5, even_sensitivities(space)), max_macs=space.min_macs - 1)
+    task = replace(task_of(space, 0.5, even_sensitivities(space)), limit=space.min_macs - 1)
     with pytest.raises(LimitError):
         propose(task)
 
@@ -218,9 +218,9 @@ def test_units_that_cost_nothing_are_cut_first_and_dear_ones_last():
     sensitivities = even_sensitivities(space, u0=1000, u1=0, u5=0)
     free = [space.units[1].name, space.units[5].name]
     ones = {**space.full, **dict.fromkeys(free, 1)}
-    task = replace(task_of(space, 0.5, sensitivities), max_macs=space.macs(ones))
+    task = replace(task_of(space, 0.5, sensitivities), limit=space.macs(ones))
     assert propose(task)[0] == ones
-    tighter = replace(task, max_macs=limit_at(space, 0.3))
+    tighter = replace(task, limit=limit_at(space, 0.3))
     scheme = propose(tighter)[0]
     assert all(scheme[name] == 1 for name in free)
     assert scheme[space.units[0].name] == space.units[0].width
@@ -229,7 +229,7 @@ def test_units_that_cost_nothing_are_cut_first_and_dear_ones_last():
 def test_of_equal_losses_what_saves_more_macs_is_cut():
     space = SPACES["inner"]
     same = {unit.name: {1: 0.01} for unit in space.units}
-    task = replace(task_of(space, 0.5, same), max_macs=space.macs_base - 1)
+    task = replace(task_of(space, 0.5, same), limit=space.macs_base - 1)
     saved = {u.name: (u.width - 1) * space.step_macs(u.name, space.full) for u in space.units}
     best = max(saved, key=saved.__getitem__)
     assert propose(task)[0] == {**space.full, best: space.full[best] - 1}
@@ -356,7 +356,7 @@ def test_losses_that_tell_nothing_are_survived(loss):
     for others in ([], [remembered(task, first[0], task.loss_base + 0.01, group=1)]):
         found = propose(task, memory + others)
         assert len(found) == 3
-        assert all(is_tight(space, scheme, task.max_macs) for scheme in found)
+        assert all(is_tight(space, scheme, task.limit) for scheme in found)
         assert not any(scheme in first for scheme in found)
 
 
@@ -414,7 +414,7 @@ def test_a_scheme_of_another_limit_is_brought_to_this_one(share):
     task = task_of(space, 0.5, even_sensitivities(space))
     (other,) = schemes_of_others(space, share, 1)
     second = propose(task, [remembered(task, other, 0.1, group=task.group + 1)])[1]
-    assert is_tight(space, second, task.max_macs)
+    assert is_tight(space, second, task.limit)
     pairs = [(second[name], other[name]) for name in other]
     assert all(ours >= theirs for ours, theirs in pairs) or share > 0.5
     assert all(ours <= theirs for ours, theirs in pairs) or share < 0.5

@@ -33,7 +33,7 @@ def lines_of_memory(text: str) -> list[str]:
 def test_the_group_its_limit_and_the_round_are_told():
     text = content()
     assert "200 to 299, signal-to-noise ratio 3.5 to -1.25 dB" in text
-    assert f"limit: {TASK.max_macs} macs = 70 % of the base's" in text
+    assert f"limit: {TASK.limit} macs = 70 % of the base's" in text
     assert str(SPACE.macs_base) in text
     assert "round: 2 of 3" in text
     assert "Propose 2 different schemes" in text
@@ -94,10 +94,10 @@ def test_a_scheme_is_told_once_and_the_cap_keeps_the_best():
 
 def test_an_overshoot_is_told_with_its_size():
     lines = lines_of_memory(content(MEMORY))
-    within = SPACE.macs(MEMORY[1].widths) <= TASK.max_macs
+    within = SPACE.macs(MEMORY[1].widths) <= TASK.limit
     assert ("overshoots" in lines[-1]) is not within
     share = 100 * SPACE.macs(MEMORY[3].widths) / SPACE.macs_base
-    over = 100 * (SPACE.macs(MEMORY[3].widths) - TASK.max_macs) / SPACE.macs_base
+    over = 100 * (SPACE.macs(MEMORY[3].widths) - TASK.limit) / SPACE.macs_base
     assert f"macs {share:.4g} % (overshoots this group's limit by {over:.4g} points)" in lines[1]
 
 

@@ -1,0 +1,131 @@
+"""Measures how long each unit takes at each width, on a worker's device.
+
+The base is run step by step, by turns with the base cut to one width of every unit: inner units
+leave the stream as it is, so that every block gets what it gets in any other scheme, and a pass
+times all of them where they stand, with caches as they are there.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from tdc_ray.config import RunConfig
+from tdc_ray.device import worker_device
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.timing import device_name, time_passes
+from tdc_ray.models.unet import build_unet
+from tdc_ray.models.units import Unit
+from tdc_ray.prune.costs import LatencyTable
+from tdc_ray.prune.space import Space, space_of
+from tdc_ray.work import Chain, Report, Result, WorkItem
+
+MAX_LEVELS = 8
+"""Most widths of a unit that are measured, its own among them; those between lie on lines."""
+
+MIN_REPEATS, MIN_SECONDS = 9, 0.3
+"""Least passes of each model at a level, and least seconds that they take together."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyJob:
+    """Time a UNet's units; only shapes count, so its weights are random ones."""
+
+    unet: UNetConfig
+    config: RunConfig
+
+
+def timed_space(
+    run_dir: RunDir, unet: UNetConfig, config: RunConfig, space: Space
+) -> Chain[Space]:
+    """Measure what the units of a space take, and give the space with time as what is limited.
+
+    What is measured stays in the run directory, so that a run goes on with the same numbers.
+    """
+    passes = 2 * MAX_LEVELS * MIN_REPEATS * config.prune.latency_batch_size
+    (measured,) = yield [
+        WorkItem(
+            key="latency",
+            function=measure_latency,
+            job=LatencyJob(unet, config),
+            result_path=run_dir.latency,
+            cost=float(passes * space.macs_base),
+            num_steps=MAX_LEVELS - 1,
+        )
+    ]
+    return space.timed(latency_table(measured, space.units))
+
+
+def measure_latency(job: LatencyJob, report: Report) -> Result:
+    """Give ``base_ns``, ``units`` (nanoseconds by unit and width), and how they were measured."""
+    started, prune = time.perf_counter(), job.config.prune
+    space = space_of(job.unet, prune.space, prune.channel_multiple)
+    device = worker_device()
+    base = build_unet(job.unet).to(device).eval()
+    found: list[tuple[float, dict[str, dict[int, float]]]] = []
+    for number, widths in enumerate(_schemes(space), start=1):
+        kept = {name: tuple(range(width)) for name, width in widths.items()}
+        whole, part = time_passes(
+            [base, cut(base, space.units, kept)],
+            prune.latency_batch_size,
+            min_repeats=MIN_REPEATS,
+            min_seconds=MIN_SECONDS,
+        )
+        found.append(
+            (
+                whole.total,
+                {
+                    unit.name: {
+                        unit.width: whole.steps[unit.name],
+                        widths[unit.name]: part.steps[unit.name],
+                    }
+                    for unit in space.units
+                },
+            )
+        )
+        report({"base_milliseconds": 1e3 * whole.total}, number)
+    total = float(np.median([whole for whole, _ in found]))
+    units: dict[str, dict[int, list[float]]] = {unit.name: {} for unit in space.units}
+    for whole, times in found:  # as if the machine had been as fast as usual
+        for name, by_width in times.items():
+            for width, seconds in by_width.items():
+                units[name].setdefault(width, []).append(seconds * total / whole)
+    return {
+        "device": device_name(device),
+        "batch_size": prune.latency_batch_size,
+        "base_ns": round(1e9 * total),
+        "units": {
+            name: {width: round(1e9 * float(np.median(s))) for width, s in sorted(times.items())}
+            for name, times in units.items()
+        },
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def latency_table(measured: Result, units: Sequence[Unit]) -> LatencyTable:
+    """Make the table of what was measured: never falling with the width, linear in between."""
+    times = {}
+    for unit in units:
+        by_width = {int(width): ns for width, ns in measured["units"][unit.name].items()}
+        widths = sorted(by_width)
+        rising = isotonic_regression([by_width[width] for width in widths]).x
+        between = np.interp(np.arange(1, unit.width + 1), widths, rising)
+        times[unit.name] = (0, *(max(1, round(float(ns))) for ns in between))
+    blocks = sum(some[-1] for some in times.values())
+    return LatencyTable(max(0, measured["base_ns"] - blocks), times)
+
+
+def _schemes(space: Space) -> list[dict[str, int]]:
+    """Give schemes that take every unit through its legal widths but its own, at most so many."""
+    most = min(MAX_LEVELS, max(len(legal) for legal in space.legal.values()))
+    return [
+        {
+            name: legal[round((len(legal) - 1) * level / max(1, most - 1))]
+            for name, legal in space.legal.items()
+        }
+        for level in range(max(1, most - 1))
+    ]
