@@ -1,4 +1,4 @@
-"""Prunes any saved ``UNet2DModel`` to a share of its macs, in this process: ``tdc-ray prune``."""
+"""Prunes any saved ``UNet2DModel`` to a limit, in this process: ``tdc-ray prune``."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from diffusers import UNet2DModel
 from rich.console import Console
 
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
@@ -19,15 +20,17 @@ from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
+from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group
 from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import check_proxy
+from tdc_ray.prune.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.prune.measure import load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
-from tdc_ray.prune.space import space_of
+from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.remote import is_remote, located, shown, version
 from tdc_ray.settings import DataConfig
@@ -90,7 +93,12 @@ def data_config(source: str, data: DataConfig) -> DataConfig:
 
 
 def prune_model(
-    unet: Path, config: RunConfig, group: Group, out: Path, console: Console
+    unet: Path,
+    config: RunConfig,
+    group: Group,
+    out: Path,
+    console: Console,
+    milliseconds: float | None = None,
 ) -> dict[str, object]:
     """Search, cut and refit; write the pruned model and its report.
 
@@ -99,10 +107,12 @@ def prune_model(
     Args:
         unet: The folder of the UNet.
         config: Data, noise process and how to prune.
-        group: The timesteps, and the limit.
+        group: The timesteps, and the limit unless that is one of time.
         out: Where to: the model (``models.experts.load_expert`` reads it) and ``report.json``;
             what the search measured is kept in its folder ``search``.
         console: Where progress is shown.
+        milliseconds: Most time of a forward pass of ``prune.latency_batch_size`` images on this
+            device; it goes with the objective latency, and with nothing else.
 
     Returns:
         The report.
@@ -120,9 +130,10 @@ def prune_model(
             f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
             "it takes no gradient step."
         )
-    space = space_of(base_settings, config.prune.space)
+    space = space_of(base_settings, config.prune.space, config.prune.channel_multiple)
     _check(config, base_settings)
-    space.check_limit(group.max_macs(space.macs_base), "the model")
+    if milliseconds is None:
+        space.check_limit(group.limit(space.cost_base), "the model", "Raise --macs")
     dataset = load_dataset(config.data)
     if embeds := base_settings.get("num_class_embeds"):
         if not dataset.num_classes:
@@ -135,20 +146,28 @@ def prune_model(
                 f"{dataset.num_classes - 1}."
             )
     with exclusive(out):
-        run_dir = RunDir((out / "search" / _name(unet, config, group)).resolve(), unet)
+        search_dir = out / "search" / _name(unet, config, group, milliseconds)
+        run_dir = RunDir(search_dir.resolve(), unet)
         with ProgressView(run_dir.tensorboard, console) as view:
             config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
+            if milliseconds is not None:
+                chain = timed_space(run_dir, base_settings, config, space)
+                space = run_chain(chain, view.watch)
+                limit = round(1e6 * milliseconds)
+                space.check_limit(limit, "the model", "Raise --milliseconds")
+                group = replace(group, limit_share=min(1.0, limit / space.cost_base))
             run_chain(prepare_latents(config), view.watch)
             task = GroupTask(run_dir, config, space, group)
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")
         writing = time.perf_counter()
-        pruned = pruned_unet(load_base(run_dir, config), choice.kept, config, group)
+        base = load_base(run_dir, config)
+        pruned = pruned_unet(base, choice.kept, config, group)
         save_expert_into(out, pruned, base_settings, choice.kept)
         report: dict[str, object] = {
             "macs_base": space.macs_base,
             "macs": space.macs(choice.widths),
-            "macs_limit": task.max_macs,
+            "macs_limit": task.limit if milliseconds is None else space.macs_base,
             "num_params_base": space.num_params_base,
             "num_params": space.num_params(choice.widths),
             "loss_base": choice.loss_base,
@@ -158,6 +177,7 @@ def prune_model(
             "source": "base" if choice.entry is None else choice.entry.source,
             "refit": config.prune.refit,
             "space": config.prune.space,
+            "objective": config.prune.objective,
             "timesteps": [group.first, group.last],
             "widths": dict(choice.widths),
             "search_macs": choice.spent.macs,
@@ -170,8 +190,34 @@ def prune_model(
             + choice.spent.proxy_seconds
             + (time.perf_counter() - writing),
         }
+        if milliseconds is not None:
+            report["time"] = _time(config, space, choice.widths, milliseconds, base.unet, pruned)
         write_json(out / REPORT_FILE, report)
     return report
+
+
+def _time(
+    config: RunConfig,
+    space: Space,
+    widths: Scheme,
+    limit_ms: float,
+    base: UNet2DModel,
+    pruned: UNet2DModel,
+) -> dict[str, object]:
+    """Tell what a pruned model takes by the table, and what it and its base take as a whole."""
+    size = config.prune.latency_batch_size
+    whole, part = time_passes(
+        [base, pruned.eval()], size, min_repeats=MIN_REPEATS, min_seconds=MIN_SECONDS
+    )
+    return {
+        "device": device_name(base.device),
+        "batch_size": size,
+        "limit_ms": limit_ms,
+        "base_table_ms": space.cost_base / 1e6,
+        "table_ms": space.cost(widths) / 1e6,
+        "base_ms": 1e3 * whole.total,
+        "ms": 1e3 * part.total,
+    }
 
 
 def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig:
@@ -226,9 +272,10 @@ def _state(file: Path) -> tuple[str, int, int]:
     return file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
-def _name(unet: Path, config: RunConfig, group: Group) -> str:
+def _name(unet: Path, config: RunConfig, group: Group, milliseconds: float | None) -> str:
     """Name a search by all that decides what it measures."""
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
-    document = [digest(config), shown(unet), states, group.first, group.last, group.limit_share]
+    document = [digest(config), shown(unet), states, group.first, group.last]
+    document.append(group.limit_share if milliseconds is None else f"{milliseconds} ms")
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]

@@ -88,15 +88,15 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
-        counts += ("num_levels", "num_passes", "batch_size")
-        at_least(1, "prune", self, *counts, "channel_multiple", "latency_batch_size")
+        sizes = ("channel_multiple", "latency_batch_size", "batch_size")
+        at_least(1, "prune", self, *counts, "num_levels", "num_passes", *sizes)
         at_least(0, "prune", self, "halving_steps")
         require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
         if self.objective == "latency" and self.space != "inner":
             raise ConfigError(
-                f"prune.space must be inner with prune.objective latency, got {self.space}: what a "
-                "stream's width takes depends on all that reads it. Use --prune.space inner, or "
-                "--prune.objective macs."
+                f"prune.space must be inner with prune.objective latency, got {self.space}: the "
+                "time that a stream's width takes depends on the widths of all that read it. Use "
+                "--prune.space inner, or --prune.objective macs."
             )
 
 

@@ -13,7 +13,7 @@ from tdc_ray.plan import Plan
 from tdc_ray.presets import PAPER
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.remote import shown
-from tdc_ray.results import ModelResult, Results
+from tdc_ray.results import GroupResult, ModelResult, Results
 from tdc_ray.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
             str(group.num_sampling_steps),
         )
     console.print(table)
+    if config.prune.objective == "latency":
+        console.print("limits are shares of the base's time, which the run measures, not of macs")
     steps = len(plan.sampling_timesteps)
     console.print(
         f"mean limit over the {steps} sampling steps: {plan.mean_limit_share:.5g} F = "
@@ -102,7 +104,7 @@ def print_results(console: Console, results: Results) -> None:
         groups.add_row(
             str(group.index),
             f"{group.timesteps[0]}-{group.timesteps[1]}",
-            macs_text(group.macs_limit),
+            limit_text(group),
             macs_text(group.macs),
             f"{group.loss_base:.4f}",
             f"{group.loss_cut:.4f}",
@@ -112,6 +114,12 @@ def print_results(console: Console, results: Results) -> None:
     console.print(groups)
     for line in conclusions(results):
         console.print(line, soft_wrap=True)
+
+
+def limit_text(group: GroupResult) -> str:
+    """Write what a group is limited to: macs, or milliseconds."""
+    limit = group.milliseconds_limit
+    return macs_text(group.macs_limit) if limit is None else f"{limit:.4g} ms"
 
 
 def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
@@ -130,9 +138,18 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
             table.add_row(name, *left, f"{loss:.5f}", f"{loss - base:+.5f}")
     console.print(table)
     first, last = report["timesteps"]
+    limit, time = f"{macs_text(report['macs_limit'])} macs", report.get("time")
+    if time is not None:
+        limit = f"{time['limit_ms']:.4g} ms"
+        console.print(
+            f"a forward pass of {time['batch_size']} images takes {time['ms']:.4g} ms, the base's "
+            f"{time['base_ms']:.4g} ms ({time['ms'] / time['base_ms']:.3f}); by the table of its "
+            f"units {time['table_ms']:.4g} of {time['base_table_ms']:.4g} ms; {time['device']}",
+            soft_wrap=True,
+        )
     console.print(
-        f"timesteps {first} to {last}, limit {macs_text(report['macs_limit'])} macs, losses on "
-        f"held-out images and noise, {report['seconds']:.0f} s",
+        f"timesteps {first} to {last}, limit {limit}, losses on held-out images and noise, "
+        f"{report['seconds']:.0f} s",
         soft_wrap=True,
     )
     for note in report["notes"]:
@@ -143,6 +160,7 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
     """Print a memory bank group by group, the best scheme last."""
     console.print(shown(path), soft_wrap=True)
     optional = {
+        "ms": any(entry.nanoseconds is not None for entry in entries),
         "refit": any(entry.loss_refit is not None for entry in entries),
         "tuned": any(entry.loss_tuned is not None for entry in entries),
         "overshoot": any(entry.overshoot for entry in entries),
@@ -154,10 +172,13 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
     for group in sorted({entry.group for entry in entries}):
         own = [entry for entry in entries if entry.group == group]
         for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
+            is_time = entry.nanoseconds is not None
+            over = f"{entry.overshoot / 1e6:.4g} ms" if is_time else macs_text(entry.overshoot)
             cells = {
+                "ms": f"{(entry.nanoseconds or 0) / 1e6:.4g}" if is_time else "-",
                 "refit": loss_text(entry.loss_refit),
                 "tuned": loss_text(entry.loss_tuned),
-                "overshoot": macs_text(entry.overshoot),
+                "overshoot": over,
             }
             table.add_row(
                 str(group),

@@ -76,6 +76,8 @@ class GroupResult:
     """First and last, both included."""
 
     macs_limit: int
+    """Where time is limited there is none: the base's macs."""
+
     macs: int
     num_params: int
     widths: Mapping[str, int]
@@ -94,6 +96,12 @@ class GroupResult:
 
     source: str = "unknown"
     """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (no cut)."""
+
+    milliseconds_limit: float | None = None
+    """Of a forward pass; None where macs are limited."""
+
+    milliseconds: float | None = None
+    """The same of the expert, by the table of what the units take; None where macs are limited."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +129,9 @@ class PruneResult:
 
     refit: str = "none"
     space: str = "inner"
+    objective: str = "macs"
+    """What is limited: ``macs``, or ``latency``."""
+
     notes: tuple[str, ...] = ()
     """What did not go as asked for, such as an offline proxy that took over."""
 
@@ -171,6 +182,21 @@ class StageSeconds:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TimesResult:
+    """What a forward pass takes, as one worker measured it after the fine-tunes."""
+
+    device: str
+    batch_size: int
+    """Images of the pass; its numbers are float32."""
+
+    base_ms: float
+    """Milliseconds of the base."""
+
+    experts_ms: tuple[float, ...]
+    """Milliseconds of the experts, in the order of the groups."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseResult:
     """What of a run was computed for it, and what taken from a store; macs as elsewhere here."""
 
@@ -211,6 +237,9 @@ class Results:
     reuse: ReuseResult | None = None
     """None: the run had no store, and all was computed for it."""
 
+    times: TimesResult | None = None
+    """None: the run is of a version that did not measure it."""
+
 
 _ADAPTER = TypeAdapter(Results)
 
@@ -245,5 +274,5 @@ def comparable(results: Results) -> dict[str, Any]:
         del document[model]["images_per_second"]
     del document["prune"]["seconds"], document["prune"]["proxy_seconds"], document["seconds"]
     del document["versions"], document["commit"], document["workers"]
-    del document["reuse"]
+    del document["reuse"], document["times"]
     return document

@@ -22,6 +22,7 @@ from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
+from tdc_ray.expert_times import expert_times
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.first_stage import check_latents, copy_first_stage
@@ -35,6 +36,7 @@ from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
 from tdc_ray.precision import Stage, settled
 from tdc_ray.progress import Event, ProgressView
+from tdc_ray.prune.latency import timed_space
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
@@ -104,15 +106,17 @@ def run(
                 stages = STAGES if config.model.base is None else STAGES[1:]
                 chain = settled(run_dir, config, _base_of(config)[0], stages)
                 config = encoders.run({"precision": chain}, "precision")["precision"]
+                space = _limited_space(run_dir, config, space, plan, encoders)
             if config.model.base is None:
                 make_base(run_dir, config, events, view, sharing)
             memory = shown_memory(run_dir, view, config.prune.num_candidates)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
+            times = pool.run({"times": expert_times(run_dir, config, plan)}, "times")["times"]
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
             timeline.flush()
             show_samples(run_dir, view)
             used = show_usage(run_dir, view)
-        outcome = Outcome(plan, experts, *scores, spec, reference, used, store is not None)
+        outcome = Outcome(plan, experts, times, *scores, spec, reference, used, store is not None)
         seconds = time.perf_counter() - started
         results = summarize(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
@@ -148,10 +152,9 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         if of_images and value != wanted:
             raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
     plan = plan_groups(diffusion, config.plan, config.sampler)
-    space = space_of(unet_config, config.prune.space)
-    if config.prune.method != "none":
-        for group in plan.groups:
-            space.check_limit(group.max_macs(space.macs_base), f"group {group.index}")
+    space = space_of(unet_config, config.prune.space, config.prune.channel_multiple)
+    if config.prune.objective == "macs":
+        _check_limits(config, space, plan)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
@@ -159,6 +162,30 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         num_data_classes=load_dataset(data).num_classes,
     )
     return space, plan
+
+
+def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
+    """Make sure that every group's limit can be met."""
+    if config.prune.method != "none":
+        for group in plan.groups:
+            space.check_limit(group.limit(space.cost_base), f"group {group.index}")
+
+
+def _limited_space(
+    run_dir: RunDir, config: RunConfig, space: Space, plan: Plan, pool: Pool
+) -> Space:
+    """Give the space with what is limited in it: where that is time it is measured, once.
+
+    Raises:
+        LimitError: A group's limit is below what the smallest pruned model takes.
+    """
+    if config.prune.objective == "macs" or config.prune.method == "none":
+        return space
+    unet_config, _, _ = _base_of(config)
+    chain = timed_space(run_dir, unet_config, config, space)
+    timed = pool.run({"latency": chain}, "latency")["latency"]
+    _check_limits(config, timed, plan)
+    return timed
 
 
 def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:

@@ -25,6 +25,10 @@ class Expert:
     train_steps: int
     train_macs: float
     seconds: float
+    nanoseconds: int | None
+    """Of a forward pass, by the table of what the units take; None where macs are limited."""
+
+    max_nanoseconds: int | None
 
 
 def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
@@ -48,6 +52,8 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
         train_steps=tuned["train_steps"],
         train_macs=tuned["train_macs"],
         seconds=tuned["seconds"],
+        nanoseconds=task.space.nanoseconds(choice.widths),
+        max_nanoseconds=task.limit if task.space.quantity == "time" else None,
     )
 
 

@@ -22,6 +22,7 @@ from tdc_ray.results import (
     Results,
     ReuseResult,
     StageSeconds,
+    TimesResult,
 )
 from tdc_ray.reuse import shared
 from tdc_ray.stage_2 import Expert
@@ -37,6 +38,9 @@ class Outcome:
     plan: Plan
     experts: Sequence[Expert]
     """One per group, in order."""
+
+    times: Result
+    """What a forward pass takes; see ``expert_times.measure_experts``."""
 
     base: Score
     tdc: Score
@@ -95,7 +99,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             mean_macs_limit=plan.mean_limit_share * base["macs"],
             notes=plan.notes,
         ),
-        groups=tuple(_group_result(expert) for expert in experts),
+        groups=tuple(_group_result(expert, base["macs"]) for expert in experts),
         prune=PruneResult(
             method=config.prune.method,
             rounds=rounds.get(config.prune.method, 1),
@@ -109,6 +113,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             proxy_seconds=sum(part.proxy_seconds for part in spent),
             refit=config.prune.refit,
             space=config.prune.space,
+            objective=config.prune.objective,
             notes=tuple(note for part in spent for note in part.notes),
         ),
         evaluation=EvaluationResult(
@@ -137,6 +142,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         given_base=given,
         workers=tuple(outcome.usage),
         reuse=_reuse(run_dir) if outcome.has_store else None,
+        times=TimesResult(**outcome.times | {"experts_ms": tuple(outcome.times["experts_ms"])}),
     )
 
 
@@ -179,11 +185,12 @@ def _given_base(run_dir: RunDir) -> GivenBaseResult | None:
     return GivenBaseResult(**{name: document[name] for name in ("source", "files", "weights")})
 
 
-def _group_result(expert: Expert) -> GroupResult:
+def _group_result(expert: Expert, macs_base: int) -> GroupResult:
+    limit, nanoseconds = expert.max_nanoseconds, expert.nanoseconds
     return GroupResult(
         index=expert.group.index,
         timesteps=(expert.group.first, expert.group.last),
-        macs_limit=expert.max_macs,
+        macs_limit=expert.max_macs if limit is None else macs_base,
         macs=expert.macs,
         num_params=expert.num_params,
         widths=expert.choice.widths,
@@ -192,6 +199,8 @@ def _group_result(expert: Expert) -> GroupResult:
         loss_refit=expert.choice.loss_refit,
         loss_finetuned=expert.loss_finetuned,
         source="base" if expert.choice.entry is None else expert.choice.entry.source,
+        milliseconds_limit=None if limit is None else limit / 1e6,
+        milliseconds=None if nanoseconds is None else nanoseconds / 1e6,
     )
 
 

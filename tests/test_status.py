@@ -18,7 +18,7 @@ def test_a_finished_run_is_told_with_its_groups_workers_and_scores(finished_run,
     assert found.running == []
     assert all(group.loss_finetuned is not None for group in found.groups)
     assert all(group.failed is None for group in found.groups)
-    assert [part.phase for part in found.usage] == ["experts", "evaluation"]
+    assert [part.phase for part in found.usage] == ["experts", "times", "evaluation"]
     assert found.usage == list(found.results.workers)
     for part in found.usage:
         assert 0 < part.utilisation <= 1

@@ -1,5 +1,6 @@
 """Models in and out: pruned, imported, exported, sampled from."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,9 @@ from tdc_ray.settings import require
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Cut any saved UNet2DModel to a share of its macs and refit it: no gradient step, no Ray.
+    """Cut any saved UNet2DModel to some of its macs, or to a time, and refit it.
+
+    No gradient step, no Ray.
 
     Run the same command again to go on after a cut. The language model (--method llm) needs
     OPENAI_API_KEY, and OPENAI_BASE_URL for servers other than OpenAI's.
@@ -29,8 +32,12 @@ class Prune:
     config: Settings
     out: Path
     """Where the pruned model and report.json go."""
-    macs: float = 0.7
-    """Most macs that are left, as a share of the model's, in (0, 1]."""
+    macs: float | None = None
+    """Most macs that are left, as a share of the model's, in (0, 1]; default: 0.7, unless there is
+    a limit in milliseconds."""
+    milliseconds: float | None = None
+    """Most time of a forward pass of --prune.latency-batch-size images on this device, in place of
+    macs."""
     method: SearchMethod | None = None
     """Who proposes what is cut; default: prune.method, which is that of the model's run."""
     data: str | None = None
@@ -44,7 +51,17 @@ class Prune:
     """Log more, and show where an error came from."""
 
     def __post_init__(self) -> None:
-        require("prune", self, "macs", "in (0, 1]", ok=0 < self.macs <= 1)
+        share = self.macs
+        require("prune", self, "macs", "in (0, 1]", ok=share is None or 0 < share <= 1)
+        time = self.milliseconds
+        require("prune", self, "milliseconds", "above 0", ok=time is None or 0 < time < math.inf)
+        if share is not None and time is not None:
+            raise ConfigError("give --macs or --milliseconds, not both.")
+        if time is None and self.config.prune.objective == "latency":
+            raise ConfigError(
+                "prune.objective latency needs --milliseconds for tdc-ray prune: give it, or "
+                "--prune.objective macs."
+            )
         if self.timesteps is not None and self.group is not None:
             raise ConfigError("give --timesteps or --group, not both.")
 
@@ -59,15 +76,18 @@ class Prune:
         config = for_unet(self.config, unet_config(unet), self.data)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
+        if self.milliseconds is not None:
+            config = replace(config, prune=replace(config.prune, objective="latency"))
+        share = 0.7 if self.macs is None else self.macs
         if self.group is None:
             span = self.timesteps or (0, config.diffusion.num_train_timesteps - 1)
-            group = one_group(config.diffusion, config.sampler, span, self.macs)
+            group = one_group(config.diffusion, config.sampler, span, share)
         else:
             groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
             if not 0 <= self.group < len(groups):
                 raise ConfigError(f"--group must be 0 to {len(groups) - 1}, got {self.group}.")
-            group = replace(groups[self.group], limit_share=self.macs)
-        report = prune_model(unet, config, group, self.out, console)
+            group = replace(groups[self.group], limit_share=share)
+        report = prune_model(unet, config, group, self.out, console, self.milliseconds)
         print_pruned(console, report)
         console.print(f"written: {shown(self.out)}/{REPORT_FILE} and the model", soft_wrap=True)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,9 @@ class PassTime:
     """Medians over the passes of a model, in seconds."""
 
     total: float
+    """Sum of the medians: what other processes take of a busy machine hits now this step and now
+    that one, so that hardly a pass as a whole is undisturbed."""
+
     steps: dict[str, float]
     """By the dotted names of the steps' modules."""
 
@@ -57,13 +61,8 @@ def time_passes(
         for unet, passes in zip(unets, found, strict=True):
             passes.append(_pass(unet, batch))
     names = [step.name for step in steps(unets[0])]
-    return [
-        PassTime(
-            median(sum(one) for one in passes),
-            dict(zip(names, map(median, list(zip(*passes, strict=True))[1:]), strict=True)),
-        )
-        for passes in found
-    ]
+    times = [[median(part) for part in zip(*passes, strict=True)] for passes in found]
+    return [PassTime(sum(parts), dict(zip(names, parts[1:], strict=True))) for parts in times]
 
 
 def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,7 +84,7 @@ def _pass(unet: UNet2DModel, batch: tuple[Tensor, Tensor, Tensor | None]) -> lis
     for step in all_steps:
         state = step(state)
         marks.append(mark())
-    return [seconds(one, other) for one, other in zip(marks, marks[1:], strict=False)]
+    return [seconds(one, other) for one, other in pairwise(marks)]
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
@@ -100,6 +99,6 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
 
     def seconds(one: torch.cuda.Event, other: torch.cuda.Event) -> float:
         other.synchronize()
-        return one.elapsed_time(other) / 1e3
+        return float(one.elapsed_time(other)) / 1e3
 
     return mark, seconds

@@ -65,7 +65,9 @@ def cost_text(cost: int, quantity: Quantity) -> str:
     return f"{cost:,} macs" if quantity == "macs" else f"{cost / 1e6:,.4g} ms"
 
 
-def step_costs(costs: Costs, unit: str, legal: Sequence[int], full: Mapping[str, int]) -> list[float]:
+def step_costs(
+    costs: Costs, unit: str, legal: Sequence[int], full: Mapping[str, int]
+) -> list[float]:
     """Give what each of a unit's steps costs, all else uncut.
 
     Those between two legal widths share what these differ by; those of the least legal width,

@@ -8,6 +8,7 @@ times all of them where they stand, with caches as they are there.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -27,7 +28,7 @@ from tdc_ray.work import Chain, Report, Result, WorkItem
 MAX_LEVELS = 8
 """Most widths of a unit that are measured, its own among them; those between lie on lines."""
 
-MIN_REPEATS, MIN_SECONDS = 9, 0.3
+MIN_REPEATS, MIN_SECONDS = 9, 1.0
 """Least passes of each model at a level, and least seconds that they take together."""
 
 
@@ -66,7 +67,7 @@ def measure_latency(job: LatencyJob, report: Report) -> Result:
     space = space_of(job.unet, prune.space, prune.channel_multiple)
     device = worker_device()
     base = build_unet(job.unet).to(device).eval()
-    found: list[tuple[float, dict[str, dict[int, float]]]] = []
+    found = []
     for number, widths in enumerate(_schemes(space), start=1):
         kept = {name: tuple(range(width)) for name, width in widths.items()}
         whole, part = time_passes(
@@ -75,31 +76,21 @@ def measure_latency(job: LatencyJob, report: Report) -> Result:
             min_repeats=MIN_REPEATS,
             min_seconds=MIN_SECONDS,
         )
-        found.append(
-            (
-                whole.total,
-                {
-                    unit.name: {
-                        unit.width: whole.steps[unit.name],
-                        widths[unit.name]: part.steps[unit.name],
-                    }
-                    for unit in space.units
-                },
-            )
-        )
+        found.append((widths, whole, part))
         report({"base_milliseconds": 1e3 * whole.total}, number)
-    total = float(np.median([whole for whole, _ in found]))
+    total = median(whole.total for _, whole, _ in found)
     units: dict[str, dict[int, list[float]]] = {unit.name: {} for unit in space.units}
-    for whole, times in found:  # as if the machine had been as fast as usual
-        for name, by_width in times.items():
-            for width, seconds in by_width.items():
-                units[name].setdefault(width, []).append(seconds * total / whole)
+    for widths, whole, part in found:
+        pace = total / whole.total  # as if the machine had been as fast as in the middle
+        for unit in space.units:
+            for width, timed in ((unit.width, whole), (widths[unit.name], part)):
+                units[unit.name].setdefault(width, []).append(pace * timed.steps[unit.name])
     return {
         "device": device_name(device),
         "batch_size": prune.latency_batch_size,
         "base_ns": round(1e9 * total),
         "units": {
-            name: {width: round(1e9 * float(np.median(s))) for width, s in sorted(times.items())}
+            name: {width: round(1e9 * median(times[width])) for width in sorted(times)}
             for name, times in units.items()
         },
         "seconds": time.perf_counter() - started,
@@ -107,12 +98,16 @@ def measure_latency(job: LatencyJob, report: Report) -> Result:
 
 
 def latency_table(measured: Result, units: Sequence[Unit]) -> LatencyTable:
-    """Make the table of what was measured: never falling with the width, linear in between."""
+    """Make the table of what was measured: never falling with the width, linear in between.
+
+    What is narrower takes no longer than the whole unit, whose time stays as it was measured.
+    """
     times = {}
     for unit in units:
         by_width = {int(width): ns for width, ns in measured["units"][unit.name].items()}
         widths = sorted(by_width)
-        rising = isotonic_regression([by_width[width] for width in widths]).x
+        measured_ns = [min(by_width[width], by_width[unit.width]) for width in widths]
+        rising = isotonic_regression(measured_ns).x
         between = np.interp(np.arange(1, unit.width + 1), widths, rising)
         times[unit.name] = (0, *(max(1, round(float(ns))) for ns in between))
     blocks = sum(some[-1] for some in times.values())

@@ -32,9 +32,6 @@ def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
     """Find the sub-model of a group, as a chain of work items.
 
     Without pruning (``prune.method`` none) it is the base itself.
-
-    Raises:
-        ConfigError: The space is not that of the settings.
     """
     task.check_space()
     config, spent = task.config, Spent()

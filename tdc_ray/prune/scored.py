@@ -68,9 +68,7 @@ BASELINES = {
 """By name, in the order in which they are tried."""
 
 
-def baseline_schemes(
-    space: Space, scores: Scores, limit: int
-) -> list[tuple[str, dict[str, int]]]:
+def baseline_schemes(space: Space, scores: Scores, limit: int) -> list[tuple[str, dict[str, int]]]:
     """Give the different schemes within a limit that follow from scores, with their names.
 
     Raises:

@@ -18,6 +18,8 @@ Scheme = Mapping[str, int]
 Values = Mapping[str, Sequence[float]]
 """For every unit, what its 1st, 2nd, ... step is worth: falling, 0 or more."""
 
+REMEDY = "Raise plan.min_macs_share or lower plan.num_groups"
+
 
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -77,7 +79,7 @@ class Space:
         return self.costs.at(self.full)
 
     def nanoseconds(self, scheme: Scheme) -> int | None:
-        """Time of a forward pass by the table of what was measured; None where macs are limited."""
+        """Time of a forward pass by the table that was measured; None where macs are limited."""
         return self.costs.at(scheme) if self.quantity == "time" else None
 
     def step_costs(self, unit: str) -> list[float]:
@@ -111,8 +113,13 @@ class Space:
         legal = {name: table.worthwhile(name, widths) for name, widths in self.legal.items()}
         return replace(self, costs=table, quantity="time", legal=legal)
 
-    def check_limit(self, limit: int, name: str) -> None:
+    def check_limit(self, limit: int, name: str, remedy: str = REMEDY) -> None:
         """Make sure that some scheme meets a limit.
+
+        Args:
+            limit: Of macs, or of nanoseconds.
+            name: Of what it is set.
+            remedy: What to do if none does.
 
         Raises:
             LimitError: The smallest scheme is larger.
@@ -124,14 +131,11 @@ class Space:
             raise LimitError(
                 f"{name} is limited to {cost_text(limit, self.quantity)}, but the smallest pruned "
                 f"model needs {cost_text(least, self.quantity)} ({least / base:.3f} of the base's "
-                f"{cost_text(base, self.quantity)}). Raise plan.min_macs_share or lower "
-                f"plan.num_groups{lower}."
+                f"{cost_text(base, self.quantity)}). {remedy}{lower}."
             )
 
 
-def space_of(
-    config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: int = 1
-) -> Space:
+def space_of(config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
     """Make the pruning space of a UNet from its config; what is limited are macs.
 
     Args:
@@ -143,9 +147,7 @@ def space_of(
     num_params, macs = tabulate(all_layers(config), units)
     full = {unit.name: unit.width for unit in units}
     legal = {unit.name: unit.legal_widths for unit in units}
-    return Space(
-        units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal
-    )
+    return Space(units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal)
 
 
 def repair(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
