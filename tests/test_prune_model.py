@@ -10,8 +10,10 @@ import torch
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
+from tdc_ray.models.architectures import architecture
 from tdc_ray.models.experts import load_expert
-from tdc_ray.models.unet import count_macs, save_unet
+from tdc_ray.models.timing import time_passes
+from tdc_ray.models.unet import count_macs, load_unet, save_unet
 from tdc_ray.storage import write_json
 from tests.prune.openai_server import (
     echoes_key,
@@ -109,6 +111,9 @@ def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--macs", "1.5"], ["prune.macs", "(0, 1]", "1.5"]),
+        (["--macs", "0.5", "--milliseconds", "9"], ["--macs or --milliseconds, not both"]),
+        (["--milliseconds", "0"], ["prune.milliseconds", "above 0", "0"]),
+        (["--prune.objective", "latency"], ["prune.objective", "needs --milliseconds"]),
         (["--macs", "0.01"], ["limited to", "smallest pruned model"]),
         (["--data", "nowhere"], ["--data", "nowhere"]),
         (["--timesteps", "5", "2000"], ["timesteps", "999", "2000"]),
@@ -241,3 +246,21 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
     for text in (*capfd.readouterr(), everything_below(tmp_path)):
         assert KEY not in text
         assert KEY[8:] not in text
+
+
+def test_a_limit_in_milliseconds_is_met_and_saves_time(tmp_path, capsys):
+    save_unet(random_unet(architecture("digits")), tmp_path / "model")
+    unet = load_unet(tmp_path / "model")
+    (whole,) = time_passes([unet], 32, min_repeats=9, min_seconds=0.5)
+    arguments = ["--milliseconds", str(round(800 * whole.total, 3)), "--method", "magnitude"]
+    arguments += ["--prune.refit", "none", "--prune.latency-batch-size", "32"]
+    out = tmp_path / "out"
+    report = prune(tmp_path / "model", out, *arguments)
+    time, (table,) = report["time"], out.glob("search/*/latency.json")
+    assert time["table_ms"] <= time["limit_ms"] < time["base_table_ms"]
+    assert time["ms"] < time["base_ms"]
+    assert report["macs"] == count_macs(load_expert(out)) < report["macs_base"]
+    assert "a forward pass of 32 images takes" in capsys.readouterr().out
+    measured = table.stat().st_mtime_ns
+    assert prune(tmp_path / "model", out, *arguments)["widths"] == report["widths"]
+    assert table.stat().st_mtime_ns == measured

@@ -118,7 +118,8 @@ def svg_of(figure: Figure, name: str) -> str:
 
 
 @contextmanager
-def _axes(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
+def drawing(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
+    """Give an empty figure in the report's style."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots()
@@ -135,7 +136,7 @@ def figure_1(
         name: Of the picture.
         over_training: Whether scores stand over the macs of training, not of a step.
     """
-    with _axes() as (figure, axes):
+    with drawing() as (figure, axes):
         most = max(point.macs for point in points)
         places = [(p.train_macs if over_training else p.macs) or 0.0 for p in points]
         for point, place in zip(points, places, strict=True):
@@ -204,7 +205,7 @@ def plan_over_timesteps(plan: Plan, name: str) -> str:
 
 def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
     """Draw every group's limit, and what its expert takes, over the signal-to-noise ratio."""
-    with _axes() as (figure, axes):
+    with drawing() as (figure, axes):
         for group in plan.groups:
             span = (group.snr_db_first, group.snr_db_last)
             share = (group.limit_share, group.limit_share)
@@ -212,13 +213,14 @@ def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
             axes.fill_between(span, share, alpha=0.18, color="tab:blue", lw=0)
             axes.plot(span, share, color="tab:blue", label="limit" if first else None)
             if results is not None and group.index < len(results.groups):
-                macs = results.groups[group.index].macs / results.base.macs
-                middle = sum(span) / 2
-                axes.plot(
-                    middle, macs, "o", color="tab:orange", ms=5, label="expert" if first else None
-                )
+                expert, label = results.groups[group.index], "expert" if first else None
+                taken = expert.macs / results.base.macs
+                if expert.milliseconds is not None and expert.milliseconds_limit:
+                    taken = group.limit_share * expert.milliseconds / expert.milliseconds_limit
+                axes.plot(sum(span) / 2, taken, "o", color="tab:orange", ms=5, label=label)
         axes.invert_xaxis()
-        axes.set(xlabel="SNR in dB (noisier to the right)", ylabel="macs / F", ylim=(0, 1.12))
+        what = "time" if results and results.prune.objective == "latency" else "macs"
+        axes.set(xlabel="SNR in dB (noisier to the right)", ylabel=f"{what} / F", ylim=(0, 1.12))
         axes.legend(loc="lower right")
         return svg_of(figure, name)
 
@@ -230,7 +232,7 @@ def losses_of_groups(results: Results, name: str) -> str:
         "refit": ("tab:orange", "s", [group.loss_refit for group in results.groups]),
         "fine-tuned": ("tab:blue", "o", [group.loss_finetuned for group in results.groups]),
     }
-    with _axes() as (figure, axes):
+    with drawing() as (figure, axes):
         axes.axhline(1, color=BASE, lw=1.2, ls="--", label="base")
         ratios = []
         for place, (label, (colour, marker, losses)) in enumerate(stages.items()):
@@ -252,7 +254,7 @@ def losses_of_groups(results: Results, name: str) -> str:
 
 def rounds_of_groups(run: RunData, name: str) -> str:
     """Draw mean and standard deviation over a round's candidates, relative to the base's loss."""
-    with _axes() as (figure, axes):
+    with drawing() as (figure, axes):
         ratios: list[float] = []
         for (group, by_round), colour in zip(
             relative_rounds(run).items(), CYCLE * 100, strict=False
@@ -301,7 +303,7 @@ def stages_of_time(seconds: StageSeconds, name: str) -> str:
         for name, length in (("hours", 3600), ("minutes", 60), ("seconds", 1))
         if most >= 2 * length or length == 1
     )
-    with _axes((SIZE[0], 2.2)) as (figure, axes):
+    with drawing((SIZE[0], 2.2)) as (figure, axes):
         for place, (stage, colour) in enumerate(zip(stages, colours, strict=True)):
             axes.barh(
                 place, getattr(seconds, stage) / length, color=colour, alpha=0.75, height=0.62

@@ -25,6 +25,7 @@ from tdc_ray.html_report.tables import (
     widths_table,
     workers_table,
 )
+from tdc_ray.html_report.times import times_blocks
 from tdc_ray.report import conclusions, macs_text, millions_text
 from tdc_ray.results import Results, ReuseResult
 
@@ -59,6 +60,8 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         is_narrow = len(widths.columns) <= MAX_NARROW
         blocks: list[Block] = [Row([plot, widths])] if is_narrow else [plot, widths]
         yield "groups", "Groups", [*blocks, groups]
+    if results is not None and (times := times_blocks(results, key)):
+        yield "times", "Macs and time", times
     if run.memory:
         yield "rounds", "Rounds", _rounds(run, key)
     if cost := _cost(run, key):
@@ -117,11 +120,13 @@ def _summary(results: Results) -> list[Block]:
 
 def _plan(run: RunData, key: str) -> list[Block]:
     assert run.plan is not None
+    is_time = run.results is not None and run.results.prune.objective == "latency"
+    what = "time, in macs' place," if is_time else "macs"
     plots = [
         Plot(
             svg=plan_over_snr(run.plan, run.results, f"{key}-plan-snr"),
             title="Limits over the signal-to-noise ratio",
-            caption="What each group may take of the base's macs F, and what its expert takes.",
+            caption=f"What each group may take of the base's {what} F, and what its expert takes.",
         ),
         Plot(
             svg=plan_over_timesteps(run.plan, f"{key}-plan"),

@@ -92,13 +92,14 @@ def plan_table(plan: Plan) -> Table:
 
 def groups_table(results: Results) -> Table:
     """Give the experts with their losses."""
+    is_time = results.prune.objective == "latency"
     return Table(
         name="groups",
         title="Losses of each group on held-out noise",
         columns=(
             Column("group", "number"),
             Column("timesteps"),
-            Column("macs limit", "macs"),
+            Column("limit in ms", "number") if is_time else Column("macs limit", "macs"),
             Column("macs", "macs"),
             Column("params", "millions"),
             Column("base", "loss"),
@@ -112,7 +113,7 @@ def groups_table(results: Results) -> Table:
             (
                 group.index,
                 _span(*group.timesteps),
-                group.macs_limit,
+                group.milliseconds_limit if is_time else group.macs_limit,
                 group.macs,
                 group.num_params,
                 group.loss_base,
