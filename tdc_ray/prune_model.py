@@ -151,7 +151,8 @@ def prune_model(
         with ProgressView(run_dir.tensorboard, console) as view:
             config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
             if milliseconds is not None:
-                chain = timed_space(run_dir, base_settings, config, space)
+                table = out / "search" / _latency_name(config, base_settings)
+                chain = timed_space(table.resolve(), base_settings, config, space)
                 space = run_chain(chain, view.watch)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
@@ -270,6 +271,15 @@ def _check(config: RunConfig, unet: UNetConfig) -> None:
 
 def _state(file: Path) -> tuple[str, int, int]:
     return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
+    """Name a table of times by all that it is of: it serves every limit."""
+    shape = {key: value for key, value in unet.items() if not key.startswith("_")}
+    prune = config.prune
+    document = [shape, prune.latency_batch_size, prune.channel_multiple]
+    name = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
+    return f"latency-{name}.json"
 
 
 def _name(unet: Path, config: RunConfig, group: Group, milliseconds: float | None) -> str:

@@ -182,7 +182,7 @@ def _limited_space(
     if config.prune.objective == "macs" or config.prune.method == "none":
         return space
     unet_config, _, _ = _base_of(config)
-    chain = timed_space(run_dir, unet_config, config, space)
+    chain = timed_space(run_dir.latency, unet_config, config, space)
     timed = pool.run({"latency": chain}, "latency")["latency"]
     _check_limits(config, timed, plan)
     return timed

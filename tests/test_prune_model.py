@@ -1,6 +1,7 @@
 """``tdc-ray prune`` and ``tdc-ray memory``, in this process and in real ones."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,8 @@ import torch
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
-from tdc_ray.models.architectures import architecture
 from tdc_ray.models.experts import load_expert
-from tdc_ray.models.timing import time_passes
-from tdc_ray.models.unet import count_macs, load_unet, save_unet
+from tdc_ray.models.unet import count_macs, save_unet
 from tdc_ray.storage import write_json
 from tests.prune.openai_server import (
     echoes_key,
@@ -248,19 +247,22 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
         assert KEY[8:] not in text
 
 
-def test_a_limit_in_milliseconds_is_met_and_saves_time(tmp_path, capsys):
-    save_unet(random_unet(architecture("digits")), tmp_path / "model")
-    unet = load_unet(tmp_path / "model")
-    (whole,) = time_passes([unet], 32, min_repeats=9, min_seconds=0.5)
-    arguments = ["--milliseconds", str(round(800 * whole.total, 3)), "--method", "magnitude"]
-    arguments += ["--prune.refit", "none", "--prune.latency-batch-size", "32"]
-    out = tmp_path / "out"
-    report = prune(tmp_path / "model", out, *arguments)
-    time, (table,) = report["time"], out.glob("search/*/latency.json")
-    assert time["table_ms"] <= time["limit_ms"] < time["base_table_ms"]
-    assert time["ms"] < time["base_ms"]
-    assert report["macs"] == count_macs(load_expert(out)) < report["macs_base"]
-    assert "a forward pass of 32 images takes" in capsys.readouterr().out
+def test_a_limit_in_milliseconds_is_met_and_saves_time(model, tmp_path, capsys):
+    arguments = ["--method", "magnitude", "--prune.refit", "none"]
+    arguments += ["--prune.latency-batch-size", "32", "--out", str(tmp_path)]
+    command = ["prune", str(model), "--data", "digits", *FEW, *arguments, "--milliseconds"]
+    assert run_command([*command, "1e-5"]) == 1
+    error = capsys.readouterr().err
+    least, base = (float(ms) for ms in re.findall(r"([\d.]+)(?:e-05)? ms", error)[1:])
+    assert "Raise --milliseconds" in error
+    (table,) = tmp_path.glob("search/latency-*.json")
     measured = table.stat().st_mtime_ns
-    assert prune(tmp_path / "model", out, *arguments)["widths"] == report["widths"]
+    assert run_command([*command, str(0.5 * least + 0.5 * base)]) == 0
     assert table.stat().st_mtime_ns == measured
+    assert "a forward pass of 32 images takes" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    time = report["time"]
+    assert least <= time["table_ms"] <= time["limit_ms"] < time["base_table_ms"]
+    assert time["base_table_ms"] == pytest.approx(base, rel=1e-3)
+    assert time["ms"] < time["base_ms"]
+    assert report["macs"] == count_macs(load_expert(tmp_path)) < report["macs_base"]

@@ -68,7 +68,9 @@ def time_passes(
 def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Give noise, timesteps and, for a UNet that is told them, classes."""
     config, device = unet.config, unet.device
-    shape = (batch_size, config["in_channels"], config["sample_size"], config["sample_size"])
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size  # as saved by others
+    shape = (batch_size, config["in_channels"], height, width)
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     has_classes = config["num_class_embeds"] is not None
     return torch.randn(shape, device=device), zeros + 1, zeros if has_classes else None

@@ -8,6 +8,7 @@ times all of them where they stand, with caches as they are there.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -15,7 +16,6 @@ from scipy.optimize import isotonic_regression
 
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.timing import device_name, time_passes
@@ -40,12 +40,14 @@ class LatencyJob:
     config: RunConfig
 
 
-def timed_space(
-    run_dir: RunDir, unet: UNetConfig, config: RunConfig, space: Space
-) -> Chain[Space]:
+def timed_space(path: Path, unet: UNetConfig, config: RunConfig, space: Space) -> Chain[Space]:
     """Measure what the units of a space take, and give the space with time as what is limited.
 
-    What is measured stays in the run directory, so that a run goes on with the same numbers.
+    Args:
+        path: Where what is measured is kept: it is measured once.
+        unet: The base's config.
+        config: The settings.
+        space: The base's space.
     """
     passes = 2 * MAX_LEVELS * MIN_REPEATS * config.prune.latency_batch_size
     (measured,) = yield [
@@ -53,7 +55,7 @@ def timed_space(
             key="latency",
             function=measure_latency,
             job=LatencyJob(unet, config),
-            result_path=run_dir.latency,
+            result_path=path,
             cost=float(passes * space.macs_base),
             num_steps=MAX_LEVELS - 1,
         )
