@@ -12,7 +12,7 @@ from tdc_ray.errors import StorageError
 from tdc_ray.html_report.page import PAPER_URL
 from tdc_ray.html_report.write import write_report
 from tdc_ray.presets import preset
-from tdc_ray.results import load_results, save_results
+from tdc_ray.results import TimesResult, load_results, save_results
 from tdc_ray.sweep_results import begun, save_sweep, started_row, summarized
 from tdc_ray.sweep_settings import Choices, SweepConfig
 from tests.test_results import RESULTS
@@ -105,6 +105,23 @@ def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(finished_run, tmp_p
     assert "Losses over the rounds" in text
     assert (folder / "report" / "tables" / "rounds.csv").exists()
     assert not (folder / "report" / "tables" / "models.csv").exists()
+
+
+def test_macs_stand_against_the_time_that_was_measured(tmp_path):
+    groups = tuple(replace(g, milliseconds_limit=7.5, milliseconds=7.25) for g in RESULTS.groups)
+    times = TimesResult(device="<cpu>", batch_size=16, base_ms=10.0, experts_ms=(9.0, 8.0))
+    limited = replace(RESULTS.prune, objective="latency")
+    run = finished(tmp_path / "run", groups=groups, times=times, prune=limited)
+    text = Page(write_report([run], tmp_path / "out")).text
+    assert "Time against macs" in text
+    assert "(<cpu>)" in text
+    base, *experts = rows_of(tmp_path / "out", "times")
+    assert [float(row["time / the base's"]) for row in (base, *experts)] == [1.0, 0.9, 0.8]
+    share = RESULTS.groups[0].macs / RESULTS.base.macs
+    assert [float(row["macs / F"]) for row in experts] == [share, share]
+    assert {(row["ms by the table"], row["limit in ms"]) for row in experts} == {("7.25", "7.5")}
+    assert rows_of(tmp_path / "out", "groups")[0]["limit in ms"] == "7.5"
+    assert "Time against macs" not in Page(write_report([finished(tmp_path / "old")])).text
 
 
 def test_names_from_files_stay_text(tmp_path):
