@@ -1,0 +1,1 @@
+"""What ``experiments/speed.py`` and ``experiments/scaling.py`` measure, section by section."""

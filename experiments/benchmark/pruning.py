@@ -1,0 +1,197 @@
+"""Pruning: measuring candidates and sensitivities, counting schemes and bringing them to limits."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning
+from benchmark.peers import plain_loss
+from benchmark.timing import Row, SpeedFlags, compared, random_scheme
+
+from tdc_ray.config import RunConfig
+from tdc_ray.diffusion import noise_schedule
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import architecture, base_unet
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.unet import build_unet, count_macs, save_unet
+from tdc_ray.models.units import Kept, SpaceKind, keep_all
+from tdc_ray.plan import Group, plan_groups
+from tdc_ray.presets import preset
+from tdc_ray.prune.importance import keep_best, random_scores
+from tdc_ray.prune.measure import (
+    MeasureJob,
+    SensitivityJob,
+    measure_candidate,
+    measure_sensitivities,
+)
+from tdc_ray.prune.noised import noised_batches
+from tdc_ray.prune.offline import loss_curves, step_values
+from tdc_ray.prune.sensitivity import levels
+from tdc_ray.prune.space import Space, Values, repair, space_of
+from tdc_ray.prune_settings import PruneConfig
+from tdc_ray.settings import DataConfig
+
+PLAIN = "the whole network for each"
+MIN_SHARE = 0.5
+"""Least limit that schemes are brought to, of the base's macs: the paper's k."""
+
+
+def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, Group]:
+    """Leave a random base in a run directory; give it with settings and the first group."""
+    prune = PruneConfig(num_images=32, num_refit_images=32, batch_size=16)
+    if flags.smoke:
+        config = preset("digits-smoke")
+        prune = replace(prune, num_images=4, num_refit_images=4, batch_size=4, num_levels=2)
+    else:
+        config = preset("cifar10")
+        images = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), np.uint8)
+        np.savez(folder / "images.npz", images=images)
+        path = str(folder / "images.npz")
+        data = DataConfig(source="npz", path=path, image_size=32, num_channels=3)
+        config = replace(config, data=data)
+    config = replace(config, prune=prune)
+    run_dir = RunDir(folder / "run")
+    torch.manual_seed(0)
+    save_unet(build_unet(base_unet(config)), run_dir.base_unet)
+    return run_dir, config, plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
+
+
+def without_refit(config: RunConfig) -> RunConfig:
+    """Give settings under which losses are measured straight after the cut."""
+    return replace(config, prune=replace(config.prune, refit="none"))
+
+
+def nothing(_metrics: Mapping[str, float], _step: int) -> None:
+    """Take a report."""
+
+
+def measuring(flags: SpeedFlags) -> list[Row]:
+    """Time the losses of candidates, and the sensitivities of units."""
+    with tempfile.TemporaryDirectory() as place:
+        run_dir, config, group = pruned_setting(flags, Path(place))
+        torch.manual_seed(0)
+        unet = build_unet(base_unet(config)).eval()
+        space = space_of(base_unet(config))
+        schedule = noise_schedule(config.diffusion)
+        seen = list(noised_batches(config, group, torch.device("cpu"), purpose="held-out"))
+        scores = random_scores(space.units, 0)
+        max_macs = group.max_macs(space.macs_base)
+        schemes = [
+            repair(space, random_scheme(space.units, seed), max_macs, random_values(space, seed))
+            for seed in range(1 if flags.smoke else 3)
+        ]
+        candidates = [keep_best(space.units, scores, scheme) for scheme in schemes]
+        inner = space.units[:: max(1, len(space.units) // (1 if flags.smoke else 4))]
+        full, names = keep_all(space.units), tuple(unit.name for unit in inner)
+
+        def ours(config: RunConfig) -> list[float]:
+            jobs = [MeasureJob(run_dir, config, group, kept, 1) for kept in candidates]
+            return [measure_candidate(job, nothing)["loss_cut"] for job in jobs]
+
+        def plain(choices: list[Kept]) -> list[float]:
+            return [plain_loss(cut(unet, space.units, kept), seen, schedule) for kept in choices]
+
+        def sensitivities(config: RunConfig) -> Any:
+            known = scores if config.prune.refit == "none" else {}
+            job = SensitivityJob(run_dir, config, group, names, full, known)
+            return measure_sensitivities(job, nothing)["sensitivities"]
+
+        narrower: list[Kept] = [
+            {**full, **keep_best((unit,), scores, {unit.name: width})}
+            for unit in inner
+            for width in levels(unit, config.prune.num_levels)
+        ]
+        bare, where = without_refit(config), "measuring a candidate"
+        named = {"ours, no refit": partial(ours, bare), "ours, refit too": partial(ours, config)}
+        rows = compared(
+            where,
+            {PLAIN: partial(plain, candidates), **named},
+            flags.repeats,
+            against=PLAIN,
+            scale=1 / len(candidates),
+            batch=config.prune.batch_size,
+        )
+        named = {
+            "ours, no refit": partial(sensitivities, bare),
+            "ours, refit too": partial(sensitivities, config),
+        }
+        rows += compared(
+            "sensitivity of a unit",
+            {PLAIN: partial(plain, narrower), **named},
+            flags.repeats,
+            against=PLAIN,
+            scale=1 / len(names),
+            batch=config.prune.batch_size,
+        )
+        same = max(
+            abs(one - other) for one, other in zip(ours(bare), plain(candidates), strict=True)
+        )
+        return [*rows, Row(section=where, name="largest difference", unit="loss", values=(same,))]
+
+
+def random_values(space: Space, seed: int) -> Values:
+    """Draw sensitivities and give the worth of every step that follows from them."""
+    draw = np.random.default_rng(seed)
+    grown = {
+        unit.name: {width: float(draw.random()) for width in levels(unit, 4)}
+        for unit in space.units
+    }
+    return step_values(space, loss_curves(space, grown))
+
+
+def counting(flags: SpeedFlags) -> list[Row]:
+    """Time how the macs of a scheme are found, and how it is brought to a limit."""
+    config = architecture("tiny" if flags.smoke else "iddpm-cifar10")
+    unet = build_unet(config)
+    with torch.device("meta"):
+        empty = build_unet(config)
+    size, channels = config["sample_size"], config["in_channels"]
+    example = (torch.zeros(1, channels, size, size), torch.zeros(1, dtype=torch.long))
+    kinds: tuple[SpaceKind, ...] = ("inner", "full")
+    rows = []
+    for kind in kinds:
+        space = space_of(config, kind)
+        schemes = [random_scheme(space.units, seed) for seed in range(5 if flags.smoke else 100)]
+        scores = random_scores(space.units, 0)
+        kept = keep_best(space.units, scores, schemes[0])
+        pruned = cut(unet, space.units, kept)
+
+        def table(space: Space = space, schemes: list[dict[str, int]] = schemes) -> None:
+            for scheme in schemes:
+                space.macs(scheme)
+
+        def build(space: Space = space, kept: Kept = kept) -> int:
+            return count_macs(cut(empty, space.units, kept))
+
+        section, against = f"counting, {kind}", "a meta model, cut and run"
+        ways = {
+            against: build,
+            "torch-pruning's counter, cut before": partial(
+                torch_pruning.utils.count_ops_and_params, pruned, example
+            ),
+        }
+        few = max(1, min(3, flags.repeats))
+        peers = compared(section, ways, few, against=against, unit="us", scale=1e6)
+        (ours,) = compared(
+            section, {"our table": table}, 5 * few, unit="us", scale=1e6 / len(schemes)
+        )
+        rows += [*peers, replace(ours, against=against), repairing(space, schemes, kind)]
+    return [replace(row, precision="") for row in rows]
+
+
+def repairing(space: Space, schemes: list[dict[str, int]], kind: str) -> Row:
+    """Time the repair of random schemes to limits between k and the base, one by one."""
+    values, seconds = random_values(space, 0), []
+    for number, scheme in enumerate(schemes):
+        share = MIN_SHARE + (1 - MIN_SHARE) * number / len(schemes)
+        limit = max(space.min_macs, int(share * space.macs_base))
+        started = time.perf_counter()
+        repair(space, scheme, limit, values)
+        seconds.append(1e3 * (time.perf_counter() - started))
+    return Row(section=f"counting, {kind}", name="repair", unit="ms", values=tuple(seconds))

@@ -1,0 +1,123 @@
+"""Sampling: our pipeline with the base and with experts, and diffusers' DDIMPipeline."""
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from benchmark.peers import ddim_images, ddim_pipeline
+from benchmark.timing import Row, SpeedFlags, compared
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from tdc_ray.config import RunConfig
+from tdc_ray.models.architectures import base_unet
+from tdc_ray.models.experts import save_expert
+from tdc_ray.models.surgery import cut
+from tdc_ray.models.unet import build_unet
+from tdc_ray.pipeline import ProgressivePipeline, base_pipeline, save_index
+from tdc_ray.plan import plan_groups
+from tdc_ray.presets import preset
+from tdc_ray.prune.importance import keep_best, random_scores
+from tdc_ray.prune.scored import uniform_scheme, values_of
+from tdc_ray.prune.space import space_of
+from tdc_ray.sampling import image_generators, make_scheduler
+from tdc_ray.summary import step_mean
+
+PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
+YARDSTICK = "images, DDIMPipeline by bf16 autocast"
+
+
+def sampled_config(flags: SpeedFlags) -> RunConfig:
+    """Give the settings: the cifar10 preset's with another number of steps; N = 10, k = 0.5."""
+    config = preset("digits-smoke" if flags.smoke else "cifar10")
+    plan = replace(config.plan, num_groups=10, min_macs_share=0.5)
+    sampler = replace(config.sampler, num_inference_steps=2 if flags.smoke else flags.steps)
+    return replace(config, plan=plan, sampler=sampler)
+
+
+def random_base(config: RunConfig) -> UNet2DModel:
+    """Build the base with random weights."""
+    torch.manual_seed(0)
+    return build_unet(base_unet(config)).eval()
+
+
+def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
+    """Cut experts of random choice to every group's limit by uniform ratios, and save them.
+
+    Returns:
+        The mean of their macs over the sampling steps, as a share of the base's.
+    """
+    space, settings = space_of(base_unet(config)), base_unet(config)
+    scores, macs, names = random_scores(space.units, 0), [], []
+    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    for group in plan.groups:
+        limit = max(space.min_macs, group.max_macs(space.macs_base))
+        scheme = uniform_scheme(space, limit, values_of(scores))
+        kept = keep_best(space.units, scores, scheme)
+        names.append(f"expert-{group.index:02d}")
+        macs.append(space.macs(scheme))
+        save_expert(folder / names[-1], cut(unet, space.units, kept), settings, kept)
+    save_index(folder, config, plan.groups, names)
+    return step_mean(plan, macs) / space.macs_base
+
+
+def our_images(pipeline: ProgressivePipeline, num_images: int, steps: int) -> Tensor:
+    """Sample with our pipeline: ``(B, C, H, W)`` in [0, 1], from the noise of seed 0."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = image_generators(0, 0, num_images)
+    images = pipeline(num_images, generators, steps, output_type="pt").images
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def sampling(flags: SpeedFlags) -> list[Row]:
+    """Time sampling with the base by both pipelines, then with experts; compare the images."""
+    config, section = sampled_config(flags), "sampling"
+    count, steps = (4 if flags.smoke else flags.images), config.sampler.num_inference_steps
+    unet = random_base(config)
+    peer = ddim_pipeline(unet, make_scheduler(config.diffusion, config.sampler))
+    base = base_pipeline(unet, config)
+    with tempfile.TemporaryDirectory() as place:
+        macs_ratio = save_experts(config, unet, Path(place))
+        experts = ProgressivePipeline.from_pretrained(place)
+        images: dict[str, Tensor] = {}
+
+        def keep(name: str, found: Tensor) -> None:
+            images[name] = found
+
+        ways = {
+            PEER: lambda: keep(PEER, ddim_images(peer, count, steps)),
+            BASE: lambda: keep(BASE, our_images(base, count, steps)),
+            EXPERTS: lambda: keep(EXPERTS, our_images(experts, count, steps)),
+        }
+        rows = compared(section, ways, flags.repeats, against=PEER, batch=count)
+        loading = {"experts, loading": partial(ProgressivePipeline.from_pretrained, place)}
+        rows += compared(section, loading, flags.repeats)
+    by_name = {row.name: row for row in rows}
+    rows += [
+        Row(
+            section=section,
+            name="experts' time over their macs",
+            unit="of the base's",
+            values=tuple(
+                one / other / macs_ratio
+                for one, other in zip(by_name[EXPERTS].values, by_name[BASE].values, strict=True)
+            ),
+        ),
+        Row(
+            section=section,
+            name="experts' mean macs",
+            unit="of the base's",
+            values=(macs_ratio,),
+        ),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = ddim_images(peer, count, steps)
+
+    def difference(name: str, found: Tensor) -> Row:
+        largest = float((found - images[PEER]).abs().max())
+        return Row(section=section, name=name, unit="of 1", values=(largest,), batch=count)
+
+    ours = replace(difference(f"images, {BASE}", images[BASE]), against=YARDSTICK)
+    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), ours]

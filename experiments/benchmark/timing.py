@@ -1,0 +1,168 @@
+"""How things are timed: in turns, several times over, as ratios; and the rows that come of it."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdc_ray.models.units import Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedFlags:
+    """What is measured, how often, and where it goes."""
+
+    sections: tuple[str, ...] = ()
+    """Which sections; none: all."""
+    repeats: int = 5
+    """How often each way of doing something is timed, after one time that does not count."""
+    threads: int = 0
+    """Threads of torch; 0: one per processor."""
+    images: int = 64
+    """Images that are sampled at once."""
+    steps: int = 20
+    """DDIM steps."""
+    run: Path | None = None
+    """A finished run, for the section digits."""
+    json: Path = Path("runs/speed.json")
+    """Where the numbers go, with what made them; a table goes beside them."""
+    smoke: bool = False
+    """The same in little: tiny models and one repeat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one way of doing something takes: less is better, whatever the unit."""
+
+    section: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    """One for each repeat; those of one section were taken in turns."""
+
+    precision: str = "fp32"
+    """Empty: it does not matter."""
+
+    batch: int | None = None
+    against: str | None = None
+    """The row of the section that this one is held against."""
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return statistics.median(self.values)
+
+
+def ratio(row: Row, other: Row) -> float:
+    """Give the ratio of the medians."""
+    return row.median / other.median
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    scale: float = 1.0,
+    warm: bool = True,
+) -> dict[str, tuple[float, ...]]:
+    """Time several ways in turns (A, B, A, B, ...), so that what slows the machine meets all.
+
+    Args:
+        ways: What to call, by name.
+        repeats: How often each.
+        scale: What seconds are multiplied with.
+        warm: Call each once before.
+    """
+    values: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-warm, repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if number >= 0:
+                values[name].append(scale * (time.perf_counter() - started))
+    return {name: tuple(some) for name, some in values.items()}
+
+
+def compared(
+    section: str,
+    ways: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    against: str | None = None,
+    unit: str = "s",
+    scale: float = 1.0,
+    batch: int | None = None,
+    precision: Callable[[str], str] = lambda _: "fp32",
+) -> list[Row]:
+    """Time several ways in turns and hold all against one of them.
+
+    Args:
+        section: The section.
+        ways: What to call, by name.
+        repeats: How often each.
+        against: The way that the others are held against, if any.
+        unit: Of what comes out.
+        scale: What seconds are multiplied with to bring them to the unit.
+        batch: Images at once.
+        precision: Tells a way's.
+    """
+    return [
+        Row(
+            section=section,
+            name=name,
+            unit=unit,
+            values=values,
+            precision=precision(name),
+            batch=batch,
+            against=None if name == against else against,
+        )
+        for name, values in in_turns(ways, repeats, scale=scale).items()
+    ]
+
+
+def peak_bytes() -> int:
+    """Give the most memory that this process has had resident.
+
+    getrusage's ``ru_maxrss`` would count what the parent had before the process started its own
+    program; VmHWM does not.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def peak_mb(work: Callable[..., object], *arguments: Any) -> tuple[float, float]:
+    """Call a function in a process of its own.
+
+    Returns:
+        The process's peak memory, and by how much it is above what it took with all imported; MB.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        before, after = process.submit(_peaks, partial(work, *arguments)).result()
+    return after / 1e6, (after - before) / 1e6
+
+
+def _peaks(work: Callable[[], object]) -> tuple[int, int]:
+    before = peak_bytes()
+    work()
+    return before, peak_bytes()
+
+
+def use_threads(threads: int) -> int:
+    """Let torch use so many threads, 0: as many as it wants; tell how many."""
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def random_scheme(units: tuple[Unit, ...], seed: int) -> dict[str, int]:
+    """Draw a width for every unit."""
+    draw = random.Random(seed)
+    return {unit.name: draw.randint(1, unit.width) for unit in units}

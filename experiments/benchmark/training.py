@@ -1,0 +1,163 @@
+"""Training: the step, its optimizer and EMA alone, and the data that it gets."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from benchmark.peers import ExampleTraining, example_loader
+from benchmark.timing import Row, SpeedFlags, compared
+from PIL import Image
+from torch import Tensor
+
+from tdc_ray.data import augment, batches, to_model_range
+from tdc_ray.datasets import load_dataset
+from tdc_ray.diffusion import noise_schedule
+from tdc_ray.models.architectures import UNetConfig, architecture
+from tdc_ray.models.unet import build_unet
+from tdc_ray.settings import DataConfig, DiffusionConfig, Precision, TrainConfig
+from tdc_ray.training import TrainState, optimizer_step, start_state, train
+
+EXAMPLE = "diffusers' example"
+CONFIG = TrainConfig(learning_rate=1e-4, weight_decay=1e-6, max_grad_norm=1.0, ema_warmup=True)
+"""The example's, as far as a step's work depends on it."""
+
+
+def trained_unet(flags: SpeedFlags) -> UNetConfig:
+    """Give the UNet that is trained: without a learned variance, of which the example knows
+    nothing.
+    """
+    found = architecture("tiny" if flags.smoke else "iddpm-cifar10")
+    return {**found, "out_channels": found["in_channels"]}
+
+
+def random_images(config: UNetConfig, count: int) -> Tensor:
+    """Draw uint8 images of a UNet's size."""
+    size = config["sample_size"]
+    return torch.randint(0, 256, (count, config["in_channels"], size, size), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class OurTraining:
+    """``tdc_ray.training`` as the base's training calls it."""
+
+    state: TrainState
+    config: TrainConfig = CONFIG
+
+    def step(self, images: Tensor, num_steps: int = 1) -> None:
+        """Take some steps on the same images, and read the loss after them."""
+        last = self.state.step + num_steps
+        labels = torch.full((len(images),), -1)
+        size, channels = images.shape[-1], images.shape[1]
+        train(
+            self.state,
+            self.state.unet,
+            [(images, labels)] * num_steps,
+            noise_schedule(DiffusionConfig()),
+            replace(self.config, num_steps=last, batch_size=len(images), log_every=last),
+            DataConfig(image_size=size, num_channels=1 if channels == 1 else 3),
+            timesteps=range(1000),
+            seed=0,
+            report=lambda _metrics, _step: None,
+            save=lambda _state: None,
+        )
+
+
+def our_trainings(config: UNetConfig) -> dict[str, OurTraining]:
+    """Give our ways of training, by precision and memory format; precisions share the weights."""
+    plain = OurTraining(start_state(build_unet(config), CONFIG))
+    precisions: tuple[Precision, ...] = get_args(Precision)
+    found = {
+        f"ours, {precision}": replace(plain, config=replace(CONFIG, precision=precision))
+        for precision in precisions
+        if precision != "fp16"  # not for processors
+    }
+    unet: Any = build_unet(config)
+    last = unet.to(memory_format=torch.channels_last)
+    return {**found, "ours, fp32, channels_last": OurTraining(start_state(last, CONFIG))}
+
+
+def precision_of(name: str) -> str:
+    """Tell a way's precision by its name."""
+    return next((found for found in get_args(Precision) if found in name), "fp32")
+
+
+def step(flags: SpeedFlags) -> list[Row]:
+    """Time training steps."""
+    config, batch = trained_unet(flags), 8
+    images = random_images(config, batch)
+    example = ExampleTraining(config)
+    ways = {EXAMPLE: partial(example.step, to_model_range(images))}
+    ways |= {name: partial(ours.step, images) for name, ours in our_trainings(config).items()}
+    return compared(
+        "training step",
+        ways,
+        flags.repeats,
+        against=EXAMPLE,
+        batch=batch,
+        precision=precision_of,
+    )
+
+
+def update(flags: SpeedFlags) -> list[Row]:
+    """Time clipping, optimizer and EMA alone, on gradients that are given."""
+    config = trained_unet(flags)
+    example, ours = ExampleTraining(config), OurTraining(start_state(build_unet(config), CONFIG))
+    gradients = [torch.randn_like(parameter) for parameter in example.unet.parameters()]
+
+    def give(unet: torch.nn.Module) -> None:
+        for parameter, gradient in zip(unet.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+    def as_example() -> None:
+        give(example.unet)
+        example.update()
+
+    def as_we() -> None:
+        give(ours.state.unet)
+        optimizer_step(ours.state, ours.config)
+        ours.state.ema.step(ours.state.unet.parameters())
+
+    ways = {EXAMPLE: as_example, "ours": as_we}
+    return compared("EMA and optimizer", ways, flags.repeats, against=EXAMPLE)
+
+
+def loading(flags: SpeedFlags) -> list[Row]:
+    """Time an epoch of flipped images in [-1, 1], from PNG files and from an npz file."""
+    count, batch = (32, 8) if flags.smoke else (2048, 64)
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        folder, npz = Path(place, "folder"), Path(place, "images.npz")
+        (folder / "class").mkdir(parents=True)
+        for number, pixels in enumerate(images):
+            Image.fromarray(pixels).save(folder / "class" / f"{number:05d}.png")
+        np.savez(npz, images=images)
+        shape: Mapping[str, Any] = {"image_size": 32, "num_channels": 3, "horizontal_flip": True}
+        loader = example_loader(folder, 32, batch)
+
+        def ours(config: DataConfig) -> None:
+            generator = torch.Generator().manual_seed(0)
+            dataset = load_dataset(config)
+            for some, _ in batches(dataset, batch_size=batch, seed=0, num_steps=count // batch):
+                to_model_range(augment(some, config, generator))
+
+        sources = {
+            "ours, folder": DataConfig(source="folder", path=str(folder), **shape),
+            "ours, npz": DataConfig(source="npz", path=str(npz), **shape),
+        }
+        ways = {"torchvision's ImageFolder": lambda: [None for _ in loader]}
+        ways |= {name: partial(ours, config) for name, config in sources.items()}
+        return compared(
+            "data loading",
+            ways,
+            flags.repeats,
+            against="torchvision's ImageFolder",
+            unit="us per image",
+            scale=1e6 / count,
+            batch=batch,
+            precision=lambda _: "",
+        )
