@@ -212,6 +212,22 @@ def plot_lines(
     _save(figure, folder / f"{name}.png")
 
 
+def plot_growth(
+    folder: Path, name: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """Draw how each of several costs grows, from 1 at its first point on, on logarithmic axes."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    far = 1.0
+    for label, (xs, ys) in lines.items():
+        axes.plot([x / xs[0] for x in xs], [y / ys[0] for y in ys], marker="o", label=label)
+        far = max(far, xs[-1] / xs[0])
+    axes.plot([1, far], [1, far], "k--", label="linear")
+    axes.set(xscale="log", yscale="log", xlabel="times the first point's", ylabel="times its cost")
+    figure.legend(fontsize=7, loc="outside right upper")
+    _save(figure, folder / f"{name}.png")
+
+
 def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images: int) -> None:
     """Draw images of several models side by side, image by image from the same noise.
 

@@ -1,4 +1,4 @@
-"""Pruning: measuring candidates and sensitivities, counting schemes and bringing them to limits."""
+"""Pruning: candidates and sensitivities measured, schemes counted and brought to limits."""
 
 import tempfile
 import time
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning
+
 from benchmark.peers import plain_loss
 from benchmark.timing import Row, SpeedFlags, compared, random_scheme
-
 from tdc_ray.config import RunConfig
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir

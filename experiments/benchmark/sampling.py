@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark.peers import ddim_images, ddim_pipeline
-from benchmark.timing import Row, SpeedFlags, compared
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from benchmark.peers import ddim_images, ddim_pipeline
+from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.config import RunConfig
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import save_expert

@@ -19,7 +19,6 @@ from benchmark.training import (
     random_images,
     trained_unet,
 )
-
 from tdc_ray.data import to_model_range
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import build_unet

@@ -71,23 +71,23 @@ def in_turns(
     repeats: int,
     *,
     scale: float = 1.0,
-    warm: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[float, ...]]:
     """Time several ways in turns (A, B, A, B, ...), so that what slows the machine meets all.
 
     Args:
-        ways: What to call, by name.
+        ways: What to call, by name; each once before, unless it is timed but once.
         repeats: How often each.
         scale: What seconds are multiplied with.
-        warm: Call each once before.
+        clock: Tells the time.
     """
     values: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(-warm, repeats):
+    for number in range(0 if repeats == 1 else -1, repeats):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = clock()
             way()
             if number >= 0:
-                values[name].append(scale * (time.perf_counter() - started))
+                values[name].append(scale * (clock() - started))
     return {name: tuple(some) for name, some in values.items()}
 
 

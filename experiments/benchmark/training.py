@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from benchmark.peers import ExampleTraining, example_loader
-from benchmark.timing import Row, SpeedFlags, compared
 from PIL import Image
 from torch import Tensor
 
+from benchmark.peers import ExampleTraining, example_loader
+from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
@@ -28,9 +28,7 @@ CONFIG = TrainConfig(learning_rate=1e-4, weight_decay=1e-6, max_grad_norm=1.0, e
 
 
 def trained_unet(flags: SpeedFlags) -> UNetConfig:
-    """Give the UNet that is trained: without a learned variance, of which the example knows
-    nothing.
-    """
+    """Give the UNet that is trained, without the learned variance that the example lacks."""
     found = architecture("tiny" if flags.smoke else "iddpm-cifar10")
     return {**found, "out_channels": found["in_channels"]}
 

@@ -1,0 +1,198 @@
+"""How work with a model grows: training, measuring, sampling; with images, width and experts."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmark.growth import Axis, ScalingFlags, peaks, timed
+from benchmark.pruning import nothing
+from benchmark.sampling import our_images, save_experts
+from benchmark.timing import use_threads
+from benchmark.training import CONFIG as TRAINING
+from benchmark.training import OurTraining, random_images
+from tdc_ray.config import RunConfig
+from tdc_ray.layout import RunDir
+from tdc_ray.models.architectures import UNetConfig, architecture, base_unet
+from tdc_ray.models.unet import build_unet, save_unet
+from tdc_ray.models.units import keep_all
+from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.plan import plan_groups
+from tdc_ray.presets import preset
+from tdc_ray.prune.importance import keep_best, random_scores
+from tdc_ray.prune.measure import (
+    MeasureJob,
+    SensitivityJob,
+    measure_candidate,
+    measure_sensitivities,
+)
+from tdc_ray.prune.scored import uniform_scheme, values_of
+from tdc_ray.prune.space import space_of
+from tdc_ray.prune_settings import PruneConfig
+from tdc_ray.settings import DataConfig, SamplerConfig
+from tdc_ray.training import start_state
+
+STEPS = 4
+"""Denoising steps."""
+
+
+def wider(width: int) -> UNetConfig:
+    """Give a small UNet of another width."""
+    config = architecture("tiny")
+    return {**config, "block_out_channels": (width, 2 * width)}
+
+
+class Measured:
+    """A random base, and what is measured of it: a candidate of 0.7 of its macs, or its units."""
+
+    def __init__(self, folder: Path, unet: UNetConfig) -> None:
+        path = folder / "images.npz"
+        if not path.exists():
+            images = np.random.default_rng(0).integers(0, 256, (2048, 8, 8), np.uint8)
+            np.savez(path, images=images)
+        data = DataConfig(source="npz", path=str(path))
+        self.config = dataclasses.replace(preset("digits"), data=data)
+        self.space, config = space_of(unet), self.config
+        self.run_dir = RunDir(folder / f"width-{unet['block_out_channels'][0]}")
+        torch.manual_seed(0)
+        save_unet(build_unet(unet), self.run_dir.base_unet)
+        self.group = plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
+
+    def with_images(self, num_images: int, num_refit_images: int) -> RunConfig:
+        """Give settings for so many images; without any for the refit there is none."""
+        prune = PruneConfig(
+            num_images=num_images,
+            num_refit_images=max(1, num_refit_images),
+            refit="least-squares" if num_refit_images else "none",
+            batch_size=32,
+        )
+        return dataclasses.replace(self.config, prune=prune)
+
+    def candidate(self, num_images: int, num_refit_images: int) -> None:
+        """Measure a candidate."""
+        space, scores = self.space, random_scores(self.space.units, 0)
+        scheme = uniform_scheme(space, int(0.7 * space.macs_base), values_of(scores))
+        kept = keep_best(space.units, scores, scheme)
+        config = self.with_images(num_images, num_refit_images)
+        measure_candidate(MeasureJob(self.run_dir, config, self.group, kept, 1), nothing)
+
+    def sensitivities(self, num_images: int, num_refit_images: int) -> None:
+        """Measure the sensitivities of all units."""
+        units = self.space.units
+        names, kept = tuple(unit.name for unit in units), keep_all(units)
+        scores = {} if num_refit_images else random_scores(units, 0)
+        config = self.with_images(num_images, num_refit_images)
+        job = SensitivityJob(self.run_dir, config, self.group, names, kept, scores)
+        measure_sensitivities(job, nothing)
+
+
+def measuring(flags: ScalingFlags, folder: Path) -> list[Axis]:
+    """Measure candidates and sensitivities: with images, refit images, and width."""
+    base, counts = Measured(folder, wider(16)), flags.some(64, 128, 256, 512, 1024)
+    found = [
+        timed(flags, what, over, [(n, partial(measure, *images(n))) for n in counts])
+        for what, over, measure, images in (
+            ("a candidate's loss", "images", base.candidate, lambda n: (n, 0)),
+            ("a candidate's refit", "refit images", base.candidate, lambda n: (32, n)),
+            ("sensitivities of all units", "images", base.sensitivities, lambda n: (n, 0)),
+        )
+    ]
+    bases = [Measured(folder, wider(width)) for width in flags.some(16, 32, 64, 96)]
+    found += [
+        timed(
+            flags,
+            what,
+            "macs of the base",
+            [(one.space.macs_base, partial(one.candidate, *images)) for one in bases],
+            reason=reason,
+        )
+        for what, images, reason in (
+            ("a candidate's loss", (64, 0), ""),
+            ("a candidate's refit", (32, 64), "a layer's least squares take its width cubed"),
+        )
+    ]
+    return found
+
+
+def training(flags: ScalingFlags, _folder: Path) -> list[Axis]:
+    """Train with more images in a batch, and with wider models."""
+
+    def ours(width: int) -> OurTraining:
+        return OurTraining(start_state(build_unet(wider(width)), TRAINING))
+
+    small = ours(16)
+    batches = [
+        (n, partial(small.step, random_images(wider(16), n))) for n in flags.some(16, 32, 64, 128)
+    ]
+    images, widths = random_images(wider(16), 16), flags.some(16, 32, 64, 96)
+    wide = [
+        (space_of(wider(width)).macs_base, partial(ours(width).step, images)) for width in widths
+    ]
+    return [
+        timed(flags, "a training step", "images in a batch", batches),
+        timed(flags, "a training step", "macs of the model", wide),
+    ]
+
+
+def sampled(num_groups: int) -> RunConfig:
+    """Give settings of a small model with so many groups, each of as many timesteps."""
+    config = preset("digits-smoke")
+    plan = dataclasses.replace(config.plan, num_groups=num_groups, schedule="uni-increasing")
+    sampler = SamplerConfig(num_inference_steps=STEPS)
+    return dataclasses.replace(config, plan=plan, sampler=sampler)
+
+
+def sample(num_images: float) -> None:
+    """Sample so many images at once, in two threads."""
+    use_threads(2)
+    config = sampled(1)
+    unet = build_unet(base_unet(config)).eval()
+    our_images(base_pipeline(unet, config), int(num_images), STEPS)
+
+
+def load(_count: float, folder: Path) -> None:
+    """Load experts."""
+    ProgressivePipeline.from_pretrained(folder)
+
+
+def sampling(flags: ScalingFlags, folder: Path) -> list[Axis]:
+    """Sample more images; load more experts."""
+    base, counts = sampled(1), flags.some(2, 4, 8, 16)
+    unet = build_unet(base_unet(base)).eval()
+    pipeline = base_pipeline(unet, base)
+    places = {n: folder / f"experts-{n}" for n in counts}
+    for count, place in places.items():
+        save_experts(sampled(count), unet, place)
+    images = flags.some(16, 32, 64, 128)
+    return [
+        timed(
+            flags,
+            "sampling",
+            "images at once",
+            [(n, partial(our_images, pipeline, n, STEPS)) for n in images],
+        ),
+        timed(
+            flags,
+            "loading experts",
+            "groups N",
+            [(n, partial(load, n, place)) for n, place in places.items()],
+        ),
+    ]
+
+
+def refit(num_images: float, folder: Path) -> None:
+    """Refit a candidate on so many images, in two threads."""
+    use_threads(2)
+    Measured(folder, wider(16)).candidate(32, int(num_images))
+
+
+def memory(flags: ScalingFlags, folder: Path) -> list[Axis]:
+    """Measure peaks; every point is a process of its own, which takes seconds to start."""
+    if flags.smoke:
+        return []
+    return [
+        peaks("sampling", "images at once", (64, 256, 1024), sample),
+        peaks("a candidate's refit", "refit images", (512, 1024, 2048), refit, folder),
+    ]
