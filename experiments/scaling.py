@@ -51,7 +51,7 @@ class Flags:
 
     sections: tuple[str, ...] = ()
     """Which costs; none: all."""
-    repeats: int = 5
+    repeats: int = 3
     """How often each point is timed, after one time that does not count."""
     threads: int = 0
     """Threads of torch; 0: one per processor."""

@@ -90,16 +90,22 @@ class Measured:
 
 def measuring(flags: ScalingFlags, folder: Path) -> list[Axis]:
     """Measure candidates and sensitivities: with images, refit images, and width."""
-    base, counts = Measured(folder, wider(16)), flags.some(64, 128, 256, 512, 1024)
+    base, counts = Measured(folder, wider(16)), flags.some(64, 128, 256, 512)
     found = [
-        timed(flags, what, over, [(n, partial(measure, *images(n))) for n in counts])
-        for what, over, measure, images in (
-            ("a candidate's loss", "images", base.candidate, lambda n: (n, 0)),
-            ("a candidate's refit", "refit images", base.candidate, lambda n: (32, n)),
-            ("sensitivities of all units", "images", base.sensitivities, lambda n: (n, 0)),
+        timed(flags, what, over, [(n, partial(measure, *images(n))) for n in numbers])
+        for what, over, measure, images, numbers in (
+            ("a candidate's loss", "images", base.candidate, lambda n: (n, 0), counts),
+            ("a candidate's refit", "refit images", base.candidate, lambda n: (1, n), counts),
+            (
+                "sensitivities of all units",
+                "images",
+                base.sensitivities,
+                lambda n: (n, 0),
+                flags.some(16, 32, 64, 128),
+            ),
         )
     ]
-    bases = [Measured(folder, wider(width)) for width in flags.some(16, 32, 64, 96)]
+    bases = [Measured(folder, wider(width)) for width in flags.some(16, 32, 64, 128)]
     found += [
         timed(
             flags,
@@ -109,8 +115,8 @@ def measuring(flags: ScalingFlags, folder: Path) -> list[Axis]:
             reason=reason,
         )
         for what, images, reason in (
-            ("a candidate's loss", (64, 0), ""),
-            ("a candidate's refit", (32, 64), "a layer's least squares take its width cubed"),
+            ("a candidate's loss", (64, 0), Axis.reason),
+            ("a candidate's refit", (1, 64), "a layer's least squares take its width cubed"),
         )
     ]
     return found
@@ -126,7 +132,7 @@ def training(flags: ScalingFlags, _folder: Path) -> list[Axis]:
     batches = [
         (n, partial(small.step, random_images(wider(16), n))) for n in flags.some(16, 32, 64, 128)
     ]
-    images, widths = random_images(wider(16), 16), flags.some(16, 32, 64, 96)
+    images, widths = random_images(wider(16), 16), flags.some(16, 32, 64, 128)
     wide = [
         (space_of(wider(width)).macs_base, partial(ours(width).step, images)) for width in widths
     ]
@@ -193,6 +199,6 @@ def memory(flags: ScalingFlags, folder: Path) -> list[Axis]:
     if flags.smoke:
         return []
     return [
-        peaks("sampling", "images at once", (64, 256, 1024), sample),
-        peaks("a candidate's refit", "refit images", (512, 1024, 2048), refit, folder),
+        peaks("sampling", "images at once", (128, 512), sample),
+        peaks("a candidate's refit", "refit images", (512, 2048), refit, folder),
     ]
