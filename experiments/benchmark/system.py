@@ -20,9 +20,11 @@ from benchmark.training import (
     trained_unet,
 )
 from tdc_ray.data import to_model_range
+from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import build_unet
 from tdc_ray.pipeline import base_pipeline
+from tdc_ray.remote import located, shown
 from tdc_ray.results import load_results
 from tdc_ray.sampling import make_scheduler
 from tdc_ray.storage import listing, read_json, read_json_lines
@@ -119,31 +121,39 @@ def digits(flags: SpeedFlags) -> list[Row]:
     """Tell where the wall time of a finished run went; it must have been done in one go."""
     if flags.run is None:
         return []
-    run_dir = RunDir(flags.run.resolve())
-    results, seconds = load_results(run_dir.results), seconds_of(run_dir)
-    wall = results.seconds.wall
+    run_dir = RunDir(located(flags.run).resolve())
+    spent = load_results(run_dir.results).seconds
+    seconds, wall = seconds_of(run_dir, spent.base), spent.wall
     neither = wall - sum(seconds[kind] for kind in ("training", "measuring", "sampling"))
-    rows = {kind: found / wall for kind, found in seconds.items() if kind != "before training"}
+    if neither < 0:
+        raise ConfigError(
+            f"--run must be a run that one attempt finished, but {shown(run_dir.root)} took several: "
+            f"more was done in all of them than fits into the last one's {wall:.0f} s."
+        )
+    rows = {kind: found / wall for kind, found in seconds.items() if kind != "before"}
     rows |= {"neither training, measuring nor sampling": neither / wall}
     shares = [
         Row(section="digits", name=name, unit="of wall time", values=(share,), precision="")
         for name, share in rows.items()
     ]
-    times = {"wall time": wall, "start to the first training step": seconds["before training"]}
+    times = {"wall time": wall, "start to the first training step": seconds["before"]}
     return shares + [
         Row(section="digits", name=name, unit="s", values=(value,), precision="")
         for name, value in times.items()
     ]
 
 
-def seconds_of(run_dir: RunDir) -> dict[str, float]:
+def seconds_of(run_dir: RunDir, base: float) -> dict[str, float]:
     """Tell for how long of a run's wall time it trained, measured, sampled and scored.
 
     An item counts from where its function began, so that a worker's start and imports do not; what
-    is done side by side shares the time. ``before training`` is from the driver's start to the
-    beginning of stage 1's training function, or somewhat more: what ends stage 1 is in it.
+    is done side by side shares the time. ``before`` is from the driver's start to the beginning of
+    stage 1's training function, or somewhat more: what ends stage 1 is in it.
+
+    Args:
+        run_dir: The run's directory.
+        base: Seconds that stage 1's training function took.
     """
-    base = load_results(run_dir.results).seconds.base
     found = dict.fromkeys(("training", "measuring", "sampling", "scoring"), 0.0)
     found["training"] = base
     work = []
@@ -159,7 +169,7 @@ def seconds_of(run_dir: RunDir) -> dict[str, float]:
     events = [event for line in read_json_lines(run_dir.timeline) for event in line]
     began = next(event["time"] for event in events if event["event"] == "driver")
     stage_2 = next(event["time"] for event in events if event.get("name") == "experts")
-    return {**found, "before training": stage_2 - began - base}
+    return {**found, "before": stage_2 - began - base}
 
 
 def _kind(span: Span) -> str:
