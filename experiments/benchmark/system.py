@@ -127,8 +127,8 @@ def digits(flags: SpeedFlags) -> list[Row]:
     neither = wall - sum(seconds[kind] for kind in ("training", "measuring", "sampling"))
     if neither < 0:
         raise ConfigError(
-            f"--run must be a run that one attempt finished, but {shown(run_dir.root)} took several: "
-            f"more was done in all of them than fits into the last one's {wall:.0f} s."
+            f"--run must be a run that one attempt finished, but {shown(run_dir.root)} is none: "
+            f"more was done than fits into the last attempt's {wall:.0f} s."
         )
     rows = {kind: found / wall for kind, found in seconds.items() if kind != "before"}
     rows |= {"neither training, measuring nor sampling": neither / wall}
