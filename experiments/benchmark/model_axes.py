@@ -22,12 +22,8 @@ from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.plan import plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
-from tdc_ray.prune.measure import (
-    MeasureJob,
-    SensitivityJob,
-    measure_candidate,
-    measure_sensitivities,
-)
+from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
+from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
 from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune_settings import PruneConfig

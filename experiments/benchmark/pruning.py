@@ -24,18 +24,14 @@ from tdc_ray.models.units import Kept, SpaceKind, keep_all
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
-from tdc_ray.prune.measure import (
-    MeasureJob,
-    SensitivityJob,
-    measure_candidate,
-    measure_sensitivities,
-)
+from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
+from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
 from tdc_ray.prune.noised import noised_batches
 from tdc_ray.prune.offline import loss_curves, step_values
 from tdc_ray.prune.sensitivity import levels
 from tdc_ray.prune.space import Space, Values, repair, space_of
 from tdc_ray.prune_settings import PruneConfig
-from tdc_ray.settings import DataConfig
+from tdc_ray.settings import DataConfig, Precision
 
 PLAIN = "the whole network for each"
 MIN_SHARE = 0.5
@@ -62,9 +58,9 @@ def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, 
     return run_dir, config, plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
 
 
-def without_refit(config: RunConfig) -> RunConfig:
+def without_refit(config: RunConfig, precision: Precision = "fp32") -> RunConfig:
     """Give settings under which losses are measured straight after the cut."""
-    return replace(config, prune=replace(config.prune, refit="none"))
+    return replace(config, prune=replace(config.prune, refit="none", precision=precision))
 
 
 def nothing(_metrics: Mapping[str, float], _step: int) -> None:
@@ -79,7 +75,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         unet = build_unet(base_unet(config)).eval()
         space = space_of(base_unet(config))
         schedule = noise_schedule(config.diffusion)
-        seen = list(noised_batches(config, group, torch.device("cpu"), purpose="held-out"))
+        seen = list(noised_batches(config, group, unet, purpose="held-out"))
         scores = random_scores(space.units, 0)
         max_macs = group.max_macs(space.macs_base)
         schemes = [
@@ -90,7 +86,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         inner = space.units[:: max(1, len(space.units) // (1 if flags.smoke else 4))]
         full, names = keep_all(space.units), tuple(unit.name for unit in inner)
 
-        def ours(config: RunConfig) -> list[float]:
+        def losses(config: RunConfig) -> list[float]:
             jobs = [MeasureJob(run_dir, config, group, kept, 1) for kept in candidates]
             return [measure_candidate(job, nothing)["loss_cut"] for job in jobs]
 
@@ -107,32 +103,36 @@ def measuring(flags: SpeedFlags) -> list[Row]:
             for unit in inner
             for width in levels(unit, config.prune.num_levels)
         ]
-        bare, where = without_refit(config), "measuring a candidate"
-        named = {"ours, no refit": partial(ours, bare), "ours, refit too": partial(ours, config)}
-        rows = compared(
-            where,
-            {PLAIN: partial(plain, candidates), **named},
-            flags.repeats,
-            against=PLAIN,
-            scale=1 / len(candidates),
-            batch=config.prune.batch_size,
-        )
-        named = {
-            "ours, no refit": partial(sensitivities, bare),
-            "ours, refit too": partial(sensitivities, config),
-        }
-        rows += compared(
-            "sensitivity of a unit",
-            {PLAIN: partial(plain, narrower), **named},
-            flags.repeats,
-            against=PLAIN,
-            scale=1 / len(names),
-            batch=config.prune.batch_size,
-        )
+        bare, bf16 = without_refit(config), without_refit(config, "bf16")
+        variants = {"no refit": bare, "no refit, bf16": bf16, "refit too": config}
+        weighed = MeasureJob(run_dir, config, group, full, 0, leaves_weights=True)
+        measure_candidate(weighed, nothing)  # as a search begins
+        rows = []
+        for section, ours, choices, count in (
+            ("measuring a candidate", losses, candidates, len(candidates)),
+            ("sensitivity of a unit", sensitivities, narrower, len(names)),
+        ):
+            rows += compared(
+                section,
+                {PLAIN: partial(plain, choices)}
+                | {f"ours, {name}": partial(ours, chosen) for name, chosen in variants.items()},
+                flags.repeats,
+                against=PLAIN,
+                scale=1 / count,
+                batch=config.prune.batch_size,
+            )
         same = max(
-            abs(one - other) for one, other in zip(ours(bare), plain(candidates), strict=True)
+            abs(one - other) for one, other in zip(losses(bare), plain(candidates), strict=True)
         )
-        return [*rows, Row(section=where, name="largest difference", unit="loss", values=(same,))]
+        return [
+            *rows,
+            Row(
+                section="measuring a candidate",
+                name="largest difference",
+                unit="loss",
+                values=(same,),
+            ),
+        ]
 
 
 def random_values(space: Space, seed: int) -> Values:

@@ -9,27 +9,23 @@ from itertools import pairwise
 
 from benchmark.peers import ExampleTraining, ddim_images, ddim_pipeline
 from benchmark.sampling import PEER, our_images, random_base, sampled_config
-from benchmark.timing import Row, SpeedFlags, compared, peak_mb, use_threads
+from benchmark.timing import Row, SpeedFlags, compared, peak_mb, precision_of, use_threads
 from benchmark.training import (
-    CONFIG,
     EXAMPLE,
-    OurTraining,
-    our_trainings,
-    precision_of,
+    our_training,
     random_images,
     trained_unet,
 )
 from tdc_ray.data import to_model_range
 from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
-from tdc_ray.models.unet import build_unet
 from tdc_ray.pipeline import base_pipeline
 from tdc_ray.remote import located, shown
 from tdc_ray.results import load_results
 from tdc_ray.sampling import make_scheduler
+from tdc_ray.settings import Precision
 from tdc_ray.storage import listing, read_json, read_json_lines
 from tdc_ray.timeline import Span, load_history
-from tdc_ray.training import start_state
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "import torch": ("-c", "import torch"),
@@ -60,14 +56,11 @@ def train_as_example(flags: SpeedFlags) -> None:
         example.step(images)
 
 
-def train_as_we(flags: SpeedFlags, name: str) -> None:
-    """Take two steps in one of our ways."""
+def train_as_we(flags: SpeedFlags, precision: Precision) -> None:
+    """Take two of our steps."""
     use_threads(flags.threads)
     config = trained_unet(flags)
-    if name == "ours, fp32":
-        ours = OurTraining(start_state(build_unet(config), CONFIG))
-    else:
-        ours = our_trainings(config)[name]
+    ours = our_training(config, precision)
     ours.step(random_images(config, 8), 2)
 
 
@@ -92,7 +85,8 @@ def memory(flags: SpeedFlags) -> list[Row]:
     training, sampling = "peak memory, training step", "peak memory, sampling"
     works = {
         (training, EXAMPLE): partial(train_as_example, flags),
-        (training, "ours, fp32"): partial(train_as_we, flags, "ours, fp32"),
+        (training, "ours, fp32"): partial(train_as_we, flags, "fp32"),
+        (training, "ours, bf16"): partial(train_as_we, flags, "bf16"),
         (sampling, PEER): partial(sample_as_peer, flags, count),
         (sampling, "ours"): partial(sample_as_we, flags, count),
     }

@@ -91,6 +91,11 @@ def in_turns(
     return {name: tuple(some) for name, some in values.items()}
 
 
+def precision_of(name: str) -> str:
+    """Tell a way's precision by its name."""
+    return "bf16" if "bf16" in name else "fp32"
+
+
 def compared(
     section: str,
     ways: Mapping[str, Callable[[], object]],
@@ -100,7 +105,7 @@ def compared(
     unit: str = "s",
     scale: float = 1.0,
     batch: int | None = None,
-    precision: Callable[[str], str] = lambda _: "fp32",
+    precision: Callable[[str], str] = precision_of,
 ) -> list[Row]:
     """Time several ways in turns and hold all against one of them.
 

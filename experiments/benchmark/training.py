@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,23 +65,20 @@ class OurTraining:
         )
 
 
+def our_training(config: UNetConfig, precision: Precision = "fp32") -> OurTraining:
+    """Give our way of training in a precision."""
+    chosen = replace(CONFIG, precision=precision)
+    return OurTraining(start_state(build_unet(config), chosen), chosen)
+
+
 def our_trainings(config: UNetConfig) -> dict[str, OurTraining]:
-    """Give our ways of training, by precision and memory format; precisions share the weights."""
-    plain = OurTraining(start_state(build_unet(config), CONFIG))
-    precisions: tuple[Precision, ...] = get_args(Precision)
-    found = {
-        f"ours, {precision}": replace(plain, config=replace(CONFIG, precision=precision))
-        for precision in precisions
-        if precision != "fp16"  # not for processors
-    }
-    unet: Any = build_unet(config)
-    last = unet.to(memory_format=torch.channels_last)
-    return {**found, "ours, fp32, channels_last": OurTraining(start_state(last, CONFIG))}
-
-
-def precision_of(name: str) -> str:
-    """Tell a way's precision by its name."""
-    return next((found for found in get_args(Precision) if found in name), "fp32")
+    """Give our ways of training; fp32 also in the memory layout that bf16 has."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    found = {f"ours, {precision}": our_training(config, precision) for precision in precisions}
+    last = our_training(config)
+    unet: Any = last.state.unet
+    unet.to(memory_format=torch.channels_last)
+    return {**found, "ours, fp32, channels last": last}
 
 
 def step(flags: SpeedFlags) -> list[Row]:
@@ -97,14 +94,13 @@ def step(flags: SpeedFlags) -> list[Row]:
         flags.repeats,
         against=EXAMPLE,
         batch=batch,
-        precision=precision_of,
     )
 
 
 def update(flags: SpeedFlags) -> list[Row]:
     """Time clipping, optimizer and EMA alone, on gradients that are given."""
     config = trained_unet(flags)
-    example, ours = ExampleTraining(config), OurTraining(start_state(build_unet(config), CONFIG))
+    example, ours = ExampleTraining(config), our_training(config)
     gradients = [torch.randn_like(parameter) for parameter in example.unet.parameters()]
 
     def give(unet: torch.nn.Module) -> None:
