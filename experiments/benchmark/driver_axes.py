@@ -41,7 +41,7 @@ def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> 
         group=group,
         timesteps=(0, 99),
         snr_db=(40.0, 20.0),
-        max_macs=(space.min_macs + space.macs_base) // 2,
+        limit=(space.min_macs + space.macs_base) // 2,
         loss_base=0.01,
         scores={unit.name: [1.0] * unit.width for unit in space.units},
         sensitivities=grown,

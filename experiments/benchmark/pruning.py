@@ -77,7 +77,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         schedule = noise_schedule(config.diffusion)
         seen = list(noised_batches(config, group, unet, purpose="held-out"))
         scores = random_scores(space.units, 0)
-        max_macs = group.max_macs(space.macs_base)
+        max_macs = group.limit(space.macs_base)
         schemes = [
             repair(space, random_scheme(space.units, seed), max_macs, random_values(space, seed))
             for seed in range(1 if flags.smoke else 3)

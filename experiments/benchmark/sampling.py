@@ -53,7 +53,7 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     scores, macs, names = random_scores(space.units, 0), [], []
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     for group in plan.groups:
-        limit = max(space.min_macs, group.max_macs(space.macs_base))
+        limit = max(space.min_macs, group.limit(space.macs_base))
         scheme = uniform_scheme(space, limit, values_of(scores))
         kept = keep_best(space.units, scores, scheme)
         names.append(f"expert-{group.index:02d}")
