@@ -18,7 +18,7 @@ MAX_REPEATS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class PassTime:
+class StepTimes:
     """Medians over the passes of a model, in seconds."""
 
     total: float
@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 @torch.inference_mode()
 def time_passes(
     unets: Sequence[UNet2DModel], batch_size: int, *, min_repeats: int, min_seconds: float
-) -> list[PassTime]:
+) -> list[StepTimes]:
     """Time forward passes of models that differ in nothing but widths, on random images.
 
     They take turns, so that whatever else the machine does meanwhile hits all alike.
@@ -62,7 +62,7 @@ def time_passes(
             passes.append(_pass(unet, batch))
     names = [step.name for step in steps(unets[0])]
     times = [[median(part) for part in zip(*passes, strict=True)] for passes in found]
-    return [PassTime(sum(parts), dict(zip(names, parts[1:], strict=True))) for parts in times]
+    return [StepTimes(sum(parts), dict(zip(names, parts[1:], strict=True))) for parts in times]
 
 
 def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
