@@ -13,7 +13,7 @@ from tdc_ray.models.unet import load_unet
 from tdc_ray.plan import Plan
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
-MIN_REPEATS, MIN_SECONDS = 5, 0.1
+MIN_REPEATS, MIN_SECONDS = 9, 0.3
 """Least passes of the base and of an expert, which take turns, and least seconds of these."""
 
 

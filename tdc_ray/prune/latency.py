@@ -28,7 +28,7 @@ from tdc_ray.work import Chain, Report, Result, WorkItem
 MAX_LEVELS = 8
 """Most widths of a unit that are measured, its own among them; those between lie on lines."""
 
-MIN_REPEATS, MIN_SECONDS = 9, 0.5
+MIN_REPEATS, MIN_SECONDS = 9, 2.0
 """Least passes of each model at a level, and least seconds that they take together."""
 
 
