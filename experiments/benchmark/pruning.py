@@ -40,10 +40,10 @@ MIN_SHARE = 0.5
 
 def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, Group]:
     """Leave a random base in a run directory; give it with settings and the first group."""
-    prune = PruneConfig(num_images=32, num_refit_images=32, batch_size=16)
+    prune = PruneConfig(num_images=16, num_refit_images=16, num_levels=2, batch_size=16)
     if flags.smoke:
         config = preset("digits-smoke")
-        prune = replace(prune, num_images=4, num_refit_images=4, batch_size=4, num_levels=2)
+        prune = replace(prune, num_images=4, num_refit_images=4, batch_size=4)
     else:
         config = preset("cifar10")
         images = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), np.uint8)
@@ -80,7 +80,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         max_macs = group.limit(space.macs_base)
         schemes = [
             repair(space, random_scheme(space.units, seed), max_macs, random_values(space, seed))
-            for seed in range(1 if flags.smoke else 3)
+            for seed in range(1 if flags.smoke else 2)
         ]
         candidates = [keep_best(space.units, scores, scheme) for scheme in schemes]
         inner = space.units[:: max(1, len(space.units) // (1 if flags.smoke else 4))]
@@ -116,7 +116,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
                 section,
                 {PLAIN: partial(plain, choices)}
                 | {f"ours, {name}": partial(ours, chosen) for name, chosen in variants.items()},
-                flags.repeats,
+                min(3, flags.repeats),
                 against=PLAIN,
                 scale=1 / count,
                 batch=config.prune.batch_size,
