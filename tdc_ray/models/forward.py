@@ -7,6 +7,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from tdc_ray.models.unet import image_size
+
 BYTES_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 """Of the first convolution's output. On CPUs larger tensors leave the caches and are given back to
 the system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long
@@ -15,7 +17,7 @@ for each as with 32."""
 MOST_AT_ONCE = 1024
 
 
-def images_at_once(unet: UNet2DModel, size: int | None = None) -> int:
+def images_at_once(unet: UNet2DModel, size: tuple[int, int] | None = None) -> int:
     """Tell how many images a forward pass takes best on a UNet's device.
 
     Args:
@@ -23,8 +25,8 @@ def images_at_once(unet: UNet2DModel, size: int | None = None) -> int:
         size: Height and width of what it denoises; None: as its config says.
     """
     weight: Tensor = unet.conv_in.weight
-    size = size or unet.config["sample_size"]
-    bytes_each = len(weight) * size * size * weight.element_size()
+    height, width = size or image_size(unet)
+    bytes_each = len(weight) * height * width * weight.element_size()
     at_once = BYTES_AT_ONCE.get(weight.device.type, BYTES_AT_ONCE["cuda"]) // bytes_each
     return min(max(1, at_once), MOST_AT_ONCE)
 
@@ -53,7 +55,7 @@ def denoised(
         told = {} if class_labels is None else {"class_labels": class_labels}
         whole: Tensor = denoiser(x_t, timesteps, **told).sample
         return whole[:, :num_channels].float()
-    size = images_at_once(denoiser, x_t.shape[-1])
+    size = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1]))
     with _first_outputs(denoiser.conv_out, num_channels):
         parts = [
             denoiser(

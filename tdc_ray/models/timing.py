@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.models.steps import start, steps
+from tdc_ray.models.unet import image_size
 
 MAX_REPEATS = 200
 """Most passes of each model."""
@@ -68,9 +69,7 @@ def time_passes(
 def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Give noise, timesteps and, for a UNet that is told them, classes."""
     config, device = unet.config, unet.device
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size  # as saved by others
-    shape = (batch_size, config["in_channels"], height, width)
+    shape = (batch_size, config["in_channels"], *image_size(unet))
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     has_classes = config["num_class_embeds"] is not None
     return torch.randn(shape, device=device), zeros + 1, zeros if has_classes else None

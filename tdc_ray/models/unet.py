@@ -68,6 +68,13 @@ def count_macs(unet: UNet2DModel) -> int:
     return total
 
 
+def image_size(unet: UNet2DModel) -> tuple[int, int]:
+    """Give height and width of what a UNet denoises; some are saved with one number for both."""
+    size = unet.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def count_params(module: torch.nn.Module) -> int:
     """Count the parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -17,8 +17,8 @@ def test_larger_models_take_fewer_images_at_once():
     weight = torch.empty(128, 3, 3, 3)
     unet.conv_in.weight = torch.nn.Parameter(weight)
     assert images_at_once(unet) == 32  # 128 channels of 32 x 32, 4 bytes each: 16 MiB
-    assert images_at_once(unet, 64) == 8
-    assert images_at_once(unet, 4096) == 1
+    assert images_at_once(unet, (64, 64)) == 8
+    assert images_at_once(unet, (4096, 4096)) == 1
     assert images_at_once(random_unet()) > 256
 
 
