@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tdc_ray.settings import at_least
 
-DECIDING = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune")
+DECIDING = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
 """Of these settings, the ones that change what is computed, and so what a run directory is for."""
 
 
@@ -12,8 +12,8 @@ DECIDING = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune")
 class ComputeConfig:
     """What the run takes of the cluster.
 
-    Of these, the workers of the base and of a fine-tune (each draws noise of its own) and the CPUs
-    of a base worker (the last bits of sums) change what is computed.
+    Of these, the workers of the base and of a fine-tune (each draws noise of its own), the CPUs
+    of a base worker (the last bits of sums) and TF32 change what is computed.
     """
 
     num_base_workers: int = 1

@@ -1,5 +1,7 @@
 """Where a worker computes, and which of several workers it is."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,24 @@ class Place:
 def set_up(num_threads: int, *, tf32: bool) -> None:
     """Prepare a worker's process: its threads, and how GPUs compute in fp32."""
     torch.set_num_threads(num_threads)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    allow_tf32(allowed=tf32)
+
+
+def allow_tf32(*, allowed: bool) -> None:
+    """Let GPUs round the inputs of fp32 products and convolutions to TF32, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Let GPUs compute fp32 in full for a while, whatever :func:`set_up` said."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(allowed=False)
+    try:
+        yield
+    finally:
+        allow_tf32(allowed=before)
 
 
 def worker_device() -> torch.device:

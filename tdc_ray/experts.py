@@ -59,19 +59,20 @@ class OffloadedExperts(nn.Module):
         """Take a folder of ``models.experts`` and a span per expert, in order."""
         super().__init__()
         self.spans, self._folders = tuple(spans), tuple(folders)
-        self.register_buffer("_place", torch.zeros(()), persistent=False)  # which .to() moves
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # which .to() moves
+        self._stream: torch.cuda.Stream | None = None
         self._thread = ThreadPoolExecutor(1, "next-expert")
         self._asked: dict[tuple[int, torch.device, torch.dtype], Future[UNet2DModel]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
-        return self._anchor().dtype
+        return self.get_buffer("_anchor").dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._anchor().device
+        return self.get_buffer("_anchor").device
 
     @property
     def num_class_embeds(self) -> int | None:
@@ -100,18 +101,16 @@ class OffloadedExperts(nn.Module):
     def _read(self, place: int, device: torch.device, dtype: torch.dtype) -> UNet2DModel:
         unet = load_expert(self._folders[place])
         if device.type == "cuda":
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
+            if self._stream is None or self._stream.device != device:
+                self._stream = torch.cuda.Stream(device)  # memory is reused within a stream
+            with torch.cuda.stream(self._stream):
                 nn.Module.to(unet, device, dtype)
-            stream.synchronize()
+            self._stream.synchronize()
             return unet
         nn.Module.to(unet, dtype=dtype)
         for parameter in unet.parameters():
             parameter.sum()  # brings its pages in
         return unet
-
-    def _anchor(self) -> torch.Tensor:
-        return self.get_buffer("_place")
 
 
 def _place(spans: Sequence[Span], timestep: int) -> int:

@@ -50,6 +50,7 @@ def of_run(config: RunConfig) -> Inputs:
         "data": _without(asdict(config.data), PLACES),
         "diffusion": asdict(config.diffusion),
         "conditioning": asdict(config.conditioning),
+        "tf32": config.compute.tf32,
     }
 
 

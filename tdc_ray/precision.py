@@ -17,7 +17,7 @@ from tdc_ray.device import worker_device
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.settings import Precision
-from tdc_ray.work import Chain, Inputs, Report, Resources, Result, WorkItem
+from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,6 @@ class ProbeJob:
     trains: bool
     """With the backward pass."""
 
-    resources: Resources
-    """Of the worker that it speaks for."""
-
 
 def settled(
     run_dir: RunDir, config: RunConfig, unet: UNetConfig, stages: Sequence[Stage]
@@ -97,7 +94,6 @@ def settled(
             channels=unet["block_out_channels"][0],
             size=unet["sample_size"],
             trains=stage != "prune",
-            resources=resources,
         )
         item = WorkItem(
             key=f"precision/{stage}",
@@ -106,7 +102,6 @@ def settled(
             result_path=run_dir.root / "precision" / f"{stage}.json",
             cost=0.0,
             resources=resources,
-            inputs=probe_inputs,
         )
         (found,) = yield [item]
         logger.info(
@@ -118,16 +113,6 @@ def settled(
         chosen = replace(getattr(config, stage), precision=found["precision"])
         config = replace(config, **{stage: chosen})
     return config
-
-
-def probe_inputs(job: ProbeJob) -> Inputs:
-    """Name a probe, so that the runs that share a store settle for the same precision."""
-    cpus, gpus = job.resources.cpus, job.resources.gpus
-    return {
-        "stage": "precision",
-        "layer": [job.channels, job.size, job.trains],
-        "worker": [cpus, gpus],
-    }
 
 
 def probe(job: ProbeJob, report: Report) -> Result:

@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DModel
 from rich.console import Console
 
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
+from tdc_ray.device import set_up, worker_device
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
@@ -121,6 +123,12 @@ def prune_model(
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     out, config, base_settings = located(out), with_absolute_paths(config), unet_config(unet)
+    set_up(torch.get_num_threads(), tf32=config.compute.tf32)
+    if (milliseconds is None) != (config.prune.objective == "macs"):
+        raise ConfigError(
+            f"prune.objective must be latency with a limit in milliseconds and macs without, got "
+            f"{config.prune.objective}."
+        )
     if config.prune.method == "none":
         raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
     if config.prune.method == "llm":
@@ -146,13 +154,15 @@ def prune_model(
                 f"{dataset.num_classes - 1}."
             )
     with exclusive(out):
-        search_dir = out / "search" / _name(unet, config, group, milliseconds)
+        table = _latency_name(config, base_settings)
+        limit_name = group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
+        search_dir = out / "search" / _name(unet, config, group, limit_name)
         run_dir = RunDir(search_dir.resolve(), unet)
         with ProgressView(run_dir.tensorboard, console) as view:
             config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
             if milliseconds is not None:
-                table = out / "search" / _latency_name(config, base_settings)
-                chain = timed_space(table.resolve(), base_settings, config, space)
+                path = (out / "search" / table).resolve()
+                chain = timed_space(path, base_settings, config, space)
                 space = run_chain(chain, view.watch)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
@@ -274,18 +284,18 @@ def _state(file: Path) -> tuple[str, int, int]:
 
 
 def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
-    """Name a table of times by all that it is of: it serves every limit."""
+    """Name a table of times by all that it is of, and by what computes here."""
     shape = {key: value for key, value in unet.items() if not key.startswith("_")}
     prune = config.prune
-    document = [shape, prune.latency_batch_size, prune.channel_multiple]
+    device = device_name(worker_device())
+    document = [shape, prune.latency_batch_size, prune.channel_multiple, device]
     name = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
     return f"latency-{name}.json"
 
 
-def _name(unet: Path, config: RunConfig, group: Group, milliseconds: float | None) -> str:
+def _name(unet: Path, config: RunConfig, group: Group, limit: float | str) -> str:
     """Name a search by all that decides what it measures."""
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
-    document = [digest(config), shown(unet), states, group.first, group.last]
-    document.append(group.limit_share if milliseconds is None else f"{milliseconds} ms")
+    document = [digest(config), shown(unet), states, group.first, group.last, limit]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]

@@ -92,6 +92,8 @@ class PruneConfig:
         at_least(1, "prune", self, *counts, "num_levels", "num_passes", *sizes)
         at_least(0, "prune", self, "halving_steps")
         require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
+        searches = self.objective == "macs" or self.method != "none"
+        require("prune", self, "objective", "macs with prune.method none", ok=searches)
         if self.objective == "latency" and self.space != "inner":
             raise ConfigError(
                 f"prune.space must be inner with prune.objective latency, got {self.space}: the "

@@ -173,6 +173,7 @@ def train(
     device, losses = state.device, Losses(first_step=state.step)
     weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
     if config.compile != "none":
+        torch.compiler.reset()  # of the models before, whose other widths count as recompilations
         model = cast(nn.Module, torch.compile(model, mode=config.compile))
     for batch, labels in images:
         place = (seed, rank, state.step)

@@ -13,7 +13,7 @@ from PIL import Image
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.experts import Experts
-from tdc_ray.models.experts import save_expert
+from tdc_ray.models.experts import load_expert, save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import (
@@ -119,6 +119,20 @@ def test_experts_that_are_read_when_they_are_needed_draw_the_same_images(saved):
     half = pipeline.to(torch.bfloat16)
     assert half.experts.for_timestep(999).dtype == torch.bfloat16
     torch.testing.assert_close(images_of(half), expected, rtol=0, atol=0.1)
+
+
+def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monkeypatch):
+    read = []
+
+    def reading(folder: Path) -> UNet2DModel:
+        read.append(folder.name)
+        return load_expert(folder)
+
+    monkeypatch.setattr("tdc_ray.experts.load_expert", reading)
+    experts = ProgressivePipeline.from_pretrained(saved, offload=True).experts
+    experts.for_timestep(999)
+    experts._thread.shutdown(wait=True)
+    assert read == ["expert-03", "expert-02"]
 
 
 def test_two_experts_are_in_memory_at_most_where_they_are_read_when_needed(saved):

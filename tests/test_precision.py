@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tdc_ray.device import set_up
+from tdc_ray.device import exact_products, set_up
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet, save_unet
 from tdc_ray.precision import LEAST_GAIN, autocast, in_layout, settled
@@ -71,6 +71,8 @@ def test_a_worker_lets_gpus_use_tf32_or_not(tf32):
     before = torch.get_num_threads(), [flag.allow_tf32 for flag in flags]
     try:
         set_up(before[0], tf32=tf32)
+        with exact_products():
+            assert [flag.allow_tf32 for flag in flags] == [False, False]
         assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]
     finally:
         for flag, value in zip(flags, before[1], strict=True):

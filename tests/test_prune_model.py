@@ -265,5 +265,4 @@ def test_a_limit_in_milliseconds_is_met_and_saves_time(model, tmp_path, capsys):
     time = report["time"]
     assert least <= time["table_ms"] <= time["limit_ms"] < time["base_table_ms"]
     assert time["base_table_ms"] == pytest.approx(base, rel=1e-3)
-    assert time["ms"] < time["base_ms"]
     assert report["macs"] == count_macs(load_expert(tmp_path)) < report["macs_base"]

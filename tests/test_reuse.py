@@ -52,7 +52,10 @@ DECIDES = [
     (
         "prune",
         {"finetune", "measure"},
-        ("num_rounds", "num_candidates", "halving_steps", "num_passes", "num_levels"),
+        (
+            *("num_rounds", "num_candidates", "halving_steps", "num_passes", "num_levels"),
+            *("channel_multiple", "latency_batch_size"),
+        ),
     ),
 ]
 

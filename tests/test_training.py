@@ -140,6 +140,32 @@ def test_accumulation_gives_the_gradient_and_loss_of_the_whole_batch(micro_batch
     assert same_loss == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_denoiser_is_compiled_where_that_is_asked_for_and_trains_the_same(monkeypatch):
+    plain, metrics = run_base(config_of())
+    modes = []
+
+    def compiled(model: nn.Module, mode: str) -> nn.Module:
+        modes.append(mode)
+        return _Compiled(model)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    found, same = run_base(config_of(compile="reduce-overhead"))
+    assert modes == ["reduce-overhead"]
+    assert_same(found.state_dict(), plain.state_dict())
+    assert without_speed(same) == without_speed(metrics)
+
+
+class _Compiled(nn.Module):
+    """Holds a module as torch.compile does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, *inputs, **named):
+        return self._orig_mod(*inputs, **named)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_stays_near_full_precision(precision):
     steps = {"num_steps": 3, "batch_size": 4}

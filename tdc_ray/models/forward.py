@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from tdc_ray.models.unet import image_size
 
-BYTES_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
-"""Of the first convolution's output. On CPUs larger tensors leave the caches and are given back to
-the system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long
-for each as with 32."""
+BYTES_ON_CPU = 2**24
+"""Of the first convolution's output. Larger tensors leave the caches and are given back to the
+system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long for
+each as with 32."""
+
+SHARE_OF_GPU = 1 / 64
+"""The same, as a share of a GPU's memory: skips and what a layer works in take many times that."""
 
 MOST_AT_ONCE = 1024
 
@@ -27,8 +30,10 @@ def images_at_once(unet: UNet2DModel, size: tuple[int, int] | None = None) -> in
     weight: Tensor = unet.conv_in.weight
     height, width = size or image_size(unet)
     bytes_each = len(weight) * height * width * weight.element_size()
-    at_once = BYTES_AT_ONCE.get(weight.device.type, BYTES_AT_ONCE["cuda"]) // bytes_each
-    return min(max(1, at_once), MOST_AT_ONCE)
+    most = BYTES_ON_CPU
+    if weight.device.type == "cuda":
+        most = int(SHARE_OF_GPU * torch.cuda.get_device_properties(weight.device).total_memory)
+    return min(max(1, most // bytes_each), MOST_AT_ONCE)
 
 
 def denoised(
@@ -39,7 +44,7 @@ def denoised(
     *,
     num_channels: int | None = None,
 ) -> Tensor:
-    """Run a denoiser on as many images at a time as its device takes best.
+    """Run a denoiser on as many images at a time as its device takes best; not for two threads.
 
     Args:
         denoiser: A ``UNet2DModel``; any other module gets all images at once.

@@ -4,6 +4,7 @@ Losses are measured on the same images, timesteps and noise for every candidate 
 fine-tune sees those images.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tdc_ray.diffusion import noise_schedule
 from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.shapes import Layer
+from tdc_ray.models.steps import num_untouched, steps
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.unet import load_unet, unet_config
 from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
@@ -253,8 +255,18 @@ def _cut_and_measure(
     if macs:
         models.append(cut(base.unet, base.space.units, kept))
     losses = held_out_losses(base.unet, models, config, group)
-    macs += float(len(models) * config.prune.num_images * base.space.macs(widths_of(kept)))
-    return losses[-1], losses[0], macs
+    each = len(models) * base.space.macs(widths_of(kept))
+    each -= (len(models) - 1) * _macs_before(base, pruned)
+    return losses[-1], losses[0], macs + float(config.prune.num_images * each)
+
+
+def _macs_before(base: Base, pruned: UNet2DModel) -> int:
+    """Count the macs of an image before the first cut."""
+    own, found = steps(base.unet), steps(pruned)
+    names = tuple(f"{step.name}." for step in own[num_untouched(own, found) :])
+    layers = itertools.takewhile(lambda layer: not f"{layer.name}.".startswith(names), base.layers)
+    _, macs = tabulate(list(layers), base.space.units)
+    return macs.at(base.space.full)
 
 
 def _scores(

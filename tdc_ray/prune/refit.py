@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.steps import State, Step, is_cut, steps
 from tdc_ray.prune.error_weights import ErrorWeights
@@ -26,6 +27,7 @@ BYTES_IN_MEMORY = 2 * 2**30
 """Of the images' activations between two blocks."""
 
 
+@exact_products()
 @torch.no_grad()
 def refit(
     base: UNet2DModel,

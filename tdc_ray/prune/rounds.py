@@ -143,7 +143,8 @@ def _sensitivities(
             spent.add(part)
             grown |= _by_width(part)
         sensitivities = measured_further(sensitivities, curves, start, grown)
-    return scores, sensitivities
+    unmeasured = {unit.name: [0.0] * unit.width for unit in space.units}  # of a single step
+    return {**unmeasured, **scores}, sensitivities
 
 
 def _loss(measured: Result) -> float:

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit
@@ -33,6 +34,7 @@ def levels(unit: Unit, num_levels: int) -> list[int]:
     return sorted(width for width in spread if width < unit.width)
 
 
+@exact_products()
 def solve_units(
     base: UNet2DModel,
     units: Sequence[Unit],

@@ -55,10 +55,6 @@ class Space:
         """Parameters of the UNet cut by a scheme."""
         return self.num_params_table.at(scheme)
 
-    def step_macs(self, unit: str, scheme: Scheme) -> int:
-        """Macs that one step of a unit more or less makes, given the widths of the others."""
-        return self.macs_table.slope(unit, scheme)
-
     @property
     def min_macs(self) -> int:
         """Macs of the smallest scheme, which keeps the least legal width of each unit."""

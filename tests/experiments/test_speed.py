@@ -31,7 +31,6 @@ def test_speed_holds_us_against_diffusers_and_against_the_aims(tmp_path):
     assert ours["ratio"] == ours["median"] / theirs["median"] > 0
     assert (ours["precision"], ours["batch"], ours["threads"] > 0) == ("fp32", 8, True)
     assert rows["training step", "ours, bf16"]["precision"] == "bf16"
-    assert rows["counting, full", "our table"]["ratio"] < 0.5
     same = rows["sampling", "images, ours, base"]  # DDIMPipeline's, from the same noise
     assert same["median"] < 1e-4 < rows["sampling", same["against"]]["median"]
     assert len(record["verdicts"]) == 7

@@ -34,6 +34,6 @@ def test_in_parts_the_output_is_that_of_one_pass(num_channels, monkeypatch):
         monkeypatch.setattr("tdc_ray.models.forward.images_at_once", lambda *_: 3)
         found = denoised(unet, x_t, timesteps, num_channels=num_channels)
     assert seen == [7, 3, 3, 1]
-    assert found.shape[1] == num_channels or 2
+    assert found.shape[1] == (num_channels or 2)
     torch.testing.assert_close(found, expected[:, :num_channels], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

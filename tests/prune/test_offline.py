@@ -68,7 +68,7 @@ def even_sensitivities(space: Space, **dear: float) -> dict[str, dict[int, float
     factors = {space.units[int(name[1:])].name: factor for name, factor in dear.items()}
     found = {}
     for unit in space.units:
-        step = space.step_macs(unit.name, space.full) / space.macs_base
+        step = space.macs_table.slope(unit.name, space.full) / space.macs_base
         factor = factors.get(unit.name, 1.0)
         found[unit.name] = {
             w: factor * 0.1 * step * (unit.width - w) ** 1.5 for w in range(1, unit.width)
@@ -230,7 +230,9 @@ def test_of_equal_losses_what_saves_more_macs_is_cut():
     space = SPACES["inner"]
     same = {unit.name: {1: 0.01} for unit in space.units}
     task = replace(task_of(space, 0.5, same), limit=space.macs_base - 1)
-    saved = {u.name: (u.width - 1) * space.step_macs(u.name, space.full) for u in space.units}
+    saved = {
+        u.name: (u.width - 1) * space.macs_table.slope(u.name, space.full) for u in space.units
+    }
     best = max(saved, key=saved.__getitem__)
     assert propose(task)[0] == {**space.full, best: space.full[best] - 1}
 

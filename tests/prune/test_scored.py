@@ -79,13 +79,13 @@ def ones_but(**low: float) -> Scores:
 @pytest.mark.parametrize("scheme_for", [global_scheme, per_mac_scheme])
 def test_a_ranking_cuts_the_least_score_wherever_it_is(scheme_for):
     low = SPACE.units[3]
-    limit = SPACE.macs_base - (low.width - 1) * SPACE.step_macs(low.name, SPACE.full)
+    limit = SPACE.macs_base - (low.width - 1) * SPACE.macs_table.slope(low.name, SPACE.full)
     expected = {**SPACE.full, low.name: 1}
     assert scheme_for(SPACE, limit, values_of(ones_but(u3=1e-6))) == expected
 
 
 def test_a_global_ranking_heeds_the_score_alone_and_a_ranking_per_mac_what_it_saves():
-    steps = [SPACE.step_macs(unit.name, SPACE.full) for unit in SPACE.units]
+    steps = [SPACE.macs_table.slope(unit.name, SPACE.full) for unit in SPACE.units]
     dear, cheap = steps.index(max(steps)), steps.index(min(steps))
     values = values_of(ones_but(**{f"u{dear}": 0.9, f"u{cheap}": 0.8}))
     limit = SPACE.macs_base - min(steps)

@@ -78,7 +78,7 @@ def test_less_than_the_largest_step_of_a_limit_is_left_unused(space, seed, other
     draw = random.Random(seed)
     limit = limit_at(space, random.Random(other).random())
     repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
-    largest_step = max(space.step_macs(unit.name, space.full) for unit in space.units)
+    largest_step = max(space.macs_table.slope(unit.name, space.full) for unit in space.units)
     assert repaired == space.full or space.macs(repaired) > limit - largest_step
 
 
@@ -89,7 +89,7 @@ def repaired_without_a_heap(space: Space, scheme, limit: int, values: Values) ->
         name = min(
             (name for name in widths if widths[name] > 1),
             key=lambda name: (
-                values[name][widths[name] - 1] / space.step_macs(name, widths),
+                values[name][widths[name] - 1] / space.macs_table.slope(name, widths),
                 name,
             ),
         )
@@ -99,13 +99,16 @@ def repaired_without_a_heap(space: Space, scheme, limit: int, values: Values) ->
         fitting = [
             name
             for name in widths
-            if widths[name] < full[name] and space.step_macs(name, widths) <= room
+            if widths[name] < full[name] and space.macs_table.slope(name, widths) <= room
         ]
         if not fitting:
             return widths
         name = min(
             fitting,
-            key=lambda name: (-values[name][widths[name]] / space.step_macs(name, widths), name),
+            key=lambda name: (
+                -values[name][widths[name]] / space.macs_table.slope(name, widths),
+                name,
+            ),
         )
         widths[name] += 1
 
@@ -150,7 +153,7 @@ def test_a_step_makes_the_macs_that_it_is_said_to_make(space, seed):
     for unit in space.units:
         macs = [space.macs({**scheme, unit.name: width}) for width in range(1, unit.width + 1)]
         steps = [wider - narrower for narrower, wider in pairwise(macs)]
-        assert steps == [space.step_macs(unit.name, scheme)] * (unit.width - 1)
+        assert steps == [space.macs_table.slope(unit.name, scheme)] * (unit.width - 1)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-full"])
@@ -158,7 +161,7 @@ def test_the_step_of_the_least_value_per_mac_goes_first(name):
     space = SPACES[name]
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1.0] * (unit.width - 1) + [0.0]}
-        limit = space.macs_base - space.step_macs(unit.name, space.full)
+        limit = space.macs_base - space.macs_table.slope(unit.name, space.full)
         assert repair(space, space.full, limit, values) == {
             **space.full,
             unit.name: unit.width - 1,
@@ -171,7 +174,7 @@ def test_the_step_of_the_most_value_per_mac_comes_back_first(name):
     ones = dict.fromkeys(space.full, 1)
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1e6] * unit.width}
-        limit = space.min_macs + space.step_macs(unit.name, ones)
+        limit = space.min_macs + space.macs_table.slope(unit.name, ones)
         repaired = repair(space, ones, limit, values)
         assert repaired[unit.name] == 2
 
