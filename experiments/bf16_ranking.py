@@ -18,7 +18,7 @@ from statistics import stdev
 
 import numpy as np
 from common import Flags, base_of, parse_flags
-from loss_after_pruning import MACS_SHARE, settings_of
+from loss_after_pruning import MACS_SHARE, groups_of
 from output import write_record, write_table
 from scipy.stats import spearmanr
 
@@ -58,7 +58,7 @@ def main(flags: RankingFlags) -> None:
     in_bf16 = replace(config, prune=replace(config.prune, precision="bf16"))
     count = 3 if flags.smoke else flags.num_schemes
     rows, losses = [], {}
-    for name, group in settings_of(config).items():
+    for name, group in groups_of(config).items():
         base = load_base(RunDir(folder / name.replace(" ", "-"), unet), config)
         found = []
         for seed in range(count):

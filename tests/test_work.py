@@ -263,7 +263,7 @@ def test_the_packages_work_items_are_found():
     assert {
         ("tdc_ray.finetune", "finetune_expert"),
         ("tdc_ray.finetune", "try_candidate"),
-        ("tdc_ray.prune.rounds", "measure_sensitivities"),
+        ("tdc_ray.prune.items", "measure_sensitivities"),
         ("tdc_ray.prune.rounds", "ask"),
         ("tdc_ray.evaluate", "sample_images"),
     } <= set(FUNCTIONS)
