@@ -60,8 +60,8 @@ def denoised(
         told = {} if class_labels is None else {"class_labels": class_labels}
         whole: Tensor = denoiser(x_t, timesteps, **told).sample
         return whole[:, :num_channels].float()
-    size = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1]))
-    with _first_outputs(denoiser.conv_out, num_channels):
+    size, last = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1])), denoiser.conv_out
+    with exchanged(last, last.weight.data[:num_channels], last.bias.data[:num_channels]):
         parts = [
             denoiser(
                 x_t[first : first + size],
@@ -74,12 +74,12 @@ def denoised(
 
 
 @contextlib.contextmanager
-def _first_outputs(layer: nn.Conv2d, count: int | None) -> Iterator[None]:
-    """Let a convolution compute its first outputs alone for a while."""
+def exchanged(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> Iterator[None]:
+    """Let a layer, which has a bias, compute with other weights for a while; in one thread."""
     assert layer.bias is not None
-    weight, bias = layer.weight.data, layer.bias.data
-    layer.weight.data, layer.bias.data = weight[:count], bias[:count]
+    before = layer.weight.data, layer.bias.data
+    layer.weight.data, layer.bias.data = weight, bias
     try:
         yield
     finally:
-        layer.weight.data, layer.bias.data = weight, bias
+        layer.weight.data, layer.bias.data = before

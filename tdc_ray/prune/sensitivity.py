@@ -1,6 +1,5 @@
 """How the loss grows when one unit alone is cut, measured after the refit."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.models.forward import exchanged
 from tdc_ray.models.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit
 from tdc_ray.precision import autocast
@@ -130,7 +130,7 @@ def measure_units(
             for width, weights in solutions.get(step.name, {}).items():
                 layer = step.module.get_submodule(closing(step.module))
                 assert isinstance(layer, ReadLayer)
-                with _replaced(layer, weights), autocast(precision, base.device):
+                with exchanged(layer, *weights), autocast(precision, base.device):
                     changed = step(state)
                 grown[step.name][width] += (
                     total(changed, all_steps[index + 1 :]) - own
@@ -184,18 +184,6 @@ def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor
     taps = layer.weight[0, 0].numel()
     places = torch.tensor(unit.places(kept), device=layer.weight.device)
     return (places[:, None] * taps + torch.arange(taps, device=places.device)).flatten()
-
-
-@contextlib.contextmanager
-def _replaced(layer: ReadLayer, weights: Weights) -> Iterator[None]:
-    """Let a layer compute with other weights for a while."""
-    bias = _bias(layer)
-    before = layer.weight.data, bias.data
-    layer.weight.data, bias.data = weights
-    try:
-        yield
-    finally:
-        layer.weight.data, bias.data = before
 
 
 def _bias(layer: ReadLayer) -> Tensor:
