@@ -49,6 +49,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         timestep_scale: float = 1.0,
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
+        winograd: bool = False,
     ) -> None:
         """Put a pipeline together.
 
@@ -63,12 +64,14 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             num_classes: Classes that the experts are conditioned on, without the null class; None:
                 they are unconditional.
             guidance_scale: Weight of classifier-free guidance when a call names none; 1: none.
+            winograd: Compute 3 x 3 convolutions on CPUs by Winograd's algorithm; may be changed.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
+        self.winograd = winograd
         self.register_to_config(  # diffusers tells settings from parts by this
             shape=shape,
             num_inference_steps=num_inference_steps,
@@ -76,6 +79,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             timestep_scale=timestep_scale,
             num_classes=num_classes,
             guidance_scale=guidance_scale,
+            winograd=winograd,
         )
 
     @torch.inference_mode()
@@ -157,6 +161,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 class_labels=labels,
                 guidance_scale=scale,
                 null_class=null,
+                winograd=self.winograd,
             )
         if self.first_stage is not None:
             images = self.first_stage.decode(images)
@@ -300,4 +305,5 @@ def _assemble(
         timestep_scale=DiffusionConfig(**index["diffusion"]).timestep_scale,
         num_classes=index.get("num_classes"),
         guidance_scale=sampler.get("guidance_scale", 1.0),
+        winograd=sampler.get("winograd", False),
     )

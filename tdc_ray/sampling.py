@@ -1,5 +1,6 @@
 """The sampling loop over a diffusers scheduler, with one denoiser or one for each timestep."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from tdc_ray.models.forward import denoised
+from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.schedule import betas
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
@@ -78,6 +80,7 @@ def sample(
     class_labels: Tensor | None = None,
     guidance_scale: float = 1.0,
     null_class: int | None = None,
+    winograd: bool = False,
 ) -> Tensor:
     """Draw one image per generator.
 
@@ -99,6 +102,7 @@ def sample(
         guidance_scale: Weight s of classifier-free guidance (arXiv:2207.12598), in the form
             unconditional + s (conditional - unconditional); 1: none.
         null_class: The class that stands for none; guidance needs it.
+        winograd: Compute 3 x 3 convolutions on CPUs by Winograd's algorithm.
 
     Returns:
         ``(B, C, H, W)`` in about [-1, 1], float32, on ``device``.
@@ -124,8 +128,12 @@ def sample(
         seen = timestep if timestep_scale == 1.0 else timestep * timestep_scale
         timesteps = torch.full((copies * len(x),), seen, device=x.device)
         model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
+        if winograd:
+            model_input = model_input.to(memory_format=torch.channels_last)
         read = None if learns_variance else num_channels  # of (B, 2C, H, W), where it is learned
-        output = denoised(denoiser_for(timestep), model_input, timesteps, told, num_channels=read)
+        denoiser = denoiser_for(timestep)
+        with WinogradConvolutions() if winograd else contextlib.nullcontext():
+            output = denoised(denoiser, model_input, timesteps, told, num_channels=read)
         if copies == 2:
             output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
         x = scheduler.step(output, timestep, x, **extra).prev_sample

@@ -13,6 +13,7 @@ from PIL import Image
 from tdc_ray.config import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.experts import Experts
+from tdc_ray.models import winograd
 from tdc_ray.models.experts import load_expert, save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.units import keep_all, units_of
@@ -119,6 +120,22 @@ def test_experts_that_are_read_when_they_are_needed_draw_the_same_images(saved):
     half = pipeline.to(torch.bfloat16)
     assert half.experts.for_timestep(999).dtype == torch.bfloat16
     torch.testing.assert_close(images_of(half), expected, rtol=0, atol=0.1)
+
+
+def test_by_winograds_algorithm_the_images_are_the_same_but_for_rounding(tmp_path, monkeypatch):
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "LEAST_TILES", 1)
+    config = small_config(sampler={"winograd": True})
+    save_expert(tmp_path / "one", random_unet(), TINY, keep_all(UNITS))
+    save_index(tmp_path, config, groups_of(config), ["one"] * len(groups_of(config)))
+    by_winograd = ProgressivePipeline.from_pretrained(tmp_path)
+    assert by_winograd.winograd
+    found = images_of(by_winograd)
+    by_winograd.winograd = False
+    expected = images_of(by_winograd)
+    assert_same(expected, images_of(base_pipeline(random_unet(), CONFIG)))
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monkeypatch):

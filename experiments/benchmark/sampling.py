@@ -1,6 +1,7 @@
 """Sampling: our pipeline with the base and with experts, and diffusers' DDIMPipeline."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from tdc_ray.sampling import image_generators, make_scheduler
 from tdc_ray.summary import step_mean
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
+WINOGRAD = ", winograd"
 YARDSTICK = "images, DDIMPipeline by bf16 autocast"
 
 
@@ -63,9 +65,12 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     return step_mean(plan, macs) / space.macs_base
 
 
-def our_images(pipeline: ProgressivePipeline, num_images: int, steps: int) -> Tensor:
+def our_images(
+    pipeline: ProgressivePipeline, num_images: int, steps: int, *, winograd: bool = False
+) -> Tensor:
     """Sample with our pipeline: ``(B, C, H, W)`` in [0, 1], from the noise of seed 0."""
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.winograd = winograd
     generators = image_generators(0, 0, num_images)
     images = pipeline(num_images, generators, steps, output_type="pt").images
     return (images / 2 + 0.5).clamp(0, 1)
@@ -83,14 +88,15 @@ def sampling(flags: SpeedFlags) -> list[Row]:
         experts = ProgressivePipeline.from_pretrained(place)
         images: dict[str, Tensor] = {}
 
-        def keep(name: str, found: Tensor) -> None:
-            images[name] = found
+        def keep(name: str, images_of: Callable[[], Tensor]) -> None:
+            images[name] = images_of()
 
-        ways = {
-            PEER: lambda: keep(PEER, ddim_images(peer, count, steps)),
-            BASE: lambda: keep(BASE, our_images(base, count, steps)),
-            EXPERTS: lambda: keep(EXPERTS, our_images(experts, count, steps)),
-        }
+        ways = {PEER: partial(ddim_images, peer, count, steps)}
+        for name, pipeline in {BASE: base, EXPERTS: experts}.items():
+            ours = partial(our_images, pipeline, count, steps)
+            ways |= {name: partial(ours, winograd=False)}
+            ways |= {name + WINOGRAD: partial(ours, winograd=True)}
+        ways = {name: partial(keep, name, way) for name, way in ways.items()}
         rows = compared(section, ways, flags.repeats, against=PEER, batch=count)
         loading = {"experts, loading": partial(ProgressivePipeline.from_pretrained, place)}
         rows += compared(section, loading, flags.repeats)
@@ -98,13 +104,18 @@ def sampling(flags: SpeedFlags) -> list[Row]:
     rows += [
         Row(
             section=section,
-            name="experts' time over their macs",
+            name=f"experts' time over their macs{kind}",
             unit="of the base's",
             values=tuple(
                 one / other / macs_ratio
-                for one, other in zip(by_name[EXPERTS].values, by_name[BASE].values, strict=True)
+                for one, other in zip(
+                    by_name[EXPERTS + kind].values, by_name[BASE + kind].values, strict=True
+                )
             ),
-        ),
+        )
+        for kind in ("", WINOGRAD)
+    ]
+    rows += [
         Row(
             section=section,
             name="experts' mean macs",
@@ -119,5 +130,8 @@ def sampling(flags: SpeedFlags) -> list[Row]:
         largest = float((found - images[PEER]).abs().max())
         return Row(section=section, name=name, unit="of 1", values=(largest,), batch=count)
 
-    ours = replace(difference(f"images, {BASE}", images[BASE]), against=YARDSTICK)
-    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), ours]
+    ours = [
+        replace(difference(f"images, {name}", images[name]), against=YARDSTICK)
+        for name in (BASE, BASE + WINOGRAD)
+    ]
+    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), *ours]

@@ -178,6 +178,8 @@ class Sample:
     """Images sampled at once."""
     offload: bool = False
     """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
+    winograd: bool | None = None
+    """Convolutions of 3 x 3 on CPUs by Winograd's algorithm; default: as the run was planned."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False
@@ -198,6 +200,8 @@ class Sample:
         from tdc_ray.storage import atomic_path
 
         pipeline = ProgressivePipeline.from_pretrained(self.run, offload=self.offload)
+        if self.winograd is not None:
+            pipeline.winograd = self.winograd
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []

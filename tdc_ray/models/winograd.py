@@ -1,0 +1,131 @@
+"""Winograd's convolution: 3 x 3 filters with a quarter of the multiplications, on CPUs.
+
+Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308), F(4 x 4,
+3 x 3): tiles of 6 x 6 pixels give 4 x 4 each. cuDNN has it; what PyTorch computes with on CPUs has
+none for float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+LEAST_CHANNELS = 32
+"""Of the input and of the output; with fewer, the transforms take what the products save."""
+
+LEAST_TILES = 64
+"""Of all images; with fewer, the filters' transform takes what the products save."""
+
+BYTES_AT_ONCE = 2**22
+"""Of tiles: they stay in the cache from their transform to their product."""
+
+_OF_TILES = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_OF_FILTERS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OF_PRODUCTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+
+def _in_two_dimensions(matrix: Sequence[Sequence[float]]) -> Tensor:
+    """Give the matrix that transforms rows and columns of a flattened tile at once."""
+    exact = torch.tensor(matrix, dtype=torch.float64)
+    return torch.kron(exact, exact).float()
+
+
+OF_TILES = _in_two_dimensions(_OF_TILES)  # (36, 36)
+OF_FILTERS = _in_two_dimensions(_OF_FILTERS)  # (36, 9)
+OF_PRODUCTS = _in_two_dimensions(_OF_PRODUCTS)  # (16, 36)
+
+
+class WinogradConvolutions(TorchFunctionMode):
+    """Within it, float32 convolutions of 3 x 3 on CPUs that gain by it are Winograd's.
+
+    For passes without gradients. Off the direct convolution by some 1e-5 of the largest value.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Take a convolution over; call anything else as it is."""
+        if func is functional.conv2d and not kwargs and _gains(*args):
+            return convolution(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve with 3 x 3 filters, stride 1 and one pixel of zeros around.
+
+    Args:
+        x: ``(B, C, H, W)``; fastest in the memory format channels last.
+        weight: ``(D, C, 3, 3)``.
+        bias: ``(D,)``.
+
+    Returns:
+        ``(B, D, H, W)``, in memory with the channels last.
+    """
+    (count, channels, height, width), outputs = x.shape, len(weight)
+    rows, columns = -(-height // 4), -(-width // 4)
+    filters = (OF_FILTERS @ weight.reshape(-1, 9).T).view(36, outputs, channels).mT
+    each = 4 * 36 * rows * columns * max(channels, outputs)  # bytes of an image's tiles
+    size = min(count, max(1, BYTES_AT_ONCE // each))
+    padded = x.new_zeros(size, 4 * rows + 2, 4 * columns + 2, channels)
+    y = x.new_empty(count, rows, 4, columns, 4, outputs)
+    for first in range(0, count, size):
+        some = x[first : first + size].permute(0, 2, 3, 1)
+        padded[: len(some), 1 : height + 1, 1 : width + 1] = some
+        windows = (
+            padded[: len(some)].unfold(1, 6, 4).unfold(2, 6, 4)
+        )  # (b, rows, columns, C, 6, 6)
+        tiles = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, channels)
+        products = _times(OF_TILES, tiles).transpose(0, 1) @ filters  # (36, tiles, D)
+        found = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
+        found = found.view(-1, rows, columns, 4, 4, outputs)
+        torch.add(found, bias, out=y[first : first + size].transpose(2, 3))
+    whole = y.view(count, 4 * rows, 4 * columns, outputs)
+    return whole[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _times(transform: Tensor, parts: Tensor) -> Tensor:
+    """Multiply each part, ``(P, S, C)``, from the left with ``(R, S)``: ``(P, R, C)``."""
+    return torch.bmm(transform.expand(len(parts), *transform.shape), parts)
+
+
+def _gains(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> bool:
+    """Tell whether a convolution is one that `convolution` can do, and does faster."""
+    tiles = len(x) * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
+    return (
+        (weight.shape[2:], stride, padding, dilation, groups)
+        == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and bias is not None
+        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and tiles >= LEAST_TILES
+    )
