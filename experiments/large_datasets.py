@@ -14,7 +14,6 @@ Hardware and hours: about 10 minutes, 4 GB of disk and 2 GB of memory on 1 CPU c
 The paper trains on ImageNet-64 (1.28 M images) and FFHQ (70,000) and has no such numbers.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,12 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from output import write_table
+from output import provenance, write_table
 from PIL import Image
 
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
-from tdc_ray.environment import commit, machine
 from tdc_ray.settings import DataConfig
 from tdc_ray.storage import write_json
 
@@ -127,12 +125,7 @@ def main(flags: SizeFlags) -> None:
         for name, found in results.items()
     ]
     write_table(flags.json.parent, flags.json.stem, columns, table)
-    made_by = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "machine": machine(),
-    }
-    write_json(flags.json, {"made_by": made_by, "results": results})
+    write_json(flags.json, {"made_by": provenance(), "results": results})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config import to_json
-from tdc_ray.environment import machine
+from tdc_ray.environment import commit, machine
 from tdc_ray.layout import RunDir
 from tdc_ray.reuse import shared
 from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
@@ -247,6 +247,12 @@ def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images:
     _save(figure, folder / f"{name}.png")
 
 
+def provenance() -> dict[str, object]:
+    """Say what makes the numbers that this process writes: command, commit and machine."""
+    command = " ".join(["python", *sys.argv])
+    return {"command": command, "commit": commit(), "machine": machine()}
+
+
 def write_record(
     folder: Path, name: str, flags: Flags, commits: set[str | None], record: Mapping[str, object]
 ) -> None:
@@ -259,11 +265,11 @@ def write_record(
         commits: Commits that the results were made with.
         record: The numbers.
     """
-    made_by = {
-        "command": " ".join(["python", *sys.argv]),
+    made_by = provenance()
+    del made_by["commit"]  # the results may be of others
+    made_by |= {
         "commits": sorted(str(commit) for commit in commits),
         "seeds": list(flags.seeds),
-        "machine": machine(),
         "settings": to_json(flags.config(flags.seeds[0])),
     }
     write_json(folder / f"{name}.json", {"made_by": made_by, **record})

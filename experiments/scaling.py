@@ -5,10 +5,10 @@
 
 Each number alone, the others small: the driver's work (planning, proposing, counting schemes,
 memory bank, timeline, policy, results, report) and that of workers (training, measuring, refit,
-sampling, loading experts). Times are CPU seconds of all threads, medians,
-in turns. Growth is fitted by least squares as an
-exponent: the slope of the logarithms, over all points, and between the last two, where what does
-not grow weighs least. What has either above LINEAR (1.1) is marked, with the reason.
+sampling, loading experts). Times are CPU seconds of all threads, medians, in turns. Growth is
+fitted by least squares as an exponent: the slope of the logarithms, over all points, and between
+the last two, where what does not grow weighs least. What has either above LINEAR (1.1) is marked,
+with the reason.
 
 Hardware and hours: about 5 minutes on 2 CPU cores.
 
@@ -24,11 +24,9 @@ from pathlib import Path
 import tyro
 from benchmark import driver_axes, model_axes, show_axes
 from benchmark.growth import LINEAR, Axis, ScalingFlags
-from benchmark.timing import use_threads
-from output import plot_growth, write_table
+from benchmark.timing import check_flags, use_threads
+from output import plot_growth, provenance, write_table
 
-from tdc_ray.environment import commit, machine
-from tdc_ray.errors import ConfigError
 from tdc_ray.storage import write_json
 
 AXES: Mapping[str, Callable[[ScalingFlags, Path], list[Axis]]] = {
@@ -82,12 +80,7 @@ def line(axis: Axis) -> list[str]:
 
 def main(flags: Flags) -> None:
     """Measure, print, and write table, plot and numbers."""
-    if unknown := set(flags.sections) - set(AXES):
-        raise ConfigError(
-            f"--sections must be among {', '.join(AXES)}, got {', '.join(sorted(unknown))}."
-        )
-    if flags.repeats < 1:
-        raise ConfigError(f"--repeats must be at least 1, got {flags.repeats}.")
+    check_flags(flags.sections, AXES, flags.repeats)
     threads = use_threads(flags.threads)
     much = ScalingFlags(repeats=1 if flags.smoke else flags.repeats, smoke=flags.smoke)
     axes: list[Axis] = []
@@ -117,12 +110,7 @@ def main(flags: Flags) -> None:
             if axis.unit != "MB"
         },
     )
-    made_by = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "machine": machine(),
-        "threads": threads,
-    }
+    made_by = provenance() | {"threads": threads}
     fitted = [
         {**asdict(axis), "exponent": axis.exponent, "exponent_at_the_end": axis.last_exponent}
         for axis in axes

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from output import provenance
 from rich.console import Console
 
 from tdc_ray.compute_settings import ComputeConfig
@@ -28,7 +29,6 @@ from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.simulate import simulate
-from tdc_ray.environment import commit, machine
 from tdc_ray.progress import ProgressView
 from tdc_ray.storage import write_json
 from tdc_ray.work import Chain, Report, Result, WorkItem
@@ -159,9 +159,7 @@ def main(flags: SchedulingFlags) -> None:
     with connected(num_cpus=max(counts)):
         found = {str(count): on_workers(count, flags) for count in counts}
     document = {
-        "command": "python experiments/scheduling.py",
-        "commit": commit(),
-        "machine": machine(),
+        **provenance(),
         "seed": flags.seed,
         "makespan_over_least_by_workers": found,
         "policy_milliseconds_per_item": policy_milliseconds(flags),

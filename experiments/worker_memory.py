@@ -12,7 +12,6 @@ Hardware and hours: a minute on 2 CPU cores. The paper has no such table.
 """
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 import ray
 import torch
 import tyro
+from output import provenance
 
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import connected
-from tdc_ray.environment import commit, machine
 from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet, save_unet
@@ -92,8 +91,7 @@ def main(flags: MemoryFlags) -> None:
     name = "digits-smoke" if flags.smoke else "cifar10"
     with tempfile.TemporaryDirectory() as folder, connected():
         found = measured(preset(name), Path(folder))
-    made_by = {"command": " ".join(["python", *sys.argv]), "commit": commit()}
-    document = {"made_by": made_by | {"machine": machine()}, "preset": name, **found}
+    document = {"made_by": provenance(), "preset": name, **found}
     print(json.dumps(document, indent=2))
     if flags.json is not None:
         write_json(flags.json, document)

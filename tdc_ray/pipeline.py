@@ -49,7 +49,6 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         timestep_scale: float = 1.0,
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
-        winograd: bool = False,
     ) -> None:
         """Put a pipeline together.
 
@@ -64,14 +63,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             num_classes: Classes that the experts are conditioned on, without the null class; None:
                 they are unconditional.
             guidance_scale: Weight of classifier-free guidance when a call names none; 1: none.
-            winograd: Compute 3 x 3 convolutions on CPUs by Winograd's algorithm; may be changed.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
-        self.winograd = winograd
+        self.winograd = False
         self.register_to_config(  # diffusers tells settings from parts by this
             shape=shape,
             num_inference_steps=num_inference_steps,
@@ -79,7 +77,6 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             timestep_scale=timestep_scale,
             num_classes=num_classes,
             guidance_scale=guidance_scale,
-            winograd=winograd,
         )
 
     @torch.inference_mode()
@@ -202,6 +199,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         *,
         torch_dtype: torch.dtype = torch.float32,
         offload: bool = False,
+        winograd: bool = False,
     ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
 
@@ -210,6 +208,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             torch_dtype: Precision to bring the experts' weights to; a first stage keeps its own.
             offload: Hold at most two experts in memory: the one in use, and the next, which is
                 read meanwhile.
+            winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm. Wide experts
+                take less time by it, and their images are off by rounding; a first stage's own
+                convolutions stay. The attribute ``winograd`` may be set later, too.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -236,9 +237,11 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
             name = index.get("first_stage")
             first_stage = None if name is None else load_first_stage(folder / name)
-            return _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
+            pipeline = _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
         except (KeyError, TypeError, StorageError) as error:
             raise CheckpointError(f"{shown(folder / INDEX_FILE)} is malformed: {error}") from error
+        pipeline.winograd = winograd
+        return pipeline
 
 
 def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
@@ -305,5 +308,4 @@ def _assemble(
         timestep_scale=DiffusionConfig(**index["diffusion"]).timestep_scale,
         num_classes=index.get("num_classes"),
         guidance_scale=sampler.get("guidance_scale", 1.0),
-        winograd=sampler.get("winograd", False),
     )

@@ -27,8 +27,10 @@ LEAST_GAIN = 1.1
 """How many times as fast bf16 must be to be taken."""
 
 REPEATS = 5
+"""Of the probe, for each precision, after one time that does not count."""
 
 NUM_IMAGES = 16
+"""That the probe's layer gets at once."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

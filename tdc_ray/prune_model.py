@@ -7,13 +7,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DModel
 from rich.console import Console
 
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
-from tdc_ray.device import set_up, worker_device
+from tdc_ray.device import allow_tf32, worker_device
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
@@ -123,11 +122,11 @@ def prune_model(
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     out, config, base_settings = located(out), with_absolute_paths(config), unet_config(unet)
-    set_up(torch.get_num_threads(), tf32=config.compute.tf32)
+    allow_tf32(allowed=config.compute.tf32)
     if (milliseconds is None) != (config.prune.objective == "macs"):
         raise ConfigError(
-            f"prune.objective must be latency with a limit in milliseconds and macs without, got "
-            f"{config.prune.objective}."
+            "prune.objective must be latency with --milliseconds and macs without, got "
+            f"{config.prune.objective}: give the one, or set the other."
         )
     if config.prune.method == "none":
         raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")

@@ -31,6 +31,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.layers import count
+from tdc_ray.models.unet import unet_config
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json
@@ -104,9 +105,10 @@ def run(
             with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
                 stages = STAGES if config.model.base is None else STAGES[1:]
-                chain = settled(run_dir, config, _base_of(config)[0], stages)
+                unet = unet_config(run_dir.base_unet) if config.model.base else base_unet(config)
+                chain = settled(run_dir, config, unet, stages)
                 config = encoders.run({"precision": chain}, "precision")["precision"]
-                space = _limited_space(run_dir, config, space, plan, encoders)
+                space = _limited_space(run_dir, config, unet, space, plan, encoders)
             if config.model.base is None:
                 make_base(run_dir, config, events, view, sharing)
             memory = shown_memory(run_dir, view, config.prune.num_candidates)
@@ -132,7 +134,7 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
     """
-    unet_config, name, is_latent = _base_of(config)
+    unet, name, is_latent = _base_of(config)
     data, diffusion = config.data, config.diffusion
     if is_latent and data.first_stage is None:
         raise ConfigError(
@@ -141,24 +143,24 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
             "train-autoencoder makes. One that is inside a checkpoint file comes along after "
             "tdc-ray import FILE DIR by --base DIR."
         )
-    check_latents(data, unet_config, name)
-    learns_sigma = unet_config["out_channels"] == 2 * unet_config["in_channels"]
+    check_latents(data, unet, name)
+    learns_sigma = unet["out_channels"] == 2 * unet["in_channels"]
     for setting, value, wanted in (
-        ("data.image_size", data.image_size, unet_config["sample_size"]),
-        ("data.num_channels", data.num_channels, unet_config["in_channels"]),
+        ("data.image_size", data.image_size, unet["sample_size"]),
+        ("data.num_channels", data.num_channels, unet["in_channels"]),
         ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
     ):
         of_images = data.first_stage is None or not setting.startswith("data.")
         if of_images and value != wanted:
             raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
     plan = plan_groups(diffusion, config.plan, config.sampler)
-    space = space_of(unet_config, config.prune.space, config.prune.channel_multiple)
+    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
     if config.prune.objective == "macs":
         _check_limits(config, space, plan)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
-        num_class_embeds=unet_config.get("num_class_embeds"),
+        num_class_embeds=unet.get("num_class_embeds"),
         num_data_classes=load_dataset(data).num_classes,
     )
     return space, plan
@@ -172,7 +174,7 @@ def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
 
 
 def _limited_space(
-    run_dir: RunDir, config: RunConfig, space: Space, plan: Plan, pool: Pool
+    run_dir: RunDir, config: RunConfig, unet: UNetConfig, space: Space, plan: Plan, pool: Pool
 ) -> Space:
     """Give the space with what is limited in it: where that is time it is measured, once.
 
@@ -181,8 +183,7 @@ def _limited_space(
     """
     if config.prune.objective == "macs" or config.prune.method == "none":
         return space
-    unet_config, _, _ = _base_of(config)
-    chain = timed_space(run_dir.latency, unet_config, config, space)
+    chain = timed_space(run_dir.latency, unet, config, space)
     timed = pool.run({"latency": chain}, "latency")["latency"]
     _check_limits(config, timed, plan)
     return timed

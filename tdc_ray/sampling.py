@@ -102,7 +102,7 @@ def sample(
         guidance_scale: Weight s of classifier-free guidance (arXiv:2207.12598), in the form
             unconditional + s (conditional - unconditional); 1: none.
         null_class: The class that stands for none; guidance needs it.
-        winograd: Compute 3 x 3 convolutions on CPUs by Winograd's algorithm.
+        winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm.
 
     Returns:
         ``(B, C, H, W)`` in about [-1, 1], float32, on ``device``.
@@ -116,6 +116,7 @@ def sample(
     x = x * scheduler.init_noise_sigma
     extra = _step_arguments(scheduler, eta=eta, generator=generator)
     learns_variance = _learns_variance(scheduler)
+    winograd = winograd and x.device.type == "cpu" and dtype == torch.float32
     told, copies = None, 1
     if class_labels is not None:
         labels = class_labels.to(x.device)

@@ -264,10 +264,6 @@ class SamplerConfig:
     set_alpha_to_one: bool = True
     """The step after the last has no noise at all (diffusers' name); with ddpm always so."""
 
-    winograd: bool = False
-    """On CPUs: 3 x 3 convolutions by Winograd's algorithm, off the others by some 1e-5 of the
-    largest value. Wide models in float32 take some 0.75 of the time; others gain nothing."""
-
     def __post_init__(self) -> None:
         at_least(1, "sampler", self, "num_inference_steps")
         at_least(0, "sampler", self, "guidance_scale")

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from tdc_ray.cli import run_command
+from tdc_ray.models import winograd
+from tdc_ray.models.winograd import convolution
 
 
 def tdc_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -100,3 +102,16 @@ def test_sample_writes_a_grid_and_an_npz_that_a_seed_decides(finished_run, tmp_p
     assert np.abs(one.astype(int) - two).max() <= 1  # batches of other sizes, other last bits
     with Image.open(tmp_path / "one" / "samples.png") as grid:
         assert grid.size[0] >= 3 * 8
+
+
+@pytest.mark.ray
+def test_sample_convolves_by_winograd_where_that_is_asked_for(finished_run, tmp_path, monkeypatch):
+    seen = []
+    for name in ("LEAST_CHANNELS", "LEAST_TILES"):
+        monkeypatch.setattr(winograd, name, 1)
+    monkeypatch.setattr(winograd, "convolution", lambda *a: seen.append(1) or convolution(*a))
+    arguments = ["sample", str(finished_run), "--num-images", "2", "--num-inference-steps", "1"]
+    assert run_command([*arguments, "--out-dir", str(tmp_path)]) == 0
+    assert not seen
+    assert run_command([*arguments, "--out-dir", str(tmp_path), "--winograd"]) == 0
+    assert seen

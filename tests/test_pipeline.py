@@ -122,20 +122,17 @@ def test_experts_that_are_read_when_they_are_needed_draw_the_same_images(saved):
     torch.testing.assert_close(images_of(half), expected, rtol=0, atol=0.1)
 
 
-def test_by_winograds_algorithm_the_images_are_the_same_but_for_rounding(tmp_path, monkeypatch):
+def test_by_winograds_algorithm_the_images_are_the_same_but_for_rounding(saved, monkeypatch):
     monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(winograd, "LEAST_TILES", 1)
-    config = small_config(sampler={"winograd": True})
-    save_expert(tmp_path / "one", random_unet(), TINY, keep_all(UNITS))
-    save_index(tmp_path, config, groups_of(config), ["one"] * len(groups_of(config)))
-    by_winograd = ProgressivePipeline.from_pretrained(tmp_path)
-    assert by_winograd.winograd
-    found = images_of(by_winograd)
-    by_winograd.winograd = False
-    expected = images_of(by_winograd)
-    assert_same(expected, images_of(base_pipeline(random_unet(), CONFIG)))
+    monkeypatch.setattr(winograd, "LEAST_PIXELS", 1)
+    expected = images_of(ProgressivePipeline.from_pretrained(saved))
+    pipeline = ProgressivePipeline.from_pretrained(saved, winograd=True)
+    found = images_of(pipeline)
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    pipeline.winograd = False
+    assert_same(images_of(pipeline), expected)
 
 
 def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monkeypatch):

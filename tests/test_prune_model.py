@@ -112,7 +112,7 @@ def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
         (["--macs", "1.5"], ["prune.macs", "(0, 1]", "1.5"]),
         (["--macs", "0.5", "--milliseconds", "9"], ["--macs or --milliseconds, not both"]),
         (["--milliseconds", "0"], ["prune.milliseconds", "above 0", "0"]),
-        (["--prune.objective", "latency"], ["prune.objective", "needs --milliseconds"]),
+        (["--prune.objective", "latency"], ["prune.objective", "latency with --milliseconds"]),
         (["--macs", "0.01"], ["limited to", "smallest pruned model"]),
         (["--data", "nowhere"], ["--data", "nowhere"]),
         (["--timesteps", "5", "2000"], ["timesteps", "999", "2000"]),

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from benchmark.peers import ddim_images, ddim_pipeline
-from benchmark.timing import Row, SpeedFlags, compared
+from benchmark.timing import Row, SpeedFlags, compared, ours, theirs
 from tdc_ray.config import RunConfig
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import save_expert
@@ -27,7 +27,8 @@ from tdc_ray.sampling import image_generators, make_scheduler
 from tdc_ray.summary import step_mean
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
-WINOGRAD = ", winograd"
+WINOGRAD = "winograd: "
+"""Before a row's name: the same by Winograd's convolutions."""
 YARDSTICK = "images, DDIMPipeline by bf16 autocast"
 
 
@@ -77,7 +78,7 @@ def our_images(
 
 
 def sampling(flags: SpeedFlags) -> list[Row]:
-    """Time sampling with the base by both pipelines, then with experts; compare the images."""
+    """Time sampling with the base by both pipelines, and with experts; compare the images."""
     config, section = sampled_config(flags), "sampling"
     count, steps = (4 if flags.smoke else flags.images), config.sampler.num_inference_steps
     unet = random_base(config)
@@ -93,10 +94,12 @@ def sampling(flags: SpeedFlags) -> list[Row]:
 
         ways = {PEER: partial(ddim_images, peer, count, steps)}
         for name, pipeline in {BASE: base, EXPERTS: experts}.items():
-            ours = partial(our_images, pipeline, count, steps)
-            ways |= {name: partial(ours, winograd=False)}
-            ways |= {name + WINOGRAD: partial(ours, winograd=True)}
-        ways = {name: partial(keep, name, way) for name, way in ways.items()}
+            drawn = partial(our_images, pipeline, count, steps)
+            ways |= {name: drawn, WINOGRAD + name: partial(drawn, winograd=True)}
+        ways = {
+            name: (theirs if name == PEER else ours)(partial(keep, name, way))
+            for name, way in ways.items()
+        }
         rows = compared(section, ways, flags.repeats, against=PEER, batch=count)
         loading = {"experts, loading": partial(ProgressivePipeline.from_pretrained, place)}
         rows += compared(section, loading, flags.repeats)
@@ -104,12 +107,12 @@ def sampling(flags: SpeedFlags) -> list[Row]:
     rows += [
         Row(
             section=section,
-            name=f"experts' time over their macs{kind}",
+            name=f"{kind}experts' time over their macs",
             unit="of the base's",
             values=tuple(
                 one / other / macs_ratio
                 for one, other in zip(
-                    by_name[EXPERTS + kind].values, by_name[BASE + kind].values, strict=True
+                    by_name[kind + EXPERTS].values, by_name[kind + BASE].values, strict=True
                 )
             ),
         )
@@ -130,8 +133,8 @@ def sampling(flags: SpeedFlags) -> list[Row]:
         largest = float((found - images[PEER]).abs().max())
         return Row(section=section, name=name, unit="of 1", values=(largest,), batch=count)
 
-    ours = [
+    differences = [
         replace(difference(f"images, {name}", images[name]), against=YARDSTICK)
-        for name in (BASE, BASE + WINOGRAD)
+        for name in (BASE, WINOGRAD + BASE)
     ]
-    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), *ours]
+    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), *differences]

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 
 from benchmark.peers import ExampleTraining, ddim_images, ddim_pipeline
-from benchmark.sampling import PEER, our_images, random_base, sampled_config
+from benchmark.sampling import PEER, WINOGRAD, our_images, random_base, sampled_config
 from benchmark.timing import Row, SpeedFlags, compared, peak_mb, precision_of, use_threads
 from benchmark.training import (
     EXAMPLE,
@@ -17,6 +17,7 @@ from benchmark.training import (
     trained_unet,
 )
 from tdc_ray.data import to_model_range
+from tdc_ray.device import keep_freed_memory
 from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
 from tdc_ray.pipeline import base_pipeline
@@ -58,6 +59,7 @@ def train_as_example(flags: SpeedFlags) -> None:
 
 def train_as_we(flags: SpeedFlags, precision: Precision) -> None:
     """Take two of our steps."""
+    keep_freed_memory()
     use_threads(flags.threads)
     config = trained_unet(flags)
     ours = our_training(config, precision)
@@ -72,11 +74,12 @@ def sample_as_peer(flags: SpeedFlags, num_images: int) -> None:
     ddim_images(ddim_pipeline(random_base(config), scheduler), num_images, 2)
 
 
-def sample_as_we(flags: SpeedFlags, num_images: int) -> None:
+def sample_as_we(flags: SpeedFlags, num_images: int, *, winograd: bool = False) -> None:
     """Sample two steps by our pipeline."""
+    keep_freed_memory()
     use_threads(flags.threads)
     config = sampled_config(flags)
-    our_images(base_pipeline(random_base(config), config), num_images, 2)
+    our_images(base_pipeline(random_base(config), config), num_images, 2, winograd=winograd)
 
 
 def memory(flags: SpeedFlags) -> list[Row]:
@@ -89,6 +92,7 @@ def memory(flags: SpeedFlags) -> list[Row]:
         (training, "ours, bf16"): partial(train_as_we, flags, "bf16"),
         (sampling, PEER): partial(sample_as_peer, flags, count),
         (sampling, "ours"): partial(sample_as_we, flags, count),
+        (sampling, f"{WINOGRAD}ours"): partial(sample_as_we, flags, count, winograd=True),
     }
     against = {training: EXAMPLE, sampling: PEER}
     if flags.smoke:  # every process imports torch anew

@@ -57,11 +57,6 @@ class Prune:
         require("prune", self, "milliseconds", "above 0", ok=time is None or 0 < time < math.inf)
         if share is not None and time is not None:
             raise ConfigError("give --macs or --milliseconds, not both.")
-        if time is None and self.config.prune.objective == "latency":
-            raise ConfigError(
-                "prune.objective latency needs --milliseconds for tdc-ray prune: give it, or "
-                "--prune.objective macs."
-            )
         if self.timesteps is not None and self.group is not None:
             raise ConfigError("give --timesteps or --group, not both.")
 
@@ -178,8 +173,9 @@ class Sample:
     """Images sampled at once."""
     offload: bool = False
     """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
-    winograd: bool | None = None
-    """Convolutions of 3 x 3 on CPUs by Winograd's algorithm; default: as the run was planned."""
+    winograd: bool = False
+    """On CPUs: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by it, and
+    their images are off by rounding, some 1e-5."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False
@@ -195,13 +191,15 @@ class Sample:
         import torch
         from torchvision.utils import save_image
 
+        from tdc_ray.device import keep_freed_memory
         from tdc_ray.pipeline import ProgressivePipeline
         from tdc_ray.sampling import image_generators, image_labels
         from tdc_ray.storage import atomic_path
 
-        pipeline = ProgressivePipeline.from_pretrained(self.run, offload=self.offload)
-        if self.winograd is not None:
-            pipeline.winograd = self.winograd
+        pipeline = ProgressivePipeline.from_pretrained(
+            self.run, offload=self.offload, winograd=self.winograd
+        )
+        keep_freed_memory()
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []

@@ -18,6 +18,7 @@ SHARE_OF_GPU = 1 / 64
 """The same, as a share of a GPU's memory: skips and what a layer works in take many times that."""
 
 MOST_AT_ONCE = 1024
+"""Images, however small they are."""
 
 
 def images_at_once(unet: UNet2DModel, size: tuple[int, int] | None = None) -> int:

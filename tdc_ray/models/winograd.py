@@ -1,8 +1,8 @@
 """Winograd's convolution: 3 x 3 filters with a quarter of the multiplications, on CPUs.
 
 Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308), F(4 x 4,
-3 x 3): tiles of 6 x 6 pixels give 4 x 4 each. cuDNN has it; what PyTorch computes with on CPUs has
-none for float32.
+3 x 3): tiles of 6 x 6 pixels give 4 x 4 each. cuDNN chooses it by itself; oneDNN, by which PyTorch
+convolves on CPUs, has none for x86, and NNPACK's was slower here than oneDNN's direct convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,12 @@ LEAST_CHANNELS = 32
 LEAST_TILES = 64
 """Of all images; with fewer, the filters' transform takes what the products save."""
 
+LEAST_PIXELS = 8
+"""Of the output for each tile, of 16; with fewer, less than half of the products is saved."""
+
 BYTES_AT_ONCE = 2**22
-"""Of tiles: they stay in the cache from their transform to their product."""
+"""Of tiles, some images' or some rows of an image's, so that they stay in the cache from their
+transform to their product."""
 
 _OF_TILES = (
     (4, 0, -5, 0, 1, 0),
@@ -43,7 +47,7 @@ _OF_PRODUCTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0
 
 def _in_two_dimensions(matrix: Sequence[Sequence[float]]) -> Tensor:
     """Give the matrix that transforms rows and columns of a flattened tile at once."""
-    exact = torch.tensor(matrix, dtype=torch.float64)
+    exact = torch.tensor(matrix, dtype=torch.float64, device="cpu")
     return torch.kron(exact, exact).float()
 
 
@@ -53,9 +57,10 @@ OF_PRODUCTS = _in_two_dimensions(_OF_PRODUCTS)  # (16, 36)
 
 
 class WinogradConvolutions(TorchFunctionMode):
-    """Within it, float32 convolutions of 3 x 3 on CPUs that gain by it are Winograd's.
+    """Within it, 3 x 3 convolutions that gain by it are Winograd's.
 
-    For passes without gradients. Off the direct convolution by some 1e-5 of the largest value.
+    These are of float32 on CPUs, without gradients and autocast. What comes out is off the direct
+    convolution's by some 1e-5 of the largest value.
     """
 
     def __torch_function__(
@@ -66,7 +71,7 @@ class WinogradConvolutions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Take a convolution over; call anything else as it is."""
-        if func is functional.conv2d and not kwargs and _gains(*args):
+        if func is functional.conv2d and len(args) == 7 and _gains(*args):  # as nn.Conv2d calls it
             return convolution(*args[:3])
         return func(*args, **(kwargs or {}))
 
@@ -85,8 +90,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (count, channels, height, width), outputs = x.shape, len(weight)
     rows, columns = -(-height // 4), -(-width // 4)
     filters = (OF_FILTERS @ weight.reshape(-1, 9).T).view(36, outputs, channels).mT
-    each = 4 * 36 * rows * columns * max(channels, outputs)  # bytes of an image's tiles
-    size = min(count, max(1, BYTES_AT_ONCE // each))
+    bytes_of_row = 4 * 36 * columns * max(channels, outputs)
+    some_rows = min(rows, max(1, BYTES_AT_ONCE // bytes_of_row))
+    size = min(count, max(1, BYTES_AT_ONCE // (bytes_of_row * rows)))
     padded = x.new_zeros(size, 4 * rows + 2, 4 * columns + 2, channels)
     y = x.new_empty(count, rows, 4, columns, 4, outputs)
     for first in range(0, count, size):
@@ -95,11 +101,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         windows = (
             padded[: len(some)].unfold(1, 6, 4).unfold(2, 6, 4)
         )  # (b, rows, columns, C, 6, 6)
-        tiles = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, channels)
-        products = _times(OF_TILES, tiles).transpose(0, 1) @ filters  # (36, tiles, D)
-        found = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
-        found = found.view(-1, rows, columns, 4, 4, outputs)
-        torch.add(found, bias, out=y[first : first + size].transpose(2, 3))
+        for row in range(0, rows, some_rows):
+            tiles = windows[:, row : row + some_rows].permute(0, 1, 2, 4, 5, 3)
+            tiles = _times(OF_TILES, tiles.reshape(-1, 36, channels))
+            products = tiles.transpose(0, 1) @ filters  # (36, tiles, D)
+            found = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
+            place = y[first : first + size, row : row + some_rows].transpose(2, 3)
+            torch.add(found.view(place.shape), bias, out=place)
     whole = y.view(count, 4 * rows, 4 * columns, outputs)
     return whole[:, :height, :width].permute(0, 3, 1, 2)
 
@@ -119,13 +127,14 @@ def _gains(
     groups: int,
 ) -> bool:
     """Tell whether a convolution is one that `convolution` can do, and does faster."""
-    tiles = len(x) * -(-x.shape[-2] // 4) * -(-x.shape[-1] // 4)
-    return (
-        (weight.shape[2:], stride, padding, dilation, groups)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and bias is not None
-        and min(weight.shape[:2]) >= LEAST_CHANNELS
-        and tiles >= LEAST_TILES
-    )
+    kind = weight.shape[2:], stride, padding, dilation, groups
+    if kind != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or bias is None or x.ndim != 4:
+        return False
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    pixels = len(x) * x.shape[2] * x.shape[3]
+    tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    wide = min(weight.shape[:2]) >= LEAST_CHANNELS
+    return wide and tiles >= LEAST_TILES and pixels >= LEAST_PIXELS * tiles

@@ -157,9 +157,6 @@ def keep_best(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) -
     """Choose which groups and heads stay: those of the highest scores, the first of equals."""
     kept = {}
     for unit in units:
-        if widths[unit.name] == unit.width:  # one of a single step has no scores
-            kept[unit.name] = tuple(range(unit.width))
-            continue
         ranked = sorted(range(unit.width), key=lambda i: (-scores[unit.name][i], i))
         kept[unit.name] = tuple(sorted(ranked[: widths[unit.name]]))
     return kept

@@ -128,6 +128,7 @@ def _sensitivities(
         spent.add(part)
         scores |= part.get("scores", {})
         sensitivities = {**sensitivities, **_by_width(part)}
+    scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
     for number in range(1, prune.num_passes):
         too_much = space.cost_base - task.limit
         limit = space.cost_base - too_much * number // (prune.num_passes - 1)
@@ -143,8 +144,7 @@ def _sensitivities(
             spent.add(part)
             grown |= _by_width(part)
         sensitivities = measured_further(sensitivities, curves, start, grown)
-    unmeasured = {unit.name: [0.0] * unit.width for unit in space.units}  # of a single step
-    return {**unmeasured, **scores}, sensitivities
+    return scores, sensitivities
 
 
 def _loss(measured: Result) -> float:
