@@ -1,20 +1,12 @@
 """Where a worker computes, and which of several workers it is."""
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed
-
-BYTES_KEPT = 2**30
-"""That a process keeps for its next tensors; glibc itself comes to keep 64 MiB."""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +19,9 @@ class Place:
 
 
 def set_up(num_threads: int, *, tf32: bool) -> None:
-    """Prepare a worker's process: its threads and memory, and how GPUs compute in fp32."""
+    """Prepare a worker's process: its threads, and how GPUs compute in fp32."""
     torch.set_num_threads(num_threads)
-    keep_freed_memory()
     allow_tf32(allowed=tf32)
-
-
-def keep_freed_memory(most: int = BYTES_KEPT) -> None:
-    """Let this process keep memory that it frees, where the C library is glibc.
-
-    By itself glibc gives the memory of large tensors back to the system, which zeroes every page
-    of it when the next layer asks for it: a tenth of a step of iddpm-cifar10 on CPUs.
-
-    Args:
-        most: Bytes; tensors of half of it or more are given back as before.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, most // 2)
-        mallopt(M_TRIM_THRESHOLD, most)
 
 
 def allow_tf32(*, allowed: bool) -> None:

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from benchmark.peers import ddim_images, ddim_pipeline
-from benchmark.timing import Row, SpeedFlags, compared, ours, theirs
+from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.config import RunConfig
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import save_expert
@@ -96,10 +96,7 @@ def sampling(flags: SpeedFlags) -> list[Row]:
         for name, pipeline in {BASE: base, EXPERTS: experts}.items():
             drawn = partial(our_images, pipeline, count, steps)
             ways |= {name: drawn, WINOGRAD + name: partial(drawn, winograd=True)}
-        ways = {
-            name: (theirs if name == PEER else ours)(partial(keep, name, way))
-            for name, way in ways.items()
-        }
+        ways = {name: partial(keep, name, way) for name, way in ways.items()}
         rows = compared(section, ways, flags.repeats, against=PEER, batch=count)
         loading = {"experts, loading": partial(ProgressivePipeline.from_pretrained, place)}
         rows += compared(section, loading, flags.repeats)

@@ -17,7 +17,6 @@ from benchmark.training import (
     trained_unet,
 )
 from tdc_ray.data import to_model_range
-from tdc_ray.device import keep_freed_memory
 from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
 from tdc_ray.pipeline import base_pipeline
@@ -59,7 +58,6 @@ def train_as_example(flags: SpeedFlags) -> None:
 
 def train_as_we(flags: SpeedFlags, precision: Precision) -> None:
     """Take two of our steps."""
-    keep_freed_memory()
     use_threads(flags.threads)
     config = trained_unet(flags)
     ours = our_training(config, precision)
@@ -76,7 +74,6 @@ def sample_as_peer(flags: SpeedFlags, num_images: int) -> None:
 
 def sample_as_we(flags: SpeedFlags, num_images: int, *, winograd: bool = False) -> None:
     """Sample two steps by our pipeline."""
-    keep_freed_memory()
     use_threads(flags.threads)
     config = sampled_config(flags)
     our_images(base_pipeline(random_base(config), config), num_images, 2, winograd=winograd)

@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 
-from tdc_ray.device import BYTES_KEPT, keep_freed_memory
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.units import Unit
-
-BYTES_KEPT_BY_GLIBC = 2**26
-"""The most that its own threshold grows to, with tensors above half of it given back at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,21 +159,6 @@ def _peaks(work: Callable[[], object]) -> tuple[int, int]:
     before = peak_bytes()
     work()
     return before, peak_bytes()
-
-
-def ours(way: Callable[[], object]) -> Callable[[], object]:
-    """Let a way of ours keep freed memory, as our workers and ``tdc-ray sample`` do."""
-    return partial(_with_memory, BYTES_KEPT, way)
-
-
-def theirs(way: Callable[[], object]) -> Callable[[], object]:
-    """Let a peer's way keep what glibc comes to keep by itself."""
-    return partial(_with_memory, BYTES_KEPT_BY_GLIBC, way)
-
-
-def _with_memory(most: int, way: Callable[[], object]) -> object:
-    keep_freed_memory(most)
-    return way()
 
 
 def check_flags(sections: Collection[str], known: Collection[str], repeats: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmark.peers import ExampleTraining, example_loader
-from benchmark.timing import Row, SpeedFlags, compared, ours, theirs
+from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
@@ -86,8 +86,8 @@ def step(flags: SpeedFlags) -> list[Row]:
     config, batch = trained_unet(flags), 8
     images = random_images(config, batch)
     example = ExampleTraining(config)
-    ways = {EXAMPLE: theirs(partial(example.step, to_model_range(images)))}
-    ways |= {name: ours(partial(way.step, images)) for name, way in our_trainings(config).items()}
+    ways = {EXAMPLE: partial(example.step, to_model_range(images))}
+    ways |= {name: partial(ours.step, images) for name, ours in our_trainings(config).items()}
     return compared(
         "training step",
         ways,
@@ -100,7 +100,7 @@ def step(flags: SpeedFlags) -> list[Row]:
 def update(flags: SpeedFlags) -> list[Row]:
     """Time clipping, optimizer and EMA alone, on gradients that are given."""
     config = trained_unet(flags)
-    example, our = ExampleTraining(config), our_training(config)
+    example, ours = ExampleTraining(config), our_training(config)
     gradients = [torch.randn_like(parameter) for parameter in example.unet.parameters()]
 
     def give(unet: torch.nn.Module) -> None:
@@ -112,9 +112,9 @@ def update(flags: SpeedFlags) -> list[Row]:
         example.update()
 
     def as_we() -> None:
-        give(our.state.unet)
-        optimizer_step(our.state, our.config)
-        our.state.ema.step(our.state.unet.parameters())
+        give(ours.state.unet)
+        optimizer_step(ours.state, ours.config)
+        ours.state.ema.step(ours.state.unet.parameters())
 
     ways = {EXAMPLE: as_example, "ours": as_we}
     return compared("EMA and optimizer", ways, flags.repeats, against=EXAMPLE)
@@ -133,7 +133,7 @@ def loading(flags: SpeedFlags) -> list[Row]:
         shape: Mapping[str, Any] = {"image_size": 32, "num_channels": 3, "horizontal_flip": True}
         loader = example_loader(folder, 32, batch)
 
-        def load(config: DataConfig) -> None:
+        def ours(config: DataConfig) -> None:
             generator = torch.Generator().manual_seed(0)
             dataset = load_dataset(config)
             for some, _ in batches(dataset, batch_size=batch, seed=0, num_steps=count // batch):
@@ -144,7 +144,7 @@ def loading(flags: SpeedFlags) -> list[Row]:
             "ours, npz": DataConfig(source="npz", path=str(npz), **shape),
         }
         ways = {"torchvision's ImageFolder": lambda: [None for _ in loader]}
-        ways |= {name: partial(load, config) for name, config in sources.items()}
+        ways |= {name: partial(ours, config) for name, config in sources.items()}
         return compared(
             "data loading",
             ways,

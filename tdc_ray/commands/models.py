@@ -191,7 +191,6 @@ class Sample:
         import torch
         from torchvision.utils import save_image
 
-        from tdc_ray.device import keep_freed_memory
         from tdc_ray.pipeline import ProgressivePipeline
         from tdc_ray.sampling import image_generators, image_labels
         from tdc_ray.storage import atomic_path
@@ -199,7 +198,6 @@ class Sample:
         pipeline = ProgressivePipeline.from_pretrained(
             self.run, offload=self.offload, winograd=self.winograd
         )
-        keep_freed_memory()
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []
