@@ -248,9 +248,12 @@ def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images:
 
 
 def provenance() -> dict[str, object]:
-    """Say what makes the numbers that this process writes: command, commit and machine."""
-    command = " ".join(["python", *sys.argv])
-    return {"command": command, "commit": commit(), "machine": machine()}
+    """Say what makes the numbers that this process writes: command, machine and commit."""
+    return _made_here() | {"commit": commit()}
+
+
+def _made_here() -> dict[str, object]:
+    return {"command": " ".join(["python", *sys.argv]), "machine": machine()}
 
 
 def write_record(
@@ -265,9 +268,7 @@ def write_record(
         commits: Commits that the results were made with.
         record: The numbers.
     """
-    made_by = provenance()
-    del made_by["commit"]  # the results may be of others
-    made_by |= {
+    made_by = _made_here() | {
         "commits": sorted(str(commit) for commit in commits),
         "seeds": list(flags.seeds),
         "settings": to_json(flags.config(flags.seeds[0])),

@@ -175,7 +175,7 @@ class Sample:
     """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
     winograd: bool = False
     """On CPUs: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by it, and
-    their images are off by rounding, some 1e-5."""
+    their images are off by rounding, some 1e-4 of the largest value."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False

@@ -98,12 +98,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     for first in range(0, count, size):
         some = x[first : first + size].permute(0, 2, 3, 1)
         padded[: len(some), 1 : height + 1, 1 : width + 1] = some
-        windows = (
-            padded[: len(some)].unfold(1, 6, 4).unfold(2, 6, 4)
-        )  # (b, rows, columns, C, 6, 6)
+        windows = padded[: len(some)].unfold(1, 6, 4).unfold(2, 6, 4)
         for row in range(0, rows, some_rows):
-            tiles = windows[:, row : row + some_rows].permute(0, 1, 2, 4, 5, 3)
-            tiles = _times(OF_TILES, tiles.reshape(-1, 36, channels))
+            tiles = windows[:, row : row + some_rows]  # (b, rows, columns, C, 6, 6)
+            tiles = tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, channels)
+            tiles = _times(OF_TILES, tiles)
             products = tiles.transpose(0, 1) @ filters  # (36, tiles, D)
             found = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
             place = y[first : first + size, row : row + some_rows].transpose(2, 3)
