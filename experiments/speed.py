@@ -13,9 +13,9 @@ unit's sensitivity, against the whole cut network for each; `ours, refit too` do
 `counting`: the macs of a scheme by table, against a model that is built, cut and run, and its
 repair to a limit. `sampling`: 64 images in 20 DDIM steps, against diffusers' DDIMPipeline (which
 gets a last convolution without the learned variance), and experts of random weights cut to their
-limits (k = 0.5, N = 10); ours also by Winograd's convolutions. `starting`: processes from start to
-end. `memory`: peaks, each in a process of its own. `digits`: where the wall time of the finished
-run `--run` went.
+limits (k = 0.5, N = 10); ours also by Winograd's convolutions and in bf16. `starting`: processes
+from start to end. `memory`: peaks, each in a process of its own. `digits`: where the wall time of
+the finished run `--run` went.
 
 Hardware and hours: about an hour and a half on 2 CPU cores, half of it sampling.
 
@@ -74,10 +74,13 @@ AIMS = (
     Aim("training step", "ours", "times as fast", 1.4, "training step (with bf16 in hardware)"),
     Aim("training step", "ours, fp32", "times as fast", 1.0, "training step, fp32: not slower"),
     Aim("peak memory, training", "ours", "ratio", 1.0, "peak memory of training"),
-    Aim("sampling", "ours, base", "times as fast", 1.5, "sampling with the base"),
+    Aim("sampling", "ours, base", "times as fast", 1.5, "sampling with the base, fp32"),
     Aim("sampling", "winograd: ours, base", "times as fast", 1.5, "the same, by Winograd"),
+    Aim("sampling", "bf16: ours, base", "times as fast", 1.5, "the same, bf16"),
     Aim("sampling", "images, ", "ratio", 1.0, "images differ as by bf16 autocast"),
-    Aim("sampling", "experts' time", "median", 1.1, "experts' time over their macs"),
+    Aim("sampling", "experts' time", "median", 1.1, "experts' time over their macs, fp32"),
+    Aim("sampling", "winograd: experts' time", "median", 1.1, "the same, by Winograd"),
+    Aim("sampling", "bf16: experts' time", "median", 1.1, "the same, bf16"),
     Aim("counting", "our table", "median", 50.0, "counting a scheme, us"),
     Aim("counting", "repair", "median", 5.0, "repair of a scheme, ms"),
     Aim("start-up", "import tdc_ray", "median", 0.3, "import tdc_ray, s"),

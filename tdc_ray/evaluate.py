@@ -33,6 +33,7 @@ from tdc_ray.inputs import of_images, of_weights
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.precision import DTYPES
 from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path, exists, fetch, remove
@@ -158,10 +159,13 @@ def score(run_dir: RunDir, results: list[Result]) -> Score:
 
 
 def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> ProgressivePipeline:
-    """Load the base or the experts of a run."""
+    """Load the base or the experts of a run, in the precision that they are scored in."""
     if which == "tdc":
-        return ProgressivePipeline.from_pretrained(run_dir.experts)
-    return base_pipeline(load_unet(run_dir.base_unet), config)
+        pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
+    else:
+        pipeline = base_pipeline(load_unet(run_dir.base_unet), config)
+    pipeline.experts.to(DTYPES[config.evaluate.precision])
+    return pipeline
 
 
 def sample_images(job: SampleJob, report: Report) -> Result:
@@ -202,6 +206,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
         "sampler": asdict(config.sampler),
         "seed": config.evaluate.seed,
         "batch_size": config.evaluate.batch_size,
+        "precision": config.evaluate.precision,
         "images": [job.first, job.count],
     }
 

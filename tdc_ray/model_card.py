@@ -36,7 +36,7 @@ Made with tdc_ray {version}.
 | these experts | {score:.3f} | {macs:,.0f} |
 
 On {num_images} images, {inference_steps} {sampler} steps, eta {eta:g}, seed {sample_seed},
-{weights} weights, against {reference}; features: {features}.
+{weights} weights in {precision}, against {reference}; features: {features}.
 {not_fid}One training seed and one sampling seed: no spread is known.
 
 ## How to sample
@@ -103,6 +103,7 @@ def model_card(results: Results, config: RunConfig) -> str:
         eta=evaluation.eta,
         sample_seed=evaluation.seed,
         weights=evaluation.weights,
+        precision=evaluation.precision,
         reference=evaluation.reference,
         features=evaluation.features,
         not_fid="" if results.metric == "fid" else f"{results.metric} is no FID. ",

@@ -1,4 +1,4 @@
-"""fp32 or less: autocast, the layout that goes with it, and which precision trains fastest."""
+"""fp32 or less: autocast, the layout that goes with it, and which precision is fastest here."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["base", "finetune", "prune"]
+Stage = Literal["base", "finetune", "prune", "evaluate"]
 
 LEAST_GAIN = 1.1
 """How many times as fast bf16 must be to be taken."""
@@ -32,18 +32,19 @@ REPEATS = 5
 NUM_IMAGES = 16
 """That the probe's layer gets at once."""
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of each precision but ``auto``, which is settled before (`settled`)."""
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Enter autocast where the precision asks for it; ``auto`` is settled before (`settled`).
+    """Enter autocast where the precision asks for it.
 
     Without gradients no weight's cast is remembered: it may be another's weight by the next layer.
     """
     if precision == "fp32":
         return contextlib.nullcontext()
     cache = torch.is_grad_enabled()
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)
+    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=cache)
 
 
 def in_layout(model: nn.Module, precision: Precision) -> nn.Module:
@@ -95,7 +96,7 @@ def settled(
         job = ProbeJob(
             channels=unet["block_out_channels"][0],
             size=unet["sample_size"],
-            trains=stage != "prune",
+            trains=stage in ("base", "finetune"),
         )
         item = WorkItem(
             key=f"precision/{stage}",

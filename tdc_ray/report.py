@@ -217,7 +217,7 @@ def conclusions(results: Results) -> list[str]:
         f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
         f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
         f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {told}{evaluation.weights} "
-        f"weights, against {evaluation.reference}.",
+        f"weights in {evaluation.precision}, against {evaluation.reference}.",
         cost,
         "One training seed shows no spread.",
     ]

@@ -156,6 +156,9 @@ class EvaluationResult:
     weights: str
     """Which weights were sampled from."""
 
+    precision: str = "fp32"
+    """Of the weights and passes that sampled."""
+
     num_classes: int | None = None
     """Classes that the models are told; None: they are unconditional."""
 

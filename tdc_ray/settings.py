@@ -284,6 +284,10 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the initial noise, the same for the base and the experts."""
 
+    precision: Precision = "fp32"
+    """Of weights and passes that sample. auto: bf16 where a short probe on a worker, kept in the
+    run directory, finds it faster, else fp32. A score moves a little with it."""
+
     features: Literal["auto", "inception", "classifier"] = "auto"
     """What measures the Frechet distance. auto: Inception where its weights are to be had, else a
     small classifier trained on the data's labels, after which the metric is then named."""

@@ -125,6 +125,7 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
             reference=outcome.reference,
             features=outcome.spec.extractor,
             weights="EMA" if given is None else f"{given.weights} (base), EMA (experts)",
+            precision=config.evaluate.precision,
             num_classes=num_classes,
             labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
             guidance_scale=sampler.guidance_scale,

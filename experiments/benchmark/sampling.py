@@ -1,5 +1,6 @@
 """Sampling: our pipeline with the base and with experts, and diffusers' DDIMPipeline."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from benchmark.peers import ddim_images, ddim_pipeline
-from benchmark.timing import Row, SpeedFlags, compared
+from benchmark.timing import Row, SpeedFlags, compared, precision_of
 from tdc_ray.config import RunConfig
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import save_expert
@@ -27,8 +28,9 @@ from tdc_ray.sampling import image_generators, make_scheduler
 from tdc_ray.summary import step_mean
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
-WINOGRAD = "winograd: "
-"""Before a row's name: the same by Winograd's convolutions."""
+WINOGRAD, BF16 = "winograd: ", "bf16: "
+"""Before a row's name: the same by Winograd's convolutions, or with weights in bf16."""
+KINDS = ("", WINOGRAD, BF16)
 YARDSTICK = "images, DDIMPipeline by bf16 autocast"
 
 
@@ -66,12 +68,28 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     return step_mean(plan, macs) / space.macs_base
 
 
-def our_images(
-    pipeline: ProgressivePipeline, num_images: int, steps: int, *, winograd: bool = False
-) -> Tensor:
+def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipeline:
+    """Make our pipeline with the base, of one of the kinds; its weights are brought to that."""
+    pipeline = base_pipeline(unet, config)
+    pipeline.experts.to(_dtype(kind))
+    pipeline.winograd = kind == WINOGRAD
+    return pipeline
+
+
+def our_experts(folder: Path, kind: str) -> ProgressivePipeline:
+    """Load our pipeline with experts, of one of the kinds."""
+    return ProgressivePipeline.from_pretrained(
+        folder, torch_dtype=_dtype(kind), winograd=kind == WINOGRAD
+    )
+
+
+def _dtype(kind: str) -> torch.dtype:
+    return torch.bfloat16 if kind == BF16 else torch.float32
+
+
+def our_images(pipeline: ProgressivePipeline, num_images: int, steps: int) -> Tensor:
     """Sample with our pipeline: ``(B, C, H, W)`` in [0, 1], from the noise of seed 0."""
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.winograd = winograd
     generators = image_generators(0, 0, num_images)
     images = pipeline(num_images, generators, steps, output_type="pt").images
     return (images / 2 + 0.5).clamp(0, 1)
@@ -83,19 +101,20 @@ def sampling(flags: SpeedFlags) -> list[Row]:
     count, steps = (4 if flags.smoke else flags.images), config.sampler.num_inference_steps
     unet = random_base(config)
     peer = ddim_pipeline(unet, make_scheduler(config.diffusion, config.sampler))
-    base = base_pipeline(unet, config)
     with tempfile.TemporaryDirectory() as place:
         macs_ratio = save_experts(config, unet, Path(place))
-        experts = ProgressivePipeline.from_pretrained(place)
         images: dict[str, Tensor] = {}
 
         def keep(name: str, images_of: Callable[[], Tensor]) -> None:
             images[name] = images_of()
 
         ways = {PEER: partial(ddim_images, peer, count, steps)}
-        for name, pipeline in {BASE: base, EXPERTS: experts}.items():
-            drawn = partial(our_images, pipeline, count, steps)
-            ways |= {name: drawn, WINOGRAD + name: partial(drawn, winograd=True)}
+        for kind in KINDS:
+            for name, pipeline in {
+                BASE: our_base(copy.deepcopy(unet), config, kind),
+                EXPERTS: our_experts(Path(place), kind),
+            }.items():
+                ways[kind + name] = partial(our_images, pipeline, count, steps)
         ways = {name: partial(keep, name, way) for name, way in ways.items()}
         rows = compared(section, ways, flags.repeats, against=PEER, batch=count)
         loading = {"experts, loading": partial(ProgressivePipeline.from_pretrained, place)}
@@ -106,6 +125,7 @@ def sampling(flags: SpeedFlags) -> list[Row]:
             section=section,
             name=f"{kind}experts' time over their macs",
             unit="of the base's",
+            precision=precision_of(kind),
             values=tuple(
                 one / other / macs_ratio
                 for one, other in zip(
@@ -113,7 +133,7 @@ def sampling(flags: SpeedFlags) -> list[Row]:
                 )
             ),
         )
-        for kind in ("", WINOGRAD)
+        for kind in KINDS
     ]
     rows += [
         Row(
@@ -127,11 +147,18 @@ def sampling(flags: SpeedFlags) -> list[Row]:
         autocast = ddim_images(peer, count, steps)
 
     def difference(name: str, found: Tensor) -> Row:
-        largest = float((found - images[PEER]).abs().max())
-        return Row(section=section, name=name, unit="of 1", values=(largest,), batch=count)
+        rms = float((found - images[PEER]).square().mean().sqrt())
+        return Row(
+            section=section,
+            name=name,
+            unit="rms, of 1",
+            values=(rms,),
+            precision=precision_of(name),
+            batch=count,
+        )
 
     differences = [
-        replace(difference(f"images, {name}", images[name]), against=YARDSTICK)
-        for name in (BASE, WINOGRAD + BASE)
+        replace(difference(f"images, {kind}{BASE}", images[kind + BASE]), against=YARDSTICK)
+        for kind in KINDS
     ]
-    return [*rows, replace(difference(YARDSTICK, autocast), precision="bf16"), *differences]
+    return [*rows, difference(YARDSTICK, autocast), *differences]

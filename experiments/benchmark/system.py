@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 
 from benchmark.peers import ExampleTraining, ddim_images, ddim_pipeline
-from benchmark.sampling import PEER, WINOGRAD, our_images, random_base, sampled_config
+from benchmark.sampling import KINDS, PEER, our_base, our_images, random_base, sampled_config
 from benchmark.timing import Row, SpeedFlags, compared, peak_mb, precision_of, use_threads
 from benchmark.training import (
     EXAMPLE,
@@ -19,7 +19,6 @@ from benchmark.training import (
 from tdc_ray.data import to_model_range
 from tdc_ray.errors import ConfigError
 from tdc_ray.layout import RunDir
-from tdc_ray.pipeline import base_pipeline
 from tdc_ray.remote import located, shown
 from tdc_ray.results import load_results
 from tdc_ray.sampling import make_scheduler
@@ -72,11 +71,11 @@ def sample_as_peer(flags: SpeedFlags, num_images: int) -> None:
     ddim_images(ddim_pipeline(random_base(config), scheduler), num_images, 2)
 
 
-def sample_as_we(flags: SpeedFlags, num_images: int, *, winograd: bool = False) -> None:
+def sample_as_we(flags: SpeedFlags, num_images: int, kind: str) -> None:
     """Sample two steps by our pipeline."""
     use_threads(flags.threads)
     config = sampled_config(flags)
-    our_images(base_pipeline(random_base(config), config), num_images, 2, winograd=winograd)
+    our_images(our_base(random_base(config), config, kind), num_images, 2)
 
 
 def memory(flags: SpeedFlags) -> list[Row]:
@@ -88,8 +87,9 @@ def memory(flags: SpeedFlags) -> list[Row]:
         (training, "ours, fp32"): partial(train_as_we, flags, "fp32"),
         (training, "ours, bf16"): partial(train_as_we, flags, "bf16"),
         (sampling, PEER): partial(sample_as_peer, flags, count),
-        (sampling, "ours"): partial(sample_as_we, flags, count),
-        (sampling, f"{WINOGRAD}ours"): partial(sample_as_we, flags, count, winograd=True),
+    }
+    works |= {
+        (sampling, f"{kind}ours"): partial(sample_as_we, flags, count, kind) for kind in KINDS
     }
     against = {training: EXAMPLE, sampling: PEER}
     if flags.smoke:  # every process imports torch anew

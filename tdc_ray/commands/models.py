@@ -13,7 +13,7 @@ from tdc_ray.commands.run import Settings
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.prune_settings import SearchMethod
 from tdc_ray.remote import is_remote, located, shown
-from tdc_ray.settings import require
+from tdc_ray.settings import Precision, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +173,12 @@ class Sample:
     """Images sampled at once."""
     offload: bool = False
     """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
+    precision: Precision = "fp32"
+    """Of weights and passes; images are a little others by bf16 and fp16. auto: bf16 where a short
+    probe finds it faster, else fp32."""
     winograd: bool = False
-    """On CPUs: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by it, and
-    their images are off by rounding, some 1e-4 of the largest value."""
+    """On CPUs, in fp32: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by
+    it, and their images are off by rounding, some 1e-4 of the largest value."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False
@@ -184,6 +187,8 @@ class Sample:
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
+        computed = self.precision in ("fp32", "auto") or not self.winograd
+        require("sample", self, "precision", "fp32 or auto with --winograd", ok=computed)
 
     def execute(self, console: Console) -> None:
         """Sample and write the images."""
@@ -192,6 +197,7 @@ class Sample:
         from torchvision.utils import save_image
 
         from tdc_ray.pipeline import ProgressivePipeline
+        from tdc_ray.precision import DTYPES, ProbeJob, probe
         from tdc_ray.sampling import image_generators, image_labels
         from tdc_ray.storage import atomic_path
 
@@ -199,6 +205,13 @@ class Sample:
             self.run, offload=self.offload, winograd=self.winograd
         )
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        precision = self.precision
+        if precision == "auto":
+            channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
+            job = ProbeJob(channels=channels, size=pipeline.shape[-1], trains=False)
+            precision = probe(job, lambda *_: None)["precision"]
+            console.print(f"precision auto is {precision} here")
+        pipeline.experts.to(DTYPES[precision])
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []
         classes = torch.tensor(self.labels) if self.labels else None
