@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,10 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
             ["ldm-ffhq256", "needs a first stage", "--data.first-stage"],
         ),
         (["sample", "nowhere"], ["nowhere holds no experts"]),
+        (
+            ["sample", "nowhere", "--winograd", "--precision", "bf16"],
+            ["sample.precision must be fp32 or auto with --winograd, got bf16"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_setting_rule_and_value(
@@ -102,6 +107,19 @@ def test_sample_writes_a_grid_and_an_npz_that_a_seed_decides(finished_run, tmp_p
     assert np.abs(one.astype(int) - two).max() <= 1  # batches of other sizes, other last bits
     with Image.open(tmp_path / "one" / "samples.png") as grid:
         assert grid.size[0] >= 3 * 8
+
+
+@pytest.mark.ray
+def test_sample_takes_the_precision_that_it_is_told(finished_run, tmp_path, capsys):
+    images = {}
+    for precision in ("fp32", "bf16", "auto"):
+        out = ["--out-dir", str(tmp_path / precision), "--precision", precision]
+        assert run_command(["sample", str(finished_run), "--num-images", "2", *out]) == 0
+        images[precision] = np.load(tmp_path / precision / "samples.npz")["arr_0"]
+    assert not np.array_equal(images["bf16"], images["fp32"])
+    settled = re.search("precision auto is (fp32|bf16) here", capsys.readouterr().out)
+    assert settled is not None
+    np.testing.assert_array_equal(images["auto"], images[settled[1]])
 
 
 @pytest.mark.ray

@@ -10,11 +10,13 @@ import torch
 from tdc_ray.config import RunConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.evaluate import (
+    SampleJob,
     Score,
     Which,
     evaluate,
     load_pipeline,
     prepare_features,
+    sample_inputs,
     score,
     train_classifier_item,
 )
@@ -119,6 +121,21 @@ def test_the_samples_are_all_images_of_the_evaluations_seed_in_order(scored, con
     ]
     np.testing.assert_array_equal(pixels, np.concatenate(expected))
     assert len(np.unique(pixels, axis=0)) > 1
+
+
+def test_in_bf16_the_images_are_a_little_others_and_their_key_is_another(scored, config):
+    run_dir, _ = scored
+    evaluation = dataclasses.replace(config.evaluate, precision="bf16")
+    low = dataclasses.replace(config, evaluate=evaluation)
+    pipelines = [load_pipeline(run_dir, one, "base") for one in (config, low)]
+    assert [pipeline.experts.dtype for pipeline in pipelines] == [torch.float32, torch.bfloat16]
+    jobs = [SampleJob(run_dir, one, "base", 0, 4) for one in (config, low)]
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    exact, found = (pipeline(4, output_type="pt").images for pipeline in pipelines)
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().mean() < 0.02
+    assert sample_inputs(jobs[0]) != sample_inputs(jobs[1])
 
 
 def test_the_score_is_the_distance_of_the_samples_to_the_training_images(scored, config, spec):

@@ -1,4 +1,4 @@
-"""A denoiser's forward pass for sampling: some images at a time, and no channel unread."""
+"""A denoiser's forward pass for sampling: some images at a time, no channel unread, a full end."""
 
 import contextlib
 from collections.abc import Iterator
@@ -47,6 +47,9 @@ def denoised(
 ) -> Tensor:
     """Run a denoiser on as many images at a time as its device takes best; not for two threads.
 
+    Its last norm and convolution compute in float32, whatever it is in: they take next to no time,
+    and a twentieth of what bf16 changed of iddpm-cifar10's output came of them.
+
     Args:
         denoiser: A ``UNet2DModel``; any other module gets all images at once.
         x_t: Noised images, ``(B, C, H, W)``.
@@ -61,8 +64,8 @@ def denoised(
         told = {} if class_labels is None else {"class_labels": class_labels}
         whole: Tensor = denoiser(x_t, timesteps, **told).sample
         return whole[:, :num_channels].float()
-    size, last = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1])), denoiser.conv_out
-    with exchanged(last, last.weight.data[:num_channels], last.bias.data[:num_channels]):
+    size = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1]))
+    with full_end(denoiser, num_channels):
         parts = [
             denoiser(
                 x_t[first : first + size],
@@ -75,7 +78,30 @@ def denoised(
 
 
 @contextlib.contextmanager
-def exchanged(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> Iterator[None]:
+def full_end(unet: UNet2DModel, num_channels: int | None) -> Iterator[None]:
+    """Let a UNet's end compute in float32, and so many channels of its output, for a while.
+
+    Args:
+        unet: The UNet.
+        num_channels: The channels; None: all.
+    """
+    norm, last = unet.conv_norm_out, unet.conv_out
+    weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
+    entering = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    with (
+        exchanged(norm, norm.weight.data.float(), norm.bias.data.float()),
+        exchanged(last, weight, bias),
+    ):
+        try:
+            yield
+        finally:
+            entering.remove()
+
+
+@contextlib.contextmanager
+def exchanged(
+    layer: nn.Conv2d | nn.Linear | nn.GroupNorm, weight: Tensor, bias: Tensor
+) -> Iterator[None]:
     """Let a layer, which has a bias, compute with other weights for a while; in one thread."""
     assert layer.bias is not None
     before = layer.weight.data, layer.bias.data

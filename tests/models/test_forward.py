@@ -37,3 +37,21 @@ def test_in_parts_the_output_is_that_of_one_pass(num_channels, monkeypatch):
     assert found.shape[1] == (num_channels or 2)
     torch.testing.assert_close(found, expected[:, :num_channels], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_in_bf16_the_last_layers_round_nothing():
+    exact, unet = random_unet(LEARNED), random_unet(LEARNED).to(torch.bfloat16)
+    before = copy.deepcopy(unet.state_dict())
+    x_t, timesteps = torch.randn(64, 1, 8, 8), torch.arange(64) * 10
+    with torch.inference_mode():
+        expected = exact(x_t, timesteps).sample
+        plain = unet(x_t.bfloat16(), timesteps).sample
+        found = denoised(unet, x_t.bfloat16(), timesteps)
+        again = unet(x_t.bfloat16(), timesteps).sample
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    assert 0 < (found - expected).square().mean() < (plain - expected).square().mean()
+    assert torch.equal(again, plain)
+    for name, value in unet.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, before[name])
