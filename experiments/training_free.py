@@ -23,8 +23,6 @@ from tdc_ray.config import RunConfig
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import unet_config
 
-K, N = (0.5, 0.3), (4, 10)
-
 
 @dataclass(frozen=True, kw_only=True)
 class FreeFlags(Flags):
@@ -34,6 +32,8 @@ class FreeFlags(Flags):
     """Images that a score is taken from; default: the preset's."""
     finetune_steps: int | None = None
     """Steps of a fine-tune; default: the preset's."""
+    plans: tuple[tuple[float, int], ...] = ((0.5, 4), (0.5, 10), (0.3, 4), (0.3, 10))
+    """Pairs of k and N."""
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
@@ -59,13 +59,12 @@ def main(flags: FreeFlags) -> None:
     _, macs_base = count(unet_config(base))
     models = {"base": Model("base", base, macs_base)}
     with workers(config, folder, flags.store) as pool:
-        for k in K[:1] if flags.smoke else K:
-            for groups in N[:1] if flags.smoke else N:
-                plan = replace(config.plan, min_macs_share=k, num_groups=groups)
-                for name, variant in variants(replace(config, plan=plan)).items():
-                    row = f"k {k:g}, N {groups}, {name}"
-                    root = folder / row.replace(", ", "-").replace(" ", "-").replace("'", "")
-                    models[row] = experts_of(pool, variant, base, root)
+        for k, groups in flags.plans[:1] if flags.smoke else flags.plans:
+            plan = replace(config.plan, min_macs_share=k, num_groups=groups)
+            for name, variant in variants(replace(config, plan=plan)).items():
+                row = f"k {k:g}, N {groups}, {name}"
+                root = folder / row.replace(", ", "-").replace(" ", "-").replace("'", "")
+                models[row] = experts_of(pool, variant, base, root)
         metric, scores = scores_of(pool, config, folder / "scores", models, flags.seeds)
     rows = [
         [row, mean_and_spread(scores[row]), f"{model.macs / macs_base:.3f}"]

@@ -194,8 +194,11 @@ def sample_images(job: SampleJob, report: Report) -> Result:
 def sample_inputs(job: SampleJob) -> Inputs:
     """Give what :func:`sample_images` follows from."""
     config, run_dir = job.config, job.run_dir
-    stage = config.data.first_stage
-    return {
+    stage, precision = config.data.first_stage, config.evaluate.precision
+    low = (
+        {} if precision == "fp32" else {"precision": precision}
+    )  # keys of fp32 stay what they were
+    return low | {
         "stage": "sample",
         "version": VERSION,
         "model": of_weights(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
@@ -206,7 +209,6 @@ def sample_inputs(job: SampleJob) -> Inputs:
         "sampler": asdict(config.sampler),
         "seed": config.evaluate.seed,
         "batch_size": config.evaluate.batch_size,
-        "precision": config.evaluate.precision,
         "images": [job.first, job.count],
     }
 

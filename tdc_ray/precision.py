@@ -4,7 +4,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,7 +21,7 @@ from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["base", "finetune", "prune", "evaluate"]
+Stage = Literal["base", "finetune", "prune"]
 
 LEAST_GAIN = 1.1
 """How many times as fast bf16 must be to be taken."""
@@ -32,7 +32,11 @@ REPEATS = 5
 NUM_IMAGES = 16
 """That the probe's layer gets at once."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 """Of each precision but ``auto``, which is settled before (`settled`)."""
 
 
@@ -96,7 +100,7 @@ def settled(
         job = ProbeJob(
             channels=unet["block_out_channels"][0],
             size=unet["sample_size"],
-            trains=stage in ("base", "finetune"),
+            trains=stage != "prune",
         )
         item = WorkItem(
             key=f"precision/{stage}",

@@ -157,7 +157,7 @@ class EvaluationResult:
     """Which weights were sampled from."""
 
     precision: str = "fp32"
-    """Of the weights and passes that sampled."""
+    """Of the denoisers' weights and computation."""
 
     num_classes: int | None = None
     """Classes that the models are told; None: they are unconditional."""

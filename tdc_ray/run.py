@@ -53,7 +53,7 @@ from tdc_ray.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-STAGES: tuple[Stage, ...] = ("base", "prune", "finetune", "evaluate")
+STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
 """Stages that have a precision; a base that is given is not trained."""
 
 

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixi
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from tdc_ray.errors import ConfigError
 from tdc_ray.models.forward import denoised
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.schedule import betas
@@ -106,6 +107,9 @@ def sample(
 
     Returns:
         ``(B, C, H, W)`` in about [-1, 1], float32, on ``device``.
+
+    Raises:
+        ConfigError: In fp16 numbers left its range.
     """
     num_channels = shape[0]
     generator = list(generators)
@@ -117,6 +121,8 @@ def sample(
     extra = _step_arguments(scheduler, eta=eta, generator=generator)
     learns_variance = _learns_variance(scheduler)
     winograd = winograd and x.device.type == "cpu" and dtype == torch.float32
+    channels_last = winograd or x.device.type == "cuda"
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
     told, copies = None, 1
     if class_labels is not None:
         labels = class_labels.to(x.device)
@@ -129,16 +135,21 @@ def sample(
         seen = timestep if timestep_scale == 1.0 else timestep * timestep_scale
         timesteps = torch.full((copies * len(x),), seen, device=x.device)
         model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
-        if winograd:
+        if channels_last:
             model_input = model_input.to(memory_format=torch.channels_last)
         read = None if learns_variance else num_channels  # of (B, 2C, H, W), where it is learned
         denoiser = denoiser_for(timestep)
         with WinogradConvolutions() if winograd else contextlib.nullcontext():
             output = denoised(denoiser, model_input, timesteps, told, num_channels=read)
+        finite &= output.isfinite().all()
         if copies == 2:
             output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
         x = scheduler.step(output, timestep, x, **extra).prev_sample
         on_step()
+    if dtype == torch.float16 and not finite:  # clipped samples would not show it
+        raise ConfigError(
+            "precision must be fp32 or bf16 for this model, got fp16: numbers left its range."
+        )
     return x
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 from tdc_ray.errors import ConfigError
 from tdc_ray.schedule import BetaSchedule
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+FixedPrecision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", FixedPrecision]
 Compile = Literal["none", "default", "reduce-overhead"]
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 LossWeight = Literal["constant", "min-snr", "p2"]
@@ -284,9 +285,9 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the initial noise, the same for the base and the experts."""
 
-    precision: Precision = "fp32"
-    """Of weights and passes that sample. auto: bf16 where a short probe on a worker, kept in the
-    run directory, finds it faster, else fp32. A score moves a little with it."""
+    precision: FixedPrecision = "fp32"
+    """Of the denoisers' weights and computation while the images that are scored are sampled; a
+    score depends a little on it. Features, a first stage and measured times keep their own."""
 
     features: Literal["auto", "inception", "classifier"] = "auto"
     """What measures the Frechet distance. auto: Inception where its weights are to be had, else a

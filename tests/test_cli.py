@@ -58,7 +58,7 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
         (["sample", "nowhere"], ["nowhere holds no experts"]),
         (
             ["sample", "nowhere", "--winograd", "--precision", "bf16"],
-            ["sample.precision must be fp32 or auto with --winograd, got bf16"],
+            ["sample.precision must be fp32 with --winograd, got bf16"],
         ),
     ],
 )

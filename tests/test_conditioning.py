@@ -360,6 +360,16 @@ def test_guidance_moves_from_the_unconditional_through_the_conditional(sampler, 
     assert (draw(Bound(unet, LABELS), **how) - expected).abs().max() > 1e-2 * size
 
 
+@pytest.mark.parametrize(("sampler", "learned"), [("ddim", False), ("ddpm", True)])
+def test_in_bf16_guided_images_are_near_those_of_float32(sampler, learned):
+    unet = random_unet({**WITH_NULL, "out_channels": 2 if learned else 1})
+    how = {"sampler": sampler, "learned": learned, "guidance_scale": 3.0, "null_class": NULL}
+    exact = draw(unet, **how, class_labels=LABELS)
+    found = draw(unet.bfloat16(), **how, class_labels=LABELS, dtype=torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 # --- labels at sampling ----------------------------------------------------------------------
 
 

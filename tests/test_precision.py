@@ -17,11 +17,10 @@ CPU = torch.device("cpu")
 
 
 def test_auto_is_settled_by_what_was_measured_and_only_where_it_is_asked_for(tmp_path):
-    auto = {"precision": "auto"}
-    config = small_config(base=auto, prune=auto, evaluate=auto)
+    config = small_config(base={"precision": "auto"}, prune={"precision": "auto"})
     run_dir = RunDir(tmp_path)
-    found = run_chain(settled(run_dir, config, TINY, ["base", "prune", "finetune", "evaluate"]))
-    for stage in ("base", "prune", "evaluate"):
+    found = run_chain(settled(run_dir, config, TINY, ["base", "prune", "finetune"]))
+    for stage in ("base", "prune"):
         measured = read_json(tmp_path / "precision" / f"{stage}.json")
         faster = measured["fp32_seconds"] >= LEAST_GAIN * measured["bf16_seconds"] > 0
         assert measured["precision"] == ("bf16" if faster else "fp32")

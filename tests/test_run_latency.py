@@ -25,11 +25,12 @@ def test_groups_keep_to_limits_of_time_that_is_measured_once(finished_run, smoke
             latency_batch_size=32,
         ),
         finetune=replace(smoke_config.finetune, num_steps=0),
-        evaluate=replace(smoke_config.evaluate, num_images=16, batch_size=16),
+        evaluate=replace(smoke_config.evaluate, num_images=16, batch_size=16, precision="bf16"),
     )
     run_dir = RunDir(tmp_path / "run")
     results = run(config, run_dir.root, Console(quiet=True))
     assert results.prune.objective == "latency"
+    assert results.evaluation.precision == "bf16"
     for group in results.groups:
         assert group.milliseconds <= group.milliseconds_limit
     assert min(group.macs for group in results.groups) < results.base.macs

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixi
 from torch import Tensor, nn
 
 from tdc_ray.data import to_model_range
+from tdc_ray.errors import ConfigError
 from tdc_ray.plan import plan_groups, sampling_timesteps
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
 from tdc_ray.schedule import alphas_cumprod, betas
@@ -39,6 +40,7 @@ def draw(
     *,
     first: int = 0,
     count: int = 2,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     sampler = sampler or SamplerConfig(num_inference_steps=10)
     return sample(
@@ -48,6 +50,7 @@ def draw(
         shape=SHAPE,
         num_inference_steps=sampler.num_inference_steps,
         eta=sampler.eta,
+        dtype=dtype,
         timestep_scale=diffusion.timestep_scale,
     )
 
@@ -334,6 +337,16 @@ def test_eta_makes_ddim_stochastic_and_0_does_not():
     unet = random_unet()
     images = [draw(unet, sampler=SamplerConfig(num_inference_steps=5, eta=e)) for e in (0.0, 0.5)]
     assert not torch.allclose(images[0], images[1], atol=1e-2)
+
+
+def test_fp16_that_overflows_is_an_error_and_no_image():
+    unet = random_unet()
+    unet.conv_in.weight.data *= 1e5  # the norm behind it makes up for that in float32
+    assert torch.isfinite(draw(unet)).all()
+    with pytest.raises(
+        ConfigError, match="precision must be fp32 or bf16 for this model, got fp1"
+    ):
+        draw(unet.half(), dtype=torch.float16)
 
 
 def test_every_step_is_announced():

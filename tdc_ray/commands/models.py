@@ -174,8 +174,9 @@ class Sample:
     offload: bool = False
     """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
     precision: Precision = "fp32"
-    """Of weights and passes; images are a little others by bf16 and fp16. auto: bf16 where a short
-    probe finds it faster, else fp32."""
+    """Precision of the denoisers' weights and computation; images differ slightly between them.
+    auto: bf16 where a short probe finds it faster, else fp32. The run's own scores are of images
+    in its evaluate.precision."""
     winograd: bool = False
     """On CPUs, in fp32: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by
     it, and their images are off by rounding, some 1e-4 of the largest value."""
@@ -187,8 +188,8 @@ class Sample:
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
-        computed = self.precision in ("fp32", "auto") or not self.winograd
-        require("sample", self, "precision", "fp32 or auto with --winograd", ok=computed)
+        full = self.precision == "fp32"
+        require("sample", self, "precision", "fp32 with --winograd", ok=full or not self.winograd)
 
     def execute(self, console: Console) -> None:
         """Sample and write the images."""
@@ -204,7 +205,6 @@ class Sample:
         pipeline = ProgressivePipeline.from_pretrained(
             self.run, offload=self.offload, winograd=self.winograd
         )
-        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         precision = self.precision
         if precision == "auto":
             channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
@@ -212,6 +212,7 @@ class Sample:
             precision = probe(job, lambda *_: None)["precision"]
             console.print(f"precision auto is {precision} here")
         pipeline.experts.to(DTYPES[precision])
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
         pixels = []
         classes = torch.tensor(self.labels) if self.labels else None
