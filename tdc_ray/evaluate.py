@@ -195,9 +195,8 @@ def sample_inputs(job: SampleJob) -> Inputs:
     """Give what :func:`sample_images` follows from."""
     config, run_dir = job.config, job.run_dir
     stage, precision = config.data.first_stage, config.evaluate.precision
-    low = (
-        {} if precision == "fp32" else {"precision": precision}
-    )  # keys of fp32 stay what they were
+    # Keys of fp32 are those from before there was a choice.
+    low = {} if precision == "fp32" else {"precision": precision}
     return low | {
         "stage": "sample",
         "version": VERSION,

@@ -141,12 +141,13 @@ def sample(
         denoiser = denoiser_for(timestep)
         with WinogradConvolutions() if winograd else contextlib.nullcontext():
             output = denoised(denoiser, model_input, timesteps, told, num_channels=read)
-        finite &= output.isfinite().all()
+        if dtype == torch.float16:
+            finite &= output.isfinite().all()
         if copies == 2:
             output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
         x = scheduler.step(output, timestep, x, **extra).prev_sample
         on_step()
-    if dtype == torch.float16 and not finite:  # clipped samples would not show it
+    if not finite:  # clipped samples would not show it
         raise ConfigError(
             "precision must be fp32 or bf16 for this model, got fp16: numbers left its range."
         )

@@ -20,6 +20,7 @@ from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups
+from tdc_ray.precision import DTYPES
 from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.scored import uniform_scheme, values_of
@@ -71,7 +72,7 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
 def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipeline:
     """Make our pipeline with the base, of one of the kinds; its weights are brought to that."""
     pipeline = base_pipeline(unet, config)
-    pipeline.experts.to(_dtype(kind))
+    pipeline.experts.to(DTYPES[precision_of(kind)])
     pipeline.winograd = kind == WINOGRAD
     return pipeline
 
@@ -79,12 +80,8 @@ def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipe
 def our_experts(folder: Path, kind: str) -> ProgressivePipeline:
     """Load our pipeline with experts, of one of the kinds."""
     return ProgressivePipeline.from_pretrained(
-        folder, torch_dtype=_dtype(kind), winograd=kind == WINOGRAD
+        folder, torch_dtype=DTYPES[precision_of(kind)], winograd=kind == WINOGRAD
     )
-
-
-def _dtype(kind: str) -> torch.dtype:
-    return torch.bfloat16 if kind == BF16 else torch.float32
 
 
 def our_images(pipeline: ProgressivePipeline, num_images: int, steps: int) -> Tensor:

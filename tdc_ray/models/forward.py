@@ -88,15 +88,12 @@ def output_layers_in_fp32(unet: UNet2DModel, num_channels: int | None) -> Iterat
     """
     norm, last = unet.conv_norm_out, unet.conv_out
     weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
-    entering = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     with (
+        norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)),
         exchanged(norm, norm.weight.data.float(), norm.bias.data.float()),
         exchanged(last, weight, bias),
     ):
-        try:
-            yield
-        finally:
-            entering.remove()
+        yield
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ def test_speed_holds_us_against_diffusers_and_against_the_aims(tmp_path):
     assert (ours["precision"], ours["batch"], ours["threads"] > 0) == ("fp32", 8, True)
     assert rows["training step", "ours, bf16"]["precision"] == "bf16"
     same = rows["sampling", "images, ours, base"]  # DDIMPipeline's, from the same noise
-    assert same["median"] < 1e-4 < rows["sampling", same["against"]]["median"]
+    largest = same["median"] * (4 * 8 * 8) ** 0.5  # of so many pixels none is further off
+    assert largest < 1e-4 < rows["sampling", same["against"]]["median"]
     assert len(record["verdicts"]) == 11
     assert sum("aim at" in verdict for verdict in record["verdicts"]) == 11
 
