@@ -170,7 +170,7 @@ def verdicts(tables: Mapping[Cell, Losses], setting: str, all_steps: Sequence[in
 
 def settings_of(flags: Flags) -> tuple[str, ...]:
     """Name the timesteps for which models are cut."""
-    return SETTINGS[:1] if flags.smoke else SETTINGS
+    return SETTINGS[-1:] if flags.smoke else SETTINGS
 
 
 def steps_of(flags: Flags) -> tuple[int, ...]:

@@ -176,13 +176,13 @@ def plot_sweep(folder: Path, name: str, field: str, results: SweepResults, label
 def plot_rounds(
     folder: Path, name: str, losses: Mapping[str, Mapping[int, Sequence[float]]]
 ) -> None:
-    """Draw mean and standard deviation of losses over the rounds."""
+    """Draw mean and sample standard deviation of losses over the rounds."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for label, by_round in losses.items():
         rounds = sorted(by_round)
         middle = np.array([np.mean(by_round[number]) for number in rounds])
-        spread = np.array([np.std(by_round[number]) for number in rounds])
+        spread = np.array([np.std(by_round[number], ddof=1) for number in rounds])
         (line,) = axes.plot(rounds, middle, marker="o", label=label)
         axes.fill_between(
             rounds, middle - spread, middle + spread, alpha=0.2, color=line.get_color()

@@ -14,7 +14,7 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 """
 
 from dataclasses import dataclass, replace
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Literal
 
 from common import Flags, base_of, commits_of, parse_flags, workers
@@ -64,7 +64,7 @@ def main(flags: StabilityFlags) -> None:
                     losses[name].setdefault(entry.round + 1, []).append(loss - choice.loss_base)
     rows = [
         [str(number)]
-        + [f"{mean(by[number]):.5f} ± {pstdev(by[number]):.5f}" for by in losses.values() if by]
+        + [f"{mean(by[number]):.5f} ± {stdev(by[number]):.5f}" for by in losses.values() if by]
         for number in range(1, NUM_ROUNDS + 1)
     ]
     columns = ["round", *(f"loss above the base's {name}" for name, by in losses.items() if by)]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import ImageDataset
-from tdc_ray.errors import EvaluationError, StorageError
+from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.remote import located
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage import atomic_path, exists, fetch, read_json, write_json
@@ -128,6 +128,7 @@ def choose_features(config: RunConfig, dataset: ImageDataset, decided: Path) -> 
         decided: Where the decision is kept for later calls.
 
     Raises:
+        ConfigError: A classifier is asked for, and there are no labels.
         EvaluationError: Neither Inception's weights nor labels for a classifier are to be had.
     """
     wanted = read_json(decided)["features"] if exists(decided) else config.evaluate.features
@@ -136,7 +137,22 @@ def choose_features(config: RunConfig, dataset: ImageDataset, decided: Path) -> 
     return spec
 
 
+def check_labels(config: RunConfig, dataset: ImageDataset) -> None:
+    """Make sure that a classifier that is asked for has labels to be trained on.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if config.evaluate.features == "classifier" and dataset.num_classes is None:
+        raise ConfigError(
+            "evaluate.features must be inception or auto where not all images have labels, got "
+            f"classifier (data.source {config.data.source}). Inception's weights are looked for in "
+            "--evaluate.inception-path, in the cache and on the network."
+        )
+
+
 def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> FeatureSpec:
+    check_labels(config, dataset)
     cache = located(config.evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()
     if wanted != "classifier":
@@ -151,9 +167,8 @@ def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> Fea
                 "--evaluate.inception-path."
             )
     if dataset.num_classes is None:
-        missing = "" if wanted == "classifier" else f"{INCEPTION_FILE} is not to be had and "
         raise EvaluationError(
-            f"{missing}data.source {config.data.source} has no "
+            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no "
             "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]

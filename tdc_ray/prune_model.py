@@ -66,7 +66,7 @@ def run_config_of(unet: Path) -> RunConfig | None:
     Raises:
         ConfigError: They are of another version.
     """
-    path = unet.parents[1] / "config.json"
+    path = unet.parent.parent / "config.json"
     if unet.name != "unet" or unet.parent.name != "base" or not exists(path):
         return None
     return from_json(read_json(path))

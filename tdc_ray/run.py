@@ -23,7 +23,7 @@ from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.expert_times import expert_times
-from tdc_ray.features import FeatureSpec, choose_features
+from tdc_ray.features import FeatureSpec, check_labels, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
@@ -157,11 +157,13 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     space = space_of(unet, config.prune.space, config.prune.channel_multiple)
     if config.prune.objective == "macs":
         _check_limits(config, space, plan)
+    dataset = load_dataset(data)
+    check_labels(config, dataset)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
         num_class_embeds=unet.get("num_class_embeds"),
-        num_data_classes=load_dataset(data).num_classes,
+        num_data_classes=dataset.num_classes,
     )
     return space, plan
 

@@ -306,3 +306,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(2, "evaluate", self, "num_images")
         at_least(1, "evaluate", self, "batch_size")
+        unread = self.features == "classifier" and self.inception_path is not None
+        rule = "left out, or features inception or auto: a classifier does not read it"
+        require("evaluate", self, "inception_path", rule, ok=not unread)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config import RunConfig, differences, from_json
 from tdc_ray.distributed.simulate import Simulated, Weather, simulate
 from tdc_ray.errors import StorageError
 from tdc_ray.finetune import finetune_item, trial_item
@@ -20,6 +20,7 @@ from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.remote import located, shown
 from tdc_ray.simulation_settings import SimulationConfig
+from tdc_ray.storage import read_json
 from tdc_ray.timeline import load_history
 from tdc_ray.work import Chain, Meeting, WorkItem
 
@@ -32,9 +33,9 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
 
     Raises:
         LimitError: A group's limit is below the smallest pruned model.
-        StorageError: The run that is to give the costs has no timeline.
+        StorageError: The run that is to give the costs has no timeline, or other settings.
     """
-    seconds_of, train, groups = _costs(simulation), config.finetune, _groups(config)
+    seconds_of, train, groups = _costs(config, simulation), config.finetune, _groups(config)
     weather = Weather(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
@@ -63,17 +64,24 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
     ]
 
 
-def _costs(simulation: SimulationConfig) -> Callable[[WorkItem], float]:
+def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkItem], float]:
     """Give what an item takes: as measured, or by its macs."""
     measured: dict[str, float] = {}
     if simulation.costs is not None:
-        timeline, spans = RunDir(located(simulation.costs)).timeline, defaultdict(list)
+        run_dir = RunDir(located(simulation.costs))
+        timeline, spans = run_dir.timeline, defaultdict(list)
         for span in load_history(timeline).spans:
             if span.outcome == "done" and span.ended is not None:
                 spans[span.item].append(span.ended - span.started)
         if not spans:
             raise StorageError(
                 f"{shown(timeline)} has no finished item: name a run that is further."
+            )
+        changed = differences(from_json(read_json(run_dir.config)), config)
+        if changed:
+            raise StorageError(
+                f"--costs {shown(run_dir.root)} has other settings: {'; '.join(changed)}. Name "
+                "the same ones, or leave --costs out: times then follow from macs."
             )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
     return lambda item: measured.get(

@@ -124,8 +124,8 @@ def _kind(span: Span) -> str:
     return "evaluating" if span.phase == "evaluation" else "measuring"
 
 
-def print_simulated(console: Console, found: Sequence[Simulated]) -> None:
-    """Print what a cluster of each size would take."""
+def print_simulated(console: Console, found: Sequence[Simulated], macs_per_second: float) -> None:
+    """Print what a cluster of each size would take, and how fast its workers are taken to be."""
     table = Table(title="stage 2 in simulated time", title_justify="left")
     for name in ("workers", "hours", "at least", "used", "lost", "failures", "given up"):
         table.add_column(name, justify="right")
@@ -140,4 +140,8 @@ def print_simulated(console: Console, found: Sequence[Simulated]) -> None:
             str(len(one.unfinished)),
         )
     console.print(table)
-    console.print("used: share of the workers' time; lost: work done twice", soft_wrap=True)
+    console.print(
+        "used: share of the workers' time; lost: work done twice; what no run was seen to take is "
+        f"taken to run at {macs_per_second:.3g} macs per second (--macs-per-second)",
+        soft_wrap=True,
+    )

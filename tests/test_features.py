@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdc_ray.config import RunConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.datasets import ImageDataset, load_dataset
-from tdc_ray.errors import EvaluationError
+from tdc_ray.errors import ConfigError, EvaluationError
 from tdc_ray.features import (
     INCEPTION_FILE,
     NUM_FEATURES,
@@ -26,7 +26,8 @@ from tdc_ray.features import (
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.settings import DataConfig
+from tdc_ray.run import check
+from tdc_ray.settings import DataConfig, EvaluateConfig
 from tdc_ray.storage import write_json
 from tests.small import assert_same, small_config
 
@@ -139,8 +140,20 @@ def test_data_of_other_content_has_a_classifier_and_moments_of_its_own(tmp_path)
 def test_without_labels_there_is_no_classifier(tmp_path):
     data = npz_of(tmp_path / "a.npz", labels=False)
     config = dataclasses.replace(digits(tmp_path, features="classifier"), data=data)
-    with pytest.raises(EvaluationError, match=r"data\.source npz has no labels"):
+    message = (
+        r"evaluate\.features must be inception or auto .* got classifier \(data\.source npz\)"
+    )
+    with pytest.raises(ConfigError, match=message):
         choose(config)
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+def test_inceptions_folder_beside_a_classifier_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.inception_path must be left out, .*got here"
+    ):
+        EvaluateConfig(features="classifier", inception_path="here")
 
 
 @pytest.mark.parametrize("features", ["auto", "inception"])

@@ -109,7 +109,7 @@ class Simulate:
         from tdc_ray.workers_report import print_simulated
 
         found = simulate_run(self.config, self.simulation)
-        print_simulated(console, found)
+        print_simulated(console, found, self.simulation.macs_per_second)
         if self.json is not None:
             document = [asdict(one) for one in found]
             write_json(self.json, {"settings": to_json(self.config), "simulated": document})

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib as mpl
@@ -260,8 +261,9 @@ def rounds_of_groups(run: RunData, name: str) -> str:
             relative_rounds(run).items(), CYCLE * 100, strict=False
         ):
             rounds = sorted(by_round)
-            middle = np.array([np.mean(by_round[number]) for number in rounds])
-            spread = np.array([np.std(by_round[number]) for number in rounds])
+            losses = [by_round[number] for number in rounds]
+            middle = np.array([fmean(some) for some in losses])
+            spread = np.array([stdev(some) if len(some) > 1 else 0.0 for some in losses])
             shown = [number + 1 for number in rounds]
             axes.plot(shown, middle, "o-", color=colour, label=f"group {group}", ms=4)
             low, high = middle - spread, middle + spread

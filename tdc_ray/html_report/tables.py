@@ -154,7 +154,7 @@ def rounds_table(run: RunData) -> Table:
     for (group, number), losses in sorted(by_round.items()):
         finite = [loss for loss in losses if np.isfinite(loss)]
         mean = statistics.fmean(finite) if finite else None
-        spread = statistics.pstdev(finite) if finite else None
+        spread = statistics.stdev(finite) if len(finite) > 1 else None
         best = min(finite, default=None)
         rows.append((group, number + 1, len(losses), mean, spread, best))
     return Table(

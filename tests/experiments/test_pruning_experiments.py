@@ -57,8 +57,8 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     for name in ("taylor/uniform", "magnitude/global, refit", "offline, refit, 10 steps"):
         assert name in names
     record = json.loads((folder / "loss_after_pruning.json").read_text())
-    assert list(record["excess_loss"]) == ["seed 0, all"]
-    aims = [line for line in record["verdicts"] if line.startswith("all: aim")]
+    assert list(record["excess_loss"]) == ["seed 0, group 6"]
+    aims = [line for line in record["verdicts"] if line.startswith("group 6: aim")]
     assert len(aims) == 3 + len(loss_after_pruning.SMOKE_STEPS)
 
 
