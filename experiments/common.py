@@ -4,9 +4,9 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -23,6 +23,7 @@ from tdc_ray.layout import RunDir
 from tdc_ray.lease import exclusive
 from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
+from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.remote import located, shown
 from tdc_ray.results import Results
 from tdc_ray.reuse import Store
@@ -83,6 +84,23 @@ class Flags:
             data = replace(data, first_stage=str(self.first_stage.resolve()))
         config = replace(config, data=data)
         return config if self.smoke else in_size(config, self.steps_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyFlags(Flags):
+    """Flags of an experiment that has a proxy."""
+
+    proxy: Literal["offline", "llm"] = "offline"
+    """Which proxy. llm: a language model, which needs OPENAI_API_KEY, and OPENAI_BASE_URL for
+    servers other than OpenAI's."""
+    llm: ProxyConfig = field(default_factory=ProxyConfig)
+    """The language model."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Give the preset's settings for one seed and this proxy."""
+        config = super().config(seed)
+        prune = replace(config.prune, method=self.proxy)
+        return replace(config, prune=prune, proxy=self.llm)
 
 
 def in_size(config: RunConfig, share: float) -> RunConfig:

@@ -25,8 +25,12 @@ from tdc_ray.sweep_results import Row, SweepResults
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
-    """Give the paper's numbers on a preset's dataset; on one that it has not, CIFAR-10's."""
-    name = preset if preset in numbers else "cifar10"
+    """Give the paper's numbers on a preset's dataset; where it has none, on the one most like it.
+
+    That is FFHQ for latents, where the table has it, and CIFAR-10 otherwise.
+    """
+    like = "ffhq256-ldm" if preset.endswith("-ldm") and "ffhq256-ldm" in numbers else "cifar10"
+    name = preset if preset in numbers else like
     return {"": f"the paper's ({name})", **numbers[name]}
 
 

@@ -5,7 +5,7 @@
 
 Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and standard deviation of
 the loss in every round, after the cut and after the refit, over the candidates of all seeds.
-`--proxy llm` asks a language model instead of the offline proxy.
+`--proxy llm --llm.model NAME` asks a language model instead of the offline proxy.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.
 
@@ -13,11 +13,10 @@ The paper's Figure 5 shows mean and standard deviation of the loss over 5 rounds
 GPT-4 at 0.7 F as a plot; it prints no numbers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean, stdev
-from typing import Literal
 
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import plot_rounds, write_record, write_table
 from stages import all_timesteps
 
@@ -29,27 +28,14 @@ MACS_SHARE = 0.7
 NUM_ROUNDS, NUM_CANDIDATES = 5, 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class StabilityFlags(Flags):
-    """Flags of this experiment."""
-
-    proxy: Literal["offline", "llm"] = "offline"
-    """Which proxy."""
-
-
-def main(flags: StabilityFlags) -> None:
+def main(flags: ProxyFlags) -> None:
     """Search with all seeds; write table and plot."""
     folder = flags.storage / f"proxy_stability-{flags.preset}-{flags.proxy}"
     chains = {}
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
-        prune = replace(
-            config.prune,
-            method=flags.proxy,
-            num_rounds=NUM_ROUNDS,
-            num_candidates=NUM_CANDIDATES,
-        )
+        prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
         root = folder / f"seed-{seed}"
         task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
         chains[str(seed)] = search(task, MemoryBank(task.run_dir.memory))
@@ -76,4 +62,4 @@ def main(flags: StabilityFlags) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(__doc__, StabilityFlags))
+    main(parse_flags(__doc__, ProxyFlags))

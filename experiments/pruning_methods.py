@@ -68,7 +68,18 @@ PAPER = {
         "Taylor": "4.7",
         "Diff-Pruning": "4.4",
         "proxy": "4.2",
-    }
+    },
+    "ffhq256-ldm": {
+        "pretrained": "5.0",
+        "from scratch, short": "85.0",
+        "from scratch, middle": "12.7",
+        "from scratch, long": "6.9",
+        "random": "6.5",
+        "magnitude": "6.2",
+        "Taylor": "6.2",
+        "Diff-Pruning": "6.1",
+        "proxy": "5.8",
+    },
 }
 
 

@@ -5,7 +5,8 @@
 
 Whole runs of TDC that differ in what prunes the groups: random, magnitude, Taylor and Diff-Pruning
 scores and the proxy, each as the paper has it, without a refit, and the proxy with its refit too.
-All runs of a seed share one base. `--proxy llm` makes the proxy a language model.
+All runs of a seed share one base. `--proxy llm --llm.model NAME` makes the proxy a language
+model.
 
 Hardware and hours: `digits` with three seeds, a quarter of the preset's steps and images
 (`--steps-share` 0.25), takes about 25 minutes on 2 CPU cores, `cifar10` days on GPUs
@@ -17,9 +18,8 @@ The paper (FID): on CIFAR-10 original 4.08, random 3.95, magnitude 3.88, Taylor 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from common import SweepFlags, domains_of, parse_flags, swept
+from common import ProxyFlags, SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_bars, scores_of_settings, write_sweep
 
 from tdc_ray.sweep_settings import Value, setting_name
@@ -33,16 +33,21 @@ PAPER = {
         "Taylor": "3.90",
         "Diff-Pruning": "3.85",
         "proxy": "3.76",
-    }
+    },
+    "ffhq256-ldm": {
+        "base": "5.0",
+        "random": "4.97",
+        "magnitude": "4.86",
+        "Taylor": "4.89",
+        "Diff-Pruning": "4.81",
+        "proxy": "4.73",
+    },
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunerFlags(SweepFlags):
+class PrunerFlags(SweepFlags, ProxyFlags):
     """Flags of this experiment."""
-
-    proxy: Literal["offline", "llm"] = "offline"
-    """Which proxy."""
 
 
 def points_of(flags: PrunerFlags) -> dict[str, Mapping[str, Value]]:

@@ -4,8 +4,8 @@
     python experiments/time_cost.py --smoke
 
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
-measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm` asks
-a language model.
+measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
+--llm.model NAME` asks a language model.
 
 Hardware and hours: `digits` takes about 10 minutes a seed on 2 CPU cores.
 
@@ -13,24 +13,15 @@ The paper (thousands of seconds, CIFAR-10): GPT-4 inference 0.078, fine-tuning 1
 OMS-DPM, which trains a predictor, more than 3800.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from statistics import mean
-from typing import Literal
 
-from common import Flags, parse_flags, run_once
+from common import ProxyFlags, parse_flags, run_once
 from output import paper_column, plot_bars, write_record, write_table
 
 from tdc_ray.results import Results
 
-PAPER = {"cifar10": {"proxy": "0.078", "fine-tuning": "190", "total": "342"}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostFlags(Flags):
-    """Flags of this experiment."""
-
-    proxy: Literal["offline", "llm"] = "offline"
-    """Which proxy."""
+PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"}}
 
 
 def seconds_of(results: Results) -> dict[str, float]:
@@ -46,21 +37,19 @@ def seconds_of(results: Results) -> dict[str, float]:
     return stages | {"total": sum(stages.values())}
 
 
-def main(flags: CostFlags) -> None:
+def main(flags: ProxyFlags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"time_cost-{flags.preset}-{flags.proxy}"
     found = []
     for seed in flags.seeds:
         config = flags.config(seed)
-        config = replace(config, prune=replace(config.prune, method=flags.proxy))
         found.append(run_once(config, folder / f"seed-{seed}", flags.store))
     seconds = [seconds_of(results) for results in found]
     paper = paper_column(PAPER, flags.preset)
     rows = [
-        [row, f"{mean(by[row] for by in seconds) / 1000:.4f}", paper.get(row, "-")]
-        for row in seconds[0]
+        [row, f"{mean(by[row] for by in seconds):,.2f}", paper.get(row, "-")] for row in seconds[0]
     ]
-    columns = ["stage", "thousands of seconds", paper[""]]
+    columns = ["stage", "seconds", paper[""]]
     write_table(folder, "time_cost", columns, rows)
     plot_bars(folder, "time_cost", {row: [by[row] for by in seconds] for row in seconds[0]})
     record = {
@@ -72,4 +61,4 @@ def main(flags: CostFlags) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(__doc__, CostFlags))
+    main(parse_flags(__doc__, ProxyFlags))

@@ -146,8 +146,8 @@ def check_labels(config: RunConfig, dataset: ImageDataset) -> None:
     if config.evaluate.features == "classifier" and dataset.num_classes is None:
         raise ConfigError(
             "evaluate.features must be inception or auto where not all images have labels, got "
-            f"classifier (data.source {config.data.source}). Inception's weights are looked for in "
-            "--evaluate.inception-path, in the cache and on the network."
+            f"classifier (data.source {config.data.source}). Inception's weights are looked for "
+            "in --evaluate.inception-path, in the cache and on the network."
         )
 
 

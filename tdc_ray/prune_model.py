@@ -78,15 +78,16 @@ def data_config(source: str, data: DataConfig) -> DataConfig:
     Raises:
         ConfigError: It cannot be told.
     """
+    path = Path(source).expanduser()
+    labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
     if source == "digits":
         return replace(data, source="digits", path=None)
-    path = Path(source).expanduser()
     if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
         return replace(data, source="npz", path=source)
     if (path / "cifar-10-batches-py").is_dir():
         return replace(data, source="cifar10", path=source)
     if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        return replace(data, source="folder", path=source)
+        return replace(data, source="folder", path=source, labels_from_folders=labels)
     raise ConfigError(
         f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
         f"of cifar-10-batches-py, got {source}."
@@ -260,8 +261,10 @@ def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
             f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
             "something else. If it is latents, name --data.first-stage."
         )
-    size: int = unet["sample_size"]
-    return data_config(source, DataConfig(image_size=size, num_channels=channels))
+    data = replace(config.data, image_size=unet["sample_size"], num_channels=channels)
+    named = data_config(source, data)
+    by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
+    return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 
 
 def _check(config: RunConfig, unet: UNetConfig) -> None:

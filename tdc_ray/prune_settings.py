@@ -127,7 +127,8 @@ class ProxyConfig:
     """Longest wait for one reply, in seconds."""
 
     max_retries: int = 4
-    """How often a request is sent again after a timeout, 429 or 5xx; Retry-After is heeded."""
+    """How often a request is sent again after a timeout, 429 or 5xx; a Retry-After of up to two
+    minutes is heeded."""
 
     max_replies: int = 3
     """Replies per proposal: a bad one is answered with what was wrong with it. After the last the

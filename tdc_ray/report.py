@@ -169,6 +169,7 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
     table = Table()
     for name in ("group", "round", "source", "macs", "cut", *columns):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("widths", overflow="fold")
     for group in sorted({entry.group for entry in entries}):
         own = [entry for entry in entries if entry.group == group]
         for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
@@ -187,9 +188,12 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
                 macs_text(entry.macs),
                 loss_text(entry.loss_cut),
                 *(cells[name] for name in columns),
+                " ".join(str(width) for width in entry.widths.values()),
             )
         table.add_section()
     console.print(table)
+    if entries:
+        console.print(f"widths: of {', '.join(entries[0].widths)}", soft_wrap=True)
 
 
 def conclusions(results: Results) -> list[str]:

@@ -3,16 +3,22 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
+from rich.console import Console
 
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, save_unet
+from tdc_ray.prune_model import for_unet
+from tdc_ray.report import print_memory
 from tdc_ray.storage import write_json
 from tests.prune.openai_server import (
     echoes_key,
@@ -23,7 +29,7 @@ from tests.prune.openai_server import (
     says_key,
     serving,
 )
-from tests.prune.tasks import NAMES
+from tests.prune.tasks import NAMES, entry
 from tests.small import TINY, make_run_dir, output_of, random_unet, small_config
 
 FEW = ("--prune.num-images", "32", "--prune.num-refit-images", "32", "--prune.num-levels", "1")
@@ -50,7 +56,7 @@ def test_a_pruned_model_is_within_the_limit_and_loads(model, tmp_path, method):
     assert report.keys() >= REPORT
     assert report["method"] == method
     assert report["macs"] <= report["macs_limit"] == int(0.6 * report["macs_base"])
-    pruned = load_expert(tmp_path)
+    pruned = load_expert(str(tmp_path))
     assert count_macs(pruned) == report["macs"]
     assert torch.isfinite(output_of(pruned)).all()
 
@@ -98,6 +104,18 @@ def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
     assert run_command(["memory", str(tmp_path)]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "taylor/" in line]
     assert f"{report['loss_refit']:.5f}" in rows[-1]
+    command = ["memory", str(tmp_path), "--group", "9"]
+    assert run_command(command) == 1
+    assert "--group must be in the memory bank (0), got 9" in capsys.readouterr().err
+
+
+def test_memory_shows_what_every_scheme_keeps(capsys):
+    entries = [entry(2, 0.06, u0=2), entry(1, 0.03, u3=1)]
+    print_memory(Console(width=120), entries, Path("memory.jsonl"))
+    shown = " ".join(capsys.readouterr().out.split())
+    for one in entries:
+        assert " ".join(map(str, one.widths.values())) in shown
+    assert f"widths: of {', '.join(NAMES)}" in shown
 
 
 def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
@@ -172,6 +190,53 @@ def test_the_settings_are_those_of_the_models_run_whatever_other_runs_are_named(
     assert (command.method, command.config.prune.method) == (None, "taylor")
     again = parse(["prune", "--preset", "digits", *rest])
     assert again.config.prune.method == "offline"
+
+
+@pytest.mark.parametrize("flag", ["--no-verbose", "--data.no-horizontal-flip", "--macs=0.5"])
+def test_a_flag_without_a_value_does_not_hide_the_model(tmp_path, flag):
+    run_dir = make_run_dir(tmp_path / "run")
+    write_json(run_dir.config, to_json(small_config(diffusion={"num_train_timesteps": 700})))
+    command = parse(["prune", flag, str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert command.config.diffusion.num_train_timesteps == 700
+
+
+@pytest.mark.parametrize("flags", [[], ["--preset", "mnist"]])
+def test_a_pipeline_brings_its_noise_process(tmp_path, flags):
+    scheduler = DDPMScheduler(400, beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
+    rest = [str(tmp_path / "pipeline"), "--out", str(tmp_path / "out")]
+    noise = parse(["prune", *rest, *flags]).config.diffusion
+    assert (noise.num_train_timesteps, noise.beta_schedule) == (400, "squaredcos_cap_v2")
+    assert parse(["prune", *rest, "--diffusion.num-train-timesteps", "300"]).config.diffusion == (
+        replace(noise, num_train_timesteps=300)
+    )
+
+
+def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
+    assert run_command(["prune", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out")]) == 1
+    assert "prediction_type v_prediction" in capsys.readouterr().err
+
+
+def test_where_a_model_tells_no_noise_process_what_is_taken_is_said(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "bare")
+    prune(tmp_path / "bare", tmp_path / "out", "--method", "magnitude")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "does not tell diffusion.num_train_timesteps" in told
+    assert "linear betas over 1000 timesteps are taken" in told
+
+
+def test_named_data_keep_the_other_settings_and_a_model_of_classes_reads_folders(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (9, 9)).save(tmp_path / "images" / name / "0.png")
+    config = small_config(data={"max_corrupt": 3, "source": "folder", "path": "elsewhere"})
+    images = str(tmp_path / "images")
+    for embeds, labels in ((None, False), (2, True)):
+        data = for_unet(config, {**TINY, "num_class_embeds": embeds}, images).data
+        assert (data.path, data.max_corrupt, data.labels_from_folders) == (images, 3, labels)
+    assert for_unet(replace(config, data=data), TINY, "digits").data.source == "digits"
 
 
 @pytest.mark.parametrize(

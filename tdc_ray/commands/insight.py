@@ -57,8 +57,12 @@ class Memory:
             raise StorageError(
                 f"{shown(folder)} holds no memory bank: {shown(paths[0])} does not exist."
             )
-        for path in found:
-            entries = MemoryBank(path).all()
+        banks = {path: MemoryBank(path).all() for path in found}
+        groups = sorted({entry.group for entries in banks.values() for entry in entries})
+        if self.group is not None and self.group not in groups:
+            names = ", ".join(map(str, groups)) or "none yet"
+            raise ConfigError(f"--group must be in the memory bank ({names}), got {self.group}.")
+        for path, entries in banks.items():
             print_memory(console, [e for e in entries if self.group in (None, e.group)], path)
 
 

@@ -62,9 +62,17 @@ class Prune:
 
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
+        from tdc_ray.base_sources import find_base
+        from tdc_ray.bases import untold
         from tdc_ray.models.unet import unet_config
         from tdc_ray.plan import one_group, plan_groups
-        from tdc_ray.prune_model import REPORT_FILE, for_unet, prune_model, unet_dir
+        from tdc_ray.prune_model import (
+            REPORT_FILE,
+            for_unet,
+            prune_model,
+            run_config_of,
+            unet_dir,
+        )
         from tdc_ray.report import print_pruned
 
         unet = unet_dir(self.model_dir)
@@ -73,6 +81,13 @@ class Prune:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
+        if run_config_of(unet) is None and (missing := untold(find_base(str(self.model_dir)))):
+            noise, names = config.diffusion, ", ".join(missing)
+            console.print(
+                f"{shown(self.model_dir)} does not tell {names}: {noise.beta_schedule} betas "
+                f"over {noise.num_train_timesteps} timesteps are taken (--preset, --diffusion.*)",
+                soft_wrap=True,
+            )
         share = 0.7 if self.macs is None else self.macs
         if self.group is None:
             span = self.timesteps or (0, config.diffusion.num_train_timesteps - 1)

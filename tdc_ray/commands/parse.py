@@ -1,11 +1,10 @@
 """Parses the command line; tyro makes the flags from the commands' dataclasses."""
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
@@ -45,7 +44,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """Parse in two passes: the preset decides the defaults of all other flags."""
     config = _with_base(preset(_preset_name(arguments)), arguments)
     missing: Any = tyro.MISSING
-    prune = Prune(model_dir=missing, out=missing, config=_config_of_model(arguments) or config)
+    prune = Prune(model_dir=missing, out=missing, config=_config_of_model(config, arguments))
     autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
     imported = Import(source=missing, out=missing, config=config)
     choices = (
@@ -121,31 +120,50 @@ def _source(arguments: Sequence[str]) -> str | None:
         return None
     if arguments[0] != "import":
         return _value_of("--base", arguments) or _value_of("--model.base", arguments)
-    names = [
-        argument
-        for before, argument in pairwise(arguments)
-        if not argument.startswith("-") and not before.startswith("--")
-    ]
-    return names[0] if names else None
+    return next(_free(arguments), None)
 
 
-def _config_of_model(arguments: Sequence[str]) -> RunConfig | None:
-    """Give the settings of the run that trained the model that is to be pruned.
+def _free(arguments: Sequence[str]) -> Iterator[str]:
+    """Give the arguments behind the command that are neither flags nor the value of one."""
+    switches = {"--verbose", "--no-verbose"}
+    for stage, kind in get_type_hints(RunConfig).items():
+        for name, value in get_type_hints(kind).items() if is_dataclass(kind) else ():
+            if value is bool:
+                setting = name.replace("_", "-")
+                switches |= {f"--{stage}.{setting}", f"--{stage}.no-{setting}"}
+    for before, argument in pairwise(arguments):
+        takes_value = before.startswith("--") and "=" not in before and before not in switches
+        if not argument.startswith("-") and not takes_value:
+            yield argument
 
-    They hold unless a preset is asked for. The model is the first argument that is neither a flag
-    nor a flag's value.
+
+def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Make what the model that is to be pruned tells the defaults of all flags.
+
+    The settings of the run that trained it hold unless a preset is asked for; of another model
+    its noise process does.
+
+    Raises:
+        ConfigError: The model is of a kind that cannot be pruned here.
+        CheckpointError: It is malformed.
     """
-    if not arguments or arguments[0] != "prune" or _value_of("--preset", arguments):
-        return None
+    if not arguments or arguments[0] != "prune":
+        return config
+    from tdc_ray.base_sources import find_base
+    from tdc_ray.bases import come_along
     from tdc_ray.prune_model import run_config_of, unet_dir
 
-    for before, argument in pairwise(arguments):
-        is_value = before.startswith("--") and "=" not in before and before != "--verbose"
-        if argument.startswith("-") or is_value:
+    for argument in _free(arguments):
+        try:
+            unet = unet_dir(Path(argument))
+        except CheckpointError:  # a second value of a flag, or it is told once all is parsed
             continue
-        with contextlib.suppress(CheckpointError):
-            if config := run_config_of(unet_dir(Path(argument))):
-                prune = config.prune
-                method = "offline" if prune.method == "none" else prune.method
-                return replace(config, prune=replace(prune, method=method, halving_steps=0))
-    return None
+        trained = run_config_of(unet)
+        if trained is None:
+            return come_along(find_base(argument), config, with_data=False)
+        if _value_of("--preset", arguments):
+            return config
+        prune = trained.prune
+        method = "offline" if prune.method == "none" else prune.method
+        return replace(trained, prune=replace(prune, method=method, halving_steps=0))
+    return config

@@ -16,7 +16,7 @@ from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
 from tdc_ray.models.units import Kept, units_for
-from tdc_ray.remote import shown
+from tdc_ray.remote import located, shown
 from tdc_ray.storage import atomic_path, fetch, read_json, remove, write_json
 
 CONFIG_FILE = "expert.json"
@@ -48,12 +48,13 @@ def save_expert_into(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: 
 
 
 @torch.inference_mode(mode=False)  # whose tensors take no gradients, which a cut is traced by
-def load_expert(folder: Path) -> UNet2DModel:
-    """Load a pruned UNet, in eval mode, on the CPU.
+def load_expert(folder: Path | str) -> UNet2DModel:
+    """Load a pruned UNet from a folder, or its URI, in eval mode, on the CPU.
 
     Raises:
         CheckpointError: The folder holds no expert, or weights and config do not fit.
     """
+    folder = located(folder)
     if not (fetch(folder) / CONFIG_FILE).exists():
         raise CheckpointError(f"{shown(folder)} holds no expert: {CONFIG_FILE} is missing.")
     try:

@@ -6,7 +6,8 @@ groups that are kept as they were, so macs and parameters add up over them.
 
 Stream units are the width of the residual stream itself, from where a convolution starts it to
 where the next one does; whatever adds to it or reads it, skip connections too, is cut with it. A
-step takes one channel from each of its GroupNorm groups, so that every norm keeps its groups.
+step takes one channel from each of its GroupNorm groups, so that norms of the stream keep their
+groups; a norm that reads a skip beside it has other groups once its parts are narrower.
 """
 
 import hashlib

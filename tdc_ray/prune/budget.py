@@ -62,7 +62,9 @@ class Budget:
                 spent = self._spent
                 raise ProxyError(
                     f"another call could break proxy.{broken}: so far {spent.calls} calls took "
-                    f"{spent.tokens:,} tokens at a cost of {self.cost(spent):.4g}."
+                    f"{spent.tokens:,} tokens at a cost of {self.cost(spent):.4g}, and one can "
+                    f"take {bound.tokens:,} at {self.cost(bound):.4g}, each attempt counted. "
+                    "Raise the bound, or lower proxy.max_retries or proxy.max_completion_tokens."
                 )
             if not self._fits(bound):
                 raise ProxyError(

@@ -6,6 +6,7 @@ carries them along.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -48,9 +49,17 @@ class Answer:
     """HTTP status; 0: no answer came."""
 
 
+class _Part(BaseModel):
+    text: str = ""
+
+
 class _Message(BaseModel):
-    content: str | None = None
+    content: str | list[_Part] | None = None
     refusal: str | None = None
+
+    def words(self) -> str:
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
 class _Choice(BaseModel):
@@ -65,7 +74,8 @@ class _Tokens(BaseModel):
 
 class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Tokens | None = None
+    usage: Any = None
+    """Told apart from the rest: a reply is good whatever its server counts."""
 
 
 def server_host() -> str:
@@ -153,12 +163,16 @@ def send(
 
 @dataclass(slots=True)
 class _Count:
-    """Counts the client's attempts at one request, but those that were refused."""
+    """Counts the client's attempts at one request that got to a server and were not refused."""
 
     unanswered: int = 0
 
-    async def begin(self, _: object) -> None:
-        self.unanswered += 1
+    async def begin(self, request: Any) -> None:
+        request.extensions["trace"] = self._trace
+
+    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        sent = event.endswith("send_request_headers.started")
+        self.unanswered += sent and info["request"].method != b"CONNECT"  # that is a proxy's
 
     async def end(self, response: Any) -> None:
         self.unanswered -= response.status_code != 200  # 200 may yet break off
@@ -191,14 +205,15 @@ def _read(body: str) -> Answer:
     except ValidationError:
         return Answer(problem="the server's answer is no chat completion.")
     usage = None
-    if (tokens := completion.usage) is not None:
+    with contextlib.suppress(ValidationError):
+        tokens = _Tokens.model_validate(completion.usage)
         usage = Usage(
             calls=1,
             prompt_tokens=tokens.prompt_tokens,
             completion_tokens=tokens.completion_tokens,
         )
     choice = completion.choices[0]
-    text, problem = choice.message.content or "", None
+    text, problem = choice.message.words(), None
     if choice.message.refusal:
         text, problem = choice.message.refusal, "it is a refusal, but schemes were asked for."
     elif choice.finish_reason == "length":

@@ -44,6 +44,9 @@ round: {round} of {num_rounds}; the memory bank grows with every round
 # Units, in the order of the forward pass
 """
 
+MAX_QUOTED_CHARS = 20_000
+"""Most of a bad reply that is sent back with what was wrong with it."""
+
 COLUMNS = (
     "number | unit | kind | place | resolution | channels | widths | {name} | step | score | low"
 )
@@ -165,6 +168,8 @@ def correction(reply: str, problem: str) -> list[Message]:
     """Answer a bad reply with what was wrong; one that was empty is best asked for again."""
     if not reply:
         return []
+    if len(reply) > MAX_QUOTED_CHARS:
+        reply = f"{reply[:MAX_QUOTED_CHARS]} [...]"
     content = (
         f"Your answer cannot be used:\n{problem}\nAnswer again, with the whole JSON object of the "
         "form described above and nothing else."

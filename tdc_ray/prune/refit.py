@@ -61,7 +61,7 @@ def refit(
     true = [store.keep(batch.start(base, schedule)) for batch in batches]
     ours, cut_before = true, False
     for base_step, step in zip(steps(base), steps(pruned), strict=True):
-        after = [store.keep(base_step(_on(state, device))) for state in true]
+        after = [store.keep(_after(base_step, state, device)) for state in true]
         for name in _to_solve(base_step.module, step.module, cut_before=cut_before):
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
@@ -78,7 +78,7 @@ def refit(
                 weights[step.name],
             )
         cut_before = cut_before or is_cut(base_step, step)
-        ours = [store.keep(step(_on(state, device))) for state in ours] if cut_before else after
+        ours = [store.keep(_after(step, state, device)) for state in ours] if cut_before else after
         true = after
     return macs
 
@@ -108,12 +108,27 @@ def _on(state: State, device: torch.device) -> State:
     return State(state.hidden.to(device), state.embedding, skips)
 
 
+def _after(step: Step, state: State, device: torch.device) -> State:
+    """Run a step; the skips that it leaves alone stay where they were kept."""
+    here = _on(state, device)
+    after = step(here)
+    kept = {id(skip): own for skip, own in zip(here.skips, state.skips, strict=True)}
+    skips = tuple(kept.get(id(skip), skip) for skip in after.skips)
+    return State(after.hidden, after.embedding, skips)
+
+
 def _in_file(tensor: Tensor) -> Tensor:
-    """Copy a tensor into a file that has no name and goes with the tensor."""
+    """Copy a tensor into a file that has no name and goes with the tensor.
+
+    Raises:
+        OSError: The disk is full.
+    """
     with tempfile.NamedTemporaryFile() as file:
-        file.truncate(tensor.numel() * tensor.element_size())
+        # written and not copied into the map: a disk that is full then is an error and no signal
+        file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        file.flush()
         kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return kept.view(tensor.shape).copy_(tensor)
+    return kept.view(tensor.shape)
 
 
 def closing(module: nn.Module) -> str:

@@ -13,6 +13,9 @@ from tdc_ray.prune.space import Scheme, Space
 MAX_CHARS = 200_000
 """Longest reply that is searched for JSON; a proposal for the largest UNet takes a tenth of it."""
 
+MAX_BRACES = 5_000
+"""Most braces at which JSON is looked for: 0.2 s in the worst case."""
+
 MAX_PROBLEMS = 10
 """Most problems that are told at once."""
 
@@ -115,11 +118,15 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Give the JSON objects in a text, none of which lies inside another."""
     decoder = json.JSONDecoder()
     start = text.find("{")
-    while start >= 0:
+    for _ in range(MAX_BRACES):
+        if start < 0:
+            return
         end = start + 1
         try:
             value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return
+        except ValueError:
             pass  # this brace opens no object
         else:
             yield value

@@ -20,14 +20,14 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.timeout(600)
 def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     import proxy_stability
-    from common import parse_flags
+    from common import ProxyFlags, parse_flags
 
     monkeypatch.setattr(
         sys,
         "argv",
         ["proxy_stability.py", "--smoke", "--num-actors", "1", "--storage", str(storage)],
     )
-    proxy_stability.main(parse_flags(proxy_stability.__doc__, proxy_stability.StabilityFlags))
+    proxy_stability.main(parse_flags(proxy_stability.__doc__, ProxyFlags))
     folder = storage / "proxy_stability-digits-smoke-offline"
     assert [row["round"] for row in rows_of(folder, "proxy_stability")] == list("12345")
     record = json.loads((folder / "proxy_stability.json").read_text())
@@ -68,7 +68,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     ("name", "folder", "flags", "column"),
     [
         ("pruning_methods", "digits-smoke", "Flags", "row"),
-        ("time_cost", "digits-smoke-offline", "CostFlags", "stage"),
+        ("time_cost", "digits-smoke-offline", "ProxyFlags", "stage"),
         ("training_free", "digits-smoke", "FreeFlags", "experts"),
         ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),
     ],

@@ -340,5 +340,37 @@ def test_an_address_that_cannot_be_used_is_told(url, tmp_path, monkeypatch):
 
 def test_a_server_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    error = ask(job_in(tmp_path, max_retries=0), lambda *_: None)["error"]
-    assert "no connection to the server" in error
+    result = ask(job_in(tmp_path), lambda *_: None)
+    assert "no connection to the server" in result["error"]
+    assert (result["calls"], result["completion_tokens"]) == (0, 0)
+
+
+def test_a_bound_below_one_call_says_what_a_call_can_take(tmp_path, monkeypatch):
+    job = job_in(tmp_path, max_total_tokens=900)
+    result, server = run(job, monkeypatch, says(GOOD))
+    assert server.requests == []
+    found = re.search(
+        r"max_total_tokens 900: so far 0 .* one can take ([\d,]+) at", result["error"]
+    )
+    assert int(found[1].replace(",", "")) > 2 * 500
+    assert "lower proxy.max_retries or proxy.max_completion_tokens" in result["error"]
+
+
+@pytest.mark.parametrize(
+    "usage", [{}, {"prompt_tokens": 15}, {"prompt_tokens": 15, "completion_tokens": None}, 3, None]
+)
+def test_a_reply_is_good_whatever_its_server_counts(usage, tmp_path, monkeypatch):
+    body = json.dumps(json.loads(completion(GOOD)) | {"usage": usage})
+    result, _ = run(job_in(tmp_path), monkeypatch, lambda handler: handler.answer(200, body))
+    assert (result["error"], result["schemes"]) == (None, SCHEMES)
+    assert result["completion_tokens"] == 500  # the most that it can be
+
+
+def test_a_reply_in_parts_is_put_together(tmp_path, monkeypatch):
+    body = json.loads(completion(None))
+    parts = [{"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}]
+    body["choices"][0]["message"]["content"] = parts
+    result, _ = run(
+        job_in(tmp_path), monkeypatch, lambda handler: handler.answer(200, json.dumps(body))
+    )
+    assert (result["error"], result["schemes"]) == (None, SCHEMES)

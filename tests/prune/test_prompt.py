@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tdc_ray.models.architectures import architecture
-from tdc_ray.prune.prompt import correction, messages_for
+from tdc_ray.prune.prompt import MAX_QUOTED_CHARS, correction, messages_for
 from tdc_ray.prune.reply import parse_reply
 from tdc_ray.prune.space import space_of
 from tests.prune.tasks import NAMES, SPACE, TASK, entry, task
@@ -123,6 +123,8 @@ def test_a_bad_reply_is_quoted_and_answered():
     assert told["role"] == "user"
     assert "it is prose." in told["content"]
     assert correction("", "it is empty.") == []
+    said, _ = correction("x" * 10 * MAX_QUOTED_CHARS, "it is longer than that.")
+    assert len(said["content"]) < MAX_QUOTED_CHARS + 10
 
 
 def test_the_prompt_for_a_large_unet_is_short():

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.steps import steps
+from tdc_ray.models.steps import State, steps
 from tdc_ray.models.surgery import cut, kept_outputs
 from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
 from tdc_ray.prune.error_weights import error_weights
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.prune.refit import closing, refit
+from tdc_ray.prune.refit import _after, closing, refit
 from tdc_ray.settings import DiffusionConfig
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, assert_same, random_kept, random_unet
@@ -280,6 +280,26 @@ def test_it_is_the_same_where_activations_do_not_fit_into_memory(held, monkeypat
     _, found = cut_and_refit(base, units, kept, images)
     close = outputs_of(found, images), outputs_of(wanted, images)
     torch.testing.assert_close(*close, rtol=1e-3, atol=1e-3)  # alignment moves the last bits
+
+
+@torch.no_grad()
+def test_skips_that_a_step_leaves_alone_stay_where_they_are_kept(monkeypatch):
+    """As on a GPU, where what a step is given are copies."""
+
+    def copied(state: State, _: torch.device) -> State:
+        skips = tuple(skip.clone() for skip in state.skips)
+        return State(state.hidden.clone(), state.embedding, skips)
+
+    monkeypatch.setattr("tdc_ray.prune.refit._on", copied)
+    base = random_unet()
+    state, most = noised(TINY, 2)[0].start(base, SCHEDULE), 0
+    for step in steps(base):
+        after = _after(step, state, base.device)
+        known = {id(tensor) for tensor in (*state.skips, after.hidden)}
+        assert {id(skip) for skip in after.skips} <= known
+        state, most = after, max(most, len(after.skips))
+    assert most > 2
+    assert state.skips == ()
 
 
 def test_statistics_of_twice_the_images_take_twice_the_macs():
