@@ -111,6 +111,9 @@ def main(flags: Flags) -> None:
     write_samples(folder, "main_results", titles, num_images=36)
     record = {str(s): {row: asdict(model) for row, model in seeds[s].items()} for s in flags.seeds}
     commits = {result.commit for results in runs.values() for result in results}
+    for row, macs in search.items():
+        for seed in flags.seeds:
+            record[str(seed)][row]["search_macs"] = macs[seed]
     write_record(folder, "main_results", flags, commits, {"metric": metric, "seeds": record})
 
 

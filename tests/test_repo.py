@@ -4,11 +4,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_file_that_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("readme", ["README.md", "experiments/README.md"])
+def test_every_file_that_a_readme_names_exists(readme):
+    readme = (ROOT / readme).read_text()
     named = set(re.findall(r"\b(?:experiments|cluster|tests|tdc_ray)/[\w./-]*\w", readme))
     assert named
     for name in named:

@@ -27,4 +27,5 @@ def test_smoke_writes_the_table_and_what_made_it(storage, monkeypatch):
     models = record["seeds"]["0"]
     spent = models["TDC"]["train_macs"]
     assert models["base, macs of TDC"]["train_macs"] >= spent > models["base"]["train_macs"]
+    assert models["TDC"]["search_macs"] > models["TDC, no pruning"]["search_macs"]
     assert models["TDC, no pruning"]["macs"] == models["base"]["macs"] > models["TDC"]["macs"]
