@@ -34,11 +34,11 @@ def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[
     return {"": f"the paper's ({name})", **numbers[name]}
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """Write mean and sample standard deviation."""
     if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def write_table(
@@ -186,7 +186,8 @@ def plot_rounds(
     for label, by_round in losses.items():
         rounds = sorted(by_round)
         middle = np.array([np.mean(by_round[number]) for number in rounds])
-        spread = np.array([np.std(by_round[number], ddof=1) for number in rounds])
+        losses_of = [by_round[number] for number in rounds]
+        spread = np.array([statistics.stdev(some) if len(some) > 1 else 0 for some in losses_of])
         (line,) = axes.plot(rounds, middle, marker="o", label=label)
         axes.fill_between(
             rounds, middle - spread, middle + spread, alpha=0.2, color=line.get_color()

@@ -14,10 +14,9 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 """
 
 from dataclasses import replace
-from statistics import mean, stdev
 
 from common import ProxyFlags, base_of, commits_of, parse_flags, workers
-from output import plot_rounds, write_record, write_table
+from output import mean_and_spread, plot_rounds, write_record, write_table
 from stages import all_timesteps
 
 from tdc_ray.prune.memory import MemoryBank
@@ -49,8 +48,7 @@ def main(flags: ProxyFlags) -> None:
                 if loss is not None:
                     losses[name].setdefault(entry.round + 1, []).append(loss - choice.loss_base)
     rows = [
-        [str(number)]
-        + [f"{mean(by[number]):.5f} ± {stdev(by[number]):.5f}" for by in losses.values() if by]
+        [str(number)] + [mean_and_spread(by[number], digits=5) for by in losses.values() if by]
         for number in range(1, NUM_ROUNDS + 1)
     ]
     columns = ["round", *(f"loss above the base's {name}" for name, by in losses.items() if by)]

@@ -8,8 +8,10 @@ process, how it is sampled, where all came from, and the SHA-256 of the files.
 import hashlib
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, VQModel
 
@@ -28,8 +30,8 @@ from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.state_dicts import StateDict
 from tdc_ray.models.unet import build_unet, load_unet, save_unet
-from tdc_ray.remote import shown
-from tdc_ray.storage import atomic_path, fetch, read_json, write_json
+from tdc_ray.remote import located, shown
+from tdc_ray.storage import atomic_path, exists, fetch, read_json, write_json
 
 _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
@@ -39,11 +41,11 @@ _FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 logger = logging.getLogger(__name__)
 
 
-def come_along(base: GivenBase, config: RunConfig, *, with_data: bool) -> RunConfig:
+def come_along(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -> RunConfig:
     """Bring settings in line with what a base tells.
 
     Args:
-        base: The base.
+        told: By dotted names.
         config: The settings.
         with_data: Bring the data to the base's resolution and channels, too.
 
@@ -52,7 +54,7 @@ def come_along(base: GivenBase, config: RunConfig, *, with_data: bool) -> RunCon
     """
     document = to_json(config)
     images = ("data.image_size", "data.num_channels")
-    for name, value in base.told.items():
+    for name, value in told.items():
         stage, _, setting = name.partition(".")
         if with_data or name not in images:
             document[stage][setting] = value
@@ -63,12 +65,32 @@ def come_along(base: GivenBase, config: RunConfig, *, with_data: bool) -> RunCon
     return from_json(document)
 
 
-def untold(base: GivenBase) -> list[str]:
-    """Name the settings of the noise process that a base does not tell."""
-    is_cosine = base.told.get("diffusion.beta_schedule") == "squaredcos_cap_v2"
+def noise_told(model: str) -> dict[str, Any]:
+    """Give what a model's folder tells of its noise process and first stage, if it does.
+
+    Raises:
+        CheckpointError: It is malformed.
+        ConfigError: It is of a kind that cannot be used here.
+    """
+    folder = located(model).expanduser()
+    for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
+        if exists(place / BASE_FILE) or exists(place / "model_index.json"):
+            told = find_base(str(place)).told
+            first_stage = ("data.first_stage", "sampler.clip_sample")
+            return {
+                name: value
+                for name, value in told.items()
+                if name.startswith("diffusion.") or name in first_stage
+            }
+    return {}
+
+
+def untold(told: Mapping[str, Any]) -> list[str]:
+    """Name the settings of the noise process that are not among what a base tells."""
+    is_cosine = told.get("diffusion.beta_schedule") == "squaredcos_cap_v2"
     needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]
     names = [f"diffusion.{name}" for name in needed]
-    return [name for name in names if name not in base.told]
+    return [name for name in names if name not in told]
 
 
 def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:

@@ -158,13 +158,13 @@ def check(config: RunConfig) -> tuple[Space, Plan]:
     if config.prune.objective == "macs":
         _check_limits(config, space, plan)
     dataset = load_dataset(data)
-    check_labels(config, dataset)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
         num_class_embeds=unet.get("num_class_embeds"),
         num_data_classes=dataset.num_classes,
     )
+    check_labels(config, dataset)
     return space, plan
 
 

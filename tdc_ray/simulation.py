@@ -80,8 +80,8 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkIte
         changed = differences(from_json(read_json(run_dir.config)), config)
         if changed:
             raise StorageError(
-                f"--costs {shown(run_dir.root)} has other settings: {'; '.join(changed)}. Name "
-                "the same ones, or leave --costs out: times then follow from macs."
+                f"--costs {shown(run_dir.root)} has other settings: {'; '.join(changed)}. Leave "
+                "them as that run's are, or leave --costs out: times then follow from macs."
             )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
     return lambda item: measured.get(

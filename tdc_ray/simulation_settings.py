@@ -14,7 +14,7 @@ class SimulationConfig:
     """Numbers of workers to try."""
 
     costs: Path | None = None
-    """A run of the same settings whose measured times are taken; None: they follow from macs."""
+    """A run whose measured times, and settings, are taken; None: times follow from macs."""
 
     macs_per_second: float = 1e12
     """Of one worker, where nothing was measured."""

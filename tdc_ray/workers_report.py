@@ -141,7 +141,7 @@ def print_simulated(console: Console, found: Sequence[Simulated], macs_per_secon
         )
     console.print(table)
     console.print(
-        "used: share of the workers' time; lost: work done twice; what no run was seen to take is "
-        f"taken to run at {macs_per_second:.3g} macs per second (--macs-per-second)",
+        "used: share of the workers' time; lost: work done twice; items without a measured time: "
+        f"at {macs_per_second:.3g} macs per second (--macs-per-second)",
         soft_wrap=True,
     )

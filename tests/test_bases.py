@@ -72,8 +72,8 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
         num_train_timesteps=500, beta_end=0.03, clip_sample=False, steps_offset=1
     )
     base = find_base(save_pipeline(tmp_path / "p", scheduler, DDIMPipeline))
-    assert untold(base) == []
-    config = come_along(base, CONFIG, with_data=True)
+    assert untold(base.told) == []
+    config = come_along(base.told, CONFIG, with_data=True)
     diffusion, sampler = config.diffusion, config.sampler
     assert (diffusion.num_train_timesteps, diffusion.beta_schedule) == (500, "linear")
     assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.03)
@@ -108,8 +108,8 @@ def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, 
     assert base.told["diffusion.beta_schedule"] == schedule
     timesteps = scheduler.config["num_train_timesteps"]
     assert base.told["diffusion.num_train_timesteps"] == timesteps
-    assert untold(base) == []
-    check_base(base, come_along(base, CONFIG, with_data=True))
+    assert untold(base.told) == []
+    check_base(base, come_along(base.told, CONFIG, with_data=True))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_values_of_another_type_are_refused_by_name(tmp_path):
     edit(tmp_path / "p/unet/config.json", sample_size="large")
     base = find_base(source)
     with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
-        come_along(base, CONFIG, with_data=True)
+        come_along(base.told, CONFIG, with_data=True)
 
 
 def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
@@ -166,7 +166,7 @@ def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
         path.rename(flat / path.name)
     base = find_base(str(flat))
     assert base.told["diffusion.num_train_timesteps"] == 500
-    config = come_along(base, CONFIG, with_data=True)
+    config = come_along(base.told, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(random_unet()))
 
@@ -179,8 +179,8 @@ def test_a_unet_alone_tells_all_but_its_noise_process(tmp_path):
         "data.image_size": 8,
         "data.num_channels": 1,
     }
-    assert untold(base)[0] == "diffusion.num_train_timesteps"
-    assert len(untold(base)) == 5
+    assert untold(base.told)[0] == "diffusion.num_train_timesteps"
+    assert len(untold(base.told)) == 5
 
 
 def test_the_unet_of_a_pipeline_brings_the_pipelines_settings(tmp_path):
@@ -215,7 +215,7 @@ def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path)
     save_pipeline(tmp_path / "p", unet=unet)
     write_json(tmp_path / "p/unet/tdc_heads.json", {"num_heads": 4})
     base = find_base(str(tmp_path / "p"))
-    config = come_along(base, small_config(model={"dropout": 0.25}), with_data=True)
+    config = come_along(base.told, small_config(model={"dropout": 0.25}), with_data=True)
     import_base(base, config, tmp_path / "base")
     loaded = load_unet(tmp_path / "base/unet")
     assert_same(output_of(loaded), output_of(unet))
@@ -230,7 +230,7 @@ def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path)
 
 def test_an_imported_base_is_a_base_that_remembers_its_origin(tmp_path):
     first = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(first, CONFIG, with_data=True)
+    config = come_along(first.told, CONFIG, with_data=True)
     import_base(first, config, tmp_path / "one")
     second = find_base(str(tmp_path / "one"))
     assert second.told == first.told | {"sampler.set_alpha_to_one": True}
@@ -247,12 +247,12 @@ def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
     base = find_base(str(tmp_path))
     assert base.told["diffusion.num_train_timesteps"] == 600
     assert base.told["diffusion.beta_end"] == 0.01
-    assert (untold(base), base.weights) == ([], "EMA")
+    assert (untold(base.told), base.weights) == ([], "EMA")
 
 
 def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_path):
     base = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(base, CONFIG, with_data=True)
+    config = come_along(base.told, CONFIG, with_data=True)
     for stage, change, words in (
         ("diffusion", {"num_train_timesteps": 400}, "num_train_timesteps must be 500.*got 400"),
         ("diffusion", {"beta_end": 0.02}, "beta_end must be 0.03.*got 0.02"),
@@ -270,7 +270,7 @@ def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_p
 
 def test_fewer_timesteps_than_steps_or_groups_lower_these(tmp_path):
     base = find_base(save_pipeline(tmp_path / "p", DDPMScheduler(3)))
-    config = come_along(base, CONFIG, with_data=True)
+    config = come_along(base.told, CONFIG, with_data=True)
     assert (config.sampler.num_inference_steps, config.plan.num_groups) == (3, 3)
 
 
@@ -307,7 +307,7 @@ def test_the_first_stage_comes_along(tmp_path, has_scale):
         config_path.write_text(json.dumps(document))
     base = find_base(source)
     assert "data.image_size" not in base.told
-    import_base(base, come_along(base, CONFIG, with_data=True), tmp_path / "base")
+    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
     loaded = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert_same(loaded.state_dict(), vq_model().state_dict())
     assert loaded.config["scaling_factor"] == (0.5 if has_scale else 1.0)
@@ -321,7 +321,7 @@ def test_an_autoencoder_kl_comes_along_and_others_are_refused(tmp_path):
     autoencoder = AutoencoderKL(latent_channels=4, norm_num_groups=32, block_out_channels=(32,))
     autoencoder.save_pretrained(tmp_path / "p/vqvae")
     base = find_base(source)
-    config = come_along(base, CONFIG, with_data=True)
+    config = come_along(base.told, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     AutoencoderKL.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     edit(tmp_path / "p/vqvae/config.json", _class_name="AutoencoderTiny")
@@ -355,8 +355,8 @@ def compvis_file(folder: Path, *, averaged: bool = True) -> str:
 @torch.inference_mode()
 def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_path):
     base = find_base(compvis_file(tmp_path))
-    assert (untold(base), base.weights) == ([], "EMA")
-    config = come_along(base, with_heads(heads=2, size=32), with_data=True)
+    assert (untold(base.told), base.weights) == ([], "EMA")
+    config = come_along(base.told, with_heads(heads=2, size=32), with_data=True)
     assert (config.diffusion.beta_start, config.diffusion.beta_end) == (0.0015, 0.0195)
     assert config.sampler.steps_offset == 1
     assert (config.sampler.clip_sample, config.sampler.set_alpha_to_one) == (False, False)
@@ -373,7 +373,7 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
 
 def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
     source = compvis_file(tmp_path)
-    config = come_along(find_base(source), with_heads(heads=2, size=32), with_data=True)
+    config = come_along(find_base(source).told, with_heads(heads=2, size=32), with_data=True)
     config = replace(
         config,
         model=replace(config.model, base=source),
@@ -402,8 +402,8 @@ def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
     base = find_base(openai_file(tmp_path, num_classes=3))
     assert base.told == {"diffusion.learned_sigma": True, "data.num_channels": 3}
     assert base.unet["num_class_embeds"] == 3
-    assert len(untold(base)) == 5
-    config = come_along(base, CONFIG, with_data=True)
+    assert len(untold(base.told)) == 5
+    config = come_along(base.told, CONFIG, with_data=True)
     with pytest.raises(ConfigError) as error:
         check_base(base, config)
     for words in (
@@ -419,16 +419,16 @@ def test_a_mismatch_with_the_preset_names_the_architecture_that_fits(tmp_path):
     wide = {"channels": (128, 256, 256, 256), "layers": 3, "attention_at": (1, 2)}
     base = find_base(openai_file(tmp_path, **wide))
     with pytest.raises(ConfigError, match=r"\(iddpm-cifar10 is like it\)"):
-        check_base(base, come_along(base, preset("imagenet64-cosine"), with_data=False))
+        check_base(base, come_along(base.told, preset("imagenet64-cosine"), with_data=False))
     config = preset("cifar10-cosine")
-    settings = check_base(base, come_along(base, config, with_data=False))
+    settings = check_base(base, come_along(base.told, config, with_data=False))
     assert (settings["sample_size"], settings["attention_head_dim"]) == (32, 64)
 
 
 @torch.inference_mode()
 def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
     base = find_base(openai_file(tmp_path))
-    config = come_along(base, with_heads(), with_data=True)
+    config = come_along(base.told, with_heads(), with_data=True)
     import_base(base, config, tmp_path / "base")
     unet, original = load_unet(tmp_path / "base/unet"), randomised()
     x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
@@ -445,7 +445,7 @@ def randomised() -> OpenAIUNet:
 
 def test_heads_are_refused_for_a_base_that_tells_its_own(tmp_path):
     base = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(base, with_heads(size=8), with_data=True)
+    config = come_along(base.told, with_heads(size=8), with_data=True)
     with pytest.raises(ConfigError, match=r"model\.num_heads goes with openai.*got 4"):
         check_base(base, config)
 
@@ -456,7 +456,7 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     del state["out.0.bias"]
     torch.save(state, tmp_path / "model.pt")
     base = find_base(source)
-    config = come_along(base, with_heads(), with_data=True)
+    config = come_along(base.told, with_heads(), with_data=True)
     with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
         import_base(base, config, tmp_path / "base")
     assert not (tmp_path / "base").exists()
@@ -488,7 +488,7 @@ def test_the_hub_is_asked_and_out_of_reach_is_one_clear_error(tmp_path, monkeypa
 
 def test_an_imported_base_that_is_torn_is_named(tmp_path):
     base = find_base(save_pipeline(tmp_path / "p"))
-    import_base(base, come_along(base, CONFIG, with_data=True), tmp_path / "base")
+    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
     edit(tmp_path / "base/base.json", diffusion={})
     with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
         find_base(str(tmp_path / "base"))
@@ -503,7 +503,7 @@ def test_a_base_never_comes_from_a_pickle(tmp_path):
         file.rename(file.with_suffix(".bin"))
     base = find_base(source)
     with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
-        import_base(base, come_along(base, CONFIG, with_data=True), tmp_path / "base")
+        import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
 
 
 def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
@@ -514,6 +514,6 @@ def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
 
 def test_what_is_imported_loads_in_diffusers(tmp_path):
     base = find_base(openai_file(tmp_path))
-    import_base(base, come_along(base, with_heads(), with_data=True), tmp_path / "base")
+    import_base(base, come_along(base.told, with_heads(), with_data=True), tmp_path / "base")
     unet = UNet2DModel.from_pretrained(tmp_path / "base/unet", low_cpu_mem_usage=False).eval()
     assert_same(output_of(unet), output_of(load_unet(tmp_path / "base/unet")))

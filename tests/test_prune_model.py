@@ -15,8 +15,9 @@ from rich.console import Console
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
+from tdc_ray.first_stage import input_shape
 from tdc_ray.models.experts import load_expert
-from tdc_ray.models.unet import count_macs, save_unet
+from tdc_ray.models.unet import count_macs, save_unet, unet_config
 from tdc_ray.prune_model import for_unet
 from tdc_ray.report import print_memory
 from tdc_ray.storage import write_json
@@ -30,7 +31,7 @@ from tests.prune.openai_server import (
     serving,
 )
 from tests.prune.tasks import NAMES, entry
-from tests.small import TINY, make_run_dir, output_of, random_unet, small_config
+from tests.small import TINY, make_first_stage, make_run_dir, output_of, random_unet, small_config
 
 FEW = ("--prune.num-images", "32", "--prune.num-refit-images", "32", "--prune.num-levels", "1")
 FEW += ("--prune.num-rounds", "2", "--prune.num-candidates", "2")
@@ -237,6 +238,16 @@ def test_named_data_keep_the_other_settings_and_a_model_of_classes_reads_folders
         data = for_unet(config, {**TINY, "num_class_embeds": embeds}, images).data
         assert (data.path, data.max_corrupt, data.labels_from_folders) == (images, 3, labels)
     assert for_unet(replace(config, data=data), TINY, "digits").data.source == "digits"
+
+
+def test_a_bare_unet_of_latents_takes_the_first_stage_that_is_named(tmp_path):
+    stage = make_first_stage(tmp_path / "stage", latent_channels=4)
+    save_unet(random_unet({**TINY, "in_channels": 4, "out_channels": 4}), tmp_path / "unet")
+    flags = ["--preset", "mnist-32-ldm", "--data.first-stage", str(stage), "--out", "out"]
+    config = parse(["prune", str(tmp_path / "unet"), *flags]).config
+    unet = unet_config(tmp_path / "unet")
+    data = for_unet(config, unet, "digits").data
+    assert input_shape(data) == (4, unet["sample_size"], unet["sample_size"])
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,7 @@ class Prune:
 
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
-        from tdc_ray.base_sources import find_base
-        from tdc_ray.bases import untold
+        from tdc_ray.bases import noise_told, untold
         from tdc_ray.models.unet import unet_config
         from tdc_ray.plan import one_group, plan_groups
         from tdc_ray.prune_model import (
@@ -81,7 +80,7 @@ class Prune:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if run_config_of(unet) is None and (missing := untold(find_base(str(self.model_dir)))):
+        if run_config_of(unet) is None and (missing := untold(noise_told(str(self.model_dir)))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
                 f"{shown(self.model_dir)} does not tell {names}: {noise.beta_schedule} betas "
@@ -134,7 +133,7 @@ class Import:
             f"{macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
-        for name in untold(base):
+        for name in untold(base.told):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)
             console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)

@@ -14,9 +14,11 @@ from tdc_ray.commands.insight import Memory, Report, Simulate, Status
 from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
 from tdc_ray.commands.run import Plan, Run
 from tdc_ray.commands.sweep import Sweep
-from tdc_ray.config import RunConfig
+from tdc_ray.config import RunConfig, from_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
+from tdc_ray.remote import located
+from tdc_ray.storage import exists, read_json
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
@@ -42,7 +44,7 @@ Command = (
 
 def parse(arguments: Sequence[str]) -> Command:
     """Parse in two passes: the preset decides the defaults of all other flags."""
-    config = _with_base(preset(_preset_name(arguments)), arguments)
+    config = _with_costs(_with_base(preset(_preset_name(arguments)), arguments), arguments)
     missing: Any = tyro.MISSING
     prune = Prune(model_dir=missing, out=missing, config=_config_of_model(config, arguments))
     autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
@@ -102,7 +104,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     from tdc_ray.prune_model import run_config_of
 
     base, has_preset = find_base(source), _value_of("--preset", arguments) is not None
-    missing = untold(base)
+    missing = untold(base.told)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
             f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
@@ -111,7 +113,16 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     if not has_preset and base.folder is not None:
         config = run_config_of(base.folder) or config
     config = replace(config, model=replace(config.model, base=source, num_heads=None))
-    return come_along(base, config, with_data=not has_preset)
+    return come_along(base.told, config, with_data=not has_preset)
+
+
+def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Make the settings of the run whose costs a simulation takes the defaults of its flags."""
+    costs = _value_of("--costs", arguments)
+    if arguments[:1] != ["simulate"] or costs is None or _value_of("--preset", arguments):
+        return config
+    path = located(costs) / "config.json"
+    return from_json(read_json(path)) if exists(path) else config
 
 
 def _source(arguments: Sequence[str]) -> str | None:
@@ -132,7 +143,8 @@ def _free(arguments: Sequence[str]) -> Iterator[str]:
                 setting = name.replace("_", "-")
                 switches |= {f"--{stage}.{setting}", f"--{stage}.no-{setting}"}
     for before, argument in pairwise(arguments):
-        takes_value = before.startswith("--") and "=" not in before and before not in switches
+        flag = before.replace("_", "-")
+        takes_value = flag.startswith("--") and "=" not in flag and flag not in switches
         if not argument.startswith("-") and not takes_value:
             yield argument
 
@@ -149,8 +161,7 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """
     if not arguments or arguments[0] != "prune":
         return config
-    from tdc_ray.base_sources import find_base
-    from tdc_ray.bases import come_along
+    from tdc_ray.bases import come_along, noise_told
     from tdc_ray.prune_model import run_config_of, unet_dir
 
     for argument in _free(arguments):
@@ -160,7 +171,7 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
             continue
         trained = run_config_of(unet)
         if trained is None:
-            return come_along(find_base(argument), config, with_data=False)
+            return come_along(noise_told(argument), config, with_data=False)
         if _value_of("--preset", arguments):
             return config
         prune = trained.prune

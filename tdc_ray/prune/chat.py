@@ -50,7 +50,7 @@ class Answer:
 
 
 class _Part(BaseModel):
-    text: str = ""
+    text: str | None = None
 
 
 class _Message(BaseModel):
@@ -59,7 +59,7 @@ class _Message(BaseModel):
 
     def words(self) -> str:
         parts = self.content or ""
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return parts if isinstance(parts, str) else "".join(part.text or "" for part in parts)
 
 
 class _Choice(BaseModel):
@@ -75,7 +75,7 @@ class _Tokens(BaseModel):
 class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
     usage: Any = None
-    """Told apart from the rest: a reply is good whatever its server counts."""
+    """Checked apart from the rest: a reply is good whatever its server counts."""
 
 
 def server_host() -> str:

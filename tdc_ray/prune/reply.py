@@ -13,8 +13,11 @@ from tdc_ray.prune.space import Scheme, Space
 MAX_CHARS = 200_000
 """Longest reply that is searched for JSON; a proposal for the largest UNet takes a tenth of it."""
 
-MAX_BRACES = 5_000
-"""Most braces at which JSON is looked for: 0.2 s in the worst case."""
+MAX_TRIED_CHARS = 3 * MAX_CHARS
+"""Most that is read in vain in search of JSON, so that a hostile reply takes no time."""
+
+CHARS_OF_TRY = 100
+"""Characters that every brace counts for which opens no object."""
 
 MAX_PROBLEMS = 10
 """Most problems that are told at once."""
@@ -117,17 +120,15 @@ def _read(text: str) -> _Reply:
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Give the JSON objects in a text, none of which lies inside another."""
     decoder = json.JSONDecoder()
-    start = text.find("{")
-    for _ in range(MAX_BRACES):
-        if start < 0:
-            return
+    start, tried = text.find("{"), 0
+    while start >= 0 and tried < MAX_TRIED_CHARS:
         end = start + 1
         try:
             value, end = decoder.raw_decode(text, start)
-        except RecursionError:
+        except json.JSONDecodeError as error:  # this brace opens no object
+            tried += error.pos - start + CHARS_OF_TRY
+        except (ValueError, RecursionError):  # a number of too many digits, or nested too deep
             return
-        except ValueError:
-            pass  # this brace opens no object
         else:
             yield value
         start = text.find("{", end)

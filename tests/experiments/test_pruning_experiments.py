@@ -8,6 +8,7 @@ import pytest
 
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.latents import latents_dir
+from tdc_ray.prune_settings import ProxyConfig
 from tests.small import latent_config, make_first_stage, small_config
 
 
@@ -34,6 +35,17 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     for by_round in record["excess_loss"].values():
         assert [len(losses) for losses in by_round.values()] == [3] * 5
     assert (folder / "proxy_stability.png").stat().st_size > 1000
+
+
+def test_a_language_model_is_asked_as_its_flags_say():
+    from common import ProxyFlags
+    from tdc_pruners import PrunerFlags
+
+    llm = ProxyConfig(model="qwen3", timeout_s=900.0)
+    for flags in (ProxyFlags(proxy="llm", llm=llm), PrunerFlags(proxy="llm", llm=llm)):
+        config = flags.config(0)
+        assert (config.prune.method, config.proxy) == ("llm", llm)
+    assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
 
 
 @pytest.mark.ray

@@ -368,7 +368,8 @@ def test_a_reply_is_good_whatever_its_server_counts(usage, tmp_path, monkeypatch
 
 def test_a_reply_in_parts_is_put_together(tmp_path, monkeypatch):
     body = json.loads(completion(None))
-    parts = [{"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}]
+    texts = (GOOD[:20], None, GOOD[20:])
+    parts = [{"type": "text", "text": text} for text in texts]
     body["choices"][0]["message"]["content"] = parts
     result, _ = run(
         job_in(tmp_path), monkeypatch, lambda handler: handler.answer(200, json.dumps(body))

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.errors import ProxyReplyError
-from tdc_ray.prune.reply import MAX_BRACES, MAX_CHARS, parse_reply, response_format
+from tdc_ray.prune.reply import (
+    CHARS_OF_TRY,
+    MAX_CHARS,
+    MAX_TRIED_CHARS,
+    parse_reply,
+    response_format,
+)
 from tests.prune.tasks import NAMES, SPACE, TASK, is_legal
 
 SCHEME = [{"unit": NAMES[0], "keep": 3}, {"unit": NAMES[5], "keep": 1}]
@@ -80,7 +86,8 @@ def row(unit: str, keep: object) -> str:
         ("I cannot do that.", "no whole JSON object"),
         (GOOD[:-3], "no whole JSON object"),
         ("[" * 100_000, "no whole JSON object"),
-        ("{" * MAX_BRACES + GOOD, "no whole JSON object"),
+        ("{" * (MAX_TRIED_CHARS // CHARS_OF_TRY) + GOOD, "no whole JSON object"),
+        ('{"a":' * 900 + "[" + "1," * 90_000 + GOOD, "no whole JSON object"),
         ('{"a":' * 20_000, "no whole JSON object"),
         ('{"schemes":' + "1" * 10_000 + "}", "no whole JSON object"),
         (" " * MAX_CHARS + GOOD, "longer than"),
