@@ -37,6 +37,8 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     assert (folder / "proxy_stability.png").stat().st_size > 1000
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("storage")
 def test_a_language_model_is_asked_as_its_flags_say():
     from common import ProxyFlags
     from tdc_pruners import PrunerFlags
