@@ -66,7 +66,7 @@ def come_along(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -
 
 
 def noise_told(model: str) -> dict[str, Any]:
-    """Give what a model's folder tells of its noise process and first stage, if it does.
+    """Give what a model's folder tells of its noise process, first stage and that one's images.
 
     Raises:
         CheckpointError: It is malformed.
@@ -75,13 +75,18 @@ def noise_told(model: str) -> dict[str, Any]:
     folder = located(model).expanduser()
     for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
         if exists(place / BASE_FILE) or exists(place / "model_index.json"):
-            told = find_base(str(place)).told
-            first_stage = ("data.first_stage", "sampler.clip_sample")
-            return {
+            base = find_base(str(place))
+            names = ("data.first_stage", "sampler.clip_sample")
+            told = {
                 name: value
-                for name, value in told.items()
-                if name.startswith("diffusion.") or name in first_stage
+                for name, value in base.told.items()
+                if name.startswith("diffusion.") or name in names
             }
+            if isinstance(base.first_stage, Path):
+                stage = read_json(base.first_stage / "config.json")
+                told["data.num_channels"] = stage["in_channels"]
+                told["data.image_size"] = base.unet["sample_size"] * _downsampling(stage)
+            return told
     return {}
 
 

@@ -185,16 +185,6 @@ def input_shape(data: DataConfig) -> Shape:
     return (channels, data.image_size // factor, data.image_size // factor)
 
 
-def images_for(first_stage: Path, latent_size: int) -> tuple[int, int]:
-    """Give channels and size of the images that a first stage turns into latents of a size.
-
-    Raises:
-        CheckpointError: The first stage is missing or malformed.
-    """
-    config = _config(first_stage)
-    return config["in_channels"], latent_size * 2 ** (len(config["block_out_channels"]) - 1)
-
-
 def check_latents(data: DataConfig, unet: UNetConfig, model: str) -> None:
     """Refuse a first stage that does not load, or whose latents are not what the model takes.
 

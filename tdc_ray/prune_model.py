@@ -14,7 +14,7 @@ from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.device import allow_tf32, worker_device
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.first_stage import check_latents, images_for
+from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.latents import prepare_latents
 from tdc_ray.layout import RunDir
@@ -248,20 +248,20 @@ def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig
 
 
 def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
-    """Bring data to the UNet's shape, or to what a first stage needs for it to take the latents.
+    """Bring data to the UNet's shape, unless it takes a first stage's latents.
 
     Raises:
         ConfigError: It cannot be told what data it is, or the UNet does not take images.
     """
-    channels, size = unet["in_channels"], unet["sample_size"]
-    if config.data.first_stage is not None:
-        channels, size = images_for(Path(config.data.first_stage), size)
-    elif channels not in (1, 3):
-        raise ConfigError(
-            f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
-            "something else. If it is latents, name --data.first-stage."
-        )
-    named = data_config(source, replace(config.data, image_size=size, num_channels=channels))
+    data, channels = config.data, unet["in_channels"]
+    if data.first_stage is None:
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
+                "something else. If it is latents, name --data.first-stage."
+            )
+        data = replace(data, image_size=unet["sample_size"], num_channels=channels)
+    named = data_config(source, data)
     by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline
 from PIL import Image
 from rich.console import Console
 
@@ -213,6 +213,17 @@ def test_a_pipeline_brings_its_noise_process(tmp_path, flags):
     )
 
 
+def test_a_pipeline_of_latents_brings_its_first_stage_and_the_size_of_its_images(tmp_path):
+    vae = AutoencoderKL.from_pretrained(make_first_stage(tmp_path / "stage"))
+    unet = random_unet()
+    ldm = LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler())
+    ldm.save_pretrained(tmp_path / "pipeline")
+    config = parse(["prune", str(tmp_path / "pipeline"), "--out", "out"]).config
+    data = for_unet(config, dict(unet.config), "digits").data
+    assert (data.image_size, data.num_channels) == (16, 1)
+    assert input_shape(data) == (1, 8, 8)
+
+
 def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
@@ -244,6 +255,7 @@ def test_a_bare_unet_of_latents_takes_the_first_stage_that_is_named(tmp_path):
     stage = make_first_stage(tmp_path / "stage", latent_channels=4)
     save_unet(random_unet({**TINY, "in_channels": 4, "out_channels": 4}), tmp_path / "unet")
     flags = ["--preset", "mnist-32-ldm", "--data.first-stage", str(stage), "--out", "out"]
+    flags += ["--data.image-size", "16"]
     config = parse(["prune", str(tmp_path / "unet"), *flags]).config
     unet = unet_config(tmp_path / "unet")
     data = for_unet(config, unet, "digits").data

@@ -171,7 +171,7 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
             continue
         trained = run_config_of(unet)
         if trained is None:
-            return come_along(noise_told(argument), config, with_data=False)
+            return come_along(noise_told(argument), config, with_data=True)
         if _value_of("--preset", arguments):
             return config
         prune = trained.prune
