@@ -109,11 +109,14 @@ def main(flags: Flags) -> None:
     samples += ("no-pruning/evaluation/tdc", "tdc/evaluation/tdc")
     titles = dict(zip(ROWS, (first / name for name in samples), strict=True))
     write_samples(folder, "main_results", titles, num_images=36)
-    record = {str(s): {row: asdict(model) for row, model in seeds[s].items()} for s in flags.seeds}
+    record = {
+        str(seed): {
+            row: asdict(model) | {"search_macs": search[row][seed]}
+            for row, model in models.items()
+        }
+        for seed, models in seeds.items()
+    }
     commits = {result.commit for results in runs.values() for result in results}
-    for row, macs in search.items():
-        for seed in flags.seeds:
-            record[str(seed)][row]["search_macs"] = macs[seed]
     write_record(folder, "main_results", flags, commits, {"metric": metric, "seeds": record})
 
 

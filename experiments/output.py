@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from common import Flags
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torchvision.utils import make_grid
@@ -177,26 +178,6 @@ def plot_sweep(folder: Path, name: str, field: str, results: SweepResults, label
     _save(figure, folder / f"{name}.png")
 
 
-def plot_rounds(
-    folder: Path, name: str, losses: Mapping[str, Mapping[int, Sequence[float]]]
-) -> None:
-    """Draw mean and sample standard deviation of losses over the rounds."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for label, by_round in losses.items():
-        rounds = sorted(by_round)
-        middle = np.array([np.mean(by_round[number]) for number in rounds])
-        losses_of = [by_round[number] for number in rounds]
-        spread = np.array([statistics.stdev(some) if len(some) > 1 else 0 for some in losses_of])
-        (line,) = axes.plot(rounds, middle, marker="o", label=label)
-        axes.fill_between(
-            rounds, middle - spread, middle + spread, alpha=0.2, color=line.get_color()
-        )
-    axes.set(xlabel="round", ylabel="loss above the base's", xticks=rounds)
-    axes.legend()
-    _save(figure, folder / f"{name}.png")
-
-
 def plot_lines(
     folder: Path,
     name: str,
@@ -213,6 +194,7 @@ def plot_lines(
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
         axes.errorbar([x for x, _ in points], middle, spread, marker="o", capsize=3, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     _save(figure, folder / f"{name}.png")
 

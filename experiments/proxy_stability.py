@@ -16,7 +16,7 @@ GPT-4 at 0.7 F as a plot; it prints no numbers.
 from dataclasses import replace
 
 from common import ProxyFlags, base_of, commits_of, parse_flags, workers
-from output import mean_and_spread, plot_rounds, write_record, write_table
+from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import all_timesteps
 
 from tdc_ray.prune.memory import MemoryBank
@@ -53,7 +53,13 @@ def main(flags: ProxyFlags) -> None:
     ]
     columns = ["round", *(f"loss above the base's {name}" for name, by in losses.items() if by)]
     write_table(folder, "proxy_stability", columns, rows)
-    plot_rounds(folder, "proxy_stability", losses)
+    plot_lines(
+        folder,
+        "proxy_stability",
+        {name: sorted(by_round.items()) for name, by_round in losses.items()},
+        xlabel="round",
+        ylabel="loss above the base's",
+    )
     notes = [note for choice in found.values() for note in choice.spent.notes]
     record = {"method": flags.proxy, "excess_loss": losses, "notes": notes}
     write_record(folder, "proxy_stability", flags, commits_of(folder), record)

@@ -45,7 +45,7 @@ def come_along(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -
     """Bring settings in line with what a base tells.
 
     Args:
-        told: By dotted names.
+        told: What a base tells, by dotted names.
         config: The settings.
         with_data: Bring the data to the base's resolution and channels, too.
 

@@ -125,10 +125,8 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         end = start + 1
         try:
             value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:  # this brace opens no object
-            tried += error.pos - start + CHARS_OF_TRY
-        except (ValueError, RecursionError):  # a number of too many digits, or nested too deep
-            return
+        except (ValueError, RecursionError) as error:  # no JSON, too many digits, too deep
+            tried += getattr(error, "pos", len(text)) - start + CHARS_OF_TRY
         else:
             yield value
         start = text.find("{", end)

@@ -101,16 +101,20 @@ def serving(*script: Step) -> Iterator[Server]:
 
 
 def completion(
-    content: str | None, *, finish_reason: str = "stop", refusal: str | None = None
+    content: object,
+    *,
+    finish_reason: str = "stop",
+    refusal: str | None = None,
+    usage: object = USAGE,
 ) -> str:
     """Body of a good answer."""
     message = {"role": "assistant", "content": content, "refusal": refusal}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": USAGE}
+    top = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
     return json.dumps(top | {"choices": [choice]})
 
 
-def says(content: str | None, **how: str) -> Step:
+def says(content: object, **how: Any) -> Step:
     return lambda handler: handler.answer(200, completion(content, **how))
 
 

@@ -360,18 +360,12 @@ def test_a_bound_below_one_call_says_what_a_call_can_take(tmp_path, monkeypatch)
     "usage", [{}, {"prompt_tokens": 15}, {"prompt_tokens": 15, "completion_tokens": None}, 3, None]
 )
 def test_a_reply_is_good_whatever_its_server_counts(usage, tmp_path, monkeypatch):
-    body = json.dumps(json.loads(completion(GOOD)) | {"usage": usage})
-    result, _ = run(job_in(tmp_path), monkeypatch, lambda handler: handler.answer(200, body))
+    result, _ = run(job_in(tmp_path), monkeypatch, says(GOOD, usage=usage))
     assert (result["error"], result["schemes"]) == (None, SCHEMES)
     assert result["completion_tokens"] == 500  # the most that it can be
 
 
 def test_a_reply_in_parts_is_put_together(tmp_path, monkeypatch):
-    body = json.loads(completion(None))
-    texts = (GOOD[:20], None, GOOD[20:])
-    parts = [{"type": "text", "text": text} for text in texts]
-    body["choices"][0]["message"]["content"] = parts
-    result, _ = run(
-        job_in(tmp_path), monkeypatch, lambda handler: handler.answer(200, json.dumps(body))
-    )
+    parts = [{"type": "text", "text": text} for text in (GOOD[:20], None, GOOD[20:])]
+    result, _ = run(job_in(tmp_path), monkeypatch, says(parts))
     assert (result["error"], result["schemes"]) == (None, SCHEMES)

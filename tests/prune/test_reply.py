@@ -66,6 +66,7 @@ def test_every_legal_scheme_is_let_through(wanted):
         f"```json\n{GOOD}\n```",
         f"Here it is: {GOOD} Good luck {{with it}}!",
         f"<think>{{maybe}} {{}} or {json.dumps({'schemes': []})}?</think>{GOOD}",
+        f'<think>{{"macs": {"1" * 5_000}}}</think>{GOOD}',
         json.dumps({"why": "{", "schemes": [SCHEME]}),
         json.dumps({"schemes": [SCHEME, SCHEME]}),
         json.dumps({"schemes": [SCHEME, SCHEME, []]}),  # one more than was asked for
