@@ -141,7 +141,7 @@ def _in_folder(source: str, folder: Path) -> GivenBase:
     run_dir = RunDir(folder)
     if exists(run_dir.config) and exists(run_dir.base_unet):
         return _run(source, run_dir)
-    if "block_out_channels" in _json(folder / "config.json"):
+    if "block_out_channels" in json_object(folder / "config.json"):
         if exists(folder.parent / "model_index.json"):
             return _pipeline(source, folder.parent)
         return _diffusers(source, folder, {}, "as given")
@@ -153,7 +153,7 @@ def _in_folder(source: str, folder: Path) -> GivenBase:
 
 
 def _imported(source: str, folder: Path) -> GivenBase:
-    document = _json(folder / BASE_FILE)
+    document = json_object(folder / BASE_FILE)
     if document.get("format") != FORMAT:
         raise CheckpointError(
             f"{shown(folder / BASE_FILE)} has format {document.get('format')}, expected {FORMAT}."
@@ -181,7 +181,7 @@ def _run(source: str, run_dir: RunDir) -> GivenBase:
 
 def _pipeline(source: str, folder: Path) -> GivenBase:
     """Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one."""
-    index = _json(fetch(folder) / "model_index.json")
+    index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
     if not {"unet", "scheduler"} <= parts:
         raise ConfigError(
@@ -191,7 +191,7 @@ def _pipeline(source: str, folder: Path) -> GivenBase:
     where = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     stages = [where[name] for name in ("vqvae", "vae") if name in parts]
     stage = stages[0] if stages else None
-    scheduler = _json(where["scheduler"] / "scheduler_config.json")
+    scheduler = json_object(where["scheduler"] / "scheduler_config.json")
     told = _told_by_scheduler(source, scheduler)
     base = _diffusers(source, where["unet"], told, "as given", stage)
     is_learned = scheduler.get("variance_type") == "learned_range"
@@ -212,7 +212,7 @@ def _diffusers(
     origin: Mapping[str, Any] | None = None,
 ) -> GivenBase:
     """A UNet in diffusers' format, with what is known of it."""
-    kind = _json(folder / "config.json").get("_class_name", "UNet2DModel")
+    kind = json_object(folder / "config.json").get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ConfigError(f"{source} holds a {kind}: only a UNet2DModel can be a base.")
     found = unet_config(folder)
@@ -323,7 +323,7 @@ def _from_hub(name: str) -> Path:
     return Path(fetched)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; a file that is missing is an empty one."""
     document = read_json(path) if exists(path) else {}
     if not isinstance(document, dict):

@@ -23,6 +23,7 @@ from tdc_ray.base_sources import (
     SAMPLER,
     GivenBase,
     find_base,
+    json_object,
 )
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -31,7 +32,7 @@ from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.state_dicts import StateDict
 from tdc_ray.models.unet import build_unet, load_unet, save_unet
 from tdc_ray.remote import located, shown
-from tdc_ray.storage import atomic_path, exists, fetch, read_json, write_json
+from tdc_ray.storage import atomic_path, exists, fetch, write_json
 
 _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
@@ -83,9 +84,7 @@ def noise_told(model: str) -> dict[str, Any]:
                 if name.startswith("diffusion.") or name in names
             }
             if isinstance(base.first_stage, Path):
-                stage = read_json(base.first_stage / "config.json")
-                told["data.num_channels"] = stage["in_channels"]
-                told["data.image_size"] = base.unet["sample_size"] * _downsampling(stage)
+                told |= _images_told(base.first_stage, base.unet["sample_size"])
             return told
     return {}
 
@@ -229,8 +228,8 @@ def _first_stage(base: GivenBase, settings: UNetConfig) -> VQModel | Autoencoder
         return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
     if stage is None:
         return None
-    document = read_json(stage / "config.json")
-    kind = _FIRST_STAGES.get(document.get("_class_name"))
+    document = json_object(stage / "config.json")
+    kind = _FIRST_STAGES.get(str(document.get("_class_name")))
     if kind is None:
         raise CheckpointError(
             f"{stage} must hold one of {', '.join(_FIRST_STAGES)}, got "
@@ -253,6 +252,15 @@ def _first_stage(base: GivenBase, settings: UNetConfig) -> VQModel | Autoencoder
         logger.info("%s names no scaling_factor: 1.0 is taken", stage)
         model.register_to_config(scaling_factor=1.0)
     return model.float()
+
+
+def _images_told(first_stage: Path, size: object) -> dict[str, Any]:
+    """Give the images of latents of a size; nothing if a config lacks it, which is told later."""
+    config = json_object(first_stage / "config.json")
+    channels, levels = config.get("in_channels"), config.get("block_out_channels")
+    if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
+        return {}
+    return {"data.num_channels": channels, "data.image_size": size * _downsampling(config)}
 
 
 def _downsampling(first_stage: UNetConfig) -> int:

@@ -224,6 +224,27 @@ def test_a_pipeline_of_latents_brings_its_first_stage_and_the_size_of_its_images
     assert input_shape(data) == (1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("part", "setting", "message"),
+    [
+        ("unet", "sample_size", "sample_size in the model's config.json must be one whole number"),
+        ("vqvae", "in_channels", "must name in_channels"),
+        ("vqvae", "block_out_channels", "must name block_out_channels"),
+    ],
+)
+def test_a_pipeline_of_latents_that_lacks_a_size_gets_one_clear_error(
+    tmp_path, capsys, part, setting, message
+):
+    vae = AutoencoderKL.from_pretrained(make_first_stage(tmp_path / "stage"))
+    ldm = LDMPipeline(vqvae=vae, unet=random_unet(), scheduler=DDIMScheduler())
+    ldm.save_pretrained(tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / part / "config.json"
+    write_json(path, {**json.loads(path.read_text()), setting: None})
+    flags = ["--data", "digits", "--out", str(tmp_path / "out")]
+    assert run_command(["prune", str(tmp_path / "pipeline"), *flags]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
