@@ -5,7 +5,6 @@ a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusio
 CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`` without objects.
 """
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, get_args
 
 import diffusers
 import numpy as np
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config import from_json
@@ -24,7 +23,7 @@ from tdc_ray.model_settings import FILE_KINDS
 from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.state_dicts import StateDict, load_state_dict
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.unet import given_unet_config
 from tdc_ray.remote import located, shown
 from tdc_ray.schedule import BetaSchedule, recognise
 from tdc_ray.storage import exists, fetch, listing, read_json
@@ -48,12 +47,6 @@ _NEEDED = {
     "clip_sample_range": 1.0,
 }
 """Settings of a diffusers scheduler that have one supported value."""
-
-_UNET_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(UNet2DModel).parameters.items()
-    if name != "dropout"  # a setting of training
-} | {"num_heads": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +132,7 @@ def _in_folder(source: str, folder: Path) -> GivenBase:
     if exists(folder / "model_index.json"):
         return _pipeline(source, folder)
     run_dir = RunDir(folder)
-    if exists(run_dir.config) and exists(run_dir.base_unet):
+    if exists(run_dir.config) and exists(run_dir.base_result):
         return _run(source, run_dir)
     if "block_out_channels" in json_object(folder / "config.json"):
         if exists(folder.parent / "model_index.json"):
@@ -176,7 +169,9 @@ def _run(source: str, run_dir: RunDir) -> GivenBase:
     told = {f"diffusion.{name}": getattr(config.diffusion, name) for name in NOISE}
     told |= {f"sampler.{name}": getattr(config.sampler, name) for name in SAMPLER}
     told["conditioning.num_classes"] = config.conditioning.num_classes
-    return _diffusers(source, run_dir.base_unet, told, "EMA")
+    is_latent = config.data.first_stage is not None
+    stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
+    return _diffusers(source, run_dir.base_unet, told, "EMA", stage)
 
 
 def _pipeline(source: str, folder: Path) -> GivenBase:
@@ -191,7 +186,12 @@ def _pipeline(source: str, folder: Path) -> GivenBase:
     where = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     stages = [where[name] for name in ("vqvae", "vae") if name in parts]
     stage = stages[0] if stages else None
-    scheduler = json_object(where["scheduler"] / "scheduler_config.json")
+    path = where["scheduler"] / "scheduler_config.json"
+    if not exists(path):
+        raise CheckpointError(
+            f"{source} is incomplete: {shown(path)}, which tells its noise process, is missing."
+        )
+    scheduler = {"_class_name": index["scheduler"][-1], **json_object(path)}
     told = _told_by_scheduler(source, scheduler)
     base = _diffusers(source, where["unet"], told, "as given", stage)
     is_learned = scheduler.get("variance_type") == "learned_range"
@@ -212,11 +212,7 @@ def _diffusers(
     origin: Mapping[str, Any] | None = None,
 ) -> GivenBase:
     """A UNet in diffusers' format, with what is known of it."""
-    kind = json_object(folder / "config.json").get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
-        raise ConfigError(f"{source} holds a {kind}: only a UNet2DModel can be a base.")
-    found = unet_config(folder)
-    unet = {name: found.get(name, default) for name, default in _UNET_DEFAULTS.items()}
+    unet = {k: value for k, value in given_unet_config(folder).items() if k != "dropout"}
     by_unet = _told_by_unet(source, unet, is_latent=first_stage is not None)
     if first_stage is not None:
         by_unet |= {
@@ -260,13 +256,13 @@ def _told_by_unet(source: str, unet: UNetConfig, *, is_latent: bool) -> dict[str
 
 def _told_by_scheduler(source: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """Read a diffusers scheduler's settings; its class knows those that are not written down."""
-    name = document.get("_class_name", "DDPMScheduler")
-    kind: Any = getattr(diffusers, name, None)
+    name = document["_class_name"]
+    kind: Any = getattr(diffusers, str(name), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ConfigError(f"{source} has a {name}, which is no scheduler of diffusers.")
     try:
         config = dict(kind.from_config(dict(document)).config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{source} has a {name} that cannot be used: {error}") from error
     for setting, needed in _NEEDED.items():
         if config.get(setting, needed) != needed:
@@ -292,7 +288,13 @@ def _told_by_scheduler(source: str, document: Mapping[str, Any]) -> dict[str, An
     return told | {f"sampler.{s}": config[s] for s in SAMPLER if s in config}
 
 
-def _told_by_betas(source: str, betas: list[float]) -> dict[str, Any]:
+def _told_by_betas(source: str, betas: object) -> dict[str, Any]:
+    if (
+        not isinstance(betas, list)
+        or not betas
+        or not all(isinstance(b, float | int) for b in betas)
+    ):
+        raise ConfigError(f"{source} has betas of its own that are no list of numbers.")
     found = recognise(np.asarray(betas, dtype=np.float64))
     if found is None:
         raise ConfigError(

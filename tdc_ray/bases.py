@@ -27,6 +27,7 @@ from tdc_ray.base_sources import (
 )
 from tdc_ray.config import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.first_stage import downsampling, load_autoencoder
 from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.state_dicts import StateDict
@@ -36,8 +37,6 @@ from tdc_ray.storage import atomic_path, exists, fetch, write_json
 
 _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
-
-_FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +104,8 @@ def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:
         CheckpointError: The number of heads does not fit the channels.
     """
     for name, found in base.told.items():
+        if name == "data.first_stage":  # another one may be named
+            continue
         stage, _, setting = name.partition(".")
         value = getattr(getattr(config, stage), setting)
         same = math.isclose(value, found) if isinstance(found, float) else value == found
@@ -129,7 +130,7 @@ def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
     settings = check_base(base, config)
     try:
         weights = _weights(base, settings)
-        first_stage = _first_stage(base, settings)
+        first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
     unet = build_unet(settings, dropout=config.model.dropout)
@@ -169,14 +170,15 @@ def with_first_stage(config: RunConfig) -> RunConfig:
     if not isinstance(base.first_stage, compvis.Checkpoint):
         return config
     (file,) = base.files
-    folder = Path(config.evaluate.cache_dir) / "first_stages" / _sha256(file)[:16]
-    if not folder.exists():
-        logger.info("taking the first stage of %s out, into %s", base.source, folder)
-        first_stage = _first_stage(base, check_base(base, config))
+    cache = located(config.evaluate.cache_dir).expanduser()
+    folder = cache / "first_stages" / _sha256(file)[:16]
+    if not exists(folder):
+        logger.info("taking the first stage of %s out, into %s", base.source, shown(folder))
+        first_stage = _first_stage(base, check_base(base, config), None)
         assert first_stage is not None
         with atomic_path(folder) as temporary:
             first_stage.save_pretrained(temporary)
-    return replace(config, data=replace(config.data, first_stage=str(folder)))
+    return replace(config, data=replace(config.data, first_stage=shown(folder)))
 
 
 def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
@@ -191,7 +193,7 @@ def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
     if model.num_heads is not None:
         if isinstance(base.first_stage, compvis.Checkpoint):
-            size //= _downsampling(compvis.told_by_shapes(base.first_stage))
+            size //= downsampling(compvis.told_by_shapes(base.first_stage))
         return {**openai_unet.with_heads(base.unet, model.num_heads), "sample_size": size}
     named = architecture(model.architecture)
     for name in _SHAPE:
@@ -219,37 +221,22 @@ def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
     return weights
 
 
-def _first_stage(base: GivenBase, settings: UNetConfig) -> VQModel | AutoencoderKL | None:
-    """Load what encodes to the UNet's latents, if there is one."""
-    stage = base.first_stage
+def _first_stage(
+    base: GivenBase, settings: UNetConfig, named: str | None
+) -> VQModel | AutoencoderKL | None:
+    """Load what encodes to the UNet's latents, if there is one: what is named, else its own."""
+    stage = base.first_stage if named is None else located(named)
     if isinstance(stage, compvis.Checkpoint):
         config = compvis.told_by_shapes(stage)
-        size = settings["sample_size"] * _downsampling(config)
+        size = settings["sample_size"] * downsampling(config)
         return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
     if stage is None:
         return None
     document = json_object(stage / "config.json")
-    kind = _FIRST_STAGES.get(str(document.get("_class_name")))
-    if kind is None:
-        raise CheckpointError(
-            f"{stage} must hold one of {', '.join(_FIRST_STAGES)}, got "
-            f"{document.get('_class_name')}."
-        )
-    try:
-        model, found = kind.from_pretrained(
-            fetch(stage),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{stage} holds no {kind.__name__}: {error}") from error
-    if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{stage} lacks the weights {', '.join(sorted(missing))}.")
-    if kind is VQModel and "scaling_factor" not in document:
+    model = load_autoencoder(stage, str(document.get("_class_name")))
+    if isinstance(model, VQModel) and "scaling_factor" not in document:
         # diffusers' default came later, and is wrong for CompVis's (huggingface/diffusers 6725)
-        logger.info("%s names no scaling_factor: 1.0 is taken", stage)
+        logger.info("%s names no scaling_factor: 1.0 is taken", shown(stage))
         model.register_to_config(scaling_factor=1.0)
     return model.float()
 
@@ -260,12 +247,7 @@ def _images_told(first_stage: Path, size: object) -> dict[str, Any]:
     channels, levels = config.get("in_channels"), config.get("block_out_channels")
     if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
         return {}
-    return {"data.num_channels": channels, "data.image_size": size * _downsampling(config)}
-
-
-def _downsampling(first_stage: UNetConfig) -> int:
-    """How many pixels of an image lie side by side in one of a latent."""
-    return int(2 ** (len(first_stage["block_out_channels"]) - 1))
+    return {"data.num_channels": channels, "data.image_size": size * downsampling(config)}
 
 
 def _sha256(path: Path) -> str:

@@ -150,6 +150,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     document = to_json(with_absolute_paths(config))
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped goes on with others
         del document["data"][name]
+    del document["prune"]["batch_size"]  # results depend on it by rounding alone
     return document | {"compute": {name: document["compute"][name] for name in DECIDING}}
 
 

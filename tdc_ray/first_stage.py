@@ -96,7 +96,18 @@ def load_first_stage(folder: Path) -> FirstStage:
     Raises:
         CheckpointError: There is none, or it is malformed.
     """
-    kind = KINDS[_config(folder)["_class_name"]]
+    return FirstStage(load_autoencoder(folder, str(_config(folder)["_class_name"])))
+
+
+def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
+    """Load what diffusers saved, of a class of :data:`KINDS`, whatever else its config names.
+
+    Raises:
+        CheckpointError: It is not that, or it is malformed.
+    """
+    kind = KINDS.get(name)
+    if kind is None:
+        raise CheckpointError(f"{shown(folder)} must hold one of {', '.join(KINDS)}, got {name}.")
     try:
         model, found = kind.from_pretrained(
             fetch(located(folder)),
@@ -110,8 +121,9 @@ def load_first_stage(folder: Path) -> FirstStage:
             f"{shown(folder)} holds no {kind.__name__} in safetensors: {error}"
         ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{folder} lacks the weights {', '.join(sorted(missing))}.")
-    return FirstStage(model)
+        raise CheckpointError(f"{shown(folder)} lacks the weights {', '.join(sorted(missing))}.")
+    loaded: VQModel | AutoencoderKL = model
+    return loaded
 
 
 def save_first_stage(model: VQModel | AutoencoderKL, folder: Path) -> None:
@@ -172,7 +184,7 @@ def input_shape(data: DataConfig) -> Shape:
     if data.first_stage is None:
         return shape
     config = _config(Path(data.first_stage))
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    factor = downsampling(config)
     if config["in_channels"] != data.num_channels or data.image_size % factor:
         raise ConfigError(
             f"data.first_stage {data.first_stage} takes images of {config['in_channels']} "
@@ -183,6 +195,11 @@ def input_shape(data: DataConfig) -> Shape:
     if config["_class_name"] == "VQModel":
         channels = config.get("vq_embed_dim") or channels
     return (channels, data.image_size // factor, data.image_size // factor)
+
+
+def downsampling(config: Mapping[str, Any]) -> int:
+    """Tell how many pixels of an image lie side by side in one of a latent."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def check_latents(data: DataConfig, unet: UNetConfig, model: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusers import UNet2DModel
 from rich.console import Console
 
+from tdc_ray.base_sources import json_object
 from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.device import allow_tf32, worker_device
@@ -22,7 +23,7 @@ from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.unet import given_unet_config
 from tdc_ray.plan import Group
 from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView
@@ -39,6 +40,7 @@ from tdc_ray.storage import exists, listing, read_json, write_json
 from tdc_ray.work import run_chain
 
 REPORT_FILE = "report.json"
+SEARCH_DIR = "search"
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,30 @@ def unet_dir(path: Path) -> Path:
     path = located(path)
     for folder in (path, path / "unet", path / "base" / "unet"):
         config = folder / "config.json"
-        if exists(config) and "block_out_channels" in read_json(config):
+        if exists(config) and "block_out_channels" in json_object(config):
             return folder.resolve()
     raise CheckpointError(
-        f"{shown(path)} holds no UNet2DModel: neither it nor its unet or base/unet has a "
-        "config.json with block_out_channels."
+        f"{shown(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: neither "
+        "it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray import "
+        "BASE DIR makes such a folder of a model on the hub and of a file of openai: or compvis:. "
+        "A model that was pruned before cannot be pruned again.)"
     )
+
+
+def check_out(out: Path) -> None:
+    """Make sure that nothing is written over.
+
+    Raises:
+        ConfigError: It is a file, or a folder that something else wrote.
+    """
+    found = [path for path in listing(out, "*") if not path.name.startswith(".")]
+    if (exists(out) and not is_remote(out) and not out.is_dir()) or (
+        found and not exists(out / SEARCH_DIR)
+    ):
+        raise ConfigError(
+            f"--out must be a new folder, or one that tdc-ray prune wrote before, got "
+            f"{shown(out)}, which is something else. Name another."
+        )
 
 
 def run_config_of(unet: Path) -> RunConfig | None:
@@ -122,7 +142,7 @@ def prune_model(
     Raises:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
-    out, config, base_settings = located(out), with_absolute_paths(config), unet_config(unet)
+    out, config, base_settings = located(out), with_absolute_paths(config), given_unet_config(unet)
     allow_tf32(allowed=config.compute.tf32)
     if (milliseconds is None) != (config.prune.objective == "macs"):
         raise ConfigError(
@@ -138,6 +158,7 @@ def prune_model(
             f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
             "it takes no gradient step."
         )
+    check_out(out)
     space = space_of(base_settings, config.prune.space, config.prune.channel_multiple)
     _check(config, base_settings)
     if milliseconds is None:
@@ -156,16 +177,23 @@ def prune_model(
     with exclusive(out):
         table = _latency_name(config, base_settings)
         limit_name = group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
-        search_dir = out / "search" / _name(unet, config, group, limit_name)
+        search_dir = out / SEARCH_DIR / _name(unet, config, group, limit_name)
         run_dir = RunDir(search_dir.resolve(), unet)
         with ProgressView(run_dir.tensorboard, console) as view:
             config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
             if milliseconds is not None:
-                path = (out / "search" / table).resolve()
+                path = (out / SEARCH_DIR / table).resolve()
                 chain = timed_space(path, base_settings, config, space)
                 space = run_chain(chain, view.watch)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
+                if limit >= space.cost_base:
+                    logger.warning(
+                        "--milliseconds %g is no less than the %.4g ms that the model takes: "
+                        "nothing need be cut",
+                        milliseconds,
+                        space.cost_base / 1e6,
+                    )
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
             run_chain(prepare_latents(config), view.watch)
             task = GroupTask(run_dir, config, space, group)

@@ -81,6 +81,11 @@ class DataConfig:
                 f"data.path must be given for data.source {self.source}: where are the images? "
                 "Set --data.path."
             )
+        if self.source == "digits" and self.path is not None:
+            raise ConfigError(
+                f"data.path goes with data.source npz, folder or cifar10, got {self.path} with "
+                "digits. Set --data.source, or name a --preset."
+            )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(
                 f"data.labels_from_folders goes with data.source folder, got {self.source}."

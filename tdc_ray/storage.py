@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if not temporary.exists():
             raise StorageError(f"nothing was written for {shown(path)}.")
+        _let_others_read(temporary)
         if is_remote(path):
             mirror.upload(temporary, path)
             return
@@ -102,6 +104,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # what went wrong was said
             _remove(temporary)
             _remove(old)
+
+
+def _let_others_read(path: Path) -> None:
+    """Give files that safetensors made for one user alone the mode of the folder they go to."""
+    mode = path.parent.stat().st_mode & 0o666
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(mode | 0o600)
 
 
 def _free(path: Path) -> str:

@@ -112,7 +112,7 @@ def sweep(
         table = _Table(folder, store, config, begun(folder, config, space, how))
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
         shared = [start_claims(store)]  # lives as long as this
-        shared += [start_checked_caller(config.proxy)] if asks else []
+        shared += [start_checked_caller(config.proxy, folder)] if asks else []
         if points is None:
             _run_study(table, space, how)
         else:

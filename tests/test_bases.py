@@ -149,6 +149,33 @@ def test_values_of_another_type_are_refused_by_name(tmp_path):
         come_along(base.told, CONFIG, with_data=True)
 
 
+def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    (tmp_path / "p/scheduler/scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json.*is missing"):
+        find_base(source)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("unet/config", {"norm_num_groups": 0}, "ZeroDivisionError"),
+        ("unet/config", {"layers_per_block": 2.5}, "diffusers can build no UNet2DModel"),
+        ("unet/config", {"block_out_channels": "x"}, "diffusers can build no UNet2DModel"),
+        ("unet/config", {"down_block_types": ["DownBlock2D"]}, "can build no UNet2DModel"),
+        ("scheduler/scheduler_config", {"num_train_timesteps": -5}, "cannot be used"),
+        ("scheduler/scheduler_config", {"trained_betas": []}, "no list of numbers"),
+        ("scheduler/scheduler_config", {"trained_betas": ["a"]}, "has|no list of numbers"),
+        ("scheduler/scheduler_config", {"_class_name": ["x"]}, "no scheduler of diffusers"),
+    ],
+)
+def test_malformed_files_get_one_clear_error(tmp_path, part, changes, words):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p" / f"{part}.json", **changes)
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        find_base(source)
+
+
 def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
     source = save_pipeline(tmp_path / "p")
     document = {"_class_name": "DDPMScheduler", "beta_end": 0.02}
@@ -244,6 +271,9 @@ def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
     config = small_config(diffusion={"num_train_timesteps": 600, "beta_end": 0.01})
     run_dir = make_run_dir(tmp_path)
     write_json(run_dir.config, to_json(config))
+    with pytest.raises(CheckpointError, match="holds no base"):
+        find_base(str(tmp_path))  # its stage 1 was cut
+    write_json(run_dir.base_result, {})
     base = find_base(str(tmp_path))
     assert base.told["diffusion.num_train_timesteps"] == 600
     assert base.told["diffusion.beta_end"] == 0.01

@@ -59,7 +59,7 @@ def run_configs():
         seed=st.integers(-(2**40), 2**40),
         data=st.builds(
             DataConfig,
-            source=st.sampled_from(["digits", "folder", "npz", "cifar10"]),
+            source=st.sampled_from(["folder", "npz", "cifar10"]),
             path=PATHS,
             image_size=st.integers(8, 64),
             num_channels=st.sampled_from([1, 3]),

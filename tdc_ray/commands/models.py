@@ -63,7 +63,7 @@ class Prune:
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
         from tdc_ray.bases import noise_told, untold
-        from tdc_ray.models.unet import unet_config
+        from tdc_ray.models.unet import given_unet_config
         from tdc_ray.plan import one_group, plan_groups
         from tdc_ray.prune_model import (
             REPORT_FILE,
@@ -75,12 +75,18 @@ class Prune:
         from tdc_ray.report import print_pruned
 
         unet = unet_dir(self.model_dir)
-        config = for_unet(self.config, unet_config(unet), self.data)
+        trained = run_config_of(unet) is not None
+        if not trained and self.data is None and self.config.data.source == "digits":
+            raise ConfigError(
+                f"{shown(self.model_dir)} is in no run directory and does not tell what it was "
+                "trained on: set --data to digits, an npz file or a folder of images."
+            )
+        config = for_unet(self.config, given_unet_config(unet), self.data)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if run_config_of(unet) is None and (missing := untold(noise_told(str(self.model_dir)))):
+        if not trained and (missing := untold(noise_told(str(self.model_dir)))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
                 f"{shown(self.model_dir)} does not tell {names}: {noise.beta_schedule} betas "

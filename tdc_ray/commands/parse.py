@@ -109,8 +109,14 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
             f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
             f"with by --preset, or set --{missing[0].replace('_', '-')} and so on."
         )
-    if not has_preset and base.folder is not None:
-        config = run_config_of(base.folder) or config
+    trained = None if has_preset or base.folder is None else run_config_of(base.folder)
+    names_data = has_preset or any(a.startswith("--data.") for a in arguments)
+    if arguments[0] in ("run", "sweep") and trained is None and not names_data:
+        raise ConfigError(
+            f"{source} does not tell what it was trained on: name the data by --data.source and "
+            "--data.path, or a preset by --preset."
+        )
+    config = trained or config
     config = replace(config, model=replace(config.model, base=source, num_heads=None))
     return come_along(base.told, config, with_data=not has_preset)
 

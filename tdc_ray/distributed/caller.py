@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.prune_settings import ProxyConfig
+from tdc_ray.storage import listing
 from tdc_ray.work import Result, WorkItem, run_item
 
 NAME = "tdc-ray-caller"
@@ -24,8 +26,8 @@ SECONDS_BETWEEN_LOOKS = 0.1
 class _Caller:
     """Runs calls, several at once, within one budget; the key is in its own environment."""
 
-    def __init__(self, config: ProxyConfig) -> None:
-        self.config, self.budget = config, Budget(config)
+    def __init__(self, config: ProxyConfig, sweep: Path | None) -> None:
+        self.config, self.budget, self.sweep = config, Budget(config), sweep
 
     def is_there(self) -> None:
         """Answer, and be alive."""
@@ -34,18 +36,21 @@ class _Caller:
         check_proxy(self.config)
 
     def run(self, item: WorkItem, board: Board, task: int | None = None) -> Result:
+        for folder in listing(self.sweep, "trials/*/proxy") if self.sweep else ():
+            self.budget.count_earlier(folder)
         function: Any = item.function
         shared = replace(item, function=partial(function, budget=self.budget))
         return run_item(shared, board.reporter(item.key, task))
 
 
-def start_checked_caller(config: ProxyConfig) -> Any:
+def start_checked_caller(config: ProxyConfig, sweep: Path | None = None) -> Any:
     """Start the caller and make sure that it has what it needs: see :func:`start_caller`.
 
     Raises:
-        ProxyError: Its environment holds no key, or there is nothing to replay.
+        ProxyError: Its environment holds no key, or the server refuses it, or there is nothing to
+            replay.
     """
-    caller = start_caller(config)
+    caller = start_caller(config, sweep)
     try:
         ray.get(caller.check.remote())
     except RayTaskError as error:
@@ -53,12 +58,16 @@ def start_checked_caller(config: ProxyConfig) -> Any:
     return caller
 
 
-def start_caller(config: ProxyConfig) -> Any:
+def start_caller(config: ProxyConfig, sweep: Path | None = None) -> Any:
     """Give the caller of this Ray job, starting it if there is none.
 
     It runs on the node where it is first started from, which must be the driver's: the key comes
     from that node's environment. It lives as long as what this first call returned, and all that
     come later share it, its budget and its bound on calls at once, whatever their config says.
+
+    Args:
+        config: What is asked, and the bounds.
+        sweep: The folder of a sweep, whose trials' earlier calls count too.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_restarts=-1)(_Caller)
@@ -69,7 +78,7 @@ def start_caller(config: ProxyConfig) -> Any:
         scheduling_strategy=here,
     )
     while True:
-        handle: Any = options.remote(config)
+        handle: Any = options.remote(config, sweep)
         try:
             ray.get(handle.is_there.remote())
         except RayActorError:

@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import count
 from typing import Generic, TypeVar
 
-from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem, finished
+from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem, finished, stand_in
 
 MAX_NODE_LOSSES = 20
 """How often an item may lose its node: on machines that may be taken away no fault of its own."""
@@ -211,8 +211,7 @@ class Schedule(Generic[T]):
         elif action is Action.HALVE:
             self._put(chain, replace(item, job=item.halved()))
         elif action is Action.STAND_IN:
-            assert item.on_loss is not None
-            self._chains.put(chain, item, item.on_loss)
+            self._chains.put(chain, item, stand_in(item))
         else:
             self._give_up(chain, reason)
         self._put_all(self._chains.go_on())

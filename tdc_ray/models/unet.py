@@ -8,13 +8,29 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging as diffusers_logging
 
-from tdc_ray.errors import CheckpointError, is_from_outside
+from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.remote import shown
 from tdc_ray.storage import atomic_path, fetch, read_json, write_json
 
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
+
+_DEFAULTS: UNetConfig = {
+    name: parameter.default
+    for name, parameter in inspect.signature(UNet2DModel).parameters.items()
+} | {"num_heads": None}
+
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What diffusers raises where values are of a wrong type or do not go together."""
 
 diffusers_logging.disable_progress_bar()
 
@@ -112,7 +128,9 @@ def load_unet(folder: Path) -> UNet2DModel:
         if is_from_outside(error):
             raise
         raise CheckpointError(
-            f"{shown(folder)} holds no UNet2DModel in safetensors: {error}"
+            f"{shown(folder)} holds no UNet2DModel in safetensors, or a damaged one: {error} "
+            "(Weights in a .bin file that you trust are brought over by "
+            "UNet2DModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER).)"
         ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
         raise CheckpointError(f"{shown(folder)} lacks the weights {', '.join(sorted(missing))}.")
@@ -120,6 +138,34 @@ def load_unet(folder: Path) -> UNet2DModel:
         set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
     unet.eval()
     return unet
+
+
+def given_unet_config(folder: Path) -> UNetConfig:
+    """Read the config of a UNet that comes from outside; diffusers' defaults fill what it lacks.
+
+    Raises:
+        ConfigError: It is of another class.
+        CheckpointError: diffusers cannot build a UNet of it.
+    """
+    path = folder / "config.json"
+    document = read_json(fetch(folder) / "config.json")
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{shown(path)} must hold a JSON object.")
+    kind = document.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise ConfigError(
+            f"{shown(folder)} holds a {kind}: only a UNet2DModel can be a base or be pruned "
+            "(none that is conditioned on text, and no transformer)."
+        )
+    try:
+        config = {**_DEFAULTS, **unet_config(folder)}
+        with torch.device("meta"):
+            build_unet({name: value for name, value in config.items() if name != "dropout"})
+    except _MALFORMED as error:
+        raise CheckpointError(
+            f"diffusers can build no UNet2DModel of {shown(path)}: {type(error).__name__}: {error}"
+        ) from error
+    return config
 
 
 def unet_config(folder: Path) -> UNetConfig:

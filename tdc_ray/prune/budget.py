@@ -41,6 +41,7 @@ class Budget:
         Raises:
             StorageError: A transcript is malformed.
         """
+        folder = folder.resolve()
         with self._changed:
             if folder not in self._folders:
                 self._spent += spent_in(folder)

@@ -8,6 +8,7 @@ carries them along.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -20,10 +21,14 @@ from pydantic import BaseModel, Field, ValidationError
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.transcripts import Usage
 
+logger = logging.getLogger(__name__)
+
 KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 
 MIN_KEY_LENGTH = 8
 """Shorter keys are placeholders, such as EMPTY, for servers that want none."""
+
+SECONDS_TO_CHECK = 10.0
 
 MAX_PROBLEM_CHARS = 500
 """What is kept of a server's words."""
@@ -103,6 +108,30 @@ def server_host() -> str:
     return valid
 
 
+def check_server() -> None:
+    """Find out by the list of its models whether the server takes the key.
+
+    One that cannot be reached, or has no such list, passes: a run that goes on may need no more.
+
+    Raises:
+        ProxyError: It does not.
+    """
+    import openai
+
+    refused = False
+    try:
+        with openai.OpenAI(timeout=SECONDS_TO_CHECK, max_retries=0) as client:
+            client.models.list()
+    except openai.AuthenticationError:
+        refused = True
+    except openai.APIConnectionError:
+        logger.warning("the server that %s names cannot be reached", BASE_URL)
+    except openai.OpenAIError:
+        pass
+    if refused:
+        raise ProxyError(f"the server refuses the key: check {KEY} and {BASE_URL}.")
+
+
 def limit_name(host: str) -> str:
     """Name the setting that bounds a reply's tokens.
 
@@ -157,7 +186,7 @@ def send(
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
         return replace(_read(body), unanswered=count.unanswered - 1)
-    problem = scrub(problem)[:MAX_PROBLEM_CHARS]
+    problem = _without_address(scrub(problem))[:MAX_PROBLEM_CHARS]
     return Answer(problem=problem, usage=usage, unanswered=count.unanswered, status=status)
 
 
@@ -223,6 +252,18 @@ def _read(body: str) -> Answer:
     elif not text.strip():
         problem = "it is empty."
     return Answer(text=scrub(text), problem=problem, usage=usage)
+
+
+def _without_address(text: str) -> str:
+    """Take the server's address out of what went wrong."""
+    url = os.environ.get(BASE_URL)
+    if not url:
+        return text
+    parts = urlsplit(url)
+    for words in (url.rstrip("/"), parts.netloc, parts.hostname):
+        if words:
+            text = re.sub(rf"(?<![\w.-]){re.escape(words)}(?![\w-])", "[server]", text)
+    return text
 
 
 def scrub(text: str) -> str:

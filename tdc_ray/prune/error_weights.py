@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.steps import steps
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
@@ -35,21 +36,27 @@ def error_weights(
     """
     generator = torch.Generator().manual_seed(derive_seed("error weights"))
     found: dict[str, list[Tensor]] = {}
-    all_steps = steps(base)
+    all_steps, size = steps(base), images_at_once(base, gradients=True)
     for batch in batches:
-        with torch.enable_grad():
-            state, hidden = batch.start(base, schedule), []
-            for step in all_steps:
-                state = step(state)
-                hidden.append(state.hidden)
-            direction = torch.randn(state.hidden.shape, generator=generator)
-            total = (state.hidden * direction.to(state.hidden.device)).sum()
-            gradients = torch.autograd.grad(total, hidden)
-        for step, gradient in zip(all_steps, gradients, strict=True):
-            found.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
-    for parts in found.values():
-        mean = torch.cat(parts).mean()
-        parts[:] = [part / mean if mean > 0 else torch.ones_like(part) for part in parts]
+        shape = (len(batch.x_0), base.config["out_channels"], *batch.x_0.shape[2:])
+        directions = torch.randn(shape, generator=generator).to(base.device).split(size)
+        norms: dict[str, list[Tensor]] = {}
+        for part, direction in zip(batch.split(size), directions, strict=True):
+            with torch.enable_grad():
+                state, hidden = part.start(base, schedule), []
+                for step in all_steps:
+                    state = step(state)
+                    hidden.append(state.hidden)
+                gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
+            for step, gradient in zip(all_steps, gradients, strict=True):
+                norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
+        for name, values in norms.items():
+            found.setdefault(name, []).append(torch.cat(values))
+    for batches_of_step in found.values():
+        mean = torch.cat(batches_of_step).mean()
+        batches_of_step[:] = [
+            norms / mean if mean > 0 else torch.ones_like(norms) for norms in batches_of_step
+        ]
     return found
 
 

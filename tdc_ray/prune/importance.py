@@ -3,7 +3,8 @@
 A higher score is kept longer.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.surgery import coupled
 from tdc_ray.models.units import Kept, Unit
 from tdc_ray.prune.least_squares import LeastSquares
@@ -62,10 +64,10 @@ def taylor_scores(
         schedule: The noise schedule, on the device of the model.
     """
     unet.zero_grad(set_to_none=True)
-    num_images = 0
-    for batch in batches:
-        batch.loss(batch.predict(unet, schedule), schedule).sum().backward()
-        num_images += len(batch.x_0)
+    num_images, size = 0, images_at_once(unet, gradients=True)
+    for part in itertools.chain.from_iterable(batch.split(size) for batch in batches):
+        part.loss(part.predict(unet, schedule), schedule).sum().backward()
+        num_images += len(part.x_0)
     scores: Scores = {}
     for unit in units:
         change = sum(
@@ -100,16 +102,17 @@ def diff_pruning_scores(
         The scores, and how many timesteps were looked at.
     """
     unet.zero_grad(set_to_none=True)
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     largest, seen = 0.0, 0
     for timestep in timesteps:
         at = replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
-        channels = batch.epsilon.shape[1]
-        loss = (at.predict(unet, schedule)[:, :channels] - batch.epsilon).square().mean()
+        loss, gradients = _noise_error(unet, at, parameters, schedule)
         seen += 1
-        if loss.item() < DIFF_PRUNING_THRESHOLD * largest:
+        if loss < DIFF_PRUNING_THRESHOLD * largest:
             break
-        largest = max(largest, loss.item())
-        loss.backward()
+        largest = max(largest, loss)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     scores: Scores = {}
     for unit in units:
         parts = coupled(unet, unit)
@@ -118,6 +121,24 @@ def diff_pruning_scores(
         scores[unit.name] = _per_step(unit, weight)
     unet.zero_grad(set_to_none=True)
     return scores, seen
+
+
+def _noise_error(
+    unet: UNet2DModel,
+    batch: NoisedBatch,
+    parameters: Sequence[nn.Parameter],
+    schedule: NoiseSchedule,
+) -> tuple[float, list[Tensor]]:
+    """Give the mean squared error of the predicted noise over a batch, and its gradients."""
+    loss = 0.0
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for part in batch.split(images_at_once(unet, gradients=True)):
+        predicted = part.predict(unet, schedule)[:, : part.epsilon.shape[1]]
+        error = (predicted - part.epsilon).square().mean() * (len(part.x_0) / len(batch.x_0))
+        loss += error.item()
+        for gradient, more in zip(gradients, torch.autograd.grad(error, parameters), strict=True):
+            gradient += more
+    return loss, gradients
 
 
 def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:

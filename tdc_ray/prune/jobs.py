@@ -11,7 +11,7 @@ from tdc_ray.prune.importance import Scores
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.work import Inputs
 
-VERSION = 2
+VERSION = 3
 """Changes whenever scores, sensitivities or losses do, so that stored ones are made again."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.prune.budget import Budget
-from tdc_ray.prune.chat import Answer, limit_name, send, server_host, upper_bound
+from tdc_ray.prune.chat import Answer, check_server, limit_name, send, server_host, upper_bound
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.prompt import Message, correction, messages_for
 from tdc_ray.prune.proxy import PruningTask
@@ -109,10 +109,12 @@ def check_proxy(config: ProxyConfig) -> None:
     """Find out whether there is a key to ask with, or a transcript to replay.
 
     Raises:
-        ProxyError: There is none in this process's environment, or in ``proxy.replay``.
+        ProxyError: There is none in this process's environment, or in ``proxy.replay``, or the
+            server refuses it.
     """
     if config.replay is None:
         server_host()
+        check_server()
     else:
         replayed_from(Path(config.replay))
 

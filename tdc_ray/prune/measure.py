@@ -37,7 +37,12 @@ from tdc_ray.prune.importance import (
     taylor_scores,
 )
 from tdc_ray.prune.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
-from tdc_ray.prune.noised import NoisedBatch, held_out_losses, noised_batches
+from tdc_ray.prune.noised import (
+    NoisedBatch,
+    first_images,
+    held_out_losses,
+    noised_batches,
+)
 from tdc_ray.prune.refit import refit
 from tdc_ray.prune.sensitivity import (
     Solutions,
@@ -122,10 +127,10 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> Result:
     else:
         seen = list(noised_batches(config, group, base.unet, purpose="refit"))
         weights, spent = _error_weights(base, unet, job.kept, config, group, seen)
-        scores, solutions = solve_units(
+        scores, solutions, solving = solve_units(
             unet, units, scores, seen, schedule, weights, prune.num_levels
         )
-        macs += spent + prune.num_refit_images * base.space.macs(widths)
+        macs += spent + solving + prune.num_refit_images * base.space.macs(widths)
     held_out = list(noised_batches(config, group, base.unet, purpose="held-out"))
     grown = measure_units(unet, solutions, held_out, schedule, prune.precision)
     macs += _measuring_macs(base, widths, solutions) * prune.num_images
@@ -286,12 +291,9 @@ def _scores(
     batches = noised_batches(config, group, unet, purpose="scores")
     if method == "taylor":
         return taylor_scores(unet, units, batches, schedule), 3 * forward * config.prune.num_images
-    first = next(batches)
-    size = min(DIFF_PRUNING_BATCH, len(first.x_0))
-    parts = (first.x_0, first.epsilon, first.timesteps, first.labels)
-    batch = NoisedBatch(*(part[:size] for part in parts))
+    batch = first_images(batches, DIFF_PRUNING_BATCH)
     scores, seen = diff_pruning_scores(unet, units, batch, group.timesteps, schedule)
-    return scores, 3 * forward * size * seen
+    return scores, 3 * forward * len(batch.x_0) * seen
 
 
 def _measuring_macs(base: Base, widths: Scheme, solutions: Solutions) -> float:

@@ -1,6 +1,6 @@
 """The noised images on which scores, refits and losses rest: the same for all candidates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,12 @@ class NoisedBatch:
 
     labels: Tensor
     """Classes, ``(B,)``; heeded by UNets that are conditioned on them."""
+
+    def split(self, size: int) -> Iterator["NoisedBatch"]:
+        """Give its images in parts of at most so many."""
+        tensors = (self.x_0, self.epsilon, self.timesteps, self.labels)
+        parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+        return (NoisedBatch(*part) for part in parts)
 
     def start(self, unet: UNet2DModel, schedule: NoiseSchedule) -> State:
         """Give the state before the UNet's first step."""
@@ -90,6 +96,18 @@ def noised_batches(
         start += len(x_0)
         tensors = (x_0, noise[part], timesteps.start + places[part], labels)
         yield NoisedBatch(*(tensor.to(unet.device) for tensor in tensors))
+
+
+def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
+    """Join the first so many images of some batches, or all, into one batch."""
+    found: list[NoisedBatch] = []
+    for batch in batches:
+        found.append(next(batch.split(count)))
+        count -= len(batch.x_0)
+        if count <= 0:
+            break
+    tensors = ((part.x_0, part.epsilon, part.timesteps, part.labels) for part in found)
+    return NoisedBatch(*(torch.cat(parts) for parts in zip(*tensors, strict=True)))
 
 
 @torch.inference_mode()

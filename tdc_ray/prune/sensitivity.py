@@ -43,7 +43,7 @@ def solve_units(
     schedule: NoiseSchedule,
     weights: ErrorWeights,
     num_levels: int,
-) -> tuple[Scores, Solutions]:
+) -> tuple[Scores, Solutions, int]:
     """Rank the steps of inner units and solve for the weights behind each, at each of its levels.
 
     What stands before a unit is the base's own, so one pass over the images serves all units.
@@ -58,18 +58,19 @@ def solve_units(
         num_levels: How many widths of each unit.
 
     Returns:
-        Scores, by reconstruction (:func:`reconstruction_scores`) where there were none, and the
-        weights.
+        Scores, by reconstruction (:func:`reconstruction_scores`) where there were none, the
+        weights, and the macs of the statistics.
     """
-    scores, solutions = dict(scores), {}
+    scores, solutions, macs = dict(scores), {}, 0
     for unit, squares in _statistics(base, units, batches, schedule, weights):
+        macs += squares.macs
         if unit.name not in scores:
             scores[unit.name] = reconstruction_scores(unit, squares)
         solutions[unit.name] = {
             width: squares.solve(_columns(unit, scores, width, squares.layer))
             for width in levels(unit, num_levels)
         }
-    return scores, solutions
+    return scores, solutions, macs
 
 
 def masked_units(

@@ -15,6 +15,7 @@ from tdc_ray.distributed.caller import start_caller
 from tdc_ray.distributed.cluster import Board, board
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import AskJob, ask
+from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
 from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.storage import read_json
 from tdc_ray.work import WorkItem
@@ -67,6 +68,22 @@ def test_a_call_leaves_its_result_and_reads_the_key_where_it_runs(caller, events
     assert result["error"] is None
     assert result["schemes"][0][NAMES[0]] == 3
     assert (tmp_path / "proxy" / "group-02-round-1.jsonl").exists()
+
+
+def test_what_a_sweeps_finished_trials_spent_counts(events, tmp_path):
+    def spent(job, report, budget):
+        return {"calls": budget.spent.calls, "tokens": budget.spent.tokens}
+
+    took = Usage(calls=1, prompt_tokens=60, completion_tokens=40)
+    for trial in ("a", "b"):
+        path = transcript_path(tmp_path / "trials" / trial / "proxy", 0, 0)
+        append_exchange(path, Exchange({}, "hello", None, took, 1.0))
+    caller = start_caller(CONFIG, tmp_path)
+    try:
+        found = ray.get(caller.run.remote(call(tmp_path, "spent", spent), events))
+    finally:
+        ray.kill(caller)
+    assert found == {"calls": 2, "tokens": 200}
 
 
 def test_all_trials_share_one_caller_its_budget_and_its_bound(caller, events, tmp_path):

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tdc_ray.distributed.policy import (
     num_fitting,
 )
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.storage import write_json
+from tdc_ray.storage import read_json, write_json
 from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 ONE = Resources(1.0)
@@ -142,8 +143,8 @@ def test_a_chain_that_fails_between_its_items_fails_alone():
     assert schedule.values.keys() == {"b"}
 
 
-def test_calls_take_no_worker_and_stand_in_for_what_is_lost():
-    call = item("ask", on_loss={"lost": True})
+def test_calls_take_no_worker_and_stand_in_for_what_is_lost(tmp_path):
+    call = replace(item("ask", on_loss={"lost": True}), result_path=tmp_path / "ask.json")
     schedule = schedule_of({"a": chain([call])}, max_attempts=2)
     (task,) = schedule.start()
     assert task.workers == ()
@@ -152,6 +153,7 @@ def test_calls_take_no_worker_and_stand_in_for_what_is_lost():
     (task,) = schedule.start()
     assert schedule.fail(task, Failure.WORKER_LOST, "died") is Action.STAND_IN
     assert schedule.values == {"a": [{"lost": True}]}
+    assert read_json(call.result_path) == {"lost": True}  # so a resume goes the same way
 
 
 def test_an_item_for_several_workers_waits_for_them_and_smaller_ones_behind_it():

@@ -22,6 +22,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, *script: Step) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = list(script)
+        self.models_status = 404
+        """Of the list of its models, which not every server has."""
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.under_way = self.most_under_way = 0
@@ -64,6 +66,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.next_step(json.loads(body))(self)
         finally:
             self.end()
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self.ended = True
+        self.answer(self.server.models_status, '{"object": "list", "data": []}')
 
     def end(self) -> None:
         """Once, and before the client has the answer: it may ask again at once."""

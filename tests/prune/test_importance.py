@@ -182,6 +182,14 @@ def test_taylor_does_not_depend_on_gradients_of_earlier_work():
     assert taylor_scores(unet, UNITS, noised(4), SCHEDULE) == first
 
 
+@pytest.mark.parametrize("method", ["taylor", "diff-pruning"])
+def test_images_whose_gradients_do_not_fit_at_once_are_taken_in_parts(monkeypatch, method):
+    whole = scores_by(method)
+    monkeypatch.setattr("tdc_ray.prune.importance.images_at_once", lambda *_, **__: 3)  # of 4
+    for name, scores in scores_by(method).items():
+        assert scores == pytest.approx(whole[name], rel=1e-3)
+
+
 # --- Diff-Pruning ----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import re
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
-from tdc_ray.prune.language_model import AskJob, LanguageModel, ask
+from tdc_ray.prune.language_model import AskJob, LanguageModel, ask, check_proxy
 from tdc_ray.prune.space import repair
 from tdc_ray.prune.transcripts import Usage
 from tdc_ray.prune_settings import ProxyConfig
@@ -336,6 +337,30 @@ def test_an_address_that_cannot_be_used_is_told(url, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     error = ask(job_in(tmp_path), lambda *_: None)["error"]
     assert error.startswith("OPENAI_BASE_URL must be")
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404, 500])
+def test_a_server_that_refuses_the_key_is_told_before_any_work(monkeypatch, status):
+    with serving(says(GOOD)) as server:
+        server.models_status = status
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        told = pytest.raises(ProxyError, match="refuses the key: check OPENAI_API_KEY")
+        with told if status == 401 else nullcontext():  # 403: the key is not for the list
+            check_proxy(ProxyConfig())
+    check_proxy(ProxyConfig())  # nobody is there: what is asked already may be all that is needed
+    assert server.requests == []
+
+
+def test_the_servers_address_is_in_no_message(tmp_path, monkeypatch):
+    def tells(handler: Any) -> None:
+        message = f"no route for {handler.server.url}/chat on {handler.headers['Host']}"
+        handler.answer(404, json.dumps({"error": {"message": message}}))
+
+    result, server = run(job_in(tmp_path, reply_format="json"), monkeypatch, tells)
+    assert "no route for [server]/chat on [server]" in result["error"]
+    for path in tmp_path.rglob("*.jsonl"):
+        assert "127.0.0.1" not in path.read_text()
+    assert len(server.requests) == 1
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path, monkeypatch):

@@ -164,6 +164,20 @@ def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(
 # --- scores ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["taylor", "diff-pruning"])
+def test_scores_do_not_depend_on_the_batches_that_a_device_takes(run_dir, method):
+    found = []
+    for size in (40, 7):  # Diff-Pruning takes 32 of the 40 images
+        settings = {"num_images": 40, "batch_size": size}
+        config = small_config(prune=settings, plan={"num_groups": 100, "min_group_size": 1})
+        job = ScoreJob(run_dir, config, group_of(config, 50), method)
+        found.append(score_units(job, ignore))
+    whole, parts = found
+    assert parts["macs"] == whole["macs"]
+    for name, values in whole["scores"].items():
+        assert parts["scores"][name] == pytest.approx(values, rel=1e-3)
+
+
 @pytest.mark.parametrize("space", ["inner", "full"])
 @pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "diff-pruning"])
 def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space):

@@ -338,6 +338,15 @@ def test_images_count_by_what_an_error_does_to_the_output():
     assert all(bool((part == 1).all()) for part in silent["conv_in"])
 
 
+def test_images_whose_gradients_do_not_fit_at_once_count_alike(monkeypatch):
+    base, batches = random_unet(), noised(TINY, 5, 3)
+    whole = error_weights(base, batches, SCHEDULE)
+    monkeypatch.setattr("tdc_ray.prune.error_weights.images_at_once", lambda *_, **__: 2)
+    for name, parts in error_weights(base, batches, SCHEDULE).items():
+        for part, expected in zip(parts, whole[name], strict=True):
+            torch.testing.assert_close(part, expected)
+
+
 def test_an_image_whose_errors_are_lost_counts_little():
     base, batches = random_unet(), noised(TINY, 8)
     (before,) = error_weights(base, batches, SCHEDULE)["conv_in"]

@@ -97,7 +97,7 @@ def kept_at(unit: Unit, width: int, scores: dict[str, list[float]]) -> tuple[int
 def test_the_growth_is_that_of_cutting_a_unit_alone_and_solving_behind_it(name):
     config = CONFIGS[name]
     base, units = random_unet(config), units_of(config)
-    scores, solutions = solve_units(
+    scores, solutions, _ = solve_units(
         base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
     )
     grown = measure_units(base, solutions, HELD_OUT, SCHEDULE)
@@ -115,7 +115,7 @@ def test_the_growth_is_that_of_cutting_a_unit_alone_and_solving_behind_it(name):
 def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
     config = CONFIGS[name]
     base, units = random_unet(config), units_of(config)
-    scores, solutions = solve_units(
+    scores, solutions, _ = solve_units(
         base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
     )
     for unit in [unit for unit in units if unit.width > 1][::3]:
@@ -151,7 +151,7 @@ def test_without_a_refit_the_growth_is_that_of_the_plain_cut(name):
 def test_weights_of_what_is_cut_are_zero():
     base = random_unet()
     scores = magnitude_scores(base, UNITS)
-    solved_scores, solved = solve_units(
+    solved_scores, solved, _ = solve_units(
         base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
     )
     masked = masked_units(base, UNITS, scores, num_levels=2)
@@ -166,7 +166,9 @@ def test_weights_of_what_is_cut_are_zero():
 
 def test_solving_behind_a_unit_costs_less_than_just_cutting_it():
     base = random_unet()
-    scores, solved = solve_units(base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
+    scores, solved, _ = solve_units(
+        base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
+    )
     masked = masked_units(base, UNITS, scores, num_levels=2)
 
     def off_by(unit: Unit, weights: Weights) -> float:
@@ -177,11 +179,27 @@ def test_solving_behind_a_unit_costs_less_than_just_cutting_it():
         assert off_by(unit, solved[unit.name][width]) < off_by(unit, masked[unit.name][width])
 
 
+def test_the_statistics_macs_are_counted_for_every_unit():
+    base, total = random_unet(), 0
+    weights, num_images = weights_of(base), sum(len(batch.x_0) for batch in SEEN)
+    for unit in UNITS[::3]:
+        *_, macs = solve_units(base, [unit], {}, SEEN, SCHEDULE, weights, num_levels=1)
+        name = "conv2" if unit.kind == "residual" else "to_out.0"
+        layer = base.get_submodule(f"{unit.name}.{name}")
+        outputs, inputs = len(layer.weight), layer.weight[0].numel()
+        rows, triangle = num_images * unit.pixels, inputs * (inputs + 1) // 2
+        least = rows * (triangle + inputs * outputs)  # the triangle is taken in blocks
+        assert least <= macs <= rows * (inputs * inputs + inputs * outputs)
+        total += macs
+    *_, together = solve_units(base, UNITS[::3], {}, SEEN, SCHEDULE, weights, num_levels=1)
+    assert together == total
+
+
 def test_the_bases_weights_are_put_back():
     base = random_unet()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     places = {name: value.data_ptr() for name, value in base.named_parameters()}
-    _, solutions = solve_units(base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
+    _, solutions, _ = solve_units(base, UNITS, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
     measure_units(base, solutions, HELD_OUT, SCHEDULE)
     assert_same(base.state_dict(), before)
     assert {name: value.data_ptr() for name, value in base.named_parameters()} == places
