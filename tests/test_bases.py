@@ -24,6 +24,7 @@ from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, come_along, import_base, untold, with_first_stage
 from tdc_ray.config import to_json
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet, save_unet
 from tdc_ray.presets import preset
@@ -35,7 +36,15 @@ from tests.models.openai_reference import (
     compvis_checkpoint,
     randomise,
 )
-from tests.small import TINY, assert_same, make_run_dir, output_of, random_unet, small_config
+from tests.small import (
+    TINY,
+    assert_same,
+    make_first_stage,
+    make_run_dir,
+    output_of,
+    random_unet,
+    small_config,
+)
 
 CONFIG = small_config()
 LDM = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -278,6 +287,27 @@ def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
     assert base.told["diffusion.num_train_timesteps"] == 600
     assert base.told["diffusion.beta_end"] == 0.01
     assert (untold(base.told), base.weights) == ([], "EMA")
+
+
+def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_path):
+    stage = make_first_stage(tmp_path / "stage")
+    config = small_config(
+        sampler={"clip_sample": False}, data={"first_stage": str(stage), "image_size": 16}
+    )
+    run_dir = make_run_dir(tmp_path / "run")
+    write_json(run_dir.config, to_json(config))
+    write_json(run_dir.base_result, {})
+    copy_first_stage(stage, run_dir.experts / "first_stage")
+    base = find_base(str(tmp_path / "run"))
+    found = come_along(base.told, config, with_data=True)
+    assert found.data.first_stage == str(run_dir.experts / "first_stage")
+    assert not found.sampler.clip_sample
+    other = make_first_stage(tmp_path / "other", seed=1)
+    named = replace(found, data=replace(found.data, first_stage=str(other)))
+    for settings, source in ((found, stage), (named, other)):
+        import_base(base, settings, tmp_path / source.name / "base")
+        copied = tmp_path / source.name / "base" / "first_stage"
+        assert_same(load_first_stage(copied).state_dict(), load_first_stage(source).state_dict())
 
 
 def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_path):

@@ -16,6 +16,7 @@ from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config import to_json
 from tdc_ray.first_stage import input_shape
+from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, save_unet, unet_config
 from tdc_ray.prune_model import for_unet
@@ -121,7 +122,8 @@ def test_memory_shows_what_every_scheme_keeps(capsys):
 
 def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
     save_unet(random_unet({**TINY, "num_class_embeds": 9}), tmp_path / "model")
-    assert run_command(["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 1
+    command = ["prune", str(tmp_path / "model"), "--data", "digits"]
+    assert run_command([*command, "--out", str(tmp_path / "out")]) == 1
     assert "labels of --data must be below 9" in capsys.readouterr().err
 
 
@@ -143,18 +145,15 @@ def test_labels_that_the_model_does_not_know_are_refused(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_clear_error_before_work(model, tmp_path, capsys, arguments, words):
-    out = tmp_path / "out"
-    assert run_command(["prune", str(model), "--out", str(out), *arguments]) == 1
+    run_dir, out = RunDir(tmp_path / "run"), tmp_path / "out"
+    shutil.copytree(model, run_dir.base_unet)
+    write_json(run_dir.config, to_json(small_config()))
+    assert run_command(["prune", str(run_dir.root), "--out", str(out), *arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     for word in words:
         assert word in error
     assert not (out / "report.json").exists()
-
-
-def test_what_holds_no_unet_is_refused(tmp_path, capsys):
-    assert run_command(["prune", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "holds no UNet2DModel" in capsys.readouterr().err
 
 
 def with_config(model: Path, folder: Path, **changes) -> Path:
@@ -243,6 +242,33 @@ def test_a_pipeline_of_latents_that_lacks_a_size_gets_one_clear_error(
     flags = ["--data", "digits", "--out", str(tmp_path / "out")]
     assert run_command(["prune", str(tmp_path / "pipeline"), *flags]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_nothing_that_something_else_wrote_is_written_over(model, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("mine")
+    for out in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
+        command = ["prune", str(model), "--data", "digits", "--out", str(out)]
+        assert run_command(command) == 1
+        assert "--out must be a new folder, or one that" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.safetensors"]
+
+
+def test_a_model_of_no_run_asks_for_its_data(model, tmp_path, capsys):
+    assert run_command(["prune", str(model), "--out", str(tmp_path / "out")]) == 1
+    assert "does not tell what it was trained on: set --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere", "pruned"])
+def test_what_holds_no_unet_is_told_with_a_way_out(tmp_path, capsys, name):
+    (tmp_path / "pruned").mkdir()
+    command = ["prune", str(tmp_path / name), "--data", "digits", "--out", str(tmp_path / "out")]
+    assert run_command(command) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    words = {"nowhere": "does not exist", "pruned": "holds no UNet2DModel"}[name]
+    assert f"{name} {words}: neither it nor its unet" in told
+    assert "tdc-ray import BASE DIR makes such a folder" in told
 
 
 def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):

@@ -125,6 +125,7 @@ def test_the_classes_of_a_run_come_along_whatever_the_preset(tmp_path):
     config, run_dir = small_config(conditioning={"num_classes": 10}), RunDir(tmp_path / "run")
     save_unet(random_unet({**TINY, "num_class_embeds": 10}), run_dir.base_unet)
     write_json(run_dir.config, to_json(config))
+    write_json(run_dir.base_result, {})
     command = ("plan", "--preset", "digits-smoke", "--base", tmp_path / "run")
     assert parsed(*command).conditioning.num_classes == 10
 
@@ -164,13 +165,22 @@ def test_a_unet_alone_asks_for_its_noise_process_by_name(tmp_path):
     named = parsed("run", "--base", tmp_path / "unet", "--preset", "digits-smoke")
     assert named.diffusion.num_train_timesteps == 1000
     flags = ("--diffusion.num-train-timesteps", "700")
+    flags += ("--data.source", "digits")
     assert parsed("run", "--base", tmp_path / "unet", *flags).diffusion.num_train_timesteps == 700
+
+
+def test_a_pipeline_without_a_preset_asks_for_the_data(tmp_path):
+    DDPMPipeline(random_unet(), DDPMScheduler()).save_pretrained(tmp_path / "p")
+    with pytest.raises(ConfigError, match=r"does not tell what it was trained on.*data\.source"):
+        parsed("run", "--base", tmp_path / "p")
+    assert parsed("run", "--base", tmp_path / "p", "--data.source", "digits").data.path is None
 
 
 def test_of_a_run_directory_all_settings_come_along(tmp_path):
     config = small_config(diffusion={"beta_end": 0.01}, plan={"num_groups": 3}, seed=7)
     run_dir = make_run_dir(tmp_path / "run")
     write_json(run_dir.config, to_json(config))
+    write_json(run_dir.base_result, {})
     found = parsed("run", "--base", tmp_path / "run")
     assert (found.seed, found.plan.num_groups, found.diffusion.beta_end) == (7, 3, 0.01)
     assert found.model.base == str(tmp_path / "run")

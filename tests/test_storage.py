@@ -111,6 +111,18 @@ def test_what_an_earlier_kill_left_under_the_temporary_name_is_cleared(tmp_path)
     assert path.read_text() == "new"
 
 
+def test_a_file_that_a_library_made_for_one_user_can_be_read_by_who_sees_the_folder(tmp_path):
+    for mode in (0o755, 0o700):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs").chmod(mode)
+        with atomic_path(tmp_path / "runs" / "unet") as temporary:
+            temporary.mkdir()
+            save_file({"weight": torch.zeros(1)}, temporary / "model.safetensors")
+            (temporary / "model.safetensors").chmod(0o600)
+        found = (tmp_path / "runs" / "unet" / "model.safetensors").stat().st_mode
+        assert found & 0o777 == mode & 0o666
+
+
 def test_a_link_to_a_folder_is_replaced_and_not_followed(tmp_path):
     make_folder(tmp_path / "elsewhere", "precious")
     (tmp_path / "target").symlink_to(tmp_path / "elsewhere")
