@@ -121,13 +121,13 @@ def check_server() -> None:
     refused = False
     try:
         with openai.OpenAI(timeout=SECONDS_TO_CHECK, max_retries=0) as client:
-            client.models.list()
+            client.models.with_raw_response.list()
     except openai.AuthenticationError:
         refused = True
     except openai.APIConnectionError:
         logger.warning("the server that %s names cannot be reached", BASE_URL)
-    except openai.OpenAIError:
-        pass
+    except (openai.OpenAIError, OSError, ValueError, ImportError):
+        pass  # asking for schemes will tell
     if refused:
         raise ProxyError(f"the server refuses the key: check {KEY} and {BASE_URL}.")
 
