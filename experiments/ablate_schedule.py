@@ -74,7 +74,7 @@ def main(flags: ScheduleFlags) -> None:
     write_sweep(folder, "ablate_schedule", flags, results, titles, paper)
     scores = scores_of_settings(results)
     bars = {title: scores[setting] for setting, title in titles.items()}
-    plot_bars(folder, "ablate_schedule", bars)
+    plot_bars(folder, "ablate_schedule", bars, results.metric)
 
 
 if __name__ == "__main__":

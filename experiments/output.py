@@ -60,7 +60,7 @@ def write_table(
     write_text(folder / f"{name}.md", text + "\n" + f"\n{note}\n" * bool(note))
 
 
-def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) -> None:
+def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]], xlabel: str) -> None:
     """Draw the mean of every row as a bar and each of its values as a dot."""
     figure = Figure(figsize=(7, 0.4 * len(values) + 1), layout="constrained")
     axes = figure.subplots()
@@ -69,6 +69,7 @@ def plot_bars(folder: Path, name: str, values: Mapping[str, Sequence[float]]) ->
         axes.plot(some, [place] * len(some), "k.", markersize=4)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
     _save(figure, folder / f"{name}.png")
 
 

@@ -185,9 +185,8 @@ def main(flags: Flags) -> None:
         "Rows that are pruned come from the pretrained one, whose training is not counted again."
     )
     write_table(folder, "pruning_methods", [*columns, "search macs"], table, note)
-    plot_bars(
-        folder, "pruning_methods", {r: [rows[r][0] for rows in found.values()] for r in order}
-    )
+    bars = {row: [rows[row][0] for rows in found.values()] for row in order}
+    plot_bars(folder, "pruning_methods", bars, metric)
     record = {str(seed): rows for seed, rows in found.items()}
     write_record(
         folder, "pruning_methods", flags, commits_of(folder), {"metric": metric, "seeds": record}

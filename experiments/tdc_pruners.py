@@ -73,7 +73,8 @@ def main(flags: PrunerFlags) -> None:
     paper = paper_column(PAPER, flags.preset)
     write_sweep(folder, "tdc_pruners", flags, results, titles, paper)
     scores = scores_of_settings(results)
-    plot_bars(folder, "tdc_pruners", {row: scores[setting] for setting, row in titles.items()})
+    bars = {row: scores[setting] for setting, row in titles.items()}
+    plot_bars(folder, "tdc_pruners", bars, results.metric)
 
 
 if __name__ == "__main__":

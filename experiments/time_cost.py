@@ -51,7 +51,8 @@ def main(flags: ProxyFlags) -> None:
     ]
     columns = ["stage", "seconds", paper[""]]
     write_table(folder, "time_cost", columns, rows)
-    plot_bars(folder, "time_cost", {row: [by[row] for by in seconds] for row in seconds[0]})
+    bars = {row: [by[row] for by in seconds] for row in seconds[0]}
+    plot_bars(folder, "time_cost", bars, "seconds")
     record = {
         "method": flags.proxy,
         "seconds": seconds,

@@ -71,7 +71,7 @@ def main(flags: FreeFlags) -> None:
         for row, model in models.items()
     ]
     write_table(folder, "training_free", ["experts", metric, "mean macs / F"], rows)
-    plot_bars(folder, "training_free", scores)
+    plot_bars(folder, "training_free", scores, metric)
     record = {
         "metric": metric,
         "num_images": config.evaluate.num_images,
