@@ -16,20 +16,20 @@ from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.distributed.stage_1 import make_base
-from tdc_ray.environment import commit
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.latents import prepare_latents
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import exclusive
 from tdc_ray.presets import preset
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune_settings import ProxyConfig
-from tdc_ray.remote import located, shown
 from tdc_ray.results import Results
 from tdc_ray.reuse import Store
 from tdc_ray.run import check, run
 from tdc_ray.settings import Precision, SamplerConfig
-from tdc_ray.storage import atomic_path, exists, fetch, listing, read_json, write_json
+from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.provenance import commit
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.sweep import sweep
 from tdc_ray.sweep_results import SweepResults, summarized
 from tdc_ray.sweep_settings import Choices, Domain, Params, SweepConfig, grid, setting_name

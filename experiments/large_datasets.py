@@ -31,7 +31,7 @@ from PIL import Image
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
 
 BATCH, SIZE, FOLDERS = 64, 64, 100
 Save = Callable[..., None]

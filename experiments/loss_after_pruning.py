@@ -26,7 +26,6 @@ from output import write_record, write_table
 
 from tdc_ray.config import RunConfig
 from tdc_ray.finetune import trial_item
-from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group, one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank
@@ -34,7 +33,8 @@ from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Candidate, Choice, GroupTask
 from tdc_ray.prune_settings import PruneMethod
-from tdc_ray.storage import remove
+from tdc_ray.storage.files import remove
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain
 
 MACS_SHARE = 0.7

@@ -17,10 +17,10 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config import to_json
-from tdc_ray.environment import commit, machine
-from tdc_ray.layout import RunDir
 from tdc_ray.reuse import shared
-from tdc_ray.storage import atomic_path, fetch, listing, write_json, write_text
+from tdc_ray.storage.files import atomic_path, fetch, listing, write_json, write_text
+from tdc_ray.storage.provenance import commit, machine
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import item_results
 from tdc_ray.sweep_results import Row, SweepResults
 

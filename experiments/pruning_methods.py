@@ -35,7 +35,7 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.stage_2 import Expert, make_expert
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
 from tdc_ray.work import Chain, Result
 
 Cost = tuple[float, float, int, float, float]

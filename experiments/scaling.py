@@ -27,7 +27,7 @@ from benchmark.growth import LINEAR, Axis, ScalingFlags
 from benchmark.timing import check_flags, use_threads
 from output import plot_growth, provenance, write_table
 
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
 
 AXES: Mapping[str, Callable[[ScalingFlags, Path], list[Axis]]] = {
     "planning": driver_axes.planning,

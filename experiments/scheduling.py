@@ -30,7 +30,7 @@ from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.simulate import simulate
 from tdc_ray.progress import ProgressView
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
 Shape = Sequence[Sequence[float]]

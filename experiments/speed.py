@@ -35,9 +35,9 @@ from benchmark import pruning, sampling, system, training
 from benchmark.timing import Row, SpeedFlags, check_flags, ratio, use_threads
 from output import provenance, write_table
 
-from tdc_ray.environment import versions
 from tdc_ray.errors import ConfigError
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.provenance import versions
 
 SECTIONS: Mapping[str, Callable[[SpeedFlags], list[Row]]] = {
     "training": training.step,

@@ -14,16 +14,16 @@ from tdc_ray.distributed.pool import Pool
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
-from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import INDEX_FILE, save_index
 from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
-from tdc_ray.remote import is_remote
 from tdc_ray.stage_2 import make_expert
-from tdc_ray.storage import atomic_path, exists, fetch
+from tdc_ray.storage.files import atomic_path, exists, fetch
+from tdc_ray.storage.object_store import is_remote
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain
 

@@ -31,7 +31,6 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
-from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
 from tdc_ray.pipeline import save_index
@@ -40,7 +39,8 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Choice, GroupTask, group_tasks
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import step_mean
 from tdc_ray.work import Chain, Result
 

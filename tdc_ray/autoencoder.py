@@ -23,16 +23,16 @@ from tdc_ray.config import named_differences
 from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.device import worker_device
-from tdc_ray.environment import commit, versions
 from tdc_ray.errors import StorageError
 from tdc_ray.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
-from tdc_ray.lease import exclusive
 from tdc_ray.models.unet import count_params
 from tdc_ray.precision import autocast
 from tdc_ray.progress import Event, ProgressView
-from tdc_ray.remote import located, shown
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import exists, read_json, remove, write_json
+from tdc_ray.storage.files import exists, read_json, remove, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.provenance import commit, versions
 from tdc_ray.training import (
     Losses,
     TrainState,

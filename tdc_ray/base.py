@@ -15,11 +15,11 @@ from tdc_ray.diffusion import noise_schedule
 from tdc_ray.first_stage import input_shape, load_first_stage
 from tdc_ray.inputs import of_run, of_training
 from tdc_ray.latents import load_inputs
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.seeds import derive_seed
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Inputs, Report, Result, WorkItem
 

@@ -18,15 +18,15 @@ from huggingface_hub import snapshot_download
 
 from tdc_ray.config import from_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.layout import RunDir
 from tdc_ray.model_settings import FILE_KINDS
 from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.unet import given_unet_config
-from tdc_ray.remote import located, shown
 from tdc_ray.schedule import BetaSchedule, recognise
-from tdc_ray.storage import exists, fetch, listing, read_json
+from tdc_ray.storage.files import exists, fetch, listing, read_json
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.run_dir import RunDir
 
 BASE_FILE = "base.json"
 """Makes a folder an imported base."""

@@ -32,8 +32,8 @@ from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.state_dicts import StateDict
 from tdc_ray.models.unet import build_unet, load_unet, save_unet
-from tdc_ray.remote import located, shown
-from tdc_ray.storage import atomic_path, exists, fetch, write_json
+from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
+from tdc_ray.storage.object_store import located, shown
 
 _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""

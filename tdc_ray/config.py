@@ -14,7 +14,6 @@ from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.model_settings import FILE_KINDS, ModelConfig
 from tdc_ray.prune_settings import ProxyConfig, PruneConfig
-from tdc_ray.remote import is_remote, located
 from tdc_ray.settings import (
     DataConfig,
     DiffusionConfig,
@@ -24,6 +23,7 @@ from tdc_ray.settings import (
     TrainConfig,
     require,
 )
+from tdc_ray.storage.object_store import is_remote, located
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

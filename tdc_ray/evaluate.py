@@ -30,13 +30,13 @@ from tdc_ray.features import (
 )
 from tdc_ray.first_stage import first_stage_digest, input_shape
 from tdc_ray.inputs import of_images, of_weights
-from tdc_ray.layout import RunDir
 from tdc_ray.models.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.precision import DTYPES
 from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
-from tdc_ray.storage import atomic_path, exists, fetch, remove
+from tdc_ray.storage.files import atomic_path, exists, fetch, remove
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain, Inputs, Report, Result, WorkItem
 
 Which = Literal["base", "tdc"]

@@ -6,11 +6,11 @@ from statistics import median
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.finetune import expert_dir
-from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet import load_unet
 from tdc_ray.plan import Plan
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain, Report, Result, WorkItem
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3

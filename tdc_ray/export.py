@@ -14,13 +14,11 @@ from torch import nn
 from tdc_ray.conditioning import null_class
 from tdc_ray.config import from_json
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.layout import RunDir
 from tdc_ray.model_card import model_card
 from tdc_ray.models.experts import CONFIG_FILE, WEIGHTS_FILE, load_expert
 from tdc_ray.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
-from tdc_ray.remote import located, shown
 from tdc_ray.results import load_results
-from tdc_ray.storage import (
+from tdc_ray.storage.files import (
     atomic_path,
     exists,
     fetch,
@@ -28,6 +26,8 @@ from tdc_ray.storage import (
     write_json,
     write_text,
 )
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.run_dir import RunDir
 
 EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
 MODULES_FILE = "modules.json"

@@ -31,9 +31,9 @@ from tdc_ray.config import RunConfig
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import ImageDataset
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
-from tdc_ray.remote import located
 from tdc_ray.schedule import FloatArray
-from tdc_ray.storage import atomic_path, exists, fetch, read_json, write_json
+from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json
+from tdc_ray.storage.object_store import located
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.inputs import of_group, of_measuring, of_run, of_training, of_weights
 from tdc_ray.latents import load_inputs
-from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import count_params, unet_config
@@ -25,9 +24,10 @@ from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import exists
+from tdc_ray.storage.files import exists
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
 from tdc_ray.work import Inputs, Report, Resources, Result, WorkItem
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.remote import located, shown
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import atomic_path, exists, fetch, read_json
+from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
+from tdc_ray.storage.object_store import located, shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

@@ -18,7 +18,7 @@ from tdc_ray.latents import latents_dir
 from tdc_ray.plan import Group
 from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import TrainConfig
-from tdc_ray.storage import fetch, read_json
+from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.work import Inputs
 
 PLACES = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")

@@ -24,7 +24,7 @@ from torch import Tensor
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.pixels import channels_first, to_size
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import atomic_path, locked
+from tdc_ray.storage.files import atomic_path, locked
 
 BLOCK_BYTES = 2**20
 """How much of a file is unpacked at once."""

@@ -15,10 +15,10 @@ from tdc_ray.experts import Experts, OffloadedExperts
 from tdc_ray.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.experts import load_expert
 from tdc_ray.plan import Group
-from tdc_ray.remote import located, shown
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
-from tdc_ray.storage import exists, read_json, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.object_store import located, shown
 
 INDEX_FILE = "progressive.json"
 FIRST_STAGE_DIR = "first_stage"

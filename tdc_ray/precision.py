@@ -14,9 +14,9 @@ from torch import nn
 
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.settings import Precision
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)

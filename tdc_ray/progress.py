@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tdc_ray.mirror import growing
+from tdc_ray.storage.mirror import growing
 from tdc_ray.work import Report, Reported, WorkItem
 
 if TYPE_CHECKING:

@@ -18,8 +18,6 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.latents import prepare_latents
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.experts import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
@@ -34,9 +32,11 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.remote import is_remote, located, shown, version
 from tdc_ray.settings import DataConfig
-from tdc_ray.storage import exists, listing, read_json, write_json
+from tdc_ray.storage.files import exists, listing, read_json, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import is_remote, located, shown, version
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import run_chain
 
 REPORT_FILE = "report.json"

@@ -12,9 +12,9 @@ from tdc_ray.config import RunConfig
 from tdc_ray.plan import Plan
 from tdc_ray.presets import PAPER
 from tdc_ray.prune.memory import MemoryEntry
-from tdc_ray.remote import shown
 from tdc_ray.results import GroupResult, ModelResult, Results
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage.files import atomic_path
+from tdc_ray.storage.object_store import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where it is needed: it takes a second

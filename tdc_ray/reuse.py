@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tdc_ray.environment import versions
 from tdc_ray.errors import StorageError, StorageFailedError
-from tdc_ray.remote import is_remote, shown
-from tdc_ray.storage import atomic_path, exists, fetch, read_json, remove, write_json
+from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
+from tdc_ray.storage.object_store import is_remote, shown
+from tdc_ray.storage.provenance import versions
 from tdc_ray.work import Inputs, Report, Reported, Result, WorkItem
 
 FORMAT = 2

@@ -19,7 +19,6 @@ from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.distributed.stage_1 import make_base
-from tdc_ray.environment import commit, machine, versions
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.expert_times import expert_times
@@ -27,8 +26,6 @@ from tdc_ray.features import FeatureSpec, check_labels, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import unet_config
@@ -41,13 +38,16 @@ from tdc_ray.prune.latency import timed_space
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
-from tdc_ray.remote import located, shown
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.reuse import Store
 from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.stage_2 import Expert, make_expert
-from tdc_ray.storage import exists, read_json, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.provenance import commit, machine, versions
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import Outcome, step_mean, summarize
 from tdc_ray.timeline import Timeline
 

@@ -10,7 +10,6 @@ from tdc_ray.config import RunConfig, differences, from_json
 from tdc_ray.distributed.simulate import Simulated, Weather, simulate
 from tdc_ray.errors import StorageError
 from tdc_ray.finetune import finetune_item, trial_item
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
 from tdc_ray.plan import plan_groups
@@ -18,9 +17,10 @@ from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sens
 from tdc_ray.prune.scored import uniform_scheme
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
-from tdc_ray.remote import located, shown
 from tdc_ray.simulation_settings import SimulationConfig
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.timeline import load_history
 from tdc_ray.work import Chain, Meeting, WorkItem
 

@@ -8,7 +8,7 @@ from tdc_ray.plan import Group
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import Choice, GroupTask
-from tdc_ray.storage import listing, remove
+from tdc_ray.storage.files import listing, remove
 from tdc_ray.work import Chain
 
 

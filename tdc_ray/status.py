@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from tdc_ray.config import RunConfig, from_json
 from tdc_ray.errors import StorageError
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import holder
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.prune.task import group_name
-from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
-from tdc_ray.storage import exists, listing, read_json
+from tdc_ray.storage.files import exists, listing, read_json
+from tdc_ray.storage.lease import holder
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.timeline import History, Span, Usage, load_history, usage
 
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from tdc_ray.base_sources import BASE_FILE
 from tdc_ray.config import RunConfig
-from tdc_ray.environment import commit, versions
 from tdc_ray.evaluate import Score
 from tdc_ray.features import FeatureSpec
 from tdc_ray.first_stage import first_stage_digest
-from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
 from tdc_ray.results import (
     EvaluationResult,
@@ -26,7 +24,9 @@ from tdc_ray.results import (
 )
 from tdc_ray.reuse import shared
 from tdc_ray.stage_2 import Expert
-from tdc_ray.storage import exists, listing, read_json
+from tdc_ray.storage.files import exists, listing, read_json
+from tdc_ray.storage.provenance import commit, versions
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.timeline import Usage
 from tdc_ray.work import Result
 

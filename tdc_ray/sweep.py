@@ -27,9 +27,9 @@ from tdc_ray.distributed.crew import Crew
 from tdc_ray.distributed.sharing import start_claims
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.hparams import write_session
-from tdc_ray.lease import exclusive
-from tdc_ray.remote import located, shown
 from tdc_ray.run import check, local_cpus
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
 from tdc_ray.sweep_results import (
     Row,
     SweepResults,

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.config import RunConfig, differences, from_json, to_json
-from tdc_ray.environment import commit, machine
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.layout import RunDir
-from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
-from tdc_ray.storage import exists, read_json, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.provenance import commit, machine
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.sweep_settings import (
     Domain,
     Objective,

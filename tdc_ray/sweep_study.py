@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.remote import is_remote
+from tdc_ray.storage.object_store import is_remote
 from tdc_ray.sweep_results import SweepResults
 from tdc_ray.sweep_settings import Choices, Domain, SweepConfig
 

@@ -12,14 +12,14 @@ from rich.console import Console
 from tdc_ray.config import RunConfig
 from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.errors import TdcError, WorkFailedError
-from tdc_ray.layout import RunDir
-from tdc_ray.logs import log_to
 from tdc_ray.progress import Event
-from tdc_ray.remote import shown
 from tdc_ray.results import Results
 from tdc_ray.reuse import Store
 from tdc_ray.run import run
-from tdc_ray.storage import exists, read_json, remove, write_json
+from tdc_ray.storage.files import exists, read_json, remove, write_json
+from tdc_ray.storage.logs import log_to
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.sweep_results import started_row
 from tdc_ray.sweep_settings import Params, applied
 

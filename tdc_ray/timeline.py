@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.errors import StorageError
-from tdc_ray.storage import append_json_line, read_json_lines
+from tdc_ray.storage.files import append_json_line, read_json_lines
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.precision import autocast, in_layout
-from tdc_ray.remote import shown
 from tdc_ray.seeds import derive_seed
 from tdc_ray.settings import DataConfig, TrainConfig
-from tdc_ray.storage import atomic_path, fetch
+from tdc_ray.storage.files import atomic_path, fetch
+from tdc_ray.storage.object_store import shown
 from tdc_ray.work import Report
 
 _UNREADABLE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tdc_ray.errors import TdcError
-from tdc_ray.storage import exists, read_json, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
 
 Result = dict[str, Any]
 """What an item gives back: plain JSON values. Anything larger is a file that the result names."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from tdc_ray.distributed.simulate import Simulated
 from tdc_ray.report import loss_text, print_results
 from tdc_ray.status import Status
-from tdc_ray.storage import atomic_path
+from tdc_ray.storage.files import atomic_path
 from tdc_ray.timeline import History, Span
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from tdc_ray.config import RunConfig
 from tdc_ray.presets import preset
-from tdc_ray.storage import locked
+from tdc_ray.storage.files import locked
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")

@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, UNet2DModel, VQModel
 from torch import Tensor
 
 from tdc_ray.config import RunConfig
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig, architecture
 from tdc_ray.models.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
@@ -21,6 +20,7 @@ from tdc_ray.plan import Group, plan_groups
 from tdc_ray.presets import preset
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Report, WorkItem
 
 TINY: UNetConfig = architecture("tiny")

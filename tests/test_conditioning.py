@@ -21,7 +21,6 @@ from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import ConfigError
 from tdc_ray.evaluate import SampleJob, sample_images
 from tdc_ray.finetune import FinetuneJob, expert_dir, finetune_expert
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import load_expert, save_expert
 from tdc_ray.models.layers import count
@@ -32,6 +31,7 @@ from tdc_ray.plan import plan_groups
 from tdc_ray.run import check
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample
 from tdc_ray.settings import DiffusionConfig, SamplerConfig
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
 from tests.small import TINY, assert_same, group_of, random_unet, small_config
 

@@ -28,7 +28,6 @@ from tdc_ray.features import (
     load_extractor,
     moments_of,
 )
-from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import load_unet
@@ -36,7 +35,8 @@ from tdc_ray.models.units import Kept, keep_all, units_of
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import plan_groups
 from tdc_ray.sampling import image_generators
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import WorkItem, finished, run_chain
 from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config
 

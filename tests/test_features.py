@@ -28,7 +28,7 @@ from tdc_ray.features import (
 )
 from tdc_ray.run import check
 from tdc_ray.settings import DataConfig, EvaluateConfig
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
 from tests.small import assert_same, small_config
 
 CPU = torch.device("cpu")

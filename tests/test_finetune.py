@@ -16,7 +16,6 @@ from tdc_ray.finetune import (
     finetune_item,
     halve_micro_batch,
 )
-from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, count_params, load_unet
 from tdc_ray.models.units import keep_all
@@ -27,6 +26,7 @@ from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.settings import DataConfig
 from tdc_ray.stage_2 import Expert, make_expert
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Report, run_chain
 from tests.small import (
     assert_same,

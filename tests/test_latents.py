@@ -25,7 +25,6 @@ from tdc_ray.latents import (
     prepare_latents,
     shard_path,
 )
-from tdc_ray.layout import RunDir
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
@@ -35,6 +34,7 @@ from tdc_ray.presets import preset
 from tdc_ray.prune.noised import noised_batches
 from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import run_chain, run_item
 from tests.small import (
     TINY,

@@ -16,7 +16,7 @@ from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all
 from tdc_ray.prune.items import measure_item
 from tdc_ray.reuse import Store, key_of, shared
-from tdc_ray.storage import write_text
+from tdc_ray.storage.files import write_text
 from tdc_ray.work import WorkItem, run_item
 from tests.small import make_run_dir, small_config, task_of
 
@@ -209,7 +209,7 @@ def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
 
 
 def test_a_folder_at_a_uri_is_a_store_too(tmp_path, bucket):
-    from tdc_ray.remote import located
+    from tdc_ray.storage.object_store import located
 
     root = located(f"{bucket}/store")
     key = published(root, tmp_path / "one")

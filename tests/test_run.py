@@ -9,8 +9,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tdc_ray.conditioning import ConditioningConfig
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import exclusive
 from tdc_ray.models.architectures import architecture
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, count_params
@@ -21,6 +19,8 @@ from tdc_ray.report import conclusions
 from tdc_ray.results import load_results
 from tdc_ray.run import check, run
 from tdc_ray.settings import SamplerConfig
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.ray
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from tdc_ray.layout import RunDir
 from tdc_ray.run import run
+from tdc_ray.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.ray
 

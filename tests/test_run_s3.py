@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tdc_ray.cli import run_command
 from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.remote import located
 from tdc_ray.results import comparable, load_results
-from tdc_ray.storage import exists, fetch, listing
+from tdc_ray.storage.files import exists, fetch, listing
+from tdc_ray.storage.object_store import located
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 

@@ -5,9 +5,9 @@ import pytest
 
 from tdc_ray.cli import run_command
 from tdc_ray.errors import StorageError
-from tdc_ray.layout import RunDir
-from tdc_ray.lease import exclusive
 from tdc_ray.status import status
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.timeline import Timeline
 
 

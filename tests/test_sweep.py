@@ -18,10 +18,10 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from tdc_ray.errors import StorageError, WorkFailedError
 from tdc_ray.hparams import metrics_of
-from tdc_ray.layout import RunDir
 from tdc_ray.results import comparable, load_results
 from tdc_ray.reuse import shared
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import item_results
 from tdc_ray.sweep_results import load_sweep, started_row
 from tdc_ray.sweep_study import open_storage

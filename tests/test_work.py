@@ -10,7 +10,7 @@ import pytest
 
 import tdc_ray
 from tdc_ray.errors import LimitError
-from tdc_ray.storage import append_json_line, read_json, read_json_lines, write_json
+from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
 from tdc_ray.work import Chains, Meeting, WorkItem, finished, run_chain, run_item
 from tests.small import reporting_to
 

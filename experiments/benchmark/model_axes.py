@@ -14,7 +14,6 @@ from benchmark.timing import use_threads
 from benchmark.training import CONFIG as TRAINING
 from benchmark.training import OurTraining, random_images
 from tdc_ray.config import RunConfig
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import UNetConfig, architecture, base_unet
 from tdc_ray.models.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_all
@@ -28,6 +27,7 @@ from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import DataConfig, SamplerConfig
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import start_state
 
 STEPS = 4

@@ -16,7 +16,6 @@ from benchmark.peers import plain_loss
 from benchmark.timing import Row, SpeedFlags, compared, random_scheme
 from tdc_ray.config import RunConfig
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import architecture, base_unet
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet, count_macs, save_unet
@@ -32,6 +31,7 @@ from tdc_ray.prune.sensitivity import levels
 from tdc_ray.prune.space import Space, Values, repair, space_of
 from tdc_ray.prune_settings import PruneConfig
 from tdc_ray.settings import DataConfig, Precision
+from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"
 MIN_SHARE = 0.5

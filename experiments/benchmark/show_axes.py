@@ -11,7 +11,6 @@ from rich.console import Console
 from benchmark.driver_axes import CONFIG, filled
 from benchmark.growth import Axis, ScalingFlags, Way, timed
 from tdc_ray.html_report.write import write_report
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import architecture
 from tdc_ray.plan import plan_groups, to_json
 from tdc_ray.prune.space import Space, space_of
@@ -27,7 +26,8 @@ from tdc_ray.results import (
     load_results,
     save_results,
 )
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
 
 
 def showing(flags: ScalingFlags, folder: Path) -> list[Axis]:

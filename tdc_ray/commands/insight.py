@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 from tdc_ray.commands.run import Settings
 from tdc_ray.config import to_json
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.remote import located, shown
 from tdc_ray.simulation_settings import SimulationConfig
+from tdc_ray.storage.object_store import located, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Status:
 
     def execute(self, console: Console) -> None:
         """Print how far it is."""
-        from tdc_ray.layout import RunDir
         from tdc_ray.status import status
+        from tdc_ray.storage.run_dir import RunDir
         from tdc_ray.workers_report import print_status
 
         print_status(console, status(RunDir(located(self.run))))
@@ -45,10 +45,10 @@ class Memory:
 
     def execute(self, console: Console) -> None:
         """Print the entries."""
-        from tdc_ray.layout import RunDir
         from tdc_ray.prune.memory import MemoryBank
         from tdc_ray.report import print_memory
-        from tdc_ray.storage import exists, listing
+        from tdc_ray.storage.files import exists, listing
+        from tdc_ray.storage.run_dir import RunDir
 
         folder = located(self.run)
         paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
@@ -109,7 +109,7 @@ class Simulate:
     def execute(self, console: Console) -> None:
         """Print, and write, what would come out."""
         from tdc_ray.simulation import simulate_run
-        from tdc_ray.storage import write_json
+        from tdc_ray.storage.files import write_json
         from tdc_ray.workers_report import print_simulated
 
         found = simulate_run(self.config, self.simulation)

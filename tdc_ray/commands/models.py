@@ -12,8 +12,8 @@ from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.commands.run import Settings
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.prune_settings import SearchMethod
-from tdc_ray.remote import is_remote, located, shown
 from tdc_ray.settings import Precision, require
+from tdc_ray.storage.object_store import is_remote, located, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Import:
         from tdc_ray.base_sources import find_base
         from tdc_ray.bases import import_base, untold
         from tdc_ray.models.layers import count
-        from tdc_ray.storage import exists
+        from tdc_ray.storage.files import exists
 
         out = located(self.out)
         if exists(out) and (is_remote(out) or not out.is_dir() or any(out.iterdir())):
@@ -220,7 +220,7 @@ class Sample:
         from tdc_ray.pipeline import ProgressivePipeline
         from tdc_ray.precision import DTYPES, ProbeJob, probe
         from tdc_ray.sampling import image_generators, image_labels
-        from tdc_ray.storage import atomic_path
+        from tdc_ray.storage.files import atomic_path
 
         pipeline = ProgressivePipeline.from_pretrained(
             self.run, offload=self.offload, winograd=self.winograd

@@ -17,7 +17,7 @@ from tdc_ray.commands.sweep import Sweep
 from tdc_ray.config import RunConfig, from_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.presets import PRESETS, preset
-from tdc_ray.remote import located
+from tdc_ray.storage.object_store import located
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
@@ -126,8 +126,8 @@ def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     costs = _value_of("--costs", arguments)
     if arguments[:1] != ["simulate"] or costs is None or _value_of("--preset", arguments):
         return config
-    from tdc_ray.layout import RunDir
-    from tdc_ray.storage import exists, read_json
+    from tdc_ray.storage.files import exists, read_json
+    from tdc_ray.storage.run_dir import RunDir
 
     path = RunDir(located(costs)).config
     return from_json(read_json(path)) if exists(path) else config

@@ -8,9 +8,9 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.config import RunConfig, default_run_dir, with_absolute_paths
-from tdc_ray.logs import log_to
 from tdc_ray.plan import Plan as GroupPlan
-from tdc_ray.remote import located, shown
+from tdc_ray.storage.logs import log_to
+from tdc_ray.storage.object_store import located, shown
 
 Settings = Annotated[RunConfig, arg(name="")]
 """Flags such as ``--plan.num-groups`` without a prefix of their own."""
@@ -80,7 +80,7 @@ class Plan:
         """Print the plan and write it."""
         from tdc_ray.plan import to_json
         from tdc_ray.report import plot_plan
-        from tdc_ray.storage import write_json
+        from tdc_ray.storage.files import write_json
 
         config = self.config
         plan = _show_plan(config, console)

@@ -18,10 +18,10 @@ from tdc_ray.config import RunConfig
 from tdc_ray.distributed.cluster import Board, is_local, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
-from tdc_ray.layout import RunDir
 from tdc_ray.progress import ProgressView
-from tdc_ray.remote import filesystem, is_remote
-from tdc_ray.storage import exists, read_json, remove, write_json
+from tdc_ray.storage.files import exists, read_json, remove, write_json
+from tdc_ray.storage.object_store import filesystem, is_remote
+from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

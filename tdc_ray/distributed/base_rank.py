@@ -15,11 +15,11 @@ from tdc_ray.config import RunConfig
 from tdc_ray.device import Place, set_up
 from tdc_ray.distributed.base import KEY
 from tdc_ray.distributed.cluster import Board
-from tdc_ray.layout import RunDir
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet
-from tdc_ray.storage import write_json
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState
 
 STATE_FILE = "state.pt"

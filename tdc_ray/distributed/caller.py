@@ -15,7 +15,7 @@ from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.prune_settings import ProxyConfig
-from tdc_ray.storage import listing
+from tdc_ray.storage.files import listing
 from tdc_ray.work import Result, WorkItem, run_item
 
 NAME = "tdc-ray-caller"

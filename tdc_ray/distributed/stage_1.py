@@ -8,9 +8,9 @@ from tdc_ray.config import RunConfig
 from tdc_ray.distributed.base import KEY, train_base_on_ray
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.distributed.sharing import Sharing
-from tdc_ray.layout import RunDir
 from tdc_ray.progress import Event, ProgressView
-from tdc_ray.remote import shown
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray import sweep_results
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.layout import RunDir
 from tdc_ray.plan import Plan
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
-from tdc_ray.remote import shown
 from tdc_ray.results import Results, load_results
 from tdc_ray.status import Status, status
-from tdc_ray.storage import exists, fetch, listing, read_json
+from tdc_ray.storage.files import exists, fetch, listing, read_json
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.sweep_results import SWEEP_FILE, Row, SweepResults
 from tdc_ray.timeline import History, Usage, load_history, usage
 

@@ -9,8 +9,8 @@ from tdc_ray.html_report.contents import report_of
 from tdc_ray.html_report.files import csv_files, markdown
 from tdc_ray.html_report.gather import RunData, SweepData, is_sweep, load_run, load_sweep
 from tdc_ray.html_report.page import page
-from tdc_ray.remote import located, shown
-from tdc_ray.storage import write_text
+from tdc_ray.storage.files import write_text
+from tdc_ray.storage.object_store import located, shown
 
 PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
 """What is in the folder: the page, the tables as Markdown, and a folder of them as CSV."""

@@ -16,8 +16,8 @@ from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet
 from tdc_ray.models.units import Kept, units_for
-from tdc_ray.remote import located, shown
-from tdc_ray.storage import atomic_path, fetch, read_json, remove, write_json
+from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
+from tdc_ray.storage.object_store import located, shown
 
 CONFIG_FILE = "expert.json"
 WEIGHTS_FILE = "model.safetensors"

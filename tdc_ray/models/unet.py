@@ -10,8 +10,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.remote import shown
-from tdc_ray.storage import atomic_path, fetch, read_json, write_json
+from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
+from tdc_ray.storage.object_store import shown
 
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""

@@ -13,7 +13,7 @@ from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.steps import steps
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import atomic_path, fetch
+from tdc_ray.storage.files import atomic_path, fetch
 
 ErrorWeights = Mapping[str, Sequence[Tensor]]
 """For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""

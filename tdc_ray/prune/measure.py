@@ -14,7 +14,6 @@ from diffusers import UNet2DModel
 from tdc_ray.config import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.layout import RunDir
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.shapes import Layer
 from tdc_ray.models.steps import num_untouched, steps
@@ -55,7 +54,8 @@ from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.table import tabulate
 from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage import exists
+from tdc_ray.storage.files import exists
+from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Report, Result
 
 ERROR_WEIGHT_PASSES = 3

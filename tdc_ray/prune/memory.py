@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
-from tdc_ray.remote import shown
-from tdc_ray.storage import append_json_line, read_json_lines
+from tdc_ray.storage.files import append_json_line, read_json_lines
+from tdc_ray.storage.object_store import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ProxyError, StorageError
-from tdc_ray.remote import located, shown
-from tdc_ray.storage import append_json_line, listing, read_json_lines
+from tdc_ray.storage.files import append_json_line, listing, read_json_lines
+from tdc_ray.storage.object_store import located, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

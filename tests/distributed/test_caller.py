@@ -17,7 +17,7 @@ from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import AskJob, ask
 from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
 from tdc_ray.prune_settings import ProxyConfig
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
 from tdc_ray.work import WorkItem
 from tests.prune.openai_server import after, says, serving
 from tests.prune.tasks import NAMES, TASK

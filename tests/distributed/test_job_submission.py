@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.layout import RunDir
+from tdc_ray.storage.run_dir import RunDir
 from tests.chaos import ran_twice
 from tests.processes import children
 

@@ -14,7 +14,7 @@ from tdc_ray.distributed.policy import (
     num_fitting,
 )
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.storage import read_json, write_json
+from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 ONE = Resources(1.0)

@@ -17,7 +17,7 @@ from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.progress import ProgressView
-from tdc_ray.storage import read_json, write_json
+from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.timeline import Timeline, load_history, usage
 from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.storage import locked
+from tdc_ray.storage.files import locked
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.storage import read_json
+from tdc_ray.storage.files import read_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from tdc_ray.config import RunConfig
-from tdc_ray.layout import RunDir
 from tdc_ray.models.steps import steps
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import load_unet
@@ -24,6 +23,7 @@ from tdc_ray.prune.measure import (
 )
 from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.sensitivity import levels
+from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
     TINY,
     assert_same,

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from tdc_ray.layout import RunDir
 from tdc_ray.plan import plan_groups
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Spent, group_tasks
+from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, small_config, task_of
 
 RUN_DIR = RunDir(Path("/run"))

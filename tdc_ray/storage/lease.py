@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tdc_ray import remote
 from tdc_ray.errors import StorageError
-from tdc_ray.remote import is_remote, shown
-from tdc_ray.storage import remove
+from tdc_ray.storage import object_store
+from tdc_ray.storage.files import remove
+from tdc_ray.storage.object_store import is_remote, shown
 
 LOCK_FILE = ".lock"
 LEASE_FILE = ".lease.json"
@@ -208,7 +208,7 @@ class _Lease:
         self._count += 1
         content = json.dumps(self._document | {"count": self._count}).encode().ljust(_SIZE)
         if is_remote(self.path):
-            remote.write(self.path, content)
+            object_store.write(self.path, content)
             return
         # In place: what NFS's clients know of a name may be older than what they know of a file.
         file = os.open(self.path, os.O_CREAT | os.O_WRONLY)
@@ -228,7 +228,7 @@ class _Lease:
 def _read(path: Path) -> dict[str, Any] | None:
     """Read a lease; None: there is none; empty: it is just being written."""
     try:
-        document = json.loads(remote.read(path) if is_remote(path) else path.read_bytes())
+        document = json.loads(object_store.read(path) if is_remote(path) else path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:

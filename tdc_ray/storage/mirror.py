@@ -1,8 +1,8 @@
 """Local copies of what is in an object store, shared by all processes of a node.
 
-Copies lie in the mirror of the URI (see ``tdc_ray.remote``). What is known of each one, the
-version that it is a copy of, is in a file of the same path below ``tdc_ray-marks``, which is
-its lock too.
+Copies lie in the mirror of the URI (see ``tdc_ray.storage.object_store``). What is known of each
+one, the version that it is a copy of, is in a file of the same path below ``tdc_ray-marks``, which
+is its lock too.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from tdc_ray.errors import StorageError
-from tdc_ray.remote import (
+from tdc_ray.storage.object_store import (
     MIRROR,
     ROOT_VARIABLE,
     Info,

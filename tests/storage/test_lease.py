@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray import lease, remote
 from tdc_ray.errors import StorageError
-from tdc_ray.lease import LEASE_FILE, exclusive
-from tdc_ray.remote import located
+from tdc_ray.storage import lease, object_store
+from tdc_ray.storage.lease import LEASE_FILE, exclusive
+from tdc_ray.storage.object_store import located
 
 # --- the lock of this machine ------------------------------------------------------------------
 
 HOLD = """
 import sys
-from tdc_ray.lease import exclusive
-from tdc_ray.remote import located
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located
 with exclusive(located(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
@@ -115,20 +115,22 @@ def quick(monkeypatch):
 
 def lease_of(run_dir: Path) -> dict:
     path = run_dir / LEASE_FILE
-    return json.loads(remote.read(path) if remote.is_remote(path) else path.read_bytes())
+    return json.loads(
+        object_store.read(path) if object_store.is_remote(path) else path.read_bytes()
+    )
 
 
 def write_lease(run_dir: Path, document: dict) -> None:
     content = json.dumps(document).encode()
-    if remote.is_remote(run_dir):
-        remote.write(run_dir / LEASE_FILE, content)
+    if object_store.is_remote(run_dir):
+        object_store.write(run_dir / LEASE_FILE, content)
     else:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LEASE_FILE).write_bytes(content)
 
 
 def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, other_host):
-    with held_by_another_process(remote.shown(run_dir)) as process:
+    with held_by_another_process(object_store.shown(run_dir)) as process:
         held = lease_of(run_dir)
         started = time.monotonic()
         with pytest.raises(StorageError) as caught:
@@ -136,11 +138,13 @@ def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, 
         assert time.monotonic() - started < lease.STALE_AFTER_S
         assert f"process {process.pid} on host {held['host']}" in str(caught.value)
         assert held["started"] in str(caught.value)
-        assert str(caught.value).startswith(f"run directory {remote.shown(run_dir)} is in use")
+        assert str(caught.value).startswith(
+            f"run directory {object_store.shown(run_dir)} is in use"
+        )
 
 
 def test_a_killed_drivers_lease_is_taken_at_once_on_its_host(run_dir):
-    with held_by_another_process(remote.shown(run_dir)) as process:
+    with held_by_another_process(object_store.shown(run_dir)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         started = time.monotonic()
@@ -150,7 +154,7 @@ def test_a_killed_drivers_lease_is_taken_at_once_on_its_host(run_dir):
 
 def test_a_killed_drivers_lease_runs_out_on_other_hosts(bucket, other_host):
     run_dir = located(f"{bucket}/run")
-    with held_by_another_process(remote.shown(run_dir)) as process:
+    with held_by_another_process(object_store.shown(run_dir)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         started = time.monotonic()
@@ -159,7 +163,7 @@ def test_a_killed_drivers_lease_runs_out_on_other_hosts(bucket, other_host):
 
 
 def test_a_lease_is_given_back(run_dir, other_host, quick):
-    with held_by_another_process(remote.shown(run_dir)) as process:
+    with held_by_another_process(object_store.shown(run_dir)) as process:
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.wait() == 0
@@ -174,7 +178,7 @@ def test_a_torn_lease_runs_out_too(run_dir, quick):
 
 
 def test_a_suspended_driver_whose_lease_was_taken_stops(run_dir, other_host, quick):
-    with held_by_another_process(remote.shown(run_dir)) as process:
+    with held_by_another_process(object_store.shown(run_dir)) as process:
         process.send_signal(signal.SIGSTOP)
         with exclusive(run_dir):
             process.send_signal(signal.SIGCONT)
@@ -201,16 +205,16 @@ def test_the_loss_of_a_lease_interrupts_the_block(run_dir, monkeypatch):
 
 def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(bucket, monkeypatch, caplog):
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
-    run_dir, write, failed = located(f"{bucket}/run"), remote.write, threading.Event()
+    run_dir, write, failed = located(f"{bucket}/run"), object_store.write, threading.Event()
 
     def fail(path, content):
         failed.set()
         raise StorageError("a hiccup")
 
     with exclusive(run_dir):
-        monkeypatch.setattr(remote, "write", fail)
+        monkeypatch.setattr(object_store, "write", fail)
         assert failed.wait(20)
-        monkeypatch.setattr(remote, "write", write)
+        monkeypatch.setattr(object_store, "write", write)
         count = lease_of(run_dir)["count"]
         deadline = time.monotonic() + 20
         while lease_of(run_dir)["count"] == count:

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
 
-from tdc_ray.mirror import growing
-from tdc_ray.remote import is_remote, writer
+from tdc_ray.storage.mirror import growing
+from tdc_ray.storage.object_store import is_remote, writer
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of the checkout the package runs from, marked if changed; None outside of one."""
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]

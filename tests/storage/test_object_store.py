@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray import remote
 from tdc_ray.errors import StorageError
-from tdc_ray.remote import filesystem, is_remote, located, shown
+from tdc_ray.storage import object_store
+from tdc_ray.storage.object_store import filesystem, is_remote, located, shown
 
 # --- URIs and their mirrors --------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def test_a_kind_that_is_not_known_is_refused():
 def test_a_kind_that_is_not_installed_is_refused_with_what_to_install():
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from tdc_ray.remote import located; located('s3://bucket/a')"
+        "from tdc_ray.storage.object_store import located; located('s3://bucket/a')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "StorageError: s3://bucket/a cannot be used" in done.stderr
@@ -75,9 +75,9 @@ def test_a_kind_that_is_not_installed_is_refused_with_what_to_install():
 def test_local_paths_need_no_fsspec():
     code = (
         "import sys; sys.modules['fsspec'] = None\n"
-        "from pathlib import Path; from tdc_ray import storage\n"
-        "path = storage.fetch(Path(sys.argv[1])); storage.write_json(path, 1)\n"
-        "assert storage.exists(path) and storage.read_json(path) == 1; storage.remove(path)"
+        "from pathlib import Path; from tdc_ray.storage import files\n"
+        "path = files.fetch(Path(sys.argv[1])); files.write_json(path, 1)\n"
+        "assert files.exists(path) and files.read_json(path) == 1; files.remove(path)"
     )
     assert subprocess.run([sys.executable, "-c", code, "/tmp/x.json"], check=False).returncode == 0
 
@@ -87,27 +87,27 @@ def test_local_paths_need_no_fsspec():
 
 def test_files_and_folders_exist_as_long_as_the_store_has_them(bucket):
     path = located(bucket) / "runs" / "a" / "file"
-    assert not remote.exists(path)
-    remote.write(path, b"content")
-    assert remote.read(path) == b"content"
+    assert not object_store.exists(path)
+    object_store.write(path, b"content")
+    assert object_store.read(path) == b"content"
     for there in (path, path.parent, path.parents[1]):
-        assert remote.exists(there)
-    assert not remote.exists(path.with_name("fil"))
-    assert not remote.exists(path / "x")
+        assert object_store.exists(there)
+    assert not object_store.exists(path.with_name("fil"))
+    assert not object_store.exists(path / "x")
     filesystem(path)[0].rm_file(filesystem(path)[1])
-    assert not remote.exists(path.parents[1])
+    assert not object_store.exists(path.parents[1])
     with pytest.raises(FileNotFoundError):
-        remote.read(path)
+        object_store.read(path)
 
 
 def test_the_version_changes_with_the_content_alone(bucket):
     path = located(bucket) / "file"
-    remote.write(path, b"one")
-    first = remote.version(path)
-    remote.write(path, b"one")
-    assert remote.version(path) == first
-    remote.write(path, b"two")
-    assert remote.version(path) != first
+    object_store.write(path, b"one")
+    first = object_store.version(path)
+    object_store.write(path, b"one")
+    assert object_store.version(path) == first
+    object_store.write(path, b"two")
+    assert object_store.version(path) != first
 
 
 @pytest.mark.parametrize(
@@ -126,32 +126,32 @@ def test_listings_are_those_of_a_local_folder(bucket, tmp_path, pattern, found):
     names += ["search/x/memory.jsonl/000000-x.json", "search/y/memory.jsonl/000000-x.json"]
     names += ["search/x/made.json"]
     for name in names:
-        remote.write(located(bucket) / "run" / name, b"")
+        object_store.write(located(bucket) / "run" / name, b"")
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
     path = located(bucket) / "run"
-    assert remote.listing(path, pattern) == [path / name for name in found]
+    assert object_store.listing(path, pattern) == [path / name for name in found]
     assert sorted((tmp_path / "run").glob(pattern)) == [tmp_path / "run" / name for name in found]
 
 
 def test_entries_stand_in_the_order_in_which_they_were_added(bucket):
     path = located(bucket) / "memory.jsonl"
-    assert remote.read_entries(path) == []
+    assert object_store.read_entries(path) == []
     for number in range(12):
-        remote.append(path, json.dumps(number).encode())
-    assert [json.loads(entry) for entry in remote.read_entries(path)] == list(range(12))
+        object_store.append(path, json.dumps(number).encode())
+    assert [json.loads(entry) for entry in object_store.read_entries(path)] == list(range(12))
 
 
 def test_two_processes_that_add_entries_at_once_keep_both(bucket):
     path = located(bucket) / "memory.jsonl"
     code = (
-        "import sys; from tdc_ray.remote import append, located\n"
+        "import sys; from tdc_ray.storage.object_store import append, located\n"
         "for number in range(5): append(located(sys.argv[1]), f'{sys.argv[2]}{number}'.encode())"
     )
     uri = f"{bucket}/memory.jsonl"
     started = [subprocess.Popen([sys.executable, "-c", code, uri, name]) for name in "ab"]
     assert [process.wait() for process in started] == [0, 0]
-    entries = [entry.decode() for entry in remote.read_entries(path)]
+    entries = [entry.decode() for entry in object_store.read_entries(path)]
     for name in "ab":
         assert [e for e in entries if e[0] == name] == [f"{name}{number}" for number in range(5)]
 
@@ -159,17 +159,17 @@ def test_two_processes_that_add_entries_at_once_keep_both(bucket):
 def test_a_store_that_renames_gets_whole_files_too(tmp_path):
     (tmp_path / "source").write_bytes(b"whole")
     path = located("memory://place/folder/file")
-    remote.put(tmp_path / "source", path)
-    assert remote.read(path) == b"whole"
-    assert remote.listing(path.parent, "*") == [path]
+    object_store.put(tmp_path / "source", path)
+    assert object_store.read(path) == b"whole"
+    assert object_store.listing(path.parent, "*") == [path]
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path, _: remote.write(path, b""),
-        lambda path, _: remote.append(path, b""),
-        lambda path, source: remote.put(source, path),
+        lambda path, _: object_store.write(path, b""),
+        lambda path, _: object_store.append(path, b""),
+        lambda path, source: object_store.put(source, path),
     ],
 )
 def test_a_bucket_that_does_not_exist_is_told_by_what_is_written(bucket, tmp_path, write):
@@ -177,14 +177,14 @@ def test_a_bucket_that_does_not_exist_is_told_by_what_is_written(bucket, tmp_pat
     path = located(f"{bucket}-missing/a")
     with pytest.raises(StorageError, match=f"^{bucket}-missing/a cannot be written: .*bucket"):
         write(path, tmp_path / "source")
-    assert not remote.exists(path)
-    assert remote.listing(path, "*") == []
+    assert not object_store.exists(path)
+    assert object_store.listing(path, "*") == []
 
 
 def test_a_store_that_does_not_answer_is_told(bucket, monkeypatch):
     code = (
         "import sys; from tdc_ray.errors import StorageError\n"
-        "from tdc_ray.remote import exists, located\n"
+        "from tdc_ray.storage.object_store import exists, located\n"
         "try: exists(located(sys.argv[1]))\n"
         "except StorageError as error: print(error)"
     )

@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tdc_ray import remote
 from tdc_ray.errors import StorageError
-from tdc_ray.remote import located
-from tdc_ray.storage import (
+from tdc_ray.storage import object_store
+from tdc_ray.storage.files import (
     append_json_line,
     atomic_path,
     exists,
@@ -30,6 +29,7 @@ from tdc_ray.storage import (
     write_json,
     write_text,
 )
+from tdc_ray.storage.object_store import located
 
 # --- atomic_path -----------------------------------------------------------------------------
 
@@ -289,9 +289,9 @@ def test_json_is_always_what_the_store_has(bucket):
     with pytest.raises(StorageError, match=f"^{bucket}/results.json does not exist"):
         read_json(path)
     write_json(path, {"a": 1})
-    remote.write(path, b'{"a": 2}')  # another driver
+    object_store.write(path, b'{"a": 2}')  # another driver
     assert read_json(path) == {"a": 2}
-    remote.write(path, b"{")
+    object_store.write(path, b"{")
     with pytest.raises(StorageError, match=f"^{bucket}/results.json is not JSON"):
         read_json(path)
 
@@ -303,7 +303,7 @@ def test_lines_are_objects_of_their_own_in_a_store(bucket):
         append_json_line(path, {"round": number})
     assert read_json_lines(path) == [{"round": 0}, {"round": 1}, {"round": 2}]
     assert len(listing(path, "*.json")) == 3
-    remote.write(path / "000003-x.json", b"{")
+    object_store.write(path / "000003-x.json", b"{")
     with pytest.raises(
         StorageError, match=f"^{bucket}/memory.jsonl holds a line that is not JSON"
     ):
@@ -312,8 +312,8 @@ def test_lines_are_objects_of_their_own_in_a_store(bucket):
 
 APPEND = """
 import sys
-from tdc_ray.remote import located
-from tdc_ray.storage import append_json_line
+from tdc_ray.storage.object_store import located
+from tdc_ray.storage.files import append_json_line
 number = 0
 while True:
     append_json_line(located(sys.argv[1]), {"number": number, "text": "x" * 1000})

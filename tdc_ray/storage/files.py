@@ -1,6 +1,7 @@
 """How run directories are read and written: a file or directory that exists is whole.
 
-Paths are local ones, or mirrors of what is in an object store (see ``tdc_ray.remote``).
+Paths are local ones, or mirrors of what is in an object store (see
+``tdc_ray.storage.object_store``).
 """
 
 import contextlib
@@ -17,9 +18,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tdc_ray import mirror, remote
 from tdc_ray.errors import StorageError, StorageFailedError
-from tdc_ray.remote import is_remote, shown
+from tdc_ray.storage import mirror, object_store
+from tdc_ray.storage.object_store import is_remote, shown
 
 _FAILED = (OSError, RuntimeError, SafetensorError)
 """What Python, torch and safetensors raise where a disk does not take what they write."""
@@ -31,7 +32,7 @@ def exists(path: Path) -> bool:
     Raises:
         StorageError: The store of a URI does not tell.
     """
-    return remote.exists(path) if is_remote(path) else path.exists()
+    return object_store.exists(path) if is_remote(path) else path.exists()
 
 
 def fetch(path: Path) -> Path:
@@ -53,7 +54,7 @@ def listing(path: Path, pattern: str) -> list[Path]:
     Raises:
         StorageError: The store of a URI does not tell.
     """
-    return remote.listing(path, pattern) if is_remote(path) else sorted(path.glob(pattern))
+    return object_store.listing(path, pattern) if is_remote(path) else sorted(path.glob(pattern))
 
 
 def remove(path: Path) -> None:
@@ -80,8 +81,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         StorageError: The block wrote nothing.
         StorageFailedError: The disk or the store does not take it.
     """
-    temporary = remote.temporary(path)
-    old = path.with_name(f".{path.name}.{remote.writer()}.old")
+    temporary = object_store.temporary(path)
+    old = path.with_name(f".{path.name}.{object_store.writer()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
@@ -149,7 +150,7 @@ def read_json(path: Path) -> Any:
         StorageError: The file is missing or holds no JSON.
     """
     try:
-        return json.loads(remote.read(path) if is_remote(path) else path.read_bytes())
+        return json.loads(object_store.read(path) if is_remote(path) else path.read_bytes())
     except FileNotFoundError as error:
         raise StorageError(f"{shown(path)} does not exist.") from error
     except ValueError as error:
@@ -166,7 +167,7 @@ def append_json_line(path: Path, value: Any) -> None:
     """
     line = (json.dumps(value) + "\n").encode()
     if is_remote(path):
-        remote.append(path, line)
+        object_store.append(path, line)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +200,7 @@ def read_json_lines(path: Path) -> list[Any]:
         StorageError: A whole line holds no JSON, or the store of a URI does not give it.
     """
     if is_remote(path):
-        lines = remote.read_entries(path)
+        lines = object_store.read_entries(path)
     elif path.exists():
         lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline stands a torn line
     else:

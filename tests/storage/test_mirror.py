@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray import mirror, remote
 from tdc_ray.errors import StorageError
-from tdc_ray.mirror import fetch, growing, remove, upload
-from tdc_ray.remote import filesystem, located
-from tdc_ray.storage import append_json_line, atomic_path, listing, write_json
+from tdc_ray.storage import mirror, object_store
+from tdc_ray.storage.files import append_json_line, atomic_path, listing, write_json
+from tdc_ray.storage.mirror import fetch, growing, remove, upload
+from tdc_ray.storage.object_store import filesystem, located
 
 
 def make(source: Path, files: dict[str, str]) -> Path:
@@ -127,7 +127,7 @@ def test_folders_of_like_names_are_not_mixed_up(bucket, tmp_path):
     upload(make(tmp_path / "one", {"a": "1"}), located(f"{bucket}/expert-1"))
     upload(make(tmp_path / "ten", {"a": "10"}), located(f"{bucket}/expert-10"))
     remove(located(f"{bucket}/expert-1"))
-    assert remote.listing(located(bucket), "*") == [located(f"{bucket}/expert-10")]
+    assert object_store.listing(located(bucket), "*") == [located(f"{bucket}/expert-10")]
 
 
 def test_config_is_the_last_file_to_come_and_the_first_to_go(bucket, tmp_path, monkeypatch):
@@ -146,8 +146,8 @@ def test_config_is_the_last_file_to_come_and_the_first_to_go(bucket, tmp_path, m
 
 FETCH = """
 import sys, time
-from tdc_ray import mirror
-from tdc_ray.remote import located
+from tdc_ray.storage import mirror
+from tdc_ray.storage.object_store import located
 print("ready", flush=True)
 sys.stdin.readline()
 mirror.fetch(located(sys.argv[1]))
@@ -173,8 +173,8 @@ def test_several_processes_of_a_node_download_a_file_once(bucket, tmp_path, monk
 
 def test_a_process_killed_while_it_uploads_leaves_nothing_in_the_store(bucket, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tdc_ray.mirror import upload\n"
-        "from tdc_ray.remote import located; print('go', flush=True)\n"
+        "import sys; from pathlib import Path; from tdc_ray.storage.mirror import upload\n"
+        "from tdc_ray.storage.object_store import located; print('go', flush=True)\n"
         "upload(Path(sys.argv[1]), located(sys.argv[2]))"
     )
     with (tmp_path / "source").open("wb") as file:
@@ -185,7 +185,7 @@ def test_a_process_killed_while_it_uploads_leaves_nothing_in_the_store(bucket, t
         time.sleep(0.5)
         process.kill()
     assert process.returncode == -9
-    assert not remote.exists(located(f"{bucket}/weights"))
+    assert not object_store.exists(located(f"{bucket}/weights"))
 
 
 def test_an_upload_that_fails_leaves_what_was_there(bucket, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_an_upload_that_fails_leaves_what_was_there(bucket, tmp_path, monkeypatc
     monkeypatch.setattr(store, "put_file", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
     with pytest.raises(StorageError, match=f"^{bucket}/file cannot be written: cut off"):
         upload(tmp_path / "source", path)
-    assert remote.read(path) == b"before"
+    assert object_store.read(path) == b"before"
     fetch(path)
     assert path.read_text() == "before"
 
@@ -225,12 +225,12 @@ def test_what_grows_is_in_the_store_soon_and_at_the_end(bucket, monkeypatch):
             file.write("one\n")
             file.flush()
             deadline = time.monotonic() + 30
-            while not remote.exists(path / "base" / "events"):
+            while not object_store.exists(path / "base" / "events"):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert remote.read(path / "base" / "events") == b"one\n"
+            assert object_store.read(path / "base" / "events") == b"one\n"
             file.write("two\n")
-    assert remote.read(path / "base" / "events") == b"one\ntwo\n"
+    assert object_store.read(path / "base" / "events") == b"one\ntwo\n"
     assert not folder.exists()
 
 
@@ -249,5 +249,5 @@ def test_a_store_that_fails_for_a_while_gets_what_grew_later(bucket, monkeypatch
         (folder / "a.log").write_text("kept")
         assert failed.wait(20)
         monkeypatch.setattr(store, "put_file", put_file)
-    assert remote.read(path / "a.log") == b"kept"
+    assert object_store.read(path / "a.log") == b"kept"
     assert f"{bucket}/log/a.log cannot be written: a hiccup" in caplog.text
