@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_sweep, write_sweep
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.plan import plan_groups
 from tdc_ray.sweep_settings import Value, applied, setting_name
 

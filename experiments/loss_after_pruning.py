@@ -24,7 +24,8 @@ from statistics import mean, stdev
 from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from output import write_record, write_table
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.prune import PruneMethod
+from tdc_ray.config.run import RunConfig
 from tdc_ray.finetune import trial_item
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group, one_group, plan_groups
@@ -32,7 +33,6 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Candidate, Choice, GroupTask
-from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain

@@ -22,7 +22,7 @@ from diffusers import UNet2DModel
 from output import plot_lines, write_record, write_table
 
 from tdc_ray.base import train_base
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.device import Place
 from tdc_ray.diffusion import denoising_loss, loss_weights, noise_schedule

@@ -27,13 +27,13 @@ from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 from stages import Model, all_timesteps, scores_of, untrained_like
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.prune import PruneMethod
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.finetune import finetune_item
 from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.prune_settings import PruneMethod
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.files import read_json
 from tdc_ray.work import Chain, Result

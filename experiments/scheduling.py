@@ -24,8 +24,8 @@ import tyro
 from output import provenance
 from rich.console import Console
 
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.config import RunConfig
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.distributed.simulate import simulate

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from common import claim
 
-from tdc_ray.config import RunConfig, with_absolute_paths
+from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score

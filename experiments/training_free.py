@@ -19,7 +19,7 @@ from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import unet_config
 

@@ -28,7 +28,7 @@ from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_lines, write_record, write_table
 from stages import Model, all_timesteps, scores_of, untrained_like
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.unet import unet_config

@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tdc_ray.config import RunConfig
+    from tdc_ray.config.presets import preset
+    from tdc_ray.config.run import RunConfig
     from tdc_ray.pipeline import ProgressivePipeline
     from tdc_ray.plan import Plan, plan_groups
-    from tdc_ray.presets import preset
     from tdc_ray.results import Results, load_results
     from tdc_ray.run import run
 
@@ -29,10 +29,10 @@ _MODULES = {
     "Plan": "plan",
     "ProgressivePipeline": "pipeline",
     "Results": "results",
-    "RunConfig": "config",
+    "RunConfig": "config.run",
     "load_results": "results",
     "plan_groups": "plan",
-    "preset": "presets",
+    "preset": "config.presets",
     "run": "run",
 }
 

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from torch import Tensor
 
-from tdc_ray.autoencoder_settings import AutoencoderConfig
-from tdc_ray.config import named_differences
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.run import named_differences
 from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.device import worker_device

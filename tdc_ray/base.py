@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.conditioning import null_class
-from tdc_ray.config import RunConfig
+from tdc_ray.config.conditioning import null_class
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import batches
 from tdc_ray.device import Place
 from tdc_ray.diffusion import noise_schedule

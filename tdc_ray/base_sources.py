@@ -16,9 +16,9 @@ import numpy as np
 from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
-from tdc_ray.config import from_json
+from tdc_ray.config.model import FILE_KINDS
+from tdc_ray.config.run import from_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.model_settings import FILE_KINDS
 from tdc_ray.models import compvis, openai_unet
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.state_dicts import StateDict, load_state_dict

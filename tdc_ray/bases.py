@@ -25,7 +25,7 @@ from tdc_ray.base_sources import (
     find_base,
     json_object,
 )
-from tdc_ray.config import RunConfig, from_json, to_json
+from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.first_stage import downsampling, load_autoencoder
 from tdc_ray.models import compvis, openai_unet

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.datasets import Batch, ImageDataset
 from tdc_ray.seeds import derive_seed
-from tdc_ray.settings import DataConfig
 
 
 def to_model_range(images: Tensor) -> Tensor:

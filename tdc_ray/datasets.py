@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.image_folder import FolderImages
 from tdc_ray.npz_files import NpzFile, NpzImages, open_npz, unpack
 from tdc_ray.pixels import channels_first, to_size
-from tdc_ray.settings import DataConfig
 
 IN_MEMORY_BYTES = 2**28
 """npz files whose images take more than this, as they are or once brought to size, are not read

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.device import worker_device
 from tdc_ray.features import (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.finetune import expert_dir
 from tdc_ray.models.experts import load_expert

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdc_ray.conditioning import null_class
-from tdc_ray.config import from_json
+from tdc_ray.config.conditioning import null_class
+from tdc_ray.config.run import from_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.model_card import model_card
 from tdc_ray.models.experts import CONFIG_FILE, WEIGHTS_FILE, load_expert

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import ImageDataset
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import batches, held_out_split
 from tdc_ray.device import gathered, place
 from tdc_ray.diffusion import noise_schedule

@@ -5,7 +5,7 @@ from pathlib import Path
 from tensorboard.plugins.hparams import summary_v2 as plugin
 from torch.utils.tensorboard import SummaryWriter
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.storage.files import atomic_path, exists
 from tdc_ray.sweep_results import Row
 from tdc_ray.sweep_settings import ALIASES, Value, labels, value_of

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.pixels import channels_first, to_size
-from tdc_ray.settings import DataConfig
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

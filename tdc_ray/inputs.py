@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.latents import latents_dir
 from tdc_ray.plan import Group
-from tdc_ray.prune_settings import PruneConfig
-from tdc_ray.settings import TrainConfig
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.work import Inputs
 

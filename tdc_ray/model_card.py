@@ -1,6 +1,6 @@
 """The model card of exported experts: what they are, how they were made, how to sample."""
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.results import Results
 
 CARD = """\

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import Precision
 from tdc_ray.device import worker_device
 from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.settings import Precision
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Chain, Report, Resources, Result, WorkItem
 

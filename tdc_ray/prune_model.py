@@ -11,7 +11,8 @@ from diffusers import UNet2DModel
 from rich.console import Console
 
 from tdc_ray.base_sources import json_object
-from tdc_ray.config import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.config.train import DataConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.device import allow_tf32, worker_device
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -32,7 +33,6 @@ from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.settings import DataConfig
 from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import is_remote, located, shown, version

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.presets import PAPER
+from tdc_ray.config.run import RunConfig
 from tdc_ray.plan import Plan
-from tdc_ray.presets import PAPER
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.results import GroupResult, ModelResult, Results
 from tdc_ray.storage.files import atomic_path

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, import_base, with_first_stage
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.conditioning import check_conditioning
-from tdc_ray.config import RunConfig, differences, from_json, to_json, with_absolute_paths
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.conditioning import check_conditioning
+from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
 from tdc_ray.distributed.cluster import board, connected
 from tdc_ray.distributed.pool import Pool

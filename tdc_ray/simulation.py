@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from tdc_ray.config import RunConfig, differences, from_json
+from tdc_ray.config.run import RunConfig, differences, from_json
+from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.distributed.simulate import Simulated, Weather, simulate
 from tdc_ray.errors import StorageError
 from tdc_ray.finetune import finetune_item, trial_item
@@ -17,7 +18,6 @@ from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sens
 from tdc_ray.prune.scored import uniform_scheme
 from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import GroupTask, group_tasks
-from tdc_ray.simulation_settings import SimulationConfig
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tdc_ray.config import RunConfig, from_json
+from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.errors import StorageError
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_ray.base_sources import BASE_FILE
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.evaluate import Score
 from tdc_ray.features import FeatureSpec
 from tdc_ray.first_stage import first_stage_digest

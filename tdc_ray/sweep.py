@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tdc_ray.bases import with_first_stage
-from tdc_ray.config import RunConfig, with_absolute_paths
+from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.distributed.base import check_cluster, storage_of
 from tdc_ray.distributed.caller import start_checked_caller
 from tdc_ray.distributed.cluster import connected

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from tdc_ray.config import RunConfig, differences, from_json, to_json
+from tdc_ray.config.run import RunConfig, differences, from_json, to_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.results import Results, load_results
 from tdc_ray.storage.files import exists, read_json, write_json

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
-from tdc_ray.config import RunConfig, from_json, to_json
+from tdc_ray.config.run import RunConfig, from_json, to_json
+from tdc_ray.config.train import at_least
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import at_least
 
 Search = Literal["grid", "random", "tpe"]
 Objective = Literal["score", "macs", "train_macs"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.errors import TdcError, WorkFailedError
 from tdc_ray.progress import Event

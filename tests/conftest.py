@@ -22,8 +22,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tdc_ray.config import RunConfig
-from tdc_ray.presets import preset
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import RunConfig
 from tdc_ray.storage.files import locked
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)

@@ -17,13 +17,13 @@ from tdc_ray.autoencoder import (
     build_autoencoder,
     train_autoencoder,
 )
-from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.cli import run_command
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.train import DataConfig, TrainConfig
 from tdc_ray.data import held_out_split, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.first_stage import WEIGHTS_FILE, load_first_stage
-from tdc_ray.settings import DataConfig, TrainConfig
 from tests.small import assert_same
 
 QUIET = Console(quiet=True)

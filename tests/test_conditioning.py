@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.cli import run_command
-from tdc_ray.conditioning import ConditioningConfig, check_conditioning, null_class
-from tdc_ray.config import RunConfig
+from tdc_ray.config.conditioning import ConditioningConfig, check_conditioning, null_class
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DiffusionConfig, SamplerConfig
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
@@ -30,7 +31,6 @@ from tdc_ray.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, sav
 from tdc_ray.plan import plan_groups
 from tdc_ray.run import check
 from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample
-from tdc_ray.settings import DiffusionConfig, SamplerConfig
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
 from tests.small import TINY, assert_same, group_of, random_unet, small_config

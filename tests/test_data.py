@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.datasets import ArrayImages, load_dataset
-from tdc_ray.settings import DataConfig
 from tests.images import folder_config, random_pixels
 
 # --- to the model ------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.errors import DataError
-from tdc_ray.settings import DataConfig
 from tests.images import everything, npz_config, random_pixels
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import nn
 
+from tdc_ray.config.train import DiffusionConfig
 from tdc_ray.diffusion import denoising_loss, loss_per_image, loss_weights, noise_schedule
 from tdc_ray.errors import ScheduleError
-from tdc_ray.settings import DiffusionConfig
 
 LINEAR = DiffusionConfig()
 LEARNED = DiffusionConfig(learned_sigma=True)

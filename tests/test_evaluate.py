@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.datasets import load_dataset
 from tdc_ray.evaluate import (
     SampleJob,

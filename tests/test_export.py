@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from tdc_ray.cli import run_command
-from tdc_ray.config import RunConfig, to_json
+from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.export import export_run
 from tdc_ray.models.experts import load_expert, save_expert
 from tdc_ray.models.surgery import cut

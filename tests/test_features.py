@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DataConfig, EvaluateConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.datasets import ImageDataset, load_dataset
 from tdc_ray.errors import ConfigError, EvaluationError
@@ -27,7 +28,6 @@ from tdc_ray.features import (
     train_classifier,
 )
 from tdc_ray.run import check
-from tdc_ray.settings import DataConfig, EvaluateConfig
 from tdc_ray.storage.files import write_json
 from tests.small import assert_same, small_config
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DataConfig
 from tdc_ray.data import held_out_split
 from tdc_ray.datasets import ArrayImages, load_dataset
 from tdc_ray.errors import ConfigError
@@ -24,7 +25,6 @@ from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.settings import DataConfig
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.work import Report, run_chain

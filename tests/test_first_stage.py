@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file, save_file
 
+from tdc_ray.config.train import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.first_stage import (
     BATCH,
@@ -17,7 +18,6 @@ from tdc_ray.first_stage import (
     input_shape,
     load_first_stage,
 )
-from tdc_ray.settings import DataConfig
 from tests.small import TINY, assert_same, make_first_stage
 
 KINDS = ("AutoencoderKL", "VQModel")

@@ -11,7 +11,8 @@ from torch import nn
 
 from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.cli import run_command
-from tdc_ray.config import digest, with_absolute_paths
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import digest, with_absolute_paths
 from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
@@ -30,7 +31,6 @@ from tdc_ray.models.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import FIRST_STAGE_DIR, ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups
-from tdc_ray.presets import preset
 from tdc_ray.prune.noised import noised_batches
 from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed

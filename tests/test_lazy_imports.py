@@ -29,8 +29,8 @@ def packages_after_importing(module: str) -> set[str]:
         "tdc_ray",
         "tdc_ray.plan",
         "tdc_ray.schedule",
-        "tdc_ray.config",
-        "tdc_ray.presets",
+        "tdc_ray.config.run",
+        "tdc_ray.config.presets",
         "tdc_ray.prune.memory",
         "tdc_ray.models.architectures",
         "tdc_ray.cli",
@@ -61,9 +61,9 @@ def test_the_plan_command_imports_no_framework(tmp_path):
 
 def test_the_packages_names_are_loaded_when_they_are_first_used():
     code = (
-        "import sys, tdc_ray; assert 'tdc_ray.presets' not in sys.modules; "
+        "import sys, tdc_ray; assert 'tdc_ray.config.presets' not in sys.modules; "
         "assert tdc_ray.preset('cifar10').preset == 'cifar10'; "
-        "assert 'tdc_ray.presets' in sys.modules"
+        "assert 'tdc_ray.config.presets' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,6 +8,8 @@ from diffusers import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tdc_ray.config.presets import preset
+from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
 from tdc_ray.errors import ConfigError, ScheduleError
 from tdc_ray.models.architectures import architecture
 from tdc_ray.models.layers import count
@@ -18,9 +20,7 @@ from tdc_ray.plan import (
     sampling_timesteps,
     to_json,
 )
-from tdc_ray.presets import preset
 from tdc_ray.schedule import alphas_cumprod, betas, snr_db
-from tdc_ray.settings import DiffusionConfig, PlanConfig, SamplerConfig
 
 LINEAR = DiffusionConfig()
 LDM = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
-from tdc_ray.config import to_json
+from tdc_ray.config.run import to_json
 from tdc_ray.first_stage import input_shape
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.unet import count_macs, save_unet, unet_config

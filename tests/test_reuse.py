@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.base import base_item
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError
 from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all

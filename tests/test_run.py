@@ -7,7 +7,8 @@ from diffusers import UNet2DModel
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdc_ray.conditioning import ConditioningConfig
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.train import SamplerConfig
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
 from tdc_ray.models.architectures import architecture
 from tdc_ray.models.experts import load_expert
@@ -18,7 +19,6 @@ from tdc_ray.prune.space import is_tight, space_of
 from tdc_ray.report import conclusions
 from tdc_ray.results import load_results
 from tdc_ray.run import check, run
-from tdc_ray.settings import SamplerConfig
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.run_dir import RunDir
 

@@ -13,7 +13,7 @@ from tdc_ray.cli import run_command
 from tdc_ray.commands.models import Import
 from tdc_ray.commands.parse import parse
 from tdc_ray.commands.run import Plan, Run
-from tdc_ray.config import to_json
+from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import load_unet, save_unet

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from tdc_ray.autoencoder import train_autoencoder
-from tdc_ray.autoencoder_settings import AutoencoderConfig
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.train import DataConfig, TrainConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.first_stage import first_stage_digest, load_first_stage
@@ -15,7 +16,6 @@ from tdc_ray.latents import latents_dir, load_inputs
 from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.run import run
-from tdc_ray.settings import DataConfig, TrainConfig
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import assert_same, latent_config
 

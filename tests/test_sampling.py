@@ -7,12 +7,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
+from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
 from tdc_ray.data import to_model_range
 from tdc_ray.errors import ConfigError
 from tdc_ray.plan import plan_groups, sampling_timesteps
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
 from tdc_ray.schedule import alphas_cumprod, betas
-from tdc_ray.settings import DiffusionConfig, PlanConfig, SamplerConfig
 from tests.small import TINY, assert_same, random_unet
 
 SHAPE = (1, 8, 8)

@@ -5,9 +5,9 @@ import pytest
 
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
+from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.simulation import simulate_run
-from tdc_ray.simulation_settings import SimulationConfig
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.timeline import load_history

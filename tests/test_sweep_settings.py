@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.sweep_results import Setting, pareto
 from tdc_ray.sweep_settings import (

@@ -5,7 +5,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.sweep_results import begun, save_sweep, started_row, summarized
 from tdc_ray.sweep_settings import Range, SweepConfig

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tdc_ray.base import Place, sample_grid, train_base
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DiffusionConfig, TrainConfig
 from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import loss_weights, noise_schedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet import build_unet
-from tdc_ray.settings import DiffusionConfig, TrainConfig
 from tdc_ray.training import TrainState, start_state, train
 from tests.small import TINY, assert_same, output_of, small_config
 

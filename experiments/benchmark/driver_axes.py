@@ -10,10 +10,10 @@ from typing import Any
 from benchmark.growth import Axis, ScalingFlags, timed
 from benchmark.pruning import random_values
 from benchmark.timing import random_scheme
+from tdc_ray.config.presets import preset
 from tdc_ray.distributed.simulate import simulate
 from tdc_ray.models.architectures import UNetConfig, architecture
 from tdc_ray.plan import plan_groups
-from tdc_ray.presets import preset
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.offline import OfflineProxy
 from tdc_ray.prune.proxy import PruningTask

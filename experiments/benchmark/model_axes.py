@@ -13,20 +13,20 @@ from benchmark.sampling import our_images, save_experts
 from benchmark.timing import use_threads
 from benchmark.training import CONFIG as TRAINING
 from benchmark.training import OurTraining, random_images
-from tdc_ray.config import RunConfig
+from tdc_ray.config.presets import preset
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DataConfig, SamplerConfig
 from tdc_ray.models.architectures import UNetConfig, architecture, base_unet
 from tdc_ray.models.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_all
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.plan import plan_groups
-from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
 from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
 from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of
-from tdc_ray.prune_settings import PruneConfig
-from tdc_ray.settings import DataConfig, SamplerConfig
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import start_state
 

@@ -14,14 +14,16 @@ import torch_pruning
 
 from benchmark.peers import plain_loss
 from benchmark.timing import Row, SpeedFlags, compared, random_scheme
-from tdc_ray.config import RunConfig
+from tdc_ray.config.presets import preset
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DataConfig, Precision
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.architectures import architecture, base_unet
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import Kept, SpaceKind, keep_all
 from tdc_ray.plan import Group, plan_groups
-from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
 from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
@@ -29,8 +31,6 @@ from tdc_ray.prune.noised import noised_batches
 from tdc_ray.prune.offline import loss_curves, step_values
 from tdc_ray.prune.sensitivity import levels
 from tdc_ray.prune.space import Space, Values, repair, space_of
-from tdc_ray.prune_settings import PruneConfig
-from tdc_ray.settings import DataConfig, Precision
 from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"

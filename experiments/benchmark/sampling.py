@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmark.peers import ddim_images, ddim_pipeline
 from benchmark.timing import Row, SpeedFlags, compared, precision_of
-from tdc_ray.config import RunConfig
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import RunConfig
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.experts import save_expert
 from tdc_ray.models.surgery import cut
@@ -21,7 +22,6 @@ from tdc_ray.models.unet import build_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups
 from tdc_ray.precision import DTYPES
-from tdc_ray.presets import preset
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from benchmark.peers import ExampleTraining, example_loader
 from benchmark.timing import Row, SpeedFlags, compared
+from tdc_ray.config.train import DataConfig, DiffusionConfig, Precision, TrainConfig
 from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.architectures import UNetConfig, architecture
 from tdc_ray.models.unet import build_unet
-from tdc_ray.settings import DataConfig, DiffusionConfig, Precision, TrainConfig
 from tdc_ray.training import TrainState, optimizer_step, start_state, train
 
 EXAMPLE = "diffusers' example"

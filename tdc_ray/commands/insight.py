@@ -8,9 +8,9 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from tdc_ray.commands.run import Settings
-from tdc_ray.config import to_json
+from tdc_ray.config.run import to_json
+from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.simulation_settings import SimulationConfig
 from tdc_ray.storage.object_store import located, shown
 
 

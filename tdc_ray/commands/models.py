@@ -8,11 +8,11 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.commands.run import Settings
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.prune import SearchMethod
+from tdc_ray.config.train import Precision, require
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.prune_settings import SearchMethod
-from tdc_ray.settings import Precision, require
 from tdc_ray.storage.object_store import is_remote, located, shown
 
 

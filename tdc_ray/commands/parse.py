@@ -9,14 +9,14 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from tdc_ray.autoencoder_settings import AutoencoderConfig
 from tdc_ray.commands.insight import Memory, Report, Simulate, Status
 from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
 from tdc_ray.commands.run import Plan, Run
 from tdc_ray.commands.sweep import Sweep
-from tdc_ray.config import RunConfig, from_json
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.presets import PRESETS, preset
+from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.presets import PRESETS, preset
 from tdc_ray.storage.object_store import located
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.

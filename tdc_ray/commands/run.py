@@ -7,7 +7,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import arg
 
-from tdc_ray.config import RunConfig, default_run_dir, with_absolute_paths
+from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.plan import Plan as GroupPlan
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import located, shown

@@ -9,7 +9,7 @@ from rich.table import Table
 from tyro.conf import arg
 
 from tdc_ray.commands.run import Settings
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.sweep_settings import SweepConfig, check_space, parse_space

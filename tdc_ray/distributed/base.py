@@ -13,8 +13,8 @@ from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchTrainer
 
 from tdc_ray import errors
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.config import RunConfig
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.cluster import Board, is_local, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError

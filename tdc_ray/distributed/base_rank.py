@@ -11,7 +11,7 @@ from ray.train import Checkpoint
 from torch import nn
 
 from tdc_ray.base import sample_grid, train_base
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.device import Place, set_up
 from tdc_ray.distributed.base import KEY
 from tdc_ray.distributed.cluster import Board

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from tdc_ray.compute_settings import ComputeConfig
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.distributed.cluster import Board, is_local, node_resources
 from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.distributed.ranks import Rank, as_rank

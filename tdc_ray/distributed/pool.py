@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.caller import start_caller, start_checked_caller
 from tdc_ray.distributed.cluster import Board, is_alive, node_resources
 from tdc_ray.distributed.crew import Crew, needs

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from tdc_ray.base import base_item
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.base import KEY, train_base_on_ray
 from tdc_ray.distributed.cluster import Board
 from tdc_ray.distributed.sharing import Sharing

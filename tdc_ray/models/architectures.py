@@ -7,7 +7,7 @@ CompVis/latent-diffusion; their parameters and macs are the paper's.
 from collections.abc import Mapping
 from typing import Any
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
 
 UNetConfig = Mapping[str, Any]

@@ -3,9 +3,9 @@
 import threading
 from pathlib import Path
 
+from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.transcripts import Usage, spent_in
-from tdc_ray.prune_settings import ProxyConfig
 
 
 class Budget:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.chat import Answer, check_server, limit_name, send, server_host, upper_bound
@@ -23,7 +24,6 @@ from tdc_ray.prune.transcripts import (
     replayed_from,
     transcript_path,
 )
-from tdc_ray.prune_settings import ProxyConfig
 from tdc_ray.work import Report, Result
 
 logger = logging.getLogger(__name__)

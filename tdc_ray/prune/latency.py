@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut

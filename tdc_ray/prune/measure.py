@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from diffusers import UNet2DModel
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.prune import ScoreMethod
+from tdc_ray.config.run import RunConfig
 from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.layers import all_layers
@@ -52,7 +53,6 @@ from tdc_ray.prune.sensitivity import (
 )
 from tdc_ray.prune.space import Scheme, Space, space_of
 from tdc_ray.prune.table import tabulate
-from tdc_ray.prune_settings import ScoreMethod
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.run_dir import RunDir

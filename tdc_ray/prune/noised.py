@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import fixed_batches, held_out_split, to_model_range
 from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.latents import load_inputs

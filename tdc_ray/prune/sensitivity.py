@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from tdc_ray.config.train import Precision
 from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.forward import exchanged
@@ -18,7 +19,6 @@ from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap, layer_matr
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.prune.refit import closing
 from tdc_ray.seeds import derive_seed
-from tdc_ray.settings import Precision
 
 Weights = tuple[Tensor, Tensor]
 """Of the layer that reads a unit: weights in its shape, with 0 for what is cut, and the bias."""

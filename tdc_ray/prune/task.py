@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group

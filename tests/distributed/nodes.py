@@ -21,8 +21,8 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.config import RunConfig
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.progress import ProgressView

@@ -11,8 +11,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.config import RunConfig
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.cluster import board
 from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.sweep_results import begun, load_sweep, started_row, summarized
 from tdc_ray.sweep_settings import Range, SweepConfig
 

@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
-from tdc_ray.prune_settings import ProxyConfig
 
 BOUND = Usage(calls=1, prompt_tokens=60, completion_tokens=40)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.language_model import AskJob, LanguageModel, ask, check_proxy
 from tdc_ray.prune.space import repair
 from tdc_ray.prune.transcripts import Usage
-from tdc_ray.prune_settings import ProxyConfig
 from tests.prune.openai_server import (
     USAGE,
     after,

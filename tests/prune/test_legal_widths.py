@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
 from tdc_ray.models.architectures import architecture
 from tdc_ray.prune.costs import LatencyTable
@@ -18,7 +19,6 @@ from tdc_ray.prune.reply import parse_reply, response_format
 from tdc_ray.prune.scored import BASELINES, values_of
 from tdc_ray.prune.sensitivity import levels
 from tdc_ray.prune.space import Space, is_tight, repair, space_of
-from tdc_ray.prune_settings import PruneConfig
 from tests.prune.tasks import entry, task
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.models.steps import steps
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.unet import load_unet

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.data import held_out_split, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import denoising_loss, noise_schedule

@@ -5,6 +5,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from tdc_ray.config.train import DiffusionConfig
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.steps import State, steps
@@ -13,7 +14,6 @@ from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
 from tdc_ray.prune.error_weights import error_weights
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.prune.refit import _after, closing, refit
-from tdc_ray.settings import DiffusionConfig
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, assert_same, random_kept, random_unet
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.config import RunConfig
+from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import LimitError
 from tdc_ray.models.units import keep_all
 from tdc_ray.plan import Group, plan_groups

@@ -9,12 +9,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tdc_ray.compute_settings import DECIDING, ComputeConfig
-from tdc_ray.conditioning import ConditioningConfig
-from tdc_ray.errors import ConfigError
-from tdc_ray.model_settings import FILE_KINDS, ModelConfig
-from tdc_ray.prune_settings import ProxyConfig, PruneConfig
-from tdc_ray.settings import (
+from tdc_ray.config.compute import DECIDING, ComputeConfig
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.model import FILE_KINDS, ModelConfig
+from tdc_ray.config.prune import ProxyConfig, PruneConfig
+from tdc_ray.config.train import (
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
@@ -23,6 +22,7 @@ from tdc_ray.settings import (
     TrainConfig,
     require,
 )
+from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import is_remote, located
 
 

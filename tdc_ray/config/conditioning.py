@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from tdc_ray.config.train import at_least, require
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import at_least, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

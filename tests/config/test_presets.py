@@ -4,14 +4,14 @@ from collections import Counter
 import pytest
 import torch
 
-from tdc_ray.config import RunConfig, from_json, to_json
+from tdc_ray.config.presets import PAPER, PRESETS, preset
+from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.architectures import ARCHITECTURES, LATENT, architecture, base_unet
 from tdc_ray.models.layers import count, layers, parts
 from tdc_ray.models.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet import build_unet, count_macs, count_params
 from tdc_ray.plan import plan_groups
-from tdc_ray.presets import PAPER, PRESETS, preset
 
 # --- presets ---------------------------------------------------------------------------------
 

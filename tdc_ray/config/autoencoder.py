@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tdc_ray.config.train import DataConfig, TrainConfig, at_least, require
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import DataConfig, TrainConfig, at_least, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.conditioning import ConditioningConfig
-from tdc_ray.config import (
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.prune import ProxyConfig, PruneConfig
+from tdc_ray.config.run import (
     RunConfig,
     default_run_dir,
     differences,
@@ -18,10 +20,7 @@ from tdc_ray.config import (
     to_json,
     with_absolute_paths,
 )
-from tdc_ray.errors import ConfigError
-from tdc_ray.model_settings import ModelConfig
-from tdc_ray.prune_settings import ProxyConfig, PruneConfig
-from tdc_ray.settings import (
+from tdc_ray.config.train import (
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
@@ -29,6 +28,7 @@ from tdc_ray.settings import (
     SamplerConfig,
     TrainConfig,
 )
+from tdc_ray.errors import ConfigError
 
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tdc_ray.config.train import Precision, at_least, require
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import Precision, at_least, require
 
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
 SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from tdc_ray.config.train import at_least, require
 from tdc_ray.errors import ConfigError
-from tdc_ray.settings import at_least, require
 
 FILE_KINDS = ("openai", "compvis")
 """What stands before the colon of a base that is another project's checkpoint file."""

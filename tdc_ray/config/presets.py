@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from tdc_ray.compute_settings import ComputeConfig
-from tdc_ray.config import RunConfig
-from tdc_ray.errors import ConfigError
-from tdc_ray.model_settings import ModelConfig
-from tdc_ray.prune_settings import PruneConfig
-from tdc_ray.settings import (
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import (
     DataConfig,
     DiffusionConfig,
     EvaluateConfig,
@@ -16,6 +15,7 @@ from tdc_ray.settings import (
     SamplerConfig,
     TrainConfig,
 )
+from tdc_ray.errors import ConfigError
 
 LDM_DIFFUSION = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
 """CompVis's latent diffusion on FFHQ-256."""
