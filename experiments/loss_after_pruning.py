@@ -26,6 +26,7 @@ from output import write_record, write_table
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.execution.item import Chain
 from tdc_ray.finetune import trial_item
 from tdc_ray.models.unet import unet_config
 from tdc_ray.plan import Group, one_group, plan_groups
@@ -35,7 +36,6 @@ from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Candidate, Choice, GroupTask
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import Chain
 
 MACS_SHARE = 0.7
 SETTINGS = ("all", "group 0", "group 3", "group 6")

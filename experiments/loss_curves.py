@@ -24,8 +24,8 @@ from output import plot_lines, write_record, write_table
 from tdc_ray.base import train_base
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data import augment, batches, to_model_range
-from tdc_ray.device import Place
 from tdc_ray.diffusion import denoising_loss, loss_weights, noise_schedule
+from tdc_ray.execution.device import Place
 from tdc_ray.latents import load_inputs
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet

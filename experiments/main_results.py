@@ -25,7 +25,7 @@ from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, write_record, write_samples, write_table
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import connected
+from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.results import Results
 from tdc_ray.run import local_cpus
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config.run import to_json
-from tdc_ray.reuse import shared
+from tdc_ray.execution.cache import shared
 from tdc_ray.storage.files import atomic_path, fetch, listing, write_json, write_text
 from tdc_ray.storage.provenance import commit, machine
 from tdc_ray.storage.run_dir import RunDir

@@ -29,14 +29,14 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.pool import Pool
+from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import finetune_item
 from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.files import read_json
-from tdc_ray.work import Chain, Result
 
 Cost = tuple[float, float, int, float, float]
 """Macs, parameters, steps, train macs (the base's not included), search macs."""

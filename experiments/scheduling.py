@@ -26,12 +26,12 @@ from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import board, connected
-from tdc_ray.distributed.pool import Pool
-from tdc_ray.distributed.simulate import simulate
+from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.simulator import simulate
 from tdc_ray.progress import ProgressView
 from tdc_ray.storage.files import write_json
-from tdc_ray.work import Chain, Report, Result, WorkItem
 
 Shape = Sequence[Sequence[float]]
 """Seconds of the items of every stage of a chain."""

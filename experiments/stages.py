@@ -10,8 +10,9 @@ from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.datasets import load_dataset
-from tdc_ray.distributed.pool import Pool
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
+from tdc_ray.execution.item import Chain
+from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.models.unet import build_unet, save_unet, unet_config
@@ -25,7 +26,6 @@ from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import step_mean
-from tdc_ray.work import Chain
 
 
 def untrained_like(base: Path, folder: Path, seed: int) -> Path:

@@ -29,7 +29,8 @@ from output import mean_and_spread, paper_column, plot_lines, write_record, writ
 from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.pool import Pool
+from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
@@ -42,7 +43,6 @@ from tdc_ray.prune.task import Choice, GroupTask, group_tasks
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import step_mean
-from tdc_ray.work import Chain, Result
 
 SHARES = (0.25, 0.5, 1.0)
 """Points along the way, as shares of the whole training of what is trained from there on."""

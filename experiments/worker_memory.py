@@ -24,7 +24,7 @@ from output import provenance
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import connected
+from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.unet import build_unet, save_unet
 from tdc_ray.prune.measure import Base, load_base

@@ -22,8 +22,9 @@ from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
 from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.datasets import Batch, ImageDataset, load_dataset
-from tdc_ray.device import worker_device
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Report
 from tdc_ray.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.models.unet import count_params
 from tdc_ray.precision import autocast
@@ -40,7 +41,6 @@ from tdc_ray.training import (
     optimizer_step,
     start_state,
 )
-from tdc_ray.work import Report
 
 REPORT_FILE = "report.json"
 SETTINGS_FILE = "settings.json"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data import batches
-from tdc_ray.device import Place
 from tdc_ray.diffusion import noise_schedule
+from tdc_ray.execution.device import Place
+from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.first_stage import input_shape, load_first_stage
 from tdc_ray.inputs import of_run, of_training
 from tdc_ray.latents import load_inputs
@@ -21,7 +22,6 @@ from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sam
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Inputs, Report, Result, WorkItem
 
 VERSION = 1
 """Changes whenever what stage 1 comes to does, so that stored bases are made again."""

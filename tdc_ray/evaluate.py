@@ -18,7 +18,8 @@ import torch
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.datasets import load_dataset
-from tdc_ray.device import worker_device
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem
 from tdc_ray.features import (
     FeatureSpec,
     Moments,
@@ -37,7 +38,6 @@ from tdc_ray.sampling import image_generators, image_labels
 from tdc_ray.schedule import FloatArray
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import Chain, Inputs, Report, Result, WorkItem
 
 Which = Literal["base", "tdc"]
 

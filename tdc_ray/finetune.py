@@ -10,9 +10,10 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data import batches, held_out_split
-from tdc_ray.device import gathered, place
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
+from tdc_ray.execution.device import gathered, place
+from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
 from tdc_ray.inputs import of_group, of_measuring, of_run, of_training, of_weights
 from tdc_ray.latents import load_inputs
 from tdc_ray.models.experts import save_expert
@@ -29,7 +30,6 @@ from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState, start_state, train
-from tdc_ray.work import Inputs, Report, Resources, Result, WorkItem
 
 logger = logging.getLogger(__name__)
 

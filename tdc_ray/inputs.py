@@ -16,10 +16,10 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.datasets import load_dataset
+from tdc_ray.execution.item import Inputs
 from tdc_ray.latents import latents_dir
 from tdc_ray.plan import Group
 from tdc_ray.storage.files import fetch, read_json
-from tdc_ray.work import Inputs
 
 PLACES = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
 """Of the data's settings: the fingerprint of what they lead to is taken in their place."""

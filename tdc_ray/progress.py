@@ -23,8 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tdc_ray.execution.item import Report, Reported, WorkItem
 from tdc_ray.storage.mirror import growing
-from tdc_ray.work import Report, Reported, WorkItem
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

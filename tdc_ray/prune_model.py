@@ -14,8 +14,9 @@ from tdc_ray.base_sources import json_object
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.config.train import DataConfig
 from tdc_ray.datasets import load_dataset
-from tdc_ray.device import allow_tf32, worker_device
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.execution.device import allow_tf32, worker_device
+from tdc_ray.execution.item import run_chain
 from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.latents import prepare_latents
@@ -37,7 +38,6 @@ from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import is_remote, located, shown, version
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import run_chain
 
 REPORT_FILE = "report.json"
 SEARCH_DIR = "search"

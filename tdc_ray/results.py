@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.timeline import Usage
 from tdc_ray.storage.files import read_json, write_json
-from tdc_ray.timeline import Usage
 
 SCHEMA_VERSION = 1
 

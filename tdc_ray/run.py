@@ -15,12 +15,14 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.conditioning import check_conditioning
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.datasets import load_dataset
-from tdc_ray.distributed.cluster import board, connected
-from tdc_ray.distributed.pool import Pool
-from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
+from tdc_ray.execution.cache import Store
+from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.timeline import Timeline
 from tdc_ray.expert_times import expert_times
 from tdc_ray.features import FeatureSpec, check_labels, choose_features
 from tdc_ray.finetune import expert_dir
@@ -40,7 +42,6 @@ from tdc_ray.prune.space import Space, space_of
 from tdc_ray.prune.task import group_tasks
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
-from tdc_ray.reuse import Store
 from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.files import exists, read_json, write_json
@@ -49,7 +50,6 @@ from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.provenance import commit, machine, versions
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import Outcome, step_mean, summarize
-from tdc_ray.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def run(
         config: The settings.
         folder: The run directory, or its URI. The same call goes on where an earlier one was cut.
         console: Where progress is shown.
-        store: Folder or URI of a store (see ``tdc_ray.reuse``): what other runs left there is
-            taken, and what this one computes is left there. None: all is computed here.
+        store: Folder or URI of a store (see ``tdc_ray.execution.cache``): what other runs left
+            there is taken, and what this one computes is left there. None: all is computed here.
         listen: Gets what the work reports, as it comes in.
 
     Returns:

@@ -8,8 +8,10 @@ from statistics import mean
 
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.simulation import SimulationConfig
-from tdc_ray.distributed.simulate import Simulated, Weather, simulate
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.item import Chain, Meeting, WorkItem
+from tdc_ray.execution.simulator import Simulated, Weather, simulate
+from tdc_ray.execution.timeline import load_history
 from tdc_ray.finetune import finetune_item, trial_item
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
@@ -21,8 +23,6 @@ from tdc_ray.prune.task import GroupTask, group_tasks
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import load_history
-from tdc_ray.work import Chain, Meeting, WorkItem
 
 NOWHERE = RunDir(Path("/nonexistent/tdc-ray-rehearsal"))
 """Where no item has a result."""

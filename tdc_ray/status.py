@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.timeline import History, Span, Usage, load_history, usage
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.prune.task import group_name
@@ -13,7 +14,6 @@ from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.lease import holder
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import History, Span, Usage, load_history, usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

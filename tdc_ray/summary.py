@@ -7,6 +7,9 @@ from pathlib import Path
 from tdc_ray.base_sources import BASE_FILE
 from tdc_ray.config.run import RunConfig
 from tdc_ray.evaluate import Score
+from tdc_ray.execution.cache import shared
+from tdc_ray.execution.item import Result
+from tdc_ray.execution.timeline import Usage
 from tdc_ray.features import FeatureSpec
 from tdc_ray.first_stage import first_stage_digest
 from tdc_ray.plan import Plan
@@ -22,13 +25,10 @@ from tdc_ray.results import (
     StageSeconds,
     TimesResult,
 )
-from tdc_ray.reuse import shared
 from tdc_ray.stage_2 import Expert
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.provenance import commit, versions
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import Usage
-from tdc_ray.work import Result
 
 
 @dataclass(frozen=True, slots=True)

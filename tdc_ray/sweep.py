@@ -1,8 +1,9 @@
 """Sweeps by Ray Tune and Optuna: a trial is a whole run, and what trials share is computed once.
 
 The folder of a sweep holds ``sweep.json``, ``trials/<name>/`` (run directories), ``store/`` (see
-``tdc_ray.reuse``), ``hparams/`` (TensorBoard's), ``study.log`` (Optuna's) and ``tune/``. The same
-call goes on after a cut: runs that are done are not run again, others go on in their directories.
+``tdc_ray.execution.cache``), ``hparams/`` (TensorBoard's), ``study.log`` (Optuna's) and ``tune/``.
+The same call goes on after a cut: runs that are done are not run again, others go on in their
+directories.
 """
 
 import logging
@@ -21,11 +22,12 @@ from ray.tune.search.optuna import OptunaSearch
 from tdc_ray.bases import with_first_stage
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.distributed.base import check_cluster, storage_of
-from tdc_ray.distributed.caller import start_checked_caller
-from tdc_ray.distributed.cluster import connected
-from tdc_ray.distributed.crew import Crew
-from tdc_ray.distributed.sharing import start_claims
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
+from tdc_ray.execution.ray.cache_session import start_claims
+from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.service import start_checked_caller
+from tdc_ray.execution.ray.workers import Crew
+from tdc_ray.execution.timeline import Timeline
 from tdc_ray.hparams import write_session
 from tdc_ray.run import check, local_cpus
 from tdc_ray.storage.lease import exclusive
@@ -52,7 +54,6 @@ from tdc_ray.sweep_settings import (
 )
 from tdc_ray.sweep_study import distribution, open_storage, tidy
 from tdc_ray.sweep_trial import Job, failure_of, point_of, run_trial
-from tdc_ray.timeline import Timeline
 
 STORE_DIR, HPARAMS_DIR = "store", "hparams"
 TRIAL_BYTES = 128 * 1024**2

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.errors import TdcError, WorkFailedError
+from tdc_ray.execution.cache import Store
+from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.progress import Event
 from tdc_ray.results import Results
-from tdc_ray.reuse import Store
 from tdc_ray.run import run
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.logs import log_to

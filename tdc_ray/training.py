@@ -19,11 +19,11 @@ from tdc_ray.data import augment, to_model_range
 from tdc_ray.datasets import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
+from tdc_ray.execution.item import Report
 from tdc_ray.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 from tdc_ray.storage.object_store import shown
-from tdc_ray.work import Report
 
 _UNREADABLE = (
     OSError,

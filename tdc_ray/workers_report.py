@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.distributed.simulate import Simulated
+from tdc_ray.execution.simulator import Simulated
+from tdc_ray.execution.timeline import History, Span
 from tdc_ray.report import loss_text, print_results
 from tdc_ray.status import Status
 from tdc_ray.storage.files import atomic_path
-from tdc_ray.timeline import History, Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where it is needed: it takes a second

@@ -31,11 +31,11 @@ os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # noqa: SIM112  Ray
 from ray.cluster_utils import Cluster
 from s3fs import S3FileSystem
 
+from tdc_ray.execution.timeline import load_history
 from tdc_ray.results import comparable, load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.object_store import located
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import load_history
 from tests.hosts import HERE, Host, network
 from tests.processes import children
 

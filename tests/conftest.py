@@ -63,7 +63,7 @@ def cache_dir(common_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of 2 CPUs."""
-    from tdc_ray.distributed.cluster import connected
+    from tdc_ray.execution.ray.cluster import connected
 
     with connected(num_cpus=2):
         yield

@@ -20,6 +20,7 @@ from tdc_ray.evaluate import (
     score,
     train_classifier_item,
 )
+from tdc_ray.execution.item import WorkItem, finished, run_chain
 from tdc_ray.features import (
     FeatureSpec,
     Moments,
@@ -37,7 +38,6 @@ from tdc_ray.plan import plan_groups
 from tdc_ray.sampling import image_generators
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import WorkItem, finished, run_chain
 from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config
 
 UNITS = units_of(TINY)

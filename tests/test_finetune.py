@@ -10,6 +10,7 @@ from tdc_ray.config.train import DataConfig
 from tdc_ray.data import held_out_split
 from tdc_ray.datasets import ArrayImages, load_dataset
 from tdc_ray.errors import ConfigError
+from tdc_ray.execution.item import Report, run_chain
 from tdc_ray.finetune import (
     FinetuneJob,
     expert_dir,
@@ -27,7 +28,6 @@ from tdc_ray.prune.rounds import search
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import Report, run_chain
 from tests.small import (
     assert_same,
     make_run_dir,

@@ -17,6 +17,7 @@ from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from tdc_ray.execution.item import run_chain, run_item
 from tdc_ray.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.latents import (
     SHARD,
@@ -35,7 +36,6 @@ from tdc_ray.prune.noised import noised_batches
 from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import run_chain, run_item
 from tests.small import (
     TINY,
     assert_same,

@@ -7,10 +7,10 @@ from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.execution.timeline import load_history
 from tdc_ray.simulation import simulate_run
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import load_history
 from tests.small import small_config
 
 CONFIG = small_config()

@@ -5,10 +5,10 @@ import pytest
 
 from tdc_ray.cli import run_command
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.timeline import Timeline
 from tdc_ray.status import status
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import Timeline
 
 
 @pytest.mark.ray

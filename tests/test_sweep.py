@@ -17,9 +17,9 @@ from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_gr
 from tensorboard.plugins.hparams.backend_context import Context
 
 from tdc_ray.errors import StorageError, WorkFailedError
+from tdc_ray.execution.cache import shared
 from tdc_ray.hparams import metrics_of
 from tdc_ray.results import comparable, load_results
-from tdc_ray.reuse import shared
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import item_results

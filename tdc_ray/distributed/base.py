@@ -15,9 +15,9 @@ from ray.train.torch import TorchTrainer
 from tdc_ray import errors
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import Board, is_local, node_resources
-from tdc_ray.distributed.policy import num_fitting
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
+from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
+from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.progress import ProgressView
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.object_store import filesystem, is_remote

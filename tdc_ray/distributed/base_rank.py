@@ -12,9 +12,9 @@ from torch import nn
 
 from tdc_ray.base import sample_grid, train_base
 from tdc_ray.config.run import RunConfig
-from tdc_ray.device import Place, set_up
 from tdc_ray.distributed.base import KEY
-from tdc_ray.distributed.cluster import Board
+from tdc_ray.execution.device import Place, set_up
+from tdc_ray.execution.ray.cluster import Board
 from tdc_ray.models.architectures import base_unet
 from tdc_ray.models.layers import count
 from tdc_ray.models.unet import save_unet

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from tdc_ray.base import base_item
 from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.base import KEY, train_base_on_ray
-from tdc_ray.distributed.cluster import Board
-from tdc_ray.distributed.sharing import Sharing
+from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.ray.cluster import Board
 from tdc_ray.progress import Event, ProgressView
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir

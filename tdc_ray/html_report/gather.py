@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray import sweep_results
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.execution.timeline import History, Usage, load_history, usage
 from tdc_ray.plan import Plan
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.results import Results, load_results
@@ -19,7 +20,6 @@ from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.sweep_results import SWEEP_FILE, Row, SweepResults
-from tdc_ray.timeline import History, Usage, load_history, usage
 
 Pixels = npt.NDArray[np.uint8]
 """Images of shape ``(N, H, W, C)``."""

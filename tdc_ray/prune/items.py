@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tdc_ray.execution.item import WorkItem
 from tdc_ray.models.units import Kept, keep_all, widths_of
 from tdc_ray.prune.importance import Scores
 from tdc_ray.prune.jobs import (
@@ -14,7 +15,6 @@ from tdc_ray.prune.jobs import (
 )
 from tdc_ray.prune.measure import measure_candidate, measure_sensitivities, measure_stream
 from tdc_ray.prune.task import GroupTask
-from tdc_ray.work import WorkItem
 
 SENSITIVITY_ITEMS = 4
 """Items that a group's sensitivities are cut into, so that several workers share them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
+from tdc_ray.execution.item import Report, Result
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.chat import Answer, check_server, limit_name, send, server_host, upper_bound
 from tdc_ray.prune.memory import MemoryEntry
@@ -24,7 +25,6 @@ from tdc_ray.prune.transcripts import (
     replayed_from,
     transcript_path,
 )
-from tdc_ray.work import Report, Result
 
 logger = logging.getLogger(__name__)
 

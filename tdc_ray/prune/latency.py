@@ -15,7 +15,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.device import worker_device
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.models.architectures import UNetConfig
 from tdc_ray.models.surgery import cut
 from tdc_ray.models.timing import device_name, time_passes
@@ -23,7 +24,6 @@ from tdc_ray.models.unet import build_unet
 from tdc_ray.models.units import Unit
 from tdc_ray.prune.costs import LatencyTable
 from tdc_ray.prune.space import Space, space_of
-from tdc_ray.work import Chain, Report, Result, WorkItem
 
 MAX_LEVELS = 8
 """Most widths of a unit that are measured, its own among them; those between lie on lines."""

@@ -13,8 +13,9 @@ from diffusers import UNet2DModel
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.device import worker_device
 from tdc_ray.diffusion import noise_schedule
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Report, Result
 from tdc_ray.models.layers import all_layers
 from tdc_ray.models.shapes import Layer
 from tdc_ray.models.steps import num_untouched, steps
@@ -56,7 +57,6 @@ from tdc_ray.prune.table import tabulate
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import Report, Result
 
 ERROR_WEIGHT_PASSES = 3
 """What the weights of the refit's images cost, in forward passes: one forward and one backward."""

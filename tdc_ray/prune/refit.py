@@ -15,8 +15,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.execution.device import exact_products
 from tdc_ray.models.steps import State, Step, is_cut, steps
 from tdc_ray.prune.error_weights import ErrorWeights
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from tdc_ray.config.prune import ScoreMethod
+from tdc_ray.execution.item import Chain, Meeting, Result
 from tdc_ray.models.units import keep_all
 from tdc_ray.prune.importance import Scores, keep_best
 from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items
@@ -25,7 +26,6 @@ from tdc_ray.prune.scored import baseline_schemes
 from tdc_ray.prune.space import Scheme, repair
 from tdc_ray.prune.task import Candidate, Choice, GroupTask, Spent
 from tdc_ray.seeds import derive_seed
-from tdc_ray.work import Chain, Meeting, Result
 
 
 def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:

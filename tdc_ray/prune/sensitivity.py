@@ -7,8 +7,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.train import Precision
-from tdc_ray.device import exact_products
 from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import exchanged
 from tdc_ray.models.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit

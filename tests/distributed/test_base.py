@@ -9,8 +9,8 @@ from tdc_ray.data import batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import denoising_loss, noise_schedule
 from tdc_ray.distributed.base import train_base_on_ray
-from tdc_ray.distributed.cluster import board
 from tdc_ray.errors import ClusterError, NonFiniteLossError
+from tdc_ray.execution.ray.cluster import board
 from tdc_ray.models.architectures import architecture
 from tdc_ray.models.unet import build_unet, load_unet
 from tdc_ray.progress import ProgressView

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tdc_ray.distributed.cluster import board
-from tdc_ray.distributed.pool import Pool
+from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.experts import load_expert
 from tdc_ray.models.units import keep_all

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tdc_ray.execution.timeline import Timeline
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.timeline import Timeline
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,7 @@ import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import LimitError
+from tdc_ray.execution.item import Chains, Result, WorkItem, run_chain, run_item
 from tdc_ray.models.units import keep_all
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.language_model import AskJob
@@ -20,7 +21,6 @@ from tdc_ray.prune.task import Choice, GroupTask, group_tasks
 from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.work import Chains, Result, WorkItem, run_chain, run_item
 from tests.small import TINY, make_run_dir, reporting_to, small_config, task_of, widths_of
 
 BASELINES = ["random", "magnitude", "taylor", "diff-pruning"]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tdc_ray.timeline import Timeline, load_history, usage
+from tdc_ray.execution.timeline import Timeline, load_history, usage
 
 
 def write(path, *events):

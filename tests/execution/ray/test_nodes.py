@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def found():
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.nodes"],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "tests.execution.ray.nodes"],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=False,

@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tdc_ray.reuse import Store, key_of, shared
+from tdc_ray.execution.cache import Store, key_of, shared
+from tdc_ray.execution.item import Report, Reported, WorkItem, finished
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.object_store import shown, writer
-from tdc_ray.work import Report, Reported, WorkItem, finished
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 10.0

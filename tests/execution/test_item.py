@@ -10,8 +10,8 @@ import pytest
 
 import tdc_ray
 from tdc_ray.errors import LimitError
+from tdc_ray.execution.item import Chains, Meeting, WorkItem, finished, run_chain, run_item
 from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
-from tdc_ray.work import Chains, Meeting, WorkItem, finished, run_chain, run_item
 from tests.small import reporting_to
 
 PACKAGE = Path(tdc_ray.__file__).parent

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.distributed.policy import (
+from tdc_ray.errors import StorageFailedError
+from tdc_ray.execution.item import Chain, Meeting, Resources, WorkItem
+from tdc_ray.execution.scheduler import (
     MAX_NODE_LOSSES,
     Action,
     Failure,
     Schedule,
     num_fitting,
 )
-from tdc_ray.errors import StorageFailedError
 from tdc_ray.storage.files import read_json, write_json
-from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 ONE = Resources(1.0)
 NOWHERE = Path("/nonexistent/tdc-ray-tests")

@@ -12,13 +12,13 @@ import ray
 from rich.console import Console
 
 from tdc_ray.config.prune import ProxyConfig
-from tdc_ray.distributed.caller import start_caller
-from tdc_ray.distributed.cluster import Board, board
+from tdc_ray.execution.item import WorkItem
+from tdc_ray.execution.ray.cluster import Board, board
+from tdc_ray.execution.ray.service import start_caller
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import AskJob, ask
 from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
 from tdc_ray.storage.files import read_json
-from tdc_ray.work import WorkItem
 from tests.prune.openai_server import after, says, serving
 from tests.prune.tasks import NAMES, TASK
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from tdc_ray.distributed.policy import Failure, Schedule, Task
-from tdc_ray.timeline import lower_bound
-from tdc_ray.work import Chain, Resources, WorkItem
+from tdc_ray.execution.item import Chain, Resources, WorkItem
+from tdc_ray.execution.scheduler import Failure, Schedule, Task
+from tdc_ray.execution.timeline import lower_bound
 
 WORKER = Resources(cpus=1.0)
 """Of every simulated worker: they are all alike."""

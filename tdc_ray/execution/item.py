@@ -77,7 +77,8 @@ class WorkItem:
 
     inputs: Callable[[Any], Inputs | None] | None = None
     """Gives of its job what its result follows from, so that other runs may take it from a store
-    (see ``tdc_ray.reuse``). A module-level function; None, or what gives None: none may."""
+    (see ``tdc_ray.execution.cache``). A module-level function; None, or what gives None: none
+    may."""
 
     files: tuple[Path, ...] = ()
     """Files and folders that it leaves beside its result."""

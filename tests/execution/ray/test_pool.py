@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import board
-from tdc_ray.distributed.pool import Pool
 from tdc_ray.errors import ClusterError, WorkFailedError
+from tdc_ray.execution.item import Chain, Meeting, Resources, WorkItem
+from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.progress import ProgressView
 from tdc_ray.storage.files import read_json, write_json
-from tdc_ray.timeline import Timeline, load_history, usage
-from tdc_ray.work import Chain, Meeting, Resources, WorkItem
 
 pytestmark = pytest.mark.ray
 
@@ -197,7 +197,7 @@ def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
         import torch
         from torch import distributed
 
-        from tdc_ray.device import place
+        from tdc_ray.execution.device import place
 
         folder, _name, _number = job
         total = torch.tensor([float(place().rank + 1)])
@@ -222,7 +222,7 @@ def test_one_of_two_workers_that_dies_takes_the_other_along_and_both_start_again
         import torch
         from torch import distributed
 
-        from tdc_ray.device import place
+        from tdc_ray.execution.device import place
 
         folder, _name, _number = job
         first = folder / "first"
@@ -271,7 +271,7 @@ def test_of_two_workers_the_error_of_the_one_that_failed_first_counts(pool, tmp_
         import torch
         from torch import distributed
 
-        from tdc_ray.device import place
+        from tdc_ray.execution.device import place
 
         _folder, _name, size = job
         if place().rank == 1 and size > 2:

@@ -1,6 +1,6 @@
 import time
 
-from tdc_ray.distributed.sharing import STALE_AFTER_S, _Claims
+from tdc_ray.execution.ray.cache_session import STALE_AFTER_S, _Claims
 
 
 def test_a_key_is_one_runs_until_it_lets_go():

@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import count
 from typing import Generic, TypeVar
 
-from tdc_ray.work import Chain, Chains, Resources, Result, WorkItem, finished, stand_in
+from tdc_ray.execution.item import Chain, Chains, Resources, Result, WorkItem, finished, stand_in
 
 MAX_NODE_LOSSES = 20
 """How often an item may lose its node: on machines that may be taken away no fault of its own."""

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from tdc_ray.distributed.simulate import Weather, simulate
-from tdc_ray.work import Chain, Meeting, WorkItem
-from tests.distributed.test_policy import NOWHERE
+from tdc_ray.execution.item import Chain, Meeting, WorkItem
+from tdc_ray.execution.simulator import Weather, simulate
+from tests.execution.test_scheduler import NOWHERE
 
 
 def item(key: str, seconds: float, behind: float = 0.0, num_workers: int = 1) -> WorkItem:

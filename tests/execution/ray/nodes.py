@@ -1,6 +1,6 @@
 """A pool on a cluster whose nodes come and go; prints what happened as JSON.
 
-python -m tests.distributed.nodes
+python -m tests.execution.ray.nodes
 """
 
 import json
@@ -23,11 +23,11 @@ from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.cluster import board
-from tdc_ray.distributed.pool import Pool
+from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.timeline import History, Timeline, load_history
 from tdc_ray.progress import ProgressView
-from tdc_ray.timeline import History, Timeline, load_history
-from tdc_ray.work import Chain, Report, Result, WorkItem
 
 
 def wait(job: tuple[float, Path], _report: Report) -> Result:

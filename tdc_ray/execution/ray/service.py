@@ -11,12 +11,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.prune import ProxyConfig
-from tdc_ray.distributed.cluster import Board
 from tdc_ray.errors import ProxyError
+from tdc_ray.execution.item import Result, WorkItem, run_item
+from tdc_ray.execution.ray.cluster import Board
 from tdc_ray.prune.budget import Budget
 from tdc_ray.prune.language_model import check_proxy
 from tdc_ray.storage.files import listing
-from tdc_ray.work import Result, WorkItem, run_item
 
 NAME = "tdc-ray-caller"
 

@@ -15,12 +15,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.distributed.cluster import Board, is_local, node_resources
-from tdc_ray.distributed.policy import num_fitting
-from tdc_ray.distributed.ranks import Rank, as_rank
 from tdc_ray.errors import ClusterError
-from tdc_ray.timeline import Timeline
-from tdc_ray.work import Resources, Result, WorkItem, run_item
+from tdc_ray.execution.item import Resources, Result, WorkItem, run_item
+from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
+from tdc_ray.execution.ray.data_parallel import Rank, as_rank
+from tdc_ray.execution.scheduler import num_fitting
+from tdc_ray.execution.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class _Worker:
     """A process that runs items, one at a time."""
 
     def __init__(self, num_threads: int, board: Board, *, tf32: bool) -> None:
-        from tdc_ray.device import set_up  # torch: the driver of a pool may do without
+        from tdc_ray.execution.device import set_up  # torch: the driver of a pool may do without
 
         set_up(num_threads, tf32=tf32)
         self.board = board

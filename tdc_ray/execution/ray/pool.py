@@ -11,16 +11,16 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.distributed.caller import start_caller, start_checked_caller
-from tdc_ray.distributed.cluster import Board, is_alive, node_resources
-from tdc_ray.distributed.crew import Crew, needs
-from tdc_ray.distributed.policy import Action, Failure, Schedule, Task
-from tdc_ray.distributed.ranks import Rank
-from tdc_ray.distributed.sharing import Sharing
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
+from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.ray.cluster import Board, is_alive, node_resources
+from tdc_ray.execution.ray.data_parallel import Rank
+from tdc_ray.execution.ray.service import start_caller, start_checked_caller
+from tdc_ray.execution.ray.workers import Crew, needs
+from tdc_ray.execution.scheduler import Action, Failure, Schedule, Task
+from tdc_ray.execution.timeline import Timeline
 from tdc_ray.progress import ProgressView
-from tdc_ray.timeline import Timeline
-from tdc_ray.work import Chain, Result
 
 logger = logging.getLogger(__name__)
 

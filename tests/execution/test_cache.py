@@ -12,12 +12,12 @@ import pytest
 from tdc_ray.base import base_item
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError
+from tdc_ray.execution.cache import Store, key_of, shared
+from tdc_ray.execution.item import WorkItem, run_item
 from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all
 from tdc_ray.prune.items import measure_item
-from tdc_ray.reuse import Store, key_of, shared
 from tdc_ray.storage.files import write_text
-from tdc_ray.work import WorkItem, run_item
 from tests.small import make_run_dir, small_config, task_of
 
 STEP = {int: lambda old: old + 1, float: lambda old: old / 2 or 0.25, bool: lambda old: not old}
@@ -181,12 +181,12 @@ def test_a_publisher_that_is_killed_leaves_nothing_that_is_seen(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from tdc_ray import reuse
-from tests.test_reuse import item, key_of
-reuse.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # before entry.json
+from tdc_ray.execution import cache
+from tests.execution.test_cache import item, key_of
+cache.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # before entry.json
 one = item(Path({str(folder)!r}))
 one.function(one.job, lambda *_: None)
-reuse.Store(Path({str(root)!r}), "one").publish(one, key_of(one), {{}})
+cache.Store(Path({str(root)!r}), "one").publish(one, key_of(one), {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.errors import StorageError, StorageFailedError
+from tdc_ray.execution.item import Inputs, Report, Reported, Result, WorkItem
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import is_remote, shown
 from tdc_ray.storage.provenance import versions
-from tdc_ray.work import Inputs, Report, Reported, Result, WorkItem
 
 FORMAT = 2
 ENTRY_FILE = "entry.json"
@@ -153,7 +153,7 @@ def _require_same(found: list[str], expected: list[str], folder: Path) -> None:
 
 def _is_first() -> bool:
     """Whether this process is the first, or only, worker of its item."""
-    from tdc_ray.device import place  # imports torch, without which a driver may do
+    from tdc_ray.execution.device import place  # imports torch, without which a driver may do
 
     return place().rank == 0
 
