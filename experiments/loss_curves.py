@@ -27,8 +27,8 @@ from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.diffusion import denoising_loss, loss_weights, noise_schedule
 from tdc_ray.execution.device import Place
 from tdc_ray.latents import load_inputs
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.provenance import commit
 from tdc_ray.training import learning_rate_at

@@ -15,7 +15,7 @@ from tdc_ray.execution.item import Chain
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
-from tdc_ray.models.unet import build_unet, save_unet, unet_config
+from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
 from tdc_ray.pipeline import INDEX_FILE, save_index
 from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank

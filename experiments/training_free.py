@@ -20,8 +20,8 @@ from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import unet_config
 
 
 @dataclass(frozen=True, kw_only=True)

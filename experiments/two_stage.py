@@ -32,7 +32,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import Plan, plan_groups

@@ -25,8 +25,8 @@ from output import provenance
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.ray.cluster import connected
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.unet import build_unet, save_unet
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.prune.measure import Base, load_base
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir

@@ -25,8 +25,8 @@ from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report
-from tdc_ray.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
-from tdc_ray.models.unet import count_params
+from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
+from tdc_ray.models.unet2d.unet import count_params
 from tdc_ray.precision import autocast
 from tdc_ray.progress import Event, ProgressView
 from tdc_ray.seeds import derive_seed

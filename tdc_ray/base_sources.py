@@ -19,10 +19,10 @@ from huggingface_hub import snapshot_download
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.run import from_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models import compvis, openai_unet
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.state_dicts import StateDict, load_state_dict
-from tdc_ray.models.unet import given_unet_config
+from tdc_ray.models.checkpoints import compvis, openai
+from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.schedule import BetaSchedule, recognise
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import located, shown
@@ -102,7 +102,7 @@ def find_base(source: str) -> GivenBase:
 
 def _openai(source: str, file: Path, state: StateDict) -> GivenBase:
     """The file tells nothing of its noise process."""
-    unet = openai_unet.told_by_shapes(state)
+    unet = openai.told_by_shapes(state)
     told = _told_by_unet(source, unet, is_latent=False)
     return GivenBase(source, unet, told, "as given", (file,), state=state)
 
@@ -110,7 +110,7 @@ def _openai(source: str, file: Path, state: StateDict) -> GivenBase:
 def _compvis(source: str, file: Path, state: StateDict) -> GivenBase:
     """Latent diffusion clips nothing, starts its steps at 1 and ends them at ``betas[0]``."""
     parts = compvis.split(state)
-    unet, is_latent = openai_unet.told_by_shapes(parts.unet), bool(parts.first_stage)
+    unet, is_latent = openai.told_by_shapes(parts.unet), bool(parts.first_stage)
     told = _told_by_unet(source, unet, is_latent=is_latent) | {
         "diffusion.rescale_timesteps": False,
         "sampler.steps_offset": 1,

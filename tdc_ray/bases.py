@@ -27,11 +27,11 @@ from tdc_ray.base_sources import (
 )
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.first_stage import downsampling, load_autoencoder
-from tdc_ray.models import compvis, openai_unet
-from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
-from tdc_ray.models.state_dicts import StateDict
-from tdc_ray.models.unet import build_unet, load_unet, save_unet
+from tdc_ray.models.checkpoints import compvis, openai
+from tdc_ray.models.checkpoints.state_dicts import StateDict
+from tdc_ray.models.first_stage import downsampling, load_autoencoder
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
 from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
 from tdc_ray.storage.object_store import located, shown
 
@@ -194,7 +194,7 @@ def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
     if model.num_heads is not None:
         if isinstance(base.first_stage, compvis.Checkpoint):
             size //= downsampling(compvis.told_by_shapes(base.first_stage))
-        return {**openai_unet.with_heads(base.unet, model.num_heads), "sample_size": size}
+        return {**openai.with_heads(base.unet, model.num_heads), "sample_size": size}
     named = architecture(model.architecture)
     for name in _SHAPE:
         if base.unet[name] != named[name]:
@@ -216,7 +216,7 @@ def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
 
 def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
     if base.folder is None:
-        return openai_unet.to_diffusers(base.state, settings)
+        return openai.to_diffusers(base.state, settings)
     weights: StateDict = load_unet(base.folder).float().state_dict()
     return weights
 

@@ -29,9 +29,9 @@ from tdc_ray.features import (
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.first_stage import first_stage_digest, input_shape
 from tdc_ray.inputs import of_images, of_weights
-from tdc_ray.models.unet import load_unet
+from tdc_ray.models.first_stage import first_stage_digest, input_shape
+from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.precision import DTYPES
 from tdc_ray.sampling import image_generators, image_labels

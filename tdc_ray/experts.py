@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.experts import load_expert
+from tdc_ray.models.saved_expert import load_expert
 
 Span = tuple[int, int]
 """First and last timestep, both included."""

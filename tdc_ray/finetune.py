@@ -16,9 +16,9 @@ from tdc_ray.execution.device import gathered, place
 from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
 from tdc_ray.inputs import of_group, of_measuring, of_run, of_training, of_weights
 from tdc_ray.latents import load_inputs
-from tdc_ray.models.experts import save_expert
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import count_params, unet_config
+from tdc_ray.models.saved_expert import save_expert
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import count_params, unet_config
 from tdc_ray.models.units import Kept, name_of, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet

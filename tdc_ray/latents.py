@@ -20,7 +20,7 @@ from tdc_ray.datasets import Batch, ImageDataset, load_dataset
 from tdc_ray.errors import DataError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem
-from tdc_ray.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
 from tdc_ray.storage.files import atomic_path, fetch, listing, remove
 from tdc_ray.storage.object_store import located, shown
 

@@ -16,7 +16,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Report, Resources, Result, WorkItem
-from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

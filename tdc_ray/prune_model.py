@@ -17,13 +17,13 @@ from tdc_ray.datasets import load_dataset
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.item import run_chain
-from tdc_ray.first_stage import check_latents
 from tdc_ray.image_folder import IMAGE_SUFFIXES
 from tdc_ray.latents import prepare_latents
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.experts import save_expert_into
+from tdc_ray.models.first_stage import check_latents
+from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet import given_unet_config
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.plan import Group
 from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView

@@ -26,11 +26,11 @@ from tdc_ray.execution.timeline import Timeline
 from tdc_ray.expert_times import expert_times
 from tdc_ray.features import FeatureSpec, check_labels, choose_features
 from tdc_ray.finetune import expert_dir
-from tdc_ray.first_stage import check_latents, copy_first_stage
 from tdc_ray.latents import prepare_latents
-from tdc_ray.models.architectures import LATENT, UNetConfig, base_unet
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import unet_config
+from tdc_ray.models.first_stage import check_latents, copy_first_stage
+from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.plan import to_json as plan_to_json

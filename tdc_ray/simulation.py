@@ -13,7 +13,7 @@ from tdc_ray.execution.item import Chain, Meeting, WorkItem
 from tdc_ray.execution.simulator import Simulated, Weather, simulate
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.finetune import finetune_item, trial_item
-from tdc_ray.models.architectures import base_unet
+from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
 from tdc_ray.plan import plan_groups
 from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items

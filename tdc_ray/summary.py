@@ -11,7 +11,7 @@ from tdc_ray.execution.cache import shared
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.timeline import Usage
 from tdc_ray.features import FeatureSpec
-from tdc_ray.first_stage import first_stage_digest
+from tdc_ray.models.first_stage import first_stage_digest
 from tdc_ray.plan import Plan
 from tdc_ray.results import (
     EvaluationResult,

@@ -22,10 +22,10 @@ from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import ConfigError
 from tdc_ray.evaluate import SampleJob, sample_images
 from tdc_ray.finetune import FinetuneJob, expert_dir, finetune_expert
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.experts import load_expert, save_expert
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import build_unet, count_macs, count_params, save_unet
+from tdc_ray.models.saved_expert import load_expert, save_expert
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups

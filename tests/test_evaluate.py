@@ -29,9 +29,9 @@ from tdc_ray.features import (
     load_extractor,
     moments_of,
 )
-from tdc_ray.models.experts import save_expert
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import load_unet
+from tdc_ray.models.saved_expert import save_expert
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.units import Kept, keep_all, units_of
 from tdc_ray.pipeline import save_index
 from tdc_ray.plan import plan_groups

@@ -18,8 +18,8 @@ from tdc_ray.finetune import (
     finetune_item,
     halve_micro_batch,
 )
-from tdc_ray.models.experts import load_expert
-from tdc_ray.models.unet import count_macs, count_params, load_unet
+from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
 from tdc_ray.models.units import keep_all
 from tdc_ray.prune.measure import load_base, pruned_unet
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry

@@ -18,7 +18,6 @@ from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from tdc_ray.execution.item import run_chain, run_item
-from tdc_ray.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.latents import (
     SHARD,
     LatentImages,
@@ -27,8 +26,9 @@ from tdc_ray.latents import (
     prepare_latents,
     shard_path,
 )
-from tdc_ray.models.experts import save_expert
-from tdc_ray.models.unet import save_unet
+from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
+from tdc_ray.models.saved_expert import save_expert
+from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import FIRST_STAGE_DIR, ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups

@@ -14,8 +14,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.experts import Experts
 from tdc_ray.models import winograd
-from tdc_ray.models.experts import load_expert, save_expert
-from tdc_ray.models.surgery import cut
+from tdc_ray.models.saved_expert import load_expert, save_expert
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pipeline import (
     INDEX_FILE,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tdc_ray.config.presets import preset
 from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
 from tdc_ray.errors import ConfigError, ScheduleError
-from tdc_ray.models.architectures import architecture
-from tdc_ray.models.layers import count
+from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.models.unet2d.layers import count
 from tdc_ray.plan import (
     difficulty,
     limit_shares,

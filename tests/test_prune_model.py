@@ -15,9 +15,9 @@ from rich.console import Console
 from tdc_ray.cli import run_command
 from tdc_ray.commands.parse import parse
 from tdc_ray.config.run import to_json
-from tdc_ray.first_stage import input_shape
-from tdc_ray.models.experts import load_expert
-from tdc_ray.models.unet import count_macs, save_unet, unet_config
+from tdc_ray.models.first_stage import input_shape
+from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.models.unet2d.unet import count_macs, save_unet, unet_config
 from tdc_ray.prune_model import for_unet
 from tdc_ray.report import print_memory
 from tdc_ray.storage.files import write_json

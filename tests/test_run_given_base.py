@@ -15,13 +15,13 @@ from tdc_ray.commands.parse import parse
 from tdc_ray.commands.run import Plan, Run
 from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import load_unet, save_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tests.models.openai_reference import OpenAIUNet, randomise
+from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 from tests.small import TINY, assert_same, make_run_dir, random_unet, small_config
 
 FEW = ["--finetune.num-steps", "2", "--finetune.batch-size", "8", "--plan.num-groups", "2"]

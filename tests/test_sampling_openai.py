@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.presets import preset
-from tdc_ray.models.openai_unet import to_diffusers, told_by_shapes, with_heads
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.checkpoints.openai import to_diffusers, told_by_shapes, with_heads
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.sampling import image_generators, make_scheduler, sample
-from tests.models.openai_reference import OpenAIUNet, randomise
+from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
 CONFIG = preset("cifar10-cosine")
 SHAPE = (3, 8, 8)

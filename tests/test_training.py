@@ -17,7 +17,7 @@ from tdc_ray.data import batches
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import loss_weights, noise_schedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.training import TrainState, start_state, train
 from tests.small import TINY, assert_same, output_of, small_config
 

@@ -17,8 +17,8 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig, SamplerConfig
-from tdc_ray.models.architectures import UNetConfig, architecture, base_unet
-from tdc_ray.models.unet import build_unet, save_unet
+from tdc_ray.models.unet2d.architectures import UNetConfig, architecture, base_unet
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_all
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.plan import plan_groups

@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tdc_ray.diffusion import NoiseSchedule
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.sampling import image_generators
 

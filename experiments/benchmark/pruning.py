@@ -19,9 +19,9 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig, Precision
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.models.architectures import architecture, base_unet
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import build_unet, count_macs, save_unet
+from tdc_ray.models.unet2d.architectures import architecture, base_unet
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import Kept, SpaceKind, keep_all
 from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.importance import keep_best, random_scores

@@ -15,10 +15,10 @@ from benchmark.peers import ddim_images, ddim_pipeline
 from benchmark.timing import Row, SpeedFlags, compared, precision_of
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.experts import save_expert
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.saved_expert import save_expert
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.plan import plan_groups
 from tdc_ray.precision import DTYPES

@@ -18,8 +18,8 @@ from tdc_ray.config.train import DataConfig, DiffusionConfig, Precision, TrainCo
 from tdc_ray.data import augment, batches, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.models.architectures import UNetConfig, architecture
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.training import TrainState, optimizer_step, start_state, train
 
 EXAMPLE = "diffusers' example"

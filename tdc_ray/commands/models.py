@@ -63,7 +63,7 @@ class Prune:
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
         from tdc_ray.bases import noise_told, untold
-        from tdc_ray.models.unet import given_unet_config
+        from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.plan import one_group, plan_groups
         from tdc_ray.prune_model import (
             REPORT_FILE,
@@ -126,7 +126,7 @@ class Import:
         """Write the base, and say what it does not tell."""
         from tdc_ray.base_sources import find_base
         from tdc_ray.bases import import_base, untold
-        from tdc_ray.models.layers import count
+        from tdc_ray.models.unet2d.layers import count
         from tdc_ray.storage.files import exists
 
         out = located(self.out)

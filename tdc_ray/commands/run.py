@@ -92,8 +92,8 @@ class Plan:
 
 
 def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
-    from tdc_ray.models.architectures import base_unet
-    from tdc_ray.models.layers import count
+    from tdc_ray.models.unet2d.architectures import base_unet
+    from tdc_ray.models.unet2d.layers import count
     from tdc_ray.plan import plan_groups
     from tdc_ray.report import print_plan
 

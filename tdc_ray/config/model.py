@@ -17,7 +17,7 @@ class ModelConfig:
     """The base denoiser."""
 
     architecture: str = "digits"
-    """A name from `tdc_ray.models.architectures`."""
+    """A name from `tdc_ray.models.unet2d.architectures`."""
 
     dropout: float = 0.0
     """Dropout inside the residual blocks, in [0, 1)."""

@@ -15,9 +15,9 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.distributed.base import KEY
 from tdc_ray.execution.device import Place, set_up
 from tdc_ray.execution.ray.cluster import Board
-from tdc_ray.models.architectures import base_unet
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import save_unet
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.training import TrainState

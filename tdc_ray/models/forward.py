@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.models.unet import image_size
+from tdc_ray.models.unet2d.unet import image_size
 
 BYTES_ON_CPU = 2**24
 """Of the first convolution's output. Larger tensors leave the caches and are given back to the

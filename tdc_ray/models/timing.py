@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from tdc_ray.models.steps import start, steps
-from tdc_ray.models.unet import image_size
+from tdc_ray.models.unet2d.steps import start, steps
+from tdc_ray.models.unet2d.unet import image_size
 
 MAX_REPEATS = 200
 """Most passes of each model."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Literal
 
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.layers import parts
-from tdc_ray.models.shapes import STREAM, AttentionBlock, Layer, ResidualBlock
+from tdc_ray.models.layer import STREAM, AttentionBlock, Layer, ResidualBlock
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.layers import parts
 
 Kept = Mapping[str, tuple[int, ...]]
 """For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.forward import images_at_once
-from tdc_ray.models.steps import steps
+from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.prune.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.models.forward import images_at_once
-from tdc_ray.models.surgery import coupled
+from tdc_ray.models.unet2d.surgery import coupled
 from tdc_ray.models.units import Kept, Unit
 from tdc_ray.prune.least_squares import LeastSquares
 from tdc_ray.prune.noised import NoisedBatch

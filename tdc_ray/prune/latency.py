@@ -17,10 +17,10 @@ from scipy.optimize import isotonic_regression
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Report, Result, WorkItem
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.surgery import cut
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.units import Unit
 from tdc_ray.prune.costs import LatencyTable
 from tdc_ray.prune.space import Space, space_of

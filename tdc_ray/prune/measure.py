@@ -16,11 +16,12 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result
-from tdc_ray.models.layers import all_layers
-from tdc_ray.models.shapes import Layer
-from tdc_ray.models.steps import num_untouched, steps
-from tdc_ray.models.surgery import cut, kept_outputs
-from tdc_ray.models.unet import load_unet, unet_config
+from tdc_ray.models.layer import Layer
+from tdc_ray.models.macs import tabulate
+from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.unet2d.steps import num_untouched, steps
+from tdc_ray.models.unet2d.surgery import cut, kept_outputs
+from tdc_ray.models.unet2d.unet import load_unet, unet_config
 from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
 from tdc_ray.plan import Group
 from tdc_ray.prune.error_weights import (
@@ -53,7 +54,6 @@ from tdc_ray.prune.sensitivity import (
     solve_units,
 )
 from tdc_ray.prune.space import Scheme, Space, space_of
-from tdc_ray.prune.table import tabulate
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.run_dir import RunDir

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.execution.device import exact_products
-from tdc_ray.models.steps import State, Step, is_cut, steps
+from tdc_ray.models.unet2d.steps import State, Step, is_cut, steps
 from tdc_ray.prune.error_weights import ErrorWeights
 from tdc_ray.prune.least_squares import LeastSquares, ReadLayer, Tap
 from tdc_ray.prune.noised import NoisedBatch

@@ -10,7 +10,7 @@ from tdc_ray.config.train import Precision
 from tdc_ray.diffusion import NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import exchanged
-from tdc_ray.models.steps import State, Step, run, steps
+from tdc_ray.models.unet2d.steps import State, Step, run, steps
 from tdc_ray.models.units import Unit
 from tdc_ray.precision import autocast
 from tdc_ray.prune.error_weights import ErrorWeights

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdc_ray.errors import LimitError
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.layers import all_layers
+from tdc_ray.models.macs import Polynomial, tabulate
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.units import SpaceKind, Unit, units_of
 from tdc_ray.prune.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
-from tdc_ray.prune.table import Polynomial, tabulate
 
 Scheme = Mapping[str, int]
 """How many steps (groups, heads, slices) every unit keeps: at least 1, at most its width."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
-from tdc_ray.models.experts import load_expert
+from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.units import keep_all
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.noised import held_out_loss

@@ -2,7 +2,7 @@
 
 import random
 
-from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.unet2d.architectures import UNetConfig
 from tests.small import TINY
 
 DOWN, UP = "DownBlock2D", "UpBlock2D"

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from tdc_ray.models.architectures import architecture
 from tdc_ray.models.forward import denoised, images_at_once
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.models.unet2d.unet import build_unet
 from tests.small import TINY, random_unet
 
 LEARNED = {**TINY, "out_channels": 2 * TINY["in_channels"]}

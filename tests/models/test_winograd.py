@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from tdc_ray.models import winograd
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.winograd import WinogradConvolutions, convolution
 
 

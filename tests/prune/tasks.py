@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.proxy import PruningTask
 from tdc_ray.prune.space import Scheme, space_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.prune.costs import LatencyTable
 from tdc_ray.prune.latency import latency_table
 from tdc_ray.prune.offline import OfflineProxy, loss_curves, step_values

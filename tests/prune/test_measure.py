@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.models.steps import steps
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import load_unet
+from tdc_ray.models.unet2d.steps import steps
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.prune.importance import keep_best, magnitude_scores
 from tdc_ray.prune.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob

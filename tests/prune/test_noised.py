@@ -8,7 +8,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.data import held_out_split, to_model_range
 from tdc_ray.datasets import load_dataset
 from tdc_ray.diffusion import denoising_loss, noise_schedule
-from tdc_ray.models.unet import build_unet, load_unet
+from tdc_ray.models.unet2d.unet import build_unet, load_unet
 from tdc_ray.prune.noised import NoisedBatch, held_out_loss, noised_batches
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, group_of, make_run_dir, random_unet, small_config

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.prune.prompt import MAX_QUOTED_CHARS, correction, messages_for
 from tdc_ray.prune.reply import parse_reply
 from tdc_ray.prune.space import space_of

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig
 from tdc_ray.diffusion import noise_schedule
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.steps import State, steps
-from tdc_ray.models.surgery import cut, kept_outputs
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.steps import State, steps
+from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
 from tdc_ray.prune.error_weights import error_weights
 from tdc_ray.prune.noised import NoisedBatch

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.prune.importance import Scores, random_scores
 from tdc_ray.prune.scored import (
     BASELINES,

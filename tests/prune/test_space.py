@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
-from tdc_ray.models.architectures import architecture
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.prune.space import Space, Values, is_tight, repair, space_of
 from tests.small import TINY
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
-from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import shown
 

@@ -8,12 +8,12 @@ import torch_pruning as tp
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdc_ray.models.architectures import ARCHITECTURES
-from tdc_ray.models.experts import load_expert, save_expert
-from tdc_ray.models.layers import all_layers
-from tdc_ray.models.streams import dependency_graph, root_of
-from tdc_ray.models.surgery import coupled, cut, kept_outputs
-from tdc_ray.models.unet import build_unet, count_macs, count_params
+from tdc_ray.models.saved_expert import load_expert, save_expert
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES
+from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.unet2d.streams import dependency_graph, root_of
+from tdc_ray.models.unet2d.surgery import coupled, cut, kept_outputs
+from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.models.units import Unit, keep_all, units_for, units_of
 from tdc_ray.prune.space import space_of
 from tests.models.configs import CONFIGS, random_config

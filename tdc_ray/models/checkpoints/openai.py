@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
-from tdc_ray.models.state_dicts import Shapes, StateDict, check_tensors, shape_of
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
+from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
+from tdc_ray.models.unet2d.unet import build_unet
 
 COMMON: UNetConfig = {
     "norm_num_groups": 32,

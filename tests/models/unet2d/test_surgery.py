@@ -6,9 +6,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
-from tdc_ray.models.surgery import coupled, cut
-from tdc_ray.models.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.unet2d.surgery import coupled, cut
+from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.models.units import SpaceKind, Unit, keep_all, units_of
 from tdc_ray.prune.space import space_of
 from tests.models.configs import CONFIGS, DOWN, UP

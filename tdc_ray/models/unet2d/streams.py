@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from tdc_ray.models.shapes import STREAM
+from tdc_ray.models.layer import STREAM
 from tdc_ray.models.units import Kept, Unit
 
 

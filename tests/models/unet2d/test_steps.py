@@ -3,8 +3,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from tdc_ray.models.steps import State, Step, start, steps
-from tdc_ray.models.surgery import cut
+from tdc_ray.models.unet2d.steps import State, Step, start, steps
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.units import units_of
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, random_kept, random_unet

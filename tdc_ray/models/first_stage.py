@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.train import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.models.architectures import UNetConfig
+from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
 from tdc_ray.storage.object_store import located, shown
 

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from tdc_ray.models.architectures import ARCHITECTURES, architecture
-from tdc_ray.models.layers import all_layers, count
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
+from tdc_ray.models.unet2d.layers import all_layers, count
 from tdc_ray.models.units import units_of
 from tdc_ray.prune.space import space_of
 from tests.models.configs import CONFIGS

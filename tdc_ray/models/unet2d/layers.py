@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
-from tdc_ray.models.shapes import (
+from tdc_ray.models.layer import (
     STREAM,
     AttentionBlock,
     Channels,
@@ -17,6 +16,7 @@ from tdc_ray.models.shapes import (
     norm,
     total,
 )
+from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
 
 _DEFAULTS: UNetConfig = {
     "layers_per_block": 2,

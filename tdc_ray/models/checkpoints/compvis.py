@@ -14,8 +14,8 @@ from diffusers import VQModel
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.state_dicts import Shapes, StateDict, check_tensors, shape_of
+from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
+from tdc_ray.models.unet2d.architectures import UNetConfig
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from tdc_ray.models.shapes import Channels, Layer
+from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.units import Unit
 
 Terms = Mapping[tuple[str, ...], int]

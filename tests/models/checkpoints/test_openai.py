@@ -3,15 +3,15 @@ import torch
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.architectures import ARCHITECTURES, UNetConfig, architecture
-from tdc_ray.models.openai_unet import (
+from tdc_ray.models.checkpoints.openai import (
     original_shapes,
     to_diffusers,
     told_by_shapes,
     with_heads,
 )
-from tdc_ray.models.unet import build_unet
-from tests.models.openai_reference import OpenAIUNet, randomise
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.unet2d.unet import build_unet
+from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
 TOLD = ("in_channels", "out_channels", "layers_per_block", "block_out_channels")
 TOLD += ("down_block_types", "up_block_types")

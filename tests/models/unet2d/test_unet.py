@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.layers import count
-from tdc_ray.models.unet import (
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import (
     build_unet,
     count_macs,
     count_params,

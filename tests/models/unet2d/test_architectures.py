@@ -4,9 +4,9 @@ import sys
 import pytest
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.architectures import ARCHITECTURES, LATENT, architecture
-from tdc_ray.models.layers import count, layers, parts
-from tdc_ray.models.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture
+from tdc_ray.models.unet2d.layers import count, layers, parts
+from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_latent_architectures_are_architectures():
 
 def test_counting_needs_no_torch():
     code = (
-        "import sys; from tdc_ray.models.architectures import ARCHITECTURES; "
+        "import sys; from tdc_ray.models.unet2d.architectures import ARCHITECTURES; "
         "from tdc_ray.prune.space import space_of; "
         "[space_of(config, 'full') for config in ARCHITECTURES.values()]; "
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"

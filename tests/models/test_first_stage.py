@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tdc_ray.config.train import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.first_stage import (
+from tdc_ray.models.first_stage import (
     BATCH,
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
-from tdc_ray.models.architectures import UNetConfig
-from tdc_ray.models.surgery import cut
-from tdc_ray.models.unet import build_unet
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.units import Kept, units_for
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import located, shown

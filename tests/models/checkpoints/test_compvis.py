@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.architectures import architecture
-from tdc_ray.models.compvis import Checkpoint, split, to_vq_model, told_by_shapes
-from tdc_ray.models.openai_unet import original_shapes
-from tdc_ray.models.openai_unet import told_by_shapes as unet_told_by_shapes
-from tests.models.openai_reference import (
+from tdc_ray.models.checkpoints.compvis import Checkpoint, split, to_vq_model, told_by_shapes
+from tdc_ray.models.checkpoints.openai import original_shapes
+from tdc_ray.models.checkpoints.openai import told_by_shapes as unet_told_by_shapes
+from tdc_ray.models.unet2d.architectures import architecture
+from tests.models.checkpoints.openai_reference import (
     FirstStageVQ,
     OpenAIUNet,
     compvis_checkpoint,

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.state_dicts import load_state_dict
-from tests.models.test_unet import WritesWhenUnpickled
+from tdc_ray.models.checkpoints.state_dicts import load_state_dict
+from tests.models.unet2d.test_unet import WritesWhenUnpickled
 from tests.small import assert_same
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2).half()}
