@@ -15,13 +15,13 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.config.train import Precision, SamplerConfig
+from tdc_ray.data.latents import prepare_latents
 from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import Store
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.latents import prepare_latents
 from tdc_ray.progress import ProgressView
 from tdc_ray.results import Results
 from tdc_ray.run import check, run

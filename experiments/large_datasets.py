@@ -29,8 +29,8 @@ from output import provenance, write_table
 from PIL import Image
 
 from tdc_ray.config.train import DataConfig
-from tdc_ray.data import batches
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import batches
+from tdc_ray.data.load import load_dataset
 from tdc_ray.storage.files import write_json
 
 BATCH, SIZE, FOLDERS = 64, 64, 100

@@ -23,10 +23,10 @@ from output import plot_lines, write_record, write_table
 
 from tdc_ray.base import train_base
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data import augment, batches, to_model_range
+from tdc_ray.data.batches import augment, batches, to_model_range
+from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion import denoising_loss, loss_weights, noise_schedule
 from tdc_ray.execution.device import Place
-from tdc_ray.latents import load_inputs
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.seeds import derive_seed

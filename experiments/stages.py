@@ -9,7 +9,7 @@ import torch
 from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.execution.item import Chain
 from tdc_ray.execution.ray.pool import Pool

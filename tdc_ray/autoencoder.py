@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
-from tdc_ray.data import augment, batches, fixed_batches, held_out_split, to_model_range
-from tdc_ray.datasets import Batch, ImageDataset, load_dataset
+from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.load import Batch, ImageDataset, load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report

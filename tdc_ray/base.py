@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data import batches
+from tdc_ray.data.batches import batches
+from tdc_ray.data.fingerprint import of_run, of_training
+from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.execution.device import Place
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
-from tdc_ray.inputs import of_run, of_training
-from tdc_ray.latents import load_inputs
 from tdc_ray.models.first_stage import input_shape, load_first_stage
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet

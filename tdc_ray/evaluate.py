@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.fingerprint import of_images, of_weights
+from tdc_ray.data.load import load_dataset
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem
 from tdc_ray.features import (
@@ -29,7 +30,6 @@ from tdc_ray.features import (
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.inputs import of_images, of_weights
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.pipeline import ProgressivePipeline, base_pipeline

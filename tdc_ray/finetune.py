@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data import batches, held_out_split
+from tdc_ray.data.batches import batches, held_out_split
+from tdc_ray.data.fingerprint import of_group, of_measuring, of_run, of_training, of_weights
+from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import gathered, place
 from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
-from tdc_ray.inputs import of_group, of_measuring, of_run, of_training, of_weights
-from tdc_ray.latents import load_inputs
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import count_params, unet_config

@@ -14,7 +14,8 @@ from tdc_ray.bases import check_base, import_base, with_first_stage
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.conditioning import check_conditioning
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.load import load_dataset
 from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
@@ -26,7 +27,6 @@ from tdc_ray.execution.timeline import Timeline
 from tdc_ray.expert_times import expert_times
 from tdc_ray.features import FeatureSpec, check_labels, choose_features
 from tdc_ray.finetune import expert_dir
-from tdc_ray.latents import prepare_latents
 from tdc_ray.models.first_stage import check_latents, copy_first_stage
 from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.unet2d.layers import count

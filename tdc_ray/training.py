@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tdc_ray.config.train import DataConfig, TrainConfig
-from tdc_ray.data import augment, to_model_range
-from tdc_ray.datasets import Batch
+from tdc_ray.data.batches import augment, to_model_range
+from tdc_ray.data.load import Batch
 from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report

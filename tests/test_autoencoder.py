@@ -20,8 +20,8 @@ from tdc_ray.autoencoder import (
 from tdc_ray.cli import run_command
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.train import DataConfig, TrainConfig
-from tdc_ray.data import held_out_split, to_model_range
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import held_out_split, to_model_range
+from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tests.small import assert_same

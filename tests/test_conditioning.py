@@ -16,8 +16,8 @@ from tdc_ray.cli import run_command
 from tdc_ray.config.conditioning import ConditioningConfig, check_conditioning, null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, SamplerConfig
-from tdc_ray.data import batches
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import batches
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.errors import ConfigError
 from tdc_ray.evaluate import SampleJob, sample_images

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.evaluate import (
     SampleJob,
     Score,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig, EvaluateConfig
-from tdc_ray.data import to_model_range
-from tdc_ray.datasets import ImageDataset, load_dataset
+from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.load import ImageDataset, load_dataset
 from tdc_ray.errors import ConfigError, EvaluationError
 from tdc_ray.features import (
     INCEPTION_FILE,

@@ -9,9 +9,9 @@ from rich.console import Console
 from tdc_ray.autoencoder import train_autoencoder
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.train import DataConfig, TrainConfig
-from tdc_ray.data import to_model_range
-from tdc_ray.datasets import load_dataset
-from tdc_ray.latents import latents_dir, load_inputs
+from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.latents import latents_dir, load_inputs
+from tdc_ray.data.load import load_dataset
 from tdc_ray.models.first_stage import first_stage_digest, load_first_stage
 from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixi
 from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
-from tdc_ray.data import to_model_range
+from tdc_ray.data.batches import to_model_range
 from tdc_ray.errors import ConfigError
 from tdc_ray.plan import plan_groups, sampling_timesteps
 from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8

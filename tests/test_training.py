@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, TrainConfig
-from tdc_ray.data import batches
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import batches
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion import loss_weights, noise_schedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet2d.unet import build_unet

@@ -17,7 +17,7 @@ from benchmark.training import (
     trained_unet,
 )
 from tdc_ray.config.train import Precision
-from tdc_ray.data import to_model_range
+from tdc_ray.data.batches import to_model_range
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
 from tdc_ray.results import load_results

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmark.peers import ExampleTraining, example_loader
 from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.config.train import DataConfig, DiffusionConfig, Precision, TrainConfig
-from tdc_ray.data import augment, batches, to_model_range
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import augment, batches, to_model_range
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion import noise_schedule
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.models.unet2d.unet import build_unet

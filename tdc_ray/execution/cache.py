@@ -1,8 +1,8 @@
 """A store of results that several runs share, so that nothing is computed twice.
 
 It is content-addressed: the key of a result is the SHA-256 of everything that it follows from
-(``WorkItem.inputs``, see ``tdc_ray.inputs``), with the versions of what computes. A store is a
-cache in a folder or at a URI; it may be deleted whenever no run uses it.
+(``WorkItem.inputs``, see ``tdc_ray.data.fingerprint``), with the versions of what computes. A
+store is a cache in a folder or at a URI; it may be deleted whenever no run uses it.
 
 An entry is a folder named by its key. Every publisher writes files into a folder of its own in it,
 and ``entry.json``, which names that, last: so an entry is whole when it is seen, whoever else

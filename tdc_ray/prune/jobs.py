@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.fingerprint import of_group, of_measuring, of_run, of_weights
 from tdc_ray.execution.item import Inputs
-from tdc_ray.inputs import of_group, of_measuring, of_run, of_weights
 from tdc_ray.models.units import Kept
 from tdc_ray.plan import Group
 from tdc_ray.prune.importance import Scores

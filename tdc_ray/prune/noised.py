@@ -9,9 +9,9 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data import fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.batches import fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
-from tdc_ray.latents import load_inputs
 from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.unet2d.steps import State, num_untouched, run, start, steps
 from tdc_ray.plan import Group

@@ -5,8 +5,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tdc_ray.data import batches, to_model_range
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import batches, to_model_range
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion import denoising_loss, noise_schedule
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.errors import ClusterError, NonFiniteLossError

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.data.latents import latents_dir
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.latents import latents_dir
 from tests.small import latent_config, make_first_stage, small_config
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.latents import latents_dir
+from tdc_ray.data.load import load_dataset
 from tdc_ray.execution.item import Inputs
-from tdc_ray.latents import latents_dir
 from tdc_ray.plan import Group
 from tdc_ray.storage.files import fetch, read_json
 

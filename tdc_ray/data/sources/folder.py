@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from tdc_ray.config.train import DataConfig
+from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
-from tdc_ray.pixels import channels_first, to_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -13,12 +13,8 @@ from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.cli import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import digest, with_absolute_paths
-from tdc_ray.data import batches, to_model_range
-from tdc_ray.datasets import load_dataset
-from tdc_ray.diffusion import noise_schedule
-from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from tdc_ray.execution.item import run_chain, run_item
-from tdc_ray.latents import (
+from tdc_ray.data.batches import batches, to_model_range
+from tdc_ray.data.latents import (
     SHARD,
     LatentImages,
     latents_dir,
@@ -26,6 +22,10 @@ from tdc_ray.latents import (
     prepare_latents,
     shard_path,
 )
+from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion import noise_schedule
+from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from tdc_ray.execution.item import run_chain, run_item
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig
-from tdc_ray.data import to_model_range
-from tdc_ray.datasets import Batch, ImageDataset, load_dataset
+from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.load import Batch, ImageDataset, load_dataset
 from tdc_ray.errors import DataError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem

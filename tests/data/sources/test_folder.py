@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdc_ray.data import batches
-from tdc_ray.datasets import load_dataset
+from tdc_ray.data.batches import batches
+from tdc_ray.data.load import load_dataset
+from tdc_ray.data.sources.folder import FolderImages
 from tdc_ray.errors import CorruptFileError, DataError
-from tdc_ray.image_folder import FolderImages
 from tests.images import everything, folder_config, random_pixels
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdc_ray.config.train import DataConfig
+from tdc_ray.data.pixels import channels_first, to_size
+from tdc_ray.data.sources.folder import FolderImages
+from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack
 from tdc_ray.errors import CorruptFileError, DataError
-from tdc_ray.image_folder import FolderImages
-from tdc_ray.npz_files import NpzFile, NpzImages, open_npz, unpack
-from tdc_ray.pixels import channels_first, to_size
 
 IN_MEMORY_BYTES = 2**28
 """npz files whose images take more than this, as they are or once brought to size, are not read

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdc_ray.config.train import DataConfig
+from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
-from tdc_ray.pixels import channels_first, to_size
 from tdc_ray.storage.files import atomic_path, locked
 
 BLOCK_BYTES = 2**20
