@@ -22,7 +22,7 @@ from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_sweep, write_sweep
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.plan import plan_groups
+from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.sweep_settings import Value, applied, setting_name
 
 FIELD, STEPS, WARMUP = "plan.num_groups", "finetune.num_steps", "finetune.num_warmup_steps"

@@ -26,10 +26,10 @@ from output import write_record, write_table
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Group, one_group, plan_groups
 from tdc_ray.execution.item import Chain
 from tdc_ray.finetune import trial_item
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.plan import Group, one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of

@@ -25,13 +25,13 @@ from tdc_ray.base import train_base
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion import denoising_loss, loss_weights, noise_schedule
+from tdc_ray.diffusion.process import denoising_loss, loss_weights, noise_schedule
+from tdc_ray.diffusion.train import learning_rate_at
 from tdc_ray.execution.device import Place
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.provenance import commit
-from tdc_ray.training import learning_rate_at
 
 ROUNDING = 2.0**-24
 """Largest relative rounding error of fp32."""

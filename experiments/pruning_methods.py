@@ -29,10 +29,10 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import finetune_item
-from tdc_ray.pipeline import save_index
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.stage_2 import Expert, make_expert

@@ -10,14 +10,14 @@ from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline import INDEX_FILE, save_index
+from tdc_ray.diffusion.plan import one_group, plan_groups
 from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.execution.item import Chain
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
-from tdc_ray.pipeline import INDEX_FILE, save_index
-from tdc_ray.plan import one_group, plan_groups
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask, group_tasks

@@ -29,13 +29,13 @@ from output import mean_and_spread, paper_column, plot_lines, write_record, writ
 from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.pipeline import save_index
+from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
-from tdc_ray.pipeline import save_index
-from tdc_ray.plan import Plan, plan_groups
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.rounds import search
 from tdc_ray.prune.space import space_of

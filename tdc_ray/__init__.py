@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tdc_ray.config.presets import preset
     from tdc_ray.config.run import RunConfig
-    from tdc_ray.pipeline import ProgressivePipeline
-    from tdc_ray.plan import Plan, plan_groups
+    from tdc_ray.diffusion.pipeline import ProgressivePipeline
+    from tdc_ray.diffusion.plan import Plan, plan_groups
     from tdc_ray.results import Results, load_results
     from tdc_ray.run import run
 
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Plan": "plan",
-    "ProgressivePipeline": "pipeline",
+    "Plan": "diffusion.plan",
+    "ProgressivePipeline": "diffusion.pipeline",
     "Results": "results",
     "RunConfig": "config.run",
     "load_results": "results",
-    "plan_groups": "plan",
+    "plan_groups": "diffusion.plan",
     "preset": "config.presets",
     "run": "run",
 }

@@ -22,6 +22,13 @@ from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.data.load import Batch, ImageDataset, load_dataset
+from tdc_ray.diffusion.train import (
+    Losses,
+    TrainState,
+    learning_rate_at,
+    optimizer_step,
+    start_state,
+)
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report
@@ -34,13 +41,6 @@ from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.provenance import commit, versions
-from tdc_ray.training import (
-    Losses,
-    TrainState,
-    learning_rate_at,
-    optimizer_step,
-    start_state,
-)
 
 REPORT_FILE = "report.json"
 SETTINGS_FILE = "settings.json"

@@ -12,16 +12,22 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.fingerprint import of_run, of_training
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.sampling import (
+    image_generators,
+    image_labels,
+    make_scheduler,
+    sample,
+    to_uint8,
+)
+from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.execution.device import Place
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.first_stage import input_shape, load_first_stage
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import TrainState, start_state, train
 
 VERSION = 1
 """Changes whenever what stage 1 comes to does, so that stored bases are made again."""

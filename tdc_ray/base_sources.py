@@ -18,12 +18,12 @@ from huggingface_hub import snapshot_download
 
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.run import from_json
+from tdc_ray.diffusion.schedule import BetaSchedule, recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
-from tdc_ray.schedule import BetaSchedule, recognise
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir

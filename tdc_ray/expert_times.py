@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.finetune import expert_dir
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.unet import load_unet
-from tdc_ray.plan import Plan
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3

@@ -13,10 +13,10 @@ from torch import nn
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import from_json
+from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.model_card import model_card
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert
-from tdc_ray.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.storage.files import (
     atomic_path,

@@ -12,7 +12,9 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import of_group, of_measuring, of_run, of_training, of_weights
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import gathered, place
 from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
@@ -20,7 +22,6 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import count_params, unet_config
 from tdc_ray.models.units import Kept, name_of, widths_of
-from tdc_ray.plan import Group
 from tdc_ray.prune.measure import Base, load_base, pruned_unet
 from tdc_ray.prune.noised import held_out_loss
 from tdc_ray.prune.space import space_of
@@ -29,7 +30,6 @@ from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import TrainState, start_state, train
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from tdc_ray.config.train import DataConfig
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
+from tdc_ray.diffusion.plan import Group
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.item import run_chain
@@ -24,7 +25,6 @@ from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
-from tdc_ray.plan import Group
 from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView
 from tdc_ray.prune.language_model import check_proxy

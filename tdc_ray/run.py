@@ -16,6 +16,9 @@ from tdc_ray.config.conditioning import check_conditioning
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
+from tdc_ray.diffusion.plan import Plan, plan_groups
+from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.evaluate import Score, evaluate, prepare_features, score
@@ -31,9 +34,6 @@ from tdc_ray.models.first_stage import check_latents, copy_first_stage
 from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.pipeline import FIRST_STAGE_DIR, save_index
-from tdc_ray.plan import Plan, plan_groups
-from tdc_ray.plan import to_json as plan_to_json
 from tdc_ray.precision import Stage, settled
 from tdc_ray.progress import Event, ProgressView
 from tdc_ray.prune.latency import timed_space

@@ -8,6 +8,7 @@ from statistics import mean
 
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.simulation import SimulationConfig
+from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.item import Chain, Meeting, WorkItem
 from tdc_ray.execution.simulator import Simulated, Weather, simulate
@@ -15,7 +16,6 @@ from tdc_ray.execution.timeline import load_history
 from tdc_ray.finetune import finetune_item, trial_item
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
-from tdc_ray.plan import plan_groups
 from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items
 from tdc_ray.prune.scored import uniform_scheme
 from tdc_ray.prune.space import Space, space_of

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tdc_ray.config.run import RunConfig, from_json
+from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import History, Span, Usage, load_history, usage
-from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.prune.task import group_name
 from tdc_ray.results import Results, load_results

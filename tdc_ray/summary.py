@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tdc_ray.base_sources import BASE_FILE
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.evaluate import Score
 from tdc_ray.execution.cache import shared
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.timeline import Usage
 from tdc_ray.features import FeatureSpec
 from tdc_ray.models.first_stage import first_stage_digest
-from tdc_ray.plan import Plan
 from tdc_ray.results import (
     EvaluationResult,
     GivenBaseResult,

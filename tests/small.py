@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
-from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import GroupTask
 from tdc_ray.storage.run_dir import RunDir

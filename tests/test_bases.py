@@ -24,10 +24,10 @@ from tdc_ray.base_sources import find_base
 from tdc_ray.bases import check_base, come_along, import_base, untold, with_first_stage
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import to_json
+from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.schedule import betas
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (

@@ -18,7 +18,11 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, SamplerConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.sampling import image_generators, image_labels, make_scheduler, sample
+from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.evaluate import SampleJob, sample_images
 from tdc_ray.finetune import FinetuneJob, expert_dir, finetune_expert
@@ -27,12 +31,8 @@ from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
 from tdc_ray.models.units import keep_all, units_of
-from tdc_ray.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
-from tdc_ray.plan import plan_groups
 from tdc_ray.run import check
-from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import TrainState, start_state, train
 from tests.small import TINY, assert_same, group_of, random_unet, small_config
 
 SHAPE = (1, 8, 8)

@@ -9,6 +9,9 @@ import torch
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline import save_index
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.evaluate import (
     SampleJob,
     Score,
@@ -33,9 +36,6 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.units import Kept, keep_all, units_of
-from tdc_ray.pipeline import save_index
-from tdc_ray.plan import plan_groups
-from tdc_ray.sampling import image_generators
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config

@@ -15,14 +15,14 @@ from torchvision.utils import make_grid
 
 from tdc_ray.cli import run_command
 from tdc_ray.config.run import RunConfig, to_json
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, save_index
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.export import export_run
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.units import SpaceKind, units_of
-from tdc_ray.pipeline import ProgressivePipeline, save_index
-from tdc_ray.plan import plan_groups
 from tdc_ray.results import save_results
-from tdc_ray.sampling import image_generators
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (

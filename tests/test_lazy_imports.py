@@ -27,8 +27,8 @@ def packages_after_importing(module: str) -> set[str]:
     "module",
     [
         "tdc_ray",
-        "tdc_ray.plan",
-        "tdc_ray.schedule",
+        "tdc_ray.diffusion.plan",
+        "tdc_ray.diffusion.schedule",
         "tdc_ray.config.run",
         "tdc_ray.config.presets",
         "tdc_ray.prune.memory",
@@ -43,7 +43,7 @@ def test_planning_imports_no_framework(module):
 
 
 def test_sampling_from_a_finished_run_imports_no_ray():
-    found = packages_after_importing("tdc_ray.pipeline")
+    found = packages_after_importing("tdc_ray.diffusion.pipeline")
     assert {"torch", "diffusers"} <= found
     assert "ray" not in found
 

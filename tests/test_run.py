@@ -9,11 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.train import SamplerConfig
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import count_macs, count_params
-from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.prune.memory import MemoryBank
 from tdc_ray.prune.space import is_tight, space_of
 from tdc_ray.report import conclusions

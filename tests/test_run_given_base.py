@@ -14,10 +14,10 @@ from tdc_ray.commands.models import Import
 from tdc_ray.commands.parse import parse
 from tdc_ray.commands.run import Plan, Run
 from tdc_ray.config.run import to_json
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir

@@ -12,8 +12,8 @@ from tdc_ray.config.train import DataConfig, TrainConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.data.latents import latents_dir, load_inputs
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.models.first_stage import first_stage_digest, load_first_stage
-from tdc_ray.pipeline import ProgressivePipeline
 from tdc_ray.results import load_results
 from tdc_ray.run import run
 from tdc_ray.storage.run_dir import RunDir

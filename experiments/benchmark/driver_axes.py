@@ -11,11 +11,11 @@ from benchmark.growth import Axis, ScalingFlags, timed
 from benchmark.pruning import random_values
 from benchmark.timing import random_scheme
 from tdc_ray.config.presets import preset
+from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.execution.simulator import simulate
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
-from tdc_ray.plan import plan_groups
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.offline import OfflineProxy
 from tdc_ray.prune.proxy import PruningTask

@@ -17,18 +17,18 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig, SamplerConfig
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.train import start_state
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_all
-from tdc_ray.pipeline import ProgressivePipeline, base_pipeline
-from tdc_ray.plan import plan_groups
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
 from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
 from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import start_state
 
 STEPS = 4
 """Denoising steps."""

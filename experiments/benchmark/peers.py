@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.prune.noised import NoisedBatch
-from tdc_ray.sampling import image_generators
 
 
 class ExampleTraining:

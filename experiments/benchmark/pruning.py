@@ -18,12 +18,12 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DataConfig, Precision
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import Kept, SpaceKind, keep_all
-from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
 from tdc_ray.prune.measure import measure_candidate, measure_sensitivities

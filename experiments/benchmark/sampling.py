@@ -15,17 +15,17 @@ from benchmark.peers import ddim_images, ddim_pipeline
 from benchmark.timing import Row, SpeedFlags, compared, precision_of
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, save_index
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.sampling import image_generators, make_scheduler
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.pipeline import ProgressivePipeline, base_pipeline, save_index
-from tdc_ray.plan import plan_groups
 from tdc_ray.precision import DTYPES
 from tdc_ray.prune.importance import keep_best, random_scores
 from tdc_ray.prune.scored import uniform_scheme, values_of
 from tdc_ray.prune.space import space_of
-from tdc_ray.sampling import image_generators, make_scheduler
 from tdc_ray.summary import step_mean
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"

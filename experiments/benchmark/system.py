@@ -18,10 +18,10 @@ from benchmark.training import (
 )
 from tdc_ray.config.train import Precision
 from tdc_ray.data.batches import to_model_range
+from tdc_ray.diffusion.sampling import make_scheduler
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
 from tdc_ray.results import load_results
-from tdc_ray.sampling import make_scheduler
 from tdc_ray.storage.files import listing, read_json, read_json_lines
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir

@@ -17,10 +17,10 @@ from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.config.train import DataConfig, DiffusionConfig, Precision, TrainConfig
 from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.train import TrainState, optimizer_step, start_state, train
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.training import TrainState, optimizer_step, start_state, train
 
 EXAMPLE = "diffusers' example"
 CONFIG = TrainConfig(learning_rate=1e-4, weight_decay=1e-6, max_grad_norm=1.0, ema_warmup=True)
@@ -41,7 +41,7 @@ def random_images(config: UNetConfig, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class OurTraining:
-    """``tdc_ray.training`` as the base's training calls it."""
+    """``tdc_ray.diffusion.train`` as the base's training calls it."""
 
     state: TrainState
     config: TrainConfig = CONFIG

@@ -63,8 +63,8 @@ class Prune:
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
         from tdc_ray.bases import noise_told, untold
+        from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
-        from tdc_ray.plan import one_group, plan_groups
         from tdc_ray.prune_model import (
             REPORT_FILE,
             for_unet,
@@ -217,9 +217,9 @@ class Sample:
         import torch
         from torchvision.utils import save_image
 
-        from tdc_ray.pipeline import ProgressivePipeline
+        from tdc_ray.diffusion.pipeline import ProgressivePipeline
+        from tdc_ray.diffusion.sampling import image_generators, image_labels
         from tdc_ray.precision import DTYPES, ProbeJob, probe
-        from tdc_ray.sampling import image_generators, image_labels
         from tdc_ray.storage.files import atomic_path
 
         pipeline = ProgressivePipeline.from_pretrained(

@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
-from tdc_ray.plan import Plan as GroupPlan
+from tdc_ray.diffusion.plan import Plan as GroupPlan
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import located, shown
 
@@ -78,7 +78,7 @@ class Plan:
 
     def execute(self, console: Console) -> None:
         """Print the plan and write it."""
-        from tdc_ray.plan import to_json
+        from tdc_ray.diffusion.plan import to_json
         from tdc_ray.report import plot_plan
         from tdc_ray.storage.files import write_json
 
@@ -92,9 +92,9 @@ class Plan:
 
 
 def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
+    from tdc_ray.diffusion.plan import plan_groups
     from tdc_ray.models.unet2d.architectures import base_unet
     from tdc_ray.models.unet2d.layers import count
-    from tdc_ray.plan import plan_groups
     from tdc_ray.report import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)

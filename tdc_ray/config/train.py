@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tdc_ray.diffusion.schedule import BetaSchedule
 from tdc_ray.errors import ConfigError
-from tdc_ray.schedule import BetaSchedule
 
 FixedPrecision = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["auto", FixedPrecision]

@@ -17,8 +17,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.latents import latents_dir
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.plan import Group
 from tdc_ray.execution.item import Inputs
-from tdc_ray.plan import Group
 from tdc_ray.storage.files import fetch, read_json
 
 PLACES = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")

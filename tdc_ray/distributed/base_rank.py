@@ -12,6 +12,7 @@ from torch import nn
 
 from tdc_ray.base import sample_grid, train_base
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.train import TrainState
 from tdc_ray.distributed.base import KEY
 from tdc_ray.execution.device import Place, set_up
 from tdc_ray.execution.ray.cluster import Board
@@ -20,7 +21,6 @@ from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import TrainState
 
 STATE_FILE = "state.pt"
 

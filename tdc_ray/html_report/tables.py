@@ -5,6 +5,7 @@ import statistics
 import numpy as np
 
 from tdc_ray.config.presets import PaperRow
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.html_report.blocks import Column, Table, Value
 from tdc_ray.html_report.gather import RunData
 from tdc_ray.html_report.paper import (
@@ -15,7 +16,6 @@ from tdc_ray.html_report.paper import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.plan import Plan
 from tdc_ray.results import ModelResult, Results
 from tdc_ray.status import Status
 

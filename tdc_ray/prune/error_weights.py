@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.prune.noised import NoisedBatch

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.unet2d.surgery import coupled
 from tdc_ray.models.units import Kept, Unit

@@ -13,7 +13,8 @@ from diffusers import UNet2DModel
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.models.layer import Layer
@@ -23,7 +24,6 @@ from tdc_ray.models.unet2d.steps import num_untouched, steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.unet import load_unet, unet_config
 from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
-from tdc_ray.plan import Group
 from tdc_ray.prune.error_weights import (
     ErrorWeights,
     error_weights,

@@ -11,10 +11,10 @@ from torch import Tensor
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import fixed_batches, held_out_split, to_model_range
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion import NoiseSchedule, loss_per_image, noise_schedule
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.process import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.models.forward import images_at_once
 from tdc_ray.models.unet2d.steps import State, num_untouched, run, start, steps
-from tdc_ray.plan import Group
 from tdc_ray.precision import autocast
 from tdc_ray.seeds import derive_seed
 

@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.unet2d.steps import State, Step, is_cut, steps
 from tdc_ray.prune.error_weights import ErrorWeights

@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.train import Precision
-from tdc_ray.diffusion import NoiseSchedule
+from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import exchanged
 from tdc_ray.models.unet2d.steps import State, Step, run, steps

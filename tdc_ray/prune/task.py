@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Group
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.units import Kept, name_of, widths_of
-from tdc_ray.plan import Group
 from tdc_ray.prune.memory import MemoryEntry
 from tdc_ray.prune.space import Scheme, Space
 from tdc_ray.storage.run_dir import RunDir

@@ -23,15 +23,20 @@ from tdc_ray.data.latents import (
     shard_path,
 )
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.pipeline import (
+    FIRST_STAGE_DIR,
+    ProgressivePipeline,
+    base_pipeline,
+    save_index,
+)
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from tdc_ray.execution.item import run_chain, run_item
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
-from tdc_ray.pipeline import FIRST_STAGE_DIR, ProgressivePipeline, base_pipeline, save_index
-from tdc_ray.plan import plan_groups
 from tdc_ray.prune.noised import noised_batches
 from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from tdc_ray.data.batches import batches, to_model_range
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion import denoising_loss, noise_schedule
+from tdc_ray.diffusion.process import denoising_loss, noise_schedule
+from tdc_ray.diffusion.train import start_state
 from tdc_ray.distributed.base import train_base_on_ray
 from tdc_ray.errors import ClusterError, NonFiniteLossError
 from tdc_ray.execution.ray.cluster import board
@@ -17,7 +18,6 @@ from tdc_ray.progress import ProgressView
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.training import start_state
 
 pytestmark = pytest.mark.ray
 

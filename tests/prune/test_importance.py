@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tdc_ray.diffusion import NoiseSchedule, denoising_loss, noise_schedule
+from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, noise_schedule
 from tdc_ray.models.units import Unit, units_of
 from tdc_ray.prune.importance import (
     Scores,

@@ -7,7 +7,7 @@ from torch import Tensor
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import held_out_split, to_model_range
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion import denoising_loss, noise_schedule
+from tdc_ray.diffusion.process import denoising_loss, noise_schedule
 from tdc_ray.models.unet2d.unet import build_unet, load_unet
 from tdc_ray.prune.noised import NoisedBatch, held_out_loss, noised_batches
 from tdc_ray.storage.run_dir import RunDir

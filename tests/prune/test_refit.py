@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.steps import State, steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.errors import LimitError
 from tdc_ray.execution.item import Chains, Result, WorkItem, run_chain, run_item
 from tdc_ray.models.units import keep_all
-from tdc_ray.plan import Group, plan_groups
 from tdc_ray.prune.language_model import AskJob
 from tdc_ray.prune.memory import MemoryBank, MemoryEntry
 from tdc_ray.prune.rounds import search

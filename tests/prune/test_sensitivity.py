@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tdc_ray.diffusion import noise_schedule
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.units import Unit, keep_all, units_of
 from tdc_ray.prune.error_weights import ErrorWeights, error_weights

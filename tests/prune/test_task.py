@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from tdc_ray.plan import plan_groups
+from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.prune.space import space_of
 from tdc_ray.prune.task import Spent, group_tasks
 from tdc_ray.storage.run_dir import RunDir

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
 from tdc_ray.data.batches import to_model_range
+from tdc_ray.diffusion.plan import plan_groups, sampling_timesteps
+from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.diffusion.schedule import alphas_cumprod, betas
 from tdc_ray.errors import ConfigError
-from tdc_ray.plan import plan_groups, sampling_timesteps
-from tdc_ray.sampling import image_generators, make_scheduler, sample, to_uint8
-from tdc_ray.schedule import alphas_cumprod, betas
 from tests.small import TINY, assert_same, random_unet
 
 SHAPE = (1, 8, 8)

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
-from tdc_ray.errors import ConfigError, ScheduleError
-from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.models.unet2d.layers import count
-from tdc_ray.plan import (
+from tdc_ray.diffusion.plan import (
     difficulty,
     limit_shares,
     plan_groups,
     sampling_timesteps,
     to_json,
 )
-from tdc_ray.schedule import alphas_cumprod, betas, snr_db
+from tdc_ray.diffusion.schedule import alphas_cumprod, betas, snr_db
+from tdc_ray.errors import ConfigError, ScheduleError
+from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.models.unet2d.layers import count
 
 LINEAR = DiffusionConfig()
 LDM = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)

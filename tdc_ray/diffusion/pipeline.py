@@ -11,12 +11,18 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, SamplerConfig
+from tdc_ray.diffusion.expert_set import Experts, OffloadedExperts
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.sampling import (
+    image_generators,
+    image_labels,
+    make_scheduler,
+    sample,
+    to_uint8,
+)
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.experts import Experts, OffloadedExperts
 from tdc_ray.models.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.plan import Group
-from tdc_ray.sampling import image_generators, image_labels, make_scheduler, sample, to_uint8
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.object_store import located, shown
 

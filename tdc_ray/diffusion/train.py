@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdc_ray.config.train import DataConfig, TrainConfig
 from tdc_ray.data.batches import augment, to_model_range
 from tdc_ray.data.load import Batch
-from tdc_ray.diffusion import NoiseSchedule, denoising_loss, loss_weights
+from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
 from tdc_ray.precision import autocast, in_layout

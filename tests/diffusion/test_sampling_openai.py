@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.presets import preset
+from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample
 from tdc_ray.models.checkpoints.openai import to_diffusers, told_by_shapes, with_heads
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.sampling import image_generators, make_scheduler, sample
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
 CONFIG = preset("cifar10-cosine")

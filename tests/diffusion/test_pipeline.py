@@ -11,20 +11,20 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.experts import Experts
-from tdc_ray.models import winograd
-from tdc_ray.models.saved_expert import load_expert, save_expert
-from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.units import keep_all, units_of
-from tdc_ray.pipeline import (
+from tdc_ray.diffusion.expert_set import Experts
+from tdc_ray.diffusion.pipeline import (
     INDEX_FILE,
     ProgressivePipeline,
     base_pipeline,
     save_index,
 )
-from tdc_ray.plan import Group, plan_groups
-from tdc_ray.sampling import image_generators, make_scheduler
+from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.sampling import image_generators, make_scheduler
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models import winograd
+from tdc_ray.models.saved_expert import load_expert, save_expert
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.units import keep_all, units_of
 from tests.small import TINY, assert_same, random_kept, random_unet, small_config
 
 UNITS = units_of(TINY)
@@ -142,7 +142,7 @@ def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monke
         read.append(folder.name)
         return load_expert(folder)
 
-    monkeypatch.setattr("tdc_ray.experts.load_expert", reading)
+    monkeypatch.setattr("tdc_ray.diffusion.expert_set.load_expert", reading)
     experts = ProgressivePipeline.from_pretrained(saved, offload=True).experts
     experts.for_timestep(999)
     experts._thread.shutdown(wait=True)

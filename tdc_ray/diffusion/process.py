@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig, LossWeight
-from tdc_ray.schedule import FloatArray, alphas_cumprod, betas, snr
+from tdc_ray.diffusion.schedule import FloatArray, alphas_cumprod, betas, snr
 
 DEFAULT_GAMMA: Mapping[LossWeight, float] = {"min-snr": 5.0, "p2": 1.0}
 """The papers' own: Min-SNR (arXiv:2303.09556) and P2 (arXiv:2204.00227)."""

@@ -11,10 +11,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from tdc_ray.config.train import DiffusionConfig, SamplerConfig
+from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.forward import denoised
 from tdc_ray.models.winograd import WinogradConvolutions
-from tdc_ray.schedule import betas
 from tdc_ray.seeds import derive_seed
 
 DenoiserFor = Callable[[int], nn.Module]

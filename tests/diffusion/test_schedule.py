@@ -5,8 +5,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdc_ray.diffusion.schedule import MAX_BETA, alphas_cumprod, betas, recognise, snr_db
 from tdc_ray.errors import ScheduleError
-from tdc_ray.schedule import MAX_BETA, alphas_cumprod, betas, recognise, snr_db
 
 SCHEDULES = [
     pytest.param("linear", 1000, 1e-4, 0.02, id="linear"),

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
+from tdc_ray.diffusion.schedule import FloatArray, alphas_cumprod, betas, snr_db
 from tdc_ray.errors import ConfigError
-from tdc_ray.schedule import FloatArray, alphas_cumprod, betas, snr_db
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
