@@ -22,11 +22,11 @@ from loss_after_pruning import MACS_SHARE, groups_of
 from output import write_record, write_table
 from scipy.stats import spearmanr
 
-from tdc_ray.prune.importance import keep_best, random_scores
-from tdc_ray.prune.measure import load_base, pruned_unet
-from tdc_ray.prune.noised import held_out_loss
-from tdc_ray.prune.scored import values_of
-from tdc_ray.prune.space import Space, repair
+from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.noised import held_out_loss
+from tdc_ray.pruning.proxies.by_score import values_of
+from tdc_ray.pruning.space import Space, repair
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
 

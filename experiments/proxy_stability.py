@@ -19,9 +19,9 @@ from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import all_timesteps
 
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.task import Choice
+from tdc_ray.pruning.group import Choice
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.search import search
 
 MACS_SHARE = 0.7
 NUM_ROUNDS, NUM_CANDIDATES = 5, 3

@@ -33,8 +33,8 @@ from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import finetune_item
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.task import GroupTask
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.files import read_json
 

@@ -18,9 +18,9 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.features import FeatureSpec, choose_features
 from tdc_ray.finetune import expert_dir
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.space import space_of
-from tdc_ray.prune.task import GroupTask, group_tasks
+from tdc_ray.pruning.group import GroupTask, group_tasks
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.space import space_of
 from tdc_ray.stage_2 import make_expert
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote

@@ -36,10 +36,10 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.space import space_of
-from tdc_ray.prune.task import Choice, GroupTask, group_tasks
+from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.search import search
+from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tdc_ray.summary import step_mean

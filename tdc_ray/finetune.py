@@ -22,10 +22,10 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import count_params, unet_config
 from tdc_ray.models.units import Kept, name_of, widths_of
-from tdc_ray.prune.measure import Base, load_base, pruned_unet
-from tdc_ray.prune.noised import held_out_loss
-from tdc_ray.prune.space import space_of
-from tdc_ray.prune.task import GroupTask
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.loaded_base import Base, load_base, pruned_unet
+from tdc_ray.pruning.noised import held_out_loss
+from tdc_ray.pruning.space import space_of
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import shown

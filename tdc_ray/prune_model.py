@@ -27,13 +27,13 @@ from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.precision import settled
 from tdc_ray.progress import ProgressView
-from tdc_ray.prune.language_model import check_proxy
-from tdc_ray.prune.latency import MIN_REPEATS, MIN_SECONDS, timed_space
-from tdc_ray.prune.measure import load_base, pruned_unet
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.space import Scheme, Space, space_of
-from tdc_ray.prune.task import GroupTask
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
+from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.language_model import check_proxy
+from tdc_ray.pruning.search import search
+from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import is_remote, located, shown, version

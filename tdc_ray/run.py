@@ -36,10 +36,10 @@ from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.precision import Stage, settled
 from tdc_ray.progress import Event, ProgressView
-from tdc_ray.prune.latency import timed_space
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.space import Space, space_of
-from tdc_ray.prune.task import group_tasks
+from tdc_ray.pruning.group import group_tasks
+from tdc_ray.pruning.latency import timed_space
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.report import plot_plan
 from tdc_ray.results import Results, load_results, save_results
 from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory

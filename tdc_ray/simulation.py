@@ -16,10 +16,15 @@ from tdc_ray.execution.timeline import load_history
 from tdc_ray.finetune import finetune_item, trial_item
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.units import Kept, keep_all
-from tdc_ray.prune.items import SENSITIVITY_ITEMS, base_item, measure_item, sensitivity_items
-from tdc_ray.prune.scored import uniform_scheme
-from tdc_ray.prune.space import Space, space_of
-from tdc_ray.prune.task import GroupTask, group_tasks
+from tdc_ray.pruning.group import GroupTask, group_tasks
+from tdc_ray.pruning.proxies.by_score import uniform_scheme
+from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.pruning.tasks.candidates import (
+    SENSITIVITY_ITEMS,
+    base_item,
+    measure_item,
+    sensitivity_items,
+)
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.execution.item import Chain
 from tdc_ray.finetune import finetune_item, trial_item
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.task import Choice, GroupTask
+from tdc_ray.pruning.group import Choice, GroupTask
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.search import search
 from tdc_ray.storage.files import listing, remove
 
 

@@ -7,8 +7,8 @@ from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import History, Span, Usage, load_history, usage
-from tdc_ray.prune.memory import MemoryBank, MemoryEntry, best
-from tdc_ray.prune.task import group_name
+from tdc_ray.pruning.group import group_name
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.results import Results, load_results
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.lease import holder

@@ -19,8 +19,8 @@ from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
-from tdc_ray.prune.space import space_of
-from tdc_ray.prune.task import GroupTask
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 
 TINY: UNetConfig = architecture("tiny")

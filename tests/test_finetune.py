@@ -21,11 +21,11 @@ from tdc_ray.finetune import (
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
 from tdc_ray.models.units import keep_all
-from tdc_ray.prune.measure import load_base, pruned_unet
-from tdc_ray.prune.memory import MemoryBank, MemoryEntry
-from tdc_ray.prune.noised import held_out_loss
-from tdc_ray.prune.rounds import search
-from tdc_ray.prune.task import GroupTask
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.noised import held_out_loss
+from tdc_ray.pruning.search import search
 from tdc_ray.stage_2 import Expert, make_expert
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (

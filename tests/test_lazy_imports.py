@@ -31,7 +31,7 @@ def packages_after_importing(module: str) -> set[str]:
         "tdc_ray.diffusion.schedule",
         "tdc_ray.config.run",
         "tdc_ray.config.presets",
-        "tdc_ray.prune.memory",
+        "tdc_ray.pruning.memory",
         "tdc_ray.models.unet2d.architectures",
         "tdc_ray.cli",
     ],

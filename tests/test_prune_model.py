@@ -22,7 +22,7 @@ from tdc_ray.prune_model import for_unet
 from tdc_ray.report import print_memory
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tests.prune.openai_server import (
+from tests.pruning.llm.openai_server import (
     echoes_key,
     fails,
     hangs_up,
@@ -31,7 +31,7 @@ from tests.prune.openai_server import (
     says_key,
     serving,
 )
-from tests.prune.tasks import NAMES, entry
+from tests.pruning.requests import NAMES, entry
 from tests.small import TINY, make_first_stage, make_run_dir, output_of, random_unet, small_config
 
 FEW = ("--prune.num-images", "32", "--prune.num-refit-images", "32", "--prune.num-levels", "1")

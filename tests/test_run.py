@@ -14,8 +14,8 @@ from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import count_macs, count_params
-from tdc_ray.prune.memory import MemoryBank
-from tdc_ray.prune.space import is_tight, space_of
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.report import conclusions
 from tdc_ray.results import load_results
 from tdc_ray.run import check, run

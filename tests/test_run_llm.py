@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tdc_ray.errors import ProxyError
 from tdc_ray.results import load_results
 from tdc_ray.run import run
-from tests.prune.openai_server import Handler, echoes_key, fails, says, serving
+from tests.pruning.llm.openai_server import Handler, echoes_key, fails, says, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

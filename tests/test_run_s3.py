@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tdc_ray.cli import run_command
-from tdc_ray.prune.memory import MemoryBank
+from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.results import comparable, load_results
 from tdc_ray.storage.files import exists, fetch, listing
 from tdc_ray.storage.object_store import located

@@ -16,11 +16,11 @@ from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.execution.simulator import simulate
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
-from tdc_ray.prune.memory import MemoryBank, MemoryEntry
-from tdc_ray.prune.offline import OfflineProxy
-from tdc_ray.prune.proxy import PruningTask
-from tdc_ray.prune.sensitivity import levels
-from tdc_ray.prune.space import Space, repair, space_of
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.proxies.offline import OfflineProxy
+from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.sensitivity import levels
+from tdc_ray.pruning.space import Space, repair, space_of
 
 CONFIG = preset("digits")
 

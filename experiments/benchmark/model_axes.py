@@ -23,11 +23,11 @@ from tdc_ray.diffusion.train import start_state
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_all
-from tdc_ray.prune.importance import keep_best, random_scores
-from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
-from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
-from tdc_ray.prune.scored import uniform_scheme, values_of
-from tdc_ray.prune.space import space_of
+from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
+from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
+from tdc_ray.pruning.proxies.by_score import uniform_scheme, values_of
+from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 
 STEPS = 4

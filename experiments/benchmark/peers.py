@@ -24,7 +24,7 @@ from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.prune.noised import NoisedBatch
+from tdc_ray.pruning.noised import NoisedBatch
 
 
 class ExampleTraining:

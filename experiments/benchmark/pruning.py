@@ -24,13 +24,13 @@ from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import Kept, SpaceKind, keep_all
-from tdc_ray.prune.importance import keep_best, random_scores
-from tdc_ray.prune.jobs import MeasureJob, SensitivityJob
-from tdc_ray.prune.measure import measure_candidate, measure_sensitivities
-from tdc_ray.prune.noised import noised_batches
-from tdc_ray.prune.offline import loss_curves, step_values
-from tdc_ray.prune.sensitivity import levels
-from tdc_ray.prune.space import Space, Values, repair, space_of
+from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
+from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
+from tdc_ray.pruning.noised import noised_batches
+from tdc_ray.pruning.proxies.offline import loss_curves, step_values
+from tdc_ray.pruning.sensitivity import levels
+from tdc_ray.pruning.space import Space, Values, repair, space_of
 from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"

@@ -45,7 +45,7 @@ class Memory:
 
     def execute(self, console: Console) -> None:
         """Print the entries."""
-        from tdc_ray.prune.memory import MemoryBank
+        from tdc_ray.pruning.memory import MemoryBank
         from tdc_ray.report import print_memory
         from tdc_ray.storage.files import exists, listing
         from tdc_ray.storage.run_dir import RunDir

@@ -13,7 +13,7 @@ from tdc_ray import sweep_results
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.timeline import History, Usage, load_history, usage
-from tdc_ray.prune.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.results import Results, load_results
 from tdc_ray.status import Status, status
 from tdc_ray.storage.files import exists, fetch, listing, read_json

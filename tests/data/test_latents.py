@@ -37,7 +37,7 @@ from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
-from tdc_ray.prune.noised import noised_batches
+from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.run import check, run
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir

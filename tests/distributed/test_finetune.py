@@ -12,7 +12,7 @@ from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.units import keep_all
 from tdc_ray.progress import ProgressView
-from tdc_ray.prune.noised import held_out_loss
+from tdc_ray.pruning.noised import held_out_loss
 from tests.small import make_run_dir, small_config, task_of
 
 pytestmark = pytest.mark.ray

@@ -16,7 +16,7 @@ from tdc_ray.execution.cache import Store, key_of, shared
 from tdc_ray.execution.item import WorkItem, run_item
 from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all
-from tdc_ray.prune.items import measure_item
+from tdc_ray.pruning.tasks.candidates import measure_item
 from tdc_ray.storage.files import write_text
 from tests.small import make_run_dir, small_config, task_of
 

@@ -249,7 +249,7 @@ def functions_of_work_items():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
-            if getattr(node.func, "id", None) == "WorkItem" and path.stem != "task":
+            if getattr(node.func, "id", None) == "WorkItem" and path.stem != "group":
                 function = next(k.value for k in node.keywords if k.arg == "function")
                 yield module, ast.unparse(function)
             if getattr(node.func, "attr", None) == "item" and len(node.args) > 1:
@@ -263,8 +263,8 @@ def test_the_packages_work_items_are_found():
     assert {
         ("tdc_ray.finetune", "finetune_expert"),
         ("tdc_ray.finetune", "try_candidate"),
-        ("tdc_ray.prune.items", "measure_sensitivities"),
-        ("tdc_ray.prune.rounds", "ask"),
+        ("tdc_ray.pruning.tasks.candidates", "measure_sensitivities"),
+        ("tdc_ray.pruning.search", "ask"),
         ("tdc_ray.evaluate", "sample_images"),
     } <= set(FUNCTIONS)
 

@@ -14,8 +14,8 @@ from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import Result, WorkItem, run_item
 from tdc_ray.execution.ray.cluster import Board
-from tdc_ray.prune.budget import Budget
-from tdc_ray.prune.language_model import check_proxy
+from tdc_ray.pruning.llm.budget import Budget
+from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.storage.files import listing
 
 NAME = "tdc-ray-caller"

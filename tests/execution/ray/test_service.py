@@ -16,11 +16,11 @@ from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.ray.cluster import Board, board
 from tdc_ray.execution.ray.service import start_caller
 from tdc_ray.progress import ProgressView
-from tdc_ray.prune.language_model import AskJob, ask
-from tdc_ray.prune.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.pruning.proxies.language_model import AskJob, ask
 from tdc_ray.storage.files import read_json
-from tests.prune.openai_server import after, says, serving
-from tests.prune.tasks import NAMES, TASK
+from tests.pruning.llm.openai_server import after, says, serving
+from tests.pruning.requests import NAMES, TASK
 
 pytestmark = pytest.mark.ray
 

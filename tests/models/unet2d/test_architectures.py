@@ -59,7 +59,7 @@ def test_latent_architectures_are_architectures():
 def test_counting_needs_no_torch():
     code = (
         "import sys; from tdc_ray.models.unet2d.architectures import ARCHITECTURES; "
-        "from tdc_ray.prune.space import space_of; "
+        "from tdc_ray.pruning.space import space_of; "
         "[space_of(config, 'full') for config in ARCHITECTURES.values()]; "
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"
     )

@@ -1,1 +1,0 @@
-"""How to choose what is cut: scores, schemes, the memory bank, the rounds."""

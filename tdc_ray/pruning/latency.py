@@ -1,0 +1,129 @@
+"""Measures how long each unit takes at each width, on a worker's device.
+
+The base is run step by step, by turns with the base cut to one width of every unit: inner units
+leave the stream as it is, so that every block gets what it gets in any other scheme, and a pass
+times all of them where they stand, with caches as they are there.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.models.timing import device_name, time_passes
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import build_unet
+from tdc_ray.models.units import Unit
+from tdc_ray.pruning.costs import LatencyTable
+from tdc_ray.pruning.space import Space, space_of
+
+MAX_LEVELS = 8
+"""Most widths of a unit that are measured, its own among them; those between lie on lines."""
+
+MIN_REPEATS, MIN_SECONDS = 9, 2.0
+"""Least passes of each model at a level, and least seconds that they take together."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyJob:
+    """Time a UNet's units; only shapes count, so its weights are random ones."""
+
+    unet: UNetConfig
+    config: RunConfig
+
+
+def timed_space(path: Path, unet: UNetConfig, config: RunConfig, space: Space) -> Chain[Space]:
+    """Measure what the units of a space take, and give the space with time as what is limited.
+
+    Args:
+        path: Where what is measured is kept: it is measured once.
+        unet: The base's config.
+        config: The settings.
+        space: The base's space.
+    """
+    passes = 2 * MAX_LEVELS * MIN_REPEATS * config.prune.latency_batch_size
+    (measured,) = yield [
+        WorkItem(
+            key="latency",
+            function=measure_latency,
+            job=LatencyJob(unet, config),
+            result_path=path,
+            cost=float(passes * space.macs_base),
+            num_steps=MAX_LEVELS - 1,
+        )
+    ]
+    return space.timed(latency_table(measured, space.units))
+
+
+def measure_latency(job: LatencyJob, report: Report) -> Result:
+    """Give ``base_ns``, ``units`` (nanoseconds by unit and width), and how they were measured."""
+    started, prune = time.perf_counter(), job.config.prune
+    space = space_of(job.unet, prune.space, prune.channel_multiple)
+    device = worker_device()
+    shapes = {name: value for name, value in job.unet.items() if name != "dropout"}
+    base = build_unet(shapes).to(device).eval()
+    found = []
+    for number, widths in enumerate(_schemes(space), start=1):
+        kept = {name: tuple(range(width)) for name, width in widths.items()}
+        whole, part = time_passes(
+            [base, cut(base, space.units, kept)],
+            prune.latency_batch_size,
+            min_repeats=MIN_REPEATS,
+            min_seconds=MIN_SECONDS,
+        )
+        found.append((widths, whole, part))
+        report({"base_milliseconds": 1e3 * whole.total}, number)
+    total = median(whole.total for _, whole, _ in found)
+    units: dict[str, dict[int, list[float]]] = {unit.name: {} for unit in space.units}
+    for widths, whole, part in found:
+        pace = total / whole.total  # as if the machine had been as fast as in the middle
+        for unit in space.units:
+            for width, timed in ((unit.width, whole), (widths[unit.name], part)):
+                units[unit.name].setdefault(width, []).append(pace * timed.steps[unit.name])
+    return {
+        "device": device_name(device),
+        "batch_size": prune.latency_batch_size,
+        "base_ns": round(1e9 * total),
+        "units": {
+            name: {width: round(1e9 * median(times[width])) for width in sorted(times)}
+            for name, times in units.items()
+        },
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def latency_table(measured: Result, units: Sequence[Unit]) -> LatencyTable:
+    """Make the table of what was measured: never falling with the width, linear in between.
+
+    What is narrower takes no longer than the whole unit, whose time stays as it was measured.
+    """
+    times = {}
+    for unit in units:
+        by_width = {int(width): ns for width, ns in measured["units"][unit.name].items()}
+        widths = sorted(by_width)
+        measured_ns = [min(by_width[width], by_width[unit.width]) for width in widths]
+        rising = isotonic_regression(measured_ns).x
+        between = np.interp(np.arange(1, unit.width + 1), widths, rising)
+        times[unit.name] = (0, *(max(1, round(float(ns))) for ns in between))
+    blocks = sum(some[-1] for some in times.values())
+    return LatencyTable(max(0, measured["base_ns"] - blocks), times)
+
+
+def _schemes(space: Space) -> list[dict[str, int]]:
+    """Give schemes that take every unit through its legal widths but its own, at most so many."""
+    most = min(MAX_LEVELS, max(len(legal) for legal in space.legal.values()))
+    return [
+        {
+            name: legal[round((len(legal) - 1) * level / max(1, most - 1))]
+            for name, legal in space.legal.items()
+        }
+        for level in range(max(1, most - 1))
+    ]

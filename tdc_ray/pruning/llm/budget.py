@@ -1,0 +1,95 @@
+"""How many calls to a language model may be under way, and what all of them may take."""
+
+import threading
+from pathlib import Path
+
+from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.errors import ProxyError
+from tdc_ray.pruning.llm.transcripts import Usage, spent_in
+
+
+class Budget:
+    """The bounds of `ProxyConfig` over all calls of a process; for any number of threads.
+
+    Every call reserves the most that it can take before it begins, so that calls under way
+    together stay within the bounds too.
+    """
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self._config = config
+        self._changed = threading.Condition()
+        self._spent = Usage()
+        self._reserved = Usage()
+        self._folders: set[Path] = set()
+
+    @property
+    def spent(self) -> Usage:
+        """What the calls that ended have taken."""
+        with self._changed:
+            return self._spent
+
+    def cost(self, usage: Usage) -> float:
+        """Price of calls, in the currency of the config's prices."""
+        config = self._config
+        prompts = usage.prompt_tokens * config.price_per_million_prompt_tokens
+        replies = usage.completion_tokens * config.price_per_million_completion_tokens
+        return (prompts + replies) / 1e6
+
+    def count_earlier(self, folder: Path) -> None:
+        """Count what an earlier attempt spent, by its transcripts; once for each folder.
+
+        Raises:
+            StorageError: A transcript is malformed.
+        """
+        folder = folder.resolve()
+        with self._changed:
+            if folder not in self._folders:
+                self._spent += spent_in(folder)
+                self._folders.add(folder)
+
+    def reserve(self, bound: Usage, timeout_s: float) -> None:
+        """Wait until one call of at most ``bound`` fits beside those under way, and reserve it.
+
+        Args:
+            bound: The most that the call can take.
+            timeout_s: Longest wait.
+
+        Raises:
+            ProxyError: The call would break a bound even alone, or the wait was too long.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._broken(bound) or self._fits(bound), timeout_s)
+            if broken := self._broken(bound):
+                spent = self._spent
+                raise ProxyError(
+                    f"another call could break proxy.{broken}: so far {spent.calls} calls took "
+                    f"{spent.tokens:,} tokens at a cost of {self.cost(spent):.4g}, and one can "
+                    f"take {bound.tokens:,} at {self.cost(bound):.4g}, each attempt counted. "
+                    "Raise the bound, or lower proxy.max_retries or proxy.max_completion_tokens."
+                )
+            if not self._fits(bound):
+                raise ProxyError(
+                    f"no call became free within {timeout_s:.3g} s: raise proxy.max_concurrent "
+                    "or proxy.max_seconds."
+                )
+            self._reserved += bound
+
+    def settle(self, bound: Usage, used: Usage) -> None:
+        """Put what a call took in the place of what was reserved for it."""
+        with self._changed:
+            self._reserved -= bound
+            self._spent += used
+            self._changed.notify_all()
+
+    def _fits(self, bound: Usage) -> bool:
+        free = self._reserved.calls < self._config.max_concurrent
+        return free and self._broken(self._reserved + bound) is None
+
+    def _broken(self, more: Usage) -> str | None:
+        """Name the bound that would be broken if this were spent too."""
+        config, usage = self._config, self._spent + more
+        if config.max_total_tokens is not None and usage.tokens > config.max_total_tokens:
+            return f"max_total_tokens {config.max_total_tokens:,}"
+        if config.max_cost is not None and self.cost(usage) > config.max_cost:
+            return f"max_cost {config.max_cost:g}"
+        return None

@@ -1,0 +1,310 @@
+"""What a language model is told: the task, the units, what was measured, the memory bank."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tdc_ray.models.units import Unit
+from tdc_ray.pruning.costs import Quantity
+from tdc_ray.pruning.llm.reply import widths_text
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.proxy import PruningTask
+
+Message = Mapping[str, str]
+"""Role and content."""
+
+SYSTEM = (
+    "You decide how the units of a neural network are narrowed. "
+    "You answer with one JSON object and nothing else."
+)
+
+TASK = """\
+# Task
+A diffusion model's UNet denoises images in many timesteps; timestep 0 is the least noisy. The
+timesteps are split into groups, and each group gets an expert of its own: the UNet with some
+units cut to a smaller width, then fitted and trained on the group's timesteps alone. A scheme
+gives every unit the width that it keeps.
+
+Propose {num_candidates} different schemes for group {group}, best guess first, none of them in the
+memory bank below. Each must have {meaning} of at most the
+limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
+A scheme above the limit is cut further by a plain rule, so its overshoot is lost; one below it
+is widened by that rule until it is full.
+
+# Group {group}
+timesteps: {first} to {last}, signal-to-noise ratio {snr_first} to {snr_last} dB
+{name} of the uncut base: {base}
+limit: {limit} {unit} = {share} % of the base's
+loss of the uncut base: {loss_base}
+round: {round} of {num_rounds}; the memory bank grows with every round
+
+# Units, in the order of the forward pass
+"""
+
+MAX_QUOTED_CHARS = 20_000
+"""Most of a bad reply that is sent back with what was wrong with it."""
+
+COLUMNS = (
+    "number | unit | kind | place | resolution | channels | widths | {name} | step | score | low"
+)
+
+LEGEND = """
+kind: residual = a block's inner width in GroupNorm groups; attention = heads; stream = the
+  residual stream's width, which many blocks share.
+place: down, mid or up with the number of its block, or the first convolution; resolution: of the
+  feature maps there.
+channels: of one step of width.
+widths: the legal ones, all whole numbers from the first to the last; the last is uncut.{listed}
+{held}
+  {rule}
+score: importance for this group's timesteps, mean over the unit's steps, as a z-score over the
+  units; higher means that more is lost. The least important steps of a unit are cut first.
+low: share of the unit's score, in %, that its less important half holds; far below 50 means that
+  half of the unit is nearly free.
+{times}
+# Sensitivities
+By how much the loss grows when a unit is cut, in % of the base's loss, as width: growth. The
+smallest widths may be measured on models whose other units are narrower too.
+Growths of small cuts roughly add up; what counts is growth per {name} saved.
+"""
+
+LISTED = " Where they are\n  listed, no others are legal."
+
+TIMES = """
+# Times
+What the units' blocks take at their legal widths, in % of the base's time, as width: time.
+{rows}
+"""
+
+ADDS_UP = "Macs add up: macs % of a scheme = 100 - sum of (uncut width - width) * step."
+
+MULTIPLIES = (
+    "It holds while all else is uncut: a stream's width multiplies with those of what reads it,\n"
+    "  so that cuts of both save less than the sum of their steps."
+)
+
+TIMES_ADD_UP = (
+    "Times add up: time % of a scheme = 100 - sum of (time uncut - time at the width kept), see\n"
+    "  Times; a step is no more than the mean."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """How what is limited is spoken of."""
+
+    name: str
+    meaning: str
+    unit: str
+    num_per_unit: int
+    held: str
+    """What the columns of the units' table hold."""
+
+
+WORDS: Mapping[Quantity, _Words] = {
+    "macs": _Words(
+        "macs",
+        "macs (multiply-accumulates of one forward pass)",
+        "macs",
+        1,
+        "macs: those that the unit's steps hold, all else uncut, in % of the base's.\n"
+        "step: those that go with one step of width, in % of the base's.",
+    ),
+    "time": _Words(
+        "time",
+        "a time (of one forward pass of a batch, as measured)",
+        "microseconds",
+        1000,
+        "time: of the unit's block, uncut, in % of the base's.\n"
+        "step: what goes with one step of width on average, in % of the base's.",
+    ),
+}
+
+FORM = """
+# Answer
+One JSON object of this form, a list of schemes, each a list of units and the widths they keep:
+{example}
+Units that are left out keep their full width. No unit twice in a scheme, no other keys, no text.
+"""
+
+
+def messages_for(
+    task: PruningTask, memory: Sequence[MemoryEntry], *, max_entries: int
+) -> list[Message]:
+    """Make the messages that ask for schemes.
+
+    Args:
+        task: The group, its limit, and what was measured of the base.
+        memory: What is remembered.
+        max_entries: How much of it the prompt holds at most.
+    """
+    words, space = WORDS[task.space.quantity], task.space
+    head = TASK.format(
+        num_candidates=task.num_candidates,
+        group=task.group,
+        first=task.timesteps[0],
+        last=task.timesteps[1],
+        snr_first=_short(task.snr_db[0]),
+        snr_last=_short(task.snr_db[1]),
+        name=words.name,
+        meaning=words.meaning,
+        unit=words.unit,
+        base=space.cost_base // words.num_per_unit,
+        limit=task.limit // words.num_per_unit,
+        share=_percent(task.limit, task),
+        loss_base=_short(task.loss_base),
+        round=task.round + 1,
+        num_rounds=task.num_rounds,
+    )
+    parts = [head, _units(task), _sensitivities(task), _memory(task, memory, max_entries)]
+    content = "".join([*parts, FORM.format(example=_example(task))])
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def correction(reply: str, problem: str) -> list[Message]:
+    """Answer a bad reply with what was wrong; one that was empty is best asked for again."""
+    if not reply:
+        return []
+    if len(reply) > MAX_QUOTED_CHARS:
+        reply = f"{reply[:MAX_QUOTED_CHARS]} [...]"
+    content = (
+        f"Your answer cannot be used:\n{problem}\nAnswer again, with the whole JSON object of the "
+        "form described above and nothing else."
+    )
+    return [{"role": "assistant", "content": reply}, {"role": "user", "content": content}]
+
+
+def _units(task: PruningTask) -> str:
+    full, space, words = task.space.full, task.space, WORDS[task.space.quantity]
+    means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
+    mean, spread = statistics.fmean(means), statistics.pstdev(means)
+    lines = [COLUMNS.format(name=words.name)]
+    for number, unit in enumerate(space.units):
+        cells = [
+            str(number),
+            unit.name,
+            unit.kind,
+            _place(unit),
+            _resolution(unit),
+            str(unit.channels),
+            widths_text(space.legal[unit.name], "-"),
+            _percent(space.costs.rise(unit.name, 0, unit.width, full), task),
+            _percent(statistics.fmean(space.step_costs(unit.name)), task),
+            f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
+            _low(task.scores[unit.name]),
+        ]
+        lines.append(" | ".join(cells))
+    are_all_legal = all(len(legal) == legal[-1] for legal in space.legal.values())
+    is_time = space.quantity == "time"
+    adds_up = all(unit.kind != "stream" for unit in space.units)
+    legend = LEGEND.format(
+        listed="" if are_all_legal else LISTED,
+        held=words.held,
+        rule=TIMES_ADD_UP if is_time else ADDS_UP if adds_up else MULTIPLIES,
+        times=TIMES.format(rows=_times(task)) if is_time else "",
+        name=words.name,
+    )
+    return "\n".join([*lines, legend])
+
+
+def _times(task: PruningTask) -> str:
+    """List what every unit takes at its legal widths, the widest first."""
+    space = task.space
+    lines = []
+    for number, unit in enumerate(space.units):
+        times = [
+            f"{width}: {_percent(space.costs.rise(unit.name, 0, width, space.full), task)}"
+            for width in reversed(space.legal[unit.name])
+        ]
+        lines.append(f"{number} | {', '.join(times)}")
+    return "\n".join(lines)
+
+
+def _place(unit: Unit) -> str:
+    found = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
+    if found is None:
+        return "first"
+    return f"{found[1]} {found[2]}" if found[1] else "mid"
+
+
+def _resolution(unit: Unit) -> str:
+    side = math.isqrt(unit.pixels)
+    return f"{side}x{side}" if side * side == unit.pixels else f"{unit.pixels} pixels"
+
+
+def _low(scores: Sequence[float]) -> str:
+    total = sum(scores)
+    return f"{100 * sum(sorted(scores)[: len(scores) // 2]) / total:.0f}" if total else "0"
+
+
+def _sensitivities(task: PruningTask) -> str:
+    lines = []
+    for number, unit in enumerate(task.space.units):
+        measured = sorted(task.sensitivities.get(unit.name, {}).items(), reverse=True)
+        growths = [f"{width}: {100 * loss / task.loss_base:+.2g}" for width, loss in measured]
+        if growths:
+            lines.append(f"{number} | {', '.join(growths)}")
+    return "\n".join(lines or ["None were measured."])
+
+
+def _memory(task: PruningTask, memory: Sequence[MemoryEntry], max_entries: int) -> str:
+    """Show the group's own entries before its neighbours', and within each group the best."""
+
+    def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
+        distance = abs(entry.group - task.group)
+        return (distance, entry.group, math.isnan(entry.loss), entry.loss)
+
+    chosen: dict[tuple[tuple[str, int], ...], MemoryEntry] = {}
+    for entry in sorted(memory, key=order):
+        chosen.setdefault(tuple(sorted(entry.widths.items())), entry)
+    entries = list(chosen.values())[:max_entries]
+    title = "\n\n# Memory bank: schemes that were measured, best of this group last\n"
+    if not entries:
+        return f"{title}It is empty.\n"
+    legend = (
+        "Units are given by their number, as number: width; those left out are uncut.\n"
+        "Losses of other groups are of their timesteps and compare only within one group.\n"
+    )
+    return title + legend + "\n".join(_entry(task, e) for e in reversed(entries)) + "\n"
+
+
+def _entry(task: PruningTask, entry: MemoryEntry) -> str:
+    own = entry.group == task.group
+    loss = f"loss {_short(entry.loss)}"
+    if own:
+        loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
+    cost = task.space.cost(entry.widths)
+    told = f"{WORDS[task.space.quantity].name} {_percent(cost, task)} %"
+    if own and entry.overshoot:
+        told += f" (cut to it from {_percent(entry.overshoot, task)} points above the limit)"
+    elif cost > task.limit:
+        over = _percent(cost - task.limit, task)
+        told += f" (overshoots this group's limit by {over} points)"
+    widths = [
+        f"{number}: {entry.widths[unit.name]}"
+        for number, unit in enumerate(task.space.units)
+        if entry.widths[unit.name] < unit.width
+    ]
+    who = "this group" if own else f"group {entry.group}"
+    return f"{who} | {told} | {loss} | {', '.join(widths) or 'uncut'}"
+
+
+def _example(task: PruningTask) -> str:
+    """Write out a scheme of two units, to show the form."""
+    space = task.space
+    scheme = [
+        {"unit": unit.name, "keep": space.held(unit.name, unit.width // 2)}
+        for unit in space.units[:2]
+    ]
+    return json.dumps({"schemes": [scheme]})
+
+
+def _percent(cost: float, task: PruningTask) -> str:
+    return f"{100 * cost / task.space.cost_base:.4g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,168 @@
+"""The form of a language model's answer, and its check. A reply is data, never code."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tdc_ray.errors import ProxyReplyError
+from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.space import Scheme, Space
+
+MAX_CHARS = 200_000
+"""Longest reply that is searched for JSON; a proposal for the largest UNet takes a tenth of it."""
+
+MAX_TRIED_CHARS = 3 * MAX_CHARS
+"""Most that is read in vain in search of JSON, so that a hostile reply takes no time."""
+
+CHARS_OF_TRY = 100
+"""Characters that every brace counts for which opens no object."""
+
+MAX_PROBLEMS = 10
+"""Most problems that are told at once."""
+
+
+class _Width(BaseModel):
+    """Strict: neither true nor 3.0 nor "3" is a width."""
+
+    model_config = ConfigDict(strict=True)
+
+    unit: str
+    keep: int
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    schemes: list[list[_Width]]
+
+
+def response_format(space: Space) -> dict[str, Any]:
+    """Make the ``response_format`` of a request: a strict JSON schema with the names of all units.
+
+    Ranges of widths are not in it, since not every server knows ``minimum``, but those that are
+    legal for some unit are where not all are; `parse_reply` checks them for each.
+    """
+    keep: dict[str, Any] = {"type": "integer", "description": "the width that the unit keeps"}
+    if any(len(widths) < widths[-1] for widths in space.legal.values()):
+        keep["enum"] = sorted({width for widths in space.legal.values() for width in widths})
+    width = _object(
+        unit={"type": "string", "enum": [unit.name for unit in space.units]}, keep=keep
+    )
+    scheme = {"type": "array", "items": width}
+    schema = _object(schemes={"type": "array", "items": scheme})
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "schemes", "strict": True, "schema": schema},
+    }
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def parse_reply(text: str, task: PruningTask) -> list[Scheme]:
+    """Read the schemes of a reply; whatever passes here is safe to cut with.
+
+    Prose and a fence around the JSON are let pass, units that are left out keep their full width,
+    and of more schemes than were asked for the first are taken. A scheme may be above the limit.
+
+    Args:
+        text: What the model said.
+        task: What it was asked.
+
+    Returns:
+        At least one scheme, no two of them equal, with a legal width for every unit.
+
+    Raises:
+        ProxyReplyError: There is no scheme, or one that is not valid; says what is wrong.
+    """
+    reply = _read(text)
+    found: list[Scheme] = []
+    problems: list[str] = []
+    for number, widths in enumerate(reply.schemes[: task.num_candidates], start=1):
+        scheme = task.space.full
+        wrong = _problems(widths, task.space)
+        problems += [f"scheme {number}: {problem}" for problem in wrong]
+        scheme.update((width.unit, width.keep) for width in widths)
+        if not wrong and scheme not in found:
+            found.append(scheme)
+    if problems:
+        raise ProxyReplyError(_listed(problems))
+    if not found:
+        raise ProxyReplyError("the list of schemes is empty.")
+    return found
+
+
+def _read(text: str) -> _Reply:
+    """Take the last object that has schemes: what stands before it is thought or prose."""
+    if len(text) > MAX_CHARS:
+        raise ProxyReplyError(f"the reply is longer than {MAX_CHARS:,} characters.")
+    candidates = [value for value in _objects(text) if "schemes" in value]
+    if not candidates:
+        raise ProxyReplyError('the reply holds no whole JSON object with the key "schemes".')
+    try:
+        return _Reply.model_validate(candidates[-1])
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        ]
+    raise ProxyReplyError(_listed(problems))
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Give the JSON objects in a text, none of which lies inside another."""
+    decoder = json.JSONDecoder()
+    start, tried = text.find("{"), 0
+    while start >= 0 and tried < MAX_TRIED_CHARS:
+        end = start + 1
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # no JSON, too many digits, too deep
+            tried += getattr(error, "pos", len(text)) - start + CHARS_OF_TRY
+        else:
+            yield value
+        start = text.find("{", end)
+
+
+def _problems(widths: list[_Width], space: Space) -> list[str]:
+    """List what keeps a scheme from being cut."""
+    if not widths:
+        return ["it cuts nothing; name the units that are cut."]
+    problems = []
+    seen: set[str] = set()
+    for width in widths:
+        legal = space.legal.get(width.unit)
+        if legal is None:
+            problems.append(f"there is no unit {width.unit[:80]!r}.")
+        elif width.unit in seen:
+            problems.append(f"{width.unit} is named twice.")
+        elif width.keep not in legal:
+            wanted = widths_text(legal, " to ")
+            problems.append(f"{width.unit} can keep {wanted}, not {_short(width.keep)}.")
+        seen.add(width.unit)
+    return problems
+
+
+def widths_text(legal: Sequence[int], to: str) -> str:
+    """Write a unit's legal widths: from the first to the last, or one by one."""
+    if len(legal) == legal[-1]:
+        return f"{legal[0]}{to}{legal[-1]}"
+    return ", ".join(str(width) for width in legal)
+
+
+def _short(number: int) -> str:
+    return str(number) if abs(number) < 10**9 else "that"
+
+
+def _listed(problems: list[str]) -> str:
+    left = len(problems) - MAX_PROBLEMS
+    more = [f"and {left} more such problems."] if left > 0 else []
+    return "\n".join([*problems[:MAX_PROBLEMS], *more])

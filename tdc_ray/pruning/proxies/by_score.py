@@ -1,0 +1,82 @@
+"""The baselines: schemes that follow from scores alone."""
+
+from itertools import pairwise
+
+from tdc_ray.pruning.criteria.scores import Scores
+from tdc_ray.pruning.space import Space, Values, repair
+
+
+def values_of(scores: Scores) -> Values:
+    """Order every unit's scores from the highest down: what its 1st, 2nd, ... place is worth."""
+    return {name: sorted(values, reverse=True) for name, values in scores.items()}
+
+
+def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
+    """Keep the same share of every unit, the largest share within the limit, then fill up.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+
+    def at(share: float) -> dict[str, int]:
+        return {unit.name: space.held(unit.name, int(share * unit.width)) for unit in space.units}
+
+    low, high = 0.0, 1.0
+    for _ in range(20):  # to a millionth of the width
+        middle = (low + high) / 2
+        if space.cost(at(middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return repair(space, at(low), limit, values)
+
+
+def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
+    """Rank all units' steps together by their scores, cut the lowest, then fill up.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    space.check_limit(limit, "the model")
+    scheme = space.full
+    ranked = sorted(
+        (sum(values[name][start:stop]) / (stop - start), name)
+        for name, widths in space.legal.items()
+        for start, stop in pairwise(widths)
+    )
+    for _, name in ranked:
+        if space.cost(scheme) <= limit:
+            break
+        scheme[name] = space.narrower(name, scheme[name])
+    return repair(space, scheme, limit, values)
+
+
+def per_mac_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
+    """Rank all units' steps together by score per mac, or per time, and cut the lowest.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    return repair(space, space.full, limit, values)
+
+
+BASELINES = {
+    "uniform": uniform_scheme,
+    "global": global_scheme,
+    "global-per-mac": per_mac_scheme,
+}
+"""By name, in the order in which they are tried."""
+
+
+def baseline_schemes(space: Space, scores: Scores, limit: int) -> list[tuple[str, dict[str, int]]]:
+    """Give the different schemes within a limit that follow from scores, with their names.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    found: list[tuple[str, dict[str, int]]] = []
+    for name, scheme_for in BASELINES.items():
+        scheme = scheme_for(space, limit, values_of(scores))
+        if all(scheme != other for _, other in found):
+            found.append((name, scheme))
+    return found

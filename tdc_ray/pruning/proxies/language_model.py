@@ -1,0 +1,205 @@
+"""The proxy that asks a language model: asks, checks, says what was wrong, and asks again."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.errors import ProxyError, ProxyReplyError
+from tdc_ray.execution.item import Report, Result
+from tdc_ray.pruning.llm.budget import Budget
+from tdc_ray.pruning.llm.chat import (
+    Answer,
+    check_server,
+    limit_name,
+    send,
+    server_host,
+    upper_bound,
+)
+from tdc_ray.pruning.llm.prompt import Message, correction, messages_for
+from tdc_ray.pruning.llm.reply import parse_reply, response_format
+from tdc_ray.pruning.llm.transcripts import (
+    Exchange,
+    Usage,
+    append_exchange,
+    recorded_reply,
+    replayed_from,
+    transcript_path,
+)
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.space import Scheme
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_FORMAT = (400, 404, 422)
+"""HTTP status by which servers refuse structured output that they do not know."""
+
+
+class LanguageModel:
+    """A proxy that asks a language model, or the transcripts of an earlier run.
+
+    Its schemes are valid, but they may be above the limit or in the memory bank.
+    """
+
+    def __init__(self, config: ProxyConfig, transcripts: Path, budget: Budget) -> None:
+        self._config, self._transcripts, self._budget = config, transcripts, budget
+        self.usage = Usage()
+        """What the calls of this proxy took."""
+
+    def propose(
+        self, task: PruningTask, memory: Sequence[MemoryEntry], *, timeout_s: float
+    ) -> list[Scheme]:
+        """Ask for schemes.
+
+        Raises:
+            ProxyError: No key, no answer, no usable reply, or no budget for one.
+        """
+        if self._config.replay is None:
+            return self._converse(task, memory, time.monotonic() + timeout_s)
+        folder = replayed_from(Path(self._config.replay))
+        return parse_reply(recorded_reply(transcript_path(folder, task.group, task.round)), task)
+
+    def _converse(
+        self, task: PruningTask, memory: Sequence[MemoryEntry], deadline: float
+    ) -> list[Scheme]:
+        config = self._config
+        limit = limit_name(server_host())
+        path = transcript_path(self._transcripts, task.group, task.round)
+        self._budget.count_earlier(self._transcripts)
+        messages = messages_for(task, memory, max_entries=config.max_memory_entries)
+        schema = None if config.reply_format == "json" else response_format(task.space)
+        num_replies = 0
+        while True:
+            request = _request(config, messages, schema, limit)
+            started = time.monotonic()
+            answer, used = self._call(request, deadline)
+            schemes, problem = _judge(answer, task)
+            seconds = time.monotonic() - started
+            append_exchange(path, Exchange(request, answer.text, problem, used, seconds))
+            if problem is None:
+                return schemes
+            if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
+                schema = None
+                continue
+            num_replies += 1
+            if answer.status != 200 or num_replies == config.max_replies:
+                raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
+            messages = [*messages, *correction(answer.text, problem)]
+
+    def _call(self, request: dict[str, Any], deadline: float) -> tuple[Answer, Usage]:
+        """Make a call within the budget; what it took is the most it can have, where unknown."""
+        config = self._config
+        once = upper_bound(request, config.max_completion_tokens, 1)
+        bound = upper_bound(request, config.max_completion_tokens, 1 + config.max_retries)
+        self._budget.reserve(bound, deadline - time.monotonic())
+        used = bound
+        try:
+            answer = send(
+                request,
+                timeout_s=config.timeout_s,
+                max_retries=config.max_retries,
+                max_seconds=deadline - time.monotonic(),
+            )
+            unknown = answer.unanswered + (answer.status == 200 and answer.usage is None)
+            used = sum([once] * unknown, start=answer.usage or Usage())
+        finally:
+            self._budget.settle(bound, used)
+            self.usage += used
+        return answer, used
+
+
+def check_proxy(config: ProxyConfig) -> None:
+    """Find out whether there is a key to ask with, or a transcript to replay.
+
+    Raises:
+        ProxyError: There is none in this process's environment, or in ``proxy.replay``, or the
+            server refuses it.
+    """
+    if config.replay is None:
+        server_host()
+        check_server()
+    else:
+        replayed_from(Path(config.replay))
+
+
+def _request(
+    config: ProxyConfig, messages: list[Message], schema: dict[str, Any] | None, limit: str
+) -> dict[str, Any]:
+    request = {
+        "model": config.model,
+        "messages": messages,
+        limit: config.max_completion_tokens,
+    }
+    if config.temperature is not None:
+        request["temperature"] = config.temperature
+    if schema is not None:
+        request["response_format"] = schema
+    return request
+
+
+def _judge(answer: Answer, task: PruningTask) -> tuple[list[Scheme], str | None]:
+    """Give the schemes of an answer, or why there are none."""
+    if answer.problem is not None:
+        return [], answer.problem
+    try:
+        return parse_reply(answer.text, task), None
+    except ProxyReplyError as error:
+        return [], str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class AskJob:
+    """Ask for one group's schemes of one round."""
+
+    config: ProxyConfig
+    task: PruningTask
+    memory: tuple[MemoryEntry, ...]
+    transcripts: Path
+    """The run's folder of transcripts."""
+
+
+NO_REPLY: Result = {
+    "schemes": [],
+    "prompt_tokens": 0,
+    "completion_tokens": 0,
+    "calls": 0,
+    "cost": 0.0,
+    "error": "whoever makes the calls died",
+    "seconds": 0.0,
+}
+"""What :func:`ask` would give, where it was not there to give it."""
+
+
+def ask(job: AskJob, report: Report, budget: Budget | None = None) -> Result:
+    """Give ``schemes``, or none and an ``error``, and what it took; a run goes on either way.
+
+    Args:
+        job: What to ask.
+        report: Takes what it took.
+        budget: What all calls share; None: this call has the bounds for itself.
+    """
+    started = time.perf_counter()
+    budget = budget or Budget(job.config)
+    model = LanguageModel(job.config, job.transcripts, budget)
+    schemes: list[Scheme] = []
+    error = None
+    try:
+        schemes = model.propose(job.task, job.memory, timeout_s=job.config.max_seconds)
+    except ProxyError as failure:
+        error = str(failure)
+        logger.warning("group %d, round %d: %s", job.task.group, job.task.round, error)
+    used, seconds = model.usage, time.perf_counter() - started
+    report({"proxy_tokens": used.tokens, "proxy_seconds": seconds}, job.task.round + 1)
+    return {
+        "schemes": [dict(scheme) for scheme in schemes],
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "calls": used.calls,
+        "cost": budget.cost(used),
+        "error": error,
+        "seconds": seconds,
+    }

@@ -1,0 +1,64 @@
+"""What a proxy is: anything that proposes pruning schemes for one group (TDC Eq. 7 and 11)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.space import Scheme, Space
+
+Sensitivities = Mapping[str, Mapping[int, float]]
+"""For every unit, widths below its own and by how much the loss grows when that unit alone is cut
+to them, after the refit where there is one. What is far below may be measured on models that are
+cut elsewhere too (``prune.num_passes``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruningTask:
+    """What a proxy is told of a group."""
+
+    space: Space
+    group: int
+    timesteps: tuple[int, int]
+    """First and last, both included."""
+
+    snr_db: tuple[float, float]
+    """Of the first and the last timestep, in dB."""
+
+    limit: int
+    """The limit: of macs, or of nanoseconds, as the space has it."""
+
+    loss_base: float
+    """Loss of the uncut base on held-out noise of the group's timesteps."""
+
+    scores: Mapping[str, Sequence[float]]
+    """For every unit, the score of each of its groups or heads, 0 or more."""
+
+    sensitivities: Sensitivities
+    num_candidates: int
+    """How many schemes are asked for."""
+
+    round: int
+    """The round that they are for, from 0."""
+
+    num_rounds: int
+    seed: int
+
+
+class Proxy(Protocol):
+    """Proposes pruning schemes."""
+
+    def propose(
+        self, task: PruningTask, memory: Sequence[MemoryEntry], *, timeout_s: float
+    ) -> list[Scheme]:
+        """Give schemes, best guess first; whoever measures them brings them to the limit.
+
+        Args:
+            task: The group, its limit, and what was measured of the base.
+            memory: What is remembered: of this group, and of others where the bank is shared.
+            timeout_s: Longest that it may take.
+
+        Raises:
+            ProxyError: There is no usable answer.
+        """
+        ...

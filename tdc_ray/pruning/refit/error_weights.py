@@ -1,0 +1,74 @@
+"""How much an error in a block's output changes the network's: weights of the refit's images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.models.forward import images_at_once
+from tdc_ray.models.unet2d.steps import steps
+from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.seeds import derive_seed
+from tdc_ray.storage.files import atomic_path, fetch
+
+ErrorWeights = Mapping[str, Sequence[Tensor]]
+"""For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""
+
+
+@torch.no_grad()
+def error_weights(
+    base: UNet2DModel, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
+) -> ErrorWeights:
+    """Tell how much a small error in a step's output changes the network's, for every image.
+
+    The squared norm of the network's Jacobian, estimated with one random direction (Hutchinson):
+    noisy for one value, but summed over all of a step's. At timesteps whose noise is easy to
+    predict errors matter less, and the loss hardly heeds them.
+
+    Args:
+        base: The base, in eval mode.
+        batches: Noised images of the group's timesteps.
+        schedule: The noise schedule, on the device of the base.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("error weights"))
+    found: dict[str, list[Tensor]] = {}
+    all_steps, size = steps(base), images_at_once(base, gradients=True)
+    for batch in batches:
+        shape = (len(batch.x_0), base.config["out_channels"], *batch.x_0.shape[2:])
+        directions = torch.randn(shape, generator=generator).to(base.device).split(size)
+        norms: dict[str, list[Tensor]] = {}
+        for part, direction in zip(batch.split(size), directions, strict=True):
+            with torch.enable_grad():
+                state, hidden = part.start(base, schedule), []
+                for step in all_steps:
+                    state = step(state)
+                    hidden.append(state.hidden)
+                gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
+            for step, gradient in zip(all_steps, gradients, strict=True):
+                norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
+        for name, values in norms.items():
+            found.setdefault(name, []).append(torch.cat(values))
+    for batches_of_step in found.values():
+        mean = torch.cat(batches_of_step).mean()
+        batches_of_step[:] = [
+            norms / mean if mean > 0 else torch.ones_like(norms) for norms in batches_of_step
+        ]
+    return found
+
+
+def save_weights(path: Path, weights: ErrorWeights) -> None:
+    """Keep weights in a file; it appears when it is whole."""
+    tensors = {name: torch.cat(list(parts)).contiguous() for name, parts in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_weights(path: Path, batches: Sequence[NoisedBatch], device: torch.device) -> ErrorWeights:
+    """Read what :func:`save_weights` kept, for the same batches."""
+    sizes = [len(batch.x_0) for batch in batches]
+    found = load_file(fetch(path), device=str(device))
+    return {name: weights.split(sizes) for name, weights in found.items()}

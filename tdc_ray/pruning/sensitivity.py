@@ -1,0 +1,192 @@
+"""How the loss grows when one unit alone is cut, measured after the refit."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from tdc_ray.config.train import Precision
+from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.execution.device import exact_products
+from tdc_ray.models.forward import exchanged
+from tdc_ray.models.unet2d.steps import State, Step, run, steps
+from tdc_ray.models.units import Unit
+from tdc_ray.precision import autocast
+from tdc_ray.pruning.criteria.scores import Scores, keep_best, reconstruction_scores
+from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.pruning.refit.error_weights import ErrorWeights
+from tdc_ray.pruning.refit.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
+from tdc_ray.pruning.refit.refit import closing
+from tdc_ray.seeds import derive_seed
+
+Weights = tuple[Tensor, Tensor]
+"""Of the layer that reads a unit: weights in its shape, with 0 for what is cut, and the bias."""
+
+Solutions = dict[str, dict[int, Weights]]
+"""For every unit, those for each width."""
+
+
+def levels(unit: Unit, num_levels: int) -> list[int]:
+    """Legal widths at which a unit is measured: evenly spread below its own, down to the least."""
+    legal = unit.legal_widths
+    spread = {legal[round((len(legal) - 1) * level / num_levels)] for level in range(num_levels)}
+    return sorted(width for width in spread if width < unit.width)
+
+
+@exact_products()
+def solve_units(
+    base: UNet2DModel,
+    units: Sequence[Unit],
+    scores: Scores,
+    batches: Sequence[NoisedBatch],
+    schedule: NoiseSchedule,
+    weights: ErrorWeights,
+    num_levels: int,
+) -> tuple[Scores, Solutions, int]:
+    """Rank the steps of inner units and solve for the weights behind each, at each of its levels.
+
+    What stands before a unit is the base's own, so one pass over the images serves all units.
+
+    Args:
+        base: The base, in eval mode.
+        units: Inner units.
+        scores: Of units that are ranked already.
+        batches: Noised images of the group's timesteps.
+        schedule: The noise schedule, on the device of the base.
+        weights: How much every image counts in every step.
+        num_levels: How many widths of each unit.
+
+    Returns:
+        Scores, by reconstruction (:func:`reconstruction_scores`) where there were none, the
+        weights, and the macs of the statistics.
+    """
+    scores, solutions, macs = dict(scores), {}, 0
+    for unit, squares in _statistics(base, units, batches, schedule, weights):
+        macs += squares.macs
+        if unit.name not in scores:
+            scores[unit.name] = reconstruction_scores(unit, squares)
+        solutions[unit.name] = {
+            width: squares.solve(_columns(unit, scores, width, squares.layer))
+            for width in levels(unit, num_levels)
+        }
+    return scores, solutions, macs
+
+
+def masked_units(
+    base: UNet2DModel, units: Sequence[Unit], scores: Scores, num_levels: int
+) -> Solutions:
+    """Give the weights behind inner units at each of their levels, without a refit."""
+    solutions: Solutions = {}
+    for unit in units:
+        layer = _reader(base, unit)
+        solutions[unit.name] = {}
+        for width in levels(unit, num_levels):
+            kept = _columns(unit, scores, width, layer)
+            matrix = torch.zeros_like(layer_matrix(layer))
+            matrix[kept] = layer_matrix(layer)[kept]
+            weights = matrix.T.reshape(layer.weight.shape).to(layer.weight.dtype)
+            solutions[unit.name][width] = (weights, _bias(layer).detach().clone())
+    return solutions
+
+
+@torch.inference_mode()
+def measure_units(
+    base: UNet2DModel,
+    solutions: Solutions,
+    batches: Sequence[NoisedBatch],
+    schedule: NoiseSchedule,
+    precision: Precision = "fp32",
+) -> dict[str, dict[int, float]]:
+    """Measure by how much the mean loss grows with each of the solutions alone.
+
+    What stands before a unit runs once for all; only what stands behind it runs for every level.
+
+    Args:
+        base: The base, in eval mode; its weights are changed and put back.
+        solutions: What to measure.
+        batches: Held-out noised images of the group's timesteps.
+        schedule: The noise schedule, on the device of the base.
+        precision: Of the forward passes.
+
+    Returns:
+        The increase over the base's loss for every unit and width.
+    """
+    all_steps = steps(base)
+    last = max(i for i, step in enumerate(all_steps) if step.name in solutions)
+    grown = {name: dict.fromkeys(widths, 0.0) for name, widths in solutions.items()}
+    num_images = sum(len(batch.x_0) for batch in batches)
+
+    for batch in batches:
+        with autocast(precision, base.device):
+            state = batch.start(base, schedule)
+
+        def total(state: State, rest: Sequence[Step], batch: NoisedBatch = batch) -> float:
+            with autocast(precision, base.device):
+                output = run(rest, state).hidden.float()
+            return float(batch.loss(output, schedule).double().sum())
+
+        own = total(state, all_steps)
+        for index, step in enumerate(all_steps[: last + 1]):
+            for width, weights in solutions.get(step.name, {}).items():
+                layer = step.module.get_submodule(closing(step.module))
+                assert isinstance(layer, ReadLayer)
+                with exchanged(layer, *weights), autocast(precision, base.device):
+                    changed = step(state)
+                grown[step.name][width] += (
+                    total(changed, all_steps[index + 1 :]) - own
+                ) / num_images
+            with autocast(precision, base.device):
+                state = step(state)
+    return grown
+
+
+@torch.no_grad()
+def _statistics(
+    base: UNet2DModel,
+    units: Sequence[Unit],
+    batches: Sequence[NoisedBatch],
+    schedule: NoiseSchedule,
+    weights: ErrorWeights,
+) -> Iterator[tuple[Unit, LeastSquares]]:
+    """Give for every unit the normal equations of the layer that reads it, on the base's own."""
+    num_images = sum(len(batch.x_0) for batch in batches)
+    squares = {
+        unit.name: LeastSquares(
+            _reader(base, unit), num_rows=num_images * unit.pixels, seed=derive_seed(unit.name)
+        )
+        for unit in units
+    }
+    all_steps = steps(base)
+    last = max(i for i, step in enumerate(all_steps) if step.name in squares)
+    for number, batch in enumerate(batches):
+        state = batch.start(base, schedule)
+        for step in all_steps[: last + 1]:
+            if step.name not in squares:
+                state = step(state)
+                continue
+            with Tap(squares[step.name].layer) as tap:
+                state = step(state)
+            squares[step.name].add(tap.input, tap.output, weights[step.name][number])
+    for unit in units:
+        yield unit, squares.pop(unit.name)
+
+
+def _reader(base: UNet2DModel, unit: Unit) -> ReadLayer:
+    block = base.get_submodule(unit.name)
+    layer = block.get_submodule(closing(block))
+    assert isinstance(layer, ReadLayer)
+    return layer
+
+
+def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor:
+    """Rows of the layer's matrix that belong to the best steps of a unit."""
+    (kept,) = keep_best((unit,), scores, {unit.name: width}).values()
+    taps = layer.weight[0, 0].numel()
+    places = torch.tensor(unit.places(kept), device=layer.weight.device)
+    return (places[:, None] * taps + torch.arange(taps, device=places.device)).flatten()
+
+
+def _bias(layer: ReadLayer) -> Tensor:
+    assert layer.bias is not None  # all layers of a UNet2DModel that can be read have one
+    return layer.bias

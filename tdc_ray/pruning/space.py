@@ -1,0 +1,236 @@
+"""The pruning space: the schemes of a UNet, what they cost by table, their repair to a limit."""
+
+import heapq
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tdc_ray.errors import LimitError
+from tdc_ray.models.macs import Polynomial, tabulate
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.units import SpaceKind, Unit, units_of
+from tdc_ray.pruning.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
+
+Scheme = Mapping[str, int]
+"""How many steps (groups, heads, slices) every unit keeps: at least 1, at most its width."""
+
+Values = Mapping[str, Sequence[float]]
+"""For every unit, what its 1st, 2nd, ... step is worth: falling, 0 or more."""
+
+REMEDY = "Raise plan.min_macs_share or lower plan.num_groups"
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """All schemes of one UNet.
+
+    In the inner space macs add up over the units. With the stream's widths they multiply: what a
+    step saves depends on the others' widths, though never on the unit's own.
+    """
+
+    units: tuple[Unit, ...]
+    macs_base: int
+    num_params_base: int
+    macs_table: Polynomial
+    num_params_table: Polynomial
+
+    costs: Costs
+    """What is limited: the macs, or measured time."""
+
+    quantity: Quantity
+    legal: Mapping[str, tuple[int, ...]]
+    """For every unit the widths that it may keep, rising; the last is its own."""
+
+    @property
+    def full(self) -> dict[str, int]:
+        """The scheme that cuts nothing."""
+        return {unit.name: unit.width for unit in self.units}
+
+    def macs(self, scheme: Scheme) -> int:
+        """Macs of the UNet cut by a scheme, without building it."""
+        return self.macs_table.at(scheme)
+
+    def num_params(self, scheme: Scheme) -> int:
+        """Parameters of the UNet cut by a scheme."""
+        return self.num_params_table.at(scheme)
+
+    @property
+    def min_macs(self) -> int:
+        """Macs of the smallest scheme, which keeps the least legal width of each unit."""
+        return self.macs(self.smallest)
+
+    @property
+    def smallest(self) -> dict[str, int]:
+        """The scheme that cuts all that may be cut."""
+        return {name: widths[0] for name, widths in self.legal.items()}
+
+    def cost(self, scheme: Scheme) -> int:
+        """Tell what a scheme takes of what is limited."""
+        return self.costs.at(scheme)
+
+    @property
+    def cost_base(self) -> int:
+        """What the uncut UNet takes."""
+        return self.costs.at(self.full)
+
+    def nanoseconds(self, scheme: Scheme) -> int | None:
+        """Time of a forward pass by the table that was measured; None where macs are limited."""
+        return self.costs.at(scheme) if self.quantity == "time" else None
+
+    def step_costs(self, unit: str) -> list[float]:
+        """Give what each of a unit's steps costs, all else uncut."""
+        return step_costs(self.costs, unit, self.legal[unit], self.full)
+
+    def narrower(self, unit: str, width: int) -> int:
+        """Give the next narrower legal width; of the least one itself."""
+        legal = self.legal[unit]
+        return legal[max(0, bisect_left(legal, width) - 1)]
+
+    def wider(self, unit: str, width: int) -> int:
+        """Give the next wider legal width; of the whole unit's its own."""
+        legal = self.legal[unit]
+        return legal[min(len(legal) - 1, bisect_right(legal, width))]
+
+    def held(self, unit: str, width: int) -> int:
+        """Give the widest legal width within a width; where there is none the least one."""
+        legal = self.legal[unit]
+        return legal[max(0, bisect_right(legal, width) - 1)]
+
+    def widened(self, scheme: Scheme) -> dict[str, int]:
+        """Bring every width to the least legal one that holds it."""
+        return {
+            name: self.legal[name][bisect_left(self.legal[name], width)]
+            for name, width in scheme.items()
+        }
+
+    def timed(self, table: LatencyTable) -> "Space":
+        """Give the same space with time as what is limited; legal is what saves time, too."""
+        legal = {name: table.worthwhile(name, widths) for name, widths in self.legal.items()}
+        return replace(self, costs=table, quantity="time", legal=legal)
+
+    def check_limit(self, limit: int, name: str, remedy: str = REMEDY) -> None:
+        """Make sure that some scheme meets a limit.
+
+        Args:
+            limit: Of macs, or of nanoseconds.
+            name: Of what it is set.
+            remedy: What to do if none does.
+
+        Raises:
+            LimitError: The smallest scheme is larger.
+        """
+        least, base = self.cost(self.smallest), self.cost_base
+        if limit < least:
+            multiple = max(unit.multiple for unit in self.units)
+            lower = f", or lower prune.channel_multiple {multiple}" if multiple > 1 else ""
+            raise LimitError(
+                f"{name} is limited to {cost_text(limit, self.quantity)}, but the smallest pruned "
+                f"model needs {cost_text(least, self.quantity)} ({least / base:.3f} of the base's "
+                f"{cost_text(base, self.quantity)}). {remedy}{lower}."
+            )
+
+
+def space_of(config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
+    """Make the pruning space of a UNet from its config; what is limited are macs.
+
+    Args:
+        config: The UNet's.
+        kind: What can be cut.
+        channel_multiple: What the channels that a cut unit keeps are a multiple of.
+    """
+    units = tuple(replace(unit, multiple=channel_multiple) for unit in units_of(config, kind))
+    num_params, macs = tabulate(all_layers(config), units)
+    full = {unit.name: unit.width for unit in units}
+    legal = {unit.name: unit.legal_widths for unit in units}
+    return Space(units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal)
+
+
+def repair(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
+    """Bring a scheme to a limit, changing it where that costs the least value.
+
+    Units go from one legal width to the next: those that lose the least value per cost are
+    narrowed until the scheme is within the limit, then those that gain the most are widened as
+    long as that fits. What comes out is tight: no unit could have its next wider legal width.
+
+    Args:
+        space: The pruning space.
+        scheme: Widths wished for; those that are not legal count as the next wider legal ones.
+        limit: Of macs, or of nanoseconds, as the space has it.
+        values: Worth of every step of every unit.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    space.check_limit(limit, "the model")
+    widths = space.widened(scheme)
+    cost = space.cost(widths)
+
+    def value_per_cost(name: str, start: int, stop: int) -> float:
+        return sum(values[name][start:stop]) / space.costs.rise(name, start, stop, widths)
+
+    def loss(name: str) -> float:
+        return value_per_cost(name, space.narrower(name, widths[name]), widths[name])
+
+    def gain(name: str) -> float:
+        return -value_per_cost(name, widths[name], space.wider(name, widths[name]))
+
+    least, most = space.smallest, space.full
+    cheapest = _Queue(loss, [name for name, width in widths.items() if width > least[name]])
+    while cost > limit:
+        name = cheapest.pop()
+        narrower = space.narrower(name, widths[name])
+        cost -= space.costs.rise(name, narrower, widths[name], widths)
+        widths[name] = narrower
+        if narrower > least[name]:
+            cheapest.push(name)
+    best = _Queue(gain, [name for name, width in widths.items() if width < most[name]])
+    while best:  # what does not fit now never will: costs, and those of every step, only grow
+        name = best.pop()
+        wider = space.wider(name, widths[name])
+        rise = space.costs.rise(name, widths[name], wider, widths)
+        if cost + rise > limit:
+            continue
+        cost += rise
+        widths[name] = wider
+        if wider < most[name]:
+            best.push(name)
+    assert is_tight(space, widths, limit)
+    return widths
+
+
+class _Queue:
+    """Gives out names by rising key, where the keys of those that wait may rise meanwhile.
+
+    They do: narrowing a unit lowers the cost of the others' steps or leaves it, so that their
+    value per cost does not fall, and widening the other way round for its negative.
+    """
+
+    def __init__(self, key: Callable[[str], float], names: Iterable[str]) -> None:
+        self._key = key
+        self._heap = [(key(name), name) for name in names]
+        heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, name: str) -> None:
+        """Add a name."""
+        heapq.heappush(self._heap, (self._key(name), name))
+
+    def pop(self) -> str:
+        """Take the name of the least key."""
+        key, name = heapq.heappop(self._heap)
+        while (now := self._key(name)) > key:
+            key, name = heapq.heappushpop(self._heap, (now, name))
+        return name
+
+
+def is_tight(space: Space, scheme: Scheme, limit: int) -> bool:
+    """Tell whether a scheme is within the limit and no unit could have its next wider width."""
+    room = limit - space.cost(scheme)
+    return room >= 0 and all(
+        width == space.legal[name][-1]
+        or space.costs.rise(name, width, space.wider(name, width), scheme) > room
+        for name, width in scheme.items()
+    )

@@ -1,0 +1,146 @@
+"""Widths in multiples of channels, and limits of time, over random schemes."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
+from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.pruning.costs import LatencyTable
+from tdc_ray.pruning.latency import latency_table
+from tdc_ray.pruning.llm.prompt import messages_for
+from tdc_ray.pruning.llm.reply import parse_reply, response_format
+from tdc_ray.pruning.proxies.by_score import BASELINES, values_of
+from tdc_ray.pruning.proxies.offline import OfflineProxy, loss_curves, step_values
+from tdc_ray.pruning.sensitivity import levels
+from tdc_ray.pruning.space import Space, is_tight, repair, space_of
+from tests.pruning.requests import entry, task
+
+
+def timed(space: Space, seed: int) -> Space:
+    """Random times that never fall with the width; some widths save nothing."""
+    draw = random.Random(seed)
+    times = {}
+    for unit in space.units:
+        steps = [draw.choice((0, draw.randint(1, 2000))) for _ in range(unit.width)]
+        times[unit.name] = [0, *(1000 + sum(steps[: w + 1]) for w in range(unit.width))]
+    return space.timed(LatencyTable(50_000, times))
+
+
+INNER = [space_of(architecture(name), "inner", m) for name in ("tiny", "digits") for m in (8, 16)]
+SPACES = [*INNER, space_of(architecture("iddpm-cifar10"), "inner", 64)]
+SPACES += [space_of(architecture("digits"), "full", 16)]
+SPACES += [
+    timed(space, seed) for seed, space in enumerate([space_of(architecture("tiny")), *INNER])
+]
+
+spaces, seeds = st.sampled_from(SPACES), st.integers(0, 2**32)
+
+
+def task_of(space: Space, seed: int):
+    draw = random.Random(seed)
+    least = space.cost(space.smallest)
+    return task(
+        space=space,
+        limit=least + round(draw.random() * (space.cost_base - least)),
+        scores={u.name: [draw.random() for _ in range(u.width)] for u in space.units},
+        sensitivities={u.name: {w: draw.random() for w in levels(u, 4)} for u in space.units},
+        seed=seed,
+    )
+
+
+def assert_legal_and_tight(space: Space, scheme, limit: int) -> None:
+    """Said again, without the space's own words."""
+    assert scheme.keys() == space.full.keys()
+    assert space.cost(scheme) <= limit
+    for unit in space.units:
+        width, multiple = scheme[unit.name], unit.multiple
+        assert width == unit.width or width * unit.channels % multiple == 0
+        wider = next((w for w in space.legal[unit.name] if w > width), None)
+        assert wider is None or space.cost({**scheme, unit.name: wider}) > limit
+
+
+@settings(max_examples=40)
+@given(spaces, seeds)
+def test_all_schemes_that_are_proposed_or_repaired_are_legal_and_tight(space, seed):
+    asked, draw = task_of(space, seed), random.Random(seed)
+    values = step_values(space, loss_curves(space, asked.sensitivities))
+    wished = {unit.name: draw.randint(1, unit.width) for unit in space.units}
+    found = [repair(space, wished, asked.limit, values), *OfflineProxy().propose(asked, [])]
+    found += [make(space, asked.limit, values_of(asked.scores)) for make in BASELINES.values()]
+    for scheme in found:
+        assert_legal_and_tight(space, scheme, asked.limit)
+        assert is_tight(space, scheme, asked.limit)
+        assert repair(space, scheme, asked.limit, values) == scheme
+
+
+@pytest.mark.parametrize("space", SPACES[:6])
+def test_units_are_measured_at_legal_widths_alone(space):
+    assert any(levels(unit, 4) for unit in space.units)
+    for unit in space.units:
+        assert set(levels(unit, 4)) <= set(space.legal[unit.name]) - {unit.width}
+
+
+def test_without_a_multiple_every_width_is_legal():
+    space = space_of(architecture("digits"))
+    assert all(legal == tuple(range(1, legal[-1] + 1)) for legal in space.legal.values())
+    assert {len(legal) for legal in space.legal.values()} == {4, 8}
+
+
+def test_a_limit_below_the_least_legal_scheme_names_the_multiple():
+    space = space_of(architecture("digits"), "inner", 16)
+    assert space.min_macs > space_of(architecture("digits")).min_macs
+    with pytest.raises(LimitError, match=r"prune\.channel_multiple 16"):
+        space.check_limit(space.min_macs - 1, "group 0")
+
+
+def test_a_language_model_is_told_legal_widths_and_kept_to_them():
+    space = space_of(architecture("tiny"), "inner", 8)
+    asked, (first, *_) = task_of(space, 0), space.units
+    assert space.legal[first.name] == (4, 8)
+    text = messages_for(asked, [], max_entries=0)[1]["content"]
+    assert f"0 | {first.name} | residual | down 0 | 8x8 | 2 | 4, 8 | " in text
+    example = next(line for line in text.splitlines() if line.startswith('{"schemes"'))
+    assert parse_reply(example, asked)
+    schema = response_format(space)["json_schema"]["schema"]["properties"]["schemes"]
+    assert 3 not in schema["items"]["items"]["properties"]["keep"]["enum"]
+    with pytest.raises(ProxyReplyError, match="can keep 4, 8, not 3"):
+        parse_reply(json.dumps({"schemes": [[{"unit": first.name, "keep": 3}]]}), asked)
+
+
+def test_a_language_model_is_told_of_time_where_time_is_limited():
+    space = timed(space_of(architecture("tiny")), 3)
+    asked, known = task_of(space, 0), entry(2, 0.07, u0=4)
+    text = messages_for(asked, [replace(known, overshoot=1500)], max_entries=9)[1]["content"]
+    assert f"limit: {asked.limit // 1000} microseconds = " in text
+    assert "macs" not in text
+    share = 100 * space.cost(known.widths) / space.cost_base
+    assert f"this group | time {share:.4g} % (cut to it from" in text
+    name, rows = space.units[0].name, text[text.index("# Times") :].splitlines()
+    row = next(row for row in rows if row.startswith("0 | "))
+    assert row.count(":") == len(space.legal[name])
+
+
+def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
+    units = space_of(architecture("tiny")).units[:1]
+    name = units[0].name
+    measured = {
+        "base_ns": 1000,
+        "units": {name: {"2": 100, "4": 300, "5": 260, "7": 500, "8": 450}},
+    }
+    table = latency_table(measured, units)
+    assert table.times[name] == (0, 100, 100, 190, 280, 280, 365, 450, 450)
+    assert table.rest == 550
+    assert table.at({name: 8}) == 1000
+    assert table.worthwhile(name, tuple(range(1, 9))) == (2, 3, 5, 6, 8)
+    assert table.worthwhile(name, (4, 8)) == (4, 8)
+
+
+def test_a_time_limit_on_streams_is_refused():
+    with pytest.raises(ConfigError, match=r"prune\.space must be inner .* got full.*macs"):
+        PruneConfig(objective="latency", space="full")

@@ -1,0 +1,469 @@
+import dataclasses
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.errors import LimitError
+from tdc_ray.execution.item import Chains, Result, WorkItem, run_chain, run_item
+from tdc_ray.models.units import keep_all
+from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
+from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.proxies.language_model import AskJob
+from tdc_ray.pruning.search import search
+from tdc_ray.pruning.space import is_tight, space_of
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
+from tests.small import TINY, make_run_dir, reporting_to, small_config, task_of, widths_of
+
+BASELINES = ["random", "magnitude", "taylor", "diff-pruning"]
+METHODS = ["offline", *BASELINES]
+
+
+def config_of(method: str = "magnitude", *, replay: Path | None = None, **prune) -> RunConfig:
+    few = {"num_images": 32, "num_refit_images": 32, "num_levels": 2}
+    return small_config(
+        plan={"min_macs_share": 0.3},
+        prune={"method": method, **few, "num_rounds": 2, "num_candidates": 2, **prune},
+        proxy={"replay": None if replay is None else str(replay)},
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_run_dir(tmp_path_factory.mktemp("base")).base_unet
+
+
+def new_run_dir(root: Path, base: Path) -> RunDir:
+    """A fresh run directory with the module's base."""
+    run_dir = RunDir(root)
+    run_dir.base_unet.parent.mkdir(parents=True)
+    run_dir.base_unet.symlink_to(base)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(base, tmp_path) -> RunDir:
+    return new_run_dir(tmp_path / "run", base)
+
+
+def find(task: GroupTask) -> Choice:
+    return run_chain(search(task, MemoryBank(task.run_dir.memory)))
+
+
+Found = Callable[[str], tuple[GroupTask, Choice]]
+
+
+@pytest.fixture(scope="module")
+def found(base, tmp_path_factory) -> Found:
+    """A search by each method, done once."""
+
+    @cache
+    def by(method: str) -> tuple[GroupTask, Choice]:
+        run_dir = new_run_dir(tmp_path_factory.mktemp("found") / "run", base)
+        task = task_of(run_dir, config_of(method))
+        return task, find(task)
+
+    return by
+
+
+def timeless(choice: Choice) -> Choice:
+    spent = dataclasses.replace(choice.spent, seconds=0.0, proxy_seconds=0.0)
+    return dataclasses.replace(choice, spent=spent)
+
+
+def results_of(task: GroupTask) -> dict[str, int]:
+    """When each result of the group was written."""
+    folder = task.run_dir.group(task.group.index)
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def entries_of(task: GroupTask) -> list[MemoryEntry]:
+    return [e for e in MemoryBank(task.run_dir.memory).all() if e.group == task.group.index]
+
+
+# --- one group -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_choice_is_tight_within_the_limit_and_the_best_that_was_measured(found, method):
+    task, choice = found(method)
+    entries = entries_of(task)
+    assert task.space.macs(choice.widths) <= task.max_macs < task.space.macs_base
+    assert all(is_tight(task.space, entry.widths, task.max_macs) for entry in entries)
+    assert widths_of(choice.kept) == choice.widths
+    best = min(entries, key=lambda entry: entry.loss_refit)
+    assert (choice.entry, choice.widths) == (best, best.widths)
+    assert (choice.loss_cut, choice.loss_refit) == (best.loss_cut, best.loss_refit)
+    assert choice.loss_base > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_candidates_are_all_that_was_measured_best_first(found, method):
+    task, choice = found(method)
+    ranked = sorted(entries_of(task), key=lambda entry: entry.loss)
+    assert [candidate.entry for candidate in choice.candidates] == ranked
+    for candidate in choice.candidates:
+        assert widths_of(candidate.kept) == candidate.entry.widths
+        assert candidate.entry.macs == task.space.macs(candidate.entry.widths)
+        assert candidate.entry.num_params == task.space.num_params(candidate.entry.widths)
+
+
+def test_the_offline_proxy_proposes_other_schemes_in_every_round(found):
+    task, _ = found("offline")
+    entries = entries_of(task)
+    assert [entry.place for entry in entries] == [(0, r, c) for r in range(2) for c in range(2)]
+    assert {entry.source for entry in entries} == {"offline"}
+    assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 4
+    assert task.run_dir.memory.read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_measures_its_schemes_in_one_round(found, method):
+    task, _ = found(method)
+    entries = entries_of(task)
+    assert [entry.place for entry in entries] == [(0, 0, c) for c in range(3)]
+    uses = ("uniform", "global", "global-per-mac")
+    assert [entry.source for entry in entries] == [f"{method}/{use}" for use in uses]
+
+
+def test_without_pruning_the_choice_is_the_base_and_nothing_is_remembered(run_dir):
+    task = task_of(run_dir, config_of("none"))
+    choice = find(task)
+    assert choice.widths == task.space.full
+    assert choice.kept == keep_all(task.space.units)
+    assert choice.loss_cut == choice.loss_base
+    assert (choice.entry, choice.loss_refit, choice.candidates) == (None, None, ())
+    assert not task.run_dir.memory.exists()
+    assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
+
+
+@pytest.mark.parametrize("method", ["offline", "llm", "taylor"])
+def test_a_group_limited_to_the_base_keeps_all_of_it_without_a_search(run_dir, method):
+    task = task_of(run_dir, config_of(method), index=3)
+    assert task.max_macs == task.space.macs_base
+    choice = find(task)
+    assert choice.kept == keep_all(task.space.units)
+    assert choice.loss_cut == choice.loss_base
+    assert choice.entry is None
+    assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
+
+
+def test_the_paper_s_way_judges_by_the_loss_after_the_cut(run_dir):
+    task = task_of(run_dir, config_of("magnitude", refit="none"))
+    choice, entries = find(task), entries_of(task)
+    assert all(entry.loss_refit is None for entry in entries)
+    assert choice.loss_cut == min(entry.loss_cut for entry in entries)
+    assert choice.loss_refit is None
+
+
+@pytest.mark.parametrize("method", ["offline", "magnitude"])
+def test_in_the_full_space_streams_are_cut_too(run_dir, method):
+    task = task_of(run_dir, config_of(method, space="full"))
+    choice = find(task)
+    assert is_tight(task.space, choice.widths, task.max_macs)
+    streams = [unit for unit in task.space.units if unit.kind == "stream"]
+    assert any(choice.widths[unit.name] < unit.width for unit in streams)
+
+
+def test_losses_are_reported_by_their_place_in_the_search(run_dir):
+    task, seen = task_of(run_dir, config_of("offline")), []
+    chain = search(task, MemoryBank(run_dir.memory))
+    choice = run_chain(
+        chain, reporting_to(lambda metrics, step: seen.append((step, dict(metrics))))
+    )
+    losses = [(choice.loss_base, choice.loss_base)]
+    losses += [(entry.loss_cut, entry.loss_refit) for entry in entries_of(task)]
+    reported = [(step, metrics) for step, metrics in seen if metrics]
+    assert reported == [
+        (place, {"loss_cut": loss_cut, "loss_refit": loss_refit})
+        for place, (loss_cut, loss_refit) in enumerate(losses)
+    ]
+
+
+def test_search_macs_count_every_forward_and_backward_of_the_search(run_dir):
+    for method, passes in [("magnitude", 1), ("taylor", 1 + 3)]:
+        task = task_of(run_dir, config_of(method, refit="none"))
+        run_dir.memory.unlink(missing_ok=True)
+        choice = find(task)
+        measured = sum(entry.macs for entry in entries_of(task))
+        assert choice.spent.macs == 32 * (passes * task.space.macs_base + measured)
+        assert choice.spent.seconds > 0
+        lose_every_result(run_dir, run_dir.group(0))
+
+
+def test_a_limit_that_no_scheme_meets_is_an_error(run_dir):
+    for method in ("offline", "magnitude"):
+        task = task_of(run_dir, config_of(method))
+        tight: Group = dataclasses.replace(task.group, limit_share=0.05)
+        with pytest.raises(LimitError):
+            find(dataclasses.replace(task, group=tight))
+
+
+# --- going on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "offline", "taylor"])
+def test_a_finished_search_is_not_done_again(found, method):
+    task, choice = found(method)
+    written = results_of(task)
+    memory = task.run_dir.memory.read_bytes() if method != "none" else b""
+    assert timeless(find(task)) == timeless(choice)
+    assert find(task).spent.seconds == choice.spent.seconds  # of the attempt that did the work
+    assert results_of(task) == written
+    assert method == "none" or task.run_dir.memory.read_bytes() == memory
+
+
+def lose_the_last_result(run_dir: RunDir, folder: Path) -> None:
+    (last,) = folder.glob("round-1-candidate-1-*.json")
+    last.unlink()
+
+
+def lose_the_last_line(run_dir: RunDir, _folder: Path) -> None:
+    lines = run_dir.memory.read_text().splitlines(keepends=True)
+    run_dir.memory.write_text("".join(lines[:-1]))
+
+
+def tear_the_last_line(run_dir: RunDir, _folder: Path) -> None:
+    run_dir.memory.write_bytes(run_dir.memory.read_bytes()[:-20])
+
+
+def lose_the_last_round(run_dir: RunDir, folder: Path) -> None:
+    lines = run_dir.memory.read_text().splitlines(keepends=True)
+    run_dir.memory.write_text("".join(lines[:2]))
+    for path in folder.glob("round-1-*.json"):
+        path.unlink()
+
+
+def lose_the_memory(run_dir: RunDir, _folder: Path) -> None:
+    run_dir.memory.unlink()
+
+
+def lose_a_sensitivity(_run_dir: RunDir, folder: Path) -> None:
+    (folder / "sensitivities-0-2.json").unlink()
+
+
+def lose_every_result(_run_dir: RunDir, folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+LOSSES = [
+    lose_the_last_result,
+    lose_the_last_line,
+    tear_the_last_line,
+    lose_the_last_round,
+    lose_the_memory,
+    lose_a_sensitivity,
+    lose_every_result,
+]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_search_that_lost_its_end_comes_to_the_same_choice(found, tmp_path, lose):
+    whole, choice = found("offline")
+    shutil.copytree(whole.run_dir.root, tmp_path / "run", symlinks=True)
+    run_dir = RunDir(tmp_path / "run")
+    task = dataclasses.replace(whole, run_dir=run_dir)
+    lose(run_dir, run_dir.group(0))
+    assert timeless(find(task)) == timeless(choice)
+    assert entries_of(task) == entries_of(whole)
+
+
+# --- several groups --------------------------------------------------------------------------
+
+
+class Loop:
+    """Runs chains in this process; what a job came to is known by whoever ran it before."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Result] = {}
+        self.asked: list[AskJob] = []
+
+    def run(self, chains: Chains, take: Callable[[list], tuple[str, WorkItem]]) -> dict:
+        ready = chains.go_on()
+        while ready:
+            name, item = take(ready)
+            ready.remove((name, item))
+            chains.put(name, item, self._result(item))
+            ready += chains.go_on()
+        return chains.values
+
+    def _result(self, item: WorkItem) -> Result:
+        if isinstance(item.job, AskJob):
+            self.asked.append(item.job)
+        key = f"{item.key} {getattr(item.job, 'kept', None)}"  # all else is the same
+        if key not in self.known or isinstance(item.job, AskJob):
+            self.known[key] = run_item(item, lambda _metrics, _step: None)
+        return self.known[key]
+
+
+def tasks_in(run_dir: RunDir, config: RunConfig) -> list[GroupTask]:
+    """The tasks of all four groups, the last of which keeps the whole base."""
+    groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
+    return group_tasks(run_dir, config, space_of(TINY), groups)
+
+
+def chains_of(tasks: list[GroupTask], memory: MemoryBank) -> Chains[Choice]:
+    return Chains({task.name: search(task, memory) for task in tasks})
+
+
+@pytest.fixture(scope="module")
+def loop() -> Loop:
+    return Loop()
+
+
+def in_order(ready: list) -> tuple[str, WorkItem]:
+    return ready[0]
+
+
+def test_nobodys_choice_depends_on_the_order_in_which_items_finish(loop, base, tmp_path):
+    outcomes = []
+    for number in range(4):
+        run_dir = new_run_dir(tmp_path / str(number), base)
+        memory = MemoryBank(run_dir.memory)
+        draw = random.Random(number)
+        take = in_order if number == 0 else draw.choice
+        values = loop.run(chains_of(tasks_in(run_dir, config_of("offline")), memory), take)
+        choices = {name: timeless(choice) for name, choice in values.items()}
+        outcomes.append((choices, memory.all()))
+        assert memory.all() == MemoryBank(run_dir.memory).all()
+    assert len(outcomes[0][1]) == 3 * 2 * 2
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("memory", ["shared", "own"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one_before(
+    loop, run_dir, tmp_path, memory, seed
+):
+    config = config_of("llm", replay=tmp_path / "nothing", memory=memory)
+    bank = MemoryBank(run_dir.memory)
+    loop.asked.clear()
+    loop.run(chains_of(tasks_in(run_dir, config), bank), random.Random(seed).choice)
+    assert len(loop.asked) == 3 * 2
+    for job in loop.asked:
+        expected = bank.seen_by(
+            job.task.group, before_round=job.task.round, shared=memory == "shared"
+        )
+        assert list(job.memory) == expected
+        assert len(expected) == job.task.round * (6 if memory == "shared" else 2)
+
+
+def left_alone(tasks: list[GroupTask], names: set[str], loop: Loop) -> dict[str, Choice]:
+    """What ends while the items of some chains are never run."""
+    chains = chains_of(tasks, MemoryBank(tasks[0].run_dir.memory))
+    ready = chains.go_on()
+    while running := [entry for entry in ready if entry[0] not in names]:
+        name, item = running[0]
+        ready.remove((name, item))
+        chains.put(name, item, loop._result(item))
+        ready += chains.go_on()
+    return chains.values
+
+
+def test_a_group_that_failed_before_leaves_no_loss_with_another_scheme(loop, base, tmp_path):
+    run_dir = new_run_dir(tmp_path, base)
+    tasks, memory = tasks_in(run_dir, config_of("offline")), MemoryBank(run_dir.memory)
+    chains = chains_of(tasks, memory)
+    chains.drop("group-01")
+    ready = chains.go_on()
+    while ready:
+        name, item = ready.pop(0)
+        write_json(item.result_path, loop._result(item))
+        chains.put(name, item, loop._result(item))
+        ready += chains.go_on()
+    without = memory.all()
+    loop.run(chains_of(tasks, memory), in_order)  # now with the group that failed
+    whole = MemoryBank(new_run_dir(tmp_path / "whole", base).memory)
+    loop.run(
+        chains_of(tasks_in(RunDir(tmp_path / "whole"), config_of("offline")), whole), in_order
+    )
+    assert memory.all() == MemoryBank(run_dir.memory).all() == whole.all()
+    assert without != [entry for entry in whole.all() if entry.group != 1]
+
+
+def test_nobody_waits_for_a_group_that_keeps_the_whole_base(loop, run_dir):
+    tasks = tasks_in(run_dir, config_of("offline"))
+    assert tasks[3].max_macs == tasks[3].space.macs_base
+    assert set(left_alone(tasks, {"group-03"}, loop)) == {"group-00", "group-01", "group-02"}
+
+
+def test_groups_that_share_wait_for_each_other_and_those_that_do_not_do_not(loop, base, tmp_path):
+    for memory, ended in (("shared", {"group-03"}), ("own", {"group-00", "group-02", "group-03"})):
+        tasks = tasks_in(new_run_dir(tmp_path / memory, base), config_of("offline", memory=memory))
+        assert set(left_alone(tasks, {"group-01"}, loop)) == ended
+
+
+def test_a_group_alone_shares_with_nobody(loop, run_dir):
+    task = tasks_in(run_dir, config_of("offline"))[0]
+    alone = dataclasses.replace(task, parties=frozenset({task.name}))
+    assert left_alone([alone], set(), loop).keys() == {"group-00"}
+
+
+# --- the language model ----------------------------------------------------------------------
+
+
+def test_where_the_language_model_fails_the_offline_proxy_takes_over_and_it_is_noted(
+    found, run_dir, tmp_path
+):
+    _, offline = found("offline")
+    task = task_of(run_dir, config_of("llm", replay=tmp_path / "nothing"))
+    choice = find(task)
+    assert choice.candidates == offline.candidates
+    assert {candidate.entry.source for candidate in choice.candidates} == {"offline"}
+    assert len(choice.spent.notes) == 2
+    for number, note in enumerate(choice.spent.notes):
+        assert note.startswith(f"group-00, round {number}: the offline proxy took over: ")
+        assert str(tmp_path / "nothing") in note
+    assert timeless(find(task)) == timeless(choice)  # the notes too
+
+
+def reply_of(schemes: list[dict[str, int]]) -> str:
+    rows = [[{"unit": name, "keep": width} for name, width in s.items()] for s in schemes]
+    return json.dumps({"schemes": rows})
+
+
+def record(folder: Path, number: int, schemes: list[dict[str, int]]) -> None:
+    path = transcript_path(folder / "proxy", 0, number)
+    append_exchange(path, Exchange({}, reply_of(schemes), None, Usage(), 0.0))
+
+
+def test_schemes_of_the_language_model_are_brought_to_the_limit_and_measured(
+    found, run_dir, tmp_path
+):
+    offline, _ = found("offline")
+    space, limit = offline.space, offline.max_macs
+    names = list(space.full)
+    above = dict.fromkeys(names[:2], 1)
+    below = dict.fromkeys(names, 1) | dict.fromkeys(names[:2], 8)
+    record(tmp_path, 0, [above, below])
+    record(tmp_path, 1, [above, below | {names[3]: 8}])  # the first is known by now
+    choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
+    entries = entries_of(task_of(run_dir, config_of("llm")))
+    assert [entry.source for entry in entries] == ["llm", "llm", "llm", "offline"]
+    assert all(is_tight(space, entry.widths, limit) for entry in entries)
+    assert entries[0].overshoot == space.macs({**space.full, **above}) - limit > 0
+    assert entries[1].overshoot == 0
+    assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 4
+    assert choice.spent.notes == []
+
+
+def test_schemes_that_come_to_the_same_within_the_limit_are_measured_once(
+    found, run_dir, tmp_path
+):
+    task, _ = found("offline")
+    known = entries_of(task)[0].widths
+    record(tmp_path, 0, [dict(known), dict(known)])
+    find(task_of(run_dir, config_of("llm", replay=tmp_path, num_rounds=1)))
+    entries = entries_of(task_of(run_dir, config_of("llm")))
+    assert [entry.source for entry in entries] == ["llm", "offline"]
+    assert entries[0].widths == known
+    assert entries[1].widths != known
