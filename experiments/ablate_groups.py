@@ -23,7 +23,7 @@ from output import paper_column, plot_sweep, write_sweep
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.sweep_settings import Value, applied, setting_name
+from tdc_ray.runs.sweep.space import Value, applied, setting_name
 
 FIELD, STEPS, WARMUP = "plan.num_groups", "finetune.num_steps", "finetune.num_warmup_steps"
 VALUES = (4, 8, 10, 15, 20)

@@ -28,7 +28,7 @@ from typing import Literal
 from common import SweepFlags, parse_flags, swept
 from output import paper_column, plot_sweep, write_sweep
 
-from tdc_ray.sweep_settings import Choices, Domain, Range
+from tdc_ray.runs.sweep.space import Choices, Domain, Range
 
 FIELD = "plan.min_macs_share"
 VALUES = (0.3, 0.4, 0.5, 0.6, 0.7)

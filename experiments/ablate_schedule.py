@@ -24,7 +24,7 @@ from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_bars, scores_of_settings, write_sweep
 
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.sweep_settings import Value, applied, setting_name
+from tdc_ray.runs.sweep.space import Value, applied, setting_name
 
 SCHEDULE, MATCH = "plan.schedule", "plan.match_snr_mean"
 ROWS = (

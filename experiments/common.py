@@ -16,23 +16,23 @@ from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.config.train import Precision, SamplerConfig
 from tdc_ray.data.latents import prepare_latents
-from tdc_ray.distributed.stage_1 import make_base
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import Store
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.progress import ProgressView
-from tdc_ray.results import Results
-from tdc_ray.run import check, run
+from tdc_ray.runs.results import Results
+from tdc_ray.runs.run import check, run
+from tdc_ray.runs.stages.stage_1 import make_base
+from tdc_ray.runs.sweep.results import SweepResults, summarized
+from tdc_ray.runs.sweep.space import Choices, Domain, Params, SweepConfig, grid, setting_name
+from tdc_ray.runs.sweep.sweep import sweep
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.sweep import sweep
-from tdc_ray.sweep_results import SweepResults, summarized
-from tdc_ray.sweep_settings import Choices, Domain, Params, SweepConfig, grid, setting_name
 
 SMOKE_PRESET = "digits-smoke"
 

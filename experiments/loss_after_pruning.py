@@ -28,12 +28,12 @@ from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Group, one_group, plan_groups
 from tdc_ray.execution.item import Chain
-from tdc_ray.finetune import trial_item
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import Candidate, Choice, GroupTask
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.stages.finetune import trial_item
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 

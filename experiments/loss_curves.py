@@ -21,7 +21,6 @@ from common import Flags, parse_flags
 from diffusers import UNet2DModel
 from output import plot_lines, write_record, write_table
 
-from tdc_ray.base import train_base
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.latents import load_inputs
@@ -30,6 +29,7 @@ from tdc_ray.diffusion.train import learning_rate_at
 from tdc_ray.execution.device import Place
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
+from tdc_ray.runs.stages.base import train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.provenance import commit
 

@@ -26,8 +26,8 @@ from output import mean_and_spread, paper_column, write_record, write_samples, w
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.ray.cluster import connected
-from tdc_ray.results import Results
-from tdc_ray.run import local_cpus
+from tdc_ray.runs.results import Results
+from tdc_ray.runs.run import local_cpus
 
 PAPER = {
     "cifar10": {"base": "4.08", "TDC, no pruning": "3.52", "TDC": "3.76"},

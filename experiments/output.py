@@ -18,11 +18,11 @@ from torchvision.utils import make_grid
 
 from tdc_ray.config.run import to_json
 from tdc_ray.execution.cache import shared
+from tdc_ray.runs.collect_results import item_results
+from tdc_ray.runs.sweep.results import Row, SweepResults
 from tdc_ray.storage.files import atomic_path, fetch, listing, write_json, write_text
 from tdc_ray.storage.provenance import commit, machine
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.summary import item_results
-from tdc_ray.sweep_results import Row, SweepResults
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:

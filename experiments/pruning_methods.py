@@ -32,10 +32,10 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.finetune import finetune_item
 from tdc_ray.pruning.group import GroupTask
 from tdc_ray.pruning.memory import MemoryBank
-from tdc_ray.stage_2 import Expert, make_expert
+from tdc_ray.runs.stages.expert import Expert, make_expert
+from tdc_ray.runs.stages.finetune import finetune_item
 from tdc_ray.storage.files import read_json
 
 Cost = tuple[float, float, int, float, float]

@@ -12,20 +12,20 @@ from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import INDEX_FILE, save_index
 from tdc_ray.diffusion.plan import one_group, plan_groups
-from tdc_ray.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.execution.item import Chain
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.features import FeatureSpec, choose_features
-from tdc_ray.finetune import expert_dir
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
 from tdc_ray.pruning.group import GroupTask, group_tasks
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import space_of
-from tdc_ray.stage_2 import make_expert
+from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
+from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.stages.expert import make_expert
+from tdc_ray.runs.stages.finetune import expert_dir
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.summary import step_mean
 
 
 def untrained_like(base: Path, folder: Path, seed: int) -> Path:

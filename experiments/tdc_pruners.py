@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from common import ProxyFlags, SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_bars, scores_of_settings, write_sweep
 
-from tdc_ray.sweep_settings import Value, setting_name
+from tdc_ray.runs.sweep.space import Value, setting_name
 
 METHOD, REFIT = "prune.method", "prune.refit"
 PAPER = {

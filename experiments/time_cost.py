@@ -19,7 +19,7 @@ from statistics import mean
 from common import ProxyFlags, parse_flags, run_once
 from output import paper_column, plot_bars, write_record, write_table
 
-from tdc_ray.results import Results
+from tdc_ray.runs.results import Results
 
 PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"}}
 

@@ -33,16 +33,16 @@ from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.execution.item import Chain, Result
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.finetune import expert_dir, finetune_item
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
 from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.stages.finetune import expert_dir, finetune_item
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.summary import step_mean
 
 SHARES = (0.25, 0.5, 1.0)
 """Points along the way, as shares of the whole training of what is trained from there on."""

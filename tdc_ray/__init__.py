@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tdc_ray.config.run import RunConfig
     from tdc_ray.diffusion.pipeline import ProgressivePipeline
     from tdc_ray.diffusion.plan import Plan, plan_groups
-    from tdc_ray.results import Results, load_results
-    from tdc_ray.run import run
+    from tdc_ray.runs.results import Results, load_results
+    from tdc_ray.runs.run import run
 
 __all__ = [
     "Plan",
@@ -28,12 +28,12 @@ __all__ = [
 _MODULES = {
     "Plan": "diffusion.plan",
     "ProgressivePipeline": "diffusion.pipeline",
-    "Results": "results",
+    "Results": "runs.results",
     "RunConfig": "config.run",
-    "load_results": "results",
+    "load_results": "runs.results",
     "plan_groups": "diffusion.plan",
     "preset": "config.presets",
-    "run": "run",
+    "run": "runs.run",
 }
 
 

@@ -6,9 +6,9 @@ from tensorboard.plugins.hparams import summary_v2 as plugin
 from torch.utils.tensorboard import SummaryWriter
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.runs.sweep.results import Row
+from tdc_ray.runs.sweep.space import ALIASES, Value, labels, value_of
 from tdc_ray.storage.files import atomic_path, exists
-from tdc_ray.sweep_results import Row
-from tdc_ray.sweep_settings import ALIASES, Value, labels, value_of
 
 METRICS = ("macs", "num_params", "train_macs", "seconds")
 """What a session shows of a row after its score, which has the name of its metric."""

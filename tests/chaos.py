@@ -32,7 +32,7 @@ from ray.cluster_utils import Cluster
 from s3fs import S3FileSystem
 
 from tdc_ray.execution.timeline import load_history
-from tdc_ray.results import comparable, load_results
+from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.object_store import located
 from tdc_ray.storage.run_dir import RunDir

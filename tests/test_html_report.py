@@ -12,10 +12,10 @@ from tdc_ray.config.presets import preset
 from tdc_ray.errors import StorageError
 from tdc_ray.html_report.page import PAPER_URL
 from tdc_ray.html_report.write import write_report
-from tdc_ray.results import TimesResult, load_results, save_results
-from tdc_ray.sweep_results import begun, save_sweep, started_row, summarized
-from tdc_ray.sweep_settings import Choices, SweepConfig
-from tests.test_results import RESULTS
+from tdc_ray.runs.results import TimesResult, load_results, save_results
+from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
+from tdc_ray.runs.sweep.space import Choices, SweepConfig
+from tests.runs.test_results import RESULTS
 
 VOID = {"meta", "link", "img", "br"}
 

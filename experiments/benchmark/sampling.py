@@ -22,11 +22,11 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.precision import DTYPES
 from tdc_ray.pruning.criteria.scores import keep_best, random_scores
 from tdc_ray.pruning.proxies.by_score import uniform_scheme, values_of
 from tdc_ray.pruning.space import space_of
-from tdc_ray.summary import step_mean
+from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.stages.precision import DTYPES
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
 WINOGRAD, BF16 = "winograd: ", "bf16: "

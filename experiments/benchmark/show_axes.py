@@ -15,7 +15,7 @@ from tdc_ray.html_report.write import write_report
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.report import print_results
-from tdc_ray.results import (
+from tdc_ray.runs.results import (
     EvaluationResult,
     GroupResult,
     ModelResult,

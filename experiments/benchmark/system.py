@@ -21,7 +21,7 @@ from tdc_ray.data.batches import to_model_range
 from tdc_ray.diffusion.sampling import make_scheduler
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
-from tdc_ray.results import load_results
+from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import listing, read_json, read_json_lines
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.run_dir import RunDir

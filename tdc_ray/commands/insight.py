@@ -25,7 +25,7 @@ class Status:
 
     def execute(self, console: Console) -> None:
         """Print how far it is."""
-        from tdc_ray.status import status
+        from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir
         from tdc_ray.workers_report import print_status
 
@@ -108,7 +108,7 @@ class Simulate:
 
     def execute(self, console: Console) -> None:
         """Print, and write, what would come out."""
-        from tdc_ray.simulation import simulate_run
+        from tdc_ray.runs.simulation import simulate_run
         from tdc_ray.storage.files import write_json
         from tdc_ray.workers_report import print_simulated
 

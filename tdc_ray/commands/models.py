@@ -62,17 +62,17 @@ class Prune:
 
     def execute(self, console: Console) -> None:
         """Prune, and print what is left."""
-        from tdc_ray.bases import noise_told, untold
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
-        from tdc_ray.prune_model import (
+        from tdc_ray.report import print_pruned
+        from tdc_ray.runs.pretrained.settings import noise_told, untold
+        from tdc_ray.runs.prune_model import (
             REPORT_FILE,
             for_unet,
             prune_model,
             run_config_of,
             unet_dir,
         )
-        from tdc_ray.report import print_pruned
 
         unet = unet_dir(self.model_dir)
         trained = run_config_of(unet) is not None
@@ -124,9 +124,9 @@ class Import:
 
     def execute(self, console: Console) -> None:
         """Write the base, and say what it does not tell."""
-        from tdc_ray.base_sources import find_base
-        from tdc_ray.bases import import_base, untold
         from tdc_ray.models.unet2d.layers import count
+        from tdc_ray.runs.pretrained.settings import import_base, untold
+        from tdc_ray.runs.pretrained.sources import find_base
         from tdc_ray.storage.files import exists
 
         out = located(self.out)
@@ -167,7 +167,7 @@ class Export:
 
     def execute(self, console: Console) -> None:
         """Write the export."""
-        from tdc_ray.export import export_run
+        from tdc_ray.runs.export.export import export_run
 
         export_run(self.run, self.out)
         console.print(f"written: {shown(self.out)} (README.md says how to sample)", soft_wrap=True)
@@ -219,7 +219,7 @@ class Sample:
 
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
-        from tdc_ray.precision import DTYPES, ProbeJob, probe
+        from tdc_ray.runs.stages.precision import DTYPES, ProbeJob, probe
         from tdc_ray.storage.files import atomic_path
 
         pipeline = ProgressivePipeline.from_pretrained(
@@ -283,8 +283,8 @@ class TrainAutoencoder:
 
     def execute(self, console: Console) -> None:
         """Train, and print how well it rebuilds images."""
-        from tdc_ray.autoencoder import REPORT_FILE, train_autoencoder
-        from tdc_ray.prune_model import data_config
+        from tdc_ray.runs.prune_model import data_config
+        from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
 
         config = self.config
         if self.data is not None:

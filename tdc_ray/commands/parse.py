@@ -98,9 +98,9 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     source = _source(arguments)
     if source is None:
         return config
-    from tdc_ray.base_sources import find_base  # imports torch
-    from tdc_ray.bases import come_along, untold
-    from tdc_ray.prune_model import run_config_of
+    from tdc_ray.runs.pretrained.settings import come_along, untold
+    from tdc_ray.runs.pretrained.sources import find_base  # imports torch
+    from tdc_ray.runs.prune_model import run_config_of
 
     base, has_preset = find_base(source), _value_of("--preset", arguments) is not None
     missing = untold(base.told)
@@ -169,8 +169,8 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """
     if not arguments or arguments[0] != "prune":
         return config
-    from tdc_ray.bases import come_along, noise_told
-    from tdc_ray.prune_model import run_config_of, unet_dir
+    from tdc_ray.runs.pretrained.settings import come_along, noise_told
+    from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
     for argument in _free(arguments):
         try:

@@ -41,8 +41,8 @@ class Run:
         """Run, or go on, and print what came out."""
         config = self.config
         folder = located(self.run_dir or default_run_dir(config))
-        from tdc_ray.bases import with_first_stage  # imports torch
-        from tdc_ray.run import check, run  # imports ray
+        from tdc_ray.runs.pretrained.settings import with_first_stage  # imports torch
+        from tdc_ray.runs.run import check, run  # imports ray
 
         if self.dry_run:
             console.print(config)
@@ -101,8 +101,8 @@ def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
     if config.model.base is None:
         unet = base_unet(config)
     else:
-        from tdc_ray.base_sources import find_base  # imports torch
-        from tdc_ray.bases import check_base
+        from tdc_ray.runs.pretrained.settings import check_base
+        from tdc_ray.runs.pretrained.sources import find_base  # imports torch
 
         unet = check_base(find_base(config.model.base), config)
     _, macs_base = count(unet)

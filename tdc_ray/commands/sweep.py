@@ -11,11 +11,11 @@ from tyro.conf import arg
 from tdc_ray.commands.run import Settings
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
+from tdc_ray.runs.sweep.space import SweepConfig, check_space, parse_space
 from tdc_ray.storage.object_store import located, shown
-from tdc_ray.sweep_settings import SweepConfig, check_space, parse_space
 
 if TYPE_CHECKING:
-    from tdc_ray.sweep_results import SweepResults
+    from tdc_ray.runs.sweep.results import SweepResults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class Sweep:
             f"curves and HParams: tensorboard --logdir {shown(folder)}",
             soft_wrap=True,
         )
-        from tdc_ray.sweep import sweep  # imports ray
-        from tdc_ray.sweep_results import load_sweep
+        from tdc_ray.runs.sweep.results import load_sweep
+        from tdc_ray.runs.sweep.sweep import sweep  # imports ray
 
         try:
             results = sweep(self.config, space, self.sweep, folder)

@@ -20,7 +20,7 @@ from tdc_ray.data.load import Batch
 from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
-from tdc_ray.precision import autocast, in_layout
+from tdc_ray.runs.stages.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 from tdc_ray.storage.object_store import shown

@@ -7,7 +7,7 @@ from tdc_ray.html_report.gather import RunData, SweepData
 from tdc_ray.html_report.overview import runs_table, setting_text, settings_table, trials_table
 from tdc_ray.html_report.run_parts import run_parts
 from tdc_ray.html_report.scores import figures_1, scored, tried
-from tdc_ray.sweep_results import finished_settings
+from tdc_ray.runs.sweep.results import finished_settings
 
 MAX_RUNS = 12
 """Most runs of several that get a section of their own."""

@@ -23,7 +23,7 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.timeline import History
 from tdc_ray.html_report.gather import RunData
 from tdc_ray.report import macs_text, plan_figure
-from tdc_ray.results import Results, StageSeconds
+from tdc_ray.runs.results import Results, StageSeconds
 from tdc_ray.workers_report import timeline_figure
 
 SIZE = (4.6, 3.1)

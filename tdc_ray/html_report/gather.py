@@ -9,17 +9,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from tdc_ray import sweep_results
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.timeline import History, Usage, load_history, usage
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.results import Results, load_results
-from tdc_ray.status import Status, status
+from tdc_ray.runs.results import Results, load_results
+from tdc_ray.runs.status import Status, status
+from tdc_ray.runs.sweep import results as sweep_results
+from tdc_ray.runs.sweep.results import SWEEP_FILE, Row, SweepResults
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import shown
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.sweep_results import SWEEP_FILE, Row, SweepResults
 
 Pixels = npt.NDArray[np.uint8]
 """Images of shape ``(N, H, W, C)``."""

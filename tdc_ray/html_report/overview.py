@@ -12,7 +12,7 @@ from tdc_ray.html_report.paper import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.sweep_results import Setting, SweepResults
+from tdc_ray.runs.sweep.results import Setting, SweepResults
 
 
 def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:

@@ -27,7 +27,7 @@ from tdc_ray.html_report.tables import (
 )
 from tdc_ray.html_report.times import times_blocks
 from tdc_ray.report import conclusions, macs_text, millions_text
-from tdc_ray.results import Results, ReuseResult
+from tdc_ray.runs.results import Results, ReuseResult
 
 MAX_NARROW = 6
 """Most columns of a heat map that has room beside a plot."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tdc_ray.html_report.blocks import Plot
 from tdc_ray.html_report.figures import Point, figure_1
 from tdc_ray.html_report.gather import SweepData
-from tdc_ray.results import Results
+from tdc_ray.runs.results import Results
 
 
 def scored(found: Mapping[str, Results]) -> dict[str, list[Point]]:

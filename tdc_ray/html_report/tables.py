@@ -16,8 +16,8 @@ from tdc_ray.html_report.paper import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.results import ModelResult, Results
-from tdc_ray.status import Status
+from tdc_ray.runs.results import ModelResult, Results
+from tdc_ray.runs.status import Status
 
 _OTHER_DATA = (
     "The paper has no such dataset: its columns are of {dataset}, so only the order of the rows "

@@ -2,7 +2,7 @@
 
 from tdc_ray.html_report.blocks import Block, Column, Plot, Row, Table, Value
 from tdc_ray.html_report.figures import BASE, drawing, svg_of
-from tdc_ray.results import Results, TimesResult
+from tdc_ray.runs.results import Results, TimesResult
 
 
 def times_blocks(results: Results, key: str) -> list[Block]:

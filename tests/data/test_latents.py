@@ -9,7 +9,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.cli import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import digest, with_absolute_paths
@@ -38,7 +37,8 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.units import keep_all, units_of
 from tdc_ray.pruning.noised import noised_batches
-from tdc_ray.run import check, run
+from tdc_ray.runs.run import check, run
+from tdc_ray.runs.stages.base import Place, sample_grid, train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.base import Place, sample_grid, train_base
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, TrainConfig
 from tdc_ray.data.batches import batches
@@ -19,6 +18,7 @@ from tdc_ray.diffusion.process import loss_weights, noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet2d.unet import build_unet
+from tdc_ray.runs.stages.base import Place, sample_grid, train_base
 from tests.small import TINY, assert_same, output_of, small_config
 
 ALONE = Place(0, 1, torch.device("cpu"))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.base import base_item
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError
 from tdc_ray.execution.cache import Store, key_of, shared
 from tdc_ray.execution.item import WorkItem, run_item
-from tdc_ray.finetune import finetune_item, halve_micro_batch
 from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.tasks.candidates import measure_item
+from tdc_ray.runs.stages.base import base_item
+from tdc_ray.runs.stages.finetune import finetune_item, halve_micro_batch
 from tdc_ray.storage.files import write_text
 from tests.small import make_run_dir, small_config, task_of
 

@@ -261,11 +261,11 @@ FUNCTIONS = sorted(set(functions_of_work_items()))
 
 def test_the_packages_work_items_are_found():
     assert {
-        ("tdc_ray.finetune", "finetune_expert"),
-        ("tdc_ray.finetune", "try_candidate"),
+        ("tdc_ray.runs.stages.finetune", "finetune_expert"),
+        ("tdc_ray.runs.stages.finetune", "try_candidate"),
         ("tdc_ray.pruning.tasks.candidates", "measure_sensitivities"),
         ("tdc_ray.pruning.search", "ask"),
-        ("tdc_ray.evaluate", "sample_images"),
+        ("tdc_ray.runs.evaluation.evaluate", "sample_images"),
     } <= set(FUNCTIONS)
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.sweep_results import begun, load_sweep, started_row, summarized
-from tdc_ray.sweep_settings import Range, SweepConfig
+from tdc_ray.runs.sweep.results import begun, load_sweep, started_row, summarized
+from tdc_ray.runs.sweep.space import Range, SweepConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -1,1 +1,0 @@
-"""Ray: the cluster, the pool of actors, and stage 1 under Ray Train."""

@@ -1,0 +1,125 @@
+"""Exports a run's experts as a folder that diffusers, plain PyTorch and tdc_ray load."""
+
+import importlib.resources
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from tdc_ray.config.conditioning import null_class
+from tdc_ray.config.run import from_json
+from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
+from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert
+from tdc_ray.runs.export.model_card import model_card
+from tdc_ray.runs.results import load_results
+from tdc_ray.storage.files import (
+    atomic_path,
+    exists,
+    fetch,
+    read_json,
+    write_json,
+    write_text,
+)
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.run_dir import RunDir
+
+EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
+MODULES_FILE = "modules.json"
+
+
+def export_run(run: Path, folder: Path) -> None:
+    """Export the experts of a finished run; the folder appears when it is whole.
+
+    Args:
+        run: The run directory.
+        folder: Where to: a new folder.
+
+    Raises:
+        CheckpointError: The run's experts are missing or malformed.
+        ConfigError: The folder exists.
+        StorageError: The run is not finished.
+    """
+    run_dir, folder = RunDir(located(run).resolve()), located(folder)
+    if exists(folder):
+        raise ConfigError(f"{shown(folder)} exists: name a new folder, or remove it.")
+    if not exists(run_dir.results):
+        raise StorageError(f"{shown(run)} is not finished: {run_dir.results.name} is missing.")
+    pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
+    config, results = from_json(read_json(run_dir.config)), load_results(run_dir.results)
+    with atomic_path(folder) as temporary:
+        (temporary / EXPERTS_DIR).mkdir(parents=True)
+        index = read_json(run_dir.experts / INDEX_FILE)
+        for row in index["experts"]:
+            _export_expert(
+                run_dir.experts / row["folder"], temporary / EXPERTS_DIR / row["folder"]
+            )
+        if index["first_stage"] is not None:
+            shutil.copytree(
+                fetch(run_dir.experts / index["first_stage"]), temporary / FIRST_STAGE_DIR
+            )
+            index["first_stage"] = f"../{FIRST_STAGE_DIR}"
+        write_json(temporary / EXPERTS_DIR / INDEX_FILE, index)
+        pipeline.scheduler.save_pretrained(temporary / SCHEDULER_DIR)
+        write_json(temporary / "model_index.json", _model_index(pipeline))
+        for name, place in (("pipeline", "."), ("experts", EXPERTS_DIR), ("example", ".")):
+            source = importlib.resources.files("tdc_ray.runs.export.templates") / f"{name}.py"
+            write_text(temporary / place / f"{name}.py", source.read_text())
+        write_text(temporary / "README.md", model_card(results, config))
+
+
+def _export_expert(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    fetch(source)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(source / name, folder / name)
+    arguments = dict(read_json(source / CONFIG_FILE)["unet"])
+    arguments.pop("num_heads", None)
+    with torch.device("meta"):
+        whole = UNet2DModel(**arguments)
+    document = {"unet": arguments, "attributes": _differences(whole, load_expert(source))}
+    write_json(folder / MODULES_FILE, document)
+
+
+def _differences(whole: nn.Module, pruned: nn.Module) -> dict[str, dict[str, Any]]:
+    """Give every plain number of a module, by its name, that a cut has changed."""
+    found = {}
+    for (name, before), after in zip(whole.named_modules(), pruned.modules(), strict=True):
+        numbers = {
+            key: value
+            for key, value in vars(after).items()
+            if isinstance(value, int | float) and value != vars(before).get(key)
+        }
+        numbers.pop("training", None)
+        if numbers:
+            found[name] = numbers
+    return found
+
+
+def _model_index(pipeline: ProgressivePipeline) -> Mapping[str, Any]:
+    """Say in diffusers' terms what the folder consists of."""
+    channels, height, width = pipeline.shape
+    stage = pipeline.first_stage
+    return {
+        "_class_name": ["pipeline", "ProgressivePipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "experts": ["experts", "Experts"],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "first_stage": [None, None]
+        if stage is None
+        else ["diffusers", type(stage.model).__name__],
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "num_inference_steps": pipeline.num_inference_steps,
+        "eta": pipeline.eta,
+        "timestep_scale": pipeline.timestep_scale,
+        "num_classes": pipeline.num_classes,
+        "null_class": null_class(pipeline.experts.num_class_embeds, pipeline.num_classes),
+        "guidance_scale": pipeline.guidance_scale,
+    }

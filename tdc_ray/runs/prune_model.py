@@ -1,0 +1,330 @@
+"""Prunes any saved ``UNet2DModel`` to a limit, in this process: ``tdc-ray prune``."""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from diffusers import UNet2DModel
+from rich.console import Console
+
+from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.config.train import DataConfig
+from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.load import load_dataset
+from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.execution.device import allow_tf32, worker_device
+from tdc_ray.execution.item import run_chain
+from tdc_ray.models.first_stage import check_latents
+from tdc_ray.models.saved_expert import save_expert_into
+from tdc_ray.models.timing import device_name, time_passes
+from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.unet import given_unet_config
+from tdc_ray.progress import ProgressView
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
+from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.language_model import check_proxy
+from tdc_ray.pruning.search import search
+from tdc_ray.pruning.space import Scheme, Space, space_of
+from tdc_ray.runs.pretrained.sources import json_object
+from tdc_ray.runs.stages.precision import settled
+from tdc_ray.storage.files import exists, listing, read_json, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import is_remote, located, shown, version
+from tdc_ray.storage.run_dir import RunDir
+
+REPORT_FILE = "report.json"
+SEARCH_DIR = "search"
+
+logger = logging.getLogger(__name__)
+
+
+def unet_dir(path: Path) -> Path:
+    """Find the UNet in what was named: its folder, a pipeline's, or a run directory.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = located(path)
+    for folder in (path, path / "unet", path / "base" / "unet"):
+        config = folder / "config.json"
+        if exists(config) and "block_out_channels" in json_object(config):
+            return folder.resolve()
+    raise CheckpointError(
+        f"{shown(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: neither "
+        "it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray import "
+        "BASE DIR makes such a folder of a model on the hub and of a file of openai: or compvis:. "
+        "A model that was pruned before cannot be pruned again.)"
+    )
+
+
+def check_out(out: Path) -> None:
+    """Make sure that nothing is written over.
+
+    Raises:
+        ConfigError: It is a file, or a folder that something else wrote.
+    """
+    found = [path for path in listing(out, "*") if not path.name.startswith(".")]
+    if (exists(out) and not is_remote(out) and not out.is_dir()) or (
+        found and not exists(out / SEARCH_DIR)
+    ):
+        raise ConfigError(
+            f"--out must be a new folder, or one that tdc-ray prune wrote before, got "
+            f"{shown(out)}, which is something else. Name another."
+        )
+
+
+def run_config_of(unet: Path) -> RunConfig | None:
+    """Give the settings of the run that trained a UNet; None where it is not in a run directory.
+
+    Raises:
+        ConfigError: They are of another version.
+    """
+    path = unet.parent.parent / "config.json"
+    if unet.name != "unet" or unet.parent.name != "base" or not exists(path):
+        return None
+    return from_json(read_json(path))
+
+
+def data_config(source: str, data: DataConfig) -> DataConfig:
+    """Tell from a path, or ``digits``, what data it is; the other settings stay.
+
+    Raises:
+        ConfigError: It cannot be told.
+    """
+    path = Path(source).expanduser()
+    labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
+    if source == "digits":
+        return replace(data, source="digits", path=None)
+    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
+        return replace(data, source="npz", path=source)
+    if (path / "cifar-10-batches-py").is_dir():
+        return replace(data, source="cifar10", path=source)
+    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        return replace(data, source="folder", path=source, labels_from_folders=labels)
+    raise ConfigError(
+        f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
+        f"of cifar-10-batches-py, got {source}."
+    )
+
+
+def prune_model(
+    unet: Path,
+    config: RunConfig,
+    group: Group,
+    out: Path,
+    console: Console,
+    milliseconds: float | None = None,
+) -> dict[str, object]:
+    """Search, cut and refit; write the pruned model and its report.
+
+    The same call goes on where an earlier one was cut.
+
+    Args:
+        unet: The folder of the UNet.
+        config: Data, noise process and how to prune.
+        group: The timesteps, and the limit unless that is one of time.
+        out: Where to: the model (``models.experts.load_expert`` reads it) and ``report.json``;
+            what the search measured is kept in its folder ``search``.
+        console: Where progress is shown.
+        milliseconds: Most time of a forward pass of ``prune.latency_batch_size`` images on this
+            device; it goes with the objective latency, and with nothing else.
+
+    Returns:
+        The report.
+
+    Raises:
+        TdcError: What went wrong, said before work starts wherever that can be known.
+    """
+    out, config, base_settings = located(out), with_absolute_paths(config), given_unet_config(unet)
+    allow_tf32(allowed=config.compute.tf32)
+    if (milliseconds is None) != (config.prune.objective == "macs"):
+        raise ConfigError(
+            "prune.objective must be latency with --milliseconds and macs without, got "
+            f"{config.prune.objective}: give the one, or set the other."
+        )
+    if config.prune.method == "none":
+        raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
+    if config.prune.method == "llm":
+        check_proxy(config.proxy)
+    if config.prune.halving_steps:
+        raise ConfigError(
+            f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
+            "it takes no gradient step."
+        )
+    check_out(out)
+    space = space_of(base_settings, config.prune.space, config.prune.channel_multiple)
+    _check(config, base_settings)
+    if milliseconds is None:
+        space.check_limit(group.limit(space.cost_base), "the model", "Raise --macs")
+    dataset = load_dataset(config.data)
+    if embeds := base_settings.get("num_class_embeds"):
+        if not dataset.num_classes:
+            raise ConfigError(
+                "the model is conditioned on classes: --data must have a label for every image."
+            )
+        if dataset.num_classes > embeds:
+            raise ConfigError(
+                f"labels of --data must be below {embeds}, the classes that the model embeds, got "
+                f"{dataset.num_classes - 1}."
+            )
+    with exclusive(out):
+        table = _latency_name(config, base_settings)
+        limit_name = group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
+        search_dir = out / SEARCH_DIR / _name(unet, config, group, limit_name)
+        run_dir = RunDir(search_dir.resolve(), unet)
+        with ProgressView(run_dir.tensorboard, console) as view:
+            config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
+            if milliseconds is not None:
+                path = (out / SEARCH_DIR / table).resolve()
+                chain = timed_space(path, base_settings, config, space)
+                space = run_chain(chain, view.watch)
+                limit = round(1e6 * milliseconds)
+                space.check_limit(limit, "the model", "Raise --milliseconds")
+                if limit >= space.cost_base:
+                    logger.warning(
+                        "--milliseconds %g is no less than the %.4g ms that the model takes: "
+                        "nothing need be cut",
+                        milliseconds,
+                        space.cost_base / 1e6,
+                    )
+                group = replace(group, limit_share=min(1.0, limit / space.cost_base))
+            run_chain(prepare_latents(config), view.watch)
+            task = GroupTask(run_dir, config, space, group)
+            choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
+        logger.info("writing the model")
+        writing = time.perf_counter()
+        base = load_base(run_dir, config)
+        pruned = pruned_unet(base, choice.kept, config, group)
+        save_expert_into(out, pruned, base_settings, choice.kept)
+        report: dict[str, object] = {
+            "macs_base": space.macs_base,
+            "macs": space.macs(choice.widths),
+            "macs_limit": task.limit if milliseconds is None else space.macs_base,
+            "num_params_base": space.num_params_base,
+            "num_params": space.num_params(choice.widths),
+            "loss_base": choice.loss_base,
+            "loss_cut": choice.loss_cut,
+            "loss_refit": choice.loss_refit,
+            "method": config.prune.method,
+            "source": "base" if choice.entry is None else choice.entry.source,
+            "refit": config.prune.refit,
+            "space": config.prune.space,
+            "objective": config.prune.objective,
+            "timesteps": [group.first, group.last],
+            "widths": dict(choice.widths),
+            "search_macs": choice.spent.macs,
+            "prompt_tokens": choice.spent.prompt_tokens,
+            "completion_tokens": choice.spent.completion_tokens,
+            "notes": choice.spent.notes,
+            "proxy_seconds": choice.spent.proxy_seconds,
+            "search_seconds": choice.spent.seconds,
+            "seconds": choice.spent.seconds
+            + choice.spent.proxy_seconds
+            + (time.perf_counter() - writing),
+        }
+        if milliseconds is not None:
+            report["time"] = _time(config, space, choice.widths, milliseconds, base.unet, pruned)
+        write_json(out / REPORT_FILE, report)
+    return report
+
+
+def _time(
+    config: RunConfig,
+    space: Space,
+    widths: Scheme,
+    limit_ms: float,
+    base: UNet2DModel,
+    pruned: UNet2DModel,
+) -> dict[str, object]:
+    """Tell what a pruned model takes by the table, and what it and its base take as a whole."""
+    size = config.prune.latency_batch_size
+    whole, part = time_passes(
+        [base, pruned.eval()], size, min_repeats=MIN_REPEATS, min_seconds=MIN_SECONDS
+    )
+    return {
+        "device": device_name(base.device),
+        "batch_size": size,
+        "limit_ms": limit_ms,
+        "base_table_ms": space.cost_base / 1e6,
+        "table_ms": space.cost(widths) / 1e6,
+        "base_ms": 1e3 * whole.total,
+        "ms": 1e3 * part.total,
+    }
+
+
+def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig:
+    """Bring settings in line with a UNet: what it learns, and its data if it was named.
+
+    Raises:
+        ConfigError: The data or the size of the model's images cannot be told.
+    """
+    if not isinstance(size := unet.get("sample_size"), int):
+        raise ConfigError(
+            f"sample_size in the model's config.json must be one whole number, got {size}: write "
+            "the height and width of its images there."
+        )
+    learned = unet["out_channels"] == 2 * unet["in_channels"]
+    config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
+    return config if data is None else replace(config, data=_named_data(data, config, unet))
+
+
+def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
+    """Bring data to the UNet's shape, unless it takes a first stage's latents.
+
+    Raises:
+        ConfigError: It cannot be told what data it is, or the UNet does not take images.
+    """
+    data, channels = config.data, unet["in_channels"]
+    if data.first_stage is None:
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
+                "something else. If it is latents, name --data.first-stage."
+            )
+        data = replace(data, image_size=unet["sample_size"], num_channels=channels)
+    named = data_config(source, data)
+    by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
+    return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
+
+
+def _check(config: RunConfig, unet: UNetConfig) -> None:
+    check_latents(config.data, unet, "this model")
+    if config.data.first_stage is not None:
+        return
+    for setting, value, wanted in (
+        ("data.image_size", config.data.image_size, unet["sample_size"]),
+        ("data.num_channels", config.data.num_channels, unet["in_channels"]),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f"{setting} must be {wanted} for this model, got {value}. Name data by --data."
+            )
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
+    """Name a table of times by all that it is of, and by what computes here."""
+    shape = {key: value for key, value in unet.items() if not key.startswith("_")}
+    prune = config.prune
+    device = device_name(worker_device())
+    document = [shape, prune.latency_batch_size, prune.channel_multiple, device]
+    name = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
+    return f"latency-{name}.json"
+
+
+def _name(unet: Path, config: RunConfig, group: Group, limit: float | str) -> str:
+    """Name a search by all that decides what it measures."""
+    weights = listing(unet, "*.safetensors")
+    states = [version(file) if is_remote(file) else _state(file) for file in weights]
+    document = [digest(config), shown(unet), states, group.first, group.last, limit]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]

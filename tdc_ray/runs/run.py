@@ -1,0 +1,306 @@
+"""Algorithm 1 from start to end: plan, base, pruning rounds and fine-tunes, pipeline, scores."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.conditioning import check_conditioning
+from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
+from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
+from tdc_ray.diffusion.plan import Plan, plan_groups
+from tdc_ray.diffusion.plan import to_json as plan_to_json
+from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.execution.cache import Store
+from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.timeline import Timeline
+from tdc_ray.models.first_stage import check_latents, copy_first_stage
+from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import unet_config
+from tdc_ray.progress import Event, ProgressView
+from tdc_ray.pruning.group import group_tasks
+from tdc_ray.pruning.latency import timed_space
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.report import plot_plan
+from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory
+from tdc_ray.runs.collect_results import Outcome, step_mean, summarize
+from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
+from tdc_ray.runs.evaluation.features import FeatureSpec, check_labels, choose_features
+from tdc_ray.runs.pretrained.settings import check_base, import_base, with_first_stage
+from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.runs.results import Results, load_results, save_results
+from tdc_ray.runs.stages.expert import Expert, make_expert
+from tdc_ray.runs.stages.finetune import expert_dir
+from tdc_ray.runs.stages.precision import Stage, settled
+from tdc_ray.runs.stages.stage_1 import make_base
+from tdc_ray.runs.stages.timing import expert_times
+from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.provenance import commit, machine, versions
+from tdc_ray.storage.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
+"""Stages that have a precision; a base that is given is not trained."""
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    store: Path | None = None,
+    listen: Callable[[Event], None] | None = None,
+) -> Results:
+    """Do the whole of algorithm 1, or what of it an earlier call has left to do.
+
+    Args:
+        config: The settings.
+        folder: The run directory, or its URI. The same call goes on where an earlier one was cut.
+        console: Where progress is shown.
+        store: Folder or URI of a store (see ``tdc_ray.execution.cache``): what other runs left
+            there is taken, and what this one computes is left there. None: all is computed here.
+        listen: Gets what the work reports, as it comes in.
+
+    Returns:
+        What is then in ``results.json``.
+
+    Raises:
+        TdcError: What went wrong, said before work starts wherever that can be known.
+    """
+    started = time.perf_counter()
+    run_dir = RunDir(located(folder).resolve())
+    config = with_first_stage(with_absolute_paths(config))
+    _refuse_other_settings(run_dir, config)
+    if exists(run_dir.results):
+        logger.info("%s is finished; nothing is done again", shown(run_dir.root))
+        return load_results(run_dir.results)
+    space, plan = check(config)
+    with exclusive(run_dir.root):
+        _prepare(run_dir, config, plan)
+        if config.model.base is not None:
+            _bring_in_base(run_dir, config, config.model.base)
+        spec = choose_features(config, load_dataset(config.data), run_dir.features)
+        timeline = Timeline(run_dir.timeline)
+        with (
+            ProgressView(run_dir.tensorboard, console, listen) as view,
+            connected(local_cpus(config.compute)),
+            board(view) as events,
+            Sharing(_store(store, run_dir)) as sharing,
+            Pool(config, events, view, timeline, sharing) as pool,
+        ):
+            show_plan(run_dir, view)
+            with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
+                encoders.run({"latents": prepare_latents(config)}, "latents")
+                stages = STAGES if config.model.base is None else STAGES[1:]
+                unet = unet_config(run_dir.base_unet) if config.model.base else base_unet(config)
+                chain = settled(run_dir, config, unet, stages)
+                config = encoders.run({"precision": chain}, "precision")["precision"]
+                space = _limited_space(run_dir, config, unet, space, plan, encoders)
+            if config.model.base is None:
+                make_base(run_dir, config, events, view, sharing)
+            memory = shown_memory(run_dir, view, config.prune.num_candidates)
+            experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
+            times = pool.run({"times": expert_times(run_dir, config, plan)}, "times")["times"]
+            scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
+            timeline.flush()
+            show_samples(run_dir, view)
+            used = show_usage(run_dir, view)
+        outcome = Outcome(plan, experts, times, *scores, spec, reference, used, store is not None)
+        seconds = time.perf_counter() - started
+        results = summarize(run_dir, config, outcome, seconds)
+        save_results(run_dir.results, results)
+        return results
+
+
+def check(config: RunConfig) -> tuple[Space, Plan]:
+    """Find out before any work whether settings, data and limits can go together.
+
+    Raises:
+        ConfigError: Settings disagree with the architecture, or with the base that is given.
+        CheckpointError: The base that is given is missing or malformed.
+        DataError: The data is missing or malformed.
+        LimitError: A group's limit is below the smallest pruned model.
+    """
+    unet, name, is_latent = _base_of(config)
+    data, diffusion = config.data, config.diffusion
+    if is_latent and data.first_stage is None:
+        raise ConfigError(
+            f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
+            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
+            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
+            "tdc-ray import FILE DIR by --base DIR."
+        )
+    check_latents(data, unet, name)
+    learns_sigma = unet["out_channels"] == 2 * unet["in_channels"]
+    for setting, value, wanted in (
+        ("data.image_size", data.image_size, unet["sample_size"]),
+        ("data.num_channels", data.num_channels, unet["in_channels"]),
+        ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
+    ):
+        of_images = data.first_stage is None or not setting.startswith("data.")
+        if of_images and value != wanted:
+            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
+    plan = plan_groups(diffusion, config.plan, config.sampler)
+    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
+    if config.prune.objective == "macs":
+        _check_limits(config, space, plan)
+    dataset = load_dataset(data)
+    check_conditioning(
+        config.conditioning,
+        guidance_scale=config.sampler.guidance_scale,
+        num_class_embeds=unet.get("num_class_embeds"),
+        num_data_classes=dataset.num_classes,
+    )
+    check_labels(config, dataset)
+    return space, plan
+
+
+def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
+    """Make sure that every group's limit can be met."""
+    if config.prune.method != "none":
+        for group in plan.groups:
+            space.check_limit(group.limit(space.cost_base), f"group {group.index}")
+
+
+def _limited_space(
+    run_dir: RunDir, config: RunConfig, unet: UNetConfig, space: Space, plan: Plan, pool: Pool
+) -> Space:
+    """Give the space with what is limited in it: where that is time it is measured, once.
+
+    Raises:
+        LimitError: A group's limit is below what the smallest pruned model takes.
+    """
+    if config.prune.objective == "macs" or config.prune.method == "none":
+        return space
+    chain = timed_space(run_dir.latency, unet, config, space)
+    timed = pool.run({"latency": chain}, "latency")["latency"]
+    _check_limits(config, timed, plan)
+    return timed
+
+
+def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
+    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
+    if config.model.base is not None:
+        base = find_base(config.model.base)
+        name = f"the base {base.source}"
+        return check_base(base, config), name, base.first_stage is not None
+    named = config.model.architecture
+    return base_unet(config), f"model.architecture {named}", named in LATENT
+
+
+def _store(root: Path | None, run_dir: RunDir) -> Store | None:
+    """Open a store for a run."""
+    return None if root is None else Store(located(root).resolve(), shown(run_dir.root))
+
+
+def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
+    """Make sure that a run directory, if there is one, is of the very run that is asked for."""
+    if not exists(run_dir.config):
+        return
+    try:
+        before = from_json(read_json(run_dir.config))
+    except ConfigError as error:
+        raise StorageError(
+            f"{shown(run_dir.config)} is of another version: {error} Choose another --run-dir."
+        ) from error
+    changed = differences(before, config)
+    if changed:
+        raise StorageError(
+            f"run directory {shown(run_dir.root)} has other settings: {'; '.join(changed)}. "
+            "Use the same settings to go on, or another --run-dir."
+        )
+
+
+def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
+    """Write down settings, versions and plan, unless an earlier call did.
+
+    Raises:
+        StorageError: The first stage is no longer that of the earlier call.
+    """
+    if config.data.first_stage is not None:
+        copy_first_stage(Path(config.data.first_stage), run_dir.experts / FIRST_STAGE_DIR)
+    if exists(run_dir.config):
+        return
+    write_json(
+        run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
+    )
+    write_json(run_dir.plan, plan_to_json(plan))
+    plot_plan(plan, run_dir.plan_plot)
+    write_json(run_dir.config, to_json(config))
+
+
+def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
+    """Import the base that is given, unless an earlier call did; nothing of it is trained."""
+    if exists(run_dir.base_result):
+        return
+    logger.info("stage 1: importing the base %s (%s)", source, shown(run_dir.base_unet))
+    started = time.perf_counter()
+    num_params, macs = count(import_base(find_base(source), config, run_dir.base))
+    result = {
+        "macs": macs,
+        "num_params": num_params,
+        "train_steps": 0,
+        "train_macs": 0.0,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(run_dir.base_result, result)
+
+
+def _make_experts(
+    run_dir: RunDir,
+    config: RunConfig,
+    space: Space,
+    plan: Plan,
+    spec: FeatureSpec,
+    memory: MemoryBank,
+    pool: Pool,
+) -> tuple[list[Expert], str]:
+    """Stage 2: all groups side by side; the features are made ready beside them."""
+    logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
+    tasks = group_tasks(run_dir, config, space, plan.groups)
+    chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
+    done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
+    experts = [done[task.name] for task in tasks]
+    folders = [expert_dir(run_dir, group).name for group in plan.groups]
+    save_index(run_dir.experts, config, plan.groups, folders)
+    return experts, done["features"]
+
+
+def _evaluate(
+    run_dir: RunDir,
+    config: RunConfig,
+    space: Space,
+    plan: Plan,
+    experts: Sequence[Expert],
+    spec: FeatureSpec,
+    pool: Pool,
+) -> tuple[Score, Score]:
+    """Score the base and the experts on the same noise."""
+    logger.info("evaluation: %d images of each model", config.evaluate.num_images)
+    base = evaluate(run_dir, config, spec, "base", space.macs_base)
+    tdc = evaluate(
+        run_dir, config, spec, "tdc", step_mean(plan, [expert.macs for expert in experts])
+    )
+    done = pool.run({**base, **tdc}, "evaluation")
+    return (
+        score(run_dir, [done[name] for name in base]),
+        score(run_dir, [done[name] for name in tdc]),
+    )
+
+
+def local_cpus(compute: ComputeConfig) -> int:
+    """Logical CPUs of a local Ray: the machine's, or as many as one base worker wants."""
+    return max(os.cpu_count() or 1, compute.cpus_per_base_worker * compute.num_base_workers)

@@ -1,0 +1,151 @@
+"""Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, life after a kill."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchTrainer
+
+from tdc_ray import errors
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
+from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
+from tdc_ray.execution.scheduler import num_fitting
+from tdc_ray.progress import ProgressView
+from tdc_ray.storage.files import exists, read_json, remove, write_json
+from tdc_ray.storage.object_store import filesystem, is_remote
+from tdc_ray.storage.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+KEY = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseJob:
+    """What each worker is told."""
+
+    run_dir: RunDir
+    config: RunConfig
+    board: Board
+
+
+def train_base_on_ray(
+    run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView
+) -> None:
+    """Train the base on the cluster; a base that is done is left alone.
+
+    The same call goes on from the last checkpoint of an earlier one, whatever ended that.
+
+    Raises:
+        ClusterError: The cluster is too small for the workers asked for.
+        TdcError: What a worker raised.
+        WorkFailedError: Workers died more often than ``compute.max_attempts`` allows.
+    """
+    if exists(run_dir.base_result):
+        return
+    check_cluster(config.compute)
+    resources = _resources(config.compute)
+    trainer = _Trainer(
+        _work,
+        train_loop_config={"job": BaseJob(run_dir, config, board)},
+        scaling_config=ScalingConfig(
+            num_workers=config.compute.num_base_workers,
+            use_gpu=config.compute.gpus_per_base_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=TrainRunConfig(
+            name=run_dir.base_training.name,
+            **storage_of(run_dir.base_training.parent),
+            failure_config=FailureConfig(max_failures=config.compute.max_attempts - 1),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.base.keep_checkpoints),
+        ),
+    )
+    remove(_error_path(run_dir))
+    view.start(KEY, config.base.num_steps)
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if not exists(_error_path(run_dir)):
+            raise WorkFailedError({KEY: str(error)}) from error
+    finally:
+        view.finish(KEY)
+    if exists(_error_path(run_dir)):
+        document = read_json(_error_path(run_dir))
+        raise getattr(errors, document["type"])(*document["arguments"])
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C alone: Ray's own handler would keep it for good, and exit with 0 on it."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+def _error_path(run_dir: RunDir) -> Path:
+    """Where a worker leaves an error of its own, which the driver raises."""
+    return run_dir.base_training.parent / "error.json"
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What one worker does. Ray Train tries all failures again, but our own errors would recur."""
+    job: BaseJob = settings["job"]
+    if exists(_error_path(job.run_dir)):
+        return
+    # Train's controller does not import it.
+    from tdc_ray.runs.stages.base_worker import train_rank
+
+    try:
+        train_rank(job.run_dir, job.config, job.board)
+    except StorageFailedError:
+        raise
+    except TdcError as error:
+        document = {"type": type(error).__name__, "arguments": list(error.args)}
+        write_json(_error_path(job.run_dir), document)
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks wait for this one: end them
+
+
+def storage_of(folder: Path) -> dict[str, Any]:
+    """Tell Ray Train, or Ray Tune, where a folder is."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    store, key = filesystem(folder)
+    return {"storage_path": key, "storage_filesystem": PyFileSystem(FSSpecHandler(store))}
+
+
+def _resources(compute: ComputeConfig) -> dict[str, float]:
+    resources = {"CPU": float(compute.cpus_per_base_worker)}
+    if compute.gpus_per_base_worker > 0:
+        resources["GPU"] = compute.gpus_per_base_worker
+    return resources
+
+
+def check_cluster(compute: ComputeConfig) -> None:
+    """Refuse what would wait for ever; say once what may wait for nodes to join.
+
+    Raises:
+        ClusterError: The cluster is too small for the workers asked for, and cannot grow.
+    """
+    resources = _resources(compute)
+    nodes = node_resources()
+    fits = num_fitting(nodes, resources)
+    if fits >= compute.num_base_workers:
+        return
+    needed = (
+        f"training the base needs {compute.num_base_workers} workers (compute.num_base_workers) "
+        f"of {resources}, of which {fits} fit on the nodes {nodes}"
+    )
+    if is_local():
+        raise ClusterError(
+            f"{needed}. Lower compute.num_base_workers, compute.cpus_per_base_worker or "
+            "compute.gpus_per_base_worker, or use a larger cluster."
+        )
+    logger.warning("%s; it waits until there is room", needed)

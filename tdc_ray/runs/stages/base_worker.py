@@ -1,0 +1,93 @@
+"""What a worker of stage 1 does under Ray Train."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train.torch
+from diffusers import UNet2DModel
+from ray.train import Checkpoint
+from torch import nn
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.train import TrainState
+from tdc_ray.execution.device import Place, set_up
+from tdc_ray.execution.ray.cluster import Board
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.unet2d.unet import save_unet
+from tdc_ray.runs.stages.base import sample_grid, train_base
+from tdc_ray.runs.stages.base_trainer import KEY
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
+
+STATE_FILE = "state.pt"
+
+
+def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
+    """Train as one of the workers, from the last checkpoint on; the first one saves the base.
+
+    Raises:
+        NonFiniteLossError: Training diverged.
+        CheckpointError: The checkpoint does not fit.
+        DataError: The dataset is missing or malformed.
+        StorageFailedError: The base cannot be written.
+    """
+    started = time.perf_counter()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    set_up(config.compute.cpus_per_base_worker, tf32=config.compute.tf32)
+    place = Place(rank, context.get_world_size(), ray.train.torch.get_device())
+
+    def save(state: TrainState) -> None:
+        if rank != 0:
+            ray.train.report({"step": state.step})
+            return
+        board.add_images(KEY, state.step, sample_grid(state, config).numpy())
+        with tempfile.TemporaryDirectory() as folder:
+            state.save(Path(folder) / STATE_FILE)
+            ray.train.report({"step": state.step}, checkpoint=Checkpoint.from_directory(folder))
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        state = _train(config, place, None, board, save)
+    else:
+        with checkpoint.as_directory() as folder:
+            state = _train(config, place, Path(folder) / STATE_FILE, board, save)
+    if rank == 0:
+        _finish(run_dir, config, state, time.perf_counter() - started)
+
+
+def _train(
+    config: RunConfig, place: Place, resume_from: Path | None, board: Board, save: Any
+) -> TrainState:
+    return train_base(
+        config,
+        place,
+        resume_from=resume_from,
+        wrap=_wrap,
+        report=board.reporter(KEY) if place.rank == 0 else lambda _metrics, _step: None,
+        save=save,
+    )
+
+
+def _wrap(unet: UNet2DModel) -> nn.Module:
+    wrapped: nn.Module = ray.train.torch.prepare_model(unet)
+    return wrapped
+
+
+def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: float) -> None:
+    """Save the averaged weights, then the result, whose existence says that the base is done."""
+    unet_config = base_unet(config)
+    with state.averaged() as unet:
+        save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
+    num_params, macs = count(unet_config)
+    result = {
+        "macs": macs,
+        "num_params": num_params,
+        "train_steps": state.step,
+        "train_macs": 3.0 * macs * state.step * config.base.batch_size,
+        "seconds": seconds,
+    }
+    write_json(run_dir.base_result, result)

@@ -1,0 +1,114 @@
+"""How far a run is, by its directory alone: from any machine that sees the storage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tdc_ray.config.run import RunConfig, from_json
+from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.errors import StorageError
+from tdc_ray.execution.timeline import History, Span, Usage, load_history, usage
+from tdc_ray.pruning.group import group_name
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
+from tdc_ray.runs.results import Results, load_results
+from tdc_ray.storage.files import exists, listing, read_json
+from tdc_ray.storage.lease import holder
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupStatus:
+    """How far a group is."""
+
+    index: int
+    timesteps: tuple[int, int]
+    num_candidates: int
+    """Schemes that were measured."""
+
+    best_loss: float | None
+    """Of these, on held-out noise."""
+
+    loss_finetuned: float | None
+    """None: its expert is not there yet."""
+
+    failed: str | None
+    """Why the last driver gave it up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """How far a run is."""
+
+    config: RunConfig
+    driver: str | None
+    """Who holds the run directory, as far as that can be seen from here."""
+
+    base: str
+    """How far stage 1 is."""
+
+    groups: Sequence[GroupStatus]
+    failed: Mapping[str, str]
+    """Why the last driver gave up parts other than groups, such as samples, by their names."""
+
+    running: Sequence[Span]
+    """What the last driver has, or had, under way."""
+
+    num_workers: int
+    """Workers that it has, or had."""
+
+    usage: Sequence[Usage]
+    results: Results | None
+    """None: the run is not finished."""
+
+
+def status(run_dir: RunDir) -> Status:
+    """Find out how far a run is.
+
+    Raises:
+        StorageError: There is no run, or a file of it is damaged.
+    """
+    if not exists(run_dir.config):
+        raise StorageError(
+            f"{shown(run_dir.root)} is no run directory: it has no {run_dir.config.name}."
+        )
+    config = from_json(read_json(run_dir.config))
+    history = load_history(run_dir.timeline)
+    entries = MemoryBank(run_dir.memory).all()
+    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    groups = {group_name(group) for group in plan.groups}
+    return Status(
+        config=config,
+        driver=holder(run_dir.root),
+        base=_base(run_dir, config),
+        groups=[_group(run_dir, group, entries, history) for group in plan.groups],
+        failed={name: why for name, why in history.failed.items() if name not in groups},
+        running=[span for span in history.spans if span.ended is None],
+        num_workers=sum(stay.left is None for stay in history.stays),
+        usage=usage(history),
+        results=load_results(run_dir.results) if exists(run_dir.results) else None,
+    )
+
+
+def _base(run_dir: RunDir, config: RunConfig) -> str:
+    if exists(run_dir.base_result):
+        done = read_json(run_dir.base_result)
+        return f"done: {done['train_steps']} steps in {done['seconds']:.0f} s"
+    kept = listing(run_dir.base_training, "checkpoint_*")
+    if not kept:
+        return f"no checkpoint yet of {config.base.num_steps} steps"
+    return f"checkpoint {kept[-1].name} (one every {config.base.checkpoint_every} steps)"
+
+
+def _group(
+    run_dir: RunDir, group: Group, entries: Sequence[MemoryEntry], history: History
+) -> GroupStatus:
+    found = [entry for entry in entries if entry.group == group.index]
+    tuned = [read_json(path) for path in listing(run_dir.group(group.index), "finetune-*.json")]
+    return GroupStatus(
+        index=group.index,
+        timesteps=(group.first, group.last),
+        num_candidates=len(found),
+        best_loss=best(found).loss if found else None,
+        loss_finetuned=tuned[0]["loss_finetuned"] if tuned else None,
+        failed=history.failed.get(group_name(group)),
+    )

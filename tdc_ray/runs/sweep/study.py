@@ -1,0 +1,101 @@
+"""Optuna's study of a sweep: where it is kept, and what it knows."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tdc_ray.errors import ConfigError
+from tdc_ray.runs.sweep.results import SweepResults
+from tdc_ray.runs.sweep.space import Choices, Domain, SweepConfig
+from tdc_ray.storage.object_store import is_remote
+
+STUDY_VARIABLE = "TDC_RAY_STUDY"
+"""Environment variable: the database URL of Optuna's study, where no setting gives one."""
+
+STUDY_FILE = "study.log"
+
+
+def tidy(
+    study: optuna.Study,
+    results: SweepResults,
+    distributions: Mapping[str, BaseDistribution],
+    how: SweepConfig,
+) -> list[dict[str, Any]]:
+    """End what a driver that died left under way; give the settings that wait in the study.
+
+    What is done and the study does not know, because its file is gone, is told to it.
+    """
+    waiting = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state is TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.state is TrialState.WAITING:
+            waiting.append(dict(trial.system_attrs.get("fixed_params", {})))
+    known = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
+    for setting in results.settings:
+        if dict(setting.params) not in known and setting.num_done == len(how.seeds):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=dict(setting.params),
+                    distributions=dict(distributions),
+                    values=[setting.mean[name] for name in how.objectives],
+                )
+            )
+    return waiting
+
+
+def distribution(domain: Domain) -> BaseDistribution:
+    """Give a domain in Optuna's terms."""
+    if isinstance(domain, Choices):
+        return CategoricalDistribution(domain.values)
+    if domain.whole:
+        return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+    return FloatDistribution(domain.low, domain.high, log=domain.log)
+
+
+class _Database(RDBStorage):
+    """A database whose URL, which may hold a password, Tune does not write into its files."""
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return {**super().__getstate__(), "url": "sqlite://"}
+
+
+def open_storage(folder: Path, how: SweepConfig) -> BaseStorage:
+    """Open what keeps Optuna's study.
+
+    Raises:
+        ConfigError: The database cannot be opened.
+    """
+    url = how.study or os.environ.get(STUDY_VARIABLE)
+    if url is None:
+        if is_remote(folder):  # told anew what sweep.json knows
+            return optuna.storages.InMemoryStorage()
+        return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        without_password = make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        raise ConfigError(
+            "sweep.study must be a database URL, such as postgresql://host/db."
+        ) from None
+    try:
+        return _Database(url)
+    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+        raise ConfigError(
+            f"sweep.study {without_password} cannot be opened ({type(error).__name__}): is the "
+            "address right, and the database's driver installed?"
+        ) from None

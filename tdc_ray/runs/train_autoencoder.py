@@ -1,0 +1,247 @@
+"""Trains a small first stage in this process: ``tdc-ray train-autoencoder``.
+
+An ``AutoencoderKL`` with the plain loss: L1 or squared error and a small divergence. There is no
+discriminator and no perceptual loss, so that large photographs will look smooth (LDM,
+arXiv:2112.10752, section 3.1, has both).
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from rich.console import Console
+from torch import Tensor
+
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.run import named_differences
+from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.load import Batch, ImageDataset, load_dataset
+from tdc_ray.diffusion.train import (
+    Losses,
+    TrainState,
+    learning_rate_at,
+    optimizer_step,
+    start_state,
+)
+from tdc_ray.errors import StorageError
+from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.item import Report
+from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
+from tdc_ray.models.unet2d.unet import count_params
+from tdc_ray.progress import Event, ProgressView
+from tdc_ray.runs.stages.precision import autocast
+from tdc_ray.seeds import derive_seed
+from tdc_ray.storage.files import exists, read_json, remove, write_json
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.provenance import commit, versions
+
+REPORT_FILE = "report.json"
+SETTINGS_FILE = "settings.json"
+CHECKPOINT_FILE = "checkpoint.pt"
+KEY = "autoencoder"
+
+SCALE_IMAGES = 2048
+"""Training images over whose latents the scaling factor is measured, at most."""
+
+logger = logging.getLogger(__name__)
+
+
+def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) -> dict[str, Any]:
+    """Train a first stage, or go on from the checkpoint of an earlier call.
+
+    Args:
+        config: The settings.
+        out: Where to: the diffusers folder itself, with ``report.json`` beside the weights.
+        console: Where progress is shown.
+
+    Returns:
+        The report: ``held_out`` has the errors of reconstructions of images that no step saw, in
+        [-1, 1], and ``psnr_db``.
+
+    Raises:
+        DataError: The dataset is missing or malformed.
+        StorageError: ``out`` is in use, or is of other settings.
+        NonFiniteLossError: Training diverged.
+    """
+    started = time.perf_counter()
+    config, out = _with_absolute_path(config), located(out)
+    dataset = load_dataset(config.data)
+    rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
+    with exclusive(out):
+        _keep_settings(out, config)
+        if exists(out / REPORT_FILE):
+            logger.info("%s is finished; nothing is done again", shown(out))
+            found: dict[str, Any] = read_json(out / REPORT_FILE)
+            return found
+        state = _trained(config, dataset, rest, out, console)
+        size = config.train.batch_size
+        few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, among=rest)
+        with state.averaged() as averaged:
+            averaged.register_to_config(scaling_factor=_scaling_factor(averaged, few))
+            save_first_stage(averaged, out)
+        first_stage = load_first_stage(out).to(worker_device())
+        parts = (held_out[start : start + size] for start in range(0, len(held_out), size))
+        errors = reconstruction_errors(first_stage, map(dataset.__getitems__, parts))
+        report = {
+            "held_out": errors | {"num_images": len(held_out)},
+            "scaling_factor": first_stage.scaling_factor,
+            "latent_shape": list(input_shape(replace(config.data, first_stage=str(out)))),
+            "num_params": count_params(first_stage),
+            "num_steps": state.step,
+            "dataset": config.data.name,
+            "fingerprint": dataset.fingerprint(),
+            "seconds": time.perf_counter() - started,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_json(out / REPORT_FILE, report)
+        remove(out / CHECKPOINT_FILE)
+    return report
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """Build the model with random weights; its scaling factor is measured after training."""
+    depth = len(config.block_out_channels)
+    return AutoencoderKL(
+        in_channels=config.data.num_channels,
+        out_channels=config.data.num_channels,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=config.data.image_size,
+        scaling_factor=1.0,
+    )
+
+
+def autoencoder_loss(
+    model: AutoencoderKL, images: Tensor, config: AutoencoderConfig, generator: torch.Generator
+) -> Tensor:
+    """Mean over pixels of the error and of the weighted divergence (LDM, appendix G).
+
+    Args:
+        model: The autoencoder.
+        images: ``(B, C, H, W)`` in [-1, 1].
+        config: Which error, and the divergence's weight.
+        generator: Of the sample from the posterior.
+    """
+    posterior = model.encode(images).latent_dist
+    error = model.decode(posterior.sample(generator)).sample.float() - images
+    off = error.abs().sum() if config.loss == "l1" else error.square().sum()
+    loss: Tensor = (off + config.kl_weight * posterior.kl().sum()) / images.numel()
+    return loss
+
+
+def reconstruction_errors(first_stage: FirstStage, images: Iterable[Batch]) -> dict[str, float]:
+    """Mean ``l1`` and ``mse`` of images in [-1, 1] encoded and decoded again, and ``psnr_db``."""
+    device, off, squared, count = first_stage.device, 0.0, 0.0, 0
+    for batch, _ in images:
+        x = to_model_range(batch.to(device))
+        error = (first_stage.decode(first_stage.encode(x)).clamp(-1, 1) - x).double()
+        off += float(error.abs().sum())
+        squared += float(error.square().sum())
+        count += x.numel()
+    mse = squared / count
+    psnr_db = 10 * math.log10(4 / mse) if mse else math.inf  # the range is 2, its square 4
+    return {"l1": off / count, "mse": mse, "psnr_db": psnr_db}
+
+
+def _trained(
+    config: AutoencoderConfig,
+    dataset: ImageDataset,
+    among: Sequence[int],
+    out: Path,
+    console: Console,
+) -> TrainState:
+    """Train on some of the images from the start, or from an earlier call's checkpoint on."""
+    torch.manual_seed(derive_seed(config.seed, KEY, "init"))
+    model = build_autoencoder(config).to(worker_device())
+    state = start_state(model, config.train)  # its `unet` may be any model
+    if exists(out / CHECKPOINT_FILE):
+        state.load(out / CHECKPOINT_FILE)
+        logger.info("going on from step %d", state.step)
+    images = batches(
+        dataset,
+        among=among,
+        batch_size=config.train.batch_size,
+        seed=derive_seed(config.seed, KEY, "order"),
+        start_step=state.step,
+        num_steps=config.train.num_steps,
+        num_workers=config.data.num_workers,
+    )
+    with ProgressView(out / "tensorboard", console) as view:
+        view.start(KEY, config.train.num_steps)
+        _train(state, config, images, out, lambda found, step: view.show(Event(KEY, step, found)))
+        view.finish(KEY)
+    return state
+
+
+def _train(
+    state: TrainState,
+    config: AutoencoderConfig,
+    images: Iterable[Batch],
+    out: Path,
+    report: Report,
+) -> None:
+    """Train from ``state.step`` on; all that is random follows from seed and step."""
+    train, losses = config.train, Losses(first_step=state.step)
+    for batch, _ in images:
+        place = (config.seed, KEY, state.step)
+        generator = torch.Generator(state.device).manual_seed(derive_seed(*place, "sample"))
+        shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
+        x = to_model_range(augment(batch, config.data, shaken).to(state.device))
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate_at(train, state.step)
+        with autocast(train.precision, state.device):
+            loss = autoencoder_loss(state.unet, x, config, generator)
+        state.scaler.scale(loss).backward()
+        grad_norm = optimizer_step(state, train)
+        state.ema.step(state.unet.parameters())
+        state.step += 1
+        losses.add(loss.detach())
+        last = state.step == train.num_steps
+        checkpoint = last or state.step % train.checkpoint_every == 0
+        if checkpoint or state.step % train.log_every == 0:
+            report(losses.take() | {"grad_norm": float(grad_norm)}, state.step)
+        if checkpoint:
+            state.save(out / CHECKPOINT_FILE)
+
+
+@torch.inference_mode()
+def _scaling_factor(model: AutoencoderKL, images: Iterable[Batch]) -> float:
+    """One over the latents' standard deviation (LDM, appendix G)."""
+    modes = [
+        model.encode(to_model_range(batch.to(model.device))).latent_dist.mode()
+        for batch, _ in images
+    ]
+    return 1.0 / float(torch.cat(modes).double().std())
+
+
+def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
+    path = config.data.path
+    if path is None:
+        return config
+    return replace(config, data=replace(config.data, path=str(Path(path).expanduser().resolve())))
+
+
+def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
+    """Write the settings down, or make sure that an earlier call had the same."""
+    settings = asdict(config) | {"block_out_channels": list(config.block_out_channels)}
+    if exists(out / SETTINGS_FILE):
+        changed = named_differences(read_json(out / SETTINGS_FILE), settings)
+        if changed:
+            raise StorageError(
+                f"{shown(out)} has other settings: {'; '.join(changed)}. Use the same "
+                "settings to go on, or another --out."
+            )
+    else:
+        write_json(out / SETTINGS_FILE, settings)

@@ -1,0 +1,585 @@
+"""Bases that are given: what each kind of source tells, what is refused, and the import."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
+
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import to_json
+from tdc_ray.diffusion.schedule import betas
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
+from tdc_ray.models.unet2d.unet import load_unet, save_unet
+from tdc_ray.runs.pretrained.settings import (
+    check_base,
+    come_along,
+    import_base,
+    untold,
+    with_first_stage,
+)
+from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.storage.run_dir import RunDir
+from tests.models.checkpoints.openai_reference import (
+    FirstStageVQ,
+    OpenAIUNet,
+    compvis_checkpoint,
+    randomise,
+)
+from tests.small import (
+    TINY,
+    assert_same,
+    make_first_stage,
+    make_run_dir,
+    output_of,
+    random_unet,
+    small_config,
+)
+
+CONFIG = small_config()
+LDM = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
+
+
+def save_pipeline(folder: Path, scheduler=None, kind=DDPMPipeline, unet=None) -> str:
+    scheduler = scheduler or DDPMScheduler(500, beta_end=0.03)
+    kind(unet=unet or random_unet(), scheduler=scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def openai_file(folder: Path, **changes: object) -> str:
+    torch.manual_seed(0)
+    path = folder / "model.pt"
+    torch.save(randomise(OpenAIUNet(**changes), 0).state_dict(), path)
+    return f"openai:{path}"
+
+
+def with_heads(config=CONFIG, *, heads: int = 4, size: int = 16):
+    """Settings that say what an openai file does not tell."""
+    model = replace(config.model, base="given", num_heads=heads)
+    return replace(config, model=model, data=replace(config.data, image_size=size))
+
+
+# --- diffusers folders -----------------------------------------------------------------------
+
+
+def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
+    scheduler = DDIMScheduler(  # the pipeline copies it, and would lose positional arguments
+        num_train_timesteps=500, beta_end=0.03, clip_sample=False, steps_offset=1
+    )
+    base = find_base(save_pipeline(tmp_path / "p", scheduler, DDIMPipeline))
+    assert untold(base.told) == []
+    config = come_along(base.told, CONFIG, with_data=True)
+    diffusion, sampler = config.diffusion, config.sampler
+    assert (diffusion.num_train_timesteps, diffusion.beta_schedule) == (500, "linear")
+    assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.03)
+    assert not diffusion.rescale_timesteps
+    assert (sampler.clip_sample, sampler.steps_offset, sampler.set_alpha_to_one) == (
+        False,
+        1,
+        True,
+    )
+    assert check_base(base, config)["block_out_channels"] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule"),
+    [
+        (DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
+        (DDPMScheduler(1000, **LDM), "scaled_linear"),
+        (EulerDiscreteScheduler(100), "linear"),
+        (
+            DDPMScheduler(
+                4000,
+                trained_betas=betas(
+                    "squaredcos_cap_v2", 4000, beta_start=0.1, beta_end=0.1
+                ).tolist(),
+            ),
+            "squaredcos_cap_v2",
+        ),
+    ],
+)
+def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, schedule):
+    base = find_base(save_pipeline(tmp_path / "p", scheduler))
+    assert base.told["diffusion.beta_schedule"] == schedule
+    timesteps = scheduler.config["num_train_timesteps"]
+    assert base.told["diffusion.num_train_timesteps"] == timesteps
+    assert untold(base.told) == []
+    check_base(base, come_along(base.told, CONFIG, with_data=True))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (DDPMScheduler(prediction_type="v_prediction"), "prediction_type v_prediction.*epsilon"),
+        (DDPMScheduler(prediction_type="sample"), "prediction_type sample.*only epsilon"),
+        (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
+        (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),
+        (DDPMScheduler(thresholding=True), "thresholding True"),
+        (DDPMScheduler(variance_type="learned"), "variance_type learned: only learned_range"),
+        (ScoreSdeVeScheduler(), "beta_schedule None in its ScoreSdeVeScheduler"),
+    ],
+)
+def test_a_scheduler_that_is_not_supported_is_refused_by_name(tmp_path, scheduler, words):
+    with pytest.raises(ConfigError, match=words):
+        find_base(save_pipeline(tmp_path / "p", scheduler))
+
+
+def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(tmp_path):
+    learned = DDPMScheduler(variance_type="learned_range")
+    twice = random_unet({**TINY, "out_channels": 2})
+    base = find_base(save_pipeline(tmp_path / "p", learned, unet=twice))
+    assert base.told["diffusion.learned_sigma"] is True
+    with pytest.raises(
+        ConfigError, match=r"learned_range in its scheduler.*1 channels: expected 2"
+    ):
+        find_base(save_pipeline(tmp_path / "q", learned))
+
+
+def test_values_of_another_type_are_refused_by_name(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p/unet/config.json", sample_size="large")
+    base = find_base(source)
+    with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
+        come_along(base.told, CONFIG, with_data=True)
+
+
+def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    (tmp_path / "p/scheduler/scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json.*is missing"):
+        find_base(source)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("unet/config", {"norm_num_groups": 0}, "ZeroDivisionError"),
+        ("unet/config", {"layers_per_block": 2.5}, "diffusers can build no UNet2DModel"),
+        ("unet/config", {"block_out_channels": "x"}, "diffusers can build no UNet2DModel"),
+        ("unet/config", {"down_block_types": ["DownBlock2D"]}, "can build no UNet2DModel"),
+        ("scheduler/scheduler_config", {"num_train_timesteps": -5}, "cannot be used"),
+        ("scheduler/scheduler_config", {"trained_betas": []}, "no list of numbers"),
+        ("scheduler/scheduler_config", {"trained_betas": ["a"]}, "has|no list of numbers"),
+        ("scheduler/scheduler_config", {"_class_name": ["x"]}, "no scheduler of diffusers"),
+    ],
+)
+def test_malformed_files_get_one_clear_error(tmp_path, part, changes, words):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p" / f"{part}.json", **changes)
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        find_base(source)
+
+
+def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    document = {"_class_name": "DDPMScheduler", "beta_end": 0.02}
+    (tmp_path / "p/scheduler/scheduler_config.json").write_text(json.dumps(document))
+    told = find_base(source).told
+    assert told["diffusion.num_train_timesteps"] == 1000
+    assert told["sampler.clip_sample"] is True
+
+
+def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
+    save_pipeline(tmp_path / "p")
+    flat = tmp_path / "flat"  # google/ddpm-cifar10-32
+    flat.mkdir()
+    for path in [*(tmp_path / "p").rglob("*.json"), *(tmp_path / "p").rglob("*.safetensors")]:
+        path.rename(flat / path.name)
+    base = find_base(str(flat))
+    assert base.told["diffusion.num_train_timesteps"] == 500
+    config = come_along(base.told, CONFIG, with_data=True)
+    import_base(base, config, tmp_path / "base")
+    assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(random_unet()))
+
+
+def test_a_unet_alone_tells_all_but_its_noise_process(tmp_path):
+    save_unet(random_unet(), tmp_path / "alone")
+    base = find_base(str(tmp_path / "alone"))
+    assert base.told == {
+        "diffusion.learned_sigma": False,
+        "data.image_size": 8,
+        "data.num_channels": 1,
+    }
+    assert untold(base.told)[0] == "diffusion.num_train_timesteps"
+    assert len(untold(base.told)) == 5
+
+
+def test_the_unet_of_a_pipeline_brings_the_pipelines_settings(tmp_path):
+    base = find_base(save_pipeline(tmp_path / "p") + "/unet")
+    assert base.told["diffusion.num_train_timesteps"] == 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel: only"),
+        ({"in_channels": 6}, "found 6 in and 1 out"),
+        ({"in_channels": 4, "out_channels": 4}, "1 or 3 channels, got 4"),
+    ],
+)
+def test_other_unets_are_refused(tmp_path, changes, words):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p/unet/config.json", **changes)
+    with pytest.raises(ConfigError, match=words):
+        find_base(source)
+
+
+def test_other_pipelines_are_refused_with_what_they_consist_of(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    edit(tmp_path / "p/model_index.json", unet=[None, None], transformer=["diffusers", "X"])
+    with pytest.raises(ConfigError, match="a DDPMPipeline of scheduler, transformer"):
+        find_base(source)
+
+
+def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path):
+    unet = random_unet({**TINY, "num_heads": 4})
+    save_pipeline(tmp_path / "p", unet=unet)
+    write_json(tmp_path / "p/unet/tdc_heads.json", {"num_heads": 4})
+    base = find_base(str(tmp_path / "p"))
+    config = come_along(base.told, small_config(model={"dropout": 0.25}), with_data=True)
+    import_base(base, config, tmp_path / "base")
+    loaded = load_unet(tmp_path / "base/unet")
+    assert_same(output_of(loaded), output_of(unet))
+    assert loaded.mid_block.resnets[0].dropout.p == 0.25
+    document = read_json(tmp_path / "base/base.json")
+    (file,) = (tmp_path / "p/unet").glob("*.safetensors")
+    assert document["files"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert document["source"] == str(tmp_path / "p")
+    assert document["diffusion"]["num_train_timesteps"] == 500
+    assert document["first_stage"] is None
+
+
+def test_an_imported_base_is_a_base_that_remembers_its_origin(tmp_path):
+    first = find_base(save_pipeline(tmp_path / "p"))
+    config = come_along(first.told, CONFIG, with_data=True)
+    import_base(first, config, tmp_path / "one")
+    second = find_base(str(tmp_path / "one"))
+    assert second.told == first.told | {"sampler.set_alpha_to_one": True}
+    import_base(second, config, tmp_path / "two")
+    document = read_json(tmp_path / "two/base.json")
+    assert document["origin"]["source"] == str(tmp_path / "p")
+    assert_same(output_of(load_unet(tmp_path / "two/unet")), output_of(random_unet()))
+
+
+def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
+    config = small_config(diffusion={"num_train_timesteps": 600, "beta_end": 0.01})
+    run_dir = make_run_dir(tmp_path)
+    write_json(run_dir.config, to_json(config))
+    with pytest.raises(CheckpointError, match="holds no base"):
+        find_base(str(tmp_path))  # its stage 1 was cut
+    write_json(run_dir.base_result, {})
+    base = find_base(str(tmp_path))
+    assert base.told["diffusion.num_train_timesteps"] == 600
+    assert base.told["diffusion.beta_end"] == 0.01
+    assert (untold(base.told), base.weights) == ([], "EMA")
+
+
+def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_path):
+    stage = make_first_stage(tmp_path / "stage")
+    config = small_config(
+        sampler={"clip_sample": False}, data={"first_stage": str(stage), "image_size": 16}
+    )
+    run_dir = make_run_dir(tmp_path / "run")
+    write_json(run_dir.config, to_json(config))
+    write_json(run_dir.base_result, {})
+    copy_first_stage(stage, run_dir.experts / "first_stage")
+    base = find_base(str(tmp_path / "run"))
+    found = come_along(base.told, config, with_data=True)
+    assert found.data.first_stage == str(run_dir.experts / "first_stage")
+    assert not found.sampler.clip_sample
+    other = make_first_stage(tmp_path / "other", seed=1)
+    named = replace(found, data=replace(found.data, first_stage=str(other)))
+    for settings, source in ((found, stage), (named, other)):
+        import_base(base, settings, tmp_path / source.name / "base")
+        copied = tmp_path / source.name / "base" / "first_stage"
+        assert_same(load_first_stage(copied).state_dict(), load_first_stage(source).state_dict())
+
+
+def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_path):
+    base = find_base(save_pipeline(tmp_path / "p"))
+    config = come_along(base.told, CONFIG, with_data=True)
+    for stage, change, words in (
+        ("diffusion", {"num_train_timesteps": 400}, "num_train_timesteps must be 500.*got 400"),
+        ("diffusion", {"beta_end": 0.02}, "beta_end must be 0.03.*got 0.02"),
+        ("diffusion", {"rescale_timesteps": True}, "rescale_timesteps must be False.*got True"),
+        ("diffusion", {"learned_sigma": True}, "learned_sigma must be False.*got True"),
+        ("data", {"image_size": 16}, "data.image_size must be 8.*got 16.*--data.image-size"),
+        ("data", {"num_channels": 3}, "data.num_channels must be 1.*got 3"),
+    ):
+        changed = replace(config, **{stage: replace(getattr(config, stage), **change)})
+        with pytest.raises(ConfigError, match=words):
+            check_base(base, changed)
+    otherwise = replace(config, sampler=replace(config.sampler, clip_sample=False))
+    check_base(base, otherwise)  # how to sample is the user's
+
+
+def test_fewer_timesteps_than_steps_or_groups_lower_these(tmp_path):
+    base = find_base(save_pipeline(tmp_path / "p", DDPMScheduler(3)))
+    config = come_along(base.told, CONFIG, with_data=True)
+    assert (config.sampler.num_inference_steps, config.plan.num_groups) == (3, 3)
+
+
+# --- latents ---------------------------------------------------------------------------------
+
+
+def vq_model() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        scaling_factor=0.5,
+    ).eval()
+
+
+def save_latent_pipeline(folder: Path) -> str:
+    unet = random_unet({**TINY, "in_channels": 4, "out_channels": 4})
+    LDMPipeline(vqvae=vq_model(), unet=unet, scheduler=DDIMScheduler(**LDM)).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_the_first_stage_comes_along(tmp_path, has_scale):
+    source = save_latent_pipeline(tmp_path / "p")
+    config_path = tmp_path / "p/vqvae/config.json"
+    if not has_scale:  # saved before diffusers had the setting
+        document = json.loads(config_path.read_text())
+        del document["scaling_factor"]
+        config_path.write_text(json.dumps(document))
+    base = find_base(source)
+    assert "data.image_size" not in base.told
+    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+    loaded = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
+    assert_same(loaded.state_dict(), vq_model().state_dict())
+    assert loaded.config["scaling_factor"] == (0.5 if has_scale else 1.0)
+    assert read_json(tmp_path / "base/base.json")["first_stage"] == "first_stage"
+    assert len(read_json(tmp_path / "base/base.json")["files"]) == 2
+    assert find_base(str(tmp_path / "base")).first_stage == tmp_path / "base/first_stage"
+
+
+def test_an_autoencoder_kl_comes_along_and_others_are_refused(tmp_path):
+    source = save_latent_pipeline(tmp_path / "p")
+    autoencoder = AutoencoderKL(latent_channels=4, norm_num_groups=32, block_out_channels=(32,))
+    autoencoder.save_pretrained(tmp_path / "p/vqvae")
+    base = find_base(source)
+    config = come_along(base.told, CONFIG, with_data=True)
+    import_base(base, config, tmp_path / "base")
+    AutoencoderKL.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
+    edit(tmp_path / "p/vqvae/config.json", _class_name="AutoencoderTiny")
+    with pytest.raises(
+        CheckpointError, match="one of VQModel, AutoencoderKL, got AutoencoderTiny"
+    ):
+        import_base(base, config, tmp_path / "other")
+    assert not (tmp_path / "other/base.json").exists()
+
+
+def compvis_unets() -> list[OpenAIUNet]:
+    """With plain and with averaged weights."""
+    torch.manual_seed(0)
+    settings = {"scale_shift": False, "out_channels": 3, "heads": 2}
+    return [randomise(OpenAIUNet(**settings), seed) for seed in (0, 1)]
+
+
+def compvis_file(folder: Path, *, averaged: bool = True) -> str:
+    plain, ema = compvis_unets()
+    values = betas("scaled_linear", 1000, beta_start=0.0015, beta_end=0.0195)
+    saved = compvis_checkpoint(
+        plain,
+        ema if averaged else None,
+        randomise(FirstStageVQ(), 2),
+        torch.tensor(values, dtype=torch.float32),
+    )
+    torch.save(saved | {"epoch": 3, "global_step": 7}, folder / "model.ckpt")
+    return f"compvis:{folder / 'model.ckpt'}"
+
+
+@torch.inference_mode()
+def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_path):
+    base = find_base(compvis_file(tmp_path))
+    assert (untold(base.told), base.weights) == ([], "EMA")
+    config = come_along(base.told, with_heads(heads=2, size=32), with_data=True)
+    assert (config.diffusion.beta_start, config.diffusion.beta_end) == (0.0015, 0.0195)
+    assert config.sampler.steps_offset == 1
+    assert (config.sampler.clip_sample, config.sampler.set_alpha_to_one) == (False, False)
+    import_base(base, config, tmp_path / "base")
+    unet = load_unet(tmp_path / "base/unet")
+    assert unet.config["sample_size"] == 16  # of latents of images of 32
+    x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+    plain, averaged = (original(x, timesteps) for original in compvis_unets())
+    assert (unet(x, timesteps).sample - averaged).abs().max() < 1e-4
+    assert (unet(x, timesteps).sample - plain).abs().max() > 1e-2
+    stage = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
+    assert (stage.config["scaling_factor"], stage.config["sample_size"]) == (1.0, 32)
+
+
+def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
+    source = compvis_file(tmp_path)
+    config = come_along(find_base(source).told, with_heads(heads=2, size=32), with_data=True)
+    config = replace(
+        config,
+        model=replace(config.model, base=source),
+        evaluate=replace(config.evaluate, cache_dir=str(tmp_path / "cache")),
+    )
+    folder = Path(with_first_stage(config).data.first_stage)
+    written = (folder / "config.json").stat().st_mtime_ns
+    VQModel.from_pretrained(folder, use_safetensors=True)
+    again = with_first_stage(config)
+    assert again.data.first_stage == str(folder)
+    assert (folder / "config.json").stat().st_mtime_ns == written
+    assert with_first_stage(again) is again
+
+
+def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_path):
+    base = find_base(compvis_file(tmp_path, averaged=False))
+    assert base.weights == "without EMA"
+    with pytest.raises(ConfigError, match=r"beta_schedule must be scaled_linear.*got linear"):
+        check_base(base, with_heads(heads=2, size=32))
+
+
+# --- openai ----------------------------------------------------------------------------------
+
+
+def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
+    base = find_base(openai_file(tmp_path, num_classes=3))
+    assert base.told == {"diffusion.learned_sigma": True, "data.num_channels": 3}
+    assert base.unet["num_class_embeds"] == 3
+    assert len(untold(base.told)) == 5
+    config = come_along(base.told, CONFIG, with_data=True)
+    with pytest.raises(ConfigError) as error:
+        check_base(base, config)
+    for words in (
+        "is not of model.architecture tiny",
+        "found block_out_channels (32, 64), expected (16, 32)",
+        "--preset",
+        "--model.num-heads",
+    ):
+        assert words in str(error.value)
+
+
+def test_a_mismatch_with_the_preset_names_the_architecture_that_fits(tmp_path):
+    wide = {"channels": (128, 256, 256, 256), "layers": 3, "attention_at": (1, 2)}
+    base = find_base(openai_file(tmp_path, **wide))
+    with pytest.raises(ConfigError, match=r"\(iddpm-cifar10 is like it\)"):
+        check_base(base, come_along(base.told, preset("imagenet64-cosine"), with_data=False))
+    config = preset("cifar10-cosine")
+    settings = check_base(base, come_along(base.told, config, with_data=False))
+    assert (settings["sample_size"], settings["attention_head_dim"]) == (32, 64)
+
+
+@torch.inference_mode()
+def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
+    base = find_base(openai_file(tmp_path))
+    config = come_along(base.told, with_heads(), with_data=True)
+    import_base(base, config, tmp_path / "base")
+    unet, original = load_unet(tmp_path / "base/unet"), randomised()
+    x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
+    assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
+    document = read_json(tmp_path / "base/base.json")
+    assert document["told"] == ["data.num_channels", "diffusion.learned_sigma"]
+    assert list(document["files"]) == [str(tmp_path / "model.pt")]
+
+
+def randomised() -> OpenAIUNet:
+    torch.manual_seed(0)
+    return randomise(OpenAIUNet(), 0)
+
+
+def test_heads_are_refused_for_a_base_that_tells_its_own(tmp_path):
+    base = find_base(save_pipeline(tmp_path / "p"))
+    config = come_along(base.told, with_heads(size=8), with_data=True)
+    with pytest.raises(ConfigError, match=r"model\.num_heads goes with openai.*got 4"):
+        check_base(base, config)
+
+
+def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
+    source = openai_file(tmp_path)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    del state["out.0.bias"]
+    torch.save(state, tmp_path / "model.pt")
+    base = find_base(source)
+    config = come_along(base.told, with_heads(), with_data=True)
+    with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
+        import_base(base, config, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+# --- nothing there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere", "nowhere does not exist, and is no name on the hub"),
+        ("openai:nowhere.pt", "nowhere.pt does not exist"),
+        (".", "holds no base: it has no model_index.json"),
+    ],
+)
+def test_a_source_that_is_none_is_one_clear_error(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        find_base(source)
+
+
+def test_the_hub_is_asked_and_out_of_reach_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=r"^google/ddpm-x is neither a folder here nor"):
+        find_base("google/ddpm-x")
+
+
+def test_an_imported_base_that_is_torn_is_named(tmp_path):
+    base = find_base(save_pipeline(tmp_path / "p"))
+    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+    edit(tmp_path / "base/base.json", diffusion={})
+    with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
+        find_base(str(tmp_path / "base"))
+    edit(tmp_path / "base/base.json", format=2)
+    with pytest.raises(CheckpointError, match="has format 2, expected 1"):
+        find_base(str(tmp_path / "base"))
+
+
+def test_a_base_never_comes_from_a_pickle(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    for file in (tmp_path / "p").rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    base = find_base(source)
+    with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
+        import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+
+
+def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
+    write_json(RunDir(tmp_path).config, to_json(CONFIG))
+    with pytest.raises(CheckpointError, match="a run directory whose base is trained"):
+        find_base(str(tmp_path))
+
+
+def test_what_is_imported_loads_in_diffusers(tmp_path):
+    base = find_base(openai_file(tmp_path))
+    import_base(base, come_along(base.told, with_heads(), with_data=True), tmp_path / "base")
+    unet = UNet2DModel.from_pretrained(tmp_path / "base/unet", low_cpu_mem_usage=False).eval()
+    assert_same(output_of(unet), output_of(load_unet(tmp_path / "base/unet")))

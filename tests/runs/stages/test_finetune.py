@@ -1,0 +1,392 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import DataConfig
+from tdc_ray.data.batches import held_out_split
+from tdc_ray.data.load import ArrayImages, load_dataset
+from tdc_ray.errors import ConfigError
+from tdc_ray.execution.item import Report, run_chain
+from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
+from tdc_ray.models.units import keep_all
+from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.noised import held_out_loss
+from tdc_ray.pruning.search import search
+from tdc_ray.runs.stages.expert import Expert, make_expert
+from tdc_ray.runs.stages.finetune import (
+    FinetuneJob,
+    expert_dir,
+    finetune_expert,
+    finetune_item,
+    halve_micro_batch,
+)
+from tdc_ray.storage.run_dir import RunDir
+from tests.small import (
+    assert_same,
+    make_run_dir,
+    output_of,
+    reporting_to,
+    small_config,
+    task_of,
+    widths_of,
+)
+
+NUM_STEPS = 5
+
+
+def config_of(
+    *,
+    method: str = "magnitude",
+    refit: str = "least-squares",
+    space: str = "inner",
+    halving_steps: int = 0,
+    **finetune: float,
+) -> RunConfig:
+    """Five steps of 8 images, with a checkpoint after every second."""
+    steps = {"num_steps": NUM_STEPS, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    few = {"num_images": 16, "num_refit_images": 16, "num_levels": 2, "num_rounds": 1}
+    return small_config(
+        model={"dropout": 0.2},
+        prune={
+            "method": method,
+            **few,
+            "refit": refit,
+            "space": space,
+            "halving_steps": halving_steps,
+        },
+        finetune={**steps, **finetune},
+    )
+
+
+def ignore(_metrics, _step):
+    pass
+
+
+def make(task: GroupTask, report: Report = ignore) -> Expert:
+    chain = make_expert(task, MemoryBank(task.run_dir.memory))
+    return run_chain(chain, reporting_to(report))
+
+
+def timeless(expert: Expert) -> Expert:
+    spent = dataclasses.replace(expert.choice.spent, seconds=0.0, proxy_seconds=0.0)
+    choice = dataclasses.replace(expert.choice, spent=spent)
+    return dataclasses.replace(expert, choice=choice, seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> GroupTask:
+    return task_of(make_run_dir(tmp_path_factory.mktemp("whole")), config_of())
+
+
+@pytest.fixture(scope="module")
+def expert(task) -> Expert:
+    """The expert of the least noisy group, made without a break."""
+    return make(task)
+
+
+def test_the_saved_expert_has_the_macs_parameters_and_loss_that_are_told(task, expert):
+    saved = load_expert(expert_dir(task.run_dir, task.group))
+    assert expert.macs == count_macs(saved) <= expert.max_macs
+    assert expert.num_params == count_params(saved)
+    assert expert.loss_finetuned == held_out_loss(saved, task.config, task.group)
+    assert expert.group == task.group
+    assert expert.max_macs == task.max_macs
+
+
+def test_the_cost_is_three_forward_passes_for_every_image_seen(task, expert):
+    assert expert.train_steps == NUM_STEPS
+    assert expert.train_macs == 3 * expert.macs * NUM_STEPS * 8
+    assert expert.seconds > 0
+
+
+def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
+    config = config_of(
+        num_steps=30, checkpoint_every=30, learning_rate=2e-3, ema_decay=0.5, refit="none"
+    )
+    found = make(task_of(make_run_dir(tmp_path), config))
+    assert found.loss_finetuned < 0.9 * found.choice.loss_cut
+
+
+def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
+    folder = task.run_dir.group(task.group.index)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    (result,) = folder.glob("finetune-*.json")
+    told = json.loads(result.read_text())
+    assert told["loss_finetuned"] == expert.loss_finetuned
+
+
+def test_a_finished_expert_is_not_made_again(task, expert):
+    weights = expert_dir(task.run_dir, task.group) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    reports = []
+    assert make(task, lambda metrics, step: reports.append((metrics, step))) == expert
+    assert weights.stat().st_mtime_ns == written
+    assert reports == []
+
+
+def test_making_the_expert_again_gives_the_same_one(task, expert, tmp_path):
+    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    assert timeless(make(again)) == timeless(expert)
+    assert_same(weights_of(again), weights_of(task))
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a worker."""
+
+
+def kill_at(step: int) -> Report:
+    def report(metrics, at):
+        if "grad_norm" in metrics and at == step:
+            raise KilledError
+
+    return report
+
+
+def weights_of(task: GroupTask) -> dict:
+    return load_expert(expert_dir(task.run_dir, task.group)).state_dict()
+
+
+def checkpoints_of(task: GroupTask) -> list[Path]:
+    return list(task.run_dir.group(task.group.index).glob("finetune-*.pt"))
+
+
+@pytest.mark.parametrize("steps", [[1], [3], [4, 5], [3, 3, 5]], ids=str)
+def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
+    task, expert, tmp_path, steps
+):
+    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    for step in steps:
+        with pytest.raises(KilledError):
+            make(again, kill_at(step))
+        assert len(checkpoints_of(again)) == (step > 2)
+        assert not expert_dir(again.run_dir, again.group).exists()
+    seen = []
+    found = make(again, lambda metrics, at: seen.append(at) if "grad_norm" in metrics else None)
+    assert seen == list(range((steps[-1] - 1) // 2 * 2 + 1, NUM_STEPS + 1))  # not from the start
+    assert timeless(found) == timeless(expert)
+    assert_same(weights_of(again), weights_of(task))
+    assert not checkpoints_of(again)
+
+
+def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, expert, tmp_path):
+    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    make(again)
+    (result,) = again.run_dir.group(0).glob("finetune-*.json")
+    result.unlink()
+    assert timeless(make(again)) == timeless(expert)
+
+
+# --- without training ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["inner", "full"])
+@pytest.mark.parametrize("refit", ["least-squares", "none"])
+def test_without_a_step_the_expert_is_what_the_refit_left(tmp_path, refit, space):
+    config = config_of(num_steps=0, refit=refit, space=space)
+    task = task_of(make_run_dir(tmp_path), config)
+    expert = make(task)
+    base = load_base(task.run_dir, config)
+    expected = pruned_unet(base, expert.choice.kept, config, task.group)
+    assert_same(weights_of(task), expected.state_dict())
+    saved = load_expert(expert_dir(task.run_dir, task.group))
+    assert_same(output_of(saved), output_of(expected))
+    choice = expert.choice
+    assert expert.loss_finetuned == (choice.loss_cut if refit == "none" else choice.loss_refit)
+    assert (expert.train_steps, expert.train_macs) == (0, 0)
+
+
+def test_without_pruning_and_without_a_step_the_expert_is_the_base(tmp_path):
+    task = task_of(make_run_dir(tmp_path), config_of(method="none", num_steps=0))
+    expert = make(task)
+    assert_same(weights_of(task), load_unet(task.run_dir.base_unet).state_dict())
+    assert expert.loss_finetuned == expert.choice.loss_base
+    assert expert.macs == task.space.macs_base
+
+
+def test_only_the_groups_own_expert_is_written(task, expert):
+    run_dir: RunDir = task.run_dir
+    assert [path.name for path in run_dir.experts.iterdir()] == ["expert-00"]
+    assert widths_of(expert.choice.kept) == dict(expert.choice.widths)
+
+
+# --- successive halving ----------------------------------------------------------------------
+
+
+def entries_of(task: GroupTask) -> list[MemoryEntry]:
+    return MemoryBank(task.run_dir.memory).all()
+
+
+@pytest.fixture(scope="module")
+def halved_task(tmp_path_factory) -> GroupTask:
+    """Four candidates, of which two are tried for 2 steps, and one is left."""
+    config = config_of(method="offline", halving_steps=2, learning_rate=5e-3, ema_decay=0.0)
+    config = dataclasses.replace(
+        config,
+        prune=dataclasses.replace(config.prune, num_images=32, num_candidates=4),
+        plan=dataclasses.replace(config.plan, min_macs_share=0.3),
+    )
+    return task_of(make_run_dir(tmp_path_factory.mktemp("halved")), config)
+
+
+@pytest.fixture(scope="module")
+def halved(halved_task) -> Expert:
+    return make(halved_task)
+
+
+def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(halved_task, halved):
+    entries = sorted(entries_of(halved_task), key=lambda entry: entry.loss)
+    assert len(entries) == 4
+    assert all(entry.loss_tuned is not None for entry in entries[:2])
+    assert all(entry.loss_tuned is None for entry in entries[2:])
+    best = min(entries[:2], key=lambda entry: entry.loss_tuned)
+    assert halved.choice.entry.place == best.place
+    assert halved.choice.widths == best.widths
+    assert halved.macs == best.macs
+
+
+def trials_of(task: GroupTask, entry: MemoryEntry, num_steps: int) -> list[Path]:
+    name = f"try-{entry.round}-{entry.candidate}-{num_steps}-*.json"
+    return list(task.run_dir.group(task.group.index).glob(name))
+
+
+def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
+    (entry,) = (e for e in entries_of(halved_task) if e.place == halved.choice.entry.place)
+    (trial,) = trials_of(halved_task, entry, 2)
+    told = json.loads(trial.read_text())
+    assert told["loss"] == entry.loss_tuned
+    config = halved_task.config
+    short = dataclasses.replace(
+        config,
+        finetune=dataclasses.replace(config.finetune, num_steps=2),
+        prune=dataclasses.replace(config.prune, halving_steps=0),
+    )
+    run_dir = make_run_dir(tmp_path)
+    job = FinetuneJob(run_dir, short, halved_task.group, halved.choice.kept, tmp_path / "c.pt")
+    assert finetune_expert(job, ignore)["loss_finetuned"] == entry.loss_tuned
+
+
+def test_halving_leaves_no_checkpoint_behind(halved_task, halved):
+    folder = halved_task.run_dir.group(halved_task.group.index)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert len(list(folder.glob("try-*.json"))) == 2
+
+
+def test_what_the_trials_took_is_the_searchs(halved_task, halved):
+    untried = dataclasses.replace(
+        halved_task.config, prune=dataclasses.replace(halved_task.config.prune, halving_steps=0)
+    )
+    search_alone = run_chain(
+        search(
+            dataclasses.replace(halved_task, config=untried),
+            MemoryBank(halved_task.run_dir.memory),
+        )
+    )
+    tried = [entry for entry in entries_of(halved_task) if entry.loss_tuned is not None]
+    trials = sum(3 * entry.macs * 2 * 8 for entry in tried)
+    assert halved.choice.spent.macs == search_alone.spent.macs + trials
+    assert halved.train_steps == NUM_STEPS
+
+
+def test_a_halving_that_is_done_is_not_done_again(halved_task, halved):
+    reports = []
+    memory = halved_task.run_dir.memory.read_bytes()
+    again = make(halved_task, lambda metrics, step: reports.append((metrics, step)))
+    assert timeless(again) == timeless(halved)
+    assert reports == []
+    assert halved_task.run_dir.memory.read_bytes() == memory
+
+
+def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_path):
+    more = dataclasses.replace(
+        halved_task.config,
+        prune=dataclasses.replace(halved_task.config.prune, num_rounds=2, num_candidates=2 + 1),
+    )
+    task = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path), config=more)
+    steps = []
+    make(task, lambda metrics, at: steps.append(at) if "grad_norm" in metrics else None)
+    assert len(entries_of(task)) == 6
+    trials = steps[:-NUM_STEPS]
+    assert trials == [1, 2] * 3 + [3, 4] * 2  # of six three, of which two, of which one
+    tuned = [entry for entry in entries_of(task) if entry.loss_tuned is not None]
+    again = [entry for entry in tuned if trials_of(task, entry, 4)]
+    assert (len(tuned), len(again)) == (3, 2)
+    for entry in again:  # the last loss is the one that is remembered
+        (trial,) = trials_of(task, entry, 4)
+        assert entry.loss_tuned == json.loads(trial.read_text())["loss"]
+
+
+def test_killed_within_a_trial_and_started_again_gives_the_same_expert(
+    halved_task, halved, tmp_path
+):
+    again = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path))
+    with pytest.raises(KilledError):
+        make(again, kill_at(2))
+    assert timeless(make(again)) == timeless(halved)
+    assert_same(weights_of(again), weights_of(halved_task))
+    assert entries_of(again) == entries_of(halved_task)
+
+
+def test_a_group_that_keeps_the_base_has_nothing_to_halve(halved_task, tmp_path):
+    whole = task_of(make_run_dir(tmp_path), halved_task.config, index=3)
+    expert = make(whole)
+    assert expert.macs == whole.space.macs_base
+    assert not list(whole.run_dir.group(3).glob("try-*"))
+
+
+# --- held-out images -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "taylor"])
+def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
+    config = config_of(method=method)
+    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).choice.kept
+    dataset = ArrayImages(load_dataset(DataConfig()).images[:100], None)
+    _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    images = dataset.images[:, 0].numpy()
+    other = images.copy()
+    other[held_out] = 255 - other[held_out]
+    found = []
+    for name, pixels in (("same", images), ("other", other)):
+        np.savez(tmp_path / f"{name}.npz", images=pixels)
+        data = DataConfig(source="npz", path=str(tmp_path / f"{name}.npz"))
+        task = task_of(make_run_dir(tmp_path / name), dataclasses.replace(config, data=data))
+        job = FinetuneJob(task.run_dir, task.config, task.group, kept, tmp_path / f"{name}.pt")
+        found.append((finetune_expert(job, ignore)["loss_finetuned"], weights_of(task)))
+    (one_loss, one), (other_loss, other_weights) = found
+    assert_same(one, other_weights)
+    assert one_loss != other_loss
+
+
+# --- memory and several workers --------------------------------------------------------------
+
+
+def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path):
+    task = task_of(make_run_dir(tmp_path), config_of())
+    item = finetune_item(task, keep_all(task.space.units))
+    finetune_expert(item.job, lambda _metrics, _step: None)
+    whole = load_expert(expert_dir(task.run_dir, task.group)).state_dict()
+    job = item.halved()
+    assert job.config.finetune.micro_batch_size == task.config.finetune.batch_size // 2
+    elsewhere = dataclasses.replace(job, checkpoint=tmp_path / "other.pt")
+    finetune_expert(elsewhere, lambda _metrics, _step: None)
+    for name, weights in load_expert(expert_dir(task.run_dir, task.group)).state_dict().items():
+        assert (weights - whole[name]).abs().max() < 1e-4, name
+
+
+def test_a_micro_batch_is_halved_down_to_one_image(task):
+    job, sizes = finetune_item(task, keep_all(task.space.units)).job, []
+    while (job := halve_micro_batch(job)) is not None:
+        sizes.append(job.config.finetune.micro_batch_size)
+    assert sizes == [4, 2, 1]
+
+
+def test_the_workers_of_a_fine_tune_share_its_batch():
+    with pytest.raises(ConfigError, match=r"finetune\.batch_size must be a multiple"):
+        small_config(compute={"workers_per_finetune": 3})

@@ -1,0 +1,59 @@
+import os
+import shutil
+
+import pytest
+
+from tdc_ray.cli import run_command
+from tdc_ray.errors import StorageError
+from tdc_ray.execution.timeline import Timeline
+from tdc_ray.runs.status import status
+from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.run_dir import RunDir
+
+
+@pytest.mark.ray
+def test_a_finished_run_is_told_with_its_groups_workers_and_scores(finished_run, capsys):
+    found = status(RunDir(finished_run))
+    assert found.results is not None
+    assert found.running == []
+    assert all(group.loss_finetuned is not None for group in found.groups)
+    assert all(group.failed is None for group in found.groups)
+    assert [part.phase for part in found.usage] == ["experts", "times", "evaluation"]
+    assert found.usage == list(found.results.workers)
+    for part in found.usage:
+        assert 0 < part.utilisation <= 1
+        assert part.makespan_seconds >= part.lower_bound_seconds > 0
+    assert (finished_run / "timeline.png").stat().st_size > 1000
+    assert run_command(["status", str(finished_run)]) == 0
+    assert "experts: " in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    (folder / "results.json").unlink()
+    for path in (folder / "groups" / "01").glob("finetune-*.json"):
+        path.unlink()
+    lines = (folder / "timeline.jsonl").read_text().splitlines(keepends=True)
+    (folder / "timeline.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    found = status(RunDir(folder))
+    assert found.results is None
+    assert found.driver is None
+    with exclusive(folder):
+        assert f"process {os.getpid()} on host" in status(RunDir(folder)).driver
+    assert [group.index for group in found.groups if group.loss_finetuned is None] == [1]
+    timeline = Timeline(folder / "timeline.jsonl")
+    timeline.add("failed", chain="group-02", reason="it diverged")
+    timeline.add("failed", chain="tdc/0000100", reason="[disk] full")
+    timeline.flush()
+    assert run_command(["status", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "not finished; the command that began it goes on" in printed
+    assert status(RunDir(folder)).groups[2].failed == "it diverged"
+    assert "failed: tdc/0000100: [disk] full" in printed
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(StorageError, match=r"is no run directory: it has no config\.json"):
+        status(RunDir(tmp_path))
