@@ -21,7 +21,7 @@ from tdc_ray.execution.cache import Store
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import check, run
 from tdc_ray.runs.stages.stage_1 import make_base

@@ -30,7 +30,7 @@ from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.simulator import simulate
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import write_json
 
 Shape = Sequence[Sequence[float]]

@@ -11,10 +11,10 @@ from rich.console import Console
 from benchmark.driver_axes import CONFIG, filled
 from benchmark.growth import Axis, ScalingFlags, Way, timed
 from tdc_ray.diffusion.plan import plan_groups, to_json
-from tdc_ray.html_report.write import write_report
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.space import Space, space_of
-from tdc_ray.report import print_results
+from tdc_ray.reporting.console import print_results
+from tdc_ray.reporting.html.write import write_report
 from tdc_ray.runs.results import (
     EvaluationResult,
     GroupResult,

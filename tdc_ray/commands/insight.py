@@ -25,9 +25,9 @@ class Status:
 
     def execute(self, console: Console) -> None:
         """Print how far it is."""
+        from tdc_ray.reporting.workers import print_status
         from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir
-        from tdc_ray.workers_report import print_status
 
         print_status(console, status(RunDir(located(self.run))))
 
@@ -46,7 +46,7 @@ class Memory:
     def execute(self, console: Console) -> None:
         """Print the entries."""
         from tdc_ray.pruning.memory import MemoryBank
-        from tdc_ray.report import print_memory
+        from tdc_ray.reporting.console import print_memory
         from tdc_ray.storage.files import exists, listing
         from tdc_ray.storage.run_dir import RunDir
 
@@ -83,7 +83,7 @@ class Report:
 
     def execute(self, console: Console) -> None:
         """Write it, and say where."""
-        from tdc_ray.html_report.write import write_report
+        from tdc_ray.reporting.html.write import write_report
 
         if not self.runs:
             raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
@@ -108,9 +108,9 @@ class Simulate:
 
     def execute(self, console: Console) -> None:
         """Print, and write, what would come out."""
+        from tdc_ray.reporting.workers import print_simulated
         from tdc_ray.runs.simulation import simulate_run
         from tdc_ray.storage.files import write_json
-        from tdc_ray.workers_report import print_simulated
 
         found = simulate_run(self.config, self.simulation)
         print_simulated(console, found, self.simulation.macs_per_second)

@@ -64,7 +64,7 @@ class Prune:
         """Prune, and print what is left."""
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
-        from tdc_ray.report import print_pruned
+        from tdc_ray.reporting.console import print_pruned
         from tdc_ray.runs.pretrained.settings import noise_told, untold
         from tdc_ray.runs.prune_model import (
             REPORT_FILE,

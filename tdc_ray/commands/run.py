@@ -54,7 +54,7 @@ class Run:
         console.print(
             f"run directory {name}; the same command goes on after a cut", soft_wrap=True
         )
-        from tdc_ray.report import print_results
+        from tdc_ray.reporting.console import print_results
 
         with log_to(folder / "run.log"):
             results = run(config, folder, console, self.store)
@@ -79,7 +79,7 @@ class Plan:
     def execute(self, console: Console) -> None:
         """Print the plan and write it."""
         from tdc_ray.diffusion.plan import to_json
-        from tdc_ray.report import plot_plan
+        from tdc_ray.reporting.console import plot_plan
         from tdc_ray.storage.files import write_json
 
         config = self.config
@@ -95,7 +95,7 @@ def _show_plan(config: RunConfig, console: Console) -> GroupPlan:
     from tdc_ray.diffusion.plan import plan_groups
     from tdc_ray.models.unet2d.architectures import base_unet
     from tdc_ray.models.unet2d.layers import count
-    from tdc_ray.report import print_plan
+    from tdc_ray.reporting.console import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     if config.model.base is None:

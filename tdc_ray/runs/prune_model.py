@@ -24,7 +24,6 @@ from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
-from tdc_ray.progress import ProgressView
 from tdc_ray.pruning.group import GroupTask
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, pruned_unet
@@ -32,6 +31,7 @@ from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import Scheme, Space, space_of
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.pretrained.sources import json_object
 from tdc_ray.runs.stages.precision import settled
 from tdc_ray.storage.files import exists, listing, read_json, write_json

@@ -27,13 +27,13 @@ from tdc_ray.models.first_stage import check_latents, copy_first_stage
 from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.progress import Event, ProgressView
 from tdc_ray.pruning.group import group_tasks
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import Space, space_of
-from tdc_ray.report import plot_plan
-from tdc_ray.run_view import show_plan, show_samples, show_usage, shown_memory
+from tdc_ray.reporting.console import plot_plan
+from tdc_ray.reporting.progress import Event, ProgressView
+from tdc_ray.reporting.tensorboard import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.runs.collect_results import Outcome, step_mean, summarize
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, check_labels, choose_features

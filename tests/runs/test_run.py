@@ -16,7 +16,7 @@ from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import count_macs, count_params
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
-from tdc_ray.report import conclusions
+from tdc_ray.reporting.console import conclusions
 from tdc_ray.runs.results import load_results
 from tdc_ray.runs.run import check, run
 from tdc_ray.storage.lease import exclusive

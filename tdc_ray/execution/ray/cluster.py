@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.execution.item import Report
-from tdc_ray.progress import Event, ProgressView
+from tdc_ray.reporting.progress import Event, ProgressView
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""

@@ -20,7 +20,7 @@ from tdc_ray.execution.ray.service import start_caller, start_checked_caller
 from tdc_ray.execution.ray.workers import Crew, needs
 from tdc_ray.execution.scheduler import Action, Failure, Schedule, Task
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 
 logger = logging.getLogger(__name__)
 

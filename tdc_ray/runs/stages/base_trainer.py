@@ -18,7 +18,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
 from tdc_ray.execution.scheduler import num_fitting
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.object_store import filesystem, is_remote
 from tdc_ray.storage.run_dir import RunDir

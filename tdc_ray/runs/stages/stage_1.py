@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import Board
-from tdc_ray.progress import Event, ProgressView
+from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.runs.stages.base import base_item
 from tdc_ray.runs.stages.base_trainer import KEY, train_base_on_ray
 from tdc_ray.storage.object_store import shown

@@ -26,7 +26,7 @@ from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import start_checked_caller
 from tdc_ray.execution.ray.workers import Crew
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.hparams import write_session
+from tdc_ray.reporting.hparams import write_session
 from tdc_ray.runs.pretrained.settings import with_first_stage
 from tdc_ray.runs.run import check, local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of

@@ -13,7 +13,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import TdcError, WorkFailedError
 from tdc_ray.execution.cache import Store
 from tdc_ray.execution.ray.cache_session import Sharing
-from tdc_ray.progress import Event
+from tdc_ray.reporting.progress import Event
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
 from tdc_ray.runs.sweep.results import started_row

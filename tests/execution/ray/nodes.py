@@ -27,7 +27,7 @@ from tdc_ray.execution.item import Chain, Report, Result, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import History, Timeline, load_history
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 
 
 def wait(job: tuple[float, Path], _report: Report) -> Result:

@@ -18,7 +18,7 @@ from tdc_ray.execution.item import Chain, Meeting, Resources, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import Timeline, load_history, usage
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json, write_json
 
 pytestmark = pytest.mark.ray

@@ -15,9 +15,9 @@ from tdc_ray.config.prune import ProxyConfig
 from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.ray.cluster import Board, board
 from tdc_ray.execution.ray.service import start_caller
-from tdc_ray.progress import ProgressView
 from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
 from tdc_ray.pruning.proxies.language_model import AskJob, ask
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
 from tests.pruning.llm.openai_server import after, says, serving
 from tests.pruning.requests import NAMES, TASK

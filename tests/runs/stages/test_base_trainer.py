@@ -13,7 +13,7 @@ from tdc_ray.errors import ClusterError, NonFiniteLossError
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, load_unet
-from tdc_ray.progress import ProgressView
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import read_json

@@ -10,8 +10,8 @@ from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.units import keep_all
-from tdc_ray.progress import ProgressView
 from tdc_ray.pruning.noised import held_out_loss
+from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.stages.finetune import expert_dir, finetune_item
 from tests.small import make_run_dir, small_config, task_of
 

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from tdc_ray.errors import StorageError, WorkFailedError
 from tdc_ray.execution.cache import shared
-from tdc_ray.hparams import metrics_of
+from tdc_ray.reporting.hparams import metrics_of
 from tdc_ray.runs.collect_results import item_results
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.runs.sweep.results import load_sweep, started_row

@@ -10,8 +10,8 @@ import pytest
 from tdc_ray.cli import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.errors import StorageError
-from tdc_ray.html_report.page import PAPER_URL
-from tdc_ray.html_report.write import write_report
+from tdc_ray.reporting.html.page import PAPER_URL
+from tdc_ray.reporting.html.write import write_report
 from tdc_ray.runs.results import TimesResult, load_results, save_results
 from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
 from tdc_ray.runs.sweep.space import Choices, SweepConfig

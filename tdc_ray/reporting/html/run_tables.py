@@ -6,9 +6,9 @@ import numpy as np
 
 from tdc_ray.config.presets import PaperRow
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.html_report.blocks import Column, Table, Value
-from tdc_ray.html_report.gather import RunData
-from tdc_ray.html_report.paper import (
+from tdc_ray.reporting.html.blocks import Column, Table, Value
+from tdc_ray.reporting.html.load import RunData
+from tdc_ray.reporting.html.paper_columns import (
     DATASETS,
     NO_PRUNING,
     TABLE_1,

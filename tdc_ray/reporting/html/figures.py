@@ -21,10 +21,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.timeline import History
-from tdc_ray.html_report.gather import RunData
-from tdc_ray.report import macs_text, plan_figure
+from tdc_ray.reporting.console import macs_text, plan_figure
+from tdc_ray.reporting.html.load import RunData
+from tdc_ray.reporting.workers import timeline_figure
 from tdc_ray.runs.results import Results, StageSeconds
-from tdc_ray.workers_report import timeline_figure
 
 SIZE = (4.6, 3.1)
 """Of a plot, in inches: at a phone's width its letters are as large as the page's small ones."""

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 
-from tdc_ray.html_report.blocks import Lines, Report, Section, Table, Tiles, Value, cell_text
+from tdc_ray.reporting.html.blocks import Lines, Report, Section, Table, Tiles, Value, cell_text
 
 
 def markdown(report: Report) -> str:

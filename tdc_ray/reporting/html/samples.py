@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from tdc_ray.html_report.blocks import Samples
-from tdc_ray.html_report.gather import Pixels
+from tdc_ray.reporting.html.blocks import Samples
+from tdc_ray.reporting.html.load import Pixels
 
 SMALL = 64
 """Images up to this size are kept as they are, as PNG; larger ones as JPEG."""

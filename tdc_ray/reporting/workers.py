@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tdc_ray.execution.simulator import Simulated
 from tdc_ray.execution.timeline import History, Span
-from tdc_ray.report import loss_text, print_results
+from tdc_ray.reporting.console import loss_text, print_results
 from tdc_ray.runs.status import Status
 from tdc_ray.storage.files import atomic_path
 

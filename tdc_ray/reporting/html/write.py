@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from tdc_ray.html_report.contents import report_of
-from tdc_ray.html_report.files import csv_files, markdown
-from tdc_ray.html_report.gather import RunData, SweepData, is_sweep, load_run, load_sweep
-from tdc_ray.html_report.page import page
+from tdc_ray.reporting.html.load import RunData, SweepData, is_sweep, load_run, load_sweep
+from tdc_ray.reporting.html.markdown_csv import csv_files, markdown
+from tdc_ray.reporting.html.page import page
+from tdc_ray.reporting.html.sections import report_of
 from tdc_ray.storage.files import write_text
 from tdc_ray.storage.object_store import located, shown
 

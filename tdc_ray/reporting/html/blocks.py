@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tdc_ray.report import macs_text, millions_text
+from tdc_ray.reporting.console import macs_text, millions_text
 
 Kind = Literal[
     "text",

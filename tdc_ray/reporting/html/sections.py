@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from tdc_ray.html_report.blocks import Block, Lines, Report, Row, Section, Tiles
-from tdc_ray.html_report.gather import RunData, SweepData
-from tdc_ray.html_report.overview import runs_table, setting_text, settings_table, trials_table
-from tdc_ray.html_report.run_parts import run_parts
-from tdc_ray.html_report.scores import figures_1, scored, tried
+from tdc_ray.reporting.html.blocks import Block, Lines, Report, Row, Section, Tiles
+from tdc_ray.reporting.html.comparison_tables import (
+    runs_table,
+    setting_text,
+    settings_table,
+    trials_table,
+)
+from tdc_ray.reporting.html.load import RunData, SweepData
+from tdc_ray.reporting.html.run_sections import run_parts
+from tdc_ray.reporting.html.scores import figures_1, scored, tried
 from tdc_ray.runs.sweep.results import finished_settings
 
 MAX_RUNS = 12

@@ -9,12 +9,12 @@ base and experts were scored on, ``workers`` who ran what and how well they were
 import numpy as np
 
 from tdc_ray.execution.timeline import Usage, load_history, usage
-from tdc_ray.progress import ProgressView
 from tdc_ray.pruning.llm.transcripts import transcript_path, transcript_text
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
+from tdc_ray.reporting.progress import ProgressView
+from tdc_ray.reporting.workers import plot_timeline
 from tdc_ray.storage.files import exists, fetch, listing
 from tdc_ray.storage.run_dir import RunDir
-from tdc_ray.workers_report import plot_timeline
 
 NUM_SAMPLES = 16
 """Images of each model that are shown."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from tdc_ray.html_report.blocks import Block, Lines, Plot, Row, Samples, Table, Tiles, duration
-from tdc_ray.html_report.figures import (
+from tdc_ray.reporting.console import conclusions, macs_text, millions_text
+from tdc_ray.reporting.html.blocks import Block, Lines, Plot, Row, Samples, Table, Tiles, duration
+from tdc_ray.reporting.html.figures import (
     losses_of_groups,
     plan_over_snr,
     plan_over_timesteps,
@@ -12,10 +13,8 @@ from tdc_ray.html_report.figures import (
     stages_of_time,
     timeline,
 )
-from tdc_ray.html_report.gather import RunData
-from tdc_ray.html_report.pictures import samples_block
-from tdc_ray.html_report.scores import figures_1, scored
-from tdc_ray.html_report.tables import (
+from tdc_ray.reporting.html.load import RunData
+from tdc_ray.reporting.html.run_tables import (
     groups_table,
     models_table,
     plan_table,
@@ -25,8 +24,9 @@ from tdc_ray.html_report.tables import (
     widths_table,
     workers_table,
 )
-from tdc_ray.html_report.times import times_blocks
-from tdc_ray.report import conclusions, macs_text, millions_text
+from tdc_ray.reporting.html.samples import samples_block
+from tdc_ray.reporting.html.scores import figures_1, scored
+from tdc_ray.reporting.html.time_tables import times_blocks
 from tdc_ray.runs.results import Results, ReuseResult
 
 MAX_NARROW = 6

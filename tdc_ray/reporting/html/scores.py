@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from tdc_ray.html_report.blocks import Plot
-from tdc_ray.html_report.figures import Point, figure_1
-from tdc_ray.html_report.gather import SweepData
+from tdc_ray.reporting.html.blocks import Plot
+from tdc_ray.reporting.html.figures import Point, figure_1
+from tdc_ray.reporting.html.load import SweepData
 from tdc_ray.runs.results import Results
 
 

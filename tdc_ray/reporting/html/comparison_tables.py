@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from tdc_ray.html_report.blocks import Column, Table, Value
-from tdc_ray.html_report.gather import RunData, SweepData
-from tdc_ray.html_report.paper import (
+from tdc_ray.reporting.html.blocks import Column, Table, Value
+from tdc_ray.reporting.html.load import RunData, SweepData
+from tdc_ray.reporting.html.paper_columns import (
     DATASETS,
     NO_PRUNING,
     SWEPT,

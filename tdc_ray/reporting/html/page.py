@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 
-from tdc_ray.html_report.blocks import (
+from tdc_ray.reporting.html.blocks import (
     Block,
     Kind,
     Lines,

@@ -1,7 +1,7 @@
 """What saved macs are worth in time: macs of base and experts against what was measured."""
 
-from tdc_ray.html_report.blocks import Block, Column, Plot, Row, Table, Value
-from tdc_ray.html_report.figures import BASE, drawing, svg_of
+from tdc_ray.reporting.html.blocks import Block, Column, Plot, Row, Table, Value
+from tdc_ray.reporting.html.figures import BASE, drawing, svg_of
 from tdc_ray.runs.results import Results, TimesResult
 
 

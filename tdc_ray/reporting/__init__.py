@@ -1,0 +1,5 @@
+"""What is shown: terminal, TensorBoard, figures, the report's page.
+
+Computes nothing that a run needs; a run emits events, and sinks here take them.
+May be used by cli and experiments.
+"""

@@ -1,0 +1,5 @@
+"""The report: one page for a browser, and its tables as Markdown and CSV.
+
+``load`` reads runs and sweeps, ``sections`` orders the page, ``write`` leaves the files.
+May be used by cli and experiments.
+"""
