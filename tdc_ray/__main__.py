@@ -1,5 +1,5 @@
 """``python -m tdc_ray``: the same as ``tdc-ray``."""
 
-from tdc_ray.cli import main
+from tdc_ray.cli.main import main
 
 main()

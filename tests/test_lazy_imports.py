@@ -33,7 +33,7 @@ def packages_after_importing(module: str) -> set[str]:
         "tdc_ray.config.presets",
         "tdc_ray.pruning.memory",
         "tdc_ray.models.unet2d.architectures",
-        "tdc_ray.cli",
+        "tdc_ray.cli.main",
     ],
 )
 def test_planning_imports_no_framework(module):

@@ -25,8 +25,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tdc_ray.commands.parse import parse
-from tdc_ray.commands.run import Run
+from tdc_ray.cli.commands.run import Run
+from tdc_ray.cli.parse import parse
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -526,6 +526,6 @@ def test_an_upload_is_small_and_holds_what_experiments_need(tmp_path):
         (checkout / name).write_bytes(os.urandom(300_000))
     names = upload(checkout, tmp_path / "upload.zip")
     assert not names & set(left_behind)
-    assert names >= {"tdc_ray/cli.py", "tdc_ray/py.typed", "experiments/main_results.py"}
+    assert names >= {"tdc_ray/cli/main.py", "tdc_ray/py.typed", "experiments/main_results.py"}
     assert names >= {"pyproject.toml", "constraints.txt"}
     assert (tmp_path / "upload.zip").stat().st_size < 2_000_000

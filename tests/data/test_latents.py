@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import digest, with_absolute_paths
 from tdc_ray.data.batches import batches, to_model_range

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.conditioning import ConditioningConfig, check_conditioning, null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import DiffusionConfig, SamplerConfig

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler,
 from PIL import Image
 from rich.console import Console
 
-from tdc_ray.cli import run_command
-from tdc_ray.commands.parse import parse
+from tdc_ray.cli.main import run_command
+from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.saved_expert import load_expert

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from tdc_ray.cli import run_command
-from tdc_ray.commands.models import Import
-from tdc_ray.commands.parse import parse
-from tdc_ray.commands.run import Plan, Run
+from tdc_ray.cli.commands.prune import Import
+from tdc_ray.cli.commands.run import Plan, Run
+from tdc_ray.cli.main import run_command
+from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError

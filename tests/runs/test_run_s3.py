@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import exists, fetch, listing

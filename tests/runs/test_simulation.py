@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.cli import run_command
-from tdc_ray.commands.parse import parse
+from tdc_ray.cli.main import run_command
+from tdc_ray.cli.parse import parse
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.timeline import load_history

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.runs.status import status

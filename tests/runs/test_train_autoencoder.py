@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.train import DataConfig, TrainConfig
 from tdc_ray.data.batches import held_out_split, to_model_range

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.errors import StorageError
 from tdc_ray.reporting.html.page import PAPER_URL

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torchvision.utils import make_grid
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, save_index
 from tdc_ray.diffusion.plan import plan_groups

@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from tdc_ray.commands.run import Settings
+from tdc_ray.cli.commands.run import Settings
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.prune import SearchMethod
 from tdc_ray.config.train import Precision, require

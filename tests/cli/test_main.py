@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdc_ray.cli import run_command
+from tdc_ray.cli.main import run_command
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tdc_ray.commands.models import Prune, TrainAutoencoder
-from tdc_ray.commands.parse import parse
-from tdc_ray.commands.run import Run
-from tdc_ray.commands.sweep import Sweep
+from tdc_ray.cli.commands.prune import Prune, TrainAutoencoder
+from tdc_ray.cli.commands.run import Run
+from tdc_ray.cli.commands.sweep import Sweep
+from tdc_ray.cli.parse import parse
 from tdc_ray.errors import TdcError
 
 logger = logging.getLogger(__name__)

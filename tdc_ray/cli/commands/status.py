@@ -7,7 +7,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from tdc_ray.commands.run import Settings
+from tdc_ray.cli.commands.run import Settings
 from tdc_ray.config.run import to_json
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError

@@ -9,10 +9,10 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from tdc_ray.commands.insight import Memory, Report, Simulate, Status
-from tdc_ray.commands.models import Export, Import, Prune, Sample, TrainAutoencoder
-from tdc_ray.commands.run import Plan, Run
-from tdc_ray.commands.sweep import Sweep
+from tdc_ray.cli.commands.prune import Export, Import, Prune, Sample, TrainAutoencoder
+from tdc_ray.cli.commands.run import Plan, Run
+from tdc_ray.cli.commands.status import Memory, Report, Simulate, Status
+from tdc_ray.cli.commands.sweep import Sweep
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json
