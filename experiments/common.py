@@ -12,9 +12,10 @@ import tyro
 from rich.console import Console
 
 from tdc_ray.config.presets import preset
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
-from tdc_ray.config.train import Precision, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.train import Precision
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import Store
@@ -22,8 +23,9 @@ from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.reporting.progress import ProgressView
+from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
-from tdc_ray.runs.run import check, run
+from tdc_ray.runs.run import run
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.sweep.results import SweepResults, summarized
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, SweepConfig, grid, setting_name

@@ -28,7 +28,7 @@ import tyro
 from output import provenance, write_table
 from PIL import Image
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.storage.files import write_json

@@ -27,7 +27,7 @@ from output import write_record, write_table
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Group, one_group, plan_groups
-from tdc_ray.execution.item import Chain
+from tdc_ray.execution.chain import Chain
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import Candidate, Choice, GroupTask
 from tdc_ray.pruning.memory import MemoryBank

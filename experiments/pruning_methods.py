@@ -30,7 +30,8 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline import save_index
-from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.pruning.group import GroupTask
 from tdc_ray.pruning.memory import MemoryBank

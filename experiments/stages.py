@@ -12,7 +12,7 @@ from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import INDEX_FILE, save_index
 from tdc_ray.diffusion.plan import one_group, plan_groups
-from tdc_ray.execution.item import Chain
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
 from tdc_ray.pruning.group import GroupTask, group_tasks
@@ -22,7 +22,6 @@ from tdc_ray.runs.collect_results import step_mean
 from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.stages.expert import make_expert
-from tdc_ray.runs.stages.finetune import expert_dir
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -110,7 +109,7 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
     tasks = group_tasks(run_dir, config, space, plan.groups)
     done = pool.run({task.name: make_expert(task, memory) for task in tasks})
-    folders = [expert_dir(run_dir, group).name for group in plan.groups]
+    folders = [run_dir.expert(group.index).name for group in plan.groups]
     save_index(run_dir.experts, config, plan.groups, folders)
     macs = step_mean(plan, [done[task.name].macs for task in tasks])
     return Model("tdc", run_dir.experts, macs)

@@ -31,7 +31,8 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.diffusion.plan import Plan, plan_groups
-from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import Kept, keep_all, widths_of
@@ -40,7 +41,7 @@ from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import step_mean
-from tdc_ray.runs.stages.finetune import expert_dir, finetune_item
+from tdc_ray.runs.stages.finetune import finetune_item
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 
@@ -91,7 +92,7 @@ def points_of(
     for place, point in enumerate(roots):
         results = [done[task.name][place] for task in tasks]
         run_dir, groups = RunDir(point), [task.group for task in tasks]
-        folders = [expert_dir(run_dir, group).name for group in groups]
+        folders = [run_dir.expert(group.index).name for group in groups]
         save_index(run_dir.experts, tasks[0].config, groups, folders)
         macs = [result["macs"] for result in results]
         found.append(

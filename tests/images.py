@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 
 
 def random_pixels(*shape, seed=0):

@@ -12,7 +12,8 @@ from benchmark.pruning import random_values
 from benchmark.timing import random_scheme
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.execution.simulator import simulate
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture

@@ -13,10 +13,11 @@ from benchmark.sampling import our_images, save_experts
 from benchmark.timing import use_threads
 from benchmark.training import CONFIG as TRAINING
 from benchmark.training import OurTraining, random_images
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DataConfig, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.train import start_state

@@ -14,10 +14,11 @@ import torch_pruning
 
 from benchmark.peers import plain_loss
 from benchmark.timing import Row, SpeedFlags, compared, random_scheme
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DataConfig, Precision
+from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
@@ -26,9 +27,9 @@ from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import Kept, SpaceKind, keep_all
 from tdc_ray.pruning.criteria.scores import keep_best, random_scores
 from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
+from tdc_ray.pruning.knapsack import loss_curves, step_values
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.noised import noised_batches
-from tdc_ray.pruning.proxies.offline import loss_curves, step_values
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, Values, repair, space_of
 from tdc_ray.storage.run_dir import RunDir

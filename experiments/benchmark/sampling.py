@@ -18,6 +18,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators, make_scheduler
+from tdc_ray.models.precision import DTYPES
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.surgery import cut
@@ -26,7 +27,6 @@ from tdc_ray.pruning.criteria.scores import keep_best, random_scores
 from tdc_ray.pruning.proxies.by_score import uniform_scheme, values_of
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import step_mean
-from tdc_ray.runs.stages.precision import DTYPES
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
 WINOGRAD, BF16 = "winograd: ", "bf16: "

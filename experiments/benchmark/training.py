@@ -14,7 +14,9 @@ from torch import Tensor
 
 from benchmark.peers import ExampleTraining, example_loader
 from benchmark.timing import Row, SpeedFlags, compared
-from tdc_ray.config.train import DataConfig, DiffusionConfig, Precision, TrainConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.train import Precision, TrainConfig
 from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.process import noise_schedule

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tdc_ray.cli.commands.prune import Prune, TrainAutoencoder
+from tdc_ray.cli.commands.prune import Prune
 from tdc_ray.cli.commands.run import Run
 from tdc_ray.cli.commands.sweep import Sweep
+from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoder
 from tdc_ray.cli.parse import parse
 from tdc_ray.errors import TdcError
 

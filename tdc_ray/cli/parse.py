@@ -9,10 +9,18 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from tdc_ray.cli.commands.prune import Export, Import, Prune, Sample, TrainAutoencoder
-from tdc_ray.cli.commands.run import Plan, Run
-from tdc_ray.cli.commands.status import Memory, Report, Simulate, Status
+from tdc_ray.cli.commands.export import Export
+from tdc_ray.cli.commands.import_base import Import
+from tdc_ray.cli.commands.memory import Memory
+from tdc_ray.cli.commands.plan import Plan
+from tdc_ray.cli.commands.prune import Prune
+from tdc_ray.cli.commands.report import Report
+from tdc_ray.cli.commands.run import Run
+from tdc_ray.cli.commands.sample import Sample
+from tdc_ray.cli.commands.simulate import Simulate
+from tdc_ray.cli.commands.status import Status
 from tdc_ray.cli.commands.sweep import Sweep
+from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoder
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json

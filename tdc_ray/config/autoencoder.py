@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tdc_ray.config.train import DataConfig, TrainConfig, at_least, require
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.validation import at_least, require
 from tdc_ray.errors import ConfigError
 
 

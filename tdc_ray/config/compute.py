@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tdc_ray.config.train import at_least
+from tdc_ray.config.validation import at_least
 
 DECIDING = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
 """Of these settings, the ones that change what is computed, and so what a run directory is for."""

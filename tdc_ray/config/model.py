@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tdc_ray.config.train import at_least, require
+from tdc_ray.config.validation import at_least, require
 from tdc_ray.errors import ConfigError
 
 FILE_KINDS = ("openai", "compvis")

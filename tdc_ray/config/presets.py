@@ -1,20 +1,18 @@
 """The presets: functions that each give a complete ``RunConfig``; a variant replaces fields."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import (
-    DataConfig,
-    DiffusionConfig,
-    EvaluateConfig,
-    PlanConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.errors import ConfigError
 
 LDM_DIFFUSION = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
@@ -259,23 +257,3 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}.")
     return PRESETS[name]()
-
-
-@dataclass(frozen=True, slots=True)
-class PaperRow:
-    """What the paper prints for TDC with pruning at k = 0.5 and N = 10 (Table I)."""
-
-    macs: float
-    """The paper's mean "FLOPs" of the experts over the sampling steps, in macs."""
-
-    fid: float
-    num_params: float
-    train_steps: float
-
-
-PAPER: Mapping[str, PaperRow] = {
-    "cifar10": PaperRow(6.56e9, 3.76, 48.7e6, 450e3),
-    "imagenet64": PaperRow(32.7e9, 19.2, 103e6, 1.3e6),
-    "ffhq256-ldm": PaperRow(77.2e9, 4.73, 231.0e6, 550e3),
-}
-"""The paper's own numbers, by the preset of their setting; shown beside ours, never as ours."""

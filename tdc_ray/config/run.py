@@ -11,17 +11,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.config.compute import DECIDING, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
-from tdc_ray.config.prune import ProxyConfig, PruneConfig
-from tdc_ray.config.train import (
-    DataConfig,
-    DiffusionConfig,
-    EvaluateConfig,
-    PlanConfig,
-    SamplerConfig,
-    TrainConfig,
-    require,
-)
+from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.proxy import ProxyConfig
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import is_remote, located
 

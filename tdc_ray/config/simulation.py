@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tdc_ray.config.train import at_least, require
+from tdc_ray.config.validation import at_least, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

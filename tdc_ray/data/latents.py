@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DataConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.data.load import Batch, ImageDataset, load_dataset
 from tdc_ray.errors import DataError
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
 from tdc_ray.storage.files import atomic_path, fetch, listing, remove
 from tdc_ray.storage.object_store import located, shown

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.data.sources.folder import FolderImages
 from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 """Share of red, green and blue in grey (ITU-R BT.601, as in PIL)."""

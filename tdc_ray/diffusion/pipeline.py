@@ -9,8 +9,9 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
 from tdc_ray.config.conditioning import null_class
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DiffusionConfig, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.expert_set import Experts, OffloadedExperts
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.diffusion.sampling import (

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.schedule import FloatArray, alphas_cumprod, betas, snr_db
 from tdc_ray.errors import ConfigError
 

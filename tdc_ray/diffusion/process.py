@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DiffusionConfig, LossWeight
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.train import LossWeight
 from tdc_ray.diffusion.schedule import FloatArray, alphas_cumprod, betas, snr
 
 DEFAULT_GAMMA: Mapping[LossWeight, float] = {"min-snr": 5.0, "p2": 1.0}

@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixi
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DiffusionConfig, SamplerConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.forward import denoised

@@ -1,14 +1,14 @@
 """Noise schedules: betas, alphas_cumprod and the signal-to-noise ratio, in float64 NumPy."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tdc_ray.config.diffusion import BetaSchedule
 from tdc_ray.errors import ScheduleError
 
 FloatArray = NDArray[np.float64]
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 MAX_BETA = 0.999
 """Largest beta of the cosine schedule (Nichol and Dhariwal, arXiv:2102.09672, section 3.2)."""

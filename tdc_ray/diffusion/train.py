@@ -14,13 +14,14 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DataConfig, TrainConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import augment, to_model_range
 from tdc_ray.data.load import Batch
 from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, loss_weights
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
-from tdc_ray.runs.stages.precision import autocast, in_layout
+from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 from tdc_ray.storage.object_store import shown

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from tdc_ray.execution.item import Chain, Resources, WorkItem
-from tdc_ray.execution.scheduler import Failure, Schedule, Task
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Resources, WorkItem
+from tdc_ray.execution.retry import Failure
+from tdc_ray.execution.scheduler import Schedule, Task
 from tdc_ray.execution.timeline import lower_bound
 
 WORKER = Resources(cpus=1.0)

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json

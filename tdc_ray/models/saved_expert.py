@@ -15,7 +15,8 @@ from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.models.units import Kept, units_for
+from tdc_ray.models.unet2d.units import units_for
+from tdc_ray.models.units import Kept
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import located, shown
 

@@ -12,15 +12,9 @@ groups; a norm that reads a skip beside it has other groups once its parts are n
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import lcm
 from typing import Literal
-
-from tdc_ray.models.layer import STREAM, AttentionBlock, Layer, ResidualBlock
-from tdc_ray.models.unet2d.architectures import UNetConfig
-from tdc_ray.models.unet2d.layers import parts
 
 Kept = Mapping[str, tuple[int, ...]]
 """For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising
@@ -66,37 +60,6 @@ class Unit:
         return [step * self.channels + i for step in steps for i in range(self.channels)]
 
 
-def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
-    """List the units of a UNet in the order of its forward pass.
-
-    Streams that have but one channel in each GroupNorm group cannot be cut and are left out.
-
-    Raises:
-        UnsupportedModelError: The UNet has a block of an unknown kind.
-    """
-    found = parts(config)
-    groups: defaultdict[str | None, int] = defaultdict(lambda: 1)
-    for part in found:
-        if not isinstance(part, Layer):
-            for stream in part.streams:
-                groups[stream.unit] = lcm(groups[stream.unit], part.num_groups or 1)
-    units: dict[str, Unit] = {}
-    for part in found:
-        if not isinstance(part, Layer):
-            units[part.name] = _inner_unit(part)
-        stream = part.outputs[0] if isinstance(part, Layer) else part.stream
-        step = groups[stream.unit]
-        if kind == "full" and stream.unit is not None and stream.count > step:
-            unit = Unit(stream.unit, "stream", stream.count // step, step, part.pixels)
-            units.setdefault(stream.unit, unit)
-    return tuple(units.values())
-
-
-def units_for(config: UNetConfig, kept: Kept) -> tuple[Unit, ...]:
-    """List the units that a choice was made among."""
-    return units_of(config, "full" if any(name.startswith(STREAM) for name in kept) else "inner")
-
-
 def widths_of(kept: Kept) -> dict[str, int]:
     """Tell how many steps of each unit a choice keeps."""
     return {name: len(steps) for name, steps in kept.items()}
@@ -111,12 +74,3 @@ def name_of(kept: Kept) -> str:
 def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
     """Give the choice that cuts nothing."""
     return {unit.name: tuple(range(unit.width)) for unit in units}
-
-
-def _inner_unit(part: ResidualBlock | AttentionBlock) -> Unit:
-    kind: Literal["residual", "attention"]
-    if isinstance(part, AttentionBlock):
-        kind, width = "attention", part.num_heads
-    else:
-        kind, width = "residual", part.num_groups
-    return Unit(part.name, kind, width, part.inner.count // width, part.pixels)

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.fingerprint import of_group, of_measuring, of_run, of_weights
+from tdc_ray.data.fingerprint import of_run
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.execution.item import Inputs
+from tdc_ray.models.fingerprint import of_weights
 from tdc_ray.models.units import Kept
 from tdc_ray.pruning.criteria.scores import Scores
+from tdc_ray.pruning.fingerprint import of_group, of_measuring
 from tdc_ray.storage.run_dir import RunDir
 
 VERSION = 3

@@ -15,8 +15,9 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.surgery import cut

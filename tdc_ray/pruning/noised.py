@@ -14,8 +14,9 @@ from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.diffusion.process import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.models.forward import images_at_once
-from tdc_ray.models.unet2d.steps import State, num_untouched, run, start, steps
-from tdc_ray.runs.stages.precision import autocast
+from tdc_ray.models.precision import autocast
+from tdc_ray.models.step import State
+from tdc_ray.models.unet2d.steps import num_untouched, run, start, steps
 from tdc_ray.seeds import derive_seed
 
 Purpose = Literal["scores", "refit", "held-out"]

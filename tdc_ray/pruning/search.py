@@ -6,22 +6,18 @@ from dataclasses import dataclass
 from math import isnan
 
 from tdc_ray.config.prune import ScoreMethod
-from tdc_ray.execution.item import Chain, Meeting, Result
+from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.item import Result
 from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.criteria.scores import Scores, keep_best
 from tdc_ray.pruning.group import Candidate, Choice, GroupTask, Spent
 from tdc_ray.pruning.jobs import ScoreJob, score_inputs
+from tdc_ray.pruning.knapsack import knapsack, loss_curves, measured_further, step_values
 from tdc_ray.pruning.loaded_base import score_units
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
 from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, ask
-from tdc_ray.pruning.proxies.offline import (
-    OfflineProxy,
-    knapsack,
-    loss_curves,
-    measured_further,
-    step_values,
-)
+from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import PruningTask, Sensitivities
 from tdc_ray.pruning.space import Scheme, repair
 from tdc_ray.pruning.tasks.candidates import (

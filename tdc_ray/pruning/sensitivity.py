@@ -10,14 +10,15 @@ from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import exchanged
-from tdc_ray.models.unet2d.steps import State, Step, run, steps
+from tdc_ray.models.precision import autocast
+from tdc_ray.models.step import State, Step
+from tdc_ray.models.unet2d.steps import run, steps
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import Scores, keep_best, reconstruction_scores
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
 from tdc_ray.pruning.refit.refit import closing
-from tdc_ray.runs.stages.precision import autocast
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]

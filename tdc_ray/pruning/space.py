@@ -9,7 +9,8 @@ from tdc_ray.errors import LimitError
 from tdc_ray.models.macs import Polynomial, tabulate
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.layers import all_layers
-from tdc_ray.models.units import SpaceKind, Unit, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import SpaceKind, Unit
 from tdc_ray.pruning.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
 
 Scheme = Mapping[str, int]

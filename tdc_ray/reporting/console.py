@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.config.presets import PAPER
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.reporting.paper import PAPER
 from tdc_ray.runs.results import GroupResult, ModelResult, Results
 from tdc_ray.storage.files import atomic_path
 from tdc_ray.storage.object_store import shown

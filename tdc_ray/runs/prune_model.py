@@ -10,15 +10,15 @@ from pathlib import Path
 from diffusers import UNet2DModel
 from rich.console import Console
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
-from tdc_ray.config.train import DataConfig
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
-from tdc_ray.execution.item import run_chain
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes

@@ -10,42 +10,40 @@ from typing import Any
 from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.conditioning import check_conditioning
-from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
-from tdc_ray.diffusion.plan import Plan, plan_groups
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
-from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import Store
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.models.first_stage import check_latents, copy_first_stage
-from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.models.first_stage import copy_first_stage
+from tdc_ray.models.unet2d.architectures import UNetConfig, base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import group_tasks
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank
-from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.pruning.space import Space
 from tdc_ray.reporting.console import plot_plan
 from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.reporting.tensorboard import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.runs.collect_results import Outcome, step_mean, summarize
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
-from tdc_ray.runs.evaluation.features import FeatureSpec, check_labels, choose_features
-from tdc_ray.runs.pretrained.settings import check_base, import_base, with_first_stage
+from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
+from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
 from tdc_ray.runs.pretrained.sources import find_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.expert import Expert, make_expert
-from tdc_ray.runs.stages.finetune import expert_dir
 from tdc_ray.runs.stages.precision import Stage, settled
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.stages.timing import expert_times
-from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.files import exists, write_json
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.object_store import located, shown
 from tdc_ray.storage.provenance import commit, machine, versions
@@ -125,56 +123,6 @@ def run(
         return results
 
 
-def check(config: RunConfig) -> tuple[Space, Plan]:
-    """Find out before any work whether settings, data and limits can go together.
-
-    Raises:
-        ConfigError: Settings disagree with the architecture, or with the base that is given.
-        CheckpointError: The base that is given is missing or malformed.
-        DataError: The data is missing or malformed.
-        LimitError: A group's limit is below the smallest pruned model.
-    """
-    unet, name, is_latent = _base_of(config)
-    data, diffusion = config.data, config.diffusion
-    if is_latent and data.first_stage is None:
-        raise ConfigError(
-            f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
-            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
-            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
-            "tdc-ray import FILE DIR by --base DIR."
-        )
-    check_latents(data, unet, name)
-    learns_sigma = unet["out_channels"] == 2 * unet["in_channels"]
-    for setting, value, wanted in (
-        ("data.image_size", data.image_size, unet["sample_size"]),
-        ("data.num_channels", data.num_channels, unet["in_channels"]),
-        ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
-    ):
-        of_images = data.first_stage is None or not setting.startswith("data.")
-        if of_images and value != wanted:
-            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
-    plan = plan_groups(diffusion, config.plan, config.sampler)
-    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
-    if config.prune.objective == "macs":
-        _check_limits(config, space, plan)
-    dataset = load_dataset(data)
-    check_conditioning(
-        config.conditioning,
-        guidance_scale=config.sampler.guidance_scale,
-        num_class_embeds=unet.get("num_class_embeds"),
-        num_data_classes=dataset.num_classes,
-    )
-    check_labels(config, dataset)
-    return space, plan
-
-
-def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
-    """Make sure that every group's limit can be met."""
-    if config.prune.method != "none":
-        for group in plan.groups:
-            space.check_limit(group.limit(space.cost_base), f"group {group.index}")
-
-
 def _limited_space(
     run_dir: RunDir, config: RunConfig, unet: UNetConfig, space: Space, plan: Plan, pool: Pool
 ) -> Space:
@@ -191,37 +139,9 @@ def _limited_space(
     return timed
 
 
-def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
-    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
-    if config.model.base is not None:
-        base = find_base(config.model.base)
-        name = f"the base {base.source}"
-        return check_base(base, config), name, base.first_stage is not None
-    named = config.model.architecture
-    return base_unet(config), f"model.architecture {named}", named in LATENT
-
-
 def _store(root: Path | None, run_dir: RunDir) -> Store | None:
     """Open a store for a run."""
     return None if root is None else Store(located(root).resolve(), shown(run_dir.root))
-
-
-def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
-    """Make sure that a run directory, if there is one, is of the very run that is asked for."""
-    if not exists(run_dir.config):
-        return
-    try:
-        before = from_json(read_json(run_dir.config))
-    except ConfigError as error:
-        raise StorageError(
-            f"{shown(run_dir.config)} is of another version: {error} Choose another --run-dir."
-        ) from error
-    changed = differences(before, config)
-    if changed:
-        raise StorageError(
-            f"run directory {shown(run_dir.root)} has other settings: {'; '.join(changed)}. "
-            "Use the same settings to go on, or another --run-dir."
-        )
 
 
 def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
@@ -274,7 +194,7 @@ def _make_experts(
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
     experts = [done[task.name] for task in tasks]
-    folders = [expert_dir(run_dir, group).name for group in plan.groups]
+    folders = [run_dir.expert(group.index).name for group in plan.groups]
     save_index(run_dir.experts, config, plan.groups, folders)
     return experts, done["features"]
 

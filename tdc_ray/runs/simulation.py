@@ -10,7 +10,8 @@ from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import StorageError
-from tdc_ray.execution.item import Chain, Meeting, WorkItem
+from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.simulator import Simulated, Weather, simulate
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet

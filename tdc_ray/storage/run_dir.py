@@ -77,6 +77,10 @@ class RunDir:
         """What ``ProgressivePipeline.from_pretrained`` loads."""
         return self.root / "experts"
 
+    def expert(self, index: int) -> Path:
+        """The expert of a group, by the group's index."""
+        return self.experts / f"expert-{index:02d}"
+
     @property
     def samples(self) -> Path:
         """Images that the base and the experts were scored on, and their features' moments."""

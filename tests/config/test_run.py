@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import ModelConfig
-from tdc_ray.config.prune import ProxyConfig, PruneConfig
+from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.proxy import ProxyConfig
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import (
     RunConfig,
     default_run_dir,
@@ -20,14 +25,8 @@ from tdc_ray.config.run import (
     to_json,
     with_absolute_paths,
 )
-from tdc_ray.config.train import (
-    DataConfig,
-    DiffusionConfig,
-    EvaluateConfig,
-    PlanConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.errors import ConfigError
 
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)

@@ -31,13 +31,16 @@ from tdc_ray.diffusion.pipeline import (
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from tdc_ray.execution.item import run_chain, run_item
+from tdc_ray.execution.chain import run_chain
+from tdc_ray.execution.item import run_item
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet
-from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.noised import noised_batches
-from tdc_ray.runs.run import check, run
+from tdc_ray.runs.preflight import check
+from tdc_ray.runs.run import run
 from tdc_ray.runs.stages.base import Place, sample_grid, train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import DataError
 from tests.images import everything, npz_config, random_pixels

@@ -24,7 +24,8 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models import winograd
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import keep_all
 from tests.small import TINY, assert_same, random_kept, random_unet, small_config
 
 UNITS = units_of(TINY)

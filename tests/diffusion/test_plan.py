@@ -8,8 +8,10 @@ from diffusers import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.presets import preset
-from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.plan import (
     difficulty,
     limit_shares,

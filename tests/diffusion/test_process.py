@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import nn
 
-from tdc_ray.config.train import DiffusionConfig
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import denoising_loss, loss_per_image, loss_weights, noise_schedule
 from tdc_ray.errors import ScheduleError
 

@@ -7,7 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DiffusionConfig, PlanConfig, SamplerConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.diffusion.plan import plan_groups, sampling_timesteps
 from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample, to_uint8

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DiffusionConfig, TrainConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.process import loss_weights, noise_schedule

@@ -10,7 +10,8 @@ import pytest
 
 import tdc_ray
 from tdc_ray.errors import LimitError
-from tdc_ray.execution.item import Chains, Meeting, WorkItem, finished, run_chain, run_item
+from tdc_ray.execution.chain import Chains, Meeting, run_chain
+from tdc_ray.execution.item import WorkItem, finished, run_item
 from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
 from tests.small import reporting_to
 

@@ -7,14 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.execution.item import Chain, Meeting, Resources, WorkItem
-from tdc_ray.execution.scheduler import (
-    MAX_NODE_LOSSES,
-    Action,
-    Failure,
-    Schedule,
-    num_fitting,
-)
+from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.item import Resources, WorkItem
+from tdc_ray.execution.retry import MAX_NODE_LOSSES, Action, Failure
+from tdc_ray.execution.scheduler import Schedule, num_fitting
 from tdc_ray.storage.files import read_json, write_json
 
 ONE = Resources(1.0)

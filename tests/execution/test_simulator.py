@@ -3,7 +3,8 @@ import random
 
 import pytest
 
-from tdc_ray.execution.item import Chain, Meeting, WorkItem
+from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.simulator import Weather, simulate
 from tests.execution.test_scheduler import NOWHERE
 

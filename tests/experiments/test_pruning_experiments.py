@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.data.latents import latents_dir
 from tdc_ray.errors import ConfigError, StorageError
 from tests.small import latent_config, make_first_stage, small_config

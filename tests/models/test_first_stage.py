@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file, save_file
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.first_stage import (
     BATCH,

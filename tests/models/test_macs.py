@@ -4,7 +4,7 @@ import pytest
 
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.layers import all_layers, count
-from tdc_ray.models.units import units_of
+from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.units import Kept, keep_all, units_for, units_of
+from tdc_ray.models.unet2d.units import units_for, units_of
+from tdc_ray.models.units import Kept, keep_all
 from tests.models.configs import CONFIGS
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet
 

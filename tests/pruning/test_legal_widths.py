@@ -12,11 +12,12 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.costs import LatencyTable
+from tdc_ray.pruning.knapsack import loss_curves, step_values
 from tdc_ray.pruning.latency import latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.proxies.by_score import BASELINES, values_of
-from tdc_ray.pruning.proxies.offline import OfflineProxy, loss_curves, step_values
+from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, is_tight, repair, space_of
 from tests.pruning.requests import entry, task

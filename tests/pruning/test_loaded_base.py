@@ -10,7 +10,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
-from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.criteria.scores import keep_best, magnitude_scores
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.pruning.loaded_base import (

@@ -11,7 +11,8 @@ import pytest
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Group, plan_groups
 from tdc_ray.errors import LimitError
-from tdc_ray.execution.item import Chains, Result, WorkItem, run_chain, run_item
+from tdc_ray.execution.chain import Chains, run_chain
+from tdc_ray.execution.item import Result, WorkItem, run_item
 from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
 from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
-from tdc_ray.models.units import Unit, keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import Unit, keep_all
 from tdc_ray.pruning.criteria.scores import keep_best, magnitude_scores
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights, error_weights

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tdc_ray.cli.main import run_command
-from tdc_ray.config.conditioning import ConditioningConfig, check_conditioning, null_class
+from tdc_ray.config.conditioning import ConditioningConfig, null_class
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DiffusionConfig, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
@@ -27,11 +28,12 @@ from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
-from tdc_ray.models.units import keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import keep_all
 from tdc_ray.runs.evaluation.evaluate import SampleJob, sample_images
-from tdc_ray.runs.run import check
+from tdc_ray.runs.preflight import check, check_conditioning
 from tdc_ray.runs.stages.base import Place, sample_grid, train_base
-from tdc_ray.runs.stages.finetune import FinetuneJob, expert_dir, finetune_expert
+from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, assert_same, group_of, random_unet, small_config
 
@@ -294,7 +296,7 @@ def test_a_fine_tune_is_told_the_labels_and_drops_them(tmp_path, label_dropout):
     finetune_expert(
         FinetuneJob(run_dir, config, group, kept, tmp_path / "checkpoint.pt"), lambda *_: None
     )
-    expert = load_expert(expert_dir(run_dir, group))
+    expert = load_expert(run_dir.expert(group.index))
     rows = [True] * 10 + [label_dropout > 0]
     assert moved_rows(random_unet(WITH_NULL), expert) == rows
 
@@ -385,8 +387,8 @@ def test_base_and_experts_are_scored_on_images_of_the_same_classes(tmp_path):
     run_dir, unet = conditional_run_dir(tmp_path), random_unet(WITH_NULL)
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     for group in groups:
-        save_expert(expert_dir(run_dir, group), unet, WITH_NULL, keep_all(units_of(WITH_NULL)))
-    save_index(run_dir.experts, config, groups, [expert_dir(run_dir, g).name for g in groups])
+        save_expert(run_dir.expert(group.index), unet, WITH_NULL, keep_all(units_of(WITH_NULL)))
+    save_index(run_dir.experts, config, groups, [run_dir.expert(g.index).name for g in groups])
     config = replace(config, evaluate=replace(config.evaluate, batch_size=8))
     for which in ("base", "tdc"):
         for first, number in ((0, 16), (16, 8)):

@@ -8,7 +8,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tdc_ray.config.conditioning import ConditioningConfig
-from tdc_ray.config.train import SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
 from tdc_ray.models.saved_expert import load_expert
@@ -17,8 +17,9 @@ from tdc_ray.models.unet2d.unet import count_macs, count_params
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.reporting.console import conclusions
+from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import load_results
-from tdc_ray.runs.run import check, run
+from tdc_ray.runs.run import run
 from tdc_ray.storage.lease import exclusive
 from tdc_ray.storage.run_dir import RunDir
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from tdc_ray.cli.commands.prune import Import
-from tdc_ray.cli.commands.run import Plan, Run
+from tdc_ray.cli.commands.import_base import Import
+from tdc_ray.cli.commands.plan import Plan
+from tdc_ray.cli.commands.run import Run
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json

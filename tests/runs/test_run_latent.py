@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.config.train import DataConfig, TrainConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.data.latents import latents_dir, load_inputs
 from tdc_ray.data.load import load_dataset

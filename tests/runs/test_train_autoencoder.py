@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.config.train import DataConfig, TrainConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import held_out_split, to_model_range
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import StorageError

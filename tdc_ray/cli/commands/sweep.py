@@ -1,4 +1,4 @@
-"""Sweeps."""
+"""``tdc-ray sweep``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from tdc_ray.cli.commands.run import Settings
+from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.runs.sweep.space import SweepConfig, check_space, parse_space

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
 

@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdc_ray.config.train import DataConfig
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.files import atomic_path, locked

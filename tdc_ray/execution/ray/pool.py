@@ -12,13 +12,15 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
-from tdc_ray.execution.item import Chain, Result
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.cache_session import Sharing
 from tdc_ray.execution.ray.cluster import Board, is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
 from tdc_ray.execution.ray.service import start_caller, start_checked_caller
 from tdc_ray.execution.ray.workers import Crew, needs
-from tdc_ray.execution.scheduler import Action, Failure, Schedule, Task
+from tdc_ray.execution.retry import Action, Failure
+from tdc_ray.execution.scheduler import Schedule, Task
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.reporting.progress import ProgressView
 

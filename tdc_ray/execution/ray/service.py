@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import Result, WorkItem, run_item
 from tdc_ray.execution.ray.cluster import Board

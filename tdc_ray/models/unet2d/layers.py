@@ -4,19 +4,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.layer import (
-    STREAM,
-    AttentionBlock,
-    Channels,
-    Layer,
-    Part,
-    ResidualBlock,
-    conv,
-    linear,
-    norm,
-    total,
-)
+from tdc_ray.models.layer import STREAM, Channels, Layer, total
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
+from tdc_ray.models.unet2d.shapes import AttentionBlock, Part, ResidualBlock, conv, linear, norm
 
 _DEFAULTS: UNetConfig = {
     "layers_per_block": 2,

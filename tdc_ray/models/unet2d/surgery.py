@@ -13,8 +13,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.layer import starts_of
 from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.unet2d.shapes import starts_of
 from tdc_ray.models.unet2d.streams import cut_streams
 from tdc_ray.models.units import Kept, Unit
 

@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.transcripts import Usage, spent_in
 

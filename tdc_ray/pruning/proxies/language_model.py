@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.pruning.llm.budget import Budget

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
-from tdc_ray.models.unet2d.steps import State, Step, is_cut, steps
+from tdc_ray.models.step import State, Step
+from tdc_ray.models.unet2d.steps import is_cut, steps
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import LeastSquares, ReadLayer, Tap

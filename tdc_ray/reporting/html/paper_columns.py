@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tdc_ray.config.presets import PAPER, PaperRow
+from tdc_ray.reporting.paper import PAPER, PaperRow
 
 NO_PRUNING = "TDC, no pruning"
 

@@ -4,7 +4,6 @@ import statistics
 
 import numpy as np
 
-from tdc_ray.config.presets import PaperRow
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.reporting.html.blocks import Column, Table, Value
 from tdc_ray.reporting.html.load import RunData
@@ -16,6 +15,7 @@ from tdc_ray.reporting.html.paper_columns import (
     is_of_the_paper,
     paper_dataset,
 )
+from tdc_ray.reporting.paper import PaperRow
 from tdc_ray.runs.results import ModelResult, Results
 from tdc_ray.runs.status import Status
 

@@ -17,25 +17,25 @@ import numpy as np
 import torch
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.fingerprint import of_images, of_weights
+from tdc_ray.data.fingerprint import of_images
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.sampling import image_generators, image_labels
 from tdc_ray.diffusion.schedule import FloatArray
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Chain, Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
+from tdc_ray.models.fingerprint import of_weights
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
+from tdc_ray.models.precision import DTYPES
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.runs.evaluation.features import (
     FeatureSpec,
-    Moments,
-    distance,
     load_extractor,
-    moments_of,
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.runs.stages.precision import DTYPES
+from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
 

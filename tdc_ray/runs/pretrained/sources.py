@@ -16,9 +16,10 @@ import numpy as np
 from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
 
+from tdc_ray.config.diffusion import BetaSchedule
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.run import from_json
-from tdc_ray.diffusion.schedule import BetaSchedule, recognise
+from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tdc_ray.diffusion.plan import Group
-from tdc_ray.execution.item import Chain
+from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import Choice, GroupTask
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search

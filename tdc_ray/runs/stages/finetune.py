@@ -10,7 +10,7 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches, held_out_split
-from tdc_ray.data.fingerprint import of_group, of_measuring, of_run, of_training, of_weights
+from tdc_ray.data.fingerprint import of_run, of_training
 from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion.plan import Group
 from tdc_ray.diffusion.process import noise_schedule
@@ -18,10 +18,12 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import gathered, place
 from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
+from tdc_ray.models.fingerprint import of_weights
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import count_params, unet_config
 from tdc_ray.models.units import Kept, name_of, widths_of
+from tdc_ray.pruning.fingerprint import of_group, of_measuring
 from tdc_ray.pruning.group import GroupTask
 from tdc_ray.pruning.loaded_base import Base, load_base, pruned_unet
 from tdc_ray.pruning.noised import held_out_loss
@@ -61,11 +63,6 @@ class FinetuneJob:
         return (self.num_steps - self.steps_before) * self.config.finetune.batch_size
 
 
-def expert_dir(run_dir: RunDir, group: Group) -> Path:
-    """Where a group's expert is saved."""
-    return run_dir.experts / f"expert-{group.index:02d}"
-
-
 def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     """Fine-tune, or go on from the checkpoint of an earlier attempt, and save the expert.
 
@@ -87,7 +84,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
         return {}
     with state.averaged() as averaged:
         save_expert(
-            expert_dir(job.run_dir, job.group),
+            job.run_dir.expert(job.group.index),
             averaged,
             unet_config(job.run_dir.base_unet),
             job.kept,
@@ -170,7 +167,7 @@ def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
         num_steps=job.num_steps,
         kept=kept,
         inputs=finetune_inputs,
-        files=(expert_dir(task.run_dir, task.group),),
+        files=(task.run_dir.expert(task.group.index),),
     )
     return _as_training(item, task.config)
 

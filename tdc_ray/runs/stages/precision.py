@@ -1,11 +1,9 @@
 """fp32 or less: autocast, the layout that goes with it, and which precision is fastest here."""
 
-import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,8 +12,10 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Chain, Report, Resources, Result, WorkItem
+from tdc_ray.execution.item import Report, Resources, Result, WorkItem
+from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.run_dir import RunDir
 
@@ -31,35 +31,6 @@ REPEATS = 5
 
 NUM_IMAGES = 16
 """That the probe's layer gets at once."""
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""Of each precision but ``auto``, which is settled before (`settled`)."""
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Enter autocast where the precision asks for it.
-
-    Without gradients no weight's cast is remembered: it may be another's weight by the next layer.
-    """
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    cache = torch.is_grad_enabled()
-    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=cache)
-
-
-def in_layout(model: nn.Module, precision: Precision) -> nn.Module:
-    """Bring a model, on its device, to the memory layout that its convolutions compute in.
-
-    Tensor cores and bf16 want channels last; for fp32 on CPUs it makes no difference, as oneDNN
-    uses a blocked layout of its own.
-    """
-    device = next(model.parameters()).device
-    last = device.type == "cuda" or precision != "fp32"
-    return model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)

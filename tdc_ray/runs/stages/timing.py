@@ -5,12 +5,12 @@ from statistics import median
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.unet import load_unet
-from tdc_ray.runs.stages.finetune import expert_dir
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3
@@ -51,7 +51,7 @@ def measure_experts(job: TimesJob, report: Report) -> Result:
     base = load_unet(job.run_dir.base_unet).to(device)
     bases, shares = [], []
     for number, group in enumerate(job.plan.groups, start=1):
-        expert = load_expert(expert_dir(job.run_dir, group)).to(device)
+        expert = load_expert(job.run_dir.expert(group.index)).to(device)
         whole, part = time_passes(
             [base, expert], size, min_repeats=MIN_REPEATS, min_seconds=MIN_SECONDS
         )

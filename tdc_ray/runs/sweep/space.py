@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 from tdc_ray.config.run import RunConfig, from_json, to_json
-from tdc_ray.config.train import at_least
+from tdc_ray.config.validation import at_least
 from tdc_ray.errors import ConfigError
 
 Search = Literal["grid", "random", "tpe"]

@@ -27,8 +27,9 @@ from tdc_ray.execution.ray.service import start_checked_caller
 from tdc_ray.execution.ray.workers import Crew
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.reporting.hparams import write_session
-from tdc_ray.runs.pretrained.settings import with_first_stage
-from tdc_ray.runs.run import check, local_cpus
+from tdc_ray.runs.preflight import check
+from tdc_ray.runs.pretrained.importer import with_first_stage
+from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import (
     Row,

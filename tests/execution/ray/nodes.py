@@ -23,7 +23,8 @@ from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.execution.item import Chain, Report, Result, WorkItem
+from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import History, Timeline, load_history

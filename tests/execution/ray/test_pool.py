@@ -14,7 +14,8 @@ from rich.console import Console
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, WorkFailedError
-from tdc_ray.execution.item import Chain, Meeting, Resources, WorkItem
+from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.item import Resources, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import Timeline, load_history, usage

@@ -11,7 +11,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.ray.cluster import Board, board
 from tdc_ray.execution.ray.service import start_caller

@@ -3,9 +3,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from tdc_ray.models.unet2d.steps import State, Step, start, steps
+from tdc_ray.models.step import State, Step
+from tdc_ray.models.unet2d.steps import start, steps
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.units import units_of
+from tdc_ray.models.unet2d.units import units_of
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, random_kept, random_unet
 

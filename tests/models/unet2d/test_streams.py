@@ -14,7 +14,8 @@ from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.streams import dependency_graph, root_of
 from tdc_ray.models.unet2d.surgery import coupled, cut, kept_outputs
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
-from tdc_ray.models.units import Unit, keep_all, units_for, units_of
+from tdc_ray.models.unet2d.units import units_for, units_of
+from tdc_ray.models.units import Unit, keep_all
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, output_of, random_kept, random_unet, widths_of

@@ -9,7 +9,8 @@ from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
 from tdc_ray.models.unet2d.surgery import coupled, cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
-from tdc_ray.models.units import SpaceKind, Unit, keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import SpaceKind, Unit, keep_all
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, DOWN, UP
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet, widths_of

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, noise_schedule
-from tdc_ray.models.units import Unit, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import (
     Scores,
     diff_pruning_scores,

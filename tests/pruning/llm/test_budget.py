@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tdc_ray.config.prune import ProxyConfig
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import Usage

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxies.offline import (
+from tdc_ray.pruning.knapsack import (
     FREE_CHARGE,
-    OfflineProxy,
     knapsack,
     loss_curves,
     measured_further,
     step_values,
 )
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import PruningTask, Sensitivities
 from tdc_ray.pruning.space import Scheme, Space, is_tight, space_of
 from tests.pruning.requests import TASK

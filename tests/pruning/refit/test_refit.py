@@ -5,12 +5,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.config.train import DiffusionConfig
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.models.step import State
 from tdc_ray.models.unet2d.architectures import UNetConfig
-from tdc_ray.models.unet2d.steps import State, steps
+from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
-from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import _after, closing, refit

@@ -12,11 +12,13 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
-from tdc_ray.execution.item import WorkItem, finished, run_chain
+from tdc_ray.execution.chain import run_chain
+from tdc_ray.execution.item import WorkItem, finished
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
-from tdc_ray.models.units import Kept, keep_all, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import Kept, keep_all
 from tdc_ray.runs.evaluation.evaluate import (
     SampleJob,
     Score,
@@ -28,14 +30,8 @@ from tdc_ray.runs.evaluation.evaluate import (
     score,
     train_classifier_item,
 )
-from tdc_ray.runs.evaluation.features import (
-    FeatureSpec,
-    Moments,
-    choose_features,
-    distance,
-    load_extractor,
-    moments_of,
-)
+from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features, load_extractor
+from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config

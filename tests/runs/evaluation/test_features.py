@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DataConfig, EvaluateConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.data.load import ImageDataset, load_dataset
 from tdc_ray.errors import ConfigError, EvaluationError
@@ -19,15 +20,13 @@ from tdc_ray.runs.evaluation.features import (
     NUM_FEATURES,
     Classifier,
     FeatureSpec,
-    Moments,
     choose_features,
-    distance,
     load_extractor,
-    moments_of,
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.runs.run import check
+from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
+from tdc_ray.runs.preflight import check
 from tdc_ray.storage.files import write_json
 from tests.small import assert_same, small_config
 

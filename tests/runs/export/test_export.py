@@ -20,7 +20,8 @@ from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.units import SpaceKind, units_of
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import SpaceKind
 from tdc_ray.runs.export.export import export_run
 from tdc_ray.runs.results import save_results
 from tdc_ray.storage.files import write_json

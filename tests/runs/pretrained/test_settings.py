@@ -26,13 +26,8 @@ from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.runs.pretrained.settings import (
-    check_base,
-    come_along,
-    import_base,
-    untold,
-    with_first_stage,
-)
+from tdc_ray.runs.pretrained.importer import check_base, import_base, with_first_stage
+from tdc_ray.runs.pretrained.settings import come_along, untold
 from tdc_ray.runs.pretrained.sources import find_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir

@@ -12,7 +12,7 @@ from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.units import keep_all
 from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.reporting.progress import ProgressView
-from tdc_ray.runs.stages.finetune import expert_dir, finetune_item
+from tdc_ray.runs.stages.finetune import finetune_item
 from tests.small import make_run_dir, small_config, task_of
 
 pytestmark = pytest.mark.ray
@@ -49,7 +49,7 @@ def test_two_workers_fine_tune_one_expert_and_go_on_after_a_kill(ray_cluster, tm
             Pool(config, events, view) as pool,
         ):
             result = pool.run({"expert": chain()})["expert"]
-        expert = load_expert(expert_dir(run_dir, task.group))
+        expert = load_expert(run_dir.expert(task.group.index))
         assert held_out_loss(expert, config, task.group) == pytest.approx(
             result["loss_finetuned"], rel=1e-5
         )

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import DataConfig
 from tdc_ray.data.batches import held_out_split
 from tdc_ray.data.load import ArrayImages, load_dataset
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.item import Report, run_chain
+from tdc_ray.execution.chain import run_chain
+from tdc_ray.execution.item import Report
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
 from tdc_ray.models.units import keep_all
@@ -22,7 +23,6 @@ from tdc_ray.pruning.search import search
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import (
     FinetuneJob,
-    expert_dir,
     finetune_expert,
     finetune_item,
     halve_micro_batch,
@@ -92,7 +92,7 @@ def expert(task) -> Expert:
 
 
 def test_the_saved_expert_has_the_macs_parameters_and_loss_that_are_told(task, expert):
-    saved = load_expert(expert_dir(task.run_dir, task.group))
+    saved = load_expert(task.run_dir.expert(task.group.index))
     assert expert.macs == count_macs(saved) <= expert.max_macs
     assert expert.num_params == count_params(saved)
     assert expert.loss_finetuned == held_out_loss(saved, task.config, task.group)
@@ -123,7 +123,7 @@ def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
 
 
 def test_a_finished_expert_is_not_made_again(task, expert):
-    weights = expert_dir(task.run_dir, task.group) / "model.safetensors"
+    weights = task.run_dir.expert(task.group.index) / "model.safetensors"
     written = weights.stat().st_mtime_ns
     reports = []
     assert make(task, lambda metrics, step: reports.append((metrics, step))) == expert
@@ -150,7 +150,7 @@ def kill_at(step: int) -> Report:
 
 
 def weights_of(task: GroupTask) -> dict:
-    return load_expert(expert_dir(task.run_dir, task.group)).state_dict()
+    return load_expert(task.run_dir.expert(task.group.index)).state_dict()
 
 
 def checkpoints_of(task: GroupTask) -> list[Path]:
@@ -166,7 +166,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
         with pytest.raises(KilledError):
             make(again, kill_at(step))
         assert len(checkpoints_of(again)) == (step > 2)
-        assert not expert_dir(again.run_dir, again.group).exists()
+        assert not again.run_dir.expert(again.group.index).exists()
     seen = []
     found = make(again, lambda metrics, at: seen.append(at) if "grad_norm" in metrics else None)
     assert seen == list(range((steps[-1] - 1) // 2 * 2 + 1, NUM_STEPS + 1))  # not from the start
@@ -195,7 +195,7 @@ def test_without_a_step_the_expert_is_what_the_refit_left(tmp_path, refit, space
     base = load_base(task.run_dir, config)
     expected = pruned_unet(base, expert.choice.kept, config, task.group)
     assert_same(weights_of(task), expected.state_dict())
-    saved = load_expert(expert_dir(task.run_dir, task.group))
+    saved = load_expert(task.run_dir.expert(task.group.index))
     assert_same(output_of(saved), output_of(expected))
     choice = expert.choice
     assert expert.loss_finetuned == (choice.loss_cut if refit == "none" else choice.loss_refit)
@@ -371,12 +371,12 @@ def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path
     task = task_of(make_run_dir(tmp_path), config_of())
     item = finetune_item(task, keep_all(task.space.units))
     finetune_expert(item.job, lambda _metrics, _step: None)
-    whole = load_expert(expert_dir(task.run_dir, task.group)).state_dict()
+    whole = load_expert(task.run_dir.expert(task.group.index)).state_dict()
     job = item.halved()
     assert job.config.finetune.micro_batch_size == task.config.finetune.batch_size // 2
     elsewhere = dataclasses.replace(job, checkpoint=tmp_path / "other.pt")
     finetune_expert(elsewhere, lambda _metrics, _step: None)
-    for name, weights in load_expert(expert_dir(task.run_dir, task.group)).state_dict().items():
+    for name, weights in load_expert(task.run_dir.expert(task.group.index)).state_dict().items():
         assert (weights - whole[name]).abs().max() < 1e-4, name
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tdc_ray.diffusion.train import start_state
+from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import exact_products, set_up
-from tdc_ray.execution.item import run_chain
+from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.pruning.noised import held_out_loss
-from tdc_ray.runs.stages.precision import LEAST_GAIN, autocast, in_layout, settled
+from tdc_ray.runs.stages.precision import LEAST_GAIN, settled
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, assert_same, group_of, output_of, random_unet, small_config

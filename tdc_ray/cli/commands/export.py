@@ -1,0 +1,31 @@
+"""``tdc-ray export``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from tdc_ray.storage.object_store import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export a finished run's experts for diffusers, plain PyTorch and tdc_ray.
+
+    With a model card, and code that needs neither Ray nor tdc_ray.
+    """
+
+    run: Positional[Path]
+    """The run directory, or its URI."""
+    out: Positional[Path]
+    """A new folder."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Write the export."""
+        from tdc_ray.runs.export.export import export_run
+
+        export_run(self.run, self.out)
+        console.print(f"written: {shown(self.out)} (README.md says how to sample)", soft_wrap=True)

@@ -1,0 +1,56 @@
+"""``tdc-ray import``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.errors import StorageError
+from tdc_ray.storage.object_store import is_remote, located, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Bring a base into diffusers' format, with the noise process that it was trained with.
+
+    ``tdc-ray run --base DIR`` starts from it, and so it does from the base itself.
+    """
+
+    source: Positional[str]
+    """A base as --base takes it, such as openai:FILE.pt or compvis:FILE.ckpt."""
+    out: Positional[Path]
+    """A new folder."""
+    config: Settings
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Write the base, and say what it does not tell."""
+        from tdc_ray.models.unet2d.layers import count
+        from tdc_ray.runs.pretrained.importer import import_base
+        from tdc_ray.runs.pretrained.settings import untold
+        from tdc_ray.runs.pretrained.sources import find_base
+        from tdc_ray.storage.files import exists
+
+        out = located(self.out)
+        if exists(out) and (is_remote(out) or not out.is_dir() or any(out.iterdir())):
+            raise StorageError(f"{shown(out)} must be a new or an empty folder: choose another.")
+        base = find_base(self.source)
+        num_params, macs = count(import_base(base, self.config, out))
+        console.print(
+            f"written: {shown(out)} ({base.weights} weights, {num_params / 1e6:.2f} M parameters, "
+            f"{macs / 1e9:.2f} G macs)",
+            soft_wrap=True,
+        )
+        for name in untold(base.told):
+            stage, _, setting = name.partition(".")
+            value = getattr(getattr(self.config, stage), setting)
+            console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
+        if (embeds := base.unet.get("num_class_embeds")) is not None:
+            console.print(
+                f"it embeds {embeds} classes: run it with --conditioning.num-classes {embeds}, or "
+                f"{embeds - 1} if the last one stands for no class",
+                soft_wrap=True,
+            )

@@ -1,0 +1,44 @@
+"""``tdc-ray memory``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.storage.object_store import located, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
+
+    run: Positional[Path]
+    """A run directory, or what tdc-ray prune wrote, or its URI."""
+    group: int | None = None
+    """Only this group."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print the entries."""
+        from tdc_ray.pruning.memory import MemoryBank
+        from tdc_ray.reporting.console import print_memory
+        from tdc_ray.storage.files import exists, listing
+        from tdc_ray.storage.run_dir import RunDir
+
+        folder = located(self.run)
+        paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
+        found = [path for path in paths if exists(path)]
+        if not found:
+            raise StorageError(
+                f"{shown(folder)} holds no memory bank: {shown(paths[0])} does not exist."
+            )
+        banks = {path: MemoryBank(path).all() for path in found}
+        groups = sorted({entry.group for entries in banks.values() for entry in entries})
+        if self.group is not None and self.group not in groups:
+            names = ", ".join(map(str, groups)) or "none yet"
+            raise ConfigError(f"--group must be in the memory bank ({names}), got {self.group}.")
+        for path, entries in banks.items():
+            print_memory(console, [e for e in entries if self.group in (None, e.group)], path)

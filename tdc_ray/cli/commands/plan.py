@@ -1,0 +1,56 @@
+"""``tdc-ray plan``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.config.run import RunConfig, default_run_dir
+from tdc_ray.diffusion.plan import Plan as GroupPlan
+from tdc_ray.storage.object_store import located, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show the groups of timesteps and what each may cost; trains nothing."""
+
+    config: Settings
+    out_dir: Path | None = None
+    """Where plan.json and plan.png go; default: the default run directory."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print the plan and write it."""
+        from tdc_ray.diffusion.plan import to_json
+        from tdc_ray.reporting.console import plot_plan
+        from tdc_ray.storage.files import write_json
+
+        config = self.config
+        plan = show_plan(config, console)
+        folder = located(self.out_dir or default_run_dir(config))
+        write_json(folder / "plan.json", to_json(plan))
+        plot_plan(plan, folder / "plan.png")
+        name = shown(folder)
+        console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
+
+
+def show_plan(config: RunConfig, console: Console) -> GroupPlan:
+    """Print the settings that a plan follows from, and the plan; return the plan."""
+    from tdc_ray.diffusion.plan import plan_groups
+    from tdc_ray.models.unet2d.architectures import base_unet
+    from tdc_ray.models.unet2d.layers import count
+    from tdc_ray.reporting.console import print_plan
+
+    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    if config.model.base is None:
+        unet = base_unet(config)
+    else:
+        from tdc_ray.runs.pretrained.importer import check_base
+        from tdc_ray.runs.pretrained.sources import find_base  # imports torch
+
+        unet = check_base(find_base(config.model.base), config)
+    _, macs_base = count(unet)
+    print_plan(console, plan, config, macs_base)
+    return plan

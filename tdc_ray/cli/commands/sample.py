@@ -1,0 +1,103 @@
+"""``tdc-ray sample``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from tdc_ray.config.train import Precision
+from tdc_ray.config.validation import require
+from tdc_ray.storage.object_store import located, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Sample images from the experts of a finished run: a grid and an npz (arr_0, uint8, NHWC)."""
+
+    run: Positional[Path]
+    """The run directory, or a folder of experts, or its URI."""
+    num_images: int = 64
+    """How many images."""
+    seed: int = 0
+    """Image i of a seed is always the same."""
+    num_inference_steps: int | None = None
+    """Denoising steps; default: as the run was planned."""
+    labels: tuple[int, ...] | None = None
+    """Classes, which take turns over the images; default: all that a conditioned model knows."""
+    guidance_scale: float | None = None
+    """Weight of classifier-free guidance, 1 for none; default: as the run was planned."""
+    batch_size: int = 64
+    """Images sampled at once."""
+    offload: bool = False
+    """Hold at most two experts in memory: the one in use, and the next, being read meanwhile."""
+    precision: Precision = "fp32"
+    """Precision of the denoisers' weights and computation; images differ slightly between them.
+    auto: bf16 where a short probe finds it faster, else fp32. The run's own scores are of images
+    in its evaluate.precision."""
+    winograd: bool = False
+    """On CPUs, in fp32: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by
+    it, and their images are off by rounding, some 1e-4 of the largest value."""
+    out_dir: Path | None = None
+    """Where samples.png and samples.npz go; default: RUN/samples."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
+        full = self.precision == "fp32"
+        require("sample", self, "precision", "fp32 with --winograd", ok=full or not self.winograd)
+
+    def execute(self, console: Console) -> None:
+        """Sample and write the images."""
+        import numpy as np
+        import torch
+        from torchvision.utils import save_image
+
+        from tdc_ray.diffusion.pipeline import ProgressivePipeline
+        from tdc_ray.diffusion.sampling import image_generators, image_labels
+        from tdc_ray.models.precision import DTYPES
+        from tdc_ray.runs.stages.precision import ProbeJob, probe
+        from tdc_ray.storage.files import atomic_path
+
+        pipeline = ProgressivePipeline.from_pretrained(
+            self.run, offload=self.offload, winograd=self.winograd
+        )
+        precision = self.precision
+        if precision == "auto":
+            channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
+            job = ProbeJob(channels=channels, size=pipeline.shape[-1], trains=False)
+            precision = probe(job, lambda *_: None)["precision"]
+            console.print(f"precision auto is {precision} here")
+        pipeline.experts.to(DTYPES[precision])
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.set_progress_bar_config(disable=not console.is_terminal)
+        pixels = []
+        classes = torch.tensor(self.labels) if self.labels else None
+        for first in range(0, self.num_images, self.batch_size):
+            count = min(self.batch_size, self.num_images - first)
+            generators = image_generators(self.seed, first, count)
+            turns = image_labels(
+                pipeline.num_classes if classes is None else len(classes), first, count
+            )
+            output = pipeline(
+                count,
+                generators,
+                num_inference_steps=self.num_inference_steps,
+                output_type="np",
+                class_labels=turns if classes is None else classes[turns],
+                guidance_scale=self.guidance_scale,
+            )
+            pixels.append(output.images)
+        images = np.concatenate(pixels)
+        folder = located(self.out_dir or self.run / "samples")
+        with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, arr_0=images)
+        grid = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        with atomic_path(folder / "samples.png") as temporary, temporary.open("wb") as file:
+            save_image(grid, file, nrow=max(1, round(len(images) ** 0.5)), format="png")
+        name = shown(folder)
+        console.print(
+            f"written: {name}/samples.npz ({images.shape}), {name}/samples.png", soft_wrap=True
+        )

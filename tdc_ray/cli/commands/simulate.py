@@ -1,0 +1,40 @@
+"""``tdc-ray simulate``."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.config.run import to_json
+from tdc_ray.config.simulation import SimulationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulate:
+    """Say how long stage 2 would take on a cluster that you do not have; starts nothing.
+
+    The very scheduling policy of a run, in simulated time. What items take is measured
+    (--costs RUN) or follows from their macs and --macs-per-second.
+    """
+
+    config: Settings
+    simulation: Annotated[SimulationConfig, arg(name="")] = field(default_factory=SimulationConfig)
+    json: Path | None = None
+    """Where the table goes as JSON."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print, and write, what would come out."""
+        from tdc_ray.reporting.workers import print_simulated
+        from tdc_ray.runs.simulation import simulate_run
+        from tdc_ray.storage.files import write_json
+
+        found = simulate_run(self.config, self.simulation)
+        print_simulated(console, found, self.simulation.macs_per_second)
+        if self.json is not None:
+            document = [asdict(one) for one in found]
+            write_json(self.json, {"settings": to_json(self.config), "simulated": document})

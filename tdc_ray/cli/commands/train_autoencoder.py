@@ -1,0 +1,47 @@
+"""``tdc-ray train-autoencoder``."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.storage.object_store import shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAutoencoder:
+    """Train a small first stage for latent diffusion (an AutoencoderKL); needs no Ray.
+
+    The loss is L1 and a small divergence, without discriminator or perceptual loss. Run the same
+    command again to go on after a cut.
+    """
+
+    config: Annotated[AutoencoderConfig, arg(name="")]
+    out: Path
+    """Where the model goes, as a diffusers folder, and report.json: what --data.first-stage is."""
+    data: str | None = None
+    """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; in place of
+    --data.source and --data.path."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Train, and print how well it rebuilds images."""
+        from tdc_ray.runs.prune_model import data_config
+        from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
+
+        config = self.config
+        if self.data is not None:
+            config = replace(config, data=data_config(self.data, config.data))
+        report = train_autoencoder(config, self.out, console)
+        errors, out = report["held_out"], shown(self.out)
+        console.print(
+            f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE "
+            f"{errors['mse']:.5f} (of [-1, 1]), PSNR {errors['psnr_db']:.1f} dB; latents "
+            f"{report['latent_shape']}, scaling_factor {report['scaling_factor']:.4f}\n"
+            f"written: {out}/{REPORT_FILE} and the model: --data.first-stage {out}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,80 @@
+"""Which images are learnt, and how they are brought into shape: ``--data.*``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tdc_ray.config.validation import at_least, require
+from tdc_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images are learnt, and how they are brought into shape."""
+
+    source: Literal["digits", "folder", "npz", "cifar10"] = "digits"
+    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or
+    a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision
+    unpacks it."""
+
+    path: str | None = None
+    """Where the images are; every source but digits needs it."""
+
+    image_size: int = 8
+    """Height and width that images are brought to, in pixels."""
+
+    num_channels: Literal[1, 3] = 1
+    """Grey (1) or colour (3)."""
+
+    horizontal_flip: bool = False
+    """Mirror half of the training images at random."""
+
+    crop_padding: int = 0
+    """Pad by this many pixels (reflected) and crop at random; 0 leaves images as they are."""
+
+    num_workers: int = 0
+    """Processes that load and decode images beside each trainer."""
+
+    labels_from_folders: bool = False
+    """An image's class is the subfolder of `path` that it lies in (source folder); classes are
+    counted from 0 in the order of their names."""
+
+    max_corrupt: int = 10
+    """Most corrupt files that a process and its loader processes leave out, each named in a
+    warning. The next image takes an image's place; an npz file, however many images it holds,
+    counts as one, and its images are missing altogether."""
+
+    cache_dir: str = "~/.cache/tdc_ray"
+    """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
+    either a place that all nodes see, or each node fills its own."""
+
+    first_stage: str | None = None
+    """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
+
+    def __post_init__(self) -> None:
+        at_least(4, "data", self, "image_size")
+        at_least(0, "data", self, "crop_padding", "num_workers", "max_corrupt")
+        rule = f"below data.image_size = {self.image_size}"
+        require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
+        if self.source != "digits" and self.path is None:
+            raise ConfigError(
+                f"data.path must be given for data.source {self.source}: where are the images? "
+                "Set --data.path."
+            )
+        if self.source == "digits" and self.path is not None:
+            raise ConfigError(
+                f"data.path goes with data.source npz, folder or cifar10, got {self.path} with "
+                "digits. Set --data.source, or name a --preset."
+            )
+        if self.labels_from_folders and self.source != "folder":
+            raise ConfigError(
+                f"data.labels_from_folders goes with data.source folder, got {self.source}."
+            )
+
+    @property
+    def name(self) -> str:
+        """What results call the dataset: its source, or the name of its file or folder."""
+        if self.path is None or self.source == "cifar10":
+            return self.source
+        stem = Path(self.path).resolve().stem
+        return "".join(c if c.isalnum() else "_" for c in stem)

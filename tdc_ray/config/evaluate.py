@@ -1,0 +1,46 @@
+"""How the base and the experts are scored: ``--evaluate.*``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tdc_ray.config.train import FixedPrecision
+from tdc_ray.config.validation import at_least, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """How the base and the experts are scored."""
+
+    num_images: int = 50_000
+    """Images sampled from each model."""
+
+    batch_size: int = 250
+    """Images sampled at once."""
+
+    seed: int = 0
+    """Seed of the initial noise, the same for the base and the experts."""
+
+    precision: FixedPrecision = "fp32"
+    """Of the denoisers' weights and computation while the images that are scored are sampled; a
+    score depends a little on it. Features, a first stage and measured times keep their own."""
+
+    features: Literal["auto", "inception", "classifier"] = "auto"
+    """What measures the Frechet distance. auto: Inception where its weights are to be had, else a
+    small classifier trained on the data's labels, after which the metric is then named."""
+
+    inception_path: str | None = None
+    """The folder that holds inception-2015-12-05.pt; None: the cache, then the network."""
+
+    cache_dir: str = "~/.cache/tdc_ray"
+    """Where Inception, trained classifiers and moments of training images are kept for all runs;
+    on a cluster it must be a place that all nodes see."""
+
+    reference: str | None = None
+    """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
+
+    def __post_init__(self) -> None:
+        at_least(2, "evaluate", self, "num_images")
+        at_least(1, "evaluate", self, "batch_size")
+        unread = self.features == "classifier" and self.inception_path is not None
+        rule = "left out, or features inception or auto: a classifier does not read it"
+        require("evaluate", self, "inception_path", rule, ok=not unread)

@@ -1,0 +1,32 @@
+"""What a measurement of a search follows from, as part of its cache key."""
+
+from dataclasses import asdict
+
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.data.fingerprint import _without
+from tdc_ray.diffusion.plan import Group
+from tdc_ray.execution.item import Inputs
+
+SEARCH = (
+    "method",
+    "channel_multiple",
+    "objective",
+    "latency_batch_size",
+    "memory",
+    "num_rounds",
+    "num_candidates",
+    "halving_steps",
+    "num_passes",
+    "num_levels",
+)
+"""Of pruning's settings: they decide what is measured, not what is found."""
+
+
+def of_group(group: Group) -> Inputs:
+    """Give what the work on a group's timesteps follows from."""
+    return {"timesteps": [group.first, group.last]}
+
+
+def of_measuring(config: PruneConfig) -> Inputs:
+    """Give what a refit and the losses of one model follow from."""
+    return {"measuring": _without(asdict(config), SEARCH)}

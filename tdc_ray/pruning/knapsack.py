@@ -1,0 +1,136 @@
+"""Loss curves of units from their sensitivities, and the knapsack over them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdc_ray.pruning.proxy import Sensitivities
+from tdc_ray.pruning.space import Scheme, Space, Values, repair
+
+FactorArray = NDArray[np.float64]
+
+
+def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorArray]:
+    """Give the growth of the loss at every width of every unit, from 1 to its full width.
+
+    Between the widths that were measured it is interpolated; noise is taken out by letting it
+    never fall while a unit gets narrower. Units that were not measured cost nothing; a growth that
+    is no number, or infinite, counts as the largest that is neither.
+
+    Returns:
+        For every unit ``(width,)``; the last is 0.
+    """
+    curves = {}
+    finite = [g for grown in sensitivities.values() for g in grown.values() if np.isfinite(g)]
+    largest = max(finite, default=1.0)
+    for unit in space.units:
+        measured = {unit.width: 0.0}
+        for width, growth in sensitivities.get(unit.name, {}).items():
+            measured[width] = growth if np.isfinite(growth) else largest
+        widths = sorted(measured)
+        grown = np.interp(np.arange(1, unit.width + 1), widths, [measured[w] for w in widths])
+        rising = np.maximum.accumulate(np.maximum(grown[::-1], 0.0))
+        curves[unit.name] = rising[::-1]
+    return curves
+
+
+def measured_further(
+    sensitivities: Sensitivities,
+    curves: Mapping[str, FactorArray],
+    start: Scheme,
+    grown: Sensitivities,
+) -> dict[str, dict[int, float]]:
+    """Put sensitivities that were measured on a cut model behind those that led there.
+
+    Cuts disturb each other, so that the next one costs more, or less, once others are made.
+
+    Args:
+        sensitivities: Of the base.
+        curves: :func:`loss_curves` of these.
+        start: The scheme of the cut model.
+        grown: By how much that model's loss grows when one unit is cut further.
+
+    Returns:
+        Down to a unit's width in the cut model what was known before; below it, that unit's growth
+        up to there and what was measured from there.
+    """
+    found = {}
+    for name, known in sensitivities.items():
+        found[name] = dict(known)
+        if further := grown.get(name):
+            width = start[name]
+            until = float(curves[name][width - 1])
+            found[name] = {w: growth for w, growth in known.items() if w > width}
+            if width < len(curves[name]):
+                found[name][width] = until
+            found[name] |= {w: until + growth for w, growth in further.items()}
+    return found
+
+
+def knapsack(
+    space: Space,
+    curves: Mapping[str, FactorArray],
+    limit: int,
+    factors: FactorArray | None = None,
+) -> dict[str, int]:
+    """Give the scheme within a limit whose predicted growth of the loss is (nearly) the least.
+
+    Steps go by least growth per cost along each curve's lower convex hull: the optimum of the
+    relaxed problem, short of it by at most one step once rounded.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    return repair(space, space.full, limit, step_values(space, curves, factors))
+
+
+def step_values(
+    space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
+) -> Values:
+    """Tell what every step is worth: by how much the loss would grow without it, on the hull.
+
+    A small charge per cost is added, so that steps whose measured growth is 0 differ by their
+    factors too: else every draw would cut the same ones.
+    """
+    factors = np.ones(len(space.units)) if factors is None else factors
+    growth = sum(float(curve[0]) for curve in curves.values()) or 1.0
+    charge = FREE_CHARGE * growth / space.cost_base
+    values = {}
+    for unit, factor in zip(space.units, factors, strict=True):
+        costs = np.array(space.step_costs(unit.name))
+        steps = _hull_steps(curves[unit.name], costs, space.legal[unit.name]) + charge * costs
+        values[unit.name] = (max(factor, LEAST_FACTOR) * steps).tolist()
+    return values
+
+
+def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) -> FactorArray:
+    """Fall of a curve's lower convex hull from each width to the next: ``(width,)``.
+
+    The hull is that of the legal widths, over what their steps cost. Steps that are never cut are
+    worth as much as the first that may be.
+    """
+    cost = np.cumsum(costs / costs[0])  # with even steps 1, 2, ...
+    points: list[int] = []
+    for place in (width - 1 for width in legal):
+        while len(points) > 1 and _is_above(curve, cost, points[-2], points[-1], place):
+            points.pop()
+        points.append(place)
+    hull = np.interp(cost, cost[points], curve[points])
+    falls = np.concatenate([np.zeros(1), -np.diff(hull)])
+    falls[: legal[0]] = falls[legal[0]] if len(legal) > 1 else 0.0
+    return falls
+
+
+def _is_above(curve: FactorArray, cost: FactorArray, left: int, middle: int, right: int) -> bool:
+    along, across = cost[middle] - cost[left], cost[right] - cost[left]
+    line = curve[left] + (curve[right] - curve[left]) * along / across
+    return bool(curve[middle] >= line)
+
+
+LEAST_FACTOR = 0.3
+"""No unit is taken to be freer than this."""
+
+
+FREE_CHARGE = 1e-3
+"""What cutting everything would cost at least, as a share of what it is measured to cost."""

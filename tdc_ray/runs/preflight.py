@@ -1,0 +1,149 @@
+"""Checks before work starts: settings, data, base and limits that do not fit together."""
+
+from tdc_ray.config.conditioning import ConditioningConfig, null_class
+from tdc_ray.config.run import RunConfig, differences, from_json
+from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.plan import Plan, plan_groups
+from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.models.first_stage import check_latents
+from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.runs.evaluation.features import check_labels
+from tdc_ray.runs.pretrained.importer import check_base
+from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.storage.files import exists, read_json
+from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.run_dir import RunDir
+
+
+def check(config: RunConfig) -> tuple[Space, Plan]:
+    """Find out before any work whether settings, data and limits can go together.
+
+    Raises:
+        ConfigError: Settings disagree with the architecture, or with the base that is given.
+        CheckpointError: The base that is given is missing or malformed.
+        DataError: The data is missing or malformed.
+        LimitError: A group's limit is below the smallest pruned model.
+    """
+    unet, name, is_latent = _base_of(config)
+    data, diffusion = config.data, config.diffusion
+    if is_latent and data.first_stage is None:
+        raise ConfigError(
+            f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
+            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
+            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
+            "tdc-ray import FILE DIR by --base DIR."
+        )
+    check_latents(data, unet, name)
+    learns_sigma = unet["out_channels"] == 2 * unet["in_channels"]
+    for setting, value, wanted in (
+        ("data.image_size", data.image_size, unet["sample_size"]),
+        ("data.num_channels", data.num_channels, unet["in_channels"]),
+        ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
+    ):
+        of_images = data.first_stage is None or not setting.startswith("data.")
+        if of_images and value != wanted:
+            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
+    plan = plan_groups(diffusion, config.plan, config.sampler)
+    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
+    if config.prune.objective == "macs":
+        _check_limits(config, space, plan)
+    dataset = load_dataset(data)
+    check_conditioning(
+        config.conditioning,
+        guidance_scale=config.sampler.guidance_scale,
+        num_class_embeds=unet.get("num_class_embeds"),
+        num_data_classes=dataset.num_classes,
+    )
+    check_labels(config, dataset)
+    return space, plan
+
+
+def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
+    """Make sure that every group's limit can be met."""
+    if config.prune.method != "none":
+        for group in plan.groups:
+            space.check_limit(group.limit(space.cost_base), f"group {group.index}")
+
+
+def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
+    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
+    if config.model.base is not None:
+        base = find_base(config.model.base)
+        name = f"the base {base.source}"
+        return check_base(base, config), name, base.first_stage is not None
+    named = config.model.architecture
+    return base_unet(config), f"model.architecture {named}", named in LATENT
+
+
+def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
+    """Make sure that a run directory, if there is one, is of the very run that is asked for."""
+    if not exists(run_dir.config):
+        return
+    try:
+        before = from_json(read_json(run_dir.config))
+    except ConfigError as error:
+        raise StorageError(
+            f"{shown(run_dir.config)} is of another version: {error} Choose another --run-dir."
+        ) from error
+    changed = differences(before, config)
+    if changed:
+        raise StorageError(
+            f"run directory {shown(run_dir.root)} has other settings: {'; '.join(changed)}. "
+            "Use the same settings to go on, or another --run-dir."
+        )
+
+
+def check_conditioning(
+    config: ConditioningConfig,
+    *,
+    guidance_scale: float,
+    num_class_embeds: int | None,
+    num_data_classes: int | None,
+) -> None:
+    """Find out before any work whether model, labels and guidance can go together.
+
+    Args:
+        config: The settings.
+        guidance_scale: That of sampling; 1 is none.
+        num_class_embeds: Classes that the base embeds; None: it is unconditional.
+        num_data_classes: Classes of the data; None: it has no labels, or not for all.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    embeds, num_classes = num_class_embeds, config.num_classes
+    if embeds is None and num_classes is not None:
+        raise ConfigError(
+            "conditioning.num_classes must be None for this base, which is unconditional, got "
+            f"{num_classes}. Leave it out, or give a base that embeds classes."
+        )
+    if embeds is not None and num_classes not in (embeds, embeds - 1):
+        raise ConfigError(
+            f"conditioning.num_classes must be {embeds} for this base, or {embeds - 1} if the "
+            f"last of the classes it embeds stands for no class, got {num_classes}. Set "
+            "--conditioning.num-classes to what it was trained with."
+        )
+    if null_class(embeds, num_classes) is None:
+        for name, value, none in (
+            ("conditioning.label_dropout", config.label_dropout, 0),
+            ("sampler.guidance_scale", guidance_scale, 1),
+        ):
+            if value != none:
+                raise ConfigError(
+                    f"{name} must be {none} for a base without a null class, got {value}. Train "
+                    "a base with --conditioning.num-classes and --conditioning.label-dropout "
+                    "above 0."
+                )
+    if num_classes is not None and num_data_classes is None:
+        raise ConfigError(
+            "data must have a label from 0 on for every image with conditioning.num_classes "
+            f"{num_classes}, and has none, or not for all (a warning then says of how many). Set "
+            "--data.labels-from-folders, put labels into the npz files, or leave "
+            "--conditioning.num-classes out and use an unconditional base."
+        )
+    if num_classes is not None and num_data_classes is not None and num_data_classes > num_classes:
+        raise ConfigError(
+            "conditioning.num_classes must be above every label of the data, which go up to "
+            f"{num_data_classes - 1}, got {num_classes}."
+        )

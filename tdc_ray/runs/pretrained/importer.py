@@ -1,0 +1,183 @@
+"""Imports a base that is given: its UNet, its first stage, and where they came from."""
+
+import hashlib
+import logging
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from diffusers import AutoencoderKL, VQModel
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.checkpoints import compvis, openai
+from tdc_ray.models.checkpoints.state_dicts import StateDict
+from tdc_ray.models.first_stage import downsampling, load_autoencoder
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
+from tdc_ray.runs.pretrained.sources import (
+    BASE_FILE,
+    FIRST_STAGE_DIR,
+    FORMAT,
+    SAMPLER,
+    GivenBase,
+    find_base,
+    json_object,
+)
+from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
+from tdc_ray.storage.object_store import located, shown
+
+logger = logging.getLogger(__name__)
+
+_SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
+"""What tells the named architectures apart."""
+
+
+def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:
+    """Make sure that the settings are those that a base was trained with; give its UNet's.
+
+    Raises:
+        ConfigError: They are not, or the number of heads is not known.
+        CheckpointError: The number of heads does not fit the channels.
+    """
+    for name, found in base.told.items():
+        if name == "data.first_stage":  # another one may be named
+            continue
+        stage, _, setting = name.partition(".")
+        value = getattr(getattr(config, stage), setting)
+        same = math.isclose(value, found) if isinstance(found, float) else value == found
+        cosine = config.diffusion.beta_schedule == "squaredcos_cap_v2"
+        if cosine and setting in ("beta_start", "beta_end"):
+            continue
+        if stage != "sampler" and not same:
+            raise ConfigError(
+                f"{name} must be {found}, as was found in the base {base.source}, got {value}. "
+                f"Set --{name.replace('_', '-')} to that, or give another base."
+            )
+    return _unet_settings(base, config)
+
+
+def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
+    """Write a base into a folder, ``base.json`` last; give the UNet's settings.
+
+    Raises:
+        ConfigError: The settings are not those that it was trained with.
+        CheckpointError: Its weights are missing or malformed.
+    """
+    settings = check_base(base, config)
+    try:
+        weights = _weights(base, settings)
+        first_stage = _first_stage(base, settings, config.data.first_stage)
+    except CheckpointError as error:
+        raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
+    unet = build_unet(settings, dropout=config.model.dropout)
+    unet.load_state_dict(weights)
+    save_unet(unet, folder / "unet", num_heads=settings.get("num_heads"))
+    if first_stage is not None:
+        with atomic_path(folder / FIRST_STAGE_DIR) as temporary:
+            first_stage.save_pretrained(temporary)
+    sampler = asdict(config.sampler)
+    document = {
+        "format": FORMAT,
+        "source": base.source,
+        "files": {shown(path): _sha256(path) for path in base.files},
+        "origin": base.origin,
+        "weights": base.weights,
+        "told": sorted(base.told),
+        "diffusion": asdict(config.diffusion),
+        "sampler": {name: sampler[name] for name in SAMPLER},
+        "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
+    }
+    write_json(folder / BASE_FILE, document)
+    return settings
+
+
+def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
+    """Settings of the base's UNet; what a checkpoint file does not tell is in the config."""
+    model, size = config.model, config.data.image_size
+    if base.folder is not None:
+        if model.num_heads is not None:
+            raise ConfigError(
+                f"model.num_heads goes with openai: and compvis: alone, got {model.num_heads}: "
+                f"{base.source} tells its own. Leave it out."
+            )
+        return {**base.unet, "sample_size": base.unet["sample_size"] or size}
+    if model.num_heads is not None:
+        if isinstance(base.first_stage, compvis.Checkpoint):
+            size //= downsampling(compvis.told_by_shapes(base.first_stage))
+        return {**openai.with_heads(base.unet, model.num_heads), "sample_size": size}
+    named = architecture(model.architecture)
+    for name in _SHAPE:
+        if base.unet[name] != named[name]:
+            fitting = [
+                known
+                for known, its in ARCHITECTURES.items()
+                if all(its[key] == base.unet[key] for key in _SHAPE)
+            ]
+            presets = f" ({' or '.join(fitting)} is like it)" if fitting else ""
+            raise ConfigError(
+                f"the base {base.source} is not of model.architecture {model.architecture}: found "
+                f"{name} {base.unet[name]}, expected {named[name]}{presets}. Name the preset that "
+                "it was trained with by --preset, or how many heads its attentions have, which it "
+                "does not tell, by --model.num-heads."
+            )
+    heads = {name: named[name] for name in ("attention_head_dim", "num_heads") if name in named}
+    return {**base.unet, **heads, "sample_size": named["sample_size"]}
+
+
+def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
+    if base.folder is None:
+        return openai.to_diffusers(base.state, settings)
+    weights: StateDict = load_unet(base.folder).float().state_dict()
+    return weights
+
+
+def _first_stage(
+    base: GivenBase, settings: UNetConfig, named: str | None
+) -> VQModel | AutoencoderKL | None:
+    """Load what encodes to the UNet's latents, if there is one: what is named, else its own."""
+    stage = base.first_stage if named is None else located(named)
+    if isinstance(stage, compvis.Checkpoint):
+        config = compvis.told_by_shapes(stage)
+        size = settings["sample_size"] * downsampling(config)
+        return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
+    if stage is None:
+        return None
+    document = json_object(stage / "config.json")
+    model = load_autoencoder(stage, str(document.get("_class_name")))
+    if isinstance(model, VQModel) and "scaling_factor" not in document:
+        # diffusers' default came later, and is wrong for CompVis's (huggingface/diffusers 6725)
+        logger.info("%s names no scaling_factor: 1.0 is taken", shown(stage))
+        model.register_to_config(scaling_factor=1.0)
+    return model.float()
+
+
+def _sha256(path: Path) -> str:
+    with fetch(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def with_first_stage(config: RunConfig) -> RunConfig:
+    """Take the first stage that is inside a given checkpoint file out of it, into the cache.
+
+    Settings that name one, or whose base is no such file, are given back as they are.
+
+    Raises:
+        ConfigError: The settings are not those that the base was trained with.
+        CheckpointError: The file is missing or malformed.
+    """
+    if config.model.base is None or config.data.first_stage is not None:
+        return config
+    base = find_base(config.model.base)
+    if not isinstance(base.first_stage, compvis.Checkpoint):
+        return config
+    (file,) = base.files
+    cache = located(config.evaluate.cache_dir).expanduser()
+    folder = cache / "first_stages" / _sha256(file)[:16]
+    if not exists(folder):
+        logger.info("taking the first stage of %s out, into %s", base.source, shown(folder))
+        first_stage = _first_stage(base, check_base(base, config), None)
+        assert first_stage is not None
+        with atomic_path(folder) as temporary:
+            first_stage.save_pretrained(temporary)
+    return replace(config, data=replace(config.data, first_stage=shown(folder)))
