@@ -22,11 +22,11 @@ from loss_after_pruning import MACS_SHARE, groups_of
 from output import write_record, write_table
 from scipy.stats import spearmanr
 
-from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.pruning.criteria.scores import random_scores, select_top
 from tdc_ray.pruning.loaded_base import load_base, pruned_unet
 from tdc_ray.pruning.noised import held_out_loss
-from tdc_ray.pruning.proxies.by_score import values_of
-from tdc_ray.pruning.space import Space, repair
+from tdc_ray.pruning.proxies.by_score import sorted_scores
+from tdc_ray.pruning.space import Space, fit_to_limit
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
 
@@ -47,8 +47,8 @@ def random_scheme(space: Space, seed: int) -> dict[str, int]:
     """Draw a scheme within the limit."""
     generator = np.random.default_rng(seed)
     drawn = {unit.name: int(generator.integers(1, unit.width + 1)) for unit in space.units}
-    values = values_of(random_scores(space.units, seed))
-    return repair(space, drawn, int(MACS_SHARE * space.macs_base), values)
+    values = sorted_scores(random_scores(space.units, seed))
+    return fit_to_limit(space, drawn, int(MACS_SHARE * space.macs_base), values)
 
 
 def main(flags: RankingFlags) -> None:
@@ -63,7 +63,7 @@ def main(flags: RankingFlags) -> None:
         found = []
         for seed in range(count):
             scheme = random_scheme(base.space, seed)
-            kept = keep_best(base.space.units, random_scores(base.space.units, seed), scheme)
+            kept = select_top(base.space.units, random_scores(base.space.units, seed), scheme)
             pruned = pruned_unet(base, kept, config, group)
             found.append([held_out_loss(pruned, how, group) for how in (config, in_bf16)])
         fp32, bf16 = zip(*found, strict=True)

@@ -18,8 +18,8 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import Precision
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.execution.cache import Store
-from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.reporting.progress import ProgressView
@@ -31,8 +31,8 @@ from tdc_ray.runs.sweep.results import SweepResults, summarized
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, SweepConfig, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
 
@@ -131,7 +131,7 @@ AnyFlags = TypeVar("AnyFlags", bound=Flags)
 def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFlags:  # type: ignore[assignment]
     """Parse the command line and configure logging."""
     flags = tyro.cli(kind, description=description)
-    flags = replace(flags, storage=located(flags.storage))
+    flags = replace(flags, storage=resolve_path(flags.storage))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     if flags.smoke:
@@ -212,12 +212,12 @@ def claim(root: Path, config: RunConfig) -> None:
         before = from_json(read_json(path)["settings"])
     except ConfigError as error:
         raise StorageError(
-            f"{shown(root)} is of another version: {error} Choose another --storage."
+            f"{display_path(root)} is of another version: {error} Choose another --storage."
         ) from error
     if changed := differences(before, config):
         raise StorageError(
-            f"{shown(root)} has results of other settings: {'; '.join(changed)}. Use the same "
-            "flags to go on, or another --storage."
+            f"{display_path(root)} has results of other settings: {'; '.join(changed)}. Use the "
+            "same flags to go on, or another --storage."
         )
 
 
@@ -253,11 +253,11 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
     """
     refuse_auto(config)
     with (
-        exclusive(folder),
+        hold_lease(folder),
         ProgressView(folder / "tensorboard", Console()) as view,
         connected(),
         board(view) as events,
-        Sharing(Store(store.resolve(), shown(folder.resolve()))) as sharing,
+        CacheSession(ResultCache(store.resolve(), display_path(folder.resolve()))) as sharing,
         Pool(config, events, view, sharing=sharing) as pool,
     ):
         pool.run({"latents": prepare_latents(config)})
@@ -281,11 +281,11 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     claim(run_dir.root, RunConfig(**deciding, sampler=sampler))
     if not exists(run_dir.base_result):
         with (
-            exclusive(run_dir.root),
+            hold_lease(run_dir.root),
             ProgressView(run_dir.tensorboard, Console()) as view,
             connected(),
             board(view) as events,
-            Sharing(Store(store.resolve(), shown(run_dir.root))) as sharing,
+            CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as sharing,
         ):
             with Pool(config, events, view) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(config)})
@@ -319,5 +319,5 @@ def run_once(
             shutil.copytree(fetch(source.base), copied)
             (copied / source.base_result.name).unlink()
             shutil.rmtree(copied / source.base_unet.name)
-            write_json(copied / CONTINUED_FILE, {"continues": shown(source.root)})
+            write_json(copied / CONTINUED_FILE, {"continues": display_path(source.root)})
     return run(config, folder, Console(), store)

@@ -26,14 +26,14 @@ from output import write_record, write_table
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.plan import Group, one_group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
 from tdc_ray.execution.chain import Chain
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.pruning.group import Candidate, Choice, GroupTask
+from tdc_ray.pruning.group import Candidate, GroupSearch, SearchResult
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.stages.finetune import trial_item
+from tdc_ray.runs.stages.finetune import short_finetune_item
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 
@@ -57,7 +57,7 @@ Losses = dict[str, float]
 """Excess losses by name, such as ``taylor/global`` or ``taylor/global, refit``."""
 
 
-def groups_of(config: RunConfig) -> dict[str, Group]:
+def groups_of(config: RunConfig) -> dict[str, TimestepGroup]:
     """Give the timesteps of each setting, all with the same limit."""
     plan = plan_groups(config.diffusion, replace(config.plan, num_groups=10), config.sampler)
     last = config.diffusion.num_train_timesteps - 1
@@ -74,16 +74,16 @@ def task_of(
     method: PruneMethod,
     *,
     refit: bool,
-) -> GroupTask:
+) -> GroupSearch:
     """Give the search of one method on one setting."""
     prune = replace(config.prune, method=method, refit="least-squares" if refit else "none")
     name = f"{setting.replace(' ', '-')}/{method}{'' if refit else '-no-refit'}"
     run_dir = RunDir((folder / name).resolve(), base)
     space = space_of(unet_config(base), prune.space)
-    return GroupTask(run_dir, replace(config, prune=prune), space, groups_of(config)[setting])
+    return GroupSearch(run_dir, replace(config, prune=prune), space, groups_of(config)[setting])
 
 
-def excess(choice: Choice) -> Losses:
+def excess(choice: SearchResult) -> Losses:
     """Give the losses above the base's of all that a search measured; of a proxy, of its best."""
     found = (
         choice.candidates if "/" in choice.candidates[0].entry.source else choice.candidates[:1]
@@ -98,19 +98,19 @@ def excess(choice: Choice) -> Losses:
 
 
 def tune(
-    task: GroupTask, name: str, candidate: Candidate, all_steps: Sequence[int]
+    task: GroupSearch, name: str, candidate: Candidate, all_steps: Sequence[int]
 ) -> Chain[dict[int, float]]:
     """Fine-tune a sub-model and give its loss after each of some numbers of steps."""
     losses, before = {}, 0
     for steps in all_steps:
-        item = trial_item(task, name, candidate.kept, steps, before)
+        item = short_finetune_item(task, name, candidate.kept, steps, before)
         (result,) = yield [item]
         losses[steps], before = result["loss"], steps
     remove(item.job.checkpoint)
     return losses
 
 
-def finalists(choices: Mapping[PruneMethod, Choice], table: Losses) -> dict[str, Candidate]:
+def finalists(choices: Mapping[PruneMethod, SearchResult], table: Losses) -> dict[str, Candidate]:
     """Choose what is fine-tuned: two baselines, Diff-Pruning's best, and the proxy's."""
     baselines = {c.entry.source: c for m in SCORES for c in choices[m].candidates}
     by_cut = sorted(baselines, key=lambda source: table[source])
@@ -181,7 +181,7 @@ def steps_of(flags: Flags) -> tuple[int, ...]:
 def main(flags: Flags) -> None:
     """Prune, measure, fine-tune, and write the tables."""
     folder = flags.storage / f"loss_after_pruning-{flags.preset}"
-    tasks: dict[tuple[Cell, PruneMethod, bool], GroupTask] = {}
+    tasks: dict[tuple[Cell, PruneMethod, bool], GroupSearch] = {}
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)

@@ -26,7 +26,7 @@ from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion.process import denoising_loss, loss_weights, noise_schedule
 from tdc_ray.diffusion.train import learning_rate_at
-from tdc_ray.execution.device import Place
+from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.runs.stages.base import train_base
@@ -112,7 +112,7 @@ def ours(config: RunConfig) -> list[float]:
     losses: list[float] = []
     train_base(
         config,
-        Place(0, 1, torch.device("cpu")),
+        WorkerRank(0, 1, torch.device("cpu")),
         resume_from=None,
         wrap=lambda unet: unet,
         report=lambda metrics, _: losses.append(metrics["loss"]),

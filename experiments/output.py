@@ -19,7 +19,7 @@ from torchvision.utils import make_grid
 from tdc_ray.config.run import to_json
 from tdc_ray.execution.cache import shared
 from tdc_ray.runs.collect_results import item_results
-from tdc_ray.runs.sweep.results import Row, SweepResults
+from tdc_ray.runs.sweep.results import SweepResults, TrialRow
 from tdc_ray.storage.files import atomic_path, fetch, listing, write_json, write_text
 from tdc_ray.storage.provenance import commit, machine
 from tdc_ray.storage.run_dir import RunDir
@@ -133,7 +133,7 @@ def write_sweep(
     write_record(folder, name, flags, commits, {**record, "rows": listed})
 
 
-def unique_work(folder: Path, rows: Sequence[Row]) -> dict[str, float]:
+def unique_work(folder: Path, rows: Sequence[TrialRow]) -> dict[str, float]:
     """Count the keys of a store that runs computed, those computed twice, and their train macs."""
     found: dict[str, list[float]] = {}
     for row in rows:

@@ -19,7 +19,7 @@ from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import all_timesteps
 
-from tdc_ray.pruning.group import Choice
+from tdc_ray.pruning.group import SearchResult
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 
@@ -39,7 +39,7 @@ def main(flags: ProxyFlags) -> None:
         task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
         chains[str(seed)] = search(task, MemoryBank(task.run_dir.memory))
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
-        found: dict[str, Choice] = pool.run(chains)
+        found: dict[str, SearchResult] = pool.run(chains)
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}
     for choice in found.values():
         for candidate in choice.candidates:

@@ -33,7 +33,7 @@ from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import finetune_item
@@ -86,13 +86,13 @@ PAPER = {
 
 def task_of(
     config: RunConfig, base: Path, root: Path, method: PruneMethod, *, refit: bool
-) -> GroupTask:
+) -> GroupSearch:
     """Give the search of one row."""
     prune = replace(config.prune, method=method, refit="least-squares" if refit else "none")
     return all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
 
 
-def from_scratch(config: RunConfig, task: GroupTask, root: Path, times: int) -> GroupTask:
+def from_scratch(config: RunConfig, task: GroupSearch, root: Path, times: int) -> GroupSearch:
     """Give the task of training a shape from random weights with the base's settings."""
     untrained = untrained_like(task.run_dir.base_unet, root / "untrained" / "unet", config.seed)
     steps = times * config.finetune.num_steps
@@ -104,7 +104,7 @@ def from_scratch(config: RunConfig, task: GroupTask, root: Path, times: int) -> 
     return all_timesteps(config, untrained, root, MACS_SHARE)
 
 
-def tune(task: GroupTask, kept: Mapping[str, tuple[int, ...]]) -> Chain[Result]:
+def tune(task: GroupSearch, kept: Mapping[str, tuple[int, ...]]) -> Chain[Result]:
     """Train a shape that is known already."""
     (result,) = yield [finetune_item(task, kept)]
     return result

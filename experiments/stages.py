@@ -15,10 +15,10 @@ from tdc_ray.diffusion.plan import one_group, plan_groups
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
-from tdc_ray.pruning.group import GroupTask, group_tasks
+from tdc_ray.pruning.group import GroupSearch, group_tasks
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.stages.expert import make_expert
@@ -111,14 +111,14 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     done = pool.run({task.name: make_expert(task, memory) for task in tasks})
     folders = [run_dir.expert(group.index).name for group in plan.groups]
     save_index(run_dir.experts, config, plan.groups, folders)
-    macs = step_mean(plan, [done[task.name].macs for task in tasks])
+    macs = mean_over_sampling_steps(plan, [done[task.name].macs for task in tasks])
     return Model("tdc", run_dir.experts, macs)
 
 
-def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupTask:
+def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupSearch:
     """Give the task of pruning a base for all timesteps at once."""
     claim(root, config)
     span = (0, config.diffusion.num_train_timesteps - 1)
     group = one_group(config.diffusion, config.sampler, span, macs_share)
     space = space_of(unet_config(base), config.prune.space)
-    return GroupTask(RunDir(root.resolve(), base.resolve()), config, space, group)
+    return GroupSearch(RunDir(root.resolve(), base.resolve()), config, space, group)

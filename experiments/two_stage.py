@@ -35,12 +35,12 @@ from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.models.units import Kept, keep_all, widths_of
-from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
+from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
+from tdc_ray.pruning.group import GroupSearch, SearchResult, group_tasks
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.stages.finetune import finetune_item
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
@@ -63,7 +63,9 @@ class Point:
     """Optimizer steps until then, of all models together."""
 
 
-def trained_along(task: GroupTask, kept: Kept, points: Sequence[Path]) -> Chain[list[Result]]:
+def trained_along(
+    task: GroupSearch, kept: KeptIndices, points: Sequence[Path]
+) -> Chain[list[Result]]:
     """Train one sub-model from its start, and save it at every point."""
     whole, results = task.config.finetune.num_steps, []
     checkpoint = None
@@ -79,7 +81,11 @@ def trained_along(task: GroupTask, kept: Kept, points: Sequence[Path]) -> Chain[
 
 
 def points_of(
-    pool: Pool, tasks: Sequence[GroupTask], kept: Sequence[Kept], plan: Plan | None, root: Path
+    pool: Pool,
+    tasks: Sequence[GroupSearch],
+    kept: Sequence[KeptIndices],
+    plan: Plan | None,
+    root: Path,
 ) -> list[Point]:
     """Train a strategy's sub-models side by side; make a pipeline of them at every point."""
     roots = [root / f"point-{share:g}" for share in SHARES]
@@ -97,7 +103,11 @@ def points_of(
         macs = [result["macs"] for result in results]
         found.append(
             Point(
-                Model("tdc", run_dir.experts, macs[0] if plan is None else step_mean(plan, macs)),
+                Model(
+                    "tdc",
+                    run_dir.experts,
+                    macs[0] if plan is None else mean_over_sampling_steps(plan, macs),
+                ),
                 sum(result["train_macs"] for result in results),
                 sum(result["train_steps"] for result in results),
             )
@@ -121,7 +131,7 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
     space = space_of(unet_config(base), config.prune.space)
     run_dir = RunDir(folder / "search", base)
     tasks, memory = group_tasks(run_dir, config, space, plan.groups), MemoryBank(run_dir.memory)
-    choices: dict[str, Choice] = pool.run({t.name: search(t, memory) for t in tasks})
+    choices: dict[str, SearchResult] = pool.run({t.name: search(t, memory) for t in tasks})
     kept = [choices[task.name].kept for task in tasks]
     spent = sum(choice.spent.macs for choice in choices.values())
     stage_1 = read_json(base.parent / "result.json")
@@ -145,7 +155,7 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
 
     steps = round(budget / (3.0 * space.macs_base * config.base.batch_size))
     whole = all_timesteps(from_nothing(config, steps), start, folder / "one-model", 1.0)
-    one = points_of(pool, [whole], [keep_all(space.units)], None, folder / "one-model")
+    one = points_of(pool, [whole], [keep_everything(space.units)], None, folder / "one-model")
     return dict(zip(STRATEGIES, (one, single, both), strict=True))
 
 

@@ -27,7 +27,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
-from tdc_ray.pruning.loaded_base import Base, load_base
+from tdc_ray.pruning.loaded_base import LoadedBase, load_base
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 
@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.base: Base | None = None
+        self.base: LoadedBase | None = None
 
     def private_mb(self) -> float:
         """Memory that no other process shares, in MB."""

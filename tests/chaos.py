@@ -34,7 +34,7 @@ from s3fs import S3FileSystem
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import write_json
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 from tests.hosts import HERE, Host, network
 from tests.processes import children
@@ -196,7 +196,7 @@ def one_run(
                 next_kill = time.monotonic() + draw.expovariate(1 / pause_s)
             time.sleep(0.05)
         finished, starts = run.driver.poll() == 0, run.starts
-    folder = RunDir(located(run_dir))
+    folder = RunDir(resolve_path(run_dir))
     equal = finished and comparable(load_results(folder.results)) == comparable(
         load_results(undisturbed)
     )

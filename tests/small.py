@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
-from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 
@@ -99,15 +99,15 @@ def latent_config(folder: Path, cache_dir: Path, **changes: Mapping[str, Any] | 
     return small_config(**stages)
 
 
-def group_of(config: RunConfig, index: int) -> Group:
+def group_of(config: RunConfig, index: int) -> TimestepGroup:
     """One group of the config's plan."""
     return plan_groups(config.diffusion, config.plan, config.sampler).groups[index]
 
 
-def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupTask:
+def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupSearch:
     """One group's share of stage 2, for the tiny base."""
     kind: SpaceKind = config.prune.space
-    return GroupTask(run_dir, config, space_of(TINY, kind), group_of(config, index))
+    return GroupSearch(run_dir, config, space_of(TINY, kind), group_of(config, index))
 
 
 def reporting_to(report: Report) -> Callable[[WorkItem], AbstractContextManager[Report]]:

@@ -19,9 +19,9 @@ from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.offline import OfflineProxy
-from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.sensitivity import levels
-from tdc_ray.pruning.space import Space, repair, space_of
+from tdc_ray.pruning.space import Space, fit_to_limit, space_of
 
 CONFIG = preset("digits")
 
@@ -31,13 +31,13 @@ def deeper(layers_per_block: int) -> UNetConfig:
     return {**architecture("digits"), "layers_per_block": layers_per_block}
 
 
-def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> PruningTask:
+def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> ProposalRequest:
     """Make what a proxy is told, with sensitivities that grow as widths fall."""
     grown = {
         unit.name: {width: 1e-3 * (unit.width - width) for width in levels(unit, 4)}
         for unit in space.units
     }
-    return PruningTask(
+    return ProposalRequest(
         space=space,
         group=group,
         timesteps=(0, 99),
@@ -148,7 +148,7 @@ def counting(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 
     def bring(space: Space, scheme: Mapping[str, int], values: Any) -> None:
         for _ in range(10):
-            repair(space, scheme, (space.min_macs + space.macs_base) // 2, values)
+            fit_to_limit(space, scheme, (space.min_macs + space.macs_base) // 2, values)
 
     spaces = [space_of(deeper(depth), "full") for depth in flags.some(1, 2, 4, 8)]
     schemes = [(space, random_scheme(space.units, 0)) for space in spaces]

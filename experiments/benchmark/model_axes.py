@@ -23,11 +23,11 @@ from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.models.unet2d.architectures import UNetConfig, architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
-from tdc_ray.models.units import keep_all
-from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.criteria.scores import random_scores, select_top
 from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
-from tdc_ray.pruning.proxies.by_score import uniform_scheme, values_of
+from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 
@@ -70,15 +70,15 @@ class Measured:
     def candidate(self, num_images: int, num_refit_images: int) -> None:
         """Measure a candidate."""
         space, scores = self.space, random_scores(self.space.units, 0)
-        scheme = uniform_scheme(space, int(0.7 * space.macs_base), values_of(scores))
-        kept = keep_best(space.units, scores, scheme)
+        scheme = uniform_scheme(space, int(0.7 * space.macs_base), sorted_scores(scores))
+        kept = select_top(space.units, scores, scheme)
         config = self.with_images(num_images, num_refit_images)
         measure_candidate(MeasureJob(self.run_dir, config, self.group, kept, 1), nothing)
 
     def sensitivities(self, num_images: int, num_refit_images: int) -> None:
         """Measure the sensitivities of all units."""
         units = self.space.units
-        names, kept = tuple(unit.name for unit in units), keep_all(units)
+        names, kept = tuple(unit.name for unit in units), keep_everything(units)
         scores = {} if num_refit_images else random_scores(units, 0)
         config = self.with_images(num_images, num_refit_images)
         job = SensitivityJob(self.run_dir, config, self.group, names, kept, scores)

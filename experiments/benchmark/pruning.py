@@ -19,19 +19,19 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
-from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
-from tdc_ray.models.units import Kept, SpaceKind, keep_all
-from tdc_ray.pruning.criteria.scores import keep_best, random_scores
+from tdc_ray.models.units import KeptIndices, SpaceKind, keep_everything
+from tdc_ray.pruning.criteria.scores import random_scores, select_top
 from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
-from tdc_ray.pruning.knapsack import loss_curves, step_values
+from tdc_ray.pruning.knapsack import loss_curves, step_worth
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.pruning.sensitivity import levels
-from tdc_ray.pruning.space import Space, Values, repair, space_of
+from tdc_ray.pruning.space import Space, Values, fit_to_limit, space_of
 from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"
@@ -39,7 +39,7 @@ MIN_SHARE = 0.5
 """Least limit that schemes are brought to, of the base's macs: the paper's k."""
 
 
-def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, Group]:
+def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, TimestepGroup]:
     """Leave a random base in a run directory; give it with settings and the first group."""
     prune = PruneConfig(num_images=16, num_refit_images=16, num_levels=2, batch_size=16)
     if flags.smoke:
@@ -80,18 +80,20 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         scores = random_scores(space.units, 0)
         max_macs = group.limit(space.macs_base)
         schemes = [
-            repair(space, random_scheme(space.units, seed), max_macs, random_values(space, seed))
+            fit_to_limit(
+                space, random_scheme(space.units, seed), max_macs, random_values(space, seed)
+            )
             for seed in range(1 if flags.smoke else 2)
         ]
-        candidates = [keep_best(space.units, scores, scheme) for scheme in schemes]
+        candidates = [select_top(space.units, scores, scheme) for scheme in schemes]
         inner = space.units[:: max(1, len(space.units) // (1 if flags.smoke else 4))]
-        full, names = keep_all(space.units), tuple(unit.name for unit in inner)
+        full, names = keep_everything(space.units), tuple(unit.name for unit in inner)
 
         def losses(config: RunConfig) -> list[float]:
             jobs = [MeasureJob(run_dir, config, group, kept, 1) for kept in candidates]
             return [measure_candidate(job, nothing)["loss_cut"] for job in jobs]
 
-        def plain(choices: list[Kept]) -> list[float]:
+        def plain(choices: list[KeptIndices]) -> list[float]:
             return [plain_loss(cut(unet, space.units, kept), seen, schedule) for kept in choices]
 
         def sensitivities(config: RunConfig) -> Any:
@@ -99,8 +101,8 @@ def measuring(flags: SpeedFlags) -> list[Row]:
             job = SensitivityJob(run_dir, config, group, names, full, known)
             return measure_sensitivities(job, nothing)["sensitivities"]
 
-        narrower: list[Kept] = [
-            {**full, **keep_best((unit,), scores, {unit.name: width})}
+        narrower: list[KeptIndices] = [
+            {**full, **select_top((unit,), scores, {unit.name: width})}
             for unit in inner
             for width in levels(unit, config.prune.num_levels)
         ]
@@ -143,7 +145,7 @@ def random_values(space: Space, seed: int) -> Values:
         unit.name: {width: float(draw.random()) for width in levels(unit, 4)}
         for unit in space.units
     }
-    return step_values(space, loss_curves(space, grown))
+    return step_worth(space, loss_curves(space, grown))
 
 
 def counting(flags: SpeedFlags) -> list[Row]:
@@ -160,14 +162,14 @@ def counting(flags: SpeedFlags) -> list[Row]:
         space = space_of(config, kind)
         schemes = [random_scheme(space.units, seed) for seed in range(5 if flags.smoke else 100)]
         scores = random_scores(space.units, 0)
-        kept = keep_best(space.units, scores, schemes[0])
+        kept = select_top(space.units, scores, schemes[0])
         pruned = cut(unet, space.units, kept)
 
         def table(space: Space = space, schemes: list[dict[str, int]] = schemes) -> None:
             for scheme in schemes:
                 space.macs(scheme)
 
-        def build(space: Space = space, kept: Kept = kept) -> int:
+        def build(space: Space = space, kept: KeptIndices = kept) -> int:
             return count_macs(cut(empty, space.units, kept))
 
         section, against = f"counting, {kind}", "a meta model, cut and run"
@@ -193,6 +195,6 @@ def repairing(space: Space, schemes: list[dict[str, int]], kind: str) -> Row:
         share = MIN_SHARE + (1 - MIN_SHARE) * number / len(schemes)
         limit = max(space.min_macs, int(share * space.macs_base))
         started = time.perf_counter()
-        repair(space, scheme, limit, values)
+        fit_to_limit(space, scheme, limit, values)
         seconds.append(1e3 * (time.perf_counter() - started))
     return Row(section=f"counting, {kind}", name="repair", unit="ms", values=tuple(seconds))

@@ -23,10 +23,10 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.pruning.criteria.scores import keep_best, random_scores
-from tdc_ray.pruning.proxies.by_score import uniform_scheme, values_of
+from tdc_ray.pruning.criteria.scores import random_scores, select_top
+from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.collect_results import step_mean
+from tdc_ray.runs.collect_results import mean_over_sampling_steps
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
 WINOGRAD, BF16 = "winograd: ", "bf16: "
@@ -60,13 +60,13 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     for group in plan.groups:
         limit = max(space.min_macs, group.limit(space.macs_base))
-        scheme = uniform_scheme(space, limit, values_of(scores))
-        kept = keep_best(space.units, scores, scheme)
+        scheme = uniform_scheme(space, limit, sorted_scores(scores))
+        kept = select_top(space.units, scores, scheme)
         names.append(f"expert-{group.index:02d}")
         macs.append(space.macs(scheme))
         save_expert(folder / names[-1], cut(unet, space.units, kept), settings, kept)
     save_index(folder, config, plan.groups, names)
-    return step_mean(plan, macs) / space.macs_base
+    return mean_over_sampling_steps(plan, macs) / space.macs_base
 
 
 def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipeline:

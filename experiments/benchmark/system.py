@@ -23,7 +23,7 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import listing, read_json, read_json_lines
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
@@ -116,14 +116,14 @@ def digits(flags: SpeedFlags) -> list[Row]:
     """Tell where the wall time of a finished run went; it must have been done in one go."""
     if flags.run is None:
         return []
-    run_dir = RunDir(located(flags.run).resolve())
+    run_dir = RunDir(resolve_path(flags.run).resolve())
     spent = load_results(run_dir.results).seconds
     seconds, wall = seconds_of(run_dir, spent.base), spent.wall
     neither = wall - sum(seconds[kind] for kind in ("training", "measuring", "sampling"))
     if neither < 0:
         raise ConfigError(
-            f"--run must be a run that one attempt finished, but {shown(run_dir.root)} is none: "
-            f"more was done than fits into the last attempt's {wall:.0f} s."
+            f"--run must be a run that one attempt finished, but {display_path(run_dir.root)} is "
+            f"none: more was done than fits into the last attempt's {wall:.0f} s."
         )
     rows = {kind: found / wall for kind, found in seconds.items() if kind != "before"}
     rows |= {"neither training, measuring nor sampling": neither / wall}
@@ -158,9 +158,9 @@ def seconds_of(run_dir: RunDir, base: float) -> dict[str, float]:
             work.append((span.ended - seconds, span.ended, _kind(span)))
     times = sorted({time for start, end, _ in work for time in (start, end)})
     for start, end in pairwise(times):
-        under_way = [kind for first, last, kind in work if first <= start and end <= last]
-        for kind in under_way:
-            found[kind] += (end - start) / len(under_way)
+        active = [kind for first, last, kind in work if first <= start and end <= last]
+        for kind in active:
+            found[kind] += (end - start) / len(active)
     events = [event for line in read_json_lines(run_dir.timeline) for event in line]
     began = next(event["time"] for event in events if event["event"] == "driver")
     stage_2 = next(event["time"] for event in events if event.get("name") == "experts")

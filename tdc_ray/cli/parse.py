@@ -25,7 +25,7 @@ from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
@@ -106,12 +106,12 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     source = _source(arguments)
     if source is None:
         return config
-    from tdc_ray.runs.pretrained.settings import come_along, untold
-    from tdc_ray.runs.pretrained.sources import find_base  # imports torch
+    from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+    from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
-    base, has_preset = find_base(source), _value_of("--preset", arguments) is not None
-    missing = untold(base.told)
+    base, has_preset = resolve_base(source), _value_of("--preset", arguments) is not None
+    missing = missing_settings(base.told)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
             f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
@@ -126,7 +126,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         )
     config = trained or config
     config = replace(config, model=replace(config.model, base=source, num_heads=None))
-    return come_along(base.told, config, with_data=not has_preset)
+    return apply_settings(base.told, config, with_data=not has_preset)
 
 
 def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -137,7 +137,7 @@ def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     from tdc_ray.storage.files import exists, read_json
     from tdc_ray.storage.run_dir import RunDir
 
-    path = RunDir(located(costs)).config
+    path = RunDir(resolve_path(costs)).config
     return from_json(read_json(path)) if exists(path) else config
 
 
@@ -177,7 +177,7 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """
     if not arguments or arguments[0] != "prune":
         return config
-    from tdc_ray.runs.pretrained.settings import come_along, noise_told
+    from tdc_ray.runs.pretrained.settings import apply_settings, noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
     for argument in _free(arguments):
@@ -187,7 +187,7 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
             continue
         trained = run_config_of(unet)
         if trained is None:
-            return come_along(noise_told(argument), config, with_data=True)
+            return apply_settings(noise_settings(argument), config, with_data=True)
         if _value_of("--preset", arguments):
             return config
         prune = trained.prune

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tdc_ray.config.validation import at_least
 
-DECIDING = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
+RESULT_FIELDS = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
 """Of these settings, the ones that change what is computed, and so what a run directory is for."""
 
 

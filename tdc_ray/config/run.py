@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tdc_ray.config.compute import DECIDING, ComputeConfig
+from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.diffusion import DiffusionConfig
@@ -22,7 +22,7 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
-from tdc_ray.storage.object_store import is_remote, located
+from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,14 +150,14 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped goes on with others
         del document["data"][name]
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
-    return document | {"compute": {name: document["compute"][name] for name in DECIDING}}
+    return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make every path absolute: processes on a cluster have working directories of their own."""
 
     def absolute(path: str) -> str:
-        place = located(path)
+        place = resolve_path(path)
         return path if is_remote(place) else str(place.expanduser().resolve())
 
     def absolute_base(base: str) -> str:

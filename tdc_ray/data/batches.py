@@ -72,7 +72,9 @@ def batches(
     on anywhere.
     """
     numbers = range(len(dataset)) if among is None else among
-    order = _StepOrder(numbers, batch_size, seed, range(start_step, num_steps), rank, world_size)
+    order = StepBatchSampler(
+        numbers, batch_size, seed, range(start_step, num_steps), rank, world_size
+    )
     loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
         batch_sampler=order,
@@ -103,7 +105,7 @@ def fixed_batches(
         yield dataset.__getitems__([numbers[i] for i in chosen[start : start + batch_size]])
 
 
-class _StepOrder:
+class StepBatchSampler:
     """Indices of one rank's share of every step's batch."""
 
     def __init__(

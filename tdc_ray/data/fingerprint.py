@@ -16,19 +16,19 @@ from tdc_ray.data.latents import latents_dir
 from tdc_ray.data.load import load_dataset
 from tdc_ray.execution.item import Inputs
 
-PLACES = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
+LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
 """Of the data's settings: the fingerprint of what they lead to is taken in their place."""
 
-HABITS = ("log_every", "checkpoint_every", "keep_checkpoints")
+LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")
 """Of training's settings: they change no weight."""
 
 
-def of_run(config: RunConfig) -> Inputs:
+def data_key(config: RunConfig) -> Inputs:
     """Give what everything follows from that is trained or measured: seed, data, noise process."""
     return {
         "seed": config.seed,
-        "images": of_images(config),
-        "data": _without(asdict(config.data), PLACES),
+        "images": images_key(config),
+        "data": _without(asdict(config.data), LOCATION_FIELDS),
         "diffusion": asdict(config.diffusion),
         "conditioning": asdict(config.conditioning),
         "tf32": config.compute.tf32,
@@ -36,16 +36,16 @@ def of_run(config: RunConfig) -> Inputs:
 
 
 @functools.lru_cache(maxsize=8)  # it may take a look at every file
-def of_images(config: RunConfig) -> str:
+def images_key(config: RunConfig) -> str:
     """Name the content of what a denoiser learns: images, or their latents by a first stage."""
     if config.data.first_stage is not None:
         return latents_dir(config).name
     return load_dataset(config.data).fingerprint()
 
 
-def of_training(config: TrainConfig) -> Inputs:
+def training_key(config: TrainConfig) -> Inputs:
     """Give what training follows from, beside data and seed."""
-    return {"training": _without(asdict(config), HABITS)}
+    return {"training": _without(asdict(config), LOGGING_FIELDS)}
 
 
 def _without(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

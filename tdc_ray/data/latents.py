@@ -23,7 +23,7 @@ from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
 from tdc_ray.storage.files import atomic_path, fetch, listing, remove
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 VERSION = 1
 """Changes whenever what is in a shard does, so that cached ones are made again."""
@@ -167,7 +167,7 @@ def _latents_dir(data: DataConfig, cache_dir: str) -> Path:
     digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
     document = [VERSION, SHARD, digest, load_dataset(data).fingerprint(), data.image_size, shape]
     key = hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
-    return located(cache_dir).expanduser() / "latents" / key
+    return resolve_path(cache_dir).expanduser() / "latents" / key
 
 
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data
@@ -176,8 +176,8 @@ def _load_latents(data: DataConfig, cache_dir: str) -> LatentImages:
     if missing := _missing(folder, len(images)):
         raise DataError(
             f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
-            f"missing in {shown(folder)}: tdc-ray run computes them. evaluate.cache_dir must "
-            "lie where all nodes see it."
+            f"missing in {display_path(folder)}: tdc-ray run computes them. evaluate.cache_dir "
+            "must lie where all nodes see it."
         )
     return LatentImages(fetch(folder), images)
 

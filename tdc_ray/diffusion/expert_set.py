@@ -16,7 +16,7 @@ Span = tuple[int, int]
 """First and last timestep, both included."""
 
 
-class Experts(nn.ModuleList):
+class ExpertSet(nn.ModuleList):
     """Denoisers, each for a run of timesteps; together they serve every timestep."""
 
     def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[Span]) -> None:

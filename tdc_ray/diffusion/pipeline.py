@@ -12,8 +12,8 @@ from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.diffusion.expert_set import Experts, OffloadedExperts
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import (
     image_generators,
     image_labels,
@@ -25,7 +25,7 @@ from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.storage.files import exists, read_json, write_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 INDEX_FILE = "progressive.json"
 FIRST_STAGE_DIR = "first_stage"
@@ -46,7 +46,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     def __init__(
         self,
-        experts: Experts | OffloadedExperts,
+        experts: ExpertSet | OffloadedExperts,
         scheduler: SchedulerMixin,
         first_stage: FirstStage | None = None,
         *,
@@ -222,11 +222,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
         """
-        folder = located(path)
+        folder = resolve_path(path)
         folder = folder if exists(folder / INDEX_FILE) else folder / "experts"
         if not exists(folder / INDEX_FILE):
             raise CheckpointError(
-                f"{shown(path)} holds no experts: {INDEX_FILE} is missing. Finish the run first."
+                f"{display_path(path)} holds no experts: {INDEX_FILE} is missing. Finish the run "
+                "first."
             )
         try:
             index = read_json(folder / INDEX_FILE)
@@ -237,7 +238,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             experts = (
                 OffloadedExperts(folders, spans)
                 if offload
-                else Experts([load_expert(one) for one in folders], spans)
+                else ExpertSet([load_expert(one) for one in folders], spans)
             )
             scheduler = make_scheduler(
                 DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
@@ -246,7 +247,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             first_stage = None if name is None else load_first_stage(folder / name)
             pipeline = _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
         except (KeyError, TypeError, StorageError) as error:
-            raise CheckpointError(f"{shown(folder / INDEX_FILE)} is malformed: {error}") from error
+            raise CheckpointError(
+                f"{display_path(folder / INDEX_FILE)} is malformed: {error}"
+            ) from error
         pipeline.winograd = winograd
         return pipeline
 
@@ -256,7 +259,7 @@ def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
 
     Where the settings name a first stage it decodes.
     """
-    experts = Experts([unet], [(0, config.diffusion.num_train_timesteps - 1)])
+    experts = ExpertSet([unet], [(0, config.diffusion.num_train_timesteps - 1)])
     scheduler = make_scheduler(config.diffusion, config.sampler)
     place = config.data.first_stage
     first_stage = None if place is None else load_first_stage(Path(place))
@@ -264,7 +267,7 @@ def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
 
 
 def save_index(
-    folder: Path, config: RunConfig, groups: Sequence[Group], names: Sequence[str]
+    folder: Path, config: RunConfig, groups: Sequence[TimestepGroup], names: Sequence[str]
 ) -> None:
     """Write what makes a folder of experts a pipeline: who serves what, and how to sample.
 
@@ -298,7 +301,7 @@ def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _assemble(
-    experts: Experts | OffloadedExperts,
+    experts: ExpertSet | OffloadedExperts,
     scheduler: SchedulerMixin,
     first_stage: FirstStage | None,
     index: dict[str, Any],

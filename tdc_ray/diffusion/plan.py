@@ -16,7 +16,7 @@ from tdc_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class TimestepGroup:
     """A run of timesteps that one expert serves."""
 
     index: int
@@ -56,7 +56,7 @@ class Plan:
     """All groups, in the order of their timesteps, without a gap."""
 
     num_train_timesteps: int
-    groups: tuple[Group, ...]
+    groups: tuple[TimestepGroup, ...]
     sampling_timesteps: tuple[int, ...]
     """Timesteps of the planned sampler, from the noisiest on."""
 
@@ -66,7 +66,7 @@ class Plan:
     notes: tuple[str, ...]
     """What the reader should know: groups that vanished, that were joined, that no step enters."""
 
-    def group_of(self, timestep: int) -> Group:
+    def group_of(self, timestep: int) -> TimestepGroup:
         """Give the group that holds a timestep.
 
         Raises:
@@ -144,7 +144,7 @@ def one_group(
     sampler: SamplerConfig,
     timesteps: tuple[int, int],
     limit_share: float,
-) -> Group:
+) -> TimestepGroup:
     """Make a group of any timesteps, such as all of them.
 
     Args:
@@ -162,7 +162,7 @@ def one_group(
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
     steps = sampling_timesteps(len(snr), sampler)
-    return Group(
+    return TimestepGroup(
         index=0,
         first=first,
         last=last,
@@ -209,7 +209,7 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
     elif config.match_snr_mean:
         drafts = _matched(len(snr), config, _mean_share(by_snr, steps), steps)
     groups = tuple(
-        Group(
+        TimestepGroup(
             index=index,
             first=draft.start,
             last=draft.stop - 1,

@@ -14,7 +14,7 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.forward import denoised
+from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
@@ -141,7 +141,7 @@ def sample(
         read = None if learns_variance else num_channels  # of (B, 2C, H, W), where it is learned
         denoiser = denoiser_for(timestep)
         with WinogradConvolutions() if winograd else contextlib.nullcontext():
-            output = denoised(denoiser, model_input, timesteps, told, num_channels=read)
+            output = predict(denoiser, model_input, timesteps, told, num_channels=read)
         if dtype == torch.float16:
             finite &= output.isfinite().all()
         if copies == 2:

@@ -24,7 +24,7 @@ from tdc_ray.execution.item import Report
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 _UNREADABLE = (
     OSError,
@@ -91,7 +91,7 @@ class TrainState:
             if is_from_outside(error):
                 raise
             raise CheckpointError(
-                f"{shown(path)} is no checkpoint of this model: {error}"
+                f"{display_path(path)} is no checkpoint of this model: {error}"
             ) from error
 
     @contextlib.contextmanager
@@ -171,7 +171,7 @@ def train(
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
     """
-    device, losses = state.device, Losses(first_step=state.step)
+    device, losses = state.device, LossWindow(first_step=state.step)
     weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
     if config.compile != "none":
         torch.compiler.reset()  # of the models before, whose other widths count as recompilations
@@ -282,7 +282,7 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     return config.learning_rate
 
 
-class Losses:
+class LossWindow:
     """Losses since the last report, left on the device so that no step waits for it."""
 
     def __init__(self, first_step: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.execution.item import Inputs, Report, Reported, Result, WorkItem
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
-from tdc_ray.storage.object_store import is_remote, shown
+from tdc_ray.storage.object_store import display_path, is_remote
 from tdc_ray.storage.provenance import versions
 
 FORMAT = 2
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class ResultCache:
     """A store, as one run uses it."""
 
     root: Path
@@ -49,11 +49,11 @@ class Store:
         """Where an entry is."""
         return self.root / key[:2] / key
 
-    def holds(self, key: str) -> bool:
+    def contains(self, key: str) -> bool:
         """Whether there is such a result."""
         return exists(self.entry(key) / ENTRY_FILE)
 
-    def publish(
+    def save(
         self, item: WorkItem, key: str, result: Result, reported: Sequence[Reported] = ()
     ) -> Result:
         """Keep an item's result and files; give the result as the run keeps it.
@@ -68,7 +68,7 @@ class Store:
             StorageFailedError: The disk or the object store does not take it.
         """
         entry = self.entry(key)
-        if self.holds(key):  # another run was as quick
+        if self.contains(key):  # another run was as quick
             return _marked(result, key, reused=False)
         own = entry / secrets.token_hex(8)
         digests = [_copy(path, own / str(number)) for number, path in enumerate(item.files)]
@@ -84,7 +84,7 @@ class Store:
         write_json(entry / ENTRY_FILE, document)
         return _marked(result, key, reused=False)
 
-    def take(
+    def load(
         self, item: WorkItem, key: str, report: Report = lambda _metrics, _step: None
     ) -> Result:
         """Bring an item's files into the run, report what it did, and give its result.
@@ -108,17 +108,17 @@ class Store:
         except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
             remove(entry / ENTRY_FILE)
             raise StorageFailedError(
-                f"{shown(entry)} is no whole entry of a store, and was removed: {error}"
+                f"{display_path(entry)} is no whole entry of a store, and was removed: {error}"
             ) from error
         for step, metrics in reported:
             report(metrics, step)
         return _marked(result, key, reused=reused)
 
-    def taking(self, item: WorkItem, key: str) -> WorkItem:
+    def loading(self, item: WorkItem, key: str) -> WorkItem:
         """Give what takes an item's result in place of running it."""
         return replace(item, function=partial(_take, store=self, item=item, key=key))
 
-    def publishing(self, item: WorkItem, key: str) -> WorkItem:
+    def saving(self, item: WorkItem, key: str) -> WorkItem:
         """Give what runs an item and publishes its result."""
         return replace(item, function=partial(_run, store=self, item=item, key=key))
 
@@ -148,25 +148,27 @@ def _marked(result: Result, key: str, *, reused: bool) -> Result:
 
 def _require_same(found: list[str], expected: list[str], folder: Path) -> None:
     if found != expected:
-        raise StorageError(f"files in {shown(folder)} were changed.")
+        raise StorageError(f"files in {display_path(folder)} were changed.")
 
 
 def _is_first() -> bool:
     """Whether this process is the first, or only, worker of its item."""
-    from tdc_ray.execution.device import place  # imports torch, without which a driver may do
+    from tdc_ray.execution.device import (
+        worker_rank,
+    )  # imports torch, without which a driver may do
 
-    return place().rank == 0
+    return worker_rank().rank == 0
 
 
-def _take(_job: Any, report: Report, *, store: Store, item: WorkItem, key: str) -> Result:
+def _take(_job: Any, report: Report, *, store: ResultCache, item: WorkItem, key: str) -> Result:
     if not _is_first():
         return {}
-    result = store.take(item, key, report)
+    result = store.load(item, key, report)
     report({}, item.num_steps)
     return result
 
 
-def _run(job: Any, report: Report, *, store: Store, item: WorkItem, key: str) -> Result:
+def _run(job: Any, report: Report, *, store: ResultCache, item: WorkItem, key: str) -> Result:
     reported: list[Reported] = []
 
     def told(metrics: Mapping[str, float], step: int) -> None:
@@ -174,7 +176,7 @@ def _run(job: Any, report: Report, *, store: Store, item: WorkItem, key: str) ->
         report(metrics, step)
 
     result = item.function(job, told)
-    return store.publish(item, key, result, reported) if _is_first() else result
+    return store.save(item, key, result, reported) if _is_first() else result
 
 
 @functools.cache

@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Barrier:
     """A chain that yields it goes on when all other parties, but those that ended, have come."""
 
     name: str
-    parties: frozenset[str]
+    participants: frozenset[str]
     """Names of the chains that meet."""
 
 
-Chain = Generator[Sequence[WorkItem] | Meeting, Sequence[Result], T]
+Chain = Generator[Sequence[WorkItem] | Barrier, Sequence[Result], T]
 """Yields items that may run side by side, is sent their results in order, and returns a value. A
 meeting is answered with no results."""
 
@@ -30,7 +30,7 @@ class _State(Generic[T]):
     """A chain, and what it waits for."""
 
     chain: Chain[T]
-    waits_for: Sequence[WorkItem] | Meeting | None = None
+    waits_for: Sequence[WorkItem] | Barrier | None = None
     """None before it was started."""
 
     results: dict[str, Result] = field(default_factory=dict)
@@ -51,38 +51,40 @@ class Chains(Generic[T]):
         """What the chains that failed between their items raised, by their names."""
 
         self._states = {name: _State(chain) for name, chain in chains.items()}
-        self._news = dict.fromkeys(chains)
+        self._changed = dict.fromkeys(chains)
         """Chains to which something happened since they were last looked at, in order."""
 
         self._meeting: set[str] = set()
         """Chains that wait in a meeting."""
 
-    def go_on(self) -> list[tuple[str, WorkItem]]:
+    def advance(self) -> list[tuple[str, WorkItem]]:
         """Let every chain go on that can, and give the items that are to be run, by its name.
 
         Items whose results an earlier attempt left are not among them.
         """
         missing: list[tuple[str, WorkItem]] = []
-        while self._news:
-            movable = dict.fromkeys(other for name in self._news for other in self._movable(name))
-            self._news.clear()
+        while self._changed:
+            movable = dict.fromkeys(
+                other for name in self._changed for other in self._movable(name)
+            )
+            self._changed.clear()
             for name in movable:  # all that meet, in one turn
                 missing += [(name, item) for item in self._advance(name)]
         return missing
 
-    def put(self, name: str, item: WorkItem, result: Result) -> None:
+    def deliver(self, name: str, item: WorkItem, result: Result) -> None:
         """Give a chain the result of one of its items; a chain that was dropped takes none."""
         if name in self._states:
             self._states[name].results[item.key] = result
-            self._news[name] = None
+            self._changed[name] = None
 
-    def drop(self, name: str) -> None:
+    def cancel(self, name: str) -> None:
         """End a chain that failed; the others no longer wait for it."""
         if self._states.pop(name, None) is not None:
             self._meeting.discard(name)
-            self._news |= dict.fromkeys(sorted(self._meeting))
+            self._changed |= dict.fromkeys(sorted(self._meeting))
 
-    def under_way(self) -> list[str]:
+    def active(self) -> list[str]:
         """Name the chains that neither ended nor were dropped."""
         return list(self._states)
 
@@ -95,23 +97,23 @@ class Chains(Generic[T]):
         if name not in self._states or not self._can_go_on(name):
             return []
         waits_for = self._states[name].waits_for
-        if isinstance(waits_for, Meeting):
-            parties = {name, *waits_for.parties}
-            return [other for other in self._states if other in parties]
+        if isinstance(waits_for, Barrier):
+            participants = {name, *waits_for.participants}
+            return [other for other in self._states if other in participants]
         return [name]
 
     def _can_go_on(self, name: str) -> bool:
         waits_for, results = self._states[name].waits_for, self._states[name].results
         if waits_for is None:
             return True
-        if not isinstance(waits_for, Meeting):
+        if not isinstance(waits_for, Barrier):
             return all(item.key in results for item in waits_for)
-        others = [self._states[other] for other in waits_for.parties & self._states.keys()]
+        others = [self._states[other] for other in waits_for.participants & self._states.keys()]
         return all(waits_for == other.waits_for for other in others)
 
     def _advance(self, name: str) -> list[WorkItem]:
         state, results = self._states[name], None
-        if isinstance(state.waits_for, Meeting):
+        if isinstance(state.waits_for, Barrier):
             self._meeting.discard(name)
             results = []
         elif state.waits_for is not None:
@@ -119,8 +121,8 @@ class Chains(Generic[T]):
         state.stage += 1
         try:
             waits_for = state.waits_for = state.chain.send(results)
-            self._news[name] = None
-            if isinstance(waits_for, Meeting):
+            self._changed[name] = None
+            if isinstance(waits_for, Barrier):
                 self._meeting.add(name)
                 return []
             earlier = {item.key: finished(item) for item in waits_for}
@@ -131,7 +133,7 @@ class Chains(Generic[T]):
         else:
             state.results = {key: result for key, result in earlier.items() if result is not None}
             return [item for item in waits_for if earlier[item.key] is None]
-        self.drop(name)
+        self.cancel(name)
         return []
 
 
@@ -145,10 +147,10 @@ def run_chain(
         watch: Entered while an item runs; gives what takes its reports.
     """
     chains = Chains({"": chain})
-    while missing := chains.go_on():
+    while missing := chains.advance():
         for name, item in missing:
             with watch(item) as report:
-                chains.put(name, item, run_item(item, report))
+                chains.deliver(name, item, run_item(item, report))
     for error in chains.errors.values():
         raise error
     return chains.values[""]

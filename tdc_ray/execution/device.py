@@ -10,7 +10,7 @@ from torch import distributed
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerRank:
     """Which of several data-parallel workers this is, and where it computes."""
 
     rank: int
@@ -18,7 +18,7 @@ class Place:
     device: torch.device
 
 
-def set_up(num_threads: int, *, tf32: bool) -> None:
+def configure_worker(num_threads: int, *, tf32: bool) -> None:
     """Prepare a worker's process: its threads, and how GPUs compute in fp32."""
     torch.set_num_threads(num_threads)
     allow_tf32(allowed=tf32)
@@ -32,7 +32,7 @@ def allow_tf32(*, allowed: bool) -> None:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Let GPUs compute fp32 in full for a while, whatever :func:`set_up` said."""
+    """Let GPUs compute fp32 in full for a while, whatever :func:`configure_worker` said."""
     before = torch.backends.cuda.matmul.allow_tf32
     allow_tf32(allowed=False)
     try:
@@ -46,16 +46,16 @@ def worker_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place() -> Place:
+def worker_rank() -> WorkerRank:
     """Give this process's place among the workers of its item."""
     if not distributed.is_initialized():
-        return Place(0, 1, worker_device())
-    return Place(distributed.get_rank(), distributed.get_world_size(), worker_device())
+        return WorkerRank(0, 1, worker_device())
+    return WorkerRank(distributed.get_rank(), distributed.get_world_size(), worker_device())
 
 
-def gathered(value: int) -> list[int]:
+def all_gather(value: int) -> list[int]:
     """Give what this value is for each worker of this process's item, in the order of ranks."""
-    here = place()
+    here = worker_rank()
     if here.world_size == 1:
         return [value]
     values: list[Any] = [None] * here.world_size

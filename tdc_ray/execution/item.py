@@ -68,7 +68,7 @@ class WorkItem:
     num_workers: int = 1
     """Workers that run it side by side, data parallel; the first one's result counts."""
 
-    halve: Callable[[Any], Any] | None = None
+    reduce_memory: Callable[[Any], Any] | None = None
     """Makes of its job one that needs about half the memory and comes to the same; gives None
     where there is no smaller one. A module-level function."""
 
@@ -80,18 +80,18 @@ class WorkItem:
     files: tuple[Path, ...] = ()
     """Files and folders that it leaves beside its result."""
 
-    on_loss: Result | None = None
+    fallback_result: Result | None = None
     """Of a call, which waits for a language model, computes nothing and so holds no worker: what
     it gives where whoever makes the calls died too often. None: it is no call."""
 
     @property
     def is_call(self) -> bool:
         """Whether it waits for a language model."""
-        return self.on_loss is not None
+        return self.fallback_result is not None
 
-    def halved(self) -> Any | None:
+    def reduced_memory(self) -> Any | None:
         """Give its job with about half the memory, if there is one."""
-        return None if self.halve is None else self.halve(self.job)
+        return None if self.reduce_memory is None else self.reduce_memory(self.job)
 
 
 def finished(item: WorkItem) -> Result | None:
@@ -103,11 +103,11 @@ def finished(item: WorkItem) -> Result | None:
     return result
 
 
-def stand_in(item: WorkItem) -> Result:
+def use_fallback(item: WorkItem) -> Result:
     """Give what a lost call gives, and keep it: what follows was made with it, in a resume too."""
-    assert item.on_loss is not None
-    write_json(item.result_path, item.on_loss)
-    return item.on_loss
+    assert item.fallback_result is not None
+    write_json(item.result_path, item.fallback_result)
+    return item.fallback_result
 
 
 def run_item(item: WorkItem, report: Report) -> Result:

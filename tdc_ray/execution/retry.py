@@ -46,12 +46,12 @@ def after_failure(item: WorkItem, failure: Failure, times: int, max_attempts: in
         times: How often in this way, this time included.
         max_attempts: How often an item may be started.
     """
-    if failure is Failure.OUT_OF_MEMORY and item.halved() is not None:
+    if failure is Failure.OUT_OF_MEMORY and item.reduced_memory() is not None:
         return Action.HALVE
     if failure is Failure.NODE_LOST and times <= MAX_NODE_LOSSES:
         return Action.RETRY
     if failure is not Failure.OWN_ERROR and times < max_attempts:
         return Action.RETRY
-    if failure is not Failure.OWN_ERROR and item.on_loss is not None:
+    if failure is not Failure.OWN_ERROR and item.fallback_result is not None:
         return Action.STAND_IN
     return Action.GIVE_UP

@@ -1,6 +1,6 @@
 """Who runs what, and what a failure leads to. Pure decisions: no Ray and no clock.
 
-The pool and the simulator both run a :class:`Schedule`: they tell it what happened, and it says
+The pool and the simulator both run a :class:`Scheduler`: they tell it what happened, and it says
 what is to be done.
 """
 
@@ -12,14 +12,14 @@ from itertools import count
 from typing import Generic, TypeVar
 
 from tdc_ray.execution.chain import Chain, Chains
-from tdc_ray.execution.item import Resources, Result, WorkItem, finished, stand_in
+from tdc_ray.execution.item import Resources, Result, WorkItem, finished, use_fallback
 from tdc_ray.execution.retry import Action, Failure, after_failure
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Assignment:
     """An item that workers run, or whoever makes the calls."""
 
     number: int
@@ -39,7 +39,7 @@ _Ready = tuple[float, str, int, str, WorkItem]
 """Minus the work in an item and behind it, its key, a tie-break, its chain, the item."""
 
 
-class Schedule(Generic[T]):
+class Scheduler(Generic[T]):
     """Chains under way on workers that come and go.
 
     Longest first: the item with the most work in it and behind it in its chain, so that the group
@@ -66,11 +66,11 @@ class Schedule(Generic[T]):
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
         self._busy: Counter[Resources] = Counter()
-        self._running: dict[int, Task] = {}
+        self._running: dict[int, Assignment] = {}
         self._failures: Counter[tuple[str, str, Failure]] = Counter()
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._numbers = count()
-        self._put_all(self._chains.go_on())
+        self._put_all(self._chains.advance())
 
     @property
     def values(self) -> dict[str, T]:
@@ -90,7 +90,7 @@ class Schedule(Generic[T]):
 
     def unfinished(self) -> list[str]:
         """Name the chains that are under way."""
-        return self._chains.under_way()
+        return self._chains.active()
 
     def join(self, worker: str, resources: Resources) -> None:
         """Take in a worker that has nothing to do."""
@@ -124,7 +124,7 @@ class Schedule(Generic[T]):
         """Count the workers that all items which run or could run would take."""
         return {resources: number for resources, number in self._wanted.items() if number}
 
-    def start(self) -> list[Task]:
+    def start(self) -> list[Assignment]:
         """Give what is to be started now: all calls, and the longest items that workers are for.
 
         Of idle workers the one that was busy last comes first: its caches are warm.
@@ -139,7 +139,7 @@ class Schedule(Generic[T]):
                 tasks.append(self._task(chain, item, workers))
         return tasks
 
-    def defer(self, task: Task) -> None:
+    def defer(self, task: Assignment) -> None:
         """Put off an item that was to be started, which another run is at; it keeps no worker."""
         self._attempts[task.chain, task.item.key] -= 1
         self._end(task, lost=())
@@ -151,13 +151,15 @@ class Schedule(Generic[T]):
         self._put_all(deferred)
         return bool(deferred)
 
-    def finish(self, task: Task, result: Result) -> None:
+    def finish(self, task: Assignment, result: Result) -> None:
         """Take in an item's result; its workers are idle again."""
         self._end(task, lost=())
-        self._chains.put(task.chain, task.item, result)
-        self._put_all(self._chains.go_on())
+        self._chains.deliver(task.chain, task.item, result)
+        self._put_all(self._chains.advance())
 
-    def fail(self, task: Task, failure: Failure, reason: str, lost: Iterable[str] = ()) -> Action:
+    def fail(
+        self, task: Assignment, failure: Failure, reason: str, lost: Iterable[str] = ()
+    ) -> Action:
         """Decide what follows when an item did not finish.
 
         Args:
@@ -176,17 +178,17 @@ class Schedule(Generic[T]):
             self._failures[chain, item.key, failure] = times
         result = None if item.is_call else finished(item)
         if result is not None:  # its worker died after its work and before its answer
-            self._chains.put(chain, item, result)
+            self._chains.deliver(chain, item, result)
             action = Action.RETRY
         elif action is Action.RETRY:
             self._put(chain, item)
         elif action is Action.HALVE:
-            self._put(chain, replace(item, job=item.halved()))
+            self._put(chain, replace(item, job=item.reduced_memory()))
         elif action is Action.STAND_IN:
-            self._chains.put(chain, item, stand_in(item))
+            self._chains.deliver(chain, item, use_fallback(item))
         else:
             self._give_up(chain, reason)
-        self._put_all(self._chains.go_on())
+        self._put_all(self._chains.advance())
         return action
 
     def _next(self, resources: Resources) -> _Ready | None:
@@ -209,7 +211,7 @@ class Schedule(Generic[T]):
     def _give_up(self, chain: str, reason: str) -> None:
         """End a chain; what it has under way runs on, and its results are kept for a next time."""
         self._given_up[chain] = reason
-        self._chains.drop(chain)
+        self._chains.cancel(chain)
         self._calls = [call for call in self._calls if call[0] != chain]
         self._deferred = [entry for entry in self._deferred if entry[0] != chain]
         for resources, ready in self._ready.items():
@@ -221,15 +223,15 @@ class Schedule(Generic[T]):
     def _resources(self, item: WorkItem) -> Resources:
         return item.resources or self._default
 
-    def _task(self, chain: str, item: WorkItem, workers: tuple[str, ...]) -> Task:
+    def _task(self, chain: str, item: WorkItem, workers: tuple[str, ...]) -> Assignment:
         self._attempts[chain, item.key] += 1
         attempt, stage = self._attempts[chain, item.key], self._chains.stage(chain)
-        task = Task(next(self._numbers), chain, stage, item, workers, attempt)
+        task = Assignment(next(self._numbers), chain, stage, item, workers, attempt)
         self._running[task.number] = task
         self._busy[self._resources(item)] += len(workers)
         return task
 
-    def _end(self, task: Task, lost: Iterable[str]) -> None:
+    def _end(self, task: Assignment, lost: Iterable[str]) -> None:
         del self._running[task.number]
         resources = self._resources(task.item)
         self._wanted[resources] -= len(task.workers)

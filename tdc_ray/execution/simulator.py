@@ -10,7 +10,7 @@ from typing import Any
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Resources, WorkItem
 from tdc_ray.execution.retry import Failure
-from tdc_ray.execution.scheduler import Schedule, Task
+from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import lower_bound
 
 WORKER = Resources(cpus=1.0)
@@ -18,7 +18,7 @@ WORKER = Resources(cpus=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weather:
+class FailureModel:
     """What happens to the workers; all rates are of exponential distributions."""
 
     failures_per_hour: float = 0.0
@@ -34,7 +34,7 @@ class Weather:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Simulated:
+class SimulationResult:
     """What came out."""
 
     num_workers: int
@@ -61,10 +61,10 @@ def simulate(
     seconds_of: Callable[[WorkItem], float],
     *,
     num_workers: int,
-    weather: Weather = Weather(),  # frozen
+    weather: FailureModel = FailureModel(),  # frozen
     checkpoint_every_s: Callable[[WorkItem], float | None] = lambda _item: None,
     max_attempts: int = 3,
-) -> Simulated:
+) -> SimulationResult:
     """Run chains on workers that take as long as they are said to.
 
     Args:
@@ -86,7 +86,7 @@ class _Simulation:
         chains: Mapping[str, Chain[Any]],
         seconds_of: Callable[[WorkItem], float],
         num_workers: int,
-        weather: Weather,
+        weather: FailureModel,
         checkpoint_every_s: Callable[[WorkItem], float | None],
         max_attempts: int,
     ) -> None:
@@ -97,14 +97,16 @@ class _Simulation:
         self._numbers, self._names = count(), count()
         self._now = 0.0
         self._alive: dict[str, float] = {}
-        self._running: dict[int, tuple[Task, float]] = {}
+        self._running: dict[int, tuple[Assignment, float]] = {}
         self._kept: dict[tuple[str, str], float] = {}
         self._stages: dict[tuple[str, int], float] = {}
         self._work = self._lost = self._there = self._busy = 0.0
         self._num_items = self._num_failures = 0
-        self._schedule: Schedule[Any] = Schedule(chains, default=WORKER, max_attempts=max_attempts)
+        self._schedule: Scheduler[Any] = Scheduler(
+            chains, default=WORKER, max_attempts=max_attempts
+        )
 
-    def run(self) -> Simulated:
+    def run(self) -> SimulationResult:
         for _ in range(self._num_workers):
             self._join()
         self._expect_join()
@@ -115,7 +117,7 @@ class _Simulation:
             self._start()
         for since in self._alive.values():
             self._there += self._now - since
-        return Simulated(
+        return SimulationResult(
             num_workers=self._num_workers,
             makespan_seconds=self._now,
             lower_bound_seconds=lower_bound(self._stages, self._work, self._num_workers),
@@ -149,7 +151,7 @@ class _Simulation:
             left = self._seconds_of(task.item) - self._kept.get((task.chain, task.item.key), 0.0)
             self._at(left, lambda task=task: self._finish(task))  # type: ignore[misc]
 
-    def _finish(self, task: Task) -> None:
+    def _finish(self, task: Assignment) -> None:
         if task.number not in self._running:
             return  # its worker died before
         _, started = self._running.pop(task.number)

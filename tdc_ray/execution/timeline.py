@@ -95,7 +95,7 @@ class History:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
+class WorkerUsage:
     """How well the workers of a phase were used."""
 
     phase: str
@@ -167,7 +167,7 @@ def load_history(path: Path) -> History:
     return History(tuple(sorted(spans, key=lambda span: span.started)), tuple(stays), failed)
 
 
-def usage(history: History) -> list[Usage]:
+def usage(history: History) -> list[WorkerUsage]:
     """Work out how well each phase used its workers, in the order in which they began."""
     phases = dict.fromkeys(span.phase for span in history.spans)
     return [
@@ -192,7 +192,7 @@ def lower_bound(
     return max(max(chains.values(), default=0.0), work_seconds / max(num_workers, 1))
 
 
-def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> Usage:
+def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> WorkerUsage:
     ended = [(span, span.ended) for span in spans if span.ended is not None and span.workers]
     first = min((span.started for span, _ in ended), default=0.0)
     last = max((end for _, end in ended), default=0.0)
@@ -213,7 +213,7 @@ def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> Usage:
     ]
     most = max((sum(a <= start < b for a, b in here) for start, _ in here), default=0)
     there = sum(end - start for start, end in here)
-    return Usage(
+    return WorkerUsage(
         phase=phase,
         num_workers=most,
         makespan_seconds=last - first,

@@ -7,7 +7,7 @@ from pathlib import Path
 from tdc_ray.storage.files import fetch, read_json
 
 
-def of_weights(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Name the content of a saved model: SHA-256 of its configs and of the weights' files."""
     digest = hashlib.sha256()
     for path in sorted(fetch(folder).rglob("*")):

@@ -22,7 +22,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -107,10 +107,12 @@ def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
     """
     kind = KINDS.get(name)
     if kind is None:
-        raise CheckpointError(f"{shown(folder)} must hold one of {', '.join(KINDS)}, got {name}.")
+        raise CheckpointError(
+            f"{display_path(folder)} must hold one of {', '.join(KINDS)}, got {name}."
+        )
     try:
         model, found = kind.from_pretrained(
-            fetch(located(folder)),
+            fetch(resolve_path(folder)),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -118,10 +120,12 @@ def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{shown(folder)} holds no {kind.__name__} in safetensors: {error}"
+            f"{display_path(folder)} holds no {kind.__name__} in safetensors: {error}"
         ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{shown(folder)} lacks the weights {', '.join(sorted(missing))}.")
+        raise CheckpointError(
+            f"{display_path(folder)} lacks the weights {', '.join(sorted(missing))}."
+        )
     loaded: VQModel | AutoencoderKL = model
     return loaded
 
@@ -146,9 +150,11 @@ def first_stage_digest(folder: Path) -> str:
         for name, value in _config(folder).items()
         if name not in _NO_MATTER and value is not None
     }
-    path = fetch(located(folder) / WEIGHTS_FILE)
+    path = fetch(resolve_path(folder) / WEIGHTS_FILE)
     if not path.exists():
-        raise CheckpointError(f"{shown(folder)} holds no first stage: {WEIGHTS_FILE} is missing.")
+        raise CheckpointError(
+            f"{display_path(folder)} holds no first stage: {WEIGHTS_FILE} is missing."
+        )
     found = path.stat()
     document = [config, _sha256(path, found.st_size, found.st_mtime_ns)]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
@@ -161,14 +167,14 @@ def copy_first_stage(folder: Path, to: Path) -> None:
         StorageError: There is another one.
     """
     if not exists(to / CONFIG_FILE):  # which comes last
-        folder = fetch(located(folder))
+        folder = fetch(resolve_path(folder))
         with atomic_path(to) as temporary:
             temporary.mkdir()
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(folder / name, temporary / name)
     if first_stage_digest(to) != first_stage_digest(folder):
         raise StorageError(
-            f"data.first_stage {folder} is no longer the one that {shown(to)} is a copy "
+            f"data.first_stage {folder} is no longer the one that {display_path(to)} is a copy "
             "of. Put that one back to go on, or choose another --run-dir."
         )
 
@@ -234,7 +240,7 @@ _NO_MATTER = ("_diffusers_version", "_name_or_path")
 
 def _config(folder: Path) -> Mapping[str, Any]:
     """Read and check the config."""
-    path = located(folder) / CONFIG_FILE
+    path = resolve_path(folder) / CONFIG_FILE
     if not exists(path):
         raise CheckpointError(
             f"data.first_stage {folder} holds no first stage: {CONFIG_FILE} is missing. Name the "

@@ -25,7 +25,7 @@ MOST_AT_ONCE = 1024
 """Images, however small they are."""
 
 
-def images_at_once(
+def max_batch_size(
     unet: UNet2DModel, size: tuple[int, int] | None = None, *, gradients: bool = False
 ) -> int:
     """Tell how many images a forward pass takes best on a UNet's device.
@@ -45,7 +45,7 @@ def images_at_once(
     return min(max(1, most // bytes_each), MOST_AT_ONCE)
 
 
-def denoised(
+def predict(
     denoiser: nn.Module,
     x_t: Tensor,
     timesteps: Tensor,
@@ -73,7 +73,7 @@ def denoised(
         told = {} if class_labels is None else {"class_labels": class_labels}
         whole: Tensor = denoiser(x_t, timesteps, **told).sample
         return whole[:, :num_channels].float()
-    size = images_at_once(denoiser, (x_t.shape[-2], x_t.shape[-1]))
+    size = max_batch_size(denoiser, (x_t.shape[-2], x_t.shape[-1]))
     with output_layers_in_fp32(denoiser, num_channels):
         parts = [
             denoiser(
@@ -98,14 +98,14 @@ def output_layers_in_fp32(unet: UNet2DModel, num_channels: int | None) -> Iterat
     weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
     with (
         norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)),
-        exchanged(norm, norm.weight.data.float(), norm.bias.data.float()),
-        exchanged(last, weight, bias),
+        swapped_weights(norm, norm.weight.data.float(), norm.bias.data.float()),
+        swapped_weights(last, weight, bias),
     ):
         yield
 
 
 @contextlib.contextmanager
-def exchanged(
+def swapped_weights(
     layer: nn.Conv2d | nn.Linear | nn.GroupNorm, weight: Tensor, bias: Tensor
 ) -> Iterator[None]:
     """Let a layer, which has a bias, compute with other weights for a while; in one thread."""

@@ -55,7 +55,9 @@ class Polynomial:
         return self.factors[unit] + sum([factor * widths[other] for other, factor in others])
 
 
-def tabulate(layers: Sequence[Layer], units: Sequence[Unit]) -> tuple[Polynomial, Polynomial]:
+def macs_polynomials(
+    layers: Sequence[Layer], units: Sequence[Unit]
+) -> tuple[Polynomial, Polynomial]:
     """Count parameters and macs of a UNet for any widths of its units.
 
     Returns:

@@ -16,15 +16,15 @@ from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_for
-from tdc_ray.models.units import Kept
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 CONFIG_FILE = "expert.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: KeptIndices) -> None:
     """Save a pruned UNet; the folder appears when it is whole.
 
     Args:
@@ -38,7 +38,9 @@ def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept)
         save_expert_into(temporary, unet, config, kept)
 
 
-def save_expert_into(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: Kept) -> None:
+def save_expert_into(
+    folder: Path, unet: UNet2DModel, config: UNetConfig, kept: KeptIndices
+) -> None:
     """Save a pruned UNet into a folder that holds other things too; see :func:`save_expert`."""
     remove(folder / CONFIG_FILE)  # an old config never goes with new weights
     tensors = {name: value.contiguous() for name, value in unet.state_dict().items()}
@@ -55,16 +57,16 @@ def load_expert(folder: Path | str) -> UNet2DModel:
     Raises:
         CheckpointError: The folder holds no expert, or weights and config do not fit.
     """
-    folder = located(folder)
+    folder = resolve_path(folder)
     if not (fetch(folder) / CONFIG_FILE).exists():
-        raise CheckpointError(f"{shown(folder)} holds no expert: {CONFIG_FILE} is missing.")
+        raise CheckpointError(f"{display_path(folder)} holds no expert: {CONFIG_FILE} is missing.")
     try:
         unet = _empty(read_json(folder / CONFIG_FILE))
         unet.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)  # mapped, not copied
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
         if is_from_outside(error):
             raise
-        raise CheckpointError(f"{shown(folder)} holds no whole expert: {error}") from error
+        raise CheckpointError(f"{display_path(folder)} holds no whole expert: {error}") from error
     return unet.eval()
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kept = Mapping[str, tuple[int, ...]]
+KeptIndices = Mapping[str, tuple[int, ...]]
 """For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising
 order."""
 
@@ -60,17 +60,17 @@ class Unit:
         return [step * self.channels + i for step in steps for i in range(self.channels)]
 
 
-def widths_of(kept: Kept) -> dict[str, int]:
+def widths_of(kept: KeptIndices) -> dict[str, int]:
     """Tell how many steps of each unit a choice keeps."""
     return {name: len(steps) for name, steps in kept.items()}
 
 
-def name_of(kept: Kept) -> str:
+def kept_digest(kept: KeptIndices) -> str:
     """Give a choice a short name, another one for every choice."""
     document = json.dumps({name: list(steps) for name, steps in sorted(kept.items())})
     return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
-def keep_all(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
+def keep_everything(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
     """Give the choice that cuts nothing."""
     return {unit.name: tuple(range(unit.width)) for unit in units}

@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.data.fingerprint import _without
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
 
-SEARCH = (
+SEARCH_FIELDS = (
     "method",
     "channel_multiple",
     "objective",
@@ -22,11 +22,11 @@ SEARCH = (
 """Of pruning's settings: they decide what is measured, not what is found."""
 
 
-def of_group(group: Group) -> Inputs:
+def timesteps_key(group: TimestepGroup) -> Inputs:
     """Give what the work on a group's timesteps follows from."""
     return {"timesteps": [group.first, group.last]}
 
 
-def of_measuring(config: PruneConfig) -> Inputs:
+def measuring_key(config: PruneConfig) -> Inputs:
     """Give what a refit and the losses of one model follow from."""
-    return {"measuring": _without(asdict(config), SEARCH)}
+    return {"measuring": _without(asdict(config), SEARCH_FIELDS)}

@@ -6,29 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
-from tdc_ray.models.units import Kept, name_of, widths_of
+from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.space import Scheme, Space
 from tdc_ray.storage.run_dir import RunDir
 
 
-def group_name(group: Group) -> str:
+def group_name(group: TimestepGroup) -> str:
     """Name a group, in keys and tags."""
     return f"group-{group.index:02d}"
 
 
 @dataclass(frozen=True, slots=True)
-class GroupTask:
+class GroupSearch:
     """One group's share of stage 2."""
 
     run_dir: RunDir
     config: RunConfig
     space: Space
-    group: Group
-    parties: frozenset[str] = frozenset()
+    group: TimestepGroup
+    participants: frozenset[str] = frozenset()
     """Names of the chains of all groups that have something to cut: they share the memory bank
     round by round."""
 
@@ -80,10 +80,10 @@ class GroupTask:
         cost: float = 0.0,
         behind: float = 0.0,
         num_steps: int = 1,
-        kept: Kept | None = None,
+        kept: KeptIndices | None = None,
         inputs: Callable[[Any], Inputs | None] | None = None,
         files: tuple[Path, ...] = (),
-        on_loss: Result | None = None,
+        fallback_result: Result | None = None,
     ) -> WorkItem:
         """Make an item of the search; see ``WorkItem``.
 
@@ -98,9 +98,9 @@ class GroupTask:
                 to other schemes than in an earlier attempt, so may this group, at the same place.
             inputs: Gives of the job what the result follows from; None: no other run may take it.
             files: What it leaves beside its result.
-            on_loss: What a call gives that is lost; None: it is no call.
+            fallback_result: What a call gives that is lost; None: it is no call.
         """
-        file = name if kept is None else f"{name}-{name_of(kept)}"
+        file = name if kept is None else f"{name}-{kept_digest(kept)}"
         return WorkItem(
             key=f"{self.name}/{name}",
             function=function,
@@ -111,17 +111,17 @@ class GroupTask:
             num_steps=num_steps,
             inputs=inputs,
             files=files,
-            on_loss=on_loss,
+            fallback_result=fallback_result,
         )
 
 
 def group_tasks(
-    run_dir: RunDir, config: RunConfig, space: Space, groups: Sequence[Group]
-) -> list[GroupTask]:
+    run_dir: RunDir, config: RunConfig, space: Space, groups: Sequence[TimestepGroup]
+) -> list[GroupSearch]:
     """Give every group its task; no group waits for one that keeps the whole base."""
     searching = (group for group in groups if group.limit(space.cost_base) < space.cost_base)
-    parties = frozenset(map(group_name, searching))
-    return [GroupTask(run_dir, config, space, group, parties) for group in groups]
+    participants = frozenset(map(group_name, searching))
+    return [GroupSearch(run_dir, config, space, group, participants) for group in groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +129,11 @@ class Candidate:
     """A sub-model that was measured."""
 
     entry: MemoryEntry
-    kept: Kept
+    kept: KeptIndices
 
 
 @dataclass(slots=True)
-class Spent:
+class SearchCost:
     """What a search took."""
 
     macs: float = 0.0
@@ -155,10 +155,10 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SearchResult:
     """The sub-model that a group's expert starts from."""
 
-    kept: Kept
+    kept: KeptIndices
     entry: MemoryEntry | None
     """What is remembered of it; None for the base itself, which nothing is cut of."""
 
@@ -168,7 +168,7 @@ class Choice:
     candidates: tuple[Candidate, ...]
     """All that were measured, best first."""
 
-    spent: Spent
+    spent: SearchCost
 
     @property
     def widths(self) -> Scheme:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.fingerprint import of_run
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.data.fingerprint import data_key
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
-from tdc_ray.models.fingerprint import of_weights
-from tdc_ray.models.units import Kept
+from tdc_ray.models.fingerprint import weights_digest
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.criteria.scores import Scores
-from tdc_ray.pruning.fingerprint import of_group, of_measuring
+from tdc_ray.pruning.fingerprint import measuring_key, timesteps_key
 from tdc_ray.storage.run_dir import RunDir
 
 VERSION = 3
@@ -23,7 +23,7 @@ class ScoreJob:
 
     run_dir: RunDir
     config: RunConfig
-    group: Group
+    group: TimestepGroup
     method: ScoreMethod
 
 
@@ -33,11 +33,11 @@ class SensitivityJob:
 
     run_dir: RunDir
     config: RunConfig
-    group: Group
+    group: TimestepGroup
     units: tuple[str, ...]
     """Inner units."""
 
-    kept: Kept
+    kept: KeptIndices
     """What the model that is measured keeps of the base: the best by score."""
 
     scores: Scores
@@ -50,9 +50,9 @@ class StreamJob:
 
     run_dir: RunDir
     config: RunConfig
-    group: Group
+    group: TimestepGroup
     unit: str
-    kept: Kept
+    kept: KeptIndices
     scores: Scores
     loss: float
     """Of the model that is measured, on the group's held-out images."""
@@ -64,8 +64,8 @@ class MeasureJob:
 
     run_dir: RunDir
     config: RunConfig
-    group: Group
-    kept: Kept
+    group: TimestepGroup
+    kept: KeptIndices
     number: int
     """Place in the group's search, from 0: the base; the step of its metrics."""
 
@@ -102,8 +102,8 @@ def measure_inputs(job: MeasureJob) -> Inputs:
 def _inputs(job: ScoreJob | SensitivityJob | StreamJob | MeasureJob) -> Inputs:
     return {
         "version": VERSION,
-        "base": of_weights(job.run_dir.base_unet),
-        **of_run(job.config),
-        **of_group(job.group),
-        **of_measuring(job.config.prune),
+        "base": weights_digest(job.run_dir.base_unet),
+        **data_key(job.config),
+        **timesteps_key(job.group),
+        **measuring_key(job.config.prune),
     }

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdc_ray.pruning.proxy import Sensitivities
-from tdc_ray.pruning.space import Scheme, Space, Values, repair
+from tdc_ray.pruning.space import Scheme, Space, Values, fit_to_limit
 
 FactorArray = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorA
     return curves
 
 
-def measured_further(
+def extend_sensitivities(
     sensitivities: Sensitivities,
     curves: Mapping[str, FactorArray],
     start: Scheme,
@@ -82,10 +82,10 @@ def knapsack(
     Raises:
         LimitError: No scheme is within the limit.
     """
-    return repair(space, space.full, limit, step_values(space, curves, factors))
+    return fit_to_limit(space, space.full, limit, step_worth(space, curves, factors))
 
 
-def step_values(
+def step_worth(
     space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
 ) -> Values:
     """Tell what every step is worth: by how much the loss would grow without it, on the hull.

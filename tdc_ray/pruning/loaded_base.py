@@ -13,23 +13,23 @@ from diffusers import UNet2DModel
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.models.layer import Layer
-from tdc_ray.models.macs import tabulate
+from tdc_ray.models.macs import macs_polynomials
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.steps import num_untouched, steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.unet import load_unet, unet_config
-from tdc_ray.models.units import Kept, Unit, keep_all, widths_of
+from tdc_ray.models.units import KeptIndices, Unit, keep_everything, widths_of
 from tdc_ray.pruning.criteria.scores import (
     Scores,
     diff_pruning_scores,
-    keep_best,
     magnitude_scores,
     random_scores,
+    select_top,
     taylor_scores,
 )
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
@@ -66,7 +66,7 @@ DIFF_PRUNING_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class LoadedBase:
     """The base on the worker's device, and what can be cut of it."""
 
     run_dir: RunDir
@@ -76,14 +76,14 @@ class Base:
     """In the order of the forward pass."""
 
 
-def load_base(run_dir: RunDir, config: RunConfig) -> Base:
+def load_base(run_dir: RunDir, config: RunConfig) -> LoadedBase:
     """Load a run's base.
 
     Raises:
         CheckpointError: It is missing or malformed.
     """
     unet_settings = unet_config(run_dir.base_unet)
-    return Base(
+    return LoadedBase(
         run_dir,
         load_unet(run_dir.base_unet).to(worker_device()),
         space_of(unet_settings, config.prune.space, config.prune.channel_multiple),
@@ -152,7 +152,7 @@ def measure_stream(job: StreamJob, report: Report) -> Result:
     for width in levels(
         replace(unit, width=len(job.kept[unit.name])), job.config.prune.num_levels
     ):
-        kept = {**job.kept, **keep_best((unit,), job.scores, {unit.name: width})}
+        kept = {**job.kept, **select_top((unit,), job.scores, {unit.name: width})}
         _, loss, spent = _cut_and_measure(base, kept, job.config, job.group)
         grown[width] = loss - job.loss
         macs += spent
@@ -181,13 +181,15 @@ def measure_candidate(job: MeasureJob, report: Report) -> Result:
     }
 
 
-def pruned_unet(base: Base, kept: Kept, config: RunConfig, group: Group) -> UNet2DModel:
+def pruned_unet(
+    base: LoadedBase, kept: KeptIndices, config: RunConfig, group: TimestepGroup
+) -> UNet2DModel:
     """Cut the base and, as the settings say, refit what is left on the group's timesteps."""
     return _cut_and_refit(base, kept, config, group)[0]
 
 
 def _cut_and_refit(
-    base: Base, kept: Kept, config: RunConfig, group: Group
+    base: LoadedBase, kept: KeptIndices, config: RunConfig, group: TimestepGroup
 ) -> tuple[UNet2DModel, float]:
     """Give the cut model and the macs that its refit took."""
     pruned = cut(base.unet, base.space.units, kept)
@@ -196,14 +198,22 @@ def _cut_and_refit(
     return pruned, _refit(base, pruned, kept, config, group)
 
 
-def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group: Group) -> float:
+def _refit(
+    base: LoadedBase,
+    pruned: UNet2DModel,
+    kept: KeptIndices,
+    config: RunConfig,
+    group: TimestepGroup,
+) -> float:
     """Refit in place, unless nothing is cut; give the macs that it took."""
     units = base.space.units
-    if kept == keep_all(units):
+    if kept == keep_everything(units):
         return 0.0
     schedule = noise_schedule(config.diffusion).to(base.unet.device)
     batches = list(noised_batches(config, group, base.unet, purpose="refit"))
-    weights, spent = _error_weights(base, base.unet, keep_all(units), config, group, batches)
+    weights, spent = _error_weights(
+        base, base.unet, keep_everything(units), config, group, batches
+    )
     outputs = kept_outputs(base.unet, units, kept)
     macs = refit(base.unet, pruned, outputs, batches, schedule, weights)
     passes = base.space.macs_base + 2 * base.space.macs(widths_of(kept))
@@ -211,11 +221,11 @@ def _refit(base: Base, pruned: UNet2DModel, kept: Kept, config: RunConfig, group
 
 
 def _error_weights(
-    base: Base,
+    base: LoadedBase,
     unet: UNet2DModel,
-    kept: Kept,
+    kept: KeptIndices,
     config: RunConfig,
-    group: Group,
+    group: TimestepGroup,
     batches: Sequence[NoisedBatch],
 ) -> tuple[ErrorWeights, float]:
     """Give how much every image counts, and the macs that it took to know.
@@ -231,28 +241,28 @@ def _error_weights(
         batches: The refit's images.
     """
     path = base.run_dir.error_weights(group.index)
-    if kept == keep_all(base.space.units) and exists(path):
+    if kept == keep_everything(base.space.units) and exists(path):
         return load_weights(path, batches, unet.device), 0.0
     weights = error_weights(unet, batches, noise_schedule(config.diffusion).to(unet.device))
     return weights, _weighing_macs(base, kept, config)
 
 
-def _leave_error_weights(base: Base, config: RunConfig, group: Group) -> float:
+def _leave_error_weights(base: LoadedBase, config: RunConfig, group: TimestepGroup) -> float:
     """Keep how much every image counts in the group's refits; give the macs that it took."""
     batches = list(noised_batches(config, group, base.unet, purpose="refit"))
     schedule = noise_schedule(config.diffusion).to(base.unet.device)
     weights = error_weights(base.unet, batches, schedule)
     save_weights(base.run_dir.error_weights(group.index), weights)
-    return _weighing_macs(base, keep_all(base.space.units), config)
+    return _weighing_macs(base, keep_everything(base.space.units), config)
 
 
-def _weighing_macs(base: Base, kept: Kept, config: RunConfig) -> float:
+def _weighing_macs(base: LoadedBase, kept: KeptIndices, config: RunConfig) -> float:
     passes = ERROR_WEIGHT_PASSES * config.prune.num_refit_images
     return float(passes * base.space.macs(widths_of(kept)))
 
 
 def _cut_and_measure(
-    base: Base, kept: Kept, config: RunConfig, group: Group
+    base: LoadedBase, kept: KeptIndices, config: RunConfig, group: TimestepGroup
 ) -> tuple[float, float, float]:
     """Give the loss after the cut, the loss after the refit if there is one, and the macs."""
     pruned, macs = _cut_and_refit(base, kept, config, group)
@@ -265,21 +275,21 @@ def _cut_and_measure(
     return losses[-1], losses[0], macs + float(config.prune.num_images * each)
 
 
-def _macs_before(base: Base, pruned: UNet2DModel) -> int:
+def _macs_before(base: LoadedBase, pruned: UNet2DModel) -> int:
     """Count the macs of an image before the first cut."""
     own, found = steps(base.unet), steps(pruned)
     names = tuple(f"{step.name}." for step in own[num_untouched(own, found) :])
     layers = itertools.takewhile(lambda layer: not f"{layer.name}.".startswith(names), base.layers)
-    _, macs = tabulate(list(layers), base.space.units)
+    _, macs = macs_polynomials(list(layers), base.space.units)
     return macs.at(base.space.full)
 
 
 def _scores(
     method: ScoreMethod,
-    base: Base,
+    base: LoadedBase,
     units: tuple[Unit, ...],
     config: RunConfig,
-    group: Group,
+    group: TimestepGroup,
 ) -> tuple[Scores, float]:
     """Give the scores by a method, and the macs that they took."""
     unet, forward = base.unet, float(base.space.macs_base)
@@ -296,11 +306,11 @@ def _scores(
     return scores, 3 * forward * len(batch.x_0) * seen
 
 
-def _measuring_macs(base: Base, widths: Scheme, solutions: Solutions) -> float:
+def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> float:
     """Macs per image of measuring units: of all that stands behind each, once for each level."""
     behind, total = 0, 0
     for layer in reversed(base.layers):
-        _, macs = tabulate([layer], base.space.units)
+        _, macs = macs_polynomials([layer], base.space.units)
         behind += macs.at(widths)
         block, _, last = layer.name.rpartition(".")
         if block in solutions and last in ("conv1", "to_q"):  # where the block begins

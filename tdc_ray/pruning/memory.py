@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage.files import append_json_line, read_json_lines
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ class MemoryBank:
             found = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
         except ValidationError as error:
             raise StorageError(
-                f"{shown(path)} holds a line that is no memory entry: {error}"
+                f"{display_path(path)} holds a line that is no memory entry: {error}"
             ) from error
         self._entries = {entry.place: entry for entry in found}
 

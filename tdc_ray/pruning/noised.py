@@ -11,9 +11,9 @@ from torch import Tensor
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import fixed_batches, held_out_split, to_model_range
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoiseSchedule, loss_per_image, noise_schedule
-from tdc_ray.models.forward import images_at_once
+from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State
 from tdc_ray.models.unet2d.steps import num_untouched, run, start, steps
@@ -72,7 +72,7 @@ class NoisedBatch:
 
 
 def noised_batches(
-    config: RunConfig, group: Group, unet: UNet2DModel, *, purpose: Purpose
+    config: RunConfig, group: TimestepGroup, unet: UNet2DModel, *, purpose: Purpose
 ) -> Iterator[NoisedBatch]:
     """Give noised images, the same ones at every call, in batches for a UNet, on its device.
 
@@ -87,7 +87,7 @@ def noised_batches(
     dataset = load_inputs(config)
     rest, held_out = held_out_split(dataset, prune.held_out_share, config.seed)
     among = held_out if purpose == "held-out" else rest
-    size, start = prune.batch_size or images_at_once(unet), 0
+    size, start = prune.batch_size or max_batch_size(unet), 0
     noise: Tensor | None = None
     for images, labels in fixed_batches(dataset, count, size, seed, among=among):
         x_0 = to_model_range(images)
@@ -113,7 +113,7 @@ def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
 
 @torch.inference_mode()
 def held_out_losses(
-    base: UNet2DModel, cuts: Sequence[UNet2DModel], config: RunConfig, group: Group
+    base: UNet2DModel, cuts: Sequence[UNet2DModel], config: RunConfig, group: TimestepGroup
 ) -> list[float]:
     """Give :func:`held_out_loss` of some cuts of a base: what stands before all cuts runs once."""
     schedule = noise_schedule(config.diffusion).to(base.device)
@@ -129,7 +129,7 @@ def held_out_losses(
     return [float(torch.cat(of_cut).double().mean()) for of_cut in losses]
 
 
-def held_out_loss(unet: UNet2DModel, config: RunConfig, group: Group) -> float:
+def held_out_loss(unet: UNet2DModel, config: RunConfig, group: TimestepGroup) -> float:
     """Mean training loss on held-out images and noise of a group's timesteps."""
     (loss,) = held_out_losses(unet, [unet], config, group)
     return loss

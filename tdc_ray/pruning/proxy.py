@@ -14,7 +14,7 @@ cut elsewhere too (``prune.num_passes``)."""
 
 
 @dataclass(frozen=True, slots=True)
-class PruningTask:
+class ProposalRequest:
     """What a proxy is told of a group."""
 
     space: Space
@@ -49,7 +49,7 @@ class Proxy(Protocol):
     """Proposes pruning schemes."""
 
     def propose(
-        self, task: PruningTask, memory: Sequence[MemoryEntry], *, timeout_s: float
+        self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
     ) -> list[Scheme]:
         """Give schemes, best guess first; whoever measures them brings them to the limit.
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from math import isnan
 
 from tdc_ray.config.prune import ScoreMethod
-from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Result
-from tdc_ray.models.units import keep_all
-from tdc_ray.pruning.criteria.scores import Scores, keep_best
-from tdc_ray.pruning.group import Candidate, Choice, GroupTask, Spent
+from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.criteria.scores import Scores, select_top
+from tdc_ray.pruning.group import Candidate, GroupSearch, SearchCost, SearchResult
 from tdc_ray.pruning.jobs import ScoreJob, score_inputs
-from tdc_ray.pruning.knapsack import knapsack, loss_curves, measured_further, step_values
+from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.loaded_base import score_units
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
 from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, ask
 from tdc_ray.pruning.proxies.offline import OfflineProxy
-from tdc_ray.pruning.proxy import PruningTask, Sensitivities
-from tdc_ray.pruning.space import Scheme, repair
+from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
+from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.pruning.tasks.candidates import (
     SENSITIVITY_ITEMS,
     base_item,
@@ -29,30 +29,30 @@ from tdc_ray.pruning.tasks.candidates import (
 from tdc_ray.seeds import derive_seed
 
 
-def search(task: GroupTask, memory: MemoryBank) -> Chain[Choice]:
+def search(task: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
     """Find the sub-model of a group, as a chain of work items.
 
     Without pruning (``prune.method`` none) it is the base itself.
     """
     task.check_space()
-    config, spent = task.config, Spent()
-    full = keep_all(task.space.units)
+    config, spent = task.config, SearchCost()
+    full = keep_everything(task.space.units)
     (base,) = yield [base_item(task)]
     spent.add(base)
     loss_base = base["loss_cut"]
     method = config.prune.method
     if method == "none" or task.limit >= task.space.cost_base:
-        return Choice(full, None, loss_base, (), spent)
+        return SearchResult(full, None, loss_base, (), spent)
     if method == "offline" or method == "llm":
         found = yield from _search_by_proxy(task, memory, loss_base, spent)
     else:
         found = yield from _search_by_score(task, memory, method, spent)
     found.sort(key=lambda tried: (isnan(tried.entry.loss), tried.entry.loss, tried.entry.place))
-    return Choice(found[0].kept, found[0].entry, loss_base, tuple(found), spent)
+    return SearchResult(found[0].kept, found[0].entry, loss_base, tuple(found), spent)
 
 
 def _search_by_score(
-    task: GroupTask, memory: MemoryBank, method: ScoreMethod, spent: Spent
+    task: GroupSearch, memory: MemoryBank, method: ScoreMethod, spent: SearchCost
 ) -> Chain[list[Candidate]]:
     """Measure the schemes that follow from a score; there is one round and nothing to learn."""
     scores = yield from _scores(task, method, spent)
@@ -62,18 +62,18 @@ def _search_by_score(
 
 
 def _search_by_proxy(
-    task: GroupTask, memory: MemoryBank, loss_base: float, spent: Spent
+    task: GroupSearch, memory: MemoryBank, loss_base: float, spent: SearchCost
 ) -> Chain[list[Candidate]]:
     """Measure sensitivities, then let the proxy propose, round by round."""
     config, group = task.config, task.group
     scores, sensitivities = yield from _sensitivities(task, loss_base, spent)
-    shared = config.prune.memory == "shared" and len(task.parties) > 1
+    shared = config.prune.memory == "shared" and len(task.participants) > 1
     candidates: list[Candidate] = []
     for number in range(config.prune.num_rounds):
         if shared and number > 0:
-            yield Meeting(f"round {number}", task.parties)
+            yield Barrier(f"round {number}", task.participants)
         seen = memory.seen_by(group.index, before_round=number, shared=shared)
-        pruning_task = PruningTask(
+        pruning_task = ProposalRequest(
             space=task.space,
             group=group.index,
             timesteps=(group.first, group.last),
@@ -99,7 +99,7 @@ def _search_by_proxy(
     return candidates
 
 
-def _scores(task: GroupTask, method: ScoreMethod, spent: Spent) -> Chain[Scores]:
+def _scores(task: GroupSearch, method: ScoreMethod, spent: SearchCost) -> Chain[Scores]:
     """Score the base's units."""
     job = ScoreJob(task.run_dir, task.config, task.group, method)
     cost = 3.0 * task.config.prune.num_images * task.space.macs_base
@@ -110,7 +110,7 @@ def _scores(task: GroupTask, method: ScoreMethod, spent: Spent) -> Chain[Scores]
 
 
 def _sensitivities(
-    task: GroupTask, loss_base: float, spent: Spent
+    task: GroupSearch, loss_base: float, spent: SearchCost
 ) -> Chain[tuple[Scores, Sensitivities]]:
     """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
     prune, space = task.config.prune, task.space
@@ -122,7 +122,7 @@ def _sensitivities(
             unit.name for unit in space.units if prune.refit == "none" or unit.kind == "stream"
         ]
         scores = {name: scores[name] for name in ranked}
-    full = keep_all(space.units)
+    full = keep_everything(space.units)
     items = sensitivity_items(task, 0, full, scores, loss_base, SENSITIVITY_ITEMS)
     sensitivities: Sensitivities = {}
     for part in (yield items):
@@ -135,7 +135,7 @@ def _sensitivities(
         limit = space.cost_base - too_much * number // (prune.num_passes - 1)
         curves = loss_curves(space, sensitivities)
         start = knapsack(space, curves, limit)
-        kept, loss = keep_best(space.units, scores, start), loss_base
+        kept, loss = select_top(space.units, scores, start), loss_base
         if has_streams:
             (measured,) = yield [measure_item(task, f"sensitivities-{number}-start", kept, 0)]
             spent.add(measured)
@@ -144,7 +144,7 @@ def _sensitivities(
         for part in (yield sensitivity_items(task, number, kept, scores, loss, 1)):
             spent.add(part)
             grown |= _by_width(part)
-        sensitivities = measured_further(sensitivities, curves, start, grown)
+        sensitivities = extend_sensitivities(sensitivities, curves, start, grown)
     return scores, sensitivities
 
 
@@ -172,16 +172,16 @@ class _Proposal:
 class _Proposals:
     """Collects proposals of a round: brought to the limit, no more than asked for, none twice."""
 
-    def __init__(self, task: PruningTask, seen: Sequence[MemoryEntry]) -> None:
+    def __init__(self, task: ProposalRequest, seen: Sequence[MemoryEntry]) -> None:
         self._task = task
         self._tried = [dict(entry.widths) for entry in seen if entry.group == task.group]
         self.found: list[_Proposal] = []
 
     def take(self, source: str, schemes: Sequence[Scheme]) -> None:
         task = self._task
-        values = step_values(task.space, loss_curves(task.space, task.sensitivities))
+        values = step_worth(task.space, loss_curves(task.space, task.sensitivities))
         for scheme in schemes:
-            fitted = repair(task.space, scheme, task.limit, values)
+            fitted = fit_to_limit(task.space, scheme, task.limit, values)
             if fitted not in self._tried and len(self.found) < task.num_candidates:
                 overshoot = max(0, task.space.cost(scheme) - task.limit)
                 self.found.append(_Proposal(source, fitted, overshoot))
@@ -189,12 +189,15 @@ class _Proposals:
 
 
 def _ask(
-    task: GroupTask, pruning_task: PruningTask, seen: Sequence[MemoryEntry], spent: Spent
+    task: GroupSearch,
+    pruning_task: ProposalRequest,
+    seen: Sequence[MemoryEntry],
+    spent: SearchCost,
 ) -> Chain[list[Scheme]]:
     """Ask the language model; where it gives nothing the reason is noted."""
     number, proxy = pruning_task.round, task.config.proxy
     job = AskJob(proxy, pruning_task, tuple(seen), task.run_dir.transcripts)
-    (reply,) = yield [task.item(f"round-{number}-ask", ask, job, on_loss=NO_REPLY)]
+    (reply,) = yield [task.item(f"round-{number}-ask", ask, job, fallback_result=NO_REPLY)]
     spent.proxy_seconds += reply["seconds"]
     spent.prompt_tokens += reply["prompt_tokens"]
     spent.completion_tokens += reply["completion_tokens"]
@@ -207,16 +210,16 @@ def _ask(
 
 
 def _measure(
-    task: GroupTask,
+    task: GroupSearch,
     memory: MemoryBank,
     number: int,
     proposals: Sequence[_Proposal],
     scores: Scores,
-    spent: Spent,
+    spent: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Cut, refit and measure the schemes of a round, and remember them."""
     space, prune = task.space, task.config.prune
-    kept = [keep_best(space.units, scores, dict(proposal.scheme)) for proposal in proposals]
+    kept = [select_top(space.units, scores, dict(proposal.scheme)) for proposal in proposals]
     first = 1 + number * prune.num_candidates
     results = yield [
         measure_item(task, f"round-{number}-candidate-{place}", choice, first + place)

@@ -9,15 +9,20 @@ from torch import Tensor
 from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
-from tdc_ray.models.forward import exchanged
+from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, Step
 from tdc_ray.models.unet2d.steps import run, steps
 from tdc_ray.models.units import Unit
-from tdc_ray.pruning.criteria.scores import Scores, keep_best, reconstruction_scores
+from tdc_ray.pruning.criteria.scores import Scores, reconstruction_scores, select_top
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
-from tdc_ray.pruning.refit.least_squares import LeastSquares, ReadLayer, Tap, layer_matrix
+from tdc_ray.pruning.refit.least_squares import (
+    ActivationHook,
+    LeastSquares,
+    ReadLayer,
+    layer_matrix,
+)
 from tdc_ray.pruning.refit.refit import closing
 from tdc_ray.seeds import derive_seed
 
@@ -132,7 +137,7 @@ def measure_units(
             for width, weights in solutions.get(step.name, {}).items():
                 layer = step.module.get_submodule(closing(step.module))
                 assert isinstance(layer, ReadLayer)
-                with exchanged(layer, *weights), autocast(precision, base.device):
+                with swapped_weights(layer, *weights), autocast(precision, base.device):
                     changed = step(state)
                 grown[step.name][width] += (
                     total(changed, all_steps[index + 1 :]) - own
@@ -166,7 +171,7 @@ def _statistics(
             if step.name not in squares:
                 state = step(state)
                 continue
-            with Tap(squares[step.name].layer) as tap:
+            with ActivationHook(squares[step.name].layer) as tap:
                 state = step(state)
             squares[step.name].add(tap.input, tap.output, weights[step.name][number])
     for unit in units:
@@ -182,7 +187,7 @@ def _reader(base: UNet2DModel, unit: Unit) -> ReadLayer:
 
 def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor:
     """Rows of the layer's matrix that belong to the best steps of a unit."""
-    (kept,) = keep_best((unit,), scores, {unit.name: width}).values()
+    (kept,) = select_top((unit,), scores, {unit.name: width}).values()
     taps = layer.weight[0, 0].numel()
     places = torch.tensor(unit.places(kept), device=layer.weight.device)
     return (places[:, None] * taps + torch.arange(taps, device=places.device)).flatten()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdc_ray.errors import LimitError
-from tdc_ray.models.macs import Polynomial, tabulate
+from tdc_ray.models.macs import Polynomial, macs_polynomials
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
@@ -141,13 +141,13 @@ def space_of(config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: in
         channel_multiple: What the channels that a cut unit keeps are a multiple of.
     """
     units = tuple(replace(unit, multiple=channel_multiple) for unit in units_of(config, kind))
-    num_params, macs = tabulate(all_layers(config), units)
+    num_params, macs = macs_polynomials(all_layers(config), units)
     full = {unit.name: unit.width for unit in units}
     legal = {unit.name: unit.legal_widths for unit in units}
     return Space(units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal)
 
 
-def repair(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
+def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
     """Bring a scheme to a limit, changing it where that costs the least value.
 
     Units go from one legal width to the next: those that lose the least value per cost are

@@ -14,7 +14,7 @@ from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.paper import PAPER
 from tdc_ray.runs.results import GroupResult, ModelResult, Results
 from tdc_ray.storage.files import atomic_path
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where it is needed: it takes a second
@@ -158,7 +158,7 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
 
 def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -> None:
     """Print a memory bank group by group, the best scheme last."""
-    console.print(shown(path), soft_wrap=True)
+    console.print(display_path(path), soft_wrap=True)
     optional = {
         "ms": any(entry.nanoseconds is not None for entry in entries),
         "refit": any(entry.loss_refit is not None for entry in entries),

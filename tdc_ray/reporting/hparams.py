@@ -6,7 +6,7 @@ from tensorboard.plugins.hparams import summary_v2 as plugin
 from torch.utils.tensorboard import SummaryWriter
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.runs.sweep.results import Row
+from tdc_ray.runs.sweep.results import TrialRow
 from tdc_ray.runs.sweep.space import ALIASES, Value, labels, value_of
 from tdc_ray.storage.files import atomic_path, exists
 
@@ -14,7 +14,7 @@ METRICS = ("macs", "num_params", "train_macs", "seconds")
 """What a session shows of a row after its score, which has the name of its metric."""
 
 
-def write_session(folder: Path, config: RunConfig, row: Row) -> None:
+def write_session(folder: Path, config: RunConfig, row: TrialRow) -> None:
     """Write a finished run's session: what it was run with and what it came to.
 
     k, N, schedule, proxy and seed are always there, and every field that is varied.
@@ -39,7 +39,7 @@ def write_session(folder: Path, config: RunConfig, row: Row) -> None:
             writer.add_scalar(tag, value, 0)
 
 
-def metrics_of(row: Row) -> dict[str, float]:
+def metrics_of(row: TrialRow) -> dict[str, float]:
     """Give what a session shows of a row, by tags; TensorBoard orders them by name."""
     values = {str(row.metric): row.score} | {name: getattr(row, name) for name in METRICS}
     return {f"sweep/{name}": float(value) for name, value in values.items() if value is not None}

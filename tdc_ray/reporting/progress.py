@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from tdc_ray.execution.item import Report, Reported, WorkItem
-from tdc_ray.storage.mirror import growing
+from tdc_ray.storage.mirror import synced_while_growing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -100,7 +100,7 @@ class ProgressView:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "ProgressView":
-        self._dir = self._end.enter_context(growing(self._dir))
+        self._dir = self._end.enter_context(synced_while_growing(self._dir))
         self._bars.start()
         return self
 

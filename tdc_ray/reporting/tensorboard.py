@@ -8,7 +8,7 @@ base and experts were scored on, ``workers`` who ran what and how well they were
 
 import numpy as np
 
-from tdc_ray.execution.timeline import Usage, load_history, usage
+from tdc_ray.execution.timeline import WorkerUsage, load_history, usage
 from tdc_ray.pruning.llm.transcripts import transcript_path, transcript_text
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.reporting.progress import ProgressView
@@ -63,7 +63,7 @@ def show_samples(run_dir: RunDir, view: ProgressView) -> None:
                 view.show_images("samples", which, file["arr_0"][:NUM_SAMPLES])
 
 
-def show_usage(run_dir: RunDir, view: ProgressView) -> list[Usage]:
+def show_usage(run_dir: RunDir, view: ProgressView) -> list[WorkerUsage]:
     """Draw who ran what when, and give how well the workers were used."""
     history = load_history(run_dir.timeline)
     used = usage(history)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.execution.simulator import Simulated
+from tdc_ray.execution.simulator import SimulationResult
 from tdc_ray.execution.timeline import History, Span
 from tdc_ray.reporting.console import loss_text, print_results
 from tdc_ray.runs.status import Status
@@ -124,7 +124,9 @@ def _kind(span: Span) -> str:
     return "evaluating" if span.phase == "evaluation" else "measuring"
 
 
-def print_simulated(console: Console, found: Sequence[Simulated], macs_per_second: float) -> None:
+def print_simulated(
+    console: Console, found: Sequence[SimulationResult], macs_per_second: float
+) -> None:
     """Print what a cluster of each size would take, and how fast its workers are taken to be."""
     table = Table(title="stage 2 in simulated time", title_justify="left")
     for name in ("workers", "hours", "at least", "used", "lost", "failures", "given up"):

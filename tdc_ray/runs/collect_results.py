@@ -8,17 +8,17 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.cache import shared
 from tdc_ray.execution.item import Result
-from tdc_ray.execution.timeline import Usage
+from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.models.first_stage import first_stage_digest
 from tdc_ray.runs.evaluation.evaluate import Score
 from tdc_ray.runs.evaluation.features import FeatureSpec
 from tdc_ray.runs.pretrained.sources import BASE_FILE
 from tdc_ray.runs.results import (
     EvaluationResult,
-    GivenBaseResult,
     GroupResult,
     ModelResult,
     PlanResult,
+    PretrainedBaseResult,
     PruneResult,
     Results,
     ReuseResult,
@@ -32,7 +32,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunOutcome:
     """What stage 2 and the evaluation came to."""
 
     plan: Plan
@@ -48,14 +48,16 @@ class Outcome:
     reference: str
     """What the images were held against, in words."""
 
-    usage: Sequence[Usage]
+    usage: Sequence[WorkerUsage]
     """Of the pool's workers, by phase."""
 
     has_store: bool
     """Whether results were shared with other runs."""
 
 
-def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: float) -> Results:
+def collect_results(
+    run_dir: RunDir, config: RunConfig, outcome: RunOutcome, seconds: float
+) -> Results:
     """Bring together what the stages left.
 
     Args:
@@ -86,8 +88,8 @@ def summarize(run_dir: RunDir, config: RunConfig, outcome: Outcome, seconds: flo
         ),
         tdc=ModelResult(
             score=tdc_score.score,
-            macs=step_mean(plan, [expert.macs for expert in experts]),
-            num_params=step_mean(plan, [expert.num_params for expert in experts]),
+            macs=mean_over_sampling_steps(plan, [expert.macs for expert in experts]),
+            num_params=mean_over_sampling_steps(plan, [expert.num_params for expert in experts]),
             train_steps=base["train_steps"] + sum(expert.train_steps for expert in experts),
             train_macs=base["train_macs"] + sum(expert.train_macs for expert in experts),
             images_per_second=tdc_score.images_per_second,
@@ -178,12 +180,14 @@ def _reuse(run_dir: RunDir) -> ReuseResult | None:
     )
 
 
-def _given_base(run_dir: RunDir) -> GivenBaseResult | None:
+def _given_base(run_dir: RunDir) -> PretrainedBaseResult | None:
     path = run_dir.base / BASE_FILE
     if not exists(path):
         return None
     document = read_json(path)
-    return GivenBaseResult(**{name: document[name] for name in ("source", "files", "weights")})
+    return PretrainedBaseResult(
+        **{name: document[name] for name in ("source", "files", "weights")}
+    )
 
 
 def _group_result(expert: Expert, macs_base: int) -> GroupResult:
@@ -205,7 +209,7 @@ def _group_result(expert: Expert, macs_base: int) -> GroupResult:
     )
 
 
-def step_mean(plan: Plan, values: Sequence[int]) -> float:
+def mean_over_sampling_steps(plan: Plan, values: Sequence[int]) -> float:
     """Mean over the sampling steps of a value per group, in the groups' order."""
     weighted = zip(plan.groups, values, strict=True)
     total = sum(group.num_sampling_steps * value for group, value in weighted)

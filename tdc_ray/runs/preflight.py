@@ -9,10 +9,10 @@ from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.runs.evaluation.features import check_labels
-from tdc_ray.runs.pretrained.importer import check_base
-from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.runs.pretrained.importer import check_compatible
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.storage.files import exists, read_json
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -69,9 +69,9 @@ def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
 def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
     """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
     if config.model.base is not None:
-        base = find_base(config.model.base)
+        base = resolve_base(config.model.base)
         name = f"the base {base.source}"
-        return check_base(base, config), name, base.first_stage is not None
+        return check_compatible(base, config), name, base.first_stage is not None
     named = config.model.architecture
     return base_unet(config), f"model.architecture {named}", named in LATENT
 
@@ -84,13 +84,14 @@ def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
         before = from_json(read_json(run_dir.config))
     except ConfigError as error:
         raise StorageError(
-            f"{shown(run_dir.config)} is of another version: {error} Choose another --run-dir."
+            f"{display_path(run_dir.config)} is of another version: {error} Choose another "
+            "--run-dir."
         ) from error
     changed = differences(before, config)
     if changed:
         raise StorageError(
-            f"run directory {shown(run_dir.root)} has other settings: {'; '.join(changed)}. "
-            "Use the same settings to go on, or another --run-dir."
+            f"run directory {display_path(run_dir.root)} has other settings: "
+            f"{'; '.join(changed)}. Use the same settings to go on, or another --run-dir."
         )
 
 

@@ -15,7 +15,7 @@ from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
@@ -24,7 +24,7 @@ from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
-from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, pruned_unet
 from tdc_ray.pruning.memory import MemoryBank
@@ -33,10 +33,10 @@ from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.pretrained.sources import json_object
-from tdc_ray.runs.stages.precision import settled
+from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.files import exists, listing, read_json, write_json
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import is_remote, located, shown, version
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path, version
 from tdc_ray.storage.run_dir import RunDir
 
 REPORT_FILE = "report.json"
@@ -51,16 +51,16 @@ def unet_dir(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    path = located(path)
+    path = resolve_path(path)
     for folder in (path, path / "unet", path / "base" / "unet"):
         config = folder / "config.json"
         if exists(config) and "block_out_channels" in json_object(config):
             return folder.resolve()
     raise CheckpointError(
-        f"{shown(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: neither "
-        "it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray import "
-        "BASE DIR makes such a folder of a model on the hub and of a file of openai: or compvis:. "
-        "A model that was pruned before cannot be pruned again.)"
+        f"{display_path(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: "
+        "neither it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray "
+        "import BASE DIR makes such a folder of a model on the hub and of a file of openai: or "
+        "compvis:. A model that was pruned before cannot be pruned again.)"
     )
 
 
@@ -76,7 +76,7 @@ def check_out(out: Path) -> None:
     ):
         raise ConfigError(
             f"--out must be a new folder, or one that tdc-ray prune wrote before, got "
-            f"{shown(out)}, which is something else. Name another."
+            f"{display_path(out)}, which is something else. Name another."
         )
 
 
@@ -117,7 +117,7 @@ def data_config(source: str, data: DataConfig) -> DataConfig:
 def prune_model(
     unet: Path,
     config: RunConfig,
-    group: Group,
+    group: TimestepGroup,
     out: Path,
     console: Console,
     milliseconds: float | None = None,
@@ -142,7 +142,11 @@ def prune_model(
     Raises:
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
-    out, config, base_settings = located(out), with_absolute_paths(config), given_unet_config(unet)
+    out, config, base_settings = (
+        resolve_path(out),
+        with_absolute_paths(config),
+        given_unet_config(unet),
+    )
     allow_tf32(allowed=config.compute.tf32)
     if (milliseconds is None) != (config.prune.objective == "macs"):
         raise ConfigError(
@@ -174,13 +178,17 @@ def prune_model(
                 f"labels of --data must be below {embeds}, the classes that the model embeds, got "
                 f"{dataset.num_classes - 1}."
             )
-    with exclusive(out):
+    with hold_lease(out):
         table = _latency_name(config, base_settings)
-        limit_name = group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
-        search_dir = out / SEARCH_DIR / _name(unet, config, group, limit_name)
+        token_limit_field = (
+            group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
+        )
+        search_dir = out / SEARCH_DIR / _name(unet, config, group, token_limit_field)
         run_dir = RunDir(search_dir.resolve(), unet)
         with ProgressView(run_dir.tensorboard, console) as view:
-            config = run_chain(settled(run_dir, config, base_settings, ["prune"]), view.watch)
+            config = run_chain(
+                resolve_auto_precision(run_dir, config, base_settings, ["prune"]), view.watch
+            )
             if milliseconds is not None:
                 path = (out / SEARCH_DIR / table).resolve()
                 chain = timed_space(path, base_settings, config, space)
@@ -196,7 +204,7 @@ def prune_model(
                     )
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
             run_chain(prepare_latents(config), view.watch)
-            task = GroupTask(run_dir, config, space, group)
+            task = GroupSearch(run_dir, config, space, group)
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")
         writing = time.perf_counter()
@@ -322,9 +330,9 @@ def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
     return f"latency-{name}.json"
 
 
-def _name(unet: Path, config: RunConfig, group: Group, limit: float | str) -> str:
+def _name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | str) -> str:
     """Name a search by all that decides what it measures."""
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
-    document = [digest(config), shown(unet), states, group.first, group.last, limit]
+    document = [digest(config), display_path(unet), states, group.first, group.last, limit]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]

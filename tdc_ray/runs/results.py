@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
-from tdc_ray.execution.timeline import Usage
+from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.storage.files import read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -39,7 +39,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GivenBaseResult:
+class PretrainedBaseResult:
     """Where a base came from that the run did not train; what its training took is not known."""
 
     source: str
@@ -231,10 +231,10 @@ class Results:
     seconds: StageSeconds
     versions: Mapping[str, str]
     commit: str | None
-    given_base: GivenBaseResult | None = None
+    given_base: PretrainedBaseResult | None = None
     """None: the run trained its base."""
 
-    workers: tuple[Usage, ...] = ()
+    workers: tuple[WorkerUsage, ...] = ()
     """How well the pool's workers were used, phase by phase; over all attempts at the run."""
 
     reuse: ReuseResult | None = None

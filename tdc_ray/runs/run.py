@@ -16,8 +16,8 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
-from tdc_ray.execution.cache import Store
-from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import Timeline
@@ -32,20 +32,20 @@ from tdc_ray.pruning.space import Space
 from tdc_ray.reporting.console import plot_plan
 from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.reporting.tensorboard import show_plan, show_samples, show_usage, shown_memory
-from tdc_ray.runs.collect_results import Outcome, step_mean, summarize
+from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
 from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
-from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.expert import Expert, make_expert
-from tdc_ray.runs.stages.precision import Stage, settled
+from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.stages.timing import expert_times
 from tdc_ray.storage.files import exists, write_json
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
 from tdc_ray.storage.run_dir import RunDir
 
@@ -79,14 +79,14 @@ def run(
         TdcError: What went wrong, said before work starts wherever that can be known.
     """
     started = time.perf_counter()
-    run_dir = RunDir(located(folder).resolve())
+    run_dir = RunDir(resolve_path(folder).resolve())
     config = with_first_stage(with_absolute_paths(config))
     _refuse_other_settings(run_dir, config)
     if exists(run_dir.results):
-        logger.info("%s is finished; nothing is done again", shown(run_dir.root))
+        logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
         return load_results(run_dir.results)
     space, plan = check(config)
-    with exclusive(run_dir.root):
+    with hold_lease(run_dir.root):
         _prepare(run_dir, config, plan)
         if config.model.base is not None:
             _bring_in_base(run_dir, config, config.model.base)
@@ -96,7 +96,7 @@ def run(
             ProgressView(run_dir.tensorboard, console, listen) as view,
             connected(local_cpus(config.compute)),
             board(view) as events,
-            Sharing(_store(store, run_dir)) as sharing,
+            CacheSession(_store(store, run_dir)) as sharing,
             Pool(config, events, view, timeline, sharing) as pool,
         ):
             show_plan(run_dir, view)
@@ -104,7 +104,7 @@ def run(
                 encoders.run({"latents": prepare_latents(config)}, "latents")
                 stages = STAGES if config.model.base is None else STAGES[1:]
                 unet = unet_config(run_dir.base_unet) if config.model.base else base_unet(config)
-                chain = settled(run_dir, config, unet, stages)
+                chain = resolve_auto_precision(run_dir, config, unet, stages)
                 config = encoders.run({"precision": chain}, "precision")["precision"]
                 space = _limited_space(run_dir, config, unet, space, plan, encoders)
             if config.model.base is None:
@@ -116,9 +116,11 @@ def run(
             timeline.flush()
             show_samples(run_dir, view)
             used = show_usage(run_dir, view)
-        outcome = Outcome(plan, experts, times, *scores, spec, reference, used, store is not None)
+        outcome = RunOutcome(
+            plan, experts, times, *scores, spec, reference, used, store is not None
+        )
         seconds = time.perf_counter() - started
-        results = summarize(run_dir, config, outcome, seconds)
+        results = collect_results(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
         return results
 
@@ -139,9 +141,13 @@ def _limited_space(
     return timed
 
 
-def _store(root: Path | None, run_dir: RunDir) -> Store | None:
+def _store(root: Path | None, run_dir: RunDir) -> ResultCache | None:
     """Open a store for a run."""
-    return None if root is None else Store(located(root).resolve(), shown(run_dir.root))
+    return (
+        None
+        if root is None
+        else ResultCache(resolve_path(root).resolve(), display_path(run_dir.root))
+    )
 
 
 def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
@@ -166,9 +172,9 @@ def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
     """Import the base that is given, unless an earlier call did; nothing of it is trained."""
     if exists(run_dir.base_result):
         return
-    logger.info("stage 1: importing the base %s (%s)", source, shown(run_dir.base_unet))
+    logger.info("stage 1: importing the base %s (%s)", source, display_path(run_dir.base_unet))
     started = time.perf_counter()
-    num_params, macs = count(import_base(find_base(source), config, run_dir.base))
+    num_params, macs = count(import_base(resolve_base(source), config, run_dir.base))
     result = {
         "macs": macs,
         "num_params": num_params,
@@ -212,7 +218,11 @@ def _evaluate(
     logger.info("evaluation: %d images of each model", config.evaluate.num_images)
     base = evaluate(run_dir, config, spec, "base", space.macs_base)
     tdc = evaluate(
-        run_dir, config, spec, "tdc", step_mean(plan, [expert.macs for expert in experts])
+        run_dir,
+        config,
+        spec,
+        "tdc",
+        mean_over_sampling_steps(plan, [expert.macs for expert in experts]),
     )
     done = pool.run({**base, **tdc}, "evaluation")
     return (

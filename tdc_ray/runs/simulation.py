@@ -10,13 +10,13 @@ from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import StorageError
-from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.execution.simulator import Simulated, Weather, simulate
+from tdc_ray.execution.simulator import FailureModel, SimulationResult, simulate
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.units import Kept, keep_all
-from tdc_ray.pruning.group import GroupTask, group_tasks
+from tdc_ray.models.units import KeptIndices, keep_everything
+from tdc_ray.pruning.group import GroupSearch, group_tasks
 from tdc_ray.pruning.proxies.by_score import uniform_scheme
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.pruning.tasks.candidates import (
@@ -25,16 +25,16 @@ from tdc_ray.pruning.tasks.candidates import (
     measure_item,
     sensitivity_items,
 )
-from tdc_ray.runs.stages.finetune import finetune_item, trial_item
+from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
 from tdc_ray.storage.files import read_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
-NOWHERE = RunDir(Path("/nonexistent/tdc-ray-rehearsal"))
+NO_RUN_DIR = RunDir(Path("/nonexistent/tdc-ray-rehearsal"))
 """Where no item has a result."""
 
 
-def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simulated]:
+def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[SimulationResult]:
     """Simulate stage 2 of a run, or of several side by side, for every number of workers.
 
     Raises:
@@ -42,7 +42,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         StorageError: The run that is to give the costs has no timeline, or other settings.
     """
     seconds_of, train, groups = _costs(config, simulation), config.finetune, _groups(config)
-    weather = Weather(
+    weather = FailureModel(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
         seed=simulation.simulation_seed,
@@ -56,7 +56,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
     return [
         simulate(
             {
-                f"trial-{trial}/{task.name}": _rehearse(task, stages, f"trial-{trial}/")
+                f"trial-{trial}/{task.name}": _dry_run(task, stages, f"trial-{trial}/")
                 for trial in range(simulation.trials)
                 for task, stages in groups
             },
@@ -74,20 +74,20 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkIte
     """Give what an item takes: as measured, or by its macs."""
     measured: dict[str, float] = {}
     if simulation.costs is not None:
-        run_dir = RunDir(located(simulation.costs))
+        run_dir = RunDir(resolve_path(simulation.costs))
         timeline, spans = run_dir.timeline, defaultdict(list)
         for span in load_history(timeline).spans:
             if span.outcome == "done" and span.ended is not None:
                 spans[span.item].append(span.ended - span.started)
         if not spans:
             raise StorageError(
-                f"{shown(timeline)} has no finished item: name a run that is further."
+                f"{display_path(timeline)} has no finished item: name a run that is further."
             )
         changed = differences(from_json(read_json(run_dir.config)), config)
         if changed:
             raise StorageError(
-                f"--costs {shown(run_dir.root)} has other settings: {'; '.join(changed)}. Leave "
-                "them as that run's are, or leave --costs out: times then follow from macs."
+                f"--costs {display_path(run_dir.root)} has other settings: {'; '.join(changed)}. "
+                "Leave them as that run's are, or leave --costs out: times then follow from macs."
             )
         measured = {item: mean(seconds) for item, seconds in spans.items()}
     return lambda item: measured.get(
@@ -95,10 +95,10 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkIte
     )
 
 
-_Stage = list[WorkItem] | Meeting
+_Stage = list[WorkItem] | Barrier
 
 
-def _groups(config: RunConfig) -> list[tuple[GroupTask, list[_Stage]]]:
+def _groups(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
     """Give what every group does.
 
     Scores and calls to a language model are left out: they take no worker, or not for long.
@@ -106,28 +106,28 @@ def _groups(config: RunConfig) -> list[tuple[GroupTask, list[_Stage]]]:
     prune = config.prune
     space = space_of(base_unet(config), prune.space, prune.channel_multiple)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    tasks = group_tasks(NOWHERE, config, space, plan.groups)
+    tasks = group_tasks(NO_RUN_DIR, config, space, plan.groups)
     return [(task, _stages(task)) for task in tasks]
 
 
-def _rehearse(task: GroupTask, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
+def _dry_run(task: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
     """Go through the stages, on workers that are all alike; groups of one trial meet."""
-    parties = frozenset(f"{prefix}{name}" for name in task.parties)
+    participants = frozenset(f"{prefix}{name}" for name in task.participants)
     for stage in stages:
-        if isinstance(stage, Meeting):
-            yield replace(stage, parties=parties)
+        if isinstance(stage, Barrier):
+            yield replace(stage, participants=participants)
         else:
             yield [replace(item, resources=None) for item in stage]
 
 
-def _stages(task: GroupTask) -> list[_Stage]:
+def _stages(task: GroupSearch) -> list[_Stage]:
     prune, space = task.config.prune, task.space
-    full = keep_all(space.units)
+    full = keep_everything(space.units)
     stages: list[_Stage] = [[base_item(task)]]
     if prune.method == "none" or task.max_macs >= space.macs_base:
         return [*stages, [finetune_item(task, full)]]
     cut = _cut_to(space, task.max_macs)
-    shared = prune.memory == "shared" and len(task.parties) > 1
+    shared = prune.memory == "shared" and len(task.participants) > 1
     by_proxy = prune.method in ("offline", "llm")
     if by_proxy:
         stages.append(sensitivity_items(task, 0, full, {}, 0.0, SENSITIVITY_ITEMS))
@@ -137,7 +137,7 @@ def _stages(task: GroupTask) -> list[_Stage]:
         ]
     for number in range(prune.num_rounds if by_proxy else 1):
         if shared and number > 0 and by_proxy:
-            stages.append(Meeting(f"round {number}", task.parties))
+            stages.append(Barrier(f"round {number}", task.participants))
         first = 1 + number * prune.num_candidates
         stages.append(
             [
@@ -148,12 +148,14 @@ def _stages(task: GroupTask) -> list[_Stage]:
     steps, before = prune.halving_steps, 0
     left = (prune.num_rounds * prune.num_candidates + 1) // 2 if steps else 1
     while left > 1:
-        stages.append([trial_item(task, f"try-{i}", cut, steps, before) for i in range(left)])
+        stages.append(
+            [short_finetune_item(task, f"try-{i}", cut, steps, before) for i in range(left)]
+        )
         left, steps, before = (left + 1) // 2, 2 * steps, steps
     return [*stages, [finetune_item(task, cut)]]
 
 
-def _cut_to(space: Space, max_macs: int) -> Kept:
+def _cut_to(space: Space, max_macs: int) -> KeptIndices:
     """Keep the first channels of a scheme that is as large as the limit allows."""
     widths = uniform_scheme(
         space, max_macs, {unit.name: [1.0] * unit.width for unit in space.units}

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tdc_ray.config.run import RunConfig, from_json
-from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import StorageError
-from tdc_ray.execution.timeline import History, Span, Usage, load_history, usage
+from tdc_ray.execution.timeline import History, Span, WorkerUsage, load_history, usage
 from tdc_ray.pruning.group import group_name
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.runs.results import Results, load_results
 from tdc_ray.storage.files import exists, listing, read_json
-from tdc_ray.storage.lease import holder
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.lease import lease_holder
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -56,7 +56,7 @@ class Status:
     num_workers: int
     """Workers that it has, or had."""
 
-    usage: Sequence[Usage]
+    usage: Sequence[WorkerUsage]
     results: Results | None
     """None: the run is not finished."""
 
@@ -69,7 +69,7 @@ def status(run_dir: RunDir) -> Status:
     """
     if not exists(run_dir.config):
         raise StorageError(
-            f"{shown(run_dir.root)} is no run directory: it has no {run_dir.config.name}."
+            f"{display_path(run_dir.root)} is no run directory: it has no {run_dir.config.name}."
         )
     config = from_json(read_json(run_dir.config))
     history = load_history(run_dir.timeline)
@@ -78,7 +78,7 @@ def status(run_dir: RunDir) -> Status:
     groups = {group_name(group) for group in plan.groups}
     return Status(
         config=config,
-        driver=holder(run_dir.root),
+        driver=lease_holder(run_dir.root),
         base=_base(run_dir, config),
         groups=[_group(run_dir, group, entries, history) for group in plan.groups],
         failed={name: why for name, why in history.failed.items() if name not in groups},
@@ -100,7 +100,7 @@ def _base(run_dir: RunDir, config: RunConfig) -> str:
 
 
 def _group(
-    run_dir: RunDir, group: Group, entries: Sequence[MemoryEntry], history: History
+    run_dir: RunDir, group: TimestepGroup, entries: Sequence[MemoryEntry], history: History
 ) -> GroupStatus:
     found = [entry for entry in entries if entry.group == group.index]
     tuned = [read_json(path) for path in listing(run_dir.group(group.index), "finetune-*.json")]

@@ -23,7 +23,7 @@ from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
 from tdc_ray.data.load import Batch, ImageDataset, load_dataset
 from tdc_ray.diffusion.train import (
-    Losses,
+    LossWindow,
     TrainState,
     learning_rate_at,
     optimizer_step,
@@ -38,8 +38,8 @@ from tdc_ray.models.unet2d.unet import count_params
 from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists, read_json, remove, write_json
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, versions
 
 REPORT_FILE = "report.json"
@@ -71,13 +71,13 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
         NonFiniteLossError: Training diverged.
     """
     started = time.perf_counter()
-    config, out = _with_absolute_path(config), located(out)
+    config, out = _with_absolute_path(config), resolve_path(out)
     dataset = load_dataset(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
-    with exclusive(out):
+    with hold_lease(out):
         _keep_settings(out, config)
         if exists(out / REPORT_FILE):
-            logger.info("%s is finished; nothing is done again", shown(out))
+            logger.info("%s is finished; nothing is done again", display_path(out))
             found: dict[str, Any] = read_json(out / REPORT_FILE)
             return found
         state = _trained(config, dataset, rest, out, console)
@@ -193,7 +193,7 @@ def _train(
     report: Report,
 ) -> None:
     """Train from ``state.step`` on; all that is random follows from seed and step."""
-    train, losses = config.train, Losses(first_step=state.step)
+    train, losses = config.train, LossWindow(first_step=state.step)
     for batch, _ in images:
         place = (config.seed, KEY, state.step)
         generator = torch.Generator(state.device).manual_seed(derive_seed(*place, "sample"))
@@ -240,7 +240,7 @@ def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
         changed = named_differences(read_json(out / SETTINGS_FILE), settings)
         if changed:
             raise StorageError(
-                f"{shown(out)} has other settings: {'; '.join(changed)}. Use the same "
+                f"{display_path(out)} has other settings: {'; '.join(changed)}. Use the same "
                 "settings to go on, or another --out."
             )
     else:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.storage import mirror, object_store
-from tdc_ray.storage.object_store import is_remote, shown
+from tdc_ray.storage.object_store import display_path, is_remote
 
 _FAILED = (OSError, RuntimeError, SafetensorError)
 """What Python, torch and safetensors raise where a disk does not take what they write."""
@@ -82,13 +82,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         StorageFailedError: The disk or the store does not take it.
     """
     temporary = object_store.temporary(path)
-    old = path.with_name(f".{path.name}.{object_store.writer()}.old")
+    old = path.with_name(f".{path.name}.{object_store.writer_id()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         yield temporary
         if not temporary.exists():
-            raise StorageError(f"nothing was written for {shown(path)}.")
+            raise StorageError(f"nothing was written for {display_path(path)}.")
         _let_others_read(temporary)
         if is_remote(path):
             mirror.upload(temporary, path)
@@ -99,7 +99,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except _FAILED as error:
         raise StorageFailedError(
-            f"{shown(path)} cannot be written: {error}{_free(path)}."
+            f"{display_path(path)} cannot be written: {error}{_free(path)}."
         ) from error
     finally:
         with contextlib.suppress(OSError):  # what went wrong was said
@@ -152,9 +152,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(object_store.read(path) if is_remote(path) else path.read_bytes())
     except FileNotFoundError as error:
-        raise StorageError(f"{shown(path)} does not exist.") from error
+        raise StorageError(f"{display_path(path)} does not exist.") from error
     except ValueError as error:
-        raise StorageError(f"{shown(path)} is not JSON: {error}.") from error
+        raise StorageError(f"{display_path(path)} is not JSON: {error}.") from error
 
 
 def append_json_line(path: Path, value: Any) -> None:
@@ -208,7 +208,9 @@ def read_json_lines(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise StorageError(f"{shown(path)} holds a line that is not JSON: {error}.") from error
+        raise StorageError(
+            f"{display_path(path)} holds a line that is not JSON: {error}."
+        ) from error
 
 
 @contextmanager

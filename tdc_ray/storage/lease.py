@@ -23,7 +23,7 @@ from typing import Any
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
 from tdc_ray.storage.files import remove
-from tdc_ray.storage.object_store import is_remote, shown
+from tdc_ray.storage.object_store import display_path, is_remote
 
 LOCK_FILE = ".lock"
 LEASE_FILE = ".lease.json"
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
+def hold_lease(run_dir: Path) -> Iterator[None]:
     """Hold a run directory for one driver; a killed driver's hold ends with it, or soon after.
 
     Raises:
@@ -72,7 +72,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 lease.give_back()
 
 
-def holder(run_dir: Path) -> str | None:
+def lease_holder(run_dir: Path) -> str | None:
     """Name the driver that holds, or held to its sudden end, a run directory.
 
     Raises:
@@ -163,7 +163,7 @@ class _Lease:
                 failing = False
             except (StorageError, OSError) as error:  # it may come back before the lease is stale
                 if not failing:
-                    logger.warning("the lease of %s: %s", shown(self.run_dir), error)
+                    logger.warning("the lease of %s: %s", display_path(self.run_dir), error)
                 failing = True
 
     def give_back(self) -> None:
@@ -219,9 +219,9 @@ class _Lease:
 
     def _lost_error(self) -> StorageError:
         return StorageError(
-            f"run directory {shown(self.run_dir)} was taken over by {self.lost}: this process was "
-            "suspended, or cut off from the storage, for too long. It stops here and the other "
-            "one goes on."
+            f"run directory {display_path(self.run_dir)} was taken over by {self.lost}: this "
+            "process was suspended, or cut off from the storage, for too long. It stops here and "
+            "the other one goes on."
         )
 
 
@@ -243,8 +243,8 @@ def _name(lease: dict[str, Any]) -> str:
 
 def _refused(run_dir: Path, holder: str) -> StorageError:
     return StorageError(
-        f"run directory {shown(run_dir)} is in use by {holder}: wait for it, stop it, or choose "
-        "another --run-dir."
+        f"run directory {display_path(run_dir)} is in use by {holder}: wait for it, stop it, or "
+        "choose another --run-dir."
     )
 
 

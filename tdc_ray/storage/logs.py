@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
 
-from tdc_ray.storage.mirror import growing
-from tdc_ray.storage.object_store import is_remote, writer
+from tdc_ray.storage.mirror import synced_while_growing
+from tdc_ray.storage.object_store import is_remote, writer_id
 
 
 @contextmanager
@@ -17,8 +17,8 @@ def log_to(path: Path) -> Iterator[None]:
 
     Of a URI it is a folder, where every attempt has a file of its own.
     """
-    with growing(path) as place:
-        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer()}.log"
+    with synced_while_growing(path) as place:
+        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer_id()}.log"
         handler = _LogFile(file if is_remote(path) else place, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         logging.getLogger().addHandler(handler)

@@ -28,7 +28,7 @@ from tdc_ray.storage.object_store import (
     is_remote,
     put,
     temporary,
-    told,
+    translate_errors,
     version_of,
 )
 
@@ -46,12 +46,12 @@ def fetch(path: Path) -> None:
     Raises:
         StorageError: The store does not give it.
     """
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         found = find(path)
         for name, info in found.items():
             _download(path / name, info)
         for name in _copies(path) - found.keys():
-            with _Copy(path / name) as known:  # it may have been written since
+            with CachedFile(path / name) as known:  # it may have been written since
                 if not exists(path / name):
                     known.forget()
 
@@ -81,7 +81,7 @@ def remove(path: Path) -> None:
         StorageError: The store does not do it.
     """
     store, _ = filesystem(path)
-    with told(path, "removed"):
+    with translate_errors(path, "removed"):
         found = find(path)
         for name in sorted(found, key=lambda name: _order(Path(name)), reverse=True):
             store.rm_file(found[name]["name"])
@@ -92,7 +92,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def growing(path: Path) -> Iterator[Path]:
+def synced_while_growing(path: Path) -> Iterator[Path]:
     """Give a place for files that grow, such as logs, and keep them in the store meanwhile.
 
     It is the path itself where that is no mirror. Otherwise it is a folder of this process's own,
@@ -152,7 +152,7 @@ def _order(file: Path) -> tuple[bool, int, bool, str]:
 
 def _download(path: Path, info: Info) -> None:
     store, key = filesystem(path)
-    with _Copy(path) as known:
+    with CachedFile(path) as known:
         while known.version != version_of(info):
             with known.temporary() as temporary:
                 store.get_file(key, str(temporary))
@@ -165,16 +165,16 @@ def _download(path: Path, info: Info) -> None:
 def _upload(source: Path, path: Path) -> None:
     store, key = filesystem(path)
     size = source.stat().st_size
-    with _Copy(path) as known:
+    with CachedFile(path) as known:
         known.forget()
         put(source, path)
-        with told(path, "written"):
+        with translate_errors(path, "written"):
             info = store.info(key)
         if info["size"] == size:  # else another writer was quicker
             known.replace(source, version_of(info))
 
 
-class _Copy:
+class CachedFile:
     """The local copy of a file and what is known of it, for one process of the node at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -183,7 +183,7 @@ class _Copy:
         self._mark = Path(*["tdc_ray-marks" if part == MIRROR else part for part in path.parts])
         self._file: IO[str]
 
-    def __enter__(self) -> "_Copy":
+    def __enter__(self) -> "CachedFile":
         self._mark.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._mark.open("a+")
         fcntl.flock(self._file, fcntl.LOCK_EX)

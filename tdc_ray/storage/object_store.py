@@ -39,7 +39,7 @@ Info = Mapping[str, Any]
 """What a store tells of a file."""
 
 
-def located(path: Path | str) -> Path:
+def resolve_path(path: Path | str) -> Path:
     """Give where a path that a user names is worked on: of a URI its mirror, else itself.
 
     Raises:
@@ -82,12 +82,12 @@ def is_remote(path: Path) -> bool:
 
 def temporary(path: Path) -> Path:
     """Give a hidden path beside another for what this process writes there."""
-    return path.with_name(f".{path.name}.{writer()}.tmp")
+    return path.with_name(f".{path.name}.{writer_id()}.tmp")
 
 
-def shown(path: Path | str) -> str:
+def display_path(path: Path | str) -> str:
     """Give the URI of a mirror, to be shown to a user; of other paths their text."""
-    path = located(path)
+    path = resolve_path(path)
     if not is_remote(path):
         return str(path)
     place = path.parts.index(MIRROR) + 1
@@ -98,7 +98,7 @@ def filesystem(path: Path) -> tuple["AbstractFileSystem", str]:
     """Give the store of a mirror's URI, and the path within it."""
     from fsspec.core import url_to_fs
 
-    uri = shown(path)
+    uri = display_path(path)
     scheme = uri.partition(":")[0]
     options: dict[str, Any] = {"use_listings_cache": False} if scheme in _OBJECT_STORES else {}
     if _EXTRAS.get(scheme) == "s3":  # a minute, the default, is longer than a lease lasts
@@ -110,7 +110,7 @@ def filesystem(path: Path) -> tuple["AbstractFileSystem", str]:
 def exists(path: Path) -> bool:
     """Ask the store whether there is a file or a folder."""
     store, key = filesystem(path)
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         try:
             store.info(key)
         except FileNotFoundError:
@@ -121,7 +121,7 @@ def exists(path: Path) -> bool:
 def version(path: Path) -> str:
     """Name the content of a file; the name changes when it does."""
     store, key = filesystem(path)
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         return version_of(store.info(key))
 
 
@@ -133,7 +133,7 @@ def read(path: Path) -> bytes:
         StorageError: The store does not give it.
     """
     store, key = filesystem(path)
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         content: bytes = store.cat_file(key)
         return content
 
@@ -141,7 +141,7 @@ def read(path: Path) -> bytes:
 def read_entries(path: Path) -> list[bytes]:
     """Read what :func:`append` wrote, in its order."""
     store, _ = filesystem(path)
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         names = [str(info["name"]) for _, info in sorted(find(path).items())]
         contents = store.cat(names) if names else {}
         return [contents[name] for name in names]
@@ -153,9 +153,9 @@ def append(path: Path, content: bytes) -> None:
     Of writers that add at the same time each keeps its own order.
     """
     store, key = filesystem(path)
-    with told(path, "written"):
+    with translate_errors(path, "written"):
         number = next(_numbers(path, os.getpid()))
-        store.pipe_file(f"{key}/{number:06d}-{writer()}.json", content)
+        store.pipe_file(f"{key}/{number:06d}-{writer_id()}.json", content)
 
 
 @functools.lru_cache(maxsize=1024)  # a list may grow long, and is looked through once
@@ -167,15 +167,15 @@ def _numbers(path: Path, _pid: int) -> Iterator[int]:
 def write(path: Path, content: bytes) -> None:
     """Write a small file straight into the store, past the mirror."""
     store, key = filesystem(path)
-    with told(path, "written"):
+    with translate_errors(path, "written"):
         store.pipe_file(key, content)
 
 
 def put(source: Path, path: Path) -> None:
     """Upload a file, which is seen when it is whole."""
     store, key = filesystem(path)
-    with told(path, "written"):
-        if shown(path).partition(":")[0] in _OBJECT_STORES:
+    with translate_errors(path, "written"):
+        if display_path(path).partition(":")[0] in _OBJECT_STORES:
             store.put_file(str(source), key)
             return
         hidden = str(temporary(Path(key)))
@@ -189,13 +189,13 @@ def listing(path: Path, pattern: str) -> list[Path]:
     from fsspec.utils import glob_translate
 
     matches = re.compile(glob_translate(pattern)).match
-    with told(path, "read"):
+    with translate_errors(path, "read"):
         below = {Path(name) for name in find(path) if name}
     below |= {folder for file in below for folder in file.parents if folder.name}
     return sorted(path / found for found in below if matches(found.as_posix()))
 
 
-def writer() -> str:
+def writer_id() -> str:
     """Name this process among all that write to a run directory."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
@@ -224,7 +224,7 @@ def version_of(info: Info) -> str:
 
 
 @contextmanager
-def told(path: Path, done: str) -> Iterator[None]:
+def translate_errors(path: Path, done: str) -> Iterator[None]:
     """Say of any error what could not be done; a file that is missing is told as such."""
     try:
         yield
@@ -233,6 +233,6 @@ def told(path: Path, done: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if done == "read":
             raise
-        raise StorageFailedError(f"{shown(path)} cannot be {done}: {error}.") from error
+        raise StorageFailedError(f"{display_path(path)} cannot be {done}: {error}.") from error
     except Exception as error:  # every store has errors of its own
-        raise StorageFailedError(f"{shown(path)} cannot be {done}: {error}.") from error
+        raise StorageFailedError(f"{display_path(path)} cannot be {done}: {error}.") from error

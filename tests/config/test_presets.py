@@ -9,7 +9,7 @@ from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture, base_unet
-from tdc_ray.models.unet2d.layers import count, layers, parts
+from tdc_ray.models.unet2d.layers import blocks, count, layers
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.reporting.paper import PAPER
@@ -187,7 +187,7 @@ def test_every_layer_has_the_name_and_the_params_of_the_unets_module(changes):
     expected = Counter()
     for name, parameter in unet.named_parameters():
         expected[name.rsplit(".", 1)[0]] += parameter.numel()
-    found = {layer.name: layer.num_params for part in parts(config) for layer in layers(part)}
+    found = {layer.name: layer.num_params for part in blocks(config) for layer in layers(part)}
     assert found == dict(expected)
 
 
@@ -197,7 +197,7 @@ def test_macs_by_running_do_not_depend_on_the_device():
 
 
 def test_blocks_know_their_resolution_and_heads():
-    found = {p.name: p for p in parts(SMALL) if isinstance(p, ResidualBlock | AttentionBlock)}
+    found = {p.name: p for p in blocks(SMALL) if isinstance(p, ResidualBlock | AttentionBlock)}
     assert found["down_blocks.0.resnets.0"].pixels == 16 * 16
     attention = found["down_blocks.1.attentions.0"]
     assert (attention.stream.count, attention.num_heads, attention.pixels) == (32, 4, 8 * 8)
@@ -231,7 +231,7 @@ def test_blocks_know_their_resolution_and_heads():
 )
 def test_what_is_not_supported_is_refused_by_name(changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
-        parts(SMALL | changes)
+        blocks(SMALL | changes)
 
 
 def test_a_square_sample_may_be_given_as_a_pair():

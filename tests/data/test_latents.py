@@ -37,11 +37,11 @@ from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import keep_all
+from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.run import run
-from tdc_ray.runs.stages.base import Place, sample_grid, train_base
+from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
@@ -54,7 +54,7 @@ from tests.small import (
     small_config,
 )
 
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = WorkerRank(0, 1, torch.device("cpu"))
 
 
 def nothing(*_):
@@ -251,7 +251,7 @@ def test_a_folder_of_experts_holds_its_first_stage_and_may_be_moved(config, tmp_
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     for group in groups:
         save_expert(
-            tmp_path / "e" / str(group.index), random_unet(), TINY, keep_all(units_of(TINY))
+            tmp_path / "e" / str(group.index), random_unet(), TINY, keep_everything(units_of(TINY))
         )
     save_index(tmp_path / "e", config, groups, [str(group.index) for group in groups])
     (tmp_path / "first_stage").rename(tmp_path / "gone")

@@ -11,34 +11,34 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.expert_set import Experts
+from tdc_ray.diffusion.expert_set import ExpertSet
 from tdc_ray.diffusion.pipeline import (
     INDEX_FILE,
     ProgressivePipeline,
     base_pipeline,
     save_index,
 )
-from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.sampling import image_generators, make_scheduler
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models import winograd
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import keep_all
+from tdc_ray.models.units import keep_everything
 from tests.small import TINY, assert_same, random_kept, random_unet, small_config
 
 UNITS = units_of(TINY)
 CONFIG = small_config()
 
 
-def groups_of(config: RunConfig) -> tuple[Group, ...]:
+def groups_of(config: RunConfig) -> tuple[TimestepGroup, ...]:
     return plan_groups(config.diffusion, config.plan, config.sampler).groups
 
 
 def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:
     """A pipeline of experts that are in memory, made as a user would make it."""
-    experts = Experts(unets, [(group.first, group.last) for group in groups_of(config)])
+    experts = ExpertSet(unets, [(group.first, group.last) for group in groups_of(config)])
     return ProgressivePipeline(
         experts,
         make_scheduler(config.diffusion, config.sampler),
@@ -98,7 +98,7 @@ def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_pat
     assert_same(images_of(live([random_unet() for _ in groups], config)), expected)
     names = [str(group.index) for group in groups]
     for name in names:
-        save_expert(tmp_path / name, base, TINY, keep_all(UNITS))
+        save_expert(tmp_path / name, base, TINY, keep_everything(UNITS))
     save_index(tmp_path, config, groups, names)
     assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path)), expected)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample
-from tdc_ray.models.checkpoints.openai import to_diffusers, told_by_shapes, with_heads
+from tdc_ray.models.checkpoints.openai import config_from_state_dict, to_diffusers, with_heads
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
@@ -52,7 +52,7 @@ def ddim(model: OpenAIUNet, x: Tensor, *, num_steps: int, num_timesteps: int) ->
 
 
 def ours(original: OpenAIUNet, **diffusion: object) -> Tensor:
-    settings = with_heads(told_by_shapes(original.state_dict()), 4)
+    settings = with_heads(config_from_state_dict(original.state_dict()), 4)
     unet = build_unet({**settings, "sample_size": SHAPE[1]}).eval()
     unet.load_state_dict(to_diffusers(original.state_dict(), settings))
     changed = replace(CONFIG.diffusion, **diffusion)

@@ -19,10 +19,10 @@ from tdc_ray.diffusion.process import loss_weights, noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.runs.stages.base import Place, sample_grid, train_base
+from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tests.small import TINY, assert_same, output_of, small_config
 
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = WorkerRank(0, 1, torch.device("cpu"))
 NUM_STEPS = 6
 
 Metrics = list[tuple[int, dict[str, float]]]

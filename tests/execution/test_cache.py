@@ -11,12 +11,12 @@ import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.execution.cache import Store, key_of, shared
+from tdc_ray.execution.cache import ResultCache, key_of, shared
 from tdc_ray.execution.item import WorkItem, run_item
-from tdc_ray.models.units import keep_all
+from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.tasks.candidates import measure_item
 from tdc_ray.runs.stages.base import base_item
-from tdc_ray.runs.stages.finetune import finetune_item, halve_micro_batch
+from tdc_ray.runs.stages.finetune import finetune_item, smaller_micro_batch
 from tdc_ray.storage.files import write_text
 from tests.small import make_run_dir, small_config, task_of
 
@@ -36,7 +36,7 @@ def numbers(stage: object) -> list[str]:
 
 def keys(folder: Path, config: RunConfig, *, seed: int = 0, index: int = 1) -> dict[str, str]:
     task = task_of(make_run_dir(folder, seed=seed), config, index)
-    kept = keep_all(task.space.units)
+    kept = keep_everything(task.space.units)
     items = {
         "base": base_item(task.run_dir, config),
         "finetune": finetune_item(task, kept),
@@ -94,7 +94,7 @@ def test_keys_change_with_weights_seed_timesteps_kept_channels_precision_and_dat
     assert keys(tmp_path / "a", config, index=2)["measure"] != before["measure"]
     task = task_of(make_run_dir(tmp_path / "a"), config, 1)
     unit = task.space.units[0]
-    fewer = {**keep_all(task.space.units), unit.name: (0,)}
+    fewer = {**keep_everything(task.space.units), unit.name: (0,)}
     assert key_of(measure_item(task, "base", fewer, 0)) != before["measure"]
 
 
@@ -114,8 +114,8 @@ def test_keys_do_not_tell_machines_places_or_other_groups_limits_apart(tmp_path)
 def test_half_the_images_at_once_is_another_key_and_says_so(tmp_path):
     config = small_config(model={"dropout": 0.1})
     task = task_of(make_run_dir(tmp_path), config, 1)
-    item = finetune_item(task, keep_all(task.space.units))
-    assert key_of(replace(item, job=halve_micro_batch(item.job))) != key_of(item)
+    item = finetune_item(task, keep_everything(task.space.units))
+    assert key_of(replace(item, job=smaller_micro_batch(item.job))) != key_of(item)
 
 
 def write_files(job, report):
@@ -144,36 +144,36 @@ def item(folder: Path, content: str = "a") -> WorkItem:
 
 
 def published(root: Path, folder: Path) -> str:
-    store, one = Store(root, "one"), item(folder)
+    store, one = ResultCache(root, "one"), item(folder)
     key = key_of(one)
-    result = run_item(store.publishing(one, key), lambda _metrics, _step: None)
+    result = run_item(store.saving(one, key), lambda _metrics, _step: None)
     assert shared(result) == (key, False)
     return key
 
 
 def test_a_result_is_taken_with_its_files_and_says_that_it_was(tmp_path):
     key = published(tmp_path / "store", tmp_path / "one")
-    store, other = Store(tmp_path / "store", "two"), item(tmp_path / "two")
+    store, other = ResultCache(tmp_path / "store", "two"), item(tmp_path / "two")
     assert key_of(other) == key != key_of(item(tmp_path / "two", "b"))
-    result = run_item(store.taking(other, key), lambda _metrics, _step: None)
+    result = run_item(store.loading(other, key), lambda _metrics, _step: None)
     assert shared(result) == (key, True)
     assert result["content"] == "a"
     for name in ("file.txt", "model/weights.txt"):
         assert (tmp_path / "one" / name).samefile(tmp_path / "two" / name)  # linked
-    again = Store(tmp_path / "store", "one").take(item(tmp_path / "one"), key)
+    again = ResultCache(tmp_path / "store", "one").load(item(tmp_path / "one"), key)
     assert shared(again) == (key, False)  # its own, from before a cut
 
 
 def test_a_damaged_entry_is_removed_and_never_taken(tmp_path):
     key = published(tmp_path / "store", tmp_path / "one")
-    store = Store(tmp_path / "store", "two")
+    store = ResultCache(tmp_path / "store", "two")
     (file,) = store.entry(key).glob("*/0")
     file.write_text("something else")
     with pytest.raises(StorageFailedError, match="was removed"):
-        store.take(item(tmp_path / "two"), key)
-    assert not store.holds(key)
-    run_item(store.publishing(item(tmp_path / "two"), key), lambda _metrics, _step: None)
-    assert store.take(item(tmp_path / "three"), key)["content"] == "a"
+        store.load(item(tmp_path / "two"), key)
+    assert not store.contains(key)
+    run_item(store.saving(item(tmp_path / "two"), key), lambda _metrics, _step: None)
+    assert store.load(item(tmp_path / "three"), key)["content"] == "a"
 
 
 def test_a_publisher_that_is_killed_leaves_nothing_that_is_seen(tmp_path):
@@ -186,32 +186,32 @@ from tests.execution.test_cache import item, key_of
 cache.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # before entry.json
 one = item(Path({str(folder)!r}))
 one.function(one.job, lambda *_: None)
-cache.Store(Path({str(root)!r}), "one").publish(one, key_of(one), {{}})
+cache.ResultCache(Path({str(root)!r}), "one").save(one, key_of(one), {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
-    store, two = Store(root, "two"), item(tmp_path / "two")
+    store, two = ResultCache(root, "two"), item(tmp_path / "two")
     assert list(root.rglob("weights.txt"))
-    assert not store.holds(key_of(two))
+    assert not store.contains(key_of(two))
     published(root, tmp_path / "two")
-    assert store.take(item(tmp_path / "three"), key_of(two))["content"] == "a"
+    assert store.load(item(tmp_path / "three"), key_of(two))["content"] == "a"
 
 
 def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
-    store = Store(tmp_path / "store", "one")
+    store = ResultCache(tmp_path / "store", "one")
     key = key_of(item(tmp_path / "one"))
     for name, content in (("one", "x"), ("two", "y")):  # as after a claim that ran out
         other = item(tmp_path / name, content)
         write_files(other.job, lambda _metrics, _step: None)
-        store.publish(replace(other, inputs=None), key, {"content": content})
-    result = store.take(item(tmp_path / "three"), key)
+        store.save(replace(other, inputs=None), key, {"content": content})
+    result = store.load(item(tmp_path / "three"), key)
     assert (tmp_path / "three" / "file.txt").read_text() == result["content"] == "x"
 
 
 def test_a_folder_at_a_uri_is_a_store_too(tmp_path, bucket):
-    from tdc_ray.storage.object_store import located
+    from tdc_ray.storage.object_store import resolve_path
 
-    root = located(f"{bucket}/store")
+    root = resolve_path(f"{bucket}/store")
     key = published(root, tmp_path / "one")
-    assert Store(root, "two").take(item(tmp_path / "two"), key)["content"] == "a"
+    assert ResultCache(root, "two").load(item(tmp_path / "two"), key)["content"] == "a"
     assert (tmp_path / "two" / "model" / "weights.txt").read_text() == "aa"

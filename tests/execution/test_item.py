@@ -10,7 +10,7 @@ import pytest
 
 import tdc_ray
 from tdc_ray.errors import LimitError
-from tdc_ray.execution.chain import Chains, Meeting, run_chain
+from tdc_ray.execution.chain import Barrier, Chains, run_chain
 from tdc_ray.execution.item import WorkItem, finished, run_item
 from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
 from tests.small import reporting_to
@@ -152,7 +152,7 @@ def meeting_chain(folder, name, log, *, rounds=(0, 1, 2)):
     """An item per round, and a meeting before every round but the first."""
     for number in rounds:
         if number > 0:
-            yield Meeting(f"round {number}", PARTIES)
+            yield Barrier(f"round {number}", PARTIES)
         log.append((name, "begins", number))
         yield [item(folder, f"{name}{number}")]
         log.append((name, "ends", number))
@@ -161,11 +161,11 @@ def meeting_chain(folder, name, log, *, rounds=(0, 1, 2)):
 
 def run_shuffled(chains, draw):
     """Run the items that are ready in any order."""
-    ready = chains.go_on()
+    ready = chains.advance()
     while ready:
         name, one = ready.pop(draw.randrange(len(ready)))
-        chains.put(name, one, run_item(one, lambda _metrics, _step: None))
-        ready += chains.go_on()
+        chains.deliver(name, one, run_item(one, lambda _metrics, _step: None))
+        ready += chains.advance()
     return chains.values
 
 
@@ -183,14 +183,14 @@ def test_nobody_begins_a_round_before_all_parties_ended_the_one_before(tmp_path,
 def test_whoever_is_no_party_holds_nobody_up(tmp_path):
     log = []
     chains = {name: meeting_chain(tmp_path, name, log) for name in "abc"}
-    under_way = Chains({**chains, "other": two_stages(tmp_path / "other")})
-    ready = under_way.go_on()
+    active = Chains({**chains, "other": two_stages(tmp_path / "other")})
+    ready = active.advance()
     while met := [entry for entry in ready if entry[0] != "other"]:  # it is left to wait
         ready = [entry for entry in ready if entry[0] == "other"]
         for name, one in met:
-            under_way.put(name, one, run_item(one, lambda _metrics, _step: None))
-        ready += under_way.go_on()
-    assert under_way.values == {"a": "a", "b": "b", "c": "c"}
+            active.deliver(name, one, run_item(one, lambda _metrics, _step: None))
+        ready += active.advance()
+    assert active.values == {"a": "a", "b": "b", "c": "c"}
 
 
 def test_a_party_that_has_ended_is_not_waited_for(tmp_path):
@@ -206,19 +206,19 @@ def test_a_party_that_has_ended_is_not_waited_for(tmp_path):
 def test_a_party_that_was_dropped_is_not_waited_for(tmp_path):
     log = []
     chains = Chains({name: meeting_chain(tmp_path, name, log) for name in "ab"})
-    (first, _second) = chains.go_on()
-    chains.put(*first, run_item(first[1], lambda _metrics, _step: None))
-    assert chains.go_on() == []  # a waits for b
-    chains.drop("b")
-    assert [one.key for _, one in chains.go_on()] == ["a1"]
+    (first, _second) = chains.advance()
+    chains.deliver(*first, run_item(first[1], lambda _metrics, _step: None))
+    assert chains.advance() == []  # a waits for b
+    chains.cancel("b")
+    assert [one.key for _, one in chains.advance()] == ["a1"]
 
 
 def test_a_result_for_a_chain_that_was_dropped_is_ignored(tmp_path):
     chains = Chains({"a": meeting_chain(tmp_path, "a", [])})
-    ((name, one),) = chains.go_on()
-    chains.drop("a")
-    chains.put(name, one, {"value": 1})
-    assert chains.go_on() == []
+    ((name, one),) = chains.advance()
+    chains.cancel("a")
+    chains.deliver(name, one, {"value": 1})
+    assert chains.advance() == []
     assert chains.values == {}
 
 
@@ -234,7 +234,7 @@ def test_chains_whose_items_are_finished_meet_without_running_any(tmp_path):
 
     values = run_shuffled(chains(), random.Random(0))
     again = chains()
-    assert again.go_on() == []
+    assert again.advance() == []
     assert again.values == values
 
 
@@ -244,7 +244,7 @@ def test_an_item_can_be_sent_to_another_process(tmp_path):
 
 
 def functions_of_work_items():
-    """Find what every ``WorkItem(...)`` and ``GroupTask.item(...)`` in the source calls."""
+    """Find what every ``WorkItem(...)`` and ``GroupSearch.item(...)`` in the source calls."""
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
@@ -263,7 +263,7 @@ FUNCTIONS = sorted(set(functions_of_work_items()))
 def test_the_packages_work_items_are_found():
     assert {
         ("tdc_ray.runs.stages.finetune", "finetune_expert"),
-        ("tdc_ray.runs.stages.finetune", "try_candidate"),
+        ("tdc_ray.runs.stages.finetune", "short_finetune"),
         ("tdc_ray.pruning.tasks.candidates", "measure_sensitivities"),
         ("tdc_ray.pruning.search", "ask"),
         ("tdc_ray.runs.evaluation.evaluate", "sample_images"),

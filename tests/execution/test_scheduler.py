@@ -7,30 +7,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Resources, WorkItem
 from tdc_ray.execution.retry import MAX_NODE_LOSSES, Action, Failure
-from tdc_ray.execution.scheduler import Schedule, num_fitting
+from tdc_ray.execution.scheduler import Scheduler, num_fitting
 from tdc_ray.storage.files import read_json, write_json
 
 ONE = Resources(1.0)
-NOWHERE = Path("/nonexistent/tdc-ray-tests")
+NO_RUN_DIR = Path("/nonexistent/tdc-ray-tests")
 
 
 def item(key: str, cost: float = 1.0, cost_behind: float = 0.0, **details) -> WorkItem:
-    place = NOWHERE / f"{key}.json"
+    place = NO_RUN_DIR / f"{key}.json"
     return WorkItem(key, lambda _job, _report: {}, 8, place, cost, cost_behind, **details)
 
 
-def chain(*stages: Sequence[WorkItem] | Meeting) -> Chain[list]:
+def chain(*stages: Sequence[WorkItem] | Barrier) -> Chain[list]:
     results: list = []
     for stage in stages:
         results += yield stage
     return results
 
 
-def schedule_of(chains, *, workers: Sequence[str] = (), max_attempts: int = 3) -> Schedule[list]:
-    schedule: Schedule[list] = Schedule(chains, default=ONE, max_attempts=max_attempts)
+def schedule_of(chains, *, workers: Sequence[str] = (), max_attempts: int = 3) -> Scheduler[list]:
+    schedule: Scheduler[list] = Scheduler(chains, default=ONE, max_attempts=max_attempts)
     for worker in workers:
         schedule.join(worker, ONE)
     return schedule
@@ -99,12 +99,14 @@ def test_lost_nodes_do_not_count_as_attempts_up_to_a_bound():
     assert actions == [Action.RETRY] * MAX_NODE_LOSSES + [Action.GIVE_UP]
 
 
-def halve(size: int) -> int | None:
+def reduce_memory(size: int) -> int | None:
     return size // 2 or None
 
 
 def test_memory_is_halved_until_there_is_no_less_and_only_then_counts_as_a_failure():
-    schedule = schedule_of({"a": chain([item("i", halve=halve)])}, workers=["w"], max_attempts=2)
+    schedule = schedule_of(
+        {"a": chain([item("i", reduce_memory=reduce_memory)])}, workers=["w"], max_attempts=2
+    )
     tried = []
     while tasks := schedule.start():
         tried.append(tasks[0].item.job)
@@ -140,7 +142,7 @@ def test_a_chain_that_fails_between_its_items_fails_alone():
 
 
 def test_calls_take_no_worker_and_stand_in_for_what_is_lost(tmp_path):
-    call = replace(item("ask", on_loss={"lost": True}), result_path=tmp_path / "ask.json")
+    call = replace(item("ask", fallback_result={"lost": True}), result_path=tmp_path / "ask.json")
     schedule = schedule_of({"a": chain([call])}, max_attempts=2)
     (task,) = schedule.start()
     assert task.workers == ()

@@ -3,14 +3,14 @@ import random
 
 import pytest
 
-from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.execution.simulator import Weather, simulate
-from tests.execution.test_scheduler import NOWHERE
+from tdc_ray.execution.simulator import FailureModel, simulate
+from tests.execution.test_scheduler import NO_RUN_DIR
 
 
 def item(key: str, seconds: float, behind: float = 0.0, num_workers: int = 1) -> WorkItem:
-    place = NOWHERE / f"{key}.json"
+    place = NO_RUN_DIR / f"{key}.json"
     return WorkItem(
         key, lambda _job, _report: {}, None, place, seconds, behind, num_workers=num_workers
     )
@@ -63,7 +63,7 @@ def test_makespan_bound_and_use_are_what_a_hand_reckons():
 def test_meetings_hold_in_simulated_time():
     def meeting(name: str, seconds: float) -> Chain[None]:
         yield [item(f"{name}-1", seconds)]
-        yield Meeting("half", frozenset({"a", "b"}))
+        yield Barrier("half", frozenset({"a", "b"}))
         yield [item(f"{name}-2", 1.0)]
 
     chains = {"a": meeting("a", 1.0), "b": meeting("b", 5.0)}
@@ -87,7 +87,7 @@ def test_thousand_workers_share_a_sweep_of_twenty_groups_at_most_1_05_of_the_bou
 
 
 def test_workers_die_and_join_and_everything_is_finished_and_accounted_for():
-    stormy = Weather(failures_per_hour=2.0, joins_per_hour=60.0, seed=3)
+    stormy = FailureModel(failures_per_hour=2.0, joins_per_hour=60.0, seed=3)
     calm = simulate(independent([600.0] * 20), seconds_of, num_workers=4)
     found = simulate(independent([600.0] * 20), seconds_of, num_workers=4, weather=stormy)
     assert found.num_failures > 0
@@ -100,7 +100,7 @@ def test_workers_die_and_join_and_everything_is_finished_and_accounted_for():
 
 
 def test_checkpoints_bound_what_a_failure_costs():
-    stormy = Weather(failures_per_hour=6.0, joins_per_hour=600.0, seed=1)
+    stormy = FailureModel(failures_per_hour=6.0, joins_per_hour=600.0, seed=1)
     lost = [
         simulate(
             independent([3600.0] * 4),
@@ -121,7 +121,7 @@ def test_without_a_worker_left_the_simulation_ends_and_says_so():
         independent([3600.0] * 3),
         seconds_of,
         num_workers=1,
-        weather=Weather(failures_per_hour=100.0),
+        weather=FailureModel(failures_per_hour=100.0),
     )
     assert set(found.unfinished.values()) == {"there are too few workers"}
 
@@ -130,6 +130,6 @@ def test_an_item_for_more_workers_than_there_are_ends_the_simulation():
     def wide() -> Chain[None]:
         yield [item("wide", 1.0, num_workers=3)]
 
-    stormy = Weather(joins_per_hour=10.0)
+    stormy = FailureModel(joins_per_hour=10.0)
     found = simulate({"a": wide()}, seconds_of, num_workers=2, weather=stormy)
     assert found.unfinished == {"a": "there are too few workers"}

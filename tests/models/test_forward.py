@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from tdc_ray.models.forward import denoised, images_at_once
+from tdc_ray.models.forward import max_batch_size, predict
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.small import TINY, random_unet
@@ -11,15 +11,15 @@ from tests.small import TINY, random_unet
 LEARNED = {**TINY, "out_channels": 2 * TINY["in_channels"]}
 
 
-def test_larger_models_take_fewer_images_at_once():
+def test_larger_models_take_fewer_max_batch_size():
     with torch.device("meta"):
         unet = build_unet(architecture("iddpm-cifar10"))
     weight = torch.empty(128, 3, 3, 3)
     unet.conv_in.weight = torch.nn.Parameter(weight)
-    assert images_at_once(unet) == 32  # 128 channels of 32 x 32, 4 bytes each: 16 MiB
-    assert images_at_once(unet, (64, 64)) == 8
-    assert images_at_once(unet, (4096, 4096)) == 1
-    assert images_at_once(random_unet()) > 256
+    assert max_batch_size(unet) == 32  # 128 channels of 32 x 32, 4 bytes each: 16 MiB
+    assert max_batch_size(unet, (64, 64)) == 8
+    assert max_batch_size(unet, (4096, 4096)) == 1
+    assert max_batch_size(random_unet()) > 256
 
 
 @pytest.mark.parametrize("num_channels", [None, 1])
@@ -31,8 +31,8 @@ def test_in_parts_the_output_is_that_of_one_pass(num_channels, monkeypatch):
     unet.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
     with torch.inference_mode():
         expected = unet(x_t, timesteps).sample
-        monkeypatch.setattr("tdc_ray.models.forward.images_at_once", lambda *_: 3)
-        found = denoised(unet, x_t, timesteps, num_channels=num_channels)
+        monkeypatch.setattr("tdc_ray.models.forward.max_batch_size", lambda *_: 3)
+        found = predict(unet, x_t, timesteps, num_channels=num_channels)
     assert seen == [7, 3, 3, 1]
     assert found.shape[1] == (num_channels or 2)
     torch.testing.assert_close(found, expected[:, :num_channels], rtol=1e-4, atol=1e-5)
@@ -46,7 +46,7 @@ def test_in_bf16_the_last_layers_round_nothing():
     with torch.inference_mode():
         expected = exact(x_t, timesteps).sample
         plain = unet(x_t.bfloat16(), timesteps).sample
-        found = denoised(unet, x_t.bfloat16(), timesteps)
+        found = predict(unet, x_t.bfloat16(), timesteps)
         again = unet(x_t.bfloat16(), timesteps).sample
     assert found.dtype == torch.float32
     assert not torch.equal(found, found.bfloat16().float())

@@ -8,14 +8,14 @@ from tdc_ray.errors import CheckpointError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_for, units_of
-from tdc_ray.models.units import Kept, keep_all
+from tdc_ray.models.units import KeptIndices, keep_everything
 from tests.models.configs import CONFIGS
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet
 
 KEPT = random_kept(units_of(TINY), seed=0)
 
 
-def save_random(folder: Path, *, seed: int = 0, kept: Kept = KEPT) -> None:
+def save_random(folder: Path, *, seed: int = 0, kept: KeptIndices = KEPT) -> None:
     save_expert(folder, cut(random_unet(seed=seed), units_for(TINY, kept), kept), TINY, kept)
 
 
@@ -36,12 +36,12 @@ def test_a_saved_expert_loads_bit_for_bit_in_eval_mode(tmp_path, name, kind):
 @pytest.mark.parametrize("kind", ["inner", "full"])
 def test_an_expert_that_keeps_everything_is_the_base(tmp_path, kind):
     unet = random_unet()
-    save_expert(tmp_path / "expert", unet, TINY, keep_all(units_of(TINY, kind)))
+    save_expert(tmp_path / "expert", unet, TINY, keep_everything(units_of(TINY, kind)))
     assert_same(output_of(load_expert(tmp_path / "expert")), output_of(unet))
 
 
 def test_the_dropout_of_a_base_loaded_by_diffusers_is_kept(tmp_path):
-    unet, kept = random_unet(dropout=0.25), keep_all(units_of(TINY))
+    unet, kept = random_unet(dropout=0.25), keep_everything(units_of(TINY))
     save_expert(tmp_path / "expert", unet, dict(unet.config), kept)
     loaded = load_expert(tmp_path / "expert")
     assert loaded.mid_block.resnets[0].dropout.p == 0.25

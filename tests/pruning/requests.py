@@ -5,13 +5,13 @@ from typing import Any
 
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.space import Scheme, space_of
 
 SPACE = space_of(architecture("tiny"))
 NAMES = [unit.name for unit in SPACE.units]
 
-TASK = PruningTask(
+TASK = ProposalRequest(
     space=SPACE,
     group=2,
     timesteps=(200, 299),
@@ -42,7 +42,7 @@ def entry(group: int, loss: float, *, candidate: int = 0, **widths: int) -> Memo
     )
 
 
-def task(**changes: Any) -> PruningTask:
+def task(**changes: Any) -> ProposalRequest:
     return replace(TASK, **changes)
 
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.pruning.group import Spent, group_tasks
+from tdc_ray.pruning.group import SearchCost, group_tasks
 from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, small_config, task_of
@@ -14,16 +14,18 @@ def nothing(_job, _report):
     return {}
 
 
-def test_groups_that_have_something_to_cut_are_the_parties_of_all():
+def test_groups_that_have_something_to_cut_are_the_participants_of_all():
     groups = plan_groups(CONFIG.diffusion, CONFIG.plan, CONFIG.sampler).groups
     tasks = group_tasks(RUN_DIR, CONFIG, space_of(TINY), groups)
     assert [task.group for task in tasks] == list(groups)
-    assert {task.parties for task in tasks} == {frozenset({"group-00", "group-01", "group-02"})}
+    assert {task.participants for task in tasks} == {
+        frozenset({"group-00", "group-01", "group-02"})
+    }
     assert tasks[3].max_macs == tasks[3].space.macs_base
 
 
 def test_an_item_is_named_and_kept_with_its_group():
-    item = task_of(RUN_DIR, CONFIG, 2).item("base", nothing, None, on_loss={})
+    item = task_of(RUN_DIR, CONFIG, 2).item("base", nothing, None, fallback_result={})
     assert item.key == "group-02/base"
     assert item.result_path == RUN_DIR.group(2) / "base.json"
     assert item.is_call
@@ -38,7 +40,7 @@ def test_what_stands_behind_an_item_is_the_rest_of_the_search_and_the_fine_tune(
 
 
 def test_what_items_took_adds_up():
-    spent = Spent()
+    spent = SearchCost()
     for macs in (3.0, 4.0):
         spent.add({"macs": macs, "seconds": 0.5, "loss": 1.0})
     assert (spent.macs, spent.seconds) == (7.0, 1.0)

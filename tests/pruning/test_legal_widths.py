@@ -12,14 +12,14 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.costs import LatencyTable
-from tdc_ray.pruning.knapsack import loss_curves, step_values
+from tdc_ray.pruning.knapsack import loss_curves, step_worth
 from tdc_ray.pruning.latency import latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
-from tdc_ray.pruning.proxies.by_score import BASELINES, values_of
+from tdc_ray.pruning.proxies.by_score import BASELINES, sorted_scores
 from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.sensitivity import levels
-from tdc_ray.pruning.space import Space, is_tight, repair, space_of
+from tdc_ray.pruning.space import Space, fit_to_limit, is_tight, space_of
 from tests.pruning.requests import entry, task
 
 
@@ -70,14 +70,14 @@ def assert_legal_and_tight(space: Space, scheme, limit: int) -> None:
 @given(spaces, seeds)
 def test_all_schemes_that_are_proposed_or_repaired_are_legal_and_tight(space, seed):
     asked, draw = task_of(space, seed), random.Random(seed)
-    values = step_values(space, loss_curves(space, asked.sensitivities))
+    values = step_worth(space, loss_curves(space, asked.sensitivities))
     wished = {unit.name: draw.randint(1, unit.width) for unit in space.units}
-    found = [repair(space, wished, asked.limit, values), *OfflineProxy().propose(asked, [])]
-    found += [make(space, asked.limit, values_of(asked.scores)) for make in BASELINES.values()]
+    found = [fit_to_limit(space, wished, asked.limit, values), *OfflineProxy().propose(asked, [])]
+    found += [make(space, asked.limit, sorted_scores(asked.scores)) for make in BASELINES.values()]
     for scheme in found:
         assert_legal_and_tight(space, scheme, asked.limit)
         assert is_tight(space, scheme, asked.limit)
-        assert repair(space, scheme, asked.limit, values) == scheme
+        assert fit_to_limit(space, scheme, asked.limit, values) == scheme
 
 
 @pytest.mark.parametrize("space", SPACES[:6])

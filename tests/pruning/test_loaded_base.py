@@ -11,8 +11,8 @@ from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import keep_all
-from tdc_ray.pruning.criteria.scores import keep_best, magnitude_scores
+from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.pruning.loaded_base import (
     load_base,
@@ -91,7 +91,7 @@ def test_another_candidate_and_another_group_have_other_losses(run_dir):
 
 @pytest.mark.parametrize("config", [CONFIG, UNFITTED], ids=["refit", "no refit"])
 def test_a_candidate_that_keeps_everything_has_the_loss_of_the_base(run_dir, config):
-    result = measured(run_dir, config, 2, keep_all(UNITS))
+    result = measured(run_dir, config, 2, keep_everything(UNITS))
     assert result["loss_cut"] == held_out_loss(
         load_unet(run_dir.base_unet), config, group_of(config, 2)
     )
@@ -122,7 +122,7 @@ def test_without_a_refit_the_pruned_unet_is_the_cut_base(run_dir):
 
 def test_a_refit_of_nothing_cut_is_the_base(run_dir):
     base = load_base(run_dir, CONFIG)
-    pruned = pruned_unet(base, keep_all(UNITS), CONFIG, group_of(CONFIG, 0))
+    pruned = pruned_unet(base, keep_everything(UNITS), CONFIG, group_of(CONFIG, 0))
     assert_same(pruned.state_dict(), base.unet.state_dict())
 
 
@@ -149,7 +149,7 @@ def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(
     run_dir, group = make_run_dir(tmp_path), group_of(CONFIG, 0)
     kept, space = random_kept(UNITS, seed=0), load_base(run_dir, CONFIG).space
     alone = measured(run_dir, CONFIG, 0, kept)
-    job = MeasureJob(run_dir, CONFIG, group, keep_all(UNITS), 0, leaves_weights=True)
+    job = MeasureJob(run_dir, CONFIG, group, keep_everything(UNITS), 0, leaves_weights=True)
     base = measure_candidate(job, ignore)
     assert base["macs"] == (32 + 3 * 16) * space.macs_base
     after = measured(run_dir, CONFIG, 0, kept)
@@ -216,7 +216,7 @@ def taylor_of(run_dir, config) -> dict:
 def sensitivities_of(run_dir, config, *names, kept=None, scores=None):
     if scores is None:
         scores = taylor_of(run_dir, config) if config.prune.refit == "none" else {}
-    kept = kept or keep_all(units_of(TINY, config.prune.space))
+    kept = kept or keep_everything(units_of(TINY, config.prune.space))
     job = SensitivityJob(run_dir, config, group_of(config, 0), names, kept, scores)
     return measure_sensitivities(job, ignore)
 
@@ -251,7 +251,7 @@ def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_di
     config, units = config_of(refit=refit, space="full"), units_of(TINY, "full")
     group, scores = group_of(config, 0), taylor_of(run_dir, config)
     widths = {u.name: max(1, u.width // 2) if half else u.width for u in units}
-    kept = keep_best(units, scores, widths)
+    kept = select_top(units, scores, widths)
     base = load_base(run_dir, config)
     loss = held_out_loss(pruned_unet(base, kept, config, group), config, group)
     unit = next(u for u in units if u.kind == "stream" and widths[u.name] > 1)
@@ -271,7 +271,7 @@ def test_a_cut_model_is_measured_from_its_own_loss_and_keeps_the_ranking(run_dir
     config, group = config_of(refit=refit), group_of(CONFIG, 0)
     scores = taylor_of(run_dir, config)
     half = {unit.name: max(1, unit.width // 2) for unit in UNITS}
-    kept = keep_best(UNITS, scores, half)
+    kept = select_top(UNITS, scores, half)
     chosen = [unit for unit in UNITS if half[unit.name] > 1]
     names = [unit.name for unit in chosen]
     result = sensitivities_of(run_dir, config, *names, kept=kept, scores=scores)
@@ -283,7 +283,7 @@ def test_a_cut_model_is_measured_from_its_own_loss_and_keeps_the_ranking(run_dir
         assert sorted(grown) == levels(replace(unit, width=half[unit.name]), 2)
         if refit == "none":
             for width, growth in grown.items():
-                further = keep_best(UNITS, scores, half | {unit.name: width})
+                further = select_top(UNITS, scores, half | {unit.name: width})
                 pruned = pruned_unet(base, further, config, group)
                 after = held_out_loss(pruned, config, group)
                 assert growth == pytest.approx(after - before, abs=1e-6)

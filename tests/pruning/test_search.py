@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.plan import Group, plan_groups
+from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import LimitError
 from tdc_ray.execution.chain import Chains, run_chain
 from tdc_ray.execution.item import Result, WorkItem, run_item
-from tdc_ray.models.units import keep_all
-from tdc_ray.pruning.group import Choice, GroupTask, group_tasks
-from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.group import GroupSearch, SearchResult, group_tasks
+from tdc_ray.pruning.llm.transcripts import (
+    LLMExchange,
+    TokenUsage,
+    append_exchange,
+    transcript_path,
+)
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import AskJob
 from tdc_ray.pruning.search import search
@@ -55,11 +60,11 @@ def run_dir(base, tmp_path) -> RunDir:
     return new_run_dir(tmp_path / "run", base)
 
 
-def find(task: GroupTask) -> Choice:
+def find(task: GroupSearch) -> SearchResult:
     return run_chain(search(task, MemoryBank(task.run_dir.memory)))
 
 
-Found = Callable[[str], tuple[GroupTask, Choice]]
+Found = Callable[[str], tuple[GroupSearch, SearchResult]]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def found(base, tmp_path_factory) -> Found:
     """A search by each method, done once."""
 
     @cache
-    def by(method: str) -> tuple[GroupTask, Choice]:
+    def by(method: str) -> tuple[GroupSearch, SearchResult]:
         run_dir = new_run_dir(tmp_path_factory.mktemp("found") / "run", base)
         task = task_of(run_dir, config_of(method))
         return task, find(task)
@@ -75,18 +80,18 @@ def found(base, tmp_path_factory) -> Found:
     return by
 
 
-def timeless(choice: Choice) -> Choice:
+def timeless(choice: SearchResult) -> SearchResult:
     spent = dataclasses.replace(choice.spent, seconds=0.0, proxy_seconds=0.0)
     return dataclasses.replace(choice, spent=spent)
 
 
-def results_of(task: GroupTask) -> dict[str, int]:
+def results_of(task: GroupSearch) -> dict[str, int]:
     """When each result of the group was written."""
     folder = task.run_dir.group(task.group.index)
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def entries_of(task: GroupTask) -> list[MemoryEntry]:
+def entries_of(task: GroupSearch) -> list[MemoryEntry]:
     return [e for e in MemoryBank(task.run_dir.memory).all() if e.group == task.group.index]
 
 
@@ -139,7 +144,7 @@ def test_without_pruning_the_choice_is_the_base_and_nothing_is_remembered(run_di
     task = task_of(run_dir, config_of("none"))
     choice = find(task)
     assert choice.widths == task.space.full
-    assert choice.kept == keep_all(task.space.units)
+    assert choice.kept == keep_everything(task.space.units)
     assert choice.loss_cut == choice.loss_base
     assert (choice.entry, choice.loss_refit, choice.candidates) == (None, None, ())
     assert not task.run_dir.memory.exists()
@@ -151,7 +156,7 @@ def test_a_group_limited_to_the_base_keeps_all_of_it_without_a_search(run_dir, m
     task = task_of(run_dir, config_of(method), index=3)
     assert task.max_macs == task.space.macs_base
     choice = find(task)
-    assert choice.kept == keep_all(task.space.units)
+    assert choice.kept == keep_everything(task.space.units)
     assert choice.loss_cut == choice.loss_base
     assert choice.entry is None
     assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
@@ -203,7 +208,7 @@ def test_search_macs_count_every_forward_and_backward_of_the_search(run_dir):
 def test_a_limit_that_no_scheme_meets_is_an_error(run_dir):
     for method in ("offline", "magnitude"):
         task = task_of(run_dir, config_of(method))
-        tight: Group = dataclasses.replace(task.group, limit_share=0.05)
+        tight: TimestepGroup = dataclasses.replace(task.group, limit_share=0.05)
         with pytest.raises(LimitError):
             find(dataclasses.replace(task, group=tight))
 
@@ -289,12 +294,12 @@ class Loop:
         self.asked: list[AskJob] = []
 
     def run(self, chains: Chains, take: Callable[[list], tuple[str, WorkItem]]) -> dict:
-        ready = chains.go_on()
+        ready = chains.advance()
         while ready:
             name, item = take(ready)
             ready.remove((name, item))
-            chains.put(name, item, self._result(item))
-            ready += chains.go_on()
+            chains.deliver(name, item, self._result(item))
+            ready += chains.advance()
         return chains.values
 
     def _result(self, item: WorkItem) -> Result:
@@ -306,13 +311,13 @@ class Loop:
         return self.known[key]
 
 
-def tasks_in(run_dir: RunDir, config: RunConfig) -> list[GroupTask]:
+def tasks_in(run_dir: RunDir, config: RunConfig) -> list[GroupSearch]:
     """The tasks of all four groups, the last of which keeps the whole base."""
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     return group_tasks(run_dir, config, space_of(TINY), groups)
 
 
-def chains_of(tasks: list[GroupTask], memory: MemoryBank) -> Chains[Choice]:
+def chains_of(tasks: list[GroupSearch], memory: MemoryBank) -> Chains[SearchResult]:
     return Chains({task.name: search(task, memory) for task in tasks})
 
 
@@ -358,15 +363,15 @@ def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one
         assert len(expected) == job.task.round * (6 if memory == "shared" else 2)
 
 
-def left_alone(tasks: list[GroupTask], names: set[str], loop: Loop) -> dict[str, Choice]:
+def left_alone(tasks: list[GroupSearch], names: set[str], loop: Loop) -> dict[str, SearchResult]:
     """What ends while the items of some chains are never run."""
     chains = chains_of(tasks, MemoryBank(tasks[0].run_dir.memory))
-    ready = chains.go_on()
+    ready = chains.advance()
     while running := [entry for entry in ready if entry[0] not in names]:
         name, item = running[0]
         ready.remove((name, item))
-        chains.put(name, item, loop._result(item))
-        ready += chains.go_on()
+        chains.deliver(name, item, loop._result(item))
+        ready += chains.advance()
     return chains.values
 
 
@@ -374,13 +379,13 @@ def test_a_group_that_failed_before_leaves_no_loss_with_another_scheme(loop, bas
     run_dir = new_run_dir(tmp_path, base)
     tasks, memory = tasks_in(run_dir, config_of("offline")), MemoryBank(run_dir.memory)
     chains = chains_of(tasks, memory)
-    chains.drop("group-01")
-    ready = chains.go_on()
+    chains.cancel("group-01")
+    ready = chains.advance()
     while ready:
         name, item = ready.pop(0)
         write_json(item.result_path, loop._result(item))
-        chains.put(name, item, loop._result(item))
-        ready += chains.go_on()
+        chains.deliver(name, item, loop._result(item))
+        ready += chains.advance()
     without = memory.all()
     loop.run(chains_of(tasks, memory), in_order)  # now with the group that failed
     whole = MemoryBank(new_run_dir(tmp_path / "whole", base).memory)
@@ -405,7 +410,7 @@ def test_groups_that_share_wait_for_each_other_and_those_that_do_not_do_not(loop
 
 def test_a_group_alone_shares_with_nobody(loop, run_dir):
     task = tasks_in(run_dir, config_of("offline"))[0]
-    alone = dataclasses.replace(task, parties=frozenset({task.name}))
+    alone = dataclasses.replace(task, participants=frozenset({task.name}))
     assert left_alone([alone], set(), loop).keys() == {"group-00"}
 
 
@@ -434,7 +439,7 @@ def reply_of(schemes: list[dict[str, int]]) -> str:
 
 def record(folder: Path, number: int, schemes: list[dict[str, int]]) -> None:
     path = transcript_path(folder / "proxy", 0, number)
-    append_exchange(path, Exchange({}, reply_of(schemes), None, Usage(), 0.0))
+    append_exchange(path, LLMExchange({}, reply_of(schemes), None, TokenUsage(), 0.0))
 
 
 def test_schemes_of_the_language_model_are_brought_to_the_limit_and_measured(

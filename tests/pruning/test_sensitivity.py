@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import Unit, keep_all
-from tdc_ray.pruning.criteria.scores import keep_best, magnitude_scores
+from tdc_ray.models.units import Unit, keep_everything
+from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights, error_weights
 from tdc_ray.pruning.refit.refit import closing, refit
@@ -63,7 +63,7 @@ def columns_of(unit: Unit, kept: tuple[int, ...], weights: Weights) -> Tensor:
 
 def cut_alone(base: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> UNet2DModel:
     units = units_of(base.config)
-    return cut(base, units, keep_all(units) | {unit.name: kept})
+    return cut(base, units, keep_everything(units) | {unit.name: kept})
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def distance(one: UNet2DModel, other: UNet2DModel) -> float:
 
 
 def kept_at(unit: Unit, width: int, scores: dict[str, list[float]]) -> tuple[int, ...]:
-    return keep_best((unit,), scores, {unit.name: width})[unit.name]
+    return select_top((unit,), scores, {unit.name: width})[unit.name]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -123,7 +123,7 @@ def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
         width = levels(unit, 2)[-1]
         kept = kept_at(unit, width, scores)
         refitted = cut_alone(base, unit, kept)
-        choice = keep_all(units) | {unit.name: kept}
+        choice = keep_everything(units) | {unit.name: kept}
         refit(base, refitted, kept_outputs(base, units, choice), SEEN, SCHEDULE, weights_of(base))
         layer, found = reader_of(refitted, unit), solutions[unit.name][width]
         whole = torch.zeros_like(found[0])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.space import Space, Values, is_tight, repair, space_of
+from tdc_ray.pruning.space import Space, Values, fit_to_limit, is_tight, space_of
 from tests.small import TINY
 
 NAMES = ("tiny", "digits", "iddpm-cifar10")
@@ -46,7 +46,7 @@ def limit_at(space: Space, share: float) -> int:
 @given(spaces, seeds, shares)
 def test_a_repaired_scheme_is_within_the_limit_and_tight(space, seed, share):
     draw, limit = random.Random(seed), limit_at(space, share)
-    repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
+    repaired = fit_to_limit(space, random_scheme(space, draw), limit, random_values(space, draw))
     assert repaired.keys() == space.full.keys()
     assert all(1 <= repaired[unit.name] <= unit.width for unit in space.units)
     assert space.macs(repaired) <= limit
@@ -59,8 +59,8 @@ def test_a_repaired_scheme_is_within_the_limit_and_tight(space, seed, share):
 @given(spaces, seeds, shares)
 def test_a_tight_scheme_is_left_as_it_is(space, seed, share):
     draw, limit = random.Random(seed), limit_at(space, share)
-    tight = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
-    assert repair(space, tight, limit, random_values(space, draw)) == tight
+    tight = fit_to_limit(space, random_scheme(space, draw), limit, random_values(space, draw))
+    assert fit_to_limit(space, tight, limit, random_values(space, draw)) == tight
 
 
 @given(spaces, seeds)
@@ -77,7 +77,7 @@ def test_a_smaller_width_never_raises_macs_or_parameters(space, seed):
 def test_less_than_the_largest_step_of_a_limit_is_left_unused(space, seed, other):
     draw = random.Random(seed)
     limit = limit_at(space, random.Random(other).random())
-    repaired = repair(space, random_scheme(space, draw), limit, random_values(space, draw))
+    repaired = fit_to_limit(space, random_scheme(space, draw), limit, random_values(space, draw))
     largest_step = max(space.macs_table.slope(unit.name, space.full) for unit in space.units)
     assert repaired == space.full or space.macs(repaired) > limit - largest_step
 
@@ -119,27 +119,27 @@ def test_repair_takes_the_best_step_at_every_turn(name, seed, share):
     scheme, values = random_scheme(space, draw), random_values(space, draw)
     limit = limit_at(space, share)
     expected = repaired_without_a_heap(space, scheme, limit, values)
-    assert repair(space, scheme, limit, values) == expected
+    assert fit_to_limit(space, scheme, limit, values) == expected
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_the_full_scheme_is_unchanged_at_the_limit_of_the_base(space):
-    assert repair(space, space.full, space.macs_base, equal_values(space)) == space.full
+    assert fit_to_limit(space, space.full, space.macs_base, equal_values(space)) == space.full
     ones = dict.fromkeys(space.full, 1)
-    assert repair(space, ones, space.macs_base, equal_values(space)) == space.full
+    assert fit_to_limit(space, ones, space.macs_base, equal_values(space)) == space.full
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_the_smallest_scheme_is_all_that_the_smallest_limit_allows(space):
     ones = dict.fromkeys(space.full, 1)
-    assert repair(space, space.full, space.min_macs, equal_values(space)) == ones
+    assert fit_to_limit(space, space.full, space.min_macs, equal_values(space)) == ones
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_a_limit_below_the_smallest_scheme_is_an_error_that_names_the_numbers(space):
     limit = space.min_macs - 1
     with pytest.raises(LimitError) as raised:
-        repair(space, space.full, limit, equal_values(space))
+        fit_to_limit(space, space.full, limit, equal_values(space))
     for number in (limit, space.min_macs, space.macs_base):
         assert f"{number:,}" in str(raised.value)
     with pytest.raises(LimitError, match=f"^group 7 is limited to {limit:,} macs"):
@@ -162,7 +162,7 @@ def test_the_step_of_the_least_value_per_mac_goes_first(name):
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1.0] * (unit.width - 1) + [0.0]}
         limit = space.macs_base - space.macs_table.slope(unit.name, space.full)
-        assert repair(space, space.full, limit, values) == {
+        assert fit_to_limit(space, space.full, limit, values) == {
             **space.full,
             unit.name: unit.width - 1,
         }
@@ -175,7 +175,7 @@ def test_the_step_of_the_most_value_per_mac_comes_back_first(name):
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1e6] * unit.width}
         limit = space.min_macs + space.macs_table.slope(unit.name, ones)
-        repaired = repair(space, ones, limit, values)
+        repaired = fit_to_limit(space, ones, limit, values)
         assert repaired[unit.name] == 2
 
 

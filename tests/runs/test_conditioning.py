@@ -29,10 +29,10 @@ from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import keep_all
+from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.evaluation.evaluate import SampleJob, sample_images
 from tdc_ray.runs.preflight import check, check_conditioning
-from tdc_ray.runs.stages.base import Place, sample_grid, train_base
+from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, assert_same, group_of, random_unet, small_config
@@ -230,7 +230,7 @@ def test_what_is_dropped_follows_from_seed_and_step():
 def run_base(config: RunConfig, folder: Path, resume_from: Path | None = None) -> TrainState:
     return train_base(
         config,
-        Place(0, 1, torch.device("cpu")),
+        WorkerRank(0, 1, torch.device("cpu")),
         resume_from=resume_from,
         wrap=lambda unet: unet,
         report=lambda *_: None,
@@ -292,7 +292,7 @@ def test_a_fine_tune_is_told_the_labels_and_drops_them(tmp_path, label_dropout):
     config = config_of(label_dropout=label_dropout)
     config = replace(config, prune=replace(config.prune, num_images=16))
     run_dir, group = conditional_run_dir(tmp_path), group_of(config, 1)
-    kept = keep_all(units_of(WITH_NULL))
+    kept = keep_everything(units_of(WITH_NULL))
     finetune_expert(
         FinetuneJob(run_dir, config, group, kept, tmp_path / "checkpoint.pt"), lambda *_: None
     )
@@ -387,7 +387,9 @@ def test_base_and_experts_are_scored_on_images_of_the_same_classes(tmp_path):
     run_dir, unet = conditional_run_dir(tmp_path), random_unet(WITH_NULL)
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     for group in groups:
-        save_expert(run_dir.expert(group.index), unet, WITH_NULL, keep_all(units_of(WITH_NULL)))
+        save_expert(
+            run_dir.expert(group.index), unet, WITH_NULL, keep_everything(units_of(WITH_NULL))
+        )
     save_index(run_dir.experts, config, groups, [run_dir.expert(g.index).name for g in groups])
     config = replace(config, evaluate=replace(config.evaluate, batch_size=8))
     for which in ("base", "tdc"):
@@ -429,7 +431,7 @@ def saved(tmp_path) -> Path:
     names = [str(group.index) for group in groups]
     for name in names:
         unet = random_unet(WITH_NULL, seed=int(name))
-        save_expert(tmp_path / name, unet, WITH_NULL, keep_all(units_of(WITH_NULL)))
+        save_expert(tmp_path / name, unet, WITH_NULL, keep_everything(units_of(WITH_NULL)))
     save_index(tmp_path, config, groups, names)
     return tmp_path
 

@@ -6,10 +6,10 @@ import pytest
 from tdc_ray.errors import StorageError
 from tdc_ray.runs.results import (
     EvaluationResult,
-    GivenBaseResult,
     GroupResult,
     ModelResult,
     PlanResult,
+    PretrainedBaseResult,
     PruneResult,
     Results,
     StageSeconds,
@@ -82,7 +82,7 @@ RESULTS = Results(
     seconds=StageSeconds(base=1.0, prune=2.0, finetune=3.0, evaluate=4.0, wall=5.0),
     versions={"torch": "2.8.0"},
     commit="a2e27d0",
-    given_base=GivenBaseResult(
+    given_base=PretrainedBaseResult(
         source="openai:model.pt", files={"/data/model.pt": "0" * 64}, weights="as given"
     ),
 )

@@ -20,7 +20,7 @@ from tdc_ray.reporting.console import conclusions
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import load_results
 from tdc_ray.runs.run import run
-from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.ray
@@ -144,7 +144,7 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(finished_run, 
 
 
 def test_a_directory_in_use_is_refused(smoke_config, tmp_path):
-    with exclusive(tmp_path), pytest.raises(StorageError, match="is in use by process"):
+    with hold_lease(tmp_path), pytest.raises(StorageError, match="is in use by process"):
         run(smoke_config, tmp_path, Console(quiet=True))
 
 

@@ -18,7 +18,7 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
@@ -200,7 +200,7 @@ def test_import_converts_and_prints_what_the_file_does_not_tell(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "diffusion.beta_schedule squaredcos_cap_v2" in printed
     assert "diffusion.rescale_timesteps True" in printed
-    base = find_base(str(out))
+    base = resolve_base(str(out))
     assert base.told["diffusion.num_train_timesteps"] == 4000
     assert base.told["diffusion.rescale_timesteps"] is True
     assert json.loads((out / "base.json").read_text())["source"] == source

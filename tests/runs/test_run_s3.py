@@ -11,7 +11,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import exists, fetch, listing
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 
@@ -40,7 +40,7 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
     assert "tdc_ray-mirror" not in printed
 
     monkeypatch.setenv("TDC_RAY_MIRROR", str(tmp_path / "another node"))
-    run_dir = located(uri)
+    run_dir = resolve_path(uri)
     results = load_results(run_dir / "results.json")
     assert comparable(results) == comparable(load_results(finished_run / "results.json"))
     assert MemoryBank(run_dir / "memory.jsonl").all() == (
@@ -77,5 +77,5 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
     assert (tmp_path / "exported" / "README.md").exists()
     pruned = f"{bucket}/pruned"
     tdc_ray("prune", uri, "--macs", "0.7", "--method", "magnitude", "--out", pruned)
-    assert exists(located(f"{pruned}/report.json"))
-    assert exists(located(f"{pruned}/model.safetensors"))
+    assert exists(resolve_path(f"{pruned}/report.json"))
+    assert exists(resolve_path(f"{pruned}/model.safetensors"))

@@ -7,7 +7,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.runs.status import status
-from tdc_ray.storage.lease import exclusive
+from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -40,7 +40,7 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
     found = status(RunDir(folder))
     assert found.results is None
     assert found.driver is None
-    with exclusive(folder):
+    with hold_lease(folder):
         assert f"process {os.getpid()} on host" in status(RunDir(folder)).driver
     assert [group.index for group in found.groups if group.loss_finetuned is None] == [1]
     timeline = Timeline(folder / "timeline.jsonl")

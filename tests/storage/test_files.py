@@ -29,7 +29,7 @@ from tdc_ray.storage.files import (
     write_json,
     write_text,
 )
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 # --- atomic_path -----------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ def test_one_lock_holder_waits_for_the_other(tmp_path):
 
 @pytest.mark.parametrize("make", [make_file, make_folder])
 def test_a_uri_is_read_and_written_as_a_path_is(bucket, make):
-    folder = located(f"{bucket}/run")
+    folder = resolve_path(f"{bucket}/run")
     path = folder / "target"
     with atomic_path(path) as temporary:
         make(temporary, "whole")
@@ -271,7 +271,7 @@ def test_a_uri_is_read_and_written_as_a_path_is(bucket, make):
 
 
 def test_nothing_is_seen_in_a_store_of_a_block_that_raises(bucket):
-    path = located(f"{bucket}/run/target")
+    path = resolve_path(f"{bucket}/run/target")
 
     def write_half():
         with atomic_path(path) as temporary:
@@ -285,7 +285,7 @@ def test_nothing_is_seen_in_a_store_of_a_block_that_raises(bucket):
 
 
 def test_json_is_always_what_the_store_has(bucket):
-    path = located(f"{bucket}/results.json")
+    path = resolve_path(f"{bucket}/results.json")
     with pytest.raises(StorageError, match=f"^{bucket}/results.json does not exist"):
         read_json(path)
     write_json(path, {"a": 1})
@@ -297,7 +297,7 @@ def test_json_is_always_what_the_store_has(bucket):
 
 
 def test_lines_are_objects_of_their_own_in_a_store(bucket):
-    path = located(f"{bucket}/memory.jsonl")
+    path = resolve_path(f"{bucket}/memory.jsonl")
     assert read_json_lines(path) == []
     for number in range(3):
         append_json_line(path, {"round": number})
@@ -312,11 +312,11 @@ def test_lines_are_objects_of_their_own_in_a_store(bucket):
 
 APPEND = """
 import sys
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.files import append_json_line
 number = 0
 while True:
-    append_json_line(located(sys.argv[1]), {"number": number, "text": "x" * 1000})
+    append_json_line(resolve_path(sys.argv[1]), {"number": number, "text": "x" * 1000})
     number += 1
     print(number, flush=True)
 """
@@ -330,7 +330,7 @@ def test_a_kill_loses_no_line_that_was_appended(request, tmp_path, where):
         for _ in range(5):
             said = process.stdout.readline()
         process.kill()
-    lines = read_json_lines(located(f"{place}/memory.jsonl"))
+    lines = read_json_lines(resolve_path(f"{place}/memory.jsonl"))
     assert [line["number"] for line in lines] == list(range(len(lines)))
     assert len(lines) >= int(said) == 5
 
@@ -374,7 +374,7 @@ def test_a_write_without_room_is_one_error_and_leaves_what_was_there(
     request, tmp_path, write, where
 ):
     place = str(tmp_path / "run") if where == "local" else request.getfixturevalue("bucket")
-    path = located(f"{place}/file")
+    path = resolve_path(f"{place}/file")
     write_text(path, "before")
 
     def fill():

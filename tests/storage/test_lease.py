@@ -12,16 +12,16 @@ import pytest
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import lease, object_store
-from tdc_ray.storage.lease import LEASE_FILE, exclusive
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.lease import LEASE_FILE, hold_lease
+from tdc_ray.storage.object_store import resolve_path
 
 # --- the lock of this machine ------------------------------------------------------------------
 
 HOLD = """
 import sys
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import located
-with exclusive(located(sys.argv[1])):
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import resolve_path
+with hold_lease(resolve_path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -40,7 +40,7 @@ def held_by_another_process(run_dir):
 
 
 def hold(run_dir):
-    with exclusive(run_dir):
+    with hold_lease(run_dir):
         return "held"
 
 
@@ -75,7 +75,7 @@ def test_the_hold_ends_with_the_block_of_the_other_process(tmp_path):
 
 def test_the_hold_ends_with_an_error_too(tmp_path):
     def fail():
-        with exclusive(tmp_path):
+        with hold_lease(tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -97,7 +97,7 @@ def run_dir(request, tmp_path):
     """A run directory; a local one is seen by drivers on hosts whose locks are their own."""
     if request.param == "local":
         return tmp_path / "run"
-    return located(f"{request.getfixturevalue('bucket')}/run")
+    return resolve_path(f"{request.getfixturevalue('bucket')}/run")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def write_lease(run_dir: Path, document: dict) -> None:
 
 
 def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, other_host):
-    with held_by_another_process(object_store.shown(run_dir)) as process:
+    with held_by_another_process(object_store.display_path(run_dir)) as process:
         held = lease_of(run_dir)
         started = time.monotonic()
         with pytest.raises(StorageError) as caught:
@@ -139,12 +139,12 @@ def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, 
         assert f"process {process.pid} on host {held['host']}" in str(caught.value)
         assert held["started"] in str(caught.value)
         assert str(caught.value).startswith(
-            f"run directory {object_store.shown(run_dir)} is in use"
+            f"run directory {object_store.display_path(run_dir)} is in use"
         )
 
 
 def test_a_killed_drivers_lease_is_taken_at_once_on_its_host(run_dir):
-    with held_by_another_process(object_store.shown(run_dir)) as process:
+    with held_by_another_process(object_store.display_path(run_dir)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         started = time.monotonic()
@@ -153,8 +153,8 @@ def test_a_killed_drivers_lease_is_taken_at_once_on_its_host(run_dir):
 
 
 def test_a_killed_drivers_lease_runs_out_on_other_hosts(bucket, other_host):
-    run_dir = located(f"{bucket}/run")
-    with held_by_another_process(object_store.shown(run_dir)) as process:
+    run_dir = resolve_path(f"{bucket}/run")
+    with held_by_another_process(object_store.display_path(run_dir)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         started = time.monotonic()
@@ -163,7 +163,7 @@ def test_a_killed_drivers_lease_runs_out_on_other_hosts(bucket, other_host):
 
 
 def test_a_lease_is_given_back(run_dir, other_host, quick):
-    with held_by_another_process(object_store.shown(run_dir)) as process:
+    with held_by_another_process(object_store.display_path(run_dir)) as process:
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.wait() == 0
@@ -178,9 +178,9 @@ def test_a_torn_lease_runs_out_too(run_dir, quick):
 
 
 def test_a_suspended_driver_whose_lease_was_taken_stops(run_dir, other_host, quick):
-    with held_by_another_process(object_store.shown(run_dir)) as process:
+    with held_by_another_process(object_store.display_path(run_dir)) as process:
         process.send_signal(signal.SIGSTOP)
-        with exclusive(run_dir):
+        with hold_lease(run_dir):
             process.send_signal(signal.SIGCONT)
             assert process.wait(30) == 1  # though nobody told it to end
             assert f"was taken over by process {os.getpid()}" in process.stderr.read()
@@ -192,7 +192,7 @@ def test_the_loss_of_a_lease_interrupts_the_block(run_dir, monkeypatch):
     before = signal.getsignal(lease._STOP)
 
     def lose():
-        with exclusive(run_dir):
+        with hold_lease(run_dir):
             write_lease(run_dir, {"id": "x", "pid": 1, "host": "thief"})
             threading.Event().wait(30)
             pytest.fail("it went on")
@@ -205,13 +205,13 @@ def test_the_loss_of_a_lease_interrupts_the_block(run_dir, monkeypatch):
 
 def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(bucket, monkeypatch, caplog):
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.1)
-    run_dir, write, failed = located(f"{bucket}/run"), object_store.write, threading.Event()
+    run_dir, write, failed = resolve_path(f"{bucket}/run"), object_store.write, threading.Event()
 
     def fail(path, content):
         failed.set()
         raise StorageError("a hiccup")
 
-    with exclusive(run_dir):
+    with hold_lease(run_dir):
         monkeypatch.setattr(object_store, "write", fail)
         assert failed.wait(20)
         monkeypatch.setattr(object_store, "write", write)
@@ -238,6 +238,6 @@ def test_of_drivers_that_start_at_once_one_holds(bucket):
 
 
 def test_ctrl_c_is_still_ctrl_c(run_dir):
-    with pytest.raises(KeyboardInterrupt), exclusive(run_dir):
+    with pytest.raises(KeyboardInterrupt), hold_lease(run_dir):
         raise KeyboardInterrupt
     assert hold(run_dir) == "held"

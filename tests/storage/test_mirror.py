@@ -10,8 +10,8 @@ import pytest
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import mirror, object_store
 from tdc_ray.storage.files import append_json_line, atomic_path, listing, write_json
-from tdc_ray.storage.mirror import fetch, growing, remove, upload
-from tdc_ray.storage.object_store import filesystem, located
+from tdc_ray.storage.mirror import fetch, remove, synced_while_growing, upload
+from tdc_ray.storage.object_store import filesystem, resolve_path
 
 
 def make(source: Path, files: dict[str, str]) -> Path:
@@ -32,14 +32,14 @@ def local(path: Path) -> dict[str, str]:
 
 def on_another_node(monkeypatch, tmp_path: Path, uri: str) -> Path:
     monkeypatch.setenv("TDC_RAY_MIRROR", str(tmp_path / "another"))
-    return located(uri)
+    return resolve_path(uri)
 
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "inner/tdc_heads.json": "4"}
 
 
 def test_a_folder_comes_back_whole_on_another_node(bucket, tmp_path, monkeypatch):
-    path = located(f"{bucket}/unet")
+    path = resolve_path(f"{bucket}/unet")
     upload(make(tmp_path / "source", FILES), path)
     assert local(path) == FILES
     other = on_another_node(monkeypatch, tmp_path, f"{bucket}/unet")
@@ -50,7 +50,7 @@ def test_a_folder_comes_back_whole_on_another_node(bucket, tmp_path, monkeypatch
 
 def test_a_file_comes_back_whole(bucket, tmp_path, monkeypatch):
     (tmp_path / "source").write_bytes(bytes(range(256)) * 40_000)
-    upload(tmp_path / "source", located(f"{bucket}/file"))
+    upload(tmp_path / "source", resolve_path(f"{bucket}/file"))
     assert not (tmp_path / "source").exists()
     other = on_another_node(monkeypatch, tmp_path, f"{bucket}/file")
     fetch(other)
@@ -58,12 +58,12 @@ def test_a_file_comes_back_whole(bucket, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_written_atomically_within_goes_up_once(bucket):
-    folder = located(f"{bucket}/expert")
+    folder = resolve_path(f"{bucket}/expert")
     with atomic_path(folder) as temporary:
         write_json(temporary / "config.json", {"kept": []})
         append_json_line(temporary / "log.jsonl", 1)
-        assert listing(located(bucket), "**") == []
-    assert listing(located(bucket), "**") == [
+        assert listing(resolve_path(bucket), "**") == []
+    assert listing(resolve_path(bucket), "**") == [
         folder,
         folder / "config.json",
         folder / "log.jsonl",
@@ -72,7 +72,7 @@ def test_a_folder_that_is_written_atomically_within_goes_up_once(bucket):
 
 
 def test_what_was_written_or_fetched_is_not_downloaded_again(bucket, tmp_path, monkeypatch):
-    path = located(f"{bucket}/unet")
+    path = resolve_path(f"{bucket}/unet")
     upload(make(tmp_path / "source", FILES), path)
     other = on_another_node(monkeypatch, tmp_path, f"{bucket}/unet")
     fetch(other)
@@ -83,7 +83,7 @@ def test_what_was_written_or_fetched_is_not_downloaded_again(bucket, tmp_path, m
 
 
 def test_what_another_driver_wrote_over_is_fetched_anew(bucket, tmp_path, monkeypatch):
-    here = located(f"{bucket}/unet")
+    here = resolve_path(f"{bucket}/unet")
     upload(make(tmp_path / "source", FILES), here)
     there = on_another_node(monkeypatch, tmp_path, f"{bucket}/unet")
     after = {"config.json": "{}", "model.safetensors": "WEIGHTS"}  # of the same size
@@ -93,7 +93,7 @@ def test_what_another_driver_wrote_over_is_fetched_anew(bucket, tmp_path, monkey
 
 
 def test_a_stale_copy_goes_with_what_it_was_a_copy_of(bucket, tmp_path, monkeypatch):
-    here = located(f"{bucket}/run")
+    here = resolve_path(f"{bucket}/run")
     upload(make(tmp_path / "source", FILES), here)
     remove(on_another_node(monkeypatch, tmp_path, f"{bucket}/run"))
     fetch(here)
@@ -106,7 +106,7 @@ def test_a_stale_copy_goes_with_what_it_was_a_copy_of(bucket, tmp_path, monkeypa
 
 
 def test_a_copy_that_was_changed_by_hand_is_not_believed(bucket, tmp_path):
-    path = located(f"{bucket}/file")
+    path = resolve_path(f"{bucket}/file")
     (tmp_path / "source").write_text("right")
     upload(tmp_path / "source", path)
     path.write_text("wrong")
@@ -115,7 +115,7 @@ def test_a_copy_that_was_changed_by_hand_is_not_believed(bucket, tmp_path):
 
 
 def test_files_that_are_being_written_stay(bucket, tmp_path):
-    path = located(f"{bucket}/unet")
+    path = resolve_path(f"{bucket}/unet")
     upload(make(tmp_path / "source", FILES), path)
     make(path, {".other.host-1.tmp/config.json": "half", ".file.host-1.tmp": "half"})
     fetch(path)
@@ -124,10 +124,10 @@ def test_files_that_are_being_written_stay(bucket, tmp_path):
 
 
 def test_folders_of_like_names_are_not_mixed_up(bucket, tmp_path):
-    upload(make(tmp_path / "one", {"a": "1"}), located(f"{bucket}/expert-1"))
-    upload(make(tmp_path / "ten", {"a": "10"}), located(f"{bucket}/expert-10"))
-    remove(located(f"{bucket}/expert-1"))
-    assert object_store.listing(located(bucket), "*") == [located(f"{bucket}/expert-10")]
+    upload(make(tmp_path / "one", {"a": "1"}), resolve_path(f"{bucket}/expert-1"))
+    upload(make(tmp_path / "ten", {"a": "10"}), resolve_path(f"{bucket}/expert-10"))
+    remove(resolve_path(f"{bucket}/expert-1"))
+    assert object_store.listing(resolve_path(bucket), "*") == [resolve_path(f"{bucket}/expert-10")]
 
 
 def test_config_is_the_last_file_to_come_and_the_first_to_go(bucket, tmp_path, monkeypatch):
@@ -140,24 +140,24 @@ def test_config_is_the_last_file_to_come_and_the_first_to_go(bucket, tmp_path, m
 
     monkeypatch.setattr(mirror, "put", watched)
     files = {"config.json": "", "zero.json": "", "a.safetensors": "", "in/config.json": ""}
-    upload(make(tmp_path / "source", files), located(f"{bucket}/a"))
+    upload(make(tmp_path / "source", files), resolve_path(f"{bucket}/a"))
     assert seen == ["a.safetensors", "config.json", "zero.json", "config.json"]
 
 
 FETCH = """
 import sys, time
 from tdc_ray.storage import mirror
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 print("ready", flush=True)
 sys.stdin.readline()
-mirror.fetch(located(sys.argv[1]))
-print(located(sys.argv[1]).stat().st_ino, flush=True)
+mirror.fetch(resolve_path(sys.argv[1]))
+print(resolve_path(sys.argv[1]).stat().st_ino, flush=True)
 """
 
 
 def test_several_processes_of_a_node_download_a_file_once(bucket, tmp_path, monkeypatch):
     (tmp_path / "source").write_bytes(os.urandom(8_000_000))
-    upload(tmp_path / "source", located(f"{bucket}/weights"))
+    upload(tmp_path / "source", resolve_path(f"{bucket}/weights"))
     on_another_node(monkeypatch, tmp_path, bucket)
     command, pipe = [sys.executable, "-c", FETCH, f"{bucket}/weights"], subprocess.PIPE
     started = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(3)]
@@ -174,8 +174,8 @@ def test_several_processes_of_a_node_download_a_file_once(bucket, tmp_path, monk
 def test_a_process_killed_while_it_uploads_leaves_nothing_in_the_store(bucket, tmp_path):
     code = (
         "import sys; from pathlib import Path; from tdc_ray.storage.mirror import upload\n"
-        "from tdc_ray.storage.object_store import located; print('go', flush=True)\n"
-        "upload(Path(sys.argv[1]), located(sys.argv[2]))"
+        "from tdc_ray.storage.object_store import resolve_path; print('go', flush=True)\n"
+        "upload(Path(sys.argv[1]), resolve_path(sys.argv[2]))"
     )
     with (tmp_path / "source").open("wb") as file:
         file.truncate(400_000_000)  # goes up in parts
@@ -185,11 +185,11 @@ def test_a_process_killed_while_it_uploads_leaves_nothing_in_the_store(bucket, t
         time.sleep(0.5)
         process.kill()
     assert process.returncode == -9
-    assert not object_store.exists(located(f"{bucket}/weights"))
+    assert not object_store.exists(resolve_path(f"{bucket}/weights"))
 
 
 def test_an_upload_that_fails_leaves_what_was_there(bucket, tmp_path, monkeypatch):
-    path = located(f"{bucket}/file")
+    path = resolve_path(f"{bucket}/file")
     (tmp_path / "source").write_text("before")
     upload(tmp_path / "source", path)
     (tmp_path / "source").write_text("after")
@@ -205,21 +205,21 @@ def test_an_upload_that_fails_leaves_what_was_there(bucket, tmp_path, monkeypatc
 def test_a_mirror_in_another_users_folder_is_refused(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(StorageError, match="Name another by TDC_RAY_MIRROR"):
-        upload(make(tmp_path / "source", FILES), located(f"{bucket}/a"))
+        upload(make(tmp_path / "source", FILES), resolve_path(f"{bucket}/a"))
 
 
 # --- files that grow ---------------------------------------------------------------------------
 
 
 def test_a_growing_file_is_where_it_is_named(tmp_path):
-    with growing(tmp_path / "run.log") as place:
+    with synced_while_growing(tmp_path / "run.log") as place:
         assert place == tmp_path / "run.log"
 
 
 def test_what_grows_is_in_the_store_soon_and_at_the_end(bucket, monkeypatch):
     monkeypatch.setattr(mirror, "SECONDS_BETWEEN_UPLOADS", 0.2)
-    path = located(f"{bucket}/tensorboard")
-    with growing(path) as folder:
+    path = resolve_path(f"{bucket}/tensorboard")
+    with synced_while_growing(path) as folder:
         (folder / "base").mkdir()
         with (folder / "base" / "events").open("w") as file:
             file.write("one\n")
@@ -236,7 +236,7 @@ def test_what_grows_is_in_the_store_soon_and_at_the_end(bucket, monkeypatch):
 
 def test_a_store_that_fails_for_a_while_gets_what_grew_later(bucket, monkeypatch, caplog):
     monkeypatch.setattr(mirror, "SECONDS_BETWEEN_UPLOADS", 0.1)
-    path, failed = located(f"{bucket}/log"), threading.Event()
+    path, failed = resolve_path(f"{bucket}/log"), threading.Event()
     store, _ = filesystem(path)
     put_file = store.put_file
 
@@ -245,7 +245,7 @@ def test_a_store_that_fails_for_a_while_gets_what_grew_later(bucket, monkeypatch
         raise OSError("a hiccup")
 
     monkeypatch.setattr(store, "put_file", fail)
-    with growing(path) as folder:
+    with synced_while_growing(path) as folder:
         (folder / "a.log").write_text("kept")
         assert failed.wait(20)
         monkeypatch.setattr(store, "put_file", put_file)

@@ -9,41 +9,41 @@ import pytest
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
-from tdc_ray.storage.object_store import filesystem, is_remote, located, shown
+from tdc_ray.storage.object_store import display_path, filesystem, is_remote, resolve_path
 
 # --- URIs and their mirrors --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["runs/a", "/runs/a", "a:b", "C:/runs", Path("x"), "openai:a/b"])
 def test_a_path_is_itself(path):
-    assert located(path) == Path(path)
-    assert not is_remote(located(path))
-    assert shown(path) == str(path)
+    assert resolve_path(path) == Path(path)
+    assert not is_remote(resolve_path(path))
+    assert display_path(path) == str(path)
 
 
 @pytest.mark.parametrize("uri", ["file:///runs/a", "local:///runs/a"])
 def test_a_uri_of_a_local_file_is_its_path(uri):
-    assert located(uri) == Path("/runs/a")
+    assert resolve_path(uri) == Path("/runs/a")
 
 
 @pytest.mark.parametrize("kind", [str, Path])  # a Path loses one of the slashes
 @pytest.mark.parametrize("uri", ["s3://bucket/runs/a", "s3://bucket", "memory://a/b=c/d e"])
 def test_a_mirror_tells_its_uri_in_any_process(tmp_path, monkeypatch, uri, kind):
     monkeypatch.setenv("TDC_RAY_MIRROR", str(tmp_path))
-    path = located(kind(uri))
+    path = resolve_path(kind(uri))
     assert is_remote(path)
     assert path.is_relative_to(tmp_path)
-    assert shown(path) == uri
-    assert shown(path / "x" / "y") == f"{uri}/x/y"
+    assert display_path(path) == uri
+    assert display_path(path / "x" / "y") == f"{uri}/x/y"
     monkeypatch.setenv("TDC_RAY_MIRROR", "/elsewhere")  # as on another node
-    assert shown(path) == uri
-    assert located(path) == path
+    assert display_path(path) == uri
+    assert resolve_path(path) == path
 
 
 def test_without_a_setting_mirrors_are_the_users_own(monkeypatch):
     monkeypatch.delenv("TDC_RAY_MIRROR", raising=False)
     folder = Path(tempfile.gettempdir(), f"tdc_ray-{os.getuid()}").resolve()
-    assert located("s3://bucket/a").is_relative_to(folder)
+    assert resolve_path("s3://bucket/a").is_relative_to(folder)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_without_a_setting_mirrors_are_the_users_own(monkeypatch):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_uri_of_no_place_or_with_a_key_is_refused_without_telling_it(uri, kind):
     with pytest.raises(StorageError, match=r"must be s3://BUCKET/PREFIX") as caught:
-        located(kind(uri))
+        resolve_path(kind(uri))
     assert "secret" not in str(caught.value)
 
 
 def test_a_kind_that_is_not_known_is_refused():
     with pytest.raises(StorageError, match=r"nonsense://b/a is of a kind that is not known"):
-        located("nonsense://b/a")
+        resolve_path("nonsense://b/a")
 
 
 def test_a_kind_that_is_not_installed_is_refused_with_what_to_install():
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from tdc_ray.storage.object_store import located; located('s3://bucket/a')"
+        "from tdc_ray.storage.object_store import resolve_path; resolve_path('s3://bucket/a')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "StorageError: s3://bucket/a cannot be used" in done.stderr
@@ -86,7 +86,7 @@ def test_local_paths_need_no_fsspec():
 
 
 def test_files_and_folders_exist_as_long_as_the_store_has_them(bucket):
-    path = located(bucket) / "runs" / "a" / "file"
+    path = resolve_path(bucket) / "runs" / "a" / "file"
     assert not object_store.exists(path)
     object_store.write(path, b"content")
     assert object_store.read(path) == b"content"
@@ -101,7 +101,7 @@ def test_files_and_folders_exist_as_long_as_the_store_has_them(bucket):
 
 
 def test_the_version_changes_with_the_content_alone(bucket):
-    path = located(bucket) / "file"
+    path = resolve_path(bucket) / "file"
     object_store.write(path, b"one")
     first = object_store.version(path)
     object_store.write(path, b"one")
@@ -126,16 +126,16 @@ def test_listings_are_those_of_a_local_folder(bucket, tmp_path, pattern, found):
     names += ["search/x/memory.jsonl/000000-x.json", "search/y/memory.jsonl/000000-x.json"]
     names += ["search/x/made.json"]
     for name in names:
-        object_store.write(located(bucket) / "run" / name, b"")
+        object_store.write(resolve_path(bucket) / "run" / name, b"")
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
-    path = located(bucket) / "run"
+    path = resolve_path(bucket) / "run"
     assert object_store.listing(path, pattern) == [path / name for name in found]
     assert sorted((tmp_path / "run").glob(pattern)) == [tmp_path / "run" / name for name in found]
 
 
 def test_entries_stand_in_the_order_in_which_they_were_added(bucket):
-    path = located(bucket) / "memory.jsonl"
+    path = resolve_path(bucket) / "memory.jsonl"
     assert object_store.read_entries(path) == []
     for number in range(12):
         object_store.append(path, json.dumps(number).encode())
@@ -143,10 +143,11 @@ def test_entries_stand_in_the_order_in_which_they_were_added(bucket):
 
 
 def test_two_processes_that_add_entries_at_once_keep_both(bucket):
-    path = located(bucket) / "memory.jsonl"
+    path = resolve_path(bucket) / "memory.jsonl"
     code = (
-        "import sys; from tdc_ray.storage.object_store import append, located\n"
-        "for number in range(5): append(located(sys.argv[1]), f'{sys.argv[2]}{number}'.encode())"
+        "import sys; from tdc_ray.storage.object_store import append, resolve_path\n"
+        "for number in range(5): append(resolve_path(sys.argv[1]), "
+        "f'{sys.argv[2]}{number}'.encode())"
     )
     uri = f"{bucket}/memory.jsonl"
     started = [subprocess.Popen([sys.executable, "-c", code, uri, name]) for name in "ab"]
@@ -158,7 +159,7 @@ def test_two_processes_that_add_entries_at_once_keep_both(bucket):
 
 def test_a_store_that_renames_gets_whole_files_too(tmp_path):
     (tmp_path / "source").write_bytes(b"whole")
-    path = located("memory://place/folder/file")
+    path = resolve_path("memory://place/folder/file")
     object_store.put(tmp_path / "source", path)
     assert object_store.read(path) == b"whole"
     assert object_store.listing(path.parent, "*") == [path]
@@ -174,7 +175,7 @@ def test_a_store_that_renames_gets_whole_files_too(tmp_path):
 )
 def test_a_bucket_that_does_not_exist_is_told_by_what_is_written(bucket, tmp_path, write):
     (tmp_path / "source").touch()
-    path = located(f"{bucket}-missing/a")
+    path = resolve_path(f"{bucket}-missing/a")
     with pytest.raises(StorageError, match=f"^{bucket}-missing/a cannot be written: .*bucket"):
         write(path, tmp_path / "source")
     assert not object_store.exists(path)
@@ -184,8 +185,8 @@ def test_a_bucket_that_does_not_exist_is_told_by_what_is_written(bucket, tmp_pat
 def test_a_store_that_does_not_answer_is_told(bucket, monkeypatch):
     code = (
         "import sys; from tdc_ray.errors import StorageError\n"
-        "from tdc_ray.storage.object_store import exists, located\n"
-        "try: exists(located(sys.argv[1]))\n"
+        "from tdc_ray.storage.object_store import exists, resolve_path\n"
+        "try: exists(resolve_path(sys.argv[1]))\n"
         "except StorageError as error: print(error)"
     )
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

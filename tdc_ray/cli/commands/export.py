@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,4 +28,6 @@ class Export:
         from tdc_ray.runs.export.export import export_run
 
         export_run(self.run, self.out)
-        console.print(f"written: {shown(self.out)} (README.md says how to sample)", soft_wrap=True)
+        console.print(
+            f"written: {display_path(self.out)} (README.md says how to sample)", soft_wrap=True
+        )

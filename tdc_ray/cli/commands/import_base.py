@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.errors import StorageError
-from tdc_ray.storage.object_store import is_remote, located, shown
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +30,23 @@ class Import:
         """Write the base, and say what it does not tell."""
         from tdc_ray.models.unet2d.layers import count
         from tdc_ray.runs.pretrained.importer import import_base
-        from tdc_ray.runs.pretrained.settings import untold
-        from tdc_ray.runs.pretrained.sources import find_base
+        from tdc_ray.runs.pretrained.settings import missing_settings
+        from tdc_ray.runs.pretrained.sources import resolve_base
         from tdc_ray.storage.files import exists
 
-        out = located(self.out)
+        out = resolve_path(self.out)
         if exists(out) and (is_remote(out) or not out.is_dir() or any(out.iterdir())):
-            raise StorageError(f"{shown(out)} must be a new or an empty folder: choose another.")
-        base = find_base(self.source)
+            raise StorageError(
+                f"{display_path(out)} must be a new or an empty folder: choose another."
+            )
+        base = resolve_base(self.source)
         num_params, macs = count(import_base(base, self.config, out))
         console.print(
-            f"written: {shown(out)} ({base.weights} weights, {num_params / 1e6:.2f} M parameters, "
-            f"{macs / 1e9:.2f} G macs)",
+            f"written: {display_path(out)} ({base.weights} weights, {num_params / 1e6:.2f} M "
+            f"parameters, {macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
-        for name in untold(base.told):
+        for name in missing_settings(base.told):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)
             console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)

@@ -7,7 +7,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,13 @@ class Memory:
         from tdc_ray.storage.files import exists, listing
         from tdc_ray.storage.run_dir import RunDir
 
-        folder = located(self.run)
+        folder = resolve_path(self.run)
         paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
         found = [path for path in paths if exists(path)]
         if not found:
             raise StorageError(
-                f"{shown(folder)} holds no memory bank: {shown(paths[0])} does not exist."
+                f"{display_path(folder)} holds no memory bank: {display_path(paths[0])} does not "
+                "exist."
             )
         banks = {path: MemoryBank(path).all() for path in found}
         groups = sorted({entry.group for entries in banks.values() for entry in entries})

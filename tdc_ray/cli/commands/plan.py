@@ -8,7 +8,7 @@ from rich.console import Console
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig, default_run_dir
 from tdc_ray.diffusion.plan import Plan as GroupPlan
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class Plan:
 
         config = self.config
         plan = show_plan(config, console)
-        folder = located(self.out_dir or default_run_dir(config))
+        folder = resolve_path(self.out_dir or default_run_dir(config))
         write_json(folder / "plan.json", to_json(plan))
         plot_plan(plan, folder / "plan.png")
-        name = shown(folder)
+        name = display_path(folder)
         console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
 
 
@@ -47,10 +47,10 @@ def show_plan(config: RunConfig, console: Console) -> GroupPlan:
     if config.model.base is None:
         unet = base_unet(config)
     else:
-        from tdc_ray.runs.pretrained.importer import check_base
-        from tdc_ray.runs.pretrained.sources import find_base  # imports torch
+        from tdc_ray.runs.pretrained.importer import check_compatible
+        from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
 
-        unet = check_base(find_base(config.model.base), config)
+        unet = check_compatible(resolve_base(config.model.base), config)
     _, macs_base = count(unet)
     print_plan(console, plan, config, macs_base)
     return plan

@@ -11,7 +11,7 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.prune import SearchMethod
 from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Prune:
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned
-        from tdc_ray.runs.pretrained.settings import noise_told, untold
+        from tdc_ray.runs.pretrained.settings import missing_settings, noise_settings
         from tdc_ray.runs.prune_model import (
             REPORT_FILE,
             for_unet,
@@ -76,19 +76,20 @@ class Prune:
         trained = run_config_of(unet) is not None
         if not trained and self.data is None and self.config.data.source == "digits":
             raise ConfigError(
-                f"{shown(self.model_dir)} is in no run directory and does not tell what it was "
-                "trained on: set --data to digits, an npz file or a folder of images."
+                f"{display_path(self.model_dir)} is in no run directory and does not tell what it "
+                "was trained on: set --data to digits, an npz file or a folder of images."
             )
         config = for_unet(self.config, given_unet_config(unet), self.data)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if not trained and (missing := untold(noise_told(str(self.model_dir)))):
+        if not trained and (missing := missing_settings(noise_settings(str(self.model_dir)))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
-                f"{shown(self.model_dir)} does not tell {names}: {noise.beta_schedule} betas "
-                f"over {noise.num_train_timesteps} timesteps are taken (--preset, --diffusion.*)",
+                f"{display_path(self.model_dir)} does not tell {names}: {noise.beta_schedule} "
+                f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "
+                "--diffusion.*)",
                 soft_wrap=True,
             )
         share = 0.7 if self.macs is None else self.macs
@@ -102,4 +103,6 @@ class Prune:
             group = replace(groups[self.group], limit_share=share)
         report = prune_model(unet, config, group, self.out, console, self.milliseconds)
         print_pruned(console, report)
-        console.print(f"written: {shown(self.out)}/{REPORT_FILE} and the model", soft_wrap=True)
+        console.print(
+            f"written: {display_path(self.out)}/{REPORT_FILE} and the model", soft_wrap=True
+        )

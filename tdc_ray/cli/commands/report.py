@@ -7,7 +7,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +32,4 @@ class Report:
         if not self.runs:
             raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
         page = write_report(self.runs, self.out)
-        console.print(f"written: {shown(page)} (and report.md, tables/)", soft_wrap=True)
+        console.print(f"written: {display_path(page)} (and report.md, tables/)", soft_wrap=True)

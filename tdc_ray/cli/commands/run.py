@@ -9,7 +9,7 @@ from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
 from tdc_ray.storage.logs import log_to
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Run:
     def execute(self, console: Console) -> None:
         """Run, or go on, and print what came out."""
         config = self.config
-        folder = located(self.run_dir or default_run_dir(config))
+        folder = resolve_path(self.run_dir or default_run_dir(config))
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.run import run
@@ -45,9 +45,9 @@ class Run:
             console.print(config)
             show_plan(config, console)
             check(with_first_stage(with_absolute_paths(config)))
-            console.print(f"would run in {shown(folder)}", soft_wrap=True)
+            console.print(f"would run in {display_path(folder)}", soft_wrap=True)
             return
-        name = shown(folder)
+        name = display_path(folder)
         console.print(
             f"run directory {name}; the same command goes on after a cut", soft_wrap=True
         )

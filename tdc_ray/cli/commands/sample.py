@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from tdc_ray.config.train import Precision
 from tdc_ray.config.validation import require
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Sample:
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
         from tdc_ray.models.precision import DTYPES
-        from tdc_ray.runs.stages.precision import ProbeJob, probe
+        from tdc_ray.runs.stages.precision import ProbeJob, benchmark_precision
         from tdc_ray.storage.files import atomic_path
 
         pipeline = ProgressivePipeline.from_pretrained(
@@ -68,7 +68,7 @@ class Sample:
         if precision == "auto":
             channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
             job = ProbeJob(channels=channels, size=pipeline.shape[-1], trains=False)
-            precision = probe(job, lambda *_: None)["precision"]
+            precision = benchmark_precision(job, lambda *_: None)["precision"]
             console.print(f"precision auto is {precision} here")
         pipeline.experts.to(DTYPES[precision])
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,13 +91,13 @@ class Sample:
             )
             pixels.append(output.images)
         images = np.concatenate(pixels)
-        folder = located(self.out_dir or self.run / "samples")
+        folder = resolve_path(self.out_dir or self.run / "samples")
         with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images)
         grid = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         with atomic_path(folder / "samples.png") as temporary, temporary.open("wb") as file:
             save_image(grid, file, nrow=max(1, round(len(images) ** 0.5)), format="png")
-        name = shown(folder)
+        name = display_path(folder)
         console.print(
             f"written: {name}/samples.npz ({images.shape}), {name}/samples.png", soft_wrap=True
         )

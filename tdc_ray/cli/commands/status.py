@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +24,4 @@ class Status:
         from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir
 
-        print_status(console, status(RunDir(located(self.run))))
+        print_status(console, status(RunDir(resolve_path(self.run))))

@@ -12,7 +12,7 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.runs.sweep.space import SweepConfig, check_space, parse_space
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 if TYPE_CHECKING:
     from tdc_ray.runs.sweep.results import SweepResults
@@ -49,10 +49,10 @@ class Sweep:
             raise ConfigError("seed is not heeded in a sweep: give its training seeds by --seeds.")
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
-        folder = located(self.storage) / self.name
+        folder = resolve_path(self.storage) / self.name
         console.print(
-            f"sweep {shown(folder)}; the same command goes on after a cut\n"
-            f"curves and HParams: tensorboard --logdir {shown(folder)}",
+            f"sweep {display_path(folder)}; the same command goes on after a cut\n"
+            f"curves and HParams: tensorboard --logdir {display_path(folder)}",
             soft_wrap=True,
         )
         from tdc_ray.runs.sweep.results import load_sweep

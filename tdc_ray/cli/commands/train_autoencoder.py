@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TrainAutoencoder:
         if self.data is not None:
             config = replace(config, data=data_config(self.data, config.data))
         report = train_autoencoder(config, self.out, console)
-        errors, out = report["held_out"], shown(self.out)
+        errors, out = report["held_out"], display_path(self.out)
         console.print(
             f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE "
             f"{errors['mse']:.5f} (of [-1, 1]), PSNR {errors['psnr_db']:.1f} dB; latents "

@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tdc_ray.execution.cache import Store, key_of, shared
+from tdc_ray.execution.cache import ResultCache, key_of, shared
 from tdc_ray.execution.item import Report, Reported, WorkItem, finished
 from tdc_ray.storage.files import read_json, write_json
-from tdc_ray.storage.object_store import shown, writer
+from tdc_ray.storage.object_store import display_path, writer_id
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 10.0
@@ -32,13 +32,14 @@ SECONDS_BETWEEN_LOOKS = 0.5
 logger = logging.getLogger(__name__)
 
 
-class _Claims:
-    """Who is at which key."""
+class ClaimRegistry:
+    """Which run is computing which key; an actor that all runs of a Ray job share."""
 
     def __init__(self) -> None:
         self.held: dict[str, tuple[str, float]] = {}
 
     def claim(self, key: str, owner: str) -> bool:
+        """Whether the key is now the owner's: it was free, stale, or the owner's already."""
         holder, since = self.held.get(key, (owner, 0.0))
         if holder != owner and time.monotonic() - since < STALE_AFTER_S:
             return False
@@ -46,37 +47,39 @@ class _Claims:
         return True
 
     def renew(self, keys: Sequence[str], owner: str) -> None:
+        """Keep the owner's claims from going stale."""
         for key in keys:
             self.held[key] = (owner, time.monotonic())
 
     def release(self, key: str, owner: str) -> None:
+        """Free a key, if it is the owner's."""
         if self.held.get(key, ("", 0.0))[0] == owner:
             del self.held[key]
 
 
-def start_claims(root: Path) -> Any:
+def start_claim_registry(root: Path) -> Any:
     """Give the actor that keeps the claims on a store, starting it if there is none.
 
     It lives as long as what this first call in the Ray job returned.
     """
-    name = hashlib.sha256(shown(root).encode()).hexdigest()[:16]
+    name = hashlib.sha256(display_path(root).encode()).hexdigest()[:16]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Claims)
+    remote: Any = ray.remote(num_cpus=0, max_restarts=-1)(ClaimRegistry)
     return remote.options(
         name=f"tdc-ray-claims-{name}", get_if_exists=True, scheduling_strategy=here
     ).remote()
 
 
-class Sharing:
+class CacheSession:
     """One run's dealings with a store; a context manager that keeps its claims alive.
 
     Without a store every item is run, and nothing is shared.
     """
 
-    def __init__(self, store: Store | None) -> None:
+    def __init__(self, store: ResultCache | None) -> None:
         self._store = store
         self._claims: Any = None
-        self._owner = "" if store is None else f"{store.run} {writer()}"
+        self._owner = "" if store is None else f"{store.run} {writer_id()}"
         self._held: dict[str, str] = {}
         """Keys, by those of their items within the run."""
 
@@ -86,9 +89,9 @@ class Sharing:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claims", daemon=True)
 
-    def __enter__(self) -> "Sharing":
+    def __enter__(self) -> "CacheSession":
         if self._store is not None:
-            self._claims = start_claims(self._store.root)
+            self._claims = start_claim_registry(self._store.root)
             self._thread.start()
         return self
 
@@ -106,11 +109,11 @@ class Sharing:
         key = None if store is None else self._key(item)
         if store is None or key is None:
             return item
-        if not store.holds(key) and not self._claim(item.key, key):
+        if not store.contains(key) and not self._claim(item.key, key):
             return None
-        if store.holds(key):  # it may have come with the claim
-            return store.taking(item, key)
-        return store.publishing(item, key)
+        if store.contains(key):  # it may have come with the claim
+            return store.loading(item, key)
+        return store.saving(item, key)
 
     def end(self, item: WorkItem) -> None:
         """Note that an item is no longer under way."""
@@ -137,19 +140,19 @@ class Sharing:
             yield done is not None
             return
         said = False
-        while not store.holds(key) and not self._claim(item.key, key):
+        while not store.contains(key) and not self._claim(item.key, key):
             if not said:
                 logger.info("%s: another run computes the same; waiting for it", item.key)
             said = True
             time.sleep(SECONDS_BETWEEN_LOOKS)
         try:
-            if done is None and store.holds(key):
-                write_json(item.result_path, store.take(item, key, report))
+            if done is None and store.contains(key):
+                write_json(item.result_path, store.load(item, key, report))
                 yield True
                 return
             yield False
             result = read_json(item.result_path)
-            write_json(item.result_path, store.publish(item, key, result, reported))
+            write_json(item.result_path, store.save(item, key, result, reported))
         finally:
             self.end(item)
 

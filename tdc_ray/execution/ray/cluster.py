@@ -98,7 +98,7 @@ def is_local() -> bool:
     return bool(context.namespace == LOCAL) and context.get_actor_id() is None
 
 
-class _Events:
+class _EventBuffer:
     """Holds events until the driver fetches them."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Events:
         return events
 
 
-class Board:
+class EventCollector:
     """The driver's end: fetches events in a thread and shows them. Sendable to workers."""
 
     def __init__(self, actor: ActorHandle) -> None:
@@ -151,12 +151,12 @@ class Board:
 
 
 @contextlib.contextmanager
-def board(view: ProgressView) -> Iterator[Board]:
+def board(view: ProgressView) -> Iterator[EventCollector]:
     """Start a board on the driver's node and show what it gets for as long as needed."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote = ray.remote(num_cpus=0, max_restarts=-1)(_Events)
+    remote = ray.remote(num_cpus=0, max_restarts=-1)(_EventBuffer)
     actor: Any = remote.options(scheduling_strategy=here).remote()
-    handle, stop = Board(actor), threading.Event()
+    handle, stop = EventCollector(actor), threading.Event()
 
     def watch() -> None:
         while not stop.wait(SECONDS_BETWEEN_LOOKS):

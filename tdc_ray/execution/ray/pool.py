@@ -14,13 +14,13 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
-from tdc_ray.execution.ray.cache_session import Sharing
-from tdc_ray.execution.ray.cluster import Board, is_alive, node_resources
+from tdc_ray.execution.ray.cache_session import CacheSession
+from tdc_ray.execution.ray.cluster import EventCollector, is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
 from tdc_ray.execution.ray.service import start_caller, start_checked_caller
-from tdc_ray.execution.ray.workers import Crew, needs
+from tdc_ray.execution.ray.workers import WorkerGroup, needs
 from tdc_ray.execution.retry import Action, Failure
-from tdc_ray.execution.scheduler import Schedule, Task
+from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.reporting.progress import ProgressView
 
@@ -51,7 +51,7 @@ T = TypeVar("T")
 class _Running:
     """A task, what gives its result, and those of its workers that are not done."""
 
-    task: Task
+    task: Assignment
     result: ray.ObjectRef
     owed: dict[ray.ObjectRef, str]
     """Their names; of a call, which has none, nobody's."""
@@ -66,17 +66,17 @@ class Pool:
     def __init__(
         self,
         config: RunConfig,
-        board: Board,
+        board: EventCollector,
         view: ProgressView,
         timeline: Timeline | None = None,
-        sharing: Sharing | None = None,
+        sharing: CacheSession | None = None,
     ) -> None:
         self._compute, self._proxy = config.compute, config.proxy
         self._asks = config.prune.method == "llm"
         self._board, self._view, self._timeline = board, view, timeline or Timeline(None)
-        self._sharing = sharing or Sharing(None)
+        self._sharing = sharing or CacheSession(None)
         self._caller: ActorHandle | None = None
-        self._crew = Crew(config.compute, board, self._timeline)
+        self._crew = WorkerGroup(config.compute, board, self._timeline)
         self._running: dict[int, _Running] = {}
 
     def __enter__(self) -> "Pool":
@@ -109,7 +109,7 @@ class Pool:
         """
         self._end_what_an_error_left()
         self._timeline.add("phase", name=phase)
-        schedule: Schedule[T] = Schedule(
+        schedule: Scheduler[T] = Scheduler(
             chains, default=self._crew.default, max_attempts=self._compute.max_attempts
         )
         for name, resources in self._crew.ready().items():
@@ -138,7 +138,7 @@ class Pool:
             raise WorkFailedError(schedule.failed)
         return schedule.values
 
-    def _tell_failed(self, schedule: Schedule[T], told: set[str]) -> set[str]:
+    def _tell_failed(self, schedule: Scheduler[T], told: set[str]) -> set[str]:
         """Note the chains that failed since, and name them."""
         new = schedule.failed.keys() - told
         for name in sorted(new):
@@ -149,21 +149,21 @@ class Pool:
         """End workers that still run items of a call that an error ended."""
         for running in self._running.values():
             for name in running.task.workers:
-                self._crew.dismiss(name)
+                self._crew.stop(name)
         self._running.clear()
 
-    def _staff(self, schedule: Schedule[T]) -> None:
+    def _staff(self, schedule: Scheduler[T]) -> None:
         """Forget idle workers that died, and hire for what could run at once."""
         for name in self._crew.dead(schedule.next_workers()):
             schedule.leave(name)
-            self._crew.dismiss(name)
+            self._crew.stop(name)
         wanted = schedule.wanted()
-        for name in self._crew.dispensable(schedule.spare(), wanted):
+        for name in self._crew.removable(schedule.spare(), wanted):
             schedule.leave(name)
-            self._crew.dismiss(name)
-        self._crew.hire(wanted)
+            self._crew.stop(name)
+        self._crew.start_workers(wanted)
 
-    def _start(self, task: Task, schedule: Schedule[T]) -> None:
+    def _start(self, task: Assignment, schedule: Scheduler[T]) -> None:
         """Start an item, unless another run is at the very same."""
         item = self._sharing.begin(task.item)
         if item is None:
@@ -193,7 +193,7 @@ class Pool:
         owed = dict(zip(refs, task.workers, strict=True))
         self._running[task.number] = _Running(task, refs[0], owed)
 
-    def _take_in(self, schedule: Schedule[T]) -> None:
+    def _take_in(self, schedule: Scheduler[T]) -> None:
         """Wait until something happened, and tell the schedule."""
         owed = {ref: running for running in self._running.values() for ref in running.owed}
         starting = set(self._crew.starting())
@@ -211,7 +211,7 @@ class Pool:
                 self._take_in_result(ref, owed[ref], schedule)
 
     def _take_in_result(
-        self, ref: ray.ObjectRef, running: _Running, schedule: Schedule[T]
+        self, ref: ray.ObjectRef, running: _Running, schedule: Scheduler[T]
     ) -> None:
         error = _error_of(ref)
         if error is not None:
@@ -222,10 +222,10 @@ class Pool:
             return
         result: Result = ray.get(running.result)
         self._end(running.task, "done")
-        self._crew.rest(running.task.workers)
+        self._crew.mark_idle(running.task.workers)
         schedule.finish(running.task, result)
 
-    def _take_in_failure(self, running: _Running, schedule: Schedule[T]) -> None:
+    def _take_in_failure(self, running: _Running, schedule: Scheduler[T]) -> None:
         """Find out what an item died of, end what is left of it, and ask what follows."""
         task = running.task
         refs = list(running.owed)
@@ -244,8 +244,8 @@ class Pool:
             reason = f"its worker died {task.attempt} times: {cause}"
             what = "lost its worker"
         for name in lost:
-            self._crew.dismiss(name)
-        self._crew.rest(name for name in task.workers if name not in lost)
+            self._crew.stop(name)
+        self._crew.mark_idle(name for name in task.workers if name not in lost)
         self._end(task, failure.value)
         action = schedule.fail(task, failure, reason, lost)
         again = {
@@ -262,7 +262,7 @@ class Pool:
             time.sleep(SECONDS_UNTIL_GONE)
         return not all(is_alive(node) for node in self._crew.nodes(lost))
 
-    def _end(self, task: Task, outcome: str) -> None:
+    def _end(self, task: Assignment, outcome: str) -> None:
         del self._running[task.number]
         self._sharing.end(task.item)
         self._view.finish(task.number)
@@ -315,7 +315,7 @@ def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
     return Failure.OTHER_ERROR
 
 
-def _say_what_waits(schedule: Schedule[Any]) -> None:
+def _say_what_waits(schedule: Scheduler[Any]) -> None:
     wishes = [f"{number} of {needs(kind)}" for kind, number in schedule.wanted().items()]
     logger.warning(
         "work waits for actors: %s could be used, and not enough are free on the nodes %s; it "

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import Result, WorkItem, run_item
-from tdc_ray.execution.ray.cluster import Board
+from tdc_ray.execution.ray.cluster import EventCollector
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.storage.files import listing
@@ -35,7 +35,7 @@ class _Caller:
     def check(self) -> None:
         check_proxy(self.config)
 
-    def run(self, item: WorkItem, board: Board, task: int | None = None) -> Result:
+    def run(self, item: WorkItem, board: EventCollector, task: int | None = None) -> Result:
         for folder in listing(self.sweep, "trials/*/proxy") if self.sweep else ():
             self.budget.count_earlier(folder)
         function: Any = item.function

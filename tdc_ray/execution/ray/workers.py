@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
 from tdc_ray.execution.item import Resources, Result, WorkItem, run_item
-from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
+from tdc_ray.execution.ray.cluster import EventCollector, is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.execution.timeline import Timeline
@@ -47,10 +47,12 @@ SECONDS_TO_ANSWER = 5.0
 class _Worker:
     """A process that runs items, one at a time."""
 
-    def __init__(self, num_threads: int, board: Board, *, tf32: bool) -> None:
-        from tdc_ray.execution.device import set_up  # torch: the driver of a pool may do without
+    def __init__(self, num_threads: int, board: EventCollector, *, tf32: bool) -> None:
+        from tdc_ray.execution.device import (
+            configure_worker,
+        )  # torch: the driver of a pool may do without
 
-        set_up(num_threads, tf32=tf32)
+        configure_worker(num_threads, tf32=tf32)
         self.board = board
 
     def where(self) -> str:
@@ -75,7 +77,7 @@ class _Worker:
 
 
 @dataclass(slots=True)
-class _Hired:
+class _WorkerHandle:
     """A worker, from when it is asked for."""
 
     actor: ActorHandle
@@ -89,10 +91,10 @@ class _Hired:
     idle_since: float = 0.0
 
 
-class Crew:
+class WorkerGroup:
     """Workers, by name."""
 
-    def __init__(self, compute: ComputeConfig, board: Board, timeline: Timeline) -> None:
+    def __init__(self, compute: ComputeConfig, board: EventCollector, timeline: Timeline) -> None:
         gpus = compute.gpus_per_measurement
         self.default = Resources(
             compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus
@@ -100,7 +102,7 @@ class Crew:
         """What a worker takes for items that do not say it."""
 
         self._compute, self._board, self._timeline = compute, board, timeline
-        self._hired: dict[str, _Hired] = {}
+        self._hired: dict[str, _WorkerHandle] = {}
         self._starting: dict[ray.ObjectRef, str] = {}
         self._numbers, self._failed_starts = itertools.count(), 0
         self._last_failed_start = -math.inf
@@ -142,7 +144,7 @@ class Crew:
         """Name the nodes of workers that are there."""
         return {self._hired[name].node or "" for name in names}
 
-    def hire(self, wanted: Mapping[Resources, int]) -> None:
+    def start_workers(self, wanted: Mapping[Resources, int]) -> None:
         """Start actors for what could run at once, as far as there is, or may be, room."""
         for resources, number in wanted.items():
             have = sum(hired.resources == resources for hired in self._hired.values())
@@ -150,7 +152,7 @@ class Crew:
             for _ in range(min(number - have, self._most(resources) - have, room)):
                 self._hire_one(resources)
 
-    def dispensable(
+    def removable(
         self, spare: Mapping[str, Resources], wanted: Mapping[Resources, int]
     ) -> list[str]:
         """Name the spare workers to end: in the way of others, or idle on nodes that may go.
@@ -185,7 +187,7 @@ class Crew:
         try:
             node: str = ray.get(ref)
         except RayError as error:
-            self.dismiss(name)
+            self.stop(name)
             now = time.monotonic()  # many at once, of a node that died, count as one
             self._failed_starts += now - self._last_failed_start > SECONDS_TO_ANSWER
             self._last_failed_start = now
@@ -197,11 +199,11 @@ class Crew:
             return None
         self._failed_starts = 0
         self._hired[name].node = node
-        self.rest([name])
+        self.mark_idle([name])
         self._timeline.add("join", worker=name, node=node)
         return name
 
-    def rest(self, names: Iterable[str]) -> None:
+    def mark_idle(self, names: Iterable[str]) -> None:
         """Note that workers are idle from now on."""
         for name in names:
             self._hired[name].idle_since = time.monotonic()
@@ -225,10 +227,10 @@ class Crew:
                 ray.get(ref)
             except RayActorError:
                 gone.append(ref)
-        self.rest(asked[ref] for ref in answers)
+        self.mark_idle(asked[ref] for ref in answers)
         return [asked[ref] for ref in gone]
 
-    def dismiss(self, name: str) -> None:
+    def stop(self, name: str) -> None:
         """End a worker; one that is lost may be alive but out of reach."""
         hired = self._hired.pop(name, None)
         if hired is None:
@@ -241,7 +243,7 @@ class Crew:
     def dismiss_all(self) -> None:
         """End all."""
         for name in list(self._hired):
-            self.dismiss(name)
+            self.stop(name)
 
     def _idle_seconds(self, name: str) -> float:
         return time.monotonic() - self._hired[name].idle_since
@@ -268,7 +270,7 @@ class Crew:
             max(1, int(resources.cpus)), self._board, tf32=self._compute.tf32
         )
         name = f"worker-{next(self._numbers)}"
-        self._hired[name] = _Hired(actor, resources)
+        self._hired[name] = _WorkerHandle(actor, resources)
         self._starting[actor.where.remote()] = name
 
 

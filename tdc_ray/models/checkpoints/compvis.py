@@ -86,7 +86,7 @@ _COUNTERS = ("decay", "num_updates")
 """What ``model_ema.`` holds beside weights."""
 
 
-def told_by_shapes(checkpoint: Checkpoint) -> UNetConfig:
+def config_from_state_dict(checkpoint: Checkpoint) -> UNetConfig:
     """Tell the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
 
     Raises:
@@ -120,7 +120,7 @@ def to_vq_model(state: StateDict, config: UNetConfig) -> VQModel:
 
     Args:
         state: The first stage's tensors.
-        config: What :func:`told_by_shapes` gave, with a ``sample_size``.
+        config: What :func:`config_from_state_dict` gave, with a ``sample_size``.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or is too many.

@@ -52,7 +52,7 @@ _INNER = {
 """Modules of residual blocks and attentions: ours, theirs."""
 
 
-def told_by_shapes(state: StateDict) -> UNetConfig:
+def config_from_state_dict(state: StateDict) -> UNetConfig:
     """Tell the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
 
     Raises:
@@ -160,7 +160,7 @@ def to_diffusers(state: StateDict, config: UNetConfig) -> dict[str, Tensor]:
 
     Args:
         state: The checkpoint.
-        config: What :func:`told_by_shapes` gave, with heads.
+        config: What :func:`config_from_state_dict` gave, with heads.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or is too many.

@@ -25,7 +25,7 @@ _NAMED = 3
 logger = logging.getLogger(__name__)
 
 
-class _Nothing:
+class _Placeholder:
     """Stands in for whatever a checkpoint names beside tensors: calling it gives an empty dict.
 
     PyTorch's restricted unpickler then puts there what the file says belongs to it; none of the
@@ -52,7 +52,7 @@ def load_state_dict(path: Path) -> StateDict:
         objects = get_unsafe_globals_in_checkpoint(path) if mapped else []
         if objects:
             logger.info("%s: left out what is no tensor (%s)", path, ", ".join(sorted(objects)))
-        with safe_globals([(_Nothing, name) for name in objects]):
+        with safe_globals([(_Placeholder, name) for name in objects]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice is before it

@@ -6,7 +6,7 @@ from typing import Literal
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Channels, Layer, total
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
-from tdc_ray.models.unet2d.shapes import AttentionBlock, Part, ResidualBlock, conv, linear, norm
+from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, conv, linear, norm
 
 _DEFAULTS: UNetConfig = {
     "layers_per_block": 2,
@@ -33,16 +33,16 @@ _BLOCK_KINDS = (
 )
 
 
-def parts(config: UNetConfig) -> list[Part]:
+def blocks(config: UNetConfig) -> list[Block]:
     """List what a ``UNet2DModel`` of this config consists of, in the order of its forward pass.
 
     Raises:
         UnsupportedModelError: It has a block, or an embedding, of a kind that is not known here.
     """
-    return list(_Walk(config).walk())
+    return list(_UNetWalker(config).walk())
 
 
-def layers(part: Part) -> list[Layer]:
+def layers(part: Block) -> list[Layer]:
     """Split a part into the layers that have parameters."""
     if isinstance(part, Layer):
         return [part]
@@ -68,7 +68,7 @@ def layers(part: Part) -> list[Layer]:
 
 def all_layers(config: UNetConfig) -> list[Layer]:
     """List the layers of a UNet that have parameters, in the order of its forward pass."""
-    return [layer for part in parts(config) for layer in layers(part)]
+    return [layer for part in blocks(config) for layer in layers(part)]
 
 
 def count(config: UNetConfig) -> tuple[int, int]:
@@ -84,7 +84,7 @@ def count(config: UNetConfig) -> tuple[int, int]:
     return sum(layer.num_params for layer in found), sum(layer.macs for layer in found)
 
 
-class _Walk:
+class _UNetWalker:
     """Walks through a config as ``UNet2DModel`` does: the resolution, the stream, its skips."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -113,7 +113,7 @@ class _Walk:
         self.stream = Channels(self.channels[0], f"{STREAM}conv_in")
         self.skips = [self.stream]
 
-    def walk(self) -> Iterator[Part]:
+    def walk(self) -> Iterator[Block]:
         config, pixels = self.config, self.size**2
         time = Channels(self.time_channels)
         yield conv("conv_in", (Channels(config["in_channels"]),), self.stream, 3, pixels)
@@ -127,7 +127,7 @@ class _Walk:
         yield norm("conv_norm_out", self.stream)
         yield conv("conv_out", (self.stream,), Channels(config["out_channels"]), 3, pixels)
 
-    def _down(self) -> Iterator[Part]:
+    def _down(self) -> Iterator[Block]:
         for index, kind in enumerate(self.config["down_block_types"]):
             width, name = self.channels[index], f"down_blocks.{index}"
             for layer in range(self.config["layers_per_block"]):
@@ -145,7 +145,7 @@ class _Walk:
             yield self._resample(f"{name}.downsamplers.0", by_resnet=by_resnet)
             self.skips.append(self.stream)
 
-    def _mid(self) -> Iterator[Part]:
+    def _mid(self) -> Iterator[Block]:
         if self.config["mid_block_type"] is None:
             return
         width = self.stream.count
@@ -157,7 +157,7 @@ class _Walk:
             yield self._attention("mid_block.attentions.0", groups)
         yield self._residual("mid_block.resnets.1", (self.stream,), width)
 
-    def _up(self) -> Iterator[Part]:
+    def _up(self) -> Iterator[Block]:
         for index, kind in enumerate(self.config["up_block_types"]):
             width, name = self.channels[-1 - index], f"up_blocks.{index}"
             for layer in range(self.config["layers_per_block"] + 1):
@@ -182,7 +182,7 @@ class _Walk:
             kind == attention_kind and self.config[setting] == "resnet"
         )
 
-    def _resample(self, name: str, *, by_resnet: bool) -> Part:
+    def _resample(self, name: str, *, by_resnet: bool) -> Block:
         before = self.stream
         if by_resnet:
             return self._residual(name, (before,), before.count)

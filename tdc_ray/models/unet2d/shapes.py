@@ -64,10 +64,10 @@ class AttentionBlock:
         return Channels(self.stream.count, self.name)
 
 
-Part = Layer | ResidualBlock | AttentionBlock
+Block = Layer | ResidualBlock | AttentionBlock
 
 
-def starts_of(unit: str, channels: tuple[Channels, ...]) -> Iterator[int]:
+def channel_offsets(unit: str, channels: tuple[Channels, ...]) -> Iterator[int]:
     """Tell where a unit's channels begin along a dimension."""
     start = 0
     for some in channels:

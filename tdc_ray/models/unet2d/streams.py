@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from tdc_ray.models.layer import STREAM
-from tdc_ray.models.units import Kept, Unit
+from tdc_ray.models.units import KeptIndices, Unit
 
 
 def dependency_graph(unet: UNet2DModel) -> tp.DependencyGraph:
@@ -41,7 +41,7 @@ def root_of(unet: UNet2DModel, unit: Unit) -> nn.Module:
     return root
 
 
-def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> None:
+def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> None:
     """Narrow some streams of a UNet, in place.
 
     The weights, and the attributes of ``torch.nn``'s own modules, are cut; those of diffusers'

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.unet2d.layers import all_layers
-from tdc_ray.models.unet2d.shapes import starts_of
+from tdc_ray.models.unet2d.shapes import channel_offsets
 from tdc_ray.models.unet2d.streams import cut_streams
-from tdc_ray.models.units import Kept, Unit
+from tdc_ray.models.units import KeptIndices, Unit
 
 
 @dataclass(frozen=True, slots=True)
-class Coupled:
+class CoupledParameter:
     """A parameter that has a unit's channels along one of its dimensions."""
 
     layer: str
@@ -60,7 +60,7 @@ class Coupled:
         return torch.cat([start + channels for start in self.starts])
 
 
-def coupled(unet: UNet2DModel, unit: Unit) -> list[Coupled]:
+def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
     """List the parameters that go with a unit's channels.
 
     Args:
@@ -73,17 +73,19 @@ def coupled(unet: UNet2DModel, unit: Unit) -> list[Coupled]:
     found = []
     for layer in all_layers(unet.config):
         for dim, channels in ((0, layer.outputs), (1, layer.inputs)):
-            if starts := tuple(starts_of(unit.name, channels)):
+            if starts := tuple(channel_offsets(unit.name, channels)):
                 module = unet.get_submodule(layer.name)
                 names = ("weight", "bias") if dim == 0 else ("weight",)
                 places = starts, unit.width * unit.channels
-                found += [Coupled(layer.name, module, name, dim, *places) for name in names]
+                found += [
+                    CoupledParameter(layer.name, module, name, dim, *places) for name in names
+                ]
     if not found:
         raise UnsupportedModelError(f"this UNet has no {unit.kind} unit {unit.name}.")
     return found
 
 
-def cut(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> UNet2DModel:
+def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DModel:
     """Give a copy of a UNet without the steps (groups, heads, slices) that are not kept.
 
     Args:
@@ -102,7 +104,7 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> UNet2DModel:
     return pruned
 
 
-def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> dict[str, Tensor]:
+def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> dict[str, Tensor]:
     """Tell which output channels are left of every convolution and linear layer that loses some.
 
     Args:
@@ -117,7 +119,7 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> dict[s
     for unit in units:
         if len(kept[unit.name]) < unit.width:
             channels = torch.tensor(unit.places(kept[unit.name]))
-            for part in coupled(unet, unit):
+            for part in coupled_parameters(unet, unit):
                 if part.dim == 0 and isinstance(part.module, nn.Conv2d | nn.Linear):
                     found[part.layer] = part.places(channels)
     return found
@@ -125,7 +127,7 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: Kept) -> dict[s
 
 def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
     channels = torch.tensor(unit.places(kept))
-    for part in coupled(unet, unit):
+    for part in coupled_parameters(unet, unit):
         part.keep(channels)
     block = unet.get_submodule(unit.name)
     if isinstance(block, ResnetBlock2D):

@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
@@ -115,7 +115,7 @@ def load_unet(folder: Path) -> UNet2DModel:
         CheckpointError: There is no such folder, or it holds no ``UNet2DModel`` in safetensors.
     """
     if not (fetch(folder) / "config.json").exists():
-        raise CheckpointError(f"{shown(folder)} holds no model: config.json is missing.")
+        raise CheckpointError(f"{display_path(folder)} holds no model: config.json is missing.")
     try:
         unet, found = UNet2DModel.from_pretrained(
             folder,
@@ -128,12 +128,14 @@ def load_unet(folder: Path) -> UNet2DModel:
         if is_from_outside(error):
             raise
         raise CheckpointError(
-            f"{shown(folder)} holds no UNet2DModel in safetensors, or a damaged one: {error} "
-            "(Weights in a .bin file that you trust are brought over by "
+            f"{display_path(folder)} holds no UNet2DModel in safetensors, or a damaged one: "
+            f"{error} (Weights in a .bin file that you trust are brought over by "
             "UNet2DModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER).)"
         ) from error
     if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{shown(folder)} lacks the weights {', '.join(sorted(missing))}.")
+        raise CheckpointError(
+            f"{display_path(folder)} lacks the weights {', '.join(sorted(missing))}."
+        )
     if (folder / HEADS_FILE).exists():
         set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
     unet.eval()
@@ -150,12 +152,12 @@ def given_unet_config(folder: Path) -> UNetConfig:
     path = folder / "config.json"
     document = read_json(fetch(folder) / "config.json")
     if not isinstance(document, dict):
-        raise CheckpointError(f"{shown(path)} must hold a JSON object.")
+        raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = document.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ConfigError(
-            f"{shown(folder)} holds a {kind}: only a UNet2DModel can be a base or be pruned "
-            "(none that is conditioned on text, and no transformer)."
+            f"{display_path(folder)} holds a {kind}: only a UNet2DModel can be a base or be "
+            "pruned (none that is conditioned on text, and no transformer)."
         )
     try:
         config = {**_DEFAULTS, **unet_config(folder)}
@@ -163,7 +165,8 @@ def given_unet_config(folder: Path) -> UNetConfig:
             build_unet({name: value for name, value in config.items() if name != "dropout"})
     except _MALFORMED as error:
         raise CheckpointError(
-            f"diffusers can build no UNet2DModel of {shown(path)}: {type(error).__name__}: {error}"
+            f"diffusers can build no UNet2DModel of {display_path(path)}: {type(error).__name__}: "
+            f"{error}"
         ) from error
     return config
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.unet2d.architectures import UNetConfig
-from tdc_ray.models.unet2d.layers import parts
+from tdc_ray.models.unet2d.layers import blocks
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
-from tdc_ray.models.units import Kept, SpaceKind, Unit
+from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
 
 
 def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
@@ -19,7 +19,7 @@ def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     Raises:
         UnsupportedModelError: The UNet has a block of an unknown kind.
     """
-    found = parts(config)
+    found = blocks(config)
     groups: defaultdict[str | None, int] = defaultdict(lambda: 1)
     for part in found:
         if not isinstance(part, Layer):
@@ -37,7 +37,7 @@ def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     return tuple(units.values())
 
 
-def units_for(config: UNetConfig, kept: Kept) -> tuple[Unit, ...]:
+def units_for(config: UNetConfig, kept: KeptIndices) -> tuple[Unit, ...]:
     """List the units that a choice was made among."""
     return units_of(config, "full" if any(name.startswith(STREAM) for name in kept) else "inner")
 

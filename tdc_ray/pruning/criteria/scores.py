@@ -12,9 +12,9 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoiseSchedule
-from tdc_ray.models.forward import images_at_once
-from tdc_ray.models.unet2d.surgery import coupled
-from tdc_ray.models.units import Kept, Unit
+from tdc_ray.models.forward import max_batch_size
+from tdc_ray.models.unet2d.surgery import coupled_parameters
+from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.least_squares import LeastSquares
 
@@ -39,7 +39,7 @@ def magnitude_scores(unet: UNet2DModel, units: tuple[Unit, ...]) -> Scores:
             torch.stack(
                 [
                     part.by_channel(part.parameter.detach()).square().sum(1)
-                    for part in coupled(unet, unit)
+                    for part in coupled_parameters(unet, unit)
                 ]
             ).sum(0),
         )
@@ -64,14 +64,15 @@ def taylor_scores(
         schedule: The noise schedule, on the device of the model.
     """
     unet.zero_grad(set_to_none=True)
-    num_images, size = 0, images_at_once(unet, gradients=True)
+    num_images, size = 0, max_batch_size(unet, gradients=True)
     for part in itertools.chain.from_iterable(batch.split(size) for batch in batches):
         part.loss(part.predict(unet, schedule), schedule).sum().backward()
         num_images += len(part.x_0)
     scores: Scores = {}
     for unit in units:
         change = sum(
-            part.by_channel(_product(part.parameter)).sum(1) for part in coupled(unet, unit)
+            part.by_channel(_product(part.parameter)).sum(1)
+            for part in coupled_parameters(unet, unit)
         )
         assert isinstance(change, Tensor)
         scores[unit.name] = _per_step(unit, change.abs() / num_images)
@@ -115,7 +116,7 @@ def diff_pruning_scores(
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     scores: Scores = {}
     for unit in units:
-        parts = coupled(unet, unit)
+        parts = coupled_parameters(unet, unit)
         weight = sum(part.by_channel(_product(part.parameter).abs()).sum(1) for part in parts)
         assert isinstance(weight, Tensor)
         scores[unit.name] = _per_step(unit, weight)
@@ -132,7 +133,7 @@ def _noise_error(
     """Give the mean squared error of the predicted noise over a batch, and its gradients."""
     loss = 0.0
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in batch.split(images_at_once(unet, gradients=True)):
+    for part in batch.split(max_batch_size(unet, gradients=True)):
         predicted = part.predict(unet, schedule)[:, : part.epsilon.shape[1]]
         error = (predicted - part.epsilon).square().mean() * (len(part.x_0) / len(batch.x_0))
         loss += error.item()
@@ -174,7 +175,7 @@ def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
     return scores
 
 
-def keep_best(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) -> Kept:
+def select_top(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) -> KeptIndices:
     """Choose which groups and heads stay: those of the highest scores, the first of equals."""
     kept = {}
     for unit in units:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.transcripts import Usage, spent_in
+from tdc_ray.pruning.llm.transcripts import TokenUsage, total_usage
 
 
 class Budget:
@@ -18,17 +18,17 @@ class Budget:
     def __init__(self, config: ProxyConfig) -> None:
         self._config = config
         self._changed = threading.Condition()
-        self._spent = Usage()
-        self._reserved = Usage()
+        self._spent = TokenUsage()
+        self._reserved = TokenUsage()
         self._folders: set[Path] = set()
 
     @property
-    def spent(self) -> Usage:
+    def spent(self) -> TokenUsage:
         """What the calls that ended have taken."""
         with self._changed:
             return self._spent
 
-    def cost(self, usage: Usage) -> float:
+    def cost(self, usage: TokenUsage) -> float:
         """Price of calls, in the currency of the config's prices."""
         config = self._config
         prompts = usage.prompt_tokens * config.price_per_million_prompt_tokens
@@ -44,10 +44,10 @@ class Budget:
         folder = folder.resolve()
         with self._changed:
             if folder not in self._folders:
-                self._spent += spent_in(folder)
+                self._spent += total_usage(folder)
                 self._folders.add(folder)
 
-    def reserve(self, bound: Usage, timeout_s: float) -> None:
+    def reserve(self, bound: TokenUsage, timeout_s: float) -> None:
         """Wait until one call of at most ``bound`` fits beside those under way, and reserve it.
 
         Args:
@@ -74,18 +74,18 @@ class Budget:
                 )
             self._reserved += bound
 
-    def settle(self, bound: Usage, used: Usage) -> None:
+    def settle(self, bound: TokenUsage, used: TokenUsage) -> None:
         """Put what a call took in the place of what was reserved for it."""
         with self._changed:
             self._reserved -= bound
             self._spent += used
             self._changed.notify_all()
 
-    def _fits(self, bound: Usage) -> bool:
+    def _fits(self, bound: TokenUsage) -> bool:
         free = self._reserved.calls < self._config.max_concurrent
         return free and self._broken(self._reserved + bound) is None
 
-    def _broken(self, more: Usage) -> str | None:
+    def _broken(self, more: TokenUsage) -> str | None:
         """Name the bound that would be broken if this were spent too."""
         config, usage = self._config, self._spent + more
         if config.max_total_tokens is not None and usage.tokens > config.max_total_tokens:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.transcripts import Usage
+from tdc_ray.pruning.llm.transcripts import TokenUsage
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Answer:
     problem: str | None = None
     """Why that is no use; None: it may be."""
 
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
     """What the last attempt took; None: the server did not say."""
 
     unanswered: int = 0
@@ -132,7 +132,7 @@ def check_server() -> None:
         raise ProxyError(f"the server refuses the key: check {KEY} and {BASE_URL}.")
 
 
-def limit_name(host: str) -> str:
+def token_limit_field(host: str) -> str:
     """Name the setting that bounds a reply's tokens.
 
     OpenAI's own newer models refuse ``max_tokens``; Ollama ignores and Mistral refuses what OpenAI
@@ -144,10 +144,10 @@ def limit_name(host: str) -> str:
 
 def upper_bound(
     request: Mapping[str, Any], max_completion_tokens: int, num_attempts: int
-) -> Usage:
+) -> TokenUsage:
     """Give the most that a request can take: no token stands for less than a byte."""
     prompt_tokens = len(json.dumps(request))
-    return Usage(
+    return TokenUsage(
         calls=1,
         prompt_tokens=num_attempts * prompt_tokens,
         completion_tokens=num_attempts * max_completion_tokens,
@@ -173,7 +173,7 @@ def send(
             _post(request, min(timeout_s, max_seconds), max_retries, max_seconds, count)
         )
     except openai.APIStatusError as error:
-        status, usage = error.status_code, Usage(calls=1)
+        status, usage = error.status_code, TokenUsage(calls=1)
         if status in (401, 403):  # the body may show a part of the key
             problem = f"the server refused the key (HTTP {status}): check {KEY}."
         else:
@@ -186,7 +186,7 @@ def send(
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
         return replace(_read(body), unanswered=count.unanswered - 1)
-    problem = _without_address(scrub(problem))[:MAX_PROBLEM_CHARS]
+    problem = _without_address(redact(problem))[:MAX_PROBLEM_CHARS]
     return Answer(problem=problem, usage=usage, unanswered=count.unanswered, status=status)
 
 
@@ -236,7 +236,7 @@ def _read(body: str) -> Answer:
     usage = None
     with contextlib.suppress(ValidationError):
         tokens = _Tokens.model_validate(completion.usage)
-        usage = Usage(
+        usage = TokenUsage(
             calls=1,
             prompt_tokens=tokens.prompt_tokens,
             completion_tokens=tokens.completion_tokens,
@@ -251,7 +251,7 @@ def _read(body: str) -> Answer:
         problem = "it was withheld by a content filter."
     elif not text.strip():
         problem = "it is empty."
-    return Answer(text=scrub(text), problem=problem, usage=usage)
+    return Answer(text=redact(text), problem=problem, usage=usage)
 
 
 def _without_address(text: str) -> str:
@@ -266,7 +266,7 @@ def _without_address(text: str) -> str:
     return text
 
 
-def scrub(text: str) -> str:
+def redact(text: str) -> str:
     """Take the key out of a text, and whatever looks like one."""
     key = os.environ.get(KEY, "")
     if len(key) >= MIN_KEY_LENGTH:

@@ -11,7 +11,7 @@ from tdc_ray.models.units import Unit
 from tdc_ray.pruning.costs import Quantity
 from tdc_ray.pruning.llm.reply import widths_text
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.proxy import ProposalRequest
 
 Message = Mapping[str, str]
 """Role and content."""
@@ -132,7 +132,7 @@ Units that are left out keep their full width. No unit twice in a scheme, no oth
 
 
 def messages_for(
-    task: PruningTask, memory: Sequence[MemoryEntry], *, max_entries: int
+    task: ProposalRequest, memory: Sequence[MemoryEntry], *, max_entries: int
 ) -> list[Message]:
     """Make the messages that ask for schemes.
 
@@ -164,7 +164,7 @@ def messages_for(
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
-def correction(reply: str, problem: str) -> list[Message]:
+def retry_messages(reply: str, problem: str) -> list[Message]:
     """Answer a bad reply with what was wrong; one that was empty is best asked for again."""
     if not reply:
         return []
@@ -177,7 +177,7 @@ def correction(reply: str, problem: str) -> list[Message]:
     return [{"role": "assistant", "content": reply}, {"role": "user", "content": content}]
 
 
-def _units(task: PruningTask) -> str:
+def _units(task: ProposalRequest) -> str:
     full, space, words = task.space.full, task.space, WORDS[task.space.quantity]
     means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
     mean, spread = statistics.fmean(means), statistics.pstdev(means)
@@ -210,7 +210,7 @@ def _units(task: PruningTask) -> str:
     return "\n".join([*lines, legend])
 
 
-def _times(task: PruningTask) -> str:
+def _times(task: ProposalRequest) -> str:
     """List what every unit takes at its legal widths, the widest first."""
     space = task.space
     lines = []
@@ -240,7 +240,7 @@ def _low(scores: Sequence[float]) -> str:
     return f"{100 * sum(sorted(scores)[: len(scores) // 2]) / total:.0f}" if total else "0"
 
 
-def _sensitivities(task: PruningTask) -> str:
+def _sensitivities(task: ProposalRequest) -> str:
     lines = []
     for number, unit in enumerate(task.space.units):
         measured = sorted(task.sensitivities.get(unit.name, {}).items(), reverse=True)
@@ -250,7 +250,7 @@ def _sensitivities(task: PruningTask) -> str:
     return "\n".join(lines or ["None were measured."])
 
 
-def _memory(task: PruningTask, memory: Sequence[MemoryEntry], max_entries: int) -> str:
+def _memory(task: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
     """Show the group's own entries before its neighbours', and within each group the best."""
 
     def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
@@ -271,7 +271,7 @@ def _memory(task: PruningTask, memory: Sequence[MemoryEntry], max_entries: int) 
     return title + legend + "\n".join(_entry(task, e) for e in reversed(entries)) + "\n"
 
 
-def _entry(task: PruningTask, entry: MemoryEntry) -> str:
+def _entry(task: ProposalRequest, entry: MemoryEntry) -> str:
     own = entry.group == task.group
     loss = f"loss {_short(entry.loss)}"
     if own:
@@ -292,7 +292,7 @@ def _entry(task: PruningTask, entry: MemoryEntry) -> str:
     return f"{who} | {told} | {loss} | {', '.join(widths) or 'uncut'}"
 
 
-def _example(task: PruningTask) -> str:
+def _example(task: ProposalRequest) -> str:
     """Write out a scheme of two units, to show the form."""
     space = task.space
     scheme = [
@@ -302,7 +302,7 @@ def _example(task: PruningTask) -> str:
     return json.dumps({"schemes": [scheme]})
 
 
-def _percent(cost: float, task: PruningTask) -> str:
+def _percent(cost: float, task: ProposalRequest) -> str:
     return f"{100 * cost / task.space.cost_base:.4g}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdc_ray.errors import ProxyReplyError
-from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.space import Scheme, Space
 
 MAX_CHARS = 200_000
@@ -67,7 +67,7 @@ def _object(**properties: Any) -> dict[str, Any]:
     }
 
 
-def parse_reply(text: str, task: PruningTask) -> list[Scheme]:
+def parse_reply(text: str, task: ProposalRequest) -> list[Scheme]:
     """Read the schemes of a reply; whatever passes here is safe to cut with.
 
     Prose and a fence around the JSON are let pass, units that are left out keep their full width,

@@ -13,11 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ProxyError, StorageError
 from tdc_ray.storage.files import append_json_line, listing, read_json_lines
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
+class TokenUsage:
     """What calls took."""
 
     calls: int = 0
@@ -29,15 +29,15 @@ class Usage:
         """Of prompts and replies."""
         return self.prompt_tokens + self.completion_tokens
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        return TokenUsage(
             calls=self.calls + other.calls,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
         )
 
-    def __sub__(self, other: "Usage") -> "Usage":
-        return Usage(
+    def __sub__(self, other: "TokenUsage") -> "TokenUsage":
+        return TokenUsage(
             calls=self.calls - other.calls,
             prompt_tokens=self.prompt_tokens - other.prompt_tokens,
             completion_tokens=self.completion_tokens - other.completion_tokens,
@@ -45,7 +45,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class LLMExchange:
     """One request and what came of it."""
 
     request: Mapping[str, Any]
@@ -57,13 +57,13 @@ class Exchange:
     error: str | None
     """Why the reply is no use; None: its schemes were taken."""
 
-    usage: Usage
+    usage: TokenUsage
     """As the server counted; where it did not, the most that it can have been."""
 
     seconds: float
 
 
-_ADAPTER = TypeAdapter(Exchange)
+_ADAPTER = TypeAdapter(LLMExchange)
 
 
 def transcript_path(folder: Path, group: int, round_: int) -> Path:
@@ -71,24 +71,24 @@ def transcript_path(folder: Path, group: int, round_: int) -> Path:
     return folder / f"group-{group:02d}-round-{round_}.jsonl"
 
 
-def replayed_from(folder: Path) -> Path:
+def find_transcripts(folder: Path) -> Path:
     """Find the transcripts of a run, or of what ``tdc-ray prune`` wrote.
 
     Raises:
         ProxyError: There are none, or those of several searches.
     """
-    folder = located(folder)
+    folder = resolve_path(folder)
     found = {path.parent for path in listing(folder, "proxy/group-*.jsonl")}
     found |= {path.parent for path in listing(folder, "search/*/proxy/group-*.jsonl")}
     if len(found) != 1:
         raise ProxyError(
             f"proxy.replay must be a run directory with transcripts of one search in its folder "
-            f"proxy, got {shown(folder)} with {len(found)}. Set --proxy.replay."
+            f"proxy, got {display_path(folder)} with {len(found)}. Set --proxy.replay."
         )
     return found.pop()
 
 
-def append_exchange(path: Path, exchange: Exchange) -> None:
+def append_exchange(path: Path, exchange: LLMExchange) -> None:
     """Add an exchange to a transcript."""
     append_json_line(path, dataclasses.asdict(exchange))
 
@@ -121,25 +121,27 @@ def recorded_reply(path: Path) -> str:
     """
     exchanges = _read(path)
     if not exchanges:
-        raise ProxyError(f"proxy.replay: there is no transcript {shown(path)}.")
+        raise ProxyError(f"proxy.replay: there is no transcript {display_path(path)}.")
     last = exchanges[-1]
     if last.error is not None:
         raise ProxyError(f"proxy.replay: {path.name} ends in a failure: {last.error}")
     return last.reply
 
 
-def spent_in(folder: Path) -> Usage:
+def total_usage(folder: Path) -> TokenUsage:
     """Add up what the calls in a folder of transcripts took.
 
     Raises:
         StorageError: A file holds a line that is no exchange.
     """
     paths = listing(folder, "group-*.jsonl")
-    return sum((exchange.usage for path in paths for exchange in _read(path)), start=Usage())
+    return sum((exchange.usage for path in paths for exchange in _read(path)), start=TokenUsage())
 
 
-def _read(path: Path) -> list[Exchange]:
+def _read(path: Path) -> list[LLMExchange]:
     try:
         return [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
     except ValidationError as error:
-        raise StorageError(f"{shown(path)} holds a line that is no exchange: {error}") from error
+        raise StorageError(
+            f"{display_path(path)} holds a line that is no exchange: {error}"
+        ) from error

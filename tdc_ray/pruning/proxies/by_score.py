@@ -3,10 +3,10 @@
 from itertools import pairwise
 
 from tdc_ray.pruning.criteria.scores import Scores
-from tdc_ray.pruning.space import Space, Values, repair
+from tdc_ray.pruning.space import Space, Values, fit_to_limit
 
 
-def values_of(scores: Scores) -> Values:
+def sorted_scores(scores: Scores) -> Values:
     """Order every unit's scores from the highest down: what its 1st, 2nd, ... place is worth."""
     return {name: sorted(values, reverse=True) for name, values in scores.items()}
 
@@ -28,7 +28,7 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
             low = middle
         else:
             high = middle
-    return repair(space, at(low), limit, values)
+    return fit_to_limit(space, at(low), limit, values)
 
 
 def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
@@ -48,7 +48,7 @@ def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
         if space.cost(scheme) <= limit:
             break
         scheme[name] = space.narrower(name, scheme[name])
-    return repair(space, scheme, limit, values)
+    return fit_to_limit(space, scheme, limit, values)
 
 
 def per_mac_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
@@ -57,7 +57,7 @@ def per_mac_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     Raises:
         LimitError: No scheme is within the limit.
     """
-    return repair(space, space.full, limit, values)
+    return fit_to_limit(space, space.full, limit, values)
 
 
 BASELINES = {
@@ -76,7 +76,7 @@ def baseline_schemes(space: Space, scores: Scores, limit: int) -> list[tuple[str
     """
     found: list[tuple[str, dict[str, int]]] = []
     for name, scheme_for in BASELINES.items():
-        scheme = scheme_for(space, limit, values_of(scores))
+        scheme = scheme_for(space, limit, sorted_scores(scores))
         if all(scheme != other for _, other in found):
             found.append((name, scheme))
     return found

@@ -14,23 +14,23 @@ from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import (
     Answer,
     check_server,
-    limit_name,
     send,
     server_host,
+    token_limit_field,
     upper_bound,
 )
-from tdc_ray.pruning.llm.prompt import Message, correction, messages_for
+from tdc_ray.pruning.llm.prompt import Message, messages_for, retry_messages
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.llm.transcripts import (
-    Exchange,
-    Usage,
+    LLMExchange,
+    TokenUsage,
     append_exchange,
+    find_transcripts,
     recorded_reply,
-    replayed_from,
     transcript_path,
 )
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxy import PruningTask
+from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.space import Scheme
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class LanguageModel:
 
     def __init__(self, config: ProxyConfig, transcripts: Path, budget: Budget) -> None:
         self._config, self._transcripts, self._budget = config, transcripts, budget
-        self.usage = Usage()
+        self.usage = TokenUsage()
         """What the calls of this proxy took."""
 
     def propose(
-        self, task: PruningTask, memory: Sequence[MemoryEntry], *, timeout_s: float
+        self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
     ) -> list[Scheme]:
         """Ask for schemes.
 
@@ -60,14 +60,14 @@ class LanguageModel:
         """
         if self._config.replay is None:
             return self._converse(task, memory, time.monotonic() + timeout_s)
-        folder = replayed_from(Path(self._config.replay))
+        folder = find_transcripts(Path(self._config.replay))
         return parse_reply(recorded_reply(transcript_path(folder, task.group, task.round)), task)
 
     def _converse(
-        self, task: PruningTask, memory: Sequence[MemoryEntry], deadline: float
+        self, task: ProposalRequest, memory: Sequence[MemoryEntry], deadline: float
     ) -> list[Scheme]:
         config = self._config
-        limit = limit_name(server_host())
+        limit = token_limit_field(server_host())
         path = transcript_path(self._transcripts, task.group, task.round)
         self._budget.count_earlier(self._transcripts)
         messages = messages_for(task, memory, max_entries=config.max_memory_entries)
@@ -79,7 +79,7 @@ class LanguageModel:
             answer, used = self._call(request, deadline)
             schemes, problem = _judge(answer, task)
             seconds = time.monotonic() - started
-            append_exchange(path, Exchange(request, answer.text, problem, used, seconds))
+            append_exchange(path, LLMExchange(request, answer.text, problem, used, seconds))
             if problem is None:
                 return schemes
             if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
@@ -88,9 +88,9 @@ class LanguageModel:
             num_replies += 1
             if answer.status != 200 or num_replies == config.max_replies:
                 raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
-            messages = [*messages, *correction(answer.text, problem)]
+            messages = [*messages, *retry_messages(answer.text, problem)]
 
-    def _call(self, request: dict[str, Any], deadline: float) -> tuple[Answer, Usage]:
+    def _call(self, request: dict[str, Any], deadline: float) -> tuple[Answer, TokenUsage]:
         """Make a call within the budget; what it took is the most it can have, where unknown."""
         config = self._config
         once = upper_bound(request, config.max_completion_tokens, 1)
@@ -105,7 +105,7 @@ class LanguageModel:
                 max_seconds=deadline - time.monotonic(),
             )
             unknown = answer.unanswered + (answer.status == 200 and answer.usage is None)
-            used = sum([once] * unknown, start=answer.usage or Usage())
+            used = sum([once] * unknown, start=answer.usage or TokenUsage())
         finally:
             self._budget.settle(bound, used)
             self.usage += used
@@ -123,7 +123,7 @@ def check_proxy(config: ProxyConfig) -> None:
         server_host()
         check_server()
     else:
-        replayed_from(Path(config.replay))
+        find_transcripts(Path(config.replay))
 
 
 def _request(
@@ -141,7 +141,7 @@ def _request(
     return request
 
 
-def _judge(answer: Answer, task: PruningTask) -> tuple[list[Scheme], str | None]:
+def _judge(answer: Answer, task: ProposalRequest) -> tuple[list[Scheme], str | None]:
     """Give the schemes of an answer, or why there are none."""
     if answer.problem is not None:
         return [], answer.problem
@@ -156,7 +156,7 @@ class AskJob:
     """Ask for one group's schemes of one round."""
 
     config: ProxyConfig
-    task: PruningTask
+    task: ProposalRequest
     memory: tuple[MemoryEntry, ...]
     transcripts: Path
     """The run's folder of transcripts."""

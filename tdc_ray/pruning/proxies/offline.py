@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_values
+from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryEntry, best
-from tdc_ray.pruning.proxy import PruningTask
-from tdc_ray.pruning.space import Scheme, Space, repair
+from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.space import Scheme, Space, fit_to_limit
 from tdc_ray.seeds import derive_seed
 
 FACTOR_SPREAD = 0.3
@@ -32,7 +32,7 @@ class OfflineProxy:
 
     def propose(
         self,
-        task: PruningTask,
+        task: ProposalRequest,
         memory: Sequence[MemoryEntry],
         *,
         timeout_s: float = float("inf"),
@@ -60,8 +60,8 @@ class OfflineProxy:
         take(knapsack(space, curves, task.limit, mean))
         nearest = _nearest_group(memory, task.group)
         if nearest:
-            values = step_values(space, curves, mean)
-            take(repair(space, best(nearest).widths, task.limit, values))
+            values = step_worth(space, curves, mean)
+            take(fit_to_limit(space, best(nearest).widths, task.limit, values))
         draw = np.random.default_rng(derive_seed(task.seed, "offline", len(own)))
         for number in range(MAX_TRIES * task.num_candidates):
             if len(found) >= task.num_candidates:

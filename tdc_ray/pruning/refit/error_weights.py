@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdc_ray.diffusion.process import NoiseSchedule
-from tdc_ray.models.forward import images_at_once
+from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.seeds import derive_seed
@@ -36,7 +36,7 @@ def error_weights(
     """
     generator = torch.Generator().manual_seed(derive_seed("error weights"))
     found: dict[str, list[Tensor]] = {}
-    all_steps, size = steps(base), images_at_once(base, gradients=True)
+    all_steps, size = steps(base), max_batch_size(base, gradients=True)
     for batch in batches:
         shape = (len(batch.x_0), base.config["out_channels"], *batch.x_0.shape[2:])
         directions = torch.randn(shape, generator=generator).to(base.device).split(size)

@@ -24,14 +24,14 @@ FLOATS_PER_BLOCK = 2**24
 ReadLayer = nn.Conv2d | nn.Linear
 
 
-class Tap:
+class ActivationHook:
     """Keeps what last went into a layer and came out of it, while it is entered."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.input, self.output = torch.empty(0), torch.empty(0)
 
-    def __enter__(self) -> "Tap":
+    def __enter__(self) -> "ActivationHook":
         self._handle = self.layer.register_forward_hook(self._keep)
         return self
 

@@ -21,7 +21,7 @@ from tdc_ray.models.step import State, Step
 from tdc_ray.models.unet2d.steps import is_cut, steps
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
-from tdc_ray.pruning.refit.least_squares import LeastSquares, ReadLayer, Tap
+from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
 from tdc_ray.seeds import derive_seed
 
 BYTES_IN_MEMORY = 2 * 2**30
@@ -58,7 +58,7 @@ def refit(
     macs = 0
     pruned.eval()
     keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
-    store, device = _Store(), base.device
+    store, device = SpillBuffer(), base.device
     true = [store.keep(batch.start(base, schedule)) for batch in batches]
     ours, cut_before = true, False
     for base_step, step in zip(steps(base), steps(pruned), strict=True):
@@ -84,7 +84,7 @@ def refit(
     return macs
 
 
-class _Store:
+class SpillBuffer:
     """Keeps states; what does not fit into memory lies in files that the system may write out."""
 
     def __init__(self) -> None:
@@ -170,11 +170,11 @@ def _solve(
     num_images, device = sum(len(state.hidden) for state in true), layer.weight.device
     squares: LeastSquares | None = None
     for index, state in enumerate(ours):
-        with Tap(layer) as tap:
+        with ActivationHook(layer) as tap:
             found = step(_on(state, device)).hidden
         is_linear = isinstance(layer, nn.Linear)
         if after is None:
-            with Tap(base_step.module.get_submodule(name)) as base_tap:
+            with ActivationHook(base_step.module.get_submodule(name)) as base_tap:
                 base_step(_on(true[index], device))
             wanted = _select(base_tap.output, keep, dim=2 if is_linear else 1)
         else:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.models.units import Kept, keep_all, widths_of
+from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.criteria.scores import Scores
-from tdc_ray.pruning.group import GroupTask
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.jobs import (
     MeasureJob,
     SensitivityJob,
@@ -21,7 +21,7 @@ SENSITIVITY_ITEMS = 4
 
 
 def sensitivity_items(
-    task: GroupTask, number: int, kept: Kept, scores: Scores, loss: float, num_shares: int
+    task: GroupSearch, number: int, kept: KeptIndices, scores: Scores, loss: float, num_shares: int
 ) -> list[WorkItem]:
     """Make a pass's items: inner units in some shares, and every stream by itself.
 
@@ -66,7 +66,7 @@ def sensitivity_items(
     return items
 
 
-def measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkItem:
+def measure_item(task: GroupSearch, name: str, kept: KeptIndices, number: int) -> WorkItem:
     """Make the item that cuts, refits and measures a sub-model.
 
     Args:
@@ -90,9 +90,12 @@ def measure_item(task: GroupTask, name: str, kept: Kept, number: int) -> WorkIte
     )
 
 
-def base_item(task: GroupTask) -> WorkItem:
+def base_item(task: GroupSearch) -> WorkItem:
     """Make the item that measures the base, and leaves what the group's refits need of it."""
-    item, prune = measure_item(task, "base", keep_all(task.space.units), 0), task.config.prune
+    item, prune = (
+        measure_item(task, "base", keep_everything(task.space.units), 0),
+        task.config.prune,
+    )
     if prune.refit == "none" or prune.method == "none" or task.max_macs >= task.space.macs_base:
         return item
     weighing = 3.0 * prune.num_refit_images * task.space.macs_base
@@ -104,7 +107,7 @@ def base_item(task: GroupTask) -> WorkItem:
     )
 
 
-def _candidates_macs(task: GroupTask, number: int) -> float:
+def _candidates_macs(task: GroupSearch, number: int) -> float:
     """Macs, roughly, of measuring all candidates that come after one."""
     prune = task.config.prune
     images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")

@@ -84,7 +84,7 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class KeyNumbers:
     """A few numbers that matter most: label, number, and what it is held against."""
 
     tiles: Sequence[tuple[str, str, str]]
@@ -99,13 +99,13 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BlockRow:
     """What stands side by side where there is room."""
 
     blocks: Sequence[Table | Plot | Samples]
 
 
-Block = Table | Plot | Samples | Tiles | Lines | Row
+Block = Table | Plot | Samples | KeyNumbers | Lines | BlockRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +121,10 @@ class Section:
     run: str | None = None
     """The run that it is about; None: all."""
 
-    def flat(self) -> Iterator[Table | Plot | Samples | Tiles | Lines]:
+    def flat(self) -> Iterator[Table | Plot | Samples | KeyNumbers | Lines]:
         """Give all blocks, those of rows too."""
         for block in self.blocks:
-            if isinstance(block, Row):
+            if isinstance(block, BlockRow):
                 yield from block.blocks
             else:
                 yield block

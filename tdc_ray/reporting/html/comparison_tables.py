@@ -12,7 +12,7 @@ from tdc_ray.reporting.html.paper_columns import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.runs.sweep.results import Setting, SweepResults
+from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
 
 
 def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
@@ -160,7 +160,7 @@ def settings_table(data: SweepData) -> Table | None:
     )
 
 
-def setting_text(sweep: SweepResults, setting: Setting) -> str:
+def setting_text(sweep: SweepResults, setting: SettingSummary) -> str:
     """Say what a setting varies, by the fields' labels."""
     params = setting.params.items()
     return ", ".join(f"{sweep.labels.get(name, name)} = {value}" for name, value in params)

@@ -11,14 +11,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.execution.timeline import History, Usage, load_history, usage
+from tdc_ray.execution.timeline import History, WorkerUsage, load_history, usage
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.runs.results import Results, load_results
 from tdc_ray.runs.status import Status, status
 from tdc_ray.runs.sweep import results as sweep_results
-from tdc_ray.runs.sweep.results import SWEEP_FILE, Row, SweepResults
+from tdc_ray.runs.sweep.results import SWEEP_FILE, SweepResults, TrialRow
 from tdc_ray.storage.files import exists, fetch, listing, read_json
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,7 +44,7 @@ class RunData:
     plan: Plan | None
     memory: Sequence[MemoryEntry]
     history: History
-    usage: Sequence[Usage]
+    usage: Sequence[WorkerUsage]
     samples: Mapping[str, Pixels]
     """The first images that were scored, of ``base`` and ``tdc``, from the same noise."""
 
@@ -62,7 +62,7 @@ class SweepData:
     roots: Mapping[str, Path]
     """Their run directories."""
 
-    def is_best(self, row: Row) -> bool:
+    def is_best(self, row: TrialRow) -> bool:
         """Whether a trial's setting is on the Pareto front."""
         return row.setting in self.sweep.pareto
 
@@ -82,8 +82,9 @@ def is_sweep(root: Path) -> bool:
     if exists(run_dir.config) or exists(run_dir.results):
         return False
     raise StorageError(
-        f"{shown(root)} is neither a run directory nor a sweep: it has no {run_dir.config.name} "
-        f"and no {SWEEP_FILE}. Name the folder that tdc-ray run or tdc-ray sweep wrote into."
+        f"{display_path(root)} is neither a run directory nor a sweep: it has no "
+        f"{run_dir.config.name} and no {SWEEP_FILE}. Name the folder that tdc-ray run or tdc-ray "
+        "sweep wrote into."
     )
 
 
@@ -101,14 +102,18 @@ def load_run(root: Path, name: str) -> RunData:
         try:
             progress = status(run_dir)
         except ConfigError as error:
-            raise StorageError(f"{shown(run_dir.config)} holds no settings: {error}") from error
+            raise StorageError(
+                f"{display_path(run_dir.config)} holds no settings: {error}"
+            ) from error
         except (KeyError, TypeError) as error:
-            raise StorageError(f"{shown(root)} holds a damaged result: {error!r}.") from error
+            raise StorageError(
+                f"{display_path(root)} holds a damaged result: {error!r}."
+            ) from error
     about = progress.config if results is None and progress is not None else results
     assert about is not None
     return RunData(
         name=name,
-        path=shown(root),
+        path=display_path(root),
         preset=about.preset,
         seed=about.seed,
         results=results,
@@ -138,16 +143,16 @@ def load_sweep(root: Path, name: str) -> SweepData:
         for trial, folder in roots.items()
         if (results := _results(RunDir(folder).results)) is not None
     }
-    return SweepData(name=name, path=shown(root), sweep=sweep, results=found, roots=roots)
+    return SweepData(name=name, path=display_path(root), sweep=sweep, results=found, roots=roots)
 
 
-def _below(row: Row, path: Path) -> PurePosixPath:
+def _below(row: TrialRow, path: Path) -> PurePosixPath:
     """Give a trial's directory, which must lie in the sweep's folder."""
     place = PurePosixPath(row.run_dir)
     if place.is_absolute() or ".." in place.parts:
         raise StorageError(
-            f"{shown(path)}: run_dir of trial {row.name} must lie below the sweep's folder, "
-            f"got {place}."
+            f"{display_path(path)}: run_dir of trial {row.name} must lie below the sweep's "
+            f"folder, got {place}."
         )
     return place
 
@@ -161,7 +166,8 @@ def _results(path: Path) -> Results | None:
     for name in ("macs", "num_params", *trained):
         if not getattr(results.base, name) > 0:
             raise StorageError(
-                f"{shown(path)}: base.{name} must be above 0, got {getattr(results.base, name)}."
+                f"{display_path(path)}: base.{name} must be above 0, got "
+                f"{getattr(results.base, name)}."
             )
     return results
 
@@ -170,14 +176,14 @@ def _plan(path: Path) -> Plan:
     try:
         return _PLAN.validate_python(read_json(path), extra="forbid")
     except ValidationError as error:
-        raise StorageError(f"{shown(path)} is no plan: {error}") from error
+        raise StorageError(f"{display_path(path)} is no plan: {error}") from error
 
 
 def _history(path: Path) -> History:
     try:
         return load_history(path)
     except (KeyError, TypeError) as error:
-        raise StorageError(f"{shown(path)} holds what is no event: {error!r}.") from error
+        raise StorageError(f"{display_path(path)} holds what is no event: {error!r}.") from error
 
 
 def _images(path: Path) -> Pixels:
@@ -185,10 +191,10 @@ def _images(path: Path) -> Pixels:
         with np.load(fetch(path), allow_pickle=False) as file:
             images = file["arr_0"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{shown(path)} is no npz file of images: {error}.") from error
+        raise StorageError(f"{display_path(path)} is no npz file of images: {error}.") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise StorageError(
-            f"{shown(path)} must hold uint8 images of shape (N, H, W, 1 or 3), got "
+            f"{display_path(path)} must hold uint8 images of shape (N, H, W, 1 or 3), got "
             f"{images.dtype} of shape {images.shape}."
         )
     return np.asarray(images)

@@ -4,7 +4,15 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 
-from tdc_ray.reporting.html.blocks import Lines, Report, Section, Table, Tiles, Value, cell_text
+from tdc_ray.reporting.html.blocks import (
+    KeyNumbers,
+    Lines,
+    Report,
+    Section,
+    Table,
+    Value,
+    cell_text,
+)
 
 
 def markdown(report: Report) -> str:
@@ -63,7 +71,7 @@ def _blocks(section: Section) -> Iterator[str]:
             case Lines():
                 yield ""
                 yield from (f"- {_cell(line)}" for line in block.lines)
-            case Tiles():
+            case KeyNumbers():
                 yield ""
                 yield from (
                     f"- {_cell(label)}: **{_cell(number)}** ({_cell(against)})"

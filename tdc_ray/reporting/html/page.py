@@ -6,15 +6,15 @@ from importlib.resources import files
 
 from tdc_ray.reporting.html.blocks import (
     Block,
+    BlockRow,
+    KeyNumbers,
     Kind,
     Lines,
     Plot,
     Report,
-    Row,
     Samples,
     Section,
     Table,
-    Tiles,
     Value,
     cell_text,
 )
@@ -81,7 +81,7 @@ def _section(section: Section) -> Iterator[str]:
 
 def _block(block: Block, key: str, heading: str) -> Iterator[str]:
     match block:
-        case Row():
+        case BlockRow():
             yield '<div class="row">'
             for place, one in enumerate(block.blocks):
                 yield "<div>"
@@ -94,7 +94,7 @@ def _block(block: Block, key: str, heading: str) -> Iterator[str]:
             yield from _plot(block, heading)
         case Samples():
             yield from _samples(block, heading)
-        case Tiles():
+        case KeyNumbers():
             yield '<dl class="tiles">'
             for label, number, against in block.tiles:
                 yield f"<div><dt>{escape(label)}</dt><dd><strong>{escape(number)}</strong>"

@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 
 from tdc_ray.reporting.console import conclusions, macs_text, millions_text
-from tdc_ray.reporting.html.blocks import Block, Lines, Plot, Row, Samples, Table, Tiles, duration
+from tdc_ray.reporting.html.blocks import (
+    Block,
+    BlockRow,
+    KeyNumbers,
+    Lines,
+    Plot,
+    Samples,
+    Table,
+    duration,
+)
 from tdc_ray.reporting.html.figures import (
     losses_of_groups,
     plan_over_snr,
@@ -47,7 +56,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         yield "summary", "At a glance", _summary(results)
         figures = figures_1(scored({run.name: results}), key, over_training=False)
         shown: list[Plot | Samples] = [*figures, *_samples(run)]
-        yield "scores", "Scores and samples", [Row(shown), models_table(results)]
+        yield "scores", "Scores and samples", [BlockRow(shown), models_table(results)]
     if run.plan is not None:
         yield "plan", "Plan", _plan(run, key)
     if results is not None and results.groups:
@@ -58,7 +67,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         )
         widths, groups = widths_table(results), groups_table(results)
         is_narrow = len(widths.columns) <= MAX_NARROW
-        blocks: list[Block] = [Row([plot, widths])] if is_narrow else [plot, widths]
+        blocks: list[Block] = [BlockRow([plot, widths])] if is_narrow else [plot, widths]
         yield "groups", "Groups", [*blocks, groups]
     if results is not None and (times := times_blocks(results, key)):
         yield "times", "Macs and time", times
@@ -92,7 +101,7 @@ def _summary(results: Results) -> list[Block]:
     trained = "the base was given"
     if results.given_base is None and base.train_macs:
         trained = f"{spent / base.train_macs:.2f} times the base's, search included"
-    tiles = Tiles(
+    tiles = KeyNumbers(
         [
             (results.metric, f"{tdc.score:.3f}", f"base {base.score:.3f}; lower is better"),
             (
@@ -134,7 +143,7 @@ def _plan(run: RunData, key: str) -> list[Block]:
             caption="Groups are runs of timesteps of about the same difficulty.",
         ),
     ]
-    blocks: list[Block] = [Row(plots), plan_table(run.plan)]
+    blocks: list[Block] = [BlockRow(plots), plan_table(run.plan)]
     return [*blocks, Lines(run.plan.notes)] if run.plan.notes else blocks
 
 
@@ -148,7 +157,7 @@ def _rounds(run: RunData, key: str) -> list[Block]:
         caption="As the paper's Figure 5: mean (line) and standard deviation (band) over the "
         "candidates of a round, after the refit where there is one.",
     )
-    return [Row([plot, table])]
+    return [BlockRow([plot, table])]
 
 
 def _reused(reuse: ReuseResult) -> str:
@@ -170,7 +179,7 @@ def _cost(run: RunData, key: str) -> list[Block]:
             title="Where the time went",
             caption="Summed over the workers; what was taken from a store, as first computed.",
         )
-        blocks = [Row([plot, time_table(run.results)])]
+        blocks = [BlockRow([plot, time_table(run.results)])]
         if run.results.reuse is not None:
             blocks.append(Lines([_reused(run.results.reuse)]))
     workers: Table = workers_table(run)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from tdc_ray.reporting.html.blocks import Block, Lines, Report, Row, Section, Tiles
+from tdc_ray.reporting.html.blocks import Block, BlockRow, KeyNumbers, Lines, Report, Section
 from tdc_ray.reporting.html.comparison_tables import (
     runs_table,
     setting_text,
@@ -51,7 +51,7 @@ def report_of(
 def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
     finished = {run.name: run.results for run in runs if run.results is not None}
     blocks: list[Block] = [
-        Row([*figures_1(scored(finished), "runs", over_training=True)]),
+        BlockRow([*figures_1(scored(finished), "runs", over_training=True)]),
         runs_table(runs, keys),
     ]
     if len(runs) > MAX_RUNS:
@@ -75,11 +75,11 @@ def _sweep(
         tiles.append((f"best {sweep.metric}", f"{best.mean['score']:.3f}", settings))
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
-    blocks: list[Block] = [Tiles(tiles)]
+    blocks: list[Block] = [KeyNumbers(tiles)]
     if under_way := sum(trial.status == "running" for trial in sweep.rows):
         line = f"{under_way} trials are not finished; the sweep is shown as far as it is."
         blocks.append(Lines([line], is_warning=True))
-    blocks.append(Row([*figures_1(tried(data), key, over_training=True)]))
+    blocks.append(BlockRow([*figures_1(tried(data), key, over_training=True)]))
     blocks.append(trials_table(data, {name: keys[run.name] for name, run in trials.items()}))
     if (settings_means := settings_table(data)) is not None:
         blocks.append(settings_means)

@@ -1,6 +1,6 @@
 """What saved macs are worth in time: macs of base and experts against what was measured."""
 
-from tdc_ray.reporting.html.blocks import Block, Column, Plot, Row, Table, Value
+from tdc_ray.reporting.html.blocks import Block, BlockRow, Column, Plot, Table, Value
 from tdc_ray.reporting.html.figures import BASE, drawing, svg_of
 from tdc_ray.runs.results import Results, TimesResult
 
@@ -16,7 +16,7 @@ def times_blocks(results: Results, key: str) -> list[Block]:
         caption="Of a forward pass of base (gray) and experts (by group), as shares of the "
         "base's; on the dashed line time goes with macs. " + _measured(times),
     )
-    return [Row([plot, times_table(results, times)])]
+    return [BlockRow([plot, times_table(results, times)])]
 
 
 def time_over_macs(results: Results, times: TimesResult, name: str) -> str:

@@ -10,7 +10,7 @@ from tdc_ray.reporting.html.markdown_csv import csv_files, markdown
 from tdc_ray.reporting.html.page import page
 from tdc_ray.reporting.html.sections import report_of
 from tdc_ray.storage.files import write_text
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
 """What is in the folder: the page, the tables as Markdown, and a folder of them as CSV."""
@@ -45,7 +45,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         else:
             runs.append(load_run(root, name))
     report = report_of(runs, sweeps)
-    folder = located(out) if out is not None else roots[0] / "report"
+    folder = resolve_path(out) if out is not None else roots[0] / "report"
     if out is None and len(roots) > 1:
         folder = Path("report")
     write_text(folder / TEXT, markdown(report))
@@ -63,7 +63,7 @@ def _chosen(sweep: SweepData) -> list[str]:
 
 
 def _absolute(path: Path) -> Path:
-    place = located(path)
+    place = resolve_path(path)
     return Path(os.path.abspath(place))  # noqa: PTH100  # links stay: their names mean something
 
 
@@ -71,7 +71,7 @@ def _names(roots: Sequence[Path]) -> list[str]:
     """Name each folder by what tells it from the others."""
     if len(roots) == 1:
         return [roots[0].name]
-    parts = [shown(root).split("/") for root in roots]
+    parts = [display_path(root).split("/") for root in roots]
     shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     common = len(list(shared))
     return ["/".join(part[common:]) or "." for part in parts]

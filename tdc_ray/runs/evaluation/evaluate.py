@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.fingerprint import of_images
+from tdc_ray.data.fingerprint import images_key
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.sampling import image_generators, image_labels
@@ -25,7 +25,7 @@ from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
-from tdc_ray.models.fingerprint import of_weights
+from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.precision import DTYPES
 from tdc_ray.models.unet2d.unet import load_unet
@@ -200,7 +200,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
     return low | {
         "stage": "sample",
         "version": VERSION,
-        "model": of_weights(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
+        "model": weights_digest(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
         "first_stage": None if stage is None else first_stage_digest(Path(stage)),
         "shape": input_shape(config.data),
         "diffusion": asdict(config.diffusion),
@@ -215,7 +215,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
 def feature_inputs(job: FeatureJob) -> Inputs | None:
     """Give what :func:`extract_features` follows from, where that is known."""
     if not isinstance(job.samples, Path):
-        images = [of_images(job.config), *job.samples]
+        images = [images_key(job.config), *job.samples]
     elif job.digest is not None:
         images = [job.digest]
     else:

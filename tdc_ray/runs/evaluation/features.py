@@ -32,7 +32,7 @@ from tdc_ray.data.load import ImageDataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def check_labels(config: RunConfig, dataset: ImageDataset) -> None:
 
 def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> FeatureSpec:
     check_labels(config, dataset)
-    cache = located(config.evaluate.cache_dir).expanduser()
+    cache = resolve_path(config.evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()
     if wanted != "classifier":
         folder = _inception_folder(config, cache)
@@ -240,11 +240,11 @@ def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
     """Find Inception's weights: the given folder, the cache, the network."""
     given = config.evaluate.inception_path
     if given is not None:
-        if not exists(located(given) / INCEPTION_FILE):
+        if not exists(resolve_path(given) / INCEPTION_FILE):
             raise EvaluationError(
                 f"evaluate.inception_path {given} must be a folder that holds {INCEPTION_FILE}."
             )
-        return located(given)
+        return resolve_path(given)
     if not exists(cache / INCEPTION_FILE):
         try:
             with _timeout(), tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from tdc_ray.storage.files import (
     write_json,
     write_text,
 )
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
@@ -45,11 +45,13 @@ def export_run(run: Path, folder: Path) -> None:
         ConfigError: The folder exists.
         StorageError: The run is not finished.
     """
-    run_dir, folder = RunDir(located(run).resolve()), located(folder)
+    run_dir, folder = RunDir(resolve_path(run).resolve()), resolve_path(folder)
     if exists(folder):
-        raise ConfigError(f"{shown(folder)} exists: name a new folder, or remove it.")
+        raise ConfigError(f"{display_path(folder)} exists: name a new folder, or remove it.")
     if not exists(run_dir.results):
-        raise StorageError(f"{shown(run)} is not finished: {run_dir.results.name} is missing.")
+        raise StorageError(
+            f"{display_path(run)} is not finished: {run_dir.results.name} is missing."
+        )
     pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
     config, results = from_json(read_json(run_dir.config)), load_results(run_dir.results)
     with atomic_path(folder) as temporary:

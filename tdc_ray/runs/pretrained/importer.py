@@ -20,12 +20,12 @@ from tdc_ray.runs.pretrained.sources import (
     FIRST_STAGE_DIR,
     FORMAT,
     SAMPLER,
-    GivenBase,
-    find_base,
+    PretrainedBase,
     json_object,
+    resolve_base,
 )
 from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
 
 
-def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:
+def check_compatible(base: PretrainedBase, config: RunConfig) -> UNetConfig:
     """Make sure that the settings are those that a base was trained with; give its UNet's.
 
     Raises:
@@ -57,14 +57,14 @@ def check_base(base: GivenBase, config: RunConfig) -> UNetConfig:
     return _unet_settings(base, config)
 
 
-def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
+def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> UNetConfig:
     """Write a base into a folder, ``base.json`` last; give the UNet's settings.
 
     Raises:
         ConfigError: The settings are not those that it was trained with.
         CheckpointError: Its weights are missing or malformed.
     """
-    settings = check_base(base, config)
+    settings = check_compatible(base, config)
     try:
         weights = _weights(base, settings)
         first_stage = _first_stage(base, settings, config.data.first_stage)
@@ -80,7 +80,7 @@ def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
     document = {
         "format": FORMAT,
         "source": base.source,
-        "files": {shown(path): _sha256(path) for path in base.files},
+        "files": {display_path(path): _sha256(path) for path in base.files},
         "origin": base.origin,
         "weights": base.weights,
         "told": sorted(base.told),
@@ -92,7 +92,7 @@ def import_base(base: GivenBase, config: RunConfig, folder: Path) -> UNetConfig:
     return settings
 
 
-def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
+def _unet_settings(base: PretrainedBase, config: RunConfig) -> UNetConfig:
     """Settings of the base's UNet; what a checkpoint file does not tell is in the config."""
     model, size = config.model, config.data.image_size
     if base.folder is not None:
@@ -104,7 +104,7 @@ def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
     if model.num_heads is not None:
         if isinstance(base.first_stage, compvis.Checkpoint):
-            size //= downsampling(compvis.told_by_shapes(base.first_stage))
+            size //= downsampling(compvis.config_from_state_dict(base.first_stage))
         return {**openai.with_heads(base.unet, model.num_heads), "sample_size": size}
     named = architecture(model.architecture)
     for name in _SHAPE:
@@ -125,7 +125,7 @@ def _unet_settings(base: GivenBase, config: RunConfig) -> UNetConfig:
     return {**base.unet, **heads, "sample_size": named["sample_size"]}
 
 
-def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
+def _weights(base: PretrainedBase, settings: UNetConfig) -> StateDict:
     if base.folder is None:
         return openai.to_diffusers(base.state, settings)
     weights: StateDict = load_unet(base.folder).float().state_dict()
@@ -133,12 +133,12 @@ def _weights(base: GivenBase, settings: UNetConfig) -> StateDict:
 
 
 def _first_stage(
-    base: GivenBase, settings: UNetConfig, named: str | None
+    base: PretrainedBase, settings: UNetConfig, named: str | None
 ) -> VQModel | AutoencoderKL | None:
     """Load what encodes to the UNet's latents, if there is one: what is named, else its own."""
-    stage = base.first_stage if named is None else located(named)
+    stage = base.first_stage if named is None else resolve_path(named)
     if isinstance(stage, compvis.Checkpoint):
-        config = compvis.told_by_shapes(stage)
+        config = compvis.config_from_state_dict(stage)
         size = settings["sample_size"] * downsampling(config)
         return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
     if stage is None:
@@ -147,7 +147,7 @@ def _first_stage(
     model = load_autoencoder(stage, str(document.get("_class_name")))
     if isinstance(model, VQModel) and "scaling_factor" not in document:
         # diffusers' default came later, and is wrong for CompVis's (huggingface/diffusers 6725)
-        logger.info("%s names no scaling_factor: 1.0 is taken", shown(stage))
+        logger.info("%s names no scaling_factor: 1.0 is taken", display_path(stage))
         model.register_to_config(scaling_factor=1.0)
     return model.float()
 
@@ -168,16 +168,16 @@ def with_first_stage(config: RunConfig) -> RunConfig:
     """
     if config.model.base is None or config.data.first_stage is not None:
         return config
-    base = find_base(config.model.base)
+    base = resolve_base(config.model.base)
     if not isinstance(base.first_stage, compvis.Checkpoint):
         return config
     (file,) = base.files
-    cache = located(config.evaluate.cache_dir).expanduser()
+    cache = resolve_path(config.evaluate.cache_dir).expanduser()
     folder = cache / "first_stages" / _sha256(file)[:16]
     if not exists(folder):
-        logger.info("taking the first stage of %s out, into %s", base.source, shown(folder))
-        first_stage = _first_stage(base, check_base(base, config), None)
+        logger.info("taking the first stage of %s out, into %s", base.source, display_path(folder))
+        first_stage = _first_stage(base, check_compatible(base, config), None)
         assert first_stage is not None
         with atomic_path(folder) as temporary:
             first_stage.save_pretrained(temporary)
-    return replace(config, data=replace(config.data, first_stage=shown(folder)))
+    return replace(config, data=replace(config.data, first_stage=display_path(folder)))

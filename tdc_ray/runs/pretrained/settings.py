@@ -14,14 +14,14 @@ from tdc_ray.models.first_stage import downsampling
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
     NOISE,
-    find_base,
     json_object,
+    resolve_base,
 )
 from tdc_ray.storage.files import exists
-from tdc_ray.storage.object_store import located
+from tdc_ray.storage.object_store import resolve_path
 
 
-def come_along(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -> RunConfig:
+def apply_settings(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -> RunConfig:
     """Bring settings in line with what a base tells.
 
     Args:
@@ -45,17 +45,17 @@ def come_along(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -
     return from_json(document)
 
 
-def noise_told(model: str) -> dict[str, Any]:
+def noise_settings(model: str) -> dict[str, Any]:
     """Give what a model's folder tells of its noise process, first stage and that one's images.
 
     Raises:
         CheckpointError: It is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
-    folder = located(model).expanduser()
+    folder = resolve_path(model).expanduser()
     for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
         if exists(place / BASE_FILE) or exists(place / "model_index.json"):
-            base = find_base(str(place))
+            base = resolve_base(str(place))
             names = ("data.first_stage", "sampler.clip_sample")
             told = {
                 name: value
@@ -68,7 +68,7 @@ def noise_told(model: str) -> dict[str, Any]:
     return {}
 
 
-def untold(told: Mapping[str, Any]) -> list[str]:
+def missing_settings(told: Mapping[str, Any]) -> list[str]:
     """Name the settings of the noise process that are not among what a base tells."""
     is_cosine = told.get("diffusion.beta_schedule") == "squaredcos_cap_v2"
     needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]

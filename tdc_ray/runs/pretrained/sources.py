@@ -26,7 +26,7 @@ from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.storage.files import exists, fetch, listing, read_json
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 BASE_FILE = "base.json"
@@ -51,7 +51,7 @@ _NEEDED = {
 
 
 @dataclass(frozen=True, slots=True)
-class GivenBase:
+class PretrainedBase:
     """A base that was found, with what it tells; its weights are not loaded yet."""
 
     source: str
@@ -82,7 +82,7 @@ class GivenBase:
     """Of a base that was imported before: ``source`` and ``files`` of that import."""
 
 
-def find_base(source: str) -> GivenBase:
+def resolve_base(source: str) -> PretrainedBase:
     """Find what a user names.
 
     Raises:
@@ -97,21 +97,21 @@ def find_base(source: str) -> GivenBase:
             return (_openai if kind == "openai" else _compvis)(source, file, state)
         except CheckpointError as error:
             raise CheckpointError(f"{source} is no such checkpoint: {error}") from error
-    folder = located(source).expanduser()
+    folder = resolve_path(source).expanduser()
     return _in_folder(source, folder if exists(folder) else _from_hub(source))
 
 
-def _openai(source: str, file: Path, state: StateDict) -> GivenBase:
+def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
     """The file tells nothing of its noise process."""
-    unet = openai.told_by_shapes(state)
+    unet = openai.config_from_state_dict(state)
     told = _told_by_unet(source, unet, is_latent=False)
-    return GivenBase(source, unet, told, "as given", (file,), state=state)
+    return PretrainedBase(source, unet, told, "as given", (file,), state=state)
 
 
-def _compvis(source: str, file: Path, state: StateDict) -> GivenBase:
+def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     """Latent diffusion clips nothing, starts its steps at 1 and ends them at ``betas[0]``."""
     parts = compvis.split(state)
-    unet, is_latent = openai.told_by_shapes(parts.unet), bool(parts.first_stage)
+    unet, is_latent = openai.config_from_state_dict(parts.unet), bool(parts.first_stage)
     told = _told_by_unet(source, unet, is_latent=is_latent) | {
         "diffusion.rescale_timesteps": False,
         "sampler.steps_offset": 1,
@@ -122,12 +122,12 @@ def _compvis(source: str, file: Path, state: StateDict) -> GivenBase:
         told |= _told_by_betas(source, parts.betas.tolist())
     weights = "EMA" if parts.is_averaged else "without EMA"
     first_stage = parts if is_latent else None
-    return GivenBase(
+    return PretrainedBase(
         source, unet, told, weights, (file,), state=parts.unet, first_stage=first_stage
     )
 
 
-def _in_folder(source: str, folder: Path) -> GivenBase:
+def _in_folder(source: str, folder: Path) -> PretrainedBase:
     if exists(folder / BASE_FILE):
         return _imported(source, folder)
     if exists(folder / "model_index.json"):
@@ -146,11 +146,12 @@ def _in_folder(source: str, folder: Path) -> GivenBase:
     )
 
 
-def _imported(source: str, folder: Path) -> GivenBase:
+def _imported(source: str, folder: Path) -> PretrainedBase:
     document = json_object(folder / BASE_FILE)
     if document.get("format") != FORMAT:
         raise CheckpointError(
-            f"{shown(folder / BASE_FILE)} has format {document.get('format')}, expected {FORMAT}."
+            f"{display_path(folder / BASE_FILE)} has format {document.get('format')}, expected "
+            f"{FORMAT}."
         )
     try:
         told = {f"diffusion.{name}": document["diffusion"][name] for name in NOISE}
@@ -159,11 +160,13 @@ def _imported(source: str, folder: Path) -> GivenBase:
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{shown(folder / BASE_FILE)} is malformed: {error!r}.") from error
+        raise CheckpointError(
+            f"{display_path(folder / BASE_FILE)} is malformed: {error!r}."
+        ) from error
     return _diffusers(source, folder / "unet", told, weights, stage, origin)
 
 
-def _run(source: str, run_dir: RunDir) -> GivenBase:
+def _run(source: str, run_dir: RunDir) -> PretrainedBase:
     if exists(run_dir.base / BASE_FILE):
         return _imported(source, run_dir.base)
     config = from_json(read_json(run_dir.config))
@@ -175,7 +178,7 @@ def _run(source: str, run_dir: RunDir) -> GivenBase:
     return _diffusers(source, run_dir.base_unet, told, "EMA", stage)
 
 
-def _pipeline(source: str, folder: Path) -> GivenBase:
+def _pipeline(source: str, folder: Path) -> PretrainedBase:
     """Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one."""
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
@@ -190,7 +193,8 @@ def _pipeline(source: str, folder: Path) -> GivenBase:
     path = where["scheduler"] / "scheduler_config.json"
     if not exists(path):
         raise CheckpointError(
-            f"{source} is incomplete: {shown(path)}, which tells its noise process, is missing."
+            f"{source} is incomplete: {display_path(path)}, which tells its noise process, is "
+            "missing."
         )
     scheduler = {"_class_name": index["scheduler"][-1], **json_object(path)}
     told = _told_by_scheduler(source, scheduler)
@@ -211,18 +215,18 @@ def _diffusers(
     weights: str,
     first_stage: Path | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> GivenBase:
+) -> PretrainedBase:
     """A UNet in diffusers' format, with what is known of it."""
     unet = {k: value for k, value in given_unet_config(folder).items() if k != "dropout"}
     by_unet = _told_by_unet(source, unet, is_latent=first_stage is not None)
     if first_stage is not None:
         by_unet |= {
-            "data.first_stage": shown(first_stage.resolve()),
+            "data.first_stage": display_path(first_stage.resolve()),
             "sampler.clip_sample": False,  # latents lie outside [-1, 1]
         }
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
-    return GivenBase(
+    return PretrainedBase(
         source,
         unet,
         {**told, **by_unet},
@@ -330,5 +334,5 @@ def json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; a file that is missing is an empty one."""
     document = read_json(path) if exists(path) else {}
     if not isinstance(document, dict):
-        raise CheckpointError(f"{shown(path)} must hold a JSON object.")
+        raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     return document

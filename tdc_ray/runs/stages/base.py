@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches
-from tdc_ray.data.fingerprint import of_run, of_training
+from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.sampling import (
@@ -21,7 +21,7 @@ from tdc_ray.diffusion.sampling import (
     to_uint8,
 )
 from tdc_ray.diffusion.train import TrainState, start_state, train
-from tdc_ray.execution.device import Place
+from tdc_ray.execution.device import WorkerRank
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.first_stage import input_shape, load_first_stage
 from tdc_ray.models.unet2d.architectures import base_unet
@@ -42,8 +42,8 @@ def base_inputs(config: RunConfig) -> Inputs:
         "dropout": config.model.dropout,
         "workers": config.compute.num_base_workers,
         "cpus": config.compute.cpus_per_base_worker,
-        **of_run(config),
-        **of_training(config.base),
+        **data_key(config),
+        **training_key(config.base),
     }
 
 
@@ -67,7 +67,7 @@ def _no_item(_config: RunConfig, _report: Report) -> Result:
 
 def train_base(
     config: RunConfig,
-    place: Place,
+    place: WorkerRank,
     *,
     resume_from: Path | None,
     wrap: Callable[[UNet2DModel], nn.Module],

@@ -16,7 +16,7 @@ from tdc_ray import errors
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
-from tdc_ray.execution.ray.cluster import Board, is_local, node_resources
+from tdc_ray.execution.ray.cluster import EventCollector, is_local, node_resources
 from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import exists, read_json, remove, write_json
@@ -34,11 +34,11 @@ class BaseJob:
 
     run_dir: RunDir
     config: RunConfig
-    board: Board
+    board: EventCollector
 
 
 def train_base_on_ray(
-    run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView
+    run_dir: RunDir, config: RunConfig, board: EventCollector, view: ProgressView
 ) -> None:
     """Train the base on the cluster; a base that is done is left alone.
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.train import TrainState
-from tdc_ray.execution.device import Place, set_up
-from tdc_ray.execution.ray.cluster import Board
+from tdc_ray.execution.device import WorkerRank, configure_worker
+from tdc_ray.execution.ray.cluster import EventCollector
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import save_unet
@@ -25,7 +25,7 @@ from tdc_ray.storage.run_dir import RunDir
 STATE_FILE = "state.pt"
 
 
-def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
+def train_rank(run_dir: RunDir, config: RunConfig, board: EventCollector) -> None:
     """Train as one of the workers, from the last checkpoint on; the first one saves the base.
 
     Raises:
@@ -37,8 +37,8 @@ def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
     started = time.perf_counter()
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    set_up(config.compute.cpus_per_base_worker, tf32=config.compute.tf32)
-    place = Place(rank, context.get_world_size(), ray.train.torch.get_device())
+    configure_worker(config.compute.cpus_per_base_worker, tf32=config.compute.tf32)
+    place = WorkerRank(rank, context.get_world_size(), ray.train.torch.get_device())
 
     def save(state: TrainState) -> None:
         if rank != 0:
@@ -60,7 +60,11 @@ def train_rank(run_dir: RunDir, config: RunConfig, board: Board) -> None:
 
 
 def _train(
-    config: RunConfig, place: Place, resume_from: Path | None, board: Board, save: Any
+    config: RunConfig,
+    place: WorkerRank,
+    resume_from: Path | None,
+    board: EventCollector,
+    save: Any,
 ) -> TrainState:
     return train_base(
         config,

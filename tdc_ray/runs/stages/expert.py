@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.chain import Chain
-from tdc_ray.pruning.group import Choice, GroupTask
+from tdc_ray.pruning.group import GroupSearch, SearchResult
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
-from tdc_ray.runs.stages.finetune import finetune_item, trial_item
+from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
 from tdc_ray.storage.files import listing, remove
 
 
@@ -16,9 +16,9 @@ from tdc_ray.storage.files import listing, remove
 class Expert:
     """A finished expert."""
 
-    group: Group
+    group: TimestepGroup
     max_macs: int
-    choice: Choice
+    choice: SearchResult
     macs: int
     num_params: int
     loss_finetuned: float
@@ -31,7 +31,7 @@ class Expert:
     max_nanoseconds: int | None
 
 
-def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
+def make_expert(task: GroupSearch, memory: MemoryBank) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
     choice = yield from search(task, memory)
     if task.config.prune.halving_steps and choice.candidates:
@@ -57,7 +57,7 @@ def make_expert(task: GroupTask, memory: MemoryBank) -> Chain[Expert]:
     )
 
 
-def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]:
+def _halve(task: GroupSearch, choice: SearchResult, memory: MemoryBank) -> Chain[SearchResult]:
     """Train the better half of the candidates, then the better half of those for longer, and on.
 
     Successive halving: Jamieson and Talwalkar, arXiv:1502.07943. A candidate that goes on does so
@@ -67,7 +67,9 @@ def _halve(task: GroupTask, choice: Choice, memory: MemoryBank) -> Chain[Choice]
     steps, before = task.config.prune.halving_steps, 0
     while len(left) > 1:
         items = [
-            trial_item(task, "try-{1}-{2}".format(*one.entry.place), one.kept, steps, before)
+            short_finetune_item(
+                task, "try-{1}-{2}".format(*one.entry.place), one.kept, steps, before
+            )
             for one in left
         ]
         results = yield items

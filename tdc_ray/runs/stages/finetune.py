@@ -10,27 +10,27 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches, held_out_split
-from tdc_ray.data.fingerprint import of_run, of_training
+from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion.plan import Group
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
-from tdc_ray.execution.device import gathered, place
+from tdc_ray.execution.device import all_gather, worker_rank
 from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
-from tdc_ray.models.fingerprint import of_weights
+from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import count_params, unet_config
-from tdc_ray.models.units import Kept, name_of, widths_of
-from tdc_ray.pruning.fingerprint import of_group, of_measuring
-from tdc_ray.pruning.group import GroupTask
-from tdc_ray.pruning.loaded_base import Base, load_base, pruned_unet
+from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
+from tdc_ray.pruning.fingerprint import measuring_key, timesteps_key
+from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.loaded_base import LoadedBase, load_base, pruned_unet
 from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.pruning.space import space_of
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ class FinetuneJob:
 
     run_dir: RunDir
     config: RunConfig
-    group: Group
-    kept: Kept
+    group: TimestepGroup
+    kept: KeptIndices
     checkpoint: Path
     steps_before: int = 0
     """Steps that an earlier item took."""
@@ -80,7 +80,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> Result:
     """
     started = time.perf_counter()
     base, state = _tune(job, report)
-    if place().rank != 0:
+    if worker_rank().rank != 0:
         return {}
     with state.averaged() as averaged:
         save_expert(
@@ -106,22 +106,22 @@ def finetune_inputs(job: FinetuneJob) -> Inputs:
     return {
         "stage": "finetune",
         "version": VERSION,
-        "base": of_weights(job.run_dir.base_unet),
+        "base": weights_digest(job.run_dir.base_unet),
         "kept": job.kept,
         "workers": job.config.compute.workers_per_finetune,
-        **of_run(job.config),
-        **of_group(job.group),
-        **of_measuring(job.config.prune),
-        **of_training(job.config.finetune),
+        **data_key(job.config),
+        **timesteps_key(job.group),
+        **measuring_key(job.config.prune),
+        **training_key(job.config.finetune),
     }
 
 
-def trial_inputs(job: FinetuneJob) -> Inputs:
-    """Give what :func:`try_candidate` follows from: it leaves another result than a fine-tune."""
+def short_finetune_inputs(job: FinetuneJob) -> Inputs:
+    """Give what :func:`short_finetune` follows from: it leaves another result than a fine-tune."""
     return {**finetune_inputs(job), "stage": "try", "steps_before": job.steps_before}
 
 
-def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
+def smaller_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
     """Give the same fine-tune with half the images at once; None: it is down to one.
 
     The gradients of a batch are summed over its parts, so only the last bits of a sum change.
@@ -135,7 +135,7 @@ def halve_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
     return replace(job, config=replace(job.config, finetune=smaller))
 
 
-def try_candidate(job: FinetuneJob, report: Report) -> Result:
+def short_finetune(job: FinetuneJob, report: Report) -> Result:
     """Fine-tune a candidate for a few steps, or some more; give ``loss``, ``macs``, ``seconds``.
 
     A candidate whose training diverges has an infinite loss: the others go on without it.
@@ -143,7 +143,7 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
     started = time.perf_counter()
     try:
         _, state = _tune(job, report)
-        if place().rank != 0:
+        if worker_rank().rank != 0:
             return {}
         with state.averaged() as averaged:
             loss = held_out_loss(averaged, job.config, job.group)
@@ -155,9 +155,9 @@ def try_candidate(job: FinetuneJob, report: Report) -> Result:
     return {"loss": loss, "macs": macs, "seconds": time.perf_counter() - started}
 
 
-def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
+def finetune_item(task: GroupSearch, kept: KeptIndices) -> WorkItem:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
-    job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{name_of(kept)}.pt")
+    job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{kept_digest(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
     item = task.item(
         "finetune",
@@ -172,8 +172,8 @@ def finetune_item(task: GroupTask, kept: Kept) -> WorkItem:
     return _as_training(item, task.config)
 
 
-def trial_item(
-    task: GroupTask, name: str, kept: Kept, num_steps: int, steps_before: int = 0
+def short_finetune_item(
+    task: GroupSearch, name: str, kept: KeptIndices, num_steps: int, steps_before: int = 0
 ) -> WorkItem:
     """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
 
@@ -184,16 +184,16 @@ def trial_item(
         num_steps: Optimizer steps in all.
         steps_before: How many of them an earlier item of this name took.
     """
-    job = _job(task, kept, num_steps, f"{name}-{name_of(kept)}.pt", steps_before)
+    job = _job(task, kept, num_steps, f"{name}-{kept_digest(kept)}.pt", steps_before)
     macs = task.space.macs(widths_of(kept))
     item = task.item(
         f"{name}-{num_steps}",
-        try_candidate,
+        short_finetune,
         job,
         cost=3.0 * macs * job.num_images,
         num_steps=num_steps,
         kept=kept,
-        inputs=trial_inputs,
+        inputs=short_finetune_inputs,
         files=(job.checkpoint,),  # which a longer one goes on from
     )
     return _as_training(item, task.config)
@@ -206,12 +206,12 @@ def _as_training(item: WorkItem, config: RunConfig) -> WorkItem:
         item,
         resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
         num_workers=compute.workers_per_finetune,
-        halve=halve_micro_batch,
+        reduce_memory=smaller_micro_batch,
     )
 
 
 def _job(
-    task: GroupTask, kept: Kept, num_steps: int, checkpoint: str, steps_before: int = 0
+    task: GroupSearch, kept: KeptIndices, num_steps: int, checkpoint: str, steps_before: int = 0
 ) -> FinetuneJob:
     config = task.config
     shorter = replace(config, finetune=replace(config.finetune, num_steps=num_steps))
@@ -219,7 +219,7 @@ def _job(
     return FinetuneJob(task.run_dir, shorter, task.group, kept, folder / checkpoint, steps_before)
 
 
-def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
+def _tune(job: FinetuneJob, report: Report) -> tuple[LoadedBase, TrainState]:
     """Cut and refit the base, and train what is left, or go on from a checkpoint of it."""
     base = load_base(job.run_dir, job.config)
     goes_on = exists(job.checkpoint)  # its weights replace those of a refit
@@ -231,18 +231,19 @@ def _tune(job: FinetuneJob, report: Report) -> tuple[Base, TrainState]:
     state = start_state(unet, job.config.finetune)
     if goes_on:
         state.load(job.checkpoint)
-    if len(set(steps := gathered(state.step))) > 1:  # on NFS one may see an older file
+    if len(set(steps := all_gather(state.step))) > 1:  # on NFS one may see an older file
         raise StorageFailedError(
-            f"the workers of one fine-tune see {shown(job.checkpoint)} at the steps {steps}."
+            f"the workers of one fine-tune see {display_path(job.checkpoint)} at the steps "
+            f"{steps}."
         )
     _train(state, job.config, job.group, job.checkpoint, report)
     return base, state
 
 
 def _train(
-    state: TrainState, config: RunConfig, group: Group, checkpoint: Path, report: Report
+    state: TrainState, config: RunConfig, group: TimestepGroup, checkpoint: Path, report: Report
 ) -> None:
-    name, here = ("finetune", group.first, group.last), place()
+    name, here = ("finetune", group.first, group.last), worker_rank()
     model: nn.Module = state.unet
     if here.world_size > 1:
         model = nn.parallel.DistributedDataParallel(state.unet)

@@ -45,7 +45,7 @@ class ProbeJob:
     """With the backward pass."""
 
 
-def settled(
+def resolve_auto_precision(
     run_dir: RunDir, config: RunConfig, unet: UNetConfig, stages: Sequence[Stage]
 ) -> Chain[RunConfig]:
     """Put what is fastest on the workers in the place of every ``auto``, as a chain of items.
@@ -75,7 +75,7 @@ def settled(
         )
         item = WorkItem(
             key=f"precision/{stage}",
-            function=probe,
+            function=benchmark_precision,
             job=job,
             result_path=run_dir.root / "precision" / f"{stage}.json",
             cost=0.0,
@@ -93,7 +93,7 @@ def settled(
     return config
 
 
-def probe(job: ProbeJob, report: Report) -> Result:
+def benchmark_precision(job: ProbeJob, report: Report) -> Result:
     """Give ``precision``, fp32 or bf16, and ``fp32_seconds`` and ``bf16_seconds``: medians."""
     device = worker_device()
     conv = nn.Conv2d(job.channels, job.channels, 3, padding=1)

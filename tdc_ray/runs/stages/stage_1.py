@@ -4,19 +4,23 @@ import logging
 from collections.abc import Mapping
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.execution.ray.cache_session import Sharing
-from tdc_ray.execution.ray.cluster import Board
+from tdc_ray.execution.ray.cache_session import CacheSession
+from tdc_ray.execution.ray.cluster import EventCollector
 from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.runs.stages.base import base_item
 from tdc_ray.runs.stages.base_trainer import KEY, train_base_on_ray
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
 
 def make_base(
-    run_dir: RunDir, config: RunConfig, board: Board, view: ProgressView, sharing: Sharing
+    run_dir: RunDir,
+    config: RunConfig,
+    board: EventCollector,
+    view: ProgressView,
+    sharing: CacheSession,
 ) -> None:
     """Leave the base in the run directory, unless it is there; see :func:`train_base_on_ray`.
 
@@ -32,6 +36,6 @@ def make_base(
         sharing.alone(base_item(run_dir, config), reported, report) as is_done,
     ):
         if not is_done:
-            logger.info("stage 1: training the base (%s)", shown(run_dir.base_unet))
+            logger.info("stage 1: training the base (%s)", display_path(run_dir.base_unet))
             train_base_on_ray(run_dir, config, board, view)
             board.show(view)  # its last reports

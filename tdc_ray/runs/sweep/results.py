@@ -23,7 +23,7 @@ from tdc_ray.runs.sweep.space import (
     trial_name,
 )
 from tdc_ray.storage.files import exists, read_json, write_json
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.provenance import commit, machine
 from tdc_ray.storage.run_dir import RunDir
 
@@ -36,7 +36,7 @@ Status = Literal["running", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TrialRow:
     """One run: a setting with one seed. What it has not come to yet is None."""
 
     name: str
@@ -82,7 +82,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class SettingSummary:
     """What the runs of a setting with all seeds come to."""
 
     name: str
@@ -116,8 +116,8 @@ class SweepResults:
     preset: str
     commit: str | None
     machine: str
-    rows: tuple[Row, ...] = ()
-    settings: tuple[Setting, ...] = ()
+    rows: tuple[TrialRow, ...] = ()
+    settings: tuple[SettingSummary, ...] = ()
     pareto: tuple[str, ...] = ()
     """Names of the settings on the Pareto front of the objectives; of one, of the best."""
 
@@ -159,29 +159,29 @@ def begun(
         changed = differences(from_json(read_json(path)), config)
     except ConfigError as error:
         raise StorageError(
-            f"{shown(path)} is of another version: {error} Choose another name."
+            f"{display_path(path)} is of another version: {error} Choose another name."
         ) from error
     if changed:
         raise StorageError(
-            f"sweep {shown(folder)} has other settings: {'; '.join(changed)}. Use the same ones "
-            "to go on, or another name."
+            f"sweep {display_path(folder)} has other settings: {'; '.join(changed)}. Use the same "
+            "ones to go on, or another name."
         )
     # As they are when they were read again.
     domains = {name: json.loads(json.dumps(asdict(domain))) for name, domain in space.items()}
-    rows: tuple[Row, ...] = ()
+    rows: tuple[TrialRow, ...] = ()
     if exists(folder / SWEEP_FILE):
         before = load_sweep(folder)
         rows = before.rows
         if rows and list(rows[0].params) != list(space):
             raise StorageError(
-                f"sweep {shown(folder)} varies {', '.join(rows[0].params)}, in this order. Vary "
-                "the same fields to go on, or choose another name."
+                f"sweep {display_path(folder)} varies {', '.join(rows[0].params)}, in this order. "
+                "Vary the same fields to go on, or choose another name."
             )
         asked, told = (domains, how.objectives), (before.space, before.objectives)
         if how.search != "grid" and asked != told:  # Optuna's study is of just these
             raise StorageError(
-                f"sweep {shown(folder)} searches {told[0]} for {', '.join(told[1])}. Search the "
-                "same for the same objectives to go on, or choose another name."
+                f"sweep {display_path(folder)} searches {told[0]} for {', '.join(told[1])}. "
+                "Search the same for the same objectives to go on, or choose another name."
             )
     return SweepResults(
         name=folder.name,
@@ -197,10 +197,10 @@ def begun(
     )
 
 
-def started_row(params: Params, seed: int) -> Row:
+def started_row(params: Params, seed: int) -> TrialRow:
     """Make the row of a run that begins."""
     name = trial_name(params, seed)
-    return Row(
+    return TrialRow(
         name=name,
         setting=setting_name(params),
         params=dict(params),
@@ -210,7 +210,7 @@ def started_row(params: Params, seed: int) -> Row:
     )
 
 
-def ended_row(row: Row, folder: Path, status: Status, error: str | None = None) -> Row:
+def ended_row(row: TrialRow, folder: Path, status: Status, error: str | None = None) -> TrialRow:
     """Complete a row by the results of its run, if there are any.
 
     Args:
@@ -225,7 +225,7 @@ def ended_row(row: Row, folder: Path, status: Status, error: str | None = None) 
     return with_results(row, load_results(path))
 
 
-def with_results(row: Row, results: Results) -> Row:
+def with_results(row: TrialRow, results: Results) -> TrialRow:
     """Complete a row by results."""
     tdc, reuse = results.tdc, results.reuse
     return replace(
@@ -255,10 +255,10 @@ def with_results(row: Row, results: Results) -> Row:
     )
 
 
-def summarized(sweep: SweepResults, rows: Sequence[Row]) -> SweepResults:
+def summarized(sweep: SweepResults, rows: Sequence[TrialRow]) -> SweepResults:
     """Put rows, in the order of their names, and what they come to into a sweep's results."""
     ordered = sorted(rows, key=lambda row: (_numbers(row.params), row.seed))
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[TrialRow]] = {}
     for row in ordered:
         found.setdefault(row.setting, []).append(row)
     settings = [_setting(name, some) for name, some in found.items()]
@@ -269,7 +269,7 @@ def summarized(sweep: SweepResults, rows: Sequence[Row]) -> SweepResults:
     )
 
 
-def pareto(settings: Sequence[Setting], objectives: Sequence[Objective]) -> set[str]:
+def pareto(settings: Sequence[SettingSummary], objectives: Sequence[Objective]) -> set[str]:
     """Name the settings that none dominates, by their means; unfinished ones are left out."""
     points = {
         setting.name: [setting.mean[name] for name in objectives]
@@ -286,7 +286,7 @@ def pareto(settings: Sequence[Setting], objectives: Sequence[Objective]) -> set[
     }
 
 
-def finished_settings(settings: Sequence[Setting]) -> list[Setting]:
+def finished_settings(settings: Sequence[SettingSummary]) -> list[SettingSummary]:
     """Give the settings of which as many runs are done as of any, if any are."""
     most = max((setting.num_done for setting in settings), default=0)
     return [setting for setting in settings if setting.num_done == most > 0]
@@ -306,17 +306,21 @@ def load_sweep(folder: Path) -> SweepResults:
     document = read_json(folder / SWEEP_FILE)
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
-        raise StorageError(f"{shown(folder / SWEEP_FILE)} has format {found}, expected {FORMAT}.")
+        raise StorageError(
+            f"{display_path(folder / SWEEP_FILE)} has format {found}, expected {FORMAT}."
+        )
     try:
         return _ADAPTER.validate_python(document, extra="forbid")
     except ValidationError as error:
-        raise StorageError(f"{shown(folder / SWEEP_FILE)} is no sweep.json: {error}") from error
+        raise StorageError(
+            f"{display_path(folder / SWEEP_FILE)} is no sweep.json: {error}"
+        ) from error
 
 
-def _setting(name: str, rows: Sequence[Row]) -> Setting:
+def _setting(name: str, rows: Sequence[TrialRow]) -> SettingSummary:
     done = [asdict(row) for row in rows if row.status == "done"]
     values = {key: [float(row[key]) for row in done] for key in _MEANS}
-    return Setting(
+    return SettingSummary(
         name=name,
         params=rows[0].params,
         num_done=len(done),

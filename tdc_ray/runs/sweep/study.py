@@ -27,7 +27,7 @@ STUDY_VARIABLE = "TDC_RAY_STUDY"
 STUDY_FILE = "study.log"
 
 
-def tidy(
+def reconcile(
     study: optuna.Study,
     results: SweepResults,
     distributions: Mapping[str, BaseDistribution],

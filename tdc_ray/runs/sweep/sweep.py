@@ -21,10 +21,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
-from tdc_ray.execution.ray.cache_session import start_claims
+from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import start_checked_caller
-from tdc_ray.execution.ray.workers import Crew
+from tdc_ray.execution.ray.workers import WorkerGroup
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.reporting.hparams import write_session
 from tdc_ray.runs.preflight import check
@@ -32,8 +32,8 @@ from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import (
-    Row,
     SweepResults,
+    TrialRow,
     begun,
     ended_row,
     save_sweep,
@@ -51,10 +51,10 @@ from tdc_ray.runs.sweep.space import (
     setting_name,
     trial_name,
 )
-from tdc_ray.runs.sweep.study import distribution, open_storage, tidy
-from tdc_ray.runs.sweep.trial import Job, failure_of, point_of, run_trial
-from tdc_ray.storage.lease import exclusive
-from tdc_ray.storage.object_store import located, shown
+from tdc_ray.runs.sweep.study import distribution, open_storage, reconcile
+from tdc_ray.runs.sweep.trial import TrialSpec, failure_of, point_of, run_trial
+from tdc_ray.storage.lease import hold_lease
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 STORE_DIR, HPARAMS_DIR = "store", "hparams"
 TRIAL_BYTES = 128 * 1024**2
@@ -99,21 +99,21 @@ def sweep(
         TdcError: What cannot work, before any work where that can be known.
         WorkFailedError: Trials failed; the others are finished and kept.
     """
-    folder = located(folder).resolve()
-    store = folder / STORE_DIR if store is None else located(store).resolve()
+    folder = resolve_path(folder).resolve()
+    store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
     config = with_first_stage(with_absolute_paths(config))
     check_space(space, config, how, points)
     points = grid(space) if points is None and how.search == "grid" else points
     _check_trials(config, space, how, points)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
-    with exclusive(folder), connected(local_cpus(config.compute), dashboard=True):
+    with hold_lease(folder), connected(local_cpus(config.compute), dashboard=True):
         check_cluster(config.compute)
         nobody: Any = None
-        Crew(config.compute, nobody, Timeline(None)).check()
+        WorkerGroup(config.compute, nobody, Timeline(None)).check()
         table = _Table(folder, store, config, begun(folder, config, space, how))
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
-        shared = [start_claims(store)]  # lives as long as this
+        shared = [start_claim_registry(store)]  # lives as long as this
         shared += [start_checked_caller(config.proxy, folder)] if asks else []
         if points is None:
             _run_study(table, space, how)
@@ -181,7 +181,9 @@ class _Table(tune.Callback):
         for seed in self.points_left(params, seeds):
             row = started_row(params, seed)
             self.rows[row.name] = row
-            logger.info("%s begins; its log: %s", row.name, shown(self.folder / row.run_dir))
+            logger.info(
+                "%s begins; its log: %s", row.name, display_path(self.folder / row.run_dir)
+            )
         self.write()
 
     def on_trial_complete(
@@ -207,7 +209,7 @@ class _Table(tune.Callback):
             logger.info("%s %s: %s", row.name, row.status, told)
         self.write()
 
-    def _take(self, row: Row) -> None:
+    def _take(self, row: TrialRow) -> None:
         self.rows[row.name] = row
         if row.status == "done":
             write_session(self.folder / HPARAMS_DIR, self.config, row)
@@ -237,11 +239,11 @@ def _run_study(table: _Table, space: Mapping[str, Domain], how: SweepConfig) -> 
     distributions = {name: distribution(domain) for name, domain in space.items()}
     study = optuna.create_study(
         storage=storage,
-        study_name=shown(table.folder),
+        study_name=display_path(table.folder),
         directions=["minimize"] * len(how.objectives),
         load_if_exists=True,
     )
-    waiting = tidy(study, table.results, distributions, how)
+    waiting = reconcile(study, table.results, distributions, how)
     seed = how.search_seed + len(study.trials)  # one that goes on draws others
     sampler: Any = (
         optuna.samplers.RandomSampler(seed=seed)
@@ -270,7 +272,7 @@ def _fit(
 ) -> None:
     """Let Ray Tune run the trials."""
     stop_early = how.stop_early
-    job = Job(table.folder, table.config, table.store, how.seeds, stop_early, table.session)
+    job = TrialSpec(table.folder, table.config, table.store, how.seeds, stop_early, table.session)
 
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, job, tune.report)

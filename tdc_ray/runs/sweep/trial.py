@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import TdcError, WorkFailedError
-from tdc_ray.execution.cache import Store
-from tdc_ray.execution.ray.cache_session import Sharing
+from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.reporting.progress import Event
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
@@ -20,7 +20,7 @@ from tdc_ray.runs.sweep.results import started_row
 from tdc_ray.runs.sweep.space import Params, applied
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.logs import log_to
-from tdc_ray.storage.object_store import shown
+from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 TuneReport = Callable[[dict[str, float]], None]
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrialSpec:
     """What every trial is told."""
 
     folder: Path
@@ -52,7 +52,7 @@ def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, S
     return dict(config), seeds
 
 
-def run_trial(config: Mapping[str, Any], job: Job, report: TuneReport) -> None:
+def run_trial(config: Mapping[str, Any], job: TrialSpec, report: TuneReport) -> None:
     """Run a setting in the process of a trial; its work goes to the cluster's actors."""
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     params, seeds = point_of(config, job.seeds)
@@ -65,7 +65,7 @@ def run_trial(config: Mapping[str, Any], job: Job, report: TuneReport) -> None:
     report({name: statistics.mean(map(of, results)) for name, of in found.items()})
 
 
-def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
+def _run(job: TrialSpec, params: Params, seed: int, report: TuneReport) -> Results:
     row = started_row(params, seed)
     run_dir = RunDir(job.folder / row.run_dir)
     failed = run_dir.root / FAILED_FILE
@@ -79,7 +79,7 @@ def _run(job: Job, params: Params, seed: int, report: TuneReport) -> Results:
         if job.stop_early and event.key == "base" and "loss" in event.metrics:
             report({"loss": event.metrics["loss"], "base_step": event.step})
 
-    sharing = Sharing(Store(job.store, shown(run_dir.root)))
+    sharing = CacheSession(ResultCache(job.store, display_path(run_dir.root)))
     with log_to(run_dir.log), sharing, sharing.turn(row.name):
         try:
             config = applied(job.config, params, seed)
@@ -97,4 +97,4 @@ def failure_of(run_dir: Path, session: str) -> str:
     failed = run_dir / FAILED_FILE
     if exists(failed) and read_json(failed)["session"] == session:
         return str(read_json(failed)["error"])
-    return f"its process died; see {shown(run_dir / 'run.log')}"
+    return f"its process died; see {display_path(run_dir / 'run.log')}"

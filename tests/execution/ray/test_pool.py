@@ -14,7 +14,7 @@ from rich.console import Console
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, WorkFailedError
-from tdc_ray.execution.chain import Chain, Meeting
+from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Resources, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
@@ -50,7 +50,7 @@ def item_of(folder: Path, name: str, function, number, *, is_call: bool = False)
         job=(folder, name, number),
         result_path=folder / f"{name}-{number}.json",
         cost=1.0,
-        on_loss={"lost": True} if is_call else None,
+        fallback_result={"lost": True} if is_call else None,
     )
 
 
@@ -183,14 +183,14 @@ def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
 
 def test_of_two_kinds_no_more_spare_workers_end_than_others_are_missing(pool):
     crew = pool._crew
-    crew.hire({crew.default: 2})
+    crew.start_workers({crew.default: 2})
     while len(crew.ready()) < 2:
         for ref in ray.wait(crew.starting(), num_returns=1)[0]:
             crew.take_in(ref)
     spare, other = crew.ready(), Resources(2.0)
-    assert crew.dispensable(spare, {}) == []
-    assert crew.dispensable(spare, {crew.default: 2}) == []
-    assert crew.dispensable(spare, {other: 1, crew.default: 1}) == list(spare)[:1]
+    assert crew.removable(spare, {}) == []
+    assert crew.removable(spare, {crew.default: 2}) == []
+    assert crew.removable(spare, {other: 1, crew.default: 1}) == list(spare)[:1]
 
 
 def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
@@ -198,13 +198,13 @@ def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
         import torch
         from torch import distributed
 
-        from tdc_ray.execution.device import place
+        from tdc_ray.execution.device import worker_rank
 
         folder, _name, _number = job
-        total = torch.tensor([float(place().rank + 1)])
+        total = torch.tensor([float(worker_rank().rank + 1)])
         distributed.all_reduce(total)
-        (folder / f"rank-{place().rank}").touch()
-        return {"value": total.item(), "world_size": place().world_size}
+        (folder / f"rank-{worker_rank().rank}").touch()
+        return {"value": total.item(), "world_size": worker_rank().world_size}
 
     def wide():
         item = dataclasses.replace(item_of(tmp_path, "wide", work, 1), num_workers=2)
@@ -223,11 +223,11 @@ def test_one_of_two_workers_that_dies_takes_the_other_along_and_both_start_again
         import torch
         from torch import distributed
 
-        from tdc_ray.execution.device import place
+        from tdc_ray.execution.device import worker_rank
 
         folder, _name, _number = job
         first = folder / "first"
-        if place().rank == 1 and not first.exists():
+        if worker_rank().rank == 1 and not first.exists():
             first.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         total = torch.ones(1)
@@ -254,12 +254,14 @@ def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_p
             torch.empty(2**60)  # raises what torch raises
         return {"value": size}
 
-    def halve(job):
+    def reduce_memory(job):
         folder, name, size = job
         return (folder, name, size // 2) if size > 1 else None
 
     def large():
-        item = dataclasses.replace(item_of(tmp_path, "large", work, 8), halve=halve)
+        item = dataclasses.replace(
+            item_of(tmp_path, "large", work, 8), reduce_memory=reduce_memory
+        )
         (result,) = yield [item]
         return result["value"]
 
@@ -272,22 +274,22 @@ def test_of_two_workers_the_error_of_the_one_that_failed_first_counts(pool, tmp_
         import torch
         from torch import distributed
 
-        from tdc_ray.execution.device import place
+        from tdc_ray.execution.device import worker_rank
 
         _folder, _name, size = job
-        if place().rank == 1 and size > 2:
+        if worker_rank().rank == 1 and size > 2:
             torch.empty(2**60)  # the other one then loses its connection
         total = torch.ones(1)
         distributed.all_reduce(total)
         return {"value": size}
 
-    def halve(job):
+    def reduce_memory(job):
         folder, name, size = job
         return (folder, name, size // 2) if size > 1 else None
 
     def wide():
         item = item_of(tmp_path, "wide", work, 4)
-        (result,) = yield [dataclasses.replace(item, num_workers=2, halve=halve)]
+        (result,) = yield [dataclasses.replace(item, num_workers=2, reduce_memory=reduce_memory)]
         return result["value"]
 
     assert pool.run({"wide": wide()}) == {"wide": 2}
@@ -416,7 +418,7 @@ PARTIES = frozenset({"a", "b", "bad"})
 
 def meeting_chain(folder: Path, name: str, function) -> Chain[list]:
     (first,) = yield [item_of(folder, name, function, 1)]
-    yield Meeting("second round", PARTIES)
+    yield Barrier("second round", PARTIES)
     (second,) = yield [item_of(folder, name, function, 2)]
     return [first["value"], second["value"]]
 

@@ -13,9 +13,14 @@ from rich.console import Console
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.execution.ray.cluster import Board, board
+from tdc_ray.execution.ray.cluster import EventCollector, board
 from tdc_ray.execution.ray.service import start_caller
-from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.pruning.llm.transcripts import (
+    LLMExchange,
+    TokenUsage,
+    append_exchange,
+    transcript_path,
+)
 from tdc_ray.pruning.proxies.language_model import AskJob, ask
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
@@ -30,7 +35,7 @@ KEY = "sk-proj-Zx81-secretSECRET-47pq"
 
 
 @pytest.fixture
-def events(ray_cluster: None, tmp_path: Path) -> Iterator[Board]:
+def events(ray_cluster: None, tmp_path: Path) -> Iterator[EventCollector]:
     with (
         ProgressView(tmp_path / "tensorboard", Console(quiet=True)) as view,
         board(view) as events,
@@ -39,14 +44,14 @@ def events(ray_cluster: None, tmp_path: Path) -> Iterator[Board]:
 
 
 @pytest.fixture
-def caller(events: Board) -> Iterator[Any]:
+def caller(events: EventCollector) -> Iterator[Any]:
     caller = start_caller(CONFIG)
     yield caller
     ray.kill(caller)
 
 
 def call(folder: Path, key: str, function, job=None) -> WorkItem:
-    return WorkItem(key, function, job, folder / f"{key}.json", 0.0, on_loss={})
+    return WorkItem(key, function, job, folder / f"{key}.json", 0.0, fallback_result={})
 
 
 def test_a_call_leaves_its_result_and_reads_the_key_where_it_runs(caller, events, tmp_path):
@@ -74,10 +79,10 @@ def test_what_a_sweeps_finished_trials_spent_counts(events, tmp_path):
     def spent(job, report, budget):
         return {"calls": budget.spent.calls, "tokens": budget.spent.tokens}
 
-    took = Usage(calls=1, prompt_tokens=60, completion_tokens=40)
+    took = TokenUsage(calls=1, prompt_tokens=60, completion_tokens=40)
     for trial in ("a", "b"):
         path = transcript_path(tmp_path / "trials" / trial / "proxy", 0, 0)
-        append_exchange(path, Exchange({}, "hello", None, took, 1.0))
+        append_exchange(path, LLMExchange({}, "hello", None, took, 1.0))
     caller = start_caller(CONFIG, tmp_path)
     try:
         found = ray.get(caller.run.remote(call(tmp_path, "spent", spent), events))

@@ -2,9 +2,14 @@ import pytest
 import torch
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.checkpoints.compvis import Checkpoint, split, to_vq_model, told_by_shapes
+from tdc_ray.models.checkpoints.compvis import (
+    Checkpoint,
+    config_from_state_dict,
+    split,
+    to_vq_model,
+)
+from tdc_ray.models.checkpoints.openai import config_from_state_dict as unet_told_by_shapes
 from tdc_ray.models.checkpoints.openai import original_shapes
-from tdc_ray.models.checkpoints.openai import told_by_shapes as unet_told_by_shapes
 from tdc_ray.models.unet2d.architectures import architecture
 from tests.models.checkpoints.openai_reference import (
     FirstStageVQ,
@@ -17,14 +22,14 @@ from tests.small import assert_same
 BETAS = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
 
 
-def parts(seed: int = 0) -> tuple[OpenAIUNet, OpenAIUNet, FirstStageVQ]:
+def blocks(seed: int = 0) -> tuple[OpenAIUNet, OpenAIUNet, FirstStageVQ]:
     torch.manual_seed(seed)
     unets = [randomise(OpenAIUNet(scale_shift=False, out_channels=3, heads=2), s) for s in (0, 1)]
     return *unets, randomise(FirstStageVQ(), 2)
 
 
 def state_dict(*, averaged: bool = True) -> dict[str, torch.Tensor]:
-    unet, ema, first_stage = parts()
+    unet, ema, first_stage = blocks()
     return compvis_checkpoint(unet, ema if averaged else None, first_stage, BETAS)["state_dict"]
 
 
@@ -35,7 +40,7 @@ def first_stage_alone(state: dict[str, torch.Tensor]) -> Checkpoint:
 def test_the_averaged_weights_are_taken_under_the_unets_names():
     found = split(state_dict())
     assert found.is_averaged
-    assert_same(dict(found.unet), dict(parts()[1].state_dict()))
+    assert_same(dict(found.unet), dict(blocks()[1].state_dict()))
     assert torch.equal(found.betas, BETAS)
     assert found.scaling_factor == 1.0
 
@@ -43,7 +48,7 @@ def test_the_averaged_weights_are_taken_under_the_unets_names():
 def test_without_averages_the_plain_weights_are_taken_and_said_to_be():
     found = split(state_dict(averaged=False))
     assert not found.is_averaged
-    assert_same(dict(found.unet), dict(parts()[0].state_dict()))
+    assert_same(dict(found.unet), dict(blocks()[0].state_dict()))
 
 
 def test_a_measured_scaling_factor_comes_along():
@@ -52,8 +57,8 @@ def test_a_measured_scaling_factor_comes_along():
 
 @torch.inference_mode()
 def test_a_converted_first_stage_encodes_and_decodes_as_the_original():
-    original = parts()[2]
-    config = told_by_shapes(first_stage_alone(original.state_dict()))
+    original = blocks()[2]
+    config = config_from_state_dict(first_stage_alone(original.state_dict()))
     model = to_vq_model(original.state_dict(), config)
     assert not model.training
     assert (model.config.scaling_factor, model.config.vq_embed_dim) == (1.0, 3)
@@ -70,7 +75,7 @@ def test_vq_f4_is_told_by_its_shapes():
     with torch.device("meta"):
         state = FirstStageVQ((128, 256, 512), layers=2).state_dict()
     state["quantize.embedding.weight"] = torch.empty(8192, 3, device="meta")
-    told = told_by_shapes(first_stage_alone(state))
+    told = config_from_state_dict(first_stage_alone(state))
     assert told["block_out_channels"] == (128, 256, 512)
     assert told["down_block_types"] == ("DownEncoderBlock2D",) * 3
     assert (told["layers_per_block"], told["latent_channels"]) == (2, 3)
@@ -111,10 +116,10 @@ def test_a_checkpoint_without_a_unet_is_refused():
 
 
 def test_a_wrong_tensor_of_the_first_stage_is_named():
-    original = dict(parts()[2].state_dict())
-    config = told_by_shapes(first_stage_alone(original))
+    original = dict(blocks()[2].state_dict())
+    config = config_from_state_dict(first_stage_alone(original))
     del original["decoder.up.0.block.1.norm2.bias"]
     with pytest.raises(CheckpointError, match=r"lacks decoder\.up\.0\.block\.1\.norm2\.bias"):
         to_vq_model(original, config)
     with pytest.raises(CheckpointError, match=r"lacks quantize\.embedding\.weight"):
-        told_by_shapes(first_stage_alone({"encoder.conv_in.weight": torch.zeros(1)}))
+        config_from_state_dict(first_stage_alone({"encoder.conv_in.weight": torch.zeros(1)}))

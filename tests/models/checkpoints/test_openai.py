@@ -4,9 +4,9 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.openai import (
+    config_from_state_dict,
     original_shapes,
     to_diffusers,
-    told_by_shapes,
     with_heads,
 )
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
@@ -24,7 +24,7 @@ def reference(seed: int = 0, **changes) -> OpenAIUNet:
 
 def converted(original: OpenAIUNet, heads: int):
     state = original.state_dict()
-    config = with_heads(told_by_shapes(state), heads)
+    config = with_heads(config_from_state_dict(state), heads)
     unet = build_unet({**config, "sample_size": 8}).eval()
     unet.load_state_dict(to_diffusers(state, config))
     return unet
@@ -78,7 +78,7 @@ def test_a_named_architecture_has_as_many_tensors_and_is_told_by_their_shapes(na
     shapes = original_shapes(config)
     assert len(shapes) == count
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    told = told_by_shapes(state)
+    told = config_from_state_dict(state)
     for key in TOLD:
         assert told[key] == config[key]
     scale_shift = config.get("resnet_time_scale_shift", "default")
@@ -107,10 +107,12 @@ def test_the_keys_are_those_of_improved_diffusion():
 
 
 def test_heads_are_one_width_where_diffusers_can_say_so():
-    config = told_by_shapes(reference().state_dict())
+    config = config_from_state_dict(reference().state_dict())
     assert with_heads(config, 4)["attention_head_dim"] == 16
     assert "num_heads" not in with_heads(config, 4)
-    two = told_by_shapes(reference(channels=(32, 64, 96), attention_at=(1, 2)).state_dict())
+    two = config_from_state_dict(
+        reference(channels=(32, 64, 96), attention_at=(1, 2)).state_dict()
+    )
     assert (with_heads(two, 2)["num_heads"], with_heads(two, 2)["attention_head_dim"]) == (2, None)
     with pytest.raises(CheckpointError, match="5 heads do not divide attention of 64 channels"):
         with_heads(config, 5)
@@ -118,7 +120,7 @@ def test_heads_are_one_width_where_diffusers_can_say_so():
 
 def changed(change) -> tuple[dict[str, Tensor], UNetConfig]:
     state = dict(reference().state_dict())
-    config = with_heads(told_by_shapes(state), 4)
+    config = with_heads(config_from_state_dict(state), 4)
     change(state)
     return state, config
 
@@ -150,15 +152,17 @@ def test_a_wrong_tensor_is_named_with_what_was_expected(change, words):
 
 def test_other_networks_are_no_such_checkpoint():
     with pytest.raises(CheckpointError, match=r"lacks input_blocks\.0\.0\.weight; it holds conv"):
-        told_by_shapes({"conv.weight": torch.zeros(1)})
+        config_from_state_dict({"conv.weight": torch.zeros(1)})
     state = {
         name: value
         for name, value in reference().state_dict().items()
         if not name.startswith("input_blocks.3.")  # resampled without a convolution
     }
     with pytest.raises(CheckpointError, match=r"levels of equally many.*\[\[\(32, False\)"):
-        told_by_shapes({k.replace("input_blocks.4.", "input_blocks.3."): state[k] for k in state})
+        config_from_state_dict(
+            {k.replace("input_blocks.4.", "input_blocks.3."): state[k] for k in state}
+        )
     odd = dict(reference().state_dict())
     odd["input_blocks.0.0.weight"] = torch.zeros(48, 3, 3, 3)
     with pytest.raises(CheckpointError, match="found 48, then"):
-        told_by_shapes(odd)
+        config_from_state_dict(odd)

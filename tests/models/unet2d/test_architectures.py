@@ -5,7 +5,7 @@ import pytest
 
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture
-from tdc_ray.models.unet2d.layers import count, layers, parts
+from tdc_ray.models.unet2d.layers import blocks, count, layers
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 
 
@@ -41,7 +41,7 @@ def test_every_parameter_belongs_to_a_layer_of_the_walk(name):
         built[layer] = built.get(layer, 0) + parameter.numel()
     walked = {
         layer.name: layer.num_params
-        for part in parts(architecture(name))
+        for part in blocks(architecture(name))
         for layer in layers(part)
     }
     assert walked == built

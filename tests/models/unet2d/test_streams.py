@@ -12,10 +12,10 @@ from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.streams import dependency_graph, root_of
-from tdc_ray.models.unet2d.surgery import coupled, cut, kept_outputs
+from tdc_ray.models.unet2d.surgery import coupled_parameters, cut, kept_outputs
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.models.unet2d.units import units_for, units_of
-from tdc_ray.models.units import Unit, keep_all
+from tdc_ray.models.units import Unit, keep_everything
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, output_of, random_kept, random_unet, widths_of
@@ -78,7 +78,7 @@ def test_steps_of_a_stream_are_at_the_same_place_of_every_group():
 def test_a_choice_tells_which_units_it_was_made_among():
     for kind in ("inner", "full"):
         units = units_of(TINY, kind)
-        assert units_for(TINY, keep_all(units)) == units
+        assert units_for(TINY, keep_everything(units)) == units
 
 
 # --- the config's streams and the dependency graph's -----------------------------------------
@@ -104,7 +104,7 @@ def test_what_goes_with_a_stream_is_what_torch_pruning_finds(name):
                 found[names[module], dim] = sorted(i for i, root in pairs if root == channel)
         expected = {
             (part.layer, part.dim): part.places(torch.tensor([channel])).tolist()
-            for part in coupled(unet, unit)
+            for part in coupled_parameters(unet, unit)
         }
         assert found == expected, unit.name
 
@@ -160,9 +160,9 @@ def test_the_weights_by_channel_are_those_that_a_cut_takes(name):
         step = unit.width - 1
         by_channel = sum(
             part.by_channel(part.parameter.detach().square()).sum(1)
-            for part in coupled(unet, unit)
+            for part in coupled_parameters(unet, unit)
         )
-        others = {**keep_all(units), unit.name: tuple(range(step))}
+        others = {**keep_everything(units), unit.name: tuple(range(step))}
         left = sum_of_squares(cut(unet, units, others))
         assert float(by_channel[unit.places((step,))].sum()) == pytest.approx(whole - left)
 

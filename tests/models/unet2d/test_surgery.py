@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
-from tdc_ray.models.unet2d.surgery import coupled, cut
+from tdc_ray.models.unet2d.surgery import coupled_parameters, cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import SpaceKind, Unit, keep_all
+from tdc_ray.models.units import SpaceKind, Unit, keep_everything
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, DOWN, UP
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet, widths_of
@@ -86,7 +86,7 @@ def test_the_table_holds_for_the_named_architectures(name, kind):
 
 def test_cutting_nothing_changes_nothing(config, kind):
     unet, units = random_unet(config), units_of(config, kind)
-    pruned = cut(unet, units, keep_all(units))
+    pruned = cut(unet, units, keep_everything(units))
     assert_same(pruned.state_dict(), unet.state_dict())
     assert_same(output_of(pruned), output_of(unet))
 
@@ -152,7 +152,7 @@ def test_every_parameter_of_a_cut_model_gets_a_gradient(config, kind):
         assert parameter.grad.shape == parameter.shape, name
         assert parameter.grad.isfinite().all(), name
     for unit in units:  # conv1 of a residual block, to_q of an attention, what starts a stream
-        assert coupled(pruned, unit)[0].parameter.grad.count_nonzero() > 0, unit.name
+        assert coupled_parameters(pruned, unit)[0].parameter.grad.count_nonzero() > 0, unit.name
 
 
 def test_a_cut_model_is_as_frozen_and_as_much_in_training_as_its_base(kind):
@@ -176,7 +176,7 @@ def test_a_cut_model_is_as_frozen_and_as_much_in_training_as_its_base(kind):
 def test_a_unit_that_a_unet_does_not_have_is_refused(name, kind):
     unit = Unit(name, kind, width=8, channels=2, pixels=64)
     with pytest.raises(UnsupportedModelError, match=f"this UNet has no {kind} unit {name}"):
-        coupled(random_unet(), unit)
+        coupled_parameters(random_unet(), unit)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import (
     Scores,
     diff_pruning_scores,
-    keep_best,
     magnitude_scores,
     random_scores,
     reconstruction_scores,
+    select_top,
     taylor_scores,
 )
 from tdc_ray.pruning.noised import NoisedBatch
@@ -187,7 +187,7 @@ def test_taylor_does_not_depend_on_gradients_of_earlier_work():
 def test_images_whose_gradients_do_not_fit_at_once_are_taken_in_parts(monkeypatch, method):
     whole = scores_by(method)
     monkeypatch.setattr(
-        "tdc_ray.pruning.criteria.scores.images_at_once", lambda *_, **__: 3
+        "tdc_ray.pruning.criteria.scores.max_batch_size", lambda *_, **__: 3
     )  # of 4
     for name, scores in scores_by(method).items():
         assert scores == pytest.approx(whole[name], rel=1e-3)
@@ -371,5 +371,5 @@ def test_a_step_that_nothing_reads_costs_nothing():
 def test_the_highest_scores_are_kept_in_rising_order_and_the_first_of_equals():
     unit = Unit("block", "residual", width=4, channels=1, pixels=1)
     scores = {"block": [1.0, 3.0, 2.0, 3.0]}
-    chosen = [keep_best((unit,), scores, {"block": width})["block"] for width in (1, 2, 3, 4)]
+    chosen = [select_top((unit,), scores, {"block": width})["block"] for width in (1, 2, 3, 4)]
     assert chosen == [(1,), (1, 3), (1, 2, 3), (0, 1, 2, 3)]

@@ -7,9 +7,14 @@ import pytest
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.budget import Budget
-from tdc_ray.pruning.llm.transcripts import Exchange, Usage, append_exchange, transcript_path
+from tdc_ray.pruning.llm.transcripts import (
+    LLMExchange,
+    TokenUsage,
+    append_exchange,
+    transcript_path,
+)
 
-BOUND = Usage(calls=1, prompt_tokens=60, completion_tokens=40)
+BOUND = TokenUsage(calls=1, prompt_tokens=60, completion_tokens=40)
 
 
 def test_calls_under_way_together_never_pass_the_bounds():
@@ -35,7 +40,7 @@ def test_calls_under_way_together_never_pass_the_bounds():
         allowed = sum(threads.map(call, range(20)))
     assert allowed == 10
     assert most == 3
-    assert budget.spent == Usage(calls=10, prompt_tokens=600, completion_tokens=400)
+    assert budget.spent == TokenUsage(calls=10, prompt_tokens=600, completion_tokens=400)
 
 
 def test_a_call_waits_for_what_others_may_leave_over():
@@ -43,7 +48,7 @@ def test_a_call_waits_for_what_others_may_leave_over():
     budget.reserve(BOUND, 0)
     with pytest.raises(ProxyError, match="no call became free"):
         budget.reserve(BOUND, 0.01)
-    budget.settle(BOUND, Usage(calls=1, prompt_tokens=40, completion_tokens=10))
+    budget.settle(BOUND, TokenUsage(calls=1, prompt_tokens=40, completion_tokens=10))
     budget.reserve(BOUND, 0)
     budget.settle(BOUND, BOUND)
     with pytest.raises(ProxyError, match=r"proxy\.max_total_tokens 150: so far 2 calls took 150"):
@@ -68,7 +73,7 @@ def test_cost_is_bounded_by_the_prices_of_prompts_and_replies():
 def test_what_earlier_attempts_spent_counts_once(tmp_path):
     for round_ in (0, 1):
         path = transcript_path(tmp_path, 3, round_)
-        append_exchange(path, Exchange({}, "hello", None, BOUND, 1.0))
+        append_exchange(path, LLMExchange({}, "hello", None, BOUND, 1.0))
     budget = Budget(ProxyConfig())
     for _ in range(3):
         budget.count_earlier(tmp_path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.llm.prompt import MAX_QUOTED_CHARS, correction, messages_for
+from tdc_ray.pruning.llm.prompt import MAX_QUOTED_CHARS, messages_for, retry_messages
 from tdc_ray.pruning.llm.reply import parse_reply
 from tdc_ray.pruning.space import space_of
 from tests.pruning.requests import NAMES, SPACE, TASK, entry, task
@@ -118,12 +118,12 @@ def test_the_example_of_the_answer_is_a_valid_answer():
 
 
 def test_a_bad_reply_is_quoted_and_answered():
-    said, told = correction("no", "it is prose.")
+    said, told = retry_messages("no", "it is prose.")
     assert said == {"role": "assistant", "content": "no"}
     assert told["role"] == "user"
     assert "it is prose." in told["content"]
-    assert correction("", "it is empty.") == []
-    said, _ = correction("x" * 10 * MAX_QUOTED_CHARS, "it is longer than that.")
+    assert retry_messages("", "it is empty.") == []
+    said, _ = retry_messages("x" * 10 * MAX_QUOTED_CHARS, "it is longer than that.")
     assert len(said["content"]) < MAX_QUOTED_CHARS + 10
 
 

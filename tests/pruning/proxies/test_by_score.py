@@ -10,8 +10,8 @@ from tdc_ray.pruning.proxies.by_score import (
     baseline_schemes,
     global_scheme,
     per_mac_scheme,
+    sorted_scores,
     uniform_scheme,
-    values_of,
 )
 from tdc_ray.pruning.space import Space, is_tight, space_of
 
@@ -40,7 +40,7 @@ def test_baselines_are_tight_within_the_limit_and_all_different(space, seed, sha
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_a_score_is_used_as_uniform_ratio_as_global_ranking_and_as_ranking_per_mac(share):
-    limit, values = limit_at(SPACE, share), values_of(SCORES)
+    limit, values = limit_at(SPACE, share), sorted_scores(SCORES)
     assert baseline_schemes(SPACE, SCORES, limit) == [
         ("uniform", uniform_scheme(SPACE, limit, values)),
         ("global", global_scheme(SPACE, limit, values)),
@@ -62,7 +62,7 @@ def test_the_uniform_scheme_is_the_largest_even_share_filled_up_to_the_limit(sha
         for eighths in range(1, 9)
     ]
     largest = max((scheme for scheme in even if SPACE.macs(scheme) <= limit), key=SPACE.macs)
-    scheme = uniform_scheme(SPACE, limit, values_of(SCORES))
+    scheme = uniform_scheme(SPACE, limit, sorted_scores(SCORES))
     assert all(scheme[name] >= width for name, width in largest.items())
     assert is_tight(SPACE, scheme, limit)
 
@@ -81,13 +81,13 @@ def test_a_ranking_cuts_the_least_score_wherever_it_is(scheme_for):
     low = SPACE.units[3]
     limit = SPACE.macs_base - (low.width - 1) * SPACE.macs_table.slope(low.name, SPACE.full)
     expected = {**SPACE.full, low.name: 1}
-    assert scheme_for(SPACE, limit, values_of(ones_but(u3=1e-6))) == expected
+    assert scheme_for(SPACE, limit, sorted_scores(ones_but(u3=1e-6))) == expected
 
 
 def test_a_global_ranking_heeds_the_score_alone_and_a_ranking_per_mac_what_it_saves():
     steps = [SPACE.macs_table.slope(unit.name, SPACE.full) for unit in SPACE.units]
     dear, cheap = steps.index(max(steps)), steps.index(min(steps))
-    values = values_of(ones_but(**{f"u{dear}": 0.9, f"u{cheap}": 0.8}))
+    values = sorted_scores(ones_but(**{f"u{dear}": 0.9, f"u{cheap}": 0.8}))
     limit = SPACE.macs_base - min(steps)
     by_score = global_scheme(SPACE, limit, values)
     per_mac = per_mac_scheme(SPACE, limit, values)
@@ -96,15 +96,15 @@ def test_a_global_ranking_heeds_the_score_alone_and_a_ranking_per_mac_what_it_sa
 
 
 def test_a_global_ranking_never_cuts_the_last_step_of_a_unit():
-    scheme = global_scheme(SPACE, SPACE.min_macs, values_of(ones_but(u0=0.0)))
+    scheme = global_scheme(SPACE, SPACE.min_macs, sorted_scores(ones_but(u0=0.0)))
     assert min(scheme.values()) == 1
 
 
 def test_values_fall_along_the_places_of_a_unit():
-    assert values_of({"block": [0.1, 0.7, 0.3]}) == {"block": [0.7, 0.3, 0.1]}
+    assert sorted_scores({"block": [0.1, 0.7, 0.3]}) == {"block": [0.7, 0.3, 0.1]}
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_limit_that_no_scheme_meets_is_an_error(name):
     with pytest.raises(LimitError):
-        BASELINES[name](SPACE, SPACE.min_macs - 1, values_of(SCORES))
+        BASELINES[name](SPACE, SPACE.min_macs - 1, sorted_scores(SCORES))

@@ -17,9 +17,9 @@ import pytest
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.budget import Budget
-from tdc_ray.pruning.llm.transcripts import Usage
+from tdc_ray.pruning.llm.transcripts import TokenUsage
 from tdc_ray.pruning.proxies.language_model import AskJob, LanguageModel, ask, check_proxy
-from tdc_ray.pruning.space import repair
+from tdc_ray.pruning.space import fit_to_limit
 from tests.pruning.llm.openai_server import (
     USAGE,
     after,
@@ -262,7 +262,7 @@ def test_schemes_above_the_limit_are_given_as_they_are(tmp_path, monkeypatch):
     for scheme in result["schemes"]:
         assert is_legal(scheme)
         assert SPACE.macs(scheme) > TASK.limit
-        assert SPACE.macs(repair(SPACE, scheme, TASK.limit, values)) <= TASK.limit
+        assert SPACE.macs(fit_to_limit(SPACE, scheme, TASK.limit, values)) <= TASK.limit
 
 
 def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch):
@@ -312,7 +312,7 @@ def test_what_an_earlier_attempt_spent_counts(tmp_path, monkeypatch):
     budget = Budget(job.config)
     result, _ = run(job, monkeypatch, says(GOOD), budget=budget)
     assert result["calls"] == 1
-    assert budget.spent == Usage(calls=3, prompt_tokens=3000, completion_tokens=600)
+    assert budget.spent == TokenUsage(calls=3, prompt_tokens=3000, completion_tokens=600)
 
 
 @pytest.mark.parametrize("key", [None, "", f"{KEY}\n", f"“{KEY}”", f"Bearer {KEY}"])

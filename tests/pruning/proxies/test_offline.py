@@ -12,14 +12,14 @@ from tdc_ray.errors import LimitError
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.knapsack import (
     FREE_CHARGE,
+    extend_sensitivities,
     knapsack,
     loss_curves,
-    measured_further,
-    step_values,
+    step_worth,
 )
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.proxies.offline import OfflineProxy
-from tdc_ray.pruning.proxy import PruningTask, Sensitivities
+from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
 from tdc_ray.pruning.space import Scheme, Space, is_tight, space_of
 from tests.pruning.requests import TASK
 from tests.small import TINY
@@ -88,7 +88,12 @@ def task_of(space: Space, share: float, sensitivities: Sensitivities, seed: int 
 
 
 def remembered(
-    task: PruningTask, scheme: Scheme, loss: float, *, group: int | None = None, candidate: int = 0
+    task: ProposalRequest,
+    scheme: Scheme,
+    loss: float,
+    *,
+    group: int | None = None,
+    candidate: int = 0,
 ) -> MemoryEntry:
     return MemoryEntry(
         group=task.group if group is None else group,
@@ -103,11 +108,11 @@ def remembered(
     )
 
 
-def propose(task: PruningTask, memory: Sequence[MemoryEntry] = ()) -> list[Scheme]:
+def propose(task: ProposalRequest, memory: Sequence[MemoryEntry] = ()) -> list[Scheme]:
     return OfflineProxy().propose(task, memory)
 
 
-def growth(task: PruningTask, scheme: Scheme, **factors: float) -> float:
+def growth(task: ProposalRequest, scheme: Scheme, **factors: float) -> float:
     """The measured growth of the loss, were units to add up, some of them times a factor."""
     names = {task.space.units[int(name[1:])].name: factor for name, factor in factors.items()}
     curves = loss_curves(task.space, task.sensitivities)
@@ -202,7 +207,7 @@ def test_the_knapsack_is_optimal_within_one_step(seed, share):
     limit = limit_at(SMALL, share)
     factors = np.random.default_rng(seed).uniform(0.3, 2.0, len(SMALL.units))
     curves = loss_curves(SMALL, random_sensitivities(SMALL, seed))
-    values = step_values(SMALL, curves, factors)
+    values = step_worth(SMALL, curves, factors)
     found = knapsack(SMALL, curves, limit, factors)
     worth = np.stack([np.cumsum(values[unit.name][::-1])[::-1] for unit in SMALL.units])
     lost = np.concatenate([worth[:, 1:], np.zeros((len(worth), 1))], axis=1)
@@ -282,7 +287,7 @@ def test_a_growth_that_is_no_number_counts_as_the_largest_that_is(growth):
 def test_steps_are_worth_less_and_less_as_a_unit_widens(space, seed):
     curves = loss_curves(space, random_sensitivities(space, seed))
     for unit in space.units:
-        values = step_values(space, curves)[unit.name]
+        values = step_worth(space, curves)[unit.name]
         assert len(values) == unit.width
         assert min(values) >= 0
         assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values))
@@ -442,7 +447,7 @@ def test_what_was_measured_on_a_cut_model_follows_what_led_there():
     known = {name: {1: 8.0, 2: 4.0}, other: {1: 1.0}, third: {1: 2.0}}
     curves = loss_curves(space, known)
     start = {**widths, name: 3, other: 1}
-    found = measured_further(known, curves, start, {name: {1: 5.0, 2: 1.0}, third: {1: 7.0}})
+    found = extend_sensitivities(known, curves, start, {name: {1: 5.0, 2: 1.0}, third: {1: 7.0}})
     until = curves[name][3 - 1]
     assert 0 < until < 4.0
     assert found == {

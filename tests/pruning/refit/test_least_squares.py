@@ -9,8 +9,8 @@ from tdc_ray.pruning.refit.least_squares import (
     FLOATS_PER_BLOCK,
     RIDGE,
     ROWS_PER_UNKNOWN,
+    ActivationHook,
     LeastSquares,
-    Tap,
     layer_matrix,
 )
 
@@ -243,7 +243,7 @@ def test_statistics_leave_inputs_targets_and_layer_as_they_were():
 
 def test_a_tap_keeps_what_last_went_in_and_came_out_while_it_is_entered():
     layer, first, second = nn.Linear(2, 3), torch.ones(1, 2), torch.zeros(1, 2)
-    with Tap(layer) as tap:
+    with ActivationHook(layer) as tap:
         layer(second)
         wanted = layer(first)
     layer(second)

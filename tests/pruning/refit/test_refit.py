@@ -12,7 +12,7 @@ from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import Kept, SpaceKind, Unit, keep_all
+from tdc_ray.models.units import KeptIndices, SpaceKind, Unit, keep_everything
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import _after, closing, refit
@@ -48,7 +48,7 @@ def weighed(base: UNet2DModel, batches: list[NoisedBatch]) -> tuple[Any, ...]:
 
 
 def cut_and_refit(
-    base: UNet2DModel, units: tuple[Unit, ...], kept: Kept, batches: list[NoisedBatch]
+    base: UNet2DModel, units: tuple[Unit, ...], kept: KeptIndices, batches: list[NoisedBatch]
 ) -> tuple[UNet2DModel, UNet2DModel]:
     """The base after the cut, and after the refit."""
     pruned, refitted = cut(base, units, kept), cut(base, units, kept)
@@ -64,7 +64,9 @@ def off_by(unet: UNet2DModel, base: UNet2DModel, batches: list[NoisedBatch]) -> 
 
 def cut_only(units: tuple[Unit, ...], **kept: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Everything but of some units, named with ``__`` for dots."""
-    return keep_all(units) | {name.replace("__", "."): places for name, places in kept.items()}
+    return keep_everything(units) | {
+        name.replace("__", "."): places for name, places in kept.items()
+    }
 
 
 # --- what it comes to ------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def cut_only(units: tuple[Unit, ...], **kept: tuple[int, ...]) -> dict[str, tupl
 @pytest.mark.parametrize("kind", ["inner", "full"])
 def test_where_nothing_is_cut_nothing_changes(kind):
     base, units = random_unet(), units_of(TINY, kind)
-    same = cut(base, units, keep_all(units))
+    same = cut(base, units, keep_everything(units))
     assert refit(base, same, {}, *weighed(base, noised(TINY, 8))) == 0
     assert_same(same.state_dict(), base.state_dict())
 
@@ -94,7 +96,7 @@ def test_the_refit_brings_the_output_of_any_unet_nearer(seed):
 
 
 def assert_nearer(
-    base: UNet2DModel, units: tuple[Unit, ...], kept: Kept, batches: list[NoisedBatch]
+    base: UNet2DModel, units: tuple[Unit, ...], kept: KeptIndices, batches: list[NoisedBatch]
 ) -> None:
     pruned, refitted = cut_and_refit(base, units, kept, batches)
     assert off_by(refitted, base, batches) <= off_by(pruned, base, batches)
@@ -156,7 +158,7 @@ def test_what_nothing_read_is_not_missed():
 def test_a_block_alone_is_fitted_as_least_squares_fits_its_output(name):
     base, units, batches = random_unet(), units_of(TINY), noised(TINY, 24)
     (unit,) = (unit for unit in units if unit.name == name)
-    kept = keep_all(units) | {name: tuple(range(0, unit.width, 2))}
+    kept = keep_everything(units) | {name: tuple(range(0, unit.width, 2))}
     _, refitted = cut_and_refit(base, units, kept, batches)
 
     def errors(layer: nn.Module) -> float:
@@ -232,7 +234,7 @@ def test_a_cut_at_the_end_changes_nothing_before_it():
 
 def test_in_the_full_space_whatever_reads_the_stream_is_fitted_too():
     base, units = random_unet(), units_of(TINY, "full")
-    kept = keep_all(units) | {"stream:down_blocks.1.resnets.0": (0, 2)}
+    kept = keep_everything(units) | {"stream:down_blocks.1.resnets.0": (0, 2)}
     pruned, refitted = cut_and_refit(base, units, kept, noised(TINY, 8))
     assert {
         "mid_block.resnets.0.conv1",
@@ -343,7 +345,7 @@ def test_images_count_by_what_an_error_does_to_the_output():
 def test_images_whose_gradients_do_not_fit_at_once_count_alike(monkeypatch):
     base, batches = random_unet(), noised(TINY, 5, 3)
     whole = error_weights(base, batches, SCHEDULE)
-    monkeypatch.setattr("tdc_ray.pruning.refit.error_weights.images_at_once", lambda *_, **__: 2)
+    monkeypatch.setattr("tdc_ray.pruning.refit.error_weights.max_batch_size", lambda *_, **__: 2)
     for name, parts in error_weights(base, batches, SCHEDULE).items():
         for part, expected in zip(parts, whole[name], strict=True):
             torch.testing.assert_close(part, expected)

@@ -18,7 +18,7 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.models.units import Kept, keep_all
+from tdc_ray.models.units import KeptIndices, keep_everything
 from tdc_ray.runs.evaluation.evaluate import (
     SampleJob,
     Score,
@@ -56,7 +56,7 @@ def spec(config, tmp_path_factory) -> FeatureSpec:
     return spec
 
 
-def save_experts(run_dir: RunDir, config: RunConfig, kept: Kept) -> None:
+def save_experts(run_dir: RunDir, config: RunConfig, kept: KeptIndices) -> None:
     """Let every expert be the base, cut to what is kept."""
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     names = [f"expert-{group.index:02d}" for group in groups]
@@ -81,7 +81,7 @@ def written(folder: Path) -> dict[Path, int]:
 def scored(config, spec, tmp_path_factory) -> tuple[RunDir, Score]:
     """A run directory whose experts are copies of its base, and the score of the base."""
     run_dir = make_run_dir(tmp_path_factory.mktemp("scored"))
-    save_experts(run_dir, config, keep_all(UNITS))
+    save_experts(run_dir, config, keep_everything(UNITS))
     return run_dir, score_of(run_dir, config, spec, "base")
 
 

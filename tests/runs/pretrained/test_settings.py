@@ -26,9 +26,9 @@ from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.runs.pretrained.importer import check_base, import_base, with_first_stage
-from tdc_ray.runs.pretrained.settings import come_along, untold
-from tdc_ray.runs.pretrained.sources import find_base
+from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
+from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (
@@ -81,9 +81,9 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
     scheduler = DDIMScheduler(  # the pipeline copies it, and would lose positional arguments
         num_train_timesteps=500, beta_end=0.03, clip_sample=False, steps_offset=1
     )
-    base = find_base(save_pipeline(tmp_path / "p", scheduler, DDIMPipeline))
-    assert untold(base.told) == []
-    config = come_along(base.told, CONFIG, with_data=True)
+    base = resolve_base(save_pipeline(tmp_path / "p", scheduler, DDIMPipeline))
+    assert missing_settings(base.told) == []
+    config = apply_settings(base.told, CONFIG, with_data=True)
     diffusion, sampler = config.diffusion, config.sampler
     assert (diffusion.num_train_timesteps, diffusion.beta_schedule) == (500, "linear")
     assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.03)
@@ -93,7 +93,7 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
         1,
         True,
     )
-    assert check_base(base, config)["block_out_channels"] == [16, 32]
+    assert check_compatible(base, config)["block_out_channels"] == [16, 32]
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
     ],
 )
 def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, schedule):
-    base = find_base(save_pipeline(tmp_path / "p", scheduler))
+    base = resolve_base(save_pipeline(tmp_path / "p", scheduler))
     assert base.told["diffusion.beta_schedule"] == schedule
     timesteps = scheduler.config["num_train_timesteps"]
     assert base.told["diffusion.num_train_timesteps"] == timesteps
-    assert untold(base.told) == []
-    check_base(base, come_along(base.told, CONFIG, with_data=True))
+    assert missing_settings(base.told) == []
+    check_compatible(base, apply_settings(base.told, CONFIG, with_data=True))
 
 
 @pytest.mark.parametrize(
@@ -137,33 +137,33 @@ def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, 
 )
 def test_a_scheduler_that_is_not_supported_is_refused_by_name(tmp_path, scheduler, words):
     with pytest.raises(ConfigError, match=words):
-        find_base(save_pipeline(tmp_path / "p", scheduler))
+        resolve_base(save_pipeline(tmp_path / "p", scheduler))
 
 
 def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(tmp_path):
     learned = DDPMScheduler(variance_type="learned_range")
     twice = random_unet({**TINY, "out_channels": 2})
-    base = find_base(save_pipeline(tmp_path / "p", learned, unet=twice))
+    base = resolve_base(save_pipeline(tmp_path / "p", learned, unet=twice))
     assert base.told["diffusion.learned_sigma"] is True
     with pytest.raises(
         ConfigError, match=r"learned_range in its scheduler.*1 channels: expected 2"
     ):
-        find_base(save_pipeline(tmp_path / "q", learned))
+        resolve_base(save_pipeline(tmp_path / "q", learned))
 
 
 def test_values_of_another_type_are_refused_by_name(tmp_path):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p/unet/config.json", sample_size="large")
-    base = find_base(source)
+    base = resolve_base(source)
     with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
-        come_along(base.told, CONFIG, with_data=True)
+        apply_settings(base.told, CONFIG, with_data=True)
 
 
 def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
     source = save_pipeline(tmp_path / "p")
     (tmp_path / "p/scheduler/scheduler_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"scheduler_config\.json.*is missing"):
-        find_base(source)
+        resolve_base(source)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_malformed_files_get_one_clear_error(tmp_path, part, changes, words):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p" / f"{part}.json", **changes)
     with pytest.raises((CheckpointError, ConfigError), match=words):
-        find_base(source)
+        resolve_base(source)
 
 
 def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
     source = save_pipeline(tmp_path / "p")
     document = {"_class_name": "DDPMScheduler", "beta_end": 0.02}
     (tmp_path / "p/scheduler/scheduler_config.json").write_text(json.dumps(document))
-    told = find_base(source).told
+    told = resolve_base(source).told
     assert told["diffusion.num_train_timesteps"] == 1000
     assert told["sampler.clip_sample"] is True
 
@@ -201,27 +201,27 @@ def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
     flat.mkdir()
     for path in [*(tmp_path / "p").rglob("*.json"), *(tmp_path / "p").rglob("*.safetensors")]:
         path.rename(flat / path.name)
-    base = find_base(str(flat))
+    base = resolve_base(str(flat))
     assert base.told["diffusion.num_train_timesteps"] == 500
-    config = come_along(base.told, CONFIG, with_data=True)
+    config = apply_settings(base.told, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(random_unet()))
 
 
 def test_a_unet_alone_tells_all_but_its_noise_process(tmp_path):
     save_unet(random_unet(), tmp_path / "alone")
-    base = find_base(str(tmp_path / "alone"))
+    base = resolve_base(str(tmp_path / "alone"))
     assert base.told == {
         "diffusion.learned_sigma": False,
         "data.image_size": 8,
         "data.num_channels": 1,
     }
-    assert untold(base.told)[0] == "diffusion.num_train_timesteps"
-    assert len(untold(base.told)) == 5
+    assert missing_settings(base.told)[0] == "diffusion.num_train_timesteps"
+    assert len(missing_settings(base.told)) == 5
 
 
 def test_the_unet_of_a_pipeline_brings_the_pipelines_settings(tmp_path):
-    base = find_base(save_pipeline(tmp_path / "p") + "/unet")
+    base = resolve_base(save_pipeline(tmp_path / "p") + "/unet")
     assert base.told["diffusion.num_train_timesteps"] == 500
 
 
@@ -237,22 +237,22 @@ def test_other_unets_are_refused(tmp_path, changes, words):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p/unet/config.json", **changes)
     with pytest.raises(ConfigError, match=words):
-        find_base(source)
+        resolve_base(source)
 
 
 def test_other_pipelines_are_refused_with_what_they_consist_of(tmp_path):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p/model_index.json", unet=[None, None], transformer=["diffusers", "X"])
     with pytest.raises(ConfigError, match="a DDPMPipeline of scheduler, transformer"):
-        find_base(source)
+        resolve_base(source)
 
 
 def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path):
     unet = random_unet({**TINY, "num_heads": 4})
     save_pipeline(tmp_path / "p", unet=unet)
     write_json(tmp_path / "p/unet/tdc_heads.json", {"num_heads": 4})
-    base = find_base(str(tmp_path / "p"))
-    config = come_along(base.told, small_config(model={"dropout": 0.25}), with_data=True)
+    base = resolve_base(str(tmp_path / "p"))
+    config = apply_settings(base.told, small_config(model={"dropout": 0.25}), with_data=True)
     import_base(base, config, tmp_path / "base")
     loaded = load_unet(tmp_path / "base/unet")
     assert_same(output_of(loaded), output_of(unet))
@@ -266,10 +266,10 @@ def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path)
 
 
 def test_an_imported_base_is_a_base_that_remembers_its_origin(tmp_path):
-    first = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(first.told, CONFIG, with_data=True)
+    first = resolve_base(save_pipeline(tmp_path / "p"))
+    config = apply_settings(first.told, CONFIG, with_data=True)
     import_base(first, config, tmp_path / "one")
-    second = find_base(str(tmp_path / "one"))
+    second = resolve_base(str(tmp_path / "one"))
     assert second.told == first.told | {"sampler.set_alpha_to_one": True}
     import_base(second, config, tmp_path / "two")
     document = read_json(tmp_path / "two/base.json")
@@ -282,12 +282,12 @@ def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
     run_dir = make_run_dir(tmp_path)
     write_json(run_dir.config, to_json(config))
     with pytest.raises(CheckpointError, match="holds no base"):
-        find_base(str(tmp_path))  # its stage 1 was cut
+        resolve_base(str(tmp_path))  # its stage 1 was cut
     write_json(run_dir.base_result, {})
-    base = find_base(str(tmp_path))
+    base = resolve_base(str(tmp_path))
     assert base.told["diffusion.num_train_timesteps"] == 600
     assert base.told["diffusion.beta_end"] == 0.01
-    assert (untold(base.told), base.weights) == ([], "EMA")
+    assert (missing_settings(base.told), base.weights) == ([], "EMA")
 
 
 def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_path):
@@ -299,8 +299,8 @@ def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_pa
     write_json(run_dir.config, to_json(config))
     write_json(run_dir.base_result, {})
     copy_first_stage(stage, run_dir.experts / "first_stage")
-    base = find_base(str(tmp_path / "run"))
-    found = come_along(base.told, config, with_data=True)
+    base = resolve_base(str(tmp_path / "run"))
+    found = apply_settings(base.told, config, with_data=True)
     assert found.data.first_stage == str(run_dir.experts / "first_stage")
     assert not found.sampler.clip_sample
     other = make_first_stage(tmp_path / "other", seed=1)
@@ -312,8 +312,8 @@ def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_pa
 
 
 def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_path):
-    base = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(base.told, CONFIG, with_data=True)
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    config = apply_settings(base.told, CONFIG, with_data=True)
     for stage, change, words in (
         ("diffusion", {"num_train_timesteps": 400}, "num_train_timesteps must be 500.*got 400"),
         ("diffusion", {"beta_end": 0.02}, "beta_end must be 0.03.*got 0.02"),
@@ -324,14 +324,14 @@ def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_p
     ):
         changed = replace(config, **{stage: replace(getattr(config, stage), **change)})
         with pytest.raises(ConfigError, match=words):
-            check_base(base, changed)
+            check_compatible(base, changed)
     otherwise = replace(config, sampler=replace(config.sampler, clip_sample=False))
-    check_base(base, otherwise)  # how to sample is the user's
+    check_compatible(base, otherwise)  # how to sample is the user's
 
 
 def test_fewer_timesteps_than_steps_or_groups_lower_these(tmp_path):
-    base = find_base(save_pipeline(tmp_path / "p", DDPMScheduler(3)))
-    config = come_along(base.told, CONFIG, with_data=True)
+    base = resolve_base(save_pipeline(tmp_path / "p", DDPMScheduler(3)))
+    config = apply_settings(base.told, CONFIG, with_data=True)
     assert (config.sampler.num_inference_steps, config.plan.num_groups) == (3, 3)
 
 
@@ -366,23 +366,23 @@ def test_the_first_stage_comes_along(tmp_path, has_scale):
         document = json.loads(config_path.read_text())
         del document["scaling_factor"]
         config_path.write_text(json.dumps(document))
-    base = find_base(source)
+    base = resolve_base(source)
     assert "data.image_size" not in base.told
-    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+    import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
     loaded = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert_same(loaded.state_dict(), vq_model().state_dict())
     assert loaded.config["scaling_factor"] == (0.5 if has_scale else 1.0)
     assert read_json(tmp_path / "base/base.json")["first_stage"] == "first_stage"
     assert len(read_json(tmp_path / "base/base.json")["files"]) == 2
-    assert find_base(str(tmp_path / "base")).first_stage == tmp_path / "base/first_stage"
+    assert resolve_base(str(tmp_path / "base")).first_stage == tmp_path / "base/first_stage"
 
 
 def test_an_autoencoder_kl_comes_along_and_others_are_refused(tmp_path):
     source = save_latent_pipeline(tmp_path / "p")
     autoencoder = AutoencoderKL(latent_channels=4, norm_num_groups=32, block_out_channels=(32,))
     autoencoder.save_pretrained(tmp_path / "p/vqvae")
-    base = find_base(source)
-    config = come_along(base.told, CONFIG, with_data=True)
+    base = resolve_base(source)
+    config = apply_settings(base.told, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     AutoencoderKL.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     edit(tmp_path / "p/vqvae/config.json", _class_name="AutoencoderTiny")
@@ -415,9 +415,9 @@ def compvis_file(folder: Path, *, averaged: bool = True) -> str:
 
 @torch.inference_mode()
 def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_path):
-    base = find_base(compvis_file(tmp_path))
-    assert (untold(base.told), base.weights) == ([], "EMA")
-    config = come_along(base.told, with_heads(heads=2, size=32), with_data=True)
+    base = resolve_base(compvis_file(tmp_path))
+    assert (missing_settings(base.told), base.weights) == ([], "EMA")
+    config = apply_settings(base.told, with_heads(heads=2, size=32), with_data=True)
     assert (config.diffusion.beta_start, config.diffusion.beta_end) == (0.0015, 0.0195)
     assert config.sampler.steps_offset == 1
     assert (config.sampler.clip_sample, config.sampler.set_alpha_to_one) == (False, False)
@@ -434,7 +434,9 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
 
 def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
     source = compvis_file(tmp_path)
-    config = come_along(find_base(source).told, with_heads(heads=2, size=32), with_data=True)
+    config = apply_settings(
+        resolve_base(source).told, with_heads(heads=2, size=32), with_data=True
+    )
     config = replace(
         config,
         model=replace(config.model, base=source),
@@ -450,23 +452,23 @@ def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
 
 
 def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_path):
-    base = find_base(compvis_file(tmp_path, averaged=False))
+    base = resolve_base(compvis_file(tmp_path, averaged=False))
     assert base.weights == "without EMA"
     with pytest.raises(ConfigError, match=r"beta_schedule must be scaled_linear.*got linear"):
-        check_base(base, with_heads(heads=2, size=32))
+        check_compatible(base, with_heads(heads=2, size=32))
 
 
 # --- openai ----------------------------------------------------------------------------------
 
 
 def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
-    base = find_base(openai_file(tmp_path, num_classes=3))
+    base = resolve_base(openai_file(tmp_path, num_classes=3))
     assert base.told == {"diffusion.learned_sigma": True, "data.num_channels": 3}
     assert base.unet["num_class_embeds"] == 3
-    assert len(untold(base.told)) == 5
-    config = come_along(base.told, CONFIG, with_data=True)
+    assert len(missing_settings(base.told)) == 5
+    config = apply_settings(base.told, CONFIG, with_data=True)
     with pytest.raises(ConfigError) as error:
-        check_base(base, config)
+        check_compatible(base, config)
     for words in (
         "is not of model.architecture tiny",
         "found block_out_channels (32, 64), expected (16, 32)",
@@ -478,18 +480,20 @@ def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
 
 def test_a_mismatch_with_the_preset_names_the_architecture_that_fits(tmp_path):
     wide = {"channels": (128, 256, 256, 256), "layers": 3, "attention_at": (1, 2)}
-    base = find_base(openai_file(tmp_path, **wide))
+    base = resolve_base(openai_file(tmp_path, **wide))
     with pytest.raises(ConfigError, match=r"\(iddpm-cifar10 is like it\)"):
-        check_base(base, come_along(base.told, preset("imagenet64-cosine"), with_data=False))
+        check_compatible(
+            base, apply_settings(base.told, preset("imagenet64-cosine"), with_data=False)
+        )
     config = preset("cifar10-cosine")
-    settings = check_base(base, come_along(base.told, config, with_data=False))
+    settings = check_compatible(base, apply_settings(base.told, config, with_data=False))
     assert (settings["sample_size"], settings["attention_head_dim"]) == (32, 64)
 
 
 @torch.inference_mode()
 def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
-    base = find_base(openai_file(tmp_path))
-    config = come_along(base.told, with_heads(), with_data=True)
+    base = resolve_base(openai_file(tmp_path))
+    config = apply_settings(base.told, with_heads(), with_data=True)
     import_base(base, config, tmp_path / "base")
     unet, original = load_unet(tmp_path / "base/unet"), randomised()
     x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
@@ -505,10 +509,10 @@ def randomised() -> OpenAIUNet:
 
 
 def test_heads_are_refused_for_a_base_that_tells_its_own(tmp_path):
-    base = find_base(save_pipeline(tmp_path / "p"))
-    config = come_along(base.told, with_heads(size=8), with_data=True)
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    config = apply_settings(base.told, with_heads(size=8), with_data=True)
     with pytest.raises(ConfigError, match=r"model\.num_heads goes with openai.*got 4"):
-        check_base(base, config)
+        check_compatible(base, config)
 
 
 def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
@@ -516,8 +520,8 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     del state["out.0.bias"]
     torch.save(state, tmp_path / "model.pt")
-    base = find_base(source)
-    config = come_along(base.told, with_heads(), with_data=True)
+    base = resolve_base(source)
+    config = apply_settings(base.told, with_heads(), with_data=True)
     with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
         import_base(base, config, tmp_path / "base")
     assert not (tmp_path / "base").exists()
@@ -537,44 +541,44 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
 def test_a_source_that_is_none_is_one_clear_error(tmp_path, monkeypatch, source, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=words):
-        find_base(source)
+        resolve_base(source)
 
 
 def test_the_hub_is_asked_and_out_of_reach_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"^google/ddpm-x is neither a folder here nor"):
-        find_base("google/ddpm-x")
+        resolve_base("google/ddpm-x")
 
 
 def test_an_imported_base_that_is_torn_is_named(tmp_path):
-    base = find_base(save_pipeline(tmp_path / "p"))
-    import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
     edit(tmp_path / "base/base.json", diffusion={})
     with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
-        find_base(str(tmp_path / "base"))
+        resolve_base(str(tmp_path / "base"))
     edit(tmp_path / "base/base.json", format=2)
     with pytest.raises(CheckpointError, match="has format 2, expected 1"):
-        find_base(str(tmp_path / "base"))
+        resolve_base(str(tmp_path / "base"))
 
 
 def test_a_base_never_comes_from_a_pickle(tmp_path):
     source = save_pipeline(tmp_path / "p")
     for file in (tmp_path / "p").rglob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
-    base = find_base(source)
+    base = resolve_base(source)
     with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
-        import_base(base, come_along(base.told, CONFIG, with_data=True), tmp_path / "base")
+        import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
 
 
 def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
     write_json(RunDir(tmp_path).config, to_json(CONFIG))
     with pytest.raises(CheckpointError, match="a run directory whose base is trained"):
-        find_base(str(tmp_path))
+        resolve_base(str(tmp_path))
 
 
 def test_what_is_imported_loads_in_diffusers(tmp_path):
-    base = find_base(openai_file(tmp_path))
-    import_base(base, come_along(base.told, with_heads(), with_data=True), tmp_path / "base")
+    base = resolve_base(openai_file(tmp_path))
+    import_base(base, apply_settings(base.told, with_heads(), with_data=True), tmp_path / "base")
     unet = UNet2DModel.from_pretrained(tmp_path / "base/unet", low_cpu_mem_usage=False).eval()
     assert_same(output_of(unet), output_of(load_unet(tmp_path / "base/unet")))

@@ -9,7 +9,7 @@ from rich.console import Console
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.models.units import keep_all
+from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.stages.finetune import finetune_item
@@ -27,7 +27,7 @@ def test_two_workers_fine_tune_one_expert_and_go_on_after_a_kill(ray_cluster, tm
     for name, first_steps in (("whole", 4), ("cut", 2)):
         run_dir = make_run_dir(tmp_path / name)
         task = task_of(run_dir, config)
-        item = finetune_item(task, keep_all(task.space.units))
+        item = finetune_item(task, keep_everything(task.space.units))
 
         def chain(item=item, steps=first_steps):
             shorter = dataclasses.replace(

@@ -14,8 +14,8 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.item import Report
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
-from tdc_ray.models.units import keep_all
-from tdc_ray.pruning.group import GroupTask
+from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, pruned_unet
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.noised import held_out_loss
@@ -25,7 +25,7 @@ from tdc_ray.runs.stages.finetune import (
     FinetuneJob,
     finetune_expert,
     finetune_item,
-    halve_micro_batch,
+    smaller_micro_batch,
 )
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
@@ -69,7 +69,7 @@ def ignore(_metrics, _step):
     pass
 
 
-def make(task: GroupTask, report: Report = ignore) -> Expert:
+def make(task: GroupSearch, report: Report = ignore) -> Expert:
     chain = make_expert(task, MemoryBank(task.run_dir.memory))
     return run_chain(chain, reporting_to(report))
 
@@ -81,7 +81,7 @@ def timeless(expert: Expert) -> Expert:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> GroupTask:
+def task(tmp_path_factory) -> GroupSearch:
     return task_of(make_run_dir(tmp_path_factory.mktemp("whole")), config_of())
 
 
@@ -149,11 +149,11 @@ def kill_at(step: int) -> Report:
     return report
 
 
-def weights_of(task: GroupTask) -> dict:
+def weights_of(task: GroupSearch) -> dict:
     return load_expert(task.run_dir.expert(task.group.index)).state_dict()
 
 
-def checkpoints_of(task: GroupTask) -> list[Path]:
+def checkpoints_of(task: GroupSearch) -> list[Path]:
     return list(task.run_dir.group(task.group.index).glob("finetune-*.pt"))
 
 
@@ -219,12 +219,12 @@ def test_only_the_groups_own_expert_is_written(task, expert):
 # --- successive halving ----------------------------------------------------------------------
 
 
-def entries_of(task: GroupTask) -> list[MemoryEntry]:
+def entries_of(task: GroupSearch) -> list[MemoryEntry]:
     return MemoryBank(task.run_dir.memory).all()
 
 
 @pytest.fixture(scope="module")
-def halved_task(tmp_path_factory) -> GroupTask:
+def halved_task(tmp_path_factory) -> GroupSearch:
     """Four candidates, of which two are tried for 2 steps, and one is left."""
     config = config_of(method="offline", halving_steps=2, learning_rate=5e-3, ema_decay=0.0)
     config = dataclasses.replace(
@@ -236,28 +236,30 @@ def halved_task(tmp_path_factory) -> GroupTask:
 
 
 @pytest.fixture(scope="module")
-def halved(halved_task) -> Expert:
+def reduced_memory(halved_task) -> Expert:
     return make(halved_task)
 
 
-def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(halved_task, halved):
+def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(
+    halved_task, reduced_memory
+):
     entries = sorted(entries_of(halved_task), key=lambda entry: entry.loss)
     assert len(entries) == 4
     assert all(entry.loss_tuned is not None for entry in entries[:2])
     assert all(entry.loss_tuned is None for entry in entries[2:])
     best = min(entries[:2], key=lambda entry: entry.loss_tuned)
-    assert halved.choice.entry.place == best.place
-    assert halved.choice.widths == best.widths
-    assert halved.macs == best.macs
+    assert reduced_memory.choice.entry.place == best.place
+    assert reduced_memory.choice.widths == best.widths
+    assert reduced_memory.macs == best.macs
 
 
-def trials_of(task: GroupTask, entry: MemoryEntry, num_steps: int) -> list[Path]:
+def trials_of(task: GroupSearch, entry: MemoryEntry, num_steps: int) -> list[Path]:
     name = f"try-{entry.round}-{entry.candidate}-{num_steps}-*.json"
     return list(task.run_dir.group(task.group.index).glob(name))
 
 
-def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
-    (entry,) = (e for e in entries_of(halved_task) if e.place == halved.choice.entry.place)
+def test_a_trial_is_the_fine_tune_cut_short(halved_task, reduced_memory, tmp_path):
+    (entry,) = (e for e in entries_of(halved_task) if e.place == reduced_memory.choice.entry.place)
     (trial,) = trials_of(halved_task, entry, 2)
     told = json.loads(trial.read_text())
     assert told["loss"] == entry.loss_tuned
@@ -268,17 +270,19 @@ def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved, tmp_path):
         prune=dataclasses.replace(config.prune, halving_steps=0),
     )
     run_dir = make_run_dir(tmp_path)
-    job = FinetuneJob(run_dir, short, halved_task.group, halved.choice.kept, tmp_path / "c.pt")
+    job = FinetuneJob(
+        run_dir, short, halved_task.group, reduced_memory.choice.kept, tmp_path / "c.pt"
+    )
     assert finetune_expert(job, ignore)["loss_finetuned"] == entry.loss_tuned
 
 
-def test_halving_leaves_no_checkpoint_behind(halved_task, halved):
+def test_halving_leaves_no_checkpoint_behind(halved_task, reduced_memory):
     folder = halved_task.run_dir.group(halved_task.group.index)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert len(list(folder.glob("try-*.json"))) == 2
 
 
-def test_what_the_trials_took_is_the_searchs(halved_task, halved):
+def test_what_the_trials_took_is_the_searchs(halved_task, reduced_memory):
     untried = dataclasses.replace(
         halved_task.config, prune=dataclasses.replace(halved_task.config.prune, halving_steps=0)
     )
@@ -290,15 +294,15 @@ def test_what_the_trials_took_is_the_searchs(halved_task, halved):
     )
     tried = [entry for entry in entries_of(halved_task) if entry.loss_tuned is not None]
     trials = sum(3 * entry.macs * 2 * 8 for entry in tried)
-    assert halved.choice.spent.macs == search_alone.spent.macs + trials
-    assert halved.train_steps == NUM_STEPS
+    assert reduced_memory.choice.spent.macs == search_alone.spent.macs + trials
+    assert reduced_memory.train_steps == NUM_STEPS
 
 
-def test_a_halving_that_is_done_is_not_done_again(halved_task, halved):
+def test_a_halving_that_is_done_is_not_done_again(halved_task, reduced_memory):
     reports = []
     memory = halved_task.run_dir.memory.read_bytes()
     again = make(halved_task, lambda metrics, step: reports.append((metrics, step)))
-    assert timeless(again) == timeless(halved)
+    assert timeless(again) == timeless(reduced_memory)
     assert reports == []
     assert halved_task.run_dir.memory.read_bytes() == memory
 
@@ -323,12 +327,12 @@ def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_pat
 
 
 def test_killed_within_a_trial_and_started_again_gives_the_same_expert(
-    halved_task, halved, tmp_path
+    halved_task, reduced_memory, tmp_path
 ):
     again = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path))
     with pytest.raises(KilledError):
         make(again, kill_at(2))
-    assert timeless(make(again)) == timeless(halved)
+    assert timeless(make(again)) == timeless(reduced_memory)
     assert_same(weights_of(again), weights_of(halved_task))
     assert entries_of(again) == entries_of(halved_task)
 
@@ -369,10 +373,10 @@ def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, 
 
 def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path):
     task = task_of(make_run_dir(tmp_path), config_of())
-    item = finetune_item(task, keep_all(task.space.units))
+    item = finetune_item(task, keep_everything(task.space.units))
     finetune_expert(item.job, lambda _metrics, _step: None)
     whole = load_expert(task.run_dir.expert(task.group.index)).state_dict()
-    job = item.halved()
+    job = item.reduced_memory()
     assert job.config.finetune.micro_batch_size == task.config.finetune.batch_size // 2
     elsewhere = dataclasses.replace(job, checkpoint=tmp_path / "other.pt")
     finetune_expert(elsewhere, lambda _metrics, _step: None)
@@ -381,8 +385,8 @@ def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path
 
 
 def test_a_micro_batch_is_halved_down_to_one_image(task):
-    job, sizes = finetune_item(task, keep_all(task.space.units)).job, []
-    while (job := halve_micro_batch(job)) is not None:
+    job, sizes = finetune_item(task, keep_everything(task.space.units)).job, []
+    while (job := smaller_micro_batch(job)) is not None:
         sizes.append(job.config.finetune.micro_batch_size)
     assert sizes == [4, 2, 1]
 

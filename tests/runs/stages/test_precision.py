@@ -5,11 +5,11 @@ import torch
 
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.execution.chain import run_chain
-from tdc_ray.execution.device import exact_products, set_up
+from tdc_ray.execution.device import configure_worker, exact_products
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.pruning.noised import held_out_loss
-from tdc_ray.runs.stages.precision import LEAST_GAIN, settled
+from tdc_ray.runs.stages.precision import LEAST_GAIN, resolve_auto_precision
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, assert_same, group_of, output_of, random_unet, small_config
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_auto_is_settled_by_what_was_measured_and_only_where_it_is_asked_for(tmp_path):
     config = small_config(base={"precision": "auto"}, prune={"precision": "auto"})
     run_dir = RunDir(tmp_path)
-    found = run_chain(settled(run_dir, config, TINY, ["base", "prune", "finetune"]))
+    found = run_chain(resolve_auto_precision(run_dir, config, TINY, ["base", "prune", "finetune"]))
     for stage in ("base", "prune"):
         measured = read_json(tmp_path / "precision" / f"{stage}.json")
         faster = measured["fp32_seconds"] >= LEAST_GAIN * measured["bf16_seconds"] > 0
@@ -34,7 +34,7 @@ def test_what_was_settled_once_stays_so(tmp_path):
     config = small_config(finetune={"precision": "auto"})
     kept = {"precision": "bf16", "fp32_seconds": 2.0, "bf16_seconds": 1.0}
     write_json(tmp_path / "precision" / "finetune.json", kept)
-    found = run_chain(settled(RunDir(tmp_path), config, TINY, ["finetune"]))
+    found = run_chain(resolve_auto_precision(RunDir(tmp_path), config, TINY, ["finetune"]))
     assert found == replace(config, finetune=replace(config.finetune, precision="bf16"))
 
 
@@ -71,7 +71,7 @@ def test_a_worker_lets_gpus_use_tf32_or_not(tf32):
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = torch.get_num_threads(), [flag.allow_tf32 for flag in flags]
     try:
-        set_up(before[0], tf32=tf32)
+        configure_worker(before[0], tf32=tf32)
         with exact_products():
             assert [flag.allow_tf32 for flag in flags] == [False, False]
         assert [flag.allow_tf32 for flag in flags] == [tf32, tf32]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
-from tdc_ray.runs.sweep.results import Setting, pareto
+from tdc_ray.runs.sweep.results import SettingSummary, pareto
 from tdc_ray.runs.sweep.space import (
     Choices,
     Range,
@@ -126,7 +126,7 @@ points = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, m
 @given(points)
 def test_the_front_is_what_nothing_dominates(found):
     settings = [
-        Setting(
+        SettingSummary(
             name=str(number),
             params={},
             num_done=1,
@@ -140,7 +140,7 @@ def test_the_front_is_what_nothing_dominates(found):
     for number, (score, macs) in enumerate(found):
         beaten = any(x <= score and y <= macs and (x, y) != (score, macs) for x, y in found)
         assert (str(number) in front) == (not beaten)
-    unfinished = Setting(
+    unfinished = SettingSummary(
         name="cut", params={}, num_done=0, mean={"score": -math.inf}, spread={}, pareto=False
     )
     assert pareto([*settings, unfinished], ("score", "macs")) == front

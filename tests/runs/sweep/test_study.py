@@ -9,7 +9,13 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
 from tdc_ray.runs.sweep.space import Range, SweepConfig
-from tdc_ray.runs.sweep.study import STUDY_FILE, STUDY_VARIABLE, distribution, open_storage, tidy
+from tdc_ray.runs.sweep.study import (
+    STUDY_FILE,
+    STUDY_VARIABLE,
+    distribution,
+    open_storage,
+    reconcile,
+)
 
 HOW = SweepConfig(search="tpe")
 SPACE = {"plan.min_macs_share": Range(0.3, 0.7)}
@@ -47,7 +53,7 @@ def test_a_study_goes_on_without_what_a_killed_driver_left_under_way(tmp_path):
     study.enqueue_trial({"plan.min_macs_share": 0.4})
     again = study_in(tmp_path)
     done = again.trials[0].params["plan.min_macs_share"]
-    assert tidy(again, sweep_of(tmp_path, done=[done]), DISTRIBUTIONS, HOW) == [
+    assert reconcile(again, sweep_of(tmp_path, done=[done]), DISTRIBUTIONS, HOW) == [
         {"plan.min_macs_share": 0.4}
     ]
     states = [trial.state for trial in again.trials]
@@ -57,7 +63,7 @@ def test_a_study_goes_on_without_what_a_killed_driver_left_under_way(tmp_path):
 def test_a_study_whose_file_is_gone_is_told_what_is_done(tmp_path):
     (tmp_path / STUDY_FILE).unlink(missing_ok=True)
     study = study_in(tmp_path)
-    tidy(study, sweep_of(tmp_path, done=[0.4, 0.6], running=[0.5]), DISTRIBUTIONS, HOW)
+    reconcile(study, sweep_of(tmp_path, done=[0.4, 0.6], running=[0.5]), DISTRIBUTIONS, HOW)
     assert {trial.params["plan.min_macs_share"]: trial.values for trial in study.trials} == {
         0.4: [0.4],
         0.6: [0.6],

@@ -145,11 +145,13 @@ def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
 
 
 def test_an_error_from_outside_is_told_with_its_traceback_and_tried_again(ray_cluster, tmp_path):
-    from tdc_ray.runs.sweep.trial import FAILED_FILE, Job, failure_of, run_trial
+    from tdc_ray.runs.sweep.trial import FAILED_FILE, TrialSpec, failure_of, run_trial
 
     params = {"nowhere.field": 1}
     run_dir = tmp_path / started_row(params, 0).run_dir
-    job = Job(tmp_path, small_config(), tmp_path / "store", (0,), stop_early=False, session="now")
+    job = TrialSpec(
+        tmp_path, small_config(), tmp_path / "store", (0,), stop_early=False, session="now"
+    )
     for attempt in (1, 2):
         with pytest.raises(KeyError, match="nowhere"):
             run_trial(params, job, lambda _metrics: None)
