@@ -30,6 +30,23 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--part K/N``: of the selected tests, every N-th, from the K-th on."""
+    parser.addoption(
+        "--part", metavar="K/N", help="run every N-th test, from the K-th (of 0..N-1)"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the part of the selected tests that ``--part`` names."""
+    if part := config.getoption("--part"):
+        first, count = map(int, part.split("/"))
+        chosen = items[first::count]
+        config.hook.pytest_deselected([item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Sums have the same last bits in every test, whatever the machine."""

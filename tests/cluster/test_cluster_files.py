@@ -381,6 +381,7 @@ raise SystemExit(3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_slurm_script_runs_its_command_on_all_nodes_and_leaves_nothing(tmp_path):

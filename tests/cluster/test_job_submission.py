@@ -99,6 +99,7 @@ def info(address: str, name: str):
     return JobSubmissionClient(address).get_job_info(name)
 
 
+@pytest.mark.slow
 def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_path):
     pid, address = head
     run_dir = tmp_path / "run"
@@ -136,6 +137,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_p
     assert ran_twice(RunDir(run_dir)) == []
 
 
+@pytest.mark.slow
 def test_an_experiment_that_fails_has_a_non_zero_code(address, tmp_path):
     flags = ["--preset", "mnist", "--data", str(tmp_path / "nowhere.npz")]
     flags += ["--storage", str(tmp_path)]

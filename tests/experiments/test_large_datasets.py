@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "large_datasets.py"
 
 
+@pytest.mark.slow
 def test_smoke_measures_every_kind_of_data_and_says_what_made_the_numbers(tmp_path):
     path = tmp_path / "large_datasets.json"
     command = [sys.executable, str(EXPERIMENT), "--smoke", "--json", str(path)]

@@ -11,6 +11,7 @@ from tdc_ray.storage.files import read_json
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_makespan_and_memory_are_measured(tmp_path):
     processes = {}
@@ -30,6 +31,7 @@ def test_makespan_and_memory_are_measured(tmp_path):
     assert len(memory["denoised_mb"]) == 2
 
 
+@pytest.mark.slow
 def test_the_fast_loop_is_the_plain_one(tmp_path):
     command = [sys.executable, "experiments/loss_curves.py", "--smoke", "--storage", str(tmp_path)]
     subprocess.run([*command, "--threads", "1"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -17,6 +17,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
@@ -50,6 +51,7 @@ def test_a_language_model_is_asked_as_its_flags_say():
     assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage, monkeypatch):
@@ -81,10 +83,14 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
 @pytest.mark.parametrize(
     ("name", "folder", "flags", "column"),
     [
-        ("pruning_methods", "digits-smoke", "Flags", "row"),
-        ("time_cost", "digits-smoke-offline", "ProxyFlags", "stage"),
+        pytest.param("pruning_methods", "digits-smoke", "Flags", "row", marks=pytest.mark.slow),
+        pytest.param(
+            "time_cost", "digits-smoke-offline", "ProxyFlags", "stage", marks=pytest.mark.slow
+        ),
         ("training_free", "digits-smoke", "FreeFlags", "experts"),
-        ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),
+        pytest.param(
+            "two_stage", "digits-smoke", "StagesFlags", "strategy, share", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(

@@ -22,6 +22,7 @@ def record_of(name: str, folder: Path, *sections: str) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_speed_holds_us_against_diffusers_and_against_the_aims(tmp_path):
     record = record_of("speed", tmp_path, "training", "update", "counting", "sampling")
     assert {"command", "commit", "machine", "versions"} < set(record["made_by"])
@@ -38,6 +39,7 @@ def test_speed_holds_us_against_diffusers_and_against_the_aims(tmp_path):
     assert sum("aim at" in verdict for verdict in record["verdicts"]) == 11
 
 
+@pytest.mark.slow
 def test_scaling_fits_exponents_to_every_cost(tmp_path):
     record = record_of("scaling", tmp_path, "planning", "keeping", "scheduling", "training")
     costs = {(cost["what"], cost["over"], cost["unit"]): cost for cost in record["costs"]}

@@ -29,14 +29,27 @@ def test_rows_of_other_flags_are_left_out_whatever_the_search(storage, tmp_path)
     ("name", "kind", "folder", "rows"),
     [
         ("ablate_k", "KFlags", "ablate_k-digits-smoke-grid", ["k = 0.3", "k = 0.7"]),
-        ("ablate_groups", "GroupsFlags", "ablate_groups-digits-smoke", ["N = 4", "N = 8"]),
-        (
+        pytest.param(
+            "ablate_groups",
+            "GroupsFlags",
+            "ablate_groups-digits-smoke",
+            ["N = 4", "N = 8"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "tdc_pruners",
             "PrunerFlags",
             "tdc_pruners-digits-smoke-offline",
             ["magnitude", "proxy with refit"],
+            marks=pytest.mark.slow,
         ),
-        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
+        pytest.param(
+            "ablate_schedule",
+            "ScheduleFlags",
+            "ablate_schedule-digits-smoke",
+            ["snr", "constant"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, folder, rows):

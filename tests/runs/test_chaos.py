@@ -7,6 +7,7 @@ from tests.chaos import one_run
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
+@pytest.mark.slow
 def test_lost_workers_nodes_and_heads_change_no_result_and_nothing_is_done_twice(
     finished_run, cache_dir, tmp_path
 ):

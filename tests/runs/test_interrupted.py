@@ -36,6 +36,7 @@ def wait_for(folder: Path, pattern: str, driver: subprocess.Popen[bytes]) -> Non
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kills_of_train_worker_actor_and_driver_change_no_result(
     finished_run, cache_dir, tmp_path
 ):
@@ -61,6 +62,7 @@ def test_kills_of_train_worker_actor_and_driver_change_no_result(
     assert comparable(results) == comparable(load_results(finished_run / "results.json"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything_and_says_how_to_go_on(cache_dir, tmp_path):
     folder = tmp_path / "run"
     driver = start(folder, cache_dir)

@@ -16,6 +16,7 @@ from tdc_ray.storage.object_store import resolve_path
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_ends_as_one_on_a_disk(
     finished_run, cache_dir, bucket, tmp_path, monkeypatch, capsys
 ):

@@ -72,6 +72,7 @@ def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in unet.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_workers_take_the_mean_of_their_gradients(ray_cluster, smoke_config, tmp_path):
     config = short(smoke_config, num_steps=3, num_warmup_steps=0)

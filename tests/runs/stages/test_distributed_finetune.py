@@ -18,6 +18,7 @@ from tests.small import make_run_dir, small_config, task_of
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_two_workers_fine_tune_one_expert_and_go_on_after_a_kill(ray_cluster, tmp_path):
     """Another order of the same work: cut after its checkpoint, it ends with the same weights."""
     config = small_config(

@@ -56,6 +56,7 @@ def swept(cache_dir, tmp_path_factory):
     return folder / "k", again.stdout
 
 
+@pytest.mark.slow
 def test_what_is_shared_changes_no_result(swept, finished_run):
     folder, _ = swept
     for name, k in zip(NAMES, (0.5, 0.6), strict=True):
@@ -117,6 +118,7 @@ def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("trials/**/*.json")} == before
 
 
+@pytest.mark.slow
 def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
     ray_cluster, cache_dir, tmp_path
 ):
@@ -160,6 +162,7 @@ def test_an_error_from_outside_is_told_with_its_traceback_and_tried_again(ray_cl
         assert (run_dir / "run.log").read_text().count("Traceback") == attempt
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
     ray_cluster, swept, cache_dir, tmp_path
 ):
