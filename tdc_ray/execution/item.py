@@ -80,14 +80,12 @@ class WorkItem:
     files: tuple[Path, ...] = ()
     """Files and folders that it leaves beside its result."""
 
-    fallback_result: Result | None = None
-    """Of a call, which waits for a language model, computes nothing and so holds no worker: what
-    it gives where whoever makes the calls died too often. None: it is no call."""
+    service: str | None = None
+    """The pool's service that runs it: it waits for something outside, and so holds no worker.
+    None means that workers run it."""
 
-    @property
-    def is_call(self) -> bool:
-        """Whether it waits for a language model."""
-        return self.fallback_result is not None
+    fallback_result: Result | None = None
+    """The result of an item whose service died too often; each that names a service has one."""
 
     def reduced_memory(self) -> Any | None:
         """Give its job with about half the memory, if there is one."""

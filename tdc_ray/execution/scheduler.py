@@ -176,7 +176,7 @@ class Scheduler(Generic[T]):
         action = after_failure(item, failure, times, self._max_attempts)
         if action is not Action.HALVE:
             self._failures[chain, item.key, failure] = times
-        result = None if item.is_call else finished(item)
+        result = finished(item) if item.service is None else None
         if result is not None:  # its worker died after its work and before its answer
             self._chains.deliver(chain, item, result)
             action = Action.RETRY
@@ -239,7 +239,7 @@ class Scheduler(Generic[T]):
         self._idle[resources] += sorted(set(task.workers) - set(lost))
 
     def _put(self, chain: str, item: WorkItem) -> None:
-        if item.is_call:
+        if item.service is not None:
             self._calls.append((chain, item))
             return
         self._wanted[self._resources(item)] += item.num_workers

@@ -83,6 +83,7 @@ class GroupSearch:
         kept: KeptIndices | None = None,
         inputs: Callable[[Any], Inputs | None] | None = None,
         files: tuple[Path, ...] = (),
+        service: str | None = None,
         fallback_result: Result | None = None,
     ) -> WorkItem:
         """Make an item of the search; see ``WorkItem``.
@@ -98,7 +99,8 @@ class GroupSearch:
                 to other schemes than in an earlier attempt, so may this group, at the same place.
             inputs: Gives of the job what the result follows from; None: no other run may take it.
             files: What it leaves beside its result.
-            fallback_result: What a call gives that is lost; None: it is no call.
+            service: What runs it in place of a worker.
+            fallback_result: Its result where the service is lost.
         """
         file = name if kept is None else f"{name}-{kept_digest(kept)}"
         return WorkItem(
@@ -111,6 +113,7 @@ class GroupSearch:
             num_steps=num_steps,
             inputs=inputs,
             files=files,
+            service=service,
             fallback_result=fallback_result,
         )
 

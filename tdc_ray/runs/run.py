@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.models.first_stage import copy_first_stage
 from tdc_ray.models.unet2d.architectures import UNetConfig, base_unet
@@ -28,6 +30,7 @@ from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import group_tasks
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.reporting.console import plot_plan
 from tdc_ray.reporting.progress import Event, ProgressView
@@ -91,16 +94,20 @@ def run(
         if config.model.base is not None:
             _bring_in_base(run_dir, config, config.model.base)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
-        timeline = Timeline(run_dir.timeline)
+        timeline, proxy = Timeline(run_dir.timeline), config.proxy
+        gateway = Service(partial(LLMGateway, proxy), proxy.max_concurrent)
+        services = {LLM_SERVICE: gateway} if config.prune.method == "llm" else {}
         with (
             ProgressView(run_dir.tensorboard, console, listen) as view,
             connected(local_cpus(config.compute)),
             board(view) as events,
             CacheSession(_store(store, run_dir)) as sharing,
-            Pool(config, events, view, timeline, sharing) as pool,
+            Pool(config.compute, events, view, timeline, sharing, services) as pool,
         ):
             show_plan(run_dir, view)
-            with Pool(config, events, view, timeline, sharing) as encoders:  # end before stage 1
+            with Pool(
+                config.compute, events, view, timeline, sharing
+            ) as encoders:  # end before stage 1
                 encoders.run({"latents": prepare_latents(config)}, "latents")
                 stages = STAGES if config.model.base is None else STAGES[1:]
                 unet = unet_config(run_dir.base_unet) if config.model.base else base_unet(config)

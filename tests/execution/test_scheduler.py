@@ -142,7 +142,10 @@ def test_a_chain_that_fails_between_its_items_fails_alone():
 
 
 def test_calls_take_no_worker_and_stand_in_for_what_is_lost(tmp_path):
-    call = replace(item("ask", fallback_result={"lost": True}), result_path=tmp_path / "ask.json")
+    call = replace(
+        item("ask", service="llm", fallback_result={"lost": True}),
+        result_path=tmp_path / "ask.json",
+    )
     schedule = schedule_of({"a": chain([call])}, max_attempts=2)
     (task,) = schedule.start()
     assert task.workers == ()

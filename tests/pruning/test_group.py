@@ -25,10 +25,12 @@ def test_groups_that_have_something_to_cut_are_the_participants_of_all():
 
 
 def test_an_item_is_named_and_kept_with_its_group():
-    item = task_of(RUN_DIR, CONFIG, 2).item("base", nothing, None, fallback_result={})
+    item = task_of(RUN_DIR, CONFIG, 2).item(
+        "base", nothing, None, service="llm", fallback_result={}
+    )
     assert item.key == "group-02/base"
     assert item.result_path == RUN_DIR.group(2) / "base.json"
-    assert item.is_call
+    assert (item.service, item.fallback_result) == ("llm", {})
 
 
 def test_what_stands_behind_an_item_is_the_rest_of_the_search_and_the_fine_tune():

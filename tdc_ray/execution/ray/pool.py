@@ -10,14 +10,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import EventCollector, is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
-from tdc_ray.execution.ray.service import start_caller, start_checked_caller
+from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import WorkerGroup, needs
 from tdc_ray.execution.retry import Action, Failure
 from tdc_ray.execution.scheduler import Assignment, Scheduler
@@ -54,34 +54,36 @@ class _Running:
     task: Assignment
     result: ray.ObjectRef
     owed: dict[ray.ObjectRef, str]
-    """Their names; of a call, which has none, nobody's."""
+    """Their names; "" for a service."""
 
 
 class Pool:
     """Runs items on actors that come and go; a context manager that ends them.
 
-    Where a language model is to be asked, entering makes sure that it can be.
+    Entering starts its services and checks them.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        compute: ComputeConfig,
         board: EventCollector,
         view: ProgressView,
         timeline: Timeline | None = None,
         sharing: CacheSession | None = None,
+        services: Mapping[str, Service] | None = None,
     ) -> None:
-        self._compute, self._proxy = config.compute, config.proxy
-        self._asks = config.prune.method == "llm"
+        self._compute = compute
         self._board, self._view, self._timeline = board, view, timeline or Timeline(None)
         self._sharing = sharing or CacheSession(None)
-        self._caller: ActorHandle | None = None
-        self._crew = WorkerGroup(config.compute, board, self._timeline)
+        self._services = services or {}
+        self._service_actors: dict[str, ActorHandle] = {}
+        self._crew = WorkerGroup(compute, board, self._timeline)
         self._running: dict[int, _Running] = {}
 
     def __enter__(self) -> "Pool":
-        if self._asks:
-            self._caller = start_checked_caller(self._proxy)
+        self._service_actors = {
+            name: start_service(name, service) for name, service in self._services.items()
+        }
         self._crew.check()
         return self
 
@@ -179,10 +181,9 @@ class Pool:
             workers=task.workers,
             attempt=task.attempt,
         )
-        if item.is_call:
-            if self._caller is None:
-                self._caller = start_caller(self._proxy)
-            ref = self._caller.run.remote(item, self._board, task.number)
+        if item.service is not None:
+            actor = self._service_actors[item.service]
+            ref: ray.ObjectRef = actor.run.remote(item, self._board, task.number)
             self._running[task.number] = _Running(task, ref, {ref: ""})
             return
         actors = self._crew.actors(task.workers)
@@ -240,7 +241,7 @@ class Pool:
         else:
             reason = f"{type(cause).__name__}: {cause}"
         what = f"failed ({reason})"
-        if not isinstance(cause, RayTaskError) and (lost or task.item.is_call):
+        if not isinstance(cause, RayTaskError) and (lost or task.item.service):
             reason = f"its worker died {task.attempt} times: {cause}"
             what = "lost its worker"
         for name in lost:

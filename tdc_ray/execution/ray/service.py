@@ -1,87 +1,86 @@
-"""The one actor through which a cluster's calls to a language model go."""
+"""Services: named actors that run items which wait for something outside and hold no worker."""
 
 import time
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tdc_ray.config.proxy import ProxyConfig
-from tdc_ray.errors import ProxyError
-from tdc_ray.execution.item import Result, WorkItem, run_item
+from tdc_ray.errors import TdcError
+from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.execution.ray.cluster import EventCollector
-from tdc_ray.pruning.llm.budget import Budget
-from tdc_ray.pruning.proxies.language_model import check_proxy
-from tdc_ray.storage.files import listing
-
-NAME = "tdc-ray-caller"
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
-class _Caller:
-    """Runs calls, several at once, within one budget; the key is in its own environment."""
-
-    def __init__(self, config: ProxyConfig, sweep: Path | None) -> None:
-        self.config, self.budget, self.sweep = config, Budget(config), sweep
-
-    def is_there(self) -> None:
-        """Answer, and be alive."""
+class Servant(Protocol):
+    """What a service's actor holds; any number of threads call it."""
 
     def check(self) -> None:
-        check_proxy(self.config)
+        """Raise a `TdcError` where something that it needs is missing."""
 
-    def run(self, item: WorkItem, board: EventCollector, task: int | None = None) -> Result:
-        for folder in listing(self.sweep, "trials/*/proxy") if self.sweep else ():
-            self.budget.count_earlier(folder)
-        function: Any = item.function
-        shared = replace(item, function=partial(function, budget=self.budget))
-        return run_item(shared, board.reporter(item.key, task))
+    def run(self, item: WorkItem, report: Report) -> Result:
+        """Run an item and keep its result."""
 
 
-def start_checked_caller(config: ProxyConfig, sweep: Path | None = None) -> Any:
-    """Start the caller and make sure that it has what it needs: see :func:`start_caller`.
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What runs the items that name it in ``WorkItem.service``."""
+
+    create: Callable[[], Servant]
+    """Called in the actor's process, again after each restart."""
+
+    max_concurrency: int
+    """Items that it runs at once."""
+
+
+class _ServiceActor:
+    def __init__(self, create: Callable[[], Servant]) -> None:
+        self._servant = create()
+
+    def ping(self) -> None:
+        """Answer, and so be alive."""
+
+    def check(self) -> None:
+        self._servant.check()
+
+    def run(self, item: WorkItem, events: EventCollector, task: int | None = None) -> Result:
+        return self._servant.run(item, events.reporter(item.key, task))
+
+
+def start_service(name: str, service: Service) -> Any:
+    """Return the actor of a service in this Ray job, started if there is none, and checked.
+
+    It runs on the node where it is first started from, which must be the driver's: the keys that a
+    service needs are in that node's environment. It lives as long as what this first call
+    returned, and all that come later share it, whatever service they bring.
 
     Raises:
-        ProxyError: Its environment holds no key, or the server refuses it, or there is nothing to
-            replay.
-    """
-    caller = start_caller(config, sweep)
-    try:
-        ray.get(caller.check.remote())
-    except RayTaskError as error:
-        raise ProxyError(str(error.cause)) from None
-    return caller
-
-
-def start_caller(config: ProxyConfig, sweep: Path | None = None) -> Any:
-    """Give the caller of this Ray job, starting it if there is none.
-
-    It runs on the node where it is first started from, which must be the driver's: the key comes
-    from that node's environment. It lives as long as what this first call returned, and all that
-    come later share it, its budget and its bound on calls at once, whatever their config says.
-
-    Args:
-        config: What is asked, and the bounds.
-        sweep: The folder of a sweep, whose trials' earlier calls count too.
+        TdcError: What the service's check raises.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(num_cpus=0, max_restarts=-1)(_Caller)
+    remote = ray.remote(num_cpus=0, max_restarts=-1)(_ServiceActor)
     options = remote.options(
-        name=NAME,
+        name=f"tdc-ray-service-{name}",
         get_if_exists=True,
-        max_concurrency=config.max_concurrent,
+        max_concurrency=service.max_concurrency,
         scheduling_strategy=here,
     )
     while True:
-        handle: Any = options.remote(config, sweep)
+        handle: Any = options.remote(service.create)
         try:
-            ray.get(handle.is_there.remote())
+            ray.get(handle.ping.remote())
         except RayActorError:
             time.sleep(SECONDS_BETWEEN_LOOKS)  # an earlier one, on its way out: not yet gone
         else:
-            return handle
+            break
+    try:
+        ray.get(handle.check.remote())
+    except RayTaskError as error:
+        if isinstance(error.cause, TdcError):
+            raise error.cause from None
+        raise
+    return handle

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
-from tdc_ray.execution.ray.service import start_checked_caller
+from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import WorkerGroup
 from tdc_ray.execution.timeline import Timeline
+from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
 from tdc_ray.reporting.hparams import write_session
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
@@ -114,7 +116,11 @@ def sweep(
         table = _Table(folder, store, config, begun(folder, config, space, how))
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
         shared = [start_claim_registry(store)]  # lives as long as this
-        shared += [start_checked_caller(config.proxy, folder)] if asks else []
+        if asks:
+            gateway = Service(
+                partial(LLMGateway, config.proxy, folder), config.proxy.max_concurrent
+            )
+            shared.append(start_service(LLM_SERVICE, gateway))
         if points is None:
             _run_study(table, space, how)
         else:

@@ -22,7 +22,6 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.execution.ray.cluster import board
@@ -49,11 +48,11 @@ def pooled(
 ) -> History:
     """Run chains on the cluster while something happens to it; give the timeline."""
     with tempfile.TemporaryDirectory() as name:
-        folder, config = Path(name), RunConfig(compute=compute)
+        folder = Path(name)
         with (
             ProgressView(folder / "tensorboard", Console(quiet=True)) as view,
             board(view) as events,
-            Pool(config, events, view, Timeline(folder / "timeline.jsonl")) as pool,
+            Pool(compute, events, view, Timeline(folder / "timeline.jsonl")) as pool,
         ):
             chains = {f"c{i}": chain(folder, f"c{i}", seconds) for i in range(num_chains)}
             thread = threading.Thread(target=pool.run, args=(chains,))

@@ -12,12 +12,12 @@ import ray
 from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Resources, WorkItem
 from tdc_ray.execution.ray.cluster import board
 from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json, write_json
@@ -26,38 +26,49 @@ pytestmark = pytest.mark.ray
 
 
 class TimedPool(Pool):
-    def __init__(self, config, events, view, path):
+    def __init__(self, compute, events, view, path, services):
         self.timeline_path, self.timeline = path, Timeline(path)
-        super().__init__(config, events, view, self.timeline)
+        super().__init__(compute, events, view, self.timeline, services=services)
 
 
 @pytest.fixture(scope="module")
 def pool(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    class Waiting:
+        def check(self):
+            pass
+
+        def run(self, item, report):
+            from tdc_ray.execution.item import run_item
+
+            return run_item(item, report)
+
     folder = tmp_path_factory.mktemp("tensorboard")
-    config = RunConfig(compute=ComputeConfig(num_actors=2, max_attempts=2))
+    compute = ComputeConfig(num_actors=2, max_attempts=2)
+    services = {"waiting": Service(Waiting, max_concurrency=4)}
     with (
         ProgressView(folder, Console(quiet=True)) as view,
         board(view) as events,
-        TimedPool(config, events, view, folder / "timeline.jsonl") as pool,
+        TimedPool(compute, events, view, folder / "timeline.jsonl", services) as pool,
     ):
         yield pool
 
 
-def item_of(folder: Path, name: str, function, number, *, is_call: bool = False) -> WorkItem:
+def item_of(folder: Path, name: str, function, number, service: str | None = None) -> WorkItem:
     return WorkItem(
         key=f"{name}/{number}",
         function=function,
         job=(folder, name, number),
         result_path=folder / f"{name}-{number}.json",
         cost=1.0,
-        fallback_result={"lost": True} if is_call else None,
+        service=service,
+        fallback_result={"lost": True} if service else None,
     )
 
 
-def chain(folder: Path, name: str, function, numbers, *, is_call: bool = False) -> Chain[list]:
+def chain(folder: Path, name: str, function, numbers, service: str | None = None) -> Chain[list]:
     values = []
     for number in numbers:
-        (result,) = yield [item_of(folder, name, function, number, is_call=is_call)]
+        (result,) = yield [item_of(folder, name, function, number, service)]
         values.append(result["value"])
     return values
 
@@ -157,7 +168,7 @@ def test_a_pool_that_does_not_fit_is_refused(ray_cluster, tmp_path):
         board(view) as events,
         pytest.raises(ClusterError, match=r"compute\.cpus_per_actor"),
     ):
-        Pool(RunConfig(compute=ComputeConfig(cpus_per_actor=1000)), events, view).__enter__()
+        Pool(ComputeConfig(cpus_per_actor=1000), events, view).__enter__()
 
 
 # --- workers that come and go ----------------------------------------------------------------
@@ -348,20 +359,20 @@ def test_the_timeline_says_who_ran_what_and_what_was_lost(pool, tmp_path):
     assert used.lost_seconds >= 0.2
 
 
-# --- calls -----------------------------------------------------------------------------------
+# --- services --------------------------------------------------------------------------------
 
 
-def test_calls_hold_no_worker(pool, tmp_path):
-    """Three calls wait, all at once, for work that one of two actors does meanwhile."""
+def test_items_of_a_service_hold_no_worker(pool, tmp_path):
+    """Three items wait, all at once, for work that one of two actors does meanwhile."""
 
-    def wait(job, report, budget):
+    def wait(job, report):
         import time
 
-        folder, name, _number = job
+        folder, name, number = job
         (folder / f"waiting-{name}").touch()
         for _ in range(400):
             if (folder / "worked").exists():
-                return {"value": budget is not None}
+                return {"value": number}
             time.sleep(0.05)
         raise TimeoutError("nothing worked beside the call")
 
@@ -376,13 +387,13 @@ def test_calls_hold_no_worker(pool, tmp_path):
             time.sleep(0.05)
         raise TimeoutError("the calls are not under way at once")
 
-    calls = {name: chain(tmp_path, name, wait, [1], is_call=True) for name in "abc"}
+    calls = {name: chain(tmp_path, name, wait, [1], "waiting") for name in "abc"}
     done = pool.run(calls | {"work": chain(tmp_path, "work", work, [7])})
-    assert done == {"a": [True], "b": [True], "c": [True], "work": [7]}
+    assert done == {"a": [1], "b": [1], "c": [1], "work": [7]}
 
 
-def test_a_call_with_an_error_of_its_own_fails_and_the_others_finish(pool, tmp_path):
-    def call(job, report, budget):
+def test_an_item_of_a_service_with_an_error_of_its_own_fails_and_the_others_finish(pool, tmp_path):
+    def call(job, report):
         from tdc_ray.errors import ProxyError
 
         _folder, name, number = job
@@ -390,14 +401,14 @@ def test_a_call_with_an_error_of_its_own_fails_and_the_others_finish(pool, tmp_p
             raise ProxyError("no answer")
         return {"value": number}
 
-    chains = {name: chain(tmp_path, name, call, [1, 2], is_call=True) for name in ("bad", "good")}
+    chains = {name: chain(tmp_path, name, call, [1, 2], "waiting") for name in ("bad", "good")}
     with pytest.raises(WorkFailedError, match="ProxyError: no answer"):
         pool.run(chains)
     assert (tmp_path / "good-2.json").exists()
 
 
-def test_calls_whose_caller_keeps_dying_give_what_they_give_then(pool, tmp_path):
-    def call(job, report, budget):
+def test_an_item_whose_service_keeps_dying_has_its_fallback_result(pool, tmp_path):
+    def call(job, report):
         import os
 
         os._exit(1)
@@ -407,7 +418,7 @@ def test_calls_whose_caller_keeps_dying_give_what_they_give_then(pool, tmp_path)
 
 
 def lost_call(folder: Path, function) -> Chain[dict]:
-    (result,) = yield [item_of(folder, "call", function, 1, is_call=True)]
+    (result,) = yield [item_of(folder, "call", function, 1, "waiting")]
     return result
 
 

@@ -1,8 +1,6 @@
-"""One actor for all calls. What runs in it is defined inside its test, so it is sent."""
+"""One actor for all who name it. What runs in it is defined inside its test, so it is sent."""
 
-import os
-import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,27 +9,14 @@ import pytest
 import ray
 from rich.console import Console
 
-from tdc_ray.config.proxy import ProxyConfig
+from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import WorkItem
 from tdc_ray.execution.ray.cluster import EventCollector, board
-from tdc_ray.execution.ray.service import start_caller
-from tdc_ray.pruning.llm.transcripts import (
-    LLMExchange,
-    TokenUsage,
-    append_exchange,
-    transcript_path,
-)
-from tdc_ray.pruning.proxies.language_model import AskJob, ask
+from tdc_ray.execution.ray.service import Servant, Service, start_service
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
-from tests.pruning.llm.openai_server import after, says, serving
-from tests.pruning.requests import NAMES, TASK
 
 pytestmark = pytest.mark.ray
-
-CONFIG = ProxyConfig(model="test-model", max_concurrent=2, max_replies=1)
-GOOD = f'{{"schemes": [[{{"unit": "{NAMES[0]}", "keep": 3}}]]}}'
-KEY = "sk-proj-Zx81-secretSECRET-47pq"
 
 
 @pytest.fixture
@@ -43,84 +28,67 @@ def events(ray_cluster: None, tmp_path: Path) -> Iterator[EventCollector]:
         yield events
 
 
-@pytest.fixture
-def caller(events: EventCollector) -> Iterator[Any]:
-    caller = start_caller(CONFIG)
-    yield caller
-    ray.kill(caller)
+def servant(problem: str | None = None) -> Callable[[], Servant]:
+    class Servant:
+        """Gives its items the pid, how often it was asked, and the most at once."""
+
+        def __init__(self):
+            import threading
+
+            self.lock, self.asked, self.active, self.most = threading.Lock(), 0, 0, 0
+
+        def check(self):
+            from tdc_ray.errors import ProxyError
+
+            if problem:
+                raise ProxyError(problem)
+
+        def run(self, item, report):
+            import os
+            import time
+
+            from tdc_ray.storage.files import write_json
+
+            with self.lock:
+                self.asked, self.active = self.asked + 1, self.active + 1
+                self.most = max(self.most, self.active)
+            time.sleep(item.job)
+            with self.lock:
+                self.active -= 1
+            result = {"pid": os.getpid(), "asked": self.asked, "most": self.most}
+            write_json(item.result_path, result)
+            return result
+
+    return Servant
 
 
-def call(folder: Path, key: str, function, job=None) -> WorkItem:
-    return WorkItem(key, function, job, folder / f"{key}.json", 0.0, fallback_result={})
+def item(folder: Path, key: str, seconds: float = 0.0) -> WorkItem:
+    path = folder / f"{key}.json"
+    return WorkItem(key, dict, seconds, path, 0.0, service="test", fallback_result={})
 
 
-def test_a_call_leaves_its_result_and_reads_the_key_where_it_runs(caller, events, tmp_path):
-    def set_environment(job, report, budget):
-        import os
-
-        os.environ.update(job)
-        return {"pid": os.getpid()}
-
-    with serving(says(GOOD)) as server:
-        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-        item = call(tmp_path, "environment", set_environment, environment)
-        pid = ray.get(caller.run.remote(item, events))["pid"]
-        item = call(tmp_path, "ask", ask, AskJob(CONFIG, TASK, (), tmp_path / "proxy"))
-        assert KEY.encode() not in pickle.dumps(item)
-        result = ray.get(caller.run.remote(item, events))
-    assert pid != os.getpid()
-    assert result == read_json(tmp_path / "ask.json")
-    assert result["error"] is None
-    assert result["schemes"][0][NAMES[0]] == 3
-    assert (tmp_path / "proxy" / "group-02-round-1.jsonl").exists()
-
-
-def test_what_a_sweeps_finished_trials_spent_counts(events, tmp_path):
-    def spent(job, report, budget):
-        return {"calls": budget.spent.calls, "tokens": budget.spent.tokens}
-
-    took = TokenUsage(calls=1, prompt_tokens=60, completion_tokens=40)
-    for trial in ("a", "b"):
-        path = transcript_path(tmp_path / "trials" / trial / "proxy", 0, 0)
-        append_exchange(path, LLMExchange({}, "hello", None, took, 1.0))
-    caller = start_caller(CONFIG, tmp_path)
-    try:
-        found = ray.get(caller.run.remote(call(tmp_path, "spent", spent), events))
-    finally:
-        ray.kill(caller)
-    assert found == {"calls": 2, "tokens": 200}
-
-
-def test_all_trials_share_one_caller_its_budget_and_its_bound(caller, events, tmp_path):
-    def set_environment(job, report, budget):
-        import os
-
-        os.environ.update(job)
-        return {"pid": os.getpid()}
-
-    def spent(job, report, budget):
-        import os
-
-        return {"pid": os.getpid(), "calls": budget.spent.calls}
-
+def test_all_trials_share_one_actor_and_its_bound(events, tmp_path):
     def trial(number: int) -> dict[str, Any]:
-        handle = ray.get(other_trial.remote(start_caller, CONFIG))
-        job = AskJob(CONFIG, TASK, (), tmp_path / str(number) / "proxy")
-        return ray.get(handle.run.remote(call(tmp_path, str(number), ask, job), events))
+        handle = ray.get(other_trial.remote(start_service, Service(servant(), 50)))
+        return ray.get(handle.run.remote(item(tmp_path, str(number), 0.3), events))
 
     @ray.remote(num_cpus=0)
-    def other_trial(start, config):
-        """A process of its own, as a trial of a sweep is; it asks for more calls at once."""
-        from dataclasses import replace
+    def other_trial(start, service):
+        """A process of its own, as a trial of a sweep is; it asks for more at once."""
+        return start("test", service)
 
-        return start(replace(config, max_concurrent=50))
+    actor = start_service("test", Service(servant(), 2))
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            results = list(threads.map(trial, range(6)))
+        last = ray.get(actor.run.remote(item(tmp_path, "last"), events))
+    finally:
+        ray.kill(actor)
+    assert {result["pid"] for result in results} == {last["pid"]}
+    assert (last["asked"], last["most"]) == (7, 2)
+    assert read_json(tmp_path / "last.json") == last
 
-    with serving(after(0.3, says(GOOD))) as server, ThreadPoolExecutor(6) as threads:
-        environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-        item = call(tmp_path, "environment", set_environment, environment)
-        pid = ray.get(caller.run.remote(item, events))["pid"]
-        results = list(threads.map(trial, range(6)))
-    assert all(result["error"] is None for result in results)
-    assert server.most_under_way == 2
-    last = ray.get(caller.run.remote(call(tmp_path, "spent", spent), events))
-    assert last == {"pid": pid, "calls": 6}
+
+def test_what_a_check_finds_is_raised_as_it_is(ray_cluster):
+    with pytest.raises(ProxyError, match=r"^there is no key$"):
+        start_service("poor", Service(servant("there is no key"), 1))

@@ -47,7 +47,7 @@ def test_two_workers_fine_tune_one_expert_and_go_on_after_a_kill(ray_cluster, tm
         with (
             ProgressView(tmp_path / "tensorboard", Console(quiet=True)) as view,
             board(view) as events,
-            Pool(config, events, view) as pool,
+            Pool(config.compute, events, view) as pool,
         ):
             result = pool.run({"expert": chain()})["expert"]
         expert = load_expert(run_dir.expert(task.group.index))
