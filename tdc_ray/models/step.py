@@ -1,9 +1,10 @@
 """A network as a sequence of steps, so that a pruned one can be run from where it differs."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 
@@ -21,14 +22,23 @@ class State:
     """Outputs of the way down that the way up has not read yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One residual block, attention or sampler, or the convolutions at both ends."""
 
     name: str
-    """Dotted name of the module in the ``UNet2DModel``."""
+    """Dotted name of the module in the network."""
 
     module: nn.Module
+
+    output_layer: str
+    """Name within the module of the layer whose output is added to the stream, or is the
+    step's."""
+
+    residual_scale: float = 1.0
+    """What the sum of the output layer and the shortcut is divided by."""
+
+    reads_embedding: bool = False
     reads_skip: bool = False
     """The last skip is concatenated to its input."""
 
@@ -40,10 +50,29 @@ class Step:
         hidden, skips = state.hidden, state.skips
         if self.reads_skip:
             hidden, skips = torch.cat([hidden, skips[-1]], dim=1), skips[:-1]
-        if isinstance(self.module, ResnetBlock2D):
+        if self.reads_embedding:
             hidden = self.module(hidden, state.embedding)
         else:
             hidden = self.module(hidden)
         if self.leaves_skip:
             skips = (*skips, hidden)
         return State(hidden, state.embedding, skips)
+
+
+def run(steps: Sequence[Step], state: State) -> State:
+    """Run steps, one after the other."""
+    for step in steps:
+        state = step(state)
+    return state
+
+
+def num_untouched(base: Sequence[Step], pruned: Sequence[Step]) -> int:
+    """Count the steps before the first one that is cut: they are the base's own."""
+    pairs = zip(base, pruned, strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda pair: not is_cut(*pair), pairs))
+
+
+def is_cut(base: Step, step: Step) -> bool:
+    """Whether a step has fewer channels than that of the base."""
+    pairs = zip(base.module.parameters(), step.module.parameters(), strict=True)
+    return any(one.shape != other.shape for one, other in pairs)

@@ -19,8 +19,9 @@ from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.models.layer import Layer
 from tdc_ray.models.macs import macs_polynomials
+from tdc_ray.models.step import num_untouched
 from tdc_ray.models.unet2d.layers import all_layers
-from tdc_ray.models.unet2d.steps import num_untouched, steps
+from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.unet import load_unet, unet_config
 from tdc_ray.models.units import KeptIndices, Unit, keep_everything, widths_of

@@ -15,8 +15,8 @@ from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoiseSchedule, loss_per_image, noise_schedule
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
-from tdc_ray.models.step import State
-from tdc_ray.models.unet2d.steps import num_untouched, run, start, steps
+from tdc_ray.models.step import State, num_untouched, run
+from tdc_ray.models.unet2d.steps import start, steps
 from tdc_ray.seeds import derive_seed
 
 Purpose = Literal["scores", "refit", "held-out"]

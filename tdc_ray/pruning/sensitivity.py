@@ -11,8 +11,8 @@ from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.precision import autocast
-from tdc_ray.models.step import State, Step
-from tdc_ray.models.unet2d.steps import run, steps
+from tdc_ray.models.step import State, Step, run
+from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import Scores, reconstruction_scores, select_top
 from tdc_ray.pruning.noised import NoisedBatch
@@ -23,7 +23,6 @@ from tdc_ray.pruning.refit.least_squares import (
     ReadLayer,
     layer_matrix,
 )
-from tdc_ray.pruning.refit.refit import closing
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]
@@ -84,8 +83,9 @@ def masked_units(
 ) -> Solutions:
     """Give the weights behind inner units at each of their levels, without a refit."""
     solutions: Solutions = {}
+    layers = _output_layers(steps(base))
     for unit in units:
-        layer = _reader(base, unit)
+        layer = layers[unit.name]
         solutions[unit.name] = {}
         for width in levels(unit, num_levels):
             kept = _columns(unit, scores, width, layer)
@@ -135,7 +135,7 @@ def measure_units(
         own = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
             for width, weights in solutions.get(step.name, {}).items():
-                layer = step.module.get_submodule(closing(step.module))
+                layer = step.module.get_submodule(step.output_layer)
                 assert isinstance(layer, ReadLayer)
                 with swapped_weights(layer, *weights), autocast(precision, base.device):
                     changed = step(state)
@@ -157,13 +157,14 @@ def _statistics(
 ) -> Iterator[tuple[Unit, LeastSquares]]:
     """Give for every unit the normal equations of the layer that reads it, on the base's own."""
     num_images = sum(len(batch.x_0) for batch in batches)
+    all_steps = steps(base)
+    layers = _output_layers(all_steps)
     squares = {
         unit.name: LeastSquares(
-            _reader(base, unit), num_rows=num_images * unit.pixels, seed=derive_seed(unit.name)
+            layers[unit.name], num_rows=num_images * unit.pixels, seed=derive_seed(unit.name)
         )
         for unit in units
     }
-    all_steps = steps(base)
     last = max(i for i, step in enumerate(all_steps) if step.name in squares)
     for number, batch in enumerate(batches):
         state = batch.start(base, schedule)
@@ -178,11 +179,10 @@ def _statistics(
         yield unit, squares.pop(unit.name)
 
 
-def _reader(base: UNet2DModel, unit: Unit) -> ReadLayer:
-    block = base.get_submodule(unit.name)
-    layer = block.get_submodule(closing(block))
-    assert isinstance(layer, ReadLayer)
-    return layer
+def _output_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
+    """Return the output layer of every step; of a unit's block, it is the one that reads it."""
+    layers = {step.name: step.module.get_submodule(step.output_layer) for step in all_steps}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, ReadLayer)}
 
 
 def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor:

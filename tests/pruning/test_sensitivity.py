@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything
 from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights, error_weights
-from tdc_ray.pruning.refit.refit import closing, refit
+from tdc_ray.pruning.refit.refit import refit
 from tdc_ray.pruning.sensitivity import (
     Solutions,
     Weights,
@@ -80,7 +81,7 @@ def cut_with(
 
 def reader_of(unet: UNet2DModel, unit: Unit) -> nn.Conv2d | nn.Linear:
     block = unet.get_submodule(unit.name)
-    return block.get_submodule(closing(block))
+    return block.get_submodule(output_layer(block))
 
 
 @torch.no_grad()

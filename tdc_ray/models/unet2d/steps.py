@@ -1,19 +1,20 @@
-"""A UNet's forward pass cut into steps, so that work can stop, look and go on between blocks."""
+"""A UNet's forward pass cut into steps, so that work can stop, look and resume between blocks."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tdc_ray.models.step import State, Step
+from tdc_ray.models.unet2d.blocks import output_layer, residual_scale
 
 
 def start(
     unet: UNet2DModel, x_t: Tensor, timesteps: Tensor, class_labels: Tensor | None = None
 ) -> State:
-    """Give the state before the first step.
+    """Return the state before the first step.
 
     Args:
         unet: The UNet.
@@ -29,56 +30,49 @@ def start(
 
 
 def steps(unet: UNet2DModel) -> list[Step]:
-    """Cut the forward pass into steps; one after the other they give the UNet's output.
+    """Split the forward pass into steps; one after the other they return the UNet's output.
 
-    The UNet has nothing but the blocks that ``models.layers`` knows.
+    The UNet has nothing but the blocks that ``unet2d.layers`` knows.
     """
     names = {module: name for name, module in unet.named_modules()}
-    found = [Step("conv_in", unet.conv_in, leaves_skip=True)]
+
+    def step(
+        module: nn.Module,
+        name: str | None = None,
+        *,
+        reads_skip: bool = False,
+        leaves_skip: bool = False,
+    ) -> Step:
+        return Step(
+            name=name or names[module],
+            module=module,
+            output_layer=output_layer(module),
+            residual_scale=residual_scale(module),
+            reads_embedding=isinstance(module, ResnetBlock2D),
+            reads_skip=reads_skip,
+            leaves_skip=leaves_skip,
+        )
+
+    found = [step(unet.conv_in, leaves_skip=True)]
     for block in unet.down_blocks:
-        for modules in _layers(block):
-            *inner, last = modules
-            found += [Step(names[module], module) for module in inner]
-            found.append(Step(names[last], last, leaves_skip=True))
-        for sampler in block.downsamplers or ():
-            found.append(Step(names[sampler], sampler, leaves_skip=True))
+        for *inner, last in _layers(block):
+            found += [*map(step, inner), step(last, leaves_skip=True)]
+        found += [step(sampler, leaves_skip=True) for sampler in block.downsamplers or ()]
     if unet.mid_block is not None:
         first, *others = unet.mid_block.resnets
-        found.append(Step(names[first], first))
+        found.append(step(first))
         for attention, resnet in zip(unet.mid_block.attentions, others, strict=True):
-            pair = (attention, resnet) if attention is not None else (resnet,)
-            found += [Step(names[module], module) for module in pair]
+            found += map(step, (resnet,) if attention is None else (attention, resnet))
     for block in unet.up_blocks:
         for resnet, *attentions in _layers(block):
-            found.append(Step(names[resnet], resnet, reads_skip=True))
-            found += [Step(names[module], module) for module in attentions]
-        for sampler in block.upsamplers or ():
-            found.append(Step(names[sampler], sampler))
+            found += [step(resnet, reads_skip=True), *map(step, attentions)]
+        found += map(step, block.upsamplers or ())
     out = nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out)
-    return [*found, Step("conv_out", out.train(unet.training))]
-
-
-def run(some: Sequence[Step], state: State) -> State:
-    """Run steps, one after the other."""
-    for step in some:
-        state = step(state)
-    return state
-
-
-def num_untouched(base: Sequence[Step], pruned: Sequence[Step]) -> int:
-    """Count the steps before the first one that is cut: they are the base's own."""
-    pairs = zip(base, pruned, strict=True)
-    return sum(1 for _ in itertools.takewhile(lambda pair: not is_cut(*pair), pairs))
-
-
-def is_cut(base: Step, step: Step) -> bool:
-    """Tell whether a step has fewer channels than that of the base."""
-    pairs = zip(base.module.parameters(), step.module.parameters(), strict=True)
-    return any(one.shape != other.shape for one, other in pairs)
+    return [*found, step(out.train(unet.training), "conv_out")]
 
 
 def _layers(block: Any) -> Iterator[tuple[nn.Module, ...]]:
-    """Give every residual block with the attention that follows it, if any."""
+    """Yield every residual block with the attention that follows it, if any."""
     attentions = getattr(block, "attentions", None)
     if attentions is None:
         return zip(block.resnets)

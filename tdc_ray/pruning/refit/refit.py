@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.execution.device import exact_products
-from tdc_ray.models.step import State, Step
-from tdc_ray.models.unet2d.steps import is_cut, steps
+from tdc_ray.models.step import State, Step, is_cut
+from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
@@ -63,10 +61,10 @@ def refit(
     ours, cut_before = true, False
     for base_step, step in zip(steps(base), steps(pruned), strict=True):
         after = [store.keep(_after(base_step, state, device)) for state in true]
-        for name in _to_solve(base_step.module, step.module, cut_before=cut_before):
+        for name in _to_solve(base_step, step, cut_before=cut_before):
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
-            wanted = after if name == closing(step.module) else None
+            wanted = after if name == step.output_layer else None
             macs += _solve(
                 layer,
                 name,
@@ -132,16 +130,6 @@ def _in_file(tensor: Tensor) -> Tensor:
     return kept.view(tensor.shape)
 
 
-def closing(module: nn.Module) -> str:
-    """Name the layer whose output a step adds to the stream, or gives out."""
-    if isinstance(module, ResnetBlock2D):
-        return "conv2"
-    if isinstance(module, Attention):
-        return "to_out.0"
-    (name,) = _layers(module)  # a sampler, or an end of the network, has just one
-    return name
-
-
 def _solve(
     layer: ReadLayer,
     name: str,
@@ -179,7 +167,7 @@ def _solve(
             wanted = _select(base_tap.output, keep, dim=2 if is_linear else 1)
         else:
             own = _select(after[index].hidden.to(device), keep, dim=1)
-            missing = (own - found) * _scale(step.module)
+            missing = (own - found) * step.residual_scale
             if is_linear:
                 missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
             wanted = tap.output + missing
@@ -196,14 +184,14 @@ def _solve(
     return squares.macs
 
 
-def _to_solve(base: nn.Module, module: nn.Module, *, cut_before: bool) -> list[str]:
-    """Name the layers of a step that read what was cut, the closing one last."""
+def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:
+    """Name the layers of a step that read what was cut, its output layer last."""
+    whole, last = _layers(base.module), step.output_layer
     shrunk = [
         name
-        for name, layer in _layers(module).items()
-        if layer.weight.shape[1] < _layers(base)[name].weight.shape[1]
+        for name, layer in _layers(step.module).items()
+        if layer.weight.shape[1] < whole[name].weight.shape[1]
     ]
-    last = closing(module)
     closes = [last] if cut_before or last in shrunk else []
     return [name for name in shrunk if name != last] + closes
 
@@ -214,10 +202,3 @@ def _layers(module: nn.Module) -> dict[str, ReadLayer]:
 
 def _select(values: Tensor, keep: Tensor | None, *, dim: int) -> Tensor:
     return values if keep is None else values.index_select(dim, keep.to(values.device))
-
-
-def _scale(module: nn.Module) -> float:
-    """What a block divides its sum by."""
-    if isinstance(module, ResnetBlock2D):
-        return float(module.output_scale_factor)
-    return float(module.rescale_output_factor) if isinstance(module, Attention) else 1.0

@@ -9,13 +9,14 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.step import State
 from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit, keep_everything
 from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import error_weights
-from tdc_ray.pruning.refit.refit import _after, closing, refit
+from tdc_ray.pruning.refit.refit import _after, refit
 from tests.models.configs import CONFIGS, random_config
 from tests.small import TINY, assert_same, random_kept, random_unet
 
@@ -147,7 +148,7 @@ def test_what_nothing_read_is_not_missed():
     kept = {unit.name: tuple(range(1, unit.width)) for unit in units}
     for unit in units:
         block = base.get_submodule(unit.name)
-        block.get_submodule(closing(block)).weight[:, : unit.channels] = 0.0
+        block.get_submodule(output_layer(block)).weight[:, : unit.channels] = 0.0
     _, refitted = cut_and_refit(base, units, kept, batches)
     assert off_by(refitted, base, batches) < 1e-8
 
@@ -167,7 +168,7 @@ def test_a_block_alone_is_fitted_as_least_squares_fits_its_output(name):
         return float((ours - theirs).square().sum())
 
     block = refitted.get_submodule(name)
-    layer = block.get_submodule(closing(block))
+    layer = block.get_submodule(output_layer(block))
     least = errors(layer)
     for seed in range(5):  # whatever else the weights could be is worse
         generator = torch.Generator().manual_seed(seed)
@@ -219,7 +220,7 @@ def test_in_the_inner_space_the_layers_that_close_the_blocks_from_the_first_cut_
     names = [step.name for step in steps(base)]
     behind = names[names.index("mid_block.attentions.0") :]
     modules = {step.name: step.module for step in steps(base)}
-    expected = {f"{name}.{closing(modules[name])}" for name in behind if name != "conv_out"}
+    expected = {f"{name}.{output_layer(modules[name])}" for name in behind if name != "conv_out"}
     assert changed(pruned, refitted) == expected | {"conv_out"}
     assert "mid_block.attentions.0.to_out.0" in expected
     assert "up_blocks.0.upsamplers.0.conv" in expected
