@@ -1,8 +1,6 @@
 """``RunConfig`` composes the stages' settings; to and from JSON."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
@@ -120,8 +119,7 @@ def from_json(document: object) -> RunConfig:
 
 def digest(config: RunConfig) -> str:
     """Eight hexadecimal digits that name all settings that decide what is computed."""
-    document = json.dumps(_deciding(config), sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()[:8]
+    return json_digest(_deciding(config))[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:

@@ -1,8 +1,6 @@
 """A dataset's latents: computed once, kept in the cache as safetensors, read bit by bit."""
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, fetch, listing, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -166,8 +165,7 @@ def _latents_dir(data: DataConfig, cache_dir: str) -> Path:
     assert data.first_stage is not None
     digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
     document = [VERSION, SHARD, digest, load_dataset(data).fingerprint(), data.image_size, shape]
-    key = hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
-    return resolve_path(cache_dir).expanduser() / "latents" / key
+    return resolve_path(cache_dir).expanduser() / "latents" / json_digest(document)[:16]
 
 
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data

@@ -10,8 +10,6 @@ publishes the same, and one whose publisher was killed is none.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -24,6 +22,7 @@ from typing import Any
 
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.execution.item import Inputs, Report, Reported, Result, WorkItem
+from tdc_ray.storage.digest import json_digest, tree_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import display_path, is_remote
 from tdc_ray.storage.provenance import versions
@@ -129,7 +128,7 @@ def key_of(item: WorkItem) -> str | None:
     if inputs is None:
         return None
     document = {"format": FORMAT, "packages": _packages(), **inputs}
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return json_digest(document)
 
 
 def shared(result: Result) -> tuple[str, bool] | None:
@@ -191,7 +190,7 @@ def _copy(source: Path, target: Path) -> str:
 
     Nothing in a run or a store is ever changed in place, so a link is as good as a copy.
     """
-    source, digest = fetch(source), hashlib.sha256()
+    source = fetch(source)
     link = not is_remote(source) and not is_remote(target)
     with atomic_path(target) as temporary:
         files = [source] if source.is_file() else sorted(source.rglob("*"))
@@ -200,10 +199,7 @@ def _copy(source: Path, target: Path) -> str:
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(file, temporary / name, link=link)
-                with (temporary / name).open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-                digest.update(f"{name.as_posix()} {content}\n".encode())
-    return digest.hexdigest()
+        return tree_digest(temporary)
 
 
 def _link(source: Path, target: Path, *, link: bool) -> None:

@@ -1,9 +1,9 @@
 """The content of saved weights, named by a digest."""
 
-import functools
 import hashlib
 from pathlib import Path
 
+from tdc_ray.storage.digest import cached_file_digest
 from tdc_ray.storage.files import fetch, read_json
 
 
@@ -19,13 +19,5 @@ def weights_digest(folder: Path) -> str:
             known = {key: value for key, value in document.items() if key[0] != "_"}
             digest.update(f"{name} {sorted(known.items())}\n".encode())
         elif path.suffix == ".safetensors":
-            found = path.stat()
-            content = _sha256(path, found.st_size, found.st_mtime_ns)
-            digest.update(f"{name} {content}\n".encode())
+            digest.update(f"{name} {cached_file_digest(path)}\n".encode())
     return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=256)  # a driver asks for every item
-def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,9 +4,6 @@ It is a folder as diffusers saves a ``VQModel`` or an ``AutoencoderKL``. Its ``c
 name ``scaling_factor``: diffusers' default is Stable Diffusion's, and ruins the samples of others.
 """
 
-import functools
-import hashlib
-import json
 import math
 import shutil
 import tempfile
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -155,9 +153,7 @@ def first_stage_digest(folder: Path) -> str:
         raise CheckpointError(
             f"{display_path(folder)} holds no first stage: {WEIGHTS_FILE} is missing."
         )
-    found = path.stat()
-    document = [config, _sha256(path, found.st_size, found.st_mtime_ns)]
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest([config, cached_file_digest(path)])[:16]
 
 
 def copy_first_stage(folder: Path, to: Path) -> None:
@@ -267,12 +263,6 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
         raise CheckpointError(f"scaling_factor in {path} must be above 0, got {scale}.")
     return config
-
-
-@functools.lru_cache(maxsize=8)  # a worker asks for every item
-def _sha256(path: Path, _size: int, _mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(shape: Shape) -> str:

@@ -10,11 +10,11 @@ step takes one channel from each of its GroupNorm groups, so that norms of the s
 groups; a norm that reads a skip beside it has other groups once its parts are narrower.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from tdc_ray.storage.digest import json_digest
 
 KeptIndices = Mapping[str, tuple[int, ...]]
 """For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising
@@ -67,8 +67,7 @@ def widths_of(kept: KeptIndices) -> dict[str, int]:
 
 def kept_digest(kept: KeptIndices) -> str:
     """Give a choice a short name, another one for every choice."""
-    document = json.dumps({name: list(steps) for name, steps in sorted(kept.items())})
-    return hashlib.sha256(document.encode()).hexdigest()[:8]
+    return json_digest({name: list(steps) for name, steps in kept.items()})[:8]
 
 
 def keep_everything(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:

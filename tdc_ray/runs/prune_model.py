@@ -1,7 +1,5 @@
 """Prunes any saved ``UNet2DModel`` to a limit, in this process: ``tdc-ray prune``."""
 
-import hashlib
-import json
 import logging
 import time
 from dataclasses import replace
@@ -34,6 +32,7 @@ from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.pretrained.sources import json_object
 from tdc_ray.runs.stages.precision import resolve_auto_precision
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path, version
@@ -326,8 +325,7 @@ def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
     prune = config.prune
     device = device_name(worker_device())
     document = [shape, prune.latency_batch_size, prune.channel_multiple, device]
-    name = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
-    return f"latency-{name}.json"
+    return f"latency-{json_digest(document)[:8]}.json"
 
 
 def _name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | str) -> str:
@@ -335,4 +333,4 @@ def _name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | st
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
     document = [digest(config), display_path(unet), states, group.first, group.last, limit]
-    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:8]
+    return json_digest(document)[:8]

@@ -1,6 +1,5 @@
 """Imports a base that is given: its UNet, its first stage, and where they came from."""
 
-import hashlib
 import logging
 import math
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from tdc_ray.runs.pretrained.sources import (
     json_object,
     resolve_base,
 )
+from tdc_ray.storage.digest import file_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -80,7 +80,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> UNetCo
     document = {
         "format": FORMAT,
         "source": base.source,
-        "files": {display_path(path): _sha256(path) for path in base.files},
+        "files": {display_path(path): file_digest(fetch(path)) for path in base.files},
         "origin": base.origin,
         "weights": base.weights,
         "told": sorted(base.told),
@@ -152,11 +152,6 @@ def _first_stage(
     return model.float()
 
 
-def _sha256(path: Path) -> str:
-    with fetch(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def with_first_stage(config: RunConfig) -> RunConfig:
     """Take the first stage that is inside a given checkpoint file out of it, into the cache.
 
@@ -173,7 +168,7 @@ def with_first_stage(config: RunConfig) -> RunConfig:
         return config
     (file,) = base.files
     cache = resolve_path(config.evaluate.cache_dir).expanduser()
-    folder = cache / "first_stages" / _sha256(file)[:16]
+    folder = cache / "first_stages" / file_digest(fetch(file))[:16]
     if not exists(folder):
         logger.info("taking the first stage of %s out, into %s", base.source, display_path(folder))
         first_stage = _first_stage(base, check_compatible(base, config), None)
