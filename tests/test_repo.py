@@ -6,16 +6,47 @@ from pathlib import Path
 
 import pytest
 
+from tdc_ray.cli.parse import parse
+
 ROOT = Path(__file__).parents[1]
+LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+PAGES = [line for line in LISTED.stdout.splitlines() if line.endswith(".md")]
+PAGES = [page for page in PAGES if not page.startswith("experiments/results/")]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "experiments/README.md"])
-def test_every_file_that_a_readme_names_exists(readme):
-    readme = (ROOT / readme).read_text()
-    named = set(re.findall(r"\b(?:experiments|cluster|tests|tdc_ray)/[\w./-]*\w", readme))
-    assert named
-    for name in named:
+def anchor(heading: str) -> str:
+    """A heading's name in links, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_heading_that_a_page_names_exists(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"\b(?:experiments|cluster|tests|tdc_ray)/[\w./-]*\w", text):
         assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
+            assert heading in map(anchor, headings), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_that_a_page_names_exists(page):
+    config = parse(["run"]).config
+    for flag in re.findall(r"`(--[a-z]+\.[a-z-]+)[ `]", (ROOT / page).read_text()):
+        stage, name = flag.removeprefix("--").split(".")
+        assert hasattr(getattr(config, stage), name.removeprefix("no-").replace("-", "_")), flag
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 10_240
+    assert set(re.findall(r"\]\(([\w./]+\.md)", text)) == set(PAGES) - {"README.md"}
 
 
 def test_the_readmes_test_command_is_where_ci_looks_for_it():
@@ -26,8 +57,7 @@ def test_the_readmes_test_command_is_where_ci_looks_for_it():
 
 
 def test_nothing_else_stands_at_the_top():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    tops = {line.split("/")[0] for line in listed.splitlines()}
+    tops = {line.split("/")[0] for line in LISTED.stdout.splitlines()}
     allowed = {"tdc_ray", "experiments", "cluster", "tests", "pyproject.toml", "README.md"}
     allowed |= {"LICENSE", "constraints.txt"}
     assert {top for top in tops if not top.startswith(".")} <= allowed
