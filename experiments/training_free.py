@@ -20,7 +20,7 @@ from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.unet import unet_config
 
 
@@ -56,7 +56,7 @@ def main(flags: FreeFlags) -> None:
         steps = flags.finetune_steps
         config = replace(config, finetune=replace(config.finetune, num_steps=steps))
     base = base_of(flags, 0)
-    _, macs_base = count(unet_config(base))
+    macs_base = network_structure(unet_config(base)).macs
     models = {"base": Model("base", base, macs_base)}
     with workers(config, folder, flags.store) as pool:
         for k, groups in flags.plans[:1] if flags.smoke else flags.plans:

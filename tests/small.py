@@ -16,14 +16,16 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.execution.item import Report, WorkItem
-from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.space import space_of
 from tdc_ray.storage.run_dir import RunDir
 
-TINY: UNetConfig = architecture("tiny")
+TINY: NetworkConfig = architecture("tiny")
 
 
 def small_config(**changes: Mapping[str, Any] | int) -> RunConfig:
@@ -40,7 +42,9 @@ def small_config(**changes: Mapping[str, Any] | int) -> RunConfig:
     return config
 
 
-def random_unet(config: UNetConfig = TINY, *, seed: int = 0, dropout: float = 0.0) -> UNet2DModel:
+def random_unet(
+    config: NetworkConfig = TINY, *, seed: int = 0, dropout: float = 0.0
+) -> UNet2DModel:
     """A UNet in eval mode, none of whose parameters is at its initial 0 or 1."""
     torch.manual_seed(seed)
     unet = build_unet(config, dropout=dropout)
@@ -48,6 +52,12 @@ def random_unet(config: UNetConfig = TINY, *, seed: int = 0, dropout: float = 0.
         for parameter in unet.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return unet.eval()
+
+
+def sizes(config: NetworkConfig) -> tuple[int, int]:
+    """Parameters and macs of a network, told from its config."""
+    structure = network_structure(config)
+    return structure.num_params, structure.macs
 
 
 def make_run_dir(root: Path, *, seed: int = 0) -> RunDir:

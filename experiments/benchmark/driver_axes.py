@@ -16,7 +16,8 @@ from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Report, Result, WorkItem
 from tdc_ray.execution.simulator import simulate
 from tdc_ray.execution.timeline import Timeline, load_history, usage
-from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import ProposalRequest
@@ -26,7 +27,7 @@ from tdc_ray.pruning.space import Space, fit_to_limit, space_of
 CONFIG = preset("digits")
 
 
-def deeper(layers_per_block: int) -> UNetConfig:
+def deeper(layers_per_block: int) -> NetworkConfig:
     """Give a UNet of digits' widths with more blocks, and so more units."""
     return {**architecture("digits"), "layers_per_block": layers_per_block}
 

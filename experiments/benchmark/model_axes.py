@@ -21,7 +21,8 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.train import start_state
-from tdc_ray.models.unet2d.architectures import UNetConfig, architecture, base_unet
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.scores import random_scores, select_top
@@ -35,7 +36,7 @@ STEPS = 4
 """Denoising steps."""
 
 
-def wider(width: int) -> UNetConfig:
+def wider(width: int) -> NetworkConfig:
     """Give a small UNet of another width."""
     config = architecture("tiny")
     return {**config, "block_out_channels": (width, 2 * width)}
@@ -44,7 +45,7 @@ def wider(width: int) -> UNetConfig:
 class Measured:
     """A random base, and what is measured of it: a candidate of 0.7 of its macs, or its units."""
 
-    def __init__(self, folder: Path, unet: UNetConfig) -> None:
+    def __init__(self, folder: Path, unet: NetworkConfig) -> None:
         path = folder / "images.npz"
         if not path.exists():
             images = np.random.default_rng(0).integers(0, 256, (2048, 8, 8), np.uint8)

@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 
 from tdc_ray.diffusion.process import NoiseSchedule
 from tdc_ray.diffusion.sampling import image_generators
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.pruning.noised import NoisedBatch
 
@@ -30,7 +30,7 @@ from tdc_ray.pruning.noised import NoisedBatch
 class ExampleTraining:
     """Training as in diffusers' unconditional example."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         self.unet = build_unet(config).train()
         self.ema = EMAModel(
             self.unet.parameters(),

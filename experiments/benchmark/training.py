@@ -21,7 +21,8 @@ from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, optimizer_step, start_state, train
-from tdc_ray.models.unet2d.architectures import UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet
 
 EXAMPLE = "diffusers' example"
@@ -29,13 +30,13 @@ CONFIG = TrainConfig(learning_rate=1e-4, weight_decay=1e-6, max_grad_norm=1.0, e
 """The example's, as far as a step's work depends on it."""
 
 
-def trained_unet(flags: SpeedFlags) -> UNetConfig:
+def trained_unet(flags: SpeedFlags) -> NetworkConfig:
     """Give the UNet that is trained, without the learned variance that the example lacks."""
     found = architecture("tiny" if flags.smoke else "iddpm-cifar10")
     return {**found, "out_channels": found["in_channels"]}
 
 
-def random_images(config: UNetConfig, count: int) -> Tensor:
+def random_images(config: NetworkConfig, count: int) -> Tensor:
     """Draw uint8 images of a UNet's size."""
     size = config["sample_size"]
     return torch.randint(0, 256, (count, config["in_channels"], size, size), dtype=torch.uint8)
@@ -67,13 +68,13 @@ class OurTraining:
         )
 
 
-def our_training(config: UNetConfig, precision: Precision = "fp32") -> OurTraining:
+def our_training(config: NetworkConfig, precision: Precision = "fp32") -> OurTraining:
     """Give our way of training in a precision."""
     chosen = replace(CONFIG, precision=precision)
     return OurTraining(start_state(build_unet(config), chosen), chosen)
 
 
-def our_trainings(config: UNetConfig) -> dict[str, OurTraining]:
+def our_trainings(config: NetworkConfig) -> dict[str, OurTraining]:
     """Give our ways of training; fp32 also in the memory layout that bf16 has."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     found = {f"ours, {precision}": our_training(config, precision) for precision in precisions}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -204,7 +204,7 @@ def downsampling(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def check_latents(data: DataConfig, unet: UNetConfig, model: str) -> None:
+def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
     """Refuse a first stage that does not load, or whose latents are not what the model takes.
 
     Args:

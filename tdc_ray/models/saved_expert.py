@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.structure import units_for
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.models.unet2d.units import units_for
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -24,7 +24,7 @@ CONFIG_FILE = "expert.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: KeptIndices) -> None:
+def save_expert(folder: Path, unet: UNet2DModel, config: NetworkConfig, kept: KeptIndices) -> None:
     """Save a pruned UNet; the folder appears when it is whole.
 
     Args:
@@ -39,7 +39,7 @@ def save_expert(folder: Path, unet: UNet2DModel, config: UNetConfig, kept: KeptI
 
 
 def save_expert_into(
-    folder: Path, unet: UNet2DModel, config: UNetConfig, kept: KeptIndices
+    folder: Path, unet: UNet2DModel, config: NetworkConfig, kept: KeptIndices
 ) -> None:
     """Save a pruned UNet into a folder that holds other things too; see :func:`save_expert`."""
     remove(folder / CONFIG_FILE)  # an old config never goes with new weights

@@ -18,8 +18,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.units import Unit
@@ -37,11 +37,11 @@ MIN_REPEATS, MIN_SECONDS = 9, 2.0
 class LatencyJob:
     """Time a UNet's units; only shapes count, so its weights are random ones."""
 
-    unet: UNetConfig
+    unet: NetworkConfig
     config: RunConfig
 
 
-def timed_space(path: Path, unet: UNetConfig, config: RunConfig, space: Space) -> Chain[Space]:
+def timed_space(path: Path, unet: NetworkConfig, config: RunConfig, space: Space) -> Chain[Space]:
     """Measure what the units of a space take, and give the space with time as what is limited.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.macs import Polynomial, macs_polynomials
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind, Unit
@@ -132,7 +132,7 @@ class Space:
             )
 
 
-def space_of(config: UNetConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
+def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
     """Make the pruning space of a UNet from its config; what is limited are macs.
 
     Args:

@@ -6,7 +6,8 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.unet2d.architectures import LATENT, UNetConfig, base_unet
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.runs.evaluation.features import check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible
@@ -66,7 +67,7 @@ def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
             space.check_limit(group.limit(space.cost_base), f"group {group.index}")
 
 
-def _base_of(config: RunConfig) -> tuple[UNetConfig, str, bool]:
+def _base_of(config: RunConfig) -> tuple[NetworkConfig, str, bool]:
     """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
     if config.model.base is not None:
         base = resolve_base(config.model.base)

@@ -18,9 +18,9 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.models.first_stage import check_latents
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
@@ -266,7 +266,7 @@ def _time(
     }
 
 
-def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig:
+def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunConfig:
     """Bring settings in line with a UNet: what it learns, and its data if it was named.
 
     Raises:
@@ -282,7 +282,7 @@ def for_unet(config: RunConfig, unet: UNetConfig, data: str | None) -> RunConfig
     return config if data is None else replace(config, data=_named_data(data, config, unet))
 
 
-def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
+def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConfig:
     """Bring data to the UNet's shape, unless it takes a first stage's latents.
 
     Raises:
@@ -301,7 +301,7 @@ def _named_data(source: str, config: RunConfig, unet: UNetConfig) -> DataConfig:
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 
 
-def _check(config: RunConfig, unet: UNetConfig) -> None:
+def _check(config: RunConfig, unet: NetworkConfig) -> None:
     check_latents(config.data, unet, "this model")
     if config.data.first_stage is not None:
         return
@@ -319,7 +319,7 @@ def _state(file: Path) -> tuple[str, int, int]:
     return file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
-def _latency_name(config: RunConfig, unet: UNetConfig) -> str:
+def _latency_name(config: RunConfig, unet: NetworkConfig) -> str:
     """Name a table of times by all that it is of, and by what computes here."""
     shape = {key: value for key, value in unet.items() if not key.startswith("_")}
     prune = config.prune

@@ -24,8 +24,9 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline
 from tdc_ray.models.first_stage import copy_first_stage
-from tdc_ray.models.unet2d.architectures import UNetConfig, base_unet
-from tdc_ray.models.unet2d.layers import count
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import group_tasks
 from tdc_ray.pruning.latency import timed_space
@@ -133,7 +134,7 @@ def run(
 
 
 def _limited_space(
-    run_dir: RunDir, config: RunConfig, unet: UNetConfig, space: Space, plan: Plan, pool: Pool
+    run_dir: RunDir, config: RunConfig, unet: NetworkConfig, space: Space, plan: Plan, pool: Pool
 ) -> Space:
     """Give the space with what is limited in it: where that is time it is measured, once.
 
@@ -181,10 +182,10 @@ def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
         return
     logger.info("stage 1: importing the base %s (%s)", source, display_path(run_dir.base_unet))
     started = time.perf_counter()
-    num_params, macs = count(import_base(resolve_base(source), config, run_dir.base))
+    structure = network_structure(import_base(resolve_base(source), config, run_dir.base))
     result = {
-        "macs": macs,
-        "num_params": num_params,
+        "macs": structure.macs,
+        "num_params": structure.num_params,
         "train_steps": 0,
         "train_macs": 0.0,
         "seconds": time.perf_counter() - started,

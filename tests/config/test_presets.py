@@ -9,10 +9,11 @@ from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture, base_unet
-from tdc_ray.models.unet2d.layers import blocks, count, layers
+from tdc_ray.models.unet2d.layers import blocks, layers
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.reporting.paper import PAPER
+from tests.small import sizes
 
 # --- presets ---------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ def test_a_preset_can_be_planned(name):
 def test_the_papers_rows_are_compared_with_presets_of_their_setting(name):
     config = preset(name)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    macs_base = count(architecture(config.model.architecture))[1]
+    macs_base = sizes(architecture(config.model.architecture))[1]
     # The paper's measured mean lies below the mean of the limits, by at most 4 %, but for
     # ImageNet-64, where both are 32.7 G.
     assert PAPER[name].macs == pytest.approx(plan.mean_limit_share * macs_base, rel=0.04)
@@ -82,7 +83,7 @@ def test_ddpm_is_trained_as_its_paper_says(name, rate, batch, dropout, source, n
     assert not diffusion.learned_sigma
     assert (config.data.source, config.data.horizontal_flip) == (source, True)
     assert config.model.dropout == dropout
-    assert count(base_unet(config)) == (num_params, pytest.approx(macs, abs=0.005e9))
+    assert sizes(base_unet(config)) == (num_params, pytest.approx(macs, abs=0.005e9))
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
@@ -104,7 +105,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
     ],
 )
 def test_the_papers_models_have_the_params_and_macs_of_the_specification(name, num_params, macs):
-    assert count(architecture(name)) == (num_params, macs)
+    assert sizes(architecture(name)) == (num_params, macs)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -112,7 +113,7 @@ def test_counting_a_named_unet_equals_running_it(name):
     config = architecture(name)
     with torch.device("meta"):
         unet = build_unet(config)
-    assert count(config) == (count_params(unet), count_macs(unet))
+    assert sizes(config) == (count_params(unet), count_macs(unet))
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
@@ -176,7 +177,7 @@ def test_counting_any_supported_unet_equals_running_it(changes):
     config = SMALL | changes
     with torch.device("meta"):
         unet = build_unet(config)
-    assert count(config) == (count_params(unet), count_macs(unet))
+    assert sizes(config) == (count_params(unet), count_macs(unet))
 
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS.keys())
@@ -193,7 +194,7 @@ def test_every_layer_has_the_name_and_the_params_of_the_unets_module(changes):
 
 def test_macs_by_running_do_not_depend_on_the_device():
     unet = build_unet(SMALL)
-    assert count(SMALL) == (count_params(unet), count_macs(unet))
+    assert sizes(SMALL) == (count_params(unet), count_macs(unet))
 
 
 def test_blocks_know_their_resolution_and_heads():
@@ -235,4 +236,4 @@ def test_what_is_not_supported_is_refused_by_name(changes, message):
 
 
 def test_a_square_sample_may_be_given_as_a_pair():
-    assert count(SMALL | {"sample_size": (16, 16)}) == count(SMALL)
+    assert sizes(SMALL | {"sample_size": (16, 16)}) == sizes(SMALL)

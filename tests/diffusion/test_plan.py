@@ -21,8 +21,8 @@ from tdc_ray.diffusion.plan import (
 )
 from tdc_ray.diffusion.schedule import alphas_cumprod, betas, snr_db
 from tdc_ray.errors import ConfigError, ScheduleError
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.models.unet2d.layers import count
 
 LINEAR = DiffusionConfig()
 LDM = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
@@ -86,7 +86,7 @@ def test_presets_have_the_mean_limits_of_the_specification(name, mean_share, gig
     config = preset(name)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     assert plan.mean_limit_share == pytest.approx(mean_share, abs=1e-9)
-    _, macs_base = count(architecture(config.model.architecture))
+    macs_base = network_structure(architecture(config.model.architecture)).macs
     assert plan.mean_limit_share * macs_base / 1e9 == pytest.approx(giga_macs, abs=0.05)
     by_hand = [plan.group_of(step).limit_share for step in plan.sampling_timesteps]
     assert plan.mean_limit_share == pytest.approx(sum(by_hand) / len(by_hand))

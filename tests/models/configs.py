@@ -2,7 +2,7 @@
 
 import random
 
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tests.small import TINY
 
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -10,7 +10,7 @@ ATTN_DOWN, ATTN_UP = "AttnDownBlock2D", "AttnUpBlock2D"
 RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 THREE_LEVELS = {"block_out_channels": (16, 32, 24), "attention_head_dim": 8}
 
-CONFIGS: dict[str, UNetConfig] = {
+CONFIGS: dict[str, NetworkConfig] = {
     "scale-shift": TINY,
     "time-added": {**TINY, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None},
     "class-conditional": {**TINY, "num_class_embeds": 10},
@@ -68,7 +68,7 @@ CONFIGS: dict[str, UNetConfig] = {
 }
 
 
-def random_config(seed: int) -> UNetConfig:
+def random_config(seed: int) -> NetworkConfig:
     """Block kinds, groups, heads, norms, middle and classes drawn at random."""
     draw = random.Random(seed)
     levels, groups = draw.randint(1, 3), draw.choice((1, 2, 4, 8))

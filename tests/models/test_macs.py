@@ -3,10 +3,11 @@ import random
 import pytest
 
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
-from tdc_ray.models.unet2d.layers import all_layers, count
+from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS
+from tests.small import sizes
 
 
 def counted(config, units, scheme) -> tuple[int, int]:
@@ -27,7 +28,7 @@ def counted(config, units, scheme) -> tuple[int, int]:
 def test_macs_and_parameters_of_any_scheme_are_those_of_its_layers(name, kind):
     config = {**CONFIGS, **ARCHITECTURES}[name]
     space, draw = space_of(config, kind), random.Random(name)
-    assert (space.num_params_base, space.macs_base) == count(config)
+    assert (space.num_params_base, space.macs_base) == sizes(config)
     for _ in range(200 if name in ARCHITECTURES else 20):
         scheme = {unit.name: draw.randint(1, unit.width) for unit in space.units}
         num_params, macs = counted(config, space.units, scheme)

@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
+from tdc_ray.models.structure import units_for
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.units import units_for, units_of
+from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, keep_everything
 from tests.models.configs import CONFIGS
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet

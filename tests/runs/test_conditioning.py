@@ -26,7 +26,6 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
@@ -35,7 +34,7 @@ from tdc_ray.runs.preflight import check, check_conditioning
 from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, assert_same, group_of, random_unet, small_config
+from tests.small import TINY, assert_same, group_of, random_unet, sizes, small_config
 
 SHAPE = (1, 8, 8)
 NULL = 10
@@ -154,7 +153,7 @@ def test_a_named_architecture_embeds_the_classes_and_the_null_class(label_dropou
     unet = build_unet(settings)
     assert unet.class_embedding.num_embeddings == embeds
     assert null_class(embeds, 10) == null
-    assert count(settings) == (count_params(unet), count_macs(unet))
+    assert sizes(settings) == (count_params(unet), count_macs(unet))
     assert base_unet(small_config()) is TINY
 
 

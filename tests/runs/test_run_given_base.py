@@ -16,14 +16,13 @@ from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
-from tests.small import TINY, assert_same, make_run_dir, random_unet, small_config
+from tests.small import TINY, assert_same, make_run_dir, random_unet, sizes, small_config
 
 FEW = ["--finetune.num-steps", "2", "--finetune.batch-size", "8", "--plan.num-groups", "2"]
 FEW += ["--prune.method", "magnitude", "--prune.refit", "none", "--prune.num-images", "16"]
@@ -60,7 +59,7 @@ def test_a_run_from_a_pipeline_trains_no_base_and_says_where_it_came_from(
     assert list(results.given_base.files) == [str(file)]
     assert (results.base.train_steps, results.base.train_macs) == (0, 0.0)
     assert results.tdc.train_steps == 2 * len(results.groups)
-    assert (results.base.num_params, results.base.macs) == count(TINY)
+    assert (results.base.num_params, results.base.macs) == sizes(TINY)
     assert results.evaluation.weights == "as given (base), EMA (experts)"
     assert not run_dir.base_training.exists()
     assert_same(load_unet(run_dir.base_unet).state_dict(), random_unet().state_dict())

@@ -28,7 +28,7 @@ class Import:
 
     def execute(self, console: Console) -> None:
         """Write the base, and say what it does not tell."""
-        from tdc_ray.models.unet2d.layers import count
+        from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
         from tdc_ray.runs.pretrained.settings import missing_settings
         from tdc_ray.runs.pretrained.sources import resolve_base
@@ -40,10 +40,10 @@ class Import:
                 f"{display_path(out)} must be a new or an empty folder: choose another."
             )
         base = resolve_base(self.source)
-        num_params, macs = count(import_base(base, self.config, out))
+        structure = network_structure(import_base(base, self.config, out))
         console.print(
-            f"written: {display_path(out)} ({base.weights} weights, {num_params / 1e6:.2f} M "
-            f"parameters, {macs / 1e9:.2f} G macs)",
+            f"written: {display_path(out)} ({base.weights} weights, "
+            f"{structure.num_params / 1e6:.2f} M parameters, {structure.macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
         for name in missing_settings(base.told):

@@ -39,8 +39,8 @@ class Plan:
 def show_plan(config: RunConfig, console: Console) -> GroupPlan:
     """Print the settings that a plan follows from, and the plan; return the plan."""
     from tdc_ray.diffusion.plan import plan_groups
+    from tdc_ray.models.structure import network_structure
     from tdc_ray.models.unet2d.architectures import base_unet
-    from tdc_ray.models.unet2d.layers import count
     from tdc_ray.reporting.console import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
@@ -51,6 +51,5 @@ def show_plan(config: RunConfig, console: Console) -> GroupPlan:
         from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
 
         unet = check_compatible(resolve_base(config.model.base), config)
-    _, macs_base = count(unet)
-    print_plan(console, plan, config, macs_base)
+    print_plan(console, plan, config, network_structure(unet).macs)
     return plan

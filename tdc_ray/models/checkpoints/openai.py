@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
-from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
 from tdc_ray.models.unet2d.unet import build_unet
 
-COMMON: UNetConfig = {
+COMMON: NetworkConfig = {
     "norm_num_groups": 32,
     "attn_norm_num_groups": 32,
     "norm_eps": 1e-5,
@@ -52,7 +53,7 @@ _INNER = {
 """Modules of residual blocks and attentions: ours, theirs."""
 
 
-def config_from_state_dict(state: StateDict) -> UNetConfig:
+def config_from_state_dict(state: StateDict) -> NetworkConfig:
     """Tell the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
 
     Raises:
@@ -98,7 +99,7 @@ def config_from_state_dict(state: StateDict) -> UNetConfig:
     return settings
 
 
-def with_heads(config: UNetConfig, num_heads: int) -> UNetConfig:
+def with_heads(config: NetworkConfig, num_heads: int) -> NetworkConfig:
     """Give every attention the same number of heads.
 
     Raises:
@@ -114,7 +115,7 @@ def with_heads(config: UNetConfig, num_heads: int) -> UNetConfig:
     return {**config, "attention_head_dim": None, "num_heads": num_heads}
 
 
-def original_names(config: UNetConfig) -> dict[str, str]:
+def original_names(config: NetworkConfig) -> dict[str, str]:
     """Give for each tensor of the ``UNet2DModel`` the checkpoint's tensor that holds it.
 
     Three of ours, ``to_q``, ``to_k`` and ``to_v``, are parts of one ``qkv``.
@@ -139,7 +140,7 @@ def original_names(config: UNetConfig) -> dict[str, str]:
     return {name: _original_name(name, blocks) for name in _our_shapes(config)}
 
 
-def original_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+def original_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Give the shape of every tensor of a checkpoint of this architecture."""
     ours, found = _our_shapes(config), {}
     for name, original in original_names(config).items():
@@ -152,7 +153,7 @@ def original_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def to_diffusers(state: StateDict, config: UNetConfig) -> dict[str, Tensor]:
+def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
     """Turn a checkpoint into the state dict of a ``UNet2DModel``, float32.
 
     The output of ``qkv`` reshapes to (heads, 3, C / heads): improved-diffusion splits the heads
@@ -179,7 +180,7 @@ def to_diffusers(state: StateDict, config: UNetConfig) -> dict[str, Tensor]:
     return found
 
 
-def _our_shapes(config: UNetConfig) -> Shapes:
+def _our_shapes(config: NetworkConfig) -> Shapes:
     with torch.device("meta"):
         unet = build_unet(config)
     return {name: tuple(value.shape) for name, value in unet.state_dict().items()}

@@ -9,16 +9,13 @@ from typing import Any
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
-
-UNetConfig = Mapping[str, Any]
-"""Keyword arguments of ``diffusers.UNet2DModel``, and ``num_heads`` where every attention has the
-same number of heads whatever its width, which ``attention_head_dim`` cannot say."""
+from tdc_ray.models.network_config import NetworkConfig
 
 DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
 
 
-def _iddpm(**changes: Any) -> UNetConfig:
+def _iddpm(**changes: Any) -> NetworkConfig:
     """UNet of improved-diffusion: scale_shift, a norm in the middle attention, eps 1e-5."""
     return {
         "in_channels": 3,
@@ -34,7 +31,7 @@ def _iddpm(**changes: Any) -> UNetConfig:
     } | changes
 
 
-def _ddpm(**changes: Any) -> UNetConfig:
+def _ddpm(**changes: Any) -> NetworkConfig:
     """UNet of DDPM as diffusers ships it (google/ddpm-cifar10-32): one head, eps 1e-6."""
     return {
         "in_channels": 3,
@@ -50,7 +47,7 @@ def _ddpm(**changes: Any) -> UNetConfig:
 
 def _small(
     *, sample_size: int, channels: tuple[int, ...], layers_per_block: int, in_channels: int = 1
-) -> UNetConfig:
+) -> NetworkConfig:
     """UNet for small grey images: attention at the lowest resolution, heads of 16, 8 groups."""
     depth = len(channels)
     return _iddpm(
@@ -67,7 +64,7 @@ def _small(
     )
 
 
-ARCHITECTURES: Mapping[str, UNetConfig] = {
+ARCHITECTURES: Mapping[str, NetworkConfig] = {
     "tiny": _small(sample_size=8, channels=(16, 32), layers_per_block=1),
     "digits": _small(sample_size=8, channels=(32, 64), layers_per_block=2),
     "mnist16": _small(sample_size=16, channels=(32, 64), layers_per_block=2),
@@ -116,7 +113,7 @@ LATENT = frozenset({"ldm-ffhq256", "mnist32-ldm"})
 """Architectures that denoise latents of a first stage, not pixels."""
 
 
-def architecture(name: str) -> UNetConfig:
+def architecture(name: str) -> NetworkConfig:
     """Give the settings of a named UNet.
 
     Raises:
@@ -129,7 +126,7 @@ def architecture(name: str) -> UNetConfig:
     return ARCHITECTURES[name]
 
 
-def base_unet(config: RunConfig) -> UNetConfig:
+def base_unet(config: RunConfig) -> NetworkConfig:
     """Give the settings of a run's base: the named UNet, and the classes that it embeds.
 
     Raises:

@@ -5,10 +5,11 @@ from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Channels, Layer, total
-from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
 from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, conv, linear, norm
 
-_DEFAULTS: UNetConfig = {
+_DEFAULTS: NetworkConfig = {
     "layers_per_block": 2,
     "downsample_padding": 1,
     "downsample_type": "conv",
@@ -33,7 +34,7 @@ _BLOCK_KINDS = (
 )
 
 
-def blocks(config: UNetConfig) -> list[Block]:
+def blocks(config: NetworkConfig) -> list[Block]:
     """List what a ``UNet2DModel`` of this config consists of, in the order of its forward pass.
 
     Raises:
@@ -66,28 +67,15 @@ def layers(part: Block) -> list[Layer]:
     return found
 
 
-def all_layers(config: UNetConfig) -> list[Layer]:
+def all_layers(config: NetworkConfig) -> list[Layer]:
     """List the layers of a UNet that have parameters, in the order of its forward pass."""
     return [layer for part in blocks(config) for layer in layers(part)]
-
-
-def count(config: UNetConfig) -> tuple[int, int]:
-    """Count parameters, and macs of one forward pass for one image.
-
-    Macs are those of convolutions and linear layers, without the two products inside attention, as
-    the paper counts them (it calls them FLOPs).
-
-    Returns:
-        ``(num_params, macs)``.
-    """
-    found = all_layers(config)
-    return sum(layer.num_params for layer in found), sum(layer.macs for layer in found)
 
 
 class _UNetWalker:
     """Walks through a config as ``UNet2DModel`` does: the resolution, the stream, its skips."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         self.config = {**_DEFAULTS, **config}
         self.channels: tuple[int, ...] = tuple(self.config["block_out_channels"])
         self.time_channels: int = self.config.get("time_embedding_dim") or self.channels[0] * 4

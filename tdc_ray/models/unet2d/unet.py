@@ -9,14 +9,14 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
 
-_DEFAULTS: UNetConfig = {
+_DEFAULTS: NetworkConfig = {
     name: parameter.default
     for name, parameter in inspect.signature(UNet2DModel).parameters.items()
 } | {"num_heads": None}
@@ -35,7 +35,7 @@ _MALFORMED = (
 diffusers_logging.disable_progress_bar()
 
 
-def build_unet(config: UNetConfig, *, dropout: float = 0.0) -> UNet2DModel:
+def build_unet(config: NetworkConfig, *, dropout: float = 0.0) -> UNet2DModel:
     """Build a UNet with random weights on the current default device."""
     arguments = {key: value for key, value in config.items() if key != "num_heads"}
     unet = UNet2DModel(**arguments, dropout=dropout)
@@ -142,7 +142,7 @@ def load_unet(folder: Path) -> UNet2DModel:
     return unet
 
 
-def given_unet_config(folder: Path) -> UNetConfig:
+def given_unet_config(folder: Path) -> NetworkConfig:
     """Read the config of a UNet that comes from outside; diffusers' defaults fill what it lacks.
 
     Raises:
@@ -171,7 +171,7 @@ def given_unet_config(folder: Path) -> UNetConfig:
     return config
 
 
-def unet_config(folder: Path) -> UNetConfig:
+def unet_config(folder: Path) -> NetworkConfig:
     """Read the config of a saved UNet without its weights, in the terms of this diffusers."""
     known = inspect.signature(UNet2DModel.__init__).parameters
     read = dict(read_json(fetch(folder) / "config.json"))

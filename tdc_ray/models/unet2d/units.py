@@ -4,14 +4,14 @@ from collections import defaultdict
 from math import lcm
 from typing import Literal
 
-from tdc_ray.models.layer import STREAM, Layer
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.layer import Layer
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.layers import blocks
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
-from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
+from tdc_ray.models.units import SpaceKind, Unit
 
 
-def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
+def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """List the units of a UNet in the order of its forward pass.
 
     Streams that have but one channel in each GroupNorm group cannot be cut and are left out.
@@ -35,11 +35,6 @@ def units_of(config: UNetConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
             unit = Unit(stream.unit, "stream", stream.count // step, step, part.pixels)
             units.setdefault(stream.unit, unit)
     return tuple(units.values())
-
-
-def units_for(config: UNetConfig, kept: KeptIndices) -> tuple[Unit, ...]:
-    """List the units that a choice was made among."""
-    return units_of(config, "full" if any(name.startswith(STREAM) for name in kept) else "inner")
 
 
 def _inner_unit(part: ResidualBlock | AttentionBlock) -> Unit:

@@ -12,7 +12,8 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
@@ -33,7 +34,7 @@ _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 """What tells the named architectures apart."""
 
 
-def check_compatible(base: PretrainedBase, config: RunConfig) -> UNetConfig:
+def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Make sure that the settings are those that a base was trained with; give its UNet's.
 
     Raises:
@@ -57,7 +58,7 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> UNetConfig:
     return _unet_settings(base, config)
 
 
-def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> UNetConfig:
+def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> NetworkConfig:
     """Write a base into a folder, ``base.json`` last; give the UNet's settings.
 
     Raises:
@@ -92,7 +93,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> UNetCo
     return settings
 
 
-def _unet_settings(base: PretrainedBase, config: RunConfig) -> UNetConfig:
+def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Settings of the base's UNet; what a checkpoint file does not tell is in the config."""
     model, size = config.model, config.data.image_size
     if base.folder is not None:
@@ -125,7 +126,7 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> UNetConfig:
     return {**base.unet, **heads, "sample_size": named["sample_size"]}
 
 
-def _weights(base: PretrainedBase, settings: UNetConfig) -> StateDict:
+def _weights(base: PretrainedBase, settings: NetworkConfig) -> StateDict:
     if base.folder is None:
         return openai.to_diffusers(base.state, settings)
     weights: StateDict = load_unet(base.folder).float().state_dict()
@@ -133,7 +134,7 @@ def _weights(base: PretrainedBase, settings: UNetConfig) -> StateDict:
 
 
 def _first_stage(
-    base: PretrainedBase, settings: UNetConfig, named: str | None
+    base: PretrainedBase, settings: NetworkConfig, named: str | None
 ) -> VQModel | AutoencoderKL | None:
     """Load what encodes to the UNet's latents, if there is one: what is named, else its own."""
     stage = base.first_stage if named is None else resolve_path(named)

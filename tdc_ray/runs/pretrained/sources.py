@@ -23,7 +23,7 @@ from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
-from tdc_ray.models.unet2d.architectures import UNetConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -57,7 +57,7 @@ class PretrainedBase:
     source: str
     """As the user names it."""
 
-    unet: UNetConfig
+    unet: NetworkConfig
     """Its UNet's settings; of a checkpoint file without ``sample_size`` and heads."""
 
     told: Mapping[str, Any]
@@ -238,7 +238,7 @@ def _diffusers(
     )
 
 
-def _told_by_unet(source: str, unet: UNetConfig, *, is_latent: bool) -> dict[str, Any]:
+def _told_by_unet(source: str, unet: NetworkConfig, *, is_latent: bool) -> dict[str, Any]:
     inputs, outputs = unet["in_channels"], unet["out_channels"]
     if not isinstance(inputs, int) or outputs not in (inputs, 2 * inputs):
         raise ConfigError(

@@ -14,8 +14,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.train import TrainState
 from tdc_ray.execution.device import WorkerRank, configure_worker
 from tdc_ray.execution.ray.cluster import EventCollector
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.runs.stages.base import sample_grid, train_base
 from tdc_ray.runs.stages.base_trainer import KEY
@@ -86,12 +86,12 @@ def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: floa
     unet_config = base_unet(config)
     with state.averaged() as unet:
         save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
-    num_params, macs = count(unet_config)
+    structure = network_structure(unet_config)
     result = {
-        "macs": macs,
-        "num_params": num_params,
+        "macs": structure.macs,
+        "num_params": structure.num_params,
         "train_steps": state.step,
-        "train_macs": 3.0 * macs * state.step * config.base.batch_size,
+        "train_macs": 3.0 * structure.macs * state.step * config.base.batch_size,
         "seconds": seconds,
     }
     write_json(run_dir.base_result, result)

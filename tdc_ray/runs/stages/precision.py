@@ -15,8 +15,8 @@ from tdc_ray.config.train import Precision
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Resources, Result, WorkItem
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.precision import autocast, in_layout
-from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class ProbeJob:
 
 
 def resolve_auto_precision(
-    run_dir: RunDir, config: RunConfig, unet: UNetConfig, stages: Sequence[Stage]
+    run_dir: RunDir, config: RunConfig, unet: NetworkConfig, stages: Sequence[Stage]
 ) -> Chain[RunConfig]:
     """Put what is fastest on the workers in the place of every ``auto``, as a chain of items.
 

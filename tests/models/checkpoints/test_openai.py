@@ -9,7 +9,8 @@ from tdc_ray.models.checkpoints.openai import (
     to_diffusers,
     with_heads,
 )
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
@@ -118,7 +119,7 @@ def test_heads_are_one_width_where_diffusers_can_say_so():
         with_heads(config, 5)
 
 
-def changed(change) -> tuple[dict[str, Tensor], UNetConfig]:
+def changed(change) -> tuple[dict[str, Tensor], NetworkConfig]:
     state = dict(reference().state_dict())
     config = with_heads(config_from_state_dict(state), 4)
     change(state)

@@ -5,8 +5,9 @@ import pytest
 
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture
-from tdc_ray.models.unet2d.layers import blocks, count, layers
+from tdc_ray.models.unet2d.layers import blocks, layers
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
+from tests.small import sizes
 
 
 @pytest.mark.parametrize(
@@ -19,18 +20,18 @@ from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
     ],
 )
 def test_the_papers_models_have_its_parameters_and_macs(name, num_params, macs):
-    found = count(architecture(name))
+    found = sizes(architecture(name))
     assert found == (pytest.approx(num_params, rel=0.005), pytest.approx(macs, rel=0.005))
 
 
 def test_iddpm_on_cifar10_is_counted_to_the_last_weight():
-    assert count(architecture("iddpm-cifar10")) == (52_546_438, 8_137_015_296)
+    assert sizes(architecture("iddpm-cifar10")) == (52_546_438, 8_137_015_296)
 
 
 @pytest.mark.parametrize("name", ["tiny", "digits", "mnist16", "mnist32"])
 def test_the_small_models_count_what_they_are_built_of(name):
     unet = build_unet(architecture(name))
-    assert count(architecture(name)) == (count_params(unet), count_macs(unet))
+    assert sizes(architecture(name)) == (count_params(unet), count_macs(unet))
 
 
 @pytest.mark.parametrize("name", ["tiny", "mnist32"])

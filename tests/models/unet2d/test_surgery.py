@@ -6,7 +6,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, UNetConfig, architecture
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.surgery import coupled_parameters, cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
 from tdc_ray.models.unet2d.units import units_of
@@ -19,7 +20,7 @@ FROZEN = {"conv_in.weight", "conv_in.bias"}
 
 
 @pytest.fixture(params=CONFIGS)
-def config(request) -> UNetConfig:
+def config(request) -> NetworkConfig:
     return CONFIGS[request.param]
 
 
@@ -28,7 +29,7 @@ def kind(request) -> SpaceKind:
     return request.param
 
 
-def unit_named(config: UNetConfig, name: str) -> Unit:
+def unit_named(config: NetworkConfig, name: str) -> Unit:
     return next(unit for unit in units_of(config) if unit.name == name)
 
 

@@ -9,7 +9,6 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.unet2d.layers import count
 from tdc_ray.models.unet2d.unet import (
     build_unet,
     count_macs,
@@ -18,7 +17,7 @@ from tdc_ray.models.unet2d.unet import (
     save_unet,
     unet_config,
 )
-from tests.small import TINY, assert_same, output_of, random_unet
+from tests.small import TINY, assert_same, output_of, random_unet, sizes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FOUR_HEADS = {**TINY, "num_heads": 4}
@@ -72,7 +71,7 @@ def test_a_saved_config_tells_layers_and_cost_without_the_weights(tmp_path):
     save_unet(unet, tmp_path / "unet")
     (tmp_path / "unet" / WEIGHTS).unlink()
     config = unet_config(tmp_path / "unet")
-    assert count(config) == (count_params(unet), count_macs(unet)) == count(TINY)
+    assert sizes(config) == (count_params(unet), count_macs(unet)) == sizes(TINY)
 
 
 def test_counting_macs_leaves_no_hook_behind():

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import State
-from tdc_ray.models.unet2d.architectures import UNetConfig
 from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
@@ -23,7 +23,7 @@ from tests.small import TINY, assert_same, random_kept, random_unet
 SCHEDULE = noise_schedule(DiffusionConfig())
 
 
-def noised(config: UNetConfig, *sizes: int, seed: int = 0) -> list[NoisedBatch]:
+def noised(config: NetworkConfig, *sizes: int, seed: int = 0) -> list[NoisedBatch]:
     generator = torch.Generator().manual_seed(seed)
 
     def batch(size: int) -> NoisedBatch:

@@ -1,0 +1,74 @@
+"""What the rest of the package needs of a network, whatever its class."""
+
+from collections.abc import Iterator
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from tdc_ray.models.network_config import NetworkConfig
+
+
+class DenoiserOutput(Protocol):
+    """What a network outputs."""
+
+    @property
+    def sample(self) -> Tensor:
+        """What it predicts of the noise, ``(B, C, H, W)``; with variances ``(B, 2C, H, W)``."""
+        ...
+
+
+class Denoiser(Protocol):
+    """A network that predicts the noise of images; diffusers' ``UNet2DModel`` is one.
+
+    Beside the call and ``config`` these are members of ``torch.nn.Module``.
+    """
+
+    @property
+    def config(self) -> NetworkConfig:
+        """The arguments that the network was built with, before anything was cut."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its weights."""
+        ...
+
+    def __call__(
+        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
+    ) -> DenoiserOutput:
+        """Predict the noise of images ``(B, C, H, W)`` at timesteps ``(B,)``.
+
+        ``class_labels``, ``(B,)``, are for networks that embed classes (:func:`has_classes`).
+        """
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over its weights."""
+        ...
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a module by its dotted name."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Clear the gradients."""
+        ...
+
+    def eval(self) -> Self:
+        """Switch dropout off."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Move it to a device."""
+        ...
+
+
+def has_classes(network: Denoiser) -> bool:
+    """Whether a network is conditioned on classes."""
+    return network.config.get("num_class_embeds") is not None

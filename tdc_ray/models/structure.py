@@ -1,0 +1,67 @@
+"""What a network of some config consists of, told without building it; imports no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.layer import STREAM, Layer
+from tdc_ray.models.network_config import NetworkConfig, class_name
+from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkStructure:
+    """The layers of an uncut network, and its units."""
+
+    layers: Sequence[Layer]
+    """Those that have parameters, in the order of the forward pass."""
+
+    units: tuple[Unit, ...]
+    """What can be cut, in the same order."""
+
+    @property
+    def macs(self) -> int:
+        """Macs of one forward pass for one image.
+
+        They are those of convolutions and linear layers, without the two products inside
+        attention, as the paper counts them (it calls them FLOPs).
+        """
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def num_params(self) -> int:
+        """Number of its parameters."""
+        return sum(layer.num_params for layer in self.layers)
+
+
+STRUCTURES: Mapping[
+    str,
+    tuple[
+        Callable[[NetworkConfig], Sequence[Layer]],
+        Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
+    ],
+] = {"UNet2DModel": (all_layers, units_of)}
+"""By the network's class: how its layers, and its units, are told from a config."""
+
+
+def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:
+    """Return the structure of a network, with the inner units alone or those of the stream too.
+
+    Raises:
+        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
+    """
+    name = class_name(config)
+    if name not in STRUCTURES:
+        raise UnsupportedModelError(
+            f"a {name} is not supported; known are {', '.join(STRUCTURES)}."
+        )
+    layers, units = STRUCTURES[name]
+    return NetworkStructure(layers(config), units(config, kind))
+
+
+def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:
+    """Return the units that a choice was made among."""
+    kind: SpaceKind = "full" if any(name.startswith(STREAM) for name in kept) else "inner"
+    return network_structure(config, kind).units
