@@ -24,7 +24,8 @@ from output import plot_lines, write_record, write_table
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import augment, batches, to_model_range
 from tdc_ray.data.latents import load_inputs
-from tdc_ray.diffusion.process import denoising_loss, loss_weights, noise_schedule
+from tdc_ray.diffusion.loss import denoising_loss, loss_weights
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.train import learning_rate_at
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.unet2d.architectures import base_unet
@@ -94,7 +95,8 @@ def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(train, step)
-        loss = denoising_loss(unet, schedule, x_0, epsilon, timesteps, weights=weights).mean()
+        noised = NoisedBatch(x_0, epsilon, timesteps)
+        loss = denoising_loss(unet, schedule, noised, weights=weights).mean()
         optimizer.zero_grad()
         loss.backward()
         if train.max_grad_norm is not None:

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.loss import loss_per_image
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.pruning.noised import NoisedBatch
 
 
 class ExampleTraining:
@@ -120,5 +120,5 @@ def plain_loss(
     unet: UNet2DModel, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
 ) -> float:
     """Measure the mean loss as a script would: the whole network on all images, nothing shared."""
-    losses = [batch.loss(batch.predict(unet, schedule), schedule) for batch in batches]
+    losses = [loss_per_image(schedule, batch.predict(unet, schedule), batch) for batch in batches]
     return float(torch.cat(losses).double().mean())

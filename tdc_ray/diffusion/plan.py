@@ -11,7 +11,7 @@ import numpy as np
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.diffusion.schedule import FloatArray, alphas_cumprod, betas, snr_db
+from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.errors import ConfigError
 
 
@@ -158,7 +158,7 @@ def one_group(
         ConfigError: There are no such timesteps.
     """
     first, last = timesteps
-    snr = _snr_of(diffusion)
+    snr = NoiseProcess.of(diffusion).snr_db
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
     steps = sampling_timesteps(len(snr), sampler)
@@ -181,7 +181,7 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
         ConfigError: A mean limit was asked for that the schedule cannot have, or the sampler
             steps outside the timesteps.
     """
-    snr = _snr_of(diffusion)
+    snr = NoiseProcess.of(diffusion).snr_db
     steps = sampling_timesteps(len(snr), sampler)
     if steps[0] >= len(snr):
         raise ConfigError(
@@ -312,13 +312,3 @@ def _mean_share(drafts: Sequence[_Draft], steps: Sequence[int]) -> float:
 def to_json(plan: Plan) -> dict[str, Any]:
     """Give the plan as plain JSON values."""
     return dataclasses.asdict(plan)
-
-
-def _snr_of(diffusion: DiffusionConfig) -> FloatArray:
-    values = betas(
-        diffusion.beta_schedule,
-        diffusion.num_train_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-    )
-    return snr_db(alphas_cumprod(values))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.diffusion.schedule import betas
+from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
@@ -24,15 +24,9 @@ DenoiserFor = Callable[[int], nn.Module]
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> SchedulerMixin:
     """Build the diffusers scheduler of a config; its betas are computed in float64."""
-    values = betas(
-        diffusion.beta_schedule,
-        diffusion.num_train_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-    )
     common = {
         "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": values.tolist(),
+        "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),
         "timestep_spacing": "leading",
         "steps_offset": sampler.steps_offset,
     }

@@ -1,11 +1,12 @@
-"""Noise schedules: betas, alphas_cumprod and the signal-to-noise ratio, in float64 NumPy."""
+"""The noise process in float64 NumPy: betas, alphas_cumprod and the signal-to-noise ratio."""
 
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tdc_ray.config.diffusion import BetaSchedule
+from tdc_ray.config.diffusion import BetaSchedule, DiffusionConfig
 from tdc_ray.errors import ScheduleError
 
 FloatArray = NDArray[np.float64]
@@ -17,10 +18,57 @@ COSINE_OFFSET = 0.008
 """The small offset s of the cosine schedule (arXiv:2102.09672, equation 17)."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class NoiseProcess:
+    """How noise is added to images, which plan, samplers and losses read: arrays ``(T,)``."""
+
+    betas: FloatArray
+    """Variance of the noise that each timestep adds, unitless, inside (0, 1)."""
+
+    alphas_cumprod: FloatArray
+    """Share of an image's variance that is left at each timestep (DDPM's alpha-bar), unitless,
+    strictly decreasing inside (0, 1)."""
+
+    snr: FloatArray
+    """Signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod): a ratio of variances."""
+
+    @classmethod
+    def of(cls, config: DiffusionConfig) -> "NoiseProcess":
+        """Compute the noise process of the settings.
+
+        Raises:
+            ScheduleError: The betas are no noise schedule.
+        """
+        start, end = config.beta_start, config.beta_end
+        return cls.from_betas(
+            betas(config.beta_schedule, config.num_train_timesteps, beta_start=start, beta_end=end)
+        )
+
+    @classmethod
+    def from_betas(cls, betas: FloatArray) -> "NoiseProcess":
+        """Compute the noise process of any betas, ``(T,)``.
+
+        Raises:
+            ScheduleError: The signal is used up, or does not decrease with every timestep.
+        """
+        alphas_cumprod = np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
+        return cls(betas, alphas_cumprod, snr(alphas_cumprod))
+
+    @property
+    def snr_db(self) -> FloatArray:
+        """Signal-to-noise ratio of every timestep, in dB, strictly decreasing.
+
+        TDC (arXiv:2312.13307) Eq. 2::
+
+            SNR(t) = 10 log10(alphas_cumprod[t] / (1 - alphas_cumprod[t]))
+        """
+        return np.asarray(10.0 * np.log10(self.snr))
+
+
 def betas(
     schedule: BetaSchedule, num_train_timesteps: int, *, beta_start: float, beta_end: float
 ) -> FloatArray:
-    """Variance of the noise that each timestep adds.
+    """Compute the variance of the noise that each timestep adds.
 
     The names are those of diffusers: ``linear`` (DDPM, arXiv:2006.11239), ``scaled_linear``
     (linear in the square root; latent diffusion, arXiv:2112.10752) and ``squaredcos_cap_v2``
@@ -47,20 +95,8 @@ def betas(
     return np.asarray(values, dtype=np.float64)
 
 
-def alphas_cumprod(betas: FloatArray) -> FloatArray:
-    """Share of the signal's variance that is left at every timestep (DDPM's alpha-bar).
-
-    Args:
-        betas: Shape ``(T,)``, inside (0, 1).
-
-    Returns:
-        Shape ``(T,)``, unitless, strictly decreasing.
-    """
-    return np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
-
-
 def snr(alphas_cumprod: FloatArray) -> FloatArray:
-    """Signal-to-noise ratio of every timestep: ``alphas_cumprod / (1 - alphas_cumprod)``.
+    """Compute the signal-to-noise ratio: ``alphas_cumprod / (1 - alphas_cumprod)``.
 
     Args:
         alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1).
@@ -79,25 +115,6 @@ def snr(alphas_cumprod: FloatArray) -> FloatArray:
     return np.asarray(alphas_cumprod / (1.0 - alphas_cumprod))
 
 
-def snr_db(alphas_cumprod: FloatArray) -> FloatArray:
-    """Signal-to-noise ratio of every timestep, in decibels.
-
-    TDC (arXiv:2312.13307) Eq. 2::
-
-        SNR(t) = 10 log10(alphas_cumprod[t] / (1 - alphas_cumprod[t]))
-
-    Args:
-        alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1).
-
-    Returns:
-        Shape ``(T,)``, in dB, strictly decreasing.
-
-    Raises:
-        ScheduleError: A value is outside (0, 1), or the values do not decrease.
-    """
-    return np.asarray(10.0 * np.log10(snr(alphas_cumprod)))
-
-
 def recognise(values: FloatArray) -> tuple[BetaSchedule, float, float] | None:
     """Find the schedule that betas are of.
 
@@ -106,7 +123,7 @@ def recognise(values: FloatArray) -> tuple[BetaSchedule, float, float] | None:
 
     Returns:
         Its name, ``beta_start`` and ``beta_end`` (which the cosine schedule does not need); None
-        where no schedule known here gives these betas.
+        where no schedule known here has these betas.
     """
     if len(values) < 2 or not np.all((values > 0) & (values < 1)):
         return None

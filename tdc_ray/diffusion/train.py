@@ -18,7 +18,8 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import augment, to_model_range
 from tdc_ray.data.load import Batch
-from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, loss_weights
+from tdc_ray.diffusion.loss import denoising_loss, loss_weights
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
 from tdc_ray.models.precision import autocast, in_layout
@@ -190,7 +191,8 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, state.step)
         told = _class_labels(state.unet, labels, label_dropout, place)
-        loss = _backward(state, model, schedule, config, x_0, epsilon, drawn, told, weights)
+        noised = NoisedBatch(x_0, epsilon, drawn, told)
+        loss = _backward(state, model, schedule, config, noised, weights)
         grad_norm = optimizer_step(state, config)
         state.ema.step(state.unet.parameters())
         state.step += 1
@@ -226,29 +228,17 @@ def _backward(
     model: nn.Module,
     schedule: NoiseSchedule,
     config: TrainConfig,
-    x_0: Tensor,
-    epsilon: Tensor,
-    timesteps: Tensor,
-    labels: Tensor | None,
+    batch: NoisedBatch,
     weights: Tensor | None,
 ) -> Tensor:
     """Add up the gradients of all micro-batches; give the mean loss, on the device."""
-    size = config.micro_batch_size or len(x_0)
-    total = torch.zeros((), device=x_0.device)
-    for start in range(0, len(x_0), size):
-        part = slice(start, start + size)
-        last = start + size >= len(x_0)
-        with _synced(model, last=last), autocast(config.precision, x_0.device):
-            per_image = denoising_loss(
-                model,
-                schedule,
-                x_0[part],
-                epsilon[part],
-                timesteps[part],
-                class_labels=None if labels is None else labels[part],
-                weights=weights,
-            )
-            loss = per_image.sum() / len(x_0)
+    num_images = len(batch.x_0)
+    total = torch.zeros((), device=state.device)
+    parts = list(batch.split(config.micro_batch_size or num_images))
+    for number, part in enumerate(parts, start=1):
+        last = number == len(parts)
+        with _synced(model, last=last), autocast(config.precision, state.device):
+            loss = denoising_loss(model, schedule, part, weights=weights).sum() / num_images
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total

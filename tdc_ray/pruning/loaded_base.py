@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup
-from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.models.layer import Layer
@@ -35,7 +35,6 @@ from tdc_ray.pruning.criteria.scores import (
 )
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.pruning.noised import (
-    NoisedBatch,
     first_images,
     held_out_losses,
     noised_batches,

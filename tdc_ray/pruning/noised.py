@@ -1,7 +1,6 @@
 """The noised images on which scores, refits and losses rest: the same for all candidates."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import fixed_batches, held_out_split, to_model_range
 from tdc_ray.data.latents import load_inputs
+from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
-from tdc_ray.diffusion.process import NoiseSchedule, loss_per_image, noise_schedule
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, num_untouched, run
@@ -22,53 +22,10 @@ from tdc_ray.seeds import derive_seed
 Purpose = Literal["scores", "refit", "held-out"]
 
 
-@dataclass(frozen=True, slots=True)
-class NoisedBatch:
-    """Images of a group's timesteps, and their noise."""
-
-    x_0: Tensor
-    """In [-1, 1], ``(B, C, H, W)``."""
-
-    epsilon: Tensor
-    """``(B, C, H, W)``"""
-
-    timesteps: Tensor
-    """``(B,)``"""
-
-    labels: Tensor
-    """Classes, ``(B,)``; heeded by UNets that are conditioned on them."""
-
-    def split(self, size: int) -> Iterator["NoisedBatch"]:
-        """Give its images in parts of at most so many."""
-        tensors = (self.x_0, self.epsilon, self.timesteps, self.labels)
-        parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-        return (NoisedBatch(*part) for part in parts)
-
-    def start(self, unet: UNet2DModel, schedule: NoiseSchedule) -> State:
-        """Give the state before the UNet's first step."""
-        x_t = schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
-        return start(unet, x_t, schedule.model_timesteps(self.timesteps), self._labels(unet))
-
-    def predict(self, unet: UNet2DModel, schedule: NoiseSchedule) -> Tensor:
-        """Give the UNet's output, ``(B, C or 2C, H, W)``."""
-        x_t = schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
-        timesteps = schedule.model_timesteps(self.timesteps)
-        output: Tensor = unet(x_t, timesteps, class_labels=self._labels(unet)).sample
-        return output
-
-    def loss(self, prediction: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """Give every image's training loss, ``(B,)``."""
-        return loss_per_image(
-            schedule,
-            prediction,
-            x_0=self.x_0,
-            x_t=schedule.add_noise(self.x_0, self.epsilon, self.timesteps),
-            epsilon=self.epsilon,
-            timesteps=self.timesteps,
-        )
-
-    def _labels(self, unet: UNet2DModel) -> Tensor | None:
-        return None if unet.class_embedding is None else self.labels
+def first_state(unet: UNet2DModel, batch: NoisedBatch, schedule: NoiseSchedule) -> State:
+    """Return the state of a batch before the UNet's first step."""
+    timesteps = schedule.model_timesteps(batch.timesteps)
+    return start(unet, batch.x_t(schedule), timesteps, batch.labels)
 
 
 def noised_batches(
@@ -95,7 +52,9 @@ def noised_batches(
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
         part = slice(start, start + len(x_0))
         start += len(x_0)
-        tensors = (x_0, noise[part], timesteps.start + places[part], labels)
+        tensors = [x_0, noise[part], timesteps.start + places[part]]
+        if unet.class_embedding is not None:
+            tensors.append(labels)
         yield NoisedBatch(*(tensor.to(unet.device) for tensor in tensors))
 
 
@@ -107,8 +66,7 @@ def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
         count -= len(batch.x_0)
         if count <= 0:
             break
-    tensors = ((part.x_0, part.epsilon, part.timesteps, part.labels) for part in found)
-    return NoisedBatch(*(torch.cat(parts) for parts in zip(*tensors, strict=True)))
+    return NoisedBatch.join(found)
 
 
 @torch.inference_mode()
@@ -122,10 +80,10 @@ def held_out_losses(
     losses: list[list[Tensor]] = [[] for _ in cuts]
     for batch in noised_batches(config, group, base, purpose="held-out"):
         with autocast(config.prune.precision, base.device):
-            state = run(own[:shared], batch.start(base, schedule))
+            state = run(own[:shared], first_state(base, batch, schedule))
             outputs = [run(found[shared:], state).hidden.float() for found in all_steps]
         for output, of_cut in zip(outputs, losses, strict=True):
-            of_cut.append(batch.loss(output, schedule))
+            of_cut.append(loss_per_image(schedule, output, batch))
     return [float(torch.cat(of_cut).double().mean()) for of_cut in losses]
 
 

@@ -7,7 +7,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.train import Precision
-from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.loss import loss_per_image
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.precision import autocast
@@ -15,7 +16,7 @@ from tdc_ray.models.step import State, Step, run
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import Scores, reconstruction_scores, select_top
-from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import (
     ActivationHook,
@@ -125,12 +126,12 @@ def measure_units(
 
     for batch in batches:
         with autocast(precision, base.device):
-            state = batch.start(base, schedule)
+            state = first_state(base, batch, schedule)
 
         def total(state: State, rest: Sequence[Step], batch: NoisedBatch = batch) -> float:
             with autocast(precision, base.device):
                 output = run(rest, state).hidden.float()
-            return float(batch.loss(output, schedule).double().sum())
+            return float(loss_per_image(schedule, output, batch).double().sum())
 
         own = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
@@ -167,7 +168,7 @@ def _statistics(
     }
     last = max(i for i, step in enumerate(all_steps) if step.name in squares)
     for number, batch in enumerate(batches):
-        state = batch.start(base, schedule)
+        state = first_state(base, batch, schedule)
         for step in all_steps[: last + 1]:
             if step.name not in squares:
                 state = step(state)

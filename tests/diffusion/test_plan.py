@@ -19,7 +19,7 @@ from tdc_ray.diffusion.plan import (
     sampling_timesteps,
     to_json,
 )
-from tdc_ray.diffusion.schedule import alphas_cumprod, betas, snr_db
+from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError, ScheduleError
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
@@ -58,7 +58,7 @@ def test_group_sizes_are_those_of_the_specification(diffusion, expected):
 def test_groups_of_latent_diffusion_follow_equation_5():
     # A second, literal reading of Eq. 3 to 5: z-score, min-max, then compare with the limits.
     k, num_groups = 0.5, 10
-    snr = snr_db(alphas_cumprod(betas("scaled_linear", 1000, beta_start=0.0015, beta_end=0.0195)))
+    snr = NoiseProcess.of(LDM).snr_db
     z_score = (-snr - np.mean(-snr)) / np.std(-snr)
     budget = (z_score - z_score.min()) / (z_score.max() - z_score.min()) * (1 - k) + k
     upper = [(i + 1) / num_groups + (num_groups - i - 1) / num_groups * k for i in range(10)]
@@ -110,7 +110,7 @@ def test_max_macs_round_down_and_keep_the_base_whole():
 
 
 def test_snr_at_the_ends_of_a_group_is_the_schedules():
-    snr = snr_db(alphas_cumprod(betas("linear", 1000, beta_start=1e-4, beta_end=0.02)))
+    snr = NoiseProcess.of(LINEAR).snr_db
     for group in plan_groups(LINEAR, PlanConfig(), DDIM_100).groups:
         assert group.snr_db_first == snr[group.first]
         assert group.snr_db_last == snr[group.last]

@@ -13,7 +13,7 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import to_model_range
 from tdc_ray.diffusion.plan import plan_groups, sampling_timesteps
 from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample, to_uint8
-from tdc_ray.diffusion.schedule import alphas_cumprod, betas
+from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tests.small import TINY, assert_same, random_unet
 
@@ -24,15 +24,6 @@ COSINE = DiffusionConfig(
     num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True
 )
 LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
-
-
-def betas_of(diffusion: DiffusionConfig) -> np.ndarray:
-    return betas(
-        diffusion.beta_schedule,
-        diffusion.num_train_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-    )
 
 
 def draw(
@@ -75,7 +66,7 @@ def ddim_by_hand(
     unet: nn.Module, diffusion: DiffusionConfig, num_steps: int, count: int
 ) -> Tensor:
     """DDIM (arXiv:2010.02502, equation 12, sigma 0), x_0 clipped, epsilon re-derived."""
-    alpha_bar = alphas_cumprod(betas_of(diffusion))
+    alpha_bar = NoiseProcess.of(diffusion).alphas_cumprod
     stride = diffusion.num_train_timesteps // num_steps
     noise = [torch.randn(SHAPE, generator=g) for g in image_generators(0, 0, count)]
     x = torch.stack(noise).double().numpy()
@@ -105,10 +96,10 @@ def test_ddim_is_the_papers_update_with_a_clipped_image(diffusion, num_steps):
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
     scheduler = make_scheduler(diffusion, SamplerConfig(sampler=sampler))
-    values = betas_of(diffusion)
+    process = NoiseProcess.of(diffusion)
     assert isinstance(scheduler, SCHEDULERS[sampler])
-    np.testing.assert_array_equal(scheduler.betas.numpy(), values.astype(np.float32))
-    np.testing.assert_allclose(scheduler.alphas_cumprod, alphas_cumprod(values), rtol=1e-3)
+    np.testing.assert_array_equal(scheduler.betas.numpy(), process.betas.astype(np.float32))
+    np.testing.assert_allclose(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -147,7 +138,8 @@ def test_every_evaluation_of_a_sampler_is_counted_in_the_group_that_serves_it():
 def pndm_by_hand(unet: nn.Module, num_steps: int, count: int) -> Tensor:
     """F-PNDM's transfer (arXiv:2202.09778, equation 11) with linear multistep after one Heun
     step; written with the noise's share sqrt(1 / alpha_bar - 1), whose change epsilon drives."""
-    left = np.append(alphas_cumprod(betas_of(LINEAR)), 1.0)  # the last is that of timestep -1
+    # The last is that of timestep -1.
+    left = np.append(NoiseProcess.of(LINEAR).alphas_cumprod, 1.0)
     stride = 1000 // num_steps
     x = torch.cat([torch.randn(1, *SHAPE, generator=g) for g in image_generators(0, 0, count)])
     x, history = x.double(), []

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.diffusion.schedule import MAX_BETA, alphas_cumprod, betas, recognise, snr_db
+from tdc_ray.diffusion.schedule import MAX_BETA, NoiseProcess, betas, recognise, snr
 from tdc_ray.errors import ScheduleError
 
 SCHEDULES = [
@@ -24,7 +24,10 @@ def test_betas_are_those_of_diffusers(scheduler_class, name, num_timesteps, star
     assert ours.shape == (num_timesteps,)
     np.testing.assert_allclose(ours, scheduler.betas.numpy(), rtol=2e-6, atol=1e-8)
     np.testing.assert_allclose(
-        alphas_cumprod(ours), scheduler.alphas_cumprod.numpy(), rtol=1e-4, atol=1e-7
+        NoiseProcess.from_betas(ours).alphas_cumprod,
+        scheduler.alphas_cumprod.numpy(),
+        rtol=1e-4,
+        atol=1e-7,
     )
 
 
@@ -37,7 +40,8 @@ def test_float64_gives_what_diffusers_gives_for_trained_betas():
 def test_linear_betas_start_and_end_where_they_are_told_to():
     values = betas("linear", 5, beta_start=0.1, beta_end=0.5)
     np.testing.assert_allclose(values, [0.1, 0.2, 0.3, 0.4, 0.5])
-    np.testing.assert_allclose(alphas_cumprod(values), [0.9, 0.72, 0.504, 0.3024, 0.1512])
+    left = NoiseProcess.from_betas(values).alphas_cumprod
+    np.testing.assert_allclose(left, [0.9, 0.72, 0.504, 0.3024, 0.1512])
 
 
 def test_cosine_betas_are_capped_and_ignore_start_and_end():
@@ -49,16 +53,17 @@ def test_cosine_betas_are_capped_and_ignore_start_and_end():
 
 
 def test_snr_in_decibels_is_ten_log10_of_the_odds():
-    # 10 log10(10), 10 log10(1), 10 log10(1 / 100)
-    np.testing.assert_allclose(snr_db(np.array([10 / 11, 0.5, 1 / 101])), [10, 0, -20], atol=1e-12)
+    left = np.array([10 / 11, 0.5, 1 / 101])  # 10 log10(10), 10 log10(1), 10 log10(1 / 100)
+    process = NoiseProcess.from_betas(1 - left / np.append(1, left[:-1]))
+    np.testing.assert_allclose(process.snr_db, [10, 0, -20], atol=1e-12)
 
 
 @given(st.integers(2, 300), st.floats(1e-5, 0.1), st.floats(0, 0.1))
 def test_snr_falls_with_every_timestep(num_timesteps, start, width):
     values = betas("linear", num_timesteps, beta_start=start, beta_end=start + width)
-    snr = snr_db(alphas_cumprod(values))
-    assert snr.shape == (num_timesteps,)
-    assert np.all(np.diff(snr) < 0)
+    falling = NoiseProcess.from_betas(values).snr_db
+    assert falling.shape == (num_timesteps,)
+    assert np.all(np.diff(falling) < 0)
 
 
 @pytest.mark.parametrize("num_timesteps", [-3, 0, 1])
@@ -76,19 +81,19 @@ def test_betas_outside_zero_to_one_are_refused_with_their_range(start, end):
 @pytest.mark.parametrize("values", [[1.0, 0.5], [0.5, 0.0], [1.5, 0.5], [0.5, float("nan")]])
 def test_alphas_cumprod_outside_zero_to_one_have_no_snr(values):
     with pytest.raises(ScheduleError, match=r"alphas_cumprod must lie inside \(0, 1\)"):
-        snr_db(np.array(values))
+        snr(np.array(values))
 
 
 @pytest.mark.parametrize("values", [[0.5, 0.5], [0.5, 0.9], [0.9, 0.2, 0.3]])
 def test_alphas_cumprod_that_do_not_fall_have_no_snr(values):
     with pytest.raises(ScheduleError, match="must strictly decrease"):
-        snr_db(np.array(values))
+        snr(np.array(values))
 
 
 def test_signal_that_is_used_up_before_the_end_is_refused():
-    vanishing = alphas_cumprod(betas("linear", 2000, beta_start=0.5, beta_end=0.9))
+    vanishing = betas("linear", 2000, beta_start=0.5, beta_end=0.9)
     with pytest.raises(ScheduleError, match="alphas_cumprod"):
-        snr_db(vanishing)
+        NoiseProcess.from_betas(vanishing)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -15,7 +15,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.process import loss_weights, noise_schedule
+from tdc_ray.diffusion.loss import loss_weights
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.models.unet2d.unet import build_unet

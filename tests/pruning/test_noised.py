@@ -7,13 +7,15 @@ from torch import Tensor
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import held_out_split, to_model_range
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.process import denoising_loss, noise_schedule
+from tdc_ray.diffusion.loss import denoising_loss
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.unet2d.unet import build_unet, load_unet
-from tdc_ray.pruning.noised import NoisedBatch, held_out_loss, noised_batches
+from tdc_ray.pruning.noised import held_out_loss, noised_batches
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, group_of, make_run_dir, random_unet, small_config
 
 UNET = random_unet()
+CONDITIONED = random_unet({**TINY, "num_class_embeds": 10})
 CONFIG = small_config(prune={"num_images": 64, "num_refit_images": 48})
 THIRTEEN = replace(CONFIG.prune, batch_size=13)
 PURPOSES = ["held-out", "scores", "refit"]
@@ -24,11 +26,10 @@ def run_dir(tmp_path_factory) -> RunDir:
     return make_run_dir(tmp_path_factory.mktemp("run"))
 
 
-def drawn(config: RunConfig, index: int, *, purpose="held-out") -> NoisedBatch:
+def drawn(config: RunConfig, index: int, *, purpose="held-out", unet=UNET) -> NoisedBatch:
     """All images of a group, batches put together."""
-    found = list(noised_batches(config, group_of(config, index), UNET, purpose=purpose))
-    names = ("x_0", "epsilon", "timesteps", "labels")
-    return NoisedBatch(*(torch.cat([getattr(b, name) for b in found]) for name in names))
+    found = list(noised_batches(config, group_of(config, index), unet, purpose=purpose))
+    return NoisedBatch.join(found)
 
 
 def numbers_of(config: RunConfig, x_0: Tensor) -> list[int]:
@@ -81,13 +82,14 @@ def test_noise_is_the_same_at_every_call_and_another_for_every_purpose_group_and
 
 
 def test_images_timesteps_and_noise_do_not_depend_on_the_batches():
-    whole, parts = drawn(CONFIG, 1), drawn(replace(CONFIG, prune=THIRTEEN), 1)
+    whole = drawn(CONFIG, 1, unet=CONDITIONED)
+    parts = drawn(replace(CONFIG, prune=THIRTEEN), 1, unet=CONDITIONED)
     for name in ("x_0", "epsilon", "timesteps", "labels"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
 
 
 def test_the_images_are_different_ones_in_model_range_with_their_labels():
-    batch, dataset = drawn(CONFIG, 0), load_dataset(CONFIG.data)
+    batch, dataset = drawn(CONFIG, 0, unet=CONDITIONED), load_dataset(CONFIG.data)
     numbers = numbers_of(CONFIG, batch.x_0)
     assert len(set(numbers)) == len(batch.x_0)
     assert batch.x_0.min() == -1
@@ -116,7 +118,7 @@ def test_the_loss_is_the_mean_training_loss_over_the_held_out_images(run_dir):
     group, unet, batch = group_of(CONFIG, 1), load_unet(run_dir.base_unet), drawn(CONFIG, 1)
     schedule = noise_schedule(CONFIG.diffusion)
     with torch.no_grad():
-        losses = denoising_loss(unet, schedule, batch.x_0, batch.epsilon, batch.timesteps)
+        losses = denoising_loss(unet, schedule, batch)
     expected = pytest.approx(float(losses.mean()), rel=1e-5)
     assert held_out_loss(unet, CONFIG, group) == expected
 
@@ -134,15 +136,13 @@ def test_the_loss_is_measured_without_dropout():
 
 
 def test_labels_are_given_to_unets_that_are_conditioned_on_them_alone():
-    batch, schedule = drawn(CONFIG, 0), noise_schedule(CONFIG.diffusion)
-    x_t = schedule.add_noise(batch.x_0, batch.epsilon, batch.timesteps)
+    batch, schedule = drawn(CONFIG, 0, unet=CONDITIONED), noise_schedule(CONFIG.diffusion)
+    plain, x_t = drawn(CONFIG, 0), batch.x_t(schedule)
     with torch.no_grad():
-        conditioned = random_unet({**TINY, "num_class_embeds": 10})
-        expected = conditioned(x_t, batch.timesteps, class_labels=batch.labels).sample
-        assert torch.equal(batch.predict(conditioned, schedule), expected)
-        assert torch.equal(
-            batch.predict(random_unet(), schedule), random_unet()(x_t, batch.timesteps).sample
-        )
+        expected = CONDITIONED(x_t, batch.timesteps, class_labels=batch.labels).sample
+        assert torch.equal(batch.predict(CONDITIONED, schedule), expected)
+        assert plain.labels is None
+        assert torch.equal(plain.predict(UNET, schedule), UNET(x_t, batch.timesteps).sample)
 
 
 def test_networks_that_learnt_rescaled_timesteps_see_them_rescaled():

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.loss import loss_per_image
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything
 from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
-from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.error_weights import ErrorWeights, error_weights
 from tdc_ray.pruning.refit.refit import refit
 from tdc_ray.pruning.sensitivity import (
@@ -37,7 +37,6 @@ def noised(*sizes: int, seed: int = 0) -> list[NoisedBatch]:
             torch.rand(size, 1, 8, 8, generator=generator) * 2 - 1,
             torch.randn(size, 1, 8, 8, generator=generator),
             torch.randint(0, 1000, (size,), generator=generator),
-            torch.zeros(size, dtype=torch.long),
         )
         for size in sizes
     ]
@@ -53,7 +52,7 @@ def weights_of(base: UNet2DModel) -> ErrorWeights:
 @torch.no_grad()
 def loss_of(unet: UNet2DModel) -> float:
     """Mean over all held-out images, by whole forward passes."""
-    losses = [b.loss(b.predict(unet, SCHEDULE), SCHEDULE) for b in HELD_OUT]
+    losses = [loss_per_image(SCHEDULE, b.predict(unet, SCHEDULE), b) for b in HELD_OUT]
     return float(torch.cat(losses).double().mean())
 
 

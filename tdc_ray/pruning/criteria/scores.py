@@ -11,11 +11,11 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.loss import loss_per_image
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.unet2d.surgery import coupled_parameters
 from tdc_ray.models.units import KeptIndices, Unit
-from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.least_squares import LeastSquares
 
 DIFF_PRUNING_THRESHOLD = 0.05
@@ -66,7 +66,7 @@ def taylor_scores(
     unet.zero_grad(set_to_none=True)
     num_images, size = 0, max_batch_size(unet, gradients=True)
     for part in itertools.chain.from_iterable(batch.split(size) for batch in batches):
-        part.loss(part.predict(unet, schedule), schedule).sum().backward()
+        loss_per_image(schedule, part.predict(unet, schedule), part).sum().backward()
         num_images += len(part.x_0)
     scores: Scores = {}
     for unit in units:

@@ -8,10 +8,10 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.unet2d.steps import steps
-from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.pruning.noised import first_state
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 
@@ -43,7 +43,7 @@ def error_weights(
         norms: dict[str, list[Tensor]] = {}
         for part, direction in zip(batch.split(size), directions, strict=True):
             with torch.enable_grad():
-                state, hidden = part.start(base, schedule), []
+                state, hidden = first_state(base, part, schedule), []
                 for step in all_steps:
                     state = step(state)
                     hidden.append(state.hidden)

@@ -13,11 +13,11 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.diffusion.process import NoiseSchedule
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.step import State, Step, is_cut
 from tdc_ray.models.unet2d.steps import steps
-from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
 from tdc_ray.seeds import derive_seed
@@ -57,7 +57,7 @@ def refit(
     pruned.eval()
     keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
     store, device = SpillBuffer(), base.device
-    true = [store.keep(batch.start(base, schedule)) for batch in batches]
+    true = [store.keep(first_state(base, batch, schedule)) for batch in batches]
     ours, cut_before = true, False
     for base_step, step in zip(steps(base), steps(pruned), strict=True):
         after = [store.keep(_after(base_step, state, device)) for state in true]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tdc_ray.diffusion.process import NoiseSchedule, denoising_loss, noise_schedule
+from tdc_ray.diffusion.loss import denoising_loss
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import (
@@ -22,7 +23,6 @@ from tdc_ray.pruning.criteria.scores import (
     select_top,
     taylor_scores,
 )
-from tdc_ray.pruning.noised import NoisedBatch
 from tdc_ray.pruning.refit.least_squares import LeastSquares
 from tests.small import TINY, random_unet, small_config
 
@@ -38,7 +38,6 @@ def noised(*sizes: int) -> list[NoisedBatch]:
             torch.rand(size, 1, 8, 8, generator=generator) * 2 - 1,
             torch.randn(size, 1, 8, 8, generator=generator),
             torch.randint(0, 1000, (size,), generator=generator),
-            torch.zeros(size, dtype=torch.long),
         )
         for size in sizes
     ]
@@ -157,9 +156,7 @@ def test_taylor_is_the_first_order_change_of_the_mean_loss(config, name):
     def model(sample: Tensor, timestep: Tensor) -> object:
         return functional_call(unet, changed, (sample, timestep))
 
-    losses = torch.cat(
-        [denoising_loss(model, SCHEDULE, b.x_0, b.epsilon, b.timesteps) for b in batches]
-    )
+    losses = torch.cat([denoising_loss(model, SCHEDULE, batch) for batch in batches])
     (slope,) = torch.autograd.grad(losses.mean(), gate)
     expected = slope.abs().view(unit.width, unit.channels).sum(1)
     assert len(losses) == 8

@@ -6,7 +6,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.loss import loss_per_image
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import State
 from tdc_ray.models.unet2d.blocks import output_layer
@@ -14,7 +15,7 @@ from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit, keep_everything
-from tdc_ray.pruning.noised import NoisedBatch
+from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import _after, refit
 from tests.models.configs import CONFIGS, random_config
@@ -28,12 +29,12 @@ def noised(config: NetworkConfig, *sizes: int, seed: int = 0) -> list[NoisedBatc
 
     def batch(size: int) -> NoisedBatch:
         shape = (size, config["in_channels"], config["sample_size"], config["sample_size"])
-        return NoisedBatch(
-            torch.rand(shape, generator=generator) * 2 - 1,
-            torch.randn(shape, generator=generator),
-            torch.randint(0, 1000, (size,), generator=generator),
-            torch.randint(0, 10, (size,), generator=generator),
-        )
+        x_0 = torch.rand(shape, generator=generator) * 2 - 1
+        epsilon = torch.randn(shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (size,), generator=generator)
+        labels = torch.randint(0, 10, (size,), generator=generator)
+        conditioned = config.get("num_class_embeds") is not None
+        return NoisedBatch(x_0, epsilon, timesteps, labels if conditioned else None)
 
     return [batch(size) for size in sizes]
 
@@ -184,7 +185,7 @@ def states_after(unet: UNet2DModel, name: str, batches: list[NoisedBatch]) -> Te
     """What flows behind a step."""
     found = []
     for batch in batches:
-        state = batch.start(unet, SCHEDULE)
+        state = first_state(unet, batch, SCHEDULE)
         for step in steps(unet):
             state = step(state)
             if step.name == name:
@@ -254,7 +255,7 @@ def test_in_the_full_space_whatever_reads_the_stream_is_fitted_too():
 def test_the_refit_is_the_same_however_the_images_are_batched():
     base, units = random_unet(), units_of(TINY, "full")
     (whole,) = noised(TINY, 9)
-    names = ("x_0", "epsilon", "timesteps", "labels")
+    names = ("x_0", "epsilon", "timesteps")
     parts = [
         NoisedBatch(*(getattr(whole, name)[part] for name in names))
         for part in (slice(0, 4), slice(4, 5), slice(5, 9))
@@ -297,7 +298,7 @@ def test_skips_that_a_step_leaves_alone_stay_where_they_are_kept(monkeypatch):
 
     monkeypatch.setattr("tdc_ray.pruning.refit.refit._on", copied)
     base = random_unet()
-    state, most = noised(TINY, 2)[0].start(base, SCHEDULE), 0
+    state, most = first_state(base, noised(TINY, 2)[0], SCHEDULE), 0
     for step in steps(base):
         after = _after(step, state, base.device)
         known = {id(tensor) for tensor in (*state.skips, after.hidden)}
@@ -322,7 +323,7 @@ def test_statistics_of_twice_the_images_take_twice_the_macs():
 def test_the_refitted_unet_trains(kind: SpaceKind):
     base, units, (batch,) = random_unet(), units_of(TINY, kind), noised(TINY, 4)
     _, refitted = cut_and_refit(base, units, random_kept(units, 1), [batch])
-    batch.loss(batch.predict(refitted.train(), SCHEDULE), SCHEDULE).mean().backward()
+    loss_per_image(SCHEDULE, batch.predict(refitted.train(), SCHEDULE), batch).mean().backward()
     assert all(parameter.requires_grad for parameter in refitted.parameters())
     assert all(torch.isfinite(p.grad).all() for p in refitted.parameters() if p.grad is not None)
 

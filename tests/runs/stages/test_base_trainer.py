@@ -7,7 +7,8 @@ from rich.console import Console
 
 from tdc_ray.data.batches import batches, to_model_range
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.process import denoising_loss, noise_schedule
+from tdc_ray.diffusion.loss import denoising_loss
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.errors import ClusterError, NonFiniteLossError
 from tdc_ray.execution.ray.cluster import board
@@ -62,7 +63,8 @@ def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
             noise = torch.Generator().manual_seed(derive_seed(seed, rank, step, "noise"))
             epsilon = torch.randn(x_0.shape, generator=noise)
             timesteps = torch.randint(0, 1000, (len(x_0),), generator=noise)
-            loss = denoising_loss(state.unet, schedule, x_0, epsilon, timesteps).mean()
+            noised = NoisedBatch(x_0, epsilon, timesteps)
+            loss = denoising_loss(state.unet, schedule, noised).mean()
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(state.unet.parameters(), config.base.max_grad_norm)
         state.optimizer.step()
