@@ -16,7 +16,7 @@ from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves
 from tdc_ray.pruning.loaded_base import score_units
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
-from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, ask
+from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, propose_by_llm
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE
 from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
@@ -199,7 +199,13 @@ def _ask(
     number, proxy = pruning_task.round, task.config.proxy
     job = AskJob(proxy, pruning_task, tuple(seen), task.run_dir.transcripts)
     (reply,) = yield [
-        task.item(f"round-{number}-ask", ask, job, service=LLM_SERVICE, fallback_result=NO_REPLY)
+        task.item(
+            f"round-{number}-ask",
+            propose_by_llm,
+            job,
+            service=LLM_SERVICE,
+            fallback_result=NO_REPLY,
+        )
     ]
     spent.proxy_seconds += reply["seconds"]
     spent.prompt_tokens += reply["prompt_tokens"]

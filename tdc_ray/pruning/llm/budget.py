@@ -19,7 +19,7 @@ class Budget:
         self._config = config
         self._changed = threading.Condition()
         self._spent = TokenUsage()
-        self._reserved = TokenUsage()
+        self._reserved: list[TokenUsage] = []
         self._folders: set[Path] = set()
 
     @property
@@ -72,18 +72,18 @@ class Budget:
                     f"no call became free within {timeout_s:.3g} s: raise proxy.max_concurrent "
                     "or proxy.max_seconds."
                 )
-            self._reserved += bound
+            self._reserved.append(bound)
 
     def settle(self, bound: TokenUsage, used: TokenUsage) -> None:
         """Put what a call took in the place of what was reserved for it."""
         with self._changed:
-            self._reserved -= bound
+            self._reserved.remove(bound)
             self._spent += used
             self._changed.notify_all()
 
     def _fits(self, bound: TokenUsage) -> bool:
-        free = self._reserved.calls < self._config.max_concurrent
-        return free and self._broken(self._reserved + bound) is None
+        free = len(self._reserved) < self._config.max_concurrent
+        return free and self._broken(sum(self._reserved, start=bound)) is None
 
     def _broken(self, more: TokenUsage) -> str | None:
         """Name the bound that would be broken if this were spent too."""

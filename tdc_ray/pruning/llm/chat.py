@@ -1,22 +1,25 @@
 """One request to a server that speaks OpenAI's chat protocol. No key comes out of here.
 
+The openai client times attempts out, and repeats them after its own waits or Retry-After. Left to
+this module are a bound on all of a request's time, the attempts that a server may charge for, and
+a check of the answer: the client fills its types with whatever a server sends, and its strict
+mode refuses what lenient servers leave out.
+
 The key and the address come from the environment alone. Where a server's words could hold the
 key they are left out, and nothing is raised from within an ``except``, so that no traceback
 carries them along.
 """
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, ValidationError
 
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.transcripts import TokenUsage
@@ -42,16 +45,16 @@ class Answer:
     """What the model said, as far as it came."""
 
     problem: str | None = None
-    """Why that is no use; None: it may be."""
+    """Why the text is of no use; None means that it may be."""
 
     usage: TokenUsage | None = None
-    """What the last attempt took; None: the server did not say."""
+    """What the last attempt took; None means that the server did not say."""
 
     unanswered: int = 0
     """Attempts that no answer came of, though the server may have worked, and charge, for them."""
 
     status: int = 200
-    """HTTP status; 0: no answer came."""
+    """HTTP status; 0 means that no answer came."""
 
 
 class _Part(BaseModel):
@@ -62,29 +65,23 @@ class _Message(BaseModel):
     content: str | list[_Part] | None = None
     refusal: str | None = None
 
-    def words(self) -> str:
-        parts = self.content or ""
-        return parts if isinstance(parts, str) else "".join(part.text or "" for part in parts)
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
 
 class _Tokens(BaseModel):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
+    prompt_tokens: NonNegativeInt
+    completion_tokens: NonNegativeInt
 
 
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
-    usage: Any = None
-    """Checked apart from the rest: a reply is good whatever its server counts."""
+    message: _Message = Field(validation_alias=AliasPath("choices", 0, "message"))
+    finish_reason: str | None = Field(
+        default=None, validation_alias=AliasPath("choices", 0, "finish_reason")
+    )
+    usage: Annotated[_Tokens | Any, Field(union_mode="left_to_right")] = None
+    """A reply is good whatever its server counts."""
 
 
 def server_host() -> str:
-    """Give the host of the server that the environment names.
+    """Return the host of the server that the environment names.
 
     Raises:
         ProxyError: The environment holds no key, or a key or an address that cannot be used.
@@ -100,18 +97,18 @@ def server_host() -> str:
     url = os.environ.get(BASE_URL) or "https://api.openai.com/v1"
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname
+        host = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname
     except ValueError:  # of the port
-        valid = None
-    if not valid or not url.isascii() or not url.isprintable():
+        host = None
+    if not host or not url.isascii() or not url.isprintable():
         raise ProxyError(f"{BASE_URL} must be an address such as http://localhost:8000/v1.")
-    return valid
+    return host
 
 
 def check_server() -> None:
-    """Find out by the list of its models whether the server takes the key.
+    """Check by the list of its models that the server takes the key.
 
-    One that cannot be reached, or has no such list, passes: a run that goes on may need no more.
+    One that cannot be reached, or has no such list, passes: a run that resumes may need no more.
 
     Raises:
         ProxyError: It does not.
@@ -133,25 +130,13 @@ def check_server() -> None:
 
 
 def token_limit_field(host: str) -> str:
-    """Name the setting that bounds a reply's tokens.
+    """Return the name of the field that bounds a reply's tokens.
 
     OpenAI's own newer models refuse ``max_tokens``; Ollama ignores and Mistral refuses what OpenAI
     has in its place.
     """
     own = host.endswith(("openai.com", "azure.com"))
     return "max_completion_tokens" if own else "max_tokens"
-
-
-def upper_bound(
-    request: Mapping[str, Any], max_completion_tokens: int, num_attempts: int
-) -> TokenUsage:
-    """Give the most that a request can take: no token stands for less than a byte."""
-    prompt_tokens = len(json.dumps(request))
-    return TokenUsage(
-        calls=1,
-        prompt_tokens=num_attempts * prompt_tokens,
-        completion_tokens=num_attempts * max_completion_tokens,
-    )
 
 
 def send(
@@ -162,16 +147,28 @@ def send(
     Args:
         request: Its body.
         timeout_s: Longest silence of the server before the client tries again.
-        max_retries: How often it does, then and after 429 and 5xx; it heeds Retry-After.
+        max_retries: How often it does, then and after 429 and 5xx.
         max_seconds: Longest that all of this may take.
     """
     import openai  # slow to load, and only the process that makes the calls needs it
 
-    status, usage, count = 0, None, _Count()
+    attempts = _Attempts()
+    hooks: dict[str, list[Any]] = {"request": [attempts.begin], "response": [attempts.end]}
+
+    async def post() -> str:
+        async with (
+            asyncio.timeout(max_seconds),  # ends the client's waits, too, as no thread could
+            openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
+            openai.AsyncOpenAI(
+                timeout=min(timeout_s, max_seconds), max_retries=max_retries, http_client=http
+            ) as client,
+        ):
+            response = await client.chat.completions.with_raw_response.create(**request)
+            return str(response.text)
+
+    status, usage = 0, None
     try:
-        body = asyncio.run(
-            _post(request, min(timeout_s, max_seconds), max_retries, max_seconds, count)
-        )
+        body = asyncio.run(post())
     except openai.APIStatusError as error:
         status, usage = error.status_code, TokenUsage(calls=1)
         if status in (401, 403):  # the body may show a part of the key
@@ -185,14 +182,17 @@ def send(
     except (openai.OpenAIError, OSError, ValueError, ImportError) as error:
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
-        return replace(_read(body), unanswered=count.unanswered - 1)
+        return replace(_read(body), unanswered=attempts.unanswered - 1)
     problem = _without_address(redact(problem))[:MAX_PROBLEM_CHARS]
-    return Answer(problem=problem, usage=usage, unanswered=count.unanswered, status=status)
+    return Answer(problem=problem, usage=usage, unanswered=attempts.unanswered, status=status)
 
 
 @dataclass(slots=True)
-class _Count:
-    """Counts the client's attempts at one request that got to a server and were not refused."""
+class _Attempts:
+    """Counts the client's attempts at one request that got to a server and were not refused.
+
+    The client's own count of retries has those, too, that reached nobody or were answered by 429.
+    """
 
     unanswered: int = 0
 
@@ -207,47 +207,22 @@ class _Count:
         self.unanswered -= response.status_code != 200  # 200 may yet break off
 
 
-async def _post(
-    request: Mapping[str, Any],
-    timeout_s: float,
-    max_retries: int,
-    max_seconds: float,
-    count: _Count,
-) -> str:
-    """Give the body of the answer. Asynchronous, for the client's waits end at once when cut."""
-    import openai
-
-    hooks: dict[str, list[Any]] = {"request": [count.begin], "response": [count.end]}
-    async with (
-        asyncio.timeout(max_seconds),
-        openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
-        openai.AsyncOpenAI(timeout=timeout_s, max_retries=max_retries, http_client=http) as client,
-    ):
-        response = await client.chat.completions.with_raw_response.create(**request)
-        return str(response.text)
-
-
 def _read(body: str) -> Answer:
-    """Check the answer here, for the client takes what a server sends for what it should be."""
+    """Check an answer."""
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError:
         return Answer(problem="the server's answer is no chat completion.")
-    usage = None
-    with contextlib.suppress(ValidationError):
-        tokens = _Tokens.model_validate(completion.usage)
-        usage = TokenUsage(
-            calls=1,
-            prompt_tokens=tokens.prompt_tokens,
-            completion_tokens=tokens.completion_tokens,
-        )
-    choice = completion.choices[0]
-    text, problem = choice.message.words(), None
-    if choice.message.refusal:
-        text, problem = choice.message.refusal, "it is a refusal, but schemes were asked for."
-    elif choice.finish_reason == "length":
+    counted, message = completion.usage, completion.message
+    usage = TokenUsage(calls=1, **dict(counted)) if isinstance(counted, _Tokens) else None
+    text, problem = message.content or "", None
+    if isinstance(text, list):
+        text = "".join(part.text or "" for part in text)
+    if message.refusal:
+        text, problem = message.refusal, "it is a refusal, but schemes were asked for."
+    elif completion.finish_reason == "length":
         problem = "it was cut off at the most tokens that a reply may have."
-    elif choice.finish_reason == "content_filter":
+    elif completion.finish_reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip():
         problem = "it is empty."
@@ -255,19 +230,16 @@ def _read(body: str) -> Answer:
 
 
 def _without_address(text: str) -> str:
-    """Take the server's address out of what went wrong."""
-    url = os.environ.get(BASE_URL)
-    if not url:
-        return text
+    """Replace the server's address in what went wrong."""
+    url = os.environ.get(BASE_URL, "")
     parts = urlsplit(url)
-    for words in (url.rstrip("/"), parts.netloc, parts.hostname):
-        if words:
-            text = re.sub(rf"(?<![\w.-]){re.escape(words)}(?![\w-])", "[server]", text)
+    for words in filter(None, (url.rstrip("/"), parts.netloc, parts.hostname)):
+        text = re.sub(rf"(?<![\w.-]){re.escape(words)}(?![\w-])", "[server]", text)
     return text
 
 
 def redact(text: str) -> str:
-    """Take the key out of a text, and whatever looks like one."""
+    """Replace the key in a text, and whatever looks like one."""
     key = os.environ.get(KEY, "")
     if len(key) >= MIN_KEY_LENGTH:
         text = text.replace(key, "[key]")

@@ -36,13 +36,6 @@ class TokenUsage:
             completion_tokens=self.completion_tokens + other.completion_tokens,
         )
 
-    def __sub__(self, other: "TokenUsage") -> "TokenUsage":
-        return TokenUsage(
-            calls=self.calls - other.calls,
-            prompt_tokens=self.prompt_tokens - other.prompt_tokens,
-            completion_tokens=self.completion_tokens - other.completion_tokens,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class LLMExchange:
@@ -55,7 +48,7 @@ class LLMExchange:
     """What the model said, empty where it said nothing."""
 
     error: str | None
-    """Why the reply is no use; None: its schemes were taken."""
+    """Why the reply is of no use; None means that its schemes were taken."""
 
     usage: TokenUsage
     """As the server counted; where it did not, the most that it can have been."""
@@ -67,7 +60,7 @@ _ADAPTER = TypeAdapter(LLMExchange)
 
 
 def transcript_path(folder: Path, group: int, round_: int) -> Path:
-    """Give the transcript of one proposal."""
+    """Return the path of one proposal's transcript."""
     return folder / f"group-{group:02d}-round-{round_}.jsonl"
 
 
@@ -78,14 +71,14 @@ def find_transcripts(folder: Path) -> Path:
         ProxyError: There are none, or those of several searches.
     """
     folder = resolve_path(folder)
-    found = {path.parent for path in listing(folder, "proxy/group-*.jsonl")}
-    found |= {path.parent for path in listing(folder, "search/*/proxy/group-*.jsonl")}
-    if len(found) != 1:
+    patterns = ("proxy/group-*.jsonl", "search/*/proxy/group-*.jsonl")
+    folders = {path.parent for pattern in patterns for path in listing(folder, pattern)}
+    if len(folders) != 1:
         raise ProxyError(
             f"proxy.replay must be a run directory with transcripts of one search in its folder "
-            f"proxy, got {display_path(folder)} with {len(found)}. Set --proxy.replay."
+            f"proxy, got {display_path(folder)} with {len(folders)}. Set --proxy.replay."
         )
-    return found.pop()
+    return folders.pop()
 
 
 def append_exchange(path: Path, exchange: LLMExchange) -> None:
@@ -105,15 +98,15 @@ def transcript_text(path: Path) -> str:
             f"## Call {number}: {exchange.error or 'its schemes were taken'}\n\n"
             f"{exchange.usage.tokens:,} tokens, {exchange.seconds:.1f} s"
         )
-        said = [(str(one["role"]), str(one["content"])) for one in exchange.request["messages"]]
-        for role, content in [*said, ("reply", exchange.reply)]:
-            quoted = content.replace("\n", "\n    ")
-            parts.append(f"**{role}**\n\n    {quoted}")
+        messages = [*exchange.request["messages"], {"role": "reply", "content": exchange.reply}]
+        for message in messages:
+            quoted = message["content"].replace("\n", "\n    ")
+            parts.append(f"**{message['role']}**\n\n    {quoted}")
     return "\n\n".join(parts)
 
 
 def recorded_reply(path: Path) -> str:
-    """Give the reply whose schemes were taken: the last one, in whatever attempt it came.
+    """Return the reply whose schemes were taken: the last one, in whatever attempt it came.
 
     Raises:
         ProxyError: There is no transcript, or it ends in a failure.

@@ -1,5 +1,6 @@
-"""The proxy that asks a language model: asks, checks, says what was wrong, and asks again."""
+"""The proxy that asks a language model: asks, validates, says what was wrong, and asks again."""
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -11,15 +12,8 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.execution.item import Report, Result
 from tdc_ray.pruning.llm.budget import Budget
-from tdc_ray.pruning.llm.chat import (
-    Answer,
-    check_server,
-    send,
-    server_host,
-    token_limit_field,
-    upper_bound,
-)
-from tdc_ray.pruning.llm.prompt import Message, messages_for, retry_messages
+from tdc_ray.pruning.llm.chat import Answer, check_server, send, server_host, token_limit_field
+from tdc_ray.pruning.llm.prompt import messages_for, retry_messages
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.llm.transcripts import (
     LLMExchange,
@@ -53,7 +47,7 @@ class LanguageModel:
     def propose(
         self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
     ) -> list[Scheme]:
-        """Ask for schemes.
+        """Return the schemes that a reply holds, the first one that is valid.
 
         Raises:
             ProxyError: No key, no answer, no usable reply, or no budget for one.
@@ -74,12 +68,19 @@ class LanguageModel:
         schema = None if config.reply_format == "json" else response_format(task.space)
         num_replies = 0
         while True:
-            request = _request(config, messages, schema, limit)
+            fields = {
+                "model": config.model,
+                "messages": messages,
+                limit: config.max_completion_tokens,
+                "temperature": config.temperature,
+                "response_format": schema,
+            }
+            body = {name: value for name, value in fields.items() if value is not None}
             started = time.monotonic()
-            answer, used = self._call(request, deadline)
-            schemes, problem = _judge(answer, task)
+            answer, used = self._call(body, deadline)
+            schemes, problem = _validate(answer, task)
             seconds = time.monotonic() - started
-            append_exchange(path, LLMExchange(request, answer.text, problem, used, seconds))
+            append_exchange(path, LLMExchange(body, answer.text, problem, used, seconds))
             if problem is None:
                 return schemes
             if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
@@ -90,16 +91,19 @@ class LanguageModel:
                 raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
             messages = [*messages, *retry_messages(answer.text, problem)]
 
-    def _call(self, request: dict[str, Any], deadline: float) -> tuple[Answer, TokenUsage]:
+    def _call(self, body: dict[str, Any], deadline: float) -> tuple[Answer, TokenUsage]:
         """Make a call within the budget; what it took is the most it can have, where unknown."""
         config = self._config
-        once = upper_bound(request, config.max_completion_tokens, 1)
-        bound = upper_bound(request, config.max_completion_tokens, 1 + config.max_retries)
+        once = TokenUsage(
+            calls=1,
+            prompt_tokens=len(json.dumps(body)),  # no token stands for less than a byte
+            completion_tokens=config.max_completion_tokens,
+        )
+        used = bound = sum([once] * config.max_retries, start=once)
         self._budget.reserve(bound, deadline - time.monotonic())
-        used = bound
         try:
             answer = send(
-                request,
+                body,
                 timeout_s=config.timeout_s,
                 max_retries=config.max_retries,
                 max_seconds=deadline - time.monotonic(),
@@ -112,8 +116,18 @@ class LanguageModel:
         return answer, used
 
 
+def _validate(answer: Answer, task: ProposalRequest) -> tuple[list[Scheme], str | None]:
+    """Return the schemes of an answer, or why there are none."""
+    if answer.problem is not None:
+        return [], answer.problem
+    try:
+        return parse_reply(answer.text, task), None
+    except ProxyReplyError as error:
+        return [], str(error)
+
+
 def check_proxy(config: ProxyConfig) -> None:
-    """Find out whether there is a key to ask with, or a transcript to replay.
+    """Check that there is a key to ask with, or a transcript to replay.
 
     Raises:
         ProxyError: There is none in this process's environment, or in ``proxy.replay``, or the
@@ -126,34 +140,9 @@ def check_proxy(config: ProxyConfig) -> None:
         find_transcripts(Path(config.replay))
 
 
-def _request(
-    config: ProxyConfig, messages: list[Message], schema: dict[str, Any] | None, limit: str
-) -> dict[str, Any]:
-    request = {
-        "model": config.model,
-        "messages": messages,
-        limit: config.max_completion_tokens,
-    }
-    if config.temperature is not None:
-        request["temperature"] = config.temperature
-    if schema is not None:
-        request["response_format"] = schema
-    return request
-
-
-def _judge(answer: Answer, task: ProposalRequest) -> tuple[list[Scheme], str | None]:
-    """Give the schemes of an answer, or why there are none."""
-    if answer.problem is not None:
-        return [], answer.problem
-    try:
-        return parse_reply(answer.text, task), None
-    except ProxyReplyError as error:
-        return [], str(error)
-
-
 @dataclass(frozen=True, slots=True)
 class AskJob:
-    """Ask for one group's schemes of one round."""
+    """What to ask for one group's schemes of one round."""
 
     config: ProxyConfig
     task: ProposalRequest
@@ -171,16 +160,16 @@ NO_REPLY: Result = {
     "error": "whoever makes the calls died",
     "seconds": 0.0,
 }
-"""What :func:`ask` would give, where it was not there to give it."""
+"""The result of :func:`propose_by_llm` where its process died too often."""
 
 
-def ask(job: AskJob, report: Report, budget: Budget | None = None) -> Result:
-    """Give ``schemes``, or none and an ``error``, and what it took; a run goes on either way.
+def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> Result:
+    """Return ``schemes``, or none and an ``error``, and what it took; a run resumes either way.
 
     Args:
         job: What to ask.
         report: Takes what it took.
-        budget: What all calls share; None: this call has the bounds for itself.
+        budget: What all calls share; None means that this call has the bounds for itself.
     """
     started = time.perf_counter()
     budget = budget or Budget(job.config)

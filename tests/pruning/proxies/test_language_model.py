@@ -18,7 +18,12 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import TokenUsage
-from tdc_ray.pruning.proxies.language_model import AskJob, LanguageModel, ask, check_proxy
+from tdc_ray.pruning.proxies.language_model import (
+    AskJob,
+    LanguageModel,
+    check_proxy,
+    propose_by_llm,
+)
 from tdc_ray.pruning.space import fit_to_limit
 from tests.pruning.llm.openai_server import (
     USAGE,
@@ -87,7 +92,7 @@ def run(job: AskJob, monkeypatch, *script, budget: Budget | None = None):
     """Ask a server that follows a script; give the result and the server."""
     with serving(*script) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        return ask(job, lambda _metrics, _step: None, budget), server
+        return propose_by_llm(job, lambda _metrics, _step: None, budget), server
 
 
 def transcript(job: AskJob) -> list[dict[str, Any]]:
@@ -101,7 +106,7 @@ def test_a_good_reply_gives_its_schemes_and_what_it_took(tmp_path, monkeypatch):
     reports = []
     with serving(says(GOOD)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        result = ask(job, lambda metrics, step: reports.append((metrics, step)))
+        result = propose_by_llm(job, lambda metrics, step: reports.append((metrics, step)))
     assert result.pop("seconds") > 0
     assert result == {
         "schemes": SCHEMES,
@@ -298,7 +303,7 @@ def test_the_budget_holds_while_many_ask_at_once(tmp_path, monkeypatch):
     budget = Budget(jobs[0].config)
     with serving(after(0.2, says("No."))) as server, ThreadPoolExecutor(6) as threads:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        results = list(threads.map(lambda job: ask(job, lambda *_: None, budget), jobs))
+        results = list(threads.map(lambda job: propose_by_llm(job, lambda *_: None, budget), jobs))
     assert server.most_under_way == 2
     assert 10_000 < budget.spent.tokens == 1200 * len(server.requests) <= 30_000
     assert any("proxy.max_total_tokens 30,000" in result["error"] for result in results)
@@ -322,7 +327,7 @@ def test_a_key_that_is_missing_or_unusable_is_told(key, tmp_path, monkeypatch):
     else:
         monkeypatch.setenv("OPENAI_API_KEY", key)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    error = ask(job_in(tmp_path), lambda *_: None)["error"]
+    error = propose_by_llm(job_in(tmp_path), lambda *_: None)["error"]
     assert error.startswith("OPENAI_API_KEY")
     if not key:
         assert "any value" in error
@@ -335,7 +340,7 @@ def test_a_key_that_is_missing_or_unusable_is_told(key, tmp_path, monkeypatch):
 )
 def test_an_address_that_cannot_be_used_is_told(url, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    error = ask(job_in(tmp_path), lambda *_: None)["error"]
+    error = propose_by_llm(job_in(tmp_path), lambda *_: None)["error"]
     assert error.startswith("OPENAI_BASE_URL must be")
 
 
@@ -365,7 +370,7 @@ def test_the_servers_address_is_in_no_message(tmp_path, monkeypatch):
 
 def test_a_server_that_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    result = ask(job_in(tmp_path), lambda *_: None)
+    result = propose_by_llm(job_in(tmp_path), lambda *_: None)
     assert "no connection to the server" in result["error"]
     assert (result["calls"], result["completion_tokens"]) == (0, 0)
 

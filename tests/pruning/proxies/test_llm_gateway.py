@@ -23,7 +23,7 @@ from tdc_ray.pruning.llm.transcripts import (
     append_exchange,
     transcript_path,
 )
-from tdc_ray.pruning.proxies.language_model import AskJob, ask
+from tdc_ray.pruning.proxies.language_model import AskJob, propose_by_llm
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
@@ -53,7 +53,7 @@ def test_all_that_ask_share_one_budget(tmp_path, monkeypatch):
 
     def call(number: int) -> Result:
         job = AskJob(CONFIG, TASK, (), tmp_path / str(number) / "proxy")
-        return gateway.run(item(tmp_path, str(number), ask, job), ignore)
+        return gateway.run(item(tmp_path, str(number), propose_by_llm, job), ignore)
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with serving(says(GOOD)) as server, ThreadPoolExecutor(6) as threads:
@@ -95,7 +95,9 @@ def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monk
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         change = item(tmp_path, "environment", set_environment, environment)
         pid = ray.get(actor.run.remote(change, events))["pid"]
-        asking = item(tmp_path, "ask", ask, AskJob(CONFIG, TASK, (), tmp_path / "proxy"))
+        asking = item(
+            tmp_path, "ask", propose_by_llm, AskJob(CONFIG, TASK, (), tmp_path / "proxy")
+        )
         assert KEY.encode() not in pickle.dumps(asking)
         result = ray.get(actor.run.remote(asking, events))
         ray.kill(actor)
