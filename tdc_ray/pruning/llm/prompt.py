@@ -1,17 +1,17 @@
-"""What a language model is told: the task, the units, what was measured, the memory bank."""
+"""The prompt: the task, the units, what was measured, the memory bank."""
 
 import json
 import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.costs import Quantity
 from tdc_ray.pruning.llm.reply import widths_text
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.space import Space
 
 Message = Mapping[str, str]
 """Role and content."""
@@ -92,36 +92,23 @@ TIMES_ADD_UP = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """How what is limited is spoken of."""
-
-    name: str
-    meaning: str
-    unit: str
-    num_per_unit: int
-    held: str
-    """What the columns of the units' table hold."""
-
-
-WORDS: Mapping[Quantity, _Words] = {
-    "macs": _Words(
-        "macs",
-        "macs (multiply-accumulates of one forward pass)",
-        "macs",
-        1,
-        "macs: those that the unit's steps hold, all else uncut, in % of the base's.\n"
+WORDS: Mapping[Quantity, Mapping[str, str]] = {
+    "macs": {
+        "name": "macs",
+        "meaning": "macs (multiply-accumulates of one forward pass)",
+        "unit": "macs",
+        "held": "macs: those that the unit's steps hold, all else uncut, in % of the base's.\n"
         "step: those that go with one step of width, in % of the base's.",
-    ),
-    "time": _Words(
-        "time",
-        "a time (of one forward pass of a batch, as measured)",
-        "microseconds",
-        1000,
-        "time: of the unit's block, uncut, in % of the base's.\n"
+    },
+    "time": {
+        "name": "time",
+        "meaning": "a time (of one forward pass of a batch, as measured)",
+        "unit": "microseconds",
+        "held": "time: of the unit's block, uncut, in % of the base's.\n"
         "step: what goes with one step of width on average, in % of the base's.",
-    ),
+    },
 }
+"""What stands in the prompt for the quantity that is limited."""
 
 FORM = """
 # Answer
@@ -134,38 +121,40 @@ Units that are left out keep their full width. No unit twice in a scheme, no oth
 def messages_for(
     task: ProposalRequest, memory: Sequence[MemoryEntry], *, max_entries: int
 ) -> list[Message]:
-    """Make the messages that ask for schemes.
+    """Return the messages that ask for schemes.
 
     Args:
         task: The group, its limit, and what was measured of the base.
         memory: What is remembered.
         max_entries: How much of it the prompt holds at most.
     """
-    words, space = WORDS[task.space.quantity], task.space
+    space, divisor = task.space, 1000 if task.space.quantity == "time" else 1
     head = TASK.format(
+        **WORDS[space.quantity],
         num_candidates=task.num_candidates,
         group=task.group,
         first=task.timesteps[0],
         last=task.timesteps[1],
         snr_first=_short(task.snr_db[0]),
         snr_last=_short(task.snr_db[1]),
-        name=words.name,
-        meaning=words.meaning,
-        unit=words.unit,
-        base=space.cost_base // words.num_per_unit,
-        limit=task.limit // words.num_per_unit,
-        share=_percent(task.limit, task),
+        base=space.cost_base // divisor,
+        limit=task.limit // divisor,
+        share=_percent(task.limit, space),
         loss_base=_short(task.loss_base),
         round=task.round + 1,
         num_rounds=task.num_rounds,
     )
-    parts = [head, _units(task), _sensitivities(task), _memory(task, memory, max_entries)]
-    content = "".join([*parts, FORM.format(example=_example(task))])
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    half = [{"unit": u.name, "keep": space.held(u.name, u.width // 2)} for u in space.units[:2]]
+    form = FORM.format(example=json.dumps({"schemes": [half]}))
+    parts = [head, _units(task), _sensitivities(task), _memory(task, memory, max_entries), form]
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "".join(parts)}]
 
 
 def retry_messages(reply: str, problem: str) -> list[Message]:
-    """Answer a bad reply with what was wrong; one that was empty is best asked for again."""
+    """Return what follows a bad reply: it and what was wrong with it.
+
+    One that was empty is best asked for again, as before.
+    """
     if not reply:
         return []
     if len(reply) > MAX_QUOTED_CHARS:
@@ -178,10 +167,10 @@ def retry_messages(reply: str, problem: str) -> list[Message]:
 
 
 def _units(task: ProposalRequest) -> str:
-    full, space, words = task.space.full, task.space, WORDS[task.space.quantity]
+    space, words = task.space, WORDS[task.space.quantity]
     means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
     mean, spread = statistics.fmean(means), statistics.pstdev(means)
-    lines = [COLUMNS.format(name=words.name)]
+    lines = [COLUMNS.format(**words)]
     for number, unit in enumerate(space.units):
         cells = [
             str(number),
@@ -191,8 +180,8 @@ def _units(task: ProposalRequest) -> str:
             _resolution(unit),
             str(unit.channels),
             widths_text(space.legal[unit.name], "-"),
-            _percent(space.costs.rise(unit.name, 0, unit.width, full), task),
-            _percent(statistics.fmean(space.step_costs(unit.name)), task),
+            _percent(space.costs.rise(unit.name, 0, unit.width, space.full), space),
+            _percent(statistics.fmean(space.step_costs(unit.name)), space),
             f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
             _low(task.scores[unit.name]),
         ]
@@ -201,33 +190,19 @@ def _units(task: ProposalRequest) -> str:
     is_time = space.quantity == "time"
     adds_up = all(unit.kind != "stream" for unit in space.units)
     legend = LEGEND.format(
+        **words,
         listed="" if are_all_legal else LISTED,
-        held=words.held,
         rule=TIMES_ADD_UP if is_time else ADDS_UP if adds_up else MULTIPLIES,
-        times=TIMES.format(rows=_times(task)) if is_time else "",
-        name=words.name,
+        times=TIMES.format(rows=_times(space)) if is_time else "",
     )
     return "\n".join([*lines, legend])
 
 
-def _times(task: ProposalRequest) -> str:
-    """List what every unit takes at its legal widths, the widest first."""
-    space = task.space
-    lines = []
-    for number, unit in enumerate(space.units):
-        times = [
-            f"{width}: {_percent(space.costs.rise(unit.name, 0, width, space.full), task)}"
-            for width in reversed(space.legal[unit.name])
-        ]
-        lines.append(f"{number} | {', '.join(times)}")
-    return "\n".join(lines)
-
-
 def _place(unit: Unit) -> str:
-    found = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
-    if found is None:
+    match = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
+    if match is None:
         return "first"
-    return f"{found[1]} {found[2]}" if found[1] else "mid"
+    return f"{match[1]} {match[2]}" if match[1] else "mid"
 
 
 def _resolution(unit: Unit) -> str:
@@ -240,14 +215,30 @@ def _low(scores: Sequence[float]) -> str:
     return f"{100 * sum(sorted(scores)[: len(scores) // 2]) / total:.0f}" if total else "0"
 
 
+def _times(space: Space) -> str:
+    """List what every unit takes at its legal widths, the widest first."""
+    return "\n".join(
+        _row(
+            number,
+            [(w, _percent(space.costs.rise(name, 0, w, space.full), space)) for w in legal[::-1]],
+        )
+        for number, (name, legal) in enumerate(space.legal.items())
+    )
+
+
 def _sensitivities(task: ProposalRequest) -> str:
     lines = []
     for number, unit in enumerate(task.space.units):
         measured = sorted(task.sensitivities.get(unit.name, {}).items(), reverse=True)
-        growths = [f"{width}: {100 * loss / task.loss_base:+.2g}" for width, loss in measured]
-        if growths:
-            lines.append(f"{number} | {', '.join(growths)}")
+        if measured:
+            growths = [(w, f"{100 * loss / task.loss_base:+.2g}") for w, loss in measured]
+            lines.append(_row(number, growths))
     return "\n".join(lines or ["None were measured."])
+
+
+def _row(number: int, values: Sequence[tuple[int, str]]) -> str:
+    """Write a unit's values at some of its widths."""
+    return f"{number} | " + ", ".join(f"{width}: {value}" for width, value in values)
 
 
 def _memory(task: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
@@ -272,38 +263,28 @@ def _memory(task: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: i
 
 
 def _entry(task: ProposalRequest, entry: MemoryEntry) -> str:
-    own = entry.group == task.group
+    space, is_own = task.space, entry.group == task.group
+    cost = space.cost(entry.widths)
     loss = f"loss {_short(entry.loss)}"
-    if own:
+    if is_own:
         loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
-    cost = task.space.cost(entry.widths)
-    told = f"{WORDS[task.space.quantity].name} {_percent(cost, task)} %"
-    if own and entry.overshoot:
-        told += f" (cut to it from {_percent(entry.overshoot, task)} points above the limit)"
+    share = f"{WORDS[space.quantity]['name']} {_percent(cost, space)} %"
+    if is_own and entry.overshoot:
+        share += f" (cut to it from {_percent(entry.overshoot, space)} points above the limit)"
     elif cost > task.limit:
-        over = _percent(cost - task.limit, task)
-        told += f" (overshoots this group's limit by {over} points)"
+        over = _percent(cost - task.limit, space)
+        share += f" (overshoots this group's limit by {over} points)"
     widths = [
         f"{number}: {entry.widths[unit.name]}"
-        for number, unit in enumerate(task.space.units)
+        for number, unit in enumerate(space.units)
         if entry.widths[unit.name] < unit.width
     ]
-    who = "this group" if own else f"group {entry.group}"
-    return f"{who} | {told} | {loss} | {', '.join(widths) or 'uncut'}"
+    group = "this group" if is_own else f"group {entry.group}"
+    return f"{group} | {share} | {loss} | {', '.join(widths) or 'uncut'}"
 
 
-def _example(task: ProposalRequest) -> str:
-    """Write out a scheme of two units, to show the form."""
-    space = task.space
-    scheme = [
-        {"unit": unit.name, "keep": space.held(unit.name, unit.width // 2)}
-        for unit in space.units[:2]
-    ]
-    return json.dumps({"schemes": [scheme]})
-
-
-def _percent(cost: float, task: ProposalRequest) -> str:
-    return f"{100 * cost / task.space.cost_base:.4g}"
+def _percent(cost: float, space: Space) -> str:
+    return f"{100 * cost / space.cost_base:.4g}"
 
 
 def _short(value: float) -> str:

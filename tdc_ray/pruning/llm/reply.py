@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tdc_ray.errors import ProxyReplyError
 from tdc_ray.pruning.proxy import ProposalRequest
@@ -23,23 +23,19 @@ MAX_PROBLEMS = 10
 """Most problems that are told at once."""
 
 
-class _Width(BaseModel):
-    """Strict: neither true nor 3.0 nor "3" is a width."""
-
-    model_config = ConfigDict(strict=True)
+class _Width(BaseModel, strict=True):
+    """Neither true nor 3.0 nor "3" is a width."""
 
     unit: str
     keep: int
 
 
-class _Reply(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Reply(BaseModel, strict=True):
     schemes: list[list[_Width]]
 
 
 def response_format(space: Space) -> dict[str, Any]:
-    """Make the ``response_format`` of a request: a strict JSON schema with the names of all units.
+    """Return the ``response_format`` of a request: a strict JSON schema of all units' names.
 
     Ranges of widths are not in it, since not every server knows ``minimum``, but those that are
     legal for some unit are where not all are; `parse_reply` checks them for each.
@@ -83,25 +79,22 @@ def parse_reply(text: str, task: ProposalRequest) -> list[Scheme]:
     Raises:
         ProxyReplyError: There is no scheme, or one that is not valid; says what is wrong.
     """
-    reply = _read(text)
-    found: list[Scheme] = []
+    schemes: list[Scheme] = []
     problems: list[str] = []
-    for number, widths in enumerate(reply.schemes[: task.num_candidates], start=1):
-        scheme = task.space.full
-        wrong = _problems(widths, task.space)
-        problems += [f"scheme {number}: {problem}" for problem in wrong]
-        scheme.update((width.unit, width.keep) for width in widths)
-        if not wrong and scheme not in found:
-            found.append(scheme)
+    for number, widths in enumerate(_read(text).schemes[: task.num_candidates], start=1):
+        problems += [f"scheme {number}: {problem}" for problem in _problems(widths, task.space)]
+        scheme = task.space.full | {width.unit: width.keep for width in widths}
+        if scheme not in schemes:
+            schemes.append(scheme)
     if problems:
         raise ProxyReplyError(_listed(problems))
-    if not found:
+    if not schemes:
         raise ProxyReplyError("the list of schemes is empty.")
-    return found
+    return schemes
 
 
 def _read(text: str) -> _Reply:
-    """Take the last object that has schemes: what stands before it is thought or prose."""
+    """Read the last object that has schemes: what stands before it is thought or prose."""
     if len(text) > MAX_CHARS:
         raise ProxyReplyError(f"the reply is longer than {MAX_CHARS:,} characters.")
     candidates = [value for value in _objects(text) if "schemes" in value]
@@ -111,14 +104,14 @@ def _read(text: str) -> _Reply:
         return _Reply.model_validate(candidates[-1])
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
             for problem in error.errors(include_url=False)
         ]
-    raise ProxyReplyError(_listed(problems))
+        raise ProxyReplyError(_listed(problems)) from None
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Give the JSON objects in a text, none of which lies inside another."""
+    """Yield the JSON objects in a text, none of which lies inside another."""
     decoder = json.JSONDecoder()
     start, tried = text.find("{"), 0
     while start >= 0 and tried < MAX_TRIED_CHARS:
@@ -132,23 +125,21 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         start = text.find("{", end)
 
 
-def _problems(widths: list[_Width], space: Space) -> list[str]:
-    """List what keeps a scheme from being cut."""
+def _problems(widths: list[_Width], space: Space) -> Iterator[str]:
+    """Yield what keeps a scheme from being cut."""
     if not widths:
-        return ["it cuts nothing; name the units that are cut."]
-    problems = []
+        yield "it cuts nothing; name the units that are cut."
     seen: set[str] = set()
     for width in widths:
         legal = space.legal.get(width.unit)
         if legal is None:
-            problems.append(f"there is no unit {width.unit[:80]!r}.")
+            yield f"there is no unit {width.unit[:80]!r}."
         elif width.unit in seen:
-            problems.append(f"{width.unit} is named twice.")
+            yield f"{width.unit} is named twice."
         elif width.keep not in legal:
-            wanted = widths_text(legal, " to ")
-            problems.append(f"{width.unit} can keep {wanted}, not {_short(width.keep)}.")
+            keep = width.keep if abs(width.keep) < 10**9 else "that"
+            yield f"{width.unit} can keep {widths_text(legal, ' to ')}, not {keep}."
         seen.add(width.unit)
-    return problems
 
 
 def widths_text(legal: Sequence[int], to: str) -> str:
@@ -158,11 +149,7 @@ def widths_text(legal: Sequence[int], to: str) -> str:
     return ", ".join(str(width) for width in legal)
 
 
-def _short(number: int) -> str:
-    return str(number) if abs(number) < 10**9 else "that"
-
-
 def _listed(problems: list[str]) -> str:
-    left = len(problems) - MAX_PROBLEMS
-    more = [f"and {left} more such problems."] if left > 0 else []
+    remaining = len(problems) - MAX_PROBLEMS
+    more = [f"and {remaining} more such problems."] if remaining > 0 else []
     return "\n".join([*problems[:MAX_PROBLEMS], *more])
