@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.load import Batch, ImageDataset
+from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.seeds import derive_seed
 
 
@@ -64,7 +64,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Give one rank's share of the batches of steps ``start_step`` to ``num_steps - 1``.
 
     Images come epoch after epoch, each epoch in an order of its own; ``among`` numbers those that
@@ -75,7 +75,7 @@ def batches(
     order = StepBatchSampler(
         numbers, batch_size, seed, range(start_step, num_steps), rank, world_size
     )
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[ImageBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
         batch_sampler=order,
         num_workers=num_workers,
@@ -92,7 +92,7 @@ def fixed_batches(
     seed: int,
     *,
     among: Sequence[int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Give ``count`` images, the same ones for the same seed; over again where there are fewer.
 
     ``among`` numbers those that come at all.

@@ -14,7 +14,8 @@ from torch import Tensor
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import to_model_range
-from tdc_ray.data.load import Batch, ImageDataset, load_dataset
+from tdc_ray.data.dataset import ImageBatch, ImageDataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
@@ -54,7 +55,7 @@ class LatentImages:
     def __len__(self) -> int:
         return self._length
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for number in {index // SHARD for index in indices}:
@@ -65,8 +66,8 @@ class LatentImages:
                     if index // SHARD == number:
                         row = index % SHARD
                         found[index] = (latents[row].clone(), labels[row : row + 1].clone())
-        rows = [found[index] for index in indices]
-        return torch.stack([row for row, _ in rows]), torch.cat([label for _, label in rows])
+        latents, labels = zip(*(found[index] for index in indices), strict=True)
+        return ImageBatch(torch.stack(latents), torch.cat(labels))
 
     def fingerprint(self) -> str:
         """Name the content by first stage and images."""

@@ -1,5 +1,7 @@
 """uint8 pixels of any size and colours, brought to the shape that is asked for."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def channels_first(pixels: NDArray[np.uint8]) -> Tensor:
-    """Turn ``(N, H, W)`` or ``(N, H, W, C)`` into ``(N, C, H, W)``."""
+    """Convert ``(N, H, W)`` or ``(N, H, W, C)`` into ``(N, C, H, W)``."""
     tensor = torch.from_numpy(np.ascontiguousarray(pixels))
     return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
@@ -39,3 +41,15 @@ def to_size(images: Tensor, config: DataConfig) -> Tensor:
         images = transforms.resize(images, [size], interpolation=bicubic, antialias=True)
         images = transforms.center_crop(images, [size, size])
     return images
+
+
+def resize_all(
+    pixels: NDArray[np.uint8],
+    config: DataConfig,
+    to_tensor: Callable[[NDArray[np.uint8]], Tensor] = channels_first,
+) -> Tensor:
+    """Bring an array of images to size, some at a time so that copies need bounded memory."""
+    starts = range(0, len(pixels), 4096)
+    return torch.cat(
+        [to_size(to_tensor(pixels[start : start + 4096]), config) for start in starts]
+    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import augment, to_model_range
-from tdc_ray.data.load import Batch
+from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.diffusion.loss import denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
@@ -136,7 +136,7 @@ def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
 def train(
     state: TrainState,
     model: nn.Module,
-    images: Iterable[Batch],
+    images: Iterable[ImageBatch],
     schedule: NoiseSchedule,
     config: TrainConfig,
     data: DataConfig,

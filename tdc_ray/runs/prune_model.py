@@ -10,9 +10,9 @@ from rich.console import Console
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import prepare_latents
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
@@ -89,28 +89,6 @@ def run_config_of(unet: Path) -> RunConfig | None:
     if unet.name != "unet" or unet.parent.name != "base" or not exists(path):
         return None
     return from_json(read_json(path))
-
-
-def data_config(source: str, data: DataConfig) -> DataConfig:
-    """Tell from a path, or ``digits``, what data it is; the other settings stay.
-
-    Raises:
-        ConfigError: It cannot be told.
-    """
-    path = Path(source).expanduser()
-    labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
-    if source == "digits":
-        return replace(data, source="digits", path=None)
-    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
-        return replace(data, source="npz", path=source)
-    if (path / "cifar-10-batches-py").is_dir():
-        return replace(data, source="cifar10", path=source)
-    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        return replace(data, source="folder", path=source, labels_from_folders=labels)
-    raise ConfigError(
-        f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
-        f"of cifar-10-batches-py, got {source}."
-    )
 
 
 def prune_model(

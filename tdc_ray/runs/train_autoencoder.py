@@ -21,7 +21,8 @@ from torch import Tensor
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
-from tdc_ray.data.load import Batch, ImageDataset, load_dataset
+from tdc_ray.data.dataset import ImageBatch, ImageDataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.train import (
     LossWindow,
     TrainState,
@@ -141,7 +142,9 @@ def autoencoder_loss(
     return loss
 
 
-def reconstruction_errors(first_stage: FirstStage, images: Iterable[Batch]) -> dict[str, float]:
+def reconstruction_errors(
+    first_stage: FirstStage, images: Iterable[ImageBatch]
+) -> dict[str, float]:
     """Mean ``l1`` and ``mse`` of images in [-1, 1] encoded and decoded again, and ``psnr_db``."""
     device, off, squared, count = first_stage.device, 0.0, 0.0, 0
     for batch, _ in images:
@@ -188,7 +191,7 @@ def _trained(
 def _train(
     state: TrainState,
     config: AutoencoderConfig,
-    images: Iterable[Batch],
+    images: Iterable[ImageBatch],
     out: Path,
     report: Report,
 ) -> None:
@@ -217,7 +220,7 @@ def _train(
 
 
 @torch.inference_mode()
-def _scaling_factor(model: AutoencoderKL, images: Iterable[Batch]) -> float:
+def _scaling_factor(model: AutoencoderKL, images: Iterable[ImageBatch]) -> float:
     """One over the latents' standard deviation (LDM, appendix G)."""
     modes = [
         model.encode(to_model_range(batch.to(model.device))).latent_dist.mode()

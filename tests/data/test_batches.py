@@ -8,7 +8,8 @@ from PIL import Image
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
-from tdc_ray.data.load import ArrayImages, load_dataset
+from tdc_ray.data.dataset import ArrayImages
+from tdc_ray.data.load import load_dataset
 from tests.images import folder_config, random_pixels
 
 # --- to the model ------------------------------------------------------------------------------

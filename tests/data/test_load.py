@@ -1,5 +1,6 @@
 import pickle
 from hashlib import md5
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.load import SOURCES, load_dataset
 from tdc_ray.errors import DataError
 from tests.images import everything, npz_config, random_pixels
 
@@ -27,6 +28,10 @@ def test_digits_come_larger_and_in_colour_when_asked():
     images, _ = everything(load_dataset(DataConfig(image_size=16, num_channels=3)))
     assert images.shape == (1797, 16, 16, 3)
     assert np.array_equal(images[..., 0], images[..., 2])
+
+
+def test_every_source_that_the_settings_name_can_be_opened():
+    assert set(SOURCES) == set(get_args(get_type_hints(DataConfig)["source"]))
 
 
 def test_a_dataset_is_loaded_once():

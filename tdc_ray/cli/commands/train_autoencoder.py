@@ -30,7 +30,7 @@ class TrainAutoencoder:
 
     def execute(self, console: Console) -> None:
         """Train, and print how well it rebuilds images."""
-        from tdc_ray.runs.prune_model import data_config
+        from tdc_ray.data.detect import data_config
         from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
 
         config = self.config

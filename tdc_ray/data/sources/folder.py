@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
 
@@ -36,6 +37,21 @@ _UNREADABLE = (
 """What Pillow raises for damaged files, for others than images, and for decompression bombs."""
 
 logger = logging.getLogger(__name__)
+
+
+def open(config: DataConfig) -> "FolderImages":
+    """List the image files below the path.
+
+    Raises:
+        DataError: There is none, one lies in no class, or none can be decoded.
+    """
+    assert config.path is not None  # DataConfig's own rule
+    path = Path(config.path)
+    if not path.is_dir():
+        raise DataError(f"data.path {path} must be a folder of images (data.source folder).")
+    images = FolderImages(path, config)
+    images.__getitems__([0])  # one must be readable, before any work starts
+    return images
 
 
 class FolderImages:
@@ -79,9 +95,9 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         images, numbers = zip(*(self._readable(index) for index in indices), strict=True)
-        return torch.stack(images), self.labels[list(numbers)]
+        return ImageBatch(torch.stack(images), self.labels[list(numbers)])
 
     def fingerprint(self) -> str:
         """Hash the files' places, sizes and times, the shape they are brought to, and labels."""

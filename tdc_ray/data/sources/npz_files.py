@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.files import atomic_path, locked
@@ -139,7 +140,7 @@ class NpzImages:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         chosen, config = np.asarray(indices), self.config
         shape = (len(chosen), config.num_channels, config.image_size, config.image_size)
         images = torch.empty(shape, dtype=torch.uint8)
@@ -148,7 +149,7 @@ class NpzImages:
             file, places = self.files[number], np.flatnonzero(of_file == number)
             first = self.ends[number] - len(file.npz)
             images[places] = to_size(file.read(chosen[places] - first), config)
-        return images, self.labels[chosen]
+        return ImageBatch(images, self.labels[chosen])
 
     def fingerprint(self) -> str:
         """Hash the pixels' checksums, the labels, and the shape that images are brought to."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches, to_model_range
-from tdc_ray.data.load import ImageDataset
+from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json

@@ -6,9 +6,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from tdc_ray.data import load
 from tdc_ray.data.batches import batches
-from tdc_ray.data.load import ArrayImages, load_dataset
+from tdc_ray.data.dataset import ArrayImages
+from tdc_ray.data.load import load_dataset
+from tdc_ray.data.sources import npz
 from tdc_ray.data.sources.npz_files import NpzImages
 from tdc_ray.errors import CorruptFileError, DataError
 from tests.images import everything, npz_config, random_pixels
@@ -190,7 +191,7 @@ def test_equal_content_has_an_equal_fingerprint(tmp_path):
 def any_size(request, monkeypatch):
     """Whether npz files pass for too large for memory."""
     if request.param == "too large":
-        monkeypatch.setattr(load, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
 
 
 def labelled(path, *, seed=0, first_label=0, save=np.savez):
@@ -248,7 +249,7 @@ def test_npz_files_of_which_none_can_be_read_are_an_error(tmp_path):
 @pytest.fixture
 def too_large(monkeypatch, tmp_path):
     """All npz files pass for too large; gives a maker of configs whose cache is empty."""
-    monkeypatch.setattr(load, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
 
     def config(path, **settings):
         load_dataset.cache_clear()  # as in another process
@@ -265,7 +266,7 @@ def cached(tmp_path):
 
 def test_npz_files_are_held_in_memory_only_where_they_are_small(tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", images=random_pixels(5, 8, 8))
-    monkeypatch.setattr(load, "IN_MEMORY_BYTES", 5 * 8 * 8)
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 5 * 8 * 8)
     config = npz_config(tmp_path / "a.npz", cache_dir=str(tmp_path / "cache"))
     assert isinstance(load_dataset(config), ArrayImages)
     larger = npz_config(tmp_path / "a.npz", image_size=9, cache_dir=str(tmp_path / "cache"))
@@ -285,7 +286,7 @@ def test_images_read_one_by_one_are_those_held_in_memory(
     shape = {"image_size": image_size, "num_channels": num_channels}
     dataset = load_dataset(too_large(tmp_path, **shape))
     assert isinstance(dataset, NpzImages)
-    monkeypatch.setattr(load, "IN_MEMORY_BYTES", 2**20)
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 2**20)
     in_memory = load_dataset(too_large(tmp_path, **shape))
     assert isinstance(in_memory, ArrayImages)
     for chosen in (range(9), [8, 0, 4, 4, 3, 7]):
@@ -351,7 +352,7 @@ def test_processes_that_start_together_unpack_once(tmp_path, too_large):
 
 
 def fingerprint_of(config):
-    load.IN_MEMORY_BYTES = 0
+    npz.IN_MEMORY_BYTES = 0
     dataset = load_dataset(config)
     everything(dataset)
     return dataset.fingerprint()
@@ -409,7 +410,7 @@ def test_images_in_fortrans_order_must_fit_into_memory(tmp_path, too_large, monk
     np.savez(tmp_path / "a.npz", images=pixels)
     with pytest.raises(DataError, match=r"a\.npz is too large for memory .*ascontiguousarray"):
         load_dataset(too_large(tmp_path / "a.npz"))
-    monkeypatch.setattr(load, "IN_MEMORY_BYTES", 2**20)
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 2**20)
     images, _ = everything(load_dataset(too_large(tmp_path / "a.npz")))
     assert np.array_equal(images[..., 0], pixels)
 

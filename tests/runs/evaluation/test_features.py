@@ -13,7 +13,8 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import to_model_range
-from tdc_ray.data.load import ImageDataset, load_dataset
+from tdc_ray.data.dataset import ImageDataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError, EvaluationError
 from tdc_ray.runs.evaluation.features import (
     INCEPTION_FILE,

@@ -8,7 +8,8 @@ import pytest
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import held_out_split
-from tdc_ray.data.load import ArrayImages, load_dataset
+from tdc_ray.data.dataset import ArrayImages
+from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.item import Report

@@ -1,0 +1,110 @@
+"""One npz file, or all of a folder's (ImageNet-64's): in memory, or read as images are asked for.
+
+What an npz file may hold, and how it is read, is in ``npz_files``.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_ray.config.data import DataConfig
+from tdc_ray.data.dataset import ArrayImages, ImageDataset
+from tdc_ray.data.pixels import resize_all
+from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack
+from tdc_ray.errors import CorruptFileError, DataError
+
+IN_MEMORY_BYTES = 2**28
+"""npz files whose images take more than this, as they are or once brought to size, are not read
+into memory."""
+
+File = TypeVar("File")
+Read = TypeVar("Read")
+
+logger = logging.getLogger(__name__)
+
+
+def open(config: DataConfig) -> ImageDataset:
+    """Open one file, or all of a folder's in the order of their numbers (ImageNet-64's).
+
+    Raises:
+        DataError: There is no image, the files do not go together, or too many are corrupt.
+    """
+    assert config.path is not None  # DataConfig's own rule
+    path = Path(config.path)
+    paths = sorted(path.glob("*.npz"), key=_natural) if path.is_dir() else [path]
+    if not paths:
+        raise DataError(f"data.path {path} holds no .npz file.")
+    readable = _Readable(len(paths), config.max_corrupt)
+    files = readable(open_npz, paths)
+    for file in files:
+        if file.image_shape != files[0].image_shape:
+            raise DataError(
+                f"images in {file.path} must have shape {files[0].image_shape}, like those in "
+                f"{files[0].path}, got {file.image_shape}."
+            )
+    files = [file for file in files if len(file)]
+    if not files:
+        raise DataError(f"data.path {path} holds no image.")
+    count, resized = sum(len(file) for file in files), config.num_channels * config.image_size**2
+    if count * max(math.prod(files[0].image_shape), resized) > IN_MEMORY_BYTES:
+        cache_dir = Path(config.cache_dir).expanduser()
+        unpacked = readable(lambda file: unpack(file, cache_dir), files)
+        return NpzImages(unpacked, _labels(path, [file.npz for file in unpacked]), config)
+    read = readable(lambda file: (file, resize_all(file.read(), config, file.to_tensor)), files)
+    images = torch.cat([images for _, images in read])
+    return ArrayImages(images, _labels(path, [file for file, _ in read]))
+
+
+class _Readable:
+    """Does something with each of several npz files; up to a limit, corrupt ones are left out."""
+
+    def __init__(self, num_files: int, max_corrupt: int) -> None:
+        self.num_files, self.max_corrupt = num_files, max_corrupt
+        self.reasons: list[str] = []
+
+    def __call__(self, function: Callable[[File], Read], files: Sequence[File]) -> list[Read]:
+        results = []
+        for file in files:
+            try:
+                results.append(function(file))
+            except CorruptFileError as error:
+                if self.num_files == 1:
+                    raise
+                self.reasons.append(str(error))
+                if len(self.reasons) > min(self.max_corrupt, self.num_files - 1):
+                    none_left = len(self.reasons) == self.num_files
+                    way_out = "" if none_left else ", or raise --data.max-corrupt"
+                    raise CorruptFileError(
+                        f"{len(self.reasons)} of {self.num_files} npz files are corrupt, and "
+                        f"data.max_corrupt, which counts files, is {self.max_corrupt}: "
+                        f"{' '.join(self.reasons)} Mend or remove them{way_out}."
+                    ) from error
+                logger.warning("%s Its images are left out.", error)
+        return results
+
+
+def _labels(path: Path, files: Sequence[NpzFile]) -> Tensor | None:
+    """Join the files' labels; None where an image has none."""
+    labels = [file.labels for file in files if file.labels is not None]
+    if len(labels) < len(files):
+        if labels:
+            logger.warning("labels of %s are left out: some of its files have none", path)
+        return None
+    joined = np.concatenate(labels)
+    if missing := int((joined < 0).sum()):  # by convention, images without a label have -1
+        total = len(joined)
+        logger.warning("labels of %s are left out: %d of %d are below 0", path, missing, total)
+        return None
+    return torch.from_numpy(joined)
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    """Return a key that sorts ``batch_10`` behind ``batch_9``."""
+    digits = "".join(c for c in path.stem if c.isdigit())
+    return (int(digits or 0), path.name)
