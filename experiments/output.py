@@ -17,7 +17,6 @@ from rich.table import Table
 from torchvision.utils import make_grid
 
 from tdc_ray.config.run import to_json
-from tdc_ray.execution.cache import shared
 from tdc_ray.runs.collect_results import item_results
 from tdc_ray.runs.sweep.results import SweepResults, TrialRow
 from tdc_ray.storage.files import atomic_path, fetch, listing, write_json, write_text
@@ -138,9 +137,9 @@ def unique_work(folder: Path, rows: Sequence[TrialRow]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for row in rows:
         for result in item_results(RunDir(folder / row.run_dir)):
-            mark = shared(result)
-            if mark is not None and not mark[1]:
-                found.setdefault(mark[0], []).append(float(result.get("train_macs", 0.0)))
+            if (mark := result.cached) and not mark.reused:
+                macs = float(result.value.get("train_macs", 0.0))
+                found.setdefault(mark.key, []).append(macs)
     return {
         "keys_computed": len(found),
         "keys_computed_twice": sum(len(some) > 1 for some in found.values()),

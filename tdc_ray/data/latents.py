@@ -17,9 +17,9 @@ from tdc_ray.data.batches import to_model_range
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import DataError
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, fetch, listing, remove
@@ -42,6 +42,13 @@ class EncodeJob:
     first: int
     count: int
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeResult:
+    """How many images' latents a shard holds."""
+
+    num_images: int
 
 
 class LatentImages:
@@ -108,14 +115,15 @@ def prepare_latents(config: RunConfig) -> Chain[None]:
                 num_steps=job.count,
                 inputs=shard_inputs,
                 files=(path,),
+                result_type=EncodeResult,
             )
         )
     if items:
         logger.info("latents of %d images go to %s", sum(i.num_steps for i in items), folder)
-        yield items
+        yield from results_of(items)
 
 
-def encode_images(job: EncodeJob, report: Report) -> Result:
+def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
     """Encode a share of the images into a shard, which appears when it is whole.
 
     Raises:
@@ -139,7 +147,7 @@ def encode_images(job: EncodeJob, report: Report) -> Result:
     tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
-    return {"num_images": job.count}
+    return EncodeResult(job.count)
 
 
 def shard_inputs(job: EncodeJob) -> Inputs:

@@ -15,13 +15,24 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from tdc_ray.errors import StorageError, StorageFailedError
-from tdc_ray.execution.item import Inputs, Report, Reported, Result, WorkItem
+from tdc_ray.execution.item import (
+    AnyItem,
+    CacheMark,
+    Inputs,
+    ItemResult,
+    R,
+    Report,
+    Reported,
+    WorkItem,
+    checked_result,
+)
 from tdc_ray.storage.digest import json_digest, tree_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import display_path, is_remote
@@ -29,9 +40,6 @@ from tdc_ray.storage.provenance import versions
 
 FORMAT = 2
 ENTRY_FILE = "entry.json"
-
-SHARED = "shared"
-"""In a result: its key, and whether it was taken from the store."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,40 +61,37 @@ class ResultCache:
         return exists(self.entry(key) / ENTRY_FILE)
 
     def save(
-        self, item: WorkItem, key: str, result: Result, reported: Sequence[Reported] = ()
-    ) -> Result:
-        """Keep an item's result and files; give the result as the run keeps it.
+        self, item: WorkItem[Any, R], key: str, value: R, reported: Sequence[Reported] = ()
+    ) -> None:
+        """Keep an item's result and files here, and its result in the run.
 
         Args:
             item: The item, which was run.
             key: Its key.
-            result: What came out.
+            value: Its result.
             reported: What it reported, for the curves of those that take it.
 
         Raises:
             StorageFailedError: The disk or the object store does not take it.
         """
         entry = self.entry(key)
-        if self.contains(key):  # another run was as quick
-            return _marked(result, key, reused=False)
-        own = entry / secrets.token_hex(8)
-        digests = [_copy(path, own / str(number)) for number, path in enumerate(item.files)]
-        document = {
-            "format": FORMAT,
-            "item": item.key,
-            "run": self.run,
-            "inputs": _inputs(item),
-            "files": {"folder": own.name, "digests": digests},
-            "result": result,
-            "reported": reported,
-        }
-        write_json(entry / ENTRY_FILE, document)
-        return _marked(result, key, reused=False)
+        if not self.contains(key):  # another run may have been as quick
+            own = entry / secrets.token_hex(8)
+            digests = [_copy(path, own / str(number)) for number, path in enumerate(item.files)]
+            document = {
+                "format": FORMAT,
+                "item": item.key,
+                "run": self.run,
+                "inputs": _inputs(item),
+                "files": {"folder": own.name, "digests": digests},
+                "result": to_jsonable_python(value),
+                "reported": reported,
+            }
+            write_json(entry / ENTRY_FILE, document)
+        ItemResult(value, CacheMark(key, reused=False)).save(item.result_path)
 
-    def load(
-        self, item: WorkItem, key: str, report: Report = lambda _metrics, _step: None
-    ) -> Result:
-        """Bring an item's files into the run, report what it did, and give its result.
+    def load(self, item: WorkItem[Any, R], key: str, report: Report) -> R:
+        """Bring an item's files and result into the run, and report what it reported.
 
         On one local file system files are linked, else copied.
 
@@ -99,7 +104,7 @@ class ResultCache:
             own = entry / Path(document["files"]["folder"]).name
             digests = [_copy(own / str(number), path) for number, path in enumerate(item.files)]
             _require_same(digests, document["files"]["digests"], own)
-            result: Result = document["result"]
+            value = checked_result(document["result"], item.result_type)
             reused = document["run"] != self.run
             reported: list[Reported] = document["reported"] if reused else []
         except StorageFailedError:
@@ -111,19 +116,39 @@ class ResultCache:
             ) from error
         for step, metrics in reported:
             report(metrics, step)
-        return _marked(result, key, reused=reused)
+        ItemResult(value, CacheMark(key, reused=reused)).save(item.result_path)
+        return value
 
-    def loading(self, item: WorkItem, key: str) -> WorkItem:
-        """Give what takes an item's result in place of running it."""
-        return replace(item, function=partial(_take, store=self, item=item, key=key))
+    def load_item(
+        self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
+    ) -> R | None:
+        """Load a result in place of running its item; see ``run_item``."""
+        if not is_first:
+            return None
+        value = self.load(item, key, report)
+        report({}, item.num_steps)
+        return value
 
-    def saving(self, item: WorkItem, key: str) -> WorkItem:
-        """Give what runs an item and publishes its result."""
-        return replace(item, function=partial(_run, store=self, item=item, key=key))
+    def run_item(
+        self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
+    ) -> R | None:
+        """Run an item, as ``item.run_item`` does, and keep its result here too."""
+        reported: list[Reported] = []
+
+        def record(metrics: Mapping[str, float], step: int) -> None:
+            reported.append((step, dict(metrics)))
+            report(metrics, step)
+
+        value = item.function(item.job, record)
+        if not is_first:
+            return None
+        assert value is not None
+        self.save(item, key, value, reported)
+        return value
 
 
-def key_of(item: WorkItem) -> str | None:
-    """Give the key of an item's result; None: it cannot be shared."""
+def key_of(item: AnyItem) -> str | None:
+    """Return the key of an item's result; None means that it cannot be shared."""
     inputs = _inputs(item)
     if inputs is None:
         return None
@@ -131,51 +156,13 @@ def key_of(item: WorkItem) -> str | None:
     return json_digest(document)
 
 
-def shared(result: Result) -> tuple[str, bool] | None:
-    """Tell a result's key and whether it was taken from a store; None: it is of no store."""
-    mark = result.get(SHARED)
-    return None if mark is None else (mark["key"], mark["reused"])
-
-
-def _inputs(item: WorkItem) -> Inputs | None:
+def _inputs(item: AnyItem) -> Inputs | None:
     return None if item.inputs is None else item.inputs(item.job)
-
-
-def _marked(result: Result, key: str, *, reused: bool) -> Result:
-    return {**result, SHARED: {"key": key, "reused": reused}}
 
 
 def _require_same(found: list[str], expected: list[str], folder: Path) -> None:
     if found != expected:
         raise StorageError(f"files in {display_path(folder)} were changed.")
-
-
-def _is_first() -> bool:
-    """Whether this process is the first, or only, worker of its item."""
-    from tdc_ray.execution.device import (
-        worker_rank,
-    )  # imports torch, without which a driver may do
-
-    return worker_rank().rank == 0
-
-
-def _take(_job: Any, report: Report, *, store: ResultCache, item: WorkItem, key: str) -> Result:
-    if not _is_first():
-        return {}
-    result = store.load(item, key, report)
-    report({}, item.num_steps)
-    return result
-
-
-def _run(job: Any, report: Report, *, store: ResultCache, item: WorkItem, key: str) -> Result:
-    reported: list[Reported] = []
-
-    def told(metrics: Mapping[str, float], step: int) -> None:
-        reported.append((step, dict(metrics)))
-        report(metrics, step)
-
-    result = item.function(job, told)
-    return store.save(item, key, result, reported) if _is_first() else result
 
 
 @functools.cache

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tdc_ray.errors import TdcError
-from tdc_ray.execution.item import Report, Result, WorkItem, finished, run_item, unwatched
+from tdc_ray.execution.item import AnyItem, R, Report, WorkItem, finished, run_item, unwatched
 
 T = TypeVar("T")
 
@@ -20,9 +20,21 @@ class Barrier:
     """Names of the chains that meet."""
 
 
-Chain = Generator[Sequence[WorkItem] | Barrier, Sequence[Result], T]
+Chain = Generator[Sequence[AnyItem] | Barrier, Sequence[Any], T]
 """Yields items that may run side by side, is sent their results in order, and returns a value. A
-meeting is answered with no results."""
+barrier is answered with no results."""
+
+
+def result_of(item: WorkItem[Any, R]) -> Chain[R]:
+    """Yield one item and return its result, for ``yield from`` in a chain."""
+    (result,) = yield from results_of([item])
+    return result
+
+
+def results_of(items: Sequence[WorkItem[Any, R]]) -> Chain[Sequence[R]]:
+    """Yield items that may run side by side and return their results in order."""
+    results: Sequence[R] = yield items
+    return results
 
 
 @dataclass(slots=True)
@@ -30,10 +42,10 @@ class _State(Generic[T]):
     """A chain, and what it waits for."""
 
     chain: Chain[T]
-    waits_for: Sequence[WorkItem] | Barrier | None = None
+    waits_for: Sequence[AnyItem] | Barrier | None = None
     """None before it was started."""
 
-    results: dict[str, Result] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     """Of the items that it waits for, as far as they are there, by key."""
 
     stage: int = 0
@@ -57,12 +69,12 @@ class Chains(Generic[T]):
         self._meeting: set[str] = set()
         """Chains that wait in a meeting."""
 
-    def advance(self) -> list[tuple[str, WorkItem]]:
+    def advance(self) -> list[tuple[str, AnyItem]]:
         """Let every chain go on that can, and give the items that are to be run, by its name.
 
         Items whose results an earlier attempt left are not among them.
         """
-        missing: list[tuple[str, WorkItem]] = []
+        missing: list[tuple[str, AnyItem]] = []
         while self._changed:
             movable = dict.fromkeys(
                 other for name in self._changed for other in self._movable(name)
@@ -72,7 +84,7 @@ class Chains(Generic[T]):
                 missing += [(name, item) for item in self._advance(name)]
         return missing
 
-    def deliver(self, name: str, item: WorkItem, result: Result) -> None:
+    def deliver(self, name: str, item: AnyItem, result: object) -> None:
         """Give a chain the result of one of its items; a chain that was dropped takes none."""
         if name in self._states:
             self._states[name].results[item.key] = result
@@ -111,7 +123,7 @@ class Chains(Generic[T]):
         others = [self._states[other] for other in waits_for.participants & self._states.keys()]
         return all(waits_for == other.waits_for for other in others)
 
-    def _advance(self, name: str) -> list[WorkItem]:
+    def _advance(self, name: str) -> list[AnyItem]:
         state, results = self._states[name], None
         if isinstance(state.waits_for, Barrier):
             self._meeting.discard(name)
@@ -131,14 +143,14 @@ class Chains(Generic[T]):
         except TdcError as error:  # such as of a store that cannot be written to
             self.errors[name] = error
         else:
-            state.results = {key: result for key, result in earlier.items() if result is not None}
+            state.results = {key: result.value for key, result in earlier.items() if result}
             return [item for item in waits_for if earlier[item.key] is None]
         self.cancel(name)
         return []
 
 
 def run_chain(
-    chain: Chain[T], watch: Callable[[WorkItem], AbstractContextManager[Report]] = unwatched
+    chain: Chain[T], watch: Callable[[AnyItem], AbstractContextManager[Report]] = unwatched
 ) -> T:
     """Run a chain that meets no other in this process, one item after the other.
 

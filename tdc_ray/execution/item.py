@@ -5,16 +5,28 @@ stages of one group, in order. Who runs the items (a pool of Ray actors, or the 
 none of the chain's business.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, cast
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
+from tdc_ray.errors import StorageError
 from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.object_store import display_path
+
+Job = TypeVar("Job")
+R = TypeVar("R")
+"""Of a result: a small frozen dataclass of plain values. Anything larger is a file."""
 
 Result = dict[str, Any]
-"""What an item gives back: plain JSON values. Anything larger is a file that the result names."""
+"""A result that is not yet a type of its own."""
+
+UNTYPED: Any = dict
 
 Inputs = Mapping[str, Any]
 """All that a result follows from: plain JSON values. Equal inputs give equal results."""
@@ -38,16 +50,17 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkItem:
+class WorkItem(Generic[Job, R]):
     """A piece of work that needs nothing but its job and the run directory."""
 
     key: str
     """Name within the run, such as ``group-03/finetune``; also where its metrics are filed."""
 
-    function: Callable[[Any, Report], Result]
-    """What to call; a module-level function, so that it can be sent by its name."""
+    function: Callable[[Job, Report], R | None]
+    """What to call; a module-level function, so that it can be sent by its name. Of several
+    workers only the first one need return a result."""
 
-    job: Any
+    job: Job
     """A frozen dataclass of paths and small values, handed to the function."""
 
     result_path: Path
@@ -68,11 +81,11 @@ class WorkItem:
     num_workers: int = 1
     """Workers that run it side by side, data parallel; the first one's result counts."""
 
-    reduce_memory: Callable[[Any], Any] | None = None
+    reduce_memory: Callable[[Job], Job | None] | None = None
     """Makes of its job one that needs about half the memory and comes to the same; gives None
     where there is no smaller one. A module-level function."""
 
-    inputs: Callable[[Any], Inputs | None] | None = None
+    inputs: Callable[[Job], Inputs | None] | None = None
     """Gives of its job what its result follows from, so that other runs may take it from a store
     (see ``tdc_ray.execution.cache``). A module-level function; None, or what gives None: none
     may."""
@@ -84,38 +97,108 @@ class WorkItem:
     """The pool's service that runs it: it waits for something outside, and so holds no worker.
     None means that workers run it."""
 
-    fallback_result: Result | None = None
+    fallback_result: R | None = None
     """The result of an item whose service died too often; each that names a service has one."""
 
-    def reduced_memory(self) -> Any | None:
-        """Give its job with about half the memory, if there is one."""
+    result_type: type[R] = field(default=UNTYPED, kw_only=True)
+    """What a result that is read is checked against."""
+
+    def reduced_memory(self) -> Job | None:
+        """Return its job with about half the memory, if there is one."""
         return None if self.reduce_memory is None else self.reduce_memory(self.job)
 
 
-def finished(item: WorkItem) -> Result | None:
-    """Give the result that an earlier attempt left, if there is one."""
-    if not exists(item.result_path):
-        return None
-    result = read_json(item.result_path)
-    assert isinstance(result, dict)
+AnyItem = WorkItem[Any, Any]
+
+
+class Runner(Protocol):
+    """Runs an item, or comes by its result in another way."""
+
+    def __call__(self, item: AnyItem, report: Report, *, is_first: bool = True) -> Any:
+        """Return the result, which is then kept; None on all workers but the first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMark:
+    """Which result of a result cache this is."""
+
+    key: str
+    reused: bool
+    """Whether another run computed it."""
+
+
+MARK = "shared"
+"""Key of a result file under which the cache's mark stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult(Generic[R]):
+    """What an item returned, as its file holds it."""
+
+    value: R
+    cached: CacheMark | None = None
+    """None means that the result is in no cache."""
+
+    def save(self, path: Path) -> None:
+        """Write the value's fields as JSON, the mark behind them."""
+        mark = {} if self.cached is None else {MARK: asdict(self.cached)}
+        write_json(path, {**to_jsonable_python(self.value), **mark})
+
+
+def load_result(path: Path, result_type: type[R]) -> ItemResult[R]:
+    """Read what :meth:`ItemResult.save` wrote.
+
+    Raises:
+        StorageError: The file is missing, or holds something else.
+    """
+    document = read_json(path)
+    try:
+        mark = document.pop(MARK, None)
+        value = checked_result(document, result_type)
+        return ItemResult(value, None if mark is None else CacheMark(**mark))
+    except (AttributeError, TypeError, ValidationError) as error:
+        raise StorageError(f"{display_path(path)} is no result of this item: {error}") from error
+
+
+def checked_result(document: Any, result_type: type[R]) -> R:
+    """Convert JSON values to a result.
+
+    Raises:
+        ValidationError: They do not fit.
+    """
+    result: R = _adapter(cast("Hashable", result_type)).validate_python(document)
     return result
 
 
-def use_fallback(item: WorkItem) -> Result:
-    """Give what a lost call gives, and keep it: what follows was made with it, in a resume too."""
+_adapter = functools.cache(TypeAdapter)
+
+
+def finished(item: WorkItem[Job, R]) -> ItemResult[R] | None:
+    """Load the result that an earlier attempt left, if there is one."""
+    if not exists(item.result_path):
+        return None
+    return load_result(item.result_path, item.result_type)
+
+
+def use_fallback(item: WorkItem[Job, R]) -> R:
+    """Return what a lost call gives, and keep it: what follows was made with it, also later on."""
     assert item.fallback_result is not None
-    write_json(item.result_path, item.fallback_result)
+    ItemResult(item.fallback_result).save(item.result_path)
     return item.fallback_result
 
 
-def run_item(item: WorkItem, report: Report) -> Result:
-    """Run an item in this process and keep its result."""
-    result = item.function(item.job, report)
-    write_json(item.result_path, result)
-    return result
+def run_item(item: WorkItem[Job, R], report: Report, *, is_first: bool = True) -> R | None:
+    """Run an item in this process; its first or only worker keeps and returns the result."""
+    value = item.function(item.job, report)
+    if not is_first:
+        return None
+    assert value is not None
+    ItemResult(value).save(item.result_path)
+    return value
 
 
 @contextmanager
-def unwatched(_: WorkItem) -> Iterator[Report]:
-    """Heed nothing that an item reports."""
+def unwatched(_: AnyItem) -> Iterator[Report]:
+    """Ignore all that an item reports."""
     yield lambda _metrics, _step: None

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from tdc_ray.execution.item import WorkItem
+from tdc_ray.execution.item import AnyItem
 
 MAX_NODE_LOSSES = 20
 """How often an item may lose its node: on machines that may be taken away no fault of its own."""
@@ -34,7 +34,7 @@ class Action(Enum):
     GIVE_UP = "give_up"
 
 
-def after_failure(item: WorkItem, failure: Failure, times: int, max_attempts: int) -> Action:
+def after_failure(item: AnyItem, failure: Failure, times: int, max_attempts: int) -> Action:
     """Decide what follows a failure.
 
     A lost worker is not the item's fault, and less so a lost node; an error of ours would recur;

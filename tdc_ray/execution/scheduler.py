@@ -12,7 +12,7 @@ from itertools import count
 from typing import Generic, TypeVar
 
 from tdc_ray.execution.chain import Chain, Chains
-from tdc_ray.execution.item import Resources, Result, WorkItem, finished, use_fallback
+from tdc_ray.execution.item import AnyItem, Resources, finished, use_fallback
 from tdc_ray.execution.retry import Action, Failure, after_failure
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Assignment:
     stage: int
     """Of its chain: items of one stage may run side by side."""
 
-    item: WorkItem
+    item: AnyItem
     workers: tuple[str, ...]
     """As many as the item wants; none for a call."""
 
@@ -35,7 +35,7 @@ class Assignment:
     """How often the item was started, this time included."""
 
 
-_Ready = tuple[float, str, int, str, WorkItem]
+_Ready = tuple[float, str, int, str, AnyItem]
 """Minus the work in an item and behind it, its key, a tie-break, its chain, the item."""
 
 
@@ -61,8 +61,8 @@ class Scheduler(Generic[T]):
         self._chains, self._default, self._max_attempts = Chains(chains), default, max_attempts
         self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
         self._given_up: dict[str, str] = {}
-        self._calls: list[tuple[str, WorkItem]] = []
-        self._deferred: list[tuple[str, WorkItem]] = []
+        self._calls: list[tuple[str, AnyItem]] = []
+        self._deferred: list[tuple[str, AnyItem]] = []
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
         self._busy: Counter[Resources] = Counter()
@@ -151,7 +151,7 @@ class Scheduler(Generic[T]):
         self._put_all(deferred)
         return bool(deferred)
 
-    def finish(self, task: Assignment, result: Result) -> None:
+    def finish(self, task: Assignment, result: object) -> None:
         """Take in an item's result; its workers are idle again."""
         self._end(task, lost=())
         self._chains.deliver(task.chain, task.item, result)
@@ -178,7 +178,7 @@ class Scheduler(Generic[T]):
             self._failures[chain, item.key, failure] = times
         result = finished(item) if item.service is None else None
         if result is not None:  # its worker died after its work and before its answer
-            self._chains.deliver(chain, item, result)
+            self._chains.deliver(chain, item, result.value)
             action = Action.RETRY
         elif action is Action.RETRY:
             self._put(chain, item)
@@ -220,10 +220,10 @@ class Scheduler(Generic[T]):
             ready[:] = [entry for entry in ready if entry[-2] != chain]
             heapq.heapify(ready)
 
-    def _resources(self, item: WorkItem) -> Resources:
+    def _resources(self, item: AnyItem) -> Resources:
         return item.resources or self._default
 
-    def _task(self, chain: str, item: WorkItem, workers: tuple[str, ...]) -> Assignment:
+    def _task(self, chain: str, item: AnyItem, workers: tuple[str, ...]) -> Assignment:
         self._attempts[chain, item.key] += 1
         attempt, stage = self._attempts[chain, item.key], self._chains.stage(chain)
         task = Assignment(next(self._numbers), chain, stage, item, workers, attempt)
@@ -238,7 +238,7 @@ class Scheduler(Generic[T]):
         self._busy[resources] -= len(task.workers)
         self._idle[resources] += sorted(set(task.workers) - set(lost))
 
-    def _put(self, chain: str, item: WorkItem) -> None:
+    def _put(self, chain: str, item: AnyItem) -> None:
         if item.service is not None:
             self._calls.append((chain, item))
             return
@@ -246,7 +246,7 @@ class Scheduler(Generic[T]):
         entry = (-(item.cost + item.cost_behind), item.key, next(self._numbers), chain, item)
         heapq.heappush(self._ready[self._resources(item)], entry)
 
-    def _put_all(self, entries: Sequence[tuple[str, WorkItem]]) -> None:
+    def _put_all(self, entries: Sequence[tuple[str, AnyItem]]) -> None:
         for chain, item in entries:
             self._put(chain, item)
 

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Resources, WorkItem
+from tdc_ray.execution.item import AnyItem, Resources
 from tdc_ray.execution.retry import Failure
 from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import lower_bound
@@ -58,11 +58,11 @@ class SimulationResult:
 
 def simulate(
     chains: Mapping[str, Chain[Any]],
-    seconds_of: Callable[[WorkItem], float],
+    seconds_of: Callable[[AnyItem], float],
     *,
     num_workers: int,
     weather: FailureModel = FailureModel(),  # frozen
-    checkpoint_every_s: Callable[[WorkItem], float | None] = lambda _item: None,
+    checkpoint_every_s: Callable[[AnyItem], float | None] = lambda _item: None,
     max_attempts: int = 3,
 ) -> SimulationResult:
     """Run chains on workers that take as long as they are said to.
@@ -84,10 +84,10 @@ class _Simulation:
     def __init__(
         self,
         chains: Mapping[str, Chain[Any]],
-        seconds_of: Callable[[WorkItem], float],
+        seconds_of: Callable[[AnyItem], float],
         num_workers: int,
         weather: FailureModel,
-        checkpoint_every_s: Callable[[WorkItem], float | None],
+        checkpoint_every_s: Callable[[AnyItem], float | None],
         max_attempts: int,
     ) -> None:
         self._seconds_of, self._checkpoint_every_s = seconds_of, checkpoint_every_s
@@ -160,7 +160,7 @@ class _Simulation:
         self._work += seconds * len(task.workers)
         self._busy += (self._now - started) * len(task.workers)
         self._num_items += 1
-        self._schedule.finish(task, {})
+        self._schedule.finish(task, None)
 
     def _join(self) -> None:
         name = f"worker-{next(self._names)}"

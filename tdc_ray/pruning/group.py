@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import UNTYPED, Inputs, Job, R, Report, Result, WorkItem
 from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.space import Scheme, Space
@@ -74,24 +73,26 @@ class GroupSearch:
     def item(
         self,
         name: str,
-        function: Callable[[Any, Report], Result],
-        job: Any,
+        function: Callable[[Job, Report], R | None],
+        job: Job,
         *,
+        result_type: type[R] = UNTYPED,
         cost: float = 0.0,
         behind: float = 0.0,
         num_steps: int = 1,
         kept: KeptIndices | None = None,
-        inputs: Callable[[Any], Inputs | None] | None = None,
+        inputs: Callable[[Job], Inputs | None] | None = None,
         files: tuple[Path, ...] = (),
         service: str | None = None,
-        fallback_result: Result | None = None,
-    ) -> WorkItem:
+        fallback_result: R | None = None,
+    ) -> WorkItem[Job, R]:
         """Make an item of the search; see ``WorkItem``.
 
         Args:
             name: Its name within the group.
             function: What to call.
             job: With what.
+            result_type: What it returns.
             cost: Expected macs.
             behind: Expected macs of the search after it; the fine-tune's are added.
             num_steps: Steps that it reports.
@@ -115,6 +116,7 @@ class GroupSearch:
             files=files,
             service=service,
             fallback_result=fallback_result,
+            result_type=result_type,
         )
 
 

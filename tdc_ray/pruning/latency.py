@@ -6,7 +6,7 @@ times all of them where they stand, with caches as they are there.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,9 +15,9 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.surgery import cut
@@ -41,6 +41,19 @@ class LatencyJob:
     config: RunConfig
 
 
+@dataclass(frozen=True, slots=True)
+class LatencyResult:
+    """What was measured, and how."""
+
+    device: str
+    batch_size: int
+    base_ns: int
+    units: Mapping[str, Mapping[int, int]]
+    """Nanoseconds by unit and width."""
+
+    seconds: float
+
+
 def timed_space(path: Path, unet: NetworkConfig, config: RunConfig, space: Space) -> Chain[Space]:
     """Measure what the units of a space take, and give the space with time as what is limited.
 
@@ -51,21 +64,21 @@ def timed_space(path: Path, unet: NetworkConfig, config: RunConfig, space: Space
         space: The base's space.
     """
     passes = 2 * MAX_LEVELS * MIN_REPEATS * config.prune.latency_batch_size
-    (measured,) = yield [
-        WorkItem(
-            key="latency",
-            function=measure_latency,
-            job=LatencyJob(unet, config),
-            result_path=path,
-            cost=float(passes * space.macs_base),
-            num_steps=MAX_LEVELS - 1,
-        )
-    ]
+    item = WorkItem(
+        key="latency",
+        function=measure_latency,
+        job=LatencyJob(unet, config),
+        result_path=path,
+        cost=float(passes * space.macs_base),
+        num_steps=MAX_LEVELS - 1,
+        result_type=LatencyResult,
+    )
+    measured = yield from result_of(item)
     return space.timed(latency_table(measured, space.units))
 
 
-def measure_latency(job: LatencyJob, report: Report) -> Result:
-    """Give ``base_ns``, ``units`` (nanoseconds by unit and width), and how they were measured."""
+def measure_latency(job: LatencyJob, report: Report) -> LatencyResult:
+    """Time the base and every unit at several widths."""
     started, prune = time.perf_counter(), job.config.prune
     space = space_of(job.unet, prune.space, prune.channel_multiple)
     device = worker_device()
@@ -89,33 +102,33 @@ def measure_latency(job: LatencyJob, report: Report) -> Result:
         for unit in space.units:
             for width, timed in ((unit.width, whole), (widths[unit.name], part)):
                 units[unit.name].setdefault(width, []).append(pace * timed.steps[unit.name])
-    return {
-        "device": device_name(device),
-        "batch_size": prune.latency_batch_size,
-        "base_ns": round(1e9 * total),
-        "units": {
+    return LatencyResult(
+        device=device_name(device),
+        batch_size=prune.latency_batch_size,
+        base_ns=round(1e9 * total),
+        units={
             name: {width: round(1e9 * median(times[width])) for width in sorted(times)}
             for name, times in units.items()
         },
-        "seconds": time.perf_counter() - started,
-    }
+        seconds=time.perf_counter() - started,
+    )
 
 
-def latency_table(measured: Result, units: Sequence[Unit]) -> LatencyTable:
+def latency_table(measured: LatencyResult, units: Sequence[Unit]) -> LatencyTable:
     """Make the table of what was measured: never falling with the width, linear in between.
 
     What is narrower takes no longer than the whole unit, whose time stays as it was measured.
     """
     times = {}
     for unit in units:
-        by_width = {int(width): ns for width, ns in measured["units"][unit.name].items()}
+        by_width = measured.units[unit.name]
         widths = sorted(by_width)
         measured_ns = [min(by_width[width], by_width[unit.width]) for width in widths]
         rising = isotonic_regression(measured_ns).x
         between = np.interp(np.arange(1, unit.width + 1), widths, rising)
         times[unit.name] = (0, *(max(1, round(float(ns))) for ns in between))
     blocks = sum(some[-1] for some in times.values())
-    return LatencyTable(max(0, measured["base_ns"] - blocks), times)
+    return LatencyTable(max(0, measured.base_ns - blocks), times)
 
 
 def _schemes(space: Space) -> list[dict[str, int]]:

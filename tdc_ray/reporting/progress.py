@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tdc_ray.execution.item import Report, Reported, WorkItem
+from tdc_ray.execution.item import AnyItem, Report, Reported
 from tdc_ray.storage.mirror import synced_while_growing
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class ProgressView:
             self._writer(run, step).add_text(name, text, step)
 
     @contextmanager
-    def watch(self, item: WorkItem) -> Iterator[Report]:
+    def watch(self, item: AnyItem) -> Iterator[Report]:
         """Show an item that runs in this process."""
         self.start(item.key, item.num_steps)
         try:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.execution.cache import shared
-from tdc_ray.execution.item import Result
+from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.models.first_stage import first_stage_digest
 from tdc_ray.runs.evaluation.evaluate import Score
@@ -25,6 +25,7 @@ from tdc_ray.runs.results import (
     StageSeconds,
     TimesResult,
 )
+from tdc_ray.runs.stages.base import BaseResult
 from tdc_ray.runs.stages.expert import Expert
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.provenance import commit, versions
@@ -39,8 +40,7 @@ class RunOutcome:
     experts: Sequence[Expert]
     """One per group, in order."""
 
-    times: Result
-    """What a forward pass takes; see ``expert_times.measure_experts``."""
+    times: TimesResult
 
     base: Score
     tdc: Score
@@ -67,7 +67,8 @@ def collect_results(
         seconds: How long this attempt took.
     """
     plan, experts = outcome.plan, outcome.experts
-    base, base_score, tdc_score = read_json(run_dir.base_result), outcome.base, outcome.tdc
+    base = load_result(run_dir.base_result, BaseResult).value
+    base_score, tdc_score = outcome.base, outcome.tdc
     num_classes = config.conditioning.num_classes
     given = _given_base(run_dir)
     sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
@@ -80,28 +81,28 @@ def collect_results(
         metric=outcome.spec.metric,
         base=ModelResult(
             score=base_score.score,
-            macs=float(base["macs"]),
-            num_params=float(base["num_params"]),
-            train_steps=base["train_steps"],
-            train_macs=base["train_macs"],
+            macs=float(base.macs),
+            num_params=float(base.num_params),
+            train_steps=base.train_steps,
+            train_macs=base.train_macs,
             images_per_second=base_score.images_per_second,
         ),
         tdc=ModelResult(
             score=tdc_score.score,
             macs=mean_over_sampling_steps(plan, [expert.macs for expert in experts]),
             num_params=mean_over_sampling_steps(plan, [expert.num_params for expert in experts]),
-            train_steps=base["train_steps"] + sum(expert.train_steps for expert in experts),
-            train_macs=base["train_macs"] + sum(expert.train_macs for expert in experts),
+            train_steps=base.train_steps + sum(expert.train_steps for expert in experts),
+            train_macs=base.train_macs + sum(expert.train_macs for expert in experts),
             images_per_second=tdc_score.images_per_second,
         ),
         plan=PlanResult(
             k=config.plan.min_macs_share,
             num_groups=config.plan.num_groups,
             schedule=config.plan.schedule,
-            mean_macs_limit=plan.mean_limit_share * base["macs"],
+            mean_macs_limit=plan.mean_limit_share * base.macs,
             notes=plan.notes,
         ),
-        groups=tuple(_group_result(expert, base["macs"]) for expert in experts),
+        groups=tuple(_group_result(expert, base.macs) for expert in experts),
         prune=PruneResult(
             method=config.prune.method,
             rounds=rounds.get(config.prune.method, 1),
@@ -134,7 +135,7 @@ def collect_results(
             first_stage=None if first_stage is None else first_stage_digest(Path(first_stage)),
         ),
         seconds=StageSeconds(
-            base=base["seconds"],
+            base=base.seconds,
             prune=sum(part.seconds for part in spent),
             finetune=sum(expert.seconds for expert in experts),
             evaluate=base_score.seconds + tdc_score.seconds,
@@ -145,20 +146,20 @@ def collect_results(
         given_base=given,
         workers=tuple(outcome.usage),
         reuse=_reuse(run_dir) if outcome.has_store else None,
-        times=TimesResult(**outcome.times | {"experts_ms": tuple(outcome.times["experts_ms"])}),
+        times=outcome.times,
     )
 
 
-def item_results(run_dir: RunDir) -> list[Result]:
-    """Read what the items of a finished run left: its base, groups and samples."""
+def item_results(run_dir: RunDir) -> list[ItemResult[dict[str, Any]]]:
+    """Load what the items of a finished run left, whatever it is: its base, groups and samples."""
     paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
-    return [read_json(path) for path in [*paths, *listing(run_dir.samples, "**/*.json")]]
+    paths += listing(run_dir.samples, "**/*.json")
+    return [load_result(path, dict[str, Any]) for path in paths]
 
 
 def _reuse(run_dir: RunDir) -> ReuseResult | None:
     """Count what the results of a run's items say of a store."""
-    found = item_results(run_dir)
-    marked = [(mark[1], result) for result in found if (mark := shared(result)) is not None]
+    marked = [(one.cached.reused, one.value) for one in item_results(run_dir) if one.cached]
     if not marked:
         return None
 

@@ -18,6 +18,7 @@ from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.item import ItemResult
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import board, connected
 from tdc_ray.execution.ray.pool import Pool
@@ -43,6 +44,7 @@ from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
 from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
 from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.runs.results import Results, load_results, save_results
+from tdc_ray.runs.stages.base import BaseResult
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.stage_1 import make_base
@@ -183,14 +185,9 @@ def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
     logger.info("stage 1: importing the base %s (%s)", source, display_path(run_dir.base_unet))
     started = time.perf_counter()
     structure = network_structure(import_base(resolve_base(source), config, run_dir.base))
-    result = {
-        "macs": structure.macs,
-        "num_params": structure.num_params,
-        "train_steps": 0,
-        "train_macs": 0.0,
-        "seconds": time.perf_counter() - started,
-    }
-    write_json(run_dir.base_result, result)
+    seconds = time.perf_counter() - started
+    result = BaseResult(structure.macs, structure.num_params, 0, 0.0, seconds)
+    ItemResult(result).save(run_dir.base_result)
 
 
 def _make_experts(

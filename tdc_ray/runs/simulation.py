@@ -11,7 +11,7 @@ from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.chain import Barrier, Chain
-from tdc_ray.execution.item import WorkItem
+from tdc_ray.execution.item import AnyItem
 from tdc_ray.execution.simulator import FailureModel, SimulationResult, simulate
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet
@@ -48,7 +48,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         seed=simulation.simulation_seed,
     )
 
-    def checkpoint_every_s(item: WorkItem) -> float | None:
+    def checkpoint_every_s(item: AnyItem) -> float | None:
         if not item.key.endswith("/finetune"):
             return None
         return seconds_of(item) * min(1.0, train.checkpoint_every / max(1, train.num_steps))
@@ -70,7 +70,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
     ]
 
 
-def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkItem], float]:
+def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem], float]:
     """Give what an item takes: as measured, or by its macs."""
     measured: dict[str, float] = {}
     if simulation.costs is not None:
@@ -95,7 +95,7 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[WorkIte
     )
 
 
-_Stage = list[WorkItem] | Barrier
+_Stage = list[AnyItem] | Barrier
 
 
 def _groups(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:

@@ -11,8 +11,8 @@ import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import StorageFailedError
-from tdc_ray.execution.cache import ResultCache, key_of, shared
-from tdc_ray.execution.item import WorkItem, run_item
+from tdc_ray.execution.cache import ResultCache, key_of
+from tdc_ray.execution.item import CacheMark, ItemResult, WorkItem, finished
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.tasks.candidates import measure_item
 from tdc_ray.runs.stages.base import base_item
@@ -118,6 +118,10 @@ def test_half_the_images_at_once_is_another_key_and_says_so(tmp_path):
     assert key_of(replace(item, job=smaller_micro_batch(item.job))) != key_of(item)
 
 
+def nothing(_metrics, _step):
+    """Ignore what is reported."""
+
+
 def write_files(job, report):
     """Leave a file and a folder beside the result."""
     folder, content = job
@@ -146,8 +150,8 @@ def item(folder: Path, content: str = "a") -> WorkItem:
 def published(root: Path, folder: Path) -> str:
     store, one = ResultCache(root, "one"), item(folder)
     key = key_of(one)
-    result = run_item(store.saving(one, key), lambda _metrics, _step: None)
-    assert shared(result) == (key, False)
+    store.run_item(one, nothing, key=key)
+    assert finished(one).cached == CacheMark(key, reused=False)
     return key
 
 
@@ -155,13 +159,14 @@ def test_a_result_is_taken_with_its_files_and_says_that_it_was(tmp_path):
     key = published(tmp_path / "store", tmp_path / "one")
     store, other = ResultCache(tmp_path / "store", "two"), item(tmp_path / "two")
     assert key_of(other) == key != key_of(item(tmp_path / "two", "b"))
-    result = run_item(store.loading(other, key), lambda _metrics, _step: None)
-    assert shared(result) == (key, True)
+    result = store.load_item(other, nothing, key=key)
     assert result["content"] == "a"
+    assert finished(other) == ItemResult(result, CacheMark(key, reused=True))
     for name in ("file.txt", "model/weights.txt"):
         assert (tmp_path / "one" / name).samefile(tmp_path / "two" / name)  # linked
-    again = ResultCache(tmp_path / "store", "one").load(item(tmp_path / "one"), key)
-    assert shared(again) == (key, False)  # its own, from before a cut
+    one = item(tmp_path / "one")
+    ResultCache(tmp_path / "store", "one").load(one, key, nothing)
+    assert finished(one).cached == CacheMark(key, reused=False)  # its own, from before a cut
 
 
 def test_a_damaged_entry_is_removed_and_never_taken(tmp_path):
@@ -170,10 +175,10 @@ def test_a_damaged_entry_is_removed_and_never_taken(tmp_path):
     (file,) = store.entry(key).glob("*/0")
     file.write_text("something else")
     with pytest.raises(StorageFailedError, match="was removed"):
-        store.load(item(tmp_path / "two"), key)
+        store.load(item(tmp_path / "two"), key, nothing)
     assert not store.contains(key)
-    run_item(store.saving(item(tmp_path / "two"), key), lambda _metrics, _step: None)
-    assert store.load(item(tmp_path / "three"), key)["content"] == "a"
+    store.run_item(item(tmp_path / "two"), nothing, key=key)
+    assert store.load(item(tmp_path / "three"), key, nothing)["content"] == "a"
 
 
 def test_a_publisher_that_is_killed_leaves_nothing_that_is_seen(tmp_path):
@@ -194,7 +199,7 @@ cache.ResultCache(Path({str(root)!r}), "one").save(one, key_of(one), {{}})
     assert list(root.rglob("weights.txt"))
     assert not store.contains(key_of(two))
     published(root, tmp_path / "two")
-    assert store.load(item(tmp_path / "three"), key_of(two))["content"] == "a"
+    assert store.load(item(tmp_path / "three"), key_of(two), nothing)["content"] == "a"
 
 
 def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
@@ -202,9 +207,9 @@ def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
     key = key_of(item(tmp_path / "one"))
     for name, content in (("one", "x"), ("two", "y")):  # as after a claim that ran out
         other = item(tmp_path / name, content)
-        write_files(other.job, lambda _metrics, _step: None)
+        write_files(other.job, nothing)
         store.save(replace(other, inputs=None), key, {"content": content})
-    result = store.load(item(tmp_path / "three"), key)
+    result = store.load(item(tmp_path / "three"), key, nothing)
     assert (tmp_path / "three" / "file.txt").read_text() == result["content"] == "x"
 
 
@@ -213,5 +218,5 @@ def test_a_folder_at_a_uri_is_a_store_too(tmp_path, bucket):
 
     root = resolve_path(f"{bucket}/store")
     key = published(root, tmp_path / "one")
-    assert ResultCache(root, "two").load(item(tmp_path / "two"), key)["content"] == "a"
+    assert ResultCache(root, "two").load(item(tmp_path / "two"), key, nothing)["content"] == "a"
     assert (tmp_path / "two" / "model" / "weights.txt").read_text() == "aa"

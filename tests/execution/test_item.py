@@ -1,5 +1,6 @@
 import ast
 import importlib
+import math
 import pickle
 import random
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import tdc_ray
-from tdc_ray.errors import LimitError
-from tdc_ray.execution.chain import Barrier, Chains, run_chain
+from tdc_ray.errors import LimitError, StorageError
+from tdc_ray.execution.chain import Barrier, Chains, result_of, run_chain
 from tdc_ray.execution.item import WorkItem, finished, run_item
 from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
 from tests.small import reporting_to
@@ -74,7 +75,7 @@ def test_a_chain_gets_the_results_of_its_items_in_order(tmp_path):
 def test_every_result_is_kept_where_its_item_says(tmp_path):
     run_chain(two_stages(tmp_path))
     assert read_json(tmp_path / "a.json") == {"name": "a", "call": 1}
-    assert finished(item(tmp_path, "c3")) == {"name": "c3", "call": 3}
+    assert finished(item(tmp_path, "c3")).value == {"name": "c3", "call": 3}
 
 
 def test_finished_items_are_not_run_again(tmp_path):
@@ -96,6 +97,37 @@ def test_an_item_that_fails_leaves_no_result_and_is_run_again(tmp_path):
     assert finished(item(tmp_path, "a")) is None
     run_chain(two_stages(tmp_path, fail_once))
     assert calls(tmp_path) == ["a", "a", "b", "c5"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    by_width: dict[int, float]
+    names: tuple[str, ...]
+
+
+def measure(job, _report):
+    return Losses({8: 0.25, 4: math.inf}, ("a", "b"))
+
+
+def losses_item(folder):
+    return WorkItem("losses", measure, None, folder / "losses.json", cost=1.0, result_type=Losses)
+
+
+def test_a_result_that_is_read_is_the_very_one_that_was_returned(tmp_path):
+    def chain():
+        return (yield from result_of(losses_item(tmp_path)))
+
+    first, again = run_chain(chain()), run_chain(chain())
+    assert first == again == measure(None, None)
+    text = {"by_width": {"8": 0.25, "4": math.inf}, "names": ["a", "b"]}
+    assert read_json(tmp_path / "losses.json") == text
+
+
+def test_a_result_of_other_fields_is_refused_with_its_file(tmp_path):
+    for content in ({"by_width": {"wide": 0.5}, "names": []}, {}, [1]):
+        write_json(tmp_path / "losses.json", content)
+        with pytest.raises(StorageError, match=r"losses\.json is no result of this item"):
+            finished(losses_item(tmp_path))
 
 
 def test_what_a_chain_raises_between_its_items_is_raised(tmp_path):

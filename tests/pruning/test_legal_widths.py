@@ -13,7 +13,7 @@ from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.costs import LatencyTable
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
-from tdc_ray.pruning.latency import latency_table
+from tdc_ray.pruning.latency import LatencyResult, latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.proxies.by_score import BASELINES, sorted_scores
@@ -130,10 +130,8 @@ def test_a_language_model_is_told_of_time_where_time_is_limited():
 def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
     units = space_of(architecture("tiny")).units[:1]
     name = units[0].name
-    measured = {
-        "base_ns": 1000,
-        "units": {name: {"2": 100, "4": 300, "5": 260, "7": 500, "8": 450}},
-    }
+    times = {name: {2: 100, 4: 300, 5: 260, 7: 500, 8: 450}}
+    measured = LatencyResult("cpu", 1, base_ns=1000, units=times, seconds=1.0)
     table = latency_table(measured, units)
     assert table.times[name] == (0, 100, 100, 190, 280, 280, 365, 450, 450)
     assert table.rest == 550

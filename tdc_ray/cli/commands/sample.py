@@ -68,7 +68,7 @@ class Sample:
         if precision == "auto":
             channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
             job = ProbeJob(channels=channels, size=pipeline.shape[-1], trains=False)
-            precision = benchmark_precision(job, lambda *_: None)["precision"]
+            precision = benchmark_precision(job, lambda *_: None).precision
             console.print(f"precision auto is {precision} here")
         pipeline.experts.to(DTYPES[precision])
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tdc_ray.execution.cache import ResultCache, key_of, shared
-from tdc_ray.execution.item import Report, Reported, WorkItem, finished
-from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.execution.cache import ResultCache, key_of
+from tdc_ray.execution.item import (
+    AnyItem,
+    Report,
+    Reported,
+    Runner,
+    finished,
+    run_item,
+)
 from tdc_ray.storage.object_store import display_path, writer_id
 
 RENEWED_EVERY_S = 2.0
@@ -83,7 +90,7 @@ class CacheSession:
         self._held: dict[str, str] = {}
         """Keys, by those of their items within the run."""
 
-        self._keys: dict[str, tuple[WorkItem, str | None]] = {}
+        self._keys: dict[str, tuple[AnyItem, str | None]] = {}
         """Keys of items that were to be started."""
 
         self._over = threading.Event()
@@ -100,30 +107,27 @@ class CacheSession:
         if self._thread.is_alive():
             self._thread.join()
 
-    def begin(self, item: WorkItem) -> WorkItem | None:
-        """Give what is to be run for an item; None: another run is at it, ask again.
+    def begin(self, item: AnyItem) -> Runner | None:
+        """Return what runs an item; None means that another run is at it, ask again.
 
-        What is run takes the result from the store where it is there, else leaves it there.
+        It takes the result from the store where it is there, else leaves it there.
         """
         store = self._store
         key = None if store is None else self._key(item)
         if store is None or key is None:
-            return item
+            return run_item
         if not store.contains(key) and not self._claim(item.key, key):
             return None
-        if store.contains(key):  # it may have come with the claim
-            return store.loading(item, key)
-        return store.saving(item, key)
+        # The result may have come with the claim.
+        return partial(store.load_item if store.contains(key) else store.run_item, key=key)
 
-    def end(self, item: WorkItem) -> None:
+    def end(self, item: AnyItem) -> None:
         """Note that an item is no longer under way."""
         self._keys.pop(item.key, None)
         self._release(item.key)
 
     @contextmanager
-    def alone(
-        self, item: WorkItem, reported: Sequence[Reported], report: Report
-    ) -> Iterator[bool]:
+    def alone(self, item: AnyItem, reported: Sequence[Reported], report: Report) -> Iterator[bool]:
         """Keep an item, which the block runs by other means than a pool, from other runs.
 
         Waits while another run is at it. Gives whether nothing is left to do: the store had it.
@@ -135,7 +139,7 @@ class CacheSession:
             report: Takes what it reported to the run that computed it.
         """
         store, done = self._store, finished(item)
-        key = None if store is None or (done and shared(done)) else key_of(item)
+        key = None if store is None or (done and done.cached) else key_of(item)
         if store is None or key is None:
             yield done is not None
             return
@@ -147,12 +151,13 @@ class CacheSession:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         try:
             if done is None and store.contains(key):
-                write_json(item.result_path, store.load(item, key, report))
+                store.load(item, key, report)
                 yield True
                 return
             yield False
-            result = read_json(item.result_path)
-            write_json(item.result_path, store.save(item, key, result, reported))
+            done = finished(item)
+            assert done is not None
+            store.save(item, key, done.value, reported)
         finally:
             self.end(item)
 
@@ -166,7 +171,7 @@ class CacheSession:
         finally:
             self._release(name)
 
-    def _key(self, item: WorkItem) -> str | None:
+    def _key(self, item: AnyItem) -> str | None:
         """Give an item's key; of one that is put off it is found once."""
         known = self._keys.get(item.key)
         if known is None or known[0] is not item:

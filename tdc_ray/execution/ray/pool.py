@@ -13,7 +13,6 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import EventCollector, is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
@@ -167,8 +166,8 @@ class Pool:
 
     def _start(self, task: Assignment, schedule: Scheduler[T]) -> None:
         """Start an item, unless another run is at the very same."""
-        item = self._sharing.begin(task.item)
-        if item is None:
+        item, run = task.item, self._sharing.begin(task.item)
+        if run is None:
             schedule.defer(task)
             return
         self._view.start(item.key, item.num_steps, task.number)
@@ -188,7 +187,7 @@ class Pool:
             return
         actors = self._crew.actors(task.workers)
         refs = [
-            actor.run.remote(item, task.number, rank)
+            actor.run.remote(item, run, task.number, rank)
             for actor, rank in zip(actors, _ranks(actors), strict=True)
         ]
         owed = dict(zip(refs, task.workers, strict=True))
@@ -221,7 +220,7 @@ class Pool:
         del running.owed[ref]
         if running.owed:
             return
-        result: Result = ray.get(running.result)
+        result = ray.get(running.result)
         self._end(running.task, "done")
         self._crew.mark_idle(running.task.workers)
         schedule.finish(running.task, result)

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.errors import TdcError
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import AnyItem, Report
 from tdc_ray.execution.ray.cluster import EventCollector
 
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -22,7 +22,7 @@ class Servant(Protocol):
     def check(self) -> None:
         """Raise a `TdcError` where something that it needs is missing."""
 
-    def run(self, item: WorkItem, report: Report) -> Result:
+    def run(self, item: AnyItem, report: Report) -> Any:
         """Run an item and keep its result."""
 
 
@@ -47,7 +47,7 @@ class _ServiceActor:
     def check(self) -> None:
         self._servant.check()
 
-    def run(self, item: WorkItem, events: EventCollector, task: int | None = None) -> Result:
+    def run(self, item: AnyItem, events: EventCollector, task: int | None = None) -> Any:
         return self._servant.run(item, events.reporter(item.key, task))
 
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
-from tdc_ray.execution.item import Resources, Result, WorkItem, run_item
+from tdc_ray.execution.item import AnyItem, Resources, Runner
 from tdc_ray.execution.ray.cluster import EventCollector, is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
@@ -65,15 +65,14 @@ class _Worker:
             listener.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
 
-    def run(self, item: WorkItem, task: int, rank: Rank | None) -> Result:
+    def run(self, item: AnyItem, run: Runner, task: int, rank: Rank | None) -> Any:
         report = self.board.reporter(item.key, task)
         if rank is None:
-            return run_item(item, report)
+            return run(item, report)
         with as_rank(rank):
             if rank.index == 0:
-                return run_item(item, report)
-            item.function(item.job, lambda _metrics, _step: None)
-            return {}
+                return run(item, report)
+            return run(item, lambda _metrics, _step: None, is_first=False)
 
 
 @dataclass(slots=True)

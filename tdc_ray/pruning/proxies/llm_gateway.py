@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.proxy import ProxyConfig
-from tdc_ray.execution.item import Report, Result, WorkItem, run_item
+from tdc_ray.execution.item import AnyItem, Report, run_item
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.storage.files import listing
@@ -32,7 +32,7 @@ class LLMGateway:
         """Check that there is a key to ask with, or a transcript to replay: `check_proxy`."""
         check_proxy(self._config)
 
-    def run(self, item: WorkItem, report: Report) -> Result:
+    def run(self, item: AnyItem, report: Report) -> Any:
         """Run an item whose function takes the budget, and keep its result."""
         for folder in listing(self._sweep, "trials/*/proxy") if self._sweep else ():
             self._budget.count_earlier(folder)

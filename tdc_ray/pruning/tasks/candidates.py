@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tdc_ray.execution.item import WorkItem
+from tdc_ray.execution.item import AnyItem
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.criteria.scores import Scores
 from tdc_ray.pruning.group import GroupSearch
@@ -22,7 +22,7 @@ SENSITIVITY_ITEMS = 4
 
 def sensitivity_items(
     task: GroupSearch, number: int, kept: KeptIndices, scores: Scores, loss: float, num_shares: int
-) -> list[WorkItem]:
+) -> list[AnyItem]:
     """Make a pass's items: inner units in some shares, and every stream by itself.
 
     Args:
@@ -37,7 +37,7 @@ def sensitivity_items(
     left = [unit for unit in task.space.units if len(kept[unit.name]) > 1]
     inner = [unit.name for unit in left if unit.kind != "stream"]
     macs, behind = task.space.macs(widths_of(kept)), _candidates_macs(task, 0)
-    items = []
+    items: list[AnyItem] = []
     for place in range(num_shares):
         if names := tuple(inner[place::num_shares]):
             passes = (
@@ -66,7 +66,7 @@ def sensitivity_items(
     return items
 
 
-def measure_item(task: GroupSearch, name: str, kept: KeptIndices, number: int) -> WorkItem:
+def measure_item(task: GroupSearch, name: str, kept: KeptIndices, number: int) -> AnyItem:
     """Make the item that cuts, refits and measures a sub-model.
 
     Args:
@@ -90,7 +90,7 @@ def measure_item(task: GroupSearch, name: str, kept: KeptIndices, number: int) -
     )
 
 
-def base_item(task: GroupSearch) -> WorkItem:
+def base_item(task: GroupSearch) -> AnyItem:
     """Make the item that measures the base, and leaves what the group's refits need of it."""
     item, prune = (
         measure_item(task, "base", keep_everything(task.space.units), 0),

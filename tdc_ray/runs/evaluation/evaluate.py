@@ -24,7 +24,7 @@ from tdc_ray.diffusion.sampling import image_generators, image_labels
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import AnyItem, Inputs, Report, Result, WorkItem
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.precision import DTYPES
@@ -299,7 +299,7 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
     return {**sampled, "moments_path": str(moments_path)}
 
 
-def _classifier_item(config: RunConfig, spec: FeatureSpec) -> WorkItem:
+def _classifier_item(config: RunConfig, spec: FeatureSpec) -> AnyItem:
     return WorkItem(
         key="features/classifier",
         function=train_classifier_item,

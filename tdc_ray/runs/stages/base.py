@@ -1,6 +1,7 @@
 """Stage 1: trains the base on all timesteps (TDC Eq. 6). Knows nothing of Ray."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from tdc_ray.diffusion.sampling import (
 )
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.execution.device import WorkerRank
-from tdc_ray.execution.item import Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import input_shape, load_first_stage
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
@@ -31,6 +32,19 @@ from tdc_ray.storage.run_dir import RunDir
 
 VERSION = 1
 """Changes whenever what stage 1 comes to does, so that stored bases are made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseResult:
+    """What the base is, and what training it took."""
+
+    macs: int
+    num_params: int
+    train_steps: int
+    train_macs: float
+    """Three forward passes per image seen."""
+
+    seconds: float
 
 
 def base_inputs(config: RunConfig) -> Inputs:
@@ -47,7 +61,7 @@ def base_inputs(config: RunConfig) -> Inputs:
     }
 
 
-def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem:
+def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem[RunConfig, BaseResult]:
     """Describe stage 1 as a work item, by which a store knows it; Ray Train runs it."""
     return WorkItem(
         key="base",
@@ -58,10 +72,11 @@ def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem:
         num_steps=config.base.num_steps,
         inputs=base_inputs,
         files=(run_dir.base_unet,),
+        result_type=BaseResult,
     )
 
 
-def _no_item(_config: RunConfig, _report: Report) -> Result:
+def _no_item(_config: RunConfig, _report: Report) -> BaseResult:
     raise AssertionError("stage 1 is no item of a pool")
 
 

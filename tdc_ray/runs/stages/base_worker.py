@@ -13,13 +13,13 @@ from torch import nn
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.train import TrainState
 from tdc_ray.execution.device import WorkerRank, configure_worker
+from tdc_ray.execution.item import ItemResult
 from tdc_ray.execution.ray.cluster import EventCollector
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import save_unet
-from tdc_ray.runs.stages.base import sample_grid, train_base
+from tdc_ray.runs.stages.base import BaseResult, sample_grid, train_base
 from tdc_ray.runs.stages.base_trainer import KEY
-from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 
 STATE_FILE = "state.pt"
@@ -87,11 +87,6 @@ def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: floa
     with state.averaged() as unet:
         save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
     structure = network_structure(unet_config)
-    result = {
-        "macs": structure.macs,
-        "num_params": structure.num_params,
-        "train_steps": state.step,
-        "train_macs": 3.0 * structure.macs * state.step * config.base.batch_size,
-        "seconds": seconds,
-    }
-    write_json(run_dir.base_result, result)
+    train_macs = 3.0 * structure.macs * state.step * config.base.batch_size
+    result = BaseResult(structure.macs, structure.num_params, state.step, train_macs, seconds)
+    ItemResult(result).save(run_dir.base_result)

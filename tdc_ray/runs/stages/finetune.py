@@ -17,7 +17,7 @@ from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import all_gather, worker_rank
-from tdc_ray.execution.item import Inputs, Report, Resources, Result, WorkItem
+from tdc_ray.execution.item import AnyItem, Inputs, Report, Resources, Result
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
@@ -155,7 +155,7 @@ def short_finetune(job: FinetuneJob, report: Report) -> Result:
     return {"loss": loss, "macs": macs, "seconds": time.perf_counter() - started}
 
 
-def finetune_item(task: GroupSearch, kept: KeptIndices) -> WorkItem:
+def finetune_item(task: GroupSearch, kept: KeptIndices) -> AnyItem:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
     job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{kept_digest(kept)}.pt")
     macs = task.space.macs(widths_of(kept))
@@ -174,7 +174,7 @@ def finetune_item(task: GroupSearch, kept: KeptIndices) -> WorkItem:
 
 def short_finetune_item(
     task: GroupSearch, name: str, kept: KeptIndices, num_steps: int, steps_before: int = 0
-) -> WorkItem:
+) -> AnyItem:
     """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
 
     Args:
@@ -199,7 +199,7 @@ def short_finetune_item(
     return _as_training(item, task.config)
 
 
-def _as_training(item: WorkItem, config: RunConfig) -> WorkItem:
+def _as_training(item: AnyItem, config: RunConfig) -> AnyItem:
     """Give an item what a fine-tune takes: an actor that trains, or several, data parallel."""
     compute = config.compute
     return replace(

@@ -12,9 +12,9 @@ from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Report, Resources, Result, WorkItem
+from tdc_ray.execution.item import Report, Resources, WorkItem
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.storage.run_dir import RunDir
@@ -43,6 +43,15 @@ class ProbeJob:
 
     trains: bool
     """With the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionResult:
+    """Which precision is faster, and the median seconds of both."""
+
+    precision: Precision
+    fp32_seconds: float
+    bf16_seconds: float
 
 
 def resolve_auto_precision(
@@ -80,21 +89,22 @@ def resolve_auto_precision(
             result_path=run_dir.root / "precision" / f"{stage}.json",
             cost=0.0,
             resources=resources,
+            result_type=PrecisionResult,
         )
-        (found,) = yield [item]
+        result = yield from result_of(item)
         logger.info(
             "%s.precision auto is %s here: bf16 takes %.2f of the time of fp32",
             stage,
-            found["precision"],
-            found["bf16_seconds"] / found["fp32_seconds"],
+            result.precision,
+            result.bf16_seconds / result.fp32_seconds,
         )
-        chosen = replace(getattr(config, stage), precision=found["precision"])
+        chosen = replace(getattr(config, stage), precision=result.precision)
         config = replace(config, **{stage: chosen})
     return config
 
 
-def benchmark_precision(job: ProbeJob, report: Report) -> Result:
-    """Give ``precision``, fp32 or bf16, and ``fp32_seconds`` and ``bf16_seconds``: medians."""
+def benchmark_precision(job: ProbeJob, report: Report) -> PrecisionResult:
+    """Measure both precisions on this worker's device."""
     device = worker_device()
     conv = nn.Conv2d(job.channels, job.channels, 3, padding=1)
     layer = nn.Sequential(conv, nn.SiLU(), conv).to(device)
@@ -107,11 +117,7 @@ def benchmark_precision(job: ProbeJob, report: Report) -> Result:
     report({}, 1)
     can = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     faster = can and fp32 >= LEAST_GAIN * bf16
-    return {
-        "precision": "bf16" if faster else "fp32",
-        "fp32_seconds": fp32,
-        "bf16_seconds": bf16,
-    }
+    return PrecisionResult("bf16" if faster else "fp32", fp32, bf16)
 
 
 def _seconds(layer: nn.Module, x: torch.Tensor, precision: Precision, *, trains: bool) -> float:

@@ -5,12 +5,13 @@ from statistics import median
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.unet import load_unet
+from tdc_ray.runs.results import TimesResult
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3
@@ -26,23 +27,22 @@ class TimesJob:
     plan: Plan
 
 
-def expert_times(run_dir: RunDir, config: RunConfig, plan: Plan) -> Chain[Result]:
+def expert_times(run_dir: RunDir, config: RunConfig, plan: Plan) -> Chain[TimesResult]:
     """Time base and experts, by one worker while no other of the run's is busy, once for a run."""
-    (measured,) = yield [
-        WorkItem(
-            key="times",
-            function=measure_experts,
-            job=TimesJob(run_dir, config, plan),
-            result_path=run_dir.times,
-            cost=0.0,
-            num_steps=len(plan.groups),
-        )
-    ]
-    return measured
+    item = WorkItem(
+        key="times",
+        function=measure_experts,
+        job=TimesJob(run_dir, config, plan),
+        result_path=run_dir.times,
+        cost=0.0,
+        num_steps=len(plan.groups),
+        result_type=TimesResult,
+    )
+    return (yield from result_of(item))
 
 
-def measure_experts(job: TimesJob, report: Report) -> Result:
-    """Give ``base_ms``, ``experts_ms`` in the order of groups, and how they were measured.
+def measure_experts(job: TimesJob, report: Report) -> TimesResult:
+    """Time the base and each expert by turns.
 
     Every expert is held against passes of the base in between its own; a time is then as if the
     machine had been as fast all along as it was in the middle.
@@ -59,9 +59,9 @@ def measure_experts(job: TimesJob, report: Report) -> Result:
         shares.append(part.total / whole.total)
         report({"milliseconds": 1e3 * part.total}, number)
     base_ms = median(bases)
-    return {
-        "device": device_name(device),
-        "batch_size": size,
-        "base_ms": base_ms,
-        "experts_ms": [base_ms * share for share in shares],
-    }
+    return TimesResult(
+        device=device_name(device),
+        batch_size=size,
+        base_ms=base_ms,
+        experts_ms=tuple(base_ms * share for share in shares),
+    )

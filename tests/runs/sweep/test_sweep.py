@@ -17,7 +17,6 @@ from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_gr
 from tensorboard.plugins.hparams.backend_context import Context
 
 from tdc_ray.errors import StorageError, WorkFailedError
-from tdc_ray.execution.cache import shared
 from tdc_ray.reporting.hparams import metrics_of
 from tdc_ray.runs.collect_results import item_results
 from tdc_ray.runs.results import comparable, load_results
@@ -70,12 +69,12 @@ def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
     folder, _ = swept
     computed: dict[str, dict] = {}
     for name in NAMES:
-        marks = [(shared(r), r) for r in item_results(RunDir(folder / "trials" / name))]
-        assert sum(mark is not None for mark, _ in marks) > 10
-        for key, reused, result in ((*mark, result) for mark, result in marks if mark is not None):
-            if not reused:
-                assert key not in computed
-                computed[key] = result
+        results = item_results(RunDir(folder / "trials" / name))
+        assert sum(result.cached is not None for result in results) > 10
+        for result in results:
+            if result.cached and not result.cached.reused:
+                assert result.cached.key not in computed
+                computed[result.cached.key] = result.value
     rows = load_sweep(folder).rows
     spent = sum(result.get("train_macs", 0) for result in computed.values())
     assert sum(row.computed_train_macs for row in rows) == pytest.approx(spent)
