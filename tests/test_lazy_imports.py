@@ -28,6 +28,7 @@ def packages_after_importing(module: str) -> set[str]:
     [
         "tdc_ray",
         "tdc_ray.diffusion.plan",
+        "tdc_ray.diffusion.samplers",
         "tdc_ray.diffusion.schedule",
         "tdc_ray.config.run",
         "tdc_ray.config.presets",

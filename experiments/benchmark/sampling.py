@@ -17,7 +17,8 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.diffusion.sampling import image_generators, make_scheduler
+from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.precision import DTYPES
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet

@@ -18,7 +18,7 @@ from benchmark.training import (
 )
 from tdc_ray.config.train import Precision
 from tdc_ray.data.batches import to_model_range
-from tdc_ray.diffusion.sampling import make_scheduler
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
 from tdc_ray.runs.results import load_results

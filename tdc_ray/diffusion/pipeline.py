@@ -14,10 +14,10 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
 from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import (
     image_generators,
     image_labels,
-    make_scheduler,
     sample,
     to_uint8,
 )

@@ -11,6 +11,7 @@ import numpy as np
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -125,18 +126,6 @@ def limit_shares(num_groups: int, min_macs_share: float) -> FloatArray:
     """
     upper = np.arange(1, num_groups + 1) / num_groups
     return np.asarray(upper + (1 - upper) * min_macs_share)
-
-
-def sampling_timesteps(num_train_timesteps: int, sampler: SamplerConfig) -> tuple[int, ...]:
-    """Timesteps at which a sampler evaluates the network, noisiest first.
-
-    They have diffusers' ``leading`` spacing; pndm evaluates the second one twice, since its first
-    step is made again with what was found there.
-    """
-    count, offset = sampler.num_inference_steps, sampler.steps_offset
-    stride = num_train_timesteps // count
-    steps = [i * stride + offset for i in reversed(range(count))]
-    return tuple(steps[:2] + steps[1:] if sampler.sampler == "pndm" else steps)
 
 
 def one_group(

@@ -1,7 +1,6 @@
 """What a network's output estimates: one row for each kind, epsilon alone for now.
 
-All that the losses need to know of it is here. A sampler's scheduler does its own conversion; it
-is told diffusers' name of the kind.
+All that the losses need to know of it is here; diffusers' schedulers convert by themselves.
 """
 
 from typing import Protocol
@@ -18,9 +17,6 @@ class Prediction(Protocol):
     outputs are ``(B, C, H, W)``.
     """
 
-    prediction_type: str
-    """diffusers' name of it, for schedulers."""
-
     def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         """Compute what the output is compared with."""
         ...
@@ -36,8 +32,6 @@ class Prediction(Protocol):
 
 class Epsilon:
     """The noise (DDPM, arXiv:2006.11239, equation 14)."""
-
-    prediction_type = "epsilon"
 
     def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
         """Return the noise."""

@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
@@ -20,23 +17,6 @@ from tdc_ray.seeds import derive_seed
 
 DenoiserFor = Callable[[int], nn.Module]
 """Gives the denoiser that serves a timestep."""
-
-
-def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> SchedulerMixin:
-    """Build the diffusers scheduler of a config; its betas are computed in float64."""
-    common = {
-        "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),
-        "timestep_spacing": "leading",
-        "steps_offset": sampler.steps_offset,
-    }
-    clip, to_one = sampler.clip_sample, sampler.set_alpha_to_one
-    if sampler.sampler == "ddim":
-        return DDIMScheduler(**common, clip_sample=clip, set_alpha_to_one=to_one)
-    if sampler.sampler == "pndm":
-        return PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=to_one)
-    variance = "learned_range" if diffusion.learned_sigma else "fixed_small"
-    return DDPMScheduler(**common, clip_sample=clip, variance_type=variance)
 
 
 def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
@@ -107,14 +87,13 @@ def sample(
         ConfigError: In fp16 numbers left its range.
     """
     num_channels = shape[0]
-    generator = list(generators)
     x: Tensor = randn_tensor(
-        (len(generator), *shape), generator=generator, device=torch.device(device)
+        (len(generators), *shape), generator=list(generators), device=torch.device(device)
     )
     scheduler.set_timesteps(num_inference_steps)
     x = x * scheduler.init_noise_sigma
-    extra = _step_arguments(scheduler, eta=eta, generator=generator)
-    learns_variance = _learns_variance(scheduler)
+    extra = _step_arguments(scheduler, eta=eta, generators=generators)
+    reads_variance = _reads_variance(scheduler)
     winograd = winograd and x.device.type == "cpu" and dtype == torch.float32
     channels_last = winograd or x.device.type == "cuda"
     finite = torch.ones((), dtype=torch.bool, device=x.device)
@@ -132,7 +111,7 @@ def sample(
         model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
         if channels_last:
             model_input = model_input.to(memory_format=torch.channels_last)
-        read = None if learns_variance else num_channels  # of (B, 2C, H, W), where it is learned
+        read = None if reads_variance else num_channels  # of (B, 2C, H, W), where it is learned
         denoiser = denoiser_for(timestep)
         with WinogradConvolutions() if winograd else contextlib.nullcontext():
             output = predict(denoiser, model_input, timesteps, told, num_channels=read)
@@ -165,16 +144,24 @@ def _guided(output: Tensor, scale: float, num_channels: int) -> Tensor:
     return torch.cat([guided[:, :num_channels], conditional[:, num_channels:]], dim=1)
 
 
-def _learns_variance(scheduler: SchedulerMixin) -> bool:
-    """Tell whether the scheduler takes a learned variance; others keep the setting unheeded."""
-    heeded = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    return heeded and str(scheduler.config["variance_type"]).startswith("learned")
+def _reads_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler reads a learned variance.
+
+    Others may have the setting all the same: they keep what the config that they were made from
+    said, and never read it.
+    """
+    has_setting = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    return has_setting and str(scheduler.config["variance_type"]).startswith("learned")
 
 
 def _step_arguments(
-    scheduler: SchedulerMixin, *, eta: float, generator: list[torch.Generator]
+    scheduler: SchedulerMixin, *, eta: float, generators: Sequence[torch.Generator]
 ) -> dict[str, Any]:
-    """What this scheduler's step takes of: eta, clipped outputs (as improved-diffusion), noise."""
-    wanted = {"eta": eta, "use_clipped_model_output": True, "generator": generator}
+    """Return what the scheduler's step accepts of eta, clipped outputs and the noise's generators.
+
+    Its signature says so, not the sampler's row: a pipeline's scheduler may be any of diffusers'.
+    Epsilon is derived anew from the clipped image as in improved-diffusion.
+    """
+    wanted = {"eta": eta, "use_clipped_model_output": True, "generator": list(generators)}
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in wanted.items() if name in accepted}

@@ -19,7 +19,8 @@ from tdc_ray.diffusion.pipeline import (
     save_index,
 )
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
-from tdc_ray.diffusion.sampling import image_generators, make_scheduler
+from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models import winograd
 from tdc_ray.models.saved_expert import load_expert, save_expert

@@ -16,9 +16,9 @@ from tdc_ray.diffusion.plan import (
     difficulty,
     limit_shares,
     plan_groups,
-    sampling_timesteps,
     to_json,
 )
+from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError, ScheduleError
 from tdc_ray.models.structure import network_structure

@@ -1,5 +1,5 @@
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
-from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.data.batches import to_model_range
-from tdc_ray.diffusion.plan import plan_groups, sampling_timesteps
-from tdc_ray.diffusion.sampling import image_generators, make_scheduler, sample, to_uint8
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
+from tdc_ray.diffusion.sampling import image_generators, sample, to_uint8
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tests.small import TINY, assert_same, random_unet
@@ -90,6 +91,10 @@ def test_ddim_is_the_papers_update_with_a_clipped_image(diffusion, num_steps):
     assert (images - expected).abs().max() < 1e-4
     assert images.std() > 0.1
     assert images.dtype == torch.float32
+
+
+def test_every_sampler_of_the_settings_has_its_row():
+    assert set(SAMPLERS) == set(SCHEDULERS) == set(get_args(Sampler))
 
 
 @pytest.mark.parametrize("diffusion", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])

@@ -21,7 +21,8 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.process import noise_schedule
-from tdc_ray.diffusion.sampling import image_generators, image_labels, make_scheduler, sample
+from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.sampling import image_generators, image_labels, sample
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert, save_expert

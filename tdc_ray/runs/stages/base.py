@@ -14,10 +14,10 @@ from tdc_ray.data.batches import batches
 from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import load_inputs
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import (
     image_generators,
     image_labels,
-    make_scheduler,
     sample,
     to_uint8,
 )
