@@ -111,7 +111,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     from tdc_ray.runs.prune_model import run_config_of
 
     base, has_preset = resolve_base(source), _value_of("--preset", arguments) is not None
-    missing = missing_settings(base.told)
+    missing = missing_settings(base.settings)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
             f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
@@ -126,7 +126,7 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
         )
     config = trained or config
     config = replace(config, model=replace(config.model, base=source, num_heads=None))
-    return apply_settings(base.told, config, with_data=not has_preset)
+    return apply_settings(base.settings, config, with_data=not has_preset)
 
 
 def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -177,7 +177,8 @@ def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """
     if not arguments or arguments[0] != "prune":
         return config
-    from tdc_ray.runs.pretrained.settings import apply_settings, noise_settings
+    from tdc_ray.runs.pretrained.settings import apply_settings
+    from tdc_ray.runs.pretrained.sources import noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
     for argument in _free(arguments):

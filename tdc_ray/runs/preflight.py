@@ -6,27 +6,35 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.runs.evaluation.features import check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible
-from tdc_ray.runs.pretrained.sources import resolve_base
+from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 
-def check(config: RunConfig) -> tuple[Space, Plan]:
-    """Find out before any work whether settings, data and limits can go together.
+def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[Space, Plan]:
+    """Check before any work that settings, data, base and limits can go together.
+
+    Args:
+        config: The settings.
+        pretrained: The base that the run starts from. None means that it trains one.
 
     Raises:
-        ConfigError: Settings disagree with the architecture, or with the base that is given.
-        CheckpointError: The base that is given is missing or malformed.
+        ConfigError: Settings disagree with the architecture, or with the pretrained base.
+        CheckpointError: The first stage, or the pretrained base, is missing or malformed.
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
     """
-    unet, name, is_latent = _base_of(config)
+    if pretrained is None:
+        unet, named = base_unet(config), config.model.architecture
+        name, is_latent = f"model.architecture {named}", named in LATENT
+    else:
+        unet, name = check_compatible(pretrained, config), f"the base {pretrained.source}"
+        is_latent = pretrained.first_stage is not None
     data, diffusion = config.data, config.diffusion
     if is_latent and data.first_stage is None:
         raise ConfigError(
@@ -65,16 +73,6 @@ def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
     if config.prune.method != "none":
         for group in plan.groups:
             space.check_limit(group.limit(space.cost_base), f"group {group.index}")
-
-
-def _base_of(config: RunConfig) -> tuple[NetworkConfig, str, bool]:
-    """Give the settings of the base's UNet, what to call it, and whether it denoises latents."""
-    if config.model.base is not None:
-        base = resolve_base(config.model.base)
-        name = f"the base {base.source}"
-        return check_compatible(base, config), name, base.first_stage is not None
-    named = config.model.architecture
-    return base_unet(config), f"model.architecture {named}", named in LATENT
 
 
 def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:

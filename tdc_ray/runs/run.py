@@ -42,7 +42,7 @@ from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, 
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
 from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
-from tdc_ray.runs.pretrained.sources import resolve_base
+from tdc_ray.runs.pretrained.sources import PretrainedBase, pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.base import BaseResult
 from tdc_ray.runs.stages.expert import Expert, make_expert
@@ -86,16 +86,18 @@ def run(
     """
     started = time.perf_counter()
     run_dir = RunDir(resolve_path(folder).resolve())
-    config = with_first_stage(with_absolute_paths(config))
+    config = with_absolute_paths(config)
+    pretrained = pretrained_base(config.model)
+    config = with_first_stage(config, pretrained)
     _refuse_other_settings(run_dir, config)
     if exists(run_dir.results):
         logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
         return load_results(run_dir.results)
-    space, plan = check(config)
+    space, plan = check(config, pretrained)
     with hold_lease(run_dir.root):
         _prepare(run_dir, config, plan)
-        if config.model.base is not None:
-            _bring_in_base(run_dir, config, config.model.base)
+        if pretrained is not None:
+            _bring_in_base(run_dir, config, pretrained)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
         timeline, proxy = Timeline(run_dir.timeline), config.proxy
         gateway = Service(partial(LLMGateway, proxy), proxy.max_concurrent)
@@ -178,13 +180,14 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     write_json(run_dir.config, to_json(config))
 
 
-def _bring_in_base(run_dir: RunDir, config: RunConfig, source: str) -> None:
-    """Import the base that is given, unless an earlier call did; nothing of it is trained."""
+def _bring_in_base(run_dir: RunDir, config: RunConfig, pretrained: PretrainedBase) -> None:
+    """Import a pretrained base, unless an earlier call did; nothing of it is trained."""
     if exists(run_dir.base_result):
         return
-    logger.info("stage 1: importing the base %s (%s)", source, display_path(run_dir.base_unet))
+    folder = display_path(run_dir.base_unet)
+    logger.info("stage 1: importing the base %s (%s)", pretrained.source, folder)
     started = time.perf_counter()
-    structure = network_structure(import_base(resolve_base(source), config, run_dir.base))
+    structure = network_structure(import_base(pretrained, config, run_dir.base))
     seconds = time.perf_counter() - started
     result = BaseResult(structure.macs, structure.num_params, 0, 0.0, seconds)
     ItemResult(result).save(run_dir.base_result)

@@ -200,8 +200,8 @@ def test_import_converts_and_prints_what_the_file_does_not_tell(tmp_path, capsys
     assert "diffusion.beta_schedule squaredcos_cap_v2" in printed
     assert "diffusion.rescale_timesteps True" in printed
     base = resolve_base(str(out))
-    assert base.told["diffusion.num_train_timesteps"] == 4000
-    assert base.told["diffusion.rescale_timesteps"] is True
+    assert base.settings.diffusion.num_train_timesteps == 4000
+    assert base.settings.diffusion.rescale_timesteps is True
     assert json.loads((out / "base.json").read_text())["source"] == source
     assert run_command(command) == 1
     assert "must be a new or an empty folder" in capsys.readouterr().err

@@ -46,7 +46,7 @@ class Import:
             f"{structure.num_params / 1e6:.2f} M parameters, {structure.macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
-        for name in missing_settings(base.told):
+        for name in missing_settings(base.settings):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)
             console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)

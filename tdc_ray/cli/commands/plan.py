@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -9,6 +10,9 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig, default_run_dir
 from tdc_ray.diffusion.plan import Plan as GroupPlan
 from tdc_ray.storage.object_store import display_path, resolve_path
+
+if TYPE_CHECKING:
+    from tdc_ray.runs.pretrained.sources import PretrainedBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,12 @@ class Plan:
         from tdc_ray.storage.files import write_json
 
         config = self.config
-        plan = show_plan(config, console)
+        base = None
+        if config.model.base is not None:
+            from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
+
+            base = resolve_base(config.model.base)
+        plan = show_plan(config, base, console)
         folder = resolve_path(self.out_dir or default_run_dir(config))
         write_json(folder / "plan.json", to_json(plan))
         plot_plan(plan, folder / "plan.png")
@@ -36,7 +45,7 @@ class Plan:
         console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
 
 
-def show_plan(config: RunConfig, console: Console) -> GroupPlan:
+def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console) -> GroupPlan:
     """Print the settings that a plan follows from, and the plan; return the plan."""
     from tdc_ray.diffusion.plan import plan_groups
     from tdc_ray.models.structure import network_structure
@@ -44,12 +53,11 @@ def show_plan(config: RunConfig, console: Console) -> GroupPlan:
     from tdc_ray.reporting.console import print_plan
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    if config.model.base is None:
+    if base is None:
         unet = base_unet(config)
     else:
-        from tdc_ray.runs.pretrained.importer import check_compatible
-        from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
+        from tdc_ray.runs.pretrained.importer import check_compatible  # imports torch
 
-        unet = check_compatible(resolve_base(config.model.base), config)
+        unet = check_compatible(base, config)
     print_plan(console, plan, config, network_structure(unet).macs)
     return plan

@@ -63,7 +63,8 @@ class Prune:
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned
-        from tdc_ray.runs.pretrained.settings import missing_settings, noise_settings
+        from tdc_ray.runs.pretrained.settings import missing_settings
+        from tdc_ray.runs.pretrained.sources import noise_settings
         from tdc_ray.runs.prune_model import (
             REPORT_FILE,
             for_unet,

@@ -39,12 +39,14 @@ class Run:
         folder = resolve_path(self.run_dir or default_run_dir(config))
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
+        from tdc_ray.runs.pretrained.sources import pretrained_base
         from tdc_ray.runs.run import run
 
         if self.dry_run:
             console.print(config)
-            show_plan(config, console)
-            check(with_first_stage(with_absolute_paths(config)))
+            base = pretrained_base(config.model)
+            show_plan(config, base, console)
+            check(with_first_stage(with_absolute_paths(config), base), base)
             console.print(f"would run in {display_path(folder)}", soft_wrap=True)
             return
         name = display_path(folder)

@@ -1,4 +1,9 @@
-"""Imports a base that is given: its UNet, its first stage, and where they came from."""
+"""Imports a pretrained base into a folder, converted where it needs be.
+
+It holds ``unet`` in diffusers' format, ``first_stage`` where the UNet denoises latents (a
+diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise process, how it is
+sampled, where all came from, and the SHA-256 of the files.
+"""
 
 import logging
 import math
@@ -9,20 +14,19 @@ from diffusers import AutoencoderKL, VQModel
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.checkpoints import compvis, openai
-from tdc_ray.models.checkpoints.state_dicts import StateDict
+from tdc_ray.models.checkpoints.openai import with_heads
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
-from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
+from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
     FIRST_STAGE_DIR,
     FORMAT,
-    SAMPLER,
+    PackedFirstStage,
     PretrainedBase,
     json_object,
-    resolve_base,
 )
 from tdc_ray.storage.digest import file_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
@@ -35,31 +39,31 @@ _SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
 
 
 def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
-    """Make sure that the settings are those that a base was trained with; give its UNet's.
+    """Check that a run's settings are those that a base was trained with; return its UNet's.
 
     Raises:
         ConfigError: They are not, or the number of heads is not known.
         CheckpointError: The number of heads does not fit the channels.
     """
-    for name, found in base.told.items():
-        if name == "data.first_stage":  # another one may be named
-            continue
+    is_cosine = config.diffusion.beta_schedule == "squaredcos_cap_v2"
+    unused = ("diffusion.beta_start", "diffusion.beta_end") if is_cosine else ()
+    for name, expected in base.settings.by_name().items():
         stage, _, setting = name.partition(".")
-        value = getattr(getattr(config, stage), setting)
-        same = math.isclose(value, found) if isinstance(found, float) else value == found
-        cosine = config.diffusion.beta_schedule == "squaredcos_cap_v2"
-        if cosine and setting in ("beta_start", "beta_end"):
+        # Another first stage may be named, and another way to sample.
+        if name == "data.first_stage" or stage == "sampler" or name in unused:
             continue
-        if stage != "sampler" and not same:
+        value = getattr(getattr(config, stage), setting)
+        same = math.isclose(value, expected) if isinstance(expected, float) else value == expected
+        if not same:
             raise ConfigError(
-                f"{name} must be {found}, as was found in the base {base.source}, got {value}. "
+                f"{name} must be {expected}, as was found in the base {base.source}, got {value}. "
                 f"Set --{name.replace('_', '-')} to that, or give another base."
             )
     return _unet_settings(base, config)
 
 
 def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> NetworkConfig:
-    """Write a base into a folder, ``base.json`` last; give the UNet's settings.
+    """Write a base into a folder, ``base.json`` last; return its UNet's settings.
 
     Raises:
         ConfigError: The settings are not those that it was trained with.
@@ -67,7 +71,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
     """
     settings = check_compatible(base, config)
     try:
-        weights = _weights(base, settings)
+        weights = base.load_weights(settings)
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
@@ -84,7 +88,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         "files": {display_path(path): file_digest(fetch(path)) for path in base.files},
         "origin": base.origin,
         "weights": base.weights,
-        "told": sorted(base.told),
+        "told": sorted(base.settings.by_name()),
         "diffusion": asdict(config.diffusion),
         "sampler": {name: sampler[name] for name in SAMPLER},
         "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
@@ -94,19 +98,19 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
 
 
 def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
-    """Settings of the base's UNet; what a checkpoint file does not tell is in the config."""
+    """Return the settings of a base's UNet; what a checkpoint file does not say is the run's."""
     model, size = config.model, config.data.image_size
     if base.folder is not None:
         if model.num_heads is not None:
             raise ConfigError(
                 f"model.num_heads goes with openai: and compvis: alone, got {model.num_heads}: "
-                f"{base.source} tells its own. Leave it out."
+                f"{base.source} has its own. Leave it out."
             )
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
     if model.num_heads is not None:
-        if isinstance(base.first_stage, compvis.Checkpoint):
-            size //= downsampling(compvis.config_from_state_dict(base.first_stage))
-        return {**openai.with_heads(base.unet, model.num_heads), "sample_size": size}
+        if isinstance(base.first_stage, PackedFirstStage):
+            size //= downsampling(base.first_stage.config())
+        return {**with_heads(base.unet, model.num_heads), "sample_size": size}
     named = architecture(model.architecture)
     for name in _SHAPE:
         if base.unet[name] != named[name]:
@@ -120,28 +124,21 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
                 f"the base {base.source} is not of model.architecture {model.architecture}: found "
                 f"{name} {base.unet[name]}, expected {named[name]}{presets}. Name the preset that "
                 "it was trained with by --preset, or how many heads its attentions have, which it "
-                "does not tell, by --model.num-heads."
+                "does not say, by --model.num-heads."
             )
     heads = {name: named[name] for name in ("attention_head_dim", "num_heads") if name in named}
     return {**base.unet, **heads, "sample_size": named["sample_size"]}
 
 
-def _weights(base: PretrainedBase, settings: NetworkConfig) -> StateDict:
-    if base.folder is None:
-        return openai.to_diffusers(base.state, settings)
-    weights: StateDict = load_unet(base.folder).float().state_dict()
-    return weights
-
-
 def _first_stage(
     base: PretrainedBase, settings: NetworkConfig, named: str | None
 ) -> VQModel | AutoencoderKL | None:
-    """Load what encodes to the UNet's latents, if there is one: what is named, else its own."""
+    """Load what encodes to the UNet's latents, if any: the one that is named, else its own."""
     stage = base.first_stage if named is None else resolve_path(named)
-    if isinstance(stage, compvis.Checkpoint):
-        config = compvis.config_from_state_dict(stage)
+    if isinstance(stage, PackedFirstStage):
+        config = stage.config()
         size = settings["sample_size"] * downsampling(config)
-        return compvis.to_vq_model(stage.first_stage, {**config, "sample_size": size})
+        return stage.load({**config, "sample_size": size})
     if stage is None:
         return None
     document = json_object(stage / "config.json")
@@ -153,25 +150,24 @@ def _first_stage(
     return model.float()
 
 
-def with_first_stage(config: RunConfig) -> RunConfig:
-    """Take the first stage that is inside a given checkpoint file out of it, into the cache.
+def with_first_stage(config: RunConfig, base: PretrainedBase | None) -> RunConfig:
+    """Extract the first stage that is inside a base's checkpoint file into the cache, and name it.
 
-    Settings that name one, or whose base is no such file, are given back as they are.
+    Settings that name one, or whose base is no such file, stay as they are.
 
     Raises:
         ConfigError: The settings are not those that the base was trained with.
-        CheckpointError: The file is missing or malformed.
+        CheckpointError: The first stage is malformed.
     """
-    if config.model.base is None or config.data.first_stage is not None:
+    if base is None or config.data.first_stage is not None:
         return config
-    base = resolve_base(config.model.base)
-    if not isinstance(base.first_stage, compvis.Checkpoint):
+    if not isinstance(base.first_stage, PackedFirstStage):
         return config
     (file,) = base.files
     cache = resolve_path(config.evaluate.cache_dir).expanduser()
     folder = cache / "first_stages" / file_digest(fetch(file))[:16]
     if not exists(folder):
-        logger.info("taking the first stage of %s out, into %s", base.source, display_path(folder))
+        logger.info("extracting the first stage of %s into %s", base.source, display_path(folder))
         first_stage = _first_stage(base, check_compatible(base, config), None)
         assert first_stage is not None
         with atomic_path(folder) as temporary:

@@ -1,85 +1,113 @@
-"""Bases that are given, not trained: settings that come along with them, checks, and the import.
-
-An imported base is a folder: ``unet`` in diffusers' format, ``first_stage`` where the UNet
-denoises latents (a diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise
-process, how it is sampled, where all came from, and the SHA-256 of the files.
-"""
+"""What a pretrained base says of how it was trained, and how a run's settings follow it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tdc_ray.config.diffusion import BetaSchedule
 from tdc_ray.config.run import RunConfig, from_json, to_json
-from tdc_ray.models.first_stage import downsampling
-from tdc_ray.runs.pretrained.sources import (
-    BASE_FILE,
-    NOISE,
-    json_object,
-    resolve_base,
-)
-from tdc_ray.storage.files import exists
-from tdc_ray.storage.object_store import resolve_path
+from tdc_ray.errors import ConfigError
+
+NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_timesteps")
+"""What of ``DiffusionConfig`` a network cannot be used without."""
 
 
-def apply_settings(told: Mapping[str, Any], config: RunConfig, *, with_data: bool) -> RunConfig:
-    """Bring settings in line with what a base tells.
+class _Some(BaseModel):
+    """Settings of which a base says some; pydantic knows which fields were never set."""
 
-    Args:
-        told: What a base tells, by dotted names.
-        config: The settings.
-        with_data: Bring the data to the base's resolution and channels, too.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Diffusion(_Some):
+    num_train_timesteps: int | None = None
+    beta_schedule: BetaSchedule | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    rescale_timesteps: bool | None = None
+    learned_sigma: bool | None = None
+
+
+class _Sampler(_Some):
+    steps_offset: int | None = None
+    clip_sample: bool | None = None
+    set_alpha_to_one: bool | None = None
+
+
+class _Conditioning(_Some):
+    num_classes: int | None = None
+
+
+class _Data(_Some):
+    num_channels: int | None = None
+    image_size: int | None = None
+    first_stage: str | None = None
+
+
+SAMPLER = tuple(_Sampler.model_fields)
+"""What of ``SamplerConfig`` goes with a network."""
+
+
+class PretrainedSettings(_Some):
+    """What a base says of how it was trained, grouped as in ``RunConfig``."""
+
+    diffusion: _Diffusion = _Diffusion()
+    sampler: _Sampler = _Sampler()
+    conditioning: _Conditioning = _Conditioning()
+    data: _Data = _Data()
+
+    def by_name(self) -> dict[str, Any]:
+        """Return what is known by dotted names, such as ``diffusion.num_train_timesteps``."""
+        return {
+            f"{stage}.{name}": value
+            for stage, values in self.model_dump(exclude_unset=True).items()
+            for name, value in values.items()
+        }
+
+
+def read_settings(source: str, document: Mapping[str, Mapping[str, Any]]) -> PretrainedSettings:
+    """Check what a base says of itself; groups and names are those of ``PretrainedSettings``.
 
     Raises:
-        ConfigError: What it tells is out of a setting's range.
+        ConfigError: A value has another type.
+    """
+    try:
+        return PretrainedSettings.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{source} has a wrong {name}: {first['msg']}, got {first['input']!r}."
+        ) from error
+
+
+def apply_settings(
+    settings: PretrainedSettings, config: RunConfig, *, with_data: bool
+) -> RunConfig:
+    """Return a run's settings with what a base says in their place.
+
+    Args:
+        settings: What the base says.
+        config: The run's settings.
+        with_data: Take the resolution and the channels of the base's images, too.
+
+    Raises:
+        ConfigError: What the base says is out of a setting's range.
     """
     document = to_json(config)
-    images = ("data.image_size", "data.num_channels")
-    for name, value in told.items():
-        stage, _, setting = name.partition(".")
-        if with_data or name not in images:
+    for name, value in settings.by_name().items():
+        if with_data or name not in ("data.image_size", "data.num_channels"):
+            stage, _, setting = name.partition(".")
             document[stage][setting] = value
     timesteps = document["diffusion"]["num_train_timesteps"]
     for stage, setting in (("sampler", "num_inference_steps"), ("plan", "num_groups")):
-        if isinstance(timesteps, int):  # else it is refused by name
-            document[stage][setting] = min(document[stage][setting], timesteps)
+        document[stage][setting] = min(document[stage][setting], timesteps)
     return from_json(document)
 
 
-def noise_settings(model: str) -> dict[str, Any]:
-    """Give what a model's folder tells of its noise process, first stage and that one's images.
-
-    Raises:
-        CheckpointError: It is malformed.
-        ConfigError: It is of a kind that cannot be used here.
-    """
-    folder = resolve_path(model).expanduser()
-    for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
-        if exists(place / BASE_FILE) or exists(place / "model_index.json"):
-            base = resolve_base(str(place))
-            names = ("data.first_stage", "sampler.clip_sample")
-            told = {
-                name: value
-                for name, value in base.told.items()
-                if name.startswith("diffusion.") or name in names
-            }
-            if isinstance(base.first_stage, Path):
-                told |= _images_told(base.first_stage, base.unet["sample_size"])
-            return told
-    return {}
-
-
-def missing_settings(told: Mapping[str, Any]) -> list[str]:
-    """Name the settings of the noise process that are not among what a base tells."""
-    is_cosine = told.get("diffusion.beta_schedule") == "squaredcos_cap_v2"
+def missing_settings(settings: PretrainedSettings) -> list[str]:
+    """Return the names of the settings of the noise process that a base does not say."""
+    is_cosine = settings.diffusion.beta_schedule == "squaredcos_cap_v2"
     needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]
-    names = [f"diffusion.{name}" for name in needed]
-    return [name for name in names if name not in told]
-
-
-def _images_told(first_stage: Path, size: object) -> dict[str, Any]:
-    """Give the images of latents of a size; nothing if a config lacks it, which is told later."""
-    config = json_object(first_stage / "config.json")
-    channels, levels = config.get("in_channels"), config.get("block_out_channels")
-    if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
-        return {}
-    return {"data.num_channels": channels, "data.image_size": size * downsampling(config)}
+    known = settings.diffusion.model_fields_set
+    return [f"diffusion.{name}" for name in needed if name not in known]

@@ -1,4 +1,4 @@
-"""Where a given base can come from, and what it tells of how it was trained.
+"""Where a pretrained base can come from, and what is read of it before its weights.
 
 A source is a folder (a diffusers pipeline or ``UNet2DModel``, a run directory, an imported base),
 a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusion or of
@@ -6,25 +6,28 @@ CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
 import numpy as np
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule
-from tdc_ray.config.model import FILE_KINDS
+from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
+from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.unet2d.unet import given_unet_config
+from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
+from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -35,12 +38,6 @@ BASE_FILE = "base.json"
 FORMAT = 1
 FIRST_STAGE_DIR = "first_stage"
 
-NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_timesteps")
-"""What of ``DiffusionConfig`` a network cannot be used without."""
-
-SAMPLER = ("steps_offset", "clip_sample", "set_alpha_to_one")
-"""What of ``SamplerConfig`` goes with a network; a user may sample otherwise."""
-
 _NEEDED = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
@@ -49,10 +46,24 @@ _NEEDED = {
 }
 """Settings of a diffusers scheduler that have one supported value."""
 
+Stages = Mapping[str, Mapping[str, Any]]
+"""Settings by stage and name, as a source has them: not checked yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFirstStage:
+    """A first stage inside a checkpoint file."""
+
+    config: Callable[[], NetworkConfig]
+    """Reads its settings, all but ``sample_size``; fails where it is of an unknown kind."""
+
+    load: Callable[[NetworkConfig], VQModel]
+    """Converts it, given all of its settings."""
+
 
 @dataclass(frozen=True, slots=True)
 class PretrainedBase:
-    """A base that was found, with what it tells; its weights are not loaded yet."""
+    """A base that was found; its weights are not converted yet."""
 
     source: str
     """As the user names it."""
@@ -60,8 +71,7 @@ class PretrainedBase:
     unet: NetworkConfig
     """Its UNet's settings; of a checkpoint file without ``sample_size`` and heads."""
 
-    told: Mapping[str, Any]
-    """Settings by their dotted names, such as ``diffusion.num_train_timesteps``."""
+    settings: PretrainedSettings
 
     weights: str
     """Which weights they are, in words."""
@@ -69,17 +79,23 @@ class PretrainedBase:
     files: tuple[Path, ...]
     """That hold the weights."""
 
+    load_weights: Callable[[NetworkConfig], StateDict]
+    """Loads the UNet's weights, given all of its settings."""
+
     folder: Path | None = None
-    """Of the UNet, where it is in diffusers' format; None: ``state`` holds it."""
+    """Of the UNet in diffusers' format. None means a checkpoint file."""
 
-    state: StateDict = field(default_factory=dict)
-    """Of a checkpoint file: the UNet's tensors, under improved-diffusion's names."""
-
-    first_stage: Path | compvis.Checkpoint | None = None
-    """What encodes images to the latents that the UNet denoises; None: it denoises images."""
+    first_stage: Path | PackedFirstStage | None = None
+    """What encodes images to the latents that the UNet denoises. None means that it denoises
+    images."""
 
     origin: Mapping[str, Any] | None = None
     """Of a base that was imported before: ``source`` and ``files`` of that import."""
+
+
+def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
+    """Return the base that a run starts from, or None where it trains its own."""
+    return None if model.base is None else resolve_base(model.base)
 
 
 def resolve_base(source: str) -> PretrainedBase:
@@ -90,55 +106,18 @@ def resolve_base(source: str) -> PretrainedBase:
         ConfigError: It is of a kind that cannot be used here.
     """
     kind, colon, path = source.partition(":")
-    if kind in FILE_KINDS and colon:
+    if kind in FILES and colon:
         file = Path(path).expanduser()
         state = load_state_dict(file)
         try:
-            return (_openai if kind == "openai" else _compvis)(source, file, state)
+            return FILES[kind](source, file, state)
         except CheckpointError as error:
             raise CheckpointError(f"{source} is no such checkpoint: {error}") from error
     folder = resolve_path(source).expanduser()
-    return _in_folder(source, folder if exists(folder) else _from_hub(source))
-
-
-def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
-    """The file tells nothing of its noise process."""
-    unet = openai.config_from_state_dict(state)
-    told = _told_by_unet(source, unet, is_latent=False)
-    return PretrainedBase(source, unet, told, "as given", (file,), state=state)
-
-
-def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
-    """Latent diffusion clips nothing, starts its steps at 1 and ends them at ``betas[0]``."""
-    parts = compvis.split(state)
-    unet, is_latent = openai.config_from_state_dict(parts.unet), bool(parts.first_stage)
-    told = _told_by_unet(source, unet, is_latent=is_latent) | {
-        "diffusion.rescale_timesteps": False,
-        "sampler.steps_offset": 1,
-        "sampler.clip_sample": False,
-        "sampler.set_alpha_to_one": False,
-    }
-    if parts.betas is not None:
-        told |= _told_by_betas(source, parts.betas.tolist())
-    weights = "EMA" if parts.is_averaged else "without EMA"
-    first_stage = parts if is_latent else None
-    return PretrainedBase(
-        source, unet, told, weights, (file,), state=parts.unet, first_stage=first_stage
-    )
-
-
-def _in_folder(source: str, folder: Path) -> PretrainedBase:
-    if exists(folder / BASE_FILE):
-        return _imported(source, folder)
-    if exists(folder / "model_index.json"):
-        return _pipeline(source, folder)
-    run_dir = RunDir(folder)
-    if exists(run_dir.config) and exists(run_dir.base_result):
-        return _run(source, run_dir)
-    if "block_out_channels" in json_object(folder / "config.json"):
-        if exists(folder.parent / "model_index.json"):
-            return _pipeline(source, folder.parent)
-        return _diffusers(source, folder, {}, "as given")
+    folder = folder if exists(folder) else _from_hub(source)
+    for opened in FOLDERS:
+        if (base := opened(source, folder)) is not None:
+            return base
     raise CheckpointError(
         f"{source} holds no base: it has no model_index.json (a diffusers pipeline), no "
         f"config.json with block_out_channels (a UNet2DModel), no {BASE_FILE} (from tdc-ray "
@@ -146,7 +125,65 @@ def _in_folder(source: str, folder: Path) -> PretrainedBase:
     )
 
 
-def _imported(source: str, folder: Path) -> PretrainedBase:
+def noise_settings(model: str) -> PretrainedSettings:
+    """Return what a model's folder says of its noise process and of its first stage.
+
+    Raises:
+        CheckpointError: It is malformed.
+        ConfigError: It is of a kind that cannot be used here.
+    """
+    folder = resolve_path(model).expanduser()
+    for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
+        if exists(place / BASE_FILE) or exists(place / "model_index.json"):
+            base = resolve_base(str(place))
+            stages = base.settings.model_dump(
+                include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
+                exclude_unset=True,
+            )
+            if isinstance(base.first_stage, Path):
+                stages["data"] |= _images_of(base.first_stage, base.unet["sample_size"])
+            return read_settings(model, stages)
+    return PretrainedSettings()
+
+
+def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
+    """Read a checkpoint of improved-diffusion, which says nothing of its noise process."""
+    unet = openai.config_from_state_dict(state)
+    load = partial(openai.to_diffusers, state)
+    return PretrainedBase(source, unet, _settings(source, unet), "as given", (file,), load)
+
+
+def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
+    """Read a checkpoint of latent diffusion.
+
+    Its sampler clips nothing, starts its steps at 1 and ends them at ``betas[0]``.
+    """
+    parts = compvis.split(state)
+    unet = openai.config_from_state_dict(parts.unet)
+    first_stage = None
+    if parts.first_stage:
+        config = partial(compvis.config_from_state_dict, parts)
+        first_stage = PackedFirstStage(config, partial(compvis.to_vq_model, parts.first_stage))
+    noise = {} if parts.betas is None else _noise_of_betas(source, parts.betas.tolist())
+    stages = {
+        "diffusion": noise | {"rescale_timesteps": False},
+        "sampler": {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False},
+    }
+    return PretrainedBase(
+        source,
+        unet,
+        _settings(source, unet, first_stage, stages),
+        "EMA" if parts.is_averaged else "without EMA",
+        (file,),
+        partial(openai.to_diffusers, parts.unet),
+        first_stage=first_stage,
+    )
+
+
+def _imported(source: str, folder: Path) -> PretrainedBase | None:
+    """Read what ``tdc-ray import`` wrote."""
+    if not exists(folder / BASE_FILE):
+        return None
     document = json_object(folder / BASE_FILE)
     if document.get("format") != FORMAT:
         raise CheckpointError(
@@ -154,32 +191,27 @@ def _imported(source: str, folder: Path) -> PretrainedBase:
             f"{FORMAT}."
         )
     try:
-        told = {f"diffusion.{name}": document["diffusion"][name] for name in NOISE}
-        told |= {f"sampler.{name}": document["sampler"][name] for name in SAMPLER}
-        stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
+        stages = {
+            "diffusion": {name: document["diffusion"][name] for name in NOISE},
+            "sampler": {name: document["sampler"][name] for name in SAMPLER},
+        }
+        first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{display_path(folder / BASE_FILE)} is malformed: {error!r}."
         ) from error
-    return _diffusers(source, folder / "unet", told, weights, stage, origin)
+    return _diffusers(source, folder / "unet", stages, weights, first_stage, origin)
 
 
-def _run(source: str, run_dir: RunDir) -> PretrainedBase:
-    if exists(run_dir.base / BASE_FILE):
-        return _imported(source, run_dir.base)
-    config = from_json(read_json(run_dir.config))
-    told = {f"diffusion.{name}": getattr(config.diffusion, name) for name in NOISE}
-    told |= {f"sampler.{name}": getattr(config.sampler, name) for name in SAMPLER}
-    told["conditioning.num_classes"] = config.conditioning.num_classes
-    is_latent = config.data.first_stage is not None
-    stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
-    return _diffusers(source, run_dir.base_unet, told, "EMA", stage)
+def _pipeline(source: str, folder: Path) -> PretrainedBase | None:
+    """Read a diffusers pipeline.
 
-
-def _pipeline(source: str, folder: Path) -> PretrainedBase:
-    """Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one."""
+    Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one.
+    """
+    if not exists(folder / "model_index.json"):
+        return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
     if not {"unet", "scheduler"} <= parts:
@@ -187,79 +219,118 @@ def _pipeline(source: str, folder: Path) -> PretrainedBase:
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
             "pipelines of a unet and a scheduler (and a vqvae or vae) can be a base."
         )
-    where = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
-    stages = [where[name] for name in ("vqvae", "vae") if name in parts]
-    stage = stages[0] if stages else None
-    path = where["scheduler"] / "scheduler_config.json"
+    folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
+    first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
+    path = folders["scheduler"] / "scheduler_config.json"
     if not exists(path):
         raise CheckpointError(
-            f"{source} is incomplete: {display_path(path)}, which tells its noise process, is "
+            f"{source} is incomplete: {display_path(path)}, which has its noise process, is "
             "missing."
         )
     scheduler = {"_class_name": index["scheduler"][-1], **json_object(path)}
-    told = _told_by_scheduler(source, scheduler)
-    base = _diffusers(source, where["unet"], told, "as given", stage)
+    stages = _scheduler_settings(source, scheduler)
+    base = _diffusers(source, folders["unet"], stages, "as given", first_stage)
     is_learned = scheduler.get("variance_type") == "learned_range"
-    if is_learned and not base.told["diffusion.learned_sigma"]:
+    if is_learned and not base.settings.diffusion.learned_sigma:
         raise ConfigError(
-            f"{source} has variance_type learned_range in its scheduler, and its unet gives out "
+            f"{source} has variance_type learned_range in its scheduler, and its unet outputs "
             f"{base.unet['out_channels']} channels: expected {2 * base.unet['in_channels']}."
         )
     return base
 
 
+def _run(source: str, folder: Path) -> PretrainedBase | None:
+    """Read the base of a run directory, trained or imported."""
+    run_dir = RunDir(folder)
+    if not (exists(run_dir.config) and exists(run_dir.base_result)):
+        return None
+    if (imported := _imported(source, run_dir.base)) is not None:
+        return imported
+    config = from_json(read_json(run_dir.config))
+    stages = {
+        "diffusion": {name: getattr(config.diffusion, name) for name in NOISE},
+        "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
+        "conditioning": {"num_classes": config.conditioning.num_classes},
+    }
+    is_latent = config.data.first_stage is not None
+    first_stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
+    return _diffusers(source, run_dir.base_unet, stages, "EMA", first_stage)
+
+
+def _unet(source: str, folder: Path) -> PretrainedBase | None:
+    """Read a ``UNet2DModel`` alone, or the one of a pipeline with that pipeline's settings."""
+    if "block_out_channels" not in json_object(folder / "config.json"):
+        return None
+    return _pipeline(source, folder.parent) or _diffusers(source, folder, {}, "as given")
+
+
+FILES = {"openai": _openai, "compvis": _compvis}
+"""What reads a checkpoint file, by what stands before its colon."""
+
+FOLDERS = (_imported, _pipeline, _run, _unet)
+"""What reads a folder, tried in this order; each returns None for a folder of another kind."""
+
+
 def _diffusers(
     source: str,
     folder: Path,
-    told: Mapping[str, Any],
+    stages: Stages,
     weights: str,
     first_stage: Path | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> PretrainedBase:
-    """A UNet in diffusers' format, with what is known of it."""
+    """Read a UNet in diffusers' format, with what is known of it."""
     unet = {k: value for k, value in given_unet_config(folder).items() if k != "dropout"}
-    by_unet = _told_by_unet(source, unet, is_latent=first_stage is not None)
-    if first_stage is not None:
-        by_unet |= {
-            "data.first_stage": display_path(first_stage.resolve()),
-            "sampler.clip_sample": False,  # latents lie outside [-1, 1]
-        }
+    settings = _settings(source, unet, first_stage, stages)
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
+
+    def load(_: NetworkConfig) -> StateDict:
+        weights: StateDict = load_unet(folder).float().state_dict()
+        return weights
+
     return PretrainedBase(
-        source,
-        unet,
-        {**told, **by_unet},
-        weights,
-        files,
-        folder=folder,
-        first_stage=first_stage,
-        origin=origin,
+        source, unet, settings, weights, files, load, folder, first_stage, origin
     )
 
 
-def _told_by_unet(source: str, unet: NetworkConfig, *, is_latent: bool) -> dict[str, Any]:
+def _settings(
+    source: str,
+    unet: NetworkConfig,
+    first_stage: Path | PackedFirstStage | None = None,
+    stages: Stages | None = None,
+) -> PretrainedSettings:
+    """Add what a UNet's channels say to the settings of its source.
+
+    Raises:
+        ConfigError: It is no denoiser of images or latents, or a setting has a wrong type.
+    """
     inputs, outputs = unet["in_channels"], unet["out_channels"]
     if not isinstance(inputs, int) or outputs not in (inputs, 2 * inputs):
         raise ConfigError(
             f"{source} must predict as many channels as it takes, or twice as many with a learned "
             f"variance: found {inputs} in and {outputs} out."
         )
-    told: dict[str, Any] = {"diffusion.learned_sigma": outputs == 2 * inputs}
-    if is_latent:
-        return told
+    known = {stage: dict(values) for stage, values in (stages or {}).items()}
+    known.setdefault("diffusion", {})["learned_sigma"] = outputs == 2 * inputs
+    data = known.setdefault("data", {})
+    if first_stage is not None:
+        known.setdefault("sampler", {})["clip_sample"] = False  # latents lie outside [-1, 1]
+        if isinstance(first_stage, Path):
+            data["first_stage"] = display_path(first_stage.resolve())
+        return read_settings(source, known)
     if inputs not in (1, 3):
         raise ConfigError(
             f"{source} must denoise images of 1 or 3 channels, got {inputs}: if these are "
             "latents, give the whole pipeline, which has the first stage."
         )
-    told["data.num_channels"] = inputs
+    data["num_channels"] = inputs
     if unet.get("sample_size") is not None:
-        told["data.image_size"] = unet["sample_size"]
-    return told
+        data["image_size"] = unet["sample_size"]
+    return read_settings(source, known)
 
 
-def _told_by_scheduler(source: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def _scheduler_settings(source: str, document: Mapping[str, Any]) -> Stages:
     """Read a diffusers scheduler's settings; its class knows those that are not written down."""
     name = document["_class_name"]
     kind: Any = getattr(diffusers, str(name), None)
@@ -280,58 +351,71 @@ def _told_by_scheduler(source: str, document: Mapping[str, Any]) -> dict[str, An
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
-        told = _told_by_betas(source, betas)
+        noise = _noise_of_betas(source, betas)
     elif schedule in known:
-        told = {f"diffusion.{s}": config[s] for s in ("beta_schedule", "beta_start", "beta_end")}
-        told["diffusion.num_train_timesteps"] = config["num_train_timesteps"]
+        noise = {setting: config[setting] for setting in NOISE if setting in config}
     else:
         raise ConfigError(
             f"{source} has beta_schedule {schedule} in its {name}: only {', '.join(known)} are "
             "supported."
         )
-    told["diffusion.rescale_timesteps"] = False  # no pipeline of diffusers does
-    return told | {f"sampler.{s}": config[s] for s in SAMPLER if s in config}
+    return {
+        "diffusion": noise | {"rescale_timesteps": False},  # no pipeline of diffusers does
+        "sampler": {setting: config[setting] for setting in SAMPLER if setting in config},
+    }
 
 
-def _told_by_betas(source: str, betas: object) -> dict[str, Any]:
+def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
+    """Recognise the schedule that betas are of.
+
+    Raises:
+        ConfigError: They are of none that is known here.
+    """
     if (
         not isinstance(betas, list)
         or not betas
-        or not all(isinstance(b, float | int) for b in betas)
+        or not all(isinstance(beta, float | int) for beta in betas)
     ):
         raise ConfigError(f"{source} has betas of its own that are no list of numbers.")
-    found = recognise(np.asarray(betas, dtype=np.float64))
-    if found is None:
+    schedule = recognise(np.asarray(betas, dtype=np.float64))
+    if schedule is None:
         raise ConfigError(
             f"{source} has betas of its own, {betas[0]} to {betas[-1]} in {len(betas)} steps, "
             f"which are of no schedule known here: {', '.join(get_args(BetaSchedule))}."
         )
-    values = dict(zip(("beta_schedule", "beta_start", "beta_end"), found, strict=True))
-    values["num_train_timesteps"] = len(betas)
-    return {f"diffusion.{name}": value for name, value in values.items()}
+    return dict(zip(NOISE, (len(betas), *schedule), strict=False))
+
+
+def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
+    """Return the images of latents of a size; nothing if a config lacks it, as is said later."""
+    config = json_object(first_stage / "config.json")
+    channels, levels = config.get("in_channels"), config.get("block_out_channels")
+    if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
+        return {}
+    return {"num_channels": channels, "image_size": size * downsampling(config)}
 
 
 def _from_hub(name: str) -> Path:
-    """Fetch a repository's settings and safetensors, or find them in the hub's cache."""
+    """Download a repository's settings and safetensors, or find them in the hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"{name} does not exist, and is no name on the hub (owner/name).")
     try:
-        fetched = snapshot_download(
+        downloaded = snapshot_download(
             name,
             allow_patterns=["*.json", "*.safetensors"],
             ignore_patterns=["*.fp16.*", "*non_ema*"],
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is neither a folder here nor to be had from the Hugging Face hub: "
+            f"{name} is neither a folder here nor available from the Hugging Face hub: "
             f"{str(error).splitlines()[0].rstrip('.')}. Download it where there is a network, and "
             "give its folder."
         ) from error
-    return Path(fetched)
+    return Path(downloaded)
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a file that is missing is an empty one."""
+    """Load a JSON object; a file that is missing is an empty one."""
     document = read_json(path) if exists(path) else {}
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")

@@ -6,6 +6,7 @@ The same call goes on after a cut: runs that are done are not run again, others 
 directories.
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -31,6 +32,7 @@ from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
 from tdc_ray.reporting.hparams import write_session
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
+from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import (
@@ -103,7 +105,8 @@ def sweep(
     """
     folder = resolve_path(folder).resolve()
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
-    config = with_first_stage(with_absolute_paths(config))
+    config = with_absolute_paths(config)
+    config = with_first_stage(config, pretrained_base(config.model))
     check_space(space, config, how, points)
     points = grid(space) if points is None and how.search == "grid" else points
     _check_trials(config, space, how, points)
@@ -138,13 +141,14 @@ def _check_trials(
     points: Sequence[Params] | None,
 ) -> None:
     """Check every setting of a grid, and the ends of what others draw from."""
+    base_of = functools.cache(pretrained_base)  # its checkpoint is mapped once for all trials
     ends = [{name: value} for name, domain in space.items() for value in _values(domain)]
     for params in ends if points is None else points:
         try:
             one = applied(config, params, how.seeds[0])
             if one != with_absolute_paths(one):  # trials have working directories of their own
                 raise ConfigError("paths that are varied must be absolute.")
-            check(one)
+            check(one, base_of(one.model))
         except TdcError as error:
             raise type(error)(f"{setting_name(params)}: {error}") from error
 

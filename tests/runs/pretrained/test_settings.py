@@ -20,6 +20,7 @@ from diffusers import (
 )
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
+from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.schedule import betas
@@ -28,7 +29,7 @@ from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
-from tdc_ray.runs.pretrained.sources import resolve_base
+from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (
@@ -82,8 +83,8 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
         num_train_timesteps=500, beta_end=0.03, clip_sample=False, steps_offset=1
     )
     base = resolve_base(save_pipeline(tmp_path / "p", scheduler, DDIMPipeline))
-    assert missing_settings(base.told) == []
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    assert missing_settings(base.settings) == []
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     diffusion, sampler = config.diffusion, config.sampler
     assert (diffusion.num_train_timesteps, diffusion.beta_schedule) == (500, "linear")
     assert (diffusion.beta_start, diffusion.beta_end) == (1e-4, 0.03)
@@ -115,11 +116,11 @@ def test_a_pipeline_tells_its_noise_process_and_resolution(tmp_path):
 )
 def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, schedule):
     base = resolve_base(save_pipeline(tmp_path / "p", scheduler))
-    assert base.told["diffusion.beta_schedule"] == schedule
+    assert base.settings.diffusion.beta_schedule == schedule
     timesteps = scheduler.config["num_train_timesteps"]
-    assert base.told["diffusion.num_train_timesteps"] == timesteps
-    assert missing_settings(base.told) == []
-    check_compatible(base, apply_settings(base.told, CONFIG, with_data=True))
+    assert base.settings.diffusion.num_train_timesteps == timesteps
+    assert missing_settings(base.settings) == []
+    check_compatible(base, apply_settings(base.settings, CONFIG, with_data=True))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(
     learned = DDPMScheduler(variance_type="learned_range")
     twice = random_unet({**TINY, "out_channels": 2})
     base = resolve_base(save_pipeline(tmp_path / "p", learned, unet=twice))
-    assert base.told["diffusion.learned_sigma"] is True
+    assert base.settings.diffusion.learned_sigma is True
     with pytest.raises(
         ConfigError, match=r"learned_range in its scheduler.*1 channels: expected 2"
     ):
@@ -154,9 +155,8 @@ def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(
 def test_values_of_another_type_are_refused_by_name(tmp_path):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p/unet/config.json", sample_size="large")
-    base = resolve_base(source)
     with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
-        apply_settings(base.told, CONFIG, with_data=True)
+        resolve_base(source)
 
 
 def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
@@ -190,9 +190,9 @@ def test_a_setting_that_is_not_written_down_has_its_classes_default(tmp_path):
     source = save_pipeline(tmp_path / "p")
     document = {"_class_name": "DDPMScheduler", "beta_end": 0.02}
     (tmp_path / "p/scheduler/scheduler_config.json").write_text(json.dumps(document))
-    told = resolve_base(source).told
-    assert told["diffusion.num_train_timesteps"] == 1000
-    assert told["sampler.clip_sample"] is True
+    settings = resolve_base(source).settings
+    assert settings.diffusion.num_train_timesteps == 1000
+    assert settings.sampler.clip_sample is True
 
 
 def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
@@ -202,8 +202,8 @@ def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
     for path in [*(tmp_path / "p").rglob("*.json"), *(tmp_path / "p").rglob("*.safetensors")]:
         path.rename(flat / path.name)
     base = resolve_base(str(flat))
-    assert base.told["diffusion.num_train_timesteps"] == 500
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    assert base.settings.diffusion.num_train_timesteps == 500
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(random_unet()))
 
@@ -211,18 +211,18 @@ def test_a_pipeline_all_in_one_folder_is_read_as_the_hub_has_it(tmp_path):
 def test_a_unet_alone_tells_all_but_its_noise_process(tmp_path):
     save_unet(random_unet(), tmp_path / "alone")
     base = resolve_base(str(tmp_path / "alone"))
-    assert base.told == {
+    assert base.settings.by_name() == {
         "diffusion.learned_sigma": False,
         "data.image_size": 8,
         "data.num_channels": 1,
     }
-    assert missing_settings(base.told)[0] == "diffusion.num_train_timesteps"
-    assert len(missing_settings(base.told)) == 5
+    assert missing_settings(base.settings)[0] == "diffusion.num_train_timesteps"
+    assert len(missing_settings(base.settings)) == 5
 
 
 def test_the_unet_of_a_pipeline_brings_the_pipelines_settings(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p") + "/unet")
-    assert base.told["diffusion.num_train_timesteps"] == 500
+    assert base.settings.diffusion.num_train_timesteps == 500
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path)
     save_pipeline(tmp_path / "p", unet=unet)
     write_json(tmp_path / "p/unet/tdc_heads.json", {"num_heads": 4})
     base = resolve_base(str(tmp_path / "p"))
-    config = apply_settings(base.told, small_config(model={"dropout": 0.25}), with_data=True)
+    config = apply_settings(base.settings, small_config(model={"dropout": 0.25}), with_data=True)
     import_base(base, config, tmp_path / "base")
     loaded = load_unet(tmp_path / "base/unet")
     assert_same(output_of(loaded), output_of(unet))
@@ -267,10 +267,12 @@ def test_an_import_of_a_pipeline_is_the_pipelines_unet_with_its_origin(tmp_path)
 
 def test_an_imported_base_is_a_base_that_remembers_its_origin(tmp_path):
     first = resolve_base(save_pipeline(tmp_path / "p"))
-    config = apply_settings(first.told, CONFIG, with_data=True)
+    config = apply_settings(first.settings, CONFIG, with_data=True)
     import_base(first, config, tmp_path / "one")
     second = resolve_base(str(tmp_path / "one"))
-    assert second.told == first.told | {"sampler.set_alpha_to_one": True}
+    assert second.settings.by_name() == first.settings.by_name() | {
+        "sampler.set_alpha_to_one": True
+    }
     import_base(second, config, tmp_path / "two")
     document = read_json(tmp_path / "two/base.json")
     assert document["origin"]["source"] == str(tmp_path / "p")
@@ -285,9 +287,9 @@ def test_a_run_directory_tells_all_settings_of_its_run(tmp_path):
         resolve_base(str(tmp_path))  # its stage 1 was cut
     write_json(run_dir.base_result, {})
     base = resolve_base(str(tmp_path))
-    assert base.told["diffusion.num_train_timesteps"] == 600
-    assert base.told["diffusion.beta_end"] == 0.01
-    assert (missing_settings(base.told), base.weights) == ([], "EMA")
+    assert base.settings.diffusion.num_train_timesteps == 600
+    assert base.settings.diffusion.beta_end == 0.01
+    assert (missing_settings(base.settings), base.weights) == ([], "EMA")
 
 
 def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_path):
@@ -300,7 +302,7 @@ def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_pa
     write_json(run_dir.base_result, {})
     copy_first_stage(stage, run_dir.experts / "first_stage")
     base = resolve_base(str(tmp_path / "run"))
-    found = apply_settings(base.told, config, with_data=True)
+    found = apply_settings(base.settings, config, with_data=True)
     assert found.data.first_stage == str(run_dir.experts / "first_stage")
     assert not found.sampler.clip_sample
     other = make_first_stage(tmp_path / "other", seed=1)
@@ -313,7 +315,7 @@ def test_a_run_on_latents_brings_its_first_stage_and_another_may_be_named(tmp_pa
 
 def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p"))
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     for stage, change, words in (
         ("diffusion", {"num_train_timesteps": 400}, "num_train_timesteps must be 500.*got 400"),
         ("diffusion", {"beta_end": 0.02}, "beta_end must be 0.03.*got 0.02"),
@@ -331,7 +333,7 @@ def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_p
 
 def test_fewer_timesteps_than_steps_or_groups_lower_these(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p", DDPMScheduler(3)))
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     assert (config.sampler.num_inference_steps, config.plan.num_groups) == (3, 3)
 
 
@@ -367,8 +369,8 @@ def test_the_first_stage_comes_along(tmp_path, has_scale):
         del document["scaling_factor"]
         config_path.write_text(json.dumps(document))
     base = resolve_base(source)
-    assert "data.image_size" not in base.told
-    import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
+    assert "data.image_size" not in base.settings.by_name()
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
     loaded = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert_same(loaded.state_dict(), vq_model().state_dict())
     assert loaded.config["scaling_factor"] == (0.5 if has_scale else 1.0)
@@ -382,7 +384,7 @@ def test_an_autoencoder_kl_comes_along_and_others_are_refused(tmp_path):
     autoencoder = AutoencoderKL(latent_channels=4, norm_num_groups=32, block_out_channels=(32,))
     autoencoder.save_pretrained(tmp_path / "p/vqvae")
     base = resolve_base(source)
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     import_base(base, config, tmp_path / "base")
     AutoencoderKL.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     edit(tmp_path / "p/vqvae/config.json", _class_name="AutoencoderTiny")
@@ -416,8 +418,8 @@ def compvis_file(folder: Path, *, averaged: bool = True) -> str:
 @torch.inference_mode()
 def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_path):
     base = resolve_base(compvis_file(tmp_path))
-    assert (missing_settings(base.told), base.weights) == ([], "EMA")
-    config = apply_settings(base.told, with_heads(heads=2, size=32), with_data=True)
+    assert (missing_settings(base.settings), base.weights) == ([], "EMA")
+    config = apply_settings(base.settings, with_heads(heads=2, size=32), with_data=True)
     assert (config.diffusion.beta_start, config.diffusion.beta_end) == (0.0015, 0.0195)
     assert config.sampler.steps_offset == 1
     assert (config.sampler.clip_sample, config.sampler.set_alpha_to_one) == (False, False)
@@ -435,20 +437,21 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
 def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
     source = compvis_file(tmp_path)
     config = apply_settings(
-        resolve_base(source).told, with_heads(heads=2, size=32), with_data=True
+        resolve_base(source).settings, with_heads(heads=2, size=32), with_data=True
     )
     config = replace(
         config,
         model=replace(config.model, base=source),
         evaluate=replace(config.evaluate, cache_dir=str(tmp_path / "cache")),
     )
-    folder = Path(with_first_stage(config).data.first_stage)
+    base = resolve_base(source)
+    folder = Path(with_first_stage(config, base).data.first_stage)
     written = (folder / "config.json").stat().st_mtime_ns
     VQModel.from_pretrained(folder, use_safetensors=True)
-    again = with_first_stage(config)
+    again = with_first_stage(config, base)
     assert again.data.first_stage == str(folder)
     assert (folder / "config.json").stat().st_mtime_ns == written
-    assert with_first_stage(again) is again
+    assert with_first_stage(again, base) is again
 
 
 def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_path):
@@ -463,10 +466,10 @@ def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_
 
 def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
     base = resolve_base(openai_file(tmp_path, num_classes=3))
-    assert base.told == {"diffusion.learned_sigma": True, "data.num_channels": 3}
+    assert base.settings.by_name() == {"diffusion.learned_sigma": True, "data.num_channels": 3}
     assert base.unet["num_class_embeds"] == 3
-    assert len(missing_settings(base.told)) == 5
-    config = apply_settings(base.told, CONFIG, with_data=True)
+    assert len(missing_settings(base.settings)) == 5
+    config = apply_settings(base.settings, CONFIG, with_data=True)
     with pytest.raises(ConfigError) as error:
         check_compatible(base, config)
     for words in (
@@ -483,17 +486,17 @@ def test_a_mismatch_with_the_preset_names_the_architecture_that_fits(tmp_path):
     base = resolve_base(openai_file(tmp_path, **wide))
     with pytest.raises(ConfigError, match=r"\(iddpm-cifar10 is like it\)"):
         check_compatible(
-            base, apply_settings(base.told, preset("imagenet64-cosine"), with_data=False)
+            base, apply_settings(base.settings, preset("imagenet64-cosine"), with_data=False)
         )
     config = preset("cifar10-cosine")
-    settings = check_compatible(base, apply_settings(base.told, config, with_data=False))
+    settings = check_compatible(base, apply_settings(base.settings, config, with_data=False))
     assert (settings["sample_size"], settings["attention_head_dim"]) == (32, 64)
 
 
 @torch.inference_mode()
 def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
     base = resolve_base(openai_file(tmp_path))
-    config = apply_settings(base.told, with_heads(), with_data=True)
+    config = apply_settings(base.settings, with_heads(), with_data=True)
     import_base(base, config, tmp_path / "base")
     unet, original = load_unet(tmp_path / "base/unet"), randomised()
     x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
@@ -510,7 +513,7 @@ def randomised() -> OpenAIUNet:
 
 def test_heads_are_refused_for_a_base_that_tells_its_own(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p"))
-    config = apply_settings(base.told, with_heads(size=8), with_data=True)
+    config = apply_settings(base.settings, with_heads(size=8), with_data=True)
     with pytest.raises(ConfigError, match=r"model\.num_heads goes with openai.*got 4"):
         check_compatible(base, config)
 
@@ -521,7 +524,7 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     del state["out.0.bias"]
     torch.save(state, tmp_path / "model.pt")
     base = resolve_base(source)
-    config = apply_settings(base.told, with_heads(), with_data=True)
+    config = apply_settings(base.settings, with_heads(), with_data=True)
     with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
         import_base(base, config, tmp_path / "base")
     assert not (tmp_path / "base").exists()
@@ -553,7 +556,7 @@ def test_the_hub_is_asked_and_out_of_reach_is_one_clear_error(tmp_path, monkeypa
 
 def test_an_imported_base_that_is_torn_is_named(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p"))
-    import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
     edit(tmp_path / "base/base.json", diffusion={})
     with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
         resolve_base(str(tmp_path / "base"))
@@ -568,7 +571,7 @@ def test_a_base_never_comes_from_a_pickle(tmp_path):
         file.rename(file.with_suffix(".bin"))
     base = resolve_base(source)
     with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
-        import_base(base, apply_settings(base.told, CONFIG, with_data=True), tmp_path / "base")
+        import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
 
 
 def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
@@ -579,6 +582,12 @@ def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
 
 def test_what_is_imported_loads_in_diffusers(tmp_path):
     base = resolve_base(openai_file(tmp_path))
-    import_base(base, apply_settings(base.told, with_heads(), with_data=True), tmp_path / "base")
+    import_base(
+        base, apply_settings(base.settings, with_heads(), with_data=True), tmp_path / "base"
+    )
     unet = UNet2DModel.from_pretrained(tmp_path / "base/unet", low_cpu_mem_usage=False).eval()
     assert_same(output_of(unet), output_of(load_unet(tmp_path / "base/unet")))
+
+
+def test_the_kinds_of_checkpoint_files_are_those_that_the_settings_name():
+    assert tuple(FILES) == FILE_KINDS
