@@ -22,7 +22,8 @@ from loss_after_pruning import MACS_SHARE, groups_of
 from output import write_record, write_table
 from scipy.stats import spearmanr
 
-from tdc_ray.pruning.criteria.scores import random_scores, select_top
+from tdc_ray.pruning.criteria.random import random_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.loaded_base import load_base, pruned_unet
 from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.pruning.proxies.by_score import sorted_scores

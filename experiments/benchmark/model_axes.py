@@ -25,7 +25,8 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_everything
-from tdc_ray.pruning.criteria.scores import random_scores, select_top
+from tdc_ray.pruning.criteria.random import random_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme

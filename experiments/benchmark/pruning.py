@@ -25,7 +25,8 @@ from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import KeptIndices, SpaceKind, keep_everything
-from tdc_ray.pruning.criteria.scores import random_scores, select_top
+from tdc_ray.pruning.criteria.random import random_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities

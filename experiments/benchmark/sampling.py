@@ -24,7 +24,8 @@ from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.pruning.criteria.scores import random_scores, select_top
+from tdc_ray.pruning.criteria.random import random_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps

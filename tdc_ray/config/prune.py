@@ -7,8 +7,9 @@ from tdc_ray.config.train import Precision
 from tdc_ray.config.validation import at_least, require
 from tdc_ray.errors import ConfigError
 
+ProxyMethod = Literal["offline", "llm"]
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
-SearchMethod = Literal["offline", "llm", "random", "magnitude", "taylor", "diff-pruning"]
+SearchMethod = Literal[ProxyMethod, ScoreMethod]
 PruneMethod = SearchMethod | Literal["none"]
 
 

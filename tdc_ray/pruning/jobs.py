@@ -9,6 +9,7 @@ from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.units import KeptIndices
+from tdc_ray.pruning.criteria.registry import CRITERIA
 from tdc_ray.pruning.criteria.scores import Scores
 from tdc_ray.pruning.fingerprint import measuring_key, timesteps_key
 from tdc_ray.storage.run_dir import RunDir
@@ -75,7 +76,7 @@ class MeasureJob:
 
 def score_inputs(job: ScoreJob) -> Inputs:
     """Give what :func:`score_units` follows from."""
-    place = {"group": job.group.index} if job.method == "random" else {}
+    place = {"group": job.group.index} if CRITERIA[job.method].is_seeded else {}
     return {"stage": "scores", "method": job.method, **place, **_inputs(job)}
 
 

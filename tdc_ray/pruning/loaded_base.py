@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from diffusers import UNet2DModel
 
-from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
@@ -24,18 +23,11 @@ from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.unet import load_unet, unet_config
-from tdc_ray.models.units import KeptIndices, Unit, keep_everything, widths_of
-from tdc_ray.pruning.criteria.scores import (
-    Scores,
-    diff_pruning_scores,
-    magnitude_scores,
-    random_scores,
-    select_top,
-    taylor_scores,
-)
+from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
+from tdc_ray.pruning.criteria.registry import CRITERIA
+from tdc_ray.pruning.criteria.scores import ScoreInputs, select_top
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.pruning.noised import (
-    first_images,
     held_out_losses,
     noised_batches,
 )
@@ -60,9 +52,6 @@ from tdc_ray.storage.run_dir import RunDir
 
 ERROR_WEIGHT_PASSES = 3
 """What the weights of the refit's images cost, in forward passes: one forward and one backward."""
-
-DIFF_PRUNING_BATCH = 32
-"""Images of Diff-Pruning's one batch, at most; it goes through the network at every timestep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +83,21 @@ def load_base(run_dir: RunDir, config: RunConfig) -> LoadedBase:
 def score_units(job: ScoreJob, report: Report) -> Result:
     """Give ``scores`` (a list per unit), ``macs`` that it took, and ``seconds``."""
     started = time.perf_counter()
-    config = job.config
+    config, group = job.config, job.group
     base = load_base(job.run_dir, config)
-    scores, macs = _scores(job.method, base, base.space.units, config, job.group)
+    scores, passes = CRITERIA[job.method].score(
+        ScoreInputs(
+            unet=base.unet,
+            units=base.space.units,
+            timesteps=group.timesteps,
+            batches=noised_batches(config, group, base.unet, purpose="scores"),
+            num_images=config.prune.num_images,
+            schedule=noise_schedule(config.diffusion).to(base.unet.device),
+            seed=derive_seed(config.seed, job.method, group.index),
+        )
+    )
     report({}, 1)
+    macs = float(passes * base.space.macs_base)
     return {"scores": scores, "macs": macs, "seconds": time.perf_counter() - started}
 
 
@@ -282,28 +282,6 @@ def _macs_before(base: LoadedBase, pruned: UNet2DModel) -> int:
     layers = itertools.takewhile(lambda layer: not f"{layer.name}.".startswith(names), base.layers)
     _, macs = macs_polynomials(list(layers), base.space.units)
     return macs.at(base.space.full)
-
-
-def _scores(
-    method: ScoreMethod,
-    base: LoadedBase,
-    units: tuple[Unit, ...],
-    config: RunConfig,
-    group: TimestepGroup,
-) -> tuple[Scores, float]:
-    """Give the scores by a method, and the macs that they took."""
-    unet, forward = base.unet, float(base.space.macs_base)
-    if method == "random":
-        return random_scores(units, derive_seed(config.seed, "random", group.index)), 0.0
-    if method == "magnitude":
-        return magnitude_scores(unet, units), 0.0
-    schedule = noise_schedule(config.diffusion).to(unet.device)
-    batches = noised_batches(config, group, unet, purpose="scores")
-    if method == "taylor":
-        return taylor_scores(unet, units, batches, schedule), 3 * forward * config.prune.num_images
-    batch = first_images(batches, DIFF_PRUNING_BATCH)
-    scores, seen = diff_pruning_scores(unet, units, batch, group.timesteps, schedule)
-    return scores, 3 * forward * len(batch.x_0) * seen
 
 
 def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> float:

@@ -1,11 +1,10 @@
 """The search for a group's sub-model: propose, fit to the limit, cut, refit, measure, remember."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tdc_ray.config.prune import ScoreMethod
+from tdc_ray.config.prune import ProxyMethod, ScoreMethod
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Result
 from tdc_ray.models.units import keep_everything
@@ -16,9 +15,7 @@ from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves
 from tdc_ray.pruning.loaded_base import score_units
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
-from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, propose_by_llm
-from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE
-from tdc_ray.pruning.proxies.offline import OfflineProxy
+from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
 from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.pruning.tasks.candidates import (
@@ -45,7 +42,7 @@ def search(task: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
     if method == "none" or task.limit >= task.space.cost_base:
         return SearchResult(full, None, loss_base, (), spent)
     if method == "offline" or method == "llm":
-        found = yield from _search_by_proxy(task, memory, loss_base, spent)
+        found = yield from _search_by_proxy(task, memory, method, loss_base, spent)
     else:
         found = yield from _search_by_score(task, memory, method, spent)
     found.sort(key=lambda tried: (isnan(tried.entry.loss), tried.entry.loss, tried.entry.place))
@@ -63,7 +60,11 @@ def _search_by_score(
 
 
 def _search_by_proxy(
-    task: GroupSearch, memory: MemoryBank, loss_base: float, spent: SearchCost
+    task: GroupSearch,
+    memory: MemoryBank,
+    method: ProxyMethod,
+    loss_base: float,
+    spent: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Measure sensitivities, then let the proxy propose, round by round."""
     config, group = task.config, task.group
@@ -74,7 +75,7 @@ def _search_by_proxy(
         if shared and number > 0:
             yield Barrier(f"round {number}", task.participants)
         seen = memory.seen_by(group.index, before_round=number, shared=shared)
-        pruning_task = ProposalRequest(
+        request = ProposalRequest(
             space=task.space,
             group=group.index,
             timesteps=(group.first, group.last),
@@ -88,14 +89,12 @@ def _search_by_proxy(
             num_rounds=config.prune.num_rounds,
             seed=derive_seed(config.seed, "propose", group.index, number),
         )
-        proposals = _Proposals(pruning_task, seen)
-        if config.prune.method == "llm":
-            reply = yield from _ask(task, pruning_task, seen, spent)
-            proposals.take("llm", reply)
-        if len(proposals.found) < config.prune.num_candidates:
-            started = time.perf_counter()
-            proposals.take("offline", OfflineProxy().propose(pruning_task, seen))
-            spent.proxy_seconds += time.perf_counter() - started
+        proposals = _Proposals(request, seen)
+        names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
+        for name in dict.fromkeys(names):
+            if len(proposals.found) < config.prune.num_candidates:
+                schemes = yield from PROXIES[name](task, request, seen, spent)
+                proposals.add(name, schemes)
         candidates += yield from _measure(task, memory, number, proposals.found, scores, spent)
     return candidates
 
@@ -178,7 +177,7 @@ class _Proposals:
         self._tried = [dict(entry.widths) for entry in seen if entry.group == task.group]
         self.found: list[_Proposal] = []
 
-    def take(self, source: str, schemes: Sequence[Scheme]) -> None:
+    def add(self, source: str, schemes: Sequence[Scheme]) -> None:
         task = self._task
         values = step_worth(task.space, loss_curves(task.space, task.sensitivities))
         for scheme in schemes:
@@ -187,35 +186,6 @@ class _Proposals:
                 overshoot = max(0, task.space.cost(scheme) - task.limit)
                 self.found.append(_Proposal(source, fitted, overshoot))
                 self._tried.append(fitted)
-
-
-def _ask(
-    task: GroupSearch,
-    pruning_task: ProposalRequest,
-    seen: Sequence[MemoryEntry],
-    spent: SearchCost,
-) -> Chain[list[Scheme]]:
-    """Ask the language model; where it gives nothing the reason is noted."""
-    number, proxy = pruning_task.round, task.config.proxy
-    job = AskJob(proxy, pruning_task, tuple(seen), task.run_dir.transcripts)
-    (reply,) = yield [
-        task.item(
-            f"round-{number}-ask",
-            propose_by_llm,
-            job,
-            service=LLM_SERVICE,
-            fallback_result=NO_REPLY,
-        )
-    ]
-    spent.proxy_seconds += reply["seconds"]
-    spent.prompt_tokens += reply["prompt_tokens"]
-    spent.completion_tokens += reply["completion_tokens"]
-    if reply["error"] is not None:
-        spent.notes.append(
-            f"{task.name}, round {number}: the offline proxy took over: {reply['error']}"
-        )
-    schemes: list[Scheme] = reply["schemes"]
-    return schemes
 
 
 def _measure(

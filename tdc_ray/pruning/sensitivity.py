@@ -15,7 +15,8 @@ from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, Step, run
 from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.units import Unit
-from tdc_ray.pruning.criteria.scores import Scores, reconstruction_scores, select_top
+from tdc_ray.pruning.criteria.reconstruction import reconstruction_scores
+from tdc_ray.pruning.criteria.scores import Scores, select_top
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import (

@@ -12,7 +12,8 @@ from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
-from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
+from tdc_ray.pruning.criteria.magnitude import magnitude_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.jobs import MeasureJob, ScoreJob, SensitivityJob, StreamJob
 from tdc_ray.pruning.loaded_base import (
     load_base,

@@ -11,7 +11,8 @@ from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.surgery import cut, kept_outputs
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything
-from tdc_ray.pruning.criteria.scores import magnitude_scores, select_top
+from tdc_ray.pruning.criteria.magnitude import magnitude_scores
+from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.refit.error_weights import ErrorWeights, error_weights
 from tdc_ray.pruning.refit.refit import refit
 from tdc_ray.pruning.sensitivity import (

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.criteria.scores import Scores, random_scores
+from tdc_ray.pruning.criteria.random import random_scores
+from tdc_ray.pruning.criteria.scores import Scores
 from tdc_ray.pruning.proxies.by_score import (
     BASELINES,
     baseline_schemes,

@@ -1,0 +1,46 @@
+"""Reconstruction: what the refit cannot make up for (Hassibi and Stork, 1993, for groups).
+
+It is no ``prune.method``: sensitivities rank inner units by it, whose statistics they need anyway.
+"""
+
+import torch
+
+from tdc_ray.models.units import Unit
+from tdc_ray.pruning.refit.least_squares import LeastSquares
+
+
+def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
+    """Score a residual block's groups, or an attention's heads, by what the refit cannot make up.
+
+    One after the other goes whichever leaves the smallest squared error in the layer behind the
+    unit when all weights that are left are solved for anew: the optimal brain surgeon for whole
+    groups. The score of one is the error by the time that it goes.
+
+    Args:
+        unit: The unit.
+        squares: Of the layer that reads it, on the base's own activations.
+    """
+    gram, cross = squares.normal()
+    inverse = torch.linalg.inv(gram)
+    weights = inverse @ cross  # (n, m)
+    size = len(gram) // unit.width
+    remaining = {step: slice(step * size, (step + 1) * size) for step in range(unit.width)}
+    scores, error = [0.0] * unit.width, 0.0
+    while remaining:
+        increase = {
+            step: float(
+                (weights[rows] * torch.linalg.solve(inverse[rows, rows], weights[rows])).sum()
+            )
+            for step, rows in remaining.items()
+        }
+        step = min(increase, key=increase.__getitem__)
+        rows = remaining.pop(step)
+        error += max(increase[step], 0.0)
+        scores[step] = error
+        both = torch.linalg.solve(
+            inverse[rows, rows], torch.cat([weights[rows], inverse[rows]], 1)
+        )
+        change = inverse[:, rows] @ both  # (n, m + n)
+        weights = weights - change[:, : weights.shape[1]]
+        inverse = inverse - change[:, weights.shape[1] :]
+    return scores

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tdc_ray.models.units import Unit
+from tdc_ray.pruning.criteria.reconstruction import reconstruction_scores
+from tdc_ray.pruning.refit.least_squares import LeastSquares
+
+
+def unit_and_squares(seed: int, *, linear: bool, width: int = 4) -> tuple[Unit, LeastSquares]:
+    """A unit of four steps of two channels whose channels can make up for each other."""
+    torch.manual_seed(seed)
+    unit = Unit("block", "attention" if linear else "residual", width, 2, pixels=36)
+    layer = nn.Linear(2 * width, 5) if linear else nn.Conv2d(2 * width, 5, 3, padding=1)
+    mixed = torch.randn(20, 36, 2 * width) @ torch.randn(2 * width, 2 * width)
+    inputs = mixed if linear else mixed.transpose(1, 2).reshape(20, 2 * width, 6, 6)
+    squares = LeastSquares(layer, num_rows=1, seed=0)
+    squares.add(inputs, layer(inputs).detach() + 0.1)
+    return unit, squares
+
+
+def least_error(squares: LeastSquares, columns: list[int]) -> float:
+    """What is left of the error with some columns alone, but for a constant."""
+    gram, cross = squares.normal()
+    solved = torch.linalg.lstsq(gram[columns][:, columns], cross[columns]).solution
+    return -float((cross[columns] * solved).sum())
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["attention", "residual"])
+@settings(max_examples=5)
+@given(seed=st.integers(0, 10**6))
+def test_reconstruction_eliminates_as_brute_force_does(linear, seed):
+    unit, squares = unit_and_squares(seed, linear=linear)
+    taps = 1 if linear else 9
+
+    def columns(steps: set[int]) -> list[int]:
+        size = unit.channels * taps
+        return [step * size + place for step in sorted(steps) for place in range(size)]
+
+    left, expected = set(range(unit.width)), [0.0] * unit.width
+    start = least_error(squares, columns(left))
+    while left:
+        errors = {
+            step: (least_error(squares, columns(left - {step})) if len(left) > 1 else 0.0) - start
+            for step in left
+        }
+        gone = min(errors, key=errors.__getitem__)
+        expected[gone] = errors[gone]
+        left.remove(gone)
+    assert reconstruction_scores(unit, squares) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
+    torch.manual_seed(0)
+    unit, layer = Unit("block", "attention", 3, 2, pixels=36), nn.Linear(6, 5)
+    inputs = torch.randn(20, 36, 6)
+    inputs[..., 4:] = inputs[..., :2]
+    squares = LeastSquares(layer, num_rows=1, seed=0)
+    squares.add(inputs, layer(inputs).detach())
+    scores = reconstruction_scores(unit, squares)
+    assert min(scores[0], scores[2]) < 1e-3 * min(scores[1], max(scores[0], scores[2]))
+
+
+def test_a_step_that_nothing_reads_costs_nothing():
+    unit, squares = unit_and_squares(0, linear=True)
+    with torch.no_grad():
+        squares.layer.weight[:, 2:4] = 0.0
+    inputs = torch.randn(20, 36, 8)
+    silent = LeastSquares(squares.layer, num_rows=1, seed=0)
+    silent.add(inputs, squares.layer(inputs).detach())
+    scores = reconstruction_scores(unit, silent)
+    assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
