@@ -4,6 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class _Below:
+    """The path of a name below a run directory, as an attribute of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run_dir: "RunDir", _: object) -> Path:
+        return run_dir.root / self.name
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """Paths of one run; ``root`` is absolute, so that it means the same in every process."""
@@ -12,119 +22,79 @@ class RunDir:
     given_base: Path | None = None
     """A base that lies elsewhere."""
 
-    @property
-    def config(self) -> Path:
-        """The settings."""
-        return self.root / "config.json"
+    config = _Below("config.json")
+    """The settings."""
 
-    @property
-    def environment(self) -> Path:
-        """Versions, commit and machine of the first start."""
-        return self.root / "environment.json"
+    environment = _Below("environment.json")
+    """Versions, commit and machine of the first start."""
 
-    @property
-    def plan(self) -> Path:
-        """The groups and their limits."""
-        return self.root / "plan.json"
+    plan = _Below("plan.json")
+    """The groups and their limits."""
 
-    @property
-    def plan_plot(self) -> Path:
-        """The plan as a picture."""
-        return self.root / "plan.png"
+    plan_plot = _Below("plan.png")
+    """The plan as a picture."""
 
-    @property
-    def base(self) -> Path:
-        """What stage 1 leaves, or the import of a base in its place."""
-        return self.root / "base"
+    base = _Below("base")
+    """What stage 1 writes, or the import of a base in its place."""
+
+    base_result = _Below("base/result.json")
+    """What training the base took; it exists when the base is done."""
+
+    base_training = _Below("base/training")
+    """Ray Train's directory: checkpoints of stage 1."""
+
+    latency = _Below("latency.json")
+    """How long every unit takes at every width, where time is limited; measured once."""
+
+    times = _Below("times.json")
+    """How long base and experts take; measured once."""
+
+    memory = _Below("memory.jsonl")
+    """The memory bank."""
+
+    transcripts = _Below("proxy")
+    """What was asked of a language model, and what it answered."""
+
+    experts = _Below("experts")
+    """What ``ProgressivePipeline.from_pretrained`` loads."""
+
+    samples = _Below("evaluation")
+    """Images that the base and the experts were scored on, and their features' moments."""
+
+    features = _Below("evaluation/features.json")
+    """Which features the run is scored on: decided once, at its first start."""
+
+    reference = _Below("evaluation/reference.npz")
+    """Mean and covariance of the features that the images are compared with."""
+
+    tensorboard = _Below("tensorboard")
+    """Event files."""
+
+    timeline = _Below("timeline.jsonl")
+    """Who ran what, when."""
+
+    timeline_plot = _Below("timeline.png")
+    """The same as a picture."""
+
+    log = _Below("run.log")
+    """The log of all attempts."""
+
+    results = _Below("results.json")
+    """The results."""
 
     @property
     def base_unet(self) -> Path:
         """The base with its averaged weights, as diffusers saves it."""
         return self.given_base or self.base / "unet"
 
-    @property
-    def base_result(self) -> Path:
-        """What training the base took; it exists when the base is done."""
-        return self.base / "result.json"
-
-    @property
-    def base_training(self) -> Path:
-        """Ray Train's directory: checkpoints of stage 1."""
-        return self.base / "training"
-
-    @property
-    def latency(self) -> Path:
-        """How long every unit takes at every width, where time is limited; measured once."""
-        return self.root / "latency.json"
-
-    @property
-    def times(self) -> Path:
-        """How long base and experts take; measured once."""
-        return self.root / "times.json"
-
-    @property
-    def memory(self) -> Path:
-        """The memory bank."""
-        return self.root / "memory.jsonl"
-
-    @property
-    def transcripts(self) -> Path:
-        """What was asked of a language model, and what it answered."""
-        return self.root / "proxy"
-
-    @property
-    def experts(self) -> Path:
-        """What ``ProgressivePipeline.from_pretrained`` loads."""
-        return self.root / "experts"
-
     def expert(self, index: int) -> Path:
-        """The expert of a group, by the group's index."""
+        """Return the path of a group's expert, by the group's index."""
         return self.experts / f"expert-{index:02d}"
 
-    @property
-    def samples(self) -> Path:
-        """Images that the base and the experts were scored on, and their features' moments."""
-        return self.root / "evaluation"
-
-    @property
-    def features(self) -> Path:
-        """Which features the run is scored on: decided once, at its first start."""
-        return self.samples / "features.json"
-
-    @property
-    def reference(self) -> Path:
-        """Mean and covariance of the features that the images are held against."""
-        return self.samples / "reference.npz"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def timeline(self) -> Path:
-        """Who ran what, when."""
-        return self.root / "timeline.jsonl"
-
-    @property
-    def timeline_plot(self) -> Path:
-        """The same as a picture."""
-        return self.root / "timeline.png"
-
-    @property
-    def log(self) -> Path:
-        """The log of all attempts."""
-        return self.root / "run.log"
-
-    @property
-    def results(self) -> Path:
-        """What came out."""
-        return self.root / "results.json"
-
     def group(self, index: int) -> Path:
-        """What stage 2 leaves of a group: scores, losses of candidates, checkpoints."""
+        """Return where stage 2 keeps scores, losses of candidates and checkpoints of a group."""
         return self.root / "groups" / f"{index:02d}"
 
     def error_weights(self, index: int) -> Path:
-        """How much every image counts in the refits of a group."""
+        """Return the path of how much every image counts in the refits of a group."""
         return self.group(index) / "error-weights.safetensors"
