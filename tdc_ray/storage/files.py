@@ -6,7 +6,6 @@ Paths are local ones, or mirrors of what is in an object store (see
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from safetensors import SafetensorError
 
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.storage import mirror, object_store
-from tdc_ray.storage.object_store import display_path, is_remote
+from tdc_ray.storage.object_store import display_path, is_remote, temporary_path, writer_id
 
-_FAILED = (OSError, RuntimeError, SafetensorError)
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, torch and safetensors raise where a disk does not take what they write."""
 
 
@@ -30,18 +29,18 @@ def exists(path: Path) -> bool:
     """Whether there is a file or folder.
 
     Raises:
-        StorageError: The store of a URI does not tell.
+        StorageError: The store of a URI fails.
     """
     return object_store.exists(path) if is_remote(path) else path.exists()
 
 
 def fetch(path: Path) -> Path:
-    """Make the local copy of what a URI names current, and give its path; others are as they are.
+    """Make the local copy of what a URI names current, and return its path; others are unchanged.
 
     What the URI lacks is missing afterwards.
 
     Raises:
-        StorageError: The store of a URI does not give it.
+        StorageError: The store of a URI fails.
     """
     if is_remote(path):
         mirror.fetch(path)
@@ -52,7 +51,7 @@ def listing(path: Path, pattern: str) -> list[Path]:
     """Find files and folders below a path as ``Path.glob`` does; sorted.
 
     Raises:
-        StorageError: The store of a URI does not tell.
+        StorageError: The store of a URI fails.
     """
     return object_store.listing(path, pattern) if is_remote(path) else sorted(path.glob(pattern))
 
@@ -61,7 +60,7 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there.
 
     Raises:
-        StorageError: The store of a URI does not do it.
+        StorageError: The store of a URI fails.
     """
     if is_remote(path):
         mirror.remove(path)
@@ -69,9 +68,17 @@ def remove(path: Path) -> None:
         _remove(path)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` and move what was written there into place.
+    """Yield a temporary path beside ``path`` and move what was written there into place.
 
     Works for a file and for a directory. Whatever stood at ``path`` is replaced. The temporary
     name holds host and process, so that two writers never share one. For a URI it is uploaded: a
@@ -81,8 +88,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         StorageError: The block wrote nothing.
         StorageFailedError: The disk or the store does not take it.
     """
-    temporary = object_store.temporary(path)
-    old = path.with_name(f".{path.name}.{object_store.writer_id()}.old")
+    temporary = temporary_path(path)
+    old = path.with_name(f".{path.name}.{writer_id()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
@@ -97,37 +104,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):
                 path.replace(old)
         temporary.replace(path)
-    except _FAILED as error:
-        raise StorageFailedError(
-            f"{display_path(path)} cannot be written: {error}{_free(path)}."
-        ) from error
+    except _WRITE_ERRORS as error:
+        raise _write_error(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong was said
+        with contextlib.suppress(OSError):  # the error that counts is already raised
             _remove(temporary)
             _remove(old)
 
 
 def _let_others_read(path: Path) -> None:
-    """Give files that safetensors made for one user alone the mode of the folder they go to."""
+    """Set the mode of files that safetensors made for one user alone to that of their folder."""
     mode = path.parent.stat().st_mode & 0o666
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
             file.chmod(mode | 0o600)
 
 
-def _free(path: Path) -> str:
-    """Tell how full a disk is: what libraries raise where it is full does not say so."""
+def _write_error(path: Path, error: Exception) -> StorageFailedError:
+    """Return an error that names the free space: what libraries raise on a full disk does not."""
+    free = ""
     with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk)"
-    return ""
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
+        free = f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk)"
+    return StorageFailedError(f"{display_path(path)} cannot be written: {error}{free}.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,6 +141,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file as it is now: that of a URI past the local copy.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StorageError: The store of a URI fails.
+    """
+    return object_store.read(path) if is_remote(path) else path.read_bytes()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -150,7 +158,7 @@ def read_json(path: Path) -> Any:
         StorageError: The file is missing or holds no JSON.
     """
     try:
-        return json.loads(object_store.read(path) if is_remote(path) else path.read_bytes())
+        return json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise StorageError(f"{display_path(path)} does not exist.") from error
     except ValueError as error:
@@ -171,33 +179,28 @@ def append_json_line(path: Path, value: Any) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
+        with path.open("a+b", buffering=0) as file:  # a buffer would be written again by close()
             file.seek(0)
             content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole != len(content):
-                file.truncate(whole)
+            end = content.rfind(b"\n") + 1
+            if end != len(content):
+                file.truncate(end)
             try:
-                _write_all(file, line)
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
             except OSError:
-                file.truncate(whole)
+                file.truncate(end)
                 raise
     except OSError as error:
-        raise StorageFailedError(f"{path} cannot be written: {error}{_free(path)}.") from error
-
-
-def _write_all(file: io.FileIO, content: bytes) -> None:
-    """Write through to the disk."""
-    while content:
-        content = content[file.write(content) :]
-    os.fsync(file.fileno())
+        raise _write_error(path, error) from error
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """Read every whole line of a JSON-lines file; a file that is missing is empty.
 
     Raises:
-        StorageError: A whole line holds no JSON, or the store of a URI does not give it.
+        StorageError: A whole line holds no JSON, or the store of a URI fails.
     """
     if is_remote(path):
         lines = object_store.read_entries(path)

@@ -1,7 +1,7 @@
 """One driver per run directory: a lock on this machine, and a lease that drivers elsewhere see.
 
-A lease is a file that its holder writes again every few seconds. One that stays as it is was left
-behind by a driver that was killed, and is taken over.
+A lease is a file that its holder writes again every few seconds. One that no longer changes was
+left by a driver that was killed, and is taken over.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
-from tdc_ray.storage.files import remove
+from tdc_ray.storage.files import read_bytes, remove
 from tdc_ray.storage.object_store import display_path, is_remote
 
 LOCK_FILE = ".lock"
@@ -30,19 +30,21 @@ LEASE_FILE = ".lease.json"
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 8.0
-"""A lease that did not change for so long was left behind."""
+"""A lease that did not change for so long is taken over."""
 
 SETTLED_AFTER_S = 1.0
 """Of drivers that write a lease at the same time, the last one has it after that time."""
 
 RESENT_EVERY_S = 0.5
-"""The main thread is signalled again after that time, until it hears it."""
+"""The main thread is signalled again after that time, until it is interrupted."""
 
 _STOP = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + 11
-"""How the thread that renews a lease stops the main one: a signal that nobody else uses."""
+"""How the thread that renews a lease interrupts the main one: a signal that nobody else uses."""
 
 _SIZE = 512
 """Bytes of a lease: all have as many, for a file is changed in place."""
+
+Document = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
@@ -57,31 +59,31 @@ def hold_lease(run_dir: Path) -> Iterator[None]:
     """
     with nullcontext() if is_remote(run_dir) else _locked_here(run_dir):
         lease = _Lease(run_dir)
-        lease.take()
-        with lease.stops_this_process():
+        lease.acquire()
+        with lease.interrupts_main_thread():
             thread = threading.Thread(target=lease.renew, name="lease", daemon=True)
             thread.start()
             try:
                 yield
             except KeyboardInterrupt:
-                if lease.lost is None:
+                if lease.lost_to is None:
                     raise
             finally:
                 lease.over.set()
                 thread.join()
-                lease.give_back()
+                lease.release()
 
 
 def lease_holder(run_dir: Path) -> str | None:
-    """Name the driver that holds, or held to its sudden end, a run directory.
+    """Return a name of the driver that holds, or held until it was killed, a run directory.
 
     Raises:
-        StorageError: The store of a URI does not tell.
+        StorageError: The store of a URI fails.
     """
-    found = _read(run_dir / LEASE_FILE)
-    if not found:
+    document = _read(run_dir / LEASE_FILE)
+    if not document:
         return None
-    return f"{_name(found)}, which is gone" if _is_gone(found) else _name(found)
+    return f"{_name(document)}, which is gone" if _is_gone(document) else _name(document)
 
 
 @contextmanager
@@ -93,7 +95,7 @@ def _locked_here(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise _refused(run_dir, f"process {file.read() or '(unknown)'}") from error
+            raise _in_use(run_dir, f"process {file.read() or '(unknown)'}") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -106,22 +108,20 @@ class _Lease:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.path = run_dir, run_dir / LEASE_FILE
         self.over = threading.Event()
-        self.lost: str | None = None
+        self.lost_to: str | None = None
         """Who took it over."""
-        self._id = secrets.token_hex(8)
-        self._document = {
+        self._document: Document = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "processes": _processes(),
+            "processes": _pid_namespace(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "id": self._id,
+            "id": secrets.token_hex(8),
+            "count": 0,
         }
-        self._count = 0
-        self._stops: int | None = None
-        self._heard = False
-        """Whether the main thread was stopped."""
+        self._main_thread: int | None = None
+        self._interrupted = False
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Write the lease where there is none, or a stale one.
 
         Raises:
@@ -132,32 +132,32 @@ class _Lease:
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
                 self._write()
                 return
-        found = _read(self.path)
+        before = _read(self.path)
         deadline = time.monotonic() + STALE_AFTER_S
-        while found is not None and not _is_gone(found) and time.monotonic() < deadline:
+        while before is not None and not _is_gone(before) and time.monotonic() < deadline:
             time.sleep(SETTLED_AFTER_S)
-            if (now := _read(self.path)) != found:
-                if now is None:  # it was given back
+            if (now := _read(self.path)) != before:
+                if now is None:  # it was released
                     break
-                raise _refused(self.run_dir, _name(now))
+                raise _in_use(self.run_dir, _name(now))
         self._write()
-        if found is not None and _is_gone(found) and not is_remote(self.path):
+        if before is not None and _is_gone(before) and not is_remote(self.path):
             return  # the lock keeps others on this machine out
         time.sleep(SETTLED_AFTER_S)
-        now = _read(self.path)
-        if now is None or now.get("id") != self._id:
-            raise _refused(self.run_dir, _name(now or {}))
+        now = _read(self.path) or {}
+        if not self._owns(now):
+            raise _in_use(self.run_dir, _name(now))
 
     def renew(self) -> None:
-        """Write it again and again; stop the process if it is another driver's by now."""
+        """Write it again and again; stop the process if another driver took it over."""
         failing = False
         while not self.over.wait(RENEWED_EVERY_S):
             try:
-                found = _read(self.path)
-                if found is not None and found.get("id", self._id) != self._id:
-                    self.lost = _name(found)
+                document = _read(self.path)
+                if document and not self._owns(document):
+                    self.lost_to = _name(document)
                     logger.error("%s", self._lost_error())
-                    self._stop_main_thread()
+                    self._interrupt_main_thread()
                     return
                 self._write()
                 failing = False
@@ -166,47 +166,49 @@ class _Lease:
                     logger.warning("the lease of %s: %s", display_path(self.run_dir), error)
                 failing = True
 
-    def give_back(self) -> None:
-        """End it.
+    def release(self) -> None:
+        """Remove it.
 
         Raises:
-            StorageError: It is another driver's by now.
+            StorageError: Another driver took it over.
         """
-        if self.lost is not None:
+        if self.lost_to is not None:
             raise self._lost_error()
         with contextlib.suppress(StorageError, OSError):  # it will be stale soon
-            if (_read(self.path) or {}).get("id") == self._id:
+            if self._owns(_read(self.path) or {}):
                 remove(self.path)
 
-    def stops_this_process(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def interrupts_main_thread(self) -> Iterator[None]:
         """Let the loss of the lease interrupt the main thread, as Ctrl-C does."""
         if threading.current_thread() is not threading.main_thread():
-            return nullcontext()  # only the main thread can be: its block goes on to its end
-        self._stops = threading.get_ident()
-        return self._interrupted_by_stop()
+            yield  # Python's signals reach the main thread alone: this block runs to its end
+            return
 
-    def _stop_main_thread(self) -> None:
-        """Signal until it is heard: a signal just before a call that blocks does not end that."""
-        while self._stops is not None and not self._heard and not self.over.is_set():
-            signal.pthread_kill(self._stops, _STOP)
-            self.over.wait(RESENT_EVERY_S)
-
-    @contextmanager
-    def _interrupted_by_stop(self) -> Iterator[None]:
         def interrupt(*_: object) -> None:
-            if not self._heard:  # once: a second one would cut short what the first one ends
-                self._heard = True
+            if not self._interrupted:  # once: a second one would cut short what the first one ends
+                self._interrupted = True
                 raise KeyboardInterrupt  # what Ray heeds while it waits
 
         before = signal.signal(_STOP, interrupt)
+        self._main_thread = threading.get_ident()
         try:
             yield
         finally:
             signal.signal(_STOP, before)
 
+    def _interrupt_main_thread(self) -> None:
+        """Signal until it works: a signal just before a call that blocks does not end that."""
+        while self._main_thread and not self._interrupted and not self.over.is_set():
+            signal.pthread_kill(self._main_thread, _STOP)
+            self.over.wait(RESENT_EVERY_S)
+
+    def _owns(self, document: Document) -> bool:
+        return bool(document.get("id") == self._document["id"])
+
     def _write(self) -> None:
-        self._count += 1
-        content = json.dumps(self._document | {"count": self._count}).encode().ljust(_SIZE)
+        self._document["count"] += 1
+        content = json.dumps(self._document).encode().ljust(_SIZE)
         if is_remote(self.path):
             object_store.write(self.path, content)
             return
@@ -219,16 +221,16 @@ class _Lease:
 
     def _lost_error(self) -> StorageError:
         return StorageError(
-            f"run directory {display_path(self.run_dir)} was taken over by {self.lost}: this "
+            f"run directory {display_path(self.run_dir)} was taken over by {self.lost_to}: this "
             "process was suspended, or cut off from the storage, for too long. It stops here and "
             "the other one goes on."
         )
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Read a lease; None: there is none; empty: it is just being written."""
+def _read(path: Path) -> Document | None:
+    """Read a lease; None means that there is none, empty that it is just being written."""
     try:
-        document = json.loads(object_store.read(path) if is_remote(path) else path.read_bytes())
+        document = json.loads(read_bytes(path))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -236,33 +238,33 @@ def _read(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else {}
 
 
-def _name(lease: dict[str, Any]) -> str:
-    told = {name: lease.get(name, "(unknown)") for name in ("pid", "host", "started")}
-    return "process {pid} on host {host} (started {started})".format(**told)
+def _name(document: Document) -> str:
+    pid, host, started = (document.get(key, "(unknown)") for key in ("pid", "host", "started"))
+    return f"process {pid} on host {host} (started {started})"
 
 
-def _refused(run_dir: Path, holder: str) -> StorageError:
+def _in_use(run_dir: Path, holder: str) -> StorageError:
     return StorageError(
         f"run directory {display_path(run_dir)} is in use by {holder}: wait for it, stop it, or "
         "choose another --run-dir."
     )
 
 
-def _is_gone(lease: dict[str, Any]) -> bool:
+def _is_gone(document: Document) -> bool:
     """Whether the holder is a process that would be seen here, and is not."""
-    if not lease or lease.get("processes") != _processes():
+    if not document or document.get("processes") != _pid_namespace():
         return False
     try:
-        os.kill(int(lease["pid"]), 0)
+        os.kill(int(document["pid"]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # another user's
+        pass
     return False
 
 
-def _processes() -> str:
-    """Name what numbers processes: a machine since its start, or a container on it."""
+def _pid_namespace() -> str:
+    """Return a name of what numbers processes: a machine since its boot, or a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -17,9 +17,9 @@ def log_to(path: Path) -> Iterator[None]:
 
     Of a URI it is a folder, where every attempt has a file of its own.
     """
-    with synced_while_growing(path) as place:
-        file = place / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer_id()}.log"
-        handler = _LogFile(file if is_remote(path) else place, delay=True)
+    with synced_while_growing(path) as log:
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{writer_id()}.log"
+        handler = _LogFile(log / name if is_remote(path) else log, delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         logging.getLogger().addHandler(handler)
         try:

@@ -1,11 +1,16 @@
 """Local copies of what is in an object store, shared by all processes of a node.
 
-Copies lie in the mirror of the URI (see ``tdc_ray.storage.object_store``). What is known of each
-one, the version that it is a copy of, is in a file of the same path below ``tdc_ray-marks``, which
-is its lock too.
+Copies lie in the mirror of the URI (see ``tdc_ray.storage.object_store``). The version that each
+one is a copy of is noted in a file of the same path below ``tdc_ray-marks``, which is its lock
+too.
+
+fsspec's ``filecache`` does less: it downloads over the very file that others read (of three
+processes that read a file while it is replaced, each got a torn one in 30 reads), once per
+process, believes a copy that was changed by hand, and downloads again what was just written.
 """
 
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -23,12 +28,11 @@ from tdc_ray.storage.object_store import (
     ROOT_VARIABLE,
     Info,
     exists,
-    filesystem,
     find,
     is_remote,
+    opened_store,
     put,
-    temporary,
-    translate_errors,
+    temporary_path,
     version_of,
 )
 
@@ -39,27 +43,27 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(path: Path) -> None:
-    """Make the local copy of a file or folder what the store has; what it lacks goes.
+    """Make the local copy of a file or folder what the store has; what it lacks is removed.
 
     A version of a file is downloaded once on a node, however many processes ask for it.
 
     Raises:
-        StorageError: The store does not give it.
+        StorageError: The store fails.
     """
-    with translate_errors(path, "read"):
-        found = find(path)
-        for name, info in found.items():
+    with opened_store(path, "read"):
+        infos = find(path)
+        for name, info in infos.items():
             _download(path / name, info)
-        for name in _copies(path) - found.keys():
-            with CachedFile(path / name) as known:  # it may have been written since
-                if not exists(path / name):
-                    known.forget()
+        for name in _copies(path) - infos.keys():
+            with CachedFile(path / name) as copy:
+                if not exists(path / name):  # it may have been written since
+                    copy.forget()
 
 
 def upload(source: Path, path: Path) -> None:
-    """Put a local file or folder, which is used up, in place of whatever stands at a path.
+    """Move a local file or folder to a path in the store, in place of whatever stands there.
 
-    A file is seen when it is whole. The files of a folder go up one by one: JSON, which readers
+    A file appears when it is whole. The files of a folder appear one by one: JSON, which readers
     look for first, last, and ``config.json`` after all others beside it.
 
     Raises:
@@ -70,7 +74,7 @@ def upload(source: Path, path: Path) -> None:
         return
     remove(path)
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
-    for file in sorted(files, key=_order):
+    for file in sorted(files, key=_upload_order):
         _upload(source / file, path / file)
 
 
@@ -78,36 +82,39 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there; what readers look for first goes first.
 
     Raises:
-        StorageError: The store does not do it.
+        StorageError: The store fails.
     """
-    store, _ = filesystem(path)
-    with translate_errors(path, "removed"):
-        found = find(path)
-        for name in sorted(found, key=lambda name: _order(Path(name)), reverse=True):
-            store.rm_file(found[name]["name"])
+    with opened_store(path, "removed") as (store, _):
+        infos = find(path)
+        for name in sorted(infos, key=lambda name: _upload_order(Path(name)), reverse=True):
+            store.rm_file(infos[name]["name"])
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # another process may be at it too
+        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
     else:
         path.unlink(missing_ok=True)
 
 
+def _upload_order(file: Path) -> tuple[bool, int, bool, str]:
+    return (file.suffix == ".json", -len(file.parts), file.name == "config.json", file.name)
+
+
 @contextmanager
 def synced_while_growing(path: Path) -> Iterator[Path]:
-    """Give a place for files that grow, such as logs, and keep them in the store meanwhile.
+    """Yield where to write files that grow, such as logs, and keep them in the store meanwhile.
 
-    It is the path itself where that is no mirror. Otherwise it is a folder of this process's own,
-    whose files are uploaded into the path every few seconds and at the end.
+    It is the path itself where that is no mirror. Otherwise it is a temporary folder, whose files
+    are uploaded into the path every few seconds and at the end.
     """
     if not is_remote(path):
         yield path
         return
     done = threading.Event()
-    with tempfile.TemporaryDirectory(dir=_own(path)) as name:
-        folder, sent = Path(name), dict[Path, tuple[int, int]]()
+    with tempfile.TemporaryDirectory(dir=_ensure_private_root(path)) as name:
+        folder, uploaded = Path(name), dict[Path, tuple[int, int]]()
 
         def watch() -> None:
             while not done.wait(SECONDS_BETWEEN_UPLOADS):
-                _send_grown(folder, path, sent)
+                _upload_grown(folder, path, uploaded)
 
         thread = threading.Thread(target=watch, name="upload", daemon=True)
         thread.start()
@@ -116,123 +123,105 @@ def synced_while_growing(path: Path) -> Iterator[Path]:
         finally:
             done.set()
             thread.join()
-            _send_grown(folder, path, sent)
+            _upload_grown(folder, path, uploaded)
 
 
-def _send_grown(folder: Path, path: Path, sent: dict[Path, tuple[int, int]]) -> None:
-    """Upload the files that changed; a store that fails is asked again the next time."""
+def _upload_grown(folder: Path, path: Path, uploaded: dict[Path, tuple[int, int]]) -> None:
+    """Upload the files that changed; what a store does not take is uploaded the next time."""
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         state = _state(file)
-        if sent.get(file) == state:
-            continue
-        try:
-            put(file, path / file.relative_to(folder))
-        except StorageError as error:
-            logger.warning("%s", error)
-            return
-        sent[file] = state
+        if uploaded.get(file) != state:
+            try:
+                put(file, path / file.relative_to(folder))
+            except StorageError as error:
+                logger.warning("%s", error)
+                return
+            uploaded[file] = state
 
 
 def _copies(path: Path) -> set[str]:
-    """Name the files below a path that are no temporary ones, relative to it; "" is itself."""
+    """Find the files below a path but hidden ones, relative to it; "" is the path itself."""
     if path.is_file():
         return {""}
-    names = set()
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(folder).relative_to(path)
-        names |= {(inside / name).as_posix() for name in files if not name.startswith(".")}
-    return names
-
-
-def _order(file: Path) -> tuple[bool, int, bool, str]:
-    """Bring what readers look for first to the end."""
-    return (file.suffix == ".json", -len(file.parts), file.name == "config.json", file.name)
+    # Path.rglob fails where another process removes a folder meanwhile.
+    names = glob.glob("**", root_dir=path, recursive=True)  # noqa: PTH207
+    return {name for name in names if (path / name).is_file()}
 
 
 def _download(path: Path, info: Info) -> None:
-    store, key = filesystem(path)
-    with CachedFile(path) as known:
-        while known.version != version_of(info):
-            with known.temporary() as temporary:
+    temporary = temporary_path(path)
+    with CachedFile(path) as copy, opened_store(path, "read") as (store, key):
+        try:
+            while copy.version != version_of(info):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 store.get_file(key, str(temporary))
-                after = store.info(key)
-                if version_of(after) == version_of(info):  # else it was replaced meanwhile
-                    known.replace(temporary, version_of(info))
-                info = after
+                before, info = info, store.info(key)
+                if version_of(info) == version_of(before):  # else it was replaced meanwhile
+                    copy.replace(temporary, version_of(info))
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _upload(source: Path, path: Path) -> None:
-    store, key = filesystem(path)
     size = source.stat().st_size
-    with CachedFile(path) as known:
-        known.forget()
+    with CachedFile(path) as copy:
+        copy.forget()
         put(source, path)
-        with translate_errors(path, "written"):
+        with opened_store(path, "written") as (store, key):
             info = store.info(key)
         if info["size"] == size:  # else another writer was quicker
-            known.replace(source, version_of(info))
+            copy.replace(source, version_of(info))
 
 
 class CachedFile:
-    """The local copy of a file and what is known of it, for one process of the node at a time."""
+    """The local copy of a file with its mark, for one process of the node at a time."""
 
     def __init__(self, path: Path) -> None:
-        _own(path)
+        _ensure_private_root(path)
         self.path = path
-        self._mark = Path(*["tdc_ray-marks" if part == MIRROR else part for part in path.parts])
-        self._file: IO[str]
+        self._mark_path = Path(*("tdc_ray-marks" if p == MIRROR else p for p in path.parts))
+        self._mark: IO[str]
 
     def __enter__(self) -> "CachedFile":
-        self._mark.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._mark.open("a+")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._mark_path.parent.mkdir(parents=True, exist_ok=True)
+        self._mark = self._mark_path.open("a+")
+        fcntl.flock(self._mark, fcntl.LOCK_EX)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._mark.close()
 
     @property
     def version(self) -> str | None:
-        """The version of which it is a copy; None: it is none, or was changed since."""
-        self._file.seek(0)
+        """The version of which it is a copy; None means that it is none, or was changed since."""
+        self._mark.seek(0)
         try:
-            version, state = json.loads(self._file.read())
+            version, state = json.loads(self._mark.read())
             return str(version) if tuple(state) == _state(self.path) else None
         except (ValueError, OSError):
             return None
 
-    @contextmanager
-    def temporary(self) -> Iterator[Path]:
-        """Give a hidden place beside it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        path = temporary(self.path)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
     def replace(self, source: Path, version: str) -> None:
-        """Take a file as the copy of a version."""
+        """Move a file into its place, as the copy of a version."""
         self.forget()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         source.replace(self.path)
-        self._file.write(json.dumps([version, _state(self.path)]))
-        self._file.flush()
+        self._mark.write(json.dumps([version, _state(self.path)]))
+        self._mark.flush()
 
     def forget(self) -> None:
         """Remove the copy."""
-        self._file.truncate(0)
+        self._mark.truncate(0)
         self.path.unlink(missing_ok=True)
 
 
 def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _own(path: Path) -> Path:
-    """Make the folder that a mirror lies in and give it; nobody else may write there.
+def _ensure_private_root(path: Path) -> Path:
+    """Return the folder that a mirror lies in, made if missing; nobody else may write there.
 
     Raises:
         StorageError: It is another user's.

@@ -9,18 +9,22 @@ PACKAGES = ("tdc-ray", "torch", "diffusers", "ray", "numpy", "clean-fid", "scipy
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            found[name] = "not installed"
-    return found
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 def commit() -> str | None:
-    """Commit of the checkout the package runs from, marked if changed; None outside of one."""
+    """Return the commit of the checkout the package runs from, marked if changed.
+
+    None means that it runs from no checkout.
+    """
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None
@@ -33,7 +37,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Name system and processors, such as ``Linux x86_64, 2 x Intel(R) Xeon(R) Processor``."""
+    """Return system and processors, such as ``Linux x86_64, 2 x Intel(R) Xeon(R) Processor``."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -103,7 +103,7 @@ def run_dir(request, tmp_path):
 @pytest.fixture
 def other_host(monkeypatch):
     """Let this process be on another host: locks and process numbers there are others."""
-    monkeypatch.setattr(lease, "_processes", lambda: "another")
+    monkeypatch.setattr(lease, "_pid_namespace", lambda: "another")
     monkeypatch.setattr(lease, "LOCK_FILE", ".other-lock")
 
 

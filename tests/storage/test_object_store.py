@@ -3,13 +3,20 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
-from tdc_ray.storage.object_store import display_path, filesystem, is_remote, resolve_path
+from tdc_ray.storage.object_store import (
+    BACKENDS,
+    display_path,
+    filesystem,
+    is_remote,
+    resolve_path,
+)
 
 # --- URIs and their mirrors --------------------------------------------------------------------
 
@@ -82,6 +89,12 @@ def test_local_paths_need_no_fsspec():
     assert subprocess.run([sys.executable, "-c", code, "/tmp/x.json"], check=False).returncode == 0
 
 
+def test_what_backends_are_installed_by_is_an_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = {backend.extra for backend in BACKENDS.values()} - {None}
+    assert extras <= project["optional-dependencies"].keys()
+
+
 # --- the store ---------------------------------------------------------------------------------
 
 
@@ -132,6 +145,12 @@ def test_listings_are_those_of_a_local_folder(bucket, tmp_path, pattern, found):
     path = resolve_path(bucket) / "run"
     assert object_store.listing(path, pattern) == [path / name for name in found]
     assert sorted((tmp_path / "run").glob(pattern)) == [tmp_path / "run" / name for name in found]
+
+
+def test_brackets_in_a_folders_name_are_no_pattern(bucket):
+    path = resolve_path(bucket) / "run[1]"
+    object_store.write(path / "a.json", b"")
+    assert object_store.listing(path, "*") == [path / "a.json"]
 
 
 def test_entries_stand_in_the_order_in_which_they_were_added(bucket):
