@@ -1,4 +1,4 @@
-"""Brings together what the stages left into the results of a run."""
+"""Collects what the stages left into the results of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,66 +34,63 @@ from tdc_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What stage 2 and the evaluation came to."""
+    """What stage 2 and the evaluation of a run resulted in."""
 
     plan: Plan
     experts: Sequence[Expert]
     """One per group, in order."""
 
     times: TimesResult
-
     base: Score
     tdc: Score
     spec: FeatureSpec
     reference: str
-    """What the images were held against, in words."""
+    """What the images were compared with, in words."""
 
     usage: Sequence[WorkerUsage]
     """Of the pool's workers, by phase."""
 
-    has_store: bool
+    has_cache: bool
     """Whether results were shared with other runs."""
 
 
 def collect_results(
     run_dir: RunDir, config: RunConfig, outcome: RunOutcome, seconds: float
 ) -> Results:
-    """Bring together what the stages left.
+    """Collect what the stages left.
 
     Args:
         run_dir: Where the base's result is.
         config: The run's settings.
-        outcome: What stage 2 and the evaluation came to.
+        outcome: What the later stages resulted in.
         seconds: How long this attempt took.
     """
-    plan, experts = outcome.plan, outcome.experts
+    plan, experts, prune, sampler = outcome.plan, outcome.experts, config.prune, config.sampler
     base = load_result(run_dir.base_result, BaseResult).value
-    base_score, tdc_score = outcome.base, outcome.tdc
-    num_classes = config.conditioning.num_classes
-    given = _given_base(run_dir)
-    sampler, spent = config.sampler, [expert.choice.spent for expert in experts]
-    first_stage = config.data.first_stage
-    rounds = {"none": 0, "offline": config.prune.num_rounds, "llm": config.prune.num_rounds}
+    costs = [expert.choice.spent for expert in experts]
+    pretrained = _pretrained_base(run_dir)
+    num_classes, first_stage = config.conditioning.num_classes, config.data.first_stage
+    rounds = {"none": 0, "offline": prune.num_rounds, "llm": prune.num_rounds}
     return Results(
         preset=config.preset,
         seed=config.seed,
         dataset=config.data.name,
         metric=outcome.spec.metric,
         base=ModelResult(
-            score=base_score.score,
+            score=outcome.base.score,
             macs=float(base.macs),
             num_params=float(base.num_params),
             train_steps=base.train_steps,
             train_macs=base.train_macs,
-            images_per_second=base_score.images_per_second,
+            images_per_second=outcome.base.images_per_second,
         ),
         tdc=ModelResult(
-            score=tdc_score.score,
+            score=outcome.tdc.score,
             macs=mean_over_sampling_steps(plan, [expert.macs for expert in experts]),
             num_params=mean_over_sampling_steps(plan, [expert.num_params for expert in experts]),
             train_steps=base.train_steps + sum(expert.train_steps for expert in experts),
             train_macs=base.train_macs + sum(expert.train_macs for expert in experts),
-            images_per_second=tdc_score.images_per_second,
+            images_per_second=outcome.tdc.images_per_second,
         ),
         plan=PlanResult(
             k=config.plan.min_macs_share,
@@ -104,20 +101,20 @@ def collect_results(
         ),
         groups=tuple(_group_result(expert, base.macs) for expert in experts),
         prune=PruneResult(
-            method=config.prune.method,
-            rounds=rounds.get(config.prune.method, 1),
+            method=prune.method,
+            rounds=rounds.get(prune.method, 1),
             candidates=max(
                 (e.entry.candidate + 1 for x in experts for e in x.choice.candidates), default=0
             ),
-            seconds=sum(part.seconds for part in spent),
-            search_macs=sum(part.macs for part in spent),
-            prompt_tokens=sum(part.prompt_tokens for part in spent),
-            completion_tokens=sum(part.completion_tokens for part in spent),
-            proxy_seconds=sum(part.proxy_seconds for part in spent),
-            refit=config.prune.refit,
-            space=config.prune.space,
-            objective=config.prune.objective,
-            notes=tuple(note for part in spent for note in part.notes),
+            seconds=sum(cost.seconds for cost in costs),
+            search_macs=sum(cost.macs for cost in costs),
+            prompt_tokens=sum(cost.prompt_tokens for cost in costs),
+            completion_tokens=sum(cost.completion_tokens for cost in costs),
+            proxy_seconds=sum(cost.proxy_seconds for cost in costs),
+            refit=prune.refit,
+            space=prune.space,
+            objective=prune.objective,
+            notes=tuple(note for cost in costs for note in cost.notes),
         ),
         evaluation=EvaluationResult(
             sampler=sampler.sampler,
@@ -127,7 +124,7 @@ def collect_results(
             num_images=config.evaluate.num_images,
             reference=outcome.reference,
             features=outcome.spec.extractor,
-            weights="EMA" if given is None else f"{given.weights} (base), EMA (experts)",
+            weights="EMA" if pretrained is None else f"{pretrained.weights} (base), EMA (experts)",
             precision=config.evaluate.precision,
             num_classes=num_classes,
             labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
@@ -136,58 +133,58 @@ def collect_results(
         ),
         seconds=StageSeconds(
             base=base.seconds,
-            prune=sum(part.seconds for part in spent),
+            prune=sum(cost.seconds for cost in costs),
             finetune=sum(expert.seconds for expert in experts),
-            evaluate=base_score.seconds + tdc_score.seconds,
+            evaluate=outcome.base.seconds + outcome.tdc.seconds,
             wall=seconds,
         ),
         versions=versions(),
         commit=commit(),
-        given_base=given,
+        given_base=pretrained,
         workers=tuple(outcome.usage),
-        reuse=_reuse(run_dir) if outcome.has_store else None,
+        reuse=_reuse(run_dir) if outcome.has_cache else None,
         times=outcome.times,
     )
 
 
 def item_results(run_dir: RunDir) -> list[ItemResult[dict[str, Any]]]:
-    """Load what the items of a finished run left, whatever it is: its base, groups and samples."""
+    """Load what the items of a finished run left, of any type: its base, groups and samples."""
     paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
     paths += listing(run_dir.samples, "**/*.json")
     return [load_result(path, dict[str, Any]) for path in paths]
 
 
 def _reuse(run_dir: RunDir) -> ReuseResult | None:
-    """Count what the results of a run's items say of a store."""
-    marked = [(one.cached.reused, one.value) for one in item_results(run_dir) if one.cached]
+    """Count what a run's items computed and what they took from the cache."""
+    marked = [(item.cached.reused, item.value) for item in item_results(run_dir) if item.cached]
     if not marked:
         return None
 
-    def macs(name: str, *, reused: bool) -> float:
-        """Sum a kind up; a fine-tune's ``macs`` are the expert's, not what it took."""
-        return sum(
-            float(result.get(name, 0.0))
-            for was_reused, result in marked
-            if was_reused == reused and (name == "train_macs" or "train_macs" not in result)
-        )
+    def count(*, reused: bool) -> tuple[int, float, float]:
+        values = [value for was_reused, value in marked if was_reused == reused]
+        train = sum(float(value.get("train_macs", 0.0)) for value in values)
+        # The ``macs`` of what trains are the model's, not those that it cost.
+        search = [value for value in values if "train_macs" not in value]
+        return len(values), train, sum(float(value.get("macs", 0.0)) for value in search)
 
+    computed, reused = count(reused=False), count(reused=True)
     return ReuseResult(
-        items_computed=sum(not reused for reused, _ in marked),
-        items_reused=sum(reused for reused, _ in marked),
-        train_macs_computed=macs("train_macs", reused=False),
-        train_macs_reused=macs("train_macs", reused=True),
-        search_macs_computed=macs("macs", reused=False),
-        search_macs_reused=macs("macs", reused=True),
+        items_computed=computed[0],
+        items_reused=reused[0],
+        train_macs_computed=computed[1],
+        train_macs_reused=reused[1],
+        search_macs_computed=computed[2],
+        search_macs_reused=reused[2],
     )
 
 
-def _given_base(run_dir: RunDir) -> PretrainedBaseResult | None:
+def _pretrained_base(run_dir: RunDir) -> PretrainedBaseResult | None:
     path = run_dir.base / BASE_FILE
     if not exists(path):
         return None
     document = read_json(path)
     return PretrainedBaseResult(
-        **{name: document[name] for name in ("source", "files", "weights")}
+        source=document["source"], files=document["files"], weights=document["weights"]
     )
 
 

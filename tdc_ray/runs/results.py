@@ -1,15 +1,21 @@
-"""``results.json``: what a run came to. One schema, with a version."""
+"""``results.json``: what a run results in. One model, with a version, that all readers share.
+
+Pydantic checks what is read, not what is made: it would write 0.0 where a sum over nothing is 0.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.storage.object_store import display_path
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 
@@ -28,11 +34,11 @@ class ModelResult:
     """Parameters at work in a step; of experts the mean over the sampling steps."""
 
     train_steps: int
-    """Optimizer steps of this run: of a given base 0; of TDC those of the base and all experts."""
+    """Optimizer steps of this run: 0 of a pretrained base; of TDC those of base and experts."""
 
     train_macs: float
-    """3 x macs x images seen, summed over the base (a given one counts 0: what its training took
-    is not known) and, for TDC, all experts."""
+    """3 x macs x images seen, summed over the base (a pretrained one counts 0: its training is not
+    known) and, for TDC, all experts."""
 
     images_per_second: float
     """Images sampled per second by one worker."""
@@ -40,7 +46,7 @@ class ModelResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainedBaseResult:
-    """Where a base came from that the run did not train; what its training took is not known."""
+    """Where a pretrained base came from."""
 
     source: str
     """As it was named: a folder, a run directory, a name on the hub, a checkpoint file."""
@@ -58,7 +64,7 @@ class PlanResult:
 
     k: float
     num_groups: int
-    """Groups asked for (the paper's N); ``groups`` holds those that are left."""
+    """Groups asked for (the paper's N); ``groups`` holds those that remain."""
 
     schedule: str
     mean_macs_limit: float
@@ -76,12 +82,12 @@ class GroupResult:
     """First and last, both included."""
 
     macs_limit: int
-    """Where time is limited there is none: the base's macs."""
+    """The base's macs where time is limited instead."""
 
     macs: int
     num_params: int
     widths: Mapping[str, int]
-    """How many groups or heads each unit keeps."""
+    """Channel groups or heads that each unit keeps."""
 
     loss_base: float
     """Loss of the base on held-out noise of the group's timesteps; so all losses here."""
@@ -90,7 +96,7 @@ class GroupResult:
     """Straight after the cut."""
 
     loss_refit: float | None
-    """After the refit; None where there was none."""
+    """After the refit. None means that there was none."""
 
     loss_finetuned: float
 
@@ -98,15 +104,15 @@ class GroupResult:
     """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (no cut)."""
 
     milliseconds_limit: float | None = None
-    """Of a forward pass; None where macs are limited."""
+    """Of a forward pass. None means that macs are limited."""
 
     milliseconds: float | None = None
-    """The same of the expert, by the table of what the units take; None where macs are limited."""
+    """The same of the expert, by the table of the units' times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneResult:
-    """What the search for sub-models took."""
+    """What the search for sub-models cost."""
 
     method: str
     rounds: int
@@ -125,7 +131,7 @@ class PruneResult:
     completion_tokens: int
 
     proxy_seconds: float = 0.0
-    """Of proposing schemes, or of waiting for a language model to, summed over groups."""
+    """Of proposing schemes, or of waiting for a language model, summed over groups."""
 
     refit: str = "none"
     space: str = "inner"
@@ -133,7 +139,7 @@ class PruneResult:
     """What is limited: ``macs``, or ``latency``."""
 
     notes: tuple[str, ...] = ()
-    """What did not go as asked for, such as an offline proxy that took over."""
+    """What did not happen as asked for, such as an offline proxy that replaced another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +154,7 @@ class EvaluationResult:
     """Images sampled from each model."""
 
     reference: str
-    """What the images are held against."""
+    """What the images are compared with."""
 
     features: str
     """What computed the features."""
@@ -160,13 +166,13 @@ class EvaluationResult:
     """Of the denoisers' weights and computation."""
 
     num_classes: int | None = None
-    """Classes that the models are told; None: they are unconditional."""
+    """Classes that the models are conditioned on. None means that they are unconditional."""
 
     labels: str | None = None
     """Which image is of which class."""
 
     guidance_scale: float = 1.0
-    """Weight of classifier-free guidance; other than 1 every step takes two forward passes."""
+    """Weight of classifier-free guidance; other than 1, every step takes two forward passes."""
 
     first_stage: str | None = None
     """Digest of the frozen first stage that decoded the images; None in pixel space."""
@@ -186,7 +192,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimesResult:
-    """What a forward pass takes, as one worker measured it after the fine-tunes."""
+    """How long a forward pass takes, as one worker measured it after the fine-tunes."""
 
     device: str
     batch_size: int
@@ -201,7 +207,7 @@ class TimesResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseResult:
-    """What of a run was computed for it, and what taken from a store; macs as elsewhere here."""
+    """What of a run was computed for it, and what taken from a cache; macs as elsewhere here."""
 
     items_computed: int
     items_reused: int
@@ -232,16 +238,16 @@ class Results:
     versions: Mapping[str, str]
     commit: str | None
     given_base: PretrainedBaseResult | None = None
-    """None: the run trained its base."""
+    """None means that the run trained its base."""
 
     workers: tuple[WorkerUsage, ...] = ()
-    """How well the pool's workers were used, phase by phase; over all attempts at the run."""
+    """How well the workers were used, phase by phase, over all attempts at the run."""
 
     reuse: ReuseResult | None = None
-    """None: the run had no store, and all was computed for it."""
+    """None means that the run shared no cache: all was computed for it."""
 
     times: TimesResult | None = None
-    """None: the run is of a version that did not measure it."""
+    """None means that the run is of a version that did not measure it."""
 
 
 _ADAPTER = TypeAdapter(Results)
@@ -253,25 +259,34 @@ def save_results(path: Path, results: Results) -> None:
 
 
 def load_results(path: Path) -> Results:
-    """Read what :func:`save_results` wrote.
+    """Load what :func:`save_results` wrote.
 
     Raises:
         StorageError: The file is missing, or of another schema.
     """
+    return load_checked(path, _ADAPTER, "version", SCHEMA_VERSION)
+
+
+def load_checked(path: Path, adapter: TypeAdapter[T], key: str, version: int) -> T:
+    """Load a JSON file whose ``key`` holds a version.
+
+    Raises:
+        StorageError: The file is missing, of another version, or does not fit the type.
+    """
     document = read_json(path)
-    version = document.get("version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
-        raise StorageError(f"{path} has version {version}, expected {SCHEMA_VERSION}.")
+    found = document.get(key) if isinstance(document, dict) else None
+    if found != version:
+        raise StorageError(f"{display_path(path)} has {key} {found}, expected {version}.")
     try:
-        return _ADAPTER.validate_python(document, extra="forbid")
+        return adapter.validate_python(document, extra="forbid")
     except ValidationError as error:
         raise StorageError(
-            f"{path} is no results.json of version {SCHEMA_VERSION}: {error}"
+            f"{display_path(path)} is no {path.name} of {key} {version}: {error}"
         ) from error
 
 
 def comparable(results: Results) -> dict[str, Any]:
-    """Give what a repeated run must reproduce: all but times, rates, reuse, versions, commit."""
+    """Return what a repeated run must reproduce: no times, rates, reuse, versions, commit."""
     document = asdict(results)
     for model in ("base", "tdc"):
         del document[model]["images_per_second"]

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.runs.results import Results, load_results
+from tdc_ray.runs.results import Results, load_checked, load_results
 from tdc_ray.runs.sweep.space import (
     Domain,
     Objective,
@@ -298,23 +298,12 @@ def save_sweep(folder: Path, sweep: SweepResults) -> None:
 
 
 def load_sweep(folder: Path) -> SweepResults:
-    """Read what :func:`save_sweep` wrote.
+    """Load what :func:`save_sweep` wrote.
 
     Raises:
         StorageError: There is none, or it is of another format.
     """
-    document = read_json(folder / SWEEP_FILE)
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
-        raise StorageError(
-            f"{display_path(folder / SWEEP_FILE)} has format {found}, expected {FORMAT}."
-        )
-    try:
-        return _ADAPTER.validate_python(document, extra="forbid")
-    except ValidationError as error:
-        raise StorageError(
-            f"{display_path(folder / SWEEP_FILE)} is no sweep.json: {error}"
-        ) from error
+    return load_checked(folder / SWEEP_FILE, _ADAPTER, "format", FORMAT)
 
 
 def _setting(name: str, rows: Sequence[TrialRow]) -> SettingSummary:
