@@ -16,7 +16,7 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import Precision
-from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.ray.cache_session import CacheSession
@@ -260,7 +260,9 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
         CacheSession(ResultCache(store.resolve(), display_path(folder.resolve()))) as sharing,
         Pool(config, events, view, sharing=sharing) as pool,
     ):
-        pool.run({"latents": prepare_latents(config)})
+        pool.run(
+            {"latents": prepare_latents(training_data(config.data, config.evaluate.cache_dir))}
+        )
         yield pool
 
 
@@ -288,7 +290,13 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
             CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as sharing,
         ):
             with Pool(config, events, view) as encoders:  # whose actors end before the training
-                encoders.run({"latents": prepare_latents(config)})
+                encoders.run(
+                    {
+                        "latents": prepare_latents(
+                            training_data(config.data, config.evaluate.cache_dir)
+                        )
+                    }
+                )
             make_base(run_dir, config, events, view, sharing)
     return run_dir.base_unet
 

@@ -22,8 +22,8 @@ from diffusers import UNet2DModel
 from output import plot_lines, write_record, write_table
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import augment, batches, to_model_range
-from tdc_ray.data.latents import load_inputs
+from tdc_ray.data.batches import augment, batches, to_minus_one_one
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.loss import denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.train import learning_rate_at
@@ -56,7 +56,7 @@ class CurveFlags(Flags):
 def start(config: RunConfig) -> UNet2DModel:
     """Build the base as `train_base` does."""
     torch.manual_seed(derive_seed(config.seed, "init"))
-    return build_unet(base_unet(config), dropout=config.model.dropout)
+    return build_unet(base_unet(config.model, config.conditioning), dropout=config.model.dropout)
 
 
 def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
@@ -79,7 +79,7 @@ def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
     schedule, losses = noise_schedule(config.diffusion), []
     weights = loss_weights(schedule, train.loss_weight, train.loss_weight_gamma)
     images = batches(
-        load_inputs(config),
+        training_data(config.data, config.evaluate.cache_dir).open(),
         batch_size=train.batch_size,
         seed=derive_seed(config.seed, "base", "order"),
         num_steps=train.num_steps,
@@ -88,7 +88,7 @@ def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
         torch.manual_seed(derive_seed(seed, 0, step, "dropout"))
         noise = torch.Generator().manual_seed(derive_seed(seed, 0, step, "noise"))
         shaken = torch.Generator().manual_seed(derive_seed(seed, 0, step, "augment"))
-        x_0 = to_model_range(augment(batch, config.data, shaken))
+        x_0 = to_minus_one_one(augment(batch, config.data, shaken))
         epsilon = torch.randn(x_0.shape, generator=noise)
         timesteps = torch.randint(
             0, config.diffusion.num_train_timesteps, (len(x_0),), generator=noise

@@ -67,7 +67,7 @@ class Worker:
 
 def measured(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Give the figures in MB."""
-    unet = base_unet(config)
+    unet = base_unet(config.model, config.conditioning)
     save_unet(build_unet(unet), folder / "unet", num_heads=unet.get("num_heads"))
     run_dir = RunDir(folder, folder / "unet")
     weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.network_config import NetworkConfig
@@ -58,6 +59,11 @@ def sizes(config: NetworkConfig) -> tuple[int, int]:
     """Parameters and macs of a network, told from its config."""
     structure = network_structure(config)
     return structure.num_params, structure.macs
+
+
+def training_of(config: RunConfig) -> TrainingData:
+    """What the denoisers of a run are trained on."""
+    return training_data(config.data, config.evaluate.cache_dir)
 
 
 def make_run_dir(root: Path, *, seed: int = 0) -> RunDir:

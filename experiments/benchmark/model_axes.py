@@ -153,7 +153,7 @@ def sample(num_images: float) -> None:
     """Sample so many images at once, in two threads."""
     use_threads(2)
     config = sampled(1)
-    unet = build_unet(base_unet(config)).eval()
+    unet = build_unet(base_unet(config.model, config.conditioning)).eval()
     our_images(base_pipeline(unet, config), int(num_images), STEPS)
 
 
@@ -165,7 +165,7 @@ def load(_count: float, folder: Path) -> None:
 def sampling(flags: ScalingFlags, folder: Path) -> list[Axis]:
     """Sample more images; load more experts."""
     base, counts = sampled(1), flags.some(2, 4, 8, 16)
-    unet = build_unet(base_unet(base)).eval()
+    unet = build_unet(base_unet(base.model, base.conditioning)).eval()
     pipeline = base_pipeline(unet, base)
     places = {n: folder / f"experts-{n}" for n in counts}
     for count, place in places.items():

@@ -56,7 +56,7 @@ def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, 
     config = replace(config, prune=prune)
     run_dir = RunDir(folder / "run")
     torch.manual_seed(0)
-    save_unet(build_unet(base_unet(config)), run_dir.base_unet)
+    save_unet(build_unet(base_unet(config.model, config.conditioning)), run_dir.base_unet)
     return run_dir, config, plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
 
 
@@ -74,8 +74,8 @@ def measuring(flags: SpeedFlags) -> list[Row]:
     with tempfile.TemporaryDirectory() as place:
         run_dir, config, group = pruned_setting(flags, Path(place))
         torch.manual_seed(0)
-        unet = build_unet(base_unet(config)).eval()
-        space = space_of(base_unet(config))
+        unet = build_unet(base_unet(config.model, config.conditioning)).eval()
+        space = space_of(base_unet(config.model, config.conditioning))
         schedule = noise_schedule(config.diffusion)
         seen = list(noised_batches(config, group, unet, purpose="held-out"))
         scores = random_scores(space.units, 0)

@@ -48,7 +48,7 @@ def sampled_config(flags: SpeedFlags) -> RunConfig:
 def random_base(config: RunConfig) -> UNet2DModel:
     """Build the base with random weights."""
     torch.manual_seed(0)
-    return build_unet(base_unet(config)).eval()
+    return build_unet(base_unet(config.model, config.conditioning)).eval()
 
 
 def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
@@ -57,7 +57,10 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     Returns:
         The mean of their macs over the sampling steps, as a share of the base's.
     """
-    space, settings = space_of(base_unet(config)), base_unet(config)
+    space, settings = (
+        space_of(base_unet(config.model, config.conditioning)),
+        base_unet(config.model, config.conditioning),
+    )
     scores, macs, names = random_scores(space.units, 0), [], []
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     for group in plan.groups:

@@ -17,7 +17,7 @@ from benchmark.training import (
     trained_unet,
 )
 from tdc_ray.config.train import Precision
-from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import Span, load_history
@@ -50,7 +50,7 @@ def train_as_example(flags: SpeedFlags) -> None:
     """Take two steps as the example does."""
     use_threads(flags.threads)
     config = trained_unet(flags)
-    example, images = ExampleTraining(config), to_model_range(random_images(config, 8))
+    example, images = ExampleTraining(config), to_minus_one_one(random_images(config, 8))
     for _ in range(2):
         example.step(images)
 

@@ -17,7 +17,7 @@ from benchmark.timing import Row, SpeedFlags, compared
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.train import Precision, TrainConfig
-from tdc_ray.data.batches import augment, batches, to_model_range
+from tdc_ray.data.batches import augment, batches, to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, optimizer_step, start_state, train
@@ -89,7 +89,7 @@ def step(flags: SpeedFlags) -> list[Row]:
     config, batch = trained_unet(flags), 8
     images = random_images(config, batch)
     example = ExampleTraining(config)
-    ways = {EXAMPLE: partial(example.step, to_model_range(images))}
+    ways = {EXAMPLE: partial(example.step, to_minus_one_one(images))}
     ways |= {name: partial(ours.step, images) for name, ours in our_trainings(config).items()}
     return compared(
         "training step",
@@ -140,7 +140,7 @@ def loading(flags: SpeedFlags) -> list[Row]:
             generator = torch.Generator().manual_seed(0)
             dataset = load_dataset(config)
             for some, _ in batches(dataset, batch_size=batch, seed=0, num_steps=count // batch):
-                to_model_range(augment(some, config, generator))
+                to_minus_one_one(augment(some, config, generator))
 
         sources = {
             "ours, folder": DataConfig(source="folder", path=str(folder), **shape),

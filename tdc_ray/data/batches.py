@@ -14,8 +14,8 @@ from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.seeds import derive_seed
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """Bring uint8 images to [-1, 1], float32; latents, which are float32, stay as they are."""
+def to_minus_one_one(images: Tensor) -> Tensor:
+    """Convert uint8 images to [-1, 1], float32; latents, which are float32, stay as they are."""
     if images.is_floating_point():
         return images
     return images.float().div_(127.5).sub_(1.0)
@@ -42,21 +42,21 @@ def augment(images: Tensor, config: DataConfig, generator: torch.Generator) -> T
 def held_out_split(
     dataset: ImageDataset, share: float, seed: int
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Split the numbers of a dataset's images at random: the rest, and a share that is held out.
+    """Split the indices of a dataset's images at random: the rest, and a share that is held out.
 
-    Either part has at least one image; a dataset of one image is in both. The numbers come as
+    Either part has at least one image; a dataset of one image is in both. The indices come as
     arrays: lists of a million would take 50 MB in every process.
     """
     order = _permutation(len(dataset), derive_seed(seed, "held-out"), 0)
-    numbers = array("q", order.numpy().tobytes())
-    count = max(1, round(share * len(numbers)))
-    return numbers[count:] or numbers, numbers[:count]
+    indices = array("q", order.numpy().tobytes())
+    count = max(1, round(share * len(indices)))
+    return indices[count:] or indices, indices[:count]
 
 
 def batches(
     dataset: ImageDataset,
     *,
-    among: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -65,21 +65,20 @@ def batches(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[ImageBatch]:
-    """Give one rank's share of the batches of steps ``start_step`` to ``num_steps - 1``.
+    """Yield one rank's share of the batches of steps ``start_step`` to ``num_steps - 1``.
 
-    Images come epoch after epoch, each epoch in an order of its own; ``among`` numbers those that
-    come at all. What a step sees depends on nothing but the seed and the step, so training can go
-    on anywhere.
+    Images come epoch after epoch, each epoch in an order of its own; without ``indices`` all of
+    them. What a step sees depends on nothing but the seed and the step, so training can resume
+    anywhere.
     """
-    numbers = range(len(dataset)) if among is None else among
-    order = StepBatchSampler(
-        numbers, batch_size, seed, range(start_step, num_steps), rank, world_size
-    )
+    chosen = range(len(dataset)) if indices is None else indices
+    steps = range(start_step, num_steps)
+    sampler = StepBatchSampler(chosen, batch_size, seed, steps, rank, world_size)
     loader: DataLoader[ImageBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
-        batch_sampler=order,
+        batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_as_is,
+        collate_fn=identity_collate,
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader
@@ -91,18 +90,18 @@ def fixed_batches(
     batch_size: int,
     seed: int,
     *,
-    among: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Give ``count`` images, the same ones for the same seed; over again where there are fewer.
+    """Yield ``count`` images, the same ones for the same seed; over again where there are fewer.
 
-    ``among`` numbers those that come at all.
+    They are those of ``indices``, or any.
     """
-    numbers = range(len(dataset)) if among is None else among
-    chosen = torch.cat(
-        [_permutation(len(numbers), seed, epoch) for epoch in range(-(-count // len(numbers)))]
-    )[:count].tolist()
+    pool = range(len(dataset)) if indices is None else indices
+    num_epochs = -(-count // len(pool))
+    order = torch.cat([_permutation(len(pool), seed, epoch) for epoch in range(num_epochs)])
+    chosen = [pool[position] for position in order[:count].tolist()]
     for start in range(0, count, batch_size):
-        yield dataset.__getitems__([numbers[i] for i in chosen[start : start + batch_size]])
+        yield dataset.__getitems__(chosen[start : start + batch_size])
 
 
 class StepBatchSampler:
@@ -110,14 +109,14 @@ class StepBatchSampler:
 
     def __init__(
         self,
-        numbers: Sequence[int],
+        indices: Sequence[int],
         batch_size: int,
         seed: int,
         steps: range,
         rank: int,
         world_size: int,
     ) -> None:
-        self.numbers, self.batch_size, self.seed = numbers, batch_size, seed
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.steps, self.rank, self.world_size = steps, rank, world_size
 
     def __len__(self) -> int:
@@ -128,13 +127,13 @@ class StepBatchSampler:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
         for step in self.steps:
             first = step * self.batch_size + self.rank * share
-            indices: list[int] = []
+            batch: list[int] = []
             for position in range(first, first + share):
-                if position // len(self.numbers) != epoch:
-                    epoch = position // len(self.numbers)
-                    order = _permutation(len(self.numbers), self.seed, epoch)
-                indices.append(self.numbers[int(order[position % len(self.numbers)])])
-            yield indices
+                if position // len(self.indices) != epoch:
+                    epoch = position // len(self.indices)
+                    order = _permutation(len(self.indices), self.seed, epoch)
+                batch.append(self.indices[int(order[position % len(self.indices)])])
+            yield batch
 
 
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
@@ -142,6 +141,6 @@ def _permutation(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def _as_is(batch: Any) -> Any:
-    """Take what ``__getitems__`` gave for the batch that it is."""
+def identity_collate(batch: Any) -> Any:
+    """Return what ``__getitems__`` returned, which is a batch already; workers pickle it."""
     return batch

@@ -6,14 +6,14 @@ bits of sums, which depend on threads and devices, are taken to be the same, as 
 run is continued on another machine. A micro-batch counts: dropout draws by it.
 """
 
-import functools
 from dataclasses import asdict
 from typing import Any
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.data.latents import latents_dir
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.latents import TrainingData
+from tdc_ray.data.load import images_fingerprint
 from tdc_ray.execution.item import Inputs
 
 LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
@@ -23,30 +23,35 @@ LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")
 """Of training's settings: they change no weight."""
 
 
-def data_key(config: RunConfig) -> Inputs:
-    """Give what everything follows from that is trained or measured: seed, data, noise process."""
+def data_key(
+    data: TrainingData,
+    *,
+    seed: int,
+    diffusion: DiffusionConfig,
+    conditioning: ConditioningConfig,
+    tf32: bool,
+) -> Inputs:
+    """Return what all that is trained or measured follows from: data, seed, noise process."""
     return {
-        "seed": config.seed,
-        "images": images_key(config),
-        "data": _without(asdict(config.data), LOCATION_FIELDS),
-        "diffusion": asdict(config.diffusion),
-        "conditioning": asdict(config.conditioning),
-        "tf32": config.compute.tf32,
+        "seed": seed,
+        "images": images_key(data),
+        "data": without(asdict(data.data), LOCATION_FIELDS),
+        "diffusion": asdict(diffusion),
+        "conditioning": asdict(conditioning),
+        "tf32": tf32,
     }
 
 
-@functools.lru_cache(maxsize=8)  # it may take a look at every file
-def images_key(config: RunConfig) -> str:
+def images_key(data: TrainingData) -> str:
     """Name the content of what a denoiser learns: images, or their latents by a first stage."""
-    if config.data.first_stage is not None:
-        return latents_dir(config).name
-    return load_dataset(config.data).fingerprint()
+    return images_fingerprint(data.data) if data.latents is None else data.latents.name
 
 
 def training_key(config: TrainConfig) -> Inputs:
-    """Give what training follows from, beside data and seed."""
-    return {"training": _without(asdict(config), LOGGING_FIELDS)}
+    """Return what training follows from, beside data and seed."""
+    return {"training": without(asdict(config), LOGGING_FIELDS)}
 
 
-def _without(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in document.items() if name not in names}
+def without(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return settings without those that change no result."""
+    return {name: value for name, value in settings.items() if name not in names}

@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.load import images_fingerprint, load_dataset
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
@@ -32,6 +31,26 @@ SHARD = 1024
 """Images whose latents are in one file: 50 MB of FFHQ's."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a denoiser is trained on: images, or their latents."""
+
+    data: DataConfig
+
+    latents: Path | None = None
+    """Folder of the latents' shards; None means the images themselves."""
+
+    def open(self) -> ImageDataset:
+        """Open the images, or the latents that :func:`prepare_latents` computed.
+
+        Raises:
+            DataError: The data is missing or malformed, or latents were not computed yet.
+        """
+        if self.latents is None:
+            return load_dataset(self.data)
+        return _open_latents(self.data, self.latents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,7 @@ class LatentImages:
     """Latents and labels of a dataset, in shards of which only what is asked for is read."""
 
     def __init__(self, folder: Path, dataset: ImageDataset) -> None:
-        """Take the folder of the shards and the dataset of the images."""
+        """Wrap the folder of the shards and the dataset of the images."""
         self.num_classes = dataset.num_classes
         self._folder, self._length = folder, len(dataset)
 
@@ -64,16 +83,16 @@ class LatentImages:
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for number in {index // SHARD for index in indices}:
-            path = shard_path(self._folder, number * SHARD)
+        rows: dict[int, tuple[Tensor, Tensor]] = {}
+        for shard in {index // SHARD for index in indices}:
+            path = shard_path(self._folder, shard * SHARD)
             with safe_open(path, framework="pt") as file:  # memory-mapped
                 latents, labels = file.get_slice("latents"), file.get_slice("labels")
                 for index in indices:
-                    if index // SHARD == number:
+                    if index // SHARD == shard:
                         row = index % SHARD
-                        found[index] = (latents[row].clone(), labels[row : row + 1].clone())
-        latents, labels = zip(*(found[index] for index in indices), strict=True)
+                        rows[index] = (latents[row].clone(), labels[row : row + 1].clone())
+        latents, labels = zip(*(rows[index] for index in indices), strict=True)
         return ImageBatch(torch.stack(latents), torch.cat(labels))
 
     def fingerprint(self) -> str:
@@ -81,25 +100,29 @@ class LatentImages:
         return self._folder.name
 
 
-def load_inputs(config: RunConfig) -> ImageDataset:
-    """Open what a denoiser is trained on: images, or their cached latents.
+def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
+    """Return what denoisers of some data are trained on.
+
+    Latents are in a folder of the cache that is named by first stage, images and their shape.
 
     Raises:
-        DataError: The data is missing or malformed, or latents were not computed yet.
+        DataError: There is a first stage, and the images are missing or malformed.
         CheckpointError: The first stage is missing or malformed.
     """
-    if config.data.first_stage is None:
-        return load_dataset(config.data)
-    return _load_latents(config.data, config.evaluate.cache_dir)
-
-
-def prepare_latents(config: RunConfig) -> Chain[None]:
-    """Compute what is missing of the latents that :func:`load_inputs` gives, shard by shard."""
-    data = config.data
     if data.first_stage is None:
+        return TrainingData(data)
+    digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
+    document = [VERSION, SHARD, digest, images_fingerprint(data), data.image_size, shape]
+    key = json_digest(document)[:16]
+    return TrainingData(data, resolve_path(cache_dir).expanduser() / "latents" / key)
+
+
+def prepare_latents(training: TrainingData) -> Chain[None]:
+    """Compute the latents that are missing, if any are learnt, shard by shard."""
+    data, folder = training.data, training.latents
+    if folder is None:
         return
-    folder, count = latents_dir(config), len(load_dataset(data))
-    items = []
+    count, items = len(load_dataset(data)), []
     for first in _missing(folder, count):
         path = shard_path(folder, first)
         result_path = path.with_suffix(".json")
@@ -136,7 +159,7 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
     for start in range(0, job.count, BATCH):
         numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
         images, classes = dataset.__getitems__(numbers)
-        latents.append(first_stage.encode(to_model_range(images.to(device))).cpu())
+        latents.append(first_stage.encode(to_minus_one_one(images.to(device))).cpu())
         labels.append(classes)
         if not latents[-1].isfinite().all():
             raise DataError(
@@ -151,35 +174,18 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
 
 
 def shard_inputs(job: EncodeJob) -> Inputs:
-    """Give what :func:`encode_images` follows from; the folder's name tells most of it."""
+    """Return what :func:`encode_images` follows from; the folder's name holds most of it."""
     return {"stage": "latents", "of": job.path.parent.name, "images": [job.first, job.count]}
 
 
-def latents_dir(config: RunConfig) -> Path:
-    """Where the latents are: named by first stage, images and their shape.
-
-    Raises:
-        DataError: The data is missing or malformed.
-        CheckpointError: The first stage is missing or malformed.
-    """
-    return _latents_dir(config.data, config.evaluate.cache_dir)
-
-
 def shard_path(folder: Path, first: int) -> Path:
-    """Where the latents of an image and those that follow are."""
+    """Return the path of the shard that begins with an image."""
     return folder / f"{first:09d}.safetensors"
 
 
-def _latents_dir(data: DataConfig, cache_dir: str) -> Path:
-    assert data.first_stage is not None
-    digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
-    document = [VERSION, SHARD, digest, load_dataset(data).fingerprint(), data.image_size, shape]
-    return resolve_path(cache_dir).expanduser() / "latents" / json_digest(document)[:16]
-
-
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data
-def _load_latents(data: DataConfig, cache_dir: str) -> LatentImages:
-    folder, images = _latents_dir(data, cache_dir), load_dataset(data)
+def _open_latents(data: DataConfig, folder: Path) -> LatentImages:
+    images = load_dataset(data)
     if missing := _missing(folder, len(images)):
         raise DataError(
             f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
@@ -190,6 +196,6 @@ def _load_latents(data: DataConfig, cache_dir: str) -> LatentImages:
 
 
 def _missing(folder: Path, count: int) -> list[int]:
-    """Give the first image of every shard that is not there."""
-    found = set(listing(folder, "*.safetensors"))
-    return [first for first in range(0, count, SHARD) if shard_path(folder, first) not in found]
+    """Return the first image of every shard that is not there."""
+    shards = set(listing(folder, "*.safetensors"))
+    return [first for first in range(0, count, SHARD) if shard_path(folder, first) not in shards]

@@ -31,3 +31,9 @@ def load_dataset(config: DataConfig) -> ImageDataset:
             "Set --data.path to where the images are."
         )
     return SOURCES[config.source](config)
+
+
+@functools.lru_cache(maxsize=8)  # it may look at every file
+def images_fingerprint(config: DataConfig) -> str:
+    """Name the content of a dataset."""
+    return load_dataset(config).fingerprint()

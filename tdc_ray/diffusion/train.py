@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.data.batches import augment, to_model_range
+from tdc_ray.data.batches import augment, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.diffusion.loss import denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
@@ -183,7 +183,7 @@ def train(
         generator = torch.Generator(device).manual_seed(derive_seed(*place, "noise"))
         shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
         augmented = augment(batch, data, shaken)
-        x_0 = to_model_range(augmented.to(device, non_blocking=True))
+        x_0 = to_minus_one_one(augmented.to(device, non_blocking=True))
         epsilon = torch.randn(x_0.shape, generator=generator, device=device)
         drawn = torch.randint(
             timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device

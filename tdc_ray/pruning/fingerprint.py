@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from tdc_ray.config.prune import PruneConfig
-from tdc_ray.data.fingerprint import _without
+from tdc_ray.data.fingerprint import without
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
 
@@ -29,4 +29,4 @@ def timesteps_key(group: TimestepGroup) -> Inputs:
 
 def measuring_key(config: PruneConfig) -> Inputs:
     """Give what a refit and the losses of one model follow from."""
-    return {"measuring": _without(asdict(config), SEARCH_FIELDS)}
+    return {"measuring": without(asdict(config), SEARCH_FIELDS)}

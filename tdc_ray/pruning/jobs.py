@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.fingerprint import data_key
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
 from tdc_ray.models.fingerprint import weights_digest
@@ -104,7 +105,13 @@ def _inputs(job: ScoreJob | SensitivityJob | StreamJob | MeasureJob) -> Inputs:
     return {
         "version": VERSION,
         "base": weights_digest(job.run_dir.base_unet),
-        **data_key(job.config),
+        **data_key(
+            training_data(job.config.data, job.config.evaluate.cache_dir),
+            seed=job.config.seed,
+            diffusion=job.config.diffusion,
+            conditioning=job.config.conditioning,
+            tf32=job.config.compute.tf32,
+        ),
         **timesteps_key(job.group),
         **measuring_key(job.config.prune),
     }

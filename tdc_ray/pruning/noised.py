@@ -8,8 +8,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import fixed_batches, held_out_split, to_model_range
-from tdc_ray.data.latents import load_inputs
+from tdc_ray.data.batches import fixed_batches, held_out_split, to_minus_one_one
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
@@ -41,13 +41,13 @@ def noised_batches(
     seed = derive_seed(config.seed, purpose, group.first, group.last)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(count, generator=generator) * len(timesteps) // count
-    dataset = load_inputs(config)
+    dataset = training_data(config.data, config.evaluate.cache_dir).open()
     rest, held_out = held_out_split(dataset, prune.held_out_share, config.seed)
-    among = held_out if purpose == "held-out" else rest
+    indices = held_out if purpose == "held-out" else rest
     size, start = prune.batch_size or max_batch_size(unet), 0
     noise: Tensor | None = None
-    for images, labels in fixed_batches(dataset, count, size, seed, among=among):
-        x_0 = to_model_range(images)
+    for images, labels in fixed_batches(dataset, count, size, seed, indices=indices):
+        x_0 = to_minus_one_one(images)
         if noise is None:  # of all images, so that it does not depend on the batches
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
         part = slice(start, start + len(x_0))

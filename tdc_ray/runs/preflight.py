@@ -30,7 +30,7 @@ def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[
         LimitError: A group's limit is below the smallest pruned model.
     """
     if pretrained is None:
-        unet, named = base_unet(config), config.model.architecture
+        unet, named = base_unet(config.model, config.conditioning), config.model.architecture
         name, is_latent = f"model.architecture {named}", named in LATENT
     else:
         unet, name = check_compatible(pretrained, config), f"the base {pretrained.source}"

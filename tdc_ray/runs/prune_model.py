@@ -11,7 +11,7 @@ from rich.console import Console
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.data.detect import data_config
-from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -180,7 +180,9 @@ def prune_model(
                         space.cost_base / 1e6,
                     )
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
-            run_chain(prepare_latents(config), view.watch)
+            run_chain(
+                prepare_latents(training_data(config.data, config.evaluate.cache_dir)), view.watch
+            )
             task = GroupSearch(run_dir, config, space, group)
             choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
         logger.info("writing the model")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
-from tdc_ray.data.latents import prepare_latents
+from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.diffusion.plan import Plan
@@ -113,9 +113,20 @@ def run(
             with Pool(
                 config.compute, events, view, timeline, sharing
             ) as encoders:  # end before stage 1
-                encoders.run({"latents": prepare_latents(config)}, "latents")
+                encoders.run(
+                    {
+                        "latents": prepare_latents(
+                            training_data(config.data, config.evaluate.cache_dir)
+                        )
+                    },
+                    "latents",
+                )
                 stages = STAGES if config.model.base is None else STAGES[1:]
-                unet = unet_config(run_dir.base_unet) if config.model.base else base_unet(config)
+                unet = (
+                    unet_config(run_dir.base_unet)
+                    if config.model.base
+                    else base_unet(config.model, config.conditioning)
+                )
                 chain = resolve_auto_precision(run_dir, config, unet, stages)
                 config = encoders.run({"precision": chain}, "precision")["precision"]
                 space = _limited_space(run_dir, config, unet, space, plan, encoders)

@@ -104,7 +104,9 @@ def _groups(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
     Scores and calls to a language model are left out: they take no worker, or not for long.
     """
     prune = config.prune
-    space = space_of(base_unet(config), prune.space, prune.channel_multiple)
+    space = space_of(
+        base_unet(config.model, config.conditioning), prune.space, prune.channel_multiple
+    )
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     tasks = group_tasks(NO_RUN_DIR, config, space, plan.groups)
     return [(task, _stages(task)) for task in tasks]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
-from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.train import (
@@ -83,7 +83,7 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
             return found
         state = _trained(config, dataset, rest, out, console)
         size = config.train.batch_size
-        few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, among=rest)
+        few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, indices=rest)
         with state.averaged() as averaged:
             averaged.register_to_config(scaling_factor=_scaling_factor(averaged, few))
             save_first_stage(averaged, out)
@@ -148,7 +148,7 @@ def reconstruction_errors(
     """Mean ``l1`` and ``mse`` of images in [-1, 1] encoded and decoded again, and ``psnr_db``."""
     device, off, squared, count = first_stage.device, 0.0, 0.0, 0
     for batch, _ in images:
-        x = to_model_range(batch.to(device))
+        x = to_minus_one_one(batch.to(device))
         error = (first_stage.decode(first_stage.encode(x)).clamp(-1, 1) - x).double()
         off += float(error.abs().sum())
         squared += float(error.square().sum())
@@ -161,7 +161,7 @@ def reconstruction_errors(
 def _trained(
     config: AutoencoderConfig,
     dataset: ImageDataset,
-    among: Sequence[int],
+    indices: Sequence[int],
     out: Path,
     console: Console,
 ) -> TrainState:
@@ -174,7 +174,7 @@ def _trained(
         logger.info("going on from step %d", state.step)
     images = batches(
         dataset,
-        among=among,
+        indices=indices,
         batch_size=config.train.batch_size,
         seed=derive_seed(config.seed, KEY, "order"),
         start_step=state.step,
@@ -201,7 +201,7 @@ def _train(
         place = (config.seed, KEY, state.step)
         generator = torch.Generator(state.device).manual_seed(derive_seed(*place, "sample"))
         shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
-        x = to_model_range(augment(batch, config.data, shaken).to(state.device))
+        x = to_minus_one_one(augment(batch, config.data, shaken).to(state.device))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(train, state.step)
         with autocast(train.precision, state.device):
@@ -223,7 +223,7 @@ def _train(
 def _scaling_factor(model: AutoencoderKL, images: Iterable[ImageBatch]) -> float:
     """One over the latents' standard deviation (LDM, appendix G)."""
     modes = [
-        model.encode(to_model_range(batch.to(model.device))).latent_dist.mode()
+        model.encode(to_minus_one_one(batch.to(model.device))).latent_dist.mode()
         for batch, _ in images
     ]
     return 1.0 / float(torch.cat(modes).double().std())

@@ -83,7 +83,10 @@ def test_ddpm_is_trained_as_its_paper_says(name, rate, batch, dropout, source, n
     assert not diffusion.learned_sigma
     assert (config.data.source, config.data.horizontal_flip) == (source, True)
     assert config.model.dropout == dropout
-    assert sizes(base_unet(config)) == (num_params, pytest.approx(macs, abs=0.005e9))
+    assert sizes(base_unet(config.model, config.conditioning)) == (
+        num_params,
+        pytest.approx(macs, abs=0.005e9),
+    )
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_model_range
+from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ArrayImages
 from tdc_ray.data.load import load_dataset
 from tests.images import folder_config, random_pixels
@@ -17,7 +17,7 @@ from tests.images import folder_config, random_pixels
 
 def test_pixels_are_brought_to_minus_one_and_one():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    torch.testing.assert_close(to_model_range(images), torch.tensor([-1.0, -0.6, 1.0]))
+    torch.testing.assert_close(to_minus_one_one(images), torch.tensor([-1.0, -0.6, 1.0]))
     assert images.tolist() == [0, 51, 255]  # as it was
 
 
@@ -209,22 +209,22 @@ def test_batches_among_some_images_hold_each_of_them_once_an_epoch(
 ):
     dataset = numbered(num_images)
     rest, held_out = held_out_split(dataset, share, seed)
-    for among in (rest, held_out):
-        num_steps = 2 * len(among) // batch_size + 1
+    for indices in (rest, held_out):
+        num_steps = 2 * len(indices) // batch_size + 1
         stream = batches(
-            dataset, among=among, batch_size=batch_size, seed=seed, num_steps=num_steps
+            dataset, indices=indices, batch_size=batch_size, seed=seed, num_steps=num_steps
         )
         seen = list(itertools.chain.from_iterable(numbers(stream)))
         for epoch in range(2):
-            part = seen[epoch * len(among) : (epoch + 1) * len(among)]
-            assert sorted(part) == sorted(among)
+            part = seen[epoch * len(indices) : (epoch + 1) * len(indices)]
+            assert sorted(part) == sorted(indices)
 
 
 @given(st.integers(2, 40), held_out_shares, st.integers(1, 70), st.integers(0, 2**31 - 1))
 def test_fixed_batches_among_some_images_are_of_them_alone(num_images, share, count, seed):
     dataset = numbered(num_images)
     _, held_out = held_out_split(dataset, share, seed)
-    stream = fixed_batches(dataset, count, 7, seed, among=held_out)
+    stream = fixed_batches(dataset, count, 7, seed, indices=held_out)
     found = list(itertools.chain.from_iterable(numbers(stream)))
     assert len(found) == count
     first = found[: len(held_out)]
@@ -234,8 +234,8 @@ def test_fixed_batches_among_some_images_are_of_them_alone(num_images, share, co
 
 def test_batches_among_all_images_are_those_without_a_choice():
     dataset, common = numbered(30), {"batch_size": 8, "seed": 3, "num_steps": 9}
-    everyone = numbers(batches(dataset, among=range(30), **common))
+    everyone = numbers(batches(dataset, indices=range(30), **common))
     assert everyone == numbers(batches(dataset, **common))
-    assert numbers(fixed_batches(dataset, 40, 8, 3, among=range(30))) == numbers(
+    assert numbers(fixed_batches(dataset, 40, 8, 3, indices=range(30))) == numbers(
         fixed_batches(dataset, 40, 8, 3)
     )

@@ -12,12 +12,10 @@ from torch import nn
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import digest, with_absolute_paths
-from tdc_ray.data.batches import batches, to_model_range
+from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.latents import (
     SHARD,
     LatentImages,
-    latents_dir,
-    load_inputs,
     prepare_latents,
     shard_path,
 )
@@ -52,6 +50,7 @@ from tests.small import (
     make_first_stage,
     random_unet,
     small_config,
+    training_of,
 )
 
 ALONE = WorkerRank(0, 1, torch.device("cpu"))
@@ -66,7 +65,7 @@ def config(tmp_path_factory):
     """Digits at 16x16, whose 1,797 latents are in two shards."""
     folder = make_first_stage(tmp_path_factory.mktemp("first_stage"))
     config = latent_config(folder, tmp_path_factory.mktemp("cache"))
-    run_chain(prepare_latents(config))
+    run_chain(prepare_latents(training_of(config)))
     return config
 
 
@@ -74,19 +73,19 @@ def config(tmp_path_factory):
 def latents(config):
     """What the first stage makes of all images."""
     images, _ = load_dataset(config.data).__getitems__(range(1797))
-    return load_first_stage(Path(config.data.first_stage)).encode(to_model_range(images))
+    return load_first_stage(Path(config.data.first_stage)).encode(to_minus_one_one(images))
 
 
 def keys_of(config):
     """The items that are left to do."""
-    return [item.key for items in prepare_latents(config) for item in items]
+    return [item.key for items in prepare_latents(training_of(config)) for item in items]
 
 
 # --- the cache -------------------------------------------------------------------------------
 
 
 def test_cached_latents_and_labels_are_those_of_the_images(config, latents):
-    found, images = load_inputs(config), load_dataset(config.data)
+    found, images = training_of(config).open(), load_dataset(config.data)
     assert isinstance(found, LatentImages)
     assert (len(found), found.num_classes) == (1797, 10)
     everything, labels = found.__getitems__(range(1797))
@@ -102,10 +101,10 @@ def test_latents_of_several_channels_are_cached_as_well(tmp_path, kind):
     np.savez(tmp_path / "a.npz", images=pixels)
     data = {"source": "npz", "path": str(tmp_path / "a.npz")}
     config = latent_config(folder, tmp_path, data=data)
-    run_chain(prepare_latents(config))
+    run_chain(prepare_latents(training_of(config)))
     images, _ = load_dataset(config.data).__getitems__(range(20))
-    encoded = load_first_stage(folder).encode(to_model_range(images))
-    found, labels = load_inputs(config).__getitems__(range(20))
+    encoded = load_first_stage(folder).encode(to_minus_one_one(images))
+    found, labels = training_of(config).open().__getitems__(range(20))
     assert found.shape == (20, 3, 8, 8)
     assert_same(found, encoded)
     assert labels.tolist() == [-1] * 20
@@ -113,22 +112,24 @@ def test_latents_of_several_channels_are_cached_as_well(tmp_path, kind):
 
 def test_latents_come_in_the_order_asked_for_across_shards(config, latents):
     numbers = [1500, 3, SHARD, SHARD - 1, 3, 0, 1796]
-    found, labels = load_inputs(config).__getitems__(numbers)
+    found, labels = training_of(config).open().__getitems__(numbers)
     assert_same(found, latents[numbers])
     assert_same(labels, load_dataset(config.data).__getitems__(numbers)[1])
 
 
 def test_a_second_use_computes_nothing(config):
     assert keys_of(config) == []
-    before = {path: path.stat().st_mtime_ns for path in latents_dir(config).iterdir()}
-    run_chain(prepare_latents(config))
-    assert {path: path.stat().st_mtime_ns for path in latents_dir(config).iterdir()} == before
+    before = {path: path.stat().st_mtime_ns for path in training_of(config).latents.iterdir()}
+    run_chain(prepare_latents(training_of(config)))
+    assert {
+        path: path.stat().st_mtime_ns for path in training_of(config).latents.iterdir()
+    } == before
 
 
 def test_images_without_a_first_stage_have_nothing_to_compute():
     plain = small_config()
-    assert list(prepare_latents(plain)) == []
-    assert load_inputs(plain) is load_dataset(plain.data)
+    assert list(prepare_latents(training_of(plain))) == []
+    assert training_of(plain).open() is load_dataset(plain.data)
 
 
 def test_first_stage_and_data_are_the_key(config, tmp_path):
@@ -149,28 +150,31 @@ def test_first_stage_and_data_are_the_key(config, tmp_path):
         changed(image_size=32),
         changed(source="npz", path=str(tmp_path / "a.npz")),
     ]
-    assert latents_dir(same) == latents_dir(config)
-    assert len({latents_dir(other) for other in (config, *others)}) == 6
+    assert training_of(same).latents == training_of(config).latents
+    assert len({training_of(other).latents for other in (config, *others)}) == 6
     assert keys_of(others[0]) == ["latents/000000000", "latents/000001024"]
     assert keys_of(others[-1]) == ["latents/000000000"]
 
 
 def test_what_was_cut_between_shards_goes_on_with_those_that_are_missing(config, tmp_path):
     cut = replace(config, evaluate=replace(config.evaluate, cache_dir=str(tmp_path)))
-    first, second = next(prepare_latents(cut))
+    first, second = next(prepare_latents(training_of(cut)))
     run_item(first, nothing)
     with pytest.raises(DataError, match=r"1 shards of the latents .* missing in .*tdc-ray run"):
-        load_inputs(cut)
+        training_of(cut).open()
     assert keys_of(cut) == [second.key]
-    written = shard_path(latents_dir(cut), 0).stat().st_mtime_ns
-    run_chain(prepare_latents(cut))
-    assert shard_path(latents_dir(cut), 0).stat().st_mtime_ns == written
+    written = shard_path(training_of(cut).latents, 0).stat().st_mtime_ns
+    run_chain(prepare_latents(training_of(cut)))
+    assert shard_path(training_of(cut).latents, 0).stat().st_mtime_ns == written
     assert_same(
-        load_inputs(cut).__getitems__(range(1797)), load_inputs(config).__getitems__(range(1797))
+        training_of(cut).open().__getitems__(range(1797)),
+        training_of(config).open().__getitems__(range(1797)),
     )
-    shard_path(latents_dir(cut), SHARD).unlink()  # its result stays behind
+    shard_path(training_of(cut).latents, SHARD).unlink()  # its result stays behind
     assert keys_of(cut) == [second.key]
-    assert [path.name for path in latents_dir(cut).iterdir() if path.suffix == ".tmp"] == []
+    assert [
+        path.name for path in training_of(cut).latents.iterdir() if path.suffix == ".tmp"
+    ] == []
 
 
 def test_latents_that_are_not_finite_are_refused(config, tmp_path):
@@ -180,8 +184,8 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path):
     weights["quant_conv.bias"].fill_(float("inf"))
     save_file(weights, folder / WEIGHTS_FILE)
     with pytest.raises(DataError, match="not finite for images 0 to 15"):
-        run_chain(prepare_latents(broken))
-    assert not shard_path(latents_dir(broken), 0).exists()
+        run_chain(prepare_latents(training_of(broken)))
+    assert not shard_path(training_of(broken).latents, 0).exists()
 
 
 # --- training, pruning and sampling ----------------------------------------------------------
@@ -212,7 +216,7 @@ def test_the_base_is_trained_on_noised_latents(config):
 
     train_base(short, ALONE, resume_from=None, wrap=wrap, report=nothing, save=save)
     order = derive_seed(short.seed, "base", "order")
-    given = batches(load_inputs(short), batch_size=32, seed=order, num_steps=2)
+    given = batches(training_of(short).open(), batch_size=32, seed=order, num_steps=2)
     for step, ((x_0, _), (x_t, timesteps)) in enumerate(
         zip(given, recorders[0].seen, strict=True)
     ):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
-from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
 from tdc_ray.diffusion.sampling import image_generators, sample, to_uint8
@@ -363,7 +363,7 @@ def test_every_step_is_announced():
 
 def test_pixels_survive_the_way_to_the_model_range_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert_same(to_uint8(to_model_range(pixels)), pixels.permute(0, 2, 3, 1))
+    assert_same(to_uint8(to_minus_one_one(pixels)), pixels.permute(0, 2, 3, 1))
 
 
 def test_pixels_outside_the_range_are_clipped_and_colours_go_last():

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.config.proxy import ProxyConfig
-from tdc_ray.data.latents import latents_dir
 from tdc_ray.errors import ConfigError, StorageError
-from tests.small import latent_config, make_first_stage, small_config
+from tests.small import latent_config, make_first_stage, small_config, training_of
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -133,7 +132,7 @@ def test_latents_are_ready_before_all_else(storage, tmp_path):
     stage = make_first_stage(tmp_path / "first_stage")
     config = latent_config(stage, tmp_path / "cache")
     with workers(config, tmp_path / "more", tmp_path / "store"):
-        assert len(list(latents_dir(config).glob("*.safetensors"))) == 2  # of 1,797 digits
+        assert len(list(training_of(config).latents.glob("*.safetensors"))) == 2  # of 1,797 digits
 
 
 @pytest.mark.ray

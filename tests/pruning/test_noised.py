@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import held_out_split, to_model_range
+from tdc_ray.data.batches import held_out_split, to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.loss import denoising_loss
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
@@ -34,7 +34,7 @@ def drawn(config: RunConfig, index: int, *, purpose="held-out", unet=UNET) -> No
 
 def numbers_of(config: RunConfig, x_0: Tensor) -> list[int]:
     """Which images of the dataset these are; digits are all different."""
-    images = to_model_range(load_dataset(config.data).images)
+    images = to_minus_one_one(load_dataset(config.data).images)
     return [(images == image).flatten(1).all(1).nonzero()[0].item() for image in x_0]
 
 

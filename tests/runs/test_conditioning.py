@@ -150,12 +150,13 @@ def test_images_without_a_label_among_others_are_refused_where_labels_are_needed
 
 @pytest.mark.parametrize(("label_dropout", "embeds", "null"), [(0.0, 10, None), (0.1, 11, 10)])
 def test_a_named_architecture_embeds_the_classes_and_the_null_class(label_dropout, embeds, null):
-    settings = base_unet(config_of(label_dropout=label_dropout))
+    config = config_of(label_dropout=label_dropout)
+    settings = base_unet(config.model, config.conditioning)
     unet = build_unet(settings)
     assert unet.class_embedding.num_embeddings == embeds
     assert null_class(embeds, 10) == null
     assert sizes(settings) == (count_params(unet), count_macs(unet))
-    assert base_unet(small_config()) is TINY
+    assert base_unet(config.model, small_config().conditioning) is TINY
 
 
 # --- training --------------------------------------------------------------------------------

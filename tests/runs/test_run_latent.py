@@ -9,8 +9,7 @@ from rich.console import Console
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.data.batches import to_model_range
-from tdc_ray.data.latents import latents_dir, load_inputs
+from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.models.first_stage import first_stage_digest, load_first_stage
@@ -18,7 +17,7 @@ from tdc_ray.runs.results import load_results
 from tdc_ray.runs.run import run
 from tdc_ray.runs.train_autoencoder import train_autoencoder
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import assert_same, latent_config
+from tests.small import assert_same, latent_config, training_of
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -51,10 +50,13 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
     assert results.evaluation.first_stage == first_stage_digest(stage)
     assert results.evaluation.reference == "the 1797 training images"
 
-    images = to_model_range(load_dataset(config.data).__getitems__(range(64))[0])
+    images = to_minus_one_one(load_dataset(config.data).__getitems__(range(64))[0])
     encoded = load_first_stage(stage).encode(images)
-    assert_same(load_inputs(config).__getitems__(range(64))[0], encoded)
-    assert {path.suffix for path in latents_dir(config).iterdir()} == {".safetensors", ".json"}
+    assert_same(training_of(config).open().__getitems__(range(64))[0], encoded)
+    assert {path.suffix for path in training_of(config).latents.iterdir()} == {
+        ".safetensors",
+        ".json",
+    }
 
     shutil.rmtree(stage)  # the experts need nothing from elsewhere
     pipeline = ProgressivePipeline.from_pretrained(folder)

@@ -14,7 +14,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.data.batches import held_out_split, to_model_range
+from tdc_ray.data.batches import held_out_split, to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
 def held_out_images(config):
     dataset = load_dataset(config.data)
     _, numbers = held_out_split(dataset, config.held_out_share, config.seed)
-    return to_model_range(dataset.__getitems__(numbers)[0])
+    return to_minus_one_one(dataset.__getitems__(numbers)[0])
 
 
 def test_the_error_reported_is_that_of_what_was_saved_on_held_out_images(trained):

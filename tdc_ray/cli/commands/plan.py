@@ -54,7 +54,7 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     if base is None:
-        unet = base_unet(config)
+        unet = base_unet(config.model, config.conditioning)
     else:
         from tdc_ray.runs.pretrained.importer import check_compatible  # imports torch
 

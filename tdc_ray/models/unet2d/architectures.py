@@ -7,7 +7,8 @@ CompVis/latent-diffusion; their parameters and macs are the paper's.
 from collections.abc import Mapping
 from typing import Any
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.model import ModelConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.network_config import NetworkConfig
 
@@ -126,11 +127,11 @@ def architecture(name: str) -> NetworkConfig:
     return ARCHITECTURES[name]
 
 
-def base_unet(config: RunConfig) -> NetworkConfig:
-    """Give the settings of a run's base: the named UNet, and the classes that it embeds.
+def base_unet(model: ModelConfig, conditioning: ConditioningConfig) -> NetworkConfig:
+    """Return the settings of a run's base: the named UNet, and the classes that it embeds.
 
     Raises:
         ConfigError: No architecture has this name.
     """
-    found, embeds = architecture(config.model.architecture), config.conditioning.num_class_embeds
-    return found if embeds is None else {**found, "num_class_embeds": embeds}
+    settings, num_classes = architecture(model.architecture), conditioning.num_class_embeds
+    return settings if num_classes is None else {**settings, "num_class_embeds": num_classes}

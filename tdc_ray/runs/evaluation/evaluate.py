@@ -18,6 +18,7 @@ import torch
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.fingerprint import images_key
+from tdc_ray.data.latents import training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.sampling import image_generators, image_labels
@@ -215,7 +216,10 @@ def sample_inputs(job: SampleJob) -> Inputs:
 def feature_inputs(job: FeatureJob) -> Inputs | None:
     """Give what :func:`extract_features` follows from, where that is known."""
     if not isinstance(job.samples, Path):
-        images = [images_key(job.config), *job.samples]
+        images = [
+            images_key(training_data(job.config.data, job.config.evaluate.cache_dir)),
+            *job.samples,
+        ]
     elif job.digest is not None:
         images = [job.digest]
     else:

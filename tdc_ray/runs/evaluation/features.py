@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import batches, to_model_range
+from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
@@ -194,7 +194,7 @@ def train_classifier(
     images = batches(dataset, batch_size=CLASSIFIER_BATCH, seed=0, num_steps=CLASSIFIER_STEPS)
     right = total = 0
     for step, (batch, labels) in enumerate(images):
-        logits = classifier(to_model_range(batch))
+        logits = classifier(to_minus_one_one(batch))
         loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -213,7 +213,7 @@ class _ClassifierFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> FloatArray:
-        features = self.classifier.body(to_model_range(images.to(self.device)))
+        features = self.classifier.body(to_minus_one_one(images.to(self.device)))
         values: FloatArray = features.double().cpu().numpy()
         return values
 

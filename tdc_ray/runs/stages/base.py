@@ -12,7 +12,7 @@ from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.fingerprint import data_key, training_key
-from tdc_ray.data.latents import load_inputs
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import (
@@ -52,11 +52,17 @@ def base_inputs(config: RunConfig) -> Inputs:
     return {
         "stage": "base",
         "version": VERSION,
-        "unet": base_unet(config),
+        "unet": base_unet(config.model, config.conditioning),
         "dropout": config.model.dropout,
         "workers": config.compute.num_base_workers,
         "cpus": config.compute.cpus_per_base_worker,
-        **data_key(config),
+        **data_key(
+            training_data(config.data, config.evaluate.cache_dir),
+            seed=config.seed,
+            diffusion=config.diffusion,
+            conditioning=config.conditioning,
+            tf32=config.compute.tf32,
+        ),
         **training_key(config.base),
     }
 
@@ -105,12 +111,12 @@ def train_base(
         DataError: The dataset is missing or malformed.
     """
     torch.manual_seed(derive_seed(config.seed, "init"))
-    unet = build_unet(base_unet(config), dropout=config.model.dropout)
+    unet = build_unet(base_unet(config.model, config.conditioning), dropout=config.model.dropout)
     state = start_state(unet.to(place.device), config.base)
     if resume_from is not None:
         state.load(resume_from)
     images = batches(
-        load_inputs(config),
+        training_data(config.data, config.evaluate.cache_dir).open(),
         batch_size=config.base.batch_size,
         seed=derive_seed(config.seed, "base", "order"),
         start_step=state.step,

@@ -83,7 +83,7 @@ def _wrap(unet: UNet2DModel) -> nn.Module:
 
 def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: float) -> None:
     """Save the averaged weights, then the result, whose existence says that the base is done."""
-    unet_config = base_unet(config)
+    unet_config = base_unet(config.model, config.conditioning)
     with state.averaged() as unet:
         save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
     structure = network_structure(unet_config)

@@ -11,7 +11,7 @@ from torch import nn
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import data_key, training_key
-from tdc_ray.data.latents import load_inputs
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
@@ -109,7 +109,13 @@ def finetune_inputs(job: FinetuneJob) -> Inputs:
         "base": weights_digest(job.run_dir.base_unet),
         "kept": job.kept,
         "workers": job.config.compute.workers_per_finetune,
-        **data_key(job.config),
+        **data_key(
+            training_data(job.config.data, job.config.evaluate.cache_dir),
+            seed=job.config.seed,
+            diffusion=job.config.diffusion,
+            conditioning=job.config.conditioning,
+            tf32=job.config.compute.tf32,
+        ),
         **timesteps_key(job.group),
         **measuring_key(job.config.prune),
         **training_key(job.config.finetune),
@@ -247,11 +253,11 @@ def _train(
     model: nn.Module = state.unet
     if here.world_size > 1:
         model = nn.parallel.DistributedDataParallel(state.unet)
-    dataset = load_inputs(config)
-    among, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    dataset = training_data(config.data, config.evaluate.cache_dir).open()
+    indices, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
         dataset,
-        among=among,
+        indices=indices,
         batch_size=config.finetune.batch_size,
         seed=derive_seed(config.seed, *name, "order"),
         start_step=state.step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import to_model_range
+from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError, EvaluationError
@@ -207,7 +207,7 @@ def test_the_classifier_learns_the_digits(trained, dataset):
     classifier.load_state_dict(load_file(spec.path))
     images, labels = dataset.__getitems__(range(len(dataset)))
     with torch.inference_mode():
-        found = classifier.eval()(to_model_range(images)).argmax(1)
+        found = classifier.eval()(to_minus_one_one(images)).argmax(1)
     assert (found == labels).float().mean() > 0.9
 
 
@@ -228,7 +228,7 @@ def test_a_classifiers_features_are_those_before_its_head(trained, dataset):
     classifier.load_state_dict(load_file(spec.path))
     with torch.inference_mode():
         head = torch.from_numpy(features).float() @ classifier.head.weight.T + classifier.head.bias
-        expected = classifier(to_model_range(images))
+        expected = classifier(to_minus_one_one(images))
     torch.testing.assert_close(head, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tdc_ray.data.batches import batches, to_model_range
+from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.loss import denoising_loss
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
@@ -59,7 +59,7 @@ def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
     ]
     for step in range(config.base.num_steps):
         for rank, share in enumerate(shares):
-            x_0 = to_model_range(next(share)[0])
+            x_0 = to_minus_one_one(next(share)[0])
             noise = torch.Generator().manual_seed(derive_seed(seed, rank, step, "noise"))
             epsilon = torch.randn(x_0.shape, generator=noise)
             timesteps = torch.randint(0, 1000, (len(x_0),), generator=noise)
