@@ -1,4 +1,9 @@
-"""npz files of images: read whole, or image by image where they are too large for memory."""
+"""npz files of images: read whole, or image by image where they are too large for memory.
+
+Images are read where they lie, or, if they are compressed, from a plain ``.npy`` file in the
+cache. They are not mapped into memory: what was touched of a mapped file counts as the process's
+memory, and one that is cut short, or lost with its server, ends the process by a signal.
+"""
 
 import errno
 import hashlib
@@ -11,6 +16,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,6 +31,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.errors import CorruptFileError, DataError
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
 
 BLOCK_BYTES = 2**20
@@ -54,7 +61,7 @@ class NpzFile:
     """The images' npy file within it."""
 
     header_bytes: int
-    """What stands in the npy file before the pixels."""
+    """The size of the npy header before the pixels."""
 
     stored_shape: tuple[int, ...]
     """``(N, H, W, C)``; of ImageNet-64's rows ``(N, C, H, W)``."""
@@ -82,11 +89,8 @@ class NpzFile:
         Raises:
             CorruptFileError: The pixels are damaged.
         """
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-                pixels: NDArray[np.uint8] = npy.read_array(file, allow_pickle=False)
-        except _UNREADABLE as error:
-            raise _unreadable(self.path, error) from error
+        with _opened(self.path) as archive, archive.open(self.member) as file:
+            pixels: NDArray[np.uint8] = npy.read_array(file, allow_pickle=False)
         return pixels.reshape(self.stored_shape)
 
     def to_tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -103,18 +107,18 @@ class UnpackedNpz:
     offset: int
     """Where the first image starts in the file at ``path``, in bytes."""
 
-    def read(self, numbers: NDArray[np.int64]) -> Tensor:
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
         """Read some of the images, ``(B, C, H, W)``.
 
         Raises:
             DataError: The file is gone, or ends early.
         """
-        pixels = np.empty((len(numbers), *self.npz.stored_shape[1:]), np.uint8)
+        pixels = np.empty((len(indices), *self.npz.stored_shape[1:]), np.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:
-                for place in np.argsort(numbers):
-                    offset = self.offset + int(numbers[place]) * pixels[place].nbytes
-                    if os.preadv(file.fileno(), [pixels[place]], offset) != pixels[place].nbytes:
+                for i in np.argsort(indices):
+                    offset = self.offset + int(indices[i]) * pixels[i].nbytes
+                    if os.preadv(file.fileno(), [pixels[i]], offset) != pixels[i].nbytes:
                         raise DataError(f"{self.path} has been cut short. Start again.")
         except OSError as error:
             raise DataError(f"{self.path} can no longer be read: {error}. Start again.") from error
@@ -122,16 +126,12 @@ class UnpackedNpz:
 
 
 class NpzImages:
-    """Images that are read from npz files when they are asked for.
-
-    They are read, not mapped: a mapped file counts as a process's memory as far as it was touched,
-    and one that is cut short, or lost with its server, ends the process by a signal.
-    """
+    """Images that are read from npz files when they are asked for."""
 
     def __init__(
         self, files: Sequence[UnpackedNpz], labels: Tensor | None, config: DataConfig
     ) -> None:
-        """Take the files, and int64 labels ``(N,)``."""
+        """Wrap the files, and int64 labels ``(N,)``."""
         self.files, self.config = list(files), config
         self.ends = np.cumsum([len(file.npz) for file in files])
         self.num_classes = None if labels is None else int(labels.max()) + 1
@@ -146,9 +146,9 @@ class NpzImages:
         images = torch.empty(shape, dtype=torch.uint8)
         of_file = np.searchsorted(self.ends, chosen, side="right")
         for number in np.unique(of_file):
-            file, places = self.files[number], np.flatnonzero(of_file == number)
+            file, rows = self.files[number], np.flatnonzero(of_file == number)
             first = self.ends[number] - len(file.npz)
-            images[places] = to_size(file.read(chosen[places] - first), config)
+            images[rows] = to_size(file.read(chosen[rows] - first), config)
         return ImageBatch(images, self.labels[chosen])
 
     def fingerprint(self) -> str:
@@ -166,11 +166,40 @@ def open_npz(path: Path) -> NpzFile:
     Raises:
         CorruptFileError: It is damaged, or its arrays are no images and labels.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _open(path, archive)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        key = next((key for key in ("images", "arr_0", "data") if key in members), None)
+        if key is None:
+            raise CorruptFileError(
+                f"{path} must hold images, arr_0 or data; it holds {', '.join(members)}."
+            )
+        with archive.open(members[key]) as file:
+            shape, fortran_order, dtype = _read_header(file)
+            header_bytes = file.tell()
+        is_rows = key == "data"  # ImageNet-64
+        stored_shape = _row_shape(shape, path) if is_rows else (*shape, 1)[: max(4, len(shape))]
+        if dtype != np.uint8:
+            raise CorruptFileError(f"{key} in {path} must be uint8, got {dtype}.")
+        if not is_rows and (len(stored_shape) != 4 or stored_shape[-1] not in (1, 3)):
+            raise CorruptFileError(
+                f"{key} in {path} must have shape (N, H, W) or (N, H, W, 1 or 3), got {shape}."
+            )
+        if header_bytes + math.prod(shape) != members[key].file_size:
+            raise ValueError(f"{key} has not the size of shape {shape}")
+        label_key = next((key for key in ("labels", "arr_1") if key in members), None)
+        labels = None
+        if label_key is not None:
+            with archive.open(members[label_key]) as file:
+                label_shape, _, _ = _read_header(file)
+            if label_shape != shape[:1]:
+                raise CorruptFileError(
+                    f"labels in {path} must have shape {shape[:1]}, got {label_shape}."
+                )
+            with archive.open(members[label_key]) as file:
+                labels = npy.read_array(file, allow_pickle=False).astype(np.int64)
+            if is_rows:
+                labels -= 1  # ImageNet-64 counts from 1
+    return NpzFile(path, members[key], header_bytes, stored_shape, is_rows, fortran_order, labels)
 
 
 def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:
@@ -189,12 +218,12 @@ def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:
         )
     is_stored = npz.member.compress_type == zipfile.ZIP_STORED
     state = npz.path.stat()
-    content = f"{npz.path.resolve()} {npz.member.filename} {state.st_size} {state.st_mtime_ns}"
-    name = f"{npz.path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    copy = cache_dir / "npz" / f"{name}.{'checked' if is_stored else 'npy'}"
+    content = [str(npz.path.resolve()), npz.member.filename, state.st_size, state.st_mtime_ns]
+    name = f"{npz.path.stem}-{json_digest(content)[:16]}.{'checked' if is_stored else 'npy'}"
+    copy = cache_dir / "npz" / name
     size = 0 if is_stored else npz.member.file_size
     try:
-        if not _is_whole(copy, size):
+        if not _is_whole(copy, size):  # without the lock, which a cache may be unable to hold
             with locked(copy.with_suffix(".lock")):
                 if not _is_whole(copy, size):  # another process may have done it meanwhile
                     _copy_pixels(npz, copy, size)
@@ -208,42 +237,54 @@ def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:
     return UnpackedNpz(npz, copy, npz.header_bytes)
 
 
-def _open(path: Path, archive: zipfile.ZipFile) -> NpzFile:
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    key = next((key for key in ("images", "arr_0", "data") if key in members), None)
-    if key is None:
-        raise CorruptFileError(
-            f"{path} must hold images, arr_0 or data; it holds {', '.join(members)}."
-        )
-    with archive.open(members[key]) as file:
-        shape, fortran_order, dtype = _read_header(file)
-        header_bytes = file.tell()
-    stored_shape = (
-        _unflattened(shape, path) if key == "data" else (*shape, 1)[: max(4, len(shape))]
-    )
-    if dtype != np.uint8:
-        raise CorruptFileError(f"{key} in {path} must be uint8, got {dtype}.")
-    if key != "data" and (len(stored_shape) != 4 or stored_shape[-1] not in (1, 3)):
-        raise CorruptFileError(
-            f"{key} in {path} must have shape (N, H, W) or (N, H, W, 1 or 3), got {shape}."
-        )
-    if header_bytes + math.prod(shape) != members[key].file_size:
-        raise ValueError(f"{key} has not the size of shape {shape}")
-    label_key = next((name for name in ("labels", "arr_1") if name in members), None)
-    labels = None
-    if label_key is not None:
-        with archive.open(members[label_key]) as file:
-            label_shape, _, _ = _read_header(file)
-        if label_shape != shape[:1]:
-            raise CorruptFileError(
-                f"labels in {path} must have shape {shape[:1]}, got {label_shape}."
-            )
-        with archive.open(members[label_key]) as file:
-            labels = npy.read_array(file, allow_pickle=False).astype(np.int64)
-        labels = labels - 1 if key == "data" else labels  # ImageNet-64 counts from 1
-    return NpzFile(
-        path, members[key], header_bytes, stored_shape, key == "data", fortran_order, labels
-    )
+def _is_whole(copy: Path, size: int) -> bool:
+    return copy.exists() and copy.stat().st_size == size
+
+
+def _copy_pixels(npz: NpzFile, copy: Path, size: int) -> None:
+    """Read the pixels, which checks them, and write them into the copy unless ``size`` is 0."""
+    free = shutil.disk_usage(copy.parent).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free")
+    logger.info("%s %s, once", "unpacking" if size else "checking", npz.path)
+    with atomic_path(copy) as temporary, temporary.open("wb") as file:
+        for block in _blocks(npz):
+            if size:
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _blocks(npz: NpzFile) -> Iterator[bytes]:
+    """Yield the bytes of the images' npy file; apart from the writing, whose errors are others."""
+    with _opened(npz.path) as archive, archive.open(npz.member) as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _member_offset(npz: NpzFile) -> int:
+    """Return where a member's content starts: behind header, name, extra field (APPNOTE 4.3.7)."""
+    with npz.path.open("rb") as file:
+        file.seek(npz.member.header_offset)
+        name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
+    return npz.member.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an npz file for reading.
+
+    Raises:
+        CorruptFileError: It is damaged, or no such file.
+        DataError: It cannot be read for another reason.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise DataError(f"{path} cannot be read: {error}.") from error
+        raise CorruptFileError(f"{path} is no readable npz file: {error}") from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -258,50 +299,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran_order, dtype
 
 
-def _unflattened(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-    """Give ImageNet-64's rows ``(N, 3HH)`` their shape ``(N, 3, H, H)``."""
+def _row_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """Return the shape ``(N, 3, H, H)`` of ImageNet-64's rows ``(N, 3HH)``."""
     size = round((shape[1] / 3) ** 0.5) if len(shape) == 2 else 0
     if len(shape) != 2 or shape[1] != 3 * size * size:
         raise CorruptFileError(f"data in {path} must have shape (N, 3 * H * H), got {shape}.")
     return (shape[0], 3, size, size)
-
-
-def _is_whole(copy: Path, size: int) -> bool:
-    return copy.exists() and copy.stat().st_size == size
-
-
-def _copy_pixels(npz: NpzFile, copy: Path, size: int) -> None:
-    """Go through the pixels, which checks them, and write them down unless ``size`` is 0."""
-    free = shutil.disk_usage(copy.parent).free
-    if free < size:
-        raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free")
-    logger.info("%s %s, once", "unpacking" if size else "checking", npz.path)
-    with atomic_path(copy) as temporary, temporary.open("wb") as file:
-        for block in _blocks(npz):
-            if size:
-                file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _blocks(npz: NpzFile) -> Iterator[bytes]:
-    try:
-        with zipfile.ZipFile(npz.path) as archive, archive.open(npz.member) as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
-    except _UNREADABLE as error:
-        raise _unreadable(npz.path, error) from error
-
-
-def _member_offset(npz: NpzFile) -> int:
-    """Where a member's content starts: behind header, name and extra field (APPNOTE 4.3.7)."""
-    with npz.path.open("rb") as file:
-        file.seek(npz.member.header_offset)
-        name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
-    return npz.member.header_offset + 30 + int(name_bytes) + int(extra_bytes)
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # not its content
-        return DataError(f"{path} cannot be read: {error}.")
-    return CorruptFileError(f"{path} is no readable npz file: {error}")
