@@ -15,6 +15,7 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
 from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.config.train import Precision
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.errors import ConfigError, StorageError
@@ -28,7 +29,7 @@ from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.sweep.results import SweepResults, summarized
-from tdc_ray.runs.sweep.space import Choices, Domain, Params, SweepConfig, grid, setting_name
+from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.storage.lease import hold_lease

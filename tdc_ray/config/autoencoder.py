@@ -1,15 +1,17 @@
 """The settings of a first stage that is trained here."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.config.validation import at_least, require
+from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class AutoencoderConfig:
     """A small AutoencoderKL, and how it is trained."""
 
@@ -24,19 +26,19 @@ class AutoencoderConfig:
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """Channels at each resolution; each but the first halves height and width of the latents."""
 
-    layers_per_block: int = 1
+    layers_per_block: PositiveInt = 1
     """Residual blocks at each resolution."""
 
-    latent_channels: int = 4
+    latent_channels: PositiveInt = 4
     """Channels of the latents."""
 
     loss: Literal["l1", "mse"] = "l1"
     """How far a reconstruction is off, summed over an image's pixels."""
 
-    kl_weight: float = 1e-3
+    kl_weight: NonNegativeFloat = 1e-3
     """Weight of the posterior's divergence from a standard normal, summed over the latents."""
 
-    held_out_share: float = 0.1
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images that no step sees and that the reconstruction error is measured on."""
 
     train: TrainConfig = field(
@@ -60,10 +62,6 @@ class AutoencoderConfig:
                     "block_out_channels must be multiples of 8 (GroupNorm's groups), got "
                     f"{self.block_out_channels}."
                 )
-        at_least(1, "train-autoencoder", self, "layers_per_block", "latent_channels")
-        at_least(0, "train-autoencoder", self, "kl_weight")
-        ok = 0 < self.held_out_share < 1
-        require("train-autoencoder", self, "held_out_share", "in (0, 1)", ok=ok)
         whole = self.train.micro_batch_size is None
         require("train", self.train, "micro_batch_size", "None for an autoencoder", ok=whole)
         known, plain = self.train.precision != "auto", self.train.compile == "none"

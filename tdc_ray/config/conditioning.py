@@ -1,27 +1,24 @@
 """Class conditioning: which classes a model is told, and which class stands for none of them."""
 
-from dataclasses import dataclass
-
-from tdc_ray.config.validation import at_least, require
+from tdc_ray.config.validation import PositiveInt, Share, require, settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("conditioning")
 class ConditioningConfig:
     """What the base and the experts are told of an image beside its timestep."""
 
-    num_classes: int | None = None
+    num_classes: PositiveInt | None = None
     """Number of classes of the labels that the model is told; None: it is unconditional."""
 
-    label_dropout: float = 0.0
+    label_dropout: Share = 0.0
     """Share of the training images whose label is replaced by the null class, in [0, 1). Above 0 a
     named architecture embeds that class too, as its last, and can be sampled with guidance
     (arXiv:2207.12598)."""
 
     def __post_init__(self) -> None:
-        at_least(1, "conditioning", self, "num_classes")
-        rule = "in [0, 1), and 0 without conditioning.num_classes"
-        fits = self.label_dropout == 0 or (self.num_classes and 0 < self.label_dropout < 1)
-        require("conditioning", self, "label_dropout", rule, ok=bool(fits))
+        known = not self.label_dropout or self.num_classes is not None
+        rule = "0 without conditioning.num_classes"
+        require("conditioning", self, "label_dropout", rule, ok=known)
 
     @property
     def num_class_embeds(self) -> int | None:

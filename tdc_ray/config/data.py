@@ -1,14 +1,15 @@
 """Which images are learnt, and how they are brought into shape: ``--data.*``."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tdc_ray.config.validation import at_least, require
+from pydantic import Field
+
+from tdc_ray.config.validation import NonNegativeInt, require, settings
 from tdc_ray.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("data")
 class DataConfig:
     """Which images are learnt, and how they are brought into shape."""
 
@@ -20,7 +21,7 @@ class DataConfig:
     path: str | None = None
     """Where the images are; every source but digits needs it."""
 
-    image_size: int = 8
+    image_size: Annotated[int, Field(ge=4)] = 8
     """Height and width that images are brought to, in pixels."""
 
     num_channels: Literal[1, 3] = 1
@@ -29,17 +30,17 @@ class DataConfig:
     horizontal_flip: bool = False
     """Mirror half of the training images at random."""
 
-    crop_padding: int = 0
+    crop_padding: NonNegativeInt = 0
     """Pad by this many pixels (reflected) and crop at random; 0 leaves images as they are."""
 
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """Processes that load and decode images beside each trainer."""
 
     labels_from_folders: bool = False
     """An image's class is the subfolder of `path` that it lies in (source folder); classes are
     counted from 0 in the order of their names."""
 
-    max_corrupt: int = 10
+    max_corrupt: NonNegativeInt = 10
     """Most corrupt files that a process and its loader processes leave out, each named in a
     warning. The next image takes an image's place; an npz file, however many images it holds,
     counts as one, and its images are missing altogether."""
@@ -52,8 +53,6 @@ class DataConfig:
     """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
 
     def __post_init__(self) -> None:
-        at_least(4, "data", self, "image_size")
-        at_least(0, "data", self, "crop_padding", "num_workers", "max_corrupt")
         rule = f"below data.image_size = {self.image_size}"
         require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
         if self.source != "digits" and self.path is None:

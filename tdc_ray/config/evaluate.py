@@ -1,20 +1,21 @@
 """How the base and the experts are scored: ``--evaluate.*``."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tdc_ray.config.train import FixedPrecision
-from tdc_ray.config.validation import at_least, require
+from tdc_ray.config.validation import PositiveInt, require, settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("evaluate")
 class EvaluateConfig:
     """How the base and the experts are scored."""
 
-    num_images: int = 50_000
+    num_images: Annotated[int, Field(ge=2)] = 50_000
     """Images sampled from each model."""
 
-    batch_size: int = 250
+    batch_size: PositiveInt = 250
     """Images sampled at once."""
 
     seed: int = 0
@@ -39,8 +40,6 @@ class EvaluateConfig:
     """Name of clean-fid's ready statistics of the training split (cifar10); None: the data."""
 
     def __post_init__(self) -> None:
-        at_least(2, "evaluate", self, "num_images")
-        at_least(1, "evaluate", self, "batch_size")
         unread = self.features == "classifier" and self.inception_path is not None
         rule = "left out, or features inception or auto: a classifier does not read it"
         require("evaluate", self, "inception_path", rule, ok=not unread)

@@ -1,25 +1,24 @@
 """The settings of the base: its architecture, or where it comes from."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from tyro.conf import arg
 
-from tdc_ray.config.validation import at_least, require
+from tdc_ray.config.validation import PositiveInt, Share, settings
 from tdc_ray.errors import ConfigError
 
 FILE_KINDS = ("openai", "compvis")
 """What stands before the colon of a base that is another project's checkpoint file."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("model")
 class ModelConfig:
     """The base denoiser."""
 
     architecture: str = "digits"
     """A name from `tdc_ray.models.unet2d.architectures`."""
 
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout inside the residual blocks, in [0, 1)."""
 
     base: Annotated[str | None, arg(aliases=("--base",))] = None
@@ -27,13 +26,11 @@ class ModelConfig:
     a name on the Hugging Face hub, a run directory, what tdc-ray import wrote, openai:FILE.pt or
     compvis:FILE.ckpt. Then its own architecture counts."""
 
-    num_heads: int | None = None
+    num_heads: PositiveInt | None = None
     """Heads of every attention of a base from openai: or compvis:, whose file does not tell; None:
     as `architecture` has, if the base is of that."""
 
     def __post_init__(self) -> None:
-        require("model", self, "dropout", "in [0, 1)", ok=0 <= self.dropout < 1)
-        at_least(1, "model", self, "num_heads")
         if self.num_heads is not None and self.base is None:
             raise ConfigError(
                 f"model.num_heads goes with model.base, got {self.num_heads} without one: "

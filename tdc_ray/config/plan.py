@@ -1,22 +1,23 @@
 """How timesteps are grouped and what each group may cost: ``--plan.*``."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tdc_ray.config.validation import at_least, require
+from pydantic import Field
+
+from tdc_ray.config.validation import PositiveInt, settings
 from tdc_ray.errors import ConfigError
 
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("plan")
 class PlanConfig:
     """How the timesteps are grouped and what each group may cost."""
 
-    num_groups: int = 10
+    num_groups: PositiveInt = 10
     """Number of groups before empty ones vanish (the paper's N)."""
 
-    min_macs_share: float = 0.5
+    min_macs_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the base's macs that the easiest timestep gets, in (0, 1] (the paper's k)."""
 
     schedule: FlopsSchedule = "snr"
@@ -26,12 +27,10 @@ class PlanConfig:
     """Give a uni-increasing or uni-decreasing schedule the mean limit, over the sampling steps, of
     the SNR schedule, by another least limit."""
 
-    min_group_size: int = 1
+    min_group_size: PositiveInt = 1
     """Groups of fewer timesteps than this join their neighbour."""
 
     def __post_init__(self) -> None:
-        at_least(1, "plan", self, "num_groups", "min_group_size")
-        require("plan", self, "min_macs_share", "in (0, 1]", ok=0 < self.min_macs_share <= 1)
         if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
             raise ConfigError(
                 "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "

@@ -1,19 +1,20 @@
 """The settings of pruning and of the language model that may propose for it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tdc_ray.config.train import Precision
-from tdc_ray.config.validation import at_least, require
+from tdc_ray.config.validation import NonNegativeInt, PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
 
 ProxyMethod = Literal["offline", "llm"]
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
 SearchMethod = Literal[ProxyMethod, ScoreMethod]
-PruneMethod = SearchMethod | Literal["none"]
+PruneMethod = Literal[SearchMethod, "none"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("prune")
 class PruneConfig:
     """How the base is pruned to each group's limit."""
 
@@ -27,7 +28,7 @@ class PruneConfig:
     """What can be cut. inner: residual blocks' inner widths and attention heads; full: the
     residual stream's width too."""
 
-    channel_multiple: int = 1
+    channel_multiple: PositiveInt = 1
     """The channels that a cut unit keeps are a multiple of this wherever there are so many, as
     vector units and tensor cores like them: 8 or 16, or 64; 1: any number of steps. A unit may
     always be left whole."""
@@ -37,7 +38,7 @@ class PruneConfig:
     a table of how long each unit takes at each width on a worker's device, which is measured once
     and kept in the run directory. It goes with the inner space."""
 
-    latency_batch_size: int = 16
+    latency_batch_size: PositiveInt = 16
     """Images of the forward pass whose time is measured, in float32: where latency is the
     objective, and for the report of what the experts take."""
 
@@ -49,34 +50,34 @@ class PruneConfig:
     """What a group sees of the memory bank. shared: what all groups had found by the end of the
     round before; own: what it found itself, without waiting for the others."""
 
-    num_rounds: int = 3
+    num_rounds: PositiveInt = 3
     """Rounds of propose, cut, refit, measure, remember (the paper's R)."""
 
-    num_candidates: int = 3
+    num_candidates: PositiveInt = 3
     """Pruning schemes per round."""
 
-    halving_steps: int = 0
+    halving_steps: NonNegativeInt = 0
     """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
     many steps, then the best half of those for twice as many, until one is left; 0: the lowest
     loss straight after cut and refit wins."""
 
-    num_images: int = 512
+    num_images: PositiveInt = 512
     """Noised images of the group's timesteps on which scores, losses and sensitivities are
     measured."""
 
-    num_refit_images: int = 1024
+    num_refit_images: PositiveInt = 1024
     """Noised images of the group's timesteps from which the refit takes its statistics. Their
     activations between two blocks are held in memory."""
 
-    num_levels: int = 4
+    num_levels: PositiveInt = 4
     """Widths of each unit at which its sensitivity is measured."""
 
-    num_passes: int = 3
+    num_passes: PositiveInt = 3
     """How often sensitivities are measured. 1: on the base; 2: once more at the limit, on the best
     scheme so far; 3: half-way there too, and so on. Cuts disturb each other, and the later passes
     see it."""
 
-    held_out_share: float = 0.1
+    held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the images that no fine-tune sees and on which all losses are measured, in
     (0, 0.5]."""
 
@@ -84,16 +85,11 @@ class PruneConfig:
     """Of the forward passes that losses and sensitivities are measured by, as in training; cuts
     and refits stay in fp32."""
 
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """Images per forward pass while measuring; None: as many as the device takes best, by the size
     of the model's activations."""
 
     def __post_init__(self) -> None:
-        counts = ("num_rounds", "num_candidates", "num_images", "num_refit_images")
-        sizes = ("channel_multiple", "latency_batch_size", "batch_size")
-        at_least(1, "prune", self, *counts, "num_levels", "num_passes", *sizes)
-        at_least(0, "prune", self, "halving_steps")
-        require("prune", self, "held_out_share", "in (0, 0.5]", ok=0 < self.held_out_share <= 0.5)
         searches = self.objective == "macs" or self.method != "none"
         require("prune", self, "objective", "macs with prune.method none", ok=searches)
         if self.objective == "latency" and self.space != "inner":

@@ -1,7 +1,7 @@
 """``RunConfig`` composes the stages' settings; to and from JSON."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.config.validation import require
+from tdc_ray.config.validation import config_error, require, settings
 from tdc_ray.errors import ConfigError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class RunConfig:
     """Everything that decides what a run computes, and where."""
 
@@ -110,11 +110,9 @@ def from_json(document: object) -> RunConfig:
         ConfigError: A setting is unknown, of another type, or out of its range.
     """
     try:
-        return _ADAPTER.validate_python(document, extra="forbid")
+        return _ADAPTER.validate_python(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"]) or "the settings"
-        raise ConfigError(f"{setting}: {first['msg']}, got {first['input']!r}.") from error
+        raise config_error(error) from error
 
 
 def digest(config: RunConfig) -> str:

@@ -1,9 +1,18 @@
 """The settings of each stage: frozen dataclasses that refuse wrong values when they are made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from tdc_ray.config.validation import at_least, require
+from pydantic import ConfigDict
+
+from tdc_ray.config.validation import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    require,
+)
 
 FixedPrecision = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["auto", FixedPrecision]
@@ -15,28 +24,30 @@ LossWeight = Literal["constant", "min-snr", "p2"]
 class TrainConfig:
     """Gradient training, of the base or of an expert."""
 
-    num_steps: int = 2000
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", revalidate_instances="always")
+
+    num_steps: NonNegativeInt = 2000
     """Optimizer steps."""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per optimizer step, over all workers."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = None
     """Images per forward pass of one worker; gradients are accumulated. None: the whole share."""
 
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """AdamW's learning rate after the warm-up."""
 
-    num_warmup_steps: int = 0
+    num_warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0."""
 
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
 
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are clipped to this norm; None: never."""
 
-    ema_decay: float = 0.9999
+    ema_decay: Share = 0.9999
     """Decay of the exponential moving average of the weights, in [0, 1)."""
 
     ema_warmup: bool = False
@@ -47,7 +58,7 @@ class TrainConfig:
     (arXiv:2303.09556), p2 1 / (1 + snr)^gamma (arXiv:2204.00227). L_vlb of a learned variance and
     the losses that pruning measures have no weight."""
 
-    loss_weight_gamma: float | None = None
+    loss_weight_gamma: PositiveFloat | None = None
     """gamma of `loss_weight`; None: the papers' 5 for min-snr, 1 for p2."""
 
     precision: Precision = "fp32"
@@ -58,29 +69,20 @@ class TrainConfig:
     """torch.compile's mode for the denoiser, which takes minutes before the first step; none: not
     at all. reduce-overhead uses CUDA graphs, for steps so short that launching them counts."""
 
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """Steps between two reports of the loss."""
 
-    checkpoint_every: int = 1000
+    checkpoint_every: PositiveInt = 1000
     """Steps between two checkpoints, from which a run that was cut goes on."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """How many checkpoints of the base are kept; an expert keeps one until it is done."""
 
     def check(self, stage: str) -> None:
-        """Refuse wrong values under the name of the stage, which only the whole config knows.
+        """Refuse settings that disagree, under the stage's name, which only the holder knows.
 
         Raises:
-            ConfigError: A value is out of its range.
+            ConfigError: Two settings disagree.
         """
-        positive = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        at_least(1, stage, self, *positive, "keep_checkpoints")
-        at_least(0, stage, self, "num_steps", "num_warmup_steps", "weight_decay")
-        require(stage, self, "learning_rate", "above 0", ok=self.learning_rate > 0)
-        clipped = self.max_grad_norm is None or self.max_grad_norm > 0
-        require(stage, self, "max_grad_norm", "above 0, or None", ok=clipped)
-        require(stage, self, "ema_decay", "in [0, 1)", ok=0 <= self.ema_decay < 1)
-        gamma = self.loss_weight_gamma
-        rule = "above 0, or None, and None with loss_weight constant"
-        fits = gamma is None or (gamma > 0 and self.loss_weight != "constant")
-        require(stage, self, "loss_weight_gamma", rule, ok=fits)
+        plain = self.loss_weight_gamma is None or self.loss_weight != "constant"
+        require(stage, self, "loss_weight_gamma", "None with loss_weight constant", ok=plain)

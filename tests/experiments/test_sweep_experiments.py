@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.runs.sweep.results import begun, load_sweep, started_row, summarized
-from tdc_ray.runs.sweep.space import Range, SweepConfig
+from tdc_ray.runs.sweep.space import Range
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -69,9 +69,9 @@ def test_costs_of_a_run_that_did_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": ()}, r"simulate\.workers must be 1 and more, got \(\)"),
-        ({"workers": (4, 0)}, r"simulate\.workers must be 1 and more"),
-        ({"macs_per_second": 0.0}, r"simulate\.macs_per_second must be above 0, got 0\.0"),
+        ({"workers": ()}, r"simulate\.workers: .* at least 1 item.*, got \(\)"),
+        ({"workers": (4, 0)}, r"simulate\.workers\.1 must be at least 1, got 0"),
+        ({"macs_per_second": 0.0}, r"simulate\.macs_per_second must be greater than 0, got 0\.0"),
         ({"failures_per_hour": -1.0}, r"simulate\.failures_per_hour must be at least 0"),
         ({"trials": 0}, r"simulate\.trials must be at least 1, got 0"),
     ],

@@ -10,8 +10,9 @@ from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
-from tdc_ray.runs.sweep.space import SweepConfig, check_space, parse_space
+from tdc_ray.runs.sweep.space import check_space, parse_space
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 if TYPE_CHECKING:

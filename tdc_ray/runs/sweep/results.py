@@ -10,18 +10,10 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json
+from tdc_ray.config.sweep import Objective, SweepConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.results import Results, load_checked, load_results
-from tdc_ray.runs.sweep.space import (
-    Domain,
-    Objective,
-    Params,
-    SweepConfig,
-    Value,
-    labels,
-    setting_name,
-    trial_name,
-)
+from tdc_ray.runs.sweep.space import Domain, Params, Value, labels, setting_name, trial_name
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.provenance import commit, machine

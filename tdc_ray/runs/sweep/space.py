@@ -8,14 +8,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from tdc_ray.config.run import RunConfig, from_json, to_json
-from tdc_ray.config.validation import at_least
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError
 
-Search = Literal["grid", "random", "tpe"]
-Objective = Literal["score", "macs", "train_macs"]
 Value = bool | int | float | str | None
 Params = Mapping[str, Value]
 """A value for every field that is varied, by its dotted name."""
@@ -56,49 +54,6 @@ class Range:
 
 
 Domain = Choices | Range
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
-    """How settings are searched."""
-
-    search: Search = "grid"
-    """grid: every combination of the values; random and tpe: --num-trials of them, drawn, or
-    chosen by Optuna after what was found so far."""
-
-    num_trials: int = 20
-    """Settings that random and tpe try."""
-
-    objectives: tuple[Objective, ...] = ("score",)
-    """What is minimised: the experts' score, their macs, the macs of all training. Of several, the
-    Pareto front is shown."""
-
-    seeds: tuple[int, ...] = (0,)
-    """Training seeds: each setting is run with each of them; mean and spread are shown, and the
-    search goes by the mean."""
-
-    max_concurrent: int = 2
-    """Trials under way at once. Each takes a process of some 0.6 GB; their work shares the
-    cluster."""
-
-    stop_early: bool = False
-    """Stop trials whose base learns worse than others' (successive halving, ASHA, on the base's
-    training loss at equal steps). Makes sense, and is taken, only where fields of the base are
-    varied: experts cannot be judged before they are done."""
-
-    study: str | None = None
-    """URL of a database for Optuna's study, such as postgresql://host/db; None: a file in the
-    sweep's folder. A password in it is neither shown nor kept."""
-
-    search_seed: int = 0
-    """Seed of random and tpe."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "sweep", self, "num_trials", "max_concurrent")
-        for name in ("objectives", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"sweep.{name} must be some, none of them twice, got {values}.")
 
 
 def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:

@@ -16,9 +16,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.runs.sweep.results import SweepResults
-from tdc_ray.runs.sweep.space import Choices, Domain, SweepConfig
+from tdc_ray.runs.sweep.space import Choices, Domain
 from tdc_ray.storage.object_store import is_remote
 
 STUDY_VARIABLE = "TDC_RAY_STUDY"

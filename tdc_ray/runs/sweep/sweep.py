@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
@@ -48,7 +49,6 @@ from tdc_ray.runs.sweep.space import (
     Domain,
     Params,
     Range,
-    SweepConfig,
     applied,
     check_space,
     grid,

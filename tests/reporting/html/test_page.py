@@ -9,12 +9,13 @@ import pytest
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import StorageError
 from tdc_ray.reporting.html.page import PAPER_URL
 from tdc_ray.reporting.html.write import write_report
 from tdc_ray.runs.results import TimesResult, load_results, save_results
 from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
-from tdc_ray.runs.sweep.space import Choices, SweepConfig
+from tdc_ray.runs.sweep.space import Choices
 from tests.runs.test_results import RESULTS
 
 VOID = {"meta", "link", "img", "br"}

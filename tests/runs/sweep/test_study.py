@@ -6,9 +6,10 @@ import pytest
 from optuna.trial import TrialState
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
-from tdc_ray.runs.sweep.space import Range, SweepConfig
+from tdc_ray.runs.sweep.space import Range
 from tdc_ray.runs.sweep.study import (
     STUDY_FILE,
     STUDY_VARIABLE,

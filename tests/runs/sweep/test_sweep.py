@@ -106,7 +106,8 @@ def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):
 
 
 def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
-    from tdc_ray.runs.sweep.space import Choices, SweepConfig
+    from tdc_ray.config.sweep import SweepConfig
+    from tdc_ray.runs.sweep.space import Choices
     from tdc_ray.runs.sweep.sweep import sweep
 
     folder, _ = swept
@@ -121,7 +122,8 @@ def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
 def test_trials_that_learn_worse_are_stopped_and_failed_ones_told(
     ray_cluster, cache_dir, tmp_path
 ):
-    from tdc_ray.runs.sweep.space import Choices, SweepConfig
+    from tdc_ray.config.sweep import SweepConfig
+    from tdc_ray.runs.sweep.space import Choices
     from tdc_ray.runs.sweep.sweep import sweep
 
     config = small_config(
@@ -165,7 +167,8 @@ def test_an_error_from_outside_is_told_with_its_traceback_and_tried_again(ray_cl
 def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
     ray_cluster, swept, cache_dir, tmp_path
 ):
-    from tdc_ray.runs.sweep.space import Choices, Range, SweepConfig
+    from tdc_ray.config.sweep import SweepConfig
+    from tdc_ray.runs.sweep.space import Choices, Range
     from tdc_ray.runs.sweep.sweep import sweep
 
     folder = swept[0].parent / "tpe"
