@@ -10,7 +10,7 @@ from typing import Any
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
-from tdc_ray.execution.item import Report, Result
+from tdc_ray.execution.item import Report
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import Answer, check_server, send, server_host, token_limit_field
 from tdc_ray.pruning.llm.prompt import messages_for, retry_messages
@@ -151,20 +151,27 @@ class AskJob:
     """The run's folder of transcripts."""
 
 
-NO_REPLY: Result = {
-    "schemes": [],
-    "prompt_tokens": 0,
-    "completion_tokens": 0,
-    "calls": 0,
-    "cost": 0.0,
-    "error": "whoever makes the calls died",
-    "seconds": 0.0,
-}
+@dataclass(frozen=True, slots=True)
+class ProposalReply:
+    """What came of asking, and what it took."""
+
+    schemes: Sequence[Scheme] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    calls: int = 0
+    cost: float = 0.0
+    error: str | None = None
+    """Why there are no schemes."""
+
+    seconds: float = 0.0
+
+
+NO_REPLY = ProposalReply(error="whoever makes the calls died")
 """The result of :func:`propose_by_llm` where its process died too often."""
 
 
-def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> Result:
-    """Return ``schemes``, or none and an ``error``, and what it took; a run resumes either way.
+def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> ProposalReply:
+    """Ask for schemes; an error is a result, too, for the search has other ways to propose.
 
     Args:
         job: What to ask.
@@ -183,12 +190,12 @@ def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) ->
         logger.warning("group %d, round %d: %s", job.task.group, job.task.round, error)
     used, seconds = model.usage, time.perf_counter() - started
     report({"proxy_tokens": used.tokens, "proxy_seconds": seconds}, job.task.round + 1)
-    return {
-        "schemes": [dict(scheme) for scheme in schemes],
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-        "calls": used.calls,
-        "cost": budget.cost(used),
-        "error": error,
-        "seconds": seconds,
-    }
+    return ProposalReply(
+        schemes=schemes,
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        calls=used.calls,
+        cost=budget.cost(used),
+        error=error,
+        seconds=seconds,
+    )

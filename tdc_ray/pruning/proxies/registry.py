@@ -7,7 +7,7 @@ from tdc_ray.config.prune import ProxyMethod
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch, SearchCost
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, propose_by_llm
+from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, ProposalReply, propose_by_llm
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE
 from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import ProposalRequest
@@ -43,19 +43,24 @@ def _language_model(
 ) -> Chain[list[Scheme]]:
     """Ask a language model; where there is no usable reply the reason is noted."""
     job = AskJob(task.config.proxy, request, tuple(memory), task.run_dir.transcripts)
-    name = f"round-{request.round}-ask"
-    (reply,) = yield [
-        task.item(name, propose_by_llm, job, service=LLM_SERVICE, fallback_result=NO_REPLY)
-    ]
-    cost.proxy_seconds += reply["seconds"]
-    cost.prompt_tokens += reply["prompt_tokens"]
-    cost.completion_tokens += reply["completion_tokens"]
-    if reply["error"] is not None:
+    item = task.item(
+        f"round-{request.round}-ask",
+        propose_by_llm,
+        job,
+        result_type=ProposalReply,
+        service=LLM_SERVICE,
+        fallback_result=NO_REPLY,
+    )
+    reply: ProposalReply
+    (reply,) = yield [item]
+    cost.proxy_seconds += reply.seconds
+    cost.prompt_tokens += reply.prompt_tokens
+    cost.completion_tokens += reply.completion_tokens
+    if reply.error is not None:
         cost.notes.append(
-            f"{task.name}, round {request.round}: the offline proxy took over: {reply['error']}"
+            f"{task.name}, round {request.round}: the offline proxy took over: {reply.error}"
         )
-    schemes: list[Scheme] = reply["schemes"]
-    return schemes
+    return list(reply.schemes)
 
 
 PROXIES: Mapping[ProxyMethod, Propose] = {"offline": _offline, "llm": _language_model}

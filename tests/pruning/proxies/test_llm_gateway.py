@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def test_all_that_ask_share_one_budget(tmp_path, monkeypatch):
     with serving(says(GOOD)) as server, ThreadPoolExecutor(6) as threads:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         results = list(threads.map(call, range(6)))
-    assert all(result["error"] is None for result in results)
-    assert results[3] == read_json(tmp_path / "3.json")
+    assert all(result.error is None for result in results)
+    assert asdict(results[3]) == read_json(tmp_path / "3.json")
     assert (tmp_path / "3" / "proxy" / "group-02-round-1.jsonl").exists()
     assert gateway.run(item(tmp_path, "spent", spent), ignore)["calls"] == 6
 
@@ -102,7 +103,7 @@ def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monk
         result = ray.get(actor.run.remote(asking, events))
         ray.kill(actor)
     assert pid != os.getpid()
-    assert result == read_json(tmp_path / "ask.json")
-    assert result["error"] is None
-    assert result["schemes"][0][NAMES[0]] == 3
+    assert asdict(result) == read_json(tmp_path / "ask.json")
+    assert result.error is None
+    assert result.schemes[0][NAMES[0]] == 3
     assert (tmp_path / "proxy" / "group-02-round-1.jsonl").exists()
