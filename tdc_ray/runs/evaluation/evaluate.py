@@ -1,17 +1,17 @@
-"""Scores the base and the experts: samples images, extracts features, Frechet distance.
+"""Scores the base and the experts: samples images, extracts features, computes distances.
 
-Everything is cut into work items, so that 50,000 images use the whole pool. Both models start from
-the same noise, take the same steps and are held against the same training images.
+All of it is work items, so that 50,000 images use the whole pool. Both models start from the same
+noise, take the same steps and are compared with the same training images.
 """
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tdc_ray.diffusion.sampling import image_generators, image_labels
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import AnyItem, Inputs, Report, Result, WorkItem
+from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.precision import DTYPES
@@ -43,10 +43,10 @@ from tdc_ray.storage.run_dir import RunDir
 Which = Literal["base", "tdc"]
 
 VERSION = 1
-"""Changes whenever images or features do, so that stored ones are made again."""
+"""Rises whenever images or features change, so that cached ones are made again."""
 
 MAX_SHARDS = 64
-"""Most pieces that the images of one model are sampled in."""
+"""Most shards that the images of one model are sampled in."""
 
 REFERENCE_SHARD = 10_000
 """Training images whose features one item extracts."""
@@ -54,11 +54,42 @@ REFERENCE_SHARD = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How one model did."""
+    """The distance of one model's images, and how fast they were sampled."""
 
     score: float
     images_per_second: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """What sampling a shard took; its images are in a file."""
+
+    num_images: int
+    seconds: float
+    digest: str | None = None
+    """SHA-256 of the images. None means a result of a version that computed none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureResult:
+    """Whose features were extracted; their moments are in a file."""
+
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierResult:
+    """How well the classifier does on its training images."""
+
+    accuracy: float
+
+
+class Shard(NamedTuple):
+    """A shard of one model's images, sampled and with features extracted."""
+
+    sampled: SampleResult
+    moments_path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +112,11 @@ class FeatureJob:
     samples: Path | tuple[int, int]
     moments_path: Path
     digest: str | None = None
-    """Names the content of sampled images; None: it is not known."""
+    """SHA-256 of sampled images, where it is known."""
 
 
 def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> Chain[str]:
-    """Train the classifier if one is needed, then take the moments of the training images.
+    """Train the classifier if one is needed, then compute the moments of the training images.
 
     Both are kept in the cache for other runs.
 
@@ -93,41 +124,49 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
         Where the reference comes from, in words.
     """
     if spec.num_classes is not None and not exists(spec.path):
-        item = _classifier_item(config, spec)
-        remove(item.result_path)  # without its weights it is no result
-        yield [item]
+        result_path = spec.path.with_suffix(".json")
+        remove(result_path)  # without its weights it is no result
+        yield [
+            WorkItem(
+                key="features/classifier",
+                function=train_classifier_item,
+                job=FeatureJob(config, spec, spec.path, spec.path),
+                result_path=result_path,
+                cost=0.0,
+                inputs=classifier_inputs,
+                files=(spec.path,),
+                result_type=ClassifierResult,
+            )
+        ]
     if exists(run_dir.reference):
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])
-    ready = _ready(config, spec)
-    if ready is not None:
-        source = f"clean-fid's statistics of {config.evaluate.reference}, training split"
-        return _keep_reference(run_dir, ready, source)
+    named = config.evaluate.reference  # of clean-fid's own statistics, which are of Inception's
+    if named is not None and spec.num_classes is None:
+        moments = ready_statistics(named, config.data.image_size)
+        if moments is not None:
+            source = f"clean-fid's statistics of {named}, training split"
+            return _save_reference(run_dir, moments, source)
     count = len(load_dataset(config.data))
     if not exists(spec.moments_path):
         shards = range(0, count, REFERENCE_SHARD)
         paths = [run_dir.samples / "reference" / f"{first:07d}.npz" for first in shards]
         yield [
-            WorkItem(
-                key=f"reference/{first:07d}",
-                function=extract_features,
-                job=FeatureJob(config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
-                result_path=path.with_suffix(".json"),
-                cost=0.0,
-                inputs=feature_inputs,
-                files=(path,),
+            _feature_item(
+                f"reference/{first:07d}",
+                FeatureJob(config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
             )
             for first, path in zip(shards, paths, strict=True)
         ]
         reduce(add, map(Moments.load, paths)).save(spec.moments_path)
     moments = Moments.load(spec.moments_path).mean_and_covariance()
-    return _keep_reference(run_dir, moments, f"the {count} training images")
+    return _save_reference(run_dir, moments, f"the {count} training images")
 
 
 def evaluate(
     run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, macs: float
-) -> Mapping[str, Chain[Result]]:
-    """Cut the scoring of one model into chains that sample a share and extract its features.
+) -> Mapping[str, Chain[Shard]]:
+    """Return the scoring of one model: chains that sample a shard and extract its features.
 
     Args:
         run_dir: Where the model is and the images go.
@@ -136,25 +175,25 @@ def evaluate(
         which: The base or the experts.
         macs: Macs of one denoising step, for the order of the work.
     """
-    size, total = config.evaluate.batch_size, config.evaluate.num_images
-    share = size * -(-total // (MAX_SHARDS * size))
+    batch, total = config.evaluate.batch_size, config.evaluate.num_images
+    size = batch * -(-total // (MAX_SHARDS * batch))
     return {
         f"{which}/{first:07d}": _shard(
-            SampleJob(run_dir, config, which, first, min(share, total - first)), spec, macs
+            SampleJob(run_dir, config, which, first, min(size, total - first)), spec, macs
         )
-        for first in range(0, total, share)
+        for first in range(0, total, size)
     }
 
 
-def score(run_dir: RunDir, results: list[Result]) -> Score:
-    """Put what one model's chains gave together: its Frechet distance, and how fast it samples."""
-    moments = reduce(add, (Moments.load(Path(result["moments_path"])) for result in results))
+def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
+    """Compute one model's Frechet distance, and how fast it samples."""
+    moments = reduce(add, (Moments.load(shard.moments_path) for shard in shards))
     with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
         reference = (file["mean"], file["covariance"])
-    seconds = sum(result["seconds"] for result in results)
+    seconds = sum(shard.sampled.seconds for shard in shards)
     return Score(
         distance(moments.mean_and_covariance(), reference),
-        sum(result["num_images"] for result in results) / seconds,
+        sum(shard.sampled.num_images for shard in shards) / seconds,
         seconds,
     )
 
@@ -169,8 +208,8 @@ def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> Progressi
     return pipeline
 
 
-def sample_images(job: SampleJob, report: Report) -> Result:
-    """Sample a share of the images into an npz file (``arr_0``, uint8, ``(N, H, W, C)``)."""
+def sample_images(job: SampleJob, report: Report) -> SampleResult:
+    """Sample a shard of the images into an npz file (``arr_0``, uint8, ``(N, H, W, C)``)."""
     pipeline = load_pipeline(job.run_dir, job.config, job.which).to(worker_device())
     pipeline.set_progress_bar_config(disable=True)
     size, started = job.config.evaluate.batch_size, time.perf_counter()
@@ -185,20 +224,17 @@ def sample_images(job: SampleJob, report: Report) -> Result:
     images = np.concatenate(pixels)
     with atomic_path(_samples_path(job)) as temporary, temporary.open("wb") as file:
         np.savez(file, arr_0=images)
-    return {
-        "num_images": job.count,
-        "seconds": time.perf_counter() - started,
-        "digest": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
-    }
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    return SampleResult(job.count, time.perf_counter() - started, digest)
 
 
 def sample_inputs(job: SampleJob) -> Inputs:
-    """Give what :func:`sample_images` follows from."""
+    """Return what :func:`sample_images` follows from."""
     config, run_dir = job.config, job.run_dir
     stage, precision = config.data.first_stage, config.evaluate.precision
     # Keys of fp32 are those from before there was a choice.
-    low = {} if precision == "fp32" else {"precision": precision}
-    return low | {
+    other = {} if precision == "fp32" else {"precision": precision}
+    return other | {
         "stage": "sample",
         "version": VERSION,
         "model": weights_digest(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
@@ -214,7 +250,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
 
 
 def feature_inputs(job: FeatureJob) -> Inputs | None:
-    """Give what :func:`extract_features` follows from, where that is known."""
+    """Return what :func:`extract_features` follows from, where that is known."""
     if not isinstance(job.samples, Path):
         images = [
             images_key(training_data(job.config.data, job.config.evaluate.cache_dir)),
@@ -234,23 +270,23 @@ def feature_inputs(job: FeatureJob) -> Inputs | None:
 
 
 def classifier_inputs(job: FeatureJob) -> Inputs:
-    """Give what :func:`train_classifier_item` follows from."""
+    """Return what :func:`train_classifier_item` follows from."""
     return {"stage": "classifier", "extractor": job.spec.extractor}
 
 
-def extract_features(job: FeatureJob, report: Report) -> Result:
-    """Extract features and keep their moments."""
+def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
+    """Extract features and write their moments."""
     extractor = load_extractor(job.spec, job.config.data.num_channels, worker_device())
     if isinstance(job.samples, Path):
         with np.load(fetch(job.samples), allow_pickle=False) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)  # (N, C, H, W)
-        numbers = range(len(images))
+        indices = range(len(images))
     else:
         first, count = job.samples
-        numbers = range(first, first + count)
+        indices = range(first, first + count)
 
     def moments(start: int) -> Moments:
-        chosen = list(numbers[start : start + size])
+        chosen = list(indices[start : start + size])
         batch = (
             images[chosen]
             if isinstance(job.samples, Path)
@@ -259,21 +295,21 @@ def extract_features(job: FeatureJob, report: Report) -> Result:
         return moments_of(extractor(batch))
 
     size = job.config.evaluate.batch_size  # moments of 2,048 features take 34 MB: none are kept
-    reduce(add, map(moments, range(0, len(numbers), size))).save(job.moments_path)
+    reduce(add, map(moments, range(0, len(indices), size))).save(job.moments_path)
     report({}, 1)
-    return {"num_images": len(numbers)}
+    return FeatureResult(len(indices))
 
 
-def train_classifier_item(job: FeatureJob, report: Report) -> Result:
+def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
     """Train the classifier that the spec names."""
     assert job.spec.num_classes is not None
     dataset, channels = load_dataset(job.config.data), job.config.data.num_channels
     accuracy = train_classifier(dataset, channels, job.spec.num_classes, job.spec.path)
     report({"accuracy": accuracy}, 1)
-    return {"accuracy": accuracy}
+    return ClassifierResult(accuracy)
 
 
-def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
+def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
     path = _samples_path(job)
     steps = job.config.sampler.num_inference_steps
     (sampled,) = yield [
@@ -286,47 +322,37 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Result]:
             num_steps=job.count,
             inputs=sample_inputs,
             files=(path,),
+            result_type=SampleResult,
         )
     ]
     moments_path = path.with_suffix(".moments.npz")
     yield [
-        WorkItem(
-            key=f"evaluate-{job.which}/{job.first:07d}-features",
-            function=extract_features,
-            job=FeatureJob(job.config, spec, path, moments_path, sampled.get("digest")),
-            result_path=moments_path.with_suffix(".json"),
-            cost=0.0,
-            inputs=feature_inputs,
-            files=(moments_path,),
+        _feature_item(
+            f"evaluate-{job.which}/{job.first:07d}-features",
+            FeatureJob(job.config, spec, path, moments_path, sampled.digest),
         )
     ]
-    return {**sampled, "moments_path": str(moments_path)}
+    return Shard(sampled, moments_path)
 
 
-def _classifier_item(config: RunConfig, spec: FeatureSpec) -> AnyItem:
+def _feature_item(key: str, job: FeatureJob) -> WorkItem[FeatureJob, FeatureResult]:
     return WorkItem(
-        key="features/classifier",
-        function=train_classifier_item,
-        job=FeatureJob(config, spec, spec.path, spec.path),
-        result_path=spec.path.with_suffix(".json"),
+        key=key,
+        function=extract_features,
+        job=job,
+        result_path=job.moments_path.with_suffix(".json"),
         cost=0.0,
-        inputs=classifier_inputs,
-        files=(spec.path,),
+        inputs=feature_inputs,
+        files=(job.moments_path,),
+        result_type=FeatureResult,
     )
 
 
-def _keep_reference(run_dir: RunDir, moments: tuple[FloatArray, FloatArray], source: str) -> str:
+def _save_reference(run_dir: RunDir, moments: tuple[FloatArray, FloatArray], source: str) -> str:
     mean, covariance = moments
     with atomic_path(run_dir.reference) as temporary, temporary.open("wb") as file:
         np.savez(file, mean=mean, covariance=covariance, source=source)
     return source
-
-
-def _ready(config: RunConfig, spec: FeatureSpec) -> tuple[FloatArray, FloatArray] | None:
-    """Give clean-fid's own statistics where they are asked for, fit the features and exist."""
-    if config.evaluate.reference is None or spec.num_classes is not None:
-        return None
-    return ready_statistics(config.evaluate.reference, config.data.image_size)
 
 
 def _samples_path(job: SampleJob) -> Path:
