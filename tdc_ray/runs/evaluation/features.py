@@ -1,4 +1,4 @@
-"""What turns images into features for a Frechet distance: Inception, or a small classifier.
+"""Feature extractors for a Frechet distance: Inception, or a small classifier.
 
 The distance is clean-fid's. It is called FID only with Inception's features; with those of a small
 classifier it is named after the classifier and can be compared with nothing else.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 INCEPTION_FILE = "inception-2015-12-05.pt"
 DOWNLOAD_TIMEOUT_S = 20.0
 CLASSIFIER_VERSION = 1
-"""Changes whenever the classifier or its training does, so that cached ones are made again."""
+"""Rises whenever the classifier or its training changes, so that cached ones are trained again."""
 
 CLASSIFIER_STEPS = 600
 CLASSIFIER_BATCH = 64
@@ -57,43 +57,43 @@ class FeatureSpec:
     """What computes the features, in words."""
 
     path: Path
-    """Inception's folder, or the classifier's file (which may still have to be trained)."""
+    """Inception's folder, or the classifier's file, which may be there after training alone."""
 
     moments_path: Path
     """Where the moments of the training images' features are kept."""
 
     num_classes: int | None
-    """Classes of the classifier; None: Inception."""
+    """Classes of the classifier. None means Inception."""
 
 
 class Extractor(Protocol):
     """Computes features of images."""
 
     def __call__(self, images: Tensor) -> FloatArray:
-        """Take uint8 ``(B, C, H, W)``, give float64 ``(B, D)``."""
+        """Compute float64 ``(B, D)`` of uint8 ``(B, C, H, W)``."""
         ...
 
 
-def choose_features(config: RunConfig, dataset: ImageDataset, decided: Path) -> FeatureSpec:
-    """Decide what a run is scored on, once: what a network or a cache has may change later.
+def choose_features(config: RunConfig, dataset: ImageDataset, path: Path) -> FeatureSpec:
+    """Choose what a run is scored on, once: what is on the network or in the cache may change.
 
     Args:
         config: The run's settings.
         dataset: Its images.
-        decided: Where the decision is kept for later calls.
+        path: Where the choice is kept for later calls.
 
     Raises:
         ConfigError: A classifier is asked for, and there are no labels.
-        EvaluationError: Neither Inception's weights nor labels for a classifier are to be had.
+        EvaluationError: Neither Inception's weights nor labels for a classifier are available.
     """
-    wanted = read_json(decided)["features"] if exists(decided) else config.evaluate.features
+    wanted = read_json(path)["features"] if exists(path) else config.evaluate.features
     spec = _find_features(config, dataset, wanted)
-    write_json(decided, {"features": "inception" if spec.num_classes is None else "classifier"})
+    write_json(path, {"features": "inception" if spec.num_classes is None else "classifier"})
     return spec
 
 
 def check_labels(config: RunConfig, dataset: ImageDataset) -> None:
-    """Make sure that a classifier that is asked for has labels to be trained on.
+    """Check that a classifier that is asked for has labels to train on.
 
     Raises:
         ConfigError: It has none.
@@ -118,12 +118,12 @@ def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> Fea
         if wanted == "inception":
             raise EvaluationError(
                 f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "
-                "to be downloaded. Put it somewhere and name its folder by "
+                "on the network. Put it somewhere and name its folder by "
                 "--evaluate.inception-path."
             )
     if dataset.num_classes is None:
         raise EvaluationError(
-            f"{INCEPTION_FILE} is not to be had and data.source {config.data.source} has no "
+            f"{INCEPTION_FILE} is not available and data.source {config.data.source} has no "
             "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
@@ -137,7 +137,7 @@ def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> Fea
 
 
 def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -> Extractor:
-    """Load the extractor that a spec names; a classifier must have been trained."""
+    """Load the extractor that a spec names; a classifier must be trained already."""
     if spec.num_classes is None:
         return _Inception(spec.path, device)
     classifier = Classifier(num_channels, spec.num_classes)
@@ -146,20 +146,20 @@ def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -
 
 
 def ready_statistics(name: str, image_size: int) -> tuple[FloatArray, FloatArray] | None:
-    """Fetch clean-fid's own statistics of a training split; None where there are none."""
+    """Download clean-fid's own statistics of a training split, or None where there are none."""
     try:
         with _timeout():
             mean, covariance = get_reference_statistics(
                 name, image_size, mode="clean", split="train"
             )
     except (OSError, ValueError, BadZipFile) as error:
-        logger.warning("clean-fid's statistics of %s are not to be had: %s", name, error)
+        logger.warning("clean-fid's statistics of %s are not available: %s", name, error)
         return None
     return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
 
 
 class Classifier(nn.Module):
-    """A small CNN; its features are what its last hidden layer gives out."""
+    """A small CNN whose last hidden layer outputs the features."""
 
     def __init__(self, num_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give logits: ``(B, C, H, W)`` in [-1, 1] to ``(B, num_classes)``."""
+        """Compute logits ``(B, num_classes)`` of ``(B, C, H, W)`` in [-1, 1]."""
         logits: Tensor = self.head(self.body(x))
         return logits
 
@@ -184,9 +184,9 @@ class Classifier(nn.Module):
 def train_classifier(
     dataset: ImageDataset, num_channels: int, num_classes: int, path: Path
 ) -> float:
-    """Train the classifier, keep it, and give its accuracy on the training images.
+    """Train the classifier, save it, and return its accuracy on the training images.
 
-    Everything is fixed but the data: the same images give the same classifier.
+    Everything is fixed but the data: the same images make the same classifier.
     """
     torch.manual_seed(0)
     classifier = Classifier(num_channels, num_classes)
@@ -237,30 +237,30 @@ class _Inception:
 
 
 def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
-    """Find Inception's weights: the given folder, the cache, the network."""
-    given = config.evaluate.inception_path
-    if given is not None:
-        if not exists(resolve_path(given) / INCEPTION_FILE):
+    """Find Inception's weights: in the folder that is named, in the cache, on the network."""
+    named = config.evaluate.inception_path
+    if named is not None:
+        if not exists(resolve_path(named) / INCEPTION_FILE):
             raise EvaluationError(
-                f"evaluate.inception_path {given} must be a folder that holds {INCEPTION_FILE}."
+                f"evaluate.inception_path {named} must be a folder that holds {INCEPTION_FILE}."
             )
-        return resolve_path(given)
+        return resolve_path(named)
     if not exists(cache / INCEPTION_FILE):
         try:
             with _timeout(), tempfile.TemporaryDirectory() as folder:
                 check_download_inception(folder)
-                torch.jit.load(Path(folder) / INCEPTION_FILE)  # a download cut short is none
+                torch.jit.load(Path(folder) / INCEPTION_FILE)  # fails on half a download
                 with atomic_path(cache / INCEPTION_FILE) as temporary:
                     shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
         except (OSError, RuntimeError, StorageError) as error:
-            logger.warning("%s is not to be downloaded: %s", INCEPTION_FILE, error)
+            logger.warning("%s cannot be downloaded: %s", INCEPTION_FILE, error)
             return None
     return cache
 
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """Bound how long clean-fid waits for a server that does not answer."""
+    """Limit how long clean-fid, which sets no timeout, waits for a server."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:

@@ -27,7 +27,7 @@ class Moments:
         )
 
     def mean_and_covariance(self) -> tuple[FloatArray, FloatArray]:
-        """Give ``(D,)`` and the unbiased ``(D, D)``."""
+        """Return the mean ``(D,)`` and the unbiased covariance ``(D, D)``."""
         mean = self.total / self.count
         covariance = (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
         return mean, covariance
@@ -39,16 +39,16 @@ class Moments:
 
     @classmethod
     def load(cls, path: Path) -> "Moments":
-        """Read what :meth:`save` wrote."""
+        """Load what :meth:`save` wrote."""
         with np.load(fetch(path), allow_pickle=False) as file:
             return cls(int(file["count"]), file["total"], file["outer"])
 
 
 def moments_of(features: FloatArray) -> Moments:
-    """Sum up features ``(N, D)``."""
+    """Compute the moments of features ``(N, D)``."""
     return Moments(len(features), features.sum(0), features.T @ features)
 
 
 def distance(one: tuple[FloatArray, FloatArray], other: tuple[FloatArray, FloatArray]) -> float:
-    """Frechet distance between two Gaussians, each a mean ``(D,)`` and a covariance ``(D, D)``."""
+    """Compute the Frechet distance between Gaussians of mean ``(D,)``, covariance ``(D, D)``."""
     return float(frechet_distance(*one, *other))
