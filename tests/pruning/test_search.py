@@ -357,10 +357,10 @@ def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one
     assert len(loop.asked) == 3 * 2
     for job in loop.asked:
         expected = bank.seen_by(
-            job.task.group, before_round=job.task.round, shared=memory == "shared"
+            job.request.group, before_round=job.request.round, shared=memory == "shared"
         )
         assert list(job.memory) == expected
-        assert len(expected) == job.task.round * (6 if memory == "shared" else 2)
+        assert len(expected) == job.request.round * (6 if memory == "shared" else 2)
 
 
 def left_alone(tasks: list[GroupSearch], names: set[str], loop: Loop) -> dict[str, SearchResult]:

@@ -1,4 +1,4 @@
-"""How many calls to a language model may be under way, and what all of them may take."""
+"""Bounds on calls to a language model: how many at once, and what all of them take."""
 
 import threading
 from pathlib import Path
@@ -9,7 +9,7 @@ from tdc_ray.pruning.llm.transcripts import TokenUsage, total_usage
 
 
 class Budget:
-    """The bounds of `ProxyConfig` over all calls of a process; for any number of threads.
+    """Holds all calls of a process to the bounds of `ProxyConfig`; for any number of threads.
 
     Every call reserves the most that it can take before it begins, so that calls under way
     together stay within the bounds too.
@@ -24,12 +24,12 @@ class Budget:
 
     @property
     def spent(self) -> TokenUsage:
-        """What the calls that ended have taken."""
+        """What the calls that ended took."""
         with self._changed:
             return self._spent
 
     def cost(self, usage: TokenUsage) -> float:
-        """Price of calls, in the currency of the config's prices."""
+        """Compute the price of calls, in the currency of the config's prices."""
         config = self._config
         prompts = usage.prompt_tokens * config.price_per_million_prompt_tokens
         replies = usage.completion_tokens * config.price_per_million_completion_tokens
@@ -75,7 +75,7 @@ class Budget:
             self._reserved.append(bound)
 
     def settle(self, bound: TokenUsage, used: TokenUsage) -> None:
-        """Put what a call took in the place of what was reserved for it."""
+        """Replace what was reserved for a call by what it took."""
         with self._changed:
             self._reserved.remove(bound)
             self._spent += used
@@ -86,7 +86,7 @@ class Budget:
         return free and self._broken(sum(self._reserved, start=bound)) is None
 
     def _broken(self, more: TokenUsage) -> str | None:
-        """Name the bound that would be broken if this were spent too."""
+        """Return the bound that would be broken if this were spent too."""
         config, usage = self._config, self._spent + more
         if config.max_total_tokens is not None and usage.tokens > config.max_total_tokens:
             return f"max_total_tokens {config.max_total_tokens:,}"

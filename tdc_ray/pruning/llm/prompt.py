@@ -119,34 +119,40 @@ Units that are left out keep their full width. No unit twice in a scheme, no oth
 
 
 def messages_for(
-    task: ProposalRequest, memory: Sequence[MemoryEntry], *, max_entries: int
+    request: ProposalRequest, memory: Sequence[MemoryEntry], *, max_entries: int
 ) -> list[Message]:
     """Return the messages that ask for schemes.
 
     Args:
-        task: The group, its limit, and what was measured of the base.
+        request: The group, its limit, and what was measured of the base.
         memory: What is remembered.
         max_entries: How much of it the prompt holds at most.
     """
-    space, divisor = task.space, 1000 if task.space.quantity == "time" else 1
+    space, divisor = request.space, 1000 if request.space.quantity == "time" else 1
     head = TASK.format(
         **WORDS[space.quantity],
-        num_candidates=task.num_candidates,
-        group=task.group,
-        first=task.timesteps[0],
-        last=task.timesteps[1],
-        snr_first=_short(task.snr_db[0]),
-        snr_last=_short(task.snr_db[1]),
+        num_candidates=request.num_candidates,
+        group=request.group,
+        first=request.timesteps[0],
+        last=request.timesteps[1],
+        snr_first=_short(request.snr_db[0]),
+        snr_last=_short(request.snr_db[1]),
         base=space.cost_base // divisor,
-        limit=task.limit // divisor,
-        share=_percent(task.limit, space),
-        loss_base=_short(task.loss_base),
-        round=task.round + 1,
-        num_rounds=task.num_rounds,
+        limit=request.limit // divisor,
+        share=_percent(request.limit, space),
+        loss_base=_short(request.loss_base),
+        round=request.round + 1,
+        num_rounds=request.num_rounds,
     )
     half = [{"unit": u.name, "keep": space.held(u.name, u.width // 2)} for u in space.units[:2]]
     form = FORM.format(example=json.dumps({"schemes": [half]}))
-    parts = [head, _units(task), _sensitivities(task), _memory(task, memory, max_entries), form]
+    parts = [
+        head,
+        _units(request),
+        _sensitivities(request),
+        _memory(request, memory, max_entries),
+        form,
+    ]
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "".join(parts)}]
 
 
@@ -166,9 +172,9 @@ def retry_messages(reply: str, problem: str) -> list[Message]:
     return [{"role": "assistant", "content": reply}, {"role": "user", "content": content}]
 
 
-def _units(task: ProposalRequest) -> str:
-    space, words = task.space, WORDS[task.space.quantity]
-    means = [statistics.fmean(task.scores[unit.name]) for unit in space.units]
+def _units(request: ProposalRequest) -> str:
+    space, words = request.space, WORDS[request.space.quantity]
+    means = [statistics.fmean(request.scores[unit.name]) for unit in space.units]
     mean, spread = statistics.fmean(means), statistics.pstdev(means)
     lines = [COLUMNS.format(**words)]
     for number, unit in enumerate(space.units):
@@ -183,7 +189,7 @@ def _units(task: ProposalRequest) -> str:
             _percent(space.costs.rise(unit.name, 0, unit.width, space.full), space),
             _percent(statistics.fmean(space.step_costs(unit.name)), space),
             f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
-            _low(task.scores[unit.name]),
+            _low(request.scores[unit.name]),
         ]
         lines.append(" | ".join(cells))
     are_all_legal = all(len(legal) == legal[-1] for legal in space.legal.values())
@@ -226,12 +232,12 @@ def _times(space: Space) -> str:
     )
 
 
-def _sensitivities(task: ProposalRequest) -> str:
+def _sensitivities(request: ProposalRequest) -> str:
     lines = []
-    for number, unit in enumerate(task.space.units):
-        measured = sorted(task.sensitivities.get(unit.name, {}).items(), reverse=True)
+    for number, unit in enumerate(request.space.units):
+        measured = sorted(request.sensitivities.get(unit.name, {}).items(), reverse=True)
         if measured:
-            growths = [(w, f"{100 * loss / task.loss_base:+.2g}") for w, loss in measured]
+            growths = [(w, f"{100 * loss / request.loss_base:+.2g}") for w, loss in measured]
             lines.append(_row(number, growths))
     return "\n".join(lines or ["None were measured."])
 
@@ -241,11 +247,11 @@ def _row(number: int, values: Sequence[tuple[int, str]]) -> str:
     return f"{number} | " + ", ".join(f"{width}: {value}" for width, value in values)
 
 
-def _memory(task: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
-    """Show the group's own entries before its neighbours', and within each group the best."""
+def _memory(request: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
+    """List entries, of which the group's own count before its neighbours', and the best first."""
 
     def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
-        distance = abs(entry.group - task.group)
+        distance = abs(entry.group - request.group)
         return (distance, entry.group, math.isnan(entry.loss), entry.loss)
 
     chosen: dict[tuple[tuple[str, int], ...], MemoryEntry] = {}
@@ -259,20 +265,20 @@ def _memory(task: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: i
         "Units are given by their number, as number: width; those left out are uncut.\n"
         "Losses of other groups are of their timesteps and compare only within one group.\n"
     )
-    return title + legend + "\n".join(_entry(task, e) for e in reversed(entries)) + "\n"
+    return title + legend + "\n".join(_entry(request, e) for e in reversed(entries)) + "\n"
 
 
-def _entry(task: ProposalRequest, entry: MemoryEntry) -> str:
-    space, is_own = task.space, entry.group == task.group
+def _entry(request: ProposalRequest, entry: MemoryEntry) -> str:
+    space, is_own = request.space, entry.group == request.group
     cost = space.cost(entry.widths)
     loss = f"loss {_short(entry.loss)}"
     if is_own:
-        loss += f" ({100 * (entry.loss / task.loss_base - 1):+.3g} % of the base's)"
+        loss += f" ({100 * (entry.loss / request.loss_base - 1):+.3g} % of the base's)"
     share = f"{WORDS[space.quantity]['name']} {_percent(cost, space)} %"
     if is_own and entry.overshoot:
         share += f" (cut to it from {_percent(entry.overshoot, space)} points above the limit)"
-    elif cost > task.limit:
-        over = _percent(cost - task.limit, space)
+    elif cost > request.limit:
+        over = _percent(cost - request.limit, space)
         share += f" (overshoots this group's limit by {over} points)"
     widths = [
         f"{number}: {entry.widths[unit.name]}"

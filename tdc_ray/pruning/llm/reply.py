@@ -63,7 +63,7 @@ def _object(**properties: Any) -> dict[str, Any]:
     }
 
 
-def parse_reply(text: str, task: ProposalRequest) -> list[Scheme]:
+def parse_reply(text: str, request: ProposalRequest) -> list[Scheme]:
     """Read the schemes of a reply; whatever passes here is safe to cut with.
 
     Prose and a fence around the JSON are let pass, units that are left out keep their full width,
@@ -71,7 +71,7 @@ def parse_reply(text: str, task: ProposalRequest) -> list[Scheme]:
 
     Args:
         text: What the model said.
-        task: What it was asked.
+        request: What it was asked.
 
     Returns:
         At least one scheme, no two of them equal, with a legal width for every unit.
@@ -81,9 +81,9 @@ def parse_reply(text: str, task: ProposalRequest) -> list[Scheme]:
     """
     schemes: list[Scheme] = []
     problems: list[str] = []
-    for number, widths in enumerate(_read(text).schemes[: task.num_candidates], start=1):
-        problems += [f"scheme {number}: {problem}" for problem in _problems(widths, task.space)]
-        scheme = task.space.full | {width.unit: width.keep for width in widths}
+    for number, widths in enumerate(_read(text).schemes[: request.num_candidates], start=1):
+        problems += [f"scheme {number}: {problem}" for problem in _problems(widths, request.space)]
+        scheme = request.space.full | {width.unit: width.keep for width in widths}
         if scheme not in schemes:
             schemes.append(scheme)
     if problems:

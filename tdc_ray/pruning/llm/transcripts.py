@@ -1,4 +1,4 @@
-"""What was asked of a language model and what it said: one file of JSON lines per group and round.
+"""Transcripts of a language model: one file of JSON lines per group and round.
 
 A transcript holds bodies of requests, never their headers, and so no key.
 """
@@ -51,7 +51,7 @@ class LLMExchange:
     """Why the reply is of no use; None means that its schemes were taken."""
 
     usage: TokenUsage
-    """As the server counted; where it did not, the most that it can have been."""
+    """As the server counted; where it did not, the most that it can be."""
 
     seconds: float
 
@@ -82,12 +82,12 @@ def find_transcripts(folder: Path) -> Path:
 
 
 def append_exchange(path: Path, exchange: LLMExchange) -> None:
-    """Add an exchange to a transcript."""
+    """Append an exchange to a transcript."""
     append_json_line(path, dataclasses.asdict(exchange))
 
 
 def transcript_text(path: Path) -> str:
-    """Write a transcript for a reader, as Markdown.
+    """Return a transcript as Markdown.
 
     Raises:
         StorageError: The file holds a line that is no exchange.
@@ -122,7 +122,7 @@ def recorded_reply(path: Path) -> str:
 
 
 def total_usage(folder: Path) -> TokenUsage:
-    """Add up what the calls in a folder of transcripts took.
+    """Sum what the calls in a folder of transcripts took.
 
     Raises:
         StorageError: A file holds a line that is no exchange.

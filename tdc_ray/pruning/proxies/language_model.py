@@ -45,7 +45,7 @@ class LanguageModel:
         """What the calls of this proxy took."""
 
     def propose(
-        self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
+        self, request: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
     ) -> list[Scheme]:
         """Return the schemes that a reply holds, the first one that is valid.
 
@@ -53,19 +53,21 @@ class LanguageModel:
             ProxyError: No key, no answer, no usable reply, or no budget for one.
         """
         if self._config.replay is None:
-            return self._converse(task, memory, time.monotonic() + timeout_s)
+            return self._converse(request, memory, time.monotonic() + timeout_s)
         folder = find_transcripts(Path(self._config.replay))
-        return parse_reply(recorded_reply(transcript_path(folder, task.group, task.round)), task)
+        return parse_reply(
+            recorded_reply(transcript_path(folder, request.group, request.round)), request
+        )
 
     def _converse(
-        self, task: ProposalRequest, memory: Sequence[MemoryEntry], deadline: float
+        self, request: ProposalRequest, memory: Sequence[MemoryEntry], deadline: float
     ) -> list[Scheme]:
         config = self._config
         limit = token_limit_field(server_host())
-        path = transcript_path(self._transcripts, task.group, task.round)
+        path = transcript_path(self._transcripts, request.group, request.round)
         self._budget.count_earlier(self._transcripts)
-        messages = messages_for(task, memory, max_entries=config.max_memory_entries)
-        schema = None if config.reply_format == "json" else response_format(task.space)
+        messages = messages_for(request, memory, max_entries=config.max_memory_entries)
+        schema = None if config.reply_format == "json" else response_format(request.space)
         num_replies = 0
         while True:
             fields = {
@@ -78,7 +80,7 @@ class LanguageModel:
             body = {name: value for name, value in fields.items() if value is not None}
             started = time.monotonic()
             answer, used = self._call(body, deadline)
-            schemes, problem = _validate(answer, task)
+            schemes, problem = _validate(answer, request)
             seconds = time.monotonic() - started
             append_exchange(path, LLMExchange(body, answer.text, problem, used, seconds))
             if problem is None:
@@ -116,12 +118,12 @@ class LanguageModel:
         return answer, used
 
 
-def _validate(answer: Answer, task: ProposalRequest) -> tuple[list[Scheme], str | None]:
+def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], str | None]:
     """Return the schemes of an answer, or why there are none."""
     if answer.problem is not None:
         return [], answer.problem
     try:
-        return parse_reply(answer.text, task), None
+        return parse_reply(answer.text, request), None
     except ProxyReplyError as error:
         return [], str(error)
 
@@ -145,7 +147,7 @@ class AskJob:
     """What to ask for one group's schemes of one round."""
 
     config: ProxyConfig
-    task: ProposalRequest
+    request: ProposalRequest
     memory: tuple[MemoryEntry, ...]
     transcripts: Path
     """The run's folder of transcripts."""
@@ -184,12 +186,12 @@ def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) ->
     schemes: list[Scheme] = []
     error = None
     try:
-        schemes = model.propose(job.task, job.memory, timeout_s=job.config.max_seconds)
+        schemes = model.propose(job.request, job.memory, timeout_s=job.config.max_seconds)
     except ProxyError as failure:
         error = str(failure)
-        logger.warning("group %d, round %d: %s", job.task.group, job.task.round, error)
+        logger.warning("group %d, round %d: %s", job.request.group, job.request.round, error)
     used, seconds = model.usage, time.perf_counter() - started
-    report({"proxy_tokens": used.tokens, "proxy_seconds": seconds}, job.task.round + 1)
+    report({"proxy_tokens": used.tokens, "proxy_seconds": seconds}, job.request.round + 1)
     return ProposalReply(
         schemes=schemes,
         prompt_tokens=used.prompt_tokens,

@@ -207,7 +207,7 @@ def test_no_traceback_of_an_error_shows_the_key(tmp_path, monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         model = LanguageModel(job.config, job.transcripts, Budget(job.config))
         with pytest.raises(ProxyError) as caught:
-            model.propose(job.task, job.memory, timeout_s=20)
+            model.propose(job.request, job.memory, timeout_s=20)
     shown = "".join(traceback.format_exception(caught.value, chain=True))
     assert KEY[:12] not in shown
     assert caught.value.__context__ is None
@@ -281,7 +281,7 @@ def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch
         assert server.requests == []
         assert replayed.schemes == SCHEMES
         assert (replayed.calls, replayed.prompt_tokens, replayed.cost) == (0, 0, 0)
-    missing = replace(replay, task=task(round=2))
+    missing = replace(replay, request=task(round=2))
     replayed, _ = run(missing, monkeypatch, says(GOOD))
     assert str(tmp_path / "first" / "proxy" / "group-02-round-2.jsonl") in replayed.error
 
