@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdc_ray.config.diffusion import BetaSchedule
 from tdc_ray.config.run import RunConfig, from_json, to_json
+from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
 
 NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_timesteps")
@@ -74,11 +75,7 @@ def read_settings(source: str, document: Mapping[str, Mapping[str, Any]]) -> Pre
     try:
         return PretrainedSettings.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"{source} has a wrong {name}: {first['msg']}, got {first['input']!r}."
-        ) from error
+        raise ConfigError(f"{source} cannot be used: {config_error(error)}") from error
 
 
 def apply_settings(

@@ -1,6 +1,5 @@
-"""What a sweep varies and how it searches; which settings and names follow from that."""
+"""What a sweep varies (--vary), and the settings and names of its trials."""
 
-import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -24,12 +23,12 @@ ALIASES = {
     "plan.schedule": "schedule",
     "prune.method": "proxy",
 }
-"""What fields are called in names and tables; others by their last part."""
+"""Names of fields in file names and tables; others have their last part."""
 
 FIXED = ("preset", "seed")
 """Fields that are not varied: the seeds of a sweep are its repeats."""
 
-BEFORE_THE_LOSS = ("base.loss_weight", "base.loss_weight_gamma")
+CHANGE_THE_LOSS = ("base.loss_weight", "base.loss_weight_gamma")
 """Fields of the base that change what its loss means."""
 
 
@@ -52,20 +51,25 @@ class Range:
     whole: bool = False
     """Whole numbers alone."""
 
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The two bounds."""
+        return tuple(int(end) if self.whole else end for end in (self.low, self.high))
+
 
 Domain = Choices | Range
 
 
 def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
-    """Read what is varied: ``plan.num_groups=2,4`` or ``base.learning_rate=1e-4..1e-2:log``.
+    """Parse what is varied: ``plan.num_groups=2,4`` or ``base.learning_rate=1e-4..1e-2:log``.
 
     Args:
         texts: ``NAME=VALUE,VALUE``, ``NAME=LOW..HIGH`` or ``NAME=LOW..HIGH:log``; whole numbers
             where the field is one. A name is dotted, or an alias such as k.
-        config: Settings whose fields the names are of.
+        config: Settings with these fields.
 
     Raises:
-        ConfigError: There is no such field, or a value is none that it can have.
+        ConfigError: There is no such field, or its values are malformed.
     """
     full = {alias: name for name, alias in ALIASES.items()}
     space: dict[str, Domain] = {}
@@ -96,15 +100,15 @@ def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
 def check_space(
     space: Mapping[str, Domain],
     config: RunConfig,
-    sweep: SweepConfig,
+    sweep_config: SweepConfig,
     points: Sequence[Params] | None = None,
 ) -> None:
-    """Refuse what no trial could run, before any does.
+    """Check before any trial runs that all could.
 
     Args:
         space: What is varied.
-        config: The settings that it is varied of.
-        sweep: How.
+        config: The settings that are varied.
+        sweep_config: How they are searched.
         points: Settings of a grid, where not every combination is meant.
 
     Raises:
@@ -117,46 +121,49 @@ def check_space(
         if isinstance(domain, Choices):
             if len({setting_name({name: value}) for value in domain.values}) < len(domain.values):
                 raise ConfigError(f"{name}: no value may be given twice, got {domain.values}.")
-            ends: tuple[Value, ...] = domain.values
         else:
             if not math.isfinite(domain.high) or not domain.low < domain.high:
                 raise ConfigError(f"{name}: LOW..HIGH must rise, got {domain.low}..{domain.high}.")
             if domain.log and domain.low <= 0:
                 raise ConfigError(f"{name}: a :log range must be above 0, got {domain.low}.")
-            if sweep.search == "grid":
+            if sweep_config.search == "grid":
                 raise ConfigError(
                     f"{name}: a grid needs values, got a range. List them by commas, or use "
                     "--search tpe or --search random."
                 )
-            ends = tuple(int(end) if domain.whole else end for end in (domain.low, domain.high))
-        if sweep.search != "grid" or len(space) == 1:  # else combinations are tried as they come
-            for value in ends:
+        if sweep_config.search != "grid" or len(space) == 1:
+            for value in domain.values:
                 applied(config, {name: value}, config.seed)
-    if sweep.search == "grid":
+    if sweep_config.search == "grid":  # a value may be legal beside others alone
         for params in grid(space) if points is None else points:
             applied(config, params, config.seed)
     bases = [name for name in space if name.startswith(("base.", "model."))]
-    if sweep.stop_early and (not bases or set(bases) & set(BEFORE_THE_LOSS)):
+    if sweep_config.stop_early and (not bases or set(bases) & set(CHANGE_THE_LOSS)):
         raise ConfigError(
             "sweep.stop_early goes by the base's training loss, so it needs fields of base or "
-            f"model that are varied, and none of {', '.join(BEFORE_THE_LOSS)}; got "
+            f"model that are varied, and none of {', '.join(CHANGE_THE_LOSS)}; got "
             f"{', '.join(space)}."
         )
 
 
 def grid(space: Mapping[str, Domain]) -> list[Params]:
-    """Give every combination of values; the last field varies fastest."""
+    """Return every combination of values; the last field varies fastest."""
     values = [domain.values for domain in space.values() if isinstance(domain, Choices)]
     return [dict(zip(space, some, strict=True)) for some in itertools.product(*values)]
 
 
 def value_of(config: RunConfig, name: str) -> Value:
-    """Give a field's value by its dotted name.
+    """Return a field's value by its dotted name.
 
     Raises:
-        ConfigError: There is no such field; names those that are like it.
+        ConfigError: There is no such field; the message names those that are like it.
     """
-    known = _fields(config)
+    known = {
+        f"{stage}.{field}": value
+        for stage, settings in to_json(config).items()
+        if stage not in FIXED
+        for field, value in settings.items()
+    }
     if name in FIXED:
         raise ConfigError(f"{name} cannot be varied; use the sweep's seeds for repeats.")
     if name not in known:
@@ -164,38 +171,36 @@ def value_of(config: RunConfig, name: str) -> Value:
         near = endings or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"no setting is called {name!r}.{hint}")
-    return known[name]
+    value: Value = known[name]
+    return value
 
 
 def applied(config: RunConfig, params: Params, seed: int) -> RunConfig:
-    """Give the settings of a trial.
+    """Return the settings of a trial.
 
     Raises:
         ConfigError: A value is out of its range, or two settings disagree.
     """
     document = to_json(replace(config, seed=seed))
     for name, value in params.items():
-        stage, _, field = name.rpartition(".")
-        place = document
-        for part in stage.split("."):
-            place = place[part]
-        place[field] = value
+        stage, field = name.split(".")
+        document[stage][field] = value
     try:
         return from_json(document)
     except ConfigError as error:
-        told = ", ".join(f"{name}={value}" for name, value in params.items())
-        raise ConfigError(f"{told}: {error}") from error
+        changes = ", ".join(f"{name}={value}" for name, value in params.items())
+        raise ConfigError(f"{changes}: {error}") from error
 
 
 def labels(names: Sequence[str]) -> dict[str, str]:
-    """Give fields short names: an alias, or the last part, or all where that is not unique."""
+    """Return short names of fields: an alias, or the last part, or all if that is not unique."""
     short = {name: ALIASES.get(name, name.rpartition(".")[2]) for name in names}
     counts = {label: list(short.values()).count(label) for label in short.values()}
     return {name: label if counts[label] == 1 else name for name, label in short.items()}
 
 
 def setting_name(params: Params) -> str:
-    """Name a setting, readably and fit for a folder: ``k=0.3,N=4``."""
+    """Return a readable name of a setting that a folder can have: ``k=0.3,N=4``."""
     short = labels(list(params))
     parts = [f"{short[name]}={_text(value)}" for name, value in params.items()]
     text = ",".join(parts)
@@ -210,35 +215,20 @@ def setting_name(params: Params) -> str:
 
 
 def trial_name(params: Params, seed: int) -> str:
-    """Name a setting's run with a seed: ``k=0.3,N=4,seed=0``."""
+    """Return the name of a setting's run with a seed: ``k=0.3,N=4,seed=0``."""
     return f"{setting_name(params)},seed={seed}"
 
 
-def _fields(config: object, prefix: str = "") -> dict[str, Value]:
-    found: dict[str, Value] = {}
-    assert dataclasses.is_dataclass(config)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= _fields(value, f"{prefix}{field.name}.")
-        else:
-            found[f"{prefix}{field.name}"] = value
-    return found
-
-
 def _is_whole(config: RunConfig, name: str) -> bool:
-    """Whether a field has whole numbers alone, be it that it may have none."""
-    *stages, field = name.split(".")
-    stage: object = config
-    for part in stages:
-        stage = getattr(stage, part)
-    hint = get_type_hints(type(stage))[field]
+    """Whether a field's numbers are whole; None may be another value."""
+    stage, field = name.split(".")
+    hint = get_type_hints(type(getattr(config, stage)))[field]
     kinds = get_args(hint) or (hint,)
     return int in kinds and float not in kinds
 
 
 def _value(text: str) -> Value:
-    """Read a value as it is written on the command line."""
+    """Parse a value as it is written on the command line."""
     named: dict[str, Value] = {"none": None, "true": True, "false": False}
     if text.strip().lower() in named:
         return named[text.strip().lower()]

@@ -155,7 +155,7 @@ def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(
 def test_values_of_another_type_are_refused_by_name(tmp_path):
     source = save_pipeline(tmp_path / "p")
     edit(tmp_path / "p/unet/config.json", sample_size="large")
-    with pytest.raises(ConfigError, match=r"data\.image_size: .*got 'large'"):
+    with pytest.raises(ConfigError, match=r"data\.image_size must be .*got 'large'"):
         resolve_base(source)
 
 
