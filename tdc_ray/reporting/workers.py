@@ -11,7 +11,7 @@ from rich.table import Table
 from tdc_ray.execution.simulator import SimulationResult
 from tdc_ray.execution.timeline import History, Span
 from tdc_ray.reporting.console import loss_text, print_results
-from tdc_ray.runs.status import Status
+from tdc_ray.runs.status import RunStatus
 from tdc_ray.storage.files import atomic_path
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def timeline_figure(history: History) -> "Figure":
     return figure
 
 
-def print_status(console: Console, status: Status) -> None:
+def print_status(console: Console, status: RunStatus) -> None:
     """Print how far a run is."""
     config = status.config
     console.print(f"{config.preset}, seed {config.seed}; stage 1: {status.base}", soft_wrap=True)

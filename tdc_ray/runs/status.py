@@ -1,4 +1,4 @@
-"""How far a run is, by its directory alone: from any machine that sees the storage."""
+"""The progress of a run, by its directory alone: from any machine that sees the storage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupStatus:
-    """How far a group is."""
+    """The progress of a group."""
 
     index: int
     timesteps: tuple[int, int]
@@ -29,40 +29,40 @@ class GroupStatus:
     """Of these, on held-out noise."""
 
     loss_finetuned: float | None
-    """None: its expert is not there yet."""
+    """None means that its expert is not finished."""
 
     failed: str | None
     """Why the last driver gave it up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Status:
-    """How far a run is."""
+class RunStatus:
+    """The progress of a run."""
 
     config: RunConfig
     driver: str | None
-    """Who holds the run directory, as far as that can be seen from here."""
+    """Who holds the run directory, as far as this machine can see."""
 
     base: str
-    """How far stage 1 is."""
+    """The progress of stage 1, in words."""
 
     groups: Sequence[GroupStatus]
     failed: Mapping[str, str]
     """Why the last driver gave up parts other than groups, such as samples, by their names."""
 
     running: Sequence[Span]
-    """What the last driver has, or had, under way."""
+    """What the last driver runs, or ran when it died."""
 
     num_workers: int
     """Workers that it has, or had."""
 
     usage: Sequence[WorkerUsage]
     results: Results | None
-    """None: the run is not finished."""
+    """None means that the run is not finished."""
 
 
-def status(run_dir: RunDir) -> Status:
-    """Find out how far a run is.
+def status(run_dir: RunDir) -> RunStatus:
+    """Compute the progress of a run.
 
     Raises:
         StorageError: There is no run, or a file of it is damaged.
@@ -76,7 +76,7 @@ def status(run_dir: RunDir) -> Status:
     entries = MemoryBank(run_dir.memory).all()
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     groups = {group_name(group) for group in plan.groups}
-    return Status(
+    return RunStatus(
         config=config,
         driver=lease_holder(run_dir.root),
         base=_base(run_dir, config),
@@ -102,13 +102,13 @@ def _base(run_dir: RunDir, config: RunConfig) -> str:
 def _group(
     run_dir: RunDir, group: TimestepGroup, entries: Sequence[MemoryEntry], history: History
 ) -> GroupStatus:
-    found = [entry for entry in entries if entry.group == group.index]
+    group_entries = [entry for entry in entries if entry.group == group.index]
     tuned = [read_json(path) for path in listing(run_dir.group(group.index), "finetune-*.json")]
     return GroupStatus(
         index=group.index,
         timesteps=(group.first, group.last),
-        num_candidates=len(found),
-        best_loss=best(found).loss if found else None,
+        num_candidates=len(group_entries),
+        best_loss=best(group_entries).loss if group_entries else None,
         loss_finetuned=tuned[0]["loss_finetuned"] if tuned else None,
         failed=history.failed.get(group_name(group)),
     )

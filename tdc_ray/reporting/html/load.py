@@ -14,7 +14,7 @@ from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.timeline import History, WorkerUsage, load_history, usage
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.runs.results import Results, load_results
-from tdc_ray.runs.status import Status, status
+from tdc_ray.runs.status import RunStatus, status
 from tdc_ray.runs.sweep import results as sweep_results
 from tdc_ray.runs.sweep.results import SWEEP_FILE, SweepResults, TrialRow
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -38,7 +38,7 @@ class RunData:
     results: Results | None
     """None: the run is not finished."""
 
-    progress: Status | None
+    progress: RunStatus | None
     """How far it is, if it is not finished."""
 
     plan: Plan | None

@@ -17,7 +17,7 @@ from tdc_ray.reporting.html.paper_columns import (
 )
 from tdc_ray.reporting.paper import PaperRow
 from tdc_ray.runs.results import ModelResult, Results
-from tdc_ray.runs.status import Status
+from tdc_ray.runs.status import RunStatus
 
 _OTHER_DATA = (
     "The paper has no such dataset: its columns are of {dataset}, so only the order of the rows "
@@ -234,7 +234,7 @@ def workers_table(run: RunData) -> Table:
     )
 
 
-def progress_table(progress: Status) -> Table:
+def progress_table(progress: RunStatus) -> Table:
     """Say how far the groups of a run are that is not finished."""
     return Table(
         name="progress",

@@ -24,7 +24,7 @@ SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.json"
 TRIALS_DIR = "trials"
 
-Status = Literal["running", "done", "failed", "stopped"]
+TrialStatus = Literal["running", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class TrialRow:
     run_dir: str
     """Relative to the sweep's folder."""
 
-    status: Status
+    status: TrialStatus
     """stopped: by the scheduler, before its end."""
 
     error: str | None = None
@@ -202,7 +202,9 @@ def started_row(params: Params, seed: int) -> TrialRow:
     )
 
 
-def ended_row(row: TrialRow, folder: Path, status: Status, error: str | None = None) -> TrialRow:
+def ended_row(
+    row: TrialRow, folder: Path, status: TrialStatus, error: str | None = None
+) -> TrialRow:
     """Complete a row by the results of its run, if there are any.
 
     Args:
