@@ -29,12 +29,12 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import finetune_item
 from tdc_ray.storage.files import read_json
@@ -145,7 +145,7 @@ def one_seed(
     rows["pretrained"] = (space.macs_base, space.num_params_base, *trained_for, 0.0)
     models = {"pretrained": Model("base", base, space.macs_base)}
     for row, task in tasks.items():
-        save_index(task.run_dir.experts, config, [task.group], ["expert-00"])
+        save_index(task.run_dir, config, [task.group])
         models[row] = Model("tdc", task.run_dir.experts, rows[row][0])
     metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
     return metric, {row: (scores[row][0], cost) for row, cost in rows.items()}

@@ -10,7 +10,7 @@ from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import INDEX_FILE, save_index
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE
 from tdc_ray.diffusion.plan import one_group, plan_groups
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.ray.pool import Pool
@@ -21,6 +21,7 @@ from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.stages.expert import make_expert
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
@@ -109,8 +110,7 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
     tasks = group_tasks(run_dir, config, space, plan.groups)
     done = pool.run({task.name: make_expert(task, memory) for task in tasks})
-    folders = [run_dir.expert(group.index).name for group in plan.groups]
-    save_index(run_dir.experts, config, plan.groups, folders)
+    save_index(run_dir, config, plan.groups)
     macs = mean_over_sampling_steps(plan, [done[task.name].macs for task in tasks])
     return Model("tdc", run_dir.experts, macs)
 

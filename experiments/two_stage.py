@@ -29,7 +29,6 @@ from output import mean_and_spread, paper_column, plot_lines, write_record, writ
 from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Result
@@ -41,6 +40,7 @@ from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
+from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.stages.finetune import finetune_item
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
@@ -98,8 +98,7 @@ def points_of(
     for place, point in enumerate(roots):
         results = [done[task.name][place] for task in tasks]
         run_dir, groups = RunDir(point), [task.group for task in tasks]
-        folders = [run_dir.expert(group.index).name for group in groups]
-        save_index(run_dir.experts, tasks[0].config, groups, folders)
+        save_index(run_dir, tasks[0].config, groups)
         macs = [result["macs"] for result in results]
         found.append(
             Point(

@@ -31,6 +31,7 @@ from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
 from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.storage.run_dir import RunDir
 
 STEPS = 4
@@ -154,7 +155,7 @@ def sample(num_images: float) -> None:
     use_threads(2)
     config = sampled(1)
     unet = build_unet(base_unet(config.model, config.conditioning)).eval()
-    our_images(base_pipeline(unet, config), int(num_images), STEPS)
+    our_images(base_pipeline(unet, pipeline_index(config)), int(num_images), STEPS)
 
 
 def load(_count: float, folder: Path) -> None:
@@ -166,7 +167,7 @@ def sampling(flags: ScalingFlags, folder: Path) -> list[Axis]:
     """Sample more images; load more experts."""
     base, counts = sampled(1), flags.some(2, 4, 8, 16)
     unet = build_unet(base_unet(base.model, base.conditioning)).eval()
-    pipeline = base_pipeline(unet, base)
+    pipeline = base_pipeline(unet, pipeline_index(base))
     places = {n: folder / f"experts-{n}" for n in counts}
     for count, place in places.items():
         save_experts(sampled(count), unet, place)

@@ -15,7 +15,7 @@ from benchmark.peers import ddim_images, ddim_pipeline
 from benchmark.timing import Row, SpeedFlags, compared, precision_of
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
-from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, save_index
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import image_generators
@@ -29,6 +29,7 @@ from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
+from tdc_ray.runs.pipelines import pipeline_index
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
 WINOGRAD, BF16 = "winograd: ", "bf16: "
@@ -57,26 +58,25 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     Returns:
         The mean of their macs over the sampling steps, as a share of the base's.
     """
-    space, settings = (
-        space_of(base_unet(config.model, config.conditioning)),
-        base_unet(config.model, config.conditioning),
-    )
-    scores, macs, names = random_scores(space.units, 0), [], []
+    settings = base_unet(config.model, config.conditioning)
+    space = space_of(settings)
+    scores, macs, experts = random_scores(space.units, 0), [], {}
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     for group in plan.groups:
         limit = max(space.min_macs, group.limit(space.macs_base))
         scheme = uniform_scheme(space, limit, sorted_scores(scores))
         kept = select_top(space.units, scores, scheme)
-        names.append(f"expert-{group.index:02d}")
+        name = f"expert-{group.index:02d}"
+        experts[name] = group
         macs.append(space.macs(scheme))
-        save_expert(folder / names[-1], cut(unet, space.units, kept), settings, kept)
-    save_index(folder, config, plan.groups, names)
+        save_expert(folder / name, cut(unet, space.units, kept), settings, kept)
+    pipeline_index(config, experts).save(folder)
     return mean_over_sampling_steps(plan, macs) / space.macs_base
 
 
 def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipeline:
     """Make our pipeline with the base, of one of the kinds; its weights are brought to that."""
-    pipeline = base_pipeline(unet, config)
+    pipeline = base_pipeline(unet, pipeline_index(config))
     pipeline.experts.to(DTYPES[precision_of(kind)])
     pipeline.winograd = kind == WINOGRAD
     return pipeline

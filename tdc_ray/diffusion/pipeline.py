@@ -1,35 +1,29 @@
 """The experts as one pipeline: loads, samples, switches experts as t falls. Needs no Ray."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
 from tdc_ray.config.conditioning import null_class
-from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.config.run import RunConfig
-from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
-from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import (
+    SamplingSpec,
     image_generators,
     image_labels,
     sample,
     to_uint8,
 )
-from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.models.first_stage import FirstStage, copy_first_stage, input_shape, load_first_stage
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path, resolve_path
 
-INDEX_FILE = "progressive.json"
-FIRST_STAGE_DIR = "first_stage"
-FORMAT = 1
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -120,52 +114,22 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         Raises:
             ConfigError: An argument is out of its range, or goes with other experts.
         """
-        if isinstance(generator, list):
-            generators = generator
-        elif generator is not None:
-            device = generator.device
-            seeds = torch.randint(
-                2**31, (batch_size,), generator=generator, device=device
-            ).tolist()
-            generators = [torch.Generator().manual_seed(value) for value in seeds]
-        else:
-            generators = image_generators(seed, 0, batch_size)
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        longest = self.scheduler.config["num_train_timesteps"]
-        if not 1 <= steps <= longest:
-            raise ConfigError(f"num_inference_steps must be in [1, {longest}], got {steps}.")
+        generators = self._generators(generator, seed, batch_size)
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type}."
             )
-        if len(generators) != batch_size:
-            raise ConfigError(
-                f"generator must be one, or one per image: got {len(generators)} for batch_size "
-                f"{batch_size}."
-            )
         labels = self._labels(class_labels, batch_size)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        null = null_class(self.experts.num_class_embeds, self.num_classes)
-        if scale < 0 or (scale != 1 and null is None):
-            rule = "at least 0" if null is not None else "1 for experts without a null class"
-            raise ConfigError(f"guidance_scale must be {rule}, got {scale}.")
-        self.scheduler.set_timesteps(steps)
+        spec = self._spec(num_inference_steps, eta, guidance_scale)
+        self.scheduler.set_timesteps(spec.num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             images = sample(
                 self.experts.for_timestep,
                 self.scheduler,
-                generators=generators,
-                shape=self.shape,
-                num_inference_steps=steps,
-                eta=self.eta if eta is None else eta,
-                timestep_scale=self.timestep_scale,
-                device=self.device,
-                dtype=self.experts.dtype,
-                on_step=bar.update,
+                spec,
+                generators,
                 class_labels=labels,
-                guidance_scale=scale,
-                null_class=null,
-                winograd=self.winograd,
+                on_step=bar.update,
             )
         if self.first_stage is not None:
             images = self.first_stage.decode(images)
@@ -175,6 +139,52 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if output_type == "np":
             return ImagePipelineOutput(images=pixels)
         return ImagePipelineOutput(images=self.numpy_to_pil(pixels / 255.0))
+
+    def _generators(
+        self,
+        generator: torch.Generator | list[torch.Generator] | None,
+        seed: int,
+        batch_size: int,
+    ) -> list[torch.Generator]:
+        """Return one generator per image: those given, or seeded by the one given or the seed."""
+        if generator is None:
+            return image_generators(seed, 0, batch_size)
+        if isinstance(generator, torch.Generator):
+            seeds = torch.randint(
+                2**31, (batch_size,), generator=generator, device=generator.device
+            )
+            return [torch.Generator().manual_seed(value) for value in seeds.tolist()]
+        if len(generator) != batch_size:
+            raise ConfigError(
+                f"generator must be one, or one per image: got {len(generator)} for batch_size "
+                f"{batch_size}."
+            )
+        return generator
+
+    def _spec(
+        self, num_inference_steps: int | None, eta: float | None, guidance_scale: float | None
+    ) -> SamplingSpec:
+        """Put a call's settings, where it names them, in place of the planned ones."""
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        longest = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= longest:
+            raise ConfigError(f"num_inference_steps must be in [1, {longest}], got {steps}.")
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        null = null_class(self.experts.num_class_embeds, self.num_classes)
+        if scale < 0 or (scale != 1 and null is None):
+            rule = "at least 0" if null is not None else "1 for experts without a null class"
+            raise ConfigError(f"guidance_scale must be {rule}, got {scale}.")
+        return SamplingSpec(
+            shape=self.shape,
+            num_inference_steps=steps,
+            eta=self.eta if eta is None else eta,
+            timestep_scale=self.timestep_scale,
+            guidance_scale=scale,
+            null_class=null,
+            device=self.device,
+            dtype=self.experts.dtype,
+            winograd=self.winograd,
+        )
 
     def _labels(
         self, class_labels: int | Sequence[int] | torch.Tensor | None, batch_size: int
@@ -229,93 +239,36 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 f"{display_path(path)} holds no experts: {INDEX_FILE} is missing. Finish the run "
                 "first."
             )
-        try:
-            index = read_json(folder / INDEX_FILE)
-            if index["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {index['format']}, expected {FORMAT}.")
-            folders = [folder / row["folder"] for row in index["experts"]]
-            spans = [(row["first"], row["last"]) for row in index["experts"]]
-            experts = (
-                OffloadedExperts(folders, spans)
-                if offload
-                else ExpertSet([load_expert(one) for one in folders], spans)
-            )
-            scheduler = make_scheduler(
-                DiffusionConfig(**index["diffusion"]), SamplerConfig(**index["sampler"])
-            )
-            name = index.get("first_stage")
-            first_stage = None if name is None else load_first_stage(folder / name)
-            pipeline = _assemble(experts.to(torch_dtype), scheduler, first_stage, index)
-        except (KeyError, TypeError, StorageError) as error:
-            raise CheckpointError(
-                f"{display_path(folder / INDEX_FILE)} is malformed: {error}"
-            ) from error
+        index = PipelineIndex.load(folder)
+        folders = [folder / expert.folder for expert in index.experts]
+        experts = (
+            OffloadedExperts(folders, index.spans)
+            if offload
+            else ExpertSet([load_expert(one) for one in folders], index.spans)
+        )
+        pipeline = _assemble(experts.to(torch_dtype), index, folder)
         pipeline.winograd = winograd
         return pipeline
 
 
-def base_pipeline(unet: UNet2DModel, config: RunConfig) -> ProgressivePipeline:
-    """Make a pipeline whose only expert is the base, which serves every timestep.
-
-    Where the settings name a first stage it decodes.
-    """
-    experts = ExpertSet([unet], [(0, config.diffusion.num_train_timesteps - 1)])
-    scheduler = make_scheduler(config.diffusion, config.sampler)
-    place = config.data.first_stage
-    first_stage = None if place is None else load_first_stage(Path(place))
-    return _assemble(experts, scheduler, first_stage, _index(config, []))
-
-
-def save_index(
-    folder: Path, config: RunConfig, groups: Sequence[TimestepGroup], names: Sequence[str]
-) -> None:
-    """Write what makes a folder of experts a pipeline: who serves what, and how to sample.
-
-    A first stage is copied into it, so that it needs nothing from elsewhere.
-
-    Args:
-        folder: Where the experts' folders are.
-        config: The run's settings.
-        groups: The groups in order.
-        names: The folder of each group's expert.
-    """
-    rows = [
-        {"folder": name, "first": group.first, "last": group.last}
-        for group, name in zip(groups, names, strict=True)
-    ]
-    if config.data.first_stage is not None:
-        copy_first_stage(Path(config.data.first_stage), folder / FIRST_STAGE_DIR)
-    write_json(folder / INDEX_FILE, _index(config, rows))
-
-
-def _index(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "shape": list(input_shape(config.data)),
-        "first_stage": None if config.data.first_stage is None else FIRST_STAGE_DIR,
-        "diffusion": asdict(config.diffusion),
-        "sampler": asdict(config.sampler),
-        "num_classes": config.conditioning.num_classes,
-        "experts": rows,
-    }
+def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:
+    """Create a pipeline whose only expert is the base, which serves every timestep."""
+    experts = ExpertSet([unet], [(0, index.diffusion.num_train_timesteps - 1)])
+    return _assemble(experts, index, Path())
 
 
 def _assemble(
-    experts: ExpertSet | OffloadedExperts,
-    scheduler: SchedulerMixin,
-    first_stage: FirstStage | None,
-    index: dict[str, Any],
+    experts: ExpertSet | OffloadedExperts, index: PipelineIndex, folder: Path
 ) -> ProgressivePipeline:
-    channels, height, width = index["shape"]
-    sampler = index["sampler"]
+    stage = index.first_stage
     return ProgressivePipeline(
         experts,
-        scheduler,
-        first_stage,
-        shape=(channels, height, width),
-        num_inference_steps=sampler["num_inference_steps"],
-        eta=sampler["eta"],
-        timestep_scale=DiffusionConfig(**index["diffusion"]).timestep_scale,
-        num_classes=index.get("num_classes"),
-        guidance_scale=sampler.get("guidance_scale", 1.0),
+        make_scheduler(index.diffusion, index.sampler),
+        None if stage is None else load_first_stage(folder / stage),
+        shape=index.shape,
+        num_inference_steps=index.sampler.num_inference_steps,
+        eta=index.sampler.eta,
+        timestep_scale=index.diffusion.timestep_scale,
+        num_classes=index.num_classes,
+        guidance_scale=index.sampler.guidance_scale,
     )

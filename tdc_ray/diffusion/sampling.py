@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +17,53 @@ from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
 DenoiserFor = Callable[[int], nn.Module]
-"""Gives the denoiser that serves a timestep."""
+"""Returns the denoiser that serves a timestep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSpec:
+    """How images are sampled, whatever the noise that they start from."""
+
+    shape: tuple[int, int, int]
+    """``(C, H, W)`` of an image, or of its latents."""
+
+    num_inference_steps: int
+    """Denoising steps."""
+
+    eta: float = 0.0
+    """Stochasticity, in [0, 1], for schedulers that have it (DDIM)."""
+
+    timestep_scale: float = 1.0
+    """What a timestep is multiplied with before the network sees it."""
+
+    guidance_scale: float = 1.0
+    """Weight s of classifier-free guidance (arXiv:2207.12598), in the form unconditional +
+    s (conditional - unconditional); 1 means none."""
+
+    null_class: int | None = None
+    """The class that stands for none; guidance needs it."""
+
+    device: torch.device | str = "cpu"
+    """Where the denoisers are."""
+
+    dtype: torch.dtype = torch.float32
+    """The denoisers' precision."""
+
+    winograd: bool = False
+    """On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm."""
 
 
 def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """Random generators of the images ``first`` to ``first + count - 1``.
+    """Create the random generators of the images ``first`` to ``first + count - 1``.
 
     Every image has a generator of its own, so its noise does not depend on how images are batched.
     """
-    start = derive_seed(seed, "images") + first  # torch's CPU generator heeds 32 bits of a seed
+    start = derive_seed(seed, "images") + first  # torch's CPU generator uses 32 bits of a seed
     return [torch.Generator().manual_seed(start + i) for i in range(count)]
 
 
 def image_labels(num_classes: int | None, first: int, count: int) -> Tensor | None:
-    """Classes of the images ``first`` to ``first + count - 1``: image i is of i mod num_classes.
+    """Return the classes of the images ``first`` to ``first + count - 1``: i mod num_classes.
 
     So an image is of the same class in every batch, model and run, and all classes come equally
     often.
@@ -44,81 +78,60 @@ def image_labels(num_classes: int | None, first: int, count: int) -> Tensor | No
 def sample(
     denoiser_for: DenoiserFor,
     scheduler: SchedulerMixin,
-    *,
+    spec: SamplingSpec,
     generators: Sequence[torch.Generator],
-    shape: tuple[int, int, int],
-    num_inference_steps: int,
-    eta: float = 0.0,
-    timestep_scale: float = 1.0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    on_step: Callable[[], None] = lambda: None,
+    *,
     class_labels: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    null_class: int | None = None,
-    winograd: bool = False,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw one image per generator.
+    """Sample one image per generator.
 
     The denoiser is chosen by the discrete timestep, not by the step's index, so that any spacing
     of steps gets the expert that was trained for it.
 
     Args:
-        denoiser_for: Gives the ``UNet2DModel`` that serves a timestep.
+        denoiser_for: Returns the ``UNet2DModel`` that serves a timestep.
         scheduler: Any diffusers scheduler with epsilon prediction and integer timesteps.
+        spec: Shape, steps, guidance, precision.
         generators: One per image.
-        shape: ``(C, H, W)``.
-        num_inference_steps: Denoising steps.
-        eta: Stochasticity, for schedulers that have it (DDIM).
-        timestep_scale: What a timestep is multiplied with before the network sees it.
-        device: Where the denoisers are.
-        dtype: Their precision.
-        on_step: Called after each step.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
-        guidance_scale: Weight s of classifier-free guidance (arXiv:2207.12598), in the form
-            unconditional + s (conditional - unconditional); 1: none.
-        null_class: The class that stands for none; guidance needs it.
-        winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm.
+        on_step: Called after each step.
 
     Returns:
-        ``(B, C, H, W)`` in about [-1, 1], float32, on ``device``.
+        ``(B, C, H, W)`` in about [-1, 1], float32, on the spec's device.
 
     Raises:
         ConfigError: In fp16 numbers left its range.
     """
-    num_channels = shape[0]
-    x: Tensor = randn_tensor(
-        (len(generators), *shape), generator=list(generators), device=torch.device(device)
-    )
-    scheduler.set_timesteps(num_inference_steps)
+    device, channels = torch.device(spec.device), spec.shape[0]
+    shape = (len(generators), *spec.shape)
+    x: Tensor = randn_tensor(shape, generator=list(generators), device=device)
+    scheduler.set_timesteps(spec.num_inference_steps)
     x = x * scheduler.init_noise_sigma
-    extra = _step_arguments(scheduler, eta=eta, generators=generators)
-    reads_variance = _reads_variance(scheduler)
-    winograd = winograd and x.device.type == "cpu" and dtype == torch.float32
-    channels_last = winograd or x.device.type == "cuda"
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
-    told, copies = None, 1
-    if class_labels is not None:
-        labels = class_labels.to(x.device)
-        if guidance_scale != 1.0:
-            assert null_class is not None
-            labels, copies = torch.cat([labels, torch.full_like(labels, null_class)]), 2
-        told = labels
+    extra = _step_arguments(scheduler, eta=spec.eta, generators=generators)
+    num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
+    winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
+    channels_last = winograd or device.type == "cuda"
+    labels = None if class_labels is None else class_labels.to(device)
+    guided = labels is not None and spec.guidance_scale != 1.0
+    if labels is not None and guided:
+        assert spec.null_class is not None
+        labels = torch.cat([labels, torch.full_like(labels, spec.null_class)])  # -> (2B,)
+    finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
     for timestep in scheduler.timesteps.tolist():
-        model_input = scheduler.scale_model_input(x, timestep).to(dtype)
-        seen = timestep if timestep_scale == 1.0 else timestep * timestep_scale
-        timesteps = torch.full((copies * len(x),), seen, device=x.device)
-        model_input = torch.cat([model_input] * copies)  # guided: (B, ...) -> (2B, ...)
+        x_t = scheduler.scale_model_input(x, timestep).to(spec.dtype)
+        x_t = torch.cat([x_t, x_t]) if guided else x_t  # (B, ...) -> (2B, ...)
         if channels_last:
-            model_input = model_input.to(memory_format=torch.channels_last)
-        read = None if reads_variance else num_channels  # of (B, 2C, H, W), where it is learned
+            x_t = x_t.to(memory_format=torch.channels_last)
+        scaled = timestep if spec.timestep_scale == 1.0 else timestep * spec.timestep_scale
+        timesteps = torch.full((len(x_t),), scaled, device=device)
         denoiser = denoiser_for(timestep)
         with WinogradConvolutions() if winograd else contextlib.nullcontext():
-            output = predict(denoiser, model_input, timesteps, told, num_channels=read)
-        if dtype == torch.float16:
+            output = predict(denoiser, x_t, timesteps, labels, num_channels=num_channels)
+        if spec.dtype == torch.float16:
             finite &= output.isfinite().all()
-        if copies == 2:
-            output = _guided(output, guidance_scale, num_channels)  # (2B, ...) -> (B, ...)
+        if guided:
+            output = _guide(output, spec.guidance_scale, channels)  # (2B, ...) -> (B, ...)
         x = scheduler.step(output, timestep, x, **extra).prev_sample
         on_step()
     if not finite:  # clipped samples would not show it
@@ -129,13 +142,13 @@ def sample(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Bring images from [-1, 1], ``(B, C, H, W)``, to pixels: uint8, ``(B, H, W, C)``."""
+    """Convert images in [-1, 1], ``(B, C, H, W)``, to pixels: uint8, ``(B, H, W, C)``, on CPU."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def _guided(output: Tensor, scale: float, num_channels: int) -> Tensor:
-    """Guide epsilon, given the outputs with classes and then those without.
+def _guide(output: Tensor, scale: float, num_channels: int) -> Tensor:
+    """Compute the guided epsilon from outputs with classes, then without: ``(2B, ...)``.
 
     The channels of a learned variance, if there are any, are those with classes.
     """

@@ -14,7 +14,6 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, save_index
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
@@ -40,6 +39,7 @@ from tdc_ray.reporting.tensorboard import show_plan, show_samples, show_usage, s
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
 from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
 from tdc_ray.runs.pretrained.sources import PretrainedBase, pretrained_base
@@ -53,7 +53,7 @@ from tdc_ray.storage.files import exists, write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +219,7 @@ def _make_experts(
     chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
     experts = [done[task.name] for task in tasks]
-    folders = [run_dir.expert(group.index).name for group in plan.groups]
-    save_index(run_dir.experts, config, plan.groups, folders)
+    save_index(run_dir, config, plan.groups)
     return experts, done["features"]
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+FIRST_STAGE_DIR = "first_stage"
+"""Beside the models that need it: a folder of experts, or an imported base."""
+
 
 class _Below:
     """The path of a name below a run directory, as an attribute of it."""

@@ -20,12 +20,7 @@ from tdc_ray.data.latents import (
     shard_path,
 )
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import (
-    FIRST_STAGE_DIR,
-    ProgressivePipeline,
-    base_pipeline,
-    save_index,
-)
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -37,11 +32,12 @@ from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import noised_batches
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.run import run
 from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 from tests.small import (
     TINY,
     assert_same,
@@ -237,9 +233,9 @@ def test_candidates_are_measured_on_latents(config, latents):
 def test_a_pipeline_decodes_what_is_sampled(config, tmp_path, kind):
     folder = make_first_stage(tmp_path, kind)
     config = replace(config, data=replace(config.data, first_stage=str(folder)))
-    whole, unet = base_pipeline(random_unet(), config), random_unet()
+    whole, unet = base_pipeline(random_unet(), pipeline_index(config)), random_unet()
     pixels = replace(config, data=replace(config.data, first_stage=None, image_size=8))
-    plain = base_pipeline(unet, pixels)
+    plain = base_pipeline(unet, pipeline_index(pixels))
     for pipeline in (whole, plain):
         pipeline.set_progress_bar_config(disable=True)
     expected = load_first_stage(folder).decode(plain(3, output_type="pt").images)
@@ -251,13 +247,13 @@ def test_a_pipeline_decodes_what_is_sampled(config, tmp_path, kind):
 def test_a_folder_of_experts_holds_its_first_stage_and_may_be_moved(config, tmp_path):
     folder = make_first_stage(tmp_path / "first_stage")
     config = replace(config, data=replace(config.data, first_stage=str(folder)))
-    expected = base_pipeline(random_unet(), config)
+    expected = base_pipeline(random_unet(), pipeline_index(config))
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     for group in groups:
         save_expert(
             tmp_path / "e" / str(group.index), random_unet(), TINY, keep_everything(units_of(TINY))
         )
-    save_index(tmp_path / "e", config, groups, [str(group.index) for group in groups])
+    pipeline_index(config, {str(g.index): g for g in groups}).save(tmp_path / "e")
     (tmp_path / "first_stage").rename(tmp_path / "gone")
     (tmp_path / "e").rename(tmp_path / "moved")
     found = ProgressivePipeline.from_pretrained(tmp_path / "moved")

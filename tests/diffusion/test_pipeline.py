@@ -12,12 +12,8 @@ from PIL import Image
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.expert_set import ExpertSet
-from tdc_ray.diffusion.pipeline import (
-    INDEX_FILE,
-    ProgressivePipeline,
-    base_pipeline,
-    save_index,
-)
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import image_generators
@@ -27,6 +23,7 @@ from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
+from tdc_ray.runs.pipelines import pipeline_index
 from tests.small import TINY, assert_same, random_kept, random_unet, small_config
 
 UNITS = units_of(TINY)
@@ -69,7 +66,7 @@ def saved(tmp_path) -> Path:
     names = [f"expert-{group.index:02d}" for group in groups]
     for seed, (name, unet) in enumerate(zip(names, pruned_unets(), strict=True)):
         save_expert(tmp_path / "experts" / name, unet, TINY, random_kept(UNITS, seed))
-    save_index(tmp_path / "experts", CONFIG, groups, names)
+    pipeline_index(CONFIG, dict(zip(names, groups, strict=True))).save(tmp_path / "experts")
     return tmp_path / "experts"
 
 
@@ -94,13 +91,13 @@ def saved(tmp_path) -> Path:
 )
 def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_path, config):
     base, groups = random_unet(), groups_of(config)
-    expected = images_of(base_pipeline(base, config))
+    expected = images_of(base_pipeline(base, pipeline_index(config)))
     assert expected.shape == (3, 1, 8, 8)
     assert_same(images_of(live([random_unet() for _ in groups], config)), expected)
     names = [str(group.index) for group in groups]
     for name in names:
         save_expert(tmp_path / name, base, TINY, keep_everything(UNITS))
-    save_index(tmp_path, config, groups, names)
+    pipeline_index(config, dict(zip(names, groups, strict=True))).save(tmp_path)
     assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path)), expected)
 
 
@@ -110,7 +107,9 @@ def test_saved_experts_draw_the_images_of_the_live_ones(saved):
     assert_same(images_of(ProgressivePipeline.from_pretrained(str(saved))), expected)
     run_dir = saved.parent
     assert_same(images_of(ProgressivePipeline.from_pretrained(run_dir)), expected)
-    assert not torch.equal(expected, images_of(base_pipeline(random_unet(), CONFIG)))
+    assert not torch.equal(
+        expected, images_of(base_pipeline(random_unet(), pipeline_index(CONFIG)))
+    )
 
 
 def test_experts_that_are_read_when_they_are_needed_draw_the_same_images(saved):
@@ -196,7 +195,10 @@ def test_a_folder_without_an_index_is_a_checkpoint_error(tmp_path):
 def test_an_index_of_another_format_is_a_checkpoint_error(saved):
     index = json.loads((saved / INDEX_FILE).read_text())
     (saved / INDEX_FILE).write_text(json.dumps(index | {"format": 2}))
-    with pytest.raises(CheckpointError, match=f"{saved} has format 2, expected 1"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{saved}/{INDEX_FILE} is malformed: format: Input should be 1, got 2",
+    ):
         ProgressivePipeline.from_pretrained(saved)
 
 
@@ -215,6 +217,31 @@ def test_a_spoilt_index_is_a_checkpoint_error(saved, text):
         ProgressivePipeline.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("place", "key", "value", "message"),
+    [
+        ("diffusion", "prediction_type", "v", "diffusion.prediction_type: Unexpected"),
+        ("diffusion", "beta_schedule", "sigmoid", "diffusion.beta_schedule: Input should be"),
+        ("sampler", "eta", 2.0, r"sampler.eta must be in \[0, 1\], got 2.0"),
+        ("sampler", "num_inference_steps", "ten", "sampler.num_inference_steps: Input should be"),
+        (None, "shape", [1, 8], "shape.2: Field required"),
+        (None, "experts", [{"folder": "a", "first": 0}], "experts.0.last: Field required"),
+        (None, "upscaler", "x", "upscaler: Extra inputs"),
+    ],
+)
+def test_a_malformed_index_is_one_error_that_names_the_field(saved, place, key, value, message):
+    index = json.loads((saved / INDEX_FILE).read_text())
+    (index[place] if place else index)[key] = value
+    (saved / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{INDEX_FILE} is malformed: {message}"):
+        ProgressivePipeline.from_pretrained(saved)
+
+
+def test_an_index_is_written_as_it_was_read(saved, tmp_path):
+    PipelineIndex.load(saved).save(tmp_path)
+    assert (tmp_path / INDEX_FILE).read_bytes() == (saved / INDEX_FILE).read_bytes()
+
+
 def test_the_scheduler_can_be_swapped_for_another_made_from_its_config(saved):
     pipeline = ProgressivePipeline.from_pretrained(saved)
     before = images_of(pipeline)
@@ -229,7 +256,7 @@ def test_the_scheduler_can_be_swapped_for_another_made_from_its_config(saved):
 
 
 def test_images_come_as_pil_numpy_or_torch():
-    pipeline = base_pipeline(random_unet(), CONFIG)
+    pipeline = base_pipeline(random_unet(), pipeline_index(CONFIG))
     tensor = images_of(pipeline, 2)
     assert tensor.dtype == torch.float32
     assert tensor.shape == (2, 1, 8, 8)
@@ -246,12 +273,12 @@ def test_images_come_as_pil_numpy_or_torch():
 def test_colour_comes_as_rgb_pictures():
     config = {**TINY, "in_channels": 3, "out_channels": 3}
     settings = small_config(data={"num_channels": 3})
-    (picture,) = base_pipeline(random_unet(config), settings)().images
+    (picture,) = base_pipeline(random_unet(config), pipeline_index(settings))().images
     assert (picture.mode, picture.size) == ("RGB", (8, 8))
 
 
 def test_image_i_of_a_seed_is_the_same_in_every_batch():
-    pipeline = base_pipeline(random_unet(), CONFIG)
+    pipeline = base_pipeline(random_unet(), pipeline_index(CONFIG))
     four = images_of(pipeline, 4)
     assert_same(images_of(pipeline, 4, seed=0), four)
     torch.testing.assert_close(images_of(pipeline, 2), four[:2], rtol=1e-4, atol=1e-4)
@@ -260,12 +287,12 @@ def test_image_i_of_a_seed_is_the_same_in_every_batch():
 
 
 def test_another_seed_draws_other_images():
-    pipeline = base_pipeline(random_unet(), CONFIG)
+    pipeline = base_pipeline(random_unet(), pipeline_index(CONFIG))
     assert not torch.allclose(images_of(pipeline, seed=1), images_of(pipeline), atol=0.1)
 
 
 def test_one_generator_serves_a_whole_batch_of_different_images():
-    pipeline = base_pipeline(random_unet(), CONFIG)
+    pipeline = base_pipeline(random_unet(), pipeline_index(CONFIG))
     images = images_of(pipeline, 2, generator=torch.Generator().manual_seed(3))
     assert_same(images_of(pipeline, 2, generator=torch.Generator().manual_seed(3)), images)
     assert not torch.allclose(images[0], images[1], atol=0.1)
@@ -273,16 +300,21 @@ def test_one_generator_serves_a_whole_batch_of_different_images():
 
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_the_number_of_generators_must_be_that_of_the_images(num):
-    pipeline = base_pipeline(random_unet(), CONFIG)
+    pipeline = base_pipeline(random_unet(), pipeline_index(CONFIG))
     with pytest.raises(ConfigError, match=f"got {num} for batch_size 2"):
         pipeline(2, image_generators(0, 0, num))
 
 
 def test_steps_and_eta_of_a_call_win_over_the_planned_ones():
-    planned = base_pipeline(random_unet(), small_config(sampler={"num_inference_steps": 4}))
+    planned = base_pipeline(
+        random_unet(), pipeline_index(small_config(sampler={"num_inference_steps": 4}))
+    )
     called = images_of(planned, num_inference_steps=10, eta=1.0)
     assert_same(
-        called, images_of(base_pipeline(random_unet(), small_config(sampler={"eta": 1.0})))
+        called,
+        images_of(
+            base_pipeline(random_unet(), pipeline_index(small_config(sampler={"eta": 1.0})))
+        ),
     )
     assert not torch.allclose(called, images_of(planned), atol=0.1)
 

@@ -13,7 +13,7 @@ from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
-from tdc_ray.diffusion.sampling import image_generators, sample, to_uint8
+from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample, to_uint8
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tests.small import TINY, assert_same, random_unet
@@ -27,6 +27,10 @@ COSINE = DiffusionConfig(
 LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
 
 
+def spec_of(num_inference_steps: int, **others: Any) -> SamplingSpec:
+    return SamplingSpec(shape=SHAPE, num_inference_steps=num_inference_steps, **others)
+
+
 def draw(
     unet: nn.Module,
     diffusion: DiffusionConfig = LINEAR,
@@ -37,16 +41,14 @@ def draw(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     sampler = sampler or SamplerConfig(num_inference_steps=10)
-    return sample(
-        lambda _: unet,
-        make_scheduler(diffusion, sampler),
-        generators=image_generators(0, first, count),
-        shape=SHAPE,
-        num_inference_steps=sampler.num_inference_steps,
+    spec = spec_of(
+        sampler.num_inference_steps,
         eta=sampler.eta,
         dtype=dtype,
         timestep_scale=diffusion.timestep_scale,
     )
+    generators = image_generators(0, first, count)
+    return sample(lambda _: unet, make_scheduler(diffusion, sampler), spec, generators)
 
 
 class Recorder(nn.Module):
@@ -129,9 +131,8 @@ def test_every_evaluation_of_a_sampler_is_counted_in_the_group_that_serves_it():
     sample(
         denoiser_for,
         make_scheduler(LINEAR, sampler),
-        generators=image_generators(0, 0, 1),
-        shape=SHAPE,
-        num_inference_steps=10,
+        spec_of(10),
+        image_generators(0, 0, 1),
     )
     assert len(asked) == len(plan.sampling_timesteps) == 11
     assert [asked.count(g.index) for g in plan.groups] == [
@@ -264,9 +265,8 @@ def test_a_scheduler_made_from_one_with_a_learned_variance_drops_its_channels(sc
     images = sample(
         lambda _: unet,
         scheduler,
-        generators=image_generators(0, 0, 2),
-        shape=SHAPE,
-        num_inference_steps=5,
+        spec_of(5),
+        image_generators(0, 0, 2),
     )
     assert images.shape == (2, *SHAPE)
 
@@ -300,9 +300,8 @@ def test_the_denoiser_is_chosen_by_the_discrete_timestep(scheduler_class):
     sample(
         denoiser_for,
         scheduler,
-        generators=image_generators(0, 0, 2),
-        shape=SHAPE,
-        num_inference_steps=10,
+        spec_of(10),
+        image_generators(0, 0, 2),
     )
     assert asked == list(range(900, -1, -100))
     assert used == ["b"] * 7 + ["a"] * 3
@@ -323,10 +322,8 @@ def test_the_network_sees_scaled_timesteps_and_the_denoiser_is_chosen_by_unscale
     sample(
         denoiser_for,
         make_scheduler(COSINE, SamplerConfig()),
-        generators=image_generators(0, 0, 1),
-        shape=SHAPE,
-        num_inference_steps=3,
-        timestep_scale=COSINE.timestep_scale,
+        spec_of(3, timestep_scale=COSINE.timestep_scale),
+        image_generators(0, 0, 1),
     )
     assert asked == [2666, 1333, 0]
     assert [timesteps.item() for _, timesteps in recorder.seen] == [666.5, 333.25, 0.0]
@@ -353,9 +350,8 @@ def test_every_step_is_announced():
     sample(
         lambda _: random_unet(),
         make_scheduler(LINEAR, SamplerConfig()),
-        generators=image_generators(0, 0, 1),
-        shape=SHAPE,
-        num_inference_steps=4,
+        spec_of(4),
+        image_generators(0, 0, 1),
         on_step=lambda: steps.append(len(steps)),
     )
     assert steps == [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.samplers import make_scheduler
-from tdc_ray.diffusion.sampling import image_generators, sample
+from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample
 from tdc_ray.models.checkpoints.openai import config_from_state_dict, to_diffusers, with_heads
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
@@ -57,15 +57,14 @@ def ours(original: OpenAIUNet, **diffusion: object) -> Tensor:
     unet = build_unet({**settings, "sample_size": SHAPE[1]}).eval()
     unet.load_state_dict(to_diffusers(original.state_dict(), settings))
     changed = replace(CONFIG.diffusion, **diffusion)
-    return sample(
-        lambda _: unet,
-        make_scheduler(changed, CONFIG.sampler),
-        generators=image_generators(0, 0, NUM_IMAGES),
+    spec = SamplingSpec(
         shape=SHAPE,
         num_inference_steps=CONFIG.sampler.num_inference_steps,
         eta=CONFIG.sampler.eta,
         timestep_scale=changed.timestep_scale,
     )
+    generators = image_generators(0, 0, NUM_IMAGES)
+    return sample(lambda _: unet, make_scheduler(changed, CONFIG.sampler), spec, generators)
 
 
 @pytest.fixture(scope="module")

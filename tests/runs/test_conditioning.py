@@ -18,11 +18,12 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import INDEX_FILE, ProgressivePipeline, base_pipeline, save_index
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.samplers import make_scheduler
-from tdc_ray.diffusion.sampling import image_generators, image_labels, sample
+from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, image_labels, sample
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert, save_expert
@@ -31,6 +32,7 @@ from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, sav
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.evaluation.evaluate import SampleJob, sample_images
+from tdc_ray.runs.pipelines import pipeline_index, save_index
 from tdc_ray.runs.preflight import check, check_conditioning
 from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
@@ -323,19 +325,20 @@ class Bound(nn.Module):
 
 
 def draw(
-    unet: nn.Module, *, sampler: str = "ddim", learned: bool = False, first: int = 0, **told: Any
+    unet: nn.Module,
+    *,
+    sampler: str = "ddim",
+    learned: bool = False,
+    first: int = 0,
+    class_labels: Tensor | None = None,
+    **guidance: Any,
 ) -> Tensor:
     scheduler = make_scheduler(
         DiffusionConfig(learned_sigma=learned), SamplerConfig(sampler=sampler)
     )
-    return sample(
-        lambda _: unet,
-        scheduler,
-        generators=image_generators(0, first, 3),
-        shape=SHAPE,
-        num_inference_steps=5,
-        **told,
-    )
+    spec = SamplingSpec(shape=SHAPE, num_inference_steps=5, **guidance)
+    generators = image_generators(0, first, 3)
+    return sample(lambda _: unet, scheduler, spec, generators, class_labels=class_labels)
 
 
 LABELS = torch.tensor([3, 0, 7])
@@ -391,7 +394,7 @@ def test_base_and_experts_are_scored_on_images_of_the_same_classes(tmp_path):
         save_expert(
             run_dir.expert(group.index), unet, WITH_NULL, keep_everything(units_of(WITH_NULL))
         )
-    save_index(run_dir.experts, config, groups, [run_dir.expert(g.index).name for g in groups])
+    save_index(run_dir, config, groups)
     config = replace(config, evaluate=replace(config.evaluate, batch_size=8))
     for which in ("base", "tdc"):
         for first, number in ((0, 16), (16, 8)):
@@ -403,7 +406,7 @@ def test_base_and_experts_are_scored_on_images_of_the_same_classes(tmp_path):
         for which in ("base", "tdc")
     }
     np.testing.assert_array_equal(found["base"], found["tdc"])
-    pipeline = base_pipeline(unet, config)
+    pipeline = base_pipeline(unet, pipeline_index(config))
     pipeline.set_progress_bar_config(disable=True)
     labels = [i % 10 for i in range(24)]
     expected = pipeline(24, output_type="np", class_labels=labels, guidance_scale=2.0).images
@@ -417,7 +420,7 @@ def test_a_grid_of_samples_is_of_all_classes_and_guided(tmp_path):
     state = run_base(config, tmp_path)
     grid = sample_grid(state, config, num_images=4)
     with state.averaged() as unet:
-        pipeline = base_pipeline(unet, config)
+        pipeline = base_pipeline(unet, pipeline_index(config))
         pipeline.set_progress_bar_config(disable=True)
         assert_same(torch.from_numpy(pipeline(4, output_type="np").images), grid)
         plain = pipeline(4, output_type="np", guidance_scale=1.0).images
@@ -433,7 +436,7 @@ def saved(tmp_path) -> Path:
     for name in names:
         unet = random_unet(WITH_NULL, seed=int(name))
         save_expert(tmp_path / name, unet, WITH_NULL, keep_everything(units_of(WITH_NULL)))
-    save_index(tmp_path, config, groups, names)
+    pipeline_index(config, dict(zip(names, groups, strict=True))).save(tmp_path)
     return tmp_path
 
 
@@ -473,12 +476,14 @@ def test_a_call_that_cannot_be_is_refused(saved, arguments, message):
 
 
 def test_unconditional_experts_and_those_without_a_null_class_refuse_what_needs_one(saved):
-    plain = base_pipeline(random_unet(), small_config())
+    plain = base_pipeline(random_unet(), pipeline_index(small_config()))
     with pytest.raises(ConfigError, match="class_labels must be None"):
         plain(2, class_labels=1)
     with pytest.raises(ConfigError, match=r"guidance_scale must be 1 .* null class, got 2"):
         plain(2, guidance_scale=2)
-    full = base_pipeline(random_unet({**TINY, "num_class_embeds": 10}), config_of())
+    full = base_pipeline(
+        random_unet({**TINY, "num_class_embeds": 10}), pipeline_index(config_of())
+    )
     with pytest.raises(ConfigError, match=r"guidance_scale must be 1 .* null class, got 2"):
         full(2, guidance_scale=2)
 

@@ -17,6 +17,7 @@ from tdc_ray.models.unet2d.unet import count_macs, count_params
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.reporting.console import conclusions
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import load_results
 from tdc_ray.runs.run import run
@@ -95,7 +96,7 @@ def test_the_score_is_named_after_its_classifier_and_never_fid(results):
 def test_the_scored_images_are_those_that_the_saved_models_sample(finished_run, smoke_config):
     base = UNet2DModel.from_pretrained(RunDir(finished_run).base_unet).eval()
     models = {
-        "base": base_pipeline(base, smoke_config),
+        "base": base_pipeline(base, pipeline_index(smoke_config)),
         "tdc": ProgressivePipeline.from_pretrained(finished_run / "experts"),
     }
     for which, pipeline in models.items():

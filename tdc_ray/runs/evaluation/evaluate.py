@@ -37,6 +37,7 @@ from tdc_ray.runs.evaluation.features import (
     train_classifier,
 )
 from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
 
@@ -203,7 +204,7 @@ def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> Progressi
     if which == "tdc":
         pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
     else:
-        pipeline = base_pipeline(load_unet(run_dir.base_unet), config)
+        pipeline = base_pipeline(load_unet(run_dir.base_unet), pipeline_index(config))
     pipeline.experts.to(DTYPES[config.evaluate.precision])
     return pipeline
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import from_json
-from tdc_ray.diffusion.pipeline import FIRST_STAGE_DIR, INDEX_FILE, ProgressivePipeline
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert
 from tdc_ray.runs.export.model_card import model_card
@@ -27,7 +28,7 @@ from tdc_ray.storage.files import (
     write_text,
 )
 from tdc_ray.storage.object_store import display_path, resolve_path
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 
 EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
 MODULES_FILE = "modules.json"
@@ -56,17 +57,17 @@ def export_run(run: Path, folder: Path) -> None:
     config, results = from_json(read_json(run_dir.config)), load_results(run_dir.results)
     with atomic_path(folder) as temporary:
         (temporary / EXPERTS_DIR).mkdir(parents=True)
-        index = read_json(run_dir.experts / INDEX_FILE)
-        for row in index["experts"]:
+        index = PipelineIndex.load(run_dir.experts)
+        for expert in index.experts:
             _export_expert(
-                run_dir.experts / row["folder"], temporary / EXPERTS_DIR / row["folder"]
+                run_dir.experts / expert.folder, temporary / EXPERTS_DIR / expert.folder
             )
-        if index["first_stage"] is not None:
-            shutil.copytree(
-                fetch(run_dir.experts / index["first_stage"]), temporary / FIRST_STAGE_DIR
-            )
-            index["first_stage"] = f"../{FIRST_STAGE_DIR}"
-        write_json(temporary / EXPERTS_DIR / INDEX_FILE, index)
+        document = index.to_json()
+        if index.first_stage is not None:
+            stage = fetch(run_dir.experts / index.first_stage)
+            shutil.copytree(stage, temporary / FIRST_STAGE_DIR)
+            document["first_stage"] = f"../{FIRST_STAGE_DIR}"
+        write_json(temporary / EXPERTS_DIR / INDEX_FILE, document)
         pipeline.scheduler.save_pretrained(temporary / SCHEDULER_DIR)
         write_json(temporary / "model_index.json", _model_index(pipeline))
         for name, place in (("pipeline", "."), ("experts", EXPERTS_DIR), ("example", ".")):

@@ -22,7 +22,6 @@ from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
-    FIRST_STAGE_DIR,
     FORMAT,
     PackedFirstStage,
     PretrainedBase,
@@ -31,6 +30,7 @@ from tdc_ray.runs.pretrained.sources import (
 from tdc_ray.storage.digest import file_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, write_json
 from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
 
 logger = logging.getLogger(__name__)
 

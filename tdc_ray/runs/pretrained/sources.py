@@ -30,13 +30,12 @@ from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 
 BASE_FILE = "base.json"
 """Makes a folder an imported base."""
 
 FORMAT = 1
-FIRST_STAGE_DIR = "first_stage"
 
 _NEEDED = {
     "prediction_type": "epsilon",

@@ -8,25 +8,18 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import training_data
+from tdc_ray.diffusion.pipeline import base_pipeline
 from tdc_ray.diffusion.process import noise_schedule
-from tdc_ray.diffusion.samplers import make_scheduler
-from tdc_ray.diffusion.sampling import (
-    image_generators,
-    image_labels,
-    sample,
-    to_uint8,
-)
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.execution.item import Inputs, Report, WorkItem
-from tdc_ray.models.first_stage import input_shape, load_first_stage
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
 
@@ -143,22 +136,9 @@ def train_base(
 
 
 def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
-    """Draw a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
-    first_stage, num_classes = config.data.first_stage, config.conditioning.num_classes
+    """Sample a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
     with state.averaged() as unet:
-        images = sample(
-            lambda _: unet,
-            make_scheduler(config.diffusion, config.sampler),
-            generators=image_generators(config.evaluate.seed, 0, num_images),
-            shape=input_shape(config.data),
-            num_inference_steps=config.sampler.num_inference_steps,
-            eta=config.sampler.eta,
-            timestep_scale=config.diffusion.timestep_scale,
-            device=state.device,
-            class_labels=image_labels(num_classes, 0, num_images),
-            guidance_scale=config.sampler.guidance_scale,
-            null_class=null_class(state.unet.config["num_class_embeds"], num_classes),
-        )
-    if first_stage is not None:
-        images = load_first_stage(Path(first_stage)).to(state.device).decode(images)
-    return to_uint8(images)
+        pipeline = base_pipeline(unet, pipeline_index(config)).to(state.device)
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(num_images, seed=config.evaluate.seed, output_type="np").images
+    return torch.from_numpy(images)

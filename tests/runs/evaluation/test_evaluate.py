@@ -9,7 +9,6 @@ import torch
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import save_index
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.execution.chain import run_chain
@@ -32,6 +31,7 @@ from tdc_ray.runs.evaluation.evaluate import (
 )
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features, load_extractor
 from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, make_run_dir, random_kept, reporting_to, small_config
@@ -63,7 +63,7 @@ def save_experts(run_dir: RunDir, config: RunConfig, kept: KeptIndices) -> None:
     expert = cut(load_unet(run_dir.base_unet), UNITS, kept)
     for name in names:
         save_expert(run_dir.experts / name, expert, TINY, kept)
-    save_index(run_dir.experts, config, groups, names)
+    pipeline_index(config, dict(zip(names, groups, strict=True))).save(run_dir.experts)
 
 
 def score_of(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which) -> Score:

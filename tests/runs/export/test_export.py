@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.run import RunConfig, to_json
-from tdc_ray.diffusion.pipeline import ProgressivePipeline, save_index
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.models.saved_expert import load_expert, save_expert
@@ -23,6 +23,7 @@ from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind
 from tdc_ray.runs.export.export import export_run
+from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.results import save_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
@@ -78,7 +79,7 @@ def make_run(
     for seed, name in enumerate(names):
         kept = random_kept(units, seed)
         save_expert(run_dir.experts / name, cut(base, units, kept), settings, kept)
-    save_index(run_dir.experts, config, groups, names)
+    pipeline_index(config, dict(zip(names, groups, strict=True))).save(run_dir.experts)
     write_json(run_dir.config, to_json(config))
     save_results(run_dir.results, RESULTS)
     return run_dir

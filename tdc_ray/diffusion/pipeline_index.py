@@ -1,0 +1,119 @@
+"""``progressive.json``: what makes a folder of experts a pipeline."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.errors import CheckpointError, ConfigError, StorageError, is_from_outside
+from tdc_ray.models.first_stage import copy_first_stage, input_shape
+from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.storage.object_store import display_path
+from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
+
+INDEX_FILE = "progressive.json"
+
+
+class ExpertEntry(BaseModel, frozen=True):
+    """One expert, and the timesteps that it serves."""
+
+    folder: str
+    first: int
+    last: int
+    """Included."""
+
+
+class PipelineIndex(BaseModel, frozen=True):
+    """Which expert serves which timesteps, and how to sample with them."""
+
+    format: Literal[1] = 1
+    shape: tuple[int, int, int]
+    """``(C, H, W)`` of what the experts output."""
+
+    first_stage: str | None = None
+    """Folder of the first stage, seen from the index's own; None where experts output images."""
+
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    num_classes: int | None = None
+    """Without the null class; None for unconditional experts."""
+
+    experts: tuple[ExpertEntry, ...]
+
+    @classmethod
+    def of(
+        cls,
+        data: DataConfig,
+        diffusion: DiffusionConfig,
+        sampler: SamplerConfig,
+        conditioning: ConditioningConfig,
+        experts: Mapping[str, TimestepGroup] | None = None,
+    ) -> "PipelineIndex":
+        """Describe models that were trained with these settings.
+
+        Args:
+            data: Names the first stage, which stays where it is.
+            diffusion: The noise process.
+            sampler: How to sample when a call does not say.
+            conditioning: The classes.
+            experts: The group of each expert's folder, in order; None for the base.
+        """
+        return cls(
+            shape=input_shape(data),
+            first_stage=data.first_stage,
+            diffusion=diffusion,
+            sampler=sampler,
+            num_classes=conditioning.num_classes,
+            experts=tuple(
+                ExpertEntry(folder=folder, first=group.first, last=group.last)
+                for folder, group in (experts or {}).items()
+            ),
+        )
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last timestep of every expert."""
+        return [(expert.first, expert.last) for expert in self.experts]
+
+    def save(self, folder: Path) -> None:
+        """Write the index into the experts' folder.
+
+        A first stage is copied into it, so that the folder needs nothing from elsewhere.
+        """
+        changes = {}
+        if self.first_stage is not None:
+            copy_first_stage(Path(self.first_stage), folder / FIRST_STAGE_DIR)
+            changes["first_stage"] = FIRST_STAGE_DIR
+        write_json(folder / INDEX_FILE, self.to_json() | changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the index as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PipelineIndex":
+        """Read the index of a folder of experts.
+
+        Raises:
+            CheckpointError: It is missing, of another format, or malformed.
+        """
+        path = folder / INDEX_FILE
+        try:
+            return cls.model_validate(read_json(path), extra="forbid")
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the index"
+            raise CheckpointError(
+                f"{display_path(path)} is malformed: {field}: {first['msg']}, got "
+                f"{first['input']!r}."
+            ) from error
+        except (ConfigError, StorageError) as error:
+            if is_from_outside(error):
+                raise
+            raise CheckpointError(f"{display_path(path)} is malformed: {error}") from error
