@@ -10,6 +10,7 @@ from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.validation import config_error
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError, is_from_outside
 from tdc_ray.models.first_stage import copy_first_stage, input_shape
@@ -106,14 +107,8 @@ class PipelineIndex(BaseModel, frozen=True):
         path = folder / INDEX_FILE
         try:
             return cls.model_validate(read_json(path), extra="forbid")
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the index"
-            raise CheckpointError(
-                f"{display_path(path)} is malformed: {field}: {first['msg']}, got "
-                f"{first['input']!r}."
-            ) from error
-        except (ConfigError, StorageError) as error:
+        except (ValidationError, ConfigError, StorageError) as error:
             if is_from_outside(error):
                 raise
-            raise CheckpointError(f"{display_path(path)} is malformed: {error}") from error
+            reason = config_error(error) if isinstance(error, ValidationError) else error
+            raise CheckpointError(f"{display_path(path)} is malformed: {reason}") from error
