@@ -56,7 +56,9 @@ class CurveFlags(Flags):
 def start(config: RunConfig) -> UNet2DModel:
     """Build the base as `train_base` does."""
     torch.manual_seed(derive_seed(config.seed, "init"))
-    return build_unet(base_unet(config.model, config.conditioning), dropout=config.model.dropout)
+    return build_unet(
+        {**base_unet(config.model, config.conditioning), "dropout": config.model.dropout}
+    )
 
 
 def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:

@@ -32,11 +32,8 @@ def untrained_like(base: Path, folder: Path, seed: int) -> Path:
     """Save a UNet of a base's architecture with random weights, unless it is there."""
     if not exists(folder / "config.json"):
         torch.manual_seed(seed)
-        settings = unet_config(base)
-        plain = {name: value for name, value in settings.items() if not name.startswith("_")}
-        dropout = plain.pop("dropout", 0.0)
-        unet = build_unet(plain, dropout=dropout)
-        save_unet(unet, folder, num_heads=plain.get("num_heads"))
+        config = unet_config(base)
+        save_unet(build_unet(config), folder, num_heads=config.get("num_heads"))
     return folder
 
 

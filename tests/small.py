@@ -48,7 +48,7 @@ def random_unet(
 ) -> UNet2DModel:
     """A UNet in eval mode, none of whose parameters is at its initial 0 or 1."""
     torch.manual_seed(seed)
-    unet = build_unet(config, dropout=dropout)
+    unet = build_unet({**config, "dropout": dropout})
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -7,9 +7,9 @@ name ``scaling_factor``: diffusers' default is Stable Diffusion's, and ruins the
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -186,7 +186,7 @@ def input_shape(data: DataConfig) -> Shape:
     if data.first_stage is None:
         return shape
     config = _config(Path(data.first_stage))
-    factor = downsampling(config)
+    factor = downsampling(config["block_out_channels"])
     if config["in_channels"] != data.num_channels or data.image_size % factor:
         raise ConfigError(
             f"data.first_stage {data.first_stage} takes images of {config['in_channels']} "
@@ -199,9 +199,9 @@ def input_shape(data: DataConfig) -> Shape:
     return (channels, data.image_size // factor, data.image_size // factor)
 
 
-def downsampling(config: Mapping[str, Any]) -> int:
-    """Tell how many pixels of an image lie side by side in one of a latent."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+def downsampling(block_out_channels: Sequence[int]) -> int:
+    """Return how many pixels of an image lie side by side in one of a latent."""
+    return int(2 ** (len(block_out_channels) - 1))
 
 
 def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
@@ -219,7 +219,7 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
     if data.first_stage is None:
         return
     found = input_shape(data)
-    wanted = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+    wanted = (unet["in_channels"], *image_size(unet))
     if found != wanted:
         raise ConfigError(
             f"data.first_stage {data.first_stage} turns images of {data.image_size}x"
@@ -234,7 +234,7 @@ _NO_MATTER = ("_diffusers_version", "_name_or_path")
 """What a config holds beside what is computed."""
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
+def _config(folder: Path) -> FirstStageConfig:
     """Read and check the config."""
     path = resolve_path(folder) / CONFIG_FILE
     if not exists(path):
@@ -262,7 +262,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     scale = config["scaling_factor"]
     if not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
         raise CheckpointError(f"scaling_factor in {path} must be above 0, got {scale}.")
-    return config
+    return cast("FirstStageConfig", config)
 
 
 def _text(shape: Shape) -> str:

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tdc_ray.models.unet2d.unet import image_size
+from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
 """Of the first convolution's output. Larger tensors leave the caches and are given back to the
@@ -36,7 +36,7 @@ def max_batch_size(
         gradients: A backward pass follows.
     """
     weight: Tensor = unet.conv_in.weight
-    height, width = size or image_size(unet)
+    height, width = size or image_size(unet.config)
     bytes_each = len(weight) * height * width * weight.element_size()
     most = BYTES_ON_CPU
     if weight.device.type == "cuda":

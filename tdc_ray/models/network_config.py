@@ -1,13 +1,82 @@
-"""How a network is written down: the keyword arguments that its class is built with."""
+"""How networks are written down: the keyword arguments that diffusers' classes are built with."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
-NetworkConfig = Mapping[str, Any]
-"""Keyword arguments of ``diffusers.UNet2DModel``, and ``num_heads`` where every attention has the
-same number of heads whatever its width, which ``attention_head_dim`` cannot say."""
+from tdc_ray.errors import UnsupportedModelError
+
+
+class NetworkConfig(TypedDict, total=False):
+    """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out."""
+
+    sample_size: int | tuple[int, int] | None
+    in_channels: int
+    out_channels: int
+    center_input_sample: bool
+    time_embedding_type: str
+    time_embedding_dim: int | None
+    freq_shift: int
+    flip_sin_to_cos: bool
+    down_block_types: Sequence[str]
+    mid_block_type: str | None
+    up_block_types: Sequence[str]
+    block_out_channels: Sequence[int]
+    layers_per_block: int
+    mid_block_scale_factor: float
+    downsample_padding: int
+    downsample_type: str
+    upsample_type: str
+    dropout: float
+    act_fn: str
+    attention_head_dim: int | None
+    norm_num_groups: int
+    attn_norm_num_groups: int | None
+    norm_eps: float
+    resnet_time_scale_shift: str
+    class_embed_type: str | None
+    num_class_embeds: int | None
+    num_train_timesteps: int | None
+    add_attention: bool
+
+    num_heads: int | None
+    """Of every attention, whatever its width, which ``attention_head_dim`` cannot say; no argument
+    of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
+
+    _class_name: str
+
+
+class FirstStageConfig(TypedDict, total=False):
+    """Keyword arguments of ``diffusers.VQModel`` and ``AutoencoderKL`` that are read here."""
+
+    in_channels: int
+    out_channels: int
+    down_block_types: Sequence[str]
+    up_block_types: Sequence[str]
+    block_out_channels: Sequence[int]
+    layers_per_block: int
+    latent_channels: int
+    sample_size: int
+    num_vq_embeddings: int
+    vq_embed_dim: int | None
+    mid_block_add_attention: bool
+    scaling_factor: float
+    shift_factor: float | None
+    _class_name: str
 
 
 def class_name(config: NetworkConfig) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``."""
-    return str(config.get("_class_name", "UNet2DModel"))
+    return config.get("_class_name", "UNet2DModel")
+
+
+def image_size(config: NetworkConfig) -> tuple[int, int]:
+    """Return height and width of what a network denoises; some name one number for both.
+
+    Raises:
+        UnsupportedModelError: They are not known.
+    """
+    size = config.get("sample_size")
+    if size is None:
+        raise UnsupportedModelError("the model's config must name a sample_size.")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

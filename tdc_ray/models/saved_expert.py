@@ -72,9 +72,8 @@ def load_expert(folder: Path | str) -> UNet2DModel:
 
 def _empty(document: dict[str, Any]) -> UNet2DModel:
     """Build the pruned shape without giving the base's weights any memory."""
-    config = document["unet"]
-    dropout = config.pop("dropout", 0.0)
+    config: NetworkConfig = document["unet"]
     kept = {name: tuple(indices) for name, indices in document["kept"].items()}
     with torch.device("meta"):
-        base = build_unet(config, dropout=dropout)
+        base = build_unet(config)
     return cut(base, units_for(config, kept), kept)

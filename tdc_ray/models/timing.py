@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from tdc_ray.models.network_config import image_size
 from tdc_ray.models.unet2d.steps import start, steps
-from tdc_ray.models.unet2d.unet import image_size
 
 MAX_REPEATS = 200
 """Most passes of each model."""
@@ -69,7 +69,7 @@ def time_passes(
 def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Give noise, timesteps and, for a UNet that is told them, classes."""
     config, device = unet.config, unet.device
-    shape = (batch_size, config["in_channels"], *image_size(unet))
+    shape = (batch_size, config["in_channels"], *image_size(unet.config))
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     has_classes = config["num_class_embeds"] is not None
     return torch.randn(shape, device=device), zeros + 1, zeros if has_classes else None

@@ -82,8 +82,7 @@ def measure_latency(job: LatencyJob, report: Report) -> LatencyResult:
     started, prune = time.perf_counter(), job.config.prune
     space = space_of(job.unet, prune.space, prune.channel_multiple)
     device = worker_device()
-    shapes = {name: value for name, value in job.unet.items() if name != "dropout"}
-    base = build_unet(shapes).to(device).eval()
+    base = build_unet(job.unet).to(device).eval()
     found = []
     for number, widths in enumerate(_schemes(space), start=1):
         kept = {name: tuple(range(width)) for name, width in widths.items()}

@@ -18,7 +18,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.unet import given_unet_config
@@ -275,7 +275,9 @@ def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConf
                 f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
                 "something else. If it is latents, name --data.first-stage."
             )
-        data = replace(data, image_size=unet["sample_size"], num_channels=channels)
+        data = replace(
+            data, image_size=image_size(unet)[0], num_channels=1 if channels == 1 else 3
+        )
     named = data_config(source, data)
     by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)

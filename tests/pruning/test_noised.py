@@ -131,7 +131,7 @@ def test_the_loss_is_the_mean_over_all_images_however_they_are_batched(run_dir):
 
 
 def test_the_loss_is_measured_without_dropout():
-    group, unet = group_of(CONFIG, 0), build_unet(TINY, dropout=0.5).train()
+    group, unet = group_of(CONFIG, 0), build_unet({**TINY, "dropout": 0.5}).train()
     assert held_out_loss(unet, CONFIG, group) == held_out_loss(unet, CONFIG, group)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import FirstStageConfig
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 
@@ -86,7 +86,7 @@ _COUNTERS = ("decay", "num_updates")
 """What ``model_ema.`` holds beside weights."""
 
 
-def config_from_state_dict(checkpoint: Checkpoint) -> NetworkConfig:
+def config_from_state_dict(checkpoint: Checkpoint) -> FirstStageConfig:
     """Tell the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
 
     Raises:
@@ -115,7 +115,7 @@ def config_from_state_dict(checkpoint: Checkpoint) -> NetworkConfig:
     }
 
 
-def to_vq_model(state: StateDict, config: NetworkConfig) -> VQModel:
+def to_vq_model(state: StateDict, config: FirstStageConfig) -> VQModel:
     """Turn a first stage into a ``VQModel``, float32, in eval mode.
 
     Args:

@@ -84,7 +84,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
             f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
         )
     embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight")
-    settings = {
+    settings: NetworkConfig = {
         **COMMON,
         "in_channels": in_channels,
         "out_channels": shape_of(state, "out.2.weight")[0],

@@ -5,7 +5,7 @@ CompVis/latent-diffusion; their parameters and macs are the paper's.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.model import ModelConfig
@@ -16,7 +16,7 @@ DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
 
 
-def _iddpm(**changes: Any) -> NetworkConfig:
+def _iddpm(**changes: Unpack[NetworkConfig]) -> NetworkConfig:
     """UNet of improved-diffusion: scale_shift, a norm in the middle attention, eps 1e-5."""
     return {
         "in_channels": 3,
@@ -29,10 +29,11 @@ def _iddpm(**changes: Any) -> NetworkConfig:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "downsample_padding": 1,
-    } | changes
+        **changes,
+    }
 
 
-def _ddpm(**changes: Any) -> NetworkConfig:
+def _ddpm(**changes: Unpack[NetworkConfig]) -> NetworkConfig:
     """UNet of DDPM as diffusers ships it (google/ddpm-cifar10-32): one head, eps 1e-6."""
     return {
         "in_channels": 3,
@@ -43,7 +44,8 @@ def _ddpm(**changes: Any) -> NetworkConfig:
         "flip_sin_to_cos": False,
         "freq_shift": 1,
         "downsample_padding": 0,
-    } | changes
+        **changes,
+    }
 
 
 def _small(

@@ -1,11 +1,11 @@
 """The layers of any ``UNet2DModel``, told from its config without torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Channels, Layer, total
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
 from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, conv, linear, norm
 
@@ -32,6 +32,13 @@ _BLOCK_KINDS = (
     "ResnetDownsampleBlock2D",
     "ResnetUpsampleBlock2D",
 )
+
+_KNOWN_VALUES: Mapping[str, tuple[object, ...]] = {
+    "mid_block_type": (None, "UNetMidBlock2D"),
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}
 
 
 def blocks(config: NetworkConfig) -> list[Block]:
@@ -76,27 +83,22 @@ class _UNetWalker:
     """Walks through a config as ``UNet2DModel`` does: the resolution, the stream, its skips."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        self.config = {**_DEFAULTS, **config}
+        self.config: NetworkConfig = {**_DEFAULTS, **config}
         self.channels: tuple[int, ...] = tuple(self.config["block_out_channels"])
         self.time_channels: int = self.config.get("time_embedding_dim") or self.channels[0] * 4
-        size = self.config["sample_size"]
-        self.size: int = size if isinstance(size, int) else size[0]
-        if not isinstance(size, int) and len(set(size)) > 1:
+        self.size, width = image_size(config)
+        if self.size != width:
+            size = (self.size, width)
             raise UnsupportedModelError(f"only square samples are supported, got {size}.")
         for kind in (*self.config["down_block_types"], *self.config["up_block_types"]):
             if kind not in _BLOCK_KINDS:
                 raise UnsupportedModelError(
                     f"block {kind} is not supported; known are {', '.join(_BLOCK_KINDS)}."
                 )
-        for setting, known in (
-            ("mid_block_type", (None, "UNetMidBlock2D")),
-            ("time_embedding_type", ("positional",)),
-            ("class_embed_type", (None,)),
-            ("resnet_time_scale_shift", ("default", "scale_shift")),
-        ):
-            if self.config[setting] not in known:
+        for setting, value in self.config.items():
+            if value not in (known := _KNOWN_VALUES.get(setting, (value,))):
                 raise UnsupportedModelError(
-                    f"{setting} {self.config[setting]} is not supported; known are {known}."
+                    f"{setting} {value} is not supported; known are {known}."
                 )
         self.stream = Channels(self.channels[0], f"{STREAM}conv_in")
         self.skips = [self.stream]

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DModel
@@ -16,7 +17,7 @@ from tdc_ray.storage.object_store import display_path
 HEADS_FILE = "tdc_heads.json"
 """Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
 
-_DEFAULTS: NetworkConfig = {
+_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(UNet2DModel).parameters.items()
 } | {"num_heads": None}
@@ -35,12 +36,11 @@ _MALFORMED = (
 diffusers_logging.disable_progress_bar()
 
 
-def build_unet(config: NetworkConfig, *, dropout: float = 0.0) -> UNet2DModel:
+def build_unet(config: NetworkConfig) -> UNet2DModel:
     """Build a UNet with random weights on the current default device."""
-    arguments = {key: value for key, value in config.items() if key != "num_heads"}
-    unet = UNet2DModel(**arguments, dropout=dropout)
-    if config.get("num_heads") is not None:
-        set_num_heads(unet, config["num_heads"])
+    unet = UNet2DModel(**{name: value for name, value in config.items() if name != "num_heads"})
+    if (num_heads := config.get("num_heads")) is not None:
+        set_num_heads(unet, num_heads)
     return unet
 
 
@@ -82,13 +82,6 @@ def count_macs(unet: UNet2DModel) -> int:
         for hook in hooks:
             hook.remove()
     return total
-
-
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
-    """Give height and width of what a UNet denoises; some are saved with one number for both."""
-    size = unet.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def count_params(module: torch.nn.Module) -> int:
@@ -160,9 +153,9 @@ def given_unet_config(folder: Path) -> NetworkConfig:
             "pruned (none that is conditioned on text, and no transformer)."
         )
     try:
-        config = {**_DEFAULTS, **unet_config(folder)}
+        config = cast("NetworkConfig", {**_DEFAULTS, **unet_config(folder)})
         with torch.device("meta"):
-            build_unet({name: value for name, value in config.items() if name != "dropout"})
+            build_unet(config)
     except _MALFORMED as error:
         raise CheckpointError(
             f"diffusers can build no UNet2DModel of {display_path(path)}: {type(error).__name__}: "
@@ -174,11 +167,11 @@ def given_unet_config(folder: Path) -> NetworkConfig:
 def unet_config(folder: Path) -> NetworkConfig:
     """Read the config of a saved UNet without its weights, in the terms of this diffusers."""
     known = inspect.signature(UNet2DModel.__init__).parameters
-    read = dict(read_json(fetch(folder) / "config.json"))
-    config = {name: value for name, value in read.items() if name in known}
+    document = read_json(fetch(folder) / "config.json")
+    config = {name: value for name, value in document.items() if name in known}
     size = config.get("sample_size")
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         config["sample_size"] = size[0]
     if (folder / HEADS_FILE).exists():
         config["num_heads"] = read_json(folder / HEADS_FILE)["num_heads"]
-    return config
+    return cast("NetworkConfig", config)

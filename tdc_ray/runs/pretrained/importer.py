@@ -16,7 +16,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints.openai import with_heads
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.settings import SAMPLER
@@ -33,9 +33,6 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
 
 logger = logging.getLogger(__name__)
-
-_SHAPE = ("block_out_channels", "layers_per_block", "down_block_types")
-"""What tells the named architectures apart."""
 
 
 def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
@@ -75,7 +72,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
-    unet = build_unet(settings, dropout=config.model.dropout)
+    unet = build_unet({**settings, "dropout": config.model.dropout})
     unet.load_state_dict(weights)
     save_unet(unet, folder / "unet", num_heads=settings.get("num_heads"))
     if first_stage is not None:
@@ -109,25 +106,33 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
     if model.num_heads is not None:
         if isinstance(base.first_stage, PackedFirstStage):
-            size //= downsampling(base.first_stage.config())
+            size //= downsampling(base.first_stage.config()["block_out_channels"])
         return {**with_heads(base.unet, model.num_heads), "sample_size": size}
     named = architecture(model.architecture)
-    for name in _SHAPE:
-        if base.unet[name] != named[name]:
-            fitting = [
-                known
-                for known, its in ARCHITECTURES.items()
-                if all(its[key] == base.unet[key] for key in _SHAPE)
-            ]
+    shape, expected = _shape(base.unet), _shape(named)
+    for name, value in shape.items():
+        if value != expected[name]:
+            fitting = [known for known, its in ARCHITECTURES.items() if _shape(its) == shape]
             presets = f" ({' or '.join(fitting)} is like it)" if fitting else ""
             raise ConfigError(
                 f"the base {base.source} is not of model.architecture {model.architecture}: found "
-                f"{name} {base.unet[name]}, expected {named[name]}{presets}. Name the preset that "
+                f"{name} {value}, expected {expected[name]}{presets}. Name the preset that "
                 "it was trained with by --preset, or how many heads its attentions have, which it "
                 "does not say, by --model.num-heads."
             )
-    heads = {name: named[name] for name in ("attention_head_dim", "num_heads") if name in named}
-    return {**base.unet, **heads, "sample_size": named["sample_size"]}
+    settings: NetworkConfig = {**base.unet, "attention_head_dim": named["attention_head_dim"]}
+    if "num_heads" in named:
+        settings["num_heads"] = named["num_heads"]
+    return {**settings, "sample_size": named["sample_size"]}
+
+
+def _shape(unet: NetworkConfig) -> dict[str, object]:
+    """Return what tells the named architectures apart."""
+    return {
+        "block_out_channels": unet["block_out_channels"],
+        "layers_per_block": unet["layers_per_block"],
+        "down_block_types": unet["down_block_types"],
+    }
 
 
 def _first_stage(
@@ -137,7 +142,7 @@ def _first_stage(
     stage = base.first_stage if named is None else resolve_path(named)
     if isinstance(stage, PackedFirstStage):
         config = stage.config()
-        size = settings["sample_size"] * downsampling(config)
+        size = image_size(settings)[0] * downsampling(config["block_out_channels"])
         return stage.load({**config, "sample_size": size})
     if stage is None:
         return None

@@ -25,7 +25,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.first_stage import downsampling
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig
 from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -53,10 +53,10 @@ Stages = Mapping[str, Mapping[str, Any]]
 class PackedFirstStage:
     """A first stage inside a checkpoint file."""
 
-    config: Callable[[], NetworkConfig]
+    config: Callable[[], FirstStageConfig]
     """Reads its settings, all but ``sample_size``; fails where it is of an unknown kind."""
 
-    load: Callable[[NetworkConfig], VQModel]
+    load: Callable[[FirstStageConfig], VQModel]
     """Converts it, given all of its settings."""
 
 
@@ -279,7 +279,8 @@ def _diffusers(
     origin: Mapping[str, Any] | None = None,
 ) -> PretrainedBase:
     """Read a UNet in diffusers' format, with what is known of it."""
-    unet = {k: value for k, value in given_unet_config(folder).items() if k != "dropout"}
+    unet = given_unet_config(folder)
+    unet.pop("dropout", None)  # it is a setting of training, not of the network
     settings = _settings(source, unet, first_stage, stages)
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
@@ -305,7 +306,7 @@ def _settings(
         ConfigError: It is no denoiser of images or latents, or a setting has a wrong type.
     """
     inputs, outputs = unet["in_channels"], unet["out_channels"]
-    if not isinstance(inputs, int) or outputs not in (inputs, 2 * inputs):
+    if outputs not in (inputs, 2 * inputs):
         raise ConfigError(
             f"{source} must predict as many channels as it takes, or twice as many with a learned "
             f"variance: found {inputs} in and {outputs} out."
@@ -391,7 +392,7 @@ def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
     channels, levels = config.get("in_channels"), config.get("block_out_channels")
     if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
         return {}
-    return {"num_channels": channels, "image_size": size * downsampling(config)}
+    return {"num_channels": channels, "image_size": size * downsampling(levels)}
 
 
 def _from_hub(name: str) -> Path:

@@ -104,7 +104,9 @@ def train_base(
         DataError: The dataset is missing or malformed.
     """
     torch.manual_seed(derive_seed(config.seed, "init"))
-    unet = build_unet(base_unet(config.model, config.conditioning), dropout=config.model.dropout)
+    unet = build_unet(
+        {**base_unet(config.model, config.conditioning), "dropout": config.model.dropout}
+    )
     state = start_state(unet.to(place.device), config.base)
     if resume_from is not None:
         state.load(resume_from)

@@ -15,7 +15,7 @@ from tdc_ray.config.train import Precision
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, Resources, WorkItem
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.storage.run_dir import RunDir
 
@@ -79,7 +79,7 @@ def resolve_auto_precision(
         resources = of_base if stage == "base" else of_actor
         job = ProbeJob(
             channels=unet["block_out_channels"][0],
-            size=unet["sample_size"],
+            size=image_size(unet)[0],
             trains=stage != "prune",
         )
         item = WorkItem(

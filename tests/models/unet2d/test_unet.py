@@ -81,7 +81,7 @@ def test_counting_macs_leaves_no_hook_behind():
 
 
 def test_dropout_is_no_part_of_the_architecture_but_is_saved(tmp_path):
-    save_unet(build_unet(TINY, dropout=0.25), tmp_path / "unet")
+    save_unet(build_unet({**TINY, "dropout": 0.25}), tmp_path / "unet")
     assert load_unet(tmp_path / "unet").mid_block.resnets[0].dropout.p == 0.25
 
 
