@@ -21,12 +21,14 @@ from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.reporting.progress import ProgressView
+from tdc_ray.reporting.hparams import HParams
+from tdc_ray.reporting.sinks import default_sinks, run, trial_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
-from tdc_ray.runs.run import run
+from tdc_ray.runs.run import services_of
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.sweep.results import SweepResults, summarized
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
@@ -178,7 +180,17 @@ def swept(
     settings = SweepConfig(seeds=flags.seeds, max_concurrent=flags.max_concurrent, **how)
     if points is None and settings.search == "grid":
         points = grid(space)
-    return asked_for(sweep(config, space, settings, folder, points, flags.store), points)
+    results = sweep(
+        config,
+        space,
+        settings,
+        folder,
+        points,
+        flags.store,
+        sinks=[HParams(folder)],
+        sinks_for=trial_sinks,
+    )
+    return asked_for(results, points)
 
 
 def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepResults:
@@ -255,11 +267,10 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
     refuse_auto(config)
     with (
         hold_lease(folder),
-        ProgressView(folder / "tensorboard", Console()) as view,
         connected(),
-        board(view) as events,
+        collecting(default_sinks(RunDir(folder.resolve()), Console())) as events,
         CacheSession(ResultCache(store.resolve(), display_path(folder.resolve()))) as sharing,
-        Pool(config, events, view, sharing=sharing) as pool,
+        Pool(config.compute, events, sharing=sharing, services=services_of(config)) as pool,
     ):
         pool.run(
             {"latents": prepare_latents(training_data(config.data, config.evaluate.cache_dir))}
@@ -285,20 +296,14 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     if not exists(run_dir.base_result):
         with (
             hold_lease(run_dir.root),
-            ProgressView(run_dir.tensorboard, Console()) as view,
             connected(),
-            board(view) as events,
+            collecting(default_sinks(run_dir, Console())) as events,
             CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as sharing,
         ):
-            with Pool(config, events, view) as encoders:  # whose actors end before the training
-                encoders.run(
-                    {
-                        "latents": prepare_latents(
-                            training_data(config.data, config.evaluate.cache_dir)
-                        )
-                    }
-                )
-            make_base(run_dir, config, events, view, sharing)
+            training = training_data(config.data, config.evaluate.cache_dir)
+            with Pool(config.compute, events) as encoders:  # whose actors end before the training
+                encoders.run({"latents": prepare_latents(training)})
+            make_base(run_dir, config, events, sharing)
     return run_dir.base_unet
 
 

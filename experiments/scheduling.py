@@ -28,10 +28,10 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Report, Result, WorkItem
-from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.simulator import simulate
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import write_json
 
 Shape = Sequence[Sequence[float]]
@@ -123,10 +123,8 @@ def on_workers(num_workers: int, flags: SchedulingFlags) -> dict[str, Any]:
     nothing = {f"nothing-{i}": [[0.0] * 10] * 5 for i in range(2 if flags.smoke else 20)}
     config = RunConfig(compute=ComputeConfig(num_actors=num_workers))
     with (
-        tempfile.TemporaryDirectory() as folder,
-        ProgressView(Path(folder), Console(quiet=True)) as view,
-        board(view) as events,
-        Pool(config, events, view) as pool,
+        collecting([]) as events,
+        Pool(config.compute, events) as pool,
     ):
         measure(pool, {f"warm-{i}": [[1.0]] for i in range(num_workers)})  # actors start
         ratios = {

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tdc_ray.config.run import RunConfig
     from tdc_ray.diffusion.pipeline import ProgressivePipeline
     from tdc_ray.diffusion.plan import Plan, plan_groups
+    from tdc_ray.reporting.sinks import run
     from tdc_ray.runs.results import Results, load_results
-    from tdc_ray.runs.run import run
 
 __all__ = [
     "Plan",
@@ -33,7 +33,7 @@ _MODULES = {
     "load_results": "runs.results",
     "plan_groups": "diffusion.plan",
     "preset": "config.presets",
-    "run": "runs.run",
+    "run": "reporting.sinks",
 }
 
 

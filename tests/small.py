@@ -1,10 +1,8 @@
 """Small things that many tests share: a tiny base, its run directory, quick settings."""
 
-import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
-from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.execution.events import EventSink, Reported
+from tdc_ray.execution.item import Report
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
@@ -126,9 +125,14 @@ def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupSearch:
     return GroupSearch(run_dir, config, space_of(TINY, kind), group_of(config, index))
 
 
-def reporting_to(report: Report) -> Callable[[WorkItem], AbstractContextManager[Report]]:
-    """For ``run_chain``: all items report to one."""
-    return lambda _item: contextlib.nullcontext(report)
+def reporting_to(report: Report) -> EventSink:
+    """A sink that hands on what is reported."""
+
+    def sink(event: object) -> None:
+        if isinstance(event, Reported):
+            report(event.metrics, event.step)
+
+    return sink
 
 
 def random_kept(units: Sequence[Unit], seed: int) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ from tdc_ray.execution.item import (
     ItemResult,
     R,
     Report,
-    Reported,
+    StepMetrics,
     WorkItem,
     checked_result,
 )
@@ -61,7 +61,7 @@ class ResultCache:
         return exists(self.entry(key) / ENTRY_FILE)
 
     def save(
-        self, item: WorkItem[Any, R], key: str, value: R, reported: Sequence[Reported] = ()
+        self, item: WorkItem[Any, R], key: str, value: R, reported: Sequence[StepMetrics] = ()
     ) -> None:
         """Keep an item's result and files here, and its result in the run.
 
@@ -106,7 +106,7 @@ class ResultCache:
             _require_same(digests, document["files"]["digests"], own)
             value = checked_result(document["result"], item.result_type)
             reused = document["run"] != self.run
-            reported: list[Reported] = document["reported"] if reused else []
+            reported: list[StepMetrics] = document["reported"] if reused else []
         except StorageFailedError:
             raise
         except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
@@ -133,7 +133,7 @@ class ResultCache:
         self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
     ) -> R | None:
         """Run an item, as ``item.run_item`` does, and keep its result here too."""
-        reported: list[Reported] = []
+        reported: list[StepMetrics] = []
 
         def record(metrics: Mapping[str, float], step: int) -> None:
             reported.append((step, dict(metrics)))

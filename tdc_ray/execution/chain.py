@@ -1,12 +1,12 @@
 """Chains of work items: what follows from the results of what."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from tdc_ray.errors import TdcError
-from tdc_ray.execution.item import AnyItem, R, Report, WorkItem, finished, run_item, unwatched
+from tdc_ray.execution.events import EventSink, Finished, Started, ignore, reporter
+from tdc_ray.execution.item import AnyItem, R, WorkItem, finished, run_item
 
 T = TypeVar("T")
 
@@ -149,20 +149,21 @@ class Chains(Generic[T]):
         return []
 
 
-def run_chain(
-    chain: Chain[T], watch: Callable[[AnyItem], AbstractContextManager[Report]] = unwatched
-) -> T:
+def run_chain(chain: Chain[T], sink: EventSink = ignore) -> T:
     """Run a chain that meets no other in this process, one item after the other.
 
     Args:
         chain: The chain.
-        watch: Entered while an item runs; gives what takes its reports.
+        sink: Takes the events of its items.
     """
     chains = Chains({"": chain})
     while missing := chains.advance():
         for name, item in missing:
-            with watch(item) as report:
-                chains.deliver(name, item, run_item(item, report))
+            sink(Started(item.key, item.num_steps))
+            try:
+                chains.deliver(name, item, run_item(item, reporter(sink, item.key)))
+            finally:
+                sink(Finished(item.key))
     for error in chains.errors.values():
         raise error
     return chains.values[""]

@@ -6,8 +6,7 @@ none of the chain's business.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -34,7 +33,7 @@ Inputs = Mapping[str, Any]
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the step that they belong to."""
 
-Reported = tuple[int, Mapping[str, float]]
+StepMetrics = tuple[int, Mapping[str, float]]
 """A step and its metrics."""
 
 
@@ -196,9 +195,3 @@ def run_item(item: WorkItem[Job, R], report: Report, *, is_first: bool = True) -
     assert value is not None
     ItemResult(value).save(item.result_path)
     return value
-
-
-@contextmanager
-def unwatched(_: AnyItem) -> Iterator[Report]:
-    """Ignore all that an item reports."""
-    yield lambda _metrics, _step: None

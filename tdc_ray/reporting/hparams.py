@@ -6,26 +6,32 @@ from tensorboard.plugins.hparams import summary_v2 as plugin
 from torch.utils.tensorboard import SummaryWriter
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.runs.sweep.results import TrialRow
+from tdc_ray.runs.sweep.results import TrialFinished, TrialRow
 from tdc_ray.runs.sweep.space import ALIASES, Value, labels, value_of
 from tdc_ray.storage.files import atomic_path, exists
+from tdc_ray.storage.object_store import resolve_path
+
+HPARAMS_DIR = "hparams"
 
 METRICS = ("macs", "num_params", "train_macs", "seconds")
 """What a session shows of a row after its score, which has the name of its metric."""
 
 
-def write_session(folder: Path, config: RunConfig, row: TrialRow) -> None:
-    """Write a finished run's session: what it was run with and what it came to.
+class HParams:
+    """A sink that writes a session for every run of a sweep that is done."""
 
-    k, N, schedule, proxy and seed are always there, and every field that is varied.
+    def __init__(self, sweep_dir: Path) -> None:
+        self._folder = resolve_path(sweep_dir).resolve() / HPARAMS_DIR
 
-    Args:
-        folder: The sweep's folder of HParams.
-        config: The settings that the sweep varies.
-        row: The run.
-    """
-    if exists(folder / row.name):
-        return
+    def __call__(self, event: object) -> None:
+        """Write a run's session: what it was run with and what it came to."""
+        match event:
+            case TrialFinished(config, row) if not exists(self._folder / row.name):
+                _write_session(self._folder, config, row)
+
+
+def _write_session(folder: Path, config: RunConfig, row: TrialRow) -> None:
+    """Write k, N, schedule, proxy, seed and every field that is varied, and the metrics."""
     settings = {name: value_of(config, name) for name in ALIASES} | dict(row.params)
     short = labels(list(settings))
     values = {short[name]: _plain(value) for name, value in settings.items()}

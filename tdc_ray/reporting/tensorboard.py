@@ -1,75 +1,122 @@
-"""What a run shows in TensorBoard beside what its work reports.
+"""Writes what a run tells as TensorBoard's event files.
 
-Its runs, in the run directory's ``tensorboard``: ``plan`` has the plan's plot, ``memory`` the
-losses that the search finds (tags by group, a step for every candidate), ``proxy`` what a language
-model was asked and what it said (a step for every round), ``samples`` the first of the images that
-base and experts were scored on, ``workers`` who ran what and how well they were used.
+Its runs, in the run directory's ``tensorboard``: one for each group and for other work, with what
+that reports; ``plan`` has the plan's plot, ``memory`` the losses that the search finds (tags by
+group, a step for every candidate), ``proxy`` what a language model was asked and what it said (a
+step for every round), ``samples`` the first of the images that base and experts were scored on,
+``workers`` who ran what and how well they were used.
 """
 
-import numpy as np
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tdc_ray.execution.timeline import WorkerUsage, load_history, usage
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tdc_ray.execution.events import Reported
 from tdc_ray.pruning.llm.transcripts import transcript_path, transcript_text
-from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
-from tdc_ray.reporting.progress import ProgressView
-from tdc_ray.reporting.workers import plot_timeline
-from tdc_ray.storage.files import exists, fetch, listing
+from tdc_ray.pruning.memory import MemoryEntry, best
+from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
+from tdc_ray.storage.files import exists, fetch
+from tdc_ray.storage.mirror import synced_while_growing
 from tdc_ray.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 NUM_SAMPLES = 16
 """Images of each model that are shown."""
 
-WORKERS = "workers"
-"""TensorBoard run of how well the workers were used."""
+SECONDS_BETWEEN_FLUSHES = 10
+"""How old what TensorBoard shows may be."""
 
 
-def show_plan(run_dir: RunDir, view: ProgressView) -> None:
-    """Show the groups and their limits."""
-    view.show_picture("plan", "plan", fetch(run_dir.plan_plot))
+class TensorBoard:
+    """A sink that writes event files; its pictures are those that other sinks drew before it."""
 
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir, self._end = run_dir, ExitStack()
+        self._writers: dict[str, SummaryWriter] = {}
+        self._entries: dict[tuple[int, int, int], MemoryEntry] = {}
+        self._lock = threading.Lock()
 
-def shown_memory(run_dir: RunDir, view: ProgressView, num_candidates: int) -> MemoryBank:
-    """Open the memory bank of a run, which shows what it holds and what it will hold.
+    def __enter__(self) -> "TensorBoard":
+        self._dir = self._end.enter_context(synced_while_growing(self._run_dir.tensorboard))
+        return self
 
-    Args:
-        run_dir: The run.
-        view: Where it is shown.
-        num_candidates: Of a round.
-    """
+    def __exit__(self, *_: object) -> None:
+        with self._end:
+            for writer in self._writers.values():
+                writer.close()
 
-    def show(entry: MemoryEntry) -> None:
-        name, round_ = f"group-{entry.group:02d}", entry.round
-        so_far = [
-            one for one in memory.all() if one.group == entry.group and one.place <= entry.place
+    def __call__(self, event: object) -> None:
+        """Write what an event has for TensorBoard."""
+        with self._lock:
+            match event:
+                case Reported():
+                    self._write_report(event)
+                case PlanMade():
+                    self._add_picture("plan", "plan", self._run_dir.plan_plot)
+                case CandidateMeasured(entry, step):
+                    self._write_candidate(entry, step)
+                case ImagesSampled(model, path):
+                    with np.load(fetch(path)) as file:
+                        self._add_images("samples", model, file["arr_0"][:NUM_SAMPLES])
+                case WorkersUsed(_, usage):
+                    self._add_picture("workers", "timeline", self._run_dir.timeline_plot)
+                    for part in usage:
+                        values = {
+                            f"{part.phase}/utilisation": part.utilisation,
+                            f"{part.phase}/makespan_seconds": part.makespan_seconds,
+                        }
+                        self._add_scalars("workers", values, 0)
+
+    def _write_report(self, event: Reported) -> None:
+        """Use one run per group, so that the groups' curves share a plot."""
+        run, _, work = event.key.partition("/")
+        searches = ("round", "base", "scores", "sensitivities")
+        stage = "prune" if work.startswith(searches) else "train"
+        tags = {f"{stage}/{name}": value for name, value in event.metrics.items()}
+        self._add_scalars(run, tags, event.step)
+        if event.images is not None:
+            self._add_images(run, "samples", event.images, event.step)
+
+    def _write_candidate(self, entry: MemoryEntry, step: int) -> None:
+        self._entries[entry.place] = entry
+        earlier = [
+            one
+            for one in self._entries.values()
+            if one.group == entry.group and one.place <= entry.place
         ]
-        losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": best(so_far).loss}
-        step = 1 + round_ * num_candidates + entry.candidate
-        view.show_scalars("memory", losses, step)
-        transcript = transcript_path(run_dir.transcripts, entry.group, round_)
+        name = f"group-{entry.group:02d}"
+        losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": best(earlier).loss}
+        self._add_scalars("memory", losses, step)
+        transcript = transcript_path(self._run_dir.transcripts, entry.group, entry.round)
         if entry.candidate == 0 and exists(transcript):
-            view.show_text("proxy", name, transcript_text(transcript), 1 + round_)
+            step = 1 + entry.round
+            self._writer("proxy", step).add_text(name, transcript_text(transcript), step)
 
-    memory = MemoryBank(run_dir.memory, show)
-    for entry in sorted(memory.all(), key=lambda one: (one.round, one.candidate)):
-        show(entry)
-    return memory
+    def _add_scalars(self, run: str, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer(run, step).add_scalar(tag, value, step)
 
+    def _add_picture(self, run: str, name: str, path: Path) -> None:
+        with Image.open(fetch(path)) as image:
+            self._add_images(run, name, np.asarray(image.convert("RGB"))[None])
 
-def show_samples(run_dir: RunDir, view: ProgressView) -> None:
-    """Show what base and experts make of the same noise."""
-    for which in ("base", "tdc"):
-        for path in listing(run_dir.samples / which, "0000000.npz"):
-            with np.load(fetch(path)) as file:
-                view.show_images("samples", which, file["arr_0"][:NUM_SAMPLES])
+    def _add_images(self, run: str, name: str, images: NDArray[np.uint8], step: int = 0) -> None:
+        """Write images, ``(B, H, W, C)``."""
+        self._writer(run, step).add_images(name, images, step, dataformats="NHWC")
 
+    def _writer(self, run: str, step: int) -> "SummaryWriter":
+        if run not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter  # imports torch
 
-def show_usage(run_dir: RunDir, view: ProgressView) -> list[WorkerUsage]:
-    """Draw who ran what when, and give how well the workers were used."""
-    history = load_history(run_dir.timeline)
-    used = usage(history)
-    plot_timeline(history, run_dir.timeline_plot)
-    view.show_picture(WORKERS, "timeline", fetch(run_dir.timeline_plot))
-    for part in used:
-        found = {"utilisation": part.utilisation, "makespan_seconds": part.makespan_seconds}
-        view.show_scalars(WORKERS, {f"{part.phase}/{name}": one for name, one in found.items()}, 0)
-    return used
+            self._writers[run] = SummaryWriter(
+                str(self._dir / run), purge_step=step, flush_secs=SECONDS_BETWEEN_FLUSHES
+            )
+        return self._writers[run]

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers import UNet2DModel
-from rich.console import Console
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
@@ -17,6 +16,7 @@ from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
+from tdc_ray.execution.events import listening
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.saved_expert import save_expert_into
@@ -29,7 +29,7 @@ from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import Scheme, Space, space_of
-from tdc_ray.reporting.progress import ProgressView
+from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.pretrained.sources import json_object
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
@@ -96,8 +96,8 @@ def prune_model(
     config: RunConfig,
     group: TimestepGroup,
     out: Path,
-    console: Console,
     milliseconds: float | None = None,
+    sinks_for: SinksFor = no_sinks,
 ) -> dict[str, object]:
     """Search, cut and refit; write the pruned model and its report.
 
@@ -109,9 +109,9 @@ def prune_model(
         group: The timesteps, and the limit unless that is one of time.
         out: Where to: the model (``models.experts.load_expert`` reads it) and ``report.json``;
             what the search measured is kept in its folder ``search``.
-        console: Where progress is shown.
         milliseconds: Most time of a forward pass of ``prune.latency_batch_size`` images on this
             device; it goes with the objective latency, and with nothing else.
+        sinks_for: Makes what takes the search's events.
 
     Returns:
         The report.
@@ -162,14 +162,13 @@ def prune_model(
         )
         search_dir = out / SEARCH_DIR / _name(unet, config, group, token_limit_field)
         run_dir = RunDir(search_dir.resolve(), unet)
-        with ProgressView(run_dir.tensorboard, console) as view:
-            config = run_chain(
-                resolve_auto_precision(run_dir, config, base_settings, ["prune"]), view.watch
-            )
+        with listening(sinks_for(run_dir)) as events:
+            precision = resolve_auto_precision(run_dir, config, base_settings, ["prune"])
+            config = run_chain(precision, events)
             if milliseconds is not None:
                 path = (out / SEARCH_DIR / table).resolve()
                 chain = timed_space(path, base_settings, config, space)
-                space = run_chain(chain, view.watch)
+                space = run_chain(chain, events)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
                 if limit >= space.cost_base:
@@ -180,11 +179,10 @@ def prune_model(
                         space.cost_base / 1e6,
                     )
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
-            run_chain(
-                prepare_latents(training_data(config.data, config.evaluate.cache_dir)), view.watch
-            )
+            training = training_data(config.data, config.evaluate.cache_dir)
+            run_chain(prepare_latents(training), events)
             task = GroupSearch(run_dir, config, space, group)
-            choice = run_chain(search(task, MemoryBank(run_dir.memory)), view.watch)
+            choice = run_chain(search(task, MemoryBank(run_dir.memory)), events)
         logger.info("writing the model")
         writing = time.perf_counter()
         base = load_base(run_dir, config)

@@ -3,12 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
@@ -17,12 +15,14 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.events import EventSink
 from tdc_ray.execution.item import ItemResult
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.execution.ray.cluster import board, connected
+from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
-from tdc_ray.execution.timeline import Timeline
+from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.first_stage import copy_first_stage
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
@@ -30,15 +30,13 @@ from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import group_tasks
 from tdc_ray.pruning.latency import timed_space
-from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
 from tdc_ray.pruning.space import Space
-from tdc_ray.reporting.console import plot_plan
-from tdc_ray.reporting.progress import Event, ProgressView
-from tdc_ray.reporting.tensorboard import show_plan, show_samples, show_usage, shown_memory
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import _check_limits, _refuse_other_settings, check
 from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
@@ -64,19 +62,17 @@ STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
 def run(
     config: RunConfig,
     folder: Path,
-    console: Console,
+    sinks: Sequence[EventSink] = (),
     store: Path | None = None,
-    listen: Callable[[Event], None] | None = None,
 ) -> Results:
     """Do the whole of algorithm 1, or what of it an earlier call has left to do.
 
     Args:
         config: The settings.
         folder: The run directory, or its URI. The same call goes on where an earlier one was cut.
-        console: Where progress is shown.
+        sinks: What takes the run's events: those of ``execution.events`` and ``runs.events``.
         store: Folder or URI of a store (see ``tdc_ray.execution.cache``): what other runs left
             there is taken, and what this one computes is left there. None: all is computed here.
-        listen: Gets what the work reports, as it comes in.
 
     Returns:
         What is then in ``results.json``.
@@ -99,28 +95,18 @@ def run(
         if pretrained is not None:
             _bring_in_base(run_dir, config, pretrained)
         spec = choose_features(config, load_dataset(config.data), run_dir.features)
-        timeline, proxy = Timeline(run_dir.timeline), config.proxy
-        gateway = Service(partial(LLMGateway, proxy), proxy.max_concurrent)
-        services = {LLM_SERVICE: gateway} if config.prune.method == "llm" else {}
+        timeline = Timeline(run_dir.timeline)
         with (
-            ProgressView(run_dir.tensorboard, console, listen) as view,
             connected(local_cpus(config.compute)),
-            board(view) as events,
+            collecting(sinks) as events,
             CacheSession(_store(store, run_dir)) as sharing,
-            Pool(config.compute, events, view, timeline, sharing, services) as pool,
+            Pool(config.compute, events, timeline, sharing, services_of(config)) as pool,
         ):
-            show_plan(run_dir, view)
-            with Pool(
-                config.compute, events, view, timeline, sharing
-            ) as encoders:  # end before stage 1
-                encoders.run(
-                    {
-                        "latents": prepare_latents(
-                            training_data(config.data, config.evaluate.cache_dir)
-                        )
-                    },
-                    "latents",
-                )
+            events(PlanMade(plan))
+            training = training_data(config.data, config.evaluate.cache_dir)
+            # Their actors end before stage 1.
+            with Pool(config.compute, events, timeline, sharing) as encoders:
+                encoders.run({"latents": prepare_latents(training)}, "latents")
                 stages = STAGES if config.model.base is None else STAGES[1:]
                 unet = (
                     unet_config(run_dir.base_unet)
@@ -131,14 +117,17 @@ def run(
                 config = encoders.run({"precision": chain}, "precision")["precision"]
                 space = _limited_space(run_dir, config, unet, space, plan, encoders)
             if config.model.base is None:
-                make_base(run_dir, config, events, view, sharing)
-            memory = shown_memory(run_dir, view, config.prune.num_candidates)
+                make_base(run_dir, config, events, sharing)
+            memory = _open_memory(run_dir, config, events)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
             times = pool.run({"times": expert_times(run_dir, config, plan)}, "times")["times"]
             scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
             timeline.flush()
-            show_samples(run_dir, view)
-            used = show_usage(run_dir, view)
+            for model in ("base", "tdc"):
+                events(ImagesSampled(model, run_dir.samples / model / "0000000.npz"))
+            history = load_history(run_dir.timeline)
+            used = usage(history)
+            events(WorkersUsed(history, used))
         outcome = RunOutcome(
             plan, experts, times, *scores, spec, reference, used, store is not None
         )
@@ -187,7 +176,6 @@ def _prepare(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
     )
     write_json(run_dir.plan, plan_to_json(plan))
-    plot_plan(plan, run_dir.plan_plot)
     write_json(run_dir.config, to_json(config))
 
 
@@ -202,6 +190,19 @@ def _bring_in_base(run_dir: RunDir, config: RunConfig, pretrained: PretrainedBas
     seconds = time.perf_counter() - started
     result = BaseResult(structure.macs, structure.num_params, 0, 0.0, seconds)
     ItemResult(result).save(run_dir.base_result)
+
+
+def _open_memory(run_dir: RunDir, config: RunConfig, events: EventSink) -> MemoryBank:
+    """Open the memory bank; emits what it holds, and later what is added."""
+
+    def emit(entry: MemoryEntry) -> None:
+        step = 1 + entry.round * config.prune.num_candidates + entry.candidate
+        events(CandidateMeasured(entry, step))
+
+    memory = MemoryBank(run_dir.memory, emit)
+    for entry in sorted(memory.all(), key=lambda one: (one.round, one.candidate)):
+        emit(entry)
+    return memory
 
 
 def _make_experts(
@@ -247,6 +248,14 @@ def _evaluate(
         score(run_dir, [done[name] for name in base]),
         score(run_dir, [done[name] for name in tdc]),
     )
+
+
+def services_of(config: RunConfig) -> dict[str, Service]:
+    """Return the services that the work of a run needs."""
+    if config.prune.method != "llm":
+        return {}
+    gateway = partial(LLMGateway, config.proxy)
+    return {LLM_SERVICE: Service(gateway, config.proxy.max_concurrent)}
 
 
 def local_cpus(compute: ComputeConfig) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from rich.console import Console
 from torch import Tensor
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
@@ -32,11 +31,11 @@ from tdc_ray.diffusion.train import (
 )
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
+from tdc_ray.execution.events import EventSink, Finished, Started, listening, reporter
 from tdc_ray.execution.item import Report
 from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.unet2d.unet import count_params
-from tdc_ray.reporting.progress import Event, ProgressView
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import hold_lease
@@ -54,13 +53,15 @@ SCALE_IMAGES = 2048
 logger = logging.getLogger(__name__)
 
 
-def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) -> dict[str, Any]:
+def train_autoencoder(
+    config: AutoencoderConfig, out: Path, sinks: Sequence[EventSink] = ()
+) -> dict[str, Any]:
     """Train a first stage, or go on from the checkpoint of an earlier call.
 
     Args:
         config: The settings.
         out: Where to: the diffusers folder itself, with ``report.json`` beside the weights.
-        console: Where progress is shown.
+        sinks: What takes the events of training.
 
     Returns:
         The report: ``held_out`` has the errors of reconstructions of images that no step saw, in
@@ -81,7 +82,7 @@ def train_autoencoder(config: AutoencoderConfig, out: Path, console: Console) ->
             logger.info("%s is finished; nothing is done again", display_path(out))
             found: dict[str, Any] = read_json(out / REPORT_FILE)
             return found
-        state = _trained(config, dataset, rest, out, console)
+        state = _trained(config, dataset, rest, out, sinks)
         size = config.train.batch_size
         few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, indices=rest)
         with state.averaged() as averaged:
@@ -163,7 +164,7 @@ def _trained(
     dataset: ImageDataset,
     indices: Sequence[int],
     out: Path,
-    console: Console,
+    sinks: Sequence[EventSink],
 ) -> TrainState:
     """Train on some of the images from the start, or from an earlier call's checkpoint on."""
     torch.manual_seed(derive_seed(config.seed, KEY, "init"))
@@ -181,10 +182,10 @@ def _trained(
         num_steps=config.train.num_steps,
         num_workers=config.data.num_workers,
     )
-    with ProgressView(out / "tensorboard", console) as view:
-        view.start(KEY, config.train.num_steps)
-        _train(state, config, images, out, lambda found, step: view.show(Event(KEY, step, found)))
-        view.finish(KEY)
+    with listening(sinks) as events:
+        events(Started(KEY, config.train.num_steps))
+        _train(state, config, images, out, reporter(events, KEY))
+        events(Finished(KEY))
     return state
 
 

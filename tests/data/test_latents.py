@@ -32,9 +32,9 @@ from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import noised_batches
+from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
-from tdc_ray.runs.run import run
 from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir

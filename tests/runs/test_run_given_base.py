@@ -213,7 +213,7 @@ def test_import_takes_the_source_wherever_it_stands(pipeline, tmp_path):
 
 
 def test_other_settings_of_a_run_directory_name_the_base(pipeline, tmp_path):
-    from tdc_ray.runs.run import run
+    from tdc_ray.reporting.sinks import run
 
     write_json(RunDir(tmp_path).config, to_json(small_config()))
     with pytest.raises(StorageError, match=r"model\.base None -> "):

@@ -13,14 +13,13 @@ from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.models.first_stage import first_stage_digest, load_first_stage
+from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.results import load_results
-from tdc_ray.runs.run import run
 from tdc_ray.runs.train_autoencoder import train_autoencoder
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import assert_same, latent_config, training_of
 
 pytestmark = pytest.mark.ray
-QUIET = Console(quiet=True)
 
 
 def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_dir, tmp_path):
@@ -31,7 +30,7 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
         train=TrainConfig(num_steps=5, batch_size=16),
     )
     stage = tmp_path / "first_stage"
-    train_autoencoder(autoencoder, stage, QUIET)
+    train_autoencoder(autoencoder, stage)
     config = latent_config(
         stage,
         cache_dir,
@@ -43,7 +42,7 @@ def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_di
         evaluate={"num_images": 40, "batch_size": 20},
     )
     folder = tmp_path / "run"
-    results = run(config, folder, QUIET)
+    results = run(config, folder, Console(quiet=True))
     assert load_results(RunDir(folder).results) == results
     assert results.metric == "fd_digits_cnn"
     assert np.isfinite([results.base.score, results.tdc.score]).all()

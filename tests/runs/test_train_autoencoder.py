@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from tdc_ray.cli.main import run_command
@@ -26,8 +25,6 @@ from tdc_ray.runs.train_autoencoder import (
     train_autoencoder,
 )
 from tests.small import assert_same
-
-QUIET = Console(quiet=True)
 
 
 def settings(num_steps=60, **changes):
@@ -52,7 +49,7 @@ FLAGS += ["--latent-channels", "2", "--train.batch-size", "8", "--train.checkpoi
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("autoencoder")
-    return out, train_autoencoder(settings(), out, QUIET)
+    return out, train_autoencoder(settings(), out)
 
 
 def held_out_images(config):
@@ -73,7 +70,7 @@ def test_the_error_reported_is_that_of_what_was_saved_on_held_out_images(trained
 
 
 def test_training_learns_to_reconstruct(trained, tmp_path):
-    untrained = train_autoencoder(settings(0), tmp_path, QUIET)["held_out"]["mse"]
+    untrained = train_autoencoder(settings(0), tmp_path)["held_out"]["mse"]
     assert trained[1]["held_out"]["mse"] < 0.6 * untrained
 
 
@@ -88,7 +85,7 @@ def test_the_scaling_factor_brings_latents_to_a_deviation_of_one(trained):
 def test_a_finished_one_is_read_and_not_trained_again(trained):
     out, report = trained
     before = (out / WEIGHTS_FILE).stat().st_mtime_ns
-    assert train_autoencoder(settings(), out, QUIET) == report
+    assert train_autoencoder(settings(), out) == report
     assert (out / WEIGHTS_FILE).stat().st_mtime_ns == before
     assert not (out / CHECKPOINT_FILE).exists()
 
@@ -96,7 +93,7 @@ def test_a_finished_one_is_read_and_not_trained_again(trained):
 def test_other_settings_in_the_same_folder_are_refused_by_name(trained):
     changed = replace(settings(), kl_weight=0.5)
     with pytest.raises(StorageError, match=r"kl_weight 0\.001 -> 0\.5.*--out"):
-        train_autoencoder(changed, trained[0], QUIET)
+        train_autoencoder(changed, trained[0])
 
 
 def test_killed_and_called_again_equals_not_killed(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -63,6 +64,7 @@ class Prune:
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned
+        from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.pretrained.settings import missing_settings
         from tdc_ray.runs.pretrained.sources import noise_settings
         from tdc_ray.runs.prune_model import (
@@ -102,7 +104,8 @@ class Prune:
             if not 0 <= self.group < len(groups):
                 raise ConfigError(f"--group must be 0 to {len(groups) - 1}, got {self.group}.")
             group = replace(groups[self.group], limit_share=share)
-        report = prune_model(unet, config, group, self.out, console, self.milliseconds)
+        sinks_for = partial(default_sinks, console=console)
+        report = prune_model(unet, config, group, self.out, self.milliseconds, sinks_for)
         print_pruned(console, report)
         console.print(
             f"written: {display_path(self.out)}/{REPORT_FILE} and the model", soft_wrap=True

@@ -37,10 +37,10 @@ class Run:
         """Run, or go on, and print what came out."""
         config = self.config
         folder = resolve_path(self.run_dir or default_run_dir(config))
+        from tdc_ray.reporting.sinks import run
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base
-        from tdc_ray.runs.run import run
 
         if self.dry_run:
             console.print(config)

@@ -56,11 +56,20 @@ class Sweep:
             f"curves and HParams: tensorboard --logdir {display_path(folder)}",
             soft_wrap=True,
         )
+        from tdc_ray.reporting.hparams import HParams
+        from tdc_ray.reporting.sinks import trial_sinks
         from tdc_ray.runs.sweep.results import load_sweep
         from tdc_ray.runs.sweep.sweep import sweep  # imports ray
 
         try:
-            results = sweep(self.config, space, self.sweep, folder)
+            results = sweep(
+                self.config,
+                space,
+                self.sweep,
+                folder,
+                sinks=[HParams(folder)],
+                sinks_for=trial_sinks,
+            )
         except WorkFailedError:
             _show(load_sweep(folder), console)
             raise

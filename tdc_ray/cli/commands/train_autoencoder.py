@@ -8,7 +8,8 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.storage.object_store import display_path
+from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,14 @@ class TrainAutoencoder:
     def execute(self, console: Console) -> None:
         """Train, and print how well it rebuilds images."""
         from tdc_ray.data.detect import data_config
+        from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
 
         config = self.config
         if self.data is not None:
             config = replace(config, data=data_config(self.data, config.data))
-        report = train_autoencoder(config, self.out, console)
+        sinks = default_sinks(RunDir(resolve_path(self.out)), console)
+        report = train_autoencoder(config, self.out, sinks)
         errors, out = report["held_out"], display_path(self.out)
         console.print(
             f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE "

@@ -23,8 +23,8 @@ from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.item import (
     AnyItem,
     Report,
-    Reported,
     Runner,
+    StepMetrics,
     finished,
     run_item,
 )
@@ -127,7 +127,9 @@ class CacheSession:
         self._release(item.key)
 
     @contextmanager
-    def alone(self, item: AnyItem, reported: Sequence[Reported], report: Report) -> Iterator[bool]:
+    def alone(
+        self, item: AnyItem, reported: Sequence[StepMetrics], report: Report
+    ) -> Iterator[bool]:
         """Keep an item, which the block runs by other means than a pool, from other runs.
 
         Waits while another run is at it. Gives whether nothing is left to do: the store had it.

@@ -1,33 +1,19 @@
-"""Connects to Ray, and brings what workers report back to the driver."""
+"""Connects to Ray, and tells what nodes there are."""
 
 import contextlib
 import logging
 import os
 import socket
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from tdc_ray.execution.item import Report
-from tdc_ray.reporting.progress import Event, ProgressView
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""
 
 LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
-
-SECONDS_BETWEEN_LOOKS = 0.5
-
-FAILURES_UNTIL_SAID = 5
-"""In a row, until the log says that it may be more than the board; each takes some seconds."""
 
 SECONDS_TO_ANSWER = 2.0
 """How long a node may take to say that it is alive."""
@@ -96,79 +82,3 @@ def is_local() -> bool:
     """
     context = ray.get_runtime_context()
     return bool(context.namespace == LOCAL) and context.get_actor_id() is None
-
-
-class _EventBuffer:
-    """Holds events until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def add(self, event: Event) -> None:
-        self.events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-
-class EventCollector:
-    """The driver's end: fetches events in a thread and shows them. Sendable to workers."""
-
-    def __init__(self, actor: ActorHandle) -> None:
-        self._actor = actor
-        self._failures = 0
-
-    def reporter(self, key: str, task: int | None = None) -> Report:
-        """Make the function through which a piece of work reports; it never waits."""
-
-        def report(metrics: Mapping[str, float], step: int) -> None:
-            self._actor.add.remote(Event(key, step, dict(metrics), task=task))
-
-        return report
-
-    def add_images(self, key: str, step: int, images: NDArray[np.uint8]) -> None:
-        """Report a grid of images, ``(B, H, W, C)``."""
-        self._actor.add.remote(Event(key, step, {}, images))
-
-    def show(self, view: ProgressView) -> None:
-        """Fetch what came in and show it; a board that died is no reason to stop the work."""
-        try:
-            events: list[Event] = ray.get(self._actor.drain.remote())
-        except RayActorError:
-            self._failures += 1
-            if self._failures == 1:
-                logger.warning("the progress board died; it starts again, what it held is lost")
-            elif self._failures == FAILURES_UNTIL_SAID:
-                logger.warning(
-                    "the Ray cluster does not answer. Ray gives its head a minute, then ends this "
-                    "process; the same command goes on from there on another cluster"
-                )
-            return
-        self._failures = 0
-        for event in events:
-            view.show(event)
-
-
-@contextlib.contextmanager
-def board(view: ProgressView) -> Iterator[EventCollector]:
-    """Start a board on the driver's node and show what it gets for as long as needed."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote = ray.remote(num_cpus=0, max_restarts=-1)(_EventBuffer)
-    actor: Any = remote.options(scheduling_strategy=here).remote()
-    handle, stop = EventCollector(actor), threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            handle.show(view)
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield handle
-        stop.set()
-        thread.join()
-        handle.show(view)
-    finally:
-        stop.set()
-        ray.kill(actor)

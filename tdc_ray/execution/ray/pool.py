@@ -13,15 +13,16 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.events import Finished, Started
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.execution.ray.cluster import EventCollector, is_alive, node_resources
+from tdc_ray.execution.ray.cluster import is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
+from tdc_ray.execution.ray.event_collector import EventCollector
 from tdc_ray.execution.ray.service import Service, start_service
-from tdc_ray.execution.ray.workers import WorkerGroup, needs
+from tdc_ray.execution.ray.workers import WorkerGroup, check_capacity, needs
 from tdc_ray.execution.retry import Action, Failure
 from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.reporting.progress import ProgressView
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +66,24 @@ class Pool:
     def __init__(
         self,
         compute: ComputeConfig,
-        board: EventCollector,
-        view: ProgressView,
+        events: EventCollector,
         timeline: Timeline | None = None,
         sharing: CacheSession | None = None,
         services: Mapping[str, Service] | None = None,
     ) -> None:
         self._compute = compute
-        self._board, self._view, self._timeline = board, view, timeline or Timeline(None)
+        self._events, self._timeline = events, timeline or Timeline(None)
         self._sharing = sharing or CacheSession(None)
         self._services = services or {}
         self._service_actors: dict[str, ActorHandle] = {}
-        self._crew = WorkerGroup(compute, board, self._timeline)
+        self._crew = WorkerGroup(compute, events.remote, self._timeline)
         self._running: dict[int, _Running] = {}
 
     def __enter__(self) -> "Pool":
         self._service_actors = {
             name: start_service(name, service) for name, service in self._services.items()
         }
-        self._crew.check()
+        check_capacity(self._compute)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,7 +170,7 @@ class Pool:
         if run is None:
             schedule.defer(task)
             return
-        self._view.start(item.key, item.num_steps, task.number)
+        self._events(Started(item.key, item.num_steps, task.number))
         self._timeline.add(
             "start",
             task=task.number,
@@ -182,7 +182,7 @@ class Pool:
         )
         if item.service is not None:
             actor = self._service_actors[item.service]
-            ref: ray.ObjectRef = actor.run.remote(item, self._board, task.number)
+            ref: ray.ObjectRef = actor.run.remote(item, self._events.remote, task.number)
             self._running[task.number] = _Running(task, ref, {ref: ""})
             return
         actors = self._crew.actors(task.workers)
@@ -265,7 +265,7 @@ class Pool:
     def _end(self, task: Assignment, outcome: str) -> None:
         del self._running[task.number]
         self._sharing.end(task.item)
-        self._view.finish(task.number)
+        self._events(Finished(task.item.key, task.number))
         self._timeline.add("end", task=task.number, outcome=outcome)
 
 

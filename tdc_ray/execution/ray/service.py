@@ -10,8 +10,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.errors import TdcError
+from tdc_ray.execution.events import EventSink, reporter
 from tdc_ray.execution.item import AnyItem, Report
-from tdc_ray.execution.ray.cluster import EventCollector
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -47,8 +47,8 @@ class _ServiceActor:
     def check(self) -> None:
         self._servant.check()
 
-    def run(self, item: AnyItem, events: EventCollector, task: int | None = None) -> Any:
-        return self._servant.run(item, events.reporter(item.key, task))
+    def run(self, item: AnyItem, events: EventSink, task: int | None = None) -> Any:
+        return self._servant.run(item, reporter(events, item.key, task))
 
 
 def start_service(name: str, service: Service) -> Any:

@@ -16,8 +16,9 @@ from ray.exceptions import RayActorError, RayError
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
+from tdc_ray.execution.events import EventSink, reporter
 from tdc_ray.execution.item import AnyItem, Resources, Runner
-from tdc_ray.execution.ray.cluster import EventCollector, is_local, node_resources
+from tdc_ray.execution.ray.cluster import is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.execution.timeline import Timeline
@@ -47,13 +48,13 @@ SECONDS_TO_ANSWER = 5.0
 class _Worker:
     """A process that runs items, one at a time."""
 
-    def __init__(self, num_threads: int, board: EventCollector, *, tf32: bool) -> None:
+    def __init__(self, num_threads: int, events: EventSink, *, tf32: bool) -> None:
         from tdc_ray.execution.device import (
             configure_worker,
         )  # torch: the driver of a pool may do without
 
         configure_worker(num_threads, tf32=tf32)
-        self.board = board
+        self.events = events
 
     def where(self) -> str:
         """Name the node; an answer also says that the worker is alive."""
@@ -66,7 +67,7 @@ class _Worker:
             return f"{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
 
     def run(self, item: AnyItem, run: Runner, task: int, rank: Rank | None) -> Any:
-        report = self.board.reporter(item.key, task)
+        report = reporter(self.events, item.key, task)
         if rank is None:
             return run(item, report)
         with as_rank(rank):
@@ -93,39 +94,15 @@ class _WorkerHandle:
 class WorkerGroup:
     """Workers, by name."""
 
-    def __init__(self, compute: ComputeConfig, board: EventCollector, timeline: Timeline) -> None:
-        gpus = compute.gpus_per_measurement
-        self.default = Resources(
-            compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus
-        )
+    def __init__(self, compute: ComputeConfig, events: EventSink, timeline: Timeline) -> None:
+        self.default = default_resources(compute)
         """What a worker takes for items that do not say it."""
 
-        self._compute, self._board, self._timeline = compute, board, timeline
+        self._compute, self._events, self._timeline = compute, events, timeline
         self._hired: dict[str, _WorkerHandle] = {}
         self._starting: dict[ray.ObjectRef, str] = {}
         self._numbers, self._failed_starts = itertools.count(), 0
         self._last_failed_start = -math.inf
-
-    def check(self) -> None:
-        """Make sure that a cluster that cannot grow is large enough.
-
-        Raises:
-            ClusterError: It is not.
-        """
-        training = Resources(self._compute.cpus_per_actor, self._compute.gpus_per_actor)
-        for resources, number in (
-            (self.default, 1),
-            (training, self._compute.workers_per_finetune),
-        ):
-            fits = num_fitting(node_resources(), needs(resources))
-            if is_local() and min(fits, self._compute.num_actors or fits) < number:
-                raise ClusterError(
-                    f"{number} actors of {needs(resources)} are needed at once, of which "
-                    f"{fits} fit on the nodes {node_resources()} and compute.num_actors allows "
-                    f"{self._compute.num_actors or 'all'}. Change compute.cpus_per_actor, "
-                    "compute.gpus_per_actor, compute.workers_per_finetune or compute.num_actors, "
-                    "or use a larger cluster."
-                )
 
     def ready(self) -> dict[str, Resources]:
         """Name the workers that are there, with what they take."""
@@ -266,11 +243,37 @@ class WorkerGroup:
             scheduling_strategy="SPREAD",
         )
         actor: Any = remote(_Worker).remote(
-            max(1, int(resources.cpus)), self._board, tf32=self._compute.tf32
+            max(1, int(resources.cpus)), self._events, tf32=self._compute.tf32
         )
         name = f"worker-{next(self._numbers)}"
         self._hired[name] = _WorkerHandle(actor, resources)
         self._starting[actor.where.remote()] = name
+
+
+def default_resources(compute: ComputeConfig) -> Resources:
+    """Return what a worker takes for items that do not say it."""
+    gpus = compute.gpus_per_measurement
+    return Resources(compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus)
+
+
+def check_capacity(compute: ComputeConfig) -> None:
+    """Check that a cluster that cannot grow has room for the workers of every item.
+
+    Raises:
+        ClusterError: It has not.
+    """
+    training = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
+    kinds = (default_resources(compute), 1), (training, compute.workers_per_finetune)
+    for resources, number in kinds:
+        fits = num_fitting(node_resources(), needs(resources))
+        if is_local() and min(fits, compute.num_actors or fits) < number:
+            raise ClusterError(
+                f"{number} actors of {needs(resources)} are needed at once, of which {fits} fit "
+                f"on the nodes {node_resources()} and compute.num_actors allows "
+                f"{compute.num_actors or 'all'}. Change compute.cpus_per_actor, "
+                "compute.gpus_per_actor, compute.workers_per_finetune or compute.num_actors, or "
+                "use a larger cluster."
+            )
 
 
 def needs(resources: Resources) -> dict[str, float]:

@@ -16,16 +16,15 @@ from tdc_ray import errors
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
-from tdc_ray.execution.ray.cluster import EventCollector, is_local, node_resources
+from tdc_ray.execution.events import EventSink, Finished, Started
+from tdc_ray.execution.ray.cluster import is_local, node_resources
+from tdc_ray.execution.ray.event_collector import EventCollector
 from tdc_ray.execution.scheduler import num_fitting
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.object_store import filesystem, is_remote
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-
-KEY = "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,14 @@ class BaseJob:
 
     run_dir: RunDir
     config: RunConfig
-    board: EventCollector
+    key: str
+    """What it is called in events."""
+
+    events: EventSink
 
 
 def train_base_on_ray(
-    run_dir: RunDir, config: RunConfig, board: EventCollector, view: ProgressView
+    run_dir: RunDir, config: RunConfig, key: str, events: EventCollector
 ) -> None:
     """Train the base on the cluster; a base that is done is left alone.
 
@@ -55,7 +57,7 @@ def train_base_on_ray(
     resources = _resources(config.compute)
     trainer = _Trainer(
         _work,
-        train_loop_config={"job": BaseJob(run_dir, config, board)},
+        train_loop_config={"job": BaseJob(run_dir, config, key, events.remote)},
         scaling_config=ScalingConfig(
             num_workers=config.compute.num_base_workers,
             use_gpu=config.compute.gpus_per_base_worker > 0,
@@ -69,14 +71,14 @@ def train_base_on_ray(
         ),
     )
     remove(_error_path(run_dir))
-    view.start(KEY, config.base.num_steps)
+    events(Started(key, config.base.num_steps))
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         if not exists(_error_path(run_dir)):
-            raise WorkFailedError({KEY: str(error)}) from error
+            raise WorkFailedError({key: str(error)}) from error
     finally:
-        view.finish(KEY)
+        events(Finished(key))
     if exists(_error_path(run_dir)):
         document = read_json(_error_path(run_dir))
         raise getattr(errors, document["type"])(*document["arguments"])
@@ -103,7 +105,7 @@ def _work(settings: dict[str, Any]) -> None:
     from tdc_ray.runs.stages.base_worker import train_rank
 
     try:
-        train_rank(job.run_dir, job.config, job.board)
+        train_rank(job.run_dir, job.config, job.key, job.events)
     except StorageFailedError:
         raise
     except TdcError as error:

@@ -2,30 +2,27 @@
 
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import ray.train.torch
-from diffusers import UNet2DModel
 from ray.train import Checkpoint
-from torch import nn
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.train import TrainState
 from tdc_ray.execution.device import WorkerRank, configure_worker
+from tdc_ray.execution.events import EventSink, Reported, ignore, reporter
 from tdc_ray.execution.item import ItemResult
-from tdc_ray.execution.ray.cluster import EventCollector
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.runs.stages.base import BaseResult, sample_grid, train_base
-from tdc_ray.runs.stages.base_trainer import KEY
 from tdc_ray.storage.run_dir import RunDir
 
 STATE_FILE = "state.pt"
 
 
-def train_rank(run_dir: RunDir, config: RunConfig, board: EventCollector) -> None:
+def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) -> None:
     """Train as one of the workers, from the last checkpoint on; the first one saves the base.
 
     Raises:
@@ -44,41 +41,24 @@ def train_rank(run_dir: RunDir, config: RunConfig, board: EventCollector) -> Non
         if rank != 0:
             ray.train.report({"step": state.step})
             return
-        board.add_images(KEY, state.step, sample_grid(state, config).numpy())
+        events(Reported(key, state.step, {}, sample_grid(state, config).numpy()))
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE_FILE)
             ray.train.report({"step": state.step}, checkpoint=Checkpoint.from_directory(folder))
 
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        state = _train(config, place, None, board, save)
-    else:
-        with checkpoint.as_directory() as folder:
-            state = _train(config, place, Path(folder) / STATE_FILE, board, save)
+    with ExitStack() as stack:
+        folder = checkpoint and stack.enter_context(checkpoint.as_directory())
+        state = train_base(
+            config,
+            place,
+            resume_from=Path(folder) / STATE_FILE if folder else None,
+            wrap=ray.train.torch.prepare_model,
+            report=reporter(events if rank == 0 else ignore, key),
+            save=save,
+        )
     if rank == 0:
         _finish(run_dir, config, state, time.perf_counter() - started)
-
-
-def _train(
-    config: RunConfig,
-    place: WorkerRank,
-    resume_from: Path | None,
-    board: EventCollector,
-    save: Any,
-) -> TrainState:
-    return train_base(
-        config,
-        place,
-        resume_from=resume_from,
-        wrap=_wrap,
-        report=board.reporter(KEY) if place.rank == 0 else lambda _metrics, _step: None,
-        save=save,
-    )
-
-
-def _wrap(unet: UNet2DModel) -> nn.Module:
-    wrapped: nn.Module = ray.train.torch.prepare_model(unet)
-    return wrapped
 
 
 def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: float) -> None:

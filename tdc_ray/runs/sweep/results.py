@@ -73,6 +73,16 @@ class TrialRow:
     """That finished the run."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrialFinished:
+    """An event: a run of a sweep is done; comes again when the sweep is resumed."""
+
+    config: RunConfig
+    """The settings that the sweep varies."""
+
+    row: TrialRow
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingSummary:
     """What the runs of a setting with all seeds come to."""

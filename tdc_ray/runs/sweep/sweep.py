@@ -24,13 +24,13 @@ from ray.tune.search.optuna import OptunaSearch
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
+from tdc_ray.execution.events import EventSink, Sinks
 from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import Service, start_service
-from tdc_ray.execution.ray.workers import WorkerGroup
-from tdc_ray.execution.timeline import Timeline
+from tdc_ray.execution.ray.workers import check_capacity
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
-from tdc_ray.reporting.hparams import write_session
+from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.sources import pretrained_base
@@ -38,6 +38,7 @@ from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import (
     SweepResults,
+    TrialFinished,
     TrialRow,
     begun,
     ended_row,
@@ -60,7 +61,7 @@ from tdc_ray.runs.sweep.trial import TrialSpec, failure_of, point_of, run_trial
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 
-STORE_DIR, HPARAMS_DIR = "store", "hparams"
+STORE_DIR = "store"
 TRIAL_BYTES = 128 * 1024**2
 """Memory by which Ray places trials. They take no CPU: it would be missing to their work."""
 
@@ -88,6 +89,8 @@ def sweep(
     folder: Path,
     points: Sequence[Params] | None = None,
     store: Path | None = None,
+    sinks: Sequence[EventSink] = (),
+    sinks_for: SinksFor = no_sinks,
 ) -> SweepResults:
     """Search settings, or go on, and give what came out, which ``sweep.json`` holds too.
 
@@ -98,6 +101,8 @@ def sweep(
         folder: The sweep's folder, or its URI.
         points: Settings of a grid, where not every combination is meant.
         store: What its trials share, with other runs too; None: a folder in the sweep's.
+        sinks: What takes the sweep's events: `TrialFinished`.
+        sinks_for: Makes what takes a trial's, in the trial's process.
 
     Raises:
         TdcError: What cannot work, before any work where that can be known.
@@ -114,9 +119,9 @@ def sweep(
         os.environ.setdefault(name, value)
     with hold_lease(folder), connected(local_cpus(config.compute), dashboard=True):
         check_cluster(config.compute)
-        nobody: Any = None
-        WorkerGroup(config.compute, nobody, Timeline(None)).check()
-        table = _Table(folder, store, config, begun(folder, config, space, how))
+        check_capacity(config.compute)
+        rows = begun(folder, config, space, how)
+        table = _Table(folder, store, config, rows, Sinks(sinks), sinks_for)
         asks = "llm" in (config.prune.method, *_values(space.get("prune.method")))
         shared = [start_claim_registry(store)]  # lives as long as this
         if asks:
@@ -161,12 +166,19 @@ def _values(domain: Domain | None) -> tuple[Any, ...]:
 
 
 class _Table(tune.Callback):
-    """The rows of a sweep: written whenever a trial begins or ends, with TensorBoard's HParams."""
+    """The rows of a sweep: written whenever a trial begins or ends."""
 
     def __init__(
-        self, folder: Path, store: Path, config: RunConfig, results: SweepResults
+        self,
+        folder: Path,
+        store: Path,
+        config: RunConfig,
+        results: SweepResults,
+        events: EventSink,
+        sinks_for: SinksFor,
     ) -> None:
         self.folder, self.store, self.config, self.results = folder, store, config, results
+        self.events, self.sinks_for = events, sinks_for
         self.session = secrets.token_hex(8)
         self.rows = {row.name: row for row in results.rows}
         for row in self.rows.values():  # the driver may have died before it wrote of its end
@@ -222,7 +234,7 @@ class _Table(tune.Callback):
     def _take(self, row: TrialRow) -> None:
         self.rows[row.name] = row
         if row.status == "done":
-            write_session(self.folder / HPARAMS_DIR, self.config, row)
+            self.events(TrialFinished(self.config, row))
 
 
 def _run_grid(table: _Table, points: Sequence[Params], how: SweepConfig) -> None:
@@ -282,7 +294,15 @@ def _fit(
 ) -> None:
     """Let Ray Tune run the trials."""
     stop_early = how.stop_early
-    job = TrialSpec(table.folder, table.config, table.store, how.seeds, stop_early, table.session)
+    job = TrialSpec(
+        table.folder,
+        table.config,
+        table.store,
+        how.seeds,
+        stop_early,
+        table.session,
+        table.sinks_for,
+    )
 
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, job, tune.report)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import TdcError, WorkFailedError
 from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.events import Reported
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.reporting.progress import Event
+from tdc_ray.runs.events import SinksFor
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
 from tdc_ray.runs.sweep.results import started_row
@@ -43,6 +42,8 @@ class TrialSpec:
     stop_early: bool
     session: str
     """Of the call of the sweep."""
+
+    sinks_for: SinksFor
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
@@ -75,15 +76,17 @@ def _run(job: TrialSpec, params: Params, seed: int, report: TuneReport) -> Resul
         raise WorkFailedError({row.name: told["error"]})
     remove(failed)
 
-    def listen(event: Event) -> None:
-        if job.stop_early and event.key == "base" and "loss" in event.metrics:
-            report({"loss": event.metrics["loss"], "base_step": event.step})
+    def report_loss(event: object) -> None:
+        match event:
+            case Reported("base", step, {"loss": loss}) if job.stop_early:
+                report({"loss": loss, "base_step": step})
 
     sharing = CacheSession(ResultCache(job.store, display_path(run_dir.root)))
     with log_to(run_dir.log), sharing, sharing.turn(row.name):
         try:
             config = applied(job.config, params, seed)
-            return run(config, run_dir.root, Console(quiet=True), job.store, listen)
+            sinks = [*job.sinks_for(run_dir), report_loss]
+            return run(config, run_dir.root, sinks, job.store)
         except Exception as error:
             logger.exception("the run failed")
             is_ours = isinstance(error, TdcError)

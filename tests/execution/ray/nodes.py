@@ -19,15 +19,13 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
 from ray.cluster_utils import Cluster
-from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.item import Report, Result, WorkItem
-from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import History, Timeline, load_history
-from tdc_ray.reporting.progress import ProgressView
 
 
 def wait(job: tuple[float, Path], _report: Report) -> Result:
@@ -50,9 +48,8 @@ def pooled(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            ProgressView(folder / "tensorboard", Console(quiet=True)) as view,
-            board(view) as events,
-            Pool(compute, events, view, Timeline(folder / "timeline.jsonl")) as pool,
+            collecting([]) as events,
+            Pool(compute, events, Timeline(folder / "timeline.jsonl")) as pool,
         ):
             chains = {f"c{i}": chain(folder, f"c{i}", seconds) for i in range(num_chains)}
             thread = threading.Thread(target=pool.run, args=(chains,))

@@ -9,26 +9,24 @@ from pathlib import Path
 
 import pytest
 import ray
-from rich.console import Console
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError, WorkFailedError
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import Resources, WorkItem
-from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json, write_json
 
 pytestmark = pytest.mark.ray
 
 
 class TimedPool(Pool):
-    def __init__(self, compute, events, view, path, services):
+    def __init__(self, compute, events, path, services):
         self.timeline_path, self.timeline = path, Timeline(path)
-        super().__init__(compute, events, view, self.timeline, services=services)
+        super().__init__(compute, events, self.timeline, services=services)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,8 @@ def pool(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     compute = ComputeConfig(num_actors=2, max_attempts=2)
     services = {"waiting": Service(Waiting, max_concurrency=4)}
     with (
-        ProgressView(folder, Console(quiet=True)) as view,
-        board(view) as events,
-        TimedPool(compute, events, view, folder / "timeline.jsonl", services) as pool,
+        collecting([]) as events,
+        TimedPool(compute, events, folder / "timeline.jsonl", services) as pool,
     ):
         yield pool
 
@@ -164,11 +161,10 @@ def test_an_item_with_an_error_of_its_own_fails_at_once_and_the_others_finish(po
 
 def test_a_pool_that_does_not_fit_is_refused(ray_cluster, tmp_path):
     with (
-        ProgressView(tmp_path, Console(quiet=True)) as view,
-        board(view) as events,
+        collecting([]) as events,
         pytest.raises(ClusterError, match=r"compute\.cpus_per_actor"),
     ):
-        Pool(ComputeConfig(cpus_per_actor=1000), events, view).__enter__()
+        Pool(ComputeConfig(cpus_per_actor=1000), events).__enter__()
 
 
 # --- workers that come and go ----------------------------------------------------------------

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import ray
-from rich.console import Console
 
 from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.execution.ray.cluster import EventCollector, board
+from tdc_ray.execution.ray.event_collector import EventCollector, collecting
 from tdc_ray.execution.ray.service import Servant, Service, start_service
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
 
 pytestmark = pytest.mark.ray
@@ -22,8 +20,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def events(ray_cluster: None, tmp_path: Path) -> Iterator[EventCollector]:
     with (
-        ProgressView(tmp_path / "tensorboard", Console(quiet=True)) as view,
-        board(view) as events,
+        collecting([]) as events,
     ):
         yield events
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import ray
-from rich.console import Console
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.execution.item import Report, Result, WorkItem
-from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import (
@@ -26,7 +25,6 @@ from tdc_ray.pruning.llm.transcripts import (
 )
 from tdc_ray.pruning.proxies.language_model import AskJob, propose_by_llm
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.storage.files import read_json
 from tests.pruning.llm.openai_server import says, serving
 from tests.pruning.requests import NAMES, TASK
@@ -85,8 +83,7 @@ def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monk
 
     with (
         serving(says(GOOD)) as server,
-        ProgressView(tmp_path / "tensorboard", Console(quiet=True)) as view,
-        board(view) as events,
+        collecting([]) as events,
     ):
         # replayed transcripts need no key before the actor has one
         path = transcript_path(tmp_path / "earlier" / "proxy", 0, 0)

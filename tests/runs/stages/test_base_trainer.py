@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.load import load_dataset
@@ -11,10 +10,9 @@ from tdc_ray.diffusion.loss import denoising_loss
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.errors import ClusterError, NonFiniteLossError
-from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, load_unet
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import read_json
@@ -26,10 +24,9 @@ pytestmark = pytest.mark.ray
 def train(config, folder: Path) -> RunDir:
     run_dir = RunDir(folder)
     with (
-        ProgressView(run_dir.tensorboard, Console(quiet=True)) as view,
-        board(view) as events,
+        collecting([]) as events,
     ):
-        train_base_on_ray(run_dir, config, events, view)
+        train_base_on_ray(run_dir, config, "base", events)
     return run_dir
 
 

@@ -4,14 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from rich.console import Console
 
-from tdc_ray.execution.ray.cluster import board
+from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import held_out_loss
-from tdc_ray.reporting.progress import ProgressView
 from tdc_ray.runs.stages.finetune import finetune_item
 from tests.small import make_run_dir, small_config, task_of
 
@@ -45,9 +43,8 @@ def test_two_workers_fine_tune_one_expert_and_go_on_after_a_kill(ray_cluster, tm
             return result
 
         with (
-            ProgressView(tmp_path / "tensorboard", Console(quiet=True)) as view,
-            board(view) as events,
-            Pool(config.compute, events, view) as pool,
+            collecting([]) as events,
+            Pool(config.compute, events) as pool,
         ):
             result = pool.run({"expert": chain()})["expert"]
         expert = load_expert(run_dir.expert(task.group.index))

@@ -1,0 +1,101 @@
+"""Brings what workers report to the sinks of the driver."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tdc_ray.execution.events import EventSink, Sinks, listening
+
+SECONDS_BETWEEN_FETCHES = 0.5
+
+FAILURES_UNTIL_WARNING = 5
+"""In a row, until the log says that it may be more than the buffer; each takes some seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+class _EventBuffer:
+    """Holds events until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+
+    def add(self, event: object) -> None:
+        self.events.append(event)
+
+    def drain(self) -> list[object]:
+        events, self.events = self.events, []
+        return events
+
+
+class RemoteSink:
+    """The sink of a worker, to which it is sent: passes events on without waiting."""
+
+    def __init__(self, buffer: ActorHandle) -> None:
+        self.buffer = buffer
+
+    def __call__(self, event: object) -> None:
+        """Send an event to the driver."""
+        self.buffer.add.remote(event)
+
+
+class EventCollector(Sinks):
+    """The driver's sinks, to which the events of workers come too."""
+
+    def __init__(self, sinks: Sequence[EventSink], buffer: ActorHandle) -> None:
+        super().__init__(sinks)
+        self.remote = RemoteSink(buffer)
+        """What workers get."""
+
+        self._failures = 0
+
+    def forward(self) -> None:
+        """Pass on what came in; a buffer that died is no reason to stop the work."""
+        try:
+            events: list[object] = ray.get(self.remote.buffer.drain.remote())
+        except RayActorError:
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning("the event buffer died; it starts again, what it held is lost")
+            elif self._failures == FAILURES_UNTIL_WARNING:
+                logger.warning(
+                    "the Ray cluster does not answer. Ray gives its head a minute, then ends this "
+                    "process; the same command resumes on another cluster"
+                )
+            return
+        self._failures = 0
+        for event in events:
+            self(event)
+
+
+@contextmanager
+def collecting(sinks: Sequence[EventSink]) -> Iterator[EventCollector]:
+    """Enter sinks, and pass on to them what workers report, while the block runs."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote = ray.remote(num_cpus=0, max_restarts=-1)(_EventBuffer)
+    buffer: Any = remote.options(scheduling_strategy=here).remote()
+    stop = threading.Event()
+
+    def forward() -> None:
+        while not stop.wait(SECONDS_BETWEEN_FETCHES):
+            events.forward()
+
+    with listening(sinks):
+        events = EventCollector(sinks, buffer)
+        thread = threading.Thread(target=forward, name="events", daemon=True)
+        thread.start()
+        try:
+            yield events
+            stop.set()
+            thread.join()
+            events.forward()
+        finally:
+            stop.set()
+            ray.kill(buffer)

@@ -1,0 +1,60 @@
+"""Who listens to a run: what the command line attaches to it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.execution.events import EventSink
+from tdc_ray.reporting.console import plot_plan
+from tdc_ray.reporting.progress import ProgressBars
+from tdc_ray.reporting.tensorboard import TensorBoard
+from tdc_ray.reporting.workers import plot_timeline
+from tdc_ray.runs import run as run_module
+from tdc_ray.runs.events import PlanMade, WorkersUsed
+from tdc_ray.runs.results import Results
+from tdc_ray.storage.files import exists
+from tdc_ray.storage.object_store import resolve_path
+from tdc_ray.storage.run_dir import RunDir
+
+
+class Plots:
+    """A sink that draws ``plan.png`` and ``timeline.png``."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+
+    def __call__(self, event: object) -> None:
+        """Draw what an event is about."""
+        match event:
+            case PlanMade(plan) if not exists(self._run_dir.plan_plot):
+                plot_plan(plan, self._run_dir.plan_plot)
+            case WorkersUsed(history):
+                plot_timeline(history, self._run_dir.timeline_plot)
+
+
+def default_sinks(run_dir: RunDir, console: Console) -> Sequence[EventSink]:
+    """Return bars or log lines, plots, and TensorBoard, which shows the plots."""
+    return ProgressBars(console), Plots(run_dir), TensorBoard(run_dir)
+
+
+def trial_sinks(run_dir: RunDir) -> Sequence[EventSink]:
+    """Return the sinks of a run that has no terminal."""
+    return default_sinks(run_dir, Console(quiet=True))
+
+
+def run(config: RunConfig, folder: Path, console: Console, store: Path | None = None) -> Results:
+    """Do or resume a whole run, as ``runs.run`` does, with the default sinks.
+
+    Args:
+        config: The settings.
+        folder: The run directory, or its URI.
+        console: Where progress is shown.
+        store: What runs share, a folder or a URI; None means that all is computed here.
+
+    Raises:
+        TdcError: What went wrong, said before work starts wherever that can be known.
+    """
+    sinks = default_sinks(RunDir(resolve_path(folder).resolve()), console)
+    return run_module.run(config, folder, sinks, store)

@@ -1,0 +1,54 @@
+"""What a run tells beside the reports of its work; see ``tdc_ray.execution.events``."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tdc_ray.diffusion.plan import Plan
+from tdc_ray.execution.events import EventSink
+from tdc_ray.execution.timeline import History, WorkerUsage
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.storage.run_dir import RunDir
+
+SinksFor = Callable[[RunDir], Sequence[EventSink]]
+"""Makes the sinks of a run; a module-level function, so that it can be sent to a trial."""
+
+
+def no_sinks(_run_dir: RunDir) -> Sequence[EventSink]:
+    """Make no sinks."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade:
+    """The timesteps are grouped; comes at every start of a run."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateMeasured:
+    """A candidate is in the memory bank; those of earlier starts come again at every start."""
+
+    entry: MemoryEntry
+    step: int
+    """Which of its group's candidates it is, counted from 1, were all rounds full."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesSampled:
+    """A model's images were scored."""
+
+    model: str
+    """``base`` or ``tdc``."""
+
+    path: Path
+    """The first of their files."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersUsed:
+    """All work is done: who did what when, and how well each phase used the workers."""
+
+    history: History
+    usage: Sequence[WorkerUsage]
