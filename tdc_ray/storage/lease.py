@@ -129,7 +129,7 @@ class _Lease:
         """
         if not is_remote(self.path):
             with contextlib.suppress(FileExistsError):  # of several drivers one makes the file
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                self.path.touch(exist_ok=False)
                 self._write()
                 return
         before = _read(self.path)
@@ -188,7 +188,7 @@ class _Lease:
         def interrupt(*_: object) -> None:
             if not self._interrupted:  # once: a second one would cut short what the first one ends
                 self._interrupted = True
-                raise KeyboardInterrupt  # what Ray heeds while it waits
+                raise KeyboardInterrupt  # which ends Ray's waiting too
 
         before = signal.signal(_STOP, interrupt)
         self._main_thread = threading.get_ident()
@@ -213,17 +213,14 @@ class _Lease:
             object_store.write(self.path, content)
             return
         # In place: what NFS's clients know of a name may be older than what they know of a file.
-        file = os.open(self.path, os.O_CREAT | os.O_WRONLY)
-        try:
-            os.pwrite(file, content, 0)
-        finally:
-            os.close(file)
+        with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
+            file.write(content)
 
     def _lost_error(self) -> StorageError:
         return StorageError(
             f"run directory {display_path(self.run_dir)} was taken over by {self.lost_to}: this "
             "process was suspended, or cut off from the storage, for too long. It stops here and "
-            "the other one goes on."
+            "the other one continues."
         )
 
 
