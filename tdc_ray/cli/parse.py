@@ -1,13 +1,27 @@
-"""Parses the command line; tyro makes the flags from the commands' dataclasses."""
+"""Reads the command line; tyro makes the flags from the commands' dataclasses.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass, replace
-from itertools import pairwise
+What a preset, a base, a model or a run says of its settings are the defaults of all flags, so the
+arguments are read twice: at first for what decides the defaults, with no check of the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import SimpleNamespace
+from typing import Annotated, Any, Protocol, get_type_hints
 
 import tyro
+from rich.console import Console
+from tyro import MISSING
 from tyro.conf import OmitSubcommandPrefixes, subcommand
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from tdc_ray.cli.commands.export import Export
 from tdc_ray.cli.commands.import_base import Import
@@ -25,7 +39,9 @@ from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import resolve_path
+from tdc_ray.storage.run_dir import RunDir
 
 DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of timesteps.
 
@@ -33,43 +49,43 @@ tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
 
-Command = (
-    Run
-    | Sweep
-    | Plan
-    | Sample
-    | Report
-    | Status
-    | Simulate
-    | Prune
-    | Memory
-    | TrainAutoencoder
-    | Import
-    | Export
-)
+REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
+"""What stands for an argument that must be given, where ``--help`` or an error follows."""
+
+UNCHECKED = ConstructorRegistry()
+"""Reads settings whose checks need the right defaults: a plain namespace holds them."""
+
+
+class Command(Protocol):
+    """What a command line asks for."""
+
+    @property
+    def verbose(self) -> bool:
+        """Whether to log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Do it."""
+
+
+@UNCHECKED.struct_rule
+def _unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
+    names = getattr(info.type, "__pydantic_fields__", None)
+    if names is None:
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    fields = (StructFieldSpec(name, hints[name], getattr(info.default, name)) for name in names)
+    return StructConstructorSpec(SimpleNamespace, tuple(fields))
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Parse in two passes: the preset decides the defaults of all other flags."""
-    config = _with_costs(_with_base(preset(_preset_name(arguments)), arguments), arguments)
-    missing: Any = tyro.MISSING
-    prune = Prune(model_dir=missing, out=missing, config=_config_of_model(config, arguments))
-    autoencoder = TrainAutoencoder(config=AutoencoderConfig(), out=missing)
-    imported = Import(source=missing, out=missing, config=config)
-    choices = (
-        Annotated[Run, subcommand("run", default=Run(config=config))]
-        | Annotated[Sweep, subcommand("sweep", default=Sweep(config=config, vary=missing))]
-        | Annotated[Plan, subcommand("plan", default=Plan(config=config))]
-        | Annotated[Sample, subcommand("sample")]
-        | Annotated[Prune, subcommand("prune", default=prune)]
-        | Annotated[Export, subcommand("export")]
-        | Annotated[Report, subcommand("report")]
-        | Annotated[Status, subcommand("status")]
-        | Annotated[Simulate, subcommand("simulate", default=Simulate(config=config))]
-        | Annotated[Memory, subcommand("memory")]
-        | Annotated[TrainAutoencoder, subcommand("train-autoencoder", default=autoencoder)]
-        | Annotated[Import, subcommand("import", default=imported)]
-    )
+    """Return the command of a command line.
+
+    Raises:
+        ConfigError: A setting is out of its range, or two settings disagree.
+        CheckpointError: The base or the model that is named does not exist, or is malformed.
+    """
+    commands = _commands(_defaults(arguments)).items()
+    choices: Any = reduce(or_, (Annotated[type(c), subcommand(n, default=c)] for n, c in commands))
     command: Command = tyro.cli(
         choices,
         args=list(arguments),
@@ -80,37 +96,74 @@ def parse(arguments: Sequence[str]) -> Command:
     return command
 
 
-def _preset_name(arguments: Sequence[str]) -> str:
-    return _value_of("--preset", arguments) or "digits"
+def _commands(config: RunConfig) -> dict[str, Command]:
+    """Return every command with its defaults, by name."""
+    missing: Any = MISSING
+    return {
+        "run": Run(config=config),
+        "sweep": Sweep(config=config, vary=missing),
+        "plan": Plan(config=config),
+        "sample": Sample(run=missing),
+        "prune": Prune(model_dir=missing, out=missing, config=config),
+        "export": Export(run=missing, out=missing),
+        "report": Report(runs=missing),
+        "status": Status(run=missing),
+        "simulate": Simulate(config=config),
+        "memory": Memory(run=missing),
+        "train-autoencoder": TrainAutoencoder(config=AutoencoderConfig(), out=missing),
+        "import": Import(source=missing, out=missing, config=config),
+    }
 
 
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
+def _defaults(arguments: Sequence[str]) -> RunConfig:
+    """Return the settings that the flags of a run start from."""
+    command = _first_reading(arguments)
+    if command is None:
+        return preset("digits")
+    named = command.config.preset
+    config = preset(named or "digits")
+    if isinstance(command, Prune):
+        return _of_model(command.model_dir, config, has_preset=bool(named))
+    if isinstance(command, Simulate):
+        return config if named else _of_costs(command.simulation.costs, config)
+    source = command.source if isinstance(command, Import) else command.config.model.base
+    return config if not source else _of_base(source, config, arguments, has_preset=bool(named))
 
 
-def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """Make what a given base tells the defaults of all flags.
+def _first_reading(arguments: Sequence[str]) -> Any:
+    """Return a command that has a run's settings, these unchecked; of other commands None."""
+    name = arguments[0] if arguments else ""
+    config = replace(preset("digits"), preset="")  # so that a preset that is named shows
+    command: Any = _commands(config).get(name)
+    if not isinstance(getattr(command, "config", None), RunConfig):
+        return None
+    required = {key: value for key, value in REQUIRED.items() if hasattr(command, key)}
+    return tyro.cli(
+        type(command),
+        args=[argument for argument in arguments[1:] if argument not in ("-h", "--help")],
+        prog=f"tdc-ray {name}",
+        default=replace(command, **required),
+        registry=UNCHECKED,
+    )
+
+
+def _of_base(
+    source: str, config: RunConfig, arguments: Sequence[str], *, has_preset: bool
+) -> RunConfig:
+    """Return settings with what a base says of its own.
 
     A preset that was named, or a flag, says what the data are; otherwise their resolution and
     channels are the base's, and of a run directory all settings come along.
 
     Raises:
-        ConfigError: The base does not tell its noise process, and nothing was named that has it.
+        ConfigError: The base does not say its noise process, and nothing was named that has it.
         CheckpointError: There is no such base.
     """
-    source = _source(arguments)
-    if source is None:
-        return config
     from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
     from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
-    base, has_preset = resolve_base(source), _value_of("--preset", arguments) is not None
+    base = resolve_base(source)
     missing = missing_settings(base.settings)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
@@ -129,69 +182,30 @@ def _with_base(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     return apply_settings(base.settings, config, with_data=not has_preset)
 
 
-def _with_costs(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """Make the settings of the run whose costs a simulation takes the defaults of its flags."""
-    costs = _value_of("--costs", arguments)
-    if arguments[:1] != ["simulate"] or costs is None or _value_of("--preset", arguments):
-        return config
-    from tdc_ray.storage.files import exists, read_json
-    from tdc_ray.storage.run_dir import RunDir
-
-    path = RunDir(resolve_path(costs)).config
-    return from_json(read_json(path)) if exists(path) else config
+def _of_costs(run: Path | None, config: RunConfig) -> RunConfig:
+    """Return the settings of the run whose costs a simulation takes, if there is one."""
+    path = RunDir(resolve_path(run)).config if run is not None else None
+    return config if path is None or not exists(path) else from_json(read_json(path))
 
 
-def _source(arguments: Sequence[str]) -> str | None:
-    """Find the base among the arguments, before they are parsed."""
-    if not arguments or arguments[0] not in ("run", "sweep", "plan", "import"):
-        return None
-    if arguments[0] != "import":
-        return _value_of("--base", arguments) or _value_of("--model.base", arguments)
-    return next(_free(arguments), None)
-
-
-def _free(arguments: Sequence[str]) -> Iterator[str]:
-    """Give the arguments behind the command that are neither flags nor the value of one."""
-    switches = {"--verbose", "--no-verbose"}
-    for stage, kind in get_type_hints(RunConfig).items():
-        for name, value in get_type_hints(kind).items() if is_dataclass(kind) else ():
-            if value is bool:
-                setting = name.replace("_", "-")
-                switches |= {f"--{stage}.{setting}", f"--{stage}.no-{setting}"}
-    for before, argument in pairwise(arguments):
-        flag = before.replace("_", "-")
-        takes_value = flag.startswith("--") and "=" not in flag and flag not in switches
-        if not argument.startswith("-") and not takes_value:
-            yield argument
-
-
-def _config_of_model(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """Make what the model that is to be pruned tells the defaults of all flags.
-
-    The settings of the run that trained it hold unless a preset is asked for; of another model
-    its noise process does.
+def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
+    """Return the settings of the run that trained a model, or with the model's noise process.
 
     Raises:
         ConfigError: The model is of a kind that cannot be pruned here.
         CheckpointError: It is malformed.
     """
-    if not arguments or arguments[0] != "prune":
-        return config
     from tdc_ray.runs.pretrained.settings import apply_settings
     from tdc_ray.runs.pretrained.sources import noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
-    for argument in _free(arguments):
-        try:
-            unet = unet_dir(Path(argument))
-        except CheckpointError:  # a second value of a flag, or it is told once all is parsed
-            continue
-        trained = run_config_of(unet)
-        if trained is None:
-            return apply_settings(noise_settings(argument), config, with_data=True)
-        if _value_of("--preset", arguments):
-            return config
-        prune = trained.prune
-        method = "offline" if prune.method == "none" else prune.method
-        return replace(trained, prune=replace(prune, method=method, halving_steps=0))
-    return config
+    try:
+        trained = run_config_of(unet_dir(model))
+    except CheckpointError:  # the command says so
+        return config
+    if trained is None:
+        return apply_settings(noise_settings(str(model)), config, with_data=True)
+    if has_preset:
+        return config
+    method = "offline" if trained.prune.method == "none" else trained.prune.method
+    return replace(trained, prune=replace(trained.prune, method=method, halving_steps=0))
