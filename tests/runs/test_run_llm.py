@@ -18,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tdc_ray.errors import ProxyError
 from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.results import load_results
+from tdc_ray.storage.run_dir import RunDir
 from tests.pruning.llm.openai_server import Handler, echoes_key, fails, says, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 KEY = "sk-proj-Vw52-secretSECRET-18dn"
 COMMAND = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
-COMMAND += ["--plan.num-groups", "3", "--base.num-steps", "2", "--finetune.num-steps", "2"]
+COMMAND += ["--plan.num-groups", "3", "--finetune.num-steps", "2"]
 COMMAND += ["--evaluate.num-images", "20", "--evaluate.batch-size", "20", "--verbose"]
 COMMAND += ["--compute.num-actors", "1", "--prune.method", "llm"]
 COMMAND += ["--proxy.max-replies", "2", "--proxy.max-seconds", "20"]
@@ -45,12 +46,13 @@ def narrow_first_unit(handler: Handler) -> None:
     says(json.dumps({"schemes": [[{"unit": unit, "keep": 1}]]}))(handler)
 
 
-def test_a_run_asks_counts_and_keeps_the_key_to_itself(cache_dir, ray_dir, tmp_path):
+def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, ray_dir, tmp_path):
     script = [fails(429, Retry_After="0"), says("I would cut a lot."), echoes_key(401)]
     with serving(*script, narrow_first_unit) as server:
         environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         environment |= {"RAY_TMPDIR": str(ray_dir), "OMP_NUM_THREADS": "1"}
         flags = ["--run-dir", str(tmp_path / "run"), "--evaluate.cache-dir", str(cache_dir)]
+        flags += ["--model.base", str(RunDir(finished_run).base_unet)]
         done = subprocess.run(
             [*COMMAND, *flags], env=environment, capture_output=True, text=True, check=False
         )
