@@ -1,9 +1,9 @@
-"""What results follow from, as JSON values: the parts that stages put together for a store's keys.
+"""What results follow from, as JSON values: parts of the keys that stages cache results by.
 
 Left out are settings that change no result: where things lie, how often is logged or kept, and how
-many actors, CPUs or GPUs compute (``compute_settings.DECIDING`` are those that count). So the last
-bits of sums, which depend on threads and devices, are taken to be the same, as they are where a
-run is continued on another machine. A micro-batch counts: dropout draws by it.
+many actors, CPUs or GPUs compute (``config.compute.RESULT_FIELDS`` are those that count). So the
+last bits of sums, which depend on threads and devices, are taken to be the same, as they are where
+a run resumes on another machine. A micro-batch counts: dropout draws by it.
 """
 
 from dataclasses import asdict

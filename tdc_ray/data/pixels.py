@@ -21,7 +21,7 @@ def channels_first(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def to_size(images: Tensor, config: DataConfig) -> Tensor:
-    """Bring uint8 images to the size (shorter side, then a square from the middle) and colours.
+    """Resize uint8 images to the size (shorter side, then a square from the middle) and colours.
 
     Args:
         images: ``(N, C, H, W)``, of 1 or 3 channels.
@@ -48,7 +48,7 @@ def resize_all(
     config: DataConfig,
     to_tensor: Callable[[NDArray[np.uint8]], Tensor] = channels_first,
 ) -> Tensor:
-    """Bring an array of images to size, some at a time so that copies need bounded memory."""
+    """Resize an array of images, some at a time so that copies need bounded memory."""
     starts = range(0, len(pixels), 4096)
     return torch.cat(
         [to_size(to_tensor(pixels[start : start + 4096]), config) for start in starts]

@@ -56,6 +56,10 @@ class Denoiser(Protocol):
         """Return a module by its dotted name."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return its weights by name."""
+        ...
+
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
         """Clear the gradients."""
         ...

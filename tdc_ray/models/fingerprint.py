@@ -8,7 +8,7 @@ from tdc_ray.storage.files import fetch, read_json
 
 
 def weights_digest(folder: Path) -> str:
-    """Name the content of a saved model: SHA-256 of its configs and of the weights' files."""
+    """Return the SHA-256 of a saved model: of its configs and of the weights' files."""
     digest = hashlib.sha256()
     for path in sorted(fetch(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
+from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
@@ -28,7 +29,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 KINDS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 BATCH = 16
-"""Images that go through it at once, so that images of any size and number need bounded memory."""
+"""Images that go through it at once: any number of them needs bounded memory."""
 
 Shape = tuple[int, int, int]
 """``(C, H, W)``"""
@@ -40,7 +41,7 @@ class FirstStage(nn.Module):
     model: VQModel | AutoencoderKL
 
     def __init__(self, model: VQModel | AutoencoderKL) -> None:
-        """Take the model and freeze it."""
+        """Wrap a model and freeze it."""
         super().__init__()
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.scaling_factor = float(model.config["scaling_factor"])
@@ -108,24 +109,8 @@ def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
         raise CheckpointError(
             f"{display_path(folder)} must hold one of {', '.join(KINDS)}, got {name}."
         )
-    try:
-        model, found = kind.from_pretrained(
-            fetch(resolve_path(folder)),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{display_path(folder)} holds no {kind.__name__} in safetensors: {error}"
-        ) from error
-    if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(
-            f"{display_path(folder)} lacks the weights {', '.join(sorted(missing))}."
-        )
-    loaded: VQModel | AutoencoderKL = model
-    return loaded
+    model: VQModel | AutoencoderKL = load_pretrained(kind, resolve_path(folder))
+    return model
 
 
 def save_first_stage(model: VQModel | AutoencoderKL, folder: Path) -> None:
@@ -138,7 +123,7 @@ def save_first_stage(model: VQModel | AutoencoderKL, folder: Path) -> None:
 
 
 def first_stage_digest(folder: Path) -> str:
-    """Name what decides the latents: the weights' SHA-256, and the config; 16 hex digits.
+    """Return 16 hex digits that name what decides the latents: weights and config.
 
     Raises:
         CheckpointError: A file is missing or malformed.
@@ -146,7 +131,7 @@ def first_stage_digest(folder: Path) -> str:
     config = {
         name: value
         for name, value in _config(folder).items()
-        if name not in _NO_MATTER and value is not None
+        if name not in _IRRELEVANT and value is not None
     }
     path = fetch(resolve_path(folder) / WEIGHTS_FILE)
     if not path.exists():
@@ -176,7 +161,7 @@ def copy_first_stage(folder: Path, to: Path) -> None:
 
 
 def input_shape(data: DataConfig) -> Shape:
-    """Give the shape of what a denoiser is trained on: images, or a first stage's latents.
+    """Return the shape of what a denoiser is trained on: images, or a first stage's latents.
 
     Raises:
         CheckpointError: The first stage is missing or malformed.
@@ -205,12 +190,12 @@ def downsampling(block_out_channels: Sequence[int]) -> int:
 
 
 def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
-    """Refuse a first stage that does not load, or whose latents are not what the model takes.
+    """Check that a first stage loads, and that its latents are what the model takes.
 
     Args:
         data: The data, with a first stage or without.
         unet: The model's settings.
-        model: What to call it.
+        model: What errors call it.
 
     Raises:
         CheckpointError: The first stage is missing or malformed.
@@ -218,24 +203,24 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
     """
     if data.first_stage is None:
         return
-    found = input_shape(data)
-    wanted = (unet["in_channels"], *image_size(unet))
-    if found != wanted:
+    latents = input_shape(data)
+    expected = (unet["in_channels"], *image_size(unet))
+    if latents != expected:
         raise ConfigError(
             f"data.first_stage {data.first_stage} turns images of {data.image_size}x"
-            f"{data.image_size} into latents of {_text(found)}, and {model} takes "
-            f"{_text(wanted)} (channels x height x width). Choose another data.image_size, "
+            f"{data.image_size} into latents of {_text(latents)}, and {model} takes "
+            f"{_text(expected)} (channels x height x width). Choose another data.image_size, "
             "first stage or architecture."
         )
     load_first_stage(Path(data.first_stage))
 
 
-_NO_MATTER = ("_diffusers_version", "_name_or_path")
-"""What a config holds beside what is computed."""
+_IRRELEVANT = ("_diffusers_version", "_name_or_path")
+"""What of a config does not decide what the model computes."""
 
 
 def _config(folder: Path) -> FirstStageConfig:
-    """Read and check the config."""
+    """Load and check the config."""
     path = resolve_path(folder) / CONFIG_FILE
     if not exists(path):
         raise CheckpointError(

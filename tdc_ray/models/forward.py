@@ -1,4 +1,4 @@
-"""A denoiser's forward pass for sampling: some images at a time, no channel unread, fp32 last."""
+"""A denoiser's forward pass for sampling: in chunks, without unread channels, its end in fp32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
-"""Of the first convolution's output. Larger tensors leave the caches and are given back to the
+"""Of the first convolution's output. Larger tensors leave the caches and are returned to the
 system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long for
 each as with 32."""
 
@@ -18,8 +18,8 @@ SHARE_OF_GPU = 1 / 64
 """The same, as a share of a GPU's memory: skips and what a layer works in take many times that."""
 
 GRADIENTS = 16
-"""So many fewer images go through a GPU at once where gradients are taken: for each one 60 to 200
-times the first convolution's output is kept, in all up to a fifth of the GPU's memory."""
+"""Where gradients are taken, so many times fewer images go through a GPU at once: for each one 60
+to 200 times the first convolution's output is kept, in all up to a fifth of the GPU's memory."""
 
 MOST_AT_ONCE = 1024
 """Images, however small they are."""
@@ -28,11 +28,11 @@ MOST_AT_ONCE = 1024
 def max_batch_size(
     unet: UNet2DModel, size: tuple[int, int] | None = None, *, gradients: bool = False
 ) -> int:
-    """Tell how many images a forward pass takes best on a UNet's device.
+    """Return how many images a forward pass should take at most on a UNet's device.
 
     Args:
         unet: The UNet.
-        size: Height and width of what it denoises; None: as its config says.
+        size: Height and width of what it denoises; None means those of its config.
         gradients: A backward pass follows.
     """
     weight: Tensor = unet.conv_in.weight
@@ -53,29 +53,29 @@ def predict(
     *,
     num_channels: int | None = None,
 ) -> Tensor:
-    """Run a denoiser on as many images at a time as its device takes best; not for two threads.
+    """Run a denoiser on as many images at a time as its device takes best.
 
     A UNet's last norm and convolution compute in float32, whatever it is in: they take next to no
     time, and in bf16 the output of iddpm-cifar10 with random weights was nearer to float32's by a
-    twentieth.
+    twentieth. Their weights are swapped meanwhile, so two threads must not share a denoiser.
 
     Args:
         denoiser: A ``UNet2DModel``; any other module gets all images at once.
         x_t: Noised images, ``(B, C, H, W)``.
         timesteps: As the network sees them, ``(B,)``.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
-        num_channels: Channels of the output that are read; None: all.
+        num_channels: Channels of the output that are read; None means all.
 
     Returns:
         ``(B, num_channels, H, W)``, float32.
     """
     if not isinstance(denoiser, UNet2DModel):
-        told = {} if class_labels is None else {"class_labels": class_labels}
-        whole: Tensor = denoiser(x_t, timesteps, **told).sample
-        return whole[:, :num_channels].float()
+        labels = {} if class_labels is None else {"class_labels": class_labels}
+        output: Tensor = denoiser(x_t, timesteps, **labels).sample
+        return output[:, :num_channels].float()
     size = max_batch_size(denoiser, (x_t.shape[-2], x_t.shape[-1]))
     with output_layers_in_fp32(denoiser, num_channels):
-        parts = [
+        chunks = [
             denoiser(
                 x_t[first : first + size],
                 timesteps[first : first + size],
@@ -83,16 +83,16 @@ def predict(
             ).sample.float()
             for first in range(0, len(x_t), size)
         ]
-    return torch.cat(parts)
+    return torch.cat(chunks)
 
 
 @contextlib.contextmanager
 def output_layers_in_fp32(unet: UNet2DModel, num_channels: int | None) -> Iterator[None]:
-    """Let a UNet's last layers compute in float32, and give so many channels, for a while.
+    """Let a UNet's last layers compute in float32, and output but some channels, for a while.
 
     Args:
         unet: The UNet.
-        num_channels: The channels; None: all.
+        num_channels: The channels; None means all.
     """
     norm, last = unet.conv_norm_out, unet.conv_out
     weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
@@ -108,7 +108,7 @@ def output_layers_in_fp32(unet: UNet2DModel, num_channels: int | None) -> Iterat
 def swapped_weights(
     layer: nn.Conv2d | nn.Linear | nn.GroupNorm, weight: Tensor, bias: Tensor
 ) -> Iterator[None]:
-    """Let a layer, which has a bias, compute with other weights for a while; in one thread."""
+    """Let a layer, which has a bias, compute with other weights within the context."""
     assert layer.bias is not None
     before = layer.weight.data, layer.bias.data
     layer.weight.data, layer.bias.data = weight, bias

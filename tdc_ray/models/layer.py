@@ -1,4 +1,4 @@
-"""What a UNet is made of: layers, and which of their channels are cut together."""
+"""The layers of a network, and which of their channels are cut together."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Channels:
     count: int
 
     unit: str | None = None
-    """Whose they are: a block's (its inner width), a stream's, or nobody's (never cut)."""
+    """Name of the unit that cuts them; None means that they are never cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Layer:
     """A module that has weights: one or more for every pair of an input and an output channel."""
 
     name: str
-    """Its dotted name in the ``UNet2DModel``."""
+    """Its dotted name in the network."""
 
     inputs: tuple[Channels, ...]
     """Along dimension 1 of its weight. A norm's weight has no such dimension: it counts as 1. An
@@ -53,5 +53,5 @@ class Layer:
 
 
 def total(channels: tuple[Channels, ...]) -> int:
-    """Add up the channels that follow each other along a dimension."""
-    return sum(some.count for some in channels)
+    """Count the channels that follow each other along a dimension."""
+    return sum(run.count for run in channels)

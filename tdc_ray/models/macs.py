@@ -28,7 +28,7 @@ class Polynomial:
 
     @classmethod
     def of(cls, terms: Terms, units: Sequence[Unit]) -> Self:
-        """Order the terms by unit."""
+        """Sort the terms by unit."""
         factors = {unit.name: terms.get((unit.name,), 0) for unit in units}
         pairs: dict[tuple[str, str], int] = {}
         partners: dict[str, dict[str, int]] = {unit.name: {} for unit in units}
@@ -40,17 +40,17 @@ class Polynomial:
         return cls(terms.get((), 0), factors, pairs, partners)
 
     def at(self, widths: Mapping[str, int]) -> int:
-        """Evaluate it."""
+        """Evaluate the polynomial."""
         single = sum([factor * widths[unit] for unit, factor in self.factors.items()])
         double = [factor * widths[u] * widths[v] for (u, v), factor in self.pairs.items()]
         return self.constant + single + sum(double)
 
     def rise(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
-        """Tell what a unit's steps from one width to a wider one add, given the others' widths."""
+        """Return what a unit's steps from one width to a wider one add, at the others' widths."""
         return (stop - start) * self.slope(unit, widths)
 
     def slope(self, unit: str, widths: Mapping[str, int]) -> int:
-        """Tell what one step of a unit adds, given the widths of the others."""
+        """Return what one step of a unit adds, given the widths of the others."""
         others = self.partners[unit].items()
         return self.factors[unit] + sum([factor * widths[other] for other, factor in others])
 
@@ -58,7 +58,7 @@ class Polynomial:
 def macs_polynomials(
     layers: Sequence[Layer], units: Sequence[Unit]
 ) -> tuple[Polynomial, Polynomial]:
-    """Count parameters and macs of a UNet for any widths of its units.
+    """Return parameters and macs of a network as polynomials in the widths of its units.
 
     Returns:
         ``(num_params, macs)``.
@@ -66,13 +66,13 @@ def macs_polynomials(
     by_name = {unit.name: unit for unit in units}
 
     def form(channels: tuple[Channels, ...]) -> dict[tuple[str, ...], int]:
-        """How many channels there are: some per step of a unit, some in any case."""
+        """Count the channels: so many per step of a unit, so many in any case."""
         terms: defaultdict[tuple[str, ...], int] = defaultdict(int)
-        for some in channels:
-            if some.unit in by_name:
-                terms[some.unit,] += by_name[some.unit].channels
+        for run in channels:
+            if run.unit in by_name:
+                terms[run.unit,] += by_name[run.unit].channels
             else:
-                terms[()] += some.count
+                terms[()] += run.count
         return terms
 
     num_params: defaultdict[tuple[str, ...], int] = defaultdict(int)

@@ -14,13 +14,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Of each precision but ``auto``, which is settled before (`settled`)."""
+"""Of each precision but ``auto``, which a benchmark replaces before (`runs.stages.precision`)."""
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Enter autocast where the precision asks for it.
 
-    Without gradients no weight's cast is remembered: it may be another's weight by the next layer.
+    Without gradients no weight's cast is cached: its memory may be another weight's by then.
     """
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -29,7 +29,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def in_layout(model: nn.Module, precision: Precision) -> nn.Module:
-    """Bring a model, on its device, to the memory layout that its convolutions compute in.
+    """Convert a model, on its device, to the memory layout that its convolutions compute in.
 
     Tensor cores and bf16 want channels last; for fp32 on CPUs it makes no difference, as oneDNN
     uses a blocked layout of its own.

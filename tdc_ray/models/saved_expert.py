@@ -3,8 +3,9 @@
 diffusers' own ``save_pretrained`` keeps no widths, so a pruned UNet saved by it cannot be loaded.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from diffusers import UNet2DModel
@@ -12,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import build_network, family_of
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import units_for
-from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -24,7 +25,34 @@ CONFIG_FILE = "expert.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save_expert(folder: Path, unet: UNet2DModel, config: NetworkConfig, kept: KeptIndices) -> None:
+@dataclass(frozen=True, slots=True)
+class SavedExpert:
+    """What an expert's folder says of its network."""
+
+    unet: NetworkConfig
+    """The config of the base that it was cut from."""
+
+    kept: KeptIndices
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Load it from a folder.
+
+        Raises:
+            StorageError: There is none.
+        """
+        document = read_json(folder / CONFIG_FILE)
+        kept = {name: tuple(indices) for name, indices in document["kept"].items()}
+        return cls(document["unet"], kept)
+
+    def build(self) -> Denoiser:
+        """Build the pruned network without weights, on the meta device."""
+        with torch.device("meta"):
+            base = build_network(self.unet)
+        return family_of(base).cut(base, units_for(self.unet, self.kept), self.kept)
+
+
+def save_expert(folder: Path, unet: Denoiser, config: NetworkConfig, kept: KeptIndices) -> None:
     """Save a pruned UNet; the folder appears when it is whole.
 
     Args:
@@ -39,7 +67,7 @@ def save_expert(folder: Path, unet: UNet2DModel, config: NetworkConfig, kept: Ke
 
 
 def save_expert_into(
-    folder: Path, unet: UNet2DModel, config: NetworkConfig, kept: KeptIndices
+    folder: Path, unet: Denoiser, config: NetworkConfig, kept: KeptIndices
 ) -> None:
     """Save a pruned UNet into a folder that holds other things too; see :func:`save_expert`."""
     remove(folder / CONFIG_FILE)  # an old config never goes with new weights
@@ -61,19 +89,10 @@ def load_expert(folder: Path | str) -> UNet2DModel:
     if not (fetch(folder) / CONFIG_FILE).exists():
         raise CheckpointError(f"{display_path(folder)} holds no expert: {CONFIG_FILE} is missing.")
     try:
-        unet = _empty(read_json(folder / CONFIG_FILE))
+        unet: UNet2DModel = SavedExpert.load(folder).build()
         unet.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)  # mapped, not copied
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(f"{display_path(folder)} holds no whole expert: {error}") from error
     return unet.eval()
-
-
-def _empty(document: dict[str, Any]) -> UNet2DModel:
-    """Build the pruned shape without giving the base's weights any memory."""
-    config: NetworkConfig = document["unet"]
-    kept = {name: tuple(indices) for name, indices in document["kept"].items()}
-    with torch.device("meta"):
-        base = build_unet(config)
-    return cut(base, units_for(config, kept), kept)

@@ -8,11 +8,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
+from tdc_ray.models.denoiser import Denoiser, has_classes
+from tdc_ray.models.families import family_of
 from tdc_ray.models.network_config import image_size
-from tdc_ray.models.unet2d.steps import start, steps
 
 MAX_REPEATS = 200
 """Most passes of each model."""
@@ -31,7 +31,7 @@ class StepTimes:
 
 
 def device_name(device: torch.device) -> str:
-    """Name what computes."""
+    """Name a device, with whatever else decides its speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
@@ -39,48 +39,47 @@ def device_name(device: torch.device) -> str:
 
 @torch.inference_mode()
 def time_passes(
-    unets: Sequence[UNet2DModel], batch_size: int, *, min_repeats: int, min_seconds: float
+    networks: Sequence[Denoiser], batch_size: int, *, min_repeats: int, min_seconds: float
 ) -> list[StepTimes]:
     """Time forward passes of models that differ in nothing but widths, on random images.
 
     They take turns, so that whatever else the machine does meanwhile hits all alike.
 
     Args:
-        unets: The models, in eval mode on one device.
+        networks: In eval mode, on one device.
         batch_size: Images of a pass.
         min_repeats: Least passes of each.
         min_seconds: There are more until this has gone by, at most :data:`MAX_REPEATS`.
     """
-    found: list[list[list[float]]] = [[] for _ in unets]
-    batch = _random_batch(unets[0], batch_size)
-    for unet in unets:
-        _pass(unet, batch)  # memory is taken, and kernels are chosen
+    passes: list[list[list[float]]] = [[] for _ in networks]
+    batch = _random_batch(networks[0], batch_size)
+    for network in networks:
+        _pass(network, batch)  # memory is taken, and kernels are chosen
     began = time.perf_counter()
     for number in range(MAX_REPEATS):
         if number >= min_repeats and time.perf_counter() - began >= min_seconds:
             break
-        for unet, passes in zip(unets, found, strict=True):
-            passes.append(_pass(unet, batch))
-    names = [step.name for step in steps(unets[0])]
-    times = [[median(part) for part in zip(*passes, strict=True)] for passes in found]
-    return [StepTimes(sum(parts), dict(zip(names, parts[1:], strict=True))) for parts in times]
+        for network, times in zip(networks, passes, strict=True):
+            times.append(_pass(network, batch))
+    names = [step.name for step in family_of(networks[0]).steps(networks[0])]
+    medians = [[median(step) for step in zip(*times, strict=True)] for times in passes]
+    return [StepTimes(sum(times), dict(zip(names, times[1:], strict=True))) for times in medians]
 
 
-def _random_batch(unet: UNet2DModel, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Give noise, timesteps and, for a UNet that is told them, classes."""
-    config, device = unet.config, unet.device
-    shape = (batch_size, config["in_channels"], *image_size(unet.config))
+def _random_batch(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return noise, timesteps and, for a network that embeds them, classes."""
+    config, device = network.config, network.device
+    shape = (batch_size, config["in_channels"], *image_size(config))
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
-    has_classes = config["num_class_embeds"] is not None
-    return torch.randn(shape, device=device), zeros + 1, zeros if has_classes else None
+    return torch.randn(shape, device=device), zeros + 1, zeros if has_classes(network) else None
 
 
-def _pass(unet: UNet2DModel, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[float]:
-    """Give the seconds of what comes before the first step, and of each step."""
-    mark, seconds = _clock(unet.device)
-    all_steps = steps(unet)
+def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[float]:
+    """Return the seconds of what comes before the first step, and of each step."""
+    family, (mark, seconds) = family_of(network), _clock(network.device)
+    all_steps = family.steps(network)
     marks = [mark()]
-    state = start(unet, *batch)
+    state = family.start(network, *batch)
     marks.append(mark())
     for step in all_steps:
         state = step(state)
@@ -89,7 +88,7 @@ def _pass(unet: UNet2DModel, batch: tuple[Tensor, Tensor, Tensor | None]) -> lis
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """Give what marks a moment of a device's work, and what tells seconds between two marks."""
+    """Return what marks a moment of a device's work, and what computes seconds between marks."""
     if device.type != "cuda":
         return time.perf_counter, lambda one, other: other - one
 

@@ -17,8 +17,7 @@ from typing import Literal
 from tdc_ray.storage.digest import json_digest
 
 KeptIndices = Mapping[str, tuple[int, ...]]
-"""For every unit, which of its steps (groups, heads, slices of the stream) stay, in rising
-order."""
+"""For every unit, which of its steps (groups, heads, slices of the stream) stay, rising."""
 
 SpaceKind = Literal["inner", "full"]
 """Inner units alone, or the stream's too."""
@@ -41,10 +40,10 @@ class Unit:
     """Channels of one step."""
 
     pixels: int
-    """Height times width of what the block gives out."""
+    """Height times width of the block's output."""
 
     multiple: int = 1
-    """What the number of channels that are kept should be a multiple of."""
+    """The number of channels that are kept should be a multiple of it."""
 
     @property
     def legal_widths(self) -> tuple[int, ...]:
@@ -61,15 +60,15 @@ class Unit:
 
 
 def widths_of(kept: KeptIndices) -> dict[str, int]:
-    """Tell how many steps of each unit a choice keeps."""
+    """Return how many steps of each unit are kept."""
     return {name: len(steps) for name, steps in kept.items()}
 
 
 def kept_digest(kept: KeptIndices) -> str:
-    """Give a choice a short name, another one for every choice."""
+    """Return a short name for what is kept: another one wherever anything else is."""
     return json_digest({name: list(steps) for name, steps in kept.items()})[:8]
 
 
 def keep_everything(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
-    """Give the choice that cuts nothing."""
+    """Return the indices of all steps: nothing is cut."""
     return {unit.name: tuple(range(unit.width)) for unit in units}

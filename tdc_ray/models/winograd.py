@@ -46,7 +46,7 @@ _OF_PRODUCTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0
 
 
 def _in_two_dimensions(matrix: Sequence[Sequence[float]]) -> Tensor:
-    """Give the matrix that transforms rows and columns of a flattened tile at once."""
+    """Return the matrix that transforms rows and columns of a flattened tile at once."""
     exact = torch.tensor(matrix, dtype=torch.float64, device="cpu")
     return torch.kron(exact, exact).float()
 
@@ -57,7 +57,7 @@ OF_PRODUCTS = _in_two_dimensions(_OF_PRODUCTS)  # (16, 36)
 
 
 class WinogradConvolutions(TorchFunctionMode):
-    """Within it, 3 x 3 convolutions that gain by it are Winograd's.
+    """Within this context, 3 x 3 convolutions that gain by it are Winograd's.
 
     These are of float32 on CPUs, without gradients and autocast. What comes out is off the direct
     convolution's by some 1e-5 of the largest value.
@@ -70,7 +70,7 @@ class WinogradConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Take a convolution over; call anything else as it is."""
+        """Compute a convolution here; call anything else as it is."""
         if func is functional.conv2d and len(args) == 7 and _gains(*args):  # as nn.Conv2d calls it
             return convolution(*args[:3])
         return func(*args, **(kwargs or {}))
@@ -91,22 +91,22 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows, columns = -(-height // 4), -(-width // 4)
     filters = (OF_FILTERS @ weight.reshape(-1, 9).T).view(36, outputs, channels).mT
     bytes_of_row = 4 * 36 * columns * max(channels, outputs)
-    some_rows = min(rows, max(1, BYTES_AT_ONCE // bytes_of_row))
+    num_rows = min(rows, max(1, BYTES_AT_ONCE // bytes_of_row))
     size = min(count, max(1, BYTES_AT_ONCE // (bytes_of_row * rows)))
     padded = x.new_zeros(size, 4 * rows + 2, 4 * columns + 2, channels)
     y = x.new_empty(count, rows, 4, columns, 4, outputs)
     for first in range(0, count, size):
-        some = x[first : first + size].permute(0, 2, 3, 1)
-        padded[: len(some), 1 : height + 1, 1 : width + 1] = some
-        windows = padded[: len(some)].unfold(1, 6, 4).unfold(2, 6, 4)
-        for row in range(0, rows, some_rows):
-            tiles = windows[:, row : row + some_rows]  # (b, rows, columns, C, 6, 6)
+        chunk = x[first : first + size].permute(0, 2, 3, 1)
+        padded[: len(chunk), 1 : height + 1, 1 : width + 1] = chunk
+        windows = padded[: len(chunk)].unfold(1, 6, 4).unfold(2, 6, 4)
+        for row in range(0, rows, num_rows):
+            tiles = windows[:, row : row + num_rows]  # (b, rows, columns, C, 6, 6)
             tiles = tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, 36, channels)
             tiles = _times(OF_TILES, tiles)
             products = tiles.transpose(0, 1) @ filters  # (36, tiles, D)
-            found = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
-            place = y[first : first + size, row : row + some_rows].transpose(2, 3)
-            torch.add(found.view(place.shape), bias, out=place)
+            pixels = _times(OF_PRODUCTS, products.transpose(0, 1))  # (tiles, 16, D)
+            out = y[first : first + size, row : row + num_rows].transpose(2, 3)
+            torch.add(pixels.view(out.shape), bias, out=out)
     whole = y.view(count, 4 * rows, 4 * columns, outputs)
     return whole[:, :height, :width].permute(0, 3, 1, 2)
 
@@ -125,7 +125,7 @@ def _gains(
     dilation: Any,
     groups: int,
 ) -> bool:
-    """Tell whether a convolution is one that `convolution` can do, and does faster."""
+    """Whether :func:`convolution` can compute a convolution, and does it faster."""
     kind = weight.shape[2:], stride, padding, dilation, groups
     if kind != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or bias is None or x.ndim != 4:
         return False

@@ -11,7 +11,8 @@ from torch import Tensor
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample
-from tdc_ray.models.checkpoints.openai import config_from_state_dict, to_diffusers, with_heads
+from tdc_ray.models.checkpoints.openai import config_from_state_dict, to_diffusers
+from tdc_ray.models.unet2d.architectures import with_heads
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 

@@ -111,12 +111,12 @@ class FolderImages:
         return digest.hexdigest()[:16]
 
     def path(self, number: int) -> str:
-        """Give an image's path, relative to the folder."""
+        """Return an image's path, relative to the folder."""
         start = self._ends[number - 1] if number else 0
         return os.fsdecode(bytes(self._paths[start : self._ends[number]]))
 
     def _readable(self, number: int) -> tuple[Tensor, int]:
-        """Decode an image, or the first one after it that can be; give it and its number."""
+        """Decode an image, or the first one after it that can be; return it and its index."""
         reason = ""
         for place in range(number, number + len(self)):
             candidate = place % len(self)
@@ -128,7 +128,7 @@ class FolderImages:
         raise CorruptFileError(f"{reason} No image in {self.root} can be. Mend or replace them.")
 
     def _leave_out(self, number: int, reason: str) -> None:
-        """Name a corrupt file once.
+        """Log a corrupt file once.
 
         Raises:
             CorruptFileError: It is one more than ``data.max_corrupt``.
@@ -163,7 +163,7 @@ class FolderImages:
 
 
 def _image_paths(root: Path, folder: str = "") -> Iterator[str]:
-    """Give the images' paths below ``root``, relative to it, in the order of their parts."""
+    """Yield the images' paths below ``root``, relative to it, in the order of their parts."""
     try:
         with os.scandir(root / folder) as found:
             entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)

@@ -49,19 +49,19 @@ class Checkpoint:
     first_stage: StateDict
 
     betas: Tensor | None
-    """Shape ``(T,)``; None where the file has none."""
+    """Shape ``(T,)``; None means that the file has none."""
 
     scaling_factor: float
     """Latents are multiplied by it; 1.0 where training did not measure it (scale_by_std)."""
 
 
 def split(state: StateDict) -> Checkpoint:
-    """Take a checkpoint apart; of the UNet's weights the averaged ones are preferred.
+    """Split a checkpoint into its parts; of the UNet's weights the averaged ones are preferred.
 
     Raises:
         CheckpointError: It is of a conditional model, or parts are missing or unknown.
     """
-    unet = _below(state, UNET)
+    unet = _with_prefix(state, UNET)
     if not unet:
         raise CheckpointError(f"it holds no {UNET}*, under which CompVis keeps the UNet.")
     known = (UNET, EMA, FIRST_STAGE)
@@ -70,8 +70,8 @@ def split(state: StateDict) -> Checkpoint:
             f"it holds {other[0]}: only unconditional models are supported, of "
             f"{', '.join(f'{name}*' for name in known)} alone."
         )
-    averaged = _below(state, EMA)
-    first_stage, betas = _below(state, FIRST_STAGE), state.get("betas")
+    averaged = _with_prefix(state, EMA)
+    first_stage, betas = _with_prefix(state, FIRST_STAGE), state.get("betas")
     scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
     if averaged:
         plain = {name: f"diffusion_model.{name}".replace(".", "") for name in unet}
@@ -87,7 +87,7 @@ _COUNTERS = ("decay", "num_updates")
 
 
 def config_from_state_dict(checkpoint: Checkpoint) -> FirstStageConfig:
-    """Tell the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
+    """Derive the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
 
     Raises:
         CheckpointError: The tensors are not those of a VQ first stage.
@@ -116,11 +116,11 @@ def config_from_state_dict(checkpoint: Checkpoint) -> FirstStageConfig:
 
 
 def to_vq_model(state: StateDict, config: FirstStageConfig) -> VQModel:
-    """Turn a first stage into a ``VQModel``, float32, in eval mode.
+    """Convert a first stage to a ``VQModel``, float32, in eval mode.
 
     Args:
         state: The first stage's tensors.
-        config: What :func:`config_from_state_dict` gave, with a ``sample_size``.
+        config: What :func:`config_from_state_dict` returned, with a ``sample_size``.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or is too many.
@@ -147,7 +147,7 @@ def _original_shapes(ours: Shapes, names: dict[str, str]) -> Shapes:
 def _original_name(name: str, depth: int) -> str:
     name = re.sub(
         r"^decoder\.up_blocks\.(\d+)",
-        lambda found: f"decoder.up.{depth - 1 - int(found[1])}",
+        lambda match: f"decoder.up.{depth - 1 - int(match[1])}",
         name,
     )
     for ours, original in _NAMES:
@@ -155,7 +155,7 @@ def _original_name(name: str, depth: int) -> str:
     return name
 
 
-def _below(state: StateDict, prefix: str) -> StateDict:
+def _with_prefix(state: StateDict, prefix: str) -> StateDict:
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()

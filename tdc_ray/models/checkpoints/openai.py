@@ -1,4 +1,4 @@
-"""Checkpoints of openai/improved-diffusion: what their shapes tell, and where each tensor goes.
+"""Checkpoints of openai/improved-diffusion: their architecture, and where each tensor goes.
 
 A checkpoint is the plain state dict of ``UNetModel`` (improved_diffusion/unet.py). CompVis' latent
 diffusion has the same network under the same names. Two things do not show in the shapes: the
@@ -50,11 +50,11 @@ _INNER = {
     "to_v": "qkv",
     "to_out.0": "proj_out",
 }
-"""Modules of residual blocks and attentions: ours, theirs."""
+"""Modules of residual blocks and attentions: diffusers' names, the original ones."""
 
 
 def config_from_state_dict(state: StateDict) -> NetworkConfig:
-    """Tell the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
+    """Derive the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
 
     Raises:
         CheckpointError: The tensors are not those of such a network.
@@ -99,26 +99,10 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     return settings
 
 
-def with_heads(config: NetworkConfig, num_heads: int) -> NetworkConfig:
-    """Give every attention the same number of heads.
-
-    Raises:
-        CheckpointError: An attention's channels are no multiple of it.
-    """
-    kinds = zip(config["block_out_channels"], config["down_block_types"], strict=True)
-    widths = {width for width, kind in kinds if kind == ATTN_DOWN}
-    widths.add(config["block_out_channels"][-1])  # that of the middle
-    if odd := [width for width in sorted(widths) if width % num_heads]:
-        raise CheckpointError(f"{num_heads} heads do not divide attention of {odd[0]} channels.")
-    if len(widths) == 1:
-        return {**config, "attention_head_dim": widths.pop() // num_heads}
-    return {**config, "attention_head_dim": None, "num_heads": num_heads}
-
-
 def original_names(config: NetworkConfig) -> dict[str, str]:
-    """Give for each tensor of the ``UNet2DModel`` the checkpoint's tensor that holds it.
+    """Return for each tensor of the ``UNet2DModel`` the checkpoint's tensor that holds it.
 
-    Three of ours, ``to_q``, ``to_k`` and ``to_v``, are parts of one ``qkv``.
+    Three of diffusers', ``to_q``, ``to_k`` and ``to_v``, are parts of one ``qkv``.
     """
     blocks = dict(_OUTER)
     layers, depth = config["layers_per_block"], len(config["block_out_channels"])
@@ -137,37 +121,37 @@ def original_names(config: NetworkConfig) -> dict[str, str]:
             blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
         place = 2 if kind == ATTN_UP else 1
         blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{place}.conv"
-    return {name: _original_name(name, blocks) for name in _our_shapes(config)}
+    return {name: _original_name(name, blocks) for name in _diffusers_shapes(config)}
 
 
 def original_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
-    """Give the shape of every tensor of a checkpoint of this architecture."""
-    ours, found = _our_shapes(config), {}
+    """Return the shape of every tensor of a checkpoint of this architecture."""
+    ours, shapes = _diffusers_shapes(config), {}
     for name, original in original_names(config).items():
         shape = ours[name]
         if ".qkv." in original:
             shape = (3 * shape[0], *shape[1:])
         if original.endswith(("qkv.weight", "proj_out.weight")):
             shape = (*shape, 1)  # of a Conv1d
-        found[original] = shape
-    return found
+        shapes[original] = shape
+    return shapes
 
 
 def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
-    """Turn a checkpoint into the state dict of a ``UNet2DModel``, float32.
+    """Convert a checkpoint to the state dict of a ``UNet2DModel``, float32.
 
     The output of ``qkv`` reshapes to (heads, 3, C / heads): improved-diffusion splits the heads
     first, and so does CompVis (QKVAttentionLegacy).
 
     Args:
         state: The checkpoint.
-        config: What :func:`config_from_state_dict` gave, with heads.
+        config: What :func:`config_from_state_dict` returned, with heads.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or is too many.
     """
     check_tensors(state, original_shapes(config))
-    ours, found = _our_shapes(config), {}
+    ours, converted = _diffusers_shapes(config), {}
     for name, original in original_names(config).items():
         tensor, shape = state[original].float(), ours[name]
         if ".qkv." in original:
@@ -176,11 +160,11 @@ def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
             )
             part = "qkv".index(name.removesuffix(".weight").removesuffix(".bias")[-1])
             tensor = tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, part]
-        found[name] = tensor.reshape(shape)
-    return found
+        converted[name] = tensor.reshape(shape)
+    return converted
 
 
-def _our_shapes(config: NetworkConfig) -> Shapes:
+def _diffusers_shapes(config: NetworkConfig) -> Shapes:
     with torch.device("meta"):
         unet = build_unet(config)
     return {name: tuple(value.shape) for name, value in unet.state_dict().items()}

@@ -19,14 +19,14 @@ StateDict = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by name."""
 
-_NAMED = 3
+MAX_NAMED = 3
 """Most tensors that one error names."""
 
 logger = logging.getLogger(__name__)
 
 
 class _Placeholder:
-    """Stands in for whatever a checkpoint names beside tensors: calling it gives an empty dict.
+    """Replaces whatever a checkpoint names beside tensors: calling it returns an empty dict.
 
     PyTorch's restricted unpickler then puts there what the file says belongs to it; none of the
     file's own classes and functions is found, let alone called.
@@ -39,8 +39,8 @@ class _Placeholder:
 def load_state_dict(path: Path) -> StateDict:
     """Load a checkpoint's tensors on the CPU; they stay on the disk until they are used.
 
-    A file that holds more than tensors under ``state_dict`` (Lightning's, such as CompVis's) gives
-    that part; objects beside it are left out without being unpickled.
+    Of a file with tensors under ``state_dict`` (Lightning's, such as CompVis's) that part is
+    loaded; objects beside it are left out without being unpickled.
 
     Raises:
         CheckpointError: There is no such file, or it holds no tensors by name.
@@ -53,39 +53,38 @@ def load_state_dict(path: Path) -> StateDict:
         if objects:
             logger.info("%s: left out what is no tensor (%s)", path, ", ".join(sorted(objects)))
         with safe_globals([(_Placeholder, name) for name in objects]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice is before it
         raise CheckpointError(
             f"{path} is no checkpoint of PyTorch whose tensors can be read without running code "
             f"of its own: {reason.partition('Check the documentation')[0].strip()}"
         ) from error
-    state = found.get("state_dict", found) if isinstance(found, dict) else found
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} must hold tensors by name (a state dict), and does not.")
     return state
 
 
 def check_tensors(state: StateDict, expected: Shapes) -> None:
-    """Make sure that a state dict holds the tensors expected and no others.
+    """Check that a state dict holds the tensors expected and no others.
 
     Raises:
         CheckpointError: One is missing, has another shape, or is too many; it is named.
     """
     if missing := [name for name in expected if name not in state]:
-        wanted = [f"{name} {expected[name]}" for name in missing]
-        raise CheckpointError(f"it lacks {_listed(wanted)}, expected of this architecture.")
+        shapes = _listed([f"{name} {expected[name]}" for name in missing])
+        raise CheckpointError(f"it lacks {shapes}, expected of this architecture.")
     for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            found = tuple(state[name].shape)
-            raise CheckpointError(f"{name} has the shape {found}, expected {shape}.")
+        if (actual := tuple(state[name].shape)) != shape:
+            raise CheckpointError(f"{name} has the shape {actual}, expected {shape}.")
     if extra := [name for name in state if name not in expected]:
-        found_too = [f"{name} {tuple(state[name].shape)}" for name in extra]
-        raise CheckpointError(f"it holds {_listed(found_too)}, unknown in this architecture.")
+        shapes = _listed([f"{name} {tuple(state[name].shape)}" for name in extra])
+        raise CheckpointError(f"it holds {shapes}, unknown in this architecture.")
 
 
 def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
-    """Give the shape of a tensor.
+    """Return the shape of a tensor.
 
     Raises:
         CheckpointError: There is no such tensor.
@@ -96,5 +95,5 @@ def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

@@ -9,7 +9,7 @@ from typing import Unpack
 
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.model import ModelConfig
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.network_config import NetworkConfig
 
 DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
@@ -117,7 +117,7 @@ LATENT = frozenset({"ldm-ffhq256", "mnist32-ldm"})
 
 
 def architecture(name: str) -> NetworkConfig:
-    """Give the settings of a named UNet.
+    """Return the settings of a named UNet.
 
     Raises:
         ConfigError: No architecture has this name.
@@ -137,3 +137,19 @@ def base_unet(model: ModelConfig, conditioning: ConditioningConfig) -> NetworkCo
     """
     settings, num_classes = architecture(model.architecture), conditioning.num_class_embeds
     return settings if num_classes is None else {**settings, "num_class_embeds": num_classes}
+
+
+def with_heads(config: NetworkConfig, num_heads: int) -> NetworkConfig:
+    """Return a config whose attentions all have the same number of heads.
+
+    Raises:
+        CheckpointError: An attention's channels are no multiple of it.
+    """
+    kinds = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+    widths = {width for width, kind in kinds if kind == ATTN_DOWN}
+    widths.add(config["block_out_channels"][-1])  # that of the middle
+    if odd := [width for width in sorted(widths) if width % num_heads]:
+        raise CheckpointError(f"{num_heads} heads do not divide attention of {odd[0]} channels.")
+    if len(widths) == 1:
+        return {**config, "attention_head_dim": widths.pop() // num_heads}
+    return {**config, "attention_head_dim": None, "num_heads": num_heads}

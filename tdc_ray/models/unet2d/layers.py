@@ -1,4 +1,4 @@
-"""The layers of any ``UNet2DModel``, told from its config without torch."""
+"""The layers of any ``UNet2DModel``, derived from its config without torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -42,7 +42,7 @@ _KNOWN_VALUES: Mapping[str, tuple[object, ...]] = {
 
 
 def blocks(config: NetworkConfig) -> list[Block]:
-    """List what a ``UNet2DModel`` of this config consists of, in the order of its forward pass.
+    """Return what a ``UNet2DModel`` of this config consists of, in the order of its forward pass.
 
     Raises:
         UnsupportedModelError: It has a block, or an embedding, of a kind that is not known here.
@@ -50,33 +50,33 @@ def blocks(config: NetworkConfig) -> list[Block]:
     return list(_UNetWalker(config).walk())
 
 
-def layers(part: Block) -> list[Layer]:
-    """Split a part into the layers that have parameters."""
-    if isinstance(part, Layer):
-        return [part]
-    name, inner, stream, pixels = part.name, part.inner, part.stream, part.pixels
-    if isinstance(part, AttentionBlock):
+def layers(block: Block) -> list[Layer]:
+    """Split a block into the layers that have parameters."""
+    if isinstance(block, Layer):
+        return [block]
+    name, inner, stream, pixels = block.name, block.inner, block.stream, block.pixels
+    if isinstance(block, AttentionBlock):
         return [
-            *([norm(f"{name}.group_norm", stream)] if part.num_groups else []),
+            *([norm(f"{name}.group_norm", stream)] if block.num_groups else []),
             *(linear(f"{name}.to_{p}", stream, inner, pixels=pixels) for p in "qkv"),
             linear(f"{name}.to_out.0", inner, stream, pixels=pixels),
         ]
-    embedded = (inner, inner) if part.scale_shift else (inner,)
-    found = [
-        norm(f"{name}.norm1", *part.inputs),
-        conv(f"{name}.conv1", part.inputs, inner, 3, pixels),
-        linear(f"{name}.time_emb_proj", Channels(part.time_channels), *embedded),
+    embedded = (inner, inner) if block.scale_shift else (inner,)
+    residual = [
+        norm(f"{name}.norm1", *block.inputs),
+        conv(f"{name}.conv1", block.inputs, inner, 3, pixels),
+        linear(f"{name}.time_emb_proj", Channels(block.time_channels), *embedded),
         norm(f"{name}.norm2", inner),
         conv(f"{name}.conv2", (inner,), stream, 3, pixels),
     ]
-    if part.in_channels != stream.count:
-        found.append(conv(f"{name}.conv_shortcut", part.inputs, stream, 1, pixels))
-    return found
+    if block.in_channels != stream.count:
+        residual.append(conv(f"{name}.conv_shortcut", block.inputs, stream, 1, pixels))
+    return residual
 
 
 def all_layers(config: NetworkConfig) -> list[Layer]:
-    """List the layers of a UNet that have parameters, in the order of its forward pass."""
-    return [layer for part in blocks(config) for layer in layers(part)]
+    """Return the layers of a UNet that have parameters, in the order of its forward pass."""
+    return [layer for block in blocks(config) for layer in layers(block)]
 
 
 class _UNetWalker:

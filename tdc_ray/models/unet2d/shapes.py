@@ -25,7 +25,7 @@ class ResidualBlock:
 
     @property
     def in_channels(self) -> int:
-        """How many channels it reads."""
+        """Number of channels that it reads."""
         return total(self.inputs)
 
     @property
@@ -68,26 +68,26 @@ Block = Layer | ResidualBlock | AttentionBlock
 
 
 def channel_offsets(unit: str, channels: tuple[Channels, ...]) -> Iterator[int]:
-    """Tell where a unit's channels begin along a dimension."""
-    start = 0
-    for some in channels:
-        if some.unit == unit:
-            yield start
-        start += some.count
+    """Yield where a unit's channels begin along a dimension."""
+    offset = 0
+    for run in channels:
+        if run.unit == unit:
+            yield offset
+        offset += run.count
 
 
 def norm(name: str, *channels: Channels) -> Layer:
-    """Make a ``GroupNorm``."""
+    """Describe a ``GroupNorm``."""
     return Layer(name, (Channels(1),), channels)
 
 
 def conv(
     name: str, inputs: tuple[Channels, ...], outputs: Channels, kernel: int, pixels: int
 ) -> Layer:
-    """Make a ``Conv2d``."""
+    """Describe a ``Conv2d``."""
     return Layer(name, inputs, (outputs,), kernel**2, pixels)
 
 
 def linear(name: str, inputs: Channels, *outputs: Channels, pixels: int = 1) -> Layer:
-    """Make a ``Linear``."""
+    """Describe a ``Linear``."""
     return Layer(name, (inputs,), outputs, pixels=pixels)

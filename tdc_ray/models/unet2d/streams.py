@@ -32,7 +32,7 @@ def dependency_graph(unet: UNet2DModel) -> tp.DependencyGraph:
 
 
 def root_of(unet: UNet2DModel, unit: Unit) -> nn.Module:
-    """Find the convolution that starts a stream."""
+    """Return the convolution that starts a stream."""
     module = unet.get_submodule(unit.name.removeprefix(STREAM))
     if isinstance(module, nn.Conv2d):
         return module
@@ -42,10 +42,10 @@ def root_of(unet: UNet2DModel, unit: Unit) -> nn.Module:
 
 
 def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> None:
-    """Narrow some streams of a UNet, in place.
+    """Narrow streams of a UNet, in place.
 
     The weights, and the attributes of ``torch.nn``'s own modules, are cut; those of diffusers'
-    modules are left.
+    modules stay as they are.
     """
     if not units:
         return

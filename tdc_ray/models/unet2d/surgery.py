@@ -1,4 +1,4 @@
-"""Cuts units out of a UNet: which tensors go with a unit's channels, and what is left of them."""
+"""Cuts units out of a UNet: which tensors go with a unit's channels, and what stays of them."""
 
 import copy
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class CoupledParameter:
     module: nn.Module
     name: str
     dim: int
-    starts: tuple[int, ...]
+    offsets: tuple[int, ...]
     """Where the channels begin along the dimension. They may be there more than once: as scale and
     shift of a time embedding, or where a stream is its own skip connection."""
 
@@ -43,21 +43,21 @@ class CoupledParameter:
         return parameter
 
     def by_channel(self, values: Tensor) -> Tensor:
-        """Bring a tensor shaped like the parameter to ``(channels, everything else)``."""
-        copies = [values.narrow(self.dim, start, self.num_channels) for start in self.starts]
-        rows = [some.movedim(self.dim, 0).reshape(self.num_channels, -1) for some in copies]
+        """Reshape a tensor shaped like the parameter to ``(channels, everything else)``."""
+        copies = [values.narrow(self.dim, offset, self.num_channels) for offset in self.offsets]
+        rows = [part.movedim(self.dim, 0).reshape(self.num_channels, -1) for part in copies]
         return torch.cat(rows, dim=1)
 
     def keep(self, channels: Tensor) -> None:
-        """Leave nothing but the given channels; the dimension must have no others."""
+        """Remove all but the given channels; the dimension must have no others."""
         old = self.parameter
-        index = self.places(channels).to(old.device)
-        kept = old.detach().index_select(self.dim, index).contiguous()
-        setattr(self.module, self.name, nn.Parameter(kept, requires_grad=old.requires_grad))
+        kept = old.detach().index_select(self.dim, self.indices(channels).to(old.device))
+        new = nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad)
+        setattr(self.module, self.name, new)
 
-    def places(self, channels: Tensor) -> Tensor:
-        """Tell where some of the unit's channels are along the dimension."""
-        return torch.cat([start + channels for start in self.starts])
+    def indices(self, channels: Tensor) -> Tensor:
+        """Return where some of the unit's channels are along the dimension."""
+        return torch.cat([offset + channels for offset in self.offsets])
 
 
 def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
@@ -70,26 +70,27 @@ def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
     Raises:
         UnsupportedModelError: The UNet has no such unit.
     """
-    found = []
-    for layer in all_layers(unet.config):
-        for dim, channels in ((0, layer.outputs), (1, layer.inputs)):
-            if starts := tuple(channel_offsets(unit.name, channels)):
-                module = unet.get_submodule(layer.name)
-                names = ("weight", "bias") if dim == 0 else ("weight",)
-                places = starts, unit.width * unit.channels
-                found += [
-                    CoupledParameter(layer.name, module, name, dim, *places) for name in names
-                ]
-    if not found:
+    count = unit.width * unit.channels
+    coupled = [
+        CoupledParameter(layer.name, unet.get_submodule(layer.name), name, dim, offsets, count)
+        for layer in all_layers(unet.config)
+        for name, dim, channels in (
+            ("weight", 0, layer.outputs),
+            ("bias", 0, layer.outputs),
+            ("weight", 1, layer.inputs),
+        )
+        if (offsets := tuple(channel_offsets(unit.name, channels)))
+    ]
+    if not coupled:
         raise UnsupportedModelError(f"this UNet has no {unit.kind} unit {unit.name}.")
-    return found
+    return coupled
 
 
 def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DModel:
-    """Give a copy of a UNet without the steps (groups, heads, slices) that are not kept.
+    """Return a copy of a UNet without the steps (groups, heads, slices) that are not kept.
 
     Args:
-        unet: An uncut UNet; it is left as it is. It may lie on the meta device.
+        unet: An uncut UNet, which stays as it is. It may lie on the meta device.
         units: Its units.
         kept: What stays of each of them; at least one step.
     """
@@ -105,7 +106,7 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
 
 
 def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> dict[str, Tensor]:
-    """Tell which output channels are left of every convolution and linear layer that loses some.
+    """Return which output channels stay of every convolution and linear layer that loses some.
 
     Args:
         unet: An uncut UNet.
@@ -115,20 +116,20 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) ->
     Returns:
         Indices of the base's output channels, in order, by the layer's dotted name.
     """
-    found = {}
+    outputs = {}
     for unit in units:
         if len(kept[unit.name]) < unit.width:
             channels = torch.tensor(unit.places(kept[unit.name]))
-            for part in coupled_parameters(unet, unit):
-                if part.dim == 0 and isinstance(part.module, nn.Conv2d | nn.Linear):
-                    found[part.layer] = part.places(channels)
-    return found
+            for coupled in coupled_parameters(unet, unit):
+                if coupled.dim == 0 and isinstance(coupled.module, nn.Conv2d | nn.Linear):
+                    outputs[coupled.layer] = coupled.indices(channels)
+    return outputs
 
 
 def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
     channels = torch.tensor(unit.places(kept))
-    for part in coupled_parameters(unet, unit):
-        part.keep(channels)
+    for coupled in coupled_parameters(unet, unit):
+        coupled.keep(channels)
     block = unet.get_submodule(unit.name)
     if isinstance(block, ResnetBlock2D):
         block.norm2.num_groups = len(kept)
@@ -137,7 +138,7 @@ def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
 
 
 def _update_attributes(module: nn.Module) -> None:
-    """Bring what a module says of its widths in line with its weights."""
+    """Set what a module says of its widths to those of its weights: forward passes read it."""
     if isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = module.weight.shape[:2]
     elif isinstance(module, nn.Linear):

@@ -7,15 +7,15 @@ from typing import cast
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
-from diffusers.utils import logging as diffusers_logging
 
-from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
+from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 
 HEADS_FILE = "tdc_heads.json"
-"""Beside the weights, where the number of heads is not told by ``attention_head_dim``."""
+"""Beside the weights, where ``attention_head_dim`` cannot say the number of heads."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -31,9 +31,7 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )
-"""What diffusers raises where values are of a wrong type or do not go together."""
-
-diffusers_logging.disable_progress_bar()
+"""What diffusers raises where values are of a wrong type or contradict each other."""
 
 
 def build_unet(config: NetworkConfig) -> UNet2DModel:
@@ -45,7 +43,7 @@ def build_unet(config: NetworkConfig) -> UNet2DModel:
 
 
 def set_num_heads(unet: UNet2DModel, num_heads: int) -> None:
-    """Give every attention the same number of heads, whatever its width; weights stay."""
+    """Set the same number of heads in every attention, whatever its width; weights stay."""
     for module in unet.modules():
         if isinstance(module, Attention):
             module.heads = num_heads
@@ -59,14 +57,14 @@ def count_macs(unet: UNet2DModel) -> int:
     Counted are convolutions and linear layers, not the two products inside attention. The pass
     runs on the meta device when the UNet lies there.
     """
-    total = 0
+    macs = 0
 
     def add(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
-        nonlocal total
+        nonlocal macs
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         channels = output.shape[-1] if isinstance(module, torch.nn.Linear) else output.shape[1]
-        total += output.numel() // channels * weight.numel()
+        macs += output.numel() // channels * weight.numel()
 
     counted = (torch.nn.Conv2d, torch.nn.Linear)
     hooks = [m.register_forward_hook(add) for m in unet.modules() if isinstance(m, counted)]
@@ -81,7 +79,7 @@ def count_macs(unet: UNet2DModel) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return macs
 
 
 def count_params(module: torch.nn.Module) -> int:
@@ -90,10 +88,8 @@ def count_params(module: torch.nn.Module) -> int:
 
 
 def save_unet(unet: UNet2DModel, folder: Path, *, num_heads: int | None = None) -> None:
-    """Save config and weights (safetensors) as diffusers does; the folder appears when whole.
-
-    Weights that lie channels last, which safetensors cannot hold, are brought to the usual layout.
-    """
+    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
+    # Safetensors cannot hold weights that lie channels last.
     unet.to(memory_format=torch.contiguous_format)
     with atomic_path(folder) as temporary:
         unet.save_pretrained(temporary)
@@ -109,34 +105,14 @@ def load_unet(folder: Path) -> UNet2DModel:
     """
     if not (fetch(folder) / "config.json").exists():
         raise CheckpointError(f"{display_path(folder)} holds no model: config.json is missing.")
-    try:
-        unet, found = UNet2DModel.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if is_from_outside(error):
-            raise
-        raise CheckpointError(
-            f"{display_path(folder)} holds no UNet2DModel in safetensors, or a damaged one: "
-            f"{error} (Weights in a .bin file that you trust are brought over by "
-            "UNet2DModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(OTHER).)"
-        ) from error
-    if missing := found["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(
-            f"{display_path(folder)} lacks the weights {', '.join(sorted(missing))}."
-        )
+    unet: UNet2DModel = load_pretrained(UNet2DModel, folder)
     if (folder / HEADS_FILE).exists():
         set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
-    unet.eval()
     return unet
 
 
 def given_unet_config(folder: Path) -> NetworkConfig:
-    """Read the config of a UNet that comes from outside; diffusers' defaults fill what it lacks.
+    """Load the config of a UNet that comes from outside; diffusers' defaults fill what it lacks.
 
     Raises:
         ConfigError: It is of another class.
@@ -165,7 +141,7 @@ def given_unet_config(folder: Path) -> NetworkConfig:
 
 
 def unet_config(folder: Path) -> NetworkConfig:
-    """Read the config of a saved UNet without its weights, in the terms of this diffusers."""
+    """Load the config of a saved UNet without its weights, in the terms of this diffusers."""
     known = inspect.signature(UNet2DModel.__init__).parameters
     document = read_json(fetch(folder) / "config.json")
     config = {name: value for name, value in document.items() if name in known}

@@ -12,35 +12,35 @@ from tdc_ray.models.units import SpaceKind, Unit
 
 
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
-    """List the units of a UNet in the order of its forward pass.
+    """Return the units of a UNet in the order of its forward pass.
 
     Streams that have but one channel in each GroupNorm group cannot be cut and are left out.
 
     Raises:
         UnsupportedModelError: The UNet has a block of an unknown kind.
     """
-    found = blocks(config)
+    all_blocks = blocks(config)
     groups: defaultdict[str | None, int] = defaultdict(lambda: 1)
-    for part in found:
-        if not isinstance(part, Layer):
-            for stream in part.streams:
-                groups[stream.unit] = lcm(groups[stream.unit], part.num_groups or 1)
+    for block in all_blocks:
+        if not isinstance(block, Layer):
+            for stream in block.streams:
+                groups[stream.unit] = lcm(groups[stream.unit], block.num_groups or 1)
     units: dict[str, Unit] = {}
-    for part in found:
-        if not isinstance(part, Layer):
-            units[part.name] = _inner_unit(part)
-        stream = part.outputs[0] if isinstance(part, Layer) else part.stream
+    for block in all_blocks:
+        if not isinstance(block, Layer):
+            units[block.name] = _inner_unit(block)
+        stream = block.outputs[0] if isinstance(block, Layer) else block.stream
         step = groups[stream.unit]
         if kind == "full" and stream.unit is not None and stream.count > step:
-            unit = Unit(stream.unit, "stream", stream.count // step, step, part.pixels)
+            unit = Unit(stream.unit, "stream", stream.count // step, step, block.pixels)
             units.setdefault(stream.unit, unit)
     return tuple(units.values())
 
 
-def _inner_unit(part: ResidualBlock | AttentionBlock) -> Unit:
+def _inner_unit(block: ResidualBlock | AttentionBlock) -> Unit:
     kind: Literal["residual", "attention"]
-    if isinstance(part, AttentionBlock):
-        kind, width = "attention", part.num_heads
+    if isinstance(block, AttentionBlock):
+        kind, width = "attention", block.num_heads
     else:
-        kind, width = "residual", part.num_groups
-    return Unit(part.name, kind, width, part.inner.count // width, part.pixels)
+        kind, width = "residual", block.num_groups
+    return Unit(block.name, kind, width, block.inner.count // width, block.pixels)

@@ -16,7 +16,7 @@ from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert
+from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import (
@@ -81,7 +81,7 @@ def _export_expert(source: Path, folder: Path) -> None:
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
-    arguments = dict(read_json(source / CONFIG_FILE)["unet"])
+    arguments = SavedExpert.load(source).unet
     arguments.pop("num_heads", None)
     with torch.device("meta"):
         whole = UNet2DModel(**arguments)

@@ -14,10 +14,9 @@ from diffusers import AutoencoderKL, VQModel
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.checkpoints.openai import with_heads
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig, image_size
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (

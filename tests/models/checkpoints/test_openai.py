@@ -3,14 +3,9 @@ import torch
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.checkpoints.openai import (
-    config_from_state_dict,
-    original_shapes,
-    to_diffusers,
-    with_heads,
-)
+from tdc_ray.models.checkpoints.openai import config_from_state_dict, original_shapes, to_diffusers
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
+from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 

@@ -104,7 +104,7 @@ def test_what_goes_with_a_stream_is_what_torch_pruning_finds(name):
                 pairs = zip(item.idxs, item.root_idxs, strict=True)
                 found[names[module], dim] = sorted(i for i, root in pairs if root == channel)
         expected = {
-            (part.layer, part.dim): part.places(torch.tensor([channel])).tolist()
+            (part.layer, part.dim): part.indices(torch.tensor([channel])).tolist()
             for part in coupled_parameters(unet, unit)
         }
         assert found == expected, unit.name
