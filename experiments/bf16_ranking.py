@@ -24,10 +24,11 @@ from scipy.stats import spearmanr
 
 from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
-from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.pruning.proxies.by_score import sorted_scores
 from tdc_ray.pruning.space import Space, fit_to_limit
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
 
@@ -56,17 +57,21 @@ def main(flags: RankingFlags) -> None:
     """Measure in both precisions, and compare the orders."""
     folder, config = flags.storage / f"bf16_ranking-{flags.preset}", flags.config(flags.seeds[0])
     unet = base_of(flags, flags.seeds[0]) if flags.base is None else flags.base.resolve()
-    in_bf16 = replace(config, prune=replace(config.prune, precision="bf16"))
     count = 3 if flags.smoke else flags.num_schemes
     rows, losses = [], {}
     for name, group in groups_of(config).items():
-        base = load_base(RunDir(folder / name.replace(" ", "-"), unet), config)
+        run_dir = RunDir(folder / name.replace(" ", "-"), unet)
+        context = pruning_context(run_dir, config)
+        in_bf16 = replace(context, prune=replace(context.prune, precision="bf16"))
+        base = load_base(context, group)
         found = []
         for seed in range(count):
             scheme = random_scheme(base.space, seed)
             kept = select_top(base.space.units, random_scores(base.space.units, seed), scheme)
-            pruned = pruned_unet(base, kept, config, group)
-            found.append([held_out_loss(pruned, how, group) for how in (config, in_bf16)])
+            pruned = prune_and_refit(base, kept).network
+            found.append(
+                [held_out_loss(pruned, how, group, base.schedule) for how in (context, in_bf16)]
+            )
         fp32, bf16 = zip(*found, strict=True)
         apart = max(abs(one - other) for one, other in found)
         first = "same" if np.argmin(fp32) == np.argmin(bf16) else "another"

@@ -27,12 +27,14 @@ from output import write_record, write_table
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.pruning.group import Candidate, GroupSearch, SearchResult
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.result import Candidate, SearchResult
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.finetune import short_finetune_item
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
@@ -80,7 +82,8 @@ def task_of(
     name = f"{setting.replace(' ', '-')}/{method}{'' if refit else '-no-refit'}"
     run_dir = RunDir((folder / name).resolve(), base)
     space = space_of(unet_config(base), prune.space)
-    return GroupSearch(run_dir, replace(config, prune=prune), space, groups_of(config)[setting])
+    context = pruning_context(run_dir, replace(config, prune=prune))
+    return GroupSearch(context, space, groups_of(config)[setting])
 
 
 def excess(choice: SearchResult) -> Losses:
@@ -98,14 +101,19 @@ def excess(choice: SearchResult) -> Losses:
 
 
 def tune(
-    task: GroupSearch, name: str, candidate: Candidate, all_steps: Sequence[int]
+    task: GroupSearch,
+    name: str,
+    candidate: Candidate,
+    config: RunConfig,
+    all_steps: Sequence[int],
 ) -> Chain[dict[int, float]]:
     """Fine-tune a sub-model and give its loss after each of some numbers of steps."""
     losses, before = {}, 0
     for steps in all_steps:
-        item = short_finetune_item(task, name, candidate.kept, steps, before)
-        (result,) = yield [item]
-        losses[steps], before = result["loss"], steps
+        train = replace(config.finetune, num_steps=steps)
+        item = short_finetune_item(task, name, candidate.kept, train, config.compute, before)
+        result = yield from result_of(item)
+        losses[steps], before = result.loss, steps
     remove(item.job.checkpoint)
     return losses
 
@@ -182,12 +190,14 @@ def main(flags: Flags) -> None:
     """Prune, measure, fine-tune, and write the tables."""
     folder = flags.storage / f"loss_after_pruning-{flags.preset}"
     tasks: dict[tuple[Cell, PruneMethod, bool], GroupSearch] = {}
+    configs: dict[int, RunConfig] = {}
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
         config = replace(
             config, finetune=replace(config.finetune, batch_size=16, learning_rate=2e-4)
         )
+        configs[seed] = config
         claim(folder / f"seed-{seed}", config)
         for setting in settings_of(flags):
             for method in (*SCORES, PROXY):
@@ -199,7 +209,7 @@ def main(flags: Flags) -> None:
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found = pool.run(
             {
-                str(key): search(task, MemoryBank(task.run_dir.memory))
+                str(key): search(task, MemoryBank(task.context.run_dir.memory))
                 for key, task in searched.items()
             }
         )
@@ -218,7 +228,9 @@ def main(flags: Flags) -> None:
                     name = f"{source}{', refit' if refit else ''}"
                     task = tasks[cell, method, refit]
                     place = source.replace("/", "-")
-                    chains[f"{cell}|{name}"] = tune(task, place, candidate, steps_of(flags))
+                    chains[f"{cell}|{name}"] = tune(
+                        task, place, candidate, configs[cell[0]], steps_of(flags)
+                    )
         for key, losses in pool.run(chains).items():
             place, name = key.split("|")
             cell = next(cell for cell in tables if str(cell) == place)

@@ -19,8 +19,8 @@ from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import all_timesteps
 
-from tdc_ray.pruning.group import SearchResult
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search
 
 MACS_SHARE = 0.7
@@ -37,7 +37,7 @@ def main(flags: ProxyFlags) -> None:
         prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
         root = folder / f"seed-{seed}"
         task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
-        chains[str(seed)] = search(task, MemoryBank(task.run_dir.memory))
+        chains[str(seed)] = search(task, MemoryBank(task.context.run_dir.memory))
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found: dict[str, SearchResult] = pool.run(chains)
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}
@@ -60,7 +60,7 @@ def main(flags: ProxyFlags) -> None:
         xlabel="round",
         ylabel="loss above the base's",
     )
-    notes = [note for choice in found.values() for note in choice.spent.notes]
+    notes = [note for choice in found.values() for note in choice.cost.notes]
     record = {"method": flags.proxy, "excess_loss": losses, "notes": notes}
     write_record(folder, "proxy_stability", flags, commits_of(folder), record)
 

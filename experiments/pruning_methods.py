@@ -18,7 +18,7 @@ pretrained 5.0 at 96.1 G; from scratch 85.0, 12.7, 6.9 at 66.3 G; 6.5, 6.2, 6.2,
 68.7, 66.8 G; proxy 5.8 at 66.3 G.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -29,14 +29,14 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Result
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.stages.expert import Expert, make_expert
-from tdc_ray.runs.stages.finetune import finetune_item
+from tdc_ray.runs.stages.finetune import FinetuneResult, finetune_item
 from tdc_ray.storage.files import read_json
 
 Cost = tuple[float, float, int, float, float]
@@ -92,22 +92,25 @@ def task_of(
     return all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
 
 
-def from_scratch(config: RunConfig, task: GroupSearch, root: Path, times: int) -> GroupSearch:
-    """Give the task of training a shape from random weights with the base's settings."""
-    untrained = untrained_like(task.run_dir.base_unet, root / "untrained" / "unet", config.seed)
+def from_scratch(
+    config: RunConfig, task: GroupSearch, root: Path, times: int
+) -> tuple[GroupSearch, RunConfig]:
+    """Return a search and settings that train a shape from random weights, as the base was."""
+    untrained = untrained_like(
+        task.context.run_dir.base_unet, root / "untrained" / "unet", config.seed
+    )
     steps = times * config.finetune.num_steps
     config = replace(
         config,
         finetune=replace(config.base, num_steps=steps),
         prune=replace(config.prune, refit="none"),
     )
-    return all_timesteps(config, untrained, root, MACS_SHARE)
+    return all_timesteps(config, untrained, root, MACS_SHARE), config
 
 
-def tune(task: GroupSearch, kept: Mapping[str, tuple[int, ...]]) -> Chain[Result]:
+def tune(task: GroupSearch, kept: KeptIndices, config: RunConfig) -> Chain[FinetuneResult]:
     """Train a shape that is known already."""
-    (result,) = yield [finetune_item(task, kept)]
-    return result
+    return (yield from result_of(finetune_item(task, kept, config.finetune, config.compute)))
 
 
 def one_seed(
@@ -120,7 +123,12 @@ def one_seed(
         if row in pruned
     }
     experts: dict[str, Expert] = pool.run(
-        {row: make_expert(task, MemoryBank(task.run_dir.memory)) for row, task in tasks.items()}
+        {
+            row: make_expert(
+                task, MemoryBank(task.context.run_dir.memory), config.finetune, config.compute
+            )
+            for row, task in tasks.items()
+        }
     )
     rows: dict[str, Cost] = {
         row: (
@@ -128,25 +136,27 @@ def one_seed(
             expert.num_params,
             expert.train_steps,
             expert.train_macs,
-            expert.choice.spent.macs,
+            expert.search.cost.macs,
         )
         for row, expert in experts.items()
     }
-    shape = experts["proxy"].choice.kept
+    shape = experts["proxy"].search.kept
+    chains = {}
     for row, times in SCRATCH.items():
         root = folder / row.replace(",", "").replace(" ", "-")
-        tasks[row] = from_scratch(config, tasks["proxy"], root, times)
-    trained = pool.run({row: tune(tasks[row], shape) for row in SCRATCH})
+        tasks[row], longer = from_scratch(config, tasks["proxy"], root, times)
+        chains[row] = tune(tasks[row], shape, longer)
+    trained: dict[str, FinetuneResult] = pool.run(chains)
     for row, result in trained.items():
-        cost = (result["macs"], result["num_params"], result["train_steps"], result["train_macs"])
+        cost = (result.macs, result.num_params, result.train_steps, result.train_macs)
         rows[row] = (*cost, 0.0)
     space, stage_1 = tasks["proxy"].space, read_json(base.parent / "result.json")
     trained_for = (stage_1["train_steps"], stage_1["train_macs"])
     rows["pretrained"] = (space.macs_base, space.num_params_base, *trained_for, 0.0)
     models = {"pretrained": Model("base", base, space.macs_base)}
     for row, task in tasks.items():
-        save_index(task.run_dir, config, [task.group])
-        models[row] = Model("tdc", task.run_dir.experts, rows[row][0])
+        save_index(task.context.run_dir, config, [task.group])
+        models[row] = Model("tdc", task.context.run_dir.experts, rows[row][0])
     metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
     return metric, {row: (scores[row][0], cost) for row, cost in rows.items()}
 

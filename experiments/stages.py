@@ -15,14 +15,14 @@ from tdc_ray.diffusion.plan import one_group, plan_groups
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
-from tdc_ray.pruning.group import GroupSearch, group_tasks
+from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.pipelines import save_index
-from tdc_ray.runs.stages.expert import make_expert
+from tdc_ray.runs.stages.expert import make_expert, pruning_context
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -105,17 +105,20 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     run_dir = RunDir(root.resolve(), base.resolve())
     space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
-    tasks = group_tasks(run_dir, config, space, plan.groups)
-    done = pool.run({task.name: make_expert(task, memory) for task in tasks})
+    tasks = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    done = pool.run(
+        {task.name: make_expert(task, memory, config.finetune, config.compute) for task in tasks}
+    )
     save_index(run_dir, config, plan.groups)
     macs = mean_over_sampling_steps(plan, [done[task.name].macs for task in tasks])
     return Model("tdc", run_dir.experts, macs)
 
 
 def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) -> GroupSearch:
-    """Give the task of pruning a base for all timesteps at once."""
+    """Return the search of a base for all timesteps at once."""
     claim(root, config)
     span = (0, config.diffusion.num_train_timesteps - 1)
     group = one_group(config.diffusion, config.sampler, span, macs_share)
     space = space_of(unet_config(base), config.prune.space)
-    return GroupSearch(RunDir(root.resolve(), base.resolve()), config, space, group)
+    context = pruning_context(RunDir(root.resolve(), base.resolve()), config)
+    return GroupSearch(context, space, group)

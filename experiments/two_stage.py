@@ -30,18 +30,19 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan, plan_groups
-from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Result
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
-from tdc_ray.pruning.group import GroupSearch, SearchResult, group_tasks
+from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.pipelines import save_index
-from tdc_ray.runs.stages.finetune import finetune_item
+from tdc_ray.runs.stages.expert import pruning_context
+from tdc_ray.runs.stages.finetune import FinetuneResult, finetune_item
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 
@@ -64,19 +65,18 @@ class Point:
 
 
 def trained_along(
-    task: GroupSearch, kept: KeptIndices, points: Sequence[Path]
-) -> Chain[list[Result]]:
+    task: GroupSearch, kept: KeptIndices, config: RunConfig, points: Sequence[Path]
+) -> Chain[list[FinetuneResult]]:
     """Train one sub-model from its start, and save it at every point."""
-    whole, results = task.config.finetune.num_steps, []
+    whole, results = config.finetune, []
     checkpoint = None
     for share, root in zip(SHARES, points, strict=True):
-        steps = replace(task.config.finetune, num_steps=round(share * whole))
-        config = replace(task.config, finetune=steps)
-        run_dir = RunDir(root, task.run_dir.base_unet)
-        item = finetune_item(replace(task, run_dir=run_dir, config=config), kept)
+        train = replace(whole, num_steps=round(share * whole.num_steps))
+        context = replace(task.context, run_dir=RunDir(root, task.context.run_dir.base_unet))
+        item = finetune_item(replace(task, context=context), kept, train, config.compute)
         checkpoint = checkpoint or item.job.checkpoint
-        (result,) = yield [replace(item, job=replace(item.job, checkpoint=checkpoint))]
-        results.append(result)
+        moved = replace(item, job=replace(item.job, checkpoint=checkpoint))
+        results.append((yield from result_of(moved)))
     return results
 
 
@@ -84,13 +84,14 @@ def points_of(
     pool: Pool,
     tasks: Sequence[GroupSearch],
     kept: Sequence[KeptIndices],
+    config: RunConfig,
     plan: Plan | None,
     root: Path,
 ) -> list[Point]:
     """Train a strategy's sub-models side by side; make a pipeline of them at every point."""
     roots = [root / f"point-{share:g}" for share in SHARES]
     chains = {
-        task.name: trained_along(task, choice, roots)
+        task.name: trained_along(task, choice, config, roots)
         for task, choice in zip(tasks, kept, strict=True)
     }
     done = pool.run(chains)
@@ -98,8 +99,8 @@ def points_of(
     for place, point in enumerate(roots):
         results = [done[task.name][place] for task in tasks]
         run_dir, groups = RunDir(point), [task.group for task in tasks]
-        save_index(run_dir, tasks[0].config, groups)
-        macs = [result["macs"] for result in results]
+        save_index(run_dir, config, groups)
+        macs = [result.macs for result in results]
         found.append(
             Point(
                 Model(
@@ -107,8 +108,8 @@ def points_of(
                     run_dir.experts,
                     macs[0] if plan is None else mean_over_sampling_steps(plan, macs),
                 ),
-                sum(result["train_macs"] for result in results),
-                sum(result["train_steps"] for result in results),
+                sum(result.train_macs for result in results),
+                sum(result.train_steps for result in results),
             )
         )
     return found
@@ -129,12 +130,15 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     space = space_of(unet_config(base), config.prune.space)
     run_dir = RunDir(folder / "search", base)
-    tasks, memory = group_tasks(run_dir, config, space, plan.groups), MemoryBank(run_dir.memory)
+    tasks, memory = (
+        group_searches(pruning_context(run_dir, config), space, plan.groups),
+        MemoryBank(run_dir.memory),
+    )
     choices: dict[str, SearchResult] = pool.run({t.name: search(t, memory) for t in tasks})
     kept = [choices[task.name].kept for task in tasks]
-    spent = sum(choice.spent.macs for choice in choices.values())
+    spent = sum(choice.cost.macs for choice in choices.values())
     stage_1 = read_json(base.parent / "result.json")
-    after = points_of(pool, tasks, kept, plan, folder / "both-stages")
+    after = points_of(pool, tasks, kept, config, plan, folder / "both-stages")
     both = [
         Point(
             point.model,
@@ -149,12 +153,14 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
     macs = sum(space.macs(widths_of(choice)) for choice in kept)
     steps = round(budget / (3.0 * macs * config.base.batch_size))
     alone = from_nothing(config, steps)
-    lone = group_tasks(RunDir(folder / "single-stage", start), alone, space, plan.groups)
-    single = points_of(pool, lone, kept, plan, folder / "single-stage")
+    context = pruning_context(RunDir(folder / "single-stage", start), alone)
+    lone = group_searches(context, space, plan.groups)
+    single = points_of(pool, lone, kept, alone, plan, folder / "single-stage")
 
     steps = round(budget / (3.0 * space.macs_base * config.base.batch_size))
-    whole = all_timesteps(from_nothing(config, steps), start, folder / "one-model", 1.0)
-    one = points_of(pool, [whole], [keep_everything(space.units)], None, folder / "one-model")
+    longer, full = from_nothing(config, steps), keep_everything(space.units)
+    whole = all_timesteps(longer, start, folder / "one-model", 1.0)
+    one = points_of(pool, [whole], [full], longer, None, folder / "one-model")
     return dict(zip(STRATEGIES, (one, single, both), strict=True))
 
 

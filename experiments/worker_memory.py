@@ -24,10 +24,12 @@ from output import provenance
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.pruning.loaded_base import LoadedBase, load_base
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 
@@ -56,13 +58,14 @@ class Worker:
 
     def load(self, run_dir: RunDir, config: RunConfig) -> None:
         """Load the base."""
-        self.base = load_base(run_dir, config)
+        group = plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
+        self.base = load_base(pruning_context(run_dir, config), group)
 
     def denoise(self, shape: tuple[int, int, int, int]) -> None:
         """Run some images through it, and let go of what came out."""
         assert self.base is not None
         with torch.inference_mode():
-            self.base.unet(torch.zeros(shape), torch.zeros(shape[0]))
+            self.base.network(torch.zeros(shape), torch.zeros(shape[0]))
 
 
 def measured(config: RunConfig, folder: Path) -> dict[str, Any]:

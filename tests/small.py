@@ -14,6 +14,7 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.events import EventSink, Reported
 from tdc_ray.execution.item import Report
 from tdc_ray.models.network_config import NetworkConfig
@@ -21,8 +22,11 @@ from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import SpaceKind, Unit
+from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.run_dir import RunDir
 
 TINY: NetworkConfig = architecture("tiny")
@@ -119,10 +123,27 @@ def group_of(config: RunConfig, index: int) -> TimestepGroup:
     return plan_groups(config.diffusion, config.plan, config.sampler).groups[index]
 
 
+def context_of(run_dir: RunDir, config: RunConfig) -> PruningContext:
+    """What the searches of a run have in common."""
+    return pruning_context(run_dir, config)
+
+
 def task_of(run_dir: RunDir, config: RunConfig, index: int = 0) -> GroupSearch:
     """One group's share of stage 2, for the tiny base."""
     kind: SpaceKind = config.prune.space
-    return GroupSearch(run_dir, config, space_of(TINY, kind), group_of(config, index))
+    context = context_of(run_dir, config)
+    return GroupSearch(context, space_of(TINY, kind), group_of(config, index))
+
+
+def held_out_loss_of(unet: UNet2DModel, config: RunConfig, group: TimestepGroup) -> float:
+    """The loss on a group's held-out images, of which no run is needed."""
+    context = context_of(RunDir(Path("/nonexistent")), config)
+    return held_out_loss(unet, context, group, noise_schedule(config.diffusion))
+
+
+def with_run_dir(task: GroupSearch, run_dir: RunDir) -> GroupSearch:
+    """The same search in another run directory."""
+    return dataclasses.replace(task, context=dataclasses.replace(task.context, run_dir=run_dir))
 
 
 def reporting_to(report: Report) -> EventSink:

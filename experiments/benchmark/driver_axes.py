@@ -97,11 +97,11 @@ def proposing(flags: ScalingFlags, folder: Path) -> list[Axis]:
 
     def groups(bank: MemoryBank, count: int) -> None:
         for group in range(count):
-            proxy.propose(task(space, group), bank.seen_by(group, before_round=1, shared=True))
+            proxy.propose(task(space, group), bank.visible_to(group, before_round=1, shared=True))
 
     def rounds(bank: MemoryBank, count: int) -> None:
         for number in range(count):
-            seen = bank.seen_by(0, before_round=number, shared=False)
+            seen = bank.visible_to(0, before_round=number, shared=False)
             proxy.propose(task(space, 0, number=number), seen)
 
     counts, rounds_of = flags.some(4, 8, 16, 32), flags.some(2, 4, 8, 16)

@@ -25,13 +25,15 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
-from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
-from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
+from tdc_ray.pruning.tasks.candidates import CandidateJob, measure_candidate
+from tdc_ray.pruning.tasks.sensitivities import SensitivityJob, measure_sensitivities
 from tdc_ray.runs.pipelines import pipeline_index
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.run_dir import RunDir
 
 STEPS = 4
@@ -60,31 +62,31 @@ class Measured:
         save_unet(build_unet(unet), self.run_dir.base_unet)
         self.group = plan_groups(config.diffusion, config.plan, config.sampler).groups[0]
 
-    def with_images(self, num_images: int, num_refit_images: int) -> RunConfig:
-        """Give settings for so many images; without any for the refit there is none."""
+    def with_images(self, num_images: int, num_refit_images: int) -> PruningContext:
+        """Return a context with so many images; without any for the refit there is none."""
         prune = PruneConfig(
             num_images=num_images,
             num_refit_images=max(1, num_refit_images),
             refit="least-squares" if num_refit_images else "none",
             batch_size=32,
         )
-        return dataclasses.replace(self.config, prune=prune)
+        return pruning_context(self.run_dir, dataclasses.replace(self.config, prune=prune))
 
     def candidate(self, num_images: int, num_refit_images: int) -> None:
         """Measure a candidate."""
         space, scores = self.space, random_scores(self.space.units, 0)
         scheme = uniform_scheme(space, int(0.7 * space.macs_base), sorted_scores(scores))
         kept = select_top(space.units, scores, scheme)
-        config = self.with_images(num_images, num_refit_images)
-        measure_candidate(MeasureJob(self.run_dir, config, self.group, kept, 1), nothing)
+        context = self.with_images(num_images, num_refit_images)
+        measure_candidate(CandidateJob(context, self.group, kept, 1), nothing)
 
     def sensitivities(self, num_images: int, num_refit_images: int) -> None:
         """Measure the sensitivities of all units."""
         units = self.space.units
         names, kept = tuple(unit.name for unit in units), keep_everything(units)
         scores = {} if num_refit_images else random_scores(units, 0)
-        config = self.with_images(num_images, num_refit_images)
-        job = SensitivityJob(self.run_dir, config, self.group, names, kept, scores)
+        context = self.with_images(num_images, num_refit_images)
+        job = SensitivityJob(context, self.group, names, kept, scores)
         measure_sensitivities(job, nothing)
 
 

@@ -27,12 +27,13 @@ from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
 from tdc_ray.models.units import KeptIndices, SpaceKind, keep_everything
 from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
-from tdc_ray.pruning.jobs import MeasureJob, SensitivityJob
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
-from tdc_ray.pruning.loaded_base import measure_candidate, measure_sensitivities
 from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, Values, fit_to_limit, space_of
+from tdc_ray.pruning.tasks.candidates import CandidateJob, measure_candidate
+from tdc_ray.pruning.tasks.sensitivities import SensitivityJob, measure_sensitivities
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"
@@ -77,7 +78,9 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         unet = build_unet(base_unet(config.model, config.conditioning)).eval()
         space = space_of(base_unet(config.model, config.conditioning))
         schedule = noise_schedule(config.diffusion)
-        seen = list(noised_batches(config, group, unet, purpose="held-out"))
+        seen = list(
+            noised_batches(pruning_context(run_dir, config), group, unet, purpose="held-out")
+        )
         scores = random_scores(space.units, 0)
         max_macs = group.limit(space.macs_base)
         schemes = [
@@ -91,16 +94,17 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         full, names = keep_everything(space.units), tuple(unit.name for unit in inner)
 
         def losses(config: RunConfig) -> list[float]:
-            jobs = [MeasureJob(run_dir, config, group, kept, 1) for kept in candidates]
-            return [measure_candidate(job, nothing)["loss_cut"] for job in jobs]
+            context = pruning_context(run_dir, config)
+            jobs = [CandidateJob(context, group, kept, 1) for kept in candidates]
+            return [measure_candidate(job, nothing).loss_cut for job in jobs]
 
         def plain(choices: list[KeptIndices]) -> list[float]:
             return [plain_loss(cut(unet, space.units, kept), seen, schedule) for kept in choices]
 
         def sensitivities(config: RunConfig) -> Any:
             known = scores if config.prune.refit == "none" else {}
-            job = SensitivityJob(run_dir, config, group, names, full, known)
-            return measure_sensitivities(job, nothing)["sensitivities"]
+            job = SensitivityJob(pruning_context(run_dir, config), group, names, full, known)
+            return measure_sensitivities(job, nothing).sensitivities
 
         narrower: list[KeptIndices] = [
             {**full, **select_top((unit,), scores, {unit.name: width})}
@@ -109,7 +113,9 @@ def measuring(flags: SpeedFlags) -> list[Row]:
         ]
         bare, bf16 = without_refit(config), without_refit(config, "bf16")
         variants = {"no refit": bare, "no refit, bf16": bf16, "refit too": config}
-        weighed = MeasureJob(run_dir, config, group, full, 0, leaves_weights=True)
+        weighed = CandidateJob(
+            pruning_context(run_dir, config), group, full, 0, saves_weights=True
+        )
         measure_candidate(weighed, nothing)  # as a search begins
         rows = []
         for section, ours, choices, count in (

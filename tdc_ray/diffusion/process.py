@@ -1,16 +1,17 @@
 """The noise process as tensors: noising, and the batch that losses are computed on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.prediction import EPSILON, Prediction
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.models.denoiser import DenoiserOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,8 @@ class NoisedBatch:
         """Add the noise: ``(B, C, H, W)``."""
         return schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
 
-    def predict(self, model: nn.Module, schedule: NoiseSchedule) -> Tensor:
-        """Compute the output of a ``UNet2DModel``, ``(B, C or 2C, H, W)``."""
+    def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
+        """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
         labels = {} if self.labels is None else {"class_labels": self.labels}
         output: Tensor = model(self.x_t(schedule), timesteps, **labels).sample

@@ -59,6 +59,15 @@ def family_of(network: Denoiser) -> Family:
     return _family(type(network).__name__)
 
 
+def steps_of(network: Denoiser) -> list[Step]:
+    """Return a network's forward pass as steps.
+
+    Raises:
+        UnsupportedModelError: Its class is unknown.
+    """
+    return family_of(network).steps(network)
+
+
 def build_network(config: NetworkConfig) -> Denoiser:
     """Build a network with random weights on the current default device.
 

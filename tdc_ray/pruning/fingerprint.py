@@ -1,11 +1,12 @@
-"""What a measurement of a search follows from, as part of its cache key."""
+"""What all work on a group's timesteps follows from, as part of a cache key."""
 
 from dataclasses import asdict
 
-from tdc_ray.config.prune import PruneConfig
-from tdc_ray.data.fingerprint import without
+from tdc_ray.data.fingerprint import data_key, without
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.item import Inputs
+from tdc_ray.models.fingerprint import weights_digest
+from tdc_ray.pruning.context import PruningContext
 
 SEARCH_FIELDS = (
     "method",
@@ -22,11 +23,17 @@ SEARCH_FIELDS = (
 """Of pruning's settings: they decide what is measured, not what is found."""
 
 
-def timesteps_key(group: TimestepGroup) -> Inputs:
-    """Give what the work on a group's timesteps follows from."""
-    return {"timesteps": [group.first, group.last]}
-
-
-def measuring_key(config: PruneConfig) -> Inputs:
-    """Give what a refit and the losses of one model follow from."""
-    return {"measuring": without(asdict(config), SEARCH_FIELDS)}
+def group_key(context: PruningContext, group: TimestepGroup) -> Inputs:
+    """Return what a refit and the losses of one model on a group's timesteps follow from."""
+    return {
+        "base": weights_digest(context.run_dir.base_unet),
+        **data_key(
+            context.data,
+            seed=context.seed,
+            diffusion=context.diffusion,
+            conditioning=context.conditioning,
+            tf32=context.tf32,
+        ),
+        "timesteps": [group.first, group.last],
+        "measuring": without(asdict(context.prune), SEARCH_FIELDS),
+    }

@@ -1,17 +1,15 @@
-"""One group's share of stage 2: what is asked of it, and what its search comes to."""
+"""The search of one timestep group: what it works on, and the items that it is made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.item import UNTYPED, Inputs, Job, R, Report, Result, WorkItem
-from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
-from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.space import Scheme, Space
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.execution.item import UNTYPED, Inputs, Job, R, Report, WorkItem
+from tdc_ray.models.units import KeptIndices, kept_digest
+from tdc_ray.pruning.context import PruningContext
+from tdc_ray.pruning.space import Space
 
 
 def group_name(group: TimestepGroup) -> str:
@@ -23,8 +21,7 @@ def group_name(group: TimestepGroup) -> str:
 class GroupSearch:
     """One group's share of stage 2."""
 
-    run_dir: RunDir
-    config: RunConfig
+    context: PruningContext
     space: Space
     group: TimestepGroup
     participants: frozenset[str] = frozenset()
@@ -35,6 +32,11 @@ class GroupSearch:
     def name(self) -> str:
         """Name of the group, in keys and tags."""
         return group_name(self.group)
+
+    @property
+    def folder(self) -> Path:
+        """Where its items' results are."""
+        return self.context.run_dir.group(self.group.index)
 
     @property
     def limit(self) -> int:
@@ -52,23 +54,17 @@ class GroupSearch:
         Raises:
             ConfigError: It limits something else, or other widths are legal in it.
         """
-        prune, units = self.config.prune, self.space.units
+        prune, units = self.context.prune, self.space.units
         limited = "latency" if self.space.quantity == "time" else "macs"
-        for setting, value, wanted in (
+        for setting, value, expected in (
             ("objective", prune.objective, limited),
             ("channel_multiple", prune.channel_multiple, max(unit.multiple for unit in units)),
         ):
-            if prune.method != "none" and value != wanted:
+            if prune.method != "none" and value != expected:
                 raise ConfigError(
-                    f"prune.{setting} must be {wanted} here, got {value}: only tdc-ray run and "
-                    "tdc-ray prune heed others."
+                    f"prune.{setting} must be {expected} here, got {value}: only tdc-ray run and "
+                    "tdc-ray prune use others."
                 )
-
-    @property
-    def finetune_macs(self) -> float:
-        """Macs that the fine-tune will take at most: forward and backward count three forwards."""
-        train = self.config.finetune
-        return 3.0 * self.max_macs * train.num_steps * train.batch_size
 
     def item(
         self,
@@ -94,12 +90,13 @@ class GroupSearch:
             job: With what.
             result_type: What it returns.
             cost: Expected macs.
-            behind: Expected macs of the search after it; the fine-tune's are added.
+            behind: Expected macs of the search after it; those of what follows it are added.
             num_steps: Steps that it reports.
-            kept: The choice that it is about, which its result is named after: where others come
-                to other schemes than in an earlier attempt, so may this group, at the same place.
-            inputs: Gives of the job what the result follows from; None: no other run may take it.
-            files: What it leaves beside its result.
+            kept: The choice that it is about, which its result is named after: where others
+                choose other schemes than in an earlier attempt, so may this group, at the same
+                place.
+            inputs: Returns what the result follows from; None means that no other run may use it.
+            files: What it writes beside its result.
             service: What runs it in place of a worker.
             fallback_result: Its result where the service is lost.
         """
@@ -108,9 +105,9 @@ class GroupSearch:
             key=f"{self.name}/{name}",
             function=function,
             job=job,
-            result_path=self.run_dir.group(self.group.index) / f"{file}.json",
+            result_path=self.folder / f"{file}.json",
             cost=cost,
-            cost_behind=behind + self.finetune_macs,
+            cost_behind=behind + self.context.work_after * self.max_macs,
             num_steps=num_steps,
             inputs=inputs,
             files=files,
@@ -120,72 +117,10 @@ class GroupSearch:
         )
 
 
-def group_tasks(
-    run_dir: RunDir, config: RunConfig, space: Space, groups: Sequence[TimestepGroup]
+def group_searches(
+    context: PruningContext, space: Space, groups: Sequence[TimestepGroup]
 ) -> list[GroupSearch]:
-    """Give every group its task; no group waits for one that keeps the whole base."""
+    """Make every group's search; no group waits for one that keeps the whole base."""
     searching = (group for group in groups if group.limit(space.cost_base) < space.cost_base)
     participants = frozenset(map(group_name, searching))
-    return [GroupSearch(run_dir, config, space, group, participants) for group in groups]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sub-model that was measured."""
-
-    entry: MemoryEntry
-    kept: KeptIndices
-
-
-@dataclass(slots=True)
-class SearchCost:
-    """What a search took."""
-
-    macs: float = 0.0
-    seconds: float = 0.0
-    """Of computing, summed over workers."""
-
-    proxy_seconds: float = 0.0
-    """Of the proxy: of proposing, or of waiting for a language model."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    notes: list[str] = field(default_factory=list)
-    """What did not go as asked for."""
-
-    def add(self, result: Result) -> None:
-        """Count an item that computed."""
-        self.macs += result["macs"]
-        self.seconds += result["seconds"]
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """The sub-model that a group's expert starts from."""
-
-    kept: KeptIndices
-    entry: MemoryEntry | None
-    """What is remembered of it; None for the base itself, which nothing is cut of."""
-
-    loss_base: float
-    """Loss of the uncut base on held-out images and noise of the group's timesteps."""
-
-    candidates: tuple[Candidate, ...]
-    """All that were measured, best first."""
-
-    spent: SearchCost
-
-    @property
-    def widths(self) -> Scheme:
-        """The scheme."""
-        return widths_of(self.kept)
-
-    @property
-    def loss_cut(self) -> float:
-        """The loss straight after the cut."""
-        return self.loss_base if self.entry is None else self.entry.loss_cut
-
-    @property
-    def loss_refit(self) -> float | None:
-        """The loss after the refit; None where there was none."""
-        return None if self.entry is None else self.entry.loss_refit
+    return [GroupSearch(context, space, group, participants) for group in groups]

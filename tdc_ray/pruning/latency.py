@@ -1,6 +1,6 @@
 """Measures how long each unit takes at each width, on a worker's device.
 
-The base is run step by step, by turns with the base cut to one width of every unit: inner units
+The base is run step by step, alternately with the base cut to one width of every unit: inner units
 leave the stream as it is, so that every block gets what it gets in any other scheme, and a pass
 times all of them where they stand, with caches as they are there.
 """
@@ -14,17 +14,15 @@ from statistics import median
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.models.families import build_network, family_of
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.costs import LatencyTable
-from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.pruning.space import Space
 
 MAX_LEVELS = 8
 """Most widths of a unit that are measured, its own among them; those between lie on lines."""
@@ -35,10 +33,11 @@ MIN_REPEATS, MIN_SECONDS = 9, 2.0
 
 @dataclass(frozen=True, slots=True)
 class LatencyJob:
-    """Time a UNet's units; only shapes count, so its weights are random ones."""
+    """Time a network's units; only shapes count, so its weights are random ones."""
 
-    unet: NetworkConfig
-    config: RunConfig
+    network: NetworkConfig
+    space: Space
+    batch_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +53,20 @@ class LatencyResult:
     seconds: float
 
 
-def timed_space(path: Path, unet: NetworkConfig, config: RunConfig, space: Space) -> Chain[Space]:
-    """Measure what the units of a space take, and give the space with time as what is limited.
+def timed_space(path: Path, network: NetworkConfig, space: Space, batch_size: int) -> Chain[Space]:
+    """Measure what the units of a space take, and return the space with time as what is limited.
 
     Args:
         path: Where what is measured is kept: it is measured once.
-        unet: The base's config.
-        config: The settings.
+        network: The base's config.
         space: The base's space.
+        batch_size: Images of a forward pass.
     """
-    passes = 2 * MAX_LEVELS * MIN_REPEATS * config.prune.latency_batch_size
+    passes = 2 * MAX_LEVELS * MIN_REPEATS * batch_size
     item = WorkItem(
         key="latency",
         function=measure_latency,
-        job=LatencyJob(unet, config),
+        job=LatencyJob(network, space, batch_size),
         result_path=path,
         cost=float(passes * space.macs_base),
         num_steps=MAX_LEVELS - 1,
@@ -79,31 +78,29 @@ def timed_space(path: Path, unet: NetworkConfig, config: RunConfig, space: Space
 
 def measure_latency(job: LatencyJob, report: Report) -> LatencyResult:
     """Time the base and every unit at several widths."""
-    started, prune = time.perf_counter(), job.config.prune
-    space = space_of(job.unet, prune.space, prune.channel_multiple)
-    device = worker_device()
-    base = build_unet(job.unet).to(device).eval()
-    found = []
+    started, space, device = time.perf_counter(), job.space, worker_device()
+    base = build_network(job.network).to(device).eval()
+    passes = []
     for number, widths in enumerate(_schemes(space), start=1):
         kept = {name: tuple(range(width)) for name, width in widths.items()}
         whole, part = time_passes(
-            [base, cut(base, space.units, kept)],
-            prune.latency_batch_size,
+            [base, family_of(base).cut(base, space.units, kept)],
+            job.batch_size,
             min_repeats=MIN_REPEATS,
             min_seconds=MIN_SECONDS,
         )
-        found.append((widths, whole, part))
+        passes.append((widths, whole, part))
         report({"base_milliseconds": 1e3 * whole.total}, number)
-    total = median(whole.total for _, whole, _ in found)
+    total = median(whole.total for _, whole, _ in passes)
     units: dict[str, dict[int, list[float]]] = {unit.name: {} for unit in space.units}
-    for widths, whole, part in found:
+    for widths, whole, part in passes:
         pace = total / whole.total  # as if the machine had been as fast as in the middle
         for unit in space.units:
             for width, timed in ((unit.width, whole), (widths[unit.name], part)):
                 units[unit.name].setdefault(width, []).append(pace * timed.steps[unit.name])
     return LatencyResult(
         device=device_name(device),
-        batch_size=prune.latency_batch_size,
+        batch_size=job.batch_size,
         base_ns=round(1e9 * total),
         units={
             name: {width: round(1e9 * median(times[width])) for width in sorted(times)}

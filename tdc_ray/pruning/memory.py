@@ -52,8 +52,8 @@ class MemoryEntry:
         return self.loss_cut if self.loss_refit is None else self.loss_refit
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Where it stands: group, round, candidate."""
+    def key(self) -> tuple[int, int, int]:
+        """Group, round and candidate, which no two entries share."""
         return (self.group, self.round, self.candidate)
 
 
@@ -63,53 +63,55 @@ _ADAPTER = TypeAdapter(MemoryEntry)
 class MemoryBank:
     """An append-only file of entries with one writer; a line torn by a kill does not count."""
 
-    def __init__(self, path: Path, listen: Callable[[MemoryEntry], None] = lambda _: None) -> None:
+    def __init__(
+        self, path: Path, listener: Callable[[MemoryEntry], None] = lambda _: None
+    ) -> None:
         """Open the bank.
 
         Args:
             path: The file.
-            listen: Gets every entry that is new.
+            listener: Called with every entry that is new.
 
         Raises:
             StorageError: The file holds a line that is no entry.
         """
-        self.path, self._listen = path, listen
+        self.path, self._listener = path, listener
         try:
-            found = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
+            entries = [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
         except ValidationError as error:
             raise StorageError(
                 f"{display_path(path)} holds a line that is no memory entry: {error}"
             ) from error
-        self._entries = {entry.place: entry for entry in found}
+        self._entries = {entry.key: entry for entry in entries}
 
     def add(self, entry: MemoryEntry) -> None:
-        """Remember an entry; of the same scheme at the same place the first stays.
+        """Remember an entry; of the same scheme under the same key the first stays.
 
         Another scheme replaces it: with a shared bank a group that failed before may change what
-        the others come to.
+        the others find.
         """
-        before = self._entries.get(entry.place)
+        before = self._entries.get(entry.key)
         if before is None or before.widths != entry.widths:
             self._write(entry)
-            self._listen(entry)
+            self._listener(entry)
 
-    def add_tuned(self, place: tuple[int, int, int], loss: float) -> None:
+    def set_tuned_loss(self, key: tuple[int, int, int], loss: float) -> None:
         """Remember the loss of an entry after a short fine-tune, in a line that replaces it."""
-        tuned = dataclasses.replace(self._entries[place], loss_tuned=loss)
-        if tuned != self._entries[place]:
+        tuned = dataclasses.replace(self._entries[key], loss_tuned=loss)
+        if tuned != self._entries[key]:
             self._write(tuned)
 
     def _write(self, entry: MemoryEntry) -> None:
         append_json_line(self.path, dataclasses.asdict(entry))
-        self._entries[entry.place] = entry
+        self._entries[entry.key] = entry
 
-    def seen_by(self, group: int, *, before_round: int, shared: bool) -> list[MemoryEntry]:
-        """Give what was found in earlier rounds, in the order of groups, rounds and candidates.
+    def visible_to(self, group: int, *, before_round: int, shared: bool) -> list[MemoryEntry]:
+        """Return the entries of earlier rounds, in the order of groups, rounds and candidates.
 
         Args:
-            group: The group that looks.
+            group: The group that reads them.
             before_round: The round that it is in.
-            shared: Whether it sees what other groups found.
+            shared: Whether it sees the entries of other groups.
         """
         return sorted(
             (
@@ -117,14 +119,14 @@ class MemoryBank:
                 for entry in self._entries.values()
                 if entry.round < before_round and (shared or entry.group == group)
             ),
-            key=lambda entry: entry.place,
+            key=lambda entry: entry.key,
         )
 
     def all(self) -> list[MemoryEntry]:
-        """Give everything, in the order of groups, rounds and candidates."""
-        return sorted(self._entries.values(), key=lambda entry: entry.place)
+        """Return all entries, in the order of groups, rounds and candidates."""
+        return sorted(self._entries.values(), key=lambda entry: entry.key)
 
 
 def best(entries: list[MemoryEntry]) -> MemoryEntry:
-    """Give the entry of the lowest loss, the earliest of equals; a loss of NaN is the highest."""
-    return min(entries, key=lambda entry: (math.isnan(entry.loss), entry.loss, entry.place))
+    """Return the entry of the lowest loss, the earliest of equals; NaN counts as the highest."""
+    return min(entries, key=lambda entry: (math.isnan(entry.loss), entry.loss, entry.key))

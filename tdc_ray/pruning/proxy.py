@@ -15,7 +15,7 @@ cut elsewhere too (``prune.num_passes``)."""
 
 @dataclass(frozen=True, slots=True)
 class ProposalRequest:
-    """What a proxy is told of a group."""
+    """What a proxy is asked: schemes for one group."""
 
     space: Space
     group: int
@@ -45,13 +45,25 @@ class ProposalRequest:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A scheme that is to be measured."""
+
+    source: str
+    """Who proposed it; see :class:`MemoryEntry`."""
+
+    scheme: Scheme
+    overshoot: int = 0
+    """By how much it was above the limit before it was fitted."""
+
+
 class Proxy(Protocol):
     """Proposes pruning schemes."""
 
     def propose(
         self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
     ) -> list[Scheme]:
-        """Give schemes, best guess first; whoever measures them brings them to the limit.
+        """Return schemes, best guess first; whoever measures them fits them to the limit.
 
         Args:
             task: The group, its limit, and what was measured of the base.

@@ -1,27 +1,26 @@
 """The search for a group's sub-model: propose, fit to the limit, cut, refit, measure, remember."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isnan
 
 from tdc_ray.config.prune import ProxyMethod, ScoreMethod
-from tdc_ray.execution.chain import Barrier, Chain
-from tdc_ray.execution.item import Result
+from tdc_ray.execution.chain import Barrier, Chain, result_of, results_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.scores import Scores, select_top
-from tdc_ray.pruning.group import Candidate, GroupSearch, SearchCost, SearchResult
-from tdc_ray.pruning.jobs import ScoreJob, score_inputs
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
-from tdc_ray.pruning.loaded_base import score_units
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
 from tdc_ray.pruning.proxies.registry import PROXIES
-from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
+from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Sensitivities
+from tdc_ray.pruning.result import Candidate, SearchCost, SearchResult
 from tdc_ray.pruning.space import Scheme, fit_to_limit
-from tdc_ray.pruning.tasks.candidates import (
-    SENSITIVITY_ITEMS,
-    base_item,
-    measure_item,
+from tdc_ray.pruning.tasks.candidates import base_item, candidate_item
+from tdc_ray.pruning.tasks.scores import score_item
+from tdc_ray.pruning.tasks.sensitivities import (
+    NUM_SHARES,
+    SensitivityResult,
+    StreamResult,
     sensitivity_items,
 )
 from tdc_ray.seeds import derive_seed
@@ -33,30 +32,29 @@ def search(task: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
     Without pruning (``prune.method`` none) it is the base itself.
     """
     task.check_space()
-    config, spent = task.config, SearchCost()
-    full = keep_everything(task.space.units)
-    (base,) = yield [base_item(task)]
-    spent.add(base)
-    loss_base = base["loss_cut"]
-    method = config.prune.method
+    method, cost = task.context.prune.method, SearchCost()
+    base = yield from result_of(base_item(task))
+    cost.add(base)
     if method == "none" or task.limit >= task.space.cost_base:
-        return SearchResult(full, None, loss_base, (), spent)
+        kept = keep_everything(task.space.units)
+        return SearchResult(kept, None, base.loss_cut, (), cost)
     if method == "offline" or method == "llm":
-        found = yield from _search_by_proxy(task, memory, method, loss_base, spent)
+        candidates = yield from _search_by_proxy(task, memory, method, base.loss_cut, cost)
     else:
-        found = yield from _search_by_score(task, memory, method, spent)
-    found.sort(key=lambda tried: (isnan(tried.entry.loss), tried.entry.loss, tried.entry.place))
-    return SearchResult(found[0].kept, found[0].entry, loss_base, tuple(found), spent)
+        candidates = yield from _search_by_score(task, memory, method, cost)
+    candidates.sort(key=lambda one: (isnan(one.entry.loss), one.entry.loss, one.entry.key))
+    best = candidates[0]
+    return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), cost)
 
 
 def _search_by_score(
-    task: GroupSearch, memory: MemoryBank, method: ScoreMethod, spent: SearchCost
+    task: GroupSearch, memory: MemoryBank, method: ScoreMethod, cost: SearchCost
 ) -> Chain[list[Candidate]]:
     """Measure the schemes that follow from a score; there is one round and nothing to learn."""
-    scores = yield from _scores(task, method, spent)
-    found = baseline_schemes(task.space, scores, task.limit)
-    schemes = [_Proposal(f"{method}/{name}", scheme) for name, scheme in found]
-    return (yield from _measure(task, memory, 0, schemes, scores, spent))
+    scores = yield from _scores(task, method, cost)
+    schemes = baseline_schemes(task.space, scores, task.limit)
+    proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
+    return (yield from _measure(task, memory, 0, proposals, scores, cost))
 
 
 def _search_by_proxy(
@@ -64,17 +62,17 @@ def _search_by_proxy(
     memory: MemoryBank,
     method: ProxyMethod,
     loss_base: float,
-    spent: SearchCost,
+    cost: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Measure sensitivities, then let the proxy propose, round by round."""
-    config, group = task.config, task.group
-    scores, sensitivities = yield from _sensitivities(task, loss_base, spent)
-    shared = config.prune.memory == "shared" and len(task.participants) > 1
+    prune, group = task.context.prune, task.group
+    scores, sensitivities = yield from _sensitivities(task, loss_base, cost)
+    shared = prune.memory == "shared" and len(task.participants) > 1
     candidates: list[Candidate] = []
-    for number in range(config.prune.num_rounds):
+    for number in range(prune.num_rounds):
         if shared and number > 0:
             yield Barrier(f"round {number}", task.participants)
-        seen = memory.seen_by(group.index, before_round=number, shared=shared)
+        visible = memory.visible_to(group.index, before_round=number, shared=shared)
         request = ProposalRequest(
             space=task.space,
             group=group.index,
@@ -84,142 +82,134 @@ def _search_by_proxy(
             loss_base=loss_base,
             scores=scores,
             sensitivities=sensitivities,
-            num_candidates=config.prune.num_candidates,
+            num_candidates=prune.num_candidates,
             round=number,
-            num_rounds=config.prune.num_rounds,
-            seed=derive_seed(config.seed, "propose", group.index, number),
+            num_rounds=prune.num_rounds,
+            seed=derive_seed(task.context.seed, "propose", group.index, number),
         )
-        proposals = _Proposals(request, seen)
+        proposals: list[Proposal] = []
         names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
         for name in dict.fromkeys(names):
-            if len(proposals.found) < config.prune.num_candidates:
-                schemes = yield from PROXIES[name](task, request, seen, spent)
-                proposals.add(name, schemes)
-        candidates += yield from _measure(task, memory, number, proposals.found, scores, spent)
+            if len(proposals) < prune.num_candidates:
+                schemes = yield from PROXIES[name](task, request, visible, cost)
+                proposals += _new_proposals(request, visible, name, schemes, proposals)
+        candidates += yield from _measure(task, memory, number, proposals, scores, cost)
     return candidates
 
 
-def _scores(task: GroupSearch, method: ScoreMethod, spent: SearchCost) -> Chain[Scores]:
+def _new_proposals(
+    request: ProposalRequest,
+    visible: Sequence[MemoryEntry],
+    source: str,
+    schemes: Sequence[Scheme],
+    proposals: Sequence[Proposal],
+) -> list[Proposal]:
+    """Fit schemes to the limit: no more than asked for, and none that the group has tried.
+
+    Args:
+        request: What was asked for.
+        visible: What is remembered.
+        source: Who proposed them.
+        schemes: The schemes.
+        proposals: Those of the round so far.
+    """
+    space = request.space
+    tried = [dict(entry.widths) for entry in visible if entry.group == request.group]
+    tried += [dict(proposal.scheme) for proposal in proposals]
+    worth, fresh = step_worth(space, loss_curves(space, request.sensitivities)), []
+    for scheme in schemes:
+        fitted = fit_to_limit(space, scheme, request.limit, worth)
+        if fitted not in tried:
+            overshoot = max(0, space.cost(scheme) - request.limit)
+            fresh.append(Proposal(source, fitted, overshoot))
+            tried.append(fitted)
+    return fresh[: request.num_candidates - len(proposals)]
+
+
+def _scores(task: GroupSearch, method: ScoreMethod, cost: SearchCost) -> Chain[Scores]:
     """Score the base's units."""
-    job = ScoreJob(task.run_dir, task.config, task.group, method)
-    cost = 3.0 * task.config.prune.num_images * task.space.macs_base
-    (scored,) = yield [task.item("scores", score_units, job, cost=cost, inputs=score_inputs)]
-    spent.add(scored)
-    scores: Scores = scored["scores"]
-    return scores
+    result = yield from result_of(score_item(task, method))
+    cost.add(result)
+    return result.scores
 
 
 def _sensitivities(
-    task: GroupSearch, loss_base: float, spent: SearchCost
+    task: GroupSearch, loss_base: float, cost: SearchCost
 ) -> Chain[tuple[Scores, Sensitivities]]:
     """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
-    prune, space = task.config.prune, task.space
+    prune, space = task.context.prune, task.space
     has_streams = any(unit.kind == "stream" for unit in space.units)
     scores: Scores = {}
     if prune.refit == "none" or has_streams:
-        scores = yield from _scores(task, "taylor", spent)
-        ranked = [
-            unit.name for unit in space.units if prune.refit == "none" or unit.kind == "stream"
-        ]
-        scores = {name: scores[name] for name in ranked}
+        by_taylor = yield from _scores(task, "taylor", cost)
+        scores = {
+            unit.name: by_taylor[unit.name]
+            for unit in space.units
+            if prune.refit == "none" or unit.kind == "stream"
+        }
     full = keep_everything(space.units)
-    items = sensitivity_items(task, 0, full, scores, loss_base, SENSITIVITY_ITEMS)
+    items = sensitivity_items(task, 0, full, scores, loss_base, NUM_SHARES)
     sensitivities: Sensitivities = {}
-    for part in (yield items):
-        spent.add(part)
-        scores |= part.get("scores", {})
-        sensitivities = {**sensitivities, **_by_width(part)}
+    results: Sequence[SensitivityResult | StreamResult] = yield items
+    for result in results:
+        cost.add(result)
+        if isinstance(result, SensitivityResult):
+            scores |= result.scores
+        sensitivities = {**sensitivities, **result.sensitivities}
     scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
     for number in range(1, prune.num_passes):
-        too_much = space.cost_base - task.limit
-        limit = space.cost_base - too_much * number // (prune.num_passes - 1)
+        excess = space.cost_base - task.limit
+        limit = space.cost_base - excess * number // (prune.num_passes - 1)
         curves = loss_curves(space, sensitivities)
         start = knapsack(space, curves, limit)
         kept, loss = select_top(space.units, scores, start), loss_base
         if has_streams:
-            (measured,) = yield [measure_item(task, f"sensitivities-{number}-start", kept, 0)]
-            spent.add(measured)
-            loss = _loss(measured)
-        grown: dict[str, dict[int, float]] = {}
-        for part in (yield sensitivity_items(task, number, kept, scores, loss, 1)):
-            spent.add(part)
-            grown |= _by_width(part)
-        sensitivities = extend_sensitivities(sensitivities, curves, start, grown)
+            item = candidate_item(task, f"sensitivities-{number}-start", kept, 0)
+            measured = yield from result_of(item)
+            cost.add(measured)
+            loss = measured.loss
+        further: dict[str, dict[int, float]] = {}
+        items = sensitivity_items(task, number, kept, scores, loss, 1)
+        results = yield items
+        for result in results:
+            cost.add(result)
+            further |= result.sensitivities
+        sensitivities = extend_sensitivities(sensitivities, curves, start, further)
     return scores, sensitivities
-
-
-def _loss(measured: Result) -> float:
-    """What a candidate is judged by."""
-    loss: float = (
-        measured["loss_cut"] if measured["loss_refit"] is None else measured["loss_refit"]
-    )
-    return loss
-
-
-def _by_width(result: Result) -> dict[str, dict[int, float]]:
-    """Give the sensitivities of an item, whose widths are text where they were read from JSON."""
-    found = result["sensitivities"].items()
-    return {unit: {int(width): loss for width, loss in grown.items()} for unit, grown in found}
-
-
-@dataclass(frozen=True, slots=True)
-class _Proposal:
-    source: str
-    scheme: Scheme
-    overshoot: int = 0
-
-
-class _Proposals:
-    """Collects proposals of a round: brought to the limit, no more than asked for, none twice."""
-
-    def __init__(self, task: ProposalRequest, seen: Sequence[MemoryEntry]) -> None:
-        self._task = task
-        self._tried = [dict(entry.widths) for entry in seen if entry.group == task.group]
-        self.found: list[_Proposal] = []
-
-    def add(self, source: str, schemes: Sequence[Scheme]) -> None:
-        task = self._task
-        values = step_worth(task.space, loss_curves(task.space, task.sensitivities))
-        for scheme in schemes:
-            fitted = fit_to_limit(task.space, scheme, task.limit, values)
-            if fitted not in self._tried and len(self.found) < task.num_candidates:
-                overshoot = max(0, task.space.cost(scheme) - task.limit)
-                self.found.append(_Proposal(source, fitted, overshoot))
-                self._tried.append(fitted)
 
 
 def _measure(
     task: GroupSearch,
     memory: MemoryBank,
     number: int,
-    proposals: Sequence[_Proposal],
+    proposals: Sequence[Proposal],
     scores: Scores,
-    spent: SearchCost,
+    cost: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Cut, refit and measure the schemes of a round, and remember them."""
-    space, prune = task.space, task.config.prune
-    kept = [select_top(space.units, scores, dict(proposal.scheme)) for proposal in proposals]
-    first = 1 + number * prune.num_candidates
-    results = yield [
-        measure_item(task, f"round-{number}-candidate-{place}", choice, first + place)
-        for place, choice in enumerate(kept)
+    space, first = task.space, 1 + number * task.context.prune.num_candidates
+    choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
+    items = [
+        candidate_item(task, f"round-{number}-candidate-{index}", kept, first + index)
+        for index, kept in enumerate(choices)
     ]
-    found = []
-    for place, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
+    results = yield from results_of(items)
+    candidates = []
+    for index, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
         entry = MemoryEntry(
             group=task.group.index,
             round=number,
-            candidate=place,
+            candidate=index,
             source=proposal.source,
             widths=proposal.scheme,
             macs=space.macs(proposal.scheme),
             num_params=space.num_params(proposal.scheme),
-            loss_cut=result["loss_cut"],
-            loss_refit=result["loss_refit"],
+            loss_cut=result.loss_cut,
+            loss_refit=result.loss_refit,
             overshoot=proposal.overshoot,
             nanoseconds=space.nanoseconds(proposal.scheme),
         )
         memory.add(entry)
-        spent.add(result)
-        found.append(Candidate(entry, kept[place]))
-    return found
+        cost.add(result)
+        candidates.append(Candidate(entry, choices[index]))
+    return candidates

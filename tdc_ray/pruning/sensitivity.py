@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.execution.device import exact_products
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import steps_of
 from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, Step, run
-from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.reconstruction import reconstruction_scores
 from tdc_ray.pruning.criteria.scores import Scores, select_top
@@ -43,7 +43,7 @@ def levels(unit: Unit, num_levels: int) -> list[int]:
 
 @exact_products()
 def solve_units(
-    base: UNet2DModel,
+    base: Denoiser,
     units: Sequence[Unit],
     scores: Scores,
     batches: Sequence[NoisedBatch],
@@ -53,7 +53,7 @@ def solve_units(
 ) -> tuple[Scores, Solutions, int]:
     """Rank the steps of inner units and solve for the weights behind each, at each of its levels.
 
-    What stands before a unit is the base's own, so one pass over the images serves all units.
+    What precedes a unit is the base's own, so one pass over the images serves all units.
 
     Args:
         base: The base, in eval mode.
@@ -81,11 +81,11 @@ def solve_units(
 
 
 def masked_units(
-    base: UNet2DModel, units: Sequence[Unit], scores: Scores, num_levels: int
+    base: Denoiser, units: Sequence[Unit], scores: Scores, num_levels: int
 ) -> Solutions:
-    """Give the weights behind inner units at each of their levels, without a refit."""
+    """Return the weights behind inner units at each of their levels, without a refit."""
     solutions: Solutions = {}
-    layers = _output_layers(steps(base))
+    layers = _output_layers(steps_of(base))
     for unit in units:
         layer = layers[unit.name]
         solutions[unit.name] = {}
@@ -100,7 +100,7 @@ def masked_units(
 
 @torch.inference_mode()
 def measure_units(
-    base: UNet2DModel,
+    base: Denoiser,
     solutions: Solutions,
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
@@ -108,7 +108,7 @@ def measure_units(
 ) -> dict[str, dict[int, float]]:
     """Measure by how much the mean loss grows with each of the solutions alone.
 
-    What stands before a unit runs once for all; only what stands behind it runs for every level.
+    What precedes a unit runs once for all; only what follows it runs for every level.
 
     Args:
         base: The base, in eval mode; its weights are changed and put back.
@@ -120,9 +120,9 @@ def measure_units(
     Returns:
         The increase over the base's loss for every unit and width.
     """
-    all_steps = steps(base)
+    all_steps = steps_of(base)
     last = max(i for i, step in enumerate(all_steps) if step.name in solutions)
-    grown = {name: dict.fromkeys(widths, 0.0) for name, widths in solutions.items()}
+    increases = {name: dict.fromkeys(widths, 0.0) for name, widths in solutions.items()}
     num_images = sum(len(batch.x_0) for batch in batches)
 
     for batch in batches:
@@ -134,32 +134,31 @@ def measure_units(
                 output = run(rest, state).hidden.float()
             return float(loss_per_image(schedule, output, batch).double().sum())
 
-        own = total(state, all_steps)
+        unchanged = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
             for width, weights in solutions.get(step.name, {}).items():
                 layer = step.module.get_submodule(step.output_layer)
                 assert isinstance(layer, ReadLayer)
                 with swapped_weights(layer, *weights), autocast(precision, base.device):
                     changed = step(state)
-                grown[step.name][width] += (
-                    total(changed, all_steps[index + 1 :]) - own
-                ) / num_images
+                increase = total(changed, all_steps[index + 1 :]) - unchanged
+                increases[step.name][width] += increase / num_images
             with autocast(precision, base.device):
                 state = step(state)
-    return grown
+    return increases
 
 
 @torch.no_grad()
 def _statistics(
-    base: UNet2DModel,
+    base: Denoiser,
     units: Sequence[Unit],
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
     weights: ErrorWeights,
 ) -> Iterator[tuple[Unit, LeastSquares]]:
-    """Give for every unit the normal equations of the layer that reads it, on the base's own."""
+    """Yield every unit with the normal equations of the layer that reads it, on the base's own."""
     num_images = sum(len(batch.x_0) for batch in batches)
-    all_steps = steps(base)
+    all_steps = steps_of(base)
     layers = _output_layers(all_steps)
     squares = {
         unit.name: LeastSquares(
@@ -174,9 +173,9 @@ def _statistics(
             if step.name not in squares:
                 state = step(state)
                 continue
-            with ActivationHook(squares[step.name].layer) as tap:
+            with ActivationHook(squares[step.name].layer) as hook:
                 state = step(state)
-            squares[step.name].add(tap.input, tap.output, weights[step.name][number])
+            squares[step.name].add(hook.input, hook.output, weights[step.name][number])
     for unit in units:
         yield unit, squares.pop(unit.name)
 
@@ -191,10 +190,10 @@ def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor
     """Rows of the layer's matrix that belong to the best steps of a unit."""
     (kept,) = select_top((unit,), scores, {unit.name: width}).values()
     taps = layer.weight[0, 0].numel()
-    places = torch.tensor(unit.places(kept), device=layer.weight.device)
-    return (places[:, None] * taps + torch.arange(taps, device=places.device)).flatten()
+    channels = torch.tensor(unit.places(kept), device=layer.weight.device)
+    return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).flatten()
 
 
 def _bias(layer: ReadLayer) -> Tensor:
-    assert layer.bias is not None  # all layers of a UNet2DModel that can be read have one
+    assert layer.bias is not None  # as every layer that reads a unit has
     return layer.bias

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from tdc_ray.errors import LimitError
 from tdc_ray.models.macs import Polynomial, macs_polynomials
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.unet2d.layers import all_layers
-from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.units import SpaceKind, Unit
 from tdc_ray.pruning.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
 
@@ -133,15 +132,16 @@ class Space:
 
 
 def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
-    """Make the pruning space of a UNet from its config; what is limited are macs.
+    """Make the pruning space of a network from its config; what is limited are macs.
 
     Args:
-        config: The UNet's.
+        config: The network's.
         kind: What can be cut.
         channel_multiple: What the channels that a cut unit keeps are a multiple of.
     """
-    units = tuple(replace(unit, multiple=channel_multiple) for unit in units_of(config, kind))
-    num_params, macs = macs_polynomials(all_layers(config), units)
+    structure = network_structure(config, kind)
+    units = tuple(replace(unit, multiple=channel_multiple) for unit in structure.units)
+    num_params, macs = macs_polynomials(structure.layers, units)
     full = {unit.name: unit.width for unit in units}
     legal = {unit.name: unit.legal_widths for unit in units}
     return Space(units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal)

@@ -86,11 +86,11 @@ class TensorBoard:
             self._add_images(run, "samples", event.images, event.step)
 
     def _write_candidate(self, entry: MemoryEntry, step: int) -> None:
-        self._entries[entry.place] = entry
+        self._entries[entry.key] = entry
         earlier = [
             one
             for one in self._entries.values()
-            if one.group == entry.group and one.place <= entry.place
+            if one.group == entry.group and one.key <= entry.key
         ]
         name = f"group-{entry.group:02d}"
         losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": best(earlier).loss}

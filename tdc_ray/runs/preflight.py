@@ -6,6 +6,7 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.runs.evaluation.features import check_labels
@@ -53,8 +54,7 @@ def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[
         of_images = data.first_stage is None or not setting.startswith("data.")
         if of_images and value != wanted:
             raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
-    plan = plan_groups(diffusion, config.plan, config.sampler)
-    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
+    space, plan = space_and_plan(config, unet)
     if config.prune.objective == "macs":
         _check_limits(config, space, plan)
     dataset = load_dataset(data)
@@ -66,6 +66,12 @@ def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[
     )
     check_labels(config, dataset)
     return space, plan
+
+
+def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Plan]:
+    """Return what can be cut of a run's base, and the groups of its timesteps."""
+    space = space_of(network, config.prune.space, config.prune.channel_multiple)
+    return space, plan_groups(config.diffusion, config.plan, config.sampler)
 
 
 def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:

@@ -5,8 +5,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import UNet2DModel
-
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.data.detect import data_config
@@ -17,6 +15,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.events import listening
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.saved_expert import save_expert_into
@@ -24,13 +23,14 @@ from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
-from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.pretrained.sources import json_object
+from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import exists, listing, read_json, write_json
@@ -167,7 +167,7 @@ def prune_model(
             config = run_chain(precision, events)
             if milliseconds is not None:
                 path = (out / SEARCH_DIR / table).resolve()
-                chain = timed_space(path, base_settings, config, space)
+                chain = timed_space(path, base_settings, space, config.prune.latency_batch_size)
                 space = run_chain(chain, events)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
@@ -179,43 +179,45 @@ def prune_model(
                         space.cost_base / 1e6,
                     )
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
-            training = training_data(config.data, config.evaluate.cache_dir)
-            run_chain(prepare_latents(training), events)
-            task = GroupSearch(run_dir, config, space, group)
-            choice = run_chain(search(task, MemoryBank(run_dir.memory)), events)
+            data = training_data(config.data, config.evaluate.cache_dir)
+            run_chain(prepare_latents(data), events)
+            task = GroupSearch(pruning_context(run_dir, config, data), space, group)
+            result = run_chain(search(task, MemoryBank(run_dir.memory)), events)
         logger.info("writing the model")
         writing = time.perf_counter()
-        base = load_base(run_dir, config)
-        pruned = pruned_unet(base, choice.kept, config, group)
-        save_expert_into(out, pruned, base_settings, choice.kept)
+        base = load_base(task.context, group)
+        pruned = prune_and_refit(base, result.kept).network
+        save_expert_into(out, pruned, base_settings, result.kept)
         report: dict[str, object] = {
             "macs_base": space.macs_base,
-            "macs": space.macs(choice.widths),
+            "macs": space.macs(result.widths),
             "macs_limit": task.limit if milliseconds is None else space.macs_base,
             "num_params_base": space.num_params_base,
-            "num_params": space.num_params(choice.widths),
-            "loss_base": choice.loss_base,
-            "loss_cut": choice.loss_cut,
-            "loss_refit": choice.loss_refit,
+            "num_params": space.num_params(result.widths),
+            "loss_base": result.loss_base,
+            "loss_cut": result.loss_cut,
+            "loss_refit": result.loss_refit,
             "method": config.prune.method,
-            "source": "base" if choice.entry is None else choice.entry.source,
+            "source": "base" if result.entry is None else result.entry.source,
             "refit": config.prune.refit,
             "space": config.prune.space,
             "objective": config.prune.objective,
             "timesteps": [group.first, group.last],
-            "widths": dict(choice.widths),
-            "search_macs": choice.spent.macs,
-            "prompt_tokens": choice.spent.prompt_tokens,
-            "completion_tokens": choice.spent.completion_tokens,
-            "notes": choice.spent.notes,
-            "proxy_seconds": choice.spent.proxy_seconds,
-            "search_seconds": choice.spent.seconds,
-            "seconds": choice.spent.seconds
-            + choice.spent.proxy_seconds
+            "widths": dict(result.widths),
+            "search_macs": result.cost.macs,
+            "prompt_tokens": result.cost.prompt_tokens,
+            "completion_tokens": result.cost.completion_tokens,
+            "notes": result.cost.notes,
+            "proxy_seconds": result.cost.proxy_seconds,
+            "search_seconds": result.cost.seconds,
+            "seconds": result.cost.seconds
+            + result.cost.proxy_seconds
             + (time.perf_counter() - writing),
         }
         if milliseconds is not None:
-            report["time"] = _time(config, space, choice.widths, milliseconds, base.unet, pruned)
+            report["time"] = _time(
+                config, space, result.widths, milliseconds, base.network, pruned
+            )
         write_json(out / REPORT_FILE, report)
     return report
 
@@ -225,8 +227,8 @@ def _time(
     space: Space,
     widths: Scheme,
     limit_ms: float,
-    base: UNet2DModel,
-    pruned: UNet2DModel,
+    base: Denoiser,
+    pruned: Denoiser,
 ) -> dict[str, object]:
     """Tell what a pruned model takes by the table, and what it and its base take as a whole."""
     size = config.prune.latency_batch_size

@@ -28,7 +28,7 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import unet_config
-from tdc_ray.pruning.group import group_tasks
+from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
@@ -43,7 +43,7 @@ from tdc_ray.runs.pretrained.importer import import_base, with_first_stage
 from tdc_ray.runs.pretrained.sources import PretrainedBase, pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.base import BaseResult
-from tdc_ray.runs.stages.expert import Expert, make_expert
+from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.stage_1 import make_base
 from tdc_ray.runs.stages.timing import expert_times
@@ -147,7 +147,7 @@ def _limited_space(
     """
     if config.prune.objective == "macs" or config.prune.method == "none":
         return space
-    chain = timed_space(run_dir.latency, unet, config, space)
+    chain = timed_space(run_dir.latency, unet, space, config.prune.latency_batch_size)
     timed = pool.run({"latency": chain}, "latency")["latency"]
     _check_limits(config, timed, plan)
     return timed
@@ -216,8 +216,10 @@ def _make_experts(
 ) -> tuple[list[Expert], str]:
     """Stage 2: all groups side by side; the features are made ready beside them."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
-    tasks = group_tasks(run_dir, config, space, plan.groups)
-    chains: dict[str, Any] = {task.name: make_expert(task, memory) for task in tasks}
+    tasks = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    chains: dict[str, Any] = {
+        task.name: make_expert(task, memory, config.finetune, config.compute) for task in tasks
+    }
     done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
     experts = [done[task.name] for task in tasks]
     save_index(run_dir, config, plan.groups)

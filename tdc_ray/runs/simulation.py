@@ -5,33 +5,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.simulation import SimulationConfig
-from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.data.latents import TrainingData
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import AnyItem
 from tdc_ray.execution.simulator import FailureModel, SimulationResult, simulate
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.units import KeptIndices, keep_everything
-from tdc_ray.pruning.group import GroupSearch, group_tasks
-from tdc_ray.pruning.proxies.by_score import uniform_scheme
-from tdc_ray.pruning.space import Space, space_of
-from tdc_ray.pruning.tasks.candidates import (
-    SENSITIVITY_ITEMS,
-    base_item,
-    measure_item,
-    sensitivity_items,
-)
-from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
+from tdc_ray.pruning.group import GroupSearch, group_searches
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.space import Space
+from tdc_ray.pruning.tasks.candidates import CandidateResult
+from tdc_ray.pruning.tasks.scores import ScoreResult
+from tdc_ray.pruning.tasks.sensitivities import SensitivityResult, StreamResult
+from tdc_ray.runs.preflight import space_and_plan
+from tdc_ray.runs.stages.expert import make_expert, pruning_context
+from tdc_ray.runs.stages.finetune import FinetuneResult, ShortFinetuneResult
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
-
-NO_RUN_DIR = RunDir(Path("/nonexistent/tdc-ray-rehearsal"))
-"""Where no item has a result."""
 
 
 def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[SimulationResult]:
@@ -41,7 +38,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         LimitError: A group's limit is below the smallest pruned model.
         StorageError: The run that is to give the costs has no timeline, or other settings.
     """
-    seconds_of, train, groups = _costs(config, simulation), config.finetune, _groups(config)
+    seconds_of, train, searches = _costs(config, simulation), config.finetune, _searches(config)
     weather = FailureModel(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
@@ -58,7 +55,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
             {
                 f"trial-{trial}/{task.name}": _dry_run(task, stages, f"trial-{trial}/")
                 for trial in range(simulation.trials)
-                for task, stages in groups
+                for task, stages in searches
             },
             seconds_of,
             num_workers=num_workers,
@@ -95,21 +92,50 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem
     )
 
 
-_Stage = list[AnyItem] | Barrier
+_Stage = Sequence[AnyItem] | Barrier
 
 
-def _groups(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
-    """Give what every group does.
+def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
+    """Return every group's search with what its chain waits for, one after the other.
 
-    Scores and calls to a language model are left out: they take no worker, or not for long.
+    The chain is the one of a run, on assumed results. What a service does is left out: it takes no
+    worker.
     """
-    prune = config.prune
-    space = space_of(
-        base_unet(config.model, config.conditioning), prune.space, prune.channel_multiple
-    )
-    plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    tasks = group_tasks(NO_RUN_DIR, config, space, plan.groups)
-    return [(task, _stages(task)) for task in tasks]
+    network = base_unet(config.model, config.conditioning)
+    space, plan = space_and_plan(config, network)
+    by_macs = replace(config, prune=replace(config.prune, objective="macs"))
+    with TemporaryDirectory() as folder:
+        run_dir = RunDir(Path(folder))
+        context = pruning_context(run_dir, by_macs, TrainingData(config.data))
+        memory = MemoryBank(run_dir.memory)
+        return [
+            (task, _stages(make_expert(task, memory, config.finetune, config.compute), space))
+            for task in group_searches(context, space, plan.groups)
+        ]
+
+
+def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
+    """Run a chain on results by which whatever can be cut is worth the same; return its stages."""
+    scores = {unit.name: [1.0] * unit.width for unit in space.units}
+    assumed = {
+        ScoreResult: ScoreResult(scores, 0.0, 0.0),
+        SensitivityResult: SensitivityResult(scores, {}, 0.0, 0.0),
+        StreamResult: StreamResult({}, 0.0, 0.0),
+        CandidateResult: CandidateResult(1.0, None, 0.0, 0.0),
+        ShortFinetuneResult: ShortFinetuneResult(1.0, 0.0, 0.0),
+        FinetuneResult: FinetuneResult(0, 0, 1.0, 0, 0.0, 0.0),
+    }
+    stages: list[_Stage] = []
+    results: Sequence[Any] | None = None
+    while True:
+        try:
+            stage = next(chain) if results is None else chain.send(results)
+        except StopIteration:
+            return stages
+        items = [] if isinstance(stage, Barrier) else stage
+        results = [item.fallback_result or assumed[item.result_type] for item in items]
+        if all(item.service is None for item in items):
+            stages.append(stage)
 
 
 def _dry_run(task: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
@@ -120,46 +146,3 @@ def _dry_run(task: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[
             yield replace(stage, participants=participants)
         else:
             yield [replace(item, resources=None) for item in stage]
-
-
-def _stages(task: GroupSearch) -> list[_Stage]:
-    prune, space = task.config.prune, task.space
-    full = keep_everything(space.units)
-    stages: list[_Stage] = [[base_item(task)]]
-    if prune.method == "none" or task.max_macs >= space.macs_base:
-        return [*stages, [finetune_item(task, full)]]
-    cut = _cut_to(space, task.max_macs)
-    shared = prune.memory == "shared" and len(task.participants) > 1
-    by_proxy = prune.method in ("offline", "llm")
-    if by_proxy:
-        stages.append(sensitivity_items(task, 0, full, {}, 0.0, SENSITIVITY_ITEMS))
-        stages += [
-            sensitivity_items(task, number, cut, {}, 0.0, 1)
-            for number in range(1, prune.num_passes)
-        ]
-    for number in range(prune.num_rounds if by_proxy else 1):
-        if shared and number > 0 and by_proxy:
-            stages.append(Barrier(f"round {number}", task.participants))
-        first = 1 + number * prune.num_candidates
-        stages.append(
-            [
-                measure_item(task, f"round-{number}-candidate-{place}", cut, first + place)
-                for place in range(prune.num_candidates)
-            ]
-        )
-    steps, before = prune.halving_steps, 0
-    left = (prune.num_rounds * prune.num_candidates + 1) // 2 if steps else 1
-    while left > 1:
-        stages.append(
-            [short_finetune_item(task, f"try-{i}", cut, steps, before) for i in range(left)]
-        )
-        left, steps, before = (left + 1) // 2, 2 * steps, steps
-    return [*stages, [finetune_item(task, cut)]]
-
-
-def _cut_to(space: Space, max_macs: int) -> KeptIndices:
-    """Keep the first channels of a scheme that is as large as the limit allows."""
-    widths = uniform_scheme(
-        space, max_macs, {unit.name: [1.0] * unit.width for unit in space.units}
-    )
-    return {name: tuple(range(width)) for name, width in widths.items()}

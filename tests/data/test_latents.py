@@ -41,6 +41,7 @@ from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 from tests.small import (
     TINY,
     assert_same,
+    context_of,
     group_of,
     latent_config,
     make_first_stage,
@@ -224,7 +225,12 @@ def test_the_base_is_trained_on_noised_latents(config):
 
 
 def test_candidates_are_measured_on_latents(config, latents):
-    (batch, *_) = noised_batches(config, group_of(config, 0), random_unet(), purpose="held-out")
+    (batch, *_) = noised_batches(
+        context_of(RunDir(Path("/nonexistent")), config),
+        group_of(config, 0),
+        random_unet(),
+        purpose="held-out",
+    )
     everything = {row.numpy().tobytes() for row in latents}
     assert {row.numpy().tobytes() for row in batch.x_0} <= everything
 

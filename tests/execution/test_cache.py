@@ -14,7 +14,7 @@ from tdc_ray.errors import StorageFailedError
 from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.item import CacheMark, ItemResult, WorkItem, finished
 from tdc_ray.models.units import keep_everything
-from tdc_ray.pruning.tasks.candidates import measure_item
+from tdc_ray.pruning.tasks.candidates import candidate_item
 from tdc_ray.runs.stages.base import base_item
 from tdc_ray.runs.stages.finetune import finetune_item, smaller_micro_batch
 from tdc_ray.storage.files import write_text
@@ -38,9 +38,9 @@ def keys(folder: Path, config: RunConfig, *, seed: int = 0, index: int = 1) -> d
     task = task_of(make_run_dir(folder, seed=seed), config, index)
     kept = keep_everything(task.space.units)
     items = {
-        "base": base_item(task.run_dir, config),
-        "finetune": finetune_item(task, kept),
-        "measure": measure_item(task, "base", kept, 0),
+        "base": base_item(task.context.run_dir, config),
+        "finetune": finetune_item(task, kept, config.finetune, config.compute),
+        "measure": candidate_item(task, "base", kept, 0),
     }
     return {name: key_of(item) for name, item in items.items()}
 
@@ -95,7 +95,7 @@ def test_keys_change_with_weights_seed_timesteps_kept_channels_precision_and_dat
     task = task_of(make_run_dir(tmp_path / "a"), config, 1)
     unit = task.space.units[0]
     fewer = {**keep_everything(task.space.units), unit.name: (0,)}
-    assert key_of(measure_item(task, "base", fewer, 0)) != before["measure"]
+    assert key_of(candidate_item(task, "base", fewer, 0)) != before["measure"]
 
 
 def test_keys_do_not_tell_machines_places_or_other_groups_limits_apart(tmp_path):
@@ -114,7 +114,7 @@ def test_keys_do_not_tell_machines_places_or_other_groups_limits_apart(tmp_path)
 def test_half_the_images_at_once_is_another_key_and_says_so(tmp_path):
     config = small_config(model={"dropout": 0.1})
     task = task_of(make_run_dir(tmp_path), config, 1)
-    item = finetune_item(task, keep_everything(task.space.units))
+    item = finetune_item(task, keep_everything(task.space.units), config.finetune, config.compute)
     assert key_of(replace(item, job=smaller_micro_batch(item.job))) != key_of(item)
 
 

@@ -41,13 +41,13 @@ def entry(group: int = 0, round: int = 0, candidate: int = 0, loss: float = 0.5)
 
 
 @settings(max_examples=25)
-@given(st.lists(entries, max_size=8, unique_by=lambda e: e.place))
+@given(st.lists(entries, max_size=8, unique_by=lambda e: e.key))
 def test_entries_survive_the_file(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("bank") / "memory.jsonl"
     bank = MemoryBank(path)
     for one in found:
         bank.add(one)
-    expected = sorted(found, key=lambda e: e.place)
+    expected = sorted(found, key=lambda e: e.key)
     assert MemoryBank(path).all() == bank.all() == expected
 
 
@@ -99,7 +99,7 @@ def test_the_loss_after_a_short_fine_tune_replaces_an_entry_by_a_line_of_its_own
     for candidate in range(2):
         bank.add(entry(candidate=candidate))
     before = path.read_bytes()
-    bank.add_tuned((0, 0, 1), 0.25)
+    bank.set_tuned_loss((0, 0, 1), 0.25)
     expected = [entry(), dataclasses.replace(entry(candidate=1), loss_tuned=0.25)]
     assert bank.all() == MemoryBank(path).all() == expected
     assert path.read_bytes().startswith(before)
@@ -111,7 +111,7 @@ def test_the_same_loss_is_not_remembered_twice_and_another_replaces_it(tmp_path)
     bank = MemoryBank(path)
     bank.add(entry())
     for loss, num_lines in ((0.25, 2), (0.25, 2), (0.125, 3)):
-        bank.add_tuned((0, 0, 0), loss)
+        bank.set_tuned_loss((0, 0, 0), loss)
         assert path.read_text().count("\n") == num_lines
         assert [e.loss_tuned for e in MemoryBank(path).all()] == [loss]
 
@@ -119,7 +119,7 @@ def test_the_same_loss_is_not_remembered_twice_and_another_replaces_it(tmp_path)
 def test_an_entry_with_a_loss_after_a_fine_tune_is_left_as_it_is_when_added_again(tmp_path):
     bank = MemoryBank(tmp_path / "memory.jsonl")
     bank.add(entry())
-    bank.add_tuned((0, 0, 0), 0.25)
+    bank.set_tuned_loss((0, 0, 0), 0.25)
     bank.add(entry())  # as a search that is resumed does
     assert MemoryBank(bank.path).all() == [dataclasses.replace(entry(), loss_tuned=0.25)]
 
@@ -128,11 +128,11 @@ def test_a_torn_line_of_a_fine_tune_leaves_the_entry_without_it(tmp_path):
     path = tmp_path / "memory.jsonl"
     bank = MemoryBank(path)
     bank.add(entry())
-    bank.add_tuned((0, 0, 0), 0.25)
+    bank.set_tuned_loss((0, 0, 0), 0.25)
     path.write_bytes(path.read_bytes()[:-5])
     torn = MemoryBank(path)
     assert torn.all() == [entry()]
-    torn.add_tuned((0, 0, 0), 0.25)
+    torn.set_tuned_loss((0, 0, 0), 0.25)
     assert MemoryBank(path).all() == [dataclasses.replace(entry(), loss_tuned=0.25)]
 
 
@@ -154,17 +154,17 @@ def test_entries_come_in_the_order_of_rounds_and_candidates(tmp_path):
 
 
 @settings(max_examples=25)
-@given(st.lists(entries, max_size=20, unique_by=lambda e: e.place), counts, counts)
+@given(st.lists(entries, max_size=20, unique_by=lambda e: e.key), counts, counts)
 def test_a_round_sees_what_was_found_before_it_by_all_groups_or_its_own(
     tmp_path_factory, found, group, before_round
 ):
     bank = MemoryBank(tmp_path_factory.mktemp("bank") / "memory.jsonl")
     for one in found:
         bank.add(one)
-    earlier = [e for e in sorted(found, key=lambda e: e.place) if e.round < before_round]
+    earlier = [e for e in sorted(found, key=lambda e: e.key) if e.round < before_round]
     own = [e for e in earlier if e.group == group]
-    assert bank.seen_by(group, before_round=before_round, shared=True) == earlier
-    assert bank.seen_by(group, before_round=before_round, shared=False) == own
+    assert bank.visible_to(group, before_round=before_round, shared=True) == earlier
+    assert bank.visible_to(group, before_round=before_round, shared=False) == own
 
 
 def test_the_order_in_which_entries_were_found_is_not_seen(tmp_path):
@@ -174,7 +174,7 @@ def test_the_order_in_which_entries_were_found_is_not_seen(tmp_path):
     for bank, order in zip(banks, orders, strict=True):
         for one in order:
             bank.add(one)
-    views = [bank.seen_by(1, before_round=1, shared=True) for bank in banks]
+    views = [bank.visible_to(1, before_round=1, shared=True) for bank in banks]
     assert views == [[entry(group=group) for group in range(3)]] * 3
 
 
@@ -209,7 +209,7 @@ def test_the_best_entry_is_the_earliest_of_the_lowest_loss():
         entry(round=0, candidate=0, loss=0.4),
         dataclasses.replace(entry(round=2, loss=0.9), loss_refit=0.3),
     ]
-    assert best(found).place == (0, 0, 2)
+    assert best(found).key == (0, 0, 2)
 
 
 def test_a_loss_that_is_no_number_is_the_highest_and_survives_the_file(tmp_path):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,22 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.loss import denoising_loss
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.unet2d.unet import build_unet, load_unet
-from tdc_ray.pruning.noised import held_out_loss, noised_batches
+from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, group_of, make_run_dir, random_unet, small_config
+from tests.small import (
+    TINY,
+    context_of,
+    group_of,
+    held_out_loss_of,
+    make_run_dir,
+    random_unet,
+    small_config,
+)
 
 UNET = random_unet()
 CONDITIONED = random_unet({**TINY, "num_class_embeds": 10})
 CONFIG = small_config(prune={"num_images": 64, "num_refit_images": 48})
+NO_RUN = RunDir(Path("/nonexistent"))
 THIRTEEN = replace(CONFIG.prune, batch_size=13)
 PURPOSES = ["held-out", "scores", "refit"]
 
@@ -28,7 +38,9 @@ def run_dir(tmp_path_factory) -> RunDir:
 
 def drawn(config: RunConfig, index: int, *, purpose="held-out", unet=UNET) -> NoisedBatch:
     """All images of a group, batches put together."""
-    found = list(noised_batches(config, group_of(config, index), unet, purpose=purpose))
+    found = list(
+        noised_batches(context_of(NO_RUN, config), group_of(config, index), unet, purpose=purpose)
+    )
     return NoisedBatch.join(found)
 
 
@@ -120,19 +132,19 @@ def test_the_loss_is_the_mean_training_loss_over_the_held_out_images(run_dir):
     with torch.no_grad():
         losses = denoising_loss(unet, schedule, batch)
     expected = pytest.approx(float(losses.mean()), rel=1e-5)
-    assert held_out_loss(unet, CONFIG, group) == expected
+    assert held_out_loss_of(unet, CONFIG, group) == expected
 
 
 def test_the_loss_is_the_mean_over_all_images_however_they_are_batched(run_dir):
     group, unet = group_of(CONFIG, 0), load_unet(run_dir.base_unet)
-    whole = held_out_loss(unet, small_config(prune={"num_images": 48, "batch_size": 48}), group)
-    parts = held_out_loss(unet, small_config(prune={"num_images": 48, "batch_size": 32}), group)
+    whole = held_out_loss_of(unet, small_config(prune={"num_images": 48, "batch_size": 48}), group)
+    parts = held_out_loss_of(unet, small_config(prune={"num_images": 48, "batch_size": 32}), group)
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_loss_is_measured_without_dropout():
     group, unet = group_of(CONFIG, 0), build_unet({**TINY, "dropout": 0.5}).train()
-    assert held_out_loss(unet, CONFIG, group) == held_out_loss(unet, CONFIG, group)
+    assert held_out_loss_of(unet, CONFIG, group) == held_out_loss_of(unet, CONFIG, group)
 
 
 def test_labels_are_given_to_unets_that_are_conditioned_on_them_alone():

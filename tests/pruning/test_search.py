@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,9 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import LimitError
 from tdc_ray.execution.chain import Chains, run_chain
-from tdc_ray.execution.item import Result, WorkItem, run_item
+from tdc_ray.execution.item import AnyItem, ItemResult, run_item
 from tdc_ray.models.units import keep_everything
-from tdc_ray.pruning.group import GroupSearch, SearchResult, group_tasks
+from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.llm.transcripts import (
     LLMExchange,
     TokenUsage,
@@ -23,11 +24,20 @@ from tdc_ray.pruning.llm.transcripts import (
 )
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import AskJob
+from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search
 from tdc_ray.pruning.space import is_tight, space_of
-from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, make_run_dir, reporting_to, small_config, task_of, widths_of
+from tests.small import (
+    TINY,
+    context_of,
+    make_run_dir,
+    reporting_to,
+    small_config,
+    task_of,
+    widths_of,
+    with_run_dir,
+)
 
 BASELINES = ["random", "magnitude", "taylor", "diff-pruning"]
 METHODS = ["offline", *BASELINES]
@@ -61,7 +71,7 @@ def run_dir(base, tmp_path) -> RunDir:
 
 
 def find(task: GroupSearch) -> SearchResult:
-    return run_chain(search(task, MemoryBank(task.run_dir.memory)))
+    return run_chain(search(task, MemoryBank(task.context.run_dir.memory)))
 
 
 Found = Callable[[str], tuple[GroupSearch, SearchResult]]
@@ -81,18 +91,20 @@ def found(base, tmp_path_factory) -> Found:
 
 
 def timeless(choice: SearchResult) -> SearchResult:
-    spent = dataclasses.replace(choice.spent, seconds=0.0, proxy_seconds=0.0)
-    return dataclasses.replace(choice, spent=spent)
+    cost = dataclasses.replace(choice.cost, seconds=0.0, proxy_seconds=0.0)
+    return dataclasses.replace(choice, cost=cost)
 
 
 def results_of(task: GroupSearch) -> dict[str, int]:
     """When each result of the group was written."""
-    folder = task.run_dir.group(task.group.index)
+    folder = task.context.run_dir.group(task.group.index)
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def entries_of(task: GroupSearch) -> list[MemoryEntry]:
-    return [e for e in MemoryBank(task.run_dir.memory).all() if e.group == task.group.index]
+    return [
+        e for e in MemoryBank(task.context.run_dir.memory).all() if e.group == task.group.index
+    ]
 
 
 # --- one group -------------------------------------------------------------------------------
@@ -125,17 +137,17 @@ def test_the_candidates_are_all_that_was_measured_best_first(found, method):
 def test_the_offline_proxy_proposes_other_schemes_in_every_round(found):
     task, _ = found("offline")
     entries = entries_of(task)
-    assert [entry.place for entry in entries] == [(0, r, c) for r in range(2) for c in range(2)]
+    assert [entry.key for entry in entries] == [(0, r, c) for r in range(2) for c in range(2)]
     assert {entry.source for entry in entries} == {"offline"}
     assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 4
-    assert task.run_dir.memory.read_text().count("\n") == 4
+    assert task.context.run_dir.memory.read_text().count("\n") == 4
 
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_baseline_measures_its_schemes_in_one_round(found, method):
     task, _ = found(method)
     entries = entries_of(task)
-    assert [entry.place for entry in entries] == [(0, 0, c) for c in range(3)]
+    assert [entry.key for entry in entries] == [(0, 0, c) for c in range(3)]
     uses = ("uniform", "global", "global-per-mac")
     assert [entry.source for entry in entries] == [f"{method}/{use}" for use in uses]
 
@@ -147,7 +159,7 @@ def test_without_pruning_the_choice_is_the_base_and_nothing_is_remembered(run_di
     assert choice.kept == keep_everything(task.space.units)
     assert choice.loss_cut == choice.loss_base
     assert (choice.entry, choice.loss_refit, choice.candidates) == (None, None, ())
-    assert not task.run_dir.memory.exists()
+    assert not task.context.run_dir.memory.exists()
     assert [name.partition("-")[0] for name in results_of(task)] == ["base"]
 
 
@@ -200,8 +212,8 @@ def test_search_macs_count_every_forward_and_backward_of_the_search(run_dir):
         run_dir.memory.unlink(missing_ok=True)
         choice = find(task)
         measured = sum(entry.macs for entry in entries_of(task))
-        assert choice.spent.macs == 32 * (passes * task.space.macs_base + measured)
-        assert choice.spent.seconds > 0
+        assert choice.cost.macs == 32 * (passes * task.space.macs_base + measured)
+        assert choice.cost.seconds > 0
         lose_every_result(run_dir, run_dir.group(0))
 
 
@@ -220,11 +232,11 @@ def test_a_limit_that_no_scheme_meets_is_an_error(run_dir):
 def test_a_finished_search_is_not_done_again(found, method):
     task, choice = found(method)
     written = results_of(task)
-    memory = task.run_dir.memory.read_bytes() if method != "none" else b""
+    memory = task.context.run_dir.memory.read_bytes() if method != "none" else b""
     assert timeless(find(task)) == timeless(choice)
-    assert find(task).spent.seconds == choice.spent.seconds  # of the attempt that did the work
+    assert find(task).cost.seconds == choice.cost.seconds  # of the attempt that did the work
     assert results_of(task) == written
-    assert method == "none" or task.run_dir.memory.read_bytes() == memory
+    assert method == "none" or task.context.run_dir.memory.read_bytes() == memory
 
 
 def lose_the_last_result(run_dir: RunDir, folder: Path) -> None:
@@ -275,9 +287,9 @@ LOSSES = [
 @pytest.mark.parametrize("lose", LOSSES)
 def test_a_search_that_lost_its_end_comes_to_the_same_choice(found, tmp_path, lose):
     whole, choice = found("offline")
-    shutil.copytree(whole.run_dir.root, tmp_path / "run", symlinks=True)
+    shutil.copytree(whole.context.run_dir.root, tmp_path / "run", symlinks=True)
     run_dir = RunDir(tmp_path / "run")
-    task = dataclasses.replace(whole, run_dir=run_dir)
+    task = with_run_dir(whole, run_dir)
     lose(run_dir, run_dir.group(0))
     assert timeless(find(task)) == timeless(choice)
     assert entries_of(task) == entries_of(whole)
@@ -290,10 +302,10 @@ class Loop:
     """Runs chains in this process; what a job came to is known by whoever ran it before."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Result] = {}
+        self.known: dict[str, Any] = {}
         self.asked: list[AskJob] = []
 
-    def run(self, chains: Chains, take: Callable[[list], tuple[str, WorkItem]]) -> dict:
+    def run(self, chains: Chains, take: Callable[[list], tuple[str, AnyItem]]) -> dict:
         ready = chains.advance()
         while ready:
             name, item = take(ready)
@@ -302,7 +314,7 @@ class Loop:
             ready += chains.advance()
         return chains.values
 
-    def _result(self, item: WorkItem) -> Result:
+    def _result(self, item: AnyItem) -> Any:
         if isinstance(item.job, AskJob):
             self.asked.append(item.job)
         key = f"{item.key} {getattr(item.job, 'kept', None)}"  # all else is the same
@@ -314,7 +326,7 @@ class Loop:
 def tasks_in(run_dir: RunDir, config: RunConfig) -> list[GroupSearch]:
     """The tasks of all four groups, the last of which keeps the whole base."""
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
-    return group_tasks(run_dir, config, space_of(TINY), groups)
+    return group_searches(context_of(run_dir, config), space_of(TINY), groups)
 
 
 def chains_of(tasks: list[GroupSearch], memory: MemoryBank) -> Chains[SearchResult]:
@@ -326,7 +338,7 @@ def loop() -> Loop:
     return Loop()
 
 
-def in_order(ready: list) -> tuple[str, WorkItem]:
+def in_order(ready: list) -> tuple[str, AnyItem]:
     return ready[0]
 
 
@@ -356,7 +368,7 @@ def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one
     loop.run(chains_of(tasks_in(run_dir, config), bank), random.Random(seed).choice)
     assert len(loop.asked) == 3 * 2
     for job in loop.asked:
-        expected = bank.seen_by(
+        expected = bank.visible_to(
             job.request.group, before_round=job.request.round, shared=memory == "shared"
         )
         assert list(job.memory) == expected
@@ -365,7 +377,7 @@ def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one
 
 def left_alone(tasks: list[GroupSearch], names: set[str], loop: Loop) -> dict[str, SearchResult]:
     """What ends while the items of some chains are never run."""
-    chains = chains_of(tasks, MemoryBank(tasks[0].run_dir.memory))
+    chains = chains_of(tasks, MemoryBank(tasks[0].context.run_dir.memory))
     ready = chains.advance()
     while running := [entry for entry in ready if entry[0] not in names]:
         name, item = running[0]
@@ -383,7 +395,7 @@ def test_a_group_that_failed_before_leaves_no_loss_with_another_scheme(loop, bas
     ready = chains.advance()
     while ready:
         name, item = ready.pop(0)
-        write_json(item.result_path, loop._result(item))
+        ItemResult(loop._result(item)).save(item.result_path)
         chains.deliver(name, item, loop._result(item))
         ready += chains.advance()
     without = memory.all()
@@ -425,8 +437,8 @@ def test_where_the_language_model_fails_the_offline_proxy_takes_over_and_it_is_n
     choice = find(task)
     assert choice.candidates == offline.candidates
     assert {candidate.entry.source for candidate in choice.candidates} == {"offline"}
-    assert len(choice.spent.notes) == 2
-    for number, note in enumerate(choice.spent.notes):
+    assert len(choice.cost.notes) == 2
+    for number, note in enumerate(choice.cost.notes):
         assert note.startswith(f"group-00, round {number}: the offline proxy took over: ")
         assert str(tmp_path / "nothing") in note
     assert timeless(find(task)) == timeless(choice)  # the notes too
@@ -459,7 +471,7 @@ def test_schemes_of_the_language_model_are_brought_to_the_limit_and_measured(
     assert entries[0].overshoot == space.macs({**space.full, **above}) - limit > 0
     assert entries[1].overshoot == 0
     assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 4
-    assert choice.spent.notes == []
+    assert choice.cost.notes == []
 
 
 def test_schemes_that_come_to_the_same_within_the_limit_are_measured_once(

@@ -37,7 +37,7 @@ from tdc_ray.runs.preflight import check, check_conditioning
 from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, assert_same, group_of, random_unet, sizes, small_config
+from tests.small import TINY, assert_same, context_of, group_of, random_unet, sizes, small_config
 
 SHAPE = (1, 8, 8)
 NULL = 10
@@ -297,7 +297,15 @@ def test_a_fine_tune_is_told_the_labels_and_drops_them(tmp_path, label_dropout):
     run_dir, group = conditional_run_dir(tmp_path), group_of(config, 1)
     kept = keep_everything(units_of(WITH_NULL))
     finetune_expert(
-        FinetuneJob(run_dir, config, group, kept, tmp_path / "checkpoint.pt"), lambda *_: None
+        FinetuneJob(
+            context_of(run_dir, config),
+            group,
+            kept,
+            config.finetune,
+            1,
+            tmp_path / "checkpoint.pt",
+        ),
+        lambda *_: None,
     )
     expert = load_expert(run_dir.expert(group.index))
     rows = [True] * 10 + [label_dropout > 0]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.criteria.scores import (
@@ -26,7 +26,7 @@ DIFF_PRUNING_THRESHOLD = 0.05
 
 
 def diff_pruning_scores(
-    unet: UNet2DModel,
+    network: Denoiser,
     units: tuple[Unit, ...],
     batch: NoisedBatch,
     timesteps: range,
@@ -38,7 +38,7 @@ def diff_pruning_scores(
     :data:`DIFF_PRUNING_THRESHOLD` times the largest so far.
 
     Args:
-        unet: The base, in eval mode; its gradients are cleared.
+        network: The base, in eval mode; its gradients are cleared.
         units: Its units.
         batch: Images and noise; its timesteps are not used.
         timesteps: The group's, all of which count where the threshold never fires.
@@ -47,12 +47,12 @@ def diff_pruning_scores(
     Returns:
         The scores, and how many timesteps the network was run at.
     """
-    unet.zero_grad(set_to_none=True)
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    network.zero_grad(set_to_none=True)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     largest, num_timesteps = 0.0, 0
     for timestep in timesteps:
         at = replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
-        loss, gradients = _noise_error(unet, at, parameters, schedule)
+        loss, gradients = _noise_error(network, at, parameters, schedule)
         num_timesteps += 1
         if loss < DIFF_PRUNING_THRESHOLD * largest:
             break
@@ -61,14 +61,14 @@ def diff_pruning_scores(
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     scores: Scores = {}
     for unit in units:
-        sums = channel_sums(unet, unit, lambda weight: weight_times_gradient(weight).abs())
+        sums = channel_sums(network, unit, lambda weight: weight_times_gradient(weight).abs())
         scores[unit.name] = sum_by_step(unit, functools.reduce(torch.add, sums))
-    unet.zero_grad(set_to_none=True)
+    network.zero_grad(set_to_none=True)
     return scores, num_timesteps
 
 
 def _noise_error(
-    unet: UNet2DModel,
+    network: Denoiser,
     batch: NoisedBatch,
     parameters: Sequence[nn.Parameter],
     schedule: NoiseSchedule,
@@ -76,8 +76,8 @@ def _noise_error(
     """Compute the mean squared error of the predicted noise over a batch, and its gradients."""
     loss = 0.0
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in batch.split(max_batch_size(unet, gradients=True)):
-        predicted = part.predict(unet, schedule)[:, : part.epsilon.shape[1]]
+    for part in batch.split(max_batch_size(network, gradients=True)):
+        predicted = part.predict(network, schedule)[:, : part.epsilon.shape[1]]
         error = (predicted - part.epsilon).square().mean() * (len(part.x_0) / len(batch.x_0))
         loss += error.item()
         for gradient, more in zip(gradients, torch.autograd.grad(error, parameters), strict=True):

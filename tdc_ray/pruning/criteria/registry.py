@@ -25,21 +25,21 @@ class Criterion:
 
 
 def _taylor(inputs: ScoreInputs) -> tuple[Scores, int]:
-    scores = taylor_scores(inputs.unet, inputs.units, inputs.batches, inputs.schedule)
+    scores = taylor_scores(inputs.network, inputs.units, inputs.batches, inputs.schedule)
     return scores, 3 * inputs.num_images
 
 
 def _diff_pruning(inputs: ScoreInputs) -> tuple[Scores, int]:
     batch = first_images(inputs.batches, DIFF_PRUNING_BATCH)
     scores, num_timesteps = diff_pruning_scores(
-        inputs.unet, inputs.units, batch, inputs.timesteps, inputs.schedule
+        inputs.network, inputs.units, batch, inputs.timesteps, inputs.schedule
     )
     return scores, 3 * len(batch.x_0) * num_timesteps
 
 
 CRITERIA: Mapping[ScoreMethod, Criterion] = {
     "random": Criterion(lambda to: (random_scores(to.units, to.seed), 0), is_seeded=True),
-    "magnitude": Criterion(lambda to: (magnitude_scores(to.unet, to.units), 0)),
+    "magnitude": Criterion(lambda to: (magnitude_scores(to.network, to.units), 0)),
     "taylor": Criterion(_taylor),
     "diff-pruning": Criterion(_diff_pruning),
 }

@@ -1,14 +1,14 @@
 """Importance scores of a unit's steps (groups, heads, slices): a higher one is kept longer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
-from tdc_ray.models.unet2d.surgery import coupled_parameters
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import family_of
 from tdc_ray.models.units import KeptIndices, Unit
 
 Scores = dict[str, list[float]]
@@ -19,7 +19,7 @@ Scores = dict[str, list[float]]
 class ScoreInputs:
     """What a criterion may score by."""
 
-    unet: UNet2DModel
+    network: Denoiser
     """The base, in eval mode; a criterion that computes gradients clears them."""
 
     units: tuple[Unit, ...]
@@ -39,7 +39,7 @@ class ScoreInputs:
     """Another one for every group."""
 
 
-def select_top(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) -> KeptIndices:
+def select_top(units: tuple[Unit, ...], scores: Scores, widths: Mapping[str, int]) -> KeptIndices:
     """Choose which groups and heads stay: those of the highest scores, the first of equals."""
     kept = {}
     for unit in units:
@@ -49,12 +49,12 @@ def select_top(units: tuple[Unit, ...], scores: Scores, widths: dict[str, int]) 
 
 
 def channel_sums(
-    unet: UNet2DModel, unit: Unit, values: Callable[[nn.Parameter], Tensor]
+    network: Denoiser, unit: Unit, values: Callable[[nn.Parameter], Tensor]
 ) -> list[Tensor]:
     """Sum values of the weights that go with each of a unit's channels, for every parameter.
 
     Args:
-        unet: The uncut UNet.
+        network: The uncut network.
         unit: One of its units.
         values: Computes a tensor of a parameter's shape.
 
@@ -63,7 +63,7 @@ def channel_sums(
     """
     return [
         coupled.by_channel(values(coupled.parameter)).sum(1)
-        for coupled in coupled_parameters(unet, unit)
+        for coupled in family_of(network).coupled_parameters(network, unit)
     ]
 
 

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from tdc_ray.config.prune import ProxyMethod
-from tdc_ray.execution.chain import Chain
-from tdc_ray.pruning.group import GroupSearch, SearchCost
+from tdc_ray.execution.chain import Chain, result_of
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.proxies.language_model import NO_REPLY, AskJob, ProposalReply, propose_by_llm
 from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE
 from tdc_ray.pruning.proxies.offline import OfflineProxy
 from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme
 
 Propose = Callable[
@@ -42,7 +43,7 @@ def _language_model(
     cost: SearchCost,
 ) -> Chain[list[Scheme]]:
     """Ask a language model; where there is no usable reply the reason is noted."""
-    job = AskJob(task.config.proxy, request, tuple(memory), task.run_dir.transcripts)
+    job = AskJob(task.context.proxy, request, tuple(memory), task.context.run_dir.transcripts)
     item = task.item(
         f"round-{request.round}-ask",
         propose_by_llm,
@@ -51,8 +52,7 @@ def _language_model(
         service=LLM_SERVICE,
         fallback_result=NO_REPLY,
     )
-    reply: ProposalReply
-    (reply,) = yield [item]
+    reply = yield from result_of(item)
     cost.proxy_seconds += reply.seconds
     cost.prompt_tokens += reply.prompt_tokens
     cost.completion_tokens += reply.completion_tokens

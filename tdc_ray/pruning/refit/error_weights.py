@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import steps_of
 from tdc_ray.models.forward import max_batch_size
-from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
@@ -21,13 +21,13 @@ ErrorWeights = Mapping[str, Sequence[Tensor]]
 
 @torch.no_grad()
 def error_weights(
-    base: UNet2DModel, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
+    base: Denoiser, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
 ) -> ErrorWeights:
-    """Tell how much a small error in a step's output changes the network's, for every image.
+    """Estimate how much a small error in a step's output changes the network's, for every image.
 
     The squared norm of the network's Jacobian, estimated with one random direction (Hutchinson):
     noisy for one value, but summed over all of a step's. At timesteps whose noise is easy to
-    predict errors matter less, and the loss hardly heeds them.
+    predict errors matter less, and the loss hardly depends on them.
 
     Args:
         base: The base, in eval mode.
@@ -35,8 +35,8 @@ def error_weights(
         schedule: The noise schedule, on the device of the base.
     """
     generator = torch.Generator().manual_seed(derive_seed("error weights"))
-    found: dict[str, list[Tensor]] = {}
-    all_steps, size = steps(base), max_batch_size(base, gradients=True)
+    weights: dict[str, list[Tensor]] = {}
+    all_steps, size = steps_of(base), max_batch_size(base, gradients=True)
     for batch in batches:
         shape = (len(batch.x_0), base.config["out_channels"], *batch.x_0.shape[2:])
         directions = torch.randn(shape, generator=generator).to(base.device).split(size)
@@ -50,25 +50,23 @@ def error_weights(
                 gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
             for step, gradient in zip(all_steps, gradients, strict=True):
                 norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
-        for name, values in norms.items():
-            found.setdefault(name, []).append(torch.cat(values))
-    for batches_of_step in found.values():
-        mean = torch.cat(batches_of_step).mean()
-        batches_of_step[:] = [
-            norms / mean if mean > 0 else torch.ones_like(norms) for norms in batches_of_step
-        ]
-    return found
+        for name, parts in norms.items():
+            weights.setdefault(name, []).append(torch.cat(parts))
+    for of_step in weights.values():
+        mean = torch.cat(of_step).mean()
+        of_step[:] = [norms / mean if mean > 0 else torch.ones_like(norms) for norms in of_step]
+    return weights
 
 
 def save_weights(path: Path, weights: ErrorWeights) -> None:
-    """Keep weights in a file; it appears when it is whole."""
+    """Save weights to a file, which appears when it is whole."""
     tensors = {name: torch.cat(list(parts)).contiguous() for name, parts in weights.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
 
 def load_weights(path: Path, batches: Sequence[NoisedBatch], device: torch.device) -> ErrorWeights:
-    """Read what :func:`save_weights` kept, for the same batches."""
+    """Load what :func:`save_weights` wrote, for the same batches."""
     sizes = [len(batch.x_0) for batch in batches]
-    found = load_file(fetch(path), device=str(device))
-    return {name: weights.split(sizes) for name, weights in found.items()}
+    tensors = load_file(fetch(path), device=str(device))
+    return {name: weights.split(sizes) for name, weights in tensors.items()}

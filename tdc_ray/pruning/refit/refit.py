@@ -1,8 +1,8 @@
 """The refit after a cut: what lies behind it learns, by least squares, to make up for it.
 
-Block by block in forward order, the weights that read what was cut, and those that close the
-blocks behind it, are solved for so that on noised images of the group's timesteps the block gives
-out what the base's does. No gradient step is taken.
+Block by block in forward order, the weights that read what was cut, and the output layers of the
+blocks behind it, are solved for so that on noised images of the group's timesteps the block
+outputs what the base's does. No gradient step is taken.
 """
 
 import tempfile
@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.execution.device import exact_products
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import steps_of
 from tdc_ray.models.step import State, Step, is_cut
-from tdc_ray.models.unet2d.steps import steps
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
@@ -29,8 +29,8 @@ BYTES_IN_MEMORY = 2 * 2**30
 @exact_products()
 @torch.no_grad()
 def refit(
-    base: UNet2DModel,
-    pruned: UNet2DModel,
+    base: Denoiser,
+    pruned: Denoiser,
     kept_outputs: Mapping[str, Tensor],
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
@@ -43,7 +43,7 @@ def refit(
     in nameless files below ``TMPDIR``, so that memory does not grow with the images.
 
     Args:
-        base: The uncut UNet, in eval mode.
+        base: The uncut network, in eval mode.
         pruned: The same, cut, on the same device.
         kept_outputs: For every layer of ``pruned`` whose outputs were cut, which are kept.
         batches: Noised images of the group's timesteps.
@@ -55,30 +55,33 @@ def refit(
     """
     macs = 0
     pruned.eval()
-    keep = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
-    store, device = SpillBuffer(), base.device
-    true = [store.keep(first_state(base, batch, schedule)) for batch in batches]
-    ours, cut_before = true, False
-    for base_step, step in zip(steps(base), steps(pruned), strict=True):
-        after = [store.keep(_after(base_step, state, device)) for state in true]
+    kept_of = {pruned.get_submodule(name): index for name, index in kept_outputs.items()}
+    buffer, device = SpillBuffer(), base.device
+    base_states = [buffer.keep(first_state(base, batch, schedule)) for batch in batches]
+    pruned_states, cut_before = base_states, False
+    for base_step, step in zip(steps_of(base), steps_of(pruned), strict=True):
+        base_after = [buffer.keep(_after(base_step, state, device)) for state in base_states]
         for name in _to_solve(base_step, step, cut_before=cut_before):
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
-            wanted = after if name == step.output_layer else None
             macs += _solve(
                 layer,
                 name,
                 base_step,
                 step,
-                true,
-                ours,
-                wanted,
-                keep.get(layer),
+                base_states,
+                pruned_states,
+                base_after if name == step.output_layer else None,
+                kept_of.get(layer),
                 weights[step.name],
             )
         cut_before = cut_before or is_cut(base_step, step)
-        ours = [store.keep(_after(step, state, device)) for state in ours] if cut_before else after
-        true = after
+        pruned_states = (
+            [buffer.keep(_after(step, state, device)) for state in pruned_states]
+            if cut_before
+            else base_after
+        )
+        base_states = base_after
     return macs
 
 
@@ -86,38 +89,39 @@ class SpillBuffer:
     """Keeps states; what does not fit into memory lies in files that the system may write out."""
 
     def __init__(self) -> None:
-        self._held: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}
+        """Of the tensors in memory, by their identity."""
 
     def keep(self, state: State) -> State:
-        """Give a state with its newest tensor, which alone may be new, kept."""
+        """Return a state with its newest tensor, which alone may be new, kept."""
         hidden = state.hidden
         size = hidden.numel() * hidden.element_size()
-        if sum(self._held.values()) + size > BYTES_IN_MEMORY:
+        if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
             kept = _in_file(hidden)
             skips = tuple(kept if skip is hidden else skip for skip in state.skips)
             return State(kept, state.embedding, skips)
-        self._held[id(hidden)] = size
-        weakref.finalize(hidden, self._held.pop, id(hidden), None)
+        self._bytes[id(hidden)] = size
+        weakref.finalize(hidden, self._bytes.pop, id(hidden), None)
         return state
 
 
 def _on(state: State, device: torch.device) -> State:
-    """Bring back what was kept elsewhere."""
+    """Copy a state to a device."""
     skips = tuple(skip.to(device) for skip in state.skips)
     return State(state.hidden.to(device), state.embedding, skips)
 
 
 def _after(step: Step, state: State, device: torch.device) -> State:
     """Run a step; the skips that it leaves alone stay where they were kept."""
-    here = _on(state, device)
-    after = step(here)
-    kept = {id(skip): own for skip, own in zip(here.skips, state.skips, strict=True)}
+    copied = _on(state, device)
+    after = step(copied)
+    kept = {id(copy): skip for copy, skip in zip(copied.skips, state.skips, strict=True)}
     skips = tuple(kept.get(id(skip), skip) for skip in after.skips)
     return State(after.hidden, after.embedding, skips)
 
 
 def _in_file(tensor: Tensor) -> Tensor:
-    """Copy a tensor into a file that has no name and goes with the tensor.
+    """Copy a tensor into a file that has no name and is freed with the tensor.
 
     Raises:
         OSError: The disk is full.
@@ -135,47 +139,46 @@ def _solve(
     name: str,
     base_step: Step,
     step: Step,
-    true: Sequence[State],
-    ours: Sequence[State],
-    after: Sequence[State] | None,
-    keep: Tensor | None,
+    base_states: Sequence[State],
+    pruned_states: Sequence[State],
+    base_after: Sequence[State] | None,
+    kept: Tensor | None,
     weights: Sequence[Tensor],
 ) -> int:
-    """Solve for one layer's weights; give the macs of the statistics.
+    """Solve for one layer's weights; return the macs of the statistics.
 
     Args:
-        layer: The layer of the cut network.
+        layer: The layer of the pruned network.
         name: Its name within the step.
         base_step: The step of the base.
-        step: That of the cut network.
-        true: What goes into the one.
-        ours: What goes into the other.
-        after: What comes out of the base's, where the layer closes the step: the step's output is
-            fitted then, so that whatever else is off in it is made up for. None: the layer's is.
-        keep: Which of the base's outputs the layer has; None: all.
+        step: That of the pruned network.
+        base_states: Input of the one.
+        pruned_states: Input of the other.
+        base_after: Output of the base's step, where the layer is the step's output layer: the
+            step's output is fitted then, so that whatever else is off in it is made up for. None
+            means that the layer's own output is.
+        kept: Which of the base's outputs the layer has; None means all.
         weights: How much every image of each batch counts.
     """
-    num_images, device = sum(len(state.hidden) for state in true), layer.weight.device
-    squares: LeastSquares | None = None
-    for index, state in enumerate(ours):
-        with ActivationHook(layer) as tap:
-            found = step(_on(state, device)).hidden
-        is_linear = isinstance(layer, nn.Linear)
-        if after is None:
-            with ActivationHook(base_step.module.get_submodule(name)) as base_tap:
-                base_step(_on(true[index], device))
-            wanted = _select(base_tap.output, keep, dim=2 if is_linear else 1)
+    num_images, device = sum(len(state.hidden) for state in base_states), layer.weight.device
+    is_linear, squares = isinstance(layer, nn.Linear), None
+    for index, state in enumerate(pruned_states):
+        with ActivationHook(layer) as hook:
+            output = step(_on(state, device)).hidden
+        if base_after is None:
+            with ActivationHook(base_step.module.get_submodule(name)) as base_hook:
+                base_step(_on(base_states[index], device))
+            target = _select(base_hook.output, kept, dim=2 if is_linear else 1)
         else:
-            own = _select(after[index].hidden.to(device), keep, dim=1)
-            missing = (own - found) * step.residual_scale
+            base_output = _select(base_after[index].hidden.to(device), kept, dim=1)
+            missing = (base_output - output) * step.residual_scale
             if is_linear:
                 missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
-            wanted = tap.output + missing
+            target = hook.output + missing
         if squares is None:
-            num_places = wanted[0].numel() // len(layer.weight)
-            seed = derive_seed(step.name, name)
-            squares = LeastSquares(layer, num_rows=num_images * num_places, seed=seed)
-        squares.add(tap.input, wanted, weights[index])
+            num_rows = num_images * (target[0].numel() // len(layer.weight))
+            squares = LeastSquares(layer, num_rows=num_rows, seed=derive_seed(step.name, name))
+        squares.add(hook.input, target, weights[index])
     assert squares is not None
     weight, bias = squares.solve()
     layer.weight.copy_(weight)
@@ -192,13 +195,13 @@ def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:
         for name, layer in _layers(step.module).items()
         if layer.weight.shape[1] < whole[name].weight.shape[1]
     ]
-    closes = [last] if cut_before or last in shrunk else []
-    return [name for name in shrunk if name != last] + closes
+    outputs = [last] if cut_before or last in shrunk else []
+    return [name for name in shrunk if name != last] + outputs
 
 
 def _layers(module: nn.Module) -> dict[str, ReadLayer]:
     return {name: m for name, m in module.named_modules() if isinstance(m, ReadLayer)}
 
 
-def _select(values: Tensor, keep: Tensor | None, *, dim: int) -> Tensor:
-    return values if keep is None else values.index_select(dim, keep.to(values.device))
+def _select(values: Tensor, kept: Tensor | None, *, dim: int) -> Tensor:
+    return values if kept is None else values.index_select(dim, kept.to(values.device))

@@ -3,13 +3,20 @@
 import math
 from dataclasses import dataclass, replace
 
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import TrainConfig
+from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup
-from tdc_ray.execution.chain import Chain
-from tdc_ray.pruning.group import GroupSearch, SearchResult
+from tdc_ray.execution.chain import Chain, result_of, results_of
+from tdc_ray.pruning.context import PruningContext
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search
 from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
 from tdc_ray.storage.files import listing, remove
+from tdc_ray.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +25,7 @@ class Expert:
 
     group: TimestepGroup
     max_macs: int
-    choice: SearchResult
+    search: SearchResult
     macs: int
     num_params: int
     loss_finetuned: float
@@ -31,56 +38,88 @@ class Expert:
     max_nanoseconds: int | None
 
 
-def make_expert(task: GroupSearch, memory: MemoryBank) -> Chain[Expert]:
+def pruning_context(
+    run_dir: RunDir, config: RunConfig, data: TrainingData | None = None
+) -> PruningContext:
+    """Make what the searches of a run's groups have in common.
+
+    Args:
+        run_dir: The run.
+        config: Its settings.
+        data: What its denoisers are trained on, where that is known.
+    """
+    train = config.finetune
+    return PruningContext(
+        run_dir=run_dir,
+        seed=config.seed,
+        data=data or training_data(config.data, config.evaluate.cache_dir),
+        diffusion=config.diffusion,
+        conditioning=config.conditioning,
+        prune=config.prune,
+        proxy=config.proxy,
+        tf32=config.compute.tf32,
+        work_after=3.0 * train.num_steps * train.batch_size,  # forward and backward count three
+    )
+
+
+def make_expert(
+    task: GroupSearch, memory: MemoryBank, train: TrainConfig, compute: ComputeConfig
+) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
-    choice = yield from search(task, memory)
-    if task.config.prune.halving_steps and choice.candidates:
-        choice = yield from _halve(task, choice, memory)
-    item = finetune_item(task, choice.kept)
+    result = yield from search(task, memory)
+    if task.context.prune.halving_steps and result.candidates:
+        result = yield from _successive_halving(task, result, memory, train, compute)
+    item = finetune_item(task, result.kept, train, compute)
     for other in listing(item.result_path.parent, "finetune-*.json"):
         if other != item.result_path:  # of another choice, whose expert this one's will replace
             remove(other)
-    (tuned,) = yield [item]
+    tuned = yield from result_of(item)
     remove(item.job.checkpoint)  # its result exists now
     return Expert(
         group=task.group,
         max_macs=task.max_macs,
-        choice=choice,
-        macs=tuned["macs"],
-        num_params=tuned["num_params"],
-        loss_finetuned=tuned["loss_finetuned"],
-        train_steps=tuned["train_steps"],
-        train_macs=tuned["train_macs"],
-        seconds=tuned["seconds"],
-        nanoseconds=task.space.nanoseconds(choice.widths),
+        search=result,
+        macs=tuned.macs,
+        num_params=tuned.num_params,
+        loss_finetuned=tuned.loss_finetuned,
+        train_steps=tuned.train_steps,
+        train_macs=tuned.train_macs,
+        seconds=tuned.seconds,
+        nanoseconds=task.space.nanoseconds(result.widths),
         max_nanoseconds=task.limit if task.space.quantity == "time" else None,
     )
 
 
-def _halve(task: GroupSearch, choice: SearchResult, memory: MemoryBank) -> Chain[SearchResult]:
+def _successive_halving(
+    task: GroupSearch,
+    result: SearchResult,
+    memory: MemoryBank,
+    train: TrainConfig,
+    compute: ComputeConfig,
+) -> Chain[SearchResult]:
     """Train the better half of the candidates, then the better half of those for longer, and on.
 
-    Successive halving: Jamieson and Talwalkar, arXiv:1502.07943. A candidate that goes on does so
-    from where it was.
+    Jamieson and Talwalkar, arXiv:1502.07943. A candidate that stays resumes from where it was.
     """
-    left = list(choice.candidates[: (len(choice.candidates) + 1) // 2])
-    steps, before = task.config.prune.halving_steps, 0
-    while len(left) > 1:
+    candidates = list(result.candidates[: (len(result.candidates) + 1) // 2])
+    steps, before = task.context.prune.halving_steps, 0
+    while len(candidates) > 1:
+        longer = replace(train, num_steps=steps)
         items = [
             short_finetune_item(
-                task, "try-{1}-{2}".format(*one.entry.place), one.kept, steps, before
+                task, "try-{1}-{2}".format(*one.entry.key), one.kept, longer, compute, before
             )
-            for one in left
+            for one in candidates
         ]
-        results = yield items
+        tuned = yield from results_of(items)
         losses = {}
-        for candidate, result in zip(left, results, strict=True):
-            memory.add_tuned(candidate.entry.place, result["loss"])
-            losses[candidate.entry.place] = result["loss"]
-            choice.spent.add(result)
-        left.sort(key=lambda one: (math.isnan(losses[one.entry.place]), losses[one.entry.place]))
-        left = left[: (len(left) + 1) // 2]
+        for candidate, short in zip(candidates, tuned, strict=True):
+            memory.set_tuned_loss(candidate.entry.key, short.loss)
+            losses[candidate.entry.key] = short.loss
+            result.cost.add(short)
+        candidates.sort(key=lambda one: (math.isnan(losses[one.entry.key]), losses[one.entry.key]))
+        candidates = candidates[: (len(candidates) + 1) // 2]
         steps, before = 2 * steps, steps
-    for checkpoint in listing(task.run_dir.group(task.group.index), "try-*.pt"):
+    for checkpoint in listing(task.folder, "try-*.pt"):
         remove(checkpoint)
-    return replace(choice, kept=left[0].kept, entry=left[0].entry)
+    return replace(result, kept=candidates[0].kept, entry=candidates[0].entry)

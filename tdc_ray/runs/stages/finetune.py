@@ -8,206 +8,219 @@ from pathlib import Path
 
 from torch import nn
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import batches, held_out_split
-from tdc_ray.data.fingerprint import data_key, training_key
-from tdc_ray.data.latents import training_data
+from tdc_ray.data.fingerprint import training_key
 from tdc_ray.diffusion.plan import TimestepGroup
-from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import all_gather, worker_rank
-from tdc_ray.execution.item import AnyItem, Inputs, Report, Resources, Result
-from tdc_ray.models.fingerprint import weights_digest
+from tdc_ray.execution.item import Inputs, R, Report, Resources, WorkItem
+from tdc_ray.models.families import family_of, load_config
 from tdc_ray.models.saved_expert import save_expert
-from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.unet import count_params, unet_config
+from tdc_ray.models.unet2d.unet import count_params
 from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
-from tdc_ray.pruning.fingerprint import measuring_key, timesteps_key
+from tdc_ray.pruning.context import PruningContext
+from tdc_ray.pruning.fingerprint import group_key
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.loaded_base import LoadedBase, load_base, pruned_unet
+from tdc_ray.pruning.loaded_base import LoadedBase, load_base, prune_and_refit
 from tdc_ray.pruning.noised import held_out_loss
-from tdc_ray.pruning.space import space_of
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
-from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-
 VERSION = 2
-"""Changes whenever what a fine-tune comes to does, so that stored ones are made again."""
+"""Changes whenever what a fine-tune results in does, so that cached ones are made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneJob:
     """Fine-tune what is kept of the base on a group's timesteps."""
 
-    run_dir: RunDir
-    config: RunConfig
+    context: PruningContext
     group: TimestepGroup
     kept: KeptIndices
+    train: TrainConfig
+    num_workers: int
+    """Workers that train it side by side, data parallel."""
+
     checkpoint: Path
     steps_before: int = 0
     """Steps that an earlier item took."""
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps."""
-        return self.config.finetune.num_steps
-
-    @property
     def num_images(self) -> int:
         """Images that training sees, those of an earlier item not counted."""
-        return (self.num_steps - self.steps_before) * self.config.finetune.batch_size
+        return (self.train.num_steps - self.steps_before) * self.train.batch_size
 
 
-def finetune_expert(job: FinetuneJob, report: Report) -> Result:
-    """Fine-tune, or go on from the checkpoint of an earlier attempt, and save the expert.
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """What a saved expert is, and what its training took."""
+
+    macs: int
+    num_params: int
+    loss_finetuned: float
+    """On held-out images and noise."""
+
+    train_steps: int
+    train_macs: float
+    """Three forward passes per image seen."""
+
+    seconds: float
+    """Of the last attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShortFinetuneResult:
+    """What a few steps result in, and what they took."""
+
+    loss: float
+    """On held-out images and noise; infinite where training diverged."""
+
+    macs: float
+    seconds: float
+
+
+def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
+    """Fine-tune, or resume from the checkpoint of an earlier attempt, and save the expert.
 
     The expert starts from the base's averaged weights, cut and refitted, and is saved with its own
     averaged weights. With no steps to take it is what the refit left.
-
-    Returns:
-        ``macs``, ``num_params``, ``loss_finetuned`` (on held-out images and noise),
-        ``train_steps``, ``train_macs`` (three forward passes per image seen) and ``seconds`` of
-        this attempt.
 
     Raises:
         NonFiniteLossError: Training diverged.
         CheckpointError: The base or the checkpoint cannot be read.
     """
-    started = time.perf_counter()
-    base, state = _tune(job, report)
+    started, run_dir = time.perf_counter(), job.context.run_dir
+    base = load_base(job.context, job.group)
+    state = _tune(base, job, report)
     if worker_rank().rank != 0:
-        return {}
+        return None
     with state.averaged() as averaged:
         save_expert(
-            job.run_dir.expert(job.group.index),
-            averaged,
-            unet_config(job.run_dir.base_unet),
-            job.kept,
+            run_dir.expert(job.group.index), averaged, load_config(run_dir.base_unet), job.kept
         )
-        loss = held_out_loss(averaged, job.config, job.group)
+        loss = held_out_loss(averaged, job.context, job.group, base.schedule)
     macs = base.space.macs(widths_of(job.kept))
-    return {
-        "macs": macs,
-        "num_params": count_params(state.unet),
-        "loss_finetuned": loss,
-        "train_steps": job.num_steps,
-        "train_macs": 3.0 * macs * job.num_images,
-        "seconds": time.perf_counter() - started,
-    }
+    return FinetuneResult(
+        macs=macs,
+        num_params=count_params(state.unet),
+        loss_finetuned=loss,
+        train_steps=job.train.num_steps,
+        train_macs=3.0 * macs * job.num_images,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def finetune_inputs(job: FinetuneJob) -> Inputs:
-    """Give what a fine-tune, and a short one, follows from."""
+    """Return what a fine-tune, and a short one, follows from."""
     return {
         "stage": "finetune",
         "version": VERSION,
-        "base": weights_digest(job.run_dir.base_unet),
         "kept": job.kept,
-        "workers": job.config.compute.workers_per_finetune,
-        **data_key(
-            training_data(job.config.data, job.config.evaluate.cache_dir),
-            seed=job.config.seed,
-            diffusion=job.config.diffusion,
-            conditioning=job.config.conditioning,
-            tf32=job.config.compute.tf32,
-        ),
-        **timesteps_key(job.group),
-        **measuring_key(job.config.prune),
-        **training_key(job.config.finetune),
+        "workers": job.num_workers,
+        **group_key(job.context, job.group),
+        **training_key(job.train),
     }
 
 
 def short_finetune_inputs(job: FinetuneJob) -> Inputs:
-    """Give what :func:`short_finetune` follows from: it leaves another result than a fine-tune."""
+    """Return what :func:`short_finetune` follows from; its result is none of a fine-tune."""
     return {**finetune_inputs(job), "stage": "try", "steps_before": job.steps_before}
 
 
 def smaller_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
-    """Give the same fine-tune with half the images at once; None: it is down to one.
+    """Return the same fine-tune with half the images at once; None where it is down to one.
 
     The gradients of a batch are summed over its parts, so only the last bits of a sum change.
     """
-    train_config = job.config.finetune
-    share = train_config.batch_size // job.config.compute.workers_per_finetune
-    size = min(train_config.micro_batch_size or share, share)
+    share = job.train.batch_size // job.num_workers
+    size = min(job.train.micro_batch_size or share, share)
     if size == 1:
         return None
-    smaller = replace(train_config, micro_batch_size=-(-size // 2))
-    return replace(job, config=replace(job.config, finetune=smaller))
+    return replace(job, train=replace(job.train, micro_batch_size=-(-size // 2)))
 
 
-def short_finetune(job: FinetuneJob, report: Report) -> Result:
-    """Fine-tune a candidate for a few steps, or some more; give ``loss``, ``macs``, ``seconds``.
+def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | None:
+    """Fine-tune a candidate for a few steps, or some more, and measure its loss.
 
     A candidate whose training diverges has an infinite loss: the others go on without it.
     """
     started = time.perf_counter()
+    base = load_base(job.context, job.group)
     try:
-        _, state = _tune(job, report)
+        state = _tune(base, job, report)
         if worker_rank().rank != 0:
-            return {}
+            return None
         with state.averaged() as averaged:
-            loss = held_out_loss(averaged, job.config, job.group)
+            loss = held_out_loss(averaged, job.context, job.group, base.schedule)
     except NonFiniteLossError as error:
         logger.warning("%s: %s", job.checkpoint.stem, error)
         loss = math.inf
-    space = space_of(unet_config(job.run_dir.base_unet), job.config.prune.space)
-    macs = 3.0 * space.macs(widths_of(job.kept)) * job.num_images
-    return {"loss": loss, "macs": macs, "seconds": time.perf_counter() - started}
+    macs = 3.0 * base.space.macs(widths_of(job.kept)) * job.num_images
+    return ShortFinetuneResult(loss, macs, time.perf_counter() - started)
 
 
-def finetune_item(task: GroupSearch, kept: KeptIndices) -> AnyItem:
+def finetune_item(
+    task: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
+) -> WorkItem[FinetuneJob, FinetuneResult]:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
-    job = _job(task, kept, task.config.finetune.num_steps, f"finetune-{kept_digest(kept)}.pt")
-    macs = task.space.macs(widths_of(kept))
+    job = _job(task, f"finetune-{kept_digest(kept)}", kept, train, compute)
     item = task.item(
         "finetune",
         finetune_expert,
         job,
-        cost=3.0 * macs * job.num_images,
-        num_steps=job.num_steps,
+        result_type=FinetuneResult,
+        cost=_cost(task, job),
+        num_steps=train.num_steps,
         kept=kept,
         inputs=finetune_inputs,
-        files=(task.run_dir.expert(task.group.index),),
+        files=(task.context.run_dir.expert(task.group.index),),
     )
-    return _as_training(item, task.config)
+    return _as_training(item, compute)
 
 
 def short_finetune_item(
-    task: GroupSearch, name: str, kept: KeptIndices, num_steps: int, steps_before: int = 0
-) -> AnyItem:
+    task: GroupSearch,
+    name: str,
+    kept: KeptIndices,
+    train: TrainConfig,
+    compute: ComputeConfig,
+    steps_before: int = 0,
+) -> WorkItem[FinetuneJob, ShortFinetuneResult]:
     """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
 
     Args:
         task: The group.
-        name: What it is tried for; its files are named after that and what is kept.
+        name: What it is for; its files are named after that and what is kept.
         kept: What of each unit is kept.
-        num_steps: Optimizer steps in all.
-        steps_before: How many of them an earlier item of this name took.
+        train: How to train, and for how many steps in all.
+        compute: What trains.
+        steps_before: How many of the steps an earlier item of this name took.
     """
-    job = _job(task, kept, num_steps, f"{name}-{kept_digest(kept)}.pt", steps_before)
-    macs = task.space.macs(widths_of(kept))
+    job = _job(task, f"{name}-{kept_digest(kept)}", kept, train, compute, steps_before)
     item = task.item(
-        f"{name}-{num_steps}",
+        f"{name}-{train.num_steps}",
         short_finetune,
         job,
-        cost=3.0 * macs * job.num_images,
-        num_steps=num_steps,
+        result_type=ShortFinetuneResult,
+        cost=_cost(task, job),
+        num_steps=train.num_steps,
         kept=kept,
         inputs=short_finetune_inputs,
-        files=(job.checkpoint,),  # which a longer one goes on from
+        files=(job.checkpoint,),  # from which a longer one resumes
     )
-    return _as_training(item, task.config)
+    return _as_training(item, compute)
 
 
-def _as_training(item: AnyItem, config: RunConfig) -> AnyItem:
-    """Give an item what a fine-tune takes: an actor that trains, or several, data parallel."""
-    compute = config.compute
+def _as_training(
+    item: WorkItem[FinetuneJob, R], compute: ComputeConfig
+) -> WorkItem[FinetuneJob, R]:
+    """Assign an item to actors that train: one, or several, data parallel."""
     return replace(
         item,
         resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
@@ -217,66 +230,73 @@ def _as_training(item: AnyItem, config: RunConfig) -> AnyItem:
 
 
 def _job(
-    task: GroupSearch, kept: KeptIndices, num_steps: int, checkpoint: str, steps_before: int = 0
+    task: GroupSearch,
+    name: str,
+    kept: KeptIndices,
+    train: TrainConfig,
+    compute: ComputeConfig,
+    steps_before: int = 0,
 ) -> FinetuneJob:
-    config = task.config
-    shorter = replace(config, finetune=replace(config.finetune, num_steps=num_steps))
-    folder = task.run_dir.group(task.group.index)
-    return FinetuneJob(task.run_dir, shorter, task.group, kept, folder / checkpoint, steps_before)
-
-
-def _tune(job: FinetuneJob, report: Report) -> tuple[LoadedBase, TrainState]:
-    """Cut and refit the base, and train what is left, or go on from a checkpoint of it."""
-    base = load_base(job.run_dir, job.config)
-    goes_on = exists(job.checkpoint)  # its weights replace those of a refit
-    unet = (
-        cut(base.unet, base.space.units, job.kept)
-        if goes_on
-        else pruned_unet(base, job.kept, job.config, job.group)
+    checkpoint, num_workers = task.folder / f"{name}.pt", compute.workers_per_finetune
+    return FinetuneJob(
+        task.context, task.group, kept, train, num_workers, checkpoint, steps_before
     )
-    state = start_state(unet, job.config.finetune)
-    if goes_on:
+
+
+def _cost(task: GroupSearch, job: FinetuneJob) -> float:
+    return 3.0 * task.space.macs(widths_of(job.kept)) * job.num_images
+
+
+def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
+    """Cut and refit the base, and train what is left, or resume from a checkpoint of it."""
+    resumes = exists(job.checkpoint)  # its weights replace those of a refit
+    unet = (
+        family_of(base.network).cut(base.network, base.space.units, job.kept)
+        if resumes
+        else prune_and_refit(base, job.kept).network
+    )
+    state = start_state(unet, job.train)
+    if resumes:
         state.load(job.checkpoint)
     if len(set(steps := all_gather(state.step))) > 1:  # on NFS one may see an older file
         raise StorageFailedError(
             f"the workers of one fine-tune see {display_path(job.checkpoint)} at the steps "
             f"{steps}."
         )
-    _train(state, job.config, job.group, job.checkpoint, report)
-    return base, state
+    _train(state, base, job, report)
+    return state
 
 
-def _train(
-    state: TrainState, config: RunConfig, group: TimestepGroup, checkpoint: Path, report: Report
-) -> None:
-    name, here = ("finetune", group.first, group.last), worker_rank()
+def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report) -> None:
+    context, group, rank = job.context, job.group, worker_rank()
+    seed_parts = ("finetune", group.first, group.last)
     model: nn.Module = state.unet
-    if here.world_size > 1:
+    if rank.world_size > 1:
         model = nn.parallel.DistributedDataParallel(state.unet)
-    dataset = training_data(config.data, config.evaluate.cache_dir).open()
-    indices, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    dataset = context.data.open()
+    indices, _ = held_out_split(dataset, context.prune.held_out_share, context.seed)
     images = batches(
         dataset,
         indices=indices,
-        batch_size=config.finetune.batch_size,
-        seed=derive_seed(config.seed, *name, "order"),
+        batch_size=job.train.batch_size,
+        seed=derive_seed(context.seed, *seed_parts, "order"),
         start_step=state.step,
-        num_steps=config.finetune.num_steps,
-        rank=here.rank,
-        world_size=here.world_size,
-        num_workers=config.data.num_workers,
+        num_steps=job.train.num_steps,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        num_workers=context.data.data.num_workers,
     )
     train(
         state,
         model,
         images,
-        noise_schedule(config.diffusion).to(state.device),
-        config.finetune,
-        config.data,
+        base.schedule,
+        job.train,
+        context.data.data,
         timesteps=group.timesteps,
-        seed=derive_seed(config.seed, *name),
-        rank=here.rank,
-        label_dropout=config.conditioning.label_dropout,
+        seed=derive_seed(context.seed, *seed_parts),
+        rank=rank.rank,
+        label_dropout=context.conditioning.label_dropout,
         report=report,
-        save=lambda current: current.save(checkpoint) if here.rank == 0 else None,
+        save=lambda current: current.save(job.checkpoint) if rank.rank == 0 else None,
     )

@@ -17,9 +17,8 @@ from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.loaded_base import load_base, pruned_unet
+from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.pruning.search import search
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import (
@@ -31,12 +30,15 @@ from tdc_ray.runs.stages.finetune import (
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
     assert_same,
+    context_of,
+    held_out_loss_of,
     make_run_dir,
     output_of,
     reporting_to,
     small_config,
     task_of,
     widths_of,
+    with_run_dir,
 )
 
 NUM_STEPS = 5
@@ -70,15 +72,17 @@ def ignore(_metrics, _step):
     pass
 
 
-def make(task: GroupSearch, report: Report = ignore) -> Expert:
-    chain = make_expert(task, MemoryBank(task.run_dir.memory))
+def make(task: GroupSearch, config: RunConfig | None = None, report: Report = ignore) -> Expert:
+    config = config or config_of()
+    memory = MemoryBank(task.context.run_dir.memory)
+    chain = make_expert(task, memory, config.finetune, config.compute)
     return run_chain(chain, reporting_to(report))
 
 
 def timeless(expert: Expert) -> Expert:
-    spent = dataclasses.replace(expert.choice.spent, seconds=0.0, proxy_seconds=0.0)
-    choice = dataclasses.replace(expert.choice, spent=spent)
-    return dataclasses.replace(expert, choice=choice, seconds=0.0)
+    cost = dataclasses.replace(expert.search.cost, seconds=0.0, proxy_seconds=0.0)
+    search = dataclasses.replace(expert.search, cost=cost)
+    return dataclasses.replace(expert, search=search, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +97,10 @@ def expert(task) -> Expert:
 
 
 def test_the_saved_expert_has_the_macs_parameters_and_loss_that_are_told(task, expert):
-    saved = load_expert(task.run_dir.expert(task.group.index))
+    saved = load_expert(task.context.run_dir.expert(task.group.index))
     assert expert.macs == count_macs(saved) <= expert.max_macs
     assert expert.num_params == count_params(saved)
-    assert expert.loss_finetuned == held_out_loss(saved, task.config, task.group)
+    assert expert.loss_finetuned == held_out_loss_of(saved, config_of(), task.group)
     assert expert.group == task.group
     assert expert.max_macs == task.max_macs
 
@@ -111,12 +115,12 @@ def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
     config = config_of(
         num_steps=30, checkpoint_every=30, learning_rate=2e-3, ema_decay=0.5, refit="none"
     )
-    found = make(task_of(make_run_dir(tmp_path), config))
-    assert found.loss_finetuned < 0.9 * found.choice.loss_cut
+    found = make(task_of(make_run_dir(tmp_path), config), config)
+    assert found.loss_finetuned < 0.9 * found.search.loss_cut
 
 
 def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
-    folder = task.run_dir.group(task.group.index)
+    folder = task.context.run_dir.group(task.group.index)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     (result,) = folder.glob("finetune-*.json")
     told = json.loads(result.read_text())
@@ -124,16 +128,16 @@ def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
 
 
 def test_a_finished_expert_is_not_made_again(task, expert):
-    weights = task.run_dir.expert(task.group.index) / "model.safetensors"
+    weights = task.context.run_dir.expert(task.group.index) / "model.safetensors"
     written = weights.stat().st_mtime_ns
     reports = []
-    assert make(task, lambda metrics, step: reports.append((metrics, step))) == expert
+    assert make(task, report=lambda metrics, step: reports.append((metrics, step))) == expert
     assert weights.stat().st_mtime_ns == written
     assert reports == []
 
 
 def test_making_the_expert_again_gives_the_same_one(task, expert, tmp_path):
-    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    again = with_run_dir(task, make_run_dir(tmp_path))
     assert timeless(make(again)) == timeless(expert)
     assert_same(weights_of(again), weights_of(task))
 
@@ -151,25 +155,27 @@ def kill_at(step: int) -> Report:
 
 
 def weights_of(task: GroupSearch) -> dict:
-    return load_expert(task.run_dir.expert(task.group.index)).state_dict()
+    return load_expert(task.context.run_dir.expert(task.group.index)).state_dict()
 
 
 def checkpoints_of(task: GroupSearch) -> list[Path]:
-    return list(task.run_dir.group(task.group.index).glob("finetune-*.pt"))
+    return list(task.context.run_dir.group(task.group.index).glob("finetune-*.pt"))
 
 
 @pytest.mark.parametrize("steps", [[1], [3], [4, 5], [3, 3, 5]], ids=str)
 def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
     task, expert, tmp_path, steps
 ):
-    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    again = with_run_dir(task, make_run_dir(tmp_path))
     for step in steps:
         with pytest.raises(KilledError):
-            make(again, kill_at(step))
+            make(again, report=kill_at(step))
         assert len(checkpoints_of(again)) == (step > 2)
-        assert not again.run_dir.expert(again.group.index).exists()
+        assert not again.context.run_dir.expert(again.group.index).exists()
     seen = []
-    found = make(again, lambda metrics, at: seen.append(at) if "grad_norm" in metrics else None)
+    found = make(
+        again, report=lambda metrics, at: seen.append(at) if "grad_norm" in metrics else None
+    )
     assert seen == list(range((steps[-1] - 1) // 2 * 2 + 1, NUM_STEPS + 1))  # not from the start
     assert timeless(found) == timeless(expert)
     assert_same(weights_of(again), weights_of(task))
@@ -177,9 +183,9 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
 
 
 def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, expert, tmp_path):
-    again = dataclasses.replace(task, run_dir=make_run_dir(tmp_path))
+    again = with_run_dir(task, make_run_dir(tmp_path))
     make(again)
-    (result,) = again.run_dir.group(0).glob("finetune-*.json")
+    (result,) = again.context.run_dir.group(0).glob("finetune-*.json")
     result.unlink()
     assert timeless(make(again)) == timeless(expert)
 
@@ -192,130 +198,121 @@ def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, e
 def test_without_a_step_the_expert_is_what_the_refit_left(tmp_path, refit, space):
     config = config_of(num_steps=0, refit=refit, space=space)
     task = task_of(make_run_dir(tmp_path), config)
-    expert = make(task)
-    base = load_base(task.run_dir, config)
-    expected = pruned_unet(base, expert.choice.kept, config, task.group)
+    expert = make(task, config)
+    base = load_base(task.context, task.group)
+    expected = prune_and_refit(base, expert.search.kept).network
     assert_same(weights_of(task), expected.state_dict())
-    saved = load_expert(task.run_dir.expert(task.group.index))
+    saved = load_expert(task.context.run_dir.expert(task.group.index))
     assert_same(output_of(saved), output_of(expected))
-    choice = expert.choice
-    assert expert.loss_finetuned == (choice.loss_cut if refit == "none" else choice.loss_refit)
+    search = expert.search
+    assert expert.loss_finetuned == (search.loss_cut if refit == "none" else search.loss_refit)
     assert (expert.train_steps, expert.train_macs) == (0, 0)
 
 
 def test_without_pruning_and_without_a_step_the_expert_is_the_base(tmp_path):
-    task = task_of(make_run_dir(tmp_path), config_of(method="none", num_steps=0))
-    expert = make(task)
-    assert_same(weights_of(task), load_unet(task.run_dir.base_unet).state_dict())
-    assert expert.loss_finetuned == expert.choice.loss_base
+    config = config_of(method="none", num_steps=0)
+    task = task_of(make_run_dir(tmp_path), config)
+    expert = make(task, config)
+    assert_same(weights_of(task), load_unet(task.context.run_dir.base_unet).state_dict())
+    assert expert.loss_finetuned == expert.search.loss_base
     assert expert.macs == task.space.macs_base
 
 
 def test_only_the_groups_own_expert_is_written(task, expert):
-    run_dir: RunDir = task.run_dir
+    run_dir: RunDir = task.context.run_dir
     assert [path.name for path in run_dir.experts.iterdir()] == ["expert-00"]
-    assert widths_of(expert.choice.kept) == dict(expert.choice.widths)
+    assert widths_of(expert.search.kept) == dict(expert.search.widths)
 
 
 # --- successive halving ----------------------------------------------------------------------
 
 
 def entries_of(task: GroupSearch) -> list[MemoryEntry]:
-    return MemoryBank(task.run_dir.memory).all()
+    return MemoryBank(task.context.run_dir.memory).all()
+
+
+def halving_config(**prune: int) -> RunConfig:
+    """Four candidates, of which two are tried for 2 steps, and one is left."""
+    config = config_of(method="offline", halving_steps=2, learning_rate=5e-3, ema_decay=0.0)
+    few = {"num_images": 32, "num_candidates": 4, **prune}
+    return dataclasses.replace(
+        config,
+        prune=dataclasses.replace(config.prune, **few),
+        plan=dataclasses.replace(config.plan, min_macs_share=0.3),
+    )
 
 
 @pytest.fixture(scope="module")
 def halved_task(tmp_path_factory) -> GroupSearch:
-    """Four candidates, of which two are tried for 2 steps, and one is left."""
-    config = config_of(method="offline", halving_steps=2, learning_rate=5e-3, ema_decay=0.0)
-    config = dataclasses.replace(
-        config,
-        prune=dataclasses.replace(config.prune, num_images=32, num_candidates=4),
-        plan=dataclasses.replace(config.plan, min_macs_share=0.3),
-    )
-    return task_of(make_run_dir(tmp_path_factory.mktemp("halved")), config)
+    return task_of(make_run_dir(tmp_path_factory.mktemp("halved")), halving_config())
 
 
 @pytest.fixture(scope="module")
-def reduced_memory(halved_task) -> Expert:
-    return make(halved_task)
+def halved_expert(halved_task) -> Expert:
+    return make(halved_task, halving_config())
 
 
 def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(
-    halved_task, reduced_memory
+    halved_task, halved_expert
 ):
     entries = sorted(entries_of(halved_task), key=lambda entry: entry.loss)
     assert len(entries) == 4
     assert all(entry.loss_tuned is not None for entry in entries[:2])
     assert all(entry.loss_tuned is None for entry in entries[2:])
     best = min(entries[:2], key=lambda entry: entry.loss_tuned)
-    assert reduced_memory.choice.entry.place == best.place
-    assert reduced_memory.choice.widths == best.widths
-    assert reduced_memory.macs == best.macs
+    assert halved_expert.search.entry.key == best.key
+    assert halved_expert.search.widths == best.widths
+    assert halved_expert.macs == best.macs
 
 
 def trials_of(task: GroupSearch, entry: MemoryEntry, num_steps: int) -> list[Path]:
     name = f"try-{entry.round}-{entry.candidate}-{num_steps}-*.json"
-    return list(task.run_dir.group(task.group.index).glob(name))
+    return list(task.context.run_dir.group(task.group.index).glob(name))
 
 
-def test_a_trial_is_the_fine_tune_cut_short(halved_task, reduced_memory, tmp_path):
-    (entry,) = (e for e in entries_of(halved_task) if e.place == reduced_memory.choice.entry.place)
+def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved_expert, tmp_path):
+    (entry,) = (e for e in entries_of(halved_task) if e.key == halved_expert.search.entry.key)
     (trial,) = trials_of(halved_task, entry, 2)
     told = json.loads(trial.read_text())
     assert told["loss"] == entry.loss_tuned
-    config = halved_task.config
-    short = dataclasses.replace(
-        config,
-        finetune=dataclasses.replace(config.finetune, num_steps=2),
-        prune=dataclasses.replace(config.prune, halving_steps=0),
-    )
-    run_dir = make_run_dir(tmp_path)
-    job = FinetuneJob(
-        run_dir, short, halved_task.group, reduced_memory.choice.kept, tmp_path / "c.pt"
-    )
-    assert finetune_expert(job, ignore)["loss_finetuned"] == entry.loss_tuned
+    config = halving_config(halving_steps=0)
+    short = dataclasses.replace(config.finetune, num_steps=2)
+    context = context_of(make_run_dir(tmp_path), config)
+    kept, checkpoint = halved_expert.search.kept, tmp_path / "c.pt"
+    job = FinetuneJob(context, halved_task.group, kept, short, 1, checkpoint)
+    assert finetune_expert(job, ignore).loss_finetuned == entry.loss_tuned
 
 
-def test_halving_leaves_no_checkpoint_behind(halved_task, reduced_memory):
-    folder = halved_task.run_dir.group(halved_task.group.index)
+def test_halving_leaves_no_checkpoint_behind(halved_task, halved_expert):
+    folder = halved_task.context.run_dir.group(halved_task.group.index)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert len(list(folder.glob("try-*.json"))) == 2
 
 
-def test_what_the_trials_took_is_the_searchs(halved_task, reduced_memory):
-    untried = dataclasses.replace(
-        halved_task.config, prune=dataclasses.replace(halved_task.config.prune, halving_steps=0)
-    )
-    search_alone = run_chain(
-        search(
-            dataclasses.replace(halved_task, config=untried),
-            MemoryBank(halved_task.run_dir.memory),
-        )
-    )
+def test_what_the_trials_took_is_the_searchs(halved_task, halved_expert):
+    search_alone = run_chain(search(halved_task, MemoryBank(halved_task.context.run_dir.memory)))
     tried = [entry for entry in entries_of(halved_task) if entry.loss_tuned is not None]
     trials = sum(3 * entry.macs * 2 * 8 for entry in tried)
-    assert reduced_memory.choice.spent.macs == search_alone.spent.macs + trials
-    assert reduced_memory.train_steps == NUM_STEPS
+    assert halved_expert.search.cost.macs == search_alone.cost.macs + trials
+    assert halved_expert.train_steps == NUM_STEPS
 
 
-def test_a_halving_that_is_done_is_not_done_again(halved_task, reduced_memory):
+def test_a_halving_that_is_done_is_not_done_again(halved_task, halved_expert):
     reports = []
-    memory = halved_task.run_dir.memory.read_bytes()
-    again = make(halved_task, lambda metrics, step: reports.append((metrics, step)))
-    assert timeless(again) == timeless(reduced_memory)
-    assert reports == []
-    assert halved_task.run_dir.memory.read_bytes() == memory
-
-
-def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_path):
-    more = dataclasses.replace(
-        halved_task.config,
-        prune=dataclasses.replace(halved_task.config.prune, num_rounds=2, num_candidates=2 + 1),
+    memory = halved_task.context.run_dir.memory.read_bytes()
+    again = make(
+        halved_task, halving_config(), lambda metrics, step: reports.append((metrics, step))
     )
-    task = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path), config=more)
+    assert timeless(again) == timeless(halved_expert)
+    assert reports == []
+    assert halved_task.context.run_dir.memory.read_bytes() == memory
+
+
+def test_a_candidate_that_goes_on_does_so_from_where_it_was(tmp_path):
+    config = halving_config(num_rounds=2, num_candidates=2 + 1)
+    task = task_of(make_run_dir(tmp_path), config)
     steps = []
-    make(task, lambda metrics, at: steps.append(at) if "grad_norm" in metrics else None)
+    make(task, config, lambda metrics, at: steps.append(at) if "grad_norm" in metrics else None)
     assert len(entries_of(task)) == 6
     trials = steps[:-NUM_STEPS]
     assert trials == [1, 2] * 3 + [3, 4] * 2  # of six three, of which two, of which one
@@ -328,21 +325,21 @@ def test_a_candidate_that_goes_on_does_so_from_where_it_was(halved_task, tmp_pat
 
 
 def test_killed_within_a_trial_and_started_again_gives_the_same_expert(
-    halved_task, reduced_memory, tmp_path
+    halved_task, halved_expert, tmp_path
 ):
-    again = dataclasses.replace(halved_task, run_dir=make_run_dir(tmp_path))
+    again = with_run_dir(halved_task, make_run_dir(tmp_path))
     with pytest.raises(KilledError):
-        make(again, kill_at(2))
-    assert timeless(make(again)) == timeless(reduced_memory)
+        make(again, halving_config(), kill_at(2))
+    assert timeless(make(again, halving_config())) == timeless(halved_expert)
     assert_same(weights_of(again), weights_of(halved_task))
     assert entries_of(again) == entries_of(halved_task)
 
 
-def test_a_group_that_keeps_the_base_has_nothing_to_halve(halved_task, tmp_path):
-    whole = task_of(make_run_dir(tmp_path), halved_task.config, index=3)
-    expert = make(whole)
+def test_a_group_that_keeps_the_base_has_nothing_to_halve(tmp_path):
+    whole = task_of(make_run_dir(tmp_path), halving_config(), index=3)
+    expert = make(whole, halving_config())
     assert expert.macs == whole.space.macs_base
-    assert not list(whole.run_dir.group(3).glob("try-*"))
+    assert not list(whole.context.run_dir.group(3).glob("try-*"))
 
 
 # --- held-out images -------------------------------------------------------------------------
@@ -351,7 +348,7 @@ def test_a_group_that_keeps_the_base_has_nothing_to_halve(halved_task, tmp_path)
 @pytest.mark.parametrize("method", ["none", "taylor"])
 def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
     config = config_of(method=method)
-    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).choice.kept
+    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).search.kept
     dataset = ArrayImages(load_dataset(DataConfig()).images[:100], None)
     _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = dataset.images[:, 0].numpy()
@@ -362,8 +359,9 @@ def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, 
         np.savez(tmp_path / f"{name}.npz", images=pixels)
         data = DataConfig(source="npz", path=str(tmp_path / f"{name}.npz"))
         task = task_of(make_run_dir(tmp_path / name), dataclasses.replace(config, data=data))
-        job = FinetuneJob(task.run_dir, task.config, task.group, kept, tmp_path / f"{name}.pt")
-        found.append((finetune_expert(job, ignore)["loss_finetuned"], weights_of(task)))
+        checkpoint = tmp_path / f"{name}.pt"
+        job = FinetuneJob(task.context, task.group, kept, config.finetune, 1, checkpoint)
+        found.append((finetune_expert(job, ignore).loss_finetuned, weights_of(task)))
     (one_loss, one), (other_loss, other_weights) = found
     assert_same(one, other_weights)
     assert one_loss != other_loss
@@ -373,22 +371,26 @@ def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, 
 
 
 def test_half_the_images_at_once_gives_the_same_expert_but_for_rounding(tmp_path):
-    task = task_of(make_run_dir(tmp_path), config_of())
-    item = finetune_item(task, keep_everything(task.space.units))
+    config = config_of()
+    task = task_of(make_run_dir(tmp_path), config)
+    item = finetune_item(task, keep_everything(task.space.units), config.finetune, config.compute)
     finetune_expert(item.job, lambda _metrics, _step: None)
-    whole = load_expert(task.run_dir.expert(task.group.index)).state_dict()
+    whole = load_expert(task.context.run_dir.expert(task.group.index)).state_dict()
     job = item.reduced_memory()
-    assert job.config.finetune.micro_batch_size == task.config.finetune.batch_size // 2
+    assert job.train.micro_batch_size == config.finetune.batch_size // 2
     elsewhere = dataclasses.replace(job, checkpoint=tmp_path / "other.pt")
     finetune_expert(elsewhere, lambda _metrics, _step: None)
-    for name, weights in load_expert(task.run_dir.expert(task.group.index)).state_dict().items():
+    for name, weights in (
+        load_expert(task.context.run_dir.expert(task.group.index)).state_dict().items()
+    ):
         assert (weights - whole[name]).abs().max() < 1e-4, name
 
 
 def test_a_micro_batch_is_halved_down_to_one_image(task):
-    job, sizes = finetune_item(task, keep_everything(task.space.units)).job, []
+    config, kept = config_of(), keep_everything(task.space.units)
+    job, sizes = finetune_item(task, kept, config.finetune, config.compute).job, []
     while (job := smaller_micro_batch(job)) is not None:
-        sizes.append(job.config.finetune.micro_batch_size)
+        sizes.append(job.train.micro_batch_size)
     assert sizes == [4, 2, 1]
 
 

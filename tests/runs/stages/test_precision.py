@@ -8,11 +8,18 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import configure_worker, exact_products
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.pruning.noised import held_out_loss
 from tdc_ray.runs.stages.precision import LEAST_GAIN, resolve_auto_precision
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, assert_same, group_of, output_of, random_unet, small_config
+from tests.small import (
+    TINY,
+    assert_same,
+    group_of,
+    held_out_loss_of,
+    output_of,
+    random_unet,
+    small_config,
+)
 
 CPU = torch.device("cpu")
 
@@ -62,7 +69,7 @@ def test_losses_in_bf16_are_near_those_in_fp32():
     config = small_config(prune={"num_images": 64})
     unet, group = random_unet(), group_of(config, 1)
     half = replace(config, prune=replace(config.prune, precision="bf16"))
-    loss, in_half = held_out_loss(unet, config, group), held_out_loss(unet, half, group)
+    loss, in_half = held_out_loss_of(unet, config, group), held_out_loss_of(unet, half, group)
     assert loss != in_half == pytest.approx(loss, rel=1e-2)
 
 

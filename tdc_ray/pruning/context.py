@@ -1,0 +1,31 @@
+"""The settings that pruning reads, and where the base is."""
+
+from dataclasses import dataclass
+
+from tdc_ray.config.conditioning import ConditioningConfig
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.proxy import ProxyConfig
+from tdc_ray.config.prune import PruneConfig
+from tdc_ray.data.latents import TrainingData
+from tdc_ray.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningContext:
+    """What the searches of all groups have in common; every job of theirs carries it."""
+
+    run_dir: RunDir
+    """It has the base; results and the memory bank go there."""
+
+    seed: int
+    data: TrainingData
+    diffusion: DiffusionConfig
+
+    conditioning: ConditioningConfig
+    """Results follow from it, as the base does."""
+
+    prune: PruneConfig
+    proxy: ProxyConfig
+    tf32: bool
+    work_after: float = 0.0
+    """What follows the search of a group, in forward passes of its sub-model for one image."""

@@ -1,0 +1,210 @@
+"""Sensitivities: how the loss of a model grows when one unit of it is cut further."""
+
+import time
+from dataclasses import dataclass, replace
+
+from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.execution.item import Inputs, Report, WorkItem
+from tdc_ray.models.macs import macs_polynomials
+from tdc_ray.models.units import KeptIndices, widths_of
+from tdc_ray.pruning.context import PruningContext
+from tdc_ray.pruning.criteria.scores import Scores, select_top
+from tdc_ray.pruning.fingerprint import group_key
+from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.loaded_base import (
+    LoadedBase,
+    load_base,
+    measure,
+    prune_and_refit,
+    refit_weights,
+)
+from tdc_ray.pruning.sensitivity import (
+    Solutions,
+    levels,
+    masked_units,
+    measure_units,
+    solve_units,
+)
+from tdc_ray.pruning.space import Scheme
+from tdc_ray.pruning.tasks.candidates import candidates_macs
+
+VERSION = 3
+"""Changes whenever sensitivities do, so that cached ones are measured again."""
+
+NUM_SHARES = 4
+"""Items that the sensitivities of the base's inner units are split into, for several workers."""
+
+Increases = dict[str, dict[int, float]]
+"""By how much the loss grows, for every unit, by its width."""
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityJob:
+    """Measure the sensitivities of inner units."""
+
+    context: PruningContext
+    group: TimestepGroup
+    units: tuple[str, ...]
+    kept: KeptIndices
+    """What the model that is measured keeps of the base: the best by score."""
+
+    scores: Scores
+    """Of the base's units; those that have none are ranked by reconstruction, on this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamJob:
+    """Measure those of one unit of the stream, whose every width is a candidate of its own."""
+
+    context: PruningContext
+    group: TimestepGroup
+    unit: str
+    kept: KeptIndices
+    scores: Scores
+    loss: float
+    """Of the model that is measured, on the group's held-out images."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamResult:
+    """Sensitivities, and what they took."""
+
+    sensitivities: Increases
+    macs: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityResult:
+    """Sensitivities, what they took, and the scores by which the units were cut."""
+
+    scores: Scores
+    sensitivities: Increases
+    macs: float
+    seconds: float
+
+
+SensitivityItem = WorkItem[SensitivityJob, SensitivityResult] | WorkItem[StreamJob, StreamResult]
+
+
+def cache_inputs(job: SensitivityJob | StreamJob) -> Inputs:
+    """Return what sensitivities follow from."""
+    what: Inputs = (
+        {"stage": "stream", "unit": job.unit, "loss": job.loss}
+        if isinstance(job, StreamJob)
+        else {"stage": "sensitivities", "units": job.units}
+    )
+    prune = job.context.prune
+    return {
+        **what,
+        "version": VERSION,
+        "levels": (prune.num_levels, prune.channel_multiple),
+        "kept": job.kept,
+        "scores": job.scores,
+        **group_key(job.context, job.group),
+    }
+
+
+def measure_sensitivities(job: SensitivityJob, report: Report) -> SensitivityResult:
+    """Measure by how much the loss grows with every unit's width, all at once."""
+    started, prune = time.perf_counter(), job.context.prune
+    base = load_base(job.context, job.group)
+    model = prune_and_refit(base, job.kept)
+    macs, widths = model.macs_spent, widths_of(job.kept)
+    units = [
+        replace(unit, width=widths[unit.name])
+        for unit in base.space.units
+        if unit.name in job.units
+    ]
+    scores = {
+        unit.name: [job.scores[unit.name][step] for step in job.kept[unit.name]]
+        for unit in units
+        if unit.name in job.scores
+    }
+    if prune.refit == "none":
+        solutions = masked_units(model.network, units, scores, prune.num_levels)
+    else:
+        batches = list(base.batches("refit"))
+        weights, weighing = refit_weights(base, model, batches)
+        scores, solutions, solving = solve_units(
+            model.network, units, scores, batches, base.schedule, weights, prune.num_levels
+        )
+        macs += weighing + solving + prune.num_refit_images * base.space.macs(widths)
+    held_out = list(base.batches("held-out"))
+    increases = measure_units(model.network, solutions, held_out, base.schedule, prune.precision)
+    macs += _measuring_macs(base, widths, solutions) * prune.num_images
+    report({}, 1)
+    return SensitivityResult(scores, increases, macs, time.perf_counter() - started)
+
+
+def measure_stream(job: StreamJob, report: Report) -> StreamResult:
+    """Measure by how much the loss grows with the width of a stream."""
+    started = time.perf_counter()
+    base = load_base(job.context, job.group)
+    (unit,) = (unit for unit in base.space.units if unit.name == job.unit)
+    increases, macs = {}, 0.0
+    narrowed = replace(unit, width=len(job.kept[unit.name]))
+    for width in levels(narrowed, job.context.prune.num_levels):
+        kept = {**job.kept, **select_top((unit,), job.scores, {unit.name: width})}
+        measured = measure(base, kept)
+        increases[width] = measured.loss - job.loss
+        macs += measured.macs
+    report({}, 1)
+    return StreamResult({unit.name: increases}, macs, time.perf_counter() - started)
+
+
+def sensitivity_items(
+    task: GroupSearch, number: int, kept: KeptIndices, scores: Scores, loss: float, num_shares: int
+) -> list[SensitivityItem]:
+    """Make a pass's items: inner units in some shares, and every stream by itself.
+
+    Args:
+        task: The group.
+        number: The pass.
+        kept: What the model that is measured keeps of the base.
+        scores: Of the base's units.
+        loss: Of that model.
+        num_shares: Items for the inner units; each runs the images through the whole model.
+    """
+    prune, context, group = task.context.prune, task.context, task.group
+    units = [unit for unit in task.space.units if len(kept[unit.name]) > 1]
+    inner = [unit.name for unit in units if unit.kind != "stream"]
+    macs, behind = task.space.macs(widths_of(kept)), candidates_macs(task)
+    items: list[SensitivityItem] = []
+    for share in range(num_shares):
+        if names := tuple(inner[share::num_shares]):
+            measuring = len(names) * prune.num_levels * prune.num_images / 2
+            items.append(
+                task.item(
+                    f"sensitivities-{number}-{share}",
+                    measure_sensitivities,
+                    SensitivityJob(context, group, names, kept, scores),
+                    result_type=SensitivityResult,
+                    cost=(3 * prune.num_refit_images + measuring) * macs,
+                    behind=behind,
+                    inputs=cache_inputs,
+                )
+            )
+    for index, unit in enumerate(unit for unit in units if unit.kind == "stream"):
+        items.append(
+            task.item(
+                f"sensitivities-{number}-stream-{index}",
+                measure_stream,
+                StreamJob(context, group, unit.name, kept, scores, loss),
+                result_type=StreamResult,
+                cost=prune.num_levels * (prune.num_images + 3 * prune.num_refit_images) * macs,
+                behind=behind,
+                inputs=cache_inputs,
+            )
+        )
+    return items
+
+
+def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> float:
+    """Count the macs per image of all that follows each unit, once for each of its levels."""
+    behind, total = dict[str, int](), 0
+    for layer in reversed(base.layers):
+        _, macs = macs_polynomials([layer], base.space.units)
+        total += macs.at(widths)
+        behind[layer.name.rpartition(".")[0]] = total  # in the end, where the block begins
+    return float(sum(behind[name] * len(by_width) for name, by_width in solutions.items()))
