@@ -20,7 +20,8 @@ from tdc_ray.config.train import Precision, TrainConfig
 from tdc_ray.data.batches import augment, batches, to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.process import noise_schedule
-from tdc_ray.diffusion.train import TrainState, optimizer_step, start_state, train
+from tdc_ray.diffusion.train import TrainState, start_state, train
+from tdc_ray.diffusion.train import update as train_update
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet
@@ -116,8 +117,7 @@ def update(flags: SpeedFlags) -> list[Row]:
 
     def as_we() -> None:
         give(ours.state.unet)
-        optimizer_step(ours.state, ours.config)
-        ours.state.ema.step(ours.state.unet.parameters())
+        train_update(ours.state, ours.config)
 
     ways = {EXAMPLE: as_example, "ours": as_we}
     return compared("EMA and optimizer", ways, flags.repeats, against=EXAMPLE)

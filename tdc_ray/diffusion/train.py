@@ -1,6 +1,7 @@
 """The one training loop, for the base and for the experts."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -36,7 +37,7 @@ _UNREADABLE = (
     ValueError,
     RuntimeError,
 )
-"""What torch raises for files that are damaged, or hold something else than a checkpoint."""
+"""What torch raises for files that are damaged, or hold something other than a checkpoint."""
 
 
 @dataclass(slots=True)
@@ -56,7 +57,7 @@ class TrainState:
         return device
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything as tensors and plain values."""
+        """Return everything as tensors and plain values."""
         return {
             "unet": self.unet.state_dict(),
             "ema": self.ema.state_dict(),
@@ -66,7 +67,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self.unet.load_state_dict(state["unet"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.device)
@@ -75,7 +76,7 @@ class TrainState:
         self.step = state["step"]
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint file; it appears when it is whole."""
+        """Write a checkpoint file, atomically."""
         with atomic_path(path) as temporary:
             torch.save(self.state_dict(), temporary)
 
@@ -96,8 +97,8 @@ class TrainState:
             ) from error
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[UNet2DModel]:
-        """Give the UNet with its averaged (EMA) weights, in eval mode, for as long as needed."""
+    def ema_weights(self) -> Iterator[UNet2DModel]:
+        """Lend the UNet with its averaged weights (EMA), in eval mode."""
         parameters = list(self.unet.parameters())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -119,8 +120,8 @@ def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
         ema=EMAModel(
             parameters,
             decay=config.ema_decay,
-            # Without a least decay diffusers warms up by (1 + step) / (10 + step), and without the
-            # -1 the average starts from the weights after the first step, not before it.
+            # Without a minimum decay diffusers warms up by (1 + step) / (10 + step), and without
+            # the -1 the average starts from the weights after the first step, not before it.
             min_decay=0.0 if config.ema_warmup else config.ema_decay,
             update_after_step=0 if config.ema_warmup else -1,
             use_ema_warmup=config.ema_warmup,
@@ -150,8 +151,8 @@ def train(
 ) -> None:
     """Train from ``state.step`` to ``config.num_steps`` on noise of ``timesteps`` alone.
 
-    All that is random follows from ``(seed, rank, step)``: a run that was cut and goes on from a
-    checkpoint ends with the weights, bit for bit, of one that was not.
+    All that is random follows from ``(seed, rank, step)``: a run that resumes from a checkpoint
+    ends with the weights, bit for bit, of one that was not interrupted.
 
     Args:
         state: What is trained; holds the bare UNet.
@@ -172,52 +173,51 @@ def train(
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
     """
-    device, losses = state.device, LossWindow(first_step=state.step)
+    device, losses = state.device, LossWindow(state.step)
     weights = loss_weights(schedule, config.loss_weight, config.loss_weight_gamma)
     if config.compile != "none":
         torch.compiler.reset()  # of the models before, whose other widths count as recompilations
         model = cast(nn.Module, torch.compile(model, mode=config.compile))
-    for batch, labels in images:
-        place = (seed, rank, state.step)
-        torch.manual_seed(derive_seed(*place, "dropout"))  # dropout takes no generator
-        generator = torch.Generator(device).manual_seed(derive_seed(*place, "noise"))
-        shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
-        augmented = augment(batch, data, shaken)
+    for pixels, labels in images:
+        seed_parts = (seed, rank, state.step)
+        torch.manual_seed(derive_seed(*seed_parts, "dropout"))  # dropout takes no generator
+        generator = torch.Generator(device).manual_seed(derive_seed(*seed_parts, "noise"))
+        augment_generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "augment"))
+        augmented = augment(pixels, data, augment_generator)
         x_0 = to_minus_one_one(augmented.to(device, non_blocking=True))
-        epsilon = torch.randn(x_0.shape, generator=generator, device=device)
-        drawn = torch.randint(
-            timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
+        batch = NoisedBatch(
+            x_0,
+            epsilon=torch.randn(x_0.shape, generator=generator, device=device),
+            timesteps=torch.randint(
+                timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
+            ),
+            labels=_class_labels(state.unet, labels, label_dropout, seed_parts),
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(config, state.step)
-        told = _class_labels(state.unet, labels, label_dropout, place)
-        noised = NoisedBatch(x_0, epsilon, drawn, told)
-        loss = _backward(state, model, schedule, config, noised, weights)
-        grad_norm = optimizer_step(state, config)
-        state.ema.step(state.unet.parameters())
-        state.step += 1
-        losses.add(loss)
+        losses.add(_backward(state, model, schedule, config, batch, weights))
+        grad_norm = update(state, config)
         last = state.step == config.num_steps
         checkpoint = last or state.step % config.checkpoint_every == 0
-        if last or checkpoint or state.step % config.log_every == 0:
-            metrics = losses.take() | {
+        if checkpoint or state.step % config.log_every == 0:
+            loss, steps_per_second = losses.take()
+            metrics = {
+                "loss": loss,
                 "grad_norm": float(grad_norm),
                 "learning_rate": learning_rate_at(config, state.step - 1),
+                "images_per_second": steps_per_second * len(x_0),
             }
-            rate = metrics.pop("steps_per_second") * len(x_0)
-            report(metrics | {"images_per_second": rate}, state.step)
+            report(metrics, state.step)
         if checkpoint:
             save(state)
 
 
 def _class_labels(
-    unet: UNet2DModel, labels: Tensor, label_dropout: float, place: tuple[int, int, int]
+    unet: UNet2DModel, labels: Tensor, label_dropout: float, seed_parts: tuple[int, int, int]
 ) -> Tensor | None:
-    """Give the classes that the UNet is told, some of them dropped; None: it takes none."""
+    """Replace some labels, at random, by the null class; None for a UNet that takes none."""
     if unet.class_embedding is None:
         return None
     if label_dropout:
-        generator = torch.Generator().manual_seed(derive_seed(*place, "labels"))
+        generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
         dropped = torch.rand(len(labels), generator=generator) < label_dropout
         labels = labels.masked_fill(dropped, unet.class_embedding.num_embeddings - 1)
     return labels.to(unet.device)
@@ -231,21 +231,34 @@ def _backward(
     batch: NoisedBatch,
     weights: Tensor | None,
 ) -> Tensor:
-    """Add up the gradients of all micro-batches; give the mean loss, on the device."""
+    """Accumulate the gradients of all micro-batches; return the mean loss, on the device."""
     num_images = len(batch.x_0)
     total = torch.zeros((), device=state.device)
     parts = list(batch.split(config.micro_batch_size or num_images))
     for number, part in enumerate(parts, start=1):
         last = number == len(parts)
-        with _synced(model, last=last), autocast(config.precision, state.device):
+        with _gradient_sync(model, last=last), autocast(config.precision, state.device):
             loss = denoising_loss(model, schedule, part, weights=weights).sum() / num_images
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
-    """Clip, step, and clear the gradients; give their norm before clipping."""
+def _gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Let ranks exchange gradients with the last micro-batch alone."""
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile
+    if not last and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def update(state: TrainState, config: TrainConfig) -> Tensor:
+    """Take an optimizer step by the gradients, and clear them; return their norm before clipping.
+
+    The average of the weights and the count of steps follow.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate_at(config, state.step)
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.unet.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -254,19 +267,13 @@ def optimizer_step(state: TrainState, config: TrainConfig) -> Tensor:
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
+    state.ema.step(state.unet.parameters())
+    state.step += 1
     return norm
 
 
-def _synced(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Let ranks exchange gradients only with the last micro-batch."""
-    model = getattr(model, "_orig_mod", model)  # behind torch.compile
-    if not last and isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
-
-
 def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """Give the learning rate of a step, counted from 0."""
+    """Compute the learning rate of a step, counted from 0."""
     if step < config.num_warmup_steps:
         return config.learning_rate * (step + 1) / config.num_warmup_steps
     return config.learning_rate
@@ -276,25 +283,26 @@ class LossWindow:
     """Losses since the last report, left on the device so that no step waits for it."""
 
     def __init__(self, first_step: int) -> None:
-        self.first_step = first_step
-        self.values: list[Tensor] = []
-        self.since = time.perf_counter()
+        self._first_step = first_step
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
-        """Take the loss of a step."""
-        self.values.append(loss)
+        """Add the loss of a step, ``()``."""
+        self._losses.append(loss)
 
-    def take(self) -> dict[str, float]:
-        """Give mean and speed, and start over; a loss that is not finite is an error."""
-        values = torch.stack(self.values).tolist()
+    def take(self) -> tuple[float, float]:
+        """Return the mean loss and the steps per second, and start over.
+
+        Raises:
+            NonFiniteLossError: A loss is NaN or infinite.
+        """
+        values = torch.stack(self._losses).tolist()
         for offset, value in enumerate(values):
-            if not -float("inf") < value < float("inf"):
-                raise NonFiniteLossError(self.first_step + offset + 1, value)
+            if not math.isfinite(value):
+                raise NonFiniteLossError(self._first_step + offset + 1, value)
         now = time.perf_counter()
-        found = {
-            "loss": sum(values) / len(values),
-            "steps_per_second": len(values) / (now - self.since),
-        }
-        self.first_step += len(values)
-        self.values, self.since = [], now
-        return found
+        steps_per_second = len(values) / (now - self._since)
+        self._first_step += len(values)
+        self._losses, self._since = [], now
+        return sum(values) / len(values), steps_per_second

@@ -22,13 +22,7 @@ from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.train import (
-    LossWindow,
-    TrainState,
-    learning_rate_at,
-    optimizer_step,
-    start_state,
-)
+from tdc_ray.diffusion.train import LossWindow, TrainState, start_state, update
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.events import EventSink, Finished, Started, listening, reporter
@@ -85,7 +79,7 @@ def train_autoencoder(
         state = _trained(config, dataset, rest, out, sinks)
         size = config.train.batch_size
         few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, indices=rest)
-        with state.averaged() as averaged:
+        with state.ema_weights() as averaged:
             averaged.register_to_config(scaling_factor=_scaling_factor(averaged, few))
             save_first_stage(averaged, out)
         first_stage = load_first_stage(out).to(worker_device())
@@ -197,25 +191,23 @@ def _train(
     report: Report,
 ) -> None:
     """Train from ``state.step`` on; all that is random follows from seed and step."""
-    train, losses = config.train, LossWindow(first_step=state.step)
+    train, losses = config.train, LossWindow(state.step)
     for batch, _ in images:
-        place = (config.seed, KEY, state.step)
-        generator = torch.Generator(state.device).manual_seed(derive_seed(*place, "sample"))
-        shaken = torch.Generator().manual_seed(derive_seed(*place, "augment"))
-        x = to_minus_one_one(augment(batch, config.data, shaken).to(state.device))
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(train, state.step)
+        seed_parts = (config.seed, KEY, state.step)
+        generator = torch.Generator(state.device).manual_seed(derive_seed(*seed_parts, "sample"))
+        augment_generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "augment"))
+        x = to_minus_one_one(augment(batch, config.data, augment_generator).to(state.device))
         with autocast(train.precision, state.device):
             loss = autoencoder_loss(state.unet, x, config, generator)
         state.scaler.scale(loss).backward()
-        grad_norm = optimizer_step(state, train)
-        state.ema.step(state.unet.parameters())
-        state.step += 1
         losses.add(loss.detach())
+        grad_norm = update(state, train)
         last = state.step == train.num_steps
         checkpoint = last or state.step % train.checkpoint_every == 0
         if checkpoint or state.step % train.log_every == 0:
-            report(losses.take() | {"grad_norm": float(grad_norm)}, state.step)
+            mean, speed = losses.take()
+            metrics = {"loss": mean, "steps_per_second": speed, "grad_norm": float(grad_norm)}
+            report(metrics, state.step)
         if checkpoint:
             state.save(out / CHECKPOINT_FILE)
 

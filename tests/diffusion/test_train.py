@@ -279,7 +279,7 @@ def test_with_a_warmup_the_decay_rises_to_what_was_asked_for():
 def test_averaged_lends_the_average_and_gives_the_weights_back():
     state, _ = run_base(config_of(ema_decay=0.75, ema_warmup=False))
     weights = [parameter.detach().clone() for parameter in state.unet.parameters()]
-    with state.averaged() as unet:
+    with state.ema_weights() as unet:
         assert not unet.training
         assert_same([p.detach() for p in unet.parameters()], state.ema.shadow_params)
     assert state.unet.training
@@ -427,7 +427,7 @@ def test_a_checkpoint_brings_back_every_part(tmp_path):
     loaded = start_state(build_unet(TINY), config.base)
     loaded.load(tmp_path / "6.pt")
     assert_same(loaded.state_dict(), whole.state_dict())
-    with loaded.averaged() as one, whole.averaged() as other:
+    with loaded.ema_weights() as one, whole.ema_weights() as other:
         assert_same(output_of(one), output_of(other))
 
 

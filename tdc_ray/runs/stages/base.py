@@ -139,7 +139,7 @@ def train_base(
 
 def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
     """Sample a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
-    with state.averaged() as unet:
+    with state.ema_weights() as unet:
         pipeline = base_pipeline(unet, pipeline_index(config)).to(state.device)
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(num_images, seed=config.evaluate.seed, output_type="np").images

@@ -64,7 +64,7 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
 def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: float) -> None:
     """Save the averaged weights, then the result, whose existence says that the base is done."""
     unet_config = base_unet(config.model, config.conditioning)
-    with state.averaged() as unet:
+    with state.ema_weights() as unet:
         save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
     structure = network_structure(unet_config)
     train_macs = 3.0 * structure.macs * state.step * config.base.batch_size

@@ -100,7 +100,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
     state = _tune(base, job, report)
     if worker_rank().rank != 0:
         return None
-    with state.averaged() as averaged:
+    with state.ema_weights() as averaged:
         save_expert(
             run_dir.expert(job.group.index), averaged, load_config(run_dir.base_unet), job.kept
         )
@@ -156,7 +156,7 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
         state = _tune(base, job, report)
         if worker_rank().rank != 0:
             return None
-        with state.averaged() as averaged:
+        with state.ema_weights() as averaged:
             loss = held_out_loss(averaged, job.context, job.group, base.schedule)
     except NonFiniteLossError as error:
         logger.warning("%s: %s", job.checkpoint.stem, error)

@@ -67,7 +67,7 @@ def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.ema.step(state.unet.parameters())
-    with state.averaged() as unet:
+    with state.ema_weights() as unet:
         return {name: value.clone() for name, value in unet.state_dict().items()}
 
 
