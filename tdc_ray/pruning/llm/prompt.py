@@ -28,18 +28,20 @@ timesteps are split into groups, and each group gets an expert of its own: the U
 units cut to a smaller width, then fitted and trained on the group's timesteps alone. A scheme
 gives every unit the width that it keeps.
 
-Propose {num_candidates} different schemes for group {group}, best guess first, none of them in the
+Propose {request.num_candidates} different schemes for group {request.group}, \
+best guess first, none of them in the
 memory bank below. Each must have {meaning} of at most the
 limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
 A scheme above the limit is cut further by a plain rule, so its overshoot is lost; one below it
 is widened by that rule until it is full.
 
-# Group {group}
-timesteps: {first} to {last}, signal-to-noise ratio {snr_first} to {snr_last} dB
+# Group {request.group}
+timesteps: {request.timesteps[0]} to {request.timesteps[1]}, \
+signal-to-noise ratio {request.snr_db[0]:.4g} to {request.snr_db[1]:.4g} dB
 {name} of the uncut base: {base}
 limit: {limit} {unit} = {share} % of the base's
-loss of the uncut base: {loss_base}
-round: {round} of {num_rounds}; the memory bank grows with every round
+loss of the uncut base: {request.loss_base:.4g}
+round: {round} of {request.num_rounds}; the memory bank grows with every round
 
 # Units, in the order of the forward pass
 """
@@ -131,29 +133,17 @@ def messages_for(
     space, divisor = request.space, 1000 if request.space.quantity == "time" else 1
     head = TASK.format(
         **WORDS[space.quantity],
-        num_candidates=request.num_candidates,
-        group=request.group,
-        first=request.timesteps[0],
-        last=request.timesteps[1],
-        snr_first=_short(request.snr_db[0]),
-        snr_last=_short(request.snr_db[1]),
+        request=request,
+        round=request.round + 1,
         base=space.cost_base // divisor,
         limit=request.limit // divisor,
         share=_percent(request.limit, space),
-        loss_base=_short(request.loss_base),
-        round=request.round + 1,
-        num_rounds=request.num_rounds,
     )
     half = [{"unit": u.name, "keep": space.held(u.name, u.width // 2)} for u in space.units[:2]]
     form = FORM.format(example=json.dumps({"schemes": [half]}))
-    parts = [
-        head,
-        _units(request),
-        _sensitivities(request),
-        _memory(request, memory, max_entries),
-        form,
-    ]
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "".join(parts)}]
+    parts = [_units(request), _sensitivities(request), _memory(request, memory, max_entries)]
+    content = "".join([head, *parts, form])
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
 def retry_messages(reply: str, problem: str) -> list[Message]:
@@ -223,13 +213,11 @@ def _low(scores: Sequence[float]) -> str:
 
 def _times(space: Space) -> str:
     """List what every unit takes at its legal widths, the widest first."""
-    return "\n".join(
-        _row(
-            number,
-            [(w, _percent(space.costs.rise(name, 0, w, space.full), space)) for w in legal[::-1]],
-        )
-        for number, (name, legal) in enumerate(space.legal.items())
-    )
+    lines = []
+    for number, (name, legal) in enumerate(space.legal.items()):
+        times = [(w, space.costs.rise(name, 0, w, space.full)) for w in reversed(legal)]
+        lines.append(_row(number, [(width, _percent(time, space)) for width, time in times]))
+    return "\n".join(lines)
 
 
 def _sensitivities(request: ProposalRequest) -> str:
@@ -271,7 +259,7 @@ def _memory(request: ProposalRequest, memory: Sequence[MemoryEntry], max_entries
 def _entry(request: ProposalRequest, entry: MemoryEntry) -> str:
     space, is_own = request.space, entry.group == request.group
     cost = space.cost(entry.widths)
-    loss = f"loss {_short(entry.loss)}"
+    loss = f"loss {entry.loss:.4g}"
     if is_own:
         loss += f" ({100 * (entry.loss / request.loss_base - 1):+.3g} % of the base's)"
     share = f"{WORDS[space.quantity]['name']} {_percent(cost, space)} %"
@@ -291,7 +279,3 @@ def _entry(request: ProposalRequest, entry: MemoryEntry) -> str:
 
 def _percent(cost: float, space: Space) -> str:
     return f"{100 * cost / space.cost_base:.4g}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"

@@ -33,101 +33,6 @@ UNKNOWN_FORMAT = (400, 404, 422)
 """HTTP status by which servers refuse structured output that they do not know."""
 
 
-class LanguageModel:
-    """A proxy that asks a language model, or the transcripts of an earlier run.
-
-    Its schemes are valid, but they may be above the limit or in the memory bank.
-    """
-
-    def __init__(self, config: ProxyConfig, transcripts: Path, budget: Budget) -> None:
-        self._config, self._transcripts, self._budget = config, transcripts, budget
-        self.usage = TokenUsage()
-        """What the calls of this proxy took."""
-
-    def propose(
-        self, request: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
-    ) -> list[Scheme]:
-        """Return the schemes that a reply holds, the first one that is valid.
-
-        Raises:
-            ProxyError: No key, no answer, no usable reply, or no budget for one.
-        """
-        if self._config.replay is None:
-            return self._converse(request, memory, time.monotonic() + timeout_s)
-        folder = find_transcripts(Path(self._config.replay))
-        return parse_reply(
-            recorded_reply(transcript_path(folder, request.group, request.round)), request
-        )
-
-    def _converse(
-        self, request: ProposalRequest, memory: Sequence[MemoryEntry], deadline: float
-    ) -> list[Scheme]:
-        config = self._config
-        limit = token_limit_field(server_host())
-        path = transcript_path(self._transcripts, request.group, request.round)
-        self._budget.count_earlier(self._transcripts)
-        messages = messages_for(request, memory, max_entries=config.max_memory_entries)
-        schema = None if config.reply_format == "json" else response_format(request.space)
-        num_replies = 0
-        while True:
-            fields = {
-                "model": config.model,
-                "messages": messages,
-                limit: config.max_completion_tokens,
-                "temperature": config.temperature,
-                "response_format": schema,
-            }
-            body = {name: value for name, value in fields.items() if value is not None}
-            started = time.monotonic()
-            answer, used = self._call(body, deadline)
-            schemes, problem = _validate(answer, request)
-            seconds = time.monotonic() - started
-            append_exchange(path, LLMExchange(body, answer.text, problem, used, seconds))
-            if problem is None:
-                return schemes
-            if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
-                schema = None
-                continue
-            num_replies += 1
-            if answer.status != 200 or num_replies == config.max_replies:
-                raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
-            messages = [*messages, *retry_messages(answer.text, problem)]
-
-    def _call(self, body: dict[str, Any], deadline: float) -> tuple[Answer, TokenUsage]:
-        """Make a call within the budget; what it took is the most it can have, where unknown."""
-        config = self._config
-        once = TokenUsage(
-            calls=1,
-            prompt_tokens=len(json.dumps(body)),  # no token stands for less than a byte
-            completion_tokens=config.max_completion_tokens,
-        )
-        used = bound = sum([once] * config.max_retries, start=once)
-        self._budget.reserve(bound, deadline - time.monotonic())
-        try:
-            answer = send(
-                body,
-                timeout_s=config.timeout_s,
-                max_retries=config.max_retries,
-                max_seconds=deadline - time.monotonic(),
-            )
-            unknown = answer.unanswered + (answer.status == 200 and answer.usage is None)
-            used = sum([once] * unknown, start=answer.usage or TokenUsage())
-        finally:
-            self._budget.settle(bound, used)
-            self.usage += used
-        return answer, used
-
-
-def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], str | None]:
-    """Return the schemes of an answer, or why there are none."""
-    if answer.problem is not None:
-        return [], answer.problem
-    try:
-        return parse_reply(answer.text, request), None
-    except ProxyReplyError as error:
-        return [], str(error)
-
-
 def check_proxy(config: ProxyConfig) -> None:
     """Check that there is a key to ask with, or a transcript to replay.
 
@@ -172,6 +77,94 @@ NO_REPLY = ProposalReply(error="whoever makes the calls died")
 """The result of :func:`propose_by_llm` where its process died too often."""
 
 
+class LanguageModel:
+    """Asks a language model, or the transcripts of an earlier run, for the schemes of a job.
+
+    They are valid, but may be above the limit or in the memory bank.
+    """
+
+    def __init__(self, job: AskJob, budget: Budget) -> None:
+        self._job, self._budget = job, budget
+        self._deadline = time.monotonic() + job.config.max_seconds
+        self.usage = TokenUsage()
+        """What its calls took."""
+
+    def propose(self) -> list[Scheme]:
+        """Return the schemes of the first reply that is valid.
+
+        Raises:
+            ProxyError: No key, no answer, no usable reply, or no budget for one.
+        """
+        config, request, folder = self._job.config, self._job.request, self._job.transcripts
+        if config.replay is not None:
+            folder = find_transcripts(Path(config.replay))
+            path = transcript_path(folder, request.group, request.round)
+            return parse_reply(recorded_reply(path), request)
+        limit = token_limit_field(server_host())
+        self._budget.count_earlier(folder)
+        path = transcript_path(folder, request.group, request.round)
+        messages = messages_for(request, self._job.memory, max_entries=config.max_memory_entries)
+        schema = None if config.reply_format == "json" else response_format(request.space)
+        num_replies = 0
+        while True:
+            fields = {
+                "model": config.model,
+                "messages": messages,
+                limit: config.max_completion_tokens,
+                "temperature": config.temperature,
+                "response_format": schema,
+            }
+            body = {name: value for name, value in fields.items() if value is not None}
+            started = time.monotonic()
+            answer, used = self._call(body)
+            schemes, problem = _validate(answer, request)
+            seconds = time.monotonic() - started
+            append_exchange(path, LLMExchange(body, answer.text, problem, used, seconds))
+            if problem is None:
+                return schemes
+            if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
+                schema = None
+                continue
+            num_replies += 1
+            if answer.status != 200 or num_replies == config.max_replies:
+                raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
+            messages = [*messages, *retry_messages(answer.text, problem)]
+
+    def _call(self, body: dict[str, Any]) -> tuple[Answer, TokenUsage]:
+        """Make a call within the budget; what it took is the most it can have, where unknown."""
+        config = self._job.config
+        once = TokenUsage(
+            calls=1,
+            prompt_tokens=len(json.dumps(body)),  # no token stands for less than a byte
+            completion_tokens=config.max_completion_tokens,
+        )
+        used = bound = sum([once] * config.max_retries, start=once)
+        self._budget.reserve(bound, self._deadline - time.monotonic())
+        try:
+            answer = send(
+                body,
+                timeout_s=config.timeout_s,
+                max_retries=config.max_retries,
+                max_seconds=self._deadline - time.monotonic(),
+            )
+            unknown = answer.unanswered + (answer.status == 200 and answer.usage is None)
+            used = sum([once] * unknown, start=answer.usage or TokenUsage())
+        finally:
+            self._budget.settle(bound, used)
+            self.usage += used
+        return answer, used
+
+
+def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], str | None]:
+    """Return the schemes of an answer, or why there are none."""
+    if answer.problem is not None:
+        return [], answer.problem
+    try:
+        return parse_reply(answer.text, request), None
+    except ProxyReplyError as error:
+        return [], str(error)
+
+
 def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> ProposalReply:
     """Ask for schemes; an error is a result, too, for the search has other ways to propose.
 
@@ -182,11 +175,11 @@ def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) ->
     """
     started = time.perf_counter()
     budget = budget or Budget(job.config)
-    model = LanguageModel(job.config, job.transcripts, budget)
+    model = LanguageModel(job, budget)
     schemes: list[Scheme] = []
     error = None
     try:
-        schemes = model.propose(job.request, job.memory, timeout_s=job.config.max_seconds)
+        schemes = model.propose()
     except ProxyError as failure:
         error = str(failure)
         logger.warning("group %d, round %d: %s", job.request.group, job.request.round, error)

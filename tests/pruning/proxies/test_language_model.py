@@ -205,9 +205,9 @@ def test_no_traceback_of_an_error_shows_the_key(tmp_path, monkeypatch):
     job = job_in(tmp_path)
     with serving(echoes_key(401)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        model = LanguageModel(job.config, job.transcripts, Budget(job.config))
+        model = LanguageModel(job, Budget(job.config))
         with pytest.raises(ProxyError) as caught:
-            model.propose(job.request, job.memory, timeout_s=20)
+            model.propose()
     shown = "".join(traceback.format_exception(caught.value, chain=True))
     assert KEY[:12] not in shown
     assert caught.value.__context__ is None
