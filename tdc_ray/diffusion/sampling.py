@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
-DenoiserFor = Callable[[int], nn.Module]
+DenoiserFor = Callable[[int], Denoiser]
 """Returns the denoiser that serves a timestep."""
 
 

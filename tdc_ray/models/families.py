@@ -9,8 +9,8 @@ from torch import Tensor
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.network_config import NetworkConfig, class_name
-from tdc_ray.models.step import State, Step
-from tdc_ray.models.unet2d.steps import start, steps
+from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import CoupledParameter, coupled_parameters, cut, kept_outputs
 from tdc_ray.models.unet2d.unet import build_unet, load_unet, unet_config
 from tdc_ray.models.units import KeptIndices, Unit
@@ -31,6 +31,7 @@ class Family:
     cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser]
     kept_outputs: Callable[[Denoiser, Sequence[Unit], KeptIndices], dict[str, Tensor]]
     coupled_parameters: Callable[[Denoiser, Unit], list[CoupledParameter]]
+    ends: Callable[[Denoiser], Ends]
     start: Callable[[Denoiser, Tensor, Tensor, Tensor | None], State]
     steps: Callable[[Denoiser], list[Step]]
 
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         cut=cut,
         kept_outputs=kept_outputs,
         coupled_parameters=coupled_parameters,
+        ends=ends,
         start=start,
         steps=steps,
     )

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import FAMILIES, family_of
 from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
@@ -26,17 +27,17 @@ MOST_AT_ONCE = 1024
 
 
 def max_batch_size(
-    unet: UNet2DModel, size: tuple[int, int] | None = None, *, gradients: bool = False
+    network: Denoiser, size: tuple[int, int] | None = None, *, gradients: bool = False
 ) -> int:
-    """Return how many images a forward pass should take at most on a UNet's device.
+    """Return how many images a forward pass should take at most on a network's device.
 
     Args:
-        unet: The UNet.
+        network: The network.
         size: Height and width of what it denoises; None means those of its config.
         gradients: A backward pass follows.
     """
-    weight: Tensor = unet.conv_in.weight
-    height, width = size or image_size(unet.config)
+    weight = family_of(network).ends(network).first.weight
+    height, width = size or image_size(network.config)
     bytes_each = len(weight) * height * width * weight.element_size()
     most = BYTES_ON_CPU
     if weight.device.type == "cuda":
@@ -46,7 +47,7 @@ def max_batch_size(
 
 
 def predict(
-    denoiser: nn.Module,
+    denoiser: Denoiser,
     x_t: Tensor,
     timesteps: Tensor,
     class_labels: Tensor | None = None,
@@ -55,12 +56,12 @@ def predict(
 ) -> Tensor:
     """Run a denoiser on as many images at a time as its device takes best.
 
-    A UNet's last norm and convolution compute in float32, whatever it is in: they take next to no
+    The last norm and convolution compute in float32, whatever the others do: they take next to no
     time, and in bf16 the output of iddpm-cifar10 with random weights was nearer to float32's by a
     twentieth. Their weights are swapped meanwhile, so two threads must not share a denoiser.
 
     Args:
-        denoiser: A ``UNet2DModel``; any other module gets all images at once.
+        denoiser: Of a class of ``families``; any other module gets all images at once.
         x_t: Noised images, ``(B, C, H, W)``.
         timesteps: As the network sees them, ``(B,)``.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
@@ -69,7 +70,7 @@ def predict(
     Returns:
         ``(B, num_channels, H, W)``, float32.
     """
-    if not isinstance(denoiser, UNet2DModel):
+    if type(denoiser).__name__ not in FAMILIES:
         labels = {} if class_labels is None else {"class_labels": class_labels}
         output: Tensor = denoiser(x_t, timesteps, **labels).sample
         return output[:, :num_channels].float()
@@ -87,14 +88,16 @@ def predict(
 
 
 @contextlib.contextmanager
-def output_layers_in_fp32(unet: UNet2DModel, num_channels: int | None) -> Iterator[None]:
-    """Let a UNet's last layers compute in float32, and output but some channels, for a while.
+def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterator[None]:
+    """Let a network's last layers compute in float32, and output but some channels, for a while.
 
     Args:
-        unet: The UNet.
+        network: The network.
         num_channels: The channels; None means all.
     """
-    norm, last = unet.conv_norm_out, unet.conv_out
+    ends = family_of(network).ends(network)
+    norm, last = ends.last_norm, ends.last
+    assert last.bias is not None
     weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
     with (
         norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)),

@@ -22,6 +22,15 @@ class State:
     """Outputs of the way down that the way up has not read yet."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The layers at both ends of a network."""
+
+    first: nn.Conv2d
+    last_norm: nn.GroupNorm
+    last: nn.Conv2d
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One residual block, attention or sampler, or the convolutions at both ends."""

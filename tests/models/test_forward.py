@@ -11,7 +11,7 @@ from tests.small import TINY, random_unet
 LEARNED = {**TINY, "out_channels": 2 * TINY["in_channels"]}
 
 
-def test_larger_models_take_fewer_max_batch_size():
+def test_larger_models_take_smaller_batches():
     with torch.device("meta"):
         unet = build_unet(architecture("iddpm-cifar10"))
     weight = torch.empty(128, 3, 3, 3)

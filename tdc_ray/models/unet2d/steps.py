@@ -7,8 +7,13 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tdc_ray.models.step import State, Step
+from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.unet2d.blocks import output_layer, residual_scale
+
+
+def ends(unet: UNet2DModel) -> Ends:
+    """Return the layers at both ends."""
+    return Ends(unet.conv_in, unet.conv_norm_out, unet.conv_out)
 
 
 def start(
