@@ -29,7 +29,7 @@ from tdc_ray.reporting.sinks import default_sinks, run, trial_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import services_of
-from tdc_ray.runs.stages.stage_1 import make_base
+from tdc_ray.runs.stages.base import make_base
 from tdc_ray.runs.sweep.results import SweepResults, summarized
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
@@ -303,7 +303,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
             training = training_data(config.data, config.evaluate.cache_dir)
             with Pool(config.compute, events) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(training)})
-            make_base(run_dir, config, events, sharing)
+            make_base(run_dir, config, None, events, sharing)
     return run_dir.base_unet
 
 

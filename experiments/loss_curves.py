@@ -30,7 +30,7 @@ from tdc_ray.diffusion.train import learning_rate_at
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.runs.stages.base import train_base
+from tdc_ray.runs.stages.base_worker import train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.provenance import commit
 

@@ -25,7 +25,7 @@ from tdc_ray.runs.results import (
     StageSeconds,
     TimesResult,
 )
-from tdc_ray.runs.stages.base import BaseResult
+from tdc_ray.runs.stages.base_worker import BaseResult
 from tdc_ray.runs.stages.expert import Expert
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.provenance import commit, versions

@@ -1,6 +1,9 @@
-"""Checks before work starts: settings, data, base and limits that do not fit together."""
+"""What can be refused before work starts: settings, data, base and limits that do not fit."""
+
+from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan, plan_groups
@@ -14,15 +17,19 @@ from tdc_ray.runs.pretrained.importer import check_compatible
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
-from tdc_ray.storage.run_dir import RunDir
 
 
-def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[Space, Plan]:
+def check(
+    config: RunConfig, pretrained: PretrainedBase | None = None
+) -> tuple[NetworkConfig, Space, Plan]:
     """Check before any work that settings, data, base and limits can go together.
 
     Args:
         config: The settings.
         pretrained: The base that the run starts from. None means that it trains one.
+
+    Returns:
+        The base's network, the space of its pruned models, and the plan.
 
     Raises:
         ConfigError: Settings disagree with the architecture, or with the pretrained base.
@@ -56,7 +63,7 @@ def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[
             raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
     space, plan = space_and_plan(config, unet)
     if config.prune.objective == "macs":
-        _check_limits(config, space, plan)
+        check_limits(config.prune, space, plan)
     dataset = load_dataset(data)
     check_conditioning(
         config.conditioning,
@@ -65,38 +72,50 @@ def check(config: RunConfig, pretrained: PretrainedBase | None = None) -> tuple[
         num_data_classes=dataset.num_classes,
     )
     check_labels(config, dataset)
-    return space, plan
+    return unet, space, plan
 
 
 def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Plan]:
-    """Return what can be cut of a run's base, and the groups of its timesteps."""
+    """Return what can be pruned of a run's base, and the groups of its timesteps."""
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     return space, plan_groups(config.diffusion, config.plan, config.sampler)
 
 
-def _check_limits(config: RunConfig, space: Space, plan: Plan) -> None:
-    """Make sure that every group's limit can be met."""
-    if config.prune.method != "none":
+def check_limits(prune: PruneConfig, space: Space, plan: Plan) -> None:
+    """Check that every group's limit can be met.
+
+    Raises:
+        LimitError: A limit is below what the smallest pruned model takes.
+    """
+    if prune.method != "none":
         for group in plan.groups:
             space.check_limit(group.limit(space.cost_base), f"group {group.index}")
 
 
-def _refuse_other_settings(run_dir: RunDir, config: RunConfig) -> None:
-    """Make sure that a run directory, if there is one, is of the very run that is asked for."""
-    if not exists(run_dir.config):
+def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str) -> None:
+    """Refuse a folder whose settings, if it has any, differ in what decides results.
+
+    Args:
+        path: The settings of the folder.
+        config: The settings that are asked for.
+        kind: What to call the folder.
+        another: What else to choose, in words.
+
+    Raises:
+        StorageError: They differ, or are of another version.
+    """
+    if not exists(path):
         return
     try:
-        before = from_json(read_json(run_dir.config))
+        before = from_json(read_json(path))
     except ConfigError as error:
         raise StorageError(
-            f"{display_path(run_dir.config)} is of another version: {error} Choose another "
-            "--run-dir."
+            f"{display_path(path)} is of another version: {error} Choose another {another}."
         ) from error
-    changed = differences(before, config)
-    if changed:
+    if changed := differences(before, config):
         raise StorageError(
-            f"run directory {display_path(run_dir.root)} has other settings: "
-            f"{'; '.join(changed)}. Use the same settings to go on, or another --run-dir."
+            f"{kind} {display_path(path.parent)} has other settings: {'; '.join(changed)}. Use "
+            f"the same settings to resume it, or another {another}."
         )
 
 
@@ -107,13 +126,13 @@ def check_conditioning(
     num_class_embeds: int | None,
     num_data_classes: int | None,
 ) -> None:
-    """Find out before any work whether model, labels and guidance can go together.
+    """Check before any work that model, labels and guidance can go together.
 
     Args:
         config: The settings.
         guidance_scale: That of sampling; 1 is none.
-        num_class_embeds: Classes that the base embeds; None: it is unconditional.
-        num_data_classes: Classes of the data; None: it has no labels, or not for all.
+        num_class_embeds: Classes that the base embeds. None means that it is unconditional.
+        num_data_classes: Classes of the data. None means that some images have no label.
 
     Raises:
         ConfigError: They cannot.

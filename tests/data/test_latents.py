@@ -25,6 +25,7 @@ from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from tdc_ray.execution.chain import run_chain
+from tdc_ray.execution.device import WorkerRank
 from tdc_ray.execution.item import run_item
 from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.models.saved_expert import save_expert
@@ -35,7 +36,7 @@ from tdc_ray.pruning.noised import noised_batches
 from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
-from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
+from tdc_ray.runs.stages.base_worker import sample_grid, train_base
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 from tests.small import (

@@ -19,8 +19,9 @@ from tdc_ray.diffusion.loss import loss_weights
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, NonFiniteLossError
+from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.unet2d.unet import build_unet
-from tdc_ray.runs.stages.base import WorkerRank, sample_grid, train_base
+from tdc_ray.runs.stages.base_worker import sample_grid, train_base
 from tests.small import TINY, assert_same, output_of, small_config
 
 ALONE = WorkerRank(0, 1, torch.device("cpu"))

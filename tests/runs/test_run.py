@@ -168,7 +168,7 @@ def test_without_pruning_a_limit_below_the_smallest_model_does_not_matter(smoke_
         plan=replace(smoke_config.plan, min_macs_share=0.01),
         prune=replace(smoke_config.prune, method="none"),
     )
-    space, plan = check(unpruned)
+    _, space, plan = check(unpruned)
     assert plan.groups[0].limit(space.macs_base) < space.min_macs
 
 

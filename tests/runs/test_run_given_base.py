@@ -213,8 +213,8 @@ def test_import_takes_the_source_wherever_it_stands(pipeline, tmp_path):
 
 
 def test_other_settings_of_a_run_directory_name_the_base(pipeline, tmp_path):
-    from tdc_ray.reporting.sinks import run
+    from tdc_ray.runs.run import run
 
     write_json(RunDir(tmp_path).config, to_json(small_config()))
     with pytest.raises(StorageError, match=r"model\.base None -> "):
-        run(small_config(model={"base": str(pipeline)}), tmp_path, None)
+        run(small_config(model={"base": str(pipeline)}), tmp_path)

@@ -1,4 +1,7 @@
-"""Stage 1 under Ray Train's TorchTrainer: several workers, checkpoints, life after a kill."""
+"""Stage 1 on the driver, by Ray Train's TorchTrainer: several workers that survive a kill.
+
+Train's controller imports this module, so it must not import torch.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -29,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BaseJob:
-    """What each worker is told."""
+    """What each worker needs."""
 
     run_dir: RunDir
     config: RunConfig
     key: str
-    """What it is called in events."""
+    """Its name in events."""
 
     events: EventSink
 
@@ -42,12 +45,12 @@ class BaseJob:
 def train_base_on_ray(
     run_dir: RunDir, config: RunConfig, key: str, events: EventCollector
 ) -> None:
-    """Train the base on the cluster; a base that is done is left alone.
+    """Train the base on the cluster, unless it is finished.
 
-    The same call goes on from the last checkpoint of an earlier one, whatever ended that.
+    The same call resumes from the last checkpoint of an earlier one, whatever interrupted that.
 
     Raises:
-        ClusterError: The cluster is too small for the workers asked for.
+        ClusterError: The cluster is too small for the workers.
         TdcError: What a worker raised.
         WorkFailedError: Workers died more often than ``compute.max_attempts`` allows.
     """
@@ -85,23 +88,23 @@ def train_base_on_ray(
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C alone: Ray's own handler would keep it for good, and exit with 0 on it."""
+    """Leaves Ctrl-C alone: Ray's handler would stay installed, and exit with 0."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
 
 
 def _error_path(run_dir: RunDir) -> Path:
-    """Where a worker leaves an error of its own, which the driver raises."""
+    """Return where a worker writes an error raised by this package, for the driver to raise."""
     return run_dir.base_training.parent / "error.json"
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """What one worker does. Ray Train tries all failures again, but our own errors would recur."""
+    """Train as one worker; Ray Train calls it again after any failure."""
     job: BaseJob = settings["job"]
     if exists(_error_path(job.run_dir)):
-        return
-    # Train's controller does not import it.
+        return  # an error raised by this package would only recur
+    # The controller must not import it: it needs torch.
     from tdc_ray.runs.stages.base_worker import train_rank
 
     try:
@@ -112,11 +115,11 @@ def _work(settings: dict[str, Any]) -> None:
         document = {"type": type(error).__name__, "arguments": list(error.args)}
         write_json(_error_path(job.run_dir), document)
         if ray.train.get_context().get_world_size() > 1:
-            raise  # the other ranks wait for this one: end them
+            raise  # ends the other ranks, which wait for this one
 
 
 def storage_of(folder: Path) -> dict[str, Any]:
-    """Tell Ray Train, or Ray Tune, where a folder is."""
+    """Return a folder in the terms of Ray Train and Ray Tune."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     store, key = filesystem(folder)
@@ -131,10 +134,10 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
 
 
 def check_cluster(compute: ComputeConfig) -> None:
-    """Refuse what would wait for ever; say once what may wait for nodes to join.
+    """Check that the workers fit on the cluster; warn where they may once nodes have joined.
 
     Raises:
-        ClusterError: The cluster is too small for the workers asked for, and cannot grow.
+        ClusterError: The cluster is too small for the workers, and cannot grow.
     """
     resources = _resources(compute)
     nodes = node_resources()

@@ -1,9 +1,8 @@
-"""Measures how long the base and every expert take, for what saved macs are worth in time."""
+"""Measures how long the base and every expert take: what saved macs are worth in time."""
 
 from dataclasses import dataclass
 from statistics import median
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
@@ -15,7 +14,7 @@ from tdc_ray.runs.results import TimesResult
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3
-"""Least passes of the base and of an expert, which take turns, and least seconds of these."""
+"""Fewest passes of the base and of an expert, which take turns, and fewest seconds of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +22,16 @@ class TimesJob:
     """Time a run's base and its experts."""
 
     run_dir: RunDir
-    config: RunConfig
     plan: Plan
+    batch_size: int
 
 
-def expert_times(run_dir: RunDir, config: RunConfig, plan: Plan) -> Chain[TimesResult]:
-    """Time base and experts, by one worker while no other of the run's is busy, once for a run."""
+def expert_times(run_dir: RunDir, plan: Plan, batch_size: int) -> Chain[TimesResult]:
+    """Time base and experts once a run, on one worker while the others are idle."""
     item = WorkItem(
         key="times",
         function=measure_experts,
-        job=TimesJob(run_dir, config, plan),
+        job=TimesJob(run_dir, plan, batch_size),
         result_path=run_dir.times,
         cost=0.0,
         num_steps=len(plan.groups),
@@ -44,10 +43,10 @@ def expert_times(run_dir: RunDir, config: RunConfig, plan: Plan) -> Chain[TimesR
 def measure_experts(job: TimesJob, report: Report) -> TimesResult:
     """Time the base and each expert by turns.
 
-    Every expert is held against passes of the base in between its own; a time is then as if the
-    machine had been as fast all along as it was in the middle.
+    A machine's speed drifts: each expert is compared with passes of the base between its own, and
+    its time scaled to the median of all passes of the base.
     """
-    device, size = worker_device(), job.config.prune.latency_batch_size
+    device, size = worker_device(), job.batch_size
     base = load_unet(job.run_dir.base_unet).to(device)
     bases, shares = [], []
     for number, group in enumerate(job.plan.groups, start=1):
