@@ -1,9 +1,8 @@
-"""The denoisers of a pipeline, each for a run of timesteps: all in memory, or two at a time."""
+"""The denoisers of a pipeline, each for a range of timesteps: all in memory, or two at a time."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -17,10 +16,10 @@ Span = tuple[int, int]
 
 
 class ExpertSet(nn.ModuleList):
-    """Denoisers, each for a run of timesteps; together they serve every timestep."""
+    """Denoisers, each for a range of timesteps; together they serve every timestep."""
 
     def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[Span]) -> None:
-        """Take one span per UNet, in order."""
+        """Wrap UNets with one span each, in order."""
         super().__init__(unets)
         self.spans = tuple(spans)
 
@@ -36,16 +35,16 @@ class ExpertSet(nn.ModuleList):
 
     @property
     def num_class_embeds(self) -> int | None:
-        """Classes that each expert embeds; None: they are unconditional."""
+        """Classes that each expert embeds; None means unconditional."""
         return _num_class_embeds(self[0])
 
     def for_timestep(self, timestep: int) -> nn.Module:
-        """Give the expert that serves a timestep.
+        """Return the expert that serves a timestep.
 
         Raises:
             ConfigError: None does.
         """
-        unet: nn.Module = self[_place(self.spans, timestep)]
+        unet: nn.Module = self[_index_of(self.spans, timestep)]
         return unet
 
 
@@ -56,13 +55,14 @@ class OffloadedExperts(nn.Module):
     """
 
     def __init__(self, folders: Sequence[Path], spans: Sequence[Span]) -> None:
-        """Take a folder of ``models.experts`` and a span per expert, in order."""
+        """Remember the folder (``models.saved_expert``) and the span of each expert, in order."""
         super().__init__()
         self.spans, self._folders = tuple(spans), tuple(folders)
-        self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # which .to() moves
+        # A parameterless module has no device: .to() moves this, and the experts follow it.
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
         self._stream: torch.cuda.Stream | None = None
         self._thread = ThreadPoolExecutor(1, "next-expert")
-        self._asked: dict[tuple[int, torch.device, torch.dtype], Future[UNet2DModel]] = {}
+        self._loading: dict[tuple[int, torch.device, torch.dtype], Future[UNet2DModel]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,53 +76,55 @@ class OffloadedExperts(nn.Module):
 
     @property
     def num_class_embeds(self) -> int | None:
-        """Classes that each expert embeds; None: they are unconditional."""
+        """Classes that each expert embeds; None means unconditional."""
         return _num_class_embeds(self.for_timestep(self.spans[-1][1]))
 
     def for_timestep(self, timestep: int) -> nn.Module:
-        """Give the expert that serves a timestep, and have the one of the timesteps below read.
+        """Return the expert that serves a timestep, and start to read the one below it.
 
         Raises:
             ConfigError: None does.
             CheckpointError: It cannot be read.
         """
-        place = _place(self.spans, timestep)
-        following = (place - 1) % len(self.spans)  # after the last one comes another batch
-        wanted = [(place, self.device, self.dtype), (following, self.device, self.dtype)]
-        if self.device.type == "cuda" and not set(self._asked) <= set(wanted):
-            torch.cuda.current_stream(self.device).synchronize()  # what goes is in use no more
-        found = self._asked
-        self._asked = {
-            key: found.get(key) or self._thread.submit(self._read, *key) for key in wanted
+        index = _index_of(self.spans, timestep)
+        following = (index - 1) % len(self.spans)  # after the last one comes another batch
+        wanted = [(index, self.device, self.dtype), (following, self.device, self.dtype)]
+        if self.device.type == "cuda" and not set(self._loading) <= set(wanted):
+            # An expert is about to be freed: wait until the kernels that read it are done.
+            torch.cuda.current_stream(self.device).synchronize()
+        before = self._loading
+        self._loading = {
+            key: before.get(key) or self._thread.submit(self._read, *key) for key in wanted
         }
-        unet: nn.Module = self._asked[wanted[0]].result()
+        unet: nn.Module = self._loading[wanted[0]].result()
         return unet
 
-    def _read(self, place: int, device: torch.device, dtype: torch.dtype) -> UNet2DModel:
-        unet = load_expert(self._folders[place])
+    def _read(self, index: int, device: torch.device, dtype: torch.dtype) -> UNet2DModel:
+        unet = load_expert(self._folders[index])
         if device.type == "cuda":
             if self._stream is None or self._stream.device != device:
-                self._stream = torch.cuda.Stream(device)  # memory is reused within a stream
+                # One for all experts: the allocator reuses freed memory only within a stream.
+                self._stream = torch.cuda.Stream(device)
             with torch.cuda.stream(self._stream):
                 nn.Module.to(unet, device, dtype)
             self._stream.synchronize()
             return unet
         nn.Module.to(unet, dtype=dtype)
         for parameter in unet.parameters():
-            parameter.sum()  # brings its pages in
+            parameter.sum()  # reads the pages of the mapped file now, not in the first step
         return unet
 
 
-def _place(spans: Sequence[Span], timestep: int) -> int:
-    for place, (first, last) in enumerate(spans):
+def _index_of(spans: Sequence[Span], timestep: int) -> int:
+    for index, (first, last) in enumerate(spans):
         if first <= timestep <= last:
-            return place
+            return index
     raise ConfigError(
         f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
         "Use a scheduler with the number of timesteps that the experts were trained for."
     )
 
 
-def _num_class_embeds(unet: Any) -> int | None:
+def _num_class_embeds(unet: UNet2DModel) -> int | None:
     embeds: int | None = unet.config["num_class_embeds"]
     return embeds

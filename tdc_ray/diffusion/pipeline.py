@@ -1,4 +1,4 @@
-"""The experts as one pipeline: loads, samples, switches experts as t falls. Needs no Ray."""
+"""The experts as one diffusers pipeline, which switches experts as t falls. Needs no Ray."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     """
 
     _optional_components: ClassVar[list[str]] = ["first_stage"]
-    """Diffusers' own way to say what may be None."""
+    """Which components may be None, by diffusers' convention."""
 
     def __init__(
         self,
@@ -51,19 +51,20 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
     ) -> None:
-        """Put a pipeline together.
+        """Create a pipeline.
 
         Args:
             experts: The denoisers.
             scheduler: The diffusers scheduler.
-            first_stage: Decodes what the experts give, where that is latents.
-            shape: ``(C, H, W)`` of what the experts give.
-            num_inference_steps: Steps taken when a call names none.
+            first_stage: Decodes what the experts output, where that is latents.
+            shape: ``(C, H, W)`` of what the experts output.
+            num_inference_steps: Denoising steps when a call names none.
             eta: Stochasticity of DDIM when a call names none.
             timestep_scale: What a timestep is multiplied with before a network sees it.
-            num_classes: Classes that the experts are conditioned on, without the null class; None:
-                they are unconditional.
-            guidance_scale: Weight of classifier-free guidance when a call names none; 1: none.
+            num_classes: Classes that the experts are conditioned on, without the null class; None
+                means unconditional.
+            guidance_scale: Weight of classifier-free guidance when a call names none; 1 means
+                none.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
@@ -71,7 +72,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.winograd = False
-        self.register_to_config(  # diffusers tells settings from parts by this
+        self.register_to_config(  # by which diffusers tells settings from components
             shape=shape,
             num_inference_steps=num_inference_steps,
             eta=eta,
@@ -93,26 +94,26 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
     ) -> ImagePipelineOutput:
-        """Draw images.
+        """Sample images.
 
         Args:
             batch_size: Number of images.
-            generator: One per image, or one for all; None: made from ``seed``.
-            num_inference_steps: Denoising steps; None: as planned.
-            eta: Stochasticity of DDIM; None: as planned.
+            generator: One per image, or one for all; None means created from ``seed``.
+            num_inference_steps: Denoising steps; None means as planned.
+            eta: Stochasticity of DDIM; None means as planned.
             output_type: ``pil``, ``np`` (uint8, ``(B, H, W, C)``) or ``pt`` (in [-1, 1],
                 ``(B, C, H, W)``).
             seed: Image ``i`` of a seed is the same in every batch.
             class_labels: One class per image, or one for all, for experts that are conditioned on
-                classes; None: image ``i`` is of class ``i`` modulo their number.
-            guidance_scale: Weight of classifier-free guidance, at least 0; 1: none; None: as
+                classes; None means that image ``i`` is of class ``i`` modulo their number.
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
 
         Returns:
             An object with ``images``.
 
         Raises:
-            ConfigError: An argument is out of its range, or goes with other experts.
+            ConfigError: An argument is out of its range, or does not fit the experts.
         """
         generators = self._generators(generator, seed, batch_size)
         if output_type not in OUTPUT_TYPES:
@@ -189,7 +190,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     def _labels(
         self, class_labels: int | Sequence[int] | torch.Tensor | None, batch_size: int
     ) -> torch.Tensor | None:
-        """Bring a call's labels to one per image, ``(B,)``."""
+        """Expand a call's labels to one per image, ``(B,)``."""
         if self.num_classes is None:
             if class_labels is not None:
                 raise ConfigError("class_labels must be None: the experts are unconditional.")
@@ -222,11 +223,11 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
         Args:
             path: The folder, or its URI, such as ``s3://bucket/run``.
-            torch_dtype: Precision to bring the experts' weights to; a first stage keeps its own.
-            offload: Hold at most two experts in memory: the one in use, and the next, which is
+            torch_dtype: Precision of the experts' weights; a first stage keeps its own.
+            offload: Keep at most two experts in memory: the one in use, and the next, which is
                 read meanwhile.
             winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm. Wide experts
-                take less time by it, and their images are off by rounding; a first stage's own
+                take less time by it, and their images differ by rounding; a first stage's own
                 convolutions stay. The attribute ``winograd`` may be set later, too.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Budgets per timestep, the groups they form, each group's macs limit (TDC Eq. 3 to 5)."""
+"""The plan: groups of timesteps, and each group's limit of macs (TDC Eq. 3 to 5)."""
 
 import dataclasses
 import math
@@ -18,10 +18,10 @@ from tdc_ray.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimestepGroup:
-    """A run of timesteps that one expert serves."""
+    """A range of timesteps that one expert serves."""
 
     index: int
-    """Place among the groups that are left, from the least noisy timesteps on."""
+    """Counted from 0 at the least noisy timesteps, over groups that are not empty."""
 
     first: int
     """First timestep."""
@@ -48,8 +48,8 @@ class TimestepGroup:
         return range(self.first, self.last + 1)
 
     def limit(self, base: int) -> int:
-        """Give the most that the expert may take, of the base's macs or of its nanoseconds."""
-        return math.floor(self.limit_share * base + 1e-6)
+        """Compute the most that the expert may take, of the base's macs or of its nanoseconds."""
+        return math.floor(self.limit_share * base + 1e-6)  # 1e-6: rounding takes no mac away
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +65,14 @@ class Plan:
     """Mean over the sampling steps of the limit, as a share of the base's macs."""
 
     notes: tuple[str, ...]
-    """What the reader should know: groups that vanished, that were joined, that no step enters."""
+    """What the reader should know: groups that are empty, that were joined, that no sampling step
+    falls into."""
 
     def group_of(self, timestep: int) -> TimestepGroup:
-        """Give the group that holds a timestep.
+        """Return the group that holds a timestep.
 
         Raises:
-            ConfigError: The timestep is none of the plan's.
+            ConfigError: The timestep is outside the plan.
         """
         for group in self.groups:
             if group.first <= timestep <= group.last:
@@ -81,10 +82,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A group before its index is known: timesteps [start, stop) and the share of its limit."""
-
-    number: int
-    """Place among all N groups."""
+    """Timesteps [start, stop) and their share of the base, before the group's index is known."""
 
     start: int
     stop: int
@@ -94,13 +92,13 @@ class _Draft:
     def size(self) -> int:
         return self.stop - self.start
 
-    def joined_by(self, other: "_Draft") -> "_Draft":
-        start, stop = min(self.start, other.start), max(self.stop, other.stop)
-        return dataclasses.replace(self, start=start, stop=stop)
+    def absorb(self, other: "_Draft") -> "_Draft":
+        """Take over a neighbour's timesteps, at this one's share."""
+        return _Draft(min(self.start, other.start), max(self.stop, other.stop), self.share)
 
 
 def difficulty(snr_db: FloatArray) -> FloatArray:
-    """Place of every timestep between the easiest (0) and the hardest (1).
+    """Compute how hard every timestep is, from the easiest (0) to the hardest (1).
 
     TDC Eq. 3 takes the z-score of ``-snr_db`` and scales it to its own range; the z-score cancels
     out. The budget of a timestep is then ``k + (1 - k) * difficulty``, as a share of the base.
@@ -115,14 +113,18 @@ def difficulty(snr_db: FloatArray) -> FloatArray:
 
 
 def limit_shares(num_groups: int, min_macs_share: float) -> FloatArray:
-    """Limits of the groups as shares of the base's macs.
+    """Compute the limits of the groups as shares of the base's macs.
 
     TDC Eq. 4 with its index moved by one, so that the last group's limit is the base itself::
 
         limit[i] = (i + 1) / N + (N - i - 1) / N * k
 
+    Args:
+        num_groups: The paper's N.
+        min_macs_share: The paper's k, in [0, 1].
+
     Returns:
-        Shape ``(N,)``, rising to 1.
+        Shape ``(N,)``, unitless, rising to 1.
     """
     upper = np.arange(1, num_groups + 1) / num_groups
     return np.asarray(upper + (1 - upper) * min_macs_share)
@@ -134,11 +136,11 @@ def one_group(
     timesteps: tuple[int, int],
     limit_share: float,
 ) -> TimestepGroup:
-    """Make a group of any timesteps, such as all of them.
+    """Create a group of any timesteps, such as all of them.
 
     Args:
         diffusion: The noise process.
-        sampler: Tells which sampling steps fall into the group.
+        sampler: Says which sampling steps fall into the group.
         timesteps: First and last, both included.
         limit_share: Share of the base's macs that it may take.
 
@@ -150,20 +152,13 @@ def one_group(
     snr = NoiseProcess.of(diffusion).snr_db
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
-    steps = sampling_timesteps(len(snr), sampler)
-    return TimestepGroup(
-        index=0,
-        first=first,
-        last=last,
-        limit_share=limit_share,
-        snr_db_first=float(snr[first]),
-        snr_db_last=float(snr[last]),
-        num_sampling_steps=sum(first <= step <= last for step in steps),
+    return _group(
+        0, _Draft(first, last + 1, limit_share), snr, sampling_timesteps(len(snr), sampler)
     )
 
 
 def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig) -> Plan:
-    """Group the timesteps and give each group its limit.
+    """Group the timesteps, and compute the limit of each group.
 
     Raises:
         ScheduleError: The betas are no noise schedule.
@@ -178,15 +173,16 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             f"{steps[0]}, past the last timestep {len(snr) - 1}. Use 0, or fewer steps."
         )
     notes: list[str] = []
-    by_snr = _snr_groups(snr, config)
+    by_snr, empty = _snr_groups(snr, config)
+    before = by_snr
     if config.schedule.startswith("uni-"):
         before = _uniform_groups(len(snr), config, config.min_macs_share)
-    else:
-        before = by_snr
-        if len(by_snr) < config.num_groups:
-            notes.append(_vanished(by_snr, config))
-    by_snr = _join_small(by_snr, config.min_group_size)
-    drafts = _join_small(before, config.min_group_size)
+    elif empty:
+        notes.append(
+            f"of {config.num_groups} groups, number {', '.join(map(str, empty))} (from 0) is "
+            "empty and vanishes"
+        )
+    by_snr, drafts = (_join_small(groups, config.min_group_size) for groups in (by_snr, before))
     if len(drafts) < len(before):
         notes.append(
             f"{len(before) - len(drafts)} group(s) under {config.min_group_size} timesteps joined "
@@ -196,23 +192,12 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
         mean = _mean_share(by_snr, steps)
         drafts = [dataclasses.replace(draft, share=mean) for draft in drafts]
     elif config.match_snr_mean:
-        drafts = _matched(len(snr), config, _mean_share(by_snr, steps), steps)
-    groups = tuple(
-        TimestepGroup(
-            index=index,
-            first=draft.start,
-            last=draft.stop - 1,
-            limit_share=draft.share,
-            snr_db_first=float(snr[draft.start]),
-            snr_db_last=float(snr[draft.stop - 1]),
-            num_sampling_steps=sum(draft.start <= step < draft.stop for step in steps),
-        )
-        for index, draft in enumerate(drafts)
-    )
-    idle = [str(group.index) for group in groups if group.num_sampling_steps == 0]
-    if idle:
+        drafts = _match_mean(len(snr), config, _mean_share(by_snr, steps), steps)
+    groups = tuple(_group(index, draft, snr, steps) for index, draft in enumerate(drafts))
+    unvisited = [str(group.index) for group in groups if group.num_sampling_steps == 0]
+    if unvisited:
         notes.append(
-            f"no sampling step enters group {', '.join(idle)} "
+            f"no sampling step enters group {', '.join(unvisited)} "
             f"({len(steps)} steps over {len(snr)} timesteps)"
         )
     return Plan(
@@ -224,50 +209,57 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
     )
 
 
-def _snr_groups(snr: FloatArray, config: PlanConfig) -> list[_Draft]:
-    """Group by difficulty (TDC Eq. 5); which timestep falls where does not depend on k."""
-    count = config.num_groups
-    member = np.clip(np.ceil(difficulty(snr) * count).astype(int) - 1, 0, count - 1)
-    bounds = np.searchsorted(member, np.arange(count + 1))
-    shares = limit_shares(count, config.min_macs_share)
-    return [
-        _Draft(i, int(bounds[i]), int(bounds[i + 1]), float(shares[i]))
-        for i in range(count)
-        if bounds[i] < bounds[i + 1]
-    ]
-
-
-def _vanished(drafts: Sequence[_Draft], config: PlanConfig) -> str:
-    left = {draft.number for draft in drafts}
-    empty = [str(number) for number in range(config.num_groups) if number not in left]
-    return (
-        f"of {config.num_groups} groups, number {', '.join(empty)} (from 0) is empty and vanishes"
+def _group(index: int, draft: _Draft, snr_db: FloatArray, steps: Sequence[int]) -> TimestepGroup:
+    """Create a draft's group."""
+    return TimestepGroup(
+        index=index,
+        first=draft.start,
+        last=draft.stop - 1,
+        limit_share=draft.share,
+        snr_db_first=float(snr_db[draft.start]),
+        snr_db_last=float(snr_db[draft.stop - 1]),
+        num_sampling_steps=sum(draft.start <= step < draft.stop for step in steps),
     )
 
 
+def _snr_groups(snr_db: FloatArray, config: PlanConfig) -> tuple[list[_Draft], list[int]]:
+    """Group by difficulty (TDC Eq. 5); which timestep falls where does not depend on k.
+
+    Returns:
+        The groups, and the numbers, of all N, of those that are empty.
+    """
+    count = config.num_groups
+    number = np.clip(np.ceil(difficulty(snr_db) * count).astype(int) - 1, 0, count - 1)
+    bounds = np.searchsorted(number, np.arange(count + 1)).tolist()
+    shares = limit_shares(count, config.min_macs_share).tolist()
+    drafts = list(map(_Draft, bounds[:-1], bounds[1:], shares))
+    empty = [i for i, draft in enumerate(drafts) if draft.size == 0]
+    return [draft for draft in drafts if draft.size], empty
+
+
 def _uniform_groups(num_timesteps: int, config: PlanConfig, min_macs_share: float) -> list[_Draft]:
-    """Equal runs of timesteps whose limits rise linearly to F, or fall from it."""
-    count, shares = config.num_groups, limit_shares(config.num_groups, min_macs_share)
+    """Split into equal ranges of timesteps whose limits rise linearly to F, or fall from it."""
+    count, shares = config.num_groups, limit_shares(config.num_groups, min_macs_share).tolist()
     if config.schedule == "uni-decreasing":
-        shares = shares[::-1]
+        shares.reverse()
     bounds = [num_timesteps * i // count for i in range(count + 1)]
-    return [_Draft(i, bounds[i], bounds[i + 1], float(shares[i])) for i in range(count)]
+    return list(map(_Draft, bounds[:-1], bounds[1:], shares))
 
 
-def _matched(
+def _match_mean(
     num_timesteps: int, config: PlanConfig, target: float, steps: Sequence[int]
 ) -> list[_Draft]:
-    """Uniform groups with the k that gives their limits the target for a mean."""
+    """Compute uniform groups whose limits have the target for a mean over the sampling steps."""
 
     def drafts(min_macs_share: float) -> list[_Draft]:
         uniform = _uniform_groups(num_timesteps, config, min_macs_share)
         return _join_small(uniform, config.min_group_size)
 
-    # A limit is place + (1 - place) k, linear in k, so the mean can be solved for k.
-    place = _mean_share(drafts(0.0), steps)
-    if place == 1:  # one group, whose limit is F whatever k is
+    # A limit is upper + (1 - upper) k, linear in k, so the mean can be solved for k.
+    upper = _mean_share(drafts(0.0), steps)
+    if upper == 1:  # one group, whose limit is F whatever k is
         return drafts(config.min_macs_share)
-    k = (target - place) / (1 - place)
+    k = (target - upper) / (1 - upper)
     if not 0 < k <= 1:
         raise ConfigError(
             f"plan.match_snr_mean cannot bring {config.schedule} to the SNR schedule's mean limit "
@@ -280,24 +272,25 @@ def _matched(
 def _join_small(drafts: Sequence[_Draft], min_size: int) -> list[_Draft]:
     """Join groups of too few timesteps to the neighbour with the higher limit, the last downward.
 
-    What is joined takes the limit of the neighbour that it joins.
+    What is joined gets the limit of the neighbour that it joins.
     """
     falling = drafts[0].share > drafts[-1].share
     joined: list[_Draft] = []
     for draft in reversed(drafts) if falling else drafts:  # from the lowest limit up
         small = bool(joined) and joined[-1].size < min_size
-        joined.append(draft.joined_by(joined.pop()) if small else draft)
+        joined.append(draft.absorb(joined.pop()) if small else draft)
     if len(joined) > 1 and joined[-1].size < min_size:
         last = joined.pop()
-        joined[-1] = joined[-1].joined_by(last)
+        joined[-1] = joined[-1].absorb(last)
     return joined[::-1] if falling else joined
 
 
 def _mean_share(drafts: Sequence[_Draft], steps: Sequence[int]) -> float:
+    """Compute the mean, over the sampling steps, of the limit's share."""
     shares = [next(d.share for d in drafts if d.start <= step < d.stop) for step in steps]
     return math.fsum(shares) / len(shares)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Give the plan as plain JSON values."""
+    """Return the plan as plain JSON values."""
     return dataclasses.asdict(plan)
