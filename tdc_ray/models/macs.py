@@ -39,13 +39,13 @@ class Polynomial:
                 pairs[one, other] = partners[one][other] = partners[other][one] = factor
         return cls(terms.get((), 0), factors, pairs, partners)
 
-    def at(self, widths: Mapping[str, int]) -> int:
+    def total(self, widths: Mapping[str, int]) -> int:
         """Evaluate the polynomial."""
         single = sum([factor * widths[unit] for unit, factor in self.factors.items()])
         double = [factor * widths[u] * widths[v] for (u, v), factor in self.pairs.items()]
         return self.constant + single + sum(double)
 
-    def rise(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
+    def marginal_cost(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
         """Return what a unit's steps from one width to a wider one add, at the others' widths."""
         return (stop - start) * self.slope(unit, widths)
 

@@ -51,8 +51,8 @@ class Unit:
         narrower = range(1, self.width)
         return (*(w for w in narrower if w * self.channels % self.multiple == 0), self.width)
 
-    def places(self, steps: Iterable[int]) -> list[int]:
-        """Tell which of the unit's channels belong to some steps: rising where these rise."""
+    def channel_indices(self, steps: Iterable[int]) -> list[int]:
+        """Return which of the unit's channels belong to steps: rising where these rise."""
         if self.kind == "stream":  # one channel of each group
             kept = tuple(steps)
             return [group * self.width + step for group in range(self.channels) for step in kept]

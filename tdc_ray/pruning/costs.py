@@ -15,11 +15,11 @@ LEAST_SAVING = 0.1
 class Costs(Protocol):
     """What schemes cost: never less for a wider unit."""
 
-    def at(self, widths: Mapping[str, int]) -> int:
+    def total(self, widths: Mapping[str, int]) -> int:
         """Tell what a scheme costs."""
         ...
 
-    def rise(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
+    def marginal_cost(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
         """Tell what a unit's steps from one width to a wider one cost, given the others' widths.
 
         The unit's own width does not count; from 0 on it is all that the unit takes.
@@ -37,11 +37,11 @@ class LatencyTable:
     times: Mapping[str, Sequence[int]]
     """Of every unit's block at the widths 0, 1, ..., never falling; at 0 there is none."""
 
-    def at(self, widths: Mapping[str, int]) -> int:
+    def total(self, widths: Mapping[str, int]) -> int:
         """Tell what a scheme takes."""
         return self.rest + sum([times[widths[unit]] for unit, times in self.times.items()])
 
-    def rise(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
+    def marginal_cost(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
         """Tell what a unit's steps from one width to a wider one take; others do not matter."""
         del widths
         return self.times[unit][stop] - self.times[unit][start]
@@ -74,9 +74,10 @@ def step_costs(
     which always stay, count as the ones above them.
     """
     between = [
-        costs.rise(unit, start, stop, full) / (stop - start) for start, stop in pairwise(legal)
+        costs.marginal_cost(unit, start, stop, full) / (stop - start)
+        for start, stop in pairwise(legal)
     ]
-    first = between[0] if between else costs.rise(unit, 0, legal[0], full) / legal[0]
+    first = between[0] if between else costs.marginal_cost(unit, 0, legal[0], full) / legal[0]
     found = [first] * legal[0]
     for (start, stop), cost in zip(pairwise(legal), between, strict=True):
         found += [cost] * (stop - start)

@@ -167,4 +167,4 @@ def _macs_before(base: LoadedBase, pruned: Denoiser) -> int:
     names = tuple(f"{step.name}." for step in base_steps[first:])
     layers = itertools.takewhile(lambda layer: not f"{layer.name}.".startswith(names), base.layers)
     _, macs = macs_polynomials(list(layers), base.space.units)
-    return macs.at(base.space.full)
+    return macs.total(base.space.full)

@@ -190,7 +190,7 @@ def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor
     """Rows of the layer's matrix that belong to the best steps of a unit."""
     (kept,) = select_top((unit,), scores, {unit.name: width}).values()
     taps = layer.weight[0, 0].numel()
-    channels = torch.tensor(unit.places(kept), device=layer.weight.device)
+    channels = torch.tensor(unit.channel_indices(kept), device=layer.weight.device)
     return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).flatten()
 
 

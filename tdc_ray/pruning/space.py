@@ -49,11 +49,11 @@ class Space:
 
     def macs(self, scheme: Scheme) -> int:
         """Macs of the UNet cut by a scheme, without building it."""
-        return self.macs_table.at(scheme)
+        return self.macs_table.total(scheme)
 
     def num_params(self, scheme: Scheme) -> int:
         """Parameters of the UNet cut by a scheme."""
-        return self.num_params_table.at(scheme)
+        return self.num_params_table.total(scheme)
 
     @property
     def min_macs(self) -> int:
@@ -67,16 +67,16 @@ class Space:
 
     def cost(self, scheme: Scheme) -> int:
         """Tell what a scheme takes of what is limited."""
-        return self.costs.at(scheme)
+        return self.costs.total(scheme)
 
     @property
     def cost_base(self) -> int:
         """What the uncut UNet takes."""
-        return self.costs.at(self.full)
+        return self.costs.total(self.full)
 
     def nanoseconds(self, scheme: Scheme) -> int | None:
         """Time of a forward pass by the table that was measured; None where macs are limited."""
-        return self.costs.at(scheme) if self.quantity == "time" else None
+        return self.costs.total(scheme) if self.quantity == "time" else None
 
     def step_costs(self, unit: str) -> list[float]:
         """Give what each of a unit's steps costs, all else uncut."""
@@ -144,7 +144,9 @@ def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple:
     num_params, macs = macs_polynomials(structure.layers, units)
     full = {unit.name: unit.width for unit in units}
     legal = {unit.name: unit.legal_widths for unit in units}
-    return Space(units, macs.at(full), num_params.at(full), macs, num_params, macs, "macs", legal)
+    return Space(
+        units, macs.total(full), num_params.total(full), macs, num_params, macs, "macs", legal
+    )
 
 
 def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
@@ -168,7 +170,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
     cost = space.cost(widths)
 
     def value_per_cost(name: str, start: int, stop: int) -> float:
-        return sum(values[name][start:stop]) / space.costs.rise(name, start, stop, widths)
+        return sum(values[name][start:stop]) / space.costs.marginal_cost(name, start, stop, widths)
 
     def loss(name: str) -> float:
         return value_per_cost(name, space.narrower(name, widths[name]), widths[name])
@@ -181,7 +183,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
     while cost > limit:
         name = cheapest.pop()
         narrower = space.narrower(name, widths[name])
-        cost -= space.costs.rise(name, narrower, widths[name], widths)
+        cost -= space.costs.marginal_cost(name, narrower, widths[name], widths)
         widths[name] = narrower
         if narrower > least[name]:
             cheapest.push(name)
@@ -189,7 +191,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
     while best:  # what does not fit now never will: costs, and those of every step, only grow
         name = best.pop()
         wider = space.wider(name, widths[name])
-        rise = space.costs.rise(name, widths[name], wider, widths)
+        rise = space.costs.marginal_cost(name, widths[name], wider, widths)
         if cost + rise > limit:
             continue
         cost += rise
@@ -232,6 +234,6 @@ def is_tight(space: Space, scheme: Scheme, limit: int) -> bool:
     room = limit - space.cost(scheme)
     return room >= 0 and all(
         width == space.legal[name][-1]
-        or space.costs.rise(name, width, space.wider(name, width), scheme) > room
+        or space.costs.marginal_cost(name, width, space.wider(name, width), scheme) > room
         for name, width in scheme.items()
     )

@@ -59,7 +59,7 @@ def loss_of(unet: UNet2DModel) -> float:
 
 def columns_of(unit: Unit, kept: tuple[int, ...], weights: Weights) -> Tensor:
     """What is left of the weights behind a unit: ``(outputs, kept channels, ...)``."""
-    return weights[0][:, unit.places(kept)]
+    return weights[0][:, unit.channel_indices(kept)]
 
 
 def cut_alone(base: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> UNet2DModel:
@@ -128,7 +128,7 @@ def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
         refit(base, refitted, kept_outputs(base, units, choice), SEEN, SCHEDULE, weights_of(base))
         layer, found = reader_of(refitted, unit), solutions[unit.name][width]
         whole = torch.zeros_like(found[0])
-        whole[:, unit.places(kept)] = layer.weight.detach()
+        whole[:, unit.channel_indices(kept)] = layer.weight.detach()
         ours = cut_with(base, unit, kept, found)
         theirs = cut_with(base, unit, kept, (whole, layer.bias.detach()))
         # Their ridges are not quite the same, and weights alone may be anything.

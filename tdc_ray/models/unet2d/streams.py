@@ -53,7 +53,9 @@ def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> 
     frozen = [name for name, value in unet.named_parameters() if not value.requires_grad]
     graph = dependency_graph(unet.requires_grad_(requires_grad=True))
     for unit in units:
-        gone = unit.places(step for step in range(unit.width) if step not in kept[unit.name])
+        gone = unit.channel_indices(
+            step for step in range(unit.width) if step not in kept[unit.name]
+        )
         graph.get_pruning_group(root_of(unet, unit), tp.prune_conv_out_channels, gone).prune()
     for node in graph.module2node.values():
         vars(node).clear()  # nodes form cycles, which would keep the model and its old weights

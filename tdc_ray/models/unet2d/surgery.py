@@ -119,7 +119,7 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) ->
     outputs = {}
     for unit in units:
         if len(kept[unit.name]) < unit.width:
-            channels = torch.tensor(unit.places(kept[unit.name]))
+            channels = torch.tensor(unit.channel_indices(kept[unit.name]))
             for coupled in coupled_parameters(unet, unit):
                 if coupled.dim == 0 and isinstance(coupled.module, nn.Conv2d | nn.Linear):
                     outputs[coupled.layer] = coupled.indices(channels)
@@ -127,7 +127,7 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) ->
 
 
 def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
-    channels = torch.tensor(unit.places(kept))
+    channels = torch.tensor(unit.channel_indices(kept))
     for coupled in coupled_parameters(unet, unit):
         coupled.keep(channels)
     block = unet.get_submodule(unit.name)

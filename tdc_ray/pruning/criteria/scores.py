@@ -75,6 +75,6 @@ def weight_times_gradient(parameter: nn.Parameter) -> Tensor:
 
 def sum_by_step(unit: Unit, per_channel: Tensor) -> list[float]:
     """Add up the channels of each group, head or slice: ``(channels,)`` -> ``width`` floats."""
-    indices = torch.tensor([unit.places((step,)) for step in range(unit.width)])
+    indices = torch.tensor([unit.channel_indices((step,)) for step in range(unit.width)])
     values: list[float] = per_channel.double()[indices].sum(1).tolist()
     return values

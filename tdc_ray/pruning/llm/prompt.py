@@ -176,7 +176,7 @@ def _units(request: ProposalRequest) -> str:
             _resolution(unit),
             str(unit.channels),
             widths_text(space.legal[unit.name], "-"),
-            _percent(space.costs.rise(unit.name, 0, unit.width, space.full), space),
+            _percent(space.costs.marginal_cost(unit.name, 0, unit.width, space.full), space),
             _percent(statistics.fmean(space.step_costs(unit.name)), space),
             f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
             _low(request.scores[unit.name]),
@@ -215,7 +215,7 @@ def _times(space: Space) -> str:
     """List what every unit takes at its legal widths, the widest first."""
     lines = []
     for number, (name, legal) in enumerate(space.legal.items()):
-        times = [(w, space.costs.rise(name, 0, w, space.full)) for w in reversed(legal)]
+        times = [(w, space.costs.marginal_cost(name, 0, w, space.full)) for w in reversed(legal)]
         lines.append(_row(number, [(width, _percent(time, space)) for width, time in times]))
     return "\n".join(lines)
 

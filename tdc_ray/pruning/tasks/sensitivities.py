@@ -205,6 +205,6 @@ def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> f
     behind, total = dict[str, int](), 0
     for layer in reversed(base.layers):
         _, macs = macs_polynomials([layer], base.space.units)
-        total += macs.at(widths)
+        total += macs.total(widths)
         behind[layer.name.rpartition(".")[0]] = total  # in the end, where the block begins
     return float(sum(behind[name] * len(by_width) for name, by_width in solutions.items()))

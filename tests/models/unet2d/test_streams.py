@@ -67,13 +67,16 @@ def test_a_stream_with_one_channel_in_each_group_cannot_be_cut():
 @pytest.mark.parametrize("unit", UNITS, ids=[unit.name for unit in UNITS])
 def test_the_steps_of_a_unit_share_out_its_channels(unit):
     every = list(range(unit.width * unit.channels))
-    assert sorted(place for step in range(unit.width) for place in unit.places((step,))) == every
-    assert unit.places(range(unit.width)) == every
+    assert (
+        sorted(place for step in range(unit.width) for place in unit.channel_indices((step,)))
+        == every
+    )
+    assert unit.channel_indices(range(unit.width)) == every
 
 
 def test_steps_of_a_stream_are_at_the_same_place_of_every_group():
     unit = stream_named("down_blocks.1.resnets.0")  # 32 channels in 8 groups of 4
-    assert unit.places((1, 3)) == [4 * group + i for group in range(8) for i in (1, 3)]
+    assert unit.channel_indices((1, 3)) == [4 * group + i for group in range(8) for i in (1, 3)]
 
 
 def test_a_choice_tells_which_units_it_was_made_among():
@@ -136,7 +139,9 @@ def test_a_cut_model_has_the_weights_of_the_channels_that_are_kept(name, seed):
             index, start = [], 0
             for some in channels:
                 unit = next((unit for unit in units if unit.name == some.unit), None)
-                places = range(some.count) if unit is None else unit.places(kept[unit.name])
+                places = (
+                    range(some.count) if unit is None else unit.channel_indices(kept[unit.name])
+                )
                 index += [start + place for place in places]
                 start += some.count
             weights = [f"{layer.name}.weight"]
@@ -165,7 +170,9 @@ def test_the_weights_by_channel_are_those_that_a_cut_takes(name):
         )
         others = {**keep_everything(units), unit.name: tuple(range(step))}
         left = sum_of_squares(cut(unet, units, others))
-        assert float(by_channel[unit.places((step,))].sum()) == pytest.approx(whole - left)
+        assert float(by_channel[unit.channel_indices((step,))].sum()) == pytest.approx(
+            whole - left
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

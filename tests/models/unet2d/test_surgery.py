@@ -36,7 +36,7 @@ def unit_named(config: NetworkConfig, name: str) -> Unit:
 @torch.no_grad()
 def silence(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
     """Zero what the block makes of the channels that are not kept."""
-    gone = unit.places(i for i in range(unit.width) if i not in kept)
+    gone = unit.channel_indices(i for i in range(unit.width) if i not in kept)
     block = unet.get_submodule(unit.name)
     behind = block.conv2 if isinstance(block, ResnetBlock2D) else block.to_out[0]
     behind.weight[:, gone] = 0
@@ -120,7 +120,7 @@ def test_groups_that_are_kept_keep_their_statistics(form):
     unet, name, places = random_unet(config), "mid_block.resnets.0", (1, 2, 6)
     unit = unit_named(config, name)
     pruned = cut(unet, [unit], {name: places})
-    whole = norm2_output(unet, name)[:, unit.places(places)]
+    whole = norm2_output(unet, name)[:, unit.channel_indices(places)]
     torch.testing.assert_close(norm2_output(pruned, name), whole, rtol=1e-5, atol=1e-5)
 
 
