@@ -12,12 +12,12 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.paper import PAPER
-from tdc_ray.runs.results import GroupResult, ModelResult, Results
-from tdc_ray.storage.files import atomic_path
+from tdc_ray.reporting.text import conclusions, limit_text, loss_text, macs_text, millions_text
+from tdc_ray.runs.results import ModelResult, Results
 from tdc_ray.storage.object_store import display_path
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # imported where it is needed: it takes a second
+    pass  # imported where it is needed: it takes a second
 
 
 def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) -> None:
@@ -58,34 +58,6 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def plot_plan(plan: Plan, path: Path) -> None:
-    """Draw SNR and limit over the timesteps."""
-    with atomic_path(path) as temporary:
-        plan_figure(plan, (8, 4)).savefig(temporary, format="png", dpi=110)
-
-
-def plan_figure(plan: Plan, size: tuple[float, float]) -> "Figure":
-    """Draw SNR and limit over the timesteps, in a size in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    limits = figure.subplots()
-    for group in plan.groups:
-        span = (group.first, group.last + 1)
-        limits.fill_between(span, group.limit_share, alpha=0.35, step="post", color="tab:blue")
-        limits.plot(span, (group.limit_share, group.limit_share), color="tab:blue")
-    limits.set(xlabel="timestep (0 is the least noisy)", ylabel="limit / F", ylim=(0, 1.05))
-    snr = limits.twinx()
-    ends = [
-        point
-        for g in plan.groups
-        for point in ((g.first, g.snr_db_first), (g.last, g.snr_db_last))
-    ]
-    snr.plot(*zip(*ends, strict=True), color="tab:orange")
-    snr.set_ylabel("SNR (dB)", color="tab:orange")
-    return figure
-
-
 def print_results(console: Console, results: Results) -> None:
     """Print a run's results, and what they do and do not show."""
     table = Table(title=f"{results.preset}, seed {results.seed}", title_justify="left")
@@ -114,12 +86,6 @@ def print_results(console: Console, results: Results) -> None:
     console.print(groups)
     for line in conclusions(results):
         console.print(line, soft_wrap=True)
-
-
-def limit_text(group: GroupResult) -> str:
-    """Write what a group is limited to: macs, or milliseconds."""
-    limit = group.milliseconds_limit
-    return macs_text(group.macs_limit) if limit is None else f"{limit:.4g} ms"
 
 
 def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
@@ -196,43 +162,6 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         console.print(f"widths: of {', '.join(entries[0].widths)}", soft_wrap=True)
 
 
-def conclusions(results: Results) -> list[str]:
-    """Say in words what a run showed and what it did not."""
-    base, tdc, evaluation = results.base, results.tdc, results.evaluation
-    better = "better" if tdc.score < base.score else "not better"
-    told = ""
-    if evaluation.labels is not None:
-        told = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
-    spent = tdc.train_macs + results.prune.search_macs
-    if results.given_base is None:
-        cost = (
-            f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the "
-            "base alone had less; whether it would have gained as much from the same macs is not "
-            "shown here (experiments/main_results.py compares)."
-        )
-    else:
-        cost = (
-            f"The base was given ({results.given_base.source}): what its training took is not "
-            f"known and counts 0 here. The experts took {spent:.2e} macs beyond it; whether the "
-            "base would have gained as much from these is not shown."
-        )
-    lines = [
-        f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
-        f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
-        f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
-        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {told}{evaluation.weights} "
-        f"weights in {evaluation.precision}, against {evaluation.reference}.",
-        cost,
-        "One training seed shows no spread.",
-    ]
-    if results.metric != "fid":
-        lines.append(
-            f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is "
-            "no FID and can be compared only with runs on the same data."
-        )
-    return lines + [f"Note: {note}" for note in results.prune.notes]
-
-
 def _model_row(model: ModelResult) -> tuple[str, ...]:
     return (
         f"{model.score:.3f}",
@@ -242,18 +171,3 @@ def _model_row(model: ModelResult) -> tuple[str, ...]:
         f"{model.train_macs:.2e}",
         f"{model.images_per_second:.1f}",
     )
-
-
-def macs_text(macs: float) -> str:
-    """Write macs with the digits that the paper's tables have."""
-    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
-
-
-def millions_text(count: float) -> str:
-    """Write a number of parameters in millions."""
-    return f"{count / 1e6:.2f} M"
-
-
-def loss_text(loss: float | None) -> str:
-    """Give a loss for a table; nothing where there is none."""
-    return "" if loss is None else f"{loss:.5f}"

@@ -7,10 +7,8 @@ from rich.console import Console
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.events import EventSink
-from tdc_ray.reporting.console import plot_plan
 from tdc_ray.reporting.progress import ProgressBars
 from tdc_ray.reporting.tensorboard import TensorBoard
-from tdc_ray.reporting.workers import plot_timeline
 from tdc_ray.runs import run as run_module
 from tdc_ray.runs.events import PlanMade, WorkersUsed
 from tdc_ray.runs.results import Results
@@ -27,6 +25,10 @@ class Plots:
 
     def __call__(self, event: object) -> None:
         """Draw what an event is about."""
+        if not isinstance(event, PlanMade | WorkersUsed):
+            return
+        from tdc_ray.reporting.figures import plot_plan, plot_timeline  # imports Matplotlib
+
         match event:
             case PlanMade(plan) if not exists(self._run_dir.plan_plot):
                 plot_plan(plan, self._run_dir.plan_plot)

@@ -2,80 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from tdc_ray.execution.simulator import SimulationResult
-from tdc_ray.execution.timeline import History, Span
-from tdc_ray.reporting.console import loss_text, print_results
+from tdc_ray.reporting.console import print_results
+from tdc_ray.reporting.text import loss_text
 from tdc_ray.runs.status import RunStatus
-from tdc_ray.storage.files import atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # imported where it is needed: it takes a second
-
-COLOURS = {
-    "measuring": "tab:blue",
-    "fine-tuning": "tab:green",
-    "evaluating": "tab:purple",
-    "lost or failed": "tab:red",
-}
-"""Of the timeline's plot."""
-
-
-def plot_timeline(history: History, path: Path) -> None:
-    """Draw who ran what, when, if anything ran."""
-    if any(span.workers for span in history.spans):
-        with atomic_path(path) as temporary:
-            timeline_figure(history).savefig(temporary, format="png", dpi=110)
-
-
-def timeline_figure(history: History) -> "Figure":
-    """Draw who ran what, when: a row per worker, a colour per outcome; something must have run."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    spans = [span for span in history.spans if span.workers]
-    now = max(span.ended or span.started for span in spans)
-    first = spans[0].started
-    rows: dict[tuple[float, str], int] = {}  # names begin anew with every driver
-    stays = sorted(history.stays, key=lambda stay: stay.joined)
-    for stay in stays:
-        rows[stay.joined, stay.worker] = len(rows)
-    figure = Figure(figsize=(10, 1.5 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for stay in stays:
-        row, end = rows[stay.joined, stay.worker], stay.left or now
-        axes.broken_barh([(stay.joined - first, end - stay.joined)], (row - 0.4, 0.8), color="0.9")
-    for span in spans:
-        colour = COLOURS[_kind(span)]
-        for worker in span.workers:
-            row = max(
-                (
-                    place
-                    for (joined, name), place in rows.items()
-                    if name == worker and joined <= span.started
-                ),
-                default=0,
-            )
-            start, end = span.started - first, (span.ended or now) - first
-            axes.broken_barh(
-                [(start, end - start)], (row - 0.35, 0.7), color=colour, ec="white", lw=0.3
-            )
-    axes.set_yticks(range(len(rows)), [worker for _, worker in rows])
-    axes.set(xlabel="seconds", title="who ran what, when")
-    axes.invert_yaxis()
-    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
-    figure.legend(
-        handles=[*handles, Patch(color="0.9", label="waiting")],
-        ncols=6,
-        fontsize=8,
-        loc="outside lower center",
-    )
-    return figure
+    pass  # imported where it is needed: it takes a second
 
 
 def print_status(console: Console, status: RunStatus) -> None:
@@ -113,15 +51,6 @@ def print_status(console: Console, status: RunStatus) -> None:
         console.print("not finished; the command that began it goes on", soft_wrap=True)
     else:
         print_results(console, status.results)
-
-
-def _kind(span: Span) -> str:
-    """Say what a worker did in a span, in the words of the plot's legend."""
-    if span.outcome not in {"done", "running"}:
-        return "lost or failed"
-    if "finetune" in span.item or "try-" in span.item:
-        return "fine-tuning"
-    return "evaluating" if span.phase == "evaluation" else "measuring"
 
 
 def print_simulated(

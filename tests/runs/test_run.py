@@ -16,8 +16,8 @@ from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import count_macs, count_params
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
-from tdc_ray.reporting.console import conclusions
 from tdc_ray.reporting.sinks import run
+from tdc_ray.reporting.text import conclusions
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import load_results

@@ -28,7 +28,7 @@ class Plan:
     def execute(self, console: Console) -> None:
         """Print the plan and write it."""
         from tdc_ray.diffusion.plan import to_json
-        from tdc_ray.reporting.console import plot_plan
+        from tdc_ray.reporting.figures import plot_plan
         from tdc_ray.storage.files import write_json
 
         config = self.config

@@ -1,11 +1,11 @@
 """What a report is made of, before it becomes HTML, Markdown or CSV."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from tdc_ray.reporting.console import macs_text, millions_text
+from tdc_ray.reporting.text import duration, macs_text, millions_text
 
 Kind = Literal[
     "text",
@@ -22,6 +22,7 @@ Kind = Literal[
 ]
 """How a column is written for a person; CSV files have the numbers as they are."""
 
+T = TypeVar("T")
 Value = str | int | float | None
 """Of a cell; None: there is none."""
 
@@ -56,6 +57,28 @@ class Table:
     """Whether the cells behind the first are coloured by their share of the row's largest."""
 
     note: str = ""
+
+
+def table_of(
+    name: str,
+    title: str,
+    items: Iterable[T],
+    columns: Sequence[tuple[str, Kind, Callable[[T], Value]]],
+    *,
+    links: Sequence[str | None] = (),
+    marked: frozenset[int] = frozenset(),
+    note: str = "",
+) -> Table:
+    """Return a table with a row for each item; a column takes one value of it."""
+    return Table(
+        name=name,
+        title=title,
+        columns=[Column(name, kind) for name, kind, _ in columns],
+        rows=[tuple(value(item) for _, _, value in columns) for item in items],
+        links=links,
+        marked=marked,
+        note=note,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +154,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class Page:
     """The whole."""
 
     title: str
@@ -166,14 +189,3 @@ def cell_text(value: Value, kind: Kind) -> str:
             return duration(value)
         case _:
             return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Write a time as a person would say it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"

@@ -1,8 +1,8 @@
 """The report's tables of several runs, and of the trials of a sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from tdc_ray.reporting.html.blocks import Column, Table, Value
+from tdc_ray.reporting.html.blocks import Kind, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData, SweepData
 from tdc_ray.reporting.html.paper_columns import (
     DATASETS,
@@ -12,159 +12,115 @@ from tdc_ray.reporting.html.paper_columns import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
+from tdc_ray.runs.results import Results
+from tdc_ray.runs.sweep.results import SettingSummary, SweepResults, TrialRow
 
 
 def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
-    """Give a row to each run."""
-    rows: list[tuple[Value, ...]] = []
-    for run in runs:
-        found = run.results
-        row: tuple[Value, ...] = (run.name, run.preset, run.seed)
-        if found is None:
-            rows.append((*row, "not finished", *(None,) * 11))
-            continue
-        dataset = paper_dataset(run.preset)
-        label = NO_PRUNING if found.prune.method == "none" else "TDC"
-        rows.append(
-            (
-                *row,
-                found.metric,
-                found.base.score,
-                found.tdc.score,
-                found.base.macs,
-                found.tdc.macs,
-                found.tdc.macs / found.base.macs,
-                found.tdc.num_params,
-                found.base.train_macs,
-                found.tdc.train_macs,
-                found.prune.search_macs,
-                found.seconds.wall,
-                TABLE_1[dataset][label].fid,
-            )
-        )
+    """Return a row for each run."""
     datasets = dict.fromkeys(DATASETS[paper_dataset(run.preset)] for run in runs)
     note = "The paper's FID is that of its own data"
     if not all(is_of_the_paper(run.preset) for run in runs):
         note += ", and CIFAR-10's where it has none: only the order can be compared"
-    return Table(
-        name="runs",
-        title="Runs",
-        columns=(
-            Column("run"),
-            Column("preset"),
-            Column("seed", "number"),
-            Column("metric"),
-            Column("base", "score"),
-            Column("TDC", "score"),
-            Column("base: FLOPs (MACs)", "macs"),
-            Column("TDC: FLOPs (MACs)", "macs"),
-            Column("share of F", "share"),
-            Column("TDC: params", "millions"),
-            Column("base: train macs", "power"),
-            Column("TDC: train macs", "power"),
-            Column("search macs", "power"),
-            Column("wall", "seconds"),
-            Column(f"the paper's FID of TDC ({', '.join(datasets)})", "number"),
-        ),
-        rows=rows,
+
+    def of(value: Callable[[Results], Value]) -> Callable[[RunData], Value]:
+        return lambda run: None if run.results is None else value(run.results)
+
+    return table_of(
+        "runs",
+        "Runs",
+        runs,
+        [
+            ("run", "text", lambda run: run.name),
+            ("preset", "text", lambda run: run.preset),
+            ("seed", "number", lambda run: run.seed),
+            ("metric", "text", lambda run: run.results.metric if run.results else "not finished"),
+            ("base", "score", of(lambda r: r.base.score)),
+            ("TDC", "score", of(lambda r: r.tdc.score)),
+            ("base: FLOPs (MACs)", "macs", of(lambda r: r.base.macs)),
+            ("TDC: FLOPs (MACs)", "macs", of(lambda r: r.tdc.macs)),
+            ("share of F", "share", of(lambda r: r.tdc.macs / r.base.macs)),
+            ("TDC: params", "millions", of(lambda r: r.tdc.num_params)),
+            ("base: train macs", "power", of(lambda r: r.base.train_macs)),
+            ("TDC: train macs", "power", of(lambda r: r.tdc.train_macs)),
+            ("search macs", "power", of(lambda r: r.prune.search_macs)),
+            ("wall", "seconds", of(lambda r: r.seconds.wall)),
+            (f"the paper's FID of TDC ({', '.join(datasets)})", "number", of(_fid_of_the_paper)),
+        ],
         links=[links.get(run.name) for run in runs],
         note=f"{note}.",
     )
 
 
+def _fid_of_the_paper(results: Results) -> float:
+    label = NO_PRUNING if results.prune.method == "none" else "TDC"
+    return TABLE_1[paper_dataset(results.preset)][label].fid
+
+
 def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
-    """Give a row to each trial; those of the Pareto front stand out."""
+    """Return a row for each trial; those of the Pareto front stand out."""
     trials, labels = data.sweep.rows, data.sweep.labels
-    names = list(labels)
-    paper = SWEPT.get(names[0]) if len(names) == 1 else None
-    columns = [
-        Column("trial"),
-        *(Column(label) for label in labels.values()),
-        Column("seed", "number"),
-        Column("status"),
-        Column(data.sweep.metric, "score"),
-        Column("FLOPs (MACs)", "macs"),
-        Column("params", "millions"),
-        Column("train macs", "power"),
-        Column("of these reused", "power"),
-        Column("search macs", "power"),
-        Column("time", "seconds"),
-        Column("Pareto front"),
+    columns: list[tuple[str, Kind, Callable[[TrialRow], Value]]] = [
+        ("trial", "text", lambda trial: trial.name),
+        *((label, "text", _setting_of(name)) for name, label in labels.items()),
+        ("seed", "number", lambda trial: trial.seed),
+        ("status", "text", lambda trial: trial.status),
+        (data.sweep.metric, "score", lambda trial: trial.score),
+        ("FLOPs (MACs)", "macs", lambda trial: trial.macs),
+        ("params", "millions", lambda trial: trial.num_params),
+        ("train macs", "power", lambda trial: trial.train_macs),
+        ("of these reused", "power", lambda trial: trial.reused_train_macs),
+        ("search macs", "power", lambda trial: trial.search_macs),
+        ("time", "seconds", lambda trial: trial.seconds),
+        ("Pareto front", "text", lambda trial: "yes" if data.is_best(trial) else ""),
     ]
-    failed = any(trial.error for trial in trials)
+    varied = next(iter(labels)) if len(labels) == 1 else ""
+    paper = SWEPT.get(varied)
     if paper is not None:
-        columns.append(Column("the paper's FID (CIFAR-10)", "number"))
-    if failed:
-        columns.append(Column("error"))
-    rows = [
-        (
-            trial.name,
-            *(_setting(trial.params.get(name)) for name in names),
-            trial.seed,
-            trial.status,
-            trial.score,
-            trial.macs,
-            trial.num_params,
-            trial.train_macs,
-            trial.reused_train_macs,
-            trial.search_macs,
-            trial.seconds,
-            "yes" if data.is_best(trial) else "",
-            *(() if paper is None else (paper.get(trial.params.get(names[0])),)),
-            *((trial.error,) if failed else ()),
-        )
-        for trial in trials
-    ]
-    return Table(
-        name="trials",
-        title="Trials",
-        columns=columns,
-        rows=rows,
+        fid = "the paper's FID (CIFAR-10)"
+        columns.append((fid, "number", lambda trial: paper.get(trial.params.get(varied))))
+    if any(trial.error for trial in trials):
+        columns.append(("error", "text", lambda trial: trial.error))
+    return table_of(
+        "trials",
+        "Trials",
+        trials,
+        columns,
         links=[links.get(trial.name) for trial in trials],
-        note="" if paper is None else "The paper's FID: Tables II, III (without pruning) and VI.",
         marked=frozenset(n for n, trial in enumerate(trials) if data.is_best(trial)),
+        note="" if paper is None else "The paper's FID: Tables II, III (without pruning) and VI.",
     )
 
 
+def _setting_of(name: str) -> Callable[[TrialRow], Value]:
+    def value(trial: TrialRow) -> Value:
+        setting = trial.params.get(name)
+        return None if setting is None else str(setting)
+
+    return value
+
+
 def settings_table(data: SweepData) -> Table | None:
-    """Give mean and spread over the seeds of every setting, if any has several seeds."""
+    """Return mean and spread over the seeds of every setting, if any has several seeds."""
     if not any(setting.num_done > 1 for setting in data.sweep.settings):
         return None
-    rows: list[tuple[Value, ...]] = [
-        (
-            setting_text(data.sweep, setting),
-            setting.num_done,
-            setting.mean["score"],
-            setting.spread.get("score"),
-            setting.mean["macs"],
-            setting.mean["train_macs"],
-            setting.mean["search_macs"],
-        )
-        for setting in data.sweep.settings
-        if setting.num_done
-    ]
-    return Table(
-        name="settings",
-        title="Mean over the seeds",
-        columns=(
-            Column("setting"),
-            Column("seeds", "count"),
-            Column(data.sweep.metric, "score"),
-            Column("deviation", "score"),
-            Column("FLOPs (MACs)", "macs"),
-            Column("train macs", "power"),
-            Column("search macs", "power"),
-        ),
-        rows=rows,
+    return table_of(
+        "settings",
+        "Mean over the seeds",
+        [setting for setting in data.sweep.settings if setting.num_done],
+        [
+            ("setting", "text", lambda setting: setting_text(data.sweep, setting)),
+            ("seeds", "count", lambda setting: setting.num_done),
+            (data.sweep.metric, "score", lambda setting: setting.mean["score"]),
+            ("deviation", "score", lambda setting: setting.spread.get("score")),
+            ("FLOPs (MACs)", "macs", lambda setting: setting.mean["macs"]),
+            ("train macs", "power", lambda setting: setting.mean["train_macs"]),
+            ("search macs", "power", lambda setting: setting.mean["search_macs"]),
+        ],
     )
 
 
 def setting_text(sweep: SweepResults, setting: SettingSummary) -> str:
-    """Say what a setting varies, by the fields' labels."""
+    """Return what a setting varies, by the fields' labels."""
     params = setting.params.items()
     return ", ".join(f"{sweep.labels.get(name, name)} = {value}" for name, value in params)
-
-
-def _setting(value: object) -> str | None:
-    return None if value is None else str(value)

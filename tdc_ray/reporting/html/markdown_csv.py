@@ -4,33 +4,25 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 
-from tdc_ray.reporting.html.blocks import (
-    KeyNumbers,
-    Lines,
-    Report,
-    Section,
-    Table,
-    Value,
-    cell_text,
-)
+from tdc_ray.reporting.html.blocks import KeyNumbers, Lines, Page, Section, Table, Value, cell_text
 
 
-def markdown(report: Report) -> str:
+def markdown(page: Page) -> str:
     """Write what is text in a report: its tables and sentences, without the pictures."""
-    lines = [f"# {_cell(report.title)}", "", _cell(report.subtitle)]
-    for section in report.sections:
+    lines = [f"# {_cell(page.title)}", "", _cell(page.subtitle)]
+    for section in page.sections:
         lines += ["", f"{'#' * section.level} {_cell(section.title)}", *_blocks(section)]
     return "\n".join(lines) + "\n"
 
 
-def csv_files(report: Report) -> Mapping[str, str]:
+def csv_files(page: Page) -> Mapping[str, str]:
     """Write the tables with their numbers as they are, by their names.
 
     Tables of one name, of several runs, come to one file; its first column names the run.
     """
     found: dict[str, list[dict[str, Value]]] = {}
     columns: dict[str, dict[str, None]] = {}
-    for section in report.sections:
+    for section in page.sections:
         for table in (block for block in section.flat() if isinstance(block, Table)):
             about = {} if section.run is None else {"run": section.run}
             names = [column.name for column in table.columns]

@@ -10,8 +10,8 @@ from tdc_ray.reporting.html.blocks import (
     KeyNumbers,
     Kind,
     Lines,
+    Page,
     Plot,
-    Report,
     Samples,
     Section,
     Table,
@@ -28,7 +28,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser lets the page do: nothing but what is in it."""
 
 
-def page(report: Report) -> str:
+def html_of(page: Page) -> str:
     """Write the page."""
     style = (files(__package__) / "style.css").read_text(encoding="utf-8")
     return "\n".join(
@@ -41,15 +41,15 @@ def page(report: Report) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             '<link rel="icon" href="data:,">',
-            f"<title>{escape(report.title)}</title>",
+            f"<title>{escape(page.title)}</title>",
             f"<style>\n{style}</style>",
             "</head>",
             "<body>",
-            f"<header><h1>{escape(report.title)}</h1>",
-            f"<p>{escape(report.subtitle)}</p></header>",
-            *_contents(report.sections),
+            f"<header><h1>{escape(page.title)}</h1>",
+            f"<p>{escape(page.subtitle)}</p></header>",
+            *_contents(page.sections),
             "<main>",
-            *(line for section in report.sections for line in _section(section)),
+            *(line for section in page.sections for line in _section(section)),
             "</main>",
             f'<footer>Made by <code>tdc-ray report</code>. The method: <a href="{PAPER_URL}">'
             "arXiv:2312.13307</a>; its numbers stand only where a column says so.</footer>",

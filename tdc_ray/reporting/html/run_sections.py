@@ -2,18 +2,7 @@
 
 from collections.abc import Iterator
 
-from tdc_ray.reporting.console import conclusions, macs_text, millions_text
-from tdc_ray.reporting.html.blocks import (
-    Block,
-    BlockRow,
-    KeyNumbers,
-    Lines,
-    Plot,
-    Samples,
-    Table,
-    duration,
-)
-from tdc_ray.reporting.html.figures import (
+from tdc_ray.reporting.figures import (
     losses_of_groups,
     plan_over_snr,
     plan_over_timesteps,
@@ -22,6 +11,7 @@ from tdc_ray.reporting.html.figures import (
     stages_of_time,
     timeline,
 )
+from tdc_ray.reporting.html.blocks import Block, BlockRow, KeyNumbers, Lines, Plot, Samples, Table
 from tdc_ray.reporting.html.load import RunData
 from tdc_ray.reporting.html.run_tables import (
     groups_table,
@@ -34,8 +24,9 @@ from tdc_ray.reporting.html.run_tables import (
     workers_table,
 )
 from tdc_ray.reporting.html.samples import samples_block
-from tdc_ray.reporting.html.scores import figures_1, scored
+from tdc_ray.reporting.html.scores import run_points, score_over_macs
 from tdc_ray.reporting.html.time_tables import times_blocks
+from tdc_ray.reporting.text import conclusions, duration, macs_text, millions_text
 from tdc_ray.runs.results import Results, ReuseResult
 
 MAX_NARROW = 6
@@ -54,7 +45,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
             yield "samples", "Samples", [*_samples(run)]
     else:
         yield "summary", "At a glance", _summary(results)
-        figures = figures_1(scored({run.name: results}), key, over_training=False)
+        figures = score_over_macs(run_points({run.name: results}), key, over_training=False)
         shown: list[Plot | Samples] = [*figures, *_samples(run)]
         yield "scores", "Scores and samples", [BlockRow(shown), models_table(results)]
     if run.plan is not None:
@@ -149,10 +140,10 @@ def _plan(run: RunData, key: str) -> list[Block]:
 
 def _rounds(run: RunData, key: str) -> list[Block]:
     table = rounds_table(run)
-    if not relative_rounds(run):
+    if not relative_rounds(run.memory, run.results):
         return [table]
     plot = Plot(
-        svg=rounds_of_groups(run, f"{key}-rounds"),
+        svg=rounds_of_groups(run.memory, run.results, f"{key}-rounds"),
         title="Losses over the rounds",
         caption="As the paper's Figure 5: mean (line) and standard deviation (band) over the "
         "candidates of a round, after the refit where there is one.",

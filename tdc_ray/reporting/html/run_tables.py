@@ -1,11 +1,12 @@
 """The report's tables of one run."""
 
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.reporting.html.blocks import Column, Table, Value
+from tdc_ray.reporting.html.blocks import Column, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData
 from tdc_ray.reporting.html.paper_columns import (
     DATASETS,
@@ -16,74 +17,62 @@ from tdc_ray.reporting.html.paper_columns import (
     paper_dataset,
 )
 from tdc_ray.reporting.paper import PaperRow
-from tdc_ray.runs.results import ModelResult, Results
-from tdc_ray.runs.status import RunStatus
-
-_OTHER_DATA = (
-    "The paper has no such dataset: its columns are of {dataset}, so only the order of the rows "
-    "can be compared, not the size of the numbers."
-)
+from tdc_ray.reporting.text import timesteps_text
+from tdc_ray.runs.results import GroupResult, ModelResult, Results
+from tdc_ray.runs.status import GroupStatus, RunStatus
 
 
 def models_table(results: Results) -> Table:
-    """Hold base and TDC beside the paper's rows of Table I."""
-    dataset = paper_dataset(results.preset)
-    paper = TABLE_1[dataset]
+    """Return base and TDC beside the paper's rows of Table I."""
+    dataset = DATASETS[paper_dataset(results.preset)]
     label = NO_PRUNING if results.prune.method == "none" else "TDC"
     ours = {"base": results.base, label: results.tdc}
-    rows = [
-        (name, *_beside(ours.get(name), row), DATASETS[dataset]) for name, row in paper.items()
-    ]
+
+    def of(value: Callable[[ModelResult], Value]) -> Callable[[tuple[str, PaperRow]], Value]:
+        return lambda row: value(ours[row[0]]) if row[0] in ours else None
+
     note = "The paper's TDC rows are for k = 0.5 and N = 10."
     if not is_of_the_paper(results.preset):
-        note += " " + _OTHER_DATA.format(dataset=DATASETS[dataset])
-    return Table(
-        name="models",
-        title="Base and TDC, beside the paper's Table I",
-        columns=(
-            Column("model"),
-            Column(results.metric, "score"),
-            Column("the paper's FID", "number"),
-            Column("FLOPs (MACs)", "macs"),
-            Column("the paper's FLOPs (MACs)", "macs"),
-            Column("params", "millions"),
-            Column("the paper's params", "millions"),
-            Column("train steps", "count"),
-            Column("the paper's train steps", "count"),
-            Column("train macs", "power"),
-            Column("images/s", "decimal"),
-            Column("the paper's data"),
-        ),
-        rows=rows,
+        note += (
+            f" The paper has no such dataset: its columns are of {dataset}, so only the order of "
+            "the rows can be compared, not the size of the numbers."
+        )
+    return table_of(
+        "models",
+        "Base and TDC, beside the paper's Table I",
+        TABLE_1[paper_dataset(results.preset)].items(),
+        [
+            ("model", "text", lambda row: row[0]),
+            (results.metric, "score", of(lambda model: model.score)),
+            ("the paper's FID", "number", lambda row: row[1].fid),
+            ("FLOPs (MACs)", "macs", of(lambda model: model.macs)),
+            ("the paper's FLOPs (MACs)", "macs", lambda row: row[1].macs),
+            ("params", "millions", of(lambda model: model.num_params)),
+            ("the paper's params", "millions", lambda row: row[1].num_params),
+            ("train steps", "count", of(lambda model: model.train_steps)),
+            ("the paper's train steps", "count", lambda row: row[1].train_steps),
+            ("train macs", "power", of(lambda model: model.train_macs)),
+            ("images/s", "decimal", of(lambda model: model.images_per_second)),
+            ("the paper's data", "text", lambda _: dataset),
+        ],
         note=note,
     )
 
 
 def plan_table(plan: Plan) -> Table:
-    """Give a row to each group of the plan."""
-    return Table(
-        name="plan",
-        title="The groups and their limits",
-        columns=(
-            Column("group", "number"),
-            Column("timesteps"),
-            Column("size", "count"),
-            Column("SNR from (dB)", "decimal"),
-            Column("SNR to (dB)", "decimal"),
-            Column("limit / F", "share"),
-            Column("sampling steps", "count"),
-        ),
-        rows=[
-            (
-                group.index,
-                _span(group.first, group.last),
-                len(group.timesteps),
-                group.snr_db_first,
-                group.snr_db_last,
-                group.limit_share,
-                group.num_sampling_steps,
-            )
-            for group in plan.groups
+    """Return a row for each group of the plan."""
+    return table_of(
+        "plan",
+        "The groups and their limits",
+        plan.groups,
+        [
+            ("group", "number", lambda group: group.index),
+            ("timesteps", "text", lambda group: f"{group.first}-{group.last}"),
+            ("size", "count", lambda group: len(group.timesteps)),
+            ("SNR from (dB)", "decimal", lambda group: group.snr_db_first),
+            ("SNR to (dB)", "decimal", lambda group: group.snr_db_last),
+            ("limit / F", "share", lambda group: group.limit_share),
+            ("sampling steps", "count", lambda group: group.num_sampling_steps),
         ],
         note=f"Mean limit over the {len(plan.sampling_timesteps)} sampling steps: "
         f"{plan.mean_limit_share:.4g} F.",
@@ -91,45 +80,38 @@ def plan_table(plan: Plan) -> Table:
 
 
 def groups_table(results: Results) -> Table:
-    """Give the experts with their losses."""
+    """Return the experts with their losses."""
     is_time = results.prune.objective == "latency"
-    return Table(
-        name="groups",
-        title="Losses of each group on held-out noise",
-        columns=(
-            Column("group", "number"),
-            Column("timesteps"),
-            Column("limit in ms", "number") if is_time else Column("macs limit", "macs"),
-            Column("macs", "macs"),
-            Column("params", "millions"),
-            Column("base", "loss"),
-            Column("cut", "loss"),
-            Column("refit", "loss"),
-            Column("fine-tuned", "loss"),
-            Column("fine-tuned / base", "share"),
-            Column("proposed by"),
-        ),
-        rows=[
+
+    def relative(group: GroupResult) -> float | None:
+        return group.loss_finetuned / group.loss_base if group.loss_base else None
+
+    return table_of(
+        "groups",
+        "Losses of each group on held-out noise",
+        results.groups,
+        [
+            ("group", "number", lambda group: group.index),
+            ("timesteps", "text", lambda group: timesteps_text(group.timesteps)),
             (
-                group.index,
-                _span(*group.timesteps),
-                group.milliseconds_limit if is_time else group.macs_limit,
-                group.macs,
-                group.num_params,
-                group.loss_base,
-                group.loss_cut,
-                group.loss_refit,
-                group.loss_finetuned,
-                group.loss_finetuned / group.loss_base if group.loss_base else None,
-                group.source,
-            )
-            for group in results.groups
+                "limit in ms" if is_time else "macs limit",
+                "number" if is_time else "macs",
+                lambda group: group.milliseconds_limit if is_time else group.macs_limit,
+            ),
+            ("macs", "macs", lambda group: group.macs),
+            ("params", "millions", lambda group: group.num_params),
+            ("base", "loss", lambda group: group.loss_base),
+            ("cut", "loss", lambda group: group.loss_cut),
+            ("refit", "loss", lambda group: group.loss_refit),
+            ("fine-tuned", "loss", lambda group: group.loss_finetuned),
+            ("fine-tuned / base", "share", relative),
+            ("proposed by", "text", lambda group: group.source),
         ],
     )
 
 
 def widths_table(results: Results) -> Table:
-    """Give the widths that are left of every unit (row) in every group (column)."""
+    """Return the widths that are left of every unit (row) in every group (column)."""
     units = dict.fromkeys(unit for group in results.groups for unit in group.widths)
     return Table(
         name="widths",
@@ -146,7 +128,7 @@ def widths_table(results: Results) -> Table:
 
 
 def rounds_table(run: RunData) -> Table:
-    """Give what the candidates of each group's rounds came to."""
+    """Return the losses of the candidates of each group's rounds."""
     rows: list[tuple[Value, ...]] = []
     by_round: dict[tuple[int, int], list[float]] = {}
     for entry in run.memory:
@@ -173,7 +155,7 @@ def rounds_table(run: RunData) -> Table:
 
 
 def time_table(results: Results) -> Table:
-    """Give what each stage took, beside the paper's Table IV."""
+    """Return what each stage took, beside the paper's Table IV."""
     seconds, prune = results.seconds, results.prune
     experts = results.tdc.train_macs - results.base.train_macs
     rows: list[tuple[Value, ...]] = [
@@ -204,77 +186,42 @@ def time_table(results: Results) -> Table:
 
 
 def workers_table(run: RunData) -> Table:
-    """Say how well the workers were used."""
-    found = run.usage if run.results is None or not run.results.workers else run.results.workers
-    return Table(
-        name="workers",
-        title="How well the workers were used",
-        columns=(
-            Column("phase"),
-            Column("workers", "count"),
-            Column("makespan", "seconds"),
-            Column("least possible", "seconds"),
-            Column("work", "seconds"),
-            Column("lost", "seconds"),
-            Column("used", "share"),
-        ),
-        rows=[
-            (
-                part.phase or "start",
-                part.num_workers,
-                part.makespan_seconds,
-                part.lower_bound_seconds,
-                part.work_seconds,
-                part.lost_seconds,
-                part.utilisation,
-            )
-            for part in found
-            if part.num_workers
+    """Return how well the workers were used."""
+    usage = run.usage if run.results is None or not run.results.workers else run.results.workers
+    return table_of(
+        "workers",
+        "How well the workers were used",
+        [part for part in usage if part.num_workers],
+        [
+            ("phase", "text", lambda part: part.phase or "start"),
+            ("workers", "count", lambda part: part.num_workers),
+            ("makespan", "seconds", lambda part: part.makespan_seconds),
+            ("least possible", "seconds", lambda part: part.lower_bound_seconds),
+            ("work", "seconds", lambda part: part.work_seconds),
+            ("lost", "seconds", lambda part: part.lost_seconds),
+            ("used", "share", lambda part: part.utilisation),
         ],
     )
 
 
 def progress_table(progress: RunStatus) -> Table:
-    """Say how far the groups of a run are that is not finished."""
-    return Table(
-        name="progress",
-        title="How far it is",
-        columns=(
-            Column("group", "number"),
-            Column("timesteps"),
-            Column("candidates", "count"),
-            Column("best loss", "loss"),
-            Column("fine-tuned", "loss"),
-            Column("state"),
-        ),
-        rows=[
-            (
-                group.index,
-                _span(*group.timesteps),
-                group.num_candidates,
-                group.best_loss,
-                group.loss_finetuned,
-                "done"
-                if group.loss_finetuned is not None
-                else "not finished"
-                if group.failed is None
-                else f"failed: {group.failed}",
-            )
-            for group in progress.groups
+    """Return how far the groups of a run are that is not finished."""
+
+    def state(group: GroupStatus) -> str:
+        if group.loss_finetuned is not None:
+            return "done"
+        return "not finished" if group.failed is None else f"failed: {group.failed}"
+
+    return table_of(
+        "progress",
+        "How far it is",
+        progress.groups,
+        [
+            ("group", "number", lambda group: group.index),
+            ("timesteps", "text", lambda group: timesteps_text(group.timesteps)),
+            ("candidates", "count", lambda group: group.num_candidates),
+            ("best loss", "loss", lambda group: group.best_loss),
+            ("fine-tuned", "loss", lambda group: group.loss_finetuned),
+            ("state", "text", state),
         ],
     )
-
-
-def _beside(ours: ModelResult | None, paper: PaperRow) -> tuple[Value, ...]:
-    """Give a row of numbers, each of ours before the paper's; some of ours have none beside."""
-    theirs = (paper.fid, paper.macs, paper.num_params, paper.train_steps)
-    mine: tuple[Value, ...] = (None,) * 6
-    if ours is not None:
-        mine = (ours.score, ours.macs, ours.num_params, ours.train_steps)
-        mine += (ours.train_macs, ours.images_per_second)
-    pairs = zip(mine[:4], theirs, strict=True)
-    return (*(value for pair in pairs for value in pair), *mine[4:])
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first}-{last}"

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from tdc_ray.reporting.figures import Point, score_figure
 from tdc_ray.reporting.html.blocks import Plot
-from tdc_ray.reporting.html.figures import Point, figure_1
 from tdc_ray.reporting.html.load import SweepData
 from tdc_ray.runs.results import Results
 
 
-def scored(found: Mapping[str, Results]) -> dict[str, list[Point]]:
+def run_points(found: Mapping[str, Results]) -> dict[str, list[Point]]:
     """Give bases and experts as points, by metric: other scores cannot be compared."""
     points: dict[str, list[Point]] = {}
     for name, results in found.items():
@@ -25,11 +25,11 @@ def scored(found: Mapping[str, Results]) -> dict[str, list[Point]]:
     return points
 
 
-def tried(data: SweepData) -> dict[str, list[Point]]:
+def trial_points(data: SweepData) -> dict[str, list[Point]]:
     """Give the trials of a sweep as points, with the bases that are known."""
     points = {
         metric: [point for point in some if point.is_base]
-        for metric, some in scored(data.results).items()
+        for metric, some in run_points(data.results).items()
     }
     for trial in data.sweep.rows:
         if trial.score is None or trial.macs is None:
@@ -41,7 +41,7 @@ def tried(data: SweepData) -> dict[str, list[Point]]:
     return points
 
 
-def figures_1(
+def score_over_macs(
     by_metric: Mapping[str, Sequence[Point]], key: str, *, over_training: bool
 ) -> Iterator[Plot]:
     """Draw scores against macs, and against those of training, for each metric."""
@@ -52,14 +52,14 @@ def figures_1(
         colours = f"Gray: bases; blue: TDC.{front}"
         if points:
             yield Plot(
-                svg=figure_1(points, metric, f"{key}-figure-1-{number}"),
+                svg=score_figure(points, metric, f"{key}-figure-1-{number}"),
                 title="Score against macs",
                 caption="As the paper's Figure 1: a circle's area goes with the macs of a step. "
                 f"{colours} Lower and further to the left is better.",
             )
         if over_training and known:
             yield Plot(
-                svg=figure_1(known, metric, f"{key}-train-{number}", over_training=True),
+                svg=score_figure(known, metric, f"{key}-train-{number}", over_training=True),
                 title="Score against what training took",
                 caption=f"Base and experts, search included. {colours}",
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from tdc_ray.reporting.html.blocks import Block, BlockRow, KeyNumbers, Lines, Report, Section
+from tdc_ray.reporting.html.blocks import Block, BlockRow, KeyNumbers, Lines, Page, Section
 from tdc_ray.reporting.html.comparison_tables import (
     runs_table,
     setting_text,
@@ -11,16 +11,16 @@ from tdc_ray.reporting.html.comparison_tables import (
 )
 from tdc_ray.reporting.html.load import RunData, SweepData
 from tdc_ray.reporting.html.run_sections import run_parts
-from tdc_ray.reporting.html.scores import figures_1, scored, tried
+from tdc_ray.reporting.html.scores import run_points, score_over_macs, trial_points
 from tdc_ray.runs.sweep.results import finished_settings
 
 MAX_RUNS = 12
 """Most runs of several that get a section of their own."""
 
 
-def report_of(
+def page_of(
     runs: Sequence[RunData], sweeps: Sequence[tuple[SweepData, Mapping[str, RunData]]]
-) -> Report:
+) -> Page:
     """Put a report together.
 
     Args:
@@ -43,7 +43,7 @@ def report_of(
         names.append(
             f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].preset}, seed {runs[0].seed}"
         )
-    return Report(
+    return Page(
         title=f"TDC Training: {', '.join(names)}", subtitle=" · ".join(places), sections=sections
     )
 
@@ -51,7 +51,7 @@ def report_of(
 def _all_runs(runs: Sequence[RunData], keys: Mapping[str, str]) -> Section:
     finished = {run.name: run.results for run in runs if run.results is not None}
     blocks: list[Block] = [
-        BlockRow([*figures_1(scored(finished), "runs", over_training=True)]),
+        BlockRow([*score_over_macs(run_points(finished), "runs", over_training=True)]),
         runs_table(runs, keys),
     ]
     if len(runs) > MAX_RUNS:
@@ -79,7 +79,7 @@ def _sweep(
     if under_way := sum(trial.status == "running" for trial in sweep.rows):
         line = f"{under_way} trials are not finished; the sweep is shown as far as it is."
         blocks.append(Lines([line], is_warning=True))
-    blocks.append(BlockRow([*figures_1(tried(data), key, over_training=True)]))
+    blocks.append(BlockRow([*score_over_macs(trial_points(data), key, over_training=True)]))
     blocks.append(trials_table(data, {name: keys[run.name] for name, run in trials.items()}))
     if (settings_means := settings_table(data)) is not None:
         blocks.append(settings_means)

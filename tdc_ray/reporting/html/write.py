@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tdc_ray.reporting.html.load import RunData, SweepData, is_sweep, load_run, load_sweep
 from tdc_ray.reporting.html.markdown_csv import csv_files, markdown
-from tdc_ray.reporting.html.page import page
-from tdc_ray.reporting.html.sections import report_of
+from tdc_ray.reporting.html.page import html_of
+from tdc_ray.reporting.html.sections import page_of
 from tdc_ray.storage.files import write_text
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -44,14 +44,14 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
             )
         else:
             runs.append(load_run(root, name))
-    report = report_of(runs, sweeps)
+    page = page_of(runs, sweeps)
     folder = resolve_path(out) if out is not None else roots[0] / "report"
     if out is None and len(roots) > 1:
         folder = Path("report")
-    write_text(folder / TEXT, markdown(report))
-    for name, text in csv_files(report).items():
+    write_text(folder / TEXT, markdown(page))
+    for name, text in csv_files(page).items():
         write_text(folder / TABLES / f"{name}.csv", text)
-    write_text(folder / PAGE, page(report))
+    write_text(folder / PAGE, html_of(page))
     return folder / PAGE
 
 
