@@ -19,7 +19,7 @@ from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.pruning.proxies.offline import OfflineProxy
+from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, fit_to_limit, space_of
@@ -93,16 +93,18 @@ def planning(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 
 def proposing(flags: ScalingFlags, folder: Path) -> list[Axis]:
     """Propose for all groups with a shared bank; with candidates; over rounds; with units."""
-    space, proxy = space_of(architecture("digits")), OfflineProxy()
+    space = space_of(architecture("digits"))
 
     def groups(bank: MemoryBank, count: int) -> None:
         for group in range(count):
-            proxy.propose(task(space, group), bank.visible_to(group, before_round=1, shared=True))
+            propose_offline(
+                task(space, group), bank.visible_to(group, before_round=1, shared=True)
+            )
 
     def rounds(bank: MemoryBank, count: int) -> None:
         for number in range(count):
             seen = bank.visible_to(0, before_round=number, shared=False)
-            proxy.propose(task(space, 0, number=number), seen)
+            propose_offline(task(space, 0, number=number), seen)
 
     counts, rounds_of = flags.some(4, 8, 16, 32), flags.some(2, 4, 8, 16)
     banks = {n: filled(folder / f"groups-{n}.jsonl", space, n, 1) for n in counts}
@@ -128,13 +130,13 @@ def proposing(flags: ScalingFlags, folder: Path) -> list[Axis]:
             flags,
             "proposing in a round",
             "candidates",
-            [(n, partial(proxy.propose, task(space, 0, n), [])) for n in candidates],
+            [(n, partial(propose_offline, task(space, 0, n), [])) for n in candidates],
         ),
         timed(
             flags,
             "proposing in a round",
             "units",
-            [(len(s.units), partial(proxy.propose, task(s, 0), [])) for s in spaces],
+            [(len(s.units), partial(propose_offline, task(s, 0), [])) for s in spaces],
             reason="a draw takes as many steps as there are units, from a queue of all of them",
         ),
     ]

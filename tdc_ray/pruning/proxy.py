@@ -1,10 +1,12 @@
 """What a proxy is: anything that proposes pruning schemes for one group (TDC Eq. 7 and 11)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from tdc_ray.execution.chain import Chain
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme, Space
 
 Sensitivities = Mapping[str, Mapping[int, float]]
@@ -57,20 +59,9 @@ class Proposal:
     """By how much it was above the limit before it was fitted."""
 
 
-class Proxy(Protocol):
-    """Proposes pruning schemes."""
-
-    def propose(
-        self, task: ProposalRequest, memory: Sequence[MemoryEntry], *, timeout_s: float
-    ) -> list[Scheme]:
-        """Return schemes, best guess first; whoever measures them fits them to the limit.
-
-        Args:
-            task: The group, its limit, and what was measured of the base.
-            memory: What is remembered: of this group, and of others where the bank is shared.
-            timeout_s: Longest that it may take.
-
-        Raises:
-            ProxyError: There is no usable answer.
-        """
-        ...
+Proxy = Callable[
+    [GroupSearch, ProposalRequest, Sequence[MemoryEntry], SearchCost], Chain[list[Scheme]]
+]
+"""A chain that returns schemes for a request and what is remembered, best guess first, and adds
+what that took to the cost of the search; whoever measures them fits them to the limit. A proxy
+that waits for something outside yields an item."""

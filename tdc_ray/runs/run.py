@@ -26,7 +26,8 @@ from tdc_ray.models.first_stage import copy_first_stage
 from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
+from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
+from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score

@@ -296,8 +296,8 @@ def test_the_packages_work_items_are_found():
     assert {
         ("tdc_ray.runs.stages.finetune", "finetune_expert"),
         ("tdc_ray.runs.stages.finetune", "short_finetune"),
-        ("tdc_ray.pruning.tasks.candidates", "measure_sensitivities"),
-        ("tdc_ray.pruning.proxies.registry", "propose_by_llm"),
+        ("tdc_ray.pruning.tasks.sensitivities", "measure_sensitivities"),
+        ("tdc_ray.pruning.proxies.language_model", "propose_by_llm"),
         ("tdc_ray.runs.evaluation.evaluate", "sample_images"),
     } <= set(FUNCTIONS)
 

@@ -17,7 +17,7 @@ from tdc_ray.pruning.latency import LatencyResult, latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
 from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.proxies.by_score import BASELINES, sorted_scores
-from tdc_ray.pruning.proxies.offline import OfflineProxy
+from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, fit_to_limit, is_tight, space_of
 from tests.pruning.requests import entry, task
@@ -72,7 +72,7 @@ def test_all_schemes_that_are_proposed_or_repaired_are_legal_and_tight(space, se
     asked, draw = task_of(space, seed), random.Random(seed)
     values = step_worth(space, loss_curves(space, asked.sensitivities))
     wished = {unit.name: draw.randint(1, unit.width) for unit in space.units}
-    found = [fit_to_limit(space, wished, asked.limit, values), *OfflineProxy().propose(asked, [])]
+    found = [fit_to_limit(space, wished, asked.limit, values), *propose_offline(asked, [])]
     found += [make(space, asked.limit, sorted_scores(asked.scores)) for make in BASELINES.values()]
     for scheme in found:
         assert_legal_and_tight(space, scheme, asked.limit)

@@ -10,7 +10,9 @@ from typing import Any
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.item import Report
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import Answer, check_server, send, server_host, token_limit_field
 from tdc_ray.pruning.llm.prompt import messages_for, retry_messages
@@ -25,12 +27,44 @@ from tdc_ray.pruning.llm.transcripts import (
 )
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN_FORMAT = (400, 404, 422)
 """HTTP status by which servers refuse structured output that they do not know."""
+
+
+LLM_SERVICE = "llm"
+"""The name of what makes the calls among a pool's services; see `LLMGateway`."""
+
+
+def language_model_proxy(
+    search: GroupSearch,
+    request: ProposalRequest,
+    memory: Sequence[MemoryEntry],
+    cost: SearchCost,
+) -> Chain[list[Scheme]]:
+    """Ask a language model; where there is no usable reply the reason is noted."""
+    context = search.context
+    item = search.item(
+        f"round-{request.round}-ask",
+        propose_by_llm,
+        AskJob(context.proxy, request, tuple(memory), context.run_dir.transcripts),
+        result_type=ProposalReply,
+        service=LLM_SERVICE,
+        fallback_result=NO_REPLY,
+    )
+    reply = yield from result_of(item)
+    cost.proxy_seconds += reply.seconds
+    cost.prompt_tokens += reply.prompt_tokens
+    cost.completion_tokens += reply.completion_tokens
+    if reply.error is not None:
+        cost.notes.append(
+            f"{search.name}, round {request.round}: the offline proxy took over: {reply.error}"
+        )
+    return list(reply.schemes)
 
 
 def check_proxy(config: ProxyConfig) -> None:

@@ -11,9 +11,6 @@ from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.storage.files import listing
 
-LLM_SERVICE = "llm"
-"""The gateway's name among a pool's services."""
-
 
 class LLMGateway:
     """Runs items that ask a language model within one budget; for any number of threads.

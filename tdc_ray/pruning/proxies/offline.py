@@ -6,13 +6,17 @@ for them, and their posterior (Bayesian linear regression) is drawn from for new
 sampling). Under a limit the best scheme of a draw is a knapsack, which is solved greedily.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tdc_ray.execution.chain import Chain
+from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryEntry, best
 from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme, Space, fit_to_limit
 from tdc_ray.seeds import derive_seed
 
@@ -22,54 +26,59 @@ FACTOR_SPREAD = 0.3
 PREDICTION_ERROR = 0.1
 """Standard deviation of a prediction with the right factors, as a share of the mean growth."""
 
-
 MAX_TRIES = 50
 """Draws for a scheme that was not tried before; in a tiny space there may be none."""
 
 
-class OfflineProxy:
-    """Proposes schemes without a key and without a network; the same ones for the same seed."""
+def offline_proxy(
+    search: GroupSearch,
+    request: ProposalRequest,
+    memory: Sequence[MemoryEntry],
+    cost: SearchCost,
+) -> Chain[list[Scheme]]:
+    """Propose schemes on the driver, without an item: it takes milliseconds."""
+    del search
+    yield from ()
+    started = time.perf_counter()
+    schemes = propose_offline(request, memory)
+    cost.proxy_seconds += time.perf_counter() - started
+    return schemes
 
-    def propose(
-        self,
-        task: ProposalRequest,
-        memory: Sequence[MemoryEntry],
-        *,
-        timeout_s: float = float("inf"),
-    ) -> list[Scheme]:
-        """Give schemes within the limit that this group has not tried, best guess first.
 
-        The first is the knapsack with the likeliest factors; where other groups' schemes are seen,
-        the best of the nearest group follows, brought to this limit; the rest are draws.
+def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> list[Scheme]:
+    """Return schemes within the limit that this group has not tried, best guess first.
 
-        Raises:
-            LimitError: No scheme is within the limit.
-        """
-        del timeout_s  # it takes milliseconds
-        space = task.space
-        curves = loss_curves(space, task.sensitivities)
-        own = [entry for entry in memory if entry.group == task.group]
-        tried = [dict(entry.widths) for entry in own]
-        found: list[Scheme] = []
+    The first is the knapsack with the likeliest factors; where other groups' schemes are seen,
+    the best of the nearest group follows, brought to this limit; the rest are draws, the same ones
+    for the same seed.
 
-        def take(scheme: Scheme) -> None:
-            if scheme not in tried and scheme not in found:
-                found.append(scheme)
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+    space = request.space
+    curves = loss_curves(space, request.sensitivities)
+    group_entries = [entry for entry in memory if entry.group == request.group]
+    tried = [dict(entry.widths) for entry in group_entries]
+    schemes: list[Scheme] = []
 
-        mean, factor = _posterior(space, curves, own, task.loss_base)
-        take(knapsack(space, curves, task.limit, mean))
-        nearest = _nearest_group(memory, task.group)
-        if nearest:
-            values = step_worth(space, curves, mean)
-            take(fit_to_limit(space, best(nearest).widths, task.limit, values))
-        draw = np.random.default_rng(derive_seed(task.seed, "offline", len(own)))
-        for number in range(MAX_TRIES * task.num_candidates):
-            if len(found) >= task.num_candidates:
-                break
-            spread = 1 + number / MAX_TRIES  # draws that bring nothing new reach further
-            factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
-            take(knapsack(space, curves, task.limit, factors))
-        return found[: task.num_candidates]
+    def add(scheme: Scheme) -> None:
+        if scheme not in tried and scheme not in schemes:
+            schemes.append(scheme)
+
+    mean, factor = _posterior(space, curves, group_entries, request.loss_base)
+    add(knapsack(space, curves, request.limit, mean))
+    nearest = _nearest_group(memory, request.group)
+    if nearest:
+        values = step_worth(space, curves, mean)
+        add(fit_to_limit(space, best(nearest).widths, request.limit, values))
+    draw = np.random.default_rng(derive_seed(request.seed, "offline", len(group_entries)))
+    for number in range(MAX_TRIES * request.num_candidates):
+        if len(schemes) >= request.num_candidates:
+            break
+        spread = 1 + number / MAX_TRIES  # draws that bring nothing new reach further
+        factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
+        add(knapsack(space, curves, request.limit, factors))
+    return schemes[: request.num_candidates]
 
 
 def _posterior(

@@ -29,7 +29,8 @@ from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
-from tdc_ray.pruning.proxies.llm_gateway import LLM_SERVICE, LLMGateway
+from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
+from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage

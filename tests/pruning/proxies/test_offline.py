@@ -18,7 +18,7 @@ from tdc_ray.pruning.knapsack import (
     step_worth,
 )
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxies.offline import OfflineProxy
+from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.proxy import ProposalRequest, Sensitivities
 from tdc_ray.pruning.space import Scheme, Space, is_tight, space_of
 from tests.pruning.requests import TASK
@@ -109,7 +109,7 @@ def remembered(
 
 
 def propose(task: ProposalRequest, memory: Sequence[MemoryEntry] = ()) -> list[Scheme]:
-    return OfflineProxy().propose(task, memory)
+    return propose_offline(task, memory)
 
 
 def growth(task: ProposalRequest, scheme: Scheme, **factors: float) -> float:
