@@ -35,11 +35,11 @@ MODULES_FILE = "modules.json"
 
 
 def export_run(run: Path, folder: Path) -> None:
-    """Export the experts of a finished run; the folder appears when it is whole.
+    """Export the experts of a finished run into a new folder, atomically.
 
     Args:
         run: The run directory.
-        folder: Where to: a new folder.
+        folder: A new folder.
 
     Raises:
         CheckpointError: The run's experts are missing or malformed.
@@ -77,6 +77,7 @@ def export_run(run: Path, folder: Path) -> None:
 
 
 def _export_expert(source: Path, folder: Path) -> None:
+    """Copy an expert, and describe it as a whole UNet and the numbers that pruning has changed."""
     folder.mkdir()
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -90,22 +91,22 @@ def _export_expert(source: Path, folder: Path) -> None:
 
 
 def _differences(whole: nn.Module, pruned: nn.Module) -> dict[str, dict[str, Any]]:
-    """Give every plain number of a module, by its name, that a cut has changed."""
-    found = {}
+    """Return the plain numbers that pruning has changed, by module and attribute."""
+    changed = {}
     for (name, before), after in zip(whole.named_modules(), pruned.modules(), strict=True):
         numbers = {
             key: value
             for key, value in vars(after).items()
             if isinstance(value, int | float) and value != vars(before).get(key)
         }
-        numbers.pop("training", None)
+        numbers.pop("training", None)  # a bool is an int
         if numbers:
-            found[name] = numbers
-    return found
+            changed[name] = numbers
+    return changed
 
 
 def _model_index(pipeline: ProgressivePipeline) -> Mapping[str, Any]:
-    """Say in diffusers' terms what the folder consists of."""
+    """Describe the folder as diffusers' ``model_index.json`` does."""
     channels, height, width = pipeline.shape
     stage = pipeline.first_stage
     return {

@@ -27,7 +27,7 @@ def load_experts() -> Any:
 
 @torch.inference_mode()
 def main() -> None:
-    """Draw images with DDIM, eta 0 (arXiv:2010.02502, equation 12)."""
+    """Sample images with DDIM, eta 0 (arXiv:2010.02502, equation 12)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=None)

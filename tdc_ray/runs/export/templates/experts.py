@@ -1,4 +1,4 @@
-"""Pruned denoisers, each for some timesteps. Needs torch, diffusers and safetensors.
+"""Pruned denoisers, each for a range of timesteps. Needs torch, diffusers and safetensors.
 
 From tdc_ray (Apache-2.0), which is not needed to run this.
 """
@@ -19,8 +19,8 @@ PARAMETERS = ("weight", "bias")
 def load_expert(folder: str | Path) -> UNet2DModel:
     """Load one pruned UNet, in eval mode, on the CPU.
 
-    It is built with the base's widths; then every layer gets the weights that are left of it, and
-    every number that says of a module how wide it is.
+    It is built with the base's widths; then every layer gets its pruned weights, and every module
+    the numbers that say how wide it is.
     """
     document = json.loads((Path(folder) / "modules.json").read_text())
     tensors = load_file(Path(folder) / "model.safetensors")
@@ -42,10 +42,10 @@ def load_expert(folder: str | Path) -> UNet2DModel:
 
 
 class Experts(nn.ModuleList):
-    """Denoisers, each for a run of timesteps; together they serve every timestep."""
+    """Denoisers, each for a range of timesteps; together they serve every timestep."""
 
     def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]]) -> None:
-        """Take one span ``(first, last)`` of timesteps, last included, per UNet, in order."""
+        """Wrap UNets with one span ``(first, last)`` of timesteps, last included, for each."""
         super().__init__(unets)
         self.spans = tuple(spans)
 
@@ -60,7 +60,7 @@ class Experts(nn.ModuleList):
         return next(self.parameters()).device
 
     def for_timestep(self, timestep: int) -> nn.Module:
-        """Give the expert that serves a timestep."""
+        """Return the expert that serves a timestep."""
         for unet, (first, last) in zip(self, self.spans, strict=True):
             if first <= timestep <= last:
                 return unet
@@ -70,7 +70,7 @@ class Experts(nn.ModuleList):
     def from_pretrained(
         cls, path: str | Path, torch_dtype: torch.dtype | None = None, **_: Any
     ) -> "Experts":
-        """Load what ``progressive.json`` lists; diffusers' other arguments are not heeded."""
+        """Load what ``progressive.json`` lists; diffusers' other arguments are ignored."""
         rows = json.loads((Path(path) / "progressive.json").read_text())["experts"]
         unets = [load_expert(Path(path) / row["folder"]) for row in rows]
         experts = cls(unets, [(row["first"], row["last"]) for row in rows])

@@ -34,7 +34,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         null_class: int | None = None,
         guidance_scale: float = 1.0,
     ) -> None:
-        """Put a pipeline together; channels, height and width are those of the experts."""
+        """Create a pipeline; channels, height and width are those of the experts."""
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
         settings: dict[str, Any] = {
@@ -63,16 +63,16 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         guidance_scale: float | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draw images.
+        """Sample images.
 
         Args:
             batch_size: Number of images; image ``i`` of a seed is the same in every batch.
             seed: Of the noise.
-            num_inference_steps: Denoising steps; None: as planned.
-            eta: Stochasticity of DDIM; None: as planned.
-            class_labels: One class per image; None: image ``i`` is of class ``i`` modulo their
-                number, where the experts know classes.
-            guidance_scale: Weight of classifier-free guidance; 1: none; None: as planned.
+            num_inference_steps: Denoising steps; None means as planned.
+            eta: Stochasticity of DDIM; None means as planned.
+            class_labels: One class per image; None means that image ``i`` is of class ``i`` modulo
+                their number, where the experts know classes.
+            guidance_scale: Weight of classifier-free guidance; 1 means none, None as planned.
             output_type: ``pil``, ``np`` (uint8, ``(B, H, W, C)``) or ``pt`` (in [-1, 1],
                 ``(B, C, H, W)``).
 
