@@ -96,6 +96,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(trained):
         train_autoencoder(changed, trained[0])
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_equals_not_killed(tmp_path):
     arguments = [*FLAGS, "--train.num-steps", "120", "--out"]
     command = [sys.executable, "-m", "tdc_ray", "train-autoencoder", *arguments]

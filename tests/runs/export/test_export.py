@@ -114,7 +114,12 @@ def plain(tmp_path: Path) -> tuple[RunConfig, None]:
 
 @pytest.mark.parametrize(
     ("make", "space"),
-    [(plain, "inner"), (plain, "full"), (conditional, "inner"), (latent, "full")],
+    [
+        (plain, "full"),
+        pytest.param(plain, "inner", marks=pytest.mark.slow),
+        pytest.param(conditional, "inner", marks=pytest.mark.slow),
+        pytest.param(latent, "full", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_images_without_ray_and_without_us(tmp_path, make, space):
     config, base = make(tmp_path)
@@ -165,7 +170,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_plainly(folder)
 
 
-@pytest.mark.parametrize("make", [plain, latent])
+@pytest.mark.parametrize("make", [plain, pytest.param(latent, marks=pytest.mark.slow)])
 def test_the_plain_example_gives_the_pipelines_images_for_the_same_noise(tmp_path, make):
     config, base = make(tmp_path)
     run_dir, noise_path = make_run(tmp_path / "run", config, base), tmp_path / "noise.pt"
