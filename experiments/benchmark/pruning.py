@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch_pruning
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.peers import plain_loss
 from benchmark.timing import Row, SpeedFlags, compared, random_scheme
@@ -23,7 +24,7 @@ from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, save_unet
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.units import KeptIndices, SpaceKind, keep_everything
 from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
@@ -177,7 +178,9 @@ def counting(flags: SpeedFlags) -> list[Row]:
                 space.macs(scheme)
 
         def build(space: Space = space, kept: KeptIndices = kept) -> int:
-            return count_macs(cut(empty, space.units, kept))
+            with FlopCounterMode(display=False) as counter:
+                cut(empty, space.units, kept)(*(tensor.to("meta") for tensor in example))
+            return counter.get_total_flops() // 2
 
         section, against = f"counting, {kind}", "a meta model, cut and run"
         ways = {

@@ -76,3 +76,8 @@ class Denoiser(Protocol):
 def has_classes(network: Denoiser) -> bool:
     """Whether a network is conditioned on classes."""
     return network.config.get("num_class_embeds") is not None
+
+
+def count_params(module: nn.Module) -> int:
+    """Count the parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -27,9 +27,9 @@ from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.events import EventSink, Finished, Started, listening, reporter
 from tdc_ray.execution.item import Report
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.models.precision import autocast
-from tdc_ray.models.unet2d.unet import count_params
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import hold_lease

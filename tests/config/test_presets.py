@@ -8,11 +8,13 @@ from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture, base_unet
 from tdc_ray.models.unet2d.layers import blocks, layers
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.reporting.paper import PAPER
+from tests.models.counting import count_macs
 from tests.small import sizes
 
 # --- presets ---------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, image_lab
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import WorkerRank
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params, save_unet
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.evaluation.evaluate import SampleJob, sample_images
@@ -38,6 +39,7 @@ from tdc_ray.runs.preflight import check, check_conditioning
 from tdc_ray.runs.stages.base_worker import sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
+from tests.models.counting import count_macs
 from tests.small import TINY, assert_same, context_of, group_of, random_unet, sizes, small_config
 
 SHAPE = (1, 8, 8)

@@ -17,11 +17,12 @@ from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.models.unet2d.unet import count_macs, save_unet, unet_config
+from tdc_ray.models.unet2d.unet import save_unet, unet_config
 from tdc_ray.reporting.console import print_memory
 from tdc_ray.runs.prune_model import for_unet
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
+from tests.models.counting import count_macs
 from tests.pruning.llm.openai_server import (
     echoes_key,
     fails,

@@ -11,9 +11,9 @@ from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.errors import ConfigError, DataError, LimitError, StorageError
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.models.unet2d.unet import count_macs, count_params
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.reporting.sinks import run
@@ -23,6 +23,7 @@ from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.run_dir import RunDir
+from tests.models.counting import count_macs
 
 pytestmark = pytest.mark.ray
 

@@ -51,42 +51,6 @@ def set_num_heads(unet: UNet2DModel, num_heads: int) -> None:
             module.scale = (module.inner_dim // num_heads) ** -0.5
 
 
-def count_macs(unet: UNet2DModel) -> int:
-    """Count the macs of one forward pass for one image by running it.
-
-    Counted are convolutions and linear layers, not the two products inside attention. The pass
-    runs on the meta device when the UNet lies there.
-    """
-    macs = 0
-
-    def add(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
-        nonlocal macs
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        channels = output.shape[-1] if isinstance(module, torch.nn.Linear) else output.shape[1]
-        macs += output.numel() // channels * weight.numel()
-
-    counted = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [m.register_forward_hook(add) for m in unet.modules() if isinstance(m, counted)]
-    size = unet.config["sample_size"]
-    parameter = next(unet.parameters())
-    sample = parameter.new_zeros(1, unet.config["in_channels"], size, size)
-    timestep = torch.zeros(1, dtype=torch.long, device=parameter.device)
-    has_classes = unet.config["num_class_embeds"] is not None
-    try:
-        with torch.inference_mode():
-            unet(sample, timestep, class_labels=timestep if has_classes else None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return macs
-
-
-def count_params(module: torch.nn.Module) -> int:
-    """Count the parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def save_unet(unet: UNet2DModel, folder: Path, *, num_heads: int | None = None) -> None:
     """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
     # Safetensors cannot hold weights that lie channels last.

@@ -26,10 +26,10 @@ from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, WorkItem
+from tdc_ray.models.families import load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.precision import DTYPES
-from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.runs.evaluation.features import (
     FeatureSpec,
     load_extractor,
@@ -204,7 +204,7 @@ def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> Progressi
     if which == "tdc":
         pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
     else:
-        pipeline = base_pipeline(load_unet(run_dir.base_unet), pipeline_index(config))
+        pipeline = base_pipeline(load_network(run_dir.base_unet), pipeline_index(config))
     pipeline.experts.to(DTYPES[config.evaluate.precision])
     return pipeline
 

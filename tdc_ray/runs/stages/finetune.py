@@ -17,9 +17,9 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import all_gather, worker_rank
 from tdc_ray.execution.item import Inputs, R, Report, Resources, WorkItem
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import family_of, load_config
 from tdc_ray.models.saved_expert import save_expert
-from tdc_ray.models.unet2d.unet import count_params
 from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.fingerprint import group_key

@@ -7,9 +7,9 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.models.families import load_network
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.runs.results import TimesResult
 from tdc_ray.storage.run_dir import RunDir
 
@@ -47,7 +47,7 @@ def measure_experts(job: TimesJob, report: Report) -> TimesResult:
     its time scaled to the median of all passes of the base.
     """
     device, size = worker_device(), job.batch_size
-    base = load_unet(job.run_dir.base_unet).to(device)
+    base = load_network(job.run_dir.base_unet).to(device)
     bases, shares = [], []
     for number, group in enumerate(job.plan.groups, start=1):
         expert = load_expert(job.run_dir.expert(group.index)).to(device)

@@ -4,9 +4,11 @@ import sys
 import pytest
 
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture
 from tdc_ray.models.unet2d.layers import blocks, layers
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.unet import build_unet
+from tests.models.counting import count_macs
 from tests.small import sizes
 
 

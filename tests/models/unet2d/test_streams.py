@@ -8,17 +8,19 @@ import torch_pruning as tp
 from diffusers import UNet2DModel
 from torch import nn
 
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.structure import units_for
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.streams import dependency_graph, root_of
 from tdc_ray.models.unet2d.surgery import coupled_parameters, cut, kept_outputs
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, random_config
+from tests.models.counting import count_macs
 from tests.small import TINY, output_of, random_kept, random_unet, widths_of
 
 UNITS = units_of(TINY, "full")

@@ -6,14 +6,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.surgery import coupled_parameters, cut
-from tdc_ray.models.unet2d.unet import build_unet, count_macs, count_params
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind, Unit, keep_everything
 from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS, DOWN, UP
+from tests.models.counting import count_macs
 from tests.small import TINY, assert_same, output_of, random_kept, random_unet, widths_of
 
 FROZEN = {"conv_in.weight", "conv_in.bias"}

@@ -9,14 +9,9 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
-from tdc_ray.models.unet2d.unet import (
-    build_unet,
-    count_macs,
-    count_params,
-    load_unet,
-    save_unet,
-    unet_config,
-)
+from tdc_ray.models.denoiser import count_params
+from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet, unet_config
+from tests.models.counting import count_macs
 from tests.small import TINY, assert_same, output_of, random_unet, sizes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -72,12 +67,6 @@ def test_a_saved_config_tells_layers_and_cost_without_the_weights(tmp_path):
     (tmp_path / "unet" / WEIGHTS).unlink()
     config = unet_config(tmp_path / "unet")
     assert sizes(config) == (count_params(unet), count_macs(unet)) == sizes(TINY)
-
-
-def test_counting_macs_leaves_no_hook_behind():
-    unet = random_unet()
-    assert count_macs(unet) == count_macs(unet)
-    assert not any(module._forward_hooks for module in unet.modules())
 
 
 def test_dropout_is_no_part_of_the_architecture_but_is_saved(tmp_path):

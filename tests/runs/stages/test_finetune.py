@@ -13,8 +13,9 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.item import Report
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.models.unet2d.unet import count_macs, count_params, load_unet
+from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
@@ -28,6 +29,7 @@ from tdc_ray.runs.stages.finetune import (
     smaller_micro_batch,
 )
 from tdc_ray.storage.run_dir import RunDir
+from tests.models.counting import count_macs
 from tests.small import (
     assert_same,
     context_of,
