@@ -12,7 +12,7 @@ from tdc_ray.errors import TdcError, WorkFailedError
 from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.events import Reported
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.runs.events import SinksFor
+from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
 from tdc_ray.runs.sweep.results import started_row
@@ -43,7 +43,7 @@ class TrialSpec:
     session: str
     """Of the call of the sweep."""
 
-    sinks_for: SinksFor
+    sinks_for: SinksFor = no_sinks
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
