@@ -269,8 +269,8 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
         hold_lease(folder),
         connected(),
         collecting(default_sinks(RunDir(folder.resolve()), Console())) as events,
-        CacheSession(ResultCache(store.resolve(), display_path(folder.resolve()))) as sharing,
-        Pool(config.compute, events, sharing=sharing, services=services_of(config)) as pool,
+        CacheSession(ResultCache(store.resolve(), display_path(folder.resolve()))) as session,
+        Pool(config.compute, events, session=session, services=services_of(config)) as pool,
     ):
         pool.run(
             {"latents": prepare_latents(training_data(config.data, config.evaluate.cache_dir))}
@@ -298,12 +298,12 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
             hold_lease(run_dir.root),
             connected(),
             collecting(default_sinks(run_dir, Console())) as events,
-            CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as sharing,
+            CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as session,
         ):
             training = training_data(config.data, config.evaluate.cache_dir)
             with Pool(config.compute, events) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(training)})
-            make_base(run_dir, config, None, events, sharing)
+            make_base(run_dir, config, None, events, session)
     return run_dir.base_unet
 
 

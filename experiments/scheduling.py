@@ -27,11 +27,11 @@ from rich.console import Console
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.execution.simulator import simulate
+from tdc_ray.execution.simulator import Simulation
 from tdc_ray.storage.files import write_json
 
 Shape = Sequence[Sequence[float]]
@@ -50,7 +50,7 @@ class SchedulingFlags:
     """Where the figures go."""
 
 
-def wait(seconds: float, _report: Report) -> Result:
+def wait(seconds: float, _report: Report) -> dict[str, Any]:
     """Do what an item does, without computing."""
     time.sleep(seconds)
     return {}
@@ -68,6 +68,7 @@ def chain(folder: Path, name: str, shape: Shape) -> Chain[None]:
                 result_path=folder / f"{name}-{number}-{place}.json",
                 cost=seconds,
                 cost_behind=behind,
+                result_type=dict,
             )
             for place, seconds in enumerate(stage)
         ]
@@ -148,7 +149,7 @@ def policy_milliseconds(flags: SchedulingFlags) -> float:
         for group, shape in enumerate(shapes)
     }
     started = time.perf_counter()
-    found = simulate(chains, lambda item: item.cost, num_workers=1000)
+    found = Simulation(chains, lambda item: item.cost, num_workers=1000).run()
     return 1000 * (time.perf_counter() - started) / found.num_items
 
 

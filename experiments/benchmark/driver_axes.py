@@ -13,8 +13,8 @@ from benchmark.timing import random_scheme
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Report, Result, WorkItem
-from tdc_ray.execution.simulator import simulate
+from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.execution.simulator import Simulation
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture
@@ -235,7 +235,7 @@ def scheduling(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 
     def run(num_groups: int) -> None:
         chains = {f"group-{n}": _chain(f"group-{n}") for n in range(num_groups)}
-        simulate(chains, lambda item: item.cost, num_workers=100)
+        Simulation(chains, lambda item: item.cost, num_workers=100).run()
 
     counts = flags.some(10, 40, 160, 640)
     reason = "the next item is the one with the most work in and behind it: a sorted choice"
@@ -246,11 +246,13 @@ def scheduling(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 def _chain(name: str) -> Chain[None]:
     def item(stage: int, place: int) -> WorkItem:
         path = Path("/nonexistent/tdc-ray-scaling") / f"{name}-{stage}-{place}.json"
-        return WorkItem(f"{name}/{stage}-{place}", _do_nothing, None, path, cost=1.0)
+        return WorkItem(
+            f"{name}/{stage}-{place}", _do_nothing, None, path, cost=1.0, result_type=dict
+        )
 
     for stage in range(5):
         yield [item(stage, place) for place in range(3)]
 
 
-def _do_nothing(_job: object, _report: Report) -> Result:
+def _do_nothing(_job: object, _report: Report) -> dict[str, Any]:
     return {}

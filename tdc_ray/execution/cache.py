@@ -1,16 +1,15 @@
-"""A store of results that several runs share, so that nothing is computed twice.
+"""A cache of results that several runs share, so that nothing is computed twice.
 
 It is content-addressed: the key of a result is the SHA-256 of everything that it follows from
-(``WorkItem.inputs``, see ``tdc_ray.data.fingerprint``), with the versions of what computes. A
-store is a cache in a folder or at a URI; it may be deleted whenever no run uses it.
+(``WorkItem.inputs``, see ``tdc_ray.data.fingerprint``), versions of the libraries included. It is
+in a folder or at a URI, and may be deleted whenever no run uses it.
 
-An entry is a folder named by its key. Every publisher writes files into a folder of its own in it,
-and ``entry.json``, which names that, last: so an entry is whole when it is seen, whoever else
-publishes the same, and one whose publisher was killed is none.
+An entry is a folder named by its key. Every run that saves it writes files into a folder of its
+own in it, and ``entry.json``, which names that, last: so an entry is whole when it is seen,
+whoever else saves the same, and one whose writer was killed is none.
 """
 
 import functools
-import logging
 import os
 import secrets
 import shutil
@@ -41,19 +40,17 @@ from tdc_ray.storage.provenance import versions
 FORMAT = 2
 ENTRY_FILE = "entry.json"
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class ResultCache:
-    """A store, as one run uses it."""
+    """A cache, as one run uses it."""
 
     root: Path
     run: str
-    """Names the run: what it published itself before it was cut, it does not reuse."""
+    """Names the run: what it saved itself before it was interrupted, it does not reuse."""
 
     def entry(self, key: str) -> Path:
-        """Where an entry is."""
+        """Return where an entry is."""
         return self.root / key[:2] / key
 
     def contains(self, key: str) -> bool:
@@ -63,13 +60,13 @@ class ResultCache:
     def save(
         self, item: WorkItem[Any, R], key: str, value: R, reported: Sequence[StepMetrics] = ()
     ) -> None:
-        """Keep an item's result and files here, and its result in the run.
+        """Save an item's result and files here, and its result in the run.
 
         Args:
             item: The item, which was run.
             key: Its key.
             value: Its result.
-            reported: What it reported, for the curves of those that take it.
+            reported: What it reported, for the curves of the runs that reuse it.
 
         Raises:
             StorageFailedError: The disk or the object store does not take it.
@@ -90,14 +87,18 @@ class ResultCache:
             write_json(entry / ENTRY_FILE, document)
         ItemResult(value, CacheMark(key, reused=False)).save(item.result_path)
 
-    def load(self, item: WorkItem[Any, R], key: str, report: Report) -> R:
-        """Bring an item's files and result into the run, and report what it reported.
+    def load(
+        self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
+    ) -> R | None:
+        """Bring an item's files and result into the run, and report what it reported: a `Runner`.
 
         On one local file system files are linked, else copied.
 
         Raises:
             StorageFailedError: The entry is damaged and was removed, or cannot be read.
         """
+        if not is_first:
+            return None
         entry = self.entry(key)
         try:
             document = read_json(entry / ENTRY_FILE)
@@ -112,27 +113,18 @@ class ResultCache:
         except (StorageError, OSError, KeyError, TypeError, ValueError) as error:
             remove(entry / ENTRY_FILE)
             raise StorageFailedError(
-                f"{display_path(entry)} is no whole entry of a store, and was removed: {error}"
+                f"{display_path(entry)} is no whole entry of a cache, and was removed: {error}"
             ) from error
         for step, metrics in reported:
             report(metrics, step)
         ItemResult(value, CacheMark(key, reused=reused)).save(item.result_path)
-        return value
-
-    def load_item(
-        self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
-    ) -> R | None:
-        """Load a result in place of running its item; see ``run_item``."""
-        if not is_first:
-            return None
-        value = self.load(item, key, report)
         report({}, item.num_steps)
         return value
 
-    def run_item(
+    def compute(
         self, item: WorkItem[Any, R], report: Report, *, is_first: bool = True, key: str
     ) -> R | None:
-        """Run an item, as ``item.run_item`` does, and keep its result here too."""
+        """Run an item, as ``run_item`` does, and save its result here too: a `Runner`."""
         reported: list[StepMetrics] = []
 
         def record(metrics: Mapping[str, float], step: int) -> None:
@@ -152,49 +144,43 @@ def key_of(item: AnyItem) -> str | None:
     inputs = _inputs(item)
     if inputs is None:
         return None
-    document = {"format": FORMAT, "packages": _packages(), **inputs}
-    return json_digest(document)
+    return json_digest({"format": FORMAT, "packages": _packages(), **inputs})
 
 
 def _inputs(item: AnyItem) -> Inputs | None:
     return None if item.inputs is None else item.inputs(item.job)
 
 
-def _require_same(found: list[str], expected: list[str], folder: Path) -> None:
-    if found != expected:
+def _require_same(digests: list[str], expected: list[str], folder: Path) -> None:
+    if digests != expected:
         raise StorageError(f"files in {display_path(folder)} were changed.")
 
 
 @functools.cache
 def _packages() -> Mapping[str, str]:
-    """Versions of what computes."""
-    found = versions()
-    return {name: found[name] for name in ("torch", "diffusers")}
+    installed = versions()
+    return {name: installed[name] for name in ("torch", "diffusers")}
 
 
 def _copy(source: Path, target: Path) -> str:
-    """Copy a file or folder, by links where that goes, and name its content.
+    """Copy a file or folder, by links where that works, and return the digest of its content.
 
-    Nothing in a run or a store is ever changed in place, so a link is as good as a copy.
+    Nothing in a run or a cache is ever changed in place, so a link is as good as a copy.
     """
     source = fetch(source)
-    link = not is_remote(source) and not is_remote(target)
+    copy = shutil.copyfile if is_remote(source) or is_remote(target) else _link
     with atomic_path(target) as temporary:
         files = [source] if source.is_file() else sorted(source.rglob("*"))
         for file in files:
             name = file.relative_to(source)
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(file, temporary / name, link=link)
+                copy(file, temporary / name)
         return tree_digest(temporary)
 
 
-def _link(source: Path, target: Path, *, link: bool) -> None:
-    if link:
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            pass
-        else:
-            return
-    shutil.copyfile(source, target)
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

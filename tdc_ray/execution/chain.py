@@ -1,4 +1,4 @@
-"""Chains of work items: what follows from the results of what."""
+"""Chains of work items: which items follow from the results of which."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """A chain that yields it goes on when all other parties, but those that ended, have come."""
+    """A chain that yields it waits until all other participants that still run have yielded it."""
 
     name: str
     participants: frozenset[str]
-    """Names of the chains that meet."""
+    """Names of chains."""
 
 
 Chain = Generator[Sequence[AnyItem] | Barrier, Sequence[Any], T]
@@ -38,7 +38,7 @@ def results_of(items: Sequence[WorkItem[Any, R]]) -> Chain[Sequence[R]]:
 
 
 @dataclass(slots=True)
-class _State(Generic[T]):
+class _ChainState(Generic[T]):
     """A chain, and what it waits for."""
 
     chain: Chain[T]
@@ -46,33 +46,32 @@ class _State(Generic[T]):
     """None before it was started."""
 
     results: dict[str, Any] = field(default_factory=dict)
-    """Of the items that it waits for, as far as they are there, by key."""
+    """Those that are there of the items that it waits for, by key."""
 
     stage: int = 0
-    """How often it went on."""
+    """How often it advanced."""
 
 
 class Chains(Generic[T]):
-    """Chains that are under way side by side: which of them can go on, and with what items."""
+    """Chains that run side by side: which of them can advance, and with what items."""
 
     def __init__(self, chains: Mapping[str, Chain[T]]) -> None:
         self.values: dict[str, T] = {}
         """What the chains that ended returned, by their names."""
 
         self.errors: dict[str, TdcError] = {}
-        """What the chains that failed between their items raised, by their names."""
+        """What chains raised between their items, by their names."""
 
-        self._states = {name: _State(chain) for name, chain in chains.items()}
+        self._states = {name: _ChainState(chain) for name, chain in chains.items()}
         self._changed = dict.fromkeys(chains)
         """Chains to which something happened since they were last looked at, in order."""
 
-        self._meeting: set[str] = set()
-        """Chains that wait in a meeting."""
+        self._at_barrier: set[str] = set()
 
     def advance(self) -> list[tuple[str, AnyItem]]:
-        """Let every chain go on that can, and give the items that are to be run, by its name.
+        """Advance every chain that can, and return the items to run with their chains' names.
 
-        Items whose results an earlier attempt left are not among them.
+        Items that an earlier attempt finished are not among them.
         """
         missing: list[tuple[str, AnyItem]] = []
         while self._changed:
@@ -80,33 +79,33 @@ class Chains(Generic[T]):
                 other for name in self._changed for other in self._movable(name)
             )
             self._changed.clear()
-            for name in movable:  # all that meet, in one turn
+            for name in movable:  # all that were at one barrier, before they change again
                 missing += [(name, item) for item in self._advance(name)]
         return missing
 
     def deliver(self, name: str, item: AnyItem, result: object) -> None:
-        """Give a chain the result of one of its items; a chain that was dropped takes none."""
+        """Hand a chain the result of one of its items; one that was cancelled takes none."""
         if name in self._states:
             self._states[name].results[item.key] = result
             self._changed[name] = None
 
     def cancel(self, name: str) -> None:
-        """End a chain that failed; the others no longer wait for it."""
+        """End a chain; the others no longer wait for it."""
         if self._states.pop(name, None) is not None:
-            self._meeting.discard(name)
-            self._changed |= dict.fromkeys(sorted(self._meeting))
+            self._at_barrier.discard(name)
+            self._changed |= dict.fromkeys(sorted(self._at_barrier))
 
     def active(self) -> list[str]:
-        """Name the chains that neither ended nor were dropped."""
+        """Name the chains that neither ended nor were cancelled."""
         return list(self._states)
 
     def stage(self, name: str) -> int:
-        """Say how often a chain went on; one that ended or was dropped is at stage -1."""
+        """Return how often a chain advanced; -1 for one that is not active."""
         return self._states[name].stage if name in self._states else -1
 
     def _movable(self, name: str) -> list[str]:
-        """Name the chains that can go on after news of one: it, and those that it meets."""
-        if name not in self._states or not self._can_go_on(name):
+        """Name the chains that can advance after a change of one: it, or all at its barrier."""
+        if name not in self._states or not self._can_advance(name):
             return []
         waits_for = self._states[name].waits_for
         if isinstance(waits_for, Barrier):
@@ -114,7 +113,7 @@ class Chains(Generic[T]):
             return [other for other in self._states if other in participants]
         return [name]
 
-    def _can_go_on(self, name: str) -> bool:
+    def _can_advance(self, name: str) -> bool:
         waits_for, results = self._states[name].waits_for, self._states[name].results
         if waits_for is None:
             return True
@@ -126,7 +125,7 @@ class Chains(Generic[T]):
     def _advance(self, name: str) -> list[AnyItem]:
         state, results = self._states[name], None
         if isinstance(state.waits_for, Barrier):
-            self._meeting.discard(name)
+            self._at_barrier.discard(name)
             results = []
         elif state.waits_for is not None:
             results = [state.results.pop(item.key) for item in state.waits_for]
@@ -135,7 +134,7 @@ class Chains(Generic[T]):
             waits_for = state.waits_for = state.chain.send(results)
             self._changed[name] = None
             if isinstance(waits_for, Barrier):
-                self._meeting.add(name)
+                self._at_barrier.add(name)
                 return []
             earlier = {item.key: finished(item) for item in waits_for}
         except StopIteration as stop:
@@ -150,7 +149,7 @@ class Chains(Generic[T]):
 
 
 def run_chain(chain: Chain[T], sink: EventSink = ignore) -> T:
-    """Run a chain that meets no other in this process, one item after the other.
+    """Run a chain without barriers in this process, one item after the other.
 
     Args:
         chain: The chain.

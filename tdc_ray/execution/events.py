@@ -22,8 +22,8 @@ class Started:
     """Its name, such as ``base`` or ``group-03/finetune``."""
 
     num_steps: int
-    task: int | None = None
-    """Which attempt at it, where several of the same name may be under way."""
+    number: int | None = None
+    """Which attempt at it, where several of the same name may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Reported:
     images: NDArray[np.uint8] | None = None
     """A grid's images, ``(B, H, W, C)``."""
 
-    task: int | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Finished:
     """A piece of work ended, done or not."""
 
     key: str
-    task: int | None = None
+    number: int | None = None
 
 
 class Sinks:
@@ -88,10 +88,10 @@ def ignore(_event: object) -> None:
     """Take no notice of an event."""
 
 
-def reporter(sink: EventSink, key: str, task: int | None = None) -> Report:
+def reporter(sink: EventSink, key: str, number: int | None = None) -> Report:
     """Return the function through which a piece of work reports to a sink."""
 
     def report(metrics: Mapping[str, float], step: int) -> None:
-        sink(Reported(key, step, dict(metrics), task=task))
+        sink(Reported(key, step, dict(metrics), number=number))
 
     return report

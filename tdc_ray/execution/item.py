@@ -1,4 +1,4 @@
-"""Work items: what a run is cut into. An item runs in any process and leaves its result in a file.
+"""Work items: the pieces of a run. An item runs in any process and writes its result to a file.
 
 A *chain* is a generator that yields items, is sent their results, and yields the next ones: the
 stages of one group, in order. Who runs the items (a pool of Ray actors, or the calling process) is
@@ -22,13 +22,8 @@ Job = TypeVar("Job")
 R = TypeVar("R")
 """Of a result: a small frozen dataclass of plain values. Anything larger is a file."""
 
-Result = dict[str, Any]
-"""A result that is not yet a type of its own."""
-
-UNTYPED: Any = dict
-
 Inputs = Mapping[str, Any]
-"""All that a result follows from: plain JSON values. Equal inputs give equal results."""
+"""All that a result follows from, as JSON values. Equal inputs give equal results."""
 
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the step that they belong to."""
@@ -56,7 +51,7 @@ class WorkItem(Generic[Job, R]):
     """Name within the run, such as ``group-03/finetune``; also where its metrics are filed."""
 
     function: Callable[[Job, Report], R | None]
-    """What to call; a module-level function, so that it can be sent by its name. Of several
+    """What to call: a module-level function, so that it can be sent by its name. Of several
     workers only the first one need return a result."""
 
     job: Job
@@ -71,26 +66,28 @@ class WorkItem(Generic[Job, R]):
     cost_behind: float = 0.0
     """Expected macs of what its chain does after it."""
 
+    result_type: type[R] = field(kw_only=True)
+    """What a result is checked against when it is read."""
+
     num_steps: int = 1
     """Steps that it reports, for the progress display."""
 
     resources: Resources | None = None
-    """What each of its workers takes; None: what all others take."""
+    """What each of its workers takes; None means what most others take."""
 
     num_workers: int = 1
     """Workers that run it side by side, data parallel; the first one's result counts."""
 
     reduce_memory: Callable[[Job], Job | None] | None = None
-    """Makes of its job one that needs about half the memory and comes to the same; gives None
-    where there is no smaller one. A module-level function."""
+    """Returns a job that needs about half the memory and has the same result, or None where there
+    is no smaller one. A module-level function."""
 
     inputs: Callable[[Job], Inputs | None] | None = None
-    """Gives of its job what its result follows from, so that other runs may take it from a store
-    (see ``tdc_ray.execution.cache``). A module-level function; None, or what gives None: none
-    may."""
+    """Returns what the result follows from, so that other runs may take it from a cache (see
+    ``tdc_ray.execution.cache``), or None where none may. A module-level function."""
 
     files: tuple[Path, ...] = ()
-    """Files and folders that it leaves beside its result."""
+    """Files and folders that it writes beside its result."""
 
     service: str | None = None
     """The pool's service that runs it: it waits for something outside, and so holds no worker.
@@ -98,9 +95,6 @@ class WorkItem(Generic[Job, R]):
 
     fallback_result: R | None = None
     """The result of an item whose service died too often; each that names a service has one."""
-
-    result_type: type[R] = field(default=UNTYPED, kw_only=True)
-    """What a result that is read is checked against."""
 
     def reduced_memory(self) -> Job | None:
         """Return its job with about half the memory, if there is one."""
@@ -111,16 +105,16 @@ AnyItem = WorkItem[Any, Any]
 
 
 class Runner(Protocol):
-    """Runs an item, or comes by its result in another way."""
+    """Runs an item, or gets its result in another way."""
 
     def __call__(self, item: AnyItem, report: Report, *, is_first: bool = True) -> Any:
-        """Return the result, which is then kept; None on all workers but the first."""
+        """Return the result, which is then saved; None on all workers but the first."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class CacheMark:
-    """Which result of a result cache this is."""
+    """Which entry of a result cache a result is."""
 
     key: str
     reused: bool
@@ -128,16 +122,16 @@ class CacheMark:
 
 
 MARK = "shared"
-"""Key of a result file under which the cache's mark stands."""
+"""Key of the cache's mark in a result's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemResult(Generic[R]):
-    """What an item returned, as its file holds it."""
+    """What an item's file holds."""
 
     value: R
     cached: CacheMark | None = None
-    """None means that the result is in no cache."""
+    """None means that no cache has it."""
 
     def save(self, path: Path) -> None:
         """Write the value's fields as JSON, the mark behind them."""
@@ -174,21 +168,21 @@ _adapter = functools.cache(TypeAdapter)
 
 
 def finished(item: WorkItem[Job, R]) -> ItemResult[R] | None:
-    """Load the result that an earlier attempt left, if there is one."""
+    """Load the result of an earlier attempt, if there is one."""
     if not exists(item.result_path):
         return None
     return load_result(item.result_path, item.result_type)
 
 
 def use_fallback(item: WorkItem[Job, R]) -> R:
-    """Return what a lost call gives, and keep it: what follows was made with it, also later on."""
+    """Save and return an item's fallback: what follows is made with it, after a resume too."""
     assert item.fallback_result is not None
     ItemResult(item.fallback_result).save(item.result_path)
     return item.fallback_result
 
 
 def run_item(item: WorkItem[Job, R], report: Report, *, is_first: bool = True) -> R | None:
-    """Run an item in this process; its first or only worker keeps and returns the result."""
+    """Run an item in this process; its first or only worker saves and returns the result."""
     value = item.function(item.job, report)
     if not is_first:
         return None

@@ -1,23 +1,23 @@
-"""What a failure of a work item leads to."""
+"""What the failure of a work item leads to."""
 
 from enum import Enum
 
 from tdc_ray.execution.item import AnyItem
 
 MAX_NODE_LOSSES = 20
-"""How often an item may lose its node: on machines that may be taken away no fault of its own."""
+"""How often an item may lose its node: on preemptible machines that is no fault of its own."""
 
 
 class Failure(Enum):
-    """Why an item did not finish."""
+    """Why an item did not finish; the values are in timelines."""
 
     WORKER_LOST = "worker_lost"
     NODE_LOST = "node_lost"
     OUT_OF_MEMORY = "out_of_memory"
-    OWN_ERROR = "own_error"
-    """An error of ours: it would come again."""
+    PERMANENT = "own_error"
+    """An error raised by this package: it would come again."""
 
-    OTHER_ERROR = "other_error"
+    TRANSIENT = "other_error"
     """Any other error: a full disk, a network that was down."""
 
 
@@ -25,11 +25,11 @@ class Action(Enum):
     """What becomes of an item that did not finish."""
 
     RETRY = "retry"
-    HALVE = "halve"
+    REDUCE_MEMORY = "reduce_memory"
     """It starts again with half the memory."""
 
-    STAND_IN = "stand_in"
-    """Its chain goes on with what the item gives where it is lost."""
+    USE_FALLBACK = "use_fallback"
+    """Its chain advances with the item's fallback result."""
 
     GIVE_UP = "give_up"
 
@@ -37,8 +37,8 @@ class Action(Enum):
 def after_failure(item: AnyItem, failure: Failure, times: int, max_attempts: int) -> Action:
     """Decide what follows a failure.
 
-    A lost worker is not the item's fault, and less so a lost node; an error of ours would recur;
-    one without memory is tried with less of it before that counts.
+    A lost worker is not the item's fault, and less so a lost node; a permanent error would recur;
+    an item that ran out of memory is tried with less before that counts.
 
     Args:
         item: What failed.
@@ -47,11 +47,11 @@ def after_failure(item: AnyItem, failure: Failure, times: int, max_attempts: int
         max_attempts: How often an item may be started.
     """
     if failure is Failure.OUT_OF_MEMORY and item.reduced_memory() is not None:
-        return Action.HALVE
+        return Action.REDUCE_MEMORY
     if failure is Failure.NODE_LOST and times <= MAX_NODE_LOSSES:
         return Action.RETRY
-    if failure is not Failure.OWN_ERROR and times < max_attempts:
+    if failure is Failure.PERMANENT:
+        return Action.GIVE_UP
+    if times < max_attempts:
         return Action.RETRY
-    if failure is not Failure.OWN_ERROR and item.fallback_result is not None:
-        return Action.STAND_IN
-    return Action.GIVE_UP
+    return Action.GIVE_UP if item.fallback_result is None else Action.USE_FALLBACK

@@ -1,7 +1,7 @@
-"""Who runs what, and what a failure leads to. Pure decisions: no Ray and no clock.
+"""Who runs what next. Pure decisions: no Ray and no clock.
 
-The pool and the simulator both run a :class:`Scheduler`: they tell it what happened, and it says
-what is to be done.
+The pool and the simulator both drive a :class:`Scheduler`: they tell it what happened and do what
+it says.
 """
 
 import heapq
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """An item that workers run, or whoever makes the calls."""
+    """One attempt at an item."""
 
     number: int
     chain: str
@@ -29,10 +29,10 @@ class Assignment:
 
     item: AnyItem
     workers: tuple[str, ...]
-    """As many as the item wants; none for a call."""
+    """None where a service runs it."""
 
     attempt: int
-    """How often the item was started, this time included."""
+    """Counted from 1."""
 
 
 _Ready = tuple[float, str, int, str, AnyItem]
@@ -40,7 +40,7 @@ _Ready = tuple[float, str, int, str, AnyItem]
 
 
 class Scheduler(Generic[T]):
-    """Chains under way on workers that come and go.
+    """Chains on workers that come and go.
 
     Longest first: the item with the most work in it and behind it in its chain, so that the group
     that will take longest never waits for a shorter one. An item for several workers that comes
@@ -50,7 +50,7 @@ class Scheduler(Generic[T]):
     def __init__(
         self, chains: Mapping[str, Chain[T]], *, default: Resources, max_attempts: int
     ) -> None:
-        """Take the chains.
+        """Start the chains.
 
         Args:
             chains: By their names.
@@ -61,7 +61,7 @@ class Scheduler(Generic[T]):
         self._chains, self._default, self._max_attempts = Chains(chains), default, max_attempts
         self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
         self._given_up: dict[str, str] = {}
-        self._calls: list[tuple[str, AnyItem]] = []
+        self._for_services: list[tuple[str, AnyItem]] = []
         self._deferred: list[tuple[str, AnyItem]] = []
         self._idle: dict[Resources, list[str]] = defaultdict(list)
         self._wanted: Counter[Resources] = Counter()
@@ -70,7 +70,7 @@ class Scheduler(Generic[T]):
         self._failures: Counter[tuple[str, str, Failure]] = Counter()
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._numbers = count()
-        self._put_all(self._chains.advance())
+        self._enqueue(self._chains.advance())
 
     @property
     def values(self) -> dict[str, T]:
@@ -79,21 +79,21 @@ class Scheduler(Generic[T]):
 
     @property
     def failed(self) -> dict[str, str]:
-        """Why chains failed, by name: an item of theirs, or they themselves between two."""
+        """Why chains failed, by name: one of their items, or they themselves between two."""
         return self._given_up | {name: str(error) for name, error in self._chains.errors.items()}
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to run."""
-        waiting = self._calls or self._deferred or any(self._ready.values())
+        waiting = self._for_services or self._deferred or any(self._ready.values())
         return not (self._running or waiting)
 
-    def unfinished(self) -> list[str]:
-        """Name the chains that are under way."""
+    def active(self) -> list[str]:
+        """Name the chains that neither ended nor failed."""
         return self._chains.active()
 
     def join(self, worker: str, resources: Resources) -> None:
-        """Take in a worker that has nothing to do."""
+        """Add an idle worker."""
         self._idle[resources].append(worker)
 
     def leave(self, worker: str) -> None:
@@ -103,7 +103,7 @@ class Scheduler(Generic[T]):
                 idle.remove(worker)
 
     def spare(self) -> dict[str, Resources]:
-        """Name idle workers that nothing is ready for."""
+        """Return the idle workers that nothing is ready for."""
         return {
             worker: resources
             for resources, idle in self._idle.items()
@@ -122,77 +122,77 @@ class Scheduler(Generic[T]):
 
     def wanted(self) -> dict[Resources, int]:
         """Count the workers that all items which run or could run would take."""
-        return {resources: number for resources, number in self._wanted.items() if number}
+        return dict(+self._wanted)
 
     def start(self) -> list[Assignment]:
-        """Give what is to be started now: all calls, and the longest items that workers are for.
+        """Return what to start now: all items for services, and the longest ones for workers.
 
         Of idle workers the one that was busy last comes first: its caches are warm.
         """
-        tasks = [self._task(chain, item, ()) for chain, item in self._calls]
-        self._calls.clear()
+        started = [self._assign(chain, item, ()) for chain, item in self._for_services]
+        self._for_services.clear()
         for resources in list(self._ready):
             idle = self._idle[resources]
-            while (entry := self._next(resources)) is not None:
+            while (entry := self._pop_ready(resources)) is not None:
                 *_, chain, item = entry
                 workers = tuple(idle.pop() for _ in range(item.num_workers))
-                tasks.append(self._task(chain, item, workers))
-        return tasks
+                started.append(self._assign(chain, item, workers))
+        return started
 
-    def defer(self, task: Assignment) -> None:
-        """Put off an item that was to be started, which another run is at; it keeps no worker."""
-        self._attempts[task.chain, task.item.key] -= 1
-        self._end(task, lost=())
-        self._deferred.append((task.chain, task.item))
+    def defer(self, assignment: Assignment) -> None:
+        """Put off an item that another run computes at the moment; its workers are idle again."""
+        self._attempts[assignment.chain, assignment.item.key] -= 1
+        self._end(assignment)
+        self._deferred.append((assignment.chain, assignment.item))
 
-    def resume(self) -> bool:
-        """Let items that were put off be started again; say whether there are any."""
+    def resume_deferred(self) -> bool:
+        """Make items that were put off ready again; return whether there are any."""
         deferred, self._deferred = self._deferred, []
-        self._put_all(deferred)
+        self._enqueue(deferred)
         return bool(deferred)
 
-    def finish(self, task: Assignment, result: object) -> None:
-        """Take in an item's result; its workers are idle again."""
-        self._end(task, lost=())
-        self._chains.deliver(task.chain, task.item, result)
-        self._put_all(self._chains.advance())
+    def finish(self, assignment: Assignment, result: object) -> None:
+        """Deliver an item's result; its workers are idle again."""
+        self._end(assignment)
+        self._chains.deliver(assignment.chain, assignment.item, result)
+        self._enqueue(self._chains.advance())
 
     def fail(
-        self, task: Assignment, failure: Failure, reason: str, lost: Iterable[str] = ()
+        self, assignment: Assignment, failure: Failure, reason: str, lost: Iterable[str] = ()
     ) -> Action:
         """Decide what follows when an item did not finish.
 
         Args:
-            task: The item and its workers.
+            assignment: The item and its workers.
             failure: What happened.
             reason: The same for people.
             lost: Those of its workers that are gone.
         """
-        self._end(task, lost)
-        chain, item = task.chain, task.item
+        self._end(assignment, lost)
+        chain, item = assignment.chain, assignment.item
         if chain in self._given_up:
             return Action.GIVE_UP
         times = self._failures[chain, item.key, failure] + 1
         action = after_failure(item, failure, times, self._max_attempts)
-        if action is not Action.HALVE:
+        if action is not Action.REDUCE_MEMORY:
             self._failures[chain, item.key, failure] = times
         result = finished(item) if item.service is None else None
         if result is not None:  # its worker died after its work and before its answer
             self._chains.deliver(chain, item, result.value)
             action = Action.RETRY
         elif action is Action.RETRY:
-            self._put(chain, item)
-        elif action is Action.HALVE:
-            self._put(chain, replace(item, job=item.reduced_memory()))
-        elif action is Action.STAND_IN:
+            self._enqueue([(chain, item)])
+        elif action is Action.REDUCE_MEMORY:
+            self._enqueue([(chain, replace(item, job=item.reduced_memory()))])
+        elif action is Action.USE_FALLBACK:
             self._chains.deliver(chain, item, use_fallback(item))
         else:
             self._give_up(chain, reason)
-        self._put_all(self._chains.advance())
+        self._enqueue(self._chains.advance())
         return action
 
-    def _next(self, resources: Resources) -> _Ready | None:
-        """Take the longest item out that can start; one that more workers are due for waits."""
+    def _pop_ready(self, resources: Resources) -> _Ready | None:
+        """Remove and return the longest item that can start; a wide one keeps those behind it."""
         ready, idle = self._ready[resources], len(self._idle[resources])
         if not ready or not idle:
             return None
@@ -201,54 +201,51 @@ class Scheduler(Generic[T]):
             return heapq.heappop(ready)
         if wanted <= idle + self._busy[resources]:
             return None
-        fitting = [entry for entry in ready if entry[-1].num_workers <= idle]
-        if not fitting:
-            return None
-        ready.remove(min(fitting))
-        heapq.heapify(ready)
-        return min(fitting)
+        fitting = min((entry for entry in ready if entry[-1].num_workers <= idle), default=None)
+        if fitting is not None:
+            ready.remove(fitting)
+            heapq.heapify(ready)
+        return fitting
 
     def _give_up(self, chain: str, reason: str) -> None:
-        """End a chain; what it has under way runs on, and its results are kept for a next time."""
+        """End a chain; its items that run are not stopped: their results serve a later resume."""
         self._given_up[chain] = reason
         self._chains.cancel(chain)
-        self._calls = [call for call in self._calls if call[0] != chain]
+        self._for_services = [entry for entry in self._for_services if entry[0] != chain]
         self._deferred = [entry for entry in self._deferred if entry[0] != chain]
         for resources, ready in self._ready.items():
-            dropped = [item for *_, name, item in ready if name == chain]
-            self._wanted[resources] -= sum(item.num_workers for item in dropped)
+            dropped = [entry for entry in ready if entry[-2] == chain]
+            self._wanted[resources] -= sum(entry[-1].num_workers for entry in dropped)
             ready[:] = [entry for entry in ready if entry[-2] != chain]
             heapq.heapify(ready)
 
     def _resources(self, item: AnyItem) -> Resources:
         return item.resources or self._default
 
-    def _task(self, chain: str, item: AnyItem, workers: tuple[str, ...]) -> Assignment:
+    def _assign(self, chain: str, item: AnyItem, workers: tuple[str, ...]) -> Assignment:
         self._attempts[chain, item.key] += 1
         attempt, stage = self._attempts[chain, item.key], self._chains.stage(chain)
-        task = Assignment(next(self._numbers), chain, stage, item, workers, attempt)
-        self._running[task.number] = task
+        assignment = Assignment(next(self._numbers), chain, stage, item, workers, attempt)
+        self._running[assignment.number] = assignment
         self._busy[self._resources(item)] += len(workers)
-        return task
+        return assignment
 
-    def _end(self, task: Assignment, lost: Iterable[str]) -> None:
-        del self._running[task.number]
-        resources = self._resources(task.item)
-        self._wanted[resources] -= len(task.workers)
-        self._busy[resources] -= len(task.workers)
-        self._idle[resources] += sorted(set(task.workers) - set(lost))
+    def _end(self, assignment: Assignment, lost: Iterable[str] = ()) -> None:
+        del self._running[assignment.number]
+        resources = self._resources(assignment.item)
+        self._wanted[resources] -= len(assignment.workers)
+        self._busy[resources] -= len(assignment.workers)
+        self._idle[resources] += sorted(set(assignment.workers) - set(lost))
 
-    def _put(self, chain: str, item: AnyItem) -> None:
-        if item.service is not None:
-            self._calls.append((chain, item))
-            return
-        self._wanted[self._resources(item)] += item.num_workers
-        entry = (-(item.cost + item.cost_behind), item.key, next(self._numbers), chain, item)
-        heapq.heappush(self._ready[self._resources(item)], entry)
-
-    def _put_all(self, entries: Sequence[tuple[str, AnyItem]]) -> None:
+    def _enqueue(self, entries: Sequence[tuple[str, AnyItem]]) -> None:
         for chain, item in entries:
-            self._put(chain, item)
+            if item.service is not None:
+                self._for_services.append((chain, item))
+                continue
+            resources = self._resources(item)
+            self._wanted[resources] += item.num_workers
+            entry = (-(item.cost + item.cost_behind), item.key, next(self._numbers), chain, item)
+            heapq.heappush(self._ready[resources], entry)
 
 
 def num_fitting(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float]) -> int:

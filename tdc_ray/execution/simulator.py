@@ -1,9 +1,10 @@
-"""The pool's scheduling policy in simulated time: what a cluster of any size would do."""
+"""The pool's scheduler in simulated time: what a cluster of any size would take."""
 
 import heapq
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -35,7 +36,7 @@ class FailureModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationResult:
-    """What came out."""
+    """What was simulated, and how long it took."""
 
     num_workers: int
     """At the start, and the most."""
@@ -56,87 +57,69 @@ class SimulationResult:
     """Chains that were given up, with the reasons."""
 
 
-def simulate(
-    chains: Mapping[str, Chain[Any]],
-    seconds_of: Callable[[AnyItem], float],
-    *,
-    num_workers: int,
-    weather: FailureModel = FailureModel(),  # frozen
-    checkpoint_every_s: Callable[[AnyItem], float | None] = lambda _item: None,
-    max_attempts: int = 3,
-) -> SimulationResult:
-    """Run chains on workers that take as long as they are said to.
+@dataclass
+class Simulation:
+    """A cluster in simulated time, whose workers take as long as they are said to."""
 
-    Args:
-        chains: By their names; their items are not run, and their results are empty.
-        seconds_of: What an item takes one worker.
-        num_workers: At the start, and the most.
-        weather: Failures and joins.
-        checkpoint_every_s: How often an item keeps what it did; None: only at its end.
-        max_attempts: As in ``compute.max_attempts``.
-    """
-    return _Simulation(
-        chains, seconds_of, num_workers, weather, checkpoint_every_s, max_attempts
-    ).run()
+    chains: Mapping[str, Chain[Any]]
+    """By their names; their items are not run, and their results are None."""
 
+    seconds_of: Callable[[AnyItem], float]
+    """How long an item keeps its workers."""
 
-class _Simulation:
-    def __init__(
-        self,
-        chains: Mapping[str, Chain[Any]],
-        seconds_of: Callable[[AnyItem], float],
-        num_workers: int,
-        weather: FailureModel,
-        checkpoint_every_s: Callable[[AnyItem], float | None],
-        max_attempts: int,
-    ) -> None:
-        self._seconds_of, self._checkpoint_every_s = seconds_of, checkpoint_every_s
-        self._num_workers, self._weather = num_workers, weather
-        self._random = random.Random(weather.seed)
+    _: KW_ONLY
+    num_workers: int
+    """At the start, and the most."""
+
+    failures: FailureModel = FailureModel()  # frozen
+    checkpoint_every_s: Callable[[AnyItem], float | None] = lambda _item: None
+    """How often an item saves what it did; None means only at its end."""
+
+    max_attempts: int = 3
+    """As in ``compute.max_attempts``."""
+
+    def __post_init__(self) -> None:
+        self._scheduler: Scheduler[Any] = Scheduler(
+            self.chains, default=WORKER, max_attempts=self.max_attempts
+        )
+        self._random = random.Random(self.failures.seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers, self._names = count(), count()
-        self._now = 0.0
-        self._alive: dict[str, float] = {}
+        self._joined: dict[str, float] = {}
         self._running: dict[int, tuple[Assignment, float]] = {}
-        self._kept: dict[tuple[str, str], float] = {}
+        self._saved: dict[tuple[str, str], float] = {}
         self._stages: dict[tuple[str, int], float] = {}
-        self._work = self._lost = self._there = self._busy = 0.0
+        self._now = self._work = self._lost = self._present = self._busy = 0.0
         self._num_items = self._num_failures = 0
-        self._schedule: Scheduler[Any] = Scheduler(
-            chains, default=WORKER, max_attempts=max_attempts
-        )
 
     def run(self) -> SimulationResult:
-        for _ in range(self._num_workers):
+        """Run the chains to their end, or until no worker is left for them."""
+        for _ in range(self.num_workers):
             self._join()
         self._expect_join()
         self._start()
-        while not self._schedule.is_done and self._events and not self._is_stuck():
+        while not self._scheduler.is_done and self._events and not self._is_stuck():
             self._now, _, happens = heapq.heappop(self._events)
             happens()
             self._start()
-        for since in self._alive.values():
-            self._there += self._now - since
+        for since in self._joined.values():
+            self._present += self._now - since
+        unfinished = () if self._scheduler.is_done else self._scheduler.active()
         return SimulationResult(
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             makespan_seconds=self._now,
-            lower_bound_seconds=lower_bound(self._stages, self._work, self._num_workers),
-            utilisation=self._busy / self._there if self._there else 0.0,
+            lower_bound_seconds=lower_bound(self._stages, self._work, self.num_workers),
+            utilisation=self._busy / self._present if self._present else 0.0,
             lost_seconds=self._lost,
             num_items=self._num_items,
             num_failures=self._num_failures,
-            unfinished=self._schedule.failed | self._left_over(),
+            unfinished=self._scheduler.failed
+            | dict.fromkeys(unfinished, "there are too few workers"),
         )
 
     def _is_stuck(self) -> bool:
         """Whether nothing runs although all workers are there: an item wants more of them."""
-        return not self._running and len(self._alive) == self._num_workers
-
-    def _left_over(self) -> dict[str, str]:
-        """Say that no worker is left, where that is so."""
-        if self._schedule.is_done:
-            return {}
-        return dict.fromkeys(self._schedule.unfinished(), "there are too few workers")
+        return not self._running and len(self._joined) == self.num_workers
 
     def _at(self, seconds: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._numbers), happens))
@@ -146,47 +129,49 @@ class _Simulation:
             self._at(self._random.expovariate(per_hour / 3600), happens)
 
     def _start(self) -> None:
-        for task in self._schedule.start():
-            self._running[task.number] = (task, self._now)
-            left = self._seconds_of(task.item) - self._kept.get((task.chain, task.item.key), 0.0)
-            self._at(left, lambda task=task: self._finish(task))  # type: ignore[misc]
+        for assignment in self._scheduler.start():
+            self._running[assignment.number] = (assignment, self._now)
+            item = assignment.item
+            saved = self._saved.get((assignment.chain, item.key), 0.0)
+            self._at(self.seconds_of(item) - saved, partial(self._finish, assignment))
 
-    def _finish(self, task: Assignment) -> None:
-        if task.number not in self._running:
+    def _finish(self, assignment: Assignment) -> None:
+        if assignment.number not in self._running:
             return  # its worker died before
-        _, started = self._running.pop(task.number)
-        seconds, place = self._seconds_of(task.item), (task.chain, task.stage)
-        self._stages[place] = max(self._stages.get(place, 0.0), seconds)
-        self._work += seconds * len(task.workers)
-        self._busy += (self._now - started) * len(task.workers)
+        _, started = self._running.pop(assignment.number)
+        seconds, stage = self.seconds_of(assignment.item), (assignment.chain, assignment.stage)
+        self._stages[stage] = max(self._stages.get(stage, 0.0), seconds)
+        self._work += seconds * len(assignment.workers)
+        self._busy += (self._now - started) * len(assignment.workers)
         self._num_items += 1
-        self._schedule.finish(task, None)
+        self._scheduler.finish(assignment, None)
 
     def _join(self) -> None:
         name = f"worker-{next(self._names)}"
-        self._alive[name] = self._now
-        self._schedule.join(name, WORKER)
-        self._after(self._weather.failures_per_hour, lambda: self._die(name))
+        self._joined[name] = self._now
+        self._scheduler.join(name, WORKER)
+        self._after(self.failures.failures_per_hour, partial(self._die, name))
 
     def _expect_join(self) -> None:
         def arrive() -> None:
-            if len(self._alive) < self._num_workers:
-                self._at(self._weather.seconds_to_join, self._join)
+            if len(self._joined) < self.num_workers:
+                self._at(self.failures.seconds_to_join, self._join)
             self._expect_join()
 
-        self._after(self._weather.joins_per_hour, arrive)
+        self._after(self.failures.joins_per_hour, arrive)
 
     def _die(self, name: str) -> None:
         self._num_failures += 1
-        self._there += self._now - self._alive.pop(name)
-        self._schedule.leave(name)
-        hit = [task for task, _ in self._running.values() if name in task.workers]
-        for task in hit:
-            _, started = self._running.pop(task.number)
-            done, place = self._now - started, (task.chain, task.item.key)
-            self._busy += done * len(task.workers)
-            every, before = self._checkpoint_every_s(task.item), self._kept.get(place, 0.0)
-            kept = before if every is None else (before + done) // every * every
-            self._kept[place] = max(before, kept)
-            self._lost += (before + done - self._kept[place]) * len(task.workers)
-            self._schedule.fail(task, Failure.NODE_LOST, "its node went away", [name])
+        self._present += self._now - self._joined.pop(name)
+        self._scheduler.leave(name)
+        hit = [pair for pair in self._running.values() if name in pair[0].workers]
+        for assignment, started in hit:
+            del self._running[assignment.number]
+            key, num_workers = (assignment.chain, assignment.item.key), len(assignment.workers)
+            spent, before = self._now - started, self._saved.get(key, 0.0)
+            self._busy += spent * num_workers
+            every = self.checkpoint_every_s(assignment.item)
+            if every is not None:
+                self._saved[key] = max(before, (before + spent) // every * every)
+            self._lost += (before + spent - self._saved.get(key, 0.0)) * num_workers
+            self._scheduler.fail(assignment, Failure.NODE_LOST, "its node went away", [name])

@@ -1,4 +1,4 @@
-"""Who ran what, when: kept line by line as it happens, and what it comes to."""
+"""Who ran what, when: written line by line as it happens, and summed up."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class Timeline:
-    """Takes events of one driver and appends them to a file, several in a line."""
+    """Appends what one driver does to a file, several events in a line."""
 
     def __init__(self, path: Path | None) -> None:
-        """Take the file, in which a driver begins; None: nothing is kept."""
+        """Open the file for a new driver; None means that nothing is kept."""
         self._path, self._driver = path, secrets.token_hex(4)
         self._events: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self.add("driver", host=socket.gethostname(), pid=os.getpid())
 
     def add(self, event: str, **details: Any) -> None:
-        """Note an event, with the time."""
+        """Add an event that happens now."""
         self._events.append(
             {"event": event, "time": time.time(), "driver": self._driver, **details}
         )
@@ -36,7 +36,7 @@ class Timeline:
     def flush(self, max_age_s: float = 0.0) -> None:
         """Write what is not yet written, unless that was done a moment ago.
 
-        Where the storage does not take it, it is kept for the next time: no work ends for it.
+        What the storage does not take is kept for the next time: no work ends for it.
         """
         if time.monotonic() - self._flushed < max_age_s:
             return
@@ -57,16 +57,16 @@ class Span:
     phase: str
     chain: str
     stage: int
-    """Of the chain: what is of one stage may run side by side."""
+    """Of the chain: items of one stage may run side by side."""
 
     item: str
     workers: tuple[str, ...]
-    """None for a call to a language model."""
+    """None where a service ran it."""
 
     attempt: int
     started: float
     ended: float | None
-    """None: it runs, or its driver was killed."""
+    """None while it runs."""
 
     outcome: str
     """``done``, ``running``, or a failure's name, such as ``worker_lost``."""
@@ -91,7 +91,7 @@ class History:
 
     stays: tuple[Stay, ...]
     failed: Mapping[str, str]
-    """Why the last driver gave chains up, by name."""
+    """Chains that the last driver gave up, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +121,7 @@ class WorkerUsage:
 
 
 def load_history(path: Path) -> History:
-    """Read what a :class:`Timeline` wrote; what a killed driver left open is closed at its end.
+    """Read what a :class:`Timeline` wrote; what a killed driver left open ends with it.
 
     Raises:
         StorageError: The file holds a line that is not JSON.
@@ -144,7 +144,7 @@ def load_history(path: Path) -> History:
     for event in (event for events in read_json_lines(path) for event in events):
         kind = event["event"]
         if kind != "driver" and event.get("driver") != driver:
-            continue  # of one that was suspended, and wrote after another took over
+            continue  # of one that was suspended and wrote after another took over
         if kind == "driver":
             driver = event.get("driver")
             close(last, "driver_lost")
@@ -168,7 +168,7 @@ def load_history(path: Path) -> History:
 
 
 def usage(history: History) -> list[WorkerUsage]:
-    """Work out how well each phase used its workers, in the order in which they began."""
+    """Return how well each phase used its workers, in the order in which they began."""
     phases = dict.fromkeys(span.phase for span in history.spans)
     return [
         _usage(phase, [span for span in history.spans if span.phase == phase], history.stays)
@@ -179,7 +179,7 @@ def usage(history: History) -> list[WorkerUsage]:
 def lower_bound(
     stages: Mapping[tuple[str, int], float], work_seconds: float, num_workers: int
 ) -> float:
-    """Say how long work must take at the least: the longest chain, or all of it side by side.
+    """Return how long work must take at least: the longest chain, or all of it side by side.
 
     Args:
         stages: Seconds of the longest item of every stage, by chain and number of the stage.
@@ -201,18 +201,18 @@ def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> WorkerUsage:
     for span, end in ended:
         seconds = end - span.started
         if span.outcome == "done":
-            place = (span.chain, span.stage)
-            stages[place] = max(stages.get(place, 0.0), seconds)
+            stage = (span.chain, span.stage)
+            stages[stage] = max(stages.get(stage, 0.0), seconds)
             work += seconds * len(span.workers)
         else:
             lost += seconds * len(span.workers)
-    here = [
+    present = [
         (max(stay.joined, first), min(stay.left or last, last))
         for stay in stays
         if stay.joined < last and (stay.left or last) > first
     ]
-    most = max((sum(a <= start < b for a, b in here) for start, _ in here), default=0)
-    there = sum(end - start for start, end in here)
+    most = max((sum(a <= start < b for a, b in present) for start, _ in present), default=0)
+    total = sum(end - start for start, end in present)
     return WorkerUsage(
         phase=phase,
         num_workers=most,
@@ -220,7 +220,7 @@ def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> WorkerUsage:
         lower_bound_seconds=lower_bound(stages, work, most),
         work_seconds=work,
         lost_seconds=lost,
-        utilisation=min(1.0, (work + lost) / there) if there else 0.0,
+        utilisation=min(1.0, (work + lost) / total) if total else 0.0,
     )
 
 

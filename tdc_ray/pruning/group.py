@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.item import UNTYPED, Inputs, Job, R, Report, WorkItem
+from tdc_ray.execution.item import Inputs, Job, R, Report, WorkItem
 from tdc_ray.models.units import KeptIndices, kept_digest
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.space import Space
@@ -72,7 +72,7 @@ class GroupSearch:
         function: Callable[[Job, Report], R | None],
         job: Job,
         *,
-        result_type: type[R] = UNTYPED,
+        result_type: type[R],
         cost: float = 0.0,
         behind: float = 0.0,
         num_steps: int = 1,

@@ -89,8 +89,8 @@ class ProgressBars:
 
 
 def _name(event: Started | Reported | Finished) -> int | str:
-    """Name what an event is of: several attempts at one key may be in progress."""
-    return event.key if event.task is None else event.task
+    """Name what an event is of: several attempts at one key may run."""
+    return event.key if event.number is None else event.number
 
 
 def _note(metrics: Mapping[str, float]) -> str:

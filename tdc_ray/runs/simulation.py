@@ -14,7 +14,7 @@ from tdc_ray.data.latents import TrainingData
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import AnyItem
-from tdc_ray.execution.simulator import FailureModel, SimulationResult, simulate
+from tdc_ray.execution.simulator import FailureModel, Simulation, SimulationResult
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.pruning.group import GroupSearch, group_searches
@@ -39,7 +39,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         StorageError: The run that is to give the costs has no timeline, or other settings.
     """
     seconds_of, train, searches = _costs(config, simulation), config.finetune, _searches(config)
-    weather = FailureModel(
+    failures = FailureModel(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
         seed=simulation.simulation_seed,
@@ -51,7 +51,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         return seconds_of(item) * min(1.0, train.checkpoint_every / max(1, train.num_steps))
 
     return [
-        simulate(
+        Simulation(
             {
                 f"trial-{trial}/{task.name}": _dry_run(task, stages, f"trial-{trial}/")
                 for trial in range(simulation.trials)
@@ -59,10 +59,10 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
             },
             seconds_of,
             num_workers=num_workers,
-            weather=weather,
+            failures=failures,
             checkpoint_every_s=checkpoint_every_s,
             max_attempts=config.compute.max_attempts,
-        )
+        ).run()
         for num_workers in simulation.workers
     ]
 

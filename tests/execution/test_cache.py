@@ -142,6 +142,7 @@ def item(folder: Path, content: str = "a") -> WorkItem:
         job=(folder, content),
         result_path=folder / "result.json",
         cost=0.0,
+        result_type=dict,
         inputs=inputs_of,
         files=(folder / "file.txt", folder / "model"),
     )
@@ -150,7 +151,7 @@ def item(folder: Path, content: str = "a") -> WorkItem:
 def published(root: Path, folder: Path) -> str:
     store, one = ResultCache(root, "one"), item(folder)
     key = key_of(one)
-    store.run_item(one, nothing, key=key)
+    store.compute(one, nothing, key=key)
     assert finished(one).cached == CacheMark(key, reused=False)
     return key
 
@@ -159,13 +160,13 @@ def test_a_result_is_taken_with_its_files_and_says_that_it_was(tmp_path):
     key = published(tmp_path / "store", tmp_path / "one")
     store, other = ResultCache(tmp_path / "store", "two"), item(tmp_path / "two")
     assert key_of(other) == key != key_of(item(tmp_path / "two", "b"))
-    result = store.load_item(other, nothing, key=key)
+    result = store.load(other, nothing, key=key)
     assert result["content"] == "a"
     assert finished(other) == ItemResult(result, CacheMark(key, reused=True))
     for name in ("file.txt", "model/weights.txt"):
         assert (tmp_path / "one" / name).samefile(tmp_path / "two" / name)  # linked
     one = item(tmp_path / "one")
-    ResultCache(tmp_path / "store", "one").load(one, key, nothing)
+    ResultCache(tmp_path / "store", "one").load(one, nothing, key=key)
     assert finished(one).cached == CacheMark(key, reused=False)  # its own, from before a cut
 
 
@@ -175,10 +176,10 @@ def test_a_damaged_entry_is_removed_and_never_taken(tmp_path):
     (file,) = store.entry(key).glob("*/0")
     file.write_text("something else")
     with pytest.raises(StorageFailedError, match="was removed"):
-        store.load(item(tmp_path / "two"), key, nothing)
+        store.load(item(tmp_path / "two"), nothing, key=key)
     assert not store.contains(key)
-    store.run_item(item(tmp_path / "two"), nothing, key=key)
-    assert store.load(item(tmp_path / "three"), key, nothing)["content"] == "a"
+    store.compute(item(tmp_path / "two"), nothing, key=key)
+    assert store.load(item(tmp_path / "three"), nothing, key=key)["content"] == "a"
 
 
 def test_a_publisher_that_is_killed_leaves_nothing_that_is_seen(tmp_path):
@@ -199,7 +200,7 @@ cache.ResultCache(Path({str(root)!r}), "one").save(one, key_of(one), {{}})
     assert list(root.rglob("weights.txt"))
     assert not store.contains(key_of(two))
     published(root, tmp_path / "two")
-    assert store.load(item(tmp_path / "three"), key_of(two), nothing)["content"] == "a"
+    assert store.load(item(tmp_path / "three"), nothing, key=key_of(two))["content"] == "a"
 
 
 def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
@@ -209,7 +210,7 @@ def test_publishers_of_the_same_do_not_mix_their_files(tmp_path):
         other = item(tmp_path / name, content)
         write_files(other.job, nothing)
         store.save(replace(other, inputs=None), key, {"content": content})
-    result = store.load(item(tmp_path / "three"), key, nothing)
+    result = store.load(item(tmp_path / "three"), nothing, key=key)
     assert (tmp_path / "three" / "file.txt").read_text() == result["content"] == "x"
 
 
@@ -218,5 +219,7 @@ def test_a_folder_at_a_uri_is_a_store_too(tmp_path, bucket):
 
     root = resolve_path(f"{bucket}/store")
     key = published(root, tmp_path / "one")
-    assert ResultCache(root, "two").load(item(tmp_path / "two"), key, nothing)["content"] == "a"
+    assert (
+        ResultCache(root, "two").load(item(tmp_path / "two"), nothing, key=key)["content"] == "a"
+    )
     assert (tmp_path / "two" / "model" / "weights.txt").read_text() == "aa"

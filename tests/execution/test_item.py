@@ -46,7 +46,7 @@ def empty_result(job, report):
 
 def item(folder, name, function=count_call):
     job = CountJob(name, folder / "calls.jsonl")
-    return WorkItem(name, function, job, folder / f"{name}.json", cost=1.0)
+    return WorkItem(name, function, job, folder / f"{name}.json", cost=1.0, result_type=dict)
 
 
 def calls(folder):

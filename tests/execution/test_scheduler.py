@@ -19,7 +19,7 @@ NO_RUN_DIR = Path("/nonexistent/tdc-ray-tests")
 
 def item(key: str, cost: float = 1.0, cost_behind: float = 0.0, **details) -> WorkItem:
     place = NO_RUN_DIR / f"{key}.json"
-    return WorkItem(key, lambda _job, _report: {}, 8, place, cost, cost_behind, **details)
+    return WorkItem(key, dict, 8, place, cost, cost_behind, result_type=dict, **details)
 
 
 def chain(*stages: Sequence[WorkItem] | Barrier) -> Chain[list]:
@@ -29,11 +29,11 @@ def chain(*stages: Sequence[WorkItem] | Barrier) -> Chain[list]:
     return results
 
 
-def schedule_of(chains, *, workers: Sequence[str] = (), max_attempts: int = 3) -> Scheduler[list]:
-    schedule: Scheduler[list] = Scheduler(chains, default=ONE, max_attempts=max_attempts)
+def scheduler_of(chains, *, workers: Sequence[str] = (), max_attempts: int = 3) -> Scheduler[list]:
+    scheduler: Scheduler[list] = Scheduler(chains, default=ONE, max_attempts=max_attempts)
     for worker in workers:
-        schedule.join(worker, ONE)
-    return schedule
+        scheduler.join(worker, ONE)
+    return scheduler
 
 
 def names(tasks) -> list[str]:
@@ -42,60 +42,60 @@ def names(tasks) -> list[str]:
 
 def test_the_item_with_the_longest_chain_goes_first():
     stages = [item("long now", 5.0), item("long later", 1.0, cost_behind=10.0)]
-    schedule = schedule_of({"a": chain(stages)}, workers=["w"])
-    assert names(schedule.start()) == ["long later"]
+    scheduler = scheduler_of({"a": chain(stages)}, workers=["w"])
+    assert names(scheduler.start()) == ["long later"]
 
 
 @given(st.permutations(["c", "a", "b"]))
 def test_equal_items_go_in_the_order_of_their_names(order):
-    schedule = schedule_of({"x": chain([item(key) for key in order])}, workers=["w"])
-    assert names(schedule.start()) == ["a"]
+    scheduler = scheduler_of({"x": chain([item(key) for key in order])}, workers=["w"])
+    assert names(scheduler.start()) == ["a"]
 
 
 def test_chains_go_on_as_results_come_in_and_end_with_their_values():
     chains = {name: chain([item(f"{name}1")], [item(f"{name}2")]) for name in "ab"}
-    schedule = schedule_of(chains, workers=["v", "w"])
-    first, second = schedule.start()
-    assert schedule.start() == []
-    schedule.finish(first, {"value": 1})
-    (third,) = schedule.start()
+    scheduler = scheduler_of(chains, workers=["v", "w"])
+    first, second = scheduler.start()
+    assert scheduler.start() == []
+    scheduler.finish(first, {"value": 1})
+    (third,) = scheduler.start()
     assert (third.chain, third.workers, third.stage) == (first.chain, first.workers, 2)
     for task in (second, third):
-        schedule.finish(task, {})
-    (last,) = schedule.start()
-    schedule.finish(last, {})
-    assert schedule.is_done
-    assert schedule.values == {"a": [{"value": 1}, {}], "b": [{}, {}]}
+        scheduler.finish(task, {})
+    (last,) = scheduler.start()
+    scheduler.finish(last, {})
+    assert scheduler.is_done
+    assert scheduler.values == {"a": [{"value": 1}, {}], "b": [{}, {}]}
 
 
 def test_a_lost_worker_is_forgotten_and_its_item_tried_again_until_attempts_run_out():
-    schedule = schedule_of({"a": chain([item("i")])}, workers=["u", "v", "w"], max_attempts=2)
-    (task,) = schedule.start()
-    assert schedule.fail(task, Failure.WORKER_LOST, "died", task.workers) is Action.RETRY
-    (again,) = schedule.start()
+    scheduler = scheduler_of({"a": chain([item("i")])}, workers=["u", "v", "w"], max_attempts=2)
+    (task,) = scheduler.start()
+    assert scheduler.fail(task, Failure.WORKER_LOST, "died", task.workers) is Action.RETRY
+    (again,) = scheduler.start()
     assert again.attempt == 2
     assert again.workers != task.workers
-    assert schedule.fail(again, Failure.WORKER_LOST, "died", again.workers) is Action.GIVE_UP
-    assert schedule.is_done
-    assert schedule.failed == {"a": "died"}
-    assert set(schedule.spare()) == {"u", "v", "w"} - {*task.workers, *again.workers}
+    assert scheduler.fail(again, Failure.WORKER_LOST, "died", again.workers) is Action.GIVE_UP
+    assert scheduler.is_done
+    assert scheduler.failed == {"a": "died"}
+    assert set(scheduler.spare()) == {"u", "v", "w"} - {*task.workers, *again.workers}
 
 
 def test_an_error_of_ours_is_not_tried_again_and_other_errors_are():
     for failure, first in (
-        (Failure.OWN_ERROR, Action.GIVE_UP),
-        (Failure.OTHER_ERROR, Action.RETRY),
+        (Failure.PERMANENT, Action.GIVE_UP),
+        (Failure.TRANSIENT, Action.RETRY),
     ):
-        schedule = schedule_of({"a": chain([item("i")])}, workers=["w"])
-        (task,) = schedule.start()
-        assert schedule.fail(task, failure, "wrong") is first
+        scheduler = scheduler_of({"a": chain([item("i")])}, workers=["w"])
+        (task,) = scheduler.start()
+        assert scheduler.fail(task, failure, "wrong") is first
 
 
 def test_lost_nodes_do_not_count_as_attempts_up_to_a_bound():
-    schedule = schedule_of({"a": chain([item("i")])}, workers=["w"], max_attempts=1)
+    scheduler = scheduler_of({"a": chain([item("i")])}, workers=["w"], max_attempts=1)
     actions = []
-    while tasks := schedule.start():
-        actions.append(schedule.fail(tasks[0], Failure.NODE_LOST, "preempted"))
+    while tasks := scheduler.start():
+        actions.append(scheduler.fail(tasks[0], Failure.NODE_LOST, "preempted"))
     assert actions == [Action.RETRY] * MAX_NODE_LOSSES + [Action.GIVE_UP]
 
 
@@ -104,28 +104,28 @@ def reduce_memory(size: int) -> int | None:
 
 
 def test_memory_is_halved_until_there_is_no_less_and_only_then_counts_as_a_failure():
-    schedule = schedule_of(
+    scheduler = scheduler_of(
         {"a": chain([item("i", reduce_memory=reduce_memory)])}, workers=["w"], max_attempts=2
     )
     tried = []
-    while tasks := schedule.start():
+    while tasks := scheduler.start():
         tried.append(tasks[0].item.job)
-        schedule.fail(tasks[0], Failure.OUT_OF_MEMORY, "out of memory")
+        scheduler.fail(tasks[0], Failure.OUT_OF_MEMORY, "out of memory")
     assert tried == [8, 4, 2, 1, 1]
-    assert schedule.failed == {"a": "out of memory"}
+    assert scheduler.failed == {"a": "out of memory"}
 
 
 def test_a_chain_that_failed_takes_its_ready_items_along_and_others_go_on():
     chains = {"a": chain([item("a1"), item("a2")]), "b": chain([item("b1")])}
-    schedule = schedule_of(chains, workers=["w"])
-    (task,) = schedule.start()
-    schedule.fail(task, Failure.OWN_ERROR, "wrong")
-    assert schedule.wanted() == {ONE: 1}
-    (last,) = schedule.start()
+    scheduler = scheduler_of(chains, workers=["w"])
+    (task,) = scheduler.start()
+    scheduler.fail(task, Failure.PERMANENT, "wrong")
+    assert scheduler.wanted() == {ONE: 1}
+    (last,) = scheduler.start()
     assert last.item.key == "b1"
-    schedule.finish(last, {})
-    assert schedule.is_done
-    assert schedule.values.keys() == {"b"}
+    scheduler.finish(last, {})
+    assert scheduler.is_done
+    assert scheduler.values.keys() == {"b"}
 
 
 def test_a_chain_that_fails_between_its_items_fails_alone():
@@ -133,12 +133,12 @@ def test_a_chain_that_fails_between_its_items_fails_alone():
         yield [item("a1")]
         raise StorageFailedError("the store is down")
 
-    schedule = schedule_of({"a": breaks(), "b": chain([item("b1")])}, workers=["v", "w"])
-    for task in schedule.start():
-        schedule.finish(task, {})
-    assert schedule.is_done
-    assert schedule.failed == {"a": "the store is down"}
-    assert schedule.values.keys() == {"b"}
+    scheduler = scheduler_of({"a": breaks(), "b": chain([item("b1")])}, workers=["v", "w"])
+    for task in scheduler.start():
+        scheduler.finish(task, {})
+    assert scheduler.is_done
+    assert scheduler.failed == {"a": "the store is down"}
+    assert scheduler.values.keys() == {"b"}
 
 
 def test_calls_take_no_worker_and_stand_in_for_what_is_lost(tmp_path):
@@ -146,85 +146,85 @@ def test_calls_take_no_worker_and_stand_in_for_what_is_lost(tmp_path):
         item("ask", service="llm", fallback_result={"lost": True}),
         result_path=tmp_path / "ask.json",
     )
-    schedule = schedule_of({"a": chain([call])}, max_attempts=2)
-    (task,) = schedule.start()
+    scheduler = scheduler_of({"a": chain([call])}, max_attempts=2)
+    (task,) = scheduler.start()
     assert task.workers == ()
-    assert schedule.wanted() == {}
-    assert schedule.fail(task, Failure.WORKER_LOST, "died") is Action.RETRY
-    (task,) = schedule.start()
-    assert schedule.fail(task, Failure.WORKER_LOST, "died") is Action.STAND_IN
-    assert schedule.values == {"a": [{"lost": True}]}
+    assert scheduler.wanted() == {}
+    assert scheduler.fail(task, Failure.WORKER_LOST, "died") is Action.RETRY
+    (task,) = scheduler.start()
+    assert scheduler.fail(task, Failure.WORKER_LOST, "died") is Action.USE_FALLBACK
+    assert scheduler.values == {"a": [{"lost": True}]}
     assert read_json(call.result_path) == {"lost": True}  # so a resume goes the same way
 
 
 def test_an_item_for_several_workers_waits_for_them_and_smaller_ones_behind_it():
     wide, small = item("wide", 9.0, num_workers=2), item("small")
-    schedule = schedule_of({"a": chain([wide, small])}, workers=["v", "w"])
-    assert schedule.wanted() == {ONE: 3}
-    (task,) = schedule.start()
+    scheduler = scheduler_of({"a": chain([wide, small])}, workers=["v", "w"])
+    assert scheduler.wanted() == {ONE: 3}
+    (task,) = scheduler.start()
     assert set(task.workers) == {"v", "w"}
-    schedule.fail(task, Failure.WORKER_LOST, "died", ["v"])
-    schedule.join("x", ONE)
-    (task,) = schedule.start()
+    scheduler.fail(task, Failure.WORKER_LOST, "died", ["v"])
+    scheduler.join("x", ONE)
+    (task,) = scheduler.start()
     assert set(task.workers) == {"w", "x"}
-    schedule.finish(task, {})
-    assert names(schedule.start()) == ["small"]
+    scheduler.finish(task, {})
+    assert names(scheduler.start()) == ["small"]
 
 
 def test_where_too_few_workers_are_there_smaller_items_pass_a_wide_one():
     wide, small = item("wide", 9.0, num_workers=3), [item(f"small-{n}") for n in range(2)]
-    schedule = schedule_of({"a": chain([wide, *small])}, workers=["v", "w"])
-    assert names(schedule.start()) == ["small-0", "small-1"]
-    schedule.join("x", ONE)
-    assert schedule.start() == []  # three are there by now: the wide one is next
+    scheduler = scheduler_of({"a": chain([wide, *small])}, workers=["v", "w"])
+    assert names(scheduler.start()) == ["small-0", "small-1"]
+    scheduler.join("x", ONE)
+    assert scheduler.start() == []  # three are there by now: the wide one is next
 
 
 def test_an_item_that_is_put_off_frees_its_worker_and_counts_no_attempt():
     chains = {"a": chain([item("long", 5.0)]), "b": chain([item("short")])}
-    schedule = schedule_of(chains, workers=["w"])
-    (task,) = schedule.start()
-    schedule.defer(task)
-    (other,) = schedule.start()
+    scheduler = scheduler_of(chains, workers=["w"])
+    (task,) = scheduler.start()
+    scheduler.defer(task)
+    (other,) = scheduler.start()
     assert (task.item.key, other.item.key, other.workers) == ("long", "short", ("w",))
-    schedule.finish(other, {})
-    assert not schedule.is_done
-    assert schedule.wanted() == {}
-    assert schedule.start() == []
-    assert schedule.resume()
-    (again,) = schedule.start()
+    scheduler.finish(other, {})
+    assert not scheduler.is_done
+    assert scheduler.wanted() == {}
+    assert scheduler.start() == []
+    assert scheduler.resume_deferred()
+    (again,) = scheduler.start()
     assert (again.item.key, again.attempt) == ("long", 1)
-    schedule.finish(again, {})
-    assert schedule.is_done
-    assert not schedule.resume()
+    scheduler.finish(again, {})
+    assert scheduler.is_done
+    assert not scheduler.resume_deferred()
 
 
 def test_a_chain_that_failed_takes_what_was_put_off_along():
-    schedule = schedule_of({"a": chain([item("i", 2.0), item("j")])}, workers=["v", "w"])
-    one, other = schedule.start()
-    schedule.defer(one)
-    schedule.fail(other, Failure.OWN_ERROR, "wrong")
-    assert schedule.is_done
+    scheduler = scheduler_of({"a": chain([item("i", 2.0), item("j")])}, workers=["v", "w"])
+    one, other = scheduler.start()
+    scheduler.defer(one)
+    scheduler.fail(other, Failure.PERMANENT, "wrong")
+    assert scheduler.is_done
 
 
 def test_a_result_that_a_dying_worker_left_is_taken(tmp_path):
-    left = WorkItem("i", lambda _job, _report: {}, None, tmp_path / "i.json", 1.0)
-    schedule = schedule_of({"a": chain([left])}, workers=["w"])
-    (task,) = schedule.start()
+    left = WorkItem("i", dict, None, tmp_path / "i.json", 1.0, result_type=dict)
+    scheduler = scheduler_of({"a": chain([left])}, workers=["w"])
+    (task,) = scheduler.start()
     write_json(left.result_path, {"value": 7})
-    schedule.fail(task, Failure.WORKER_LOST, "died", ["w"])
-    assert schedule.is_done
-    assert schedule.values == {"a": [{"value": 7}]}
+    scheduler.fail(task, Failure.WORKER_LOST, "died", ["w"])
+    assert scheduler.is_done
+    assert scheduler.values == {"a": [{"value": 7}]}
 
 
 def test_items_go_to_workers_of_their_kind_and_others_are_spare():
     gpu = Resources(1.0, 1.0)
-    schedule = schedule_of({"a": chain([item("train", resources=gpu)])}, workers=["cpu"])
-    assert schedule.start() == []
-    assert schedule.wanted() == {gpu: 1}
-    assert schedule.spare() == {"cpu": ONE}
-    schedule.join("gpu", gpu)
-    assert schedule.next_workers() == ["gpu"]
-    (task,) = schedule.start()
+    scheduler = scheduler_of({"a": chain([item("train", resources=gpu)])}, workers=["cpu"])
+    assert scheduler.start() == []
+    assert scheduler.wanted() == {gpu: 1}
+    assert scheduler.spare() == {"cpu": ONE}
+    scheduler.join("gpu", gpu)
+    assert scheduler.next_workers() == ["gpu"]
+    (task,) = scheduler.start()
     assert task.workers == ("gpu",)
 
 

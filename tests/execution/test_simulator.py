@@ -5,14 +5,14 @@ import pytest
 
 from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import WorkItem
-from tdc_ray.execution.simulator import FailureModel, simulate
+from tdc_ray.execution.simulator import FailureModel, Simulation
 from tests.execution.test_scheduler import NO_RUN_DIR
 
 
 def item(key: str, seconds: float, behind: float = 0.0, num_workers: int = 1) -> WorkItem:
     place = NO_RUN_DIR / f"{key}.json"
     return WorkItem(
-        key, lambda _job, _report: {}, None, place, seconds, behind, num_workers=num_workers
+        key, dict, None, place, seconds, behind, num_workers=num_workers, result_type=dict
     )
 
 
@@ -47,14 +47,14 @@ def test_ten_items_take_at_most_1_15_of_the_exact_optimum(num_workers):
     for seed in range(10):
         draw = random.Random(seed)
         seconds = [draw.uniform(1, 10) for _ in range(8)]
-        found = simulate(independent(seconds), seconds_of, num_workers=num_workers)
+        found = Simulation(independent(seconds), seconds_of, num_workers=num_workers).run()
         assert found.makespan_seconds <= 1.15 * optimum(seconds, num_workers)
         assert found.num_items == len(seconds)
 
 
 def test_makespan_bound_and_use_are_what_a_hand_reckons():
     chains = {"a": chain("a", [[4.0], [2.0, 2.0]]), "b": chain("b", [[3.0]])}
-    found = simulate(chains, seconds_of, num_workers=2)
+    found = Simulation(chains, seconds_of, num_workers=2).run()
     assert found.makespan_seconds == 6.0  # a: 4, then 2 beside 2; b beside a's first
     assert found.lower_bound_seconds == 6.0
     assert found.utilisation == pytest.approx(11 / 12)
@@ -67,7 +67,7 @@ def test_meetings_hold_in_simulated_time():
         yield [item(f"{name}-2", 1.0)]
 
     chains = {"a": meeting("a", 1.0), "b": meeting("b", 5.0)}
-    assert simulate(chains, seconds_of, num_workers=2).makespan_seconds == 6.0
+    assert Simulation(chains, seconds_of, num_workers=2).run().makespan_seconds == 6.0
 
 
 def test_thousand_workers_share_a_sweep_of_twenty_groups_at_most_1_05_of_the_bound():
@@ -81,34 +81,34 @@ def test_thousand_workers_share_a_sweep_of_twenty_groups_at_most_1_05_of_the_bou
         for trial in range(200)
         for group, shape in enumerate(shapes)
     }
-    found = simulate(chains, seconds_of, num_workers=1000)
+    found = Simulation(chains, seconds_of, num_workers=1000).run()
     assert found.makespan_seconds <= 1.05 * found.lower_bound_seconds
     assert found.num_items == 200 * 20 * (1 + 4 + 2 + 15 + 1)
 
 
 def test_workers_die_and_join_and_everything_is_finished_and_accounted_for():
     stormy = FailureModel(failures_per_hour=2.0, joins_per_hour=60.0, seed=3)
-    calm = simulate(independent([600.0] * 20), seconds_of, num_workers=4)
-    found = simulate(independent([600.0] * 20), seconds_of, num_workers=4, weather=stormy)
+    calm = Simulation(independent([600.0] * 20), seconds_of, num_workers=4).run()
+    found = Simulation(independent([600.0] * 20), seconds_of, num_workers=4, failures=stormy).run()
     assert found.num_failures > 0
     assert found.unfinished == {}
     assert found.num_items == 20
     assert found.lost_seconds > 0
     assert found.makespan_seconds > calm.makespan_seconds
-    again = simulate(independent([600.0] * 20), seconds_of, num_workers=4, weather=stormy)
+    again = Simulation(independent([600.0] * 20), seconds_of, num_workers=4, failures=stormy).run()
     assert again == found
 
 
 def test_checkpoints_bound_what_a_failure_costs():
     stormy = FailureModel(failures_per_hour=6.0, joins_per_hour=600.0, seed=1)
     lost = [
-        simulate(
+        Simulation(
             independent([3600.0] * 4),
             seconds_of,
             num_workers=4,
-            weather=stormy,
+            failures=stormy,
             checkpoint_every_s=lambda _item, every=every: every,
-        )
+        ).run()
         for every in (None, 60.0)
     ]
     assert lost[1].unfinished == {}
@@ -117,12 +117,12 @@ def test_checkpoints_bound_what_a_failure_costs():
 
 
 def test_without_a_worker_left_the_simulation_ends_and_says_so():
-    found = simulate(
+    found = Simulation(
         independent([3600.0] * 3),
         seconds_of,
         num_workers=1,
-        weather=FailureModel(failures_per_hour=100.0),
-    )
+        failures=FailureModel(failures_per_hour=100.0),
+    ).run()
     assert set(found.unfinished.values()) == {"there are too few workers"}
 
 
@@ -131,5 +131,5 @@ def test_an_item_for_more_workers_than_there_are_ends_the_simulation():
         yield [item("wide", 1.0, num_workers=3)]
 
     stormy = FailureModel(joins_per_hour=10.0)
-    found = simulate({"a": wide()}, seconds_of, num_workers=2, weather=stormy)
+    found = Simulation({"a": wide()}, seconds_of, num_workers=2, failures=stormy).run()
     assert found.unfinished == {"a": "there are too few workers"}

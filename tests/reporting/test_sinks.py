@@ -53,7 +53,7 @@ def emit_all(run_dir):
             Reported("base", 1, {"loss": 0.5}),
             Reported("base", 1, {}, IMAGES),
             Finished("base"),
-            Reported("group-00/round-0-candidate-0", 1, {"loss_cut": 0.25}, task=3),
+            Reported("group-00/round-0-candidate-0", 1, {"loss_cut": 0.25}, number=3),
             CandidateMeasured(entry(0, 0.25), 1),
             CandidateMeasured(entry(1, 0.75), 2),
             ImagesSampled("tdc", samples),

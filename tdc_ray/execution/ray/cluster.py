@@ -1,4 +1,4 @@
-"""Connects to Ray, and tells what nodes there are."""
+"""Connects to Ray, tells what nodes there are, and starts actors beside the driver."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""
@@ -16,9 +17,7 @@ LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
 
 SECONDS_TO_ANSWER = 2.0
-"""How long a node may take to say that it is alive."""
-
-logger = logging.getLogger(__name__)
+"""How long a node may take to accept a connection and still count as alive."""
 
 
 @contextlib.contextmanager
@@ -26,9 +25,9 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
     """Use the cluster that ``RAY_ADDRESS`` names, or the one already joined, or a local one.
 
     Args:
-        num_cpus: Logical CPUs of a local Ray; None: as many as the machine has.
+        num_cpus: Logical CPUs of a local Ray; None means as many as the machine has.
         dashboard: Whether a local Ray has one, on loopback: without it Ray Train never finds out
-            that who led a training was killed, and keeps the CPUs of that.
+            that the process which leads a training was killed, and keeps its CPUs.
     """
     if ray.is_initialized():
         yield
@@ -37,22 +36,19 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common: Any = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": False,
+    local: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "include_dashboard": dashboard,
+        "namespace": LOCAL,
+        "object_store_memory": OBJECT_STORE_BYTES,
     }
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**common)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=dashboard,
-            namespace=LOCAL,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **common,
-        )
+    ray.init(
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+        **({} if "RAY_ADDRESS" in os.environ else local),
+    )
     try:
         yield
     finally:
@@ -60,12 +56,12 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
 
 
 def node_resources() -> list[dict[str, float]]:
-    """Give the resources of every node that is alive, taken or not."""
+    """Return the resources of every node that is alive, in use or not."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def is_alive(node_id: str) -> bool:
-    """Ask a node itself whether it is alive: Ray knows of its end only after many seconds."""
+    """Whether a node accepts a connection: Ray notices its end only after many seconds."""
     for node in ray.nodes():
         if node["NodeID"] == node_id and node["Alive"]:
             address = (node["NodeManagerAddress"], node["NodeManagerPort"])
@@ -82,3 +78,16 @@ def is_local() -> bool:
     """
     context = ray.get_runtime_context()
     return bool(context.namespace == LOCAL) and context.get_actor_id() is None
+
+
+def actor_here(actor_class: type, *, soft: bool = True, **options: Any) -> Any:
+    """Return what starts an actor that takes no CPU and is restarted whenever it dies.
+
+    Args:
+        actor_class: Its class; ``remote(...)`` of what is returned takes the arguments.
+        soft: Whether it may be on another node than this one, where this one has gone.
+        options: Further options of Ray.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=soft)
+    remote: Any = ray.remote(num_cpus=0, max_restarts=-1)(actor_class)
+    return remote.options(scheduling_strategy=here, **options)

@@ -4,25 +4,23 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import distributed
-
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of several workers of an item."""
+    """Which of an item's workers one is, and where the first one listens."""
 
     index: int
-    """The first one is 0: it keeps checkpoints and the result."""
-
     count: int
     address: str
-    """``HOST:PORT`` of the first one."""
+    """``HOST:PORT`` of the first one, whose index is 0."""
 
 
 @contextlib.contextmanager
 def as_rank(rank: Rank) -> Iterator[None]:
-    """Join the others: ``device.place`` gives this worker's place among them until the end."""
+    """Join the others: ``device.worker_rank`` has this worker's rank until the block ends."""
+    import torch  # the driver, which imports this, may do without
+    from torch import distributed
+
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"tcp://{rank.address}",

@@ -4,14 +4,13 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.execution.events import EventSink, Sinks, listening
+from tdc_ray.execution.ray.cluster import actor_here
 
 SECONDS_BETWEEN_FETCHES = 0.5
 
@@ -78,10 +77,7 @@ class EventCollector(Sinks):
 @contextmanager
 def collecting(sinks: Sequence[EventSink]) -> Iterator[EventCollector]:
     """Enter sinks, and pass on to them what workers report, while the block runs."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote = ray.remote(num_cpus=0, max_restarts=-1)(_EventBuffer)
-    buffer: Any = remote.options(scheduling_strategy=here).remote()
-    stop = threading.Event()
+    buffer, stop = actor_here(_EventBuffer).remote(), threading.Event()
 
     def forward() -> None:
         while not stop.wait(SECONDS_BETWEEN_FETCHES):

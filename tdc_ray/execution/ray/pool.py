@@ -1,4 +1,4 @@
-"""Runs chains of work items over a crew of Ray actors; what to do is decided by ``policy``."""
+"""Runs chains of work items on Ray actors and services; the scheduler decides which and when."""
 
 import logging
 import time
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from tdc_ray.config.compute import ComputeConfig
@@ -35,7 +34,7 @@ SECONDS_BETWEEN_FLUSHES = 5.0
 SECONDS_BETWEEN_SIGNS = 60.0
 """How often the timeline says that the driver is alive: with a killed one, what ran is lost."""
 
-SECONDS_UNTIL_SAID = 10.0
+SECONDS_UNTIL_WARNING = 10.0
 """How long nothing can start for want of a worker before the log says so."""
 
 SECONDS_UNTIL_GONE = 0.3
@@ -44,16 +43,23 @@ SECONDS_UNTIL_GONE = 0.3
 SECONDS_TO_FAIL = 5.0
 """How long the other workers of an item may take to fail after one of them did."""
 
+CONSEQUENCES = {
+    Action.RETRY: "it starts again",
+    Action.REDUCE_MEMORY: "it starts again with half the images at once",
+    Action.USE_FALLBACK: "its chain goes on without it",
+    Action.GIVE_UP: "it is given up",
+}
+
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Running:
-    """A task, what gives its result, and those of its workers that are not done."""
+    """An assignment, what returns its result, and those of its workers that are not done."""
 
-    task: Assignment
+    assignment: Assignment
     result: ray.ObjectRef
-    owed: dict[ray.ObjectRef, str]
+    pending: dict[ray.ObjectRef, str]
     """Their names; "" for a service."""
 
 
@@ -68,15 +74,15 @@ class Pool:
         compute: ComputeConfig,
         events: EventCollector,
         timeline: Timeline | None = None,
-        sharing: CacheSession | None = None,
+        session: CacheSession | None = None,
         services: Mapping[str, Service] | None = None,
     ) -> None:
         self._compute = compute
         self._events, self._timeline = events, timeline or Timeline(None)
-        self._sharing = sharing or CacheSession(None)
+        self._session = session or CacheSession(None)
         self._services = services or {}
-        self._service_actors: dict[str, ActorHandle] = {}
-        self._crew = WorkerGroup(compute, events.remote, self._timeline)
+        self._service_actors: dict[str, Any] = {}
+        self._workers = WorkerGroup(compute, events.remote, self._timeline)
         self._running: dict[int, _Running] = {}
 
     def __enter__(self) -> "Pool":
@@ -88,8 +94,8 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for running in list(self._running.values()):
-            self._end(running.task, "interrupted")
-        self._crew.dismiss_all()
+            self._end(running.assignment, "interrupted")
+        self._workers.stop_all()
         self._timeline.flush()
 
     def run(self, chains: Mapping[str, Chain[T]], phase: str = "work") -> dict[str, T]:
@@ -108,180 +114,168 @@ class Pool:
             WorkFailedError: Chains failed; names each and its reason.
             ClusterError: Actors die as they start.
         """
-        self._end_what_an_error_left()
+        self._stop_busy()
         self._timeline.add("phase", name=phase)
-        schedule: Scheduler[T] = Scheduler(
-            chains, default=self._crew.default, max_attempts=self._compute.max_attempts
+        scheduler: Scheduler[T] = Scheduler(
+            chains, default=self._workers.default, max_attempts=self._compute.max_attempts
         )
-        for name, resources in self._crew.ready().items():
-            schedule.join(name, resources)
+        for name, resources in self._workers.ready().items():
+            scheduler.join(name, resources)
         idle_since = alive_since = time.monotonic()
-        said, told = False, set[str]()
-        while not schedule.is_done:
-            waits = schedule.resume()
-            self._staff(schedule)
-            while tasks := schedule.start():
-                for task in tasks:
-                    self._start(task, schedule)
-            if self._running or waits:
+        warned, failed = False, set[str]()
+        while not scheduler.is_done:
+            has_deferred = scheduler.resume_deferred()
+            self._adjust_workers(scheduler)
+            while assignments := scheduler.start():
+                for assignment in assignments:
+                    self._start(assignment, scheduler)
+            if self._running or has_deferred:
                 idle_since = time.monotonic()
-            elif not said and time.monotonic() - idle_since > SECONDS_UNTIL_SAID:
-                said = True
-                _say_what_waits(schedule)
-            self._take_in(schedule)
-            told |= self._tell_failed(schedule, told)
+            elif not warned and time.monotonic() - idle_since > SECONDS_UNTIL_WARNING:
+                warned = True
+                _warn_of_waiting(scheduler)
+            self._wait(scheduler)
+            self._note_failed(scheduler, failed)
             if time.monotonic() - alive_since > SECONDS_BETWEEN_SIGNS:
                 alive_since = time.monotonic()
                 self._timeline.add("alive")
             self._timeline.flush(max_age_s=SECONDS_BETWEEN_FLUSHES)
-        self._tell_failed(schedule, told)
-        if schedule.failed:
-            raise WorkFailedError(schedule.failed)
-        return schedule.values
+        self._note_failed(scheduler, failed)
+        if scheduler.failed:
+            raise WorkFailedError(scheduler.failed)
+        return scheduler.values
 
-    def _tell_failed(self, schedule: Scheduler[T], told: set[str]) -> set[str]:
-        """Note the chains that failed since, and name them."""
-        new = schedule.failed.keys() - told
-        for name in sorted(new):
-            self._timeline.add("failed", chain=name, reason=schedule.failed[name])
-        return new
+    def _note_failed(self, scheduler: Scheduler[T], noted: set[str]) -> None:
+        """Add the chains that failed to the timeline, but those that were noted."""
+        for name in sorted(scheduler.failed.keys() - noted):
+            self._timeline.add("failed", chain=name, reason=scheduler.failed[name])
+            noted.add(name)
 
-    def _end_what_an_error_left(self) -> None:
+    def _stop_busy(self) -> None:
         """End workers that still run items of a call that an error ended."""
         for running in self._running.values():
-            for name in running.task.workers:
-                self._crew.stop(name)
+            for name in running.assignment.workers:
+                self._workers.stop(name)
         self._running.clear()
 
-    def _staff(self, schedule: Scheduler[T]) -> None:
-        """Forget idle workers that died, and hire for what could run at once."""
-        for name in self._crew.dead(schedule.next_workers()):
-            schedule.leave(name)
-            self._crew.stop(name)
-        wanted = schedule.wanted()
-        for name in self._crew.removable(schedule.spare(), wanted):
-            schedule.leave(name)
-            self._crew.stop(name)
-        self._crew.start_workers(wanted)
+    def _adjust_workers(self, scheduler: Scheduler[T]) -> None:
+        """Forget idle workers that died, stop those in the way, and start what could be used."""
+        for name in self._workers.dead(scheduler.next_workers()):
+            scheduler.leave(name)
+            self._workers.stop(name)
+        wanted = scheduler.wanted()
+        for name in self._workers.removable(scheduler.spare(), wanted):
+            scheduler.leave(name)
+            self._workers.stop(name)
+        self._workers.start_workers(wanted)
 
-    def _start(self, task: Assignment, schedule: Scheduler[T]) -> None:
-        """Start an item, unless another run is at the very same."""
-        item, run = task.item, self._sharing.begin(task.item)
-        if run is None:
-            schedule.defer(task)
+    def _start(self, assignment: Assignment, scheduler: Scheduler[T]) -> None:
+        """Start an item, unless another run computes the very same."""
+        item, number = assignment.item, assignment.number
+        runner = self._session.acquire(item)
+        if runner is None:
+            scheduler.defer(assignment)
             return
-        self._events(Started(item.key, item.num_steps, task.number))
+        self._events(Started(item.key, item.num_steps, number))
         self._timeline.add(
             "start",
-            task=task.number,
-            chain=task.chain,
-            stage=task.stage,
+            task=number,
+            chain=assignment.chain,
+            stage=assignment.stage,
             item=item.key,
-            workers=task.workers,
-            attempt=task.attempt,
+            workers=assignment.workers,
+            attempt=assignment.attempt,
         )
         if item.service is not None:
             actor = self._service_actors[item.service]
-            ref: ray.ObjectRef = actor.run.remote(item, self._events.remote, task.number)
-            self._running[task.number] = _Running(task, ref, {ref: ""})
-            return
-        actors = self._crew.actors(task.workers)
-        refs = [
-            actor.run.remote(item, run, task.number, rank)
-            for actor, rank in zip(actors, _ranks(actors), strict=True)
-        ]
-        owed = dict(zip(refs, task.workers, strict=True))
-        self._running[task.number] = _Running(task, refs[0], owed)
+            refs = [actor.run.remote(item, self._events.remote, number)]
+        else:
+            actors = self._workers.actors(assignment.workers)
+            refs = [
+                actor.run.remote(item, runner, number, rank)
+                for actor, rank in zip(actors, _ranks(actors), strict=True)
+            ]
+        pending = dict(zip(refs, assignment.workers or ("",), strict=True))
+        self._running[number] = _Running(assignment, refs[0], pending)
 
-    def _take_in(self, schedule: Scheduler[T]) -> None:
-        """Wait until something happened, and tell the schedule."""
-        owed = {ref: running for running in self._running.values() for ref in running.owed}
-        starting = set(self._crew.starting())
-        refs = [*owed, *starting]
+    def _wait(self, scheduler: Scheduler[T]) -> None:
+        """Wait until something happened, and tell the scheduler."""
+        pending = {ref: running for running in self._running.values() for ref in running.pending}
+        starting = set(self._workers.starting())
+        refs = [*pending, *starting]
         if not refs:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             return
         ray.wait(refs, num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
         for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
             if ref in starting:
-                name = self._crew.take_in(ref)
+                name = self._workers.register(ref)
                 if name is not None:
-                    schedule.join(name, self._crew.ready()[name])
-            elif owed[ref].task.number in self._running:  # no other of its workers failed
-                self._take_in_result(ref, owed[ref], schedule)
+                    scheduler.join(name, self._workers.ready()[name])
+            elif pending[ref].assignment.number in self._running:  # no other of its workers failed
+                self._take(ref, pending[ref], scheduler)
 
-    def _take_in_result(
-        self, ref: ray.ObjectRef, running: _Running, schedule: Scheduler[T]
-    ) -> None:
-        error = _error_of(ref)
-        if error is not None:
-            self._take_in_failure(running, schedule)
+    def _take(self, ref: ray.ObjectRef, running: _Running, scheduler: Scheduler[T]) -> None:
+        """Take the answer of one of an item's workers; the item ends with the last one's."""
+        if _error_of(ref) is not None:
+            self._fail(running, scheduler)
             return
-        del running.owed[ref]
-        if running.owed:
-            return
-        result = ray.get(running.result)
-        self._end(running.task, "done")
-        self._crew.mark_idle(running.task.workers)
-        schedule.finish(running.task, result)
+        del running.pending[ref]
+        if not running.pending:
+            result = ray.get(running.result)
+            self._end(running.assignment, "done")
+            self._workers.mark_idle(running.assignment.workers)
+            scheduler.finish(running.assignment, result)
 
-    def _take_in_failure(self, running: _Running, schedule: Scheduler[T]) -> None:
+    def _fail(self, running: _Running, scheduler: Scheduler[T]) -> None:
         """Find out what an item died of, end what is left of it, and ask what follows."""
-        task = running.task
-        refs = list(running.owed)
+        assignment, refs = running.assignment, list(running.pending)
         done, silent = ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_FAIL)
         errors = {ref: error for ref in done if (error := _error_of(ref)) is not None}
         cause = min(errors.values(), key=_rank_as_cause)
-        lost = [running.owed[ref] for ref in [*errors, *silent] if _lost(errors.get(ref))]
+        lost = [running.pending[ref] for ref in [*errors, *silent] if _is_lost(errors.get(ref))]
         lost = [name for name in lost if name]
         failure = _failure_of(cause, node_lost=self._lost_a_node(lost))
-        if isinstance(cause, RayTaskError):
-            reason = f"{type(cause.cause).__name__}: {cause.cause}"
-        else:
-            reason = f"{type(cause).__name__}: {cause}"
+        error = cause.cause if isinstance(cause, RayTaskError) else cause
+        reason = f"{type(error).__name__}: {error}"
         what = f"failed ({reason})"
-        if not isinstance(cause, RayTaskError) and (lost or task.item.service):
-            reason = f"its worker died {task.attempt} times: {cause}"
+        if not isinstance(cause, RayTaskError) and (lost or assignment.item.service):
+            reason = f"its worker died {assignment.attempt} times: {cause}"
             what = "lost its worker"
         for name in lost:
-            self._crew.stop(name)
-        self._crew.mark_idle(name for name in task.workers if name not in lost)
-        self._end(task, failure.value)
-        action = schedule.fail(task, failure, reason, lost)
-        again = {
-            Action.RETRY: "it starts again",
-            Action.HALVE: "it starts again with half the images at once",
-            Action.STAND_IN: "its chain goes on without it",
-            Action.GIVE_UP: "it is given up",
-        }
-        logger.warning("%s %s (attempt %d); %s", task.item.key, what, task.attempt, again[action])
+            self._workers.stop(name)
+        self._workers.mark_idle(name for name in assignment.workers if name not in lost)
+        self._end(assignment, failure.value)
+        action = scheduler.fail(assignment, failure, reason, lost)
+        key, attempt = assignment.item.key, assignment.attempt
+        logger.warning("%s %s (attempt %d); %s", key, what, attempt, CONSEQUENCES[action])
 
     def _lost_a_node(self, lost: list[str]) -> bool:
         """Whether workers went with their node; it may end a moment after them."""
         if lost:
             time.sleep(SECONDS_UNTIL_GONE)
-        return not all(is_alive(node) for node in self._crew.nodes(lost))
+        return not all(is_alive(node) for node in self._workers.nodes(lost))
 
-    def _end(self, task: Assignment, outcome: str) -> None:
-        del self._running[task.number]
-        self._sharing.end(task.item)
-        self._events(Finished(task.item.key, task.number))
-        self._timeline.add("end", task=task.number, outcome=outcome)
+    def _end(self, assignment: Assignment, outcome: str) -> None:
+        del self._running[assignment.number]
+        self._session.release(assignment.item)
+        self._events(Finished(assignment.item.key, assignment.number))
+        self._timeline.add("end", task=assignment.number, outcome=outcome)
 
 
 def _ranks(actors: list[Any]) -> list[Rank | None]:
-    """Give workers of one item their places; one alone needs none."""
+    """Return the ranks of an item's workers; one alone needs none."""
     if len(actors) == 1:
         return [None]
     try:
         address: str = ray.get(actors[0].address.remote())
     except RayActorError:
-        address = ""  # it died: so the items fail, too, and are taken in as others
+        address = ""  # it died: so the items fail, too, and are handled as others
     return [Rank(index, len(actors), address) for index in range(len(actors))]
 
 
 def _error_of(ref: ray.ObjectRef) -> RayError | None:
-    """Give what a finished call raised, or what became of its result."""
+    """Return what a finished call raised, or what became of its result."""
     try:
         ray.get(ref)
     except RayError as error:
@@ -289,34 +283,32 @@ def _error_of(ref: ray.ObjectRef) -> RayError | None:
     return None
 
 
-def _lost(error: RayError | None) -> bool:
+def _is_lost(error: RayError | None) -> bool:
     """Whether a worker is gone, or hangs, and not just its item."""
     return error is None or isinstance(error, RayActorError | OutOfMemoryError)
 
 
 def _rank_as_cause(error: RayError) -> int:
     """Order errors of several workers: the others fail only because one of them did."""
-    if _lost(error):
+    if _is_lost(error):
         return 0
     failure = _failure_of(error, node_lost=False)
-    return [Failure.OUT_OF_MEMORY, Failure.OWN_ERROR, Failure.OTHER_ERROR].index(failure) + 1
+    return [Failure.OUT_OF_MEMORY, Failure.PERMANENT, Failure.TRANSIENT].index(failure) + 1
 
 
 def _failure_of(error: RayError, *, node_lost: bool) -> Failure:
-    if isinstance(error, OutOfMemoryError):
-        return Failure.OUT_OF_MEMORY
     if isinstance(error, RayActorError):
         return Failure.NODE_LOST if node_lost else Failure.WORKER_LOST
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, TdcError) and not isinstance(cause, StorageFailedError):
-        return Failure.OWN_ERROR
-    if is_out_of_memory(cause):
+        return Failure.PERMANENT
+    if isinstance(cause, OutOfMemoryError) or is_out_of_memory(cause):
         return Failure.OUT_OF_MEMORY
-    return Failure.OTHER_ERROR
+    return Failure.TRANSIENT
 
 
-def _say_what_waits(schedule: Scheduler[Any]) -> None:
-    wishes = [f"{number} of {needs(kind)}" for kind, number in schedule.wanted().items()]
+def _warn_of_waiting(scheduler: Scheduler[Any]) -> None:
+    wishes = [f"{number} of {needs(kind)}" for kind, number in scheduler.wanted().items()]
     logger.warning(
         "work waits for actors: %s could be used, and not enough are free on the nodes %s; it "
         "goes on when there is room",

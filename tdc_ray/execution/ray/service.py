@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.errors import TdcError
 from tdc_ray.execution.events import EventSink, reporter
 from tdc_ray.execution.item import AnyItem, Report
+from tdc_ray.execution.ray.cluster import actor_here
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -47,8 +47,8 @@ class _ServiceActor:
     def check(self) -> None:
         self._servant.check()
 
-    def run(self, item: AnyItem, events: EventSink, task: int | None = None) -> Any:
-        return self._servant.run(item, reporter(events, item.key, task))
+    def run(self, item: AnyItem, events: EventSink, number: int | None = None) -> Any:
+        return self._servant.run(item, reporter(events, item.key, number))
 
 
 def start_service(name: str, service: Service) -> Any:
@@ -61,16 +61,15 @@ def start_service(name: str, service: Service) -> Any:
     Raises:
         TdcError: What the service's check raises.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(num_cpus=0, max_restarts=-1)(_ServiceActor)
-    options = remote.options(
+    actor = actor_here(
+        _ServiceActor,
+        soft=False,
         name=f"tdc-ray-service-{name}",
         get_if_exists=True,
         max_concurrency=service.max_concurrency,
-        scheduling_strategy=here,
     )
     while True:
-        handle: Any = options.remote(service.create)
+        handle = actor.remote(service.create)
         try:
             ray.get(handle.ping.remote())
         except RayActorError:

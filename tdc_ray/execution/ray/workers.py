@@ -1,4 +1,4 @@
-"""The actors of a pool: hired as nodes join, forgotten as nodes go."""
+"""The actors of a pool: started as nodes join, forgotten as nodes go."""
 
 import itertools
 import logging
@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
-from tdc_ray.execution.events import EventSink, reporter
+from tdc_ray.execution.events import EventSink, ignore, reporter
 from tdc_ray.execution.item import AnyItem, Resources, Runner
 from tdc_ray.execution.ray.cluster import is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
@@ -26,68 +26,64 @@ from tdc_ray.execution.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 MAX_ACTORS = 64
-"""Most actors that are started unasked."""
+"""Most actors that are started where ``compute.num_actors`` does not say how many."""
 
 MAX_FAILED_STARTS = 10
 """Actors in a row that may die before they are ready."""
 
 SECONDS_IDLE = 1.0
-"""How long a worker may have been idle and still pass for alive."""
+"""How long a worker may have been idle and still be assumed alive."""
+
+SECONDS_TO_ANSWER = 5.0
+"""How long it may then take to say that it is."""
 
 SECONDS_TO_START = 20.0
-"""After that, what a worker that was asked for lacks is taken to be room."""
+"""After that, what a worker that is not ready lacks is assumed to be room."""
 
 SECONDS_UNTIL_RELEASED = 60.0
 """How long a worker may be idle on a cluster that others run: it keeps a node from being taken
 down."""
-
-SECONDS_TO_ANSWER = 5.0
-"""How long it may then take to say that it is."""
 
 
 class _Worker:
     """A process that runs items, one at a time."""
 
     def __init__(self, num_threads: int, events: EventSink, *, tf32: bool) -> None:
-        from tdc_ray.execution.device import (
-            configure_worker,
-        )  # torch: the driver of a pool may do without
+        # Imports torch, which the driver of a pool may do without.
+        from tdc_ray.execution.device import configure_worker
 
         configure_worker(num_threads, tf32=tf32)
         self.events = events
 
-    def where(self) -> str:
+    def node(self) -> str:
         """Name the node; an answer also says that the worker is alive."""
         return str(ray.get_runtime_context().get_node_id())
 
     def address(self) -> str:
-        """Give an address at which other workers reach this one, on a port that is free."""
+        """Return an address at which other workers reach this one, on a port that is free."""
         with socket.socket() as listener:
             listener.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
 
-    def run(self, item: AnyItem, run: Runner, task: int, rank: Rank | None) -> Any:
-        report = reporter(self.events, item.key, task)
+    def run(self, item: AnyItem, run: Runner, number: int, rank: Rank | None) -> Any:
         if rank is None:
-            return run(item, report)
+            return run(item, reporter(self.events, item.key, number))
+        is_first = rank.index == 0
         with as_rank(rank):
-            if rank.index == 0:
-                return run(item, report)
-            return run(item, lambda _metrics, _step: None, is_first=False)
+            report = reporter(self.events if is_first else ignore, item.key, number)
+            return run(item, report, is_first=is_first)
 
 
 @dataclass(slots=True)
 class _WorkerHandle:
-    """A worker, from when it is asked for."""
+    """A worker, from when it was started."""
 
     actor: ActorHandle
     resources: Resources
     node: str | None = None
-    """None: it is not there yet."""
+    """None until it is ready."""
 
-    since: float = field(default_factory=time.monotonic)
-    """When it was asked for."""
-
+    started: float = field(default_factory=time.monotonic)
     idle_since: float = 0.0
 
 
@@ -99,62 +95,62 @@ class WorkerGroup:
         """What a worker takes for items that do not say it."""
 
         self._compute, self._events, self._timeline = compute, events, timeline
-        self._hired: dict[str, _WorkerHandle] = {}
+        self._workers: dict[str, _WorkerHandle] = {}
         self._starting: dict[ray.ObjectRef, str] = {}
         self._numbers, self._failed_starts = itertools.count(), 0
         self._last_failed_start = -math.inf
 
     def ready(self) -> dict[str, Resources]:
-        """Name the workers that are there, with what they take."""
-        return {name: hired.resources for name, hired in self._hired.items() if hired.node}
+        """Return the workers that are ready, with what they take."""
+        return {name: worker.resources for name, worker in self._workers.items() if worker.node}
 
     def starting(self) -> list[ray.ObjectRef]:
-        """Give what answers when one of the others is there."""
+        """Return what answers when one of the others is ready."""
         return list(self._starting)
 
     def actors(self, names: Iterable[str]) -> list[Any]:
-        """Give the handles of workers."""
-        return [self._hired[name].actor for name in names]
+        """Return the actor handles of workers."""
+        return [self._workers[name].actor for name in names]
 
     def nodes(self, names: Iterable[str]) -> set[str]:
-        """Name the nodes of workers that are there."""
-        return {self._hired[name].node or "" for name in names}
+        """Name the nodes of workers that are ready."""
+        return {self._workers[name].node or "" for name in names}
 
     def start_workers(self, wanted: Mapping[Resources, int]) -> None:
         """Start actors for what could run at once, as far as there is, or may be, room."""
         for resources, number in wanted.items():
-            have = sum(hired.resources == resources for hired in self._hired.values())
-            room = (self._compute.num_actors or MAX_ACTORS) - len(self._hired)
+            have = sum(worker.resources == resources for worker in self._workers.values())
+            room = (self._compute.num_actors or MAX_ACTORS) - len(self._workers)
             for _ in range(min(number - have, self._most(resources) - have, room)):
-                self._hire_one(resources)
+                self._start_worker(resources)
 
     def removable(
         self, spare: Mapping[str, Resources], wanted: Mapping[Resources, int]
     ) -> list[str]:
-        """Name the spare workers to end: in the way of others, or idle on nodes that may go.
+        """Name the spare workers to stop: in the way of others, or idle on nodes that may go.
 
         Args:
             spare: Idle workers that nothing is ready for.
             wanted: How many of each kind all items that run or could run would take.
         """
         latest = time.monotonic() - SECONDS_TO_START
-        there = (hired for hired in self._hired.values() if hired.node or hired.since > latest)
-        counts = Counter(hired.resources for hired in there)
+        present = (one for one in self._workers.values() if one.node or one.started > latest)
+        counts = Counter(worker.resources for worker in present)
         missing = {
             kind: min(number, self._most(kind)) - counts[kind] for kind, number in wanted.items()
         }
-        found = []
+        removable = []
         for name, resources in spare.items():
             others = [kind for kind in missing if kind != resources and missing[kind] > 0]
-            if others:  # it may take their room
+            if others:  # it may be in their room
                 missing[others[0]] -= 1
-                found.append(name)
+                removable.append(name)
             elif self._idle_seconds(name) > SECONDS_UNTIL_RELEASED and not is_local():
-                found.append(name)
-        return found
+                removable.append(name)
+        return removable
 
-    def take_in(self, ref: ray.ObjectRef) -> str | None:
-        """Welcome a worker that answers, and give its name; None: it died.
+    def register(self, ref: ray.ObjectRef) -> str | None:
+        """Return the name of a worker that answers that it is ready; None means that it died.
 
         Raises:
             ClusterError: One after the other dies.
@@ -174,7 +170,7 @@ class WorkerGroup:
                 ) from error
             return None
         self._failed_starts = 0
-        self._hired[name].node = node
+        self._workers[name].node = node
         self.mark_idle([name])
         self._timeline.add("join", worker=name, node=node)
         return name
@@ -182,50 +178,50 @@ class WorkerGroup:
     def mark_idle(self, names: Iterable[str]) -> None:
         """Note that workers are idle from now on."""
         for name in names:
-            self._hired[name].idle_since = time.monotonic()
+            self._workers[name].idle_since = time.monotonic()
 
     def dead(self, names: Iterable[str]) -> list[str]:
-        """Ask workers that were idle for a while whether they are alive; name those that are not.
+        """Name the workers that do not answer, of those that were idle for a while.
 
         An item on a worker that died before it would count as a failure of the item.
         """
         asked: dict[ray.ObjectRef, str] = {}
         for name in names:
             if self._idle_seconds(name) > SECONDS_IDLE:
-                actor: Any = self._hired[name].actor
-                asked[actor.where.remote()] = name
+                actor: Any = self._workers[name].actor
+                asked[actor.node.remote()] = name
         if not asked:
             return []
         answers, silent = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS_TO_ANSWER)
-        gone = list(silent)
+        dead = [asked[ref] for ref in silent]
         for ref in answers:
             try:
                 ray.get(ref)
             except RayActorError:
-                gone.append(ref)
+                dead.append(asked[ref])
         self.mark_idle(asked[ref] for ref in answers)
-        return [asked[ref] for ref in gone]
+        return dead
 
     def stop(self, name: str) -> None:
         """End a worker; one that is lost may be alive but out of reach."""
-        hired = self._hired.pop(name, None)
-        if hired is None:
+        worker = self._workers.pop(name, None)
+        if worker is None:
             return
         self._starting = {ref: other for ref, other in self._starting.items() if other != name}
-        ray.kill(hired.actor)
-        if hired.node is not None:
+        ray.kill(worker.actor)
+        if worker.node is not None:
             self._timeline.add("leave", worker=name)
 
-    def dismiss_all(self) -> None:
-        """End all."""
-        for name in list(self._hired):
+    def stop_all(self) -> None:
+        """End all workers."""
+        for name in list(self._workers):
             self.stop(name)
 
     def _idle_seconds(self, name: str) -> float:
-        return time.monotonic() - self._hired[name].idle_since
+        return time.monotonic() - self._workers[name].idle_since
 
     def _most(self, resources: Resources) -> int:
-        """Say how many actors of a kind to ask for.
+        """Return how many actors of a kind to ask for.
 
         A cluster that others started may grow: there those that do not fit wait for room.
         """
@@ -234,20 +230,19 @@ class WorkerGroup:
             return min(fits, wanted or MAX_ACTORS)
         return wanted or min(max(fits, self._compute.workers_per_finetune), MAX_ACTORS)
 
-    def _hire_one(self, resources: Resources) -> None:
-        remote = ray.remote(
+    def _start_worker(self, resources: Resources) -> None:
+        remote: Any = ray.remote(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
-        )
-        actor: Any = remote(_Worker).remote(
-            max(1, int(resources.cpus)), self._events, tf32=self._compute.tf32
-        )
+        )(_Worker)
+        num_threads = max(1, int(resources.cpus))
+        actor = remote.remote(num_threads, self._events, tf32=self._compute.tf32)
         name = f"worker-{next(self._numbers)}"
-        self._hired[name] = _WorkerHandle(actor, resources)
-        self._starting[actor.where.remote()] = name
+        self._workers[name] = _WorkerHandle(actor, resources)
+        self._starting[actor.node.remote()] = name
 
 
 def default_resources(compute: ComputeConfig) -> Resources:
@@ -277,5 +272,5 @@ def check_capacity(compute: ComputeConfig) -> None:
 
 
 def needs(resources: Resources) -> dict[str, float]:
-    """Give resources by Ray's names."""
+    """Return resources by Ray's names."""
     return {"CPU": resources.cpus, "GPU": resources.gpus}

@@ -54,7 +54,7 @@ def make_base(
     item = base_item(run_dir, config)
     with (
         events.recording(item.key) as reported,
-        session.alone(item, reported, reporter(events, item.key)) as is_done,
+        session.compute_once(item, reported, reporter(events, item.key)) as is_done,
     ):
         if not is_done:
             logger.info("stage 1: training the base (%s)", folder)

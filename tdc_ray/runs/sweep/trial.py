@@ -81,8 +81,8 @@ def _run(job: TrialSpec, params: Params, seed: int, report: TuneReport) -> Resul
             case Reported("base", step, {"loss": loss}) if job.stop_early:
                 report({"loss": loss, "base_step": step})
 
-    sharing = CacheSession(ResultCache(job.store, display_path(run_dir.root)))
-    with log_to(run_dir.log), sharing, sharing.turn(row.name):
+    cache = CacheSession(ResultCache(job.store, display_path(run_dir.root)))
+    with log_to(run_dir.log), cache, cache.exclusive(row.name):
         try:
             config = applied(job.config, params, seed)
             sinks = [*job.sinks_for(run_dir), report_loss]

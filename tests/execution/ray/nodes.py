@@ -22,13 +22,13 @@ from ray.cluster_utils import Cluster
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.execution.chain import Chain
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.timeline import History, Timeline, load_history
 
 
-def wait(job: tuple[float, Path], _report: Report) -> Result:
+def wait(job: tuple[float, Path], _report: Report) -> dict[str, str]:
     """Do what an item does, without computing; leave a file that says on which node."""
     seconds, folder = job
     (folder / ray.get_runtime_context().get_node_id()).touch()
@@ -38,7 +38,16 @@ def wait(job: tuple[float, Path], _report: Report) -> Result:
 
 def chain(folder: Path, name: str, seconds: float) -> Chain[None]:
     """One item that waits."""
-    yield [WorkItem(f"{name}/wait", wait, (seconds, folder), folder / f"{name}.json", seconds)]
+    yield [
+        WorkItem(
+            f"{name}/wait",
+            wait,
+            (seconds, folder),
+            folder / f"{name}.json",
+            seconds,
+            result_type=dict,
+        )
+    ]
 
 
 def pooled(

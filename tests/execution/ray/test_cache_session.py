@@ -16,7 +16,7 @@ def test_a_key_is_one_runs_until_it_lets_go():
 
 def test_a_claim_that_is_not_renewed_runs_out_and_one_that_is_does_not():
     claims, now = ClaimRegistry(), time.monotonic()
-    claims.held = dict.fromkeys(("left", "kept"), ("one", now - STALE_AFTER_S))
+    claims.claims = dict.fromkeys(("left", "kept"), ("one", now - STALE_AFTER_S))
     claims.renew(["kept"], "one")
     assert claims.claim("left", "two")
     assert not claims.claim("kept", "two")

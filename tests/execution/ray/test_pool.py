@@ -57,6 +57,7 @@ def item_of(folder: Path, name: str, function, number, service: str | None = Non
         job=(folder, name, number),
         result_path=folder / f"{name}-{number}.json",
         cost=1.0,
+        result_type=dict,
         service=service,
         fallback_result={"lost": True} if service else None,
     )
@@ -189,15 +190,15 @@ def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
 
 
 def test_of_two_kinds_no_more_spare_workers_end_than_others_are_missing(pool):
-    crew = pool._crew
-    crew.start_workers({crew.default: 2})
-    while len(crew.ready()) < 2:
-        for ref in ray.wait(crew.starting(), num_returns=1)[0]:
-            crew.take_in(ref)
-    spare, other = crew.ready(), Resources(2.0)
-    assert crew.removable(spare, {}) == []
-    assert crew.removable(spare, {crew.default: 2}) == []
-    assert crew.removable(spare, {other: 1, crew.default: 1}) == list(spare)[:1]
+    workers = pool._workers
+    workers.start_workers({workers.default: 2})
+    while len(workers.ready()) < 2:
+        for ref in ray.wait(workers.starting(), num_returns=1)[0]:
+            workers.register(ref)
+    spare, other = workers.ready(), Resources(2.0)
+    assert workers.removable(spare, {}) == []
+    assert workers.removable(spare, {workers.default: 2}) == []
+    assert workers.removable(spare, {other: 1, workers.default: 1}) == list(spare)[:1]
 
 
 def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):

@@ -61,7 +61,9 @@ def servant(problem: str | None = None) -> Callable[[], Servant]:
 
 def item(folder: Path, key: str, seconds: float = 0.0) -> WorkItem:
     path = folder / f"{key}.json"
-    return WorkItem(key, dict, seconds, path, 0.0, service="test", fallback_result={})
+    return WorkItem(
+        key, dict, seconds, path, 0.0, service="test", fallback_result={}, result_type=dict
+    )
 
 
 def test_all_trials_share_one_actor_and_its_bound(events, tmp_path):

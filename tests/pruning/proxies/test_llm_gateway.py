@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from tdc_ray.config.proxy import ProxyConfig
-from tdc_ray.execution.item import Report, Result, WorkItem
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.pruning.llm.budget import Budget
@@ -34,12 +34,14 @@ GOOD = f'{{"schemes": [[{{"unit": "{NAMES[0]}", "keep": 3}}]]}}'
 KEY = "sk-proj-Zx81-secretSECRET-47pq"
 
 
-def item(folder: Path, key: str, function: Callable[..., Result], job: Any = None) -> WorkItem:
+def item(folder: Path, key: str, function: Callable[..., dict], job: Any = None) -> WorkItem:
     path = folder / f"{key}.json"
-    return WorkItem(key, function, job, path, 0.0, service="llm", fallback_result={})
+    return WorkItem(
+        key, function, job, path, 0.0, service="llm", fallback_result={}, result_type=dict
+    )
 
 
-def spent(_job: None, _report: Report, budget: Budget) -> Result:
+def spent(_job: None, _report: Report, budget: Budget) -> dict:
     return {"calls": budget.spent.calls, "tokens": budget.spent.tokens}
 
 
@@ -50,7 +52,7 @@ def ignore(_metrics: Any, _step: int) -> None:
 def test_all_that_ask_share_one_budget(tmp_path, monkeypatch):
     gateway = LLMGateway(CONFIG)
 
-    def call(number: int) -> Result:
+    def call(number: int) -> dict:
         job = AskJob(CONFIG, TASK, (), tmp_path / str(number) / "proxy")
         return gateway.run(item(tmp_path, str(number), propose_by_llm, job), ignore)
 
