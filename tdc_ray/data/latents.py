@@ -163,8 +163,8 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
         labels.append(classes)
         if not latents[-1].isfinite().all():
             raise DataError(
-                f"data.first_stage {job.data.first_stage} gives latents that are not finite for "
-                f"images {numbers.start} to {numbers.stop - 1}."
+                f"data.first_stage {job.data.first_stage} encodes to latents that are not finite "
+                f"for images {numbers.start} to {numbers.stop - 1}."
             )
         report({}, start + len(numbers))
     tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}

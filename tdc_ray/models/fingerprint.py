@@ -12,7 +12,7 @@ def weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(fetch(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if "/." in f"/{name}":  # what a writer left
+        if "/." in f"/{name}":  # an interrupted writer's
             continue
         if path.suffix == ".json":
             document = read_json(path)

@@ -89,37 +89,37 @@ class FolderImages:
             )
         self.num_classes = len(classes) or None
         self.labels = torch.frombuffer(labels, dtype=torch.int64)
-        # How many files were found corrupt, and their numbers: shared with loader processes.
+        # How many files are known to be corrupt, then their indices: shared with loader processes.
         self._corrupt = multiprocessing.Array("q", 1 + min(config.max_corrupt, len(self)))
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
-        images, numbers = zip(*(self._readable(index) for index in indices), strict=True)
-        return ImageBatch(torch.stack(images), self.labels[list(numbers)])
+        images, read = zip(*(self._readable(index) for index in indices), strict=True)
+        return ImageBatch(torch.stack(images), self.labels[list(read)])
 
     def fingerprint(self) -> str:
         """Hash the files' places, sizes and times, the shape they are brought to, and labels."""
         labelled = " labels" if self.config.labels_from_folders else ""
         shape = f"{self.config.image_size} {self.config.num_channels}{labelled}"
         digest, root = hashlib.sha256(shape.encode()), self.root.resolve()
-        for number in range(len(self)):
-            path = root / self.path(number)
-            found = path.stat()
-            digest.update(os.fsencode(f"{path} {found.st_size} {found.st_mtime_ns}\n"))
+        for index in range(len(self)):
+            path = root / self.path(index)
+            stat = path.stat()
+            digest.update(os.fsencode(f"{path} {stat.st_size} {stat.st_mtime_ns}\n"))
         return digest.hexdigest()[:16]
 
-    def path(self, number: int) -> str:
+    def path(self, index: int) -> str:
         """Return an image's path, relative to the folder."""
-        start = self._ends[number - 1] if number else 0
-        return os.fsdecode(bytes(self._paths[start : self._ends[number]]))
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self._paths[start : self._ends[index]]))
 
-    def _readable(self, number: int) -> tuple[Tensor, int]:
+    def _readable(self, index: int) -> tuple[Tensor, int]:
         """Decode an image, or the first one after it that can be; return it and its index."""
         reason = ""
-        for place in range(number, number + len(self)):
-            candidate = place % len(self)
+        for position in range(index, index + len(self)):
+            candidate = position % len(self)
             try:
                 return self._decode(self.root / self.path(candidate)), candidate
             except CorruptFileError as error:
@@ -127,7 +127,7 @@ class FolderImages:
                 self._leave_out(candidate, reason)
         raise CorruptFileError(f"{reason} No image in {self.root} can be. Mend or replace them.")
 
-    def _leave_out(self, number: int, reason: str) -> None:
+    def _leave_out(self, index: int, reason: str) -> None:
         """Log a corrupt file once.
 
         Raises:
@@ -136,15 +136,15 @@ class FolderImages:
         limit = self.config.max_corrupt
         with self._corrupt.get_lock():
             count = self._corrupt[0]
-            numbers = [*self._corrupt[1 : 1 + count]]
-            if number in numbers:
+            corrupt = [*self._corrupt[1 : 1 + count]]
+            if index in corrupt:
                 return
             if count < limit:
-                self._corrupt[1 + count] = number
+                self._corrupt[1 + count] = index
                 self._corrupt[0] += 1
                 logger.warning("%s The next image takes its place.", reason)
                 return
-        names = [self.path(other) for other in [*numbers[: MAX_NAMED - 1], number]]
+        names = [self.path(other) for other in [*corrupt[: MAX_NAMED - 1], index]]
         raise CorruptFileError(
             f"{reason} With it {count + 1} of the files in {self.root} are corrupt, and "
             f"data.max_corrupt is {limit}: {', '.join(names)}. Mend or remove them, or raise "
@@ -156,7 +156,7 @@ class FolderImages:
             with Image.open(path) as image:
                 pixels = np.array(image.convert("RGB" if self.config.num_channels == 3 else "L"))
         except _UNREADABLE as error:
-            if isinstance(error, OSError) and error.errno is not None:  # it never got to decoding
+            if isinstance(error, OSError) and error.errno is not None:  # it was not even read
                 raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
             raise CorruptFileError(f"{path} is no readable image: {error}.") from error
         return to_size(channels_first(pixels[None]), self.config)[0]
@@ -165,8 +165,8 @@ class FolderImages:
 def _image_paths(root: Path, folder: str = "") -> Iterator[str]:
     """Yield the images' paths below ``root``, relative to it, in the order of their parts."""
     try:
-        with os.scandir(root / folder) as found:
-            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+        with os.scandir(root / folder) as scan:
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan)
     except OSError as error:
         raise DataError(f"data.path {root} cannot be listed: {error}.") from error
     for name, is_folder in entries:

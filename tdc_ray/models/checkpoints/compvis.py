@@ -127,20 +127,20 @@ def to_vq_model(state: StateDict, config: FirstStageConfig) -> VQModel:
     """
     with torch.device("meta"):
         model = VQModel(**config)
-    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    names = {name: _original_name(name, len(config["block_out_channels"])) for name in ours}
-    check_tensors(state, _original_shapes(ours, names))
-    weights = {name: state[names[name]].float().reshape(shape) for name, shape in ours.items()}
+    targets = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names = {name: _original_name(name, len(config["block_out_channels"])) for name in targets}
+    check_tensors(state, _original_shapes(targets, names))
+    weights = {name: state[names[name]].float().reshape(shape) for name, shape in targets.items()}
     model = model.to_empty(device="cpu")
     model.load_state_dict(weights)
     return model.eval()
 
 
-def _original_shapes(ours: Shapes, names: dict[str, str]) -> Shapes:
+def _original_shapes(targets: Shapes, names: dict[str, str]) -> Shapes:
     """Attention's linear layers are convolutions there."""
     return {
         names[name]: (*shape, 1, 1) if ".attentions." in name and len(shape) == 2 else shape
-        for name, shape in ours.items()
+        for name, shape in targets.items()
     }
 
 
@@ -150,8 +150,8 @@ def _original_name(name: str, depth: int) -> str:
         lambda match: f"decoder.up.{depth - 1 - int(match[1])}",
         name,
     )
-    for ours, original in _NAMES:
-        name = re.sub(ours, original, name)
+    for pattern, original in _NAMES:
+        name = re.sub(pattern, original, name)
     return name
 
 

@@ -119,16 +119,16 @@ def original_names(config: NetworkConfig) -> dict[str, str]:
             number = level * (layers + 1) + layer
             blocks[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
             blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
-        place = 2 if kind == ATTN_UP else 1
-        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{place}.conv"
+        position = 2 if kind == ATTN_UP else 1
+        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{position}.conv"
     return {name: _original_name(name, blocks) for name in _diffusers_shapes(config)}
 
 
 def original_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint of this architecture."""
-    ours, shapes = _diffusers_shapes(config), {}
+    targets, shapes = _diffusers_shapes(config), {}
     for name, original in original_names(config).items():
-        shape = ours[name]
+        shape = targets[name]
         if ".qkv." in original:
             shape = (3 * shape[0], *shape[1:])
         if original.endswith(("qkv.weight", "proj_out.weight")):
@@ -151,9 +151,9 @@ def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
         CheckpointError: A tensor is missing, has another shape, or is too many.
     """
     check_tensors(state, original_shapes(config))
-    ours, converted = _diffusers_shapes(config), {}
+    targets, converted = _diffusers_shapes(config), {}
     for name, original in original_names(config).items():
-        tensor, shape = state[original].float(), ours[name]
+        tensor, shape = state[original].float(), targets[name]
         if ".qkv." in original:
             heads = config.get("num_heads") or shape[0] // (
                 config["attention_head_dim"] or shape[0]

@@ -58,22 +58,22 @@ def steps(unet: UNet2DModel) -> list[Step]:
             leaves_skip=leaves_skip,
         )
 
-    found = [step(unet.conv_in, leaves_skip=True)]
+    sequence = [step(unet.conv_in, leaves_skip=True)]
     for block in unet.down_blocks:
         for *inner, last in _layers(block):
-            found += [*map(step, inner), step(last, leaves_skip=True)]
-        found += [step(sampler, leaves_skip=True) for sampler in block.downsamplers or ()]
+            sequence += [*map(step, inner), step(last, leaves_skip=True)]
+        sequence += [step(sampler, leaves_skip=True) for sampler in block.downsamplers or ()]
     if unet.mid_block is not None:
         first, *others = unet.mid_block.resnets
-        found.append(step(first))
+        sequence.append(step(first))
         for attention, resnet in zip(unet.mid_block.attentions, others, strict=True):
-            found += map(step, (resnet,) if attention is None else (attention, resnet))
+            sequence += map(step, (resnet,) if attention is None else (attention, resnet))
     for block in unet.up_blocks:
         for resnet, *attentions in _layers(block):
-            found += [step(resnet, reads_skip=True), *map(step, attentions)]
-        found += map(step, block.upsamplers or ())
+            sequence += [step(resnet, reads_skip=True), *map(step, attentions)]
+        sequence += map(step, block.upsamplers or ())
     out = nn.Sequential(unet.conv_norm_out, unet.conv_act, unet.conv_out)
-    return [*found, step(out.train(unet.training), "conv_out")]
+    return [*sequence, step(out.train(unet.training), "conv_out")]
 
 
 def _layers(block: Any) -> Iterator[tuple[nn.Module, ...]]:
