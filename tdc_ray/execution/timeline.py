@@ -167,6 +167,19 @@ def load_history(path: Path) -> History:
     return History(tuple(sorted(spans, key=lambda span: span.started)), tuple(stays), failed)
 
 
+def worker_rows(history: History) -> tuple[list[Stay], list[tuple[int, Span]]]:
+    """Return the stays as rows of a picture, and the row of each span's every worker.
+
+    Workers' names begin anew with every driver: a span is in the latest row of its worker's name.
+    """
+    stays = sorted(history.stays, key=lambda stay: stay.joined)
+    rows = []
+    for span in history.spans:
+        earlier = {s.worker: row for row, s in enumerate(stays) if s.joined <= span.started}
+        rows += [(earlier.get(worker, 0), span) for worker in span.workers]
+    return stays, rows
+
+
 def usage(history: History) -> list[WorkerUsage]:
     """Return how well each phase used its workers, in the order in which they began."""
     phases = dict.fromkeys(span.phase for span in history.spans)

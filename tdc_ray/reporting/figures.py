@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.execution.timeline import History, Span
+from tdc_ray.execution.timeline import History, Span, worker_rows
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.text import macs_text
 from tdc_ray.runs.results import Results, StageSeconds, TimesResult
@@ -116,23 +116,17 @@ def timeline_figure(history: History) -> Figure:
     spans = [span for span in history.spans if span.workers]
     now = max(span.ended or span.started for span in spans)
     first = spans[0].started
-    stays = sorted(history.stays, key=lambda stay: stay.joined)
+    stays, rows = worker_rows(history)
     figure = Figure(figsize=(10, 1.5 + 0.3 * len(stays)), layout="constrained")
     axes = figure.subplots()
     for row, stay in enumerate(stays):
         start, end = stay.joined - first, (stay.left or now) - first
         axes.broken_barh([(start, end - start)], (row - 0.4, 0.8), color="0.9")
-    for span in spans:
+    for row, span in rows:
         start, end = span.started - first, (span.ended or now) - first
-        for worker in span.workers:  # names begin anew with every driver
-            rows = [
-                row
-                for row, stay in enumerate(stays)
-                if stay.worker == worker and stay.joined <= span.started
-            ]
-            bar = (max(rows, default=0) - 0.35, 0.7)
-            colour = COLOURS[_kind(span)]
-            axes.broken_barh([(start, end - start)], bar, color=colour, ec="white", lw=0.3)
+        colour = COLOURS[_kind(span)]
+        bar = (row - 0.35, 0.7)
+        axes.broken_barh([(start, end - start)], bar, color=colour, ec="white", lw=0.3)
     axes.set_yticks(range(len(stays)), [stay.worker for stay in stays])
     axes.set(xlabel="seconds", title="who ran what, when")
     axes.invert_yaxis()

@@ -1,6 +1,8 @@
 """Who listens to a run: what the command line attaches to it."""
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,36 +11,42 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.events import EventSink
 from tdc_ray.reporting.progress import ProgressBars
 from tdc_ray.reporting.tensorboard import TensorBoard
+from tdc_ray.reporting.trace import chrome_trace
 from tdc_ray.runs import run as run_module
 from tdc_ray.runs.events import PlanMade, WorkersUsed
 from tdc_ray.runs.results import Results
-from tdc_ray.storage.files import exists
+from tdc_ray.storage.files import exists, write_text
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 
-class Plots:
-    """A sink that draws ``plan.png`` and ``timeline.png``."""
+def draw_plots(run_dir: RunDir, event: object) -> None:
+    """Draw ``plan.png`` and ``timeline.png``, when an event has what is in them."""
+    if not isinstance(event, PlanMade | WorkersUsed):
+        return
+    from tdc_ray.reporting.figures import plot_plan, plot_timeline  # imports Matplotlib
 
-    def __init__(self, run_dir: RunDir) -> None:
-        self._run_dir = run_dir
+    match event:
+        case PlanMade(plan) if not exists(run_dir.plan_plot):
+            plot_plan(plan, run_dir.plan_plot)
+        case WorkersUsed(history):
+            plot_timeline(history, run_dir.timeline_plot)
 
-    def __call__(self, event: object) -> None:
-        """Draw what an event is about."""
-        if not isinstance(event, PlanMade | WorkersUsed):
-            return
-        from tdc_ray.reporting.figures import plot_plan, plot_timeline  # imports Matplotlib
 
-        match event:
-            case PlanMade(plan) if not exists(self._run_dir.plan_plot):
-                plot_plan(plan, self._run_dir.plan_plot)
-            case WorkersUsed(history):
-                plot_timeline(history, self._run_dir.timeline_plot)
+def write_trace(run_dir: RunDir, event: object) -> None:
+    """Write ``trace.json``, when all work is done."""
+    if isinstance(event, WorkersUsed):
+        write_text(run_dir.trace, json.dumps(chrome_trace(event.history)))
 
 
 def default_sinks(run_dir: RunDir, console: Console) -> Sequence[EventSink]:
-    """Return bars or log lines, plots, and TensorBoard, which shows the plots."""
-    return ProgressBars(console), Plots(run_dir), TensorBoard(run_dir)
+    """Return bars or log lines, plots, a trace, and TensorBoard, which shows the plots."""
+    return (
+        ProgressBars(console),
+        partial(draw_plots, run_dir),
+        partial(write_trace, run_dir),
+        TensorBoard(run_dir),
+    )
 
 
 def trial_sinks(run_dir: RunDir) -> Sequence[EventSink]:

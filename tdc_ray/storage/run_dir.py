@@ -79,6 +79,9 @@ class RunDir:
     timeline_plot = _Below("timeline.png")
     """The same as a picture."""
 
+    trace = _Below("trace.json")
+    """The same for Perfetto."""
+
     log = _Below("run.log")
     """The log of all attempts."""
 

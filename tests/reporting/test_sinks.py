@@ -17,6 +17,7 @@ from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting import progress
 from tdc_ray.reporting.sinks import default_sinks
 from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
+from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 
 PLAN = plan_groups(*(getattr(preset("digits"), name) for name in ("diffusion", "plan", "sampler")))
@@ -115,6 +116,11 @@ def test_without_a_terminal_work_writes_lines(tmp_path, caplog, monkeypatch):
         "a/b step 2/4 loss 0.2500, 2 s left",
         "a/b done in 3 s",
     ]
+
+
+def test_a_trace_is_written(run_dir):
+    events = read_json(run_dir.trace)["traceEvents"]
+    assert [event["name"] for event in events if event["ph"] == "X"] == ["group-00/base"]
 
 
 def test_a_plan_that_was_drawn_stays(run_dir):
