@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.network_config import NetworkConfig, class_name
+from tdc_ray.models.network_config import NetworkConfig, class_name, row_of
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import CoupledParameter, coupled_parameters, cut, kept_outputs
@@ -58,7 +57,7 @@ def family_of(network: Denoiser) -> Family:
     Raises:
         UnsupportedModelError: Its class is unknown.
     """
-    return _family(type(network).__name__)
+    return row_of(FAMILIES, type(network).__name__)
 
 
 def steps_of(network: Denoiser) -> list[Step]:
@@ -76,7 +75,7 @@ def build_network(config: NetworkConfig) -> Denoiser:
     Raises:
         UnsupportedModelError: Its class is unknown.
     """
-    return _family(class_name(config)).build(config)
+    return row_of(FAMILIES, class_name(config)).build(config)
 
 
 def load_network(folder: Path) -> Denoiser:
@@ -101,10 +100,4 @@ def load_config(folder: Path) -> NetworkConfig:
 
 def _family_in(folder: Path) -> Family:
     path = fetch(folder) / "config.json"
-    return _family(class_name(read_json(path) if path.exists() else {}))
-
-
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise UnsupportedModelError(f"a {name} is not supported; known are {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+    return row_of(FAMILIES, class_name(read_json(path) if path.exists() else {}))

@@ -1,9 +1,11 @@
 """How networks are written down: the keyword arguments that diffusers' classes are built with."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, TypeVar
 
 from tdc_ray.errors import UnsupportedModelError
+
+Row = TypeVar("Row")
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -67,6 +69,17 @@ class FirstStageConfig(TypedDict, total=False):
 def class_name(config: NetworkConfig) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``."""
     return config.get("_class_name", "UNet2DModel")
+
+
+def row_of(table: Mapping[str, Row], name: str) -> Row:
+    """Return a network class's row of a table.
+
+    Raises:
+        UnsupportedModelError: It has none.
+    """
+    if name not in table:
+        raise UnsupportedModelError(f"a {name} is not supported; known are {', '.join(table)}.")
+    return table[name]
 
 
 def image_size(config: NetworkConfig) -> tuple[int, int]:

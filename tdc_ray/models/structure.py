@@ -1,11 +1,10 @@
-"""What a network of some config consists of, told without building it; imports no torch."""
+"""What a network of some config consists of, without building it; imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Layer
-from tdc_ray.models.network_config import NetworkConfig, class_name
+from tdc_ray.models.network_config import NetworkConfig, class_name, row_of
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
@@ -43,7 +42,7 @@ STRUCTURES: Mapping[
         Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
     ],
 ] = {"UNet2DModel": (all_layers, units_of)}
-"""By the network's class: how its layers, and its units, are told from a config."""
+"""By the network's class: what derives its layers, and its units, from a config."""
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:
@@ -52,16 +51,11 @@ def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> Netwo
     Raises:
         UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
     """
-    name = class_name(config)
-    if name not in STRUCTURES:
-        raise UnsupportedModelError(
-            f"a {name} is not supported; known are {', '.join(STRUCTURES)}."
-        )
-    layers, units = STRUCTURES[name]
+    layers, units = row_of(STRUCTURES, class_name(config))
     return NetworkStructure(layers(config), units(config, kind))
 
 
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:
-    """Return the units that a choice was made among."""
+    """Return the units among which those that are kept were chosen."""
     kind: SpaceKind = "full" if any(name.startswith(STREAM) for name in kept) else "inner"
     return network_structure(config, kind).units
