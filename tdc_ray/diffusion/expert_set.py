@@ -33,19 +33,13 @@ class ExpertSet(nn.ModuleList):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    @property
-    def num_class_embeds(self) -> int | None:
-        """Classes that each expert embeds; None means unconditional."""
-        return _num_class_embeds(self[0])
-
-    def for_timestep(self, timestep: int) -> nn.Module:
+    def for_timestep(self, timestep: int) -> UNet2DModel:
         """Return the expert that serves a timestep.
 
         Raises:
             ConfigError: None does.
         """
-        unet: nn.Module = self[_index_of(self.spans, timestep)]
-        return unet
+        return self[_index_of(self.spans, timestep)]
 
 
 class OffloadedExperts(nn.Module):
@@ -74,12 +68,7 @@ class OffloadedExperts(nn.Module):
         """Where the weights are."""
         return self.get_buffer("_anchor").device
 
-    @property
-    def num_class_embeds(self) -> int | None:
-        """Classes that each expert embeds; None means unconditional."""
-        return _num_class_embeds(self.for_timestep(self.spans[-1][1]))
-
-    def for_timestep(self, timestep: int) -> nn.Module:
+    def for_timestep(self, timestep: int) -> UNet2DModel:
         """Return the expert that serves a timestep, and start to read the one below it.
 
         Raises:
@@ -96,8 +85,7 @@ class OffloadedExperts(nn.Module):
         self._loading = {
             key: before.get(key) or self._thread.submit(self._read, *key) for key in wanted
         }
-        unet: nn.Module = self._loading[wanted[0]].result()
-        return unet
+        return self._loading[wanted[0]].result()
 
     def _read(self, index: int, device: torch.device, dtype: torch.dtype) -> UNet2DModel:
         unet = load_expert(self._folders[index])
@@ -123,8 +111,3 @@ def _index_of(spans: Sequence[Span], timestep: int) -> int:
         f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
         "Use a scheduler with the number of timesteps that the experts were trained for."
     )
-
-
-def _num_class_embeds(unet: UNet2DModel) -> int | None:
-    embeds: int | None = unet.config["num_class_embeds"]
-    return embeds

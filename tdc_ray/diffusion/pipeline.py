@@ -81,6 +81,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale=guidance_scale,
         )
 
+    @property
+    def null_class(self) -> int | None:
+        """The class that stands for none, where the experts embed one."""
+        first_used = self.experts.for_timestep(self.experts.spans[-1][1])
+        return null_class(first_used.config["num_class_embeds"], self.num_classes)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -171,7 +177,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if not 1 <= steps <= longest:
             raise ConfigError(f"num_inference_steps must be in [1, {longest}], got {steps}.")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        null = null_class(self.experts.num_class_embeds, self.num_classes)
+        null = self.null_class
         if scale < 0 or (scale != 1 and null is None):
             rule = "at least 0" if null is not None else "1 for experts without a null class"
             raise ConfigError(f"guidance_scale must be {rule}, got {scale}.")

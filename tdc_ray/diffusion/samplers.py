@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerRow:
-    """One sampler."""
-
-    timesteps: Callable[[int, SamplerConfig], list[int]]
-    """From the number of training timesteps: where the network is evaluated, noisiest first."""
-
-    scheduler: Callable[[DiffusionConfig, SamplerConfig], "SchedulerMixin"]
-
-
 def _leading(num_train_timesteps: int, sampler: SamplerConfig) -> list[int]:
     """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
     stride = num_train_timesteps // sampler.num_inference_steps
@@ -33,55 +23,45 @@ def _leading(num_train_timesteps: int, sampler: SamplerConfig) -> list[int]:
 
 
 def _second_twice(num_train_timesteps: int, sampler: SamplerConfig) -> list[int]:
-    """Visit the second timestep twice: PNDM makes its first step again with what it found."""
+    """Visit the second timestep twice: PNDM makes its first step again by what it learns there."""
     steps = _leading(num_train_timesteps, sampler)
     return steps[:2] + steps[1:]
 
 
-def _ddim(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
-    from diffusers import DDIMScheduler
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """One sampler."""
 
-    return DDIMScheduler(
-        **_shared(diffusion, sampler),
-        clip_sample=sampler.clip_sample,
-        set_alpha_to_one=sampler.set_alpha_to_one,
-    )
+    scheduler: str
+    """Name of its class in diffusers."""
 
+    arguments: Callable[[DiffusionConfig, SamplerConfig], dict[str, Any]]
+    """What the class takes beside what all samplers' classes take."""
 
-def _ddpm(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        **_shared(diffusion, sampler),
-        clip_sample=sampler.clip_sample,
-        variance_type="learned_range" if diffusion.learned_sigma else "fixed_small",
-    )
-
-
-def _pndm(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
-    from diffusers import PNDMScheduler
-
-    return PNDMScheduler(
-        **_shared(diffusion, sampler),
-        skip_prk_steps=True,
-        set_alpha_to_one=sampler.set_alpha_to_one,
-    )
-
-
-def _shared(diffusion: DiffusionConfig, sampler: SamplerConfig) -> dict[str, Any]:
-    """Return what all schedulers take; betas are given, for diffusers' own are float32."""
-    return {
-        "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),
-        "timestep_spacing": "leading",
-        "steps_offset": sampler.steps_offset,
-    }
+    timesteps: Callable[[int, SamplerConfig], list[int]] = _leading
+    """From the number of training timesteps: where the network is evaluated, noisiest first."""
 
 
 SAMPLERS: Mapping[Sampler, SamplerRow] = {
-    "ddim": SamplerRow(_leading, _ddim),
-    "ddpm": SamplerRow(_leading, _ddpm),
-    "pndm": SamplerRow(_second_twice, _pndm),
+    "ddim": SamplerRow(
+        "DDIMScheduler",
+        lambda _, sampler: {
+            "clip_sample": sampler.clip_sample,
+            "set_alpha_to_one": sampler.set_alpha_to_one,
+        },
+    ),
+    "ddpm": SamplerRow(
+        "DDPMScheduler",
+        lambda diffusion, sampler: {
+            "clip_sample": sampler.clip_sample,
+            "variance_type": "learned_range" if diffusion.learned_sigma else "fixed_small",
+        },
+    ),
+    "pndm": SamplerRow(
+        "PNDMScheduler",
+        lambda _, sampler: {"skip_prk_steps": True, "set_alpha_to_one": sampler.set_alpha_to_one},
+        _second_twice,
+    ),
 }
 
 
@@ -96,4 +76,14 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     Raises:
         ScheduleError: The betas are no noise schedule.
     """
-    return SAMPLERS[sampler.sampler].scheduler(diffusion, sampler)
+    import diffusers
+
+    row = SAMPLERS[sampler.sampler]
+    arguments = {
+        "num_train_timesteps": diffusion.num_train_timesteps,
+        "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),  # diffusers' own are float32
+        "timestep_spacing": "leading",
+        "steps_offset": sampler.steps_offset,
+        **row.arguments(diffusion, sampler),
+    }
+    return getattr(diffusers, row.scheduler)(**arguments)

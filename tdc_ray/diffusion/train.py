@@ -28,6 +28,9 @@ from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 from tdc_ray.storage.object_store import display_path
 
+_PARTS = ("unet", "ema", "optimizer", "scaler")
+"""What of a training has a state, under a checkpoint's keys."""
+
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -58,21 +61,14 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values."""
-        return {
-            "unet": self.unet.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-        }
+        states = {name: getattr(self, name).state_dict() for name in _PARTS}
+        return states | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.unet.load_state_dict(state["unet"])
-        self.ema.load_state_dict(state["ema"])
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.ema.to(self.device)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
     def save(self, path: Path) -> None:

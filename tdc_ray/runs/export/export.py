@@ -11,7 +11,6 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
@@ -124,6 +123,6 @@ def _model_index(pipeline: ProgressivePipeline) -> Mapping[str, Any]:
         "eta": pipeline.eta,
         "timestep_scale": pipeline.timestep_scale,
         "num_classes": pipeline.num_classes,
-        "null_class": null_class(pipeline.experts.num_class_embeds, pipeline.num_classes),
+        "null_class": pipeline.null_class,
         "guidance_scale": pipeline.guidance_scale,
     }
