@@ -32,7 +32,7 @@ from tdc_ray.models.unet2d.unet import unet_config
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import Candidate, SearchResult
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.finetune import short_finetune_item
@@ -209,7 +209,7 @@ def main(flags: Flags) -> None:
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found = pool.run(
             {
-                str(key): search(task, MemoryBank(task.context.run_dir.memory))
+                str(key): search_submodel(task, MemoryBank(task.context.run_dir.memory))
                 for key, task in searched.items()
             }
         )

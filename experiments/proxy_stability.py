@@ -21,7 +21,7 @@ from stages import all_timesteps
 
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import SearchResult
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 
 MACS_SHARE = 0.7
 NUM_ROUNDS, NUM_CANDIDATES = 5, 3
@@ -37,7 +37,7 @@ def main(flags: ProxyFlags) -> None:
         prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
         root = folder / f"seed-{seed}"
         task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
-        chains[str(seed)] = search(task, MemoryBank(task.context.run_dir.memory))
+        chains[str(seed)] = search_submodel(task, MemoryBank(task.context.run_dir.memory))
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         found: dict[str, SearchResult] = pool.run(chains)
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}

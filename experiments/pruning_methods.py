@@ -136,11 +136,11 @@ def one_seed(
             expert.num_params,
             expert.train_steps,
             expert.train_macs,
-            expert.search.cost.macs,
+            expert.search_result.cost.macs,
         )
         for row, expert in experts.items()
     }
-    shape = experts["proxy"].search.kept
+    shape = experts["proxy"].search_result.kept
     chains = {}
     for row, times in SCRATCH.items():
         root = folder / row.replace(",", "").replace(" ", "-")

@@ -37,7 +37,7 @@ from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import SearchResult
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.pipelines import save_index
@@ -134,7 +134,9 @@ def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[st
         group_searches(pruning_context(run_dir, config), space, plan.groups),
         MemoryBank(run_dir.memory),
     )
-    choices: dict[str, SearchResult] = pool.run({t.name: search(t, memory) for t in tasks})
+    choices: dict[str, SearchResult] = pool.run(
+        {t.name: search_submodel(t, memory) for t in tasks}
+    )
     kept = [choices[task.name].kept for task in tasks]
     spent = sum(choice.cost.macs for choice in choices.values())
     stage_1 = read_json(base.parent / "result.json")

@@ -12,25 +12,26 @@ FactorArray = NDArray[np.float64]
 
 
 def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorArray]:
-    """Give the growth of the loss at every width of every unit, from 1 to its full width.
+    """Return the increase of the loss at every width of every unit, from 1 to its full width.
 
     Between the widths that were measured it is interpolated; noise is taken out by letting it
-    never fall while a unit gets narrower. Units that were not measured cost nothing; a growth that
-    is no number, or infinite, counts as the largest that is neither.
+    never fall while a unit gets narrower. Units that were not measured cost nothing; an increase
+    that is no number, or infinite, counts as the largest that is neither.
 
     Returns:
         For every unit ``(width,)``; the last is 0.
     """
     curves = {}
-    finite = [g for grown in sensitivities.values() for g in grown.values() if np.isfinite(g)]
+    increases = [loss for by_width in sensitivities.values() for loss in by_width.values()]
+    finite = [increase for increase in increases if np.isfinite(increase)]
     largest = max(finite, default=1.0)
     for unit in space.units:
         measured = {unit.width: 0.0}
-        for width, growth in sensitivities.get(unit.name, {}).items():
-            measured[width] = growth if np.isfinite(growth) else largest
+        for width, increase in sensitivities.get(unit.name, {}).items():
+            measured[width] = increase if np.isfinite(increase) else largest
         widths = sorted(measured)
-        grown = np.interp(np.arange(1, unit.width + 1), widths, [measured[w] for w in widths])
-        rising = np.maximum.accumulate(np.maximum(grown[::-1], 0.0))
+        between = np.interp(np.arange(1, unit.width + 1), widths, [measured[w] for w in widths])
+        rising = np.maximum.accumulate(np.maximum(between[::-1], 0.0))
         curves[unit.name] = rising[::-1]
     return curves
 
@@ -39,33 +40,33 @@ def extend_sensitivities(
     sensitivities: Sensitivities,
     curves: Mapping[str, FactorArray],
     start: Scheme,
-    grown: Sensitivities,
+    further: Sensitivities,
 ) -> dict[str, dict[int, float]]:
-    """Put sensitivities that were measured on a cut model behind those that led there.
+    """Join sensitivities that were measured on a pruned model to those that led there.
 
     Cuts disturb each other, so that the next one costs more, or less, once others are made.
 
     Args:
         sensitivities: Of the base.
         curves: :func:`loss_curves` of these.
-        start: The scheme of the cut model.
-        grown: By how much that model's loss grows when one unit is cut further.
+        start: The scheme of the pruned model.
+        further: By how much that model's loss grows when one unit is cut further.
 
     Returns:
-        Down to a unit's width in the cut model what was known before; below it, that unit's growth
-        up to there and what was measured from there.
+        Down to a unit's width in the pruned model what was known before; below it, that unit's
+        increase up to there and what was measured from there.
     """
-    found = {}
+    joined = {}
     for name, known in sensitivities.items():
-        found[name] = dict(known)
-        if further := grown.get(name):
+        joined[name] = dict(known)
+        if below := further.get(name):
             width = start[name]
             until = float(curves[name][width - 1])
-            found[name] = {w: growth for w, growth in known.items() if w > width}
+            joined[name] = {w: increase for w, increase in known.items() if w > width}
             if width < len(curves[name]):
-                found[name][width] = until
-            found[name] |= {w: until + growth for w, growth in further.items()}
-    return found
+                joined[name][width] = until
+            joined[name] |= {w: until + increase for w, increase in below.items()}
+    return joined
 
 
 def knapsack(
@@ -74,10 +75,10 @@ def knapsack(
     limit: int,
     factors: FactorArray | None = None,
 ) -> dict[str, int]:
-    """Give the scheme within a limit whose predicted growth of the loss is (nearly) the least.
+    """Return the scheme within a limit whose predicted increase of the loss is (nearly) least.
 
-    Steps go by least growth per cost along each curve's lower convex hull: the optimum of the
-    relaxed problem, short of it by at most one step once rounded.
+    Steps are cut by least increase per cost along each curve's lower convex hull: the optimum of
+    the relaxed problem, short of it by at most one step once rounded.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -88,14 +89,14 @@ def knapsack(
 def step_worth(
     space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
 ) -> Values:
-    """Tell what every step is worth: by how much the loss would grow without it, on the hull.
+    """Return what every step is worth: by how much the loss would grow without it, on the hull.
 
-    A small charge per cost is added, so that steps whose measured growth is 0 differ by their
-    factors too: else every draw would cut the same ones.
+    A small charge per cost is added, so that steps whose measured increase is 0 differ by
+    their factors too: else every draw would cut the same ones.
     """
     factors = np.ones(len(space.units)) if factors is None else factors
-    growth = sum(float(curve[0]) for curve in curves.values()) or 1.0
-    charge = FREE_CHARGE * growth / space.cost_base
+    loss_increase = sum(float(curve[0]) for curve in curves.values()) or 1.0
+    charge = FREE_CHARGE * loss_increase / space.cost_base
     values = {}
     for unit, factor in zip(space.units, factors, strict=True):
         costs = np.array(space.step_costs(unit.name))
@@ -105,17 +106,17 @@ def step_worth(
 
 
 def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) -> FactorArray:
-    """Fall of a curve's lower convex hull from each width to the next: ``(width,)``.
+    """Return the fall of a curve's lower convex hull from each width to the next: ``(width,)``.
 
     The hull is that of the legal widths, over what their steps cost. Steps that are never cut are
     worth as much as the first that may be.
     """
     cost = np.cumsum(costs / costs[0])  # with even steps 1, 2, ...
     points: list[int] = []
-    for place in (width - 1 for width in legal):
-        while len(points) > 1 and _is_above(curve, cost, points[-2], points[-1], place):
+    for point in (width - 1 for width in legal):
+        while len(points) > 1 and _is_above(curve, cost, points[-2], points[-1], point):
             points.pop()
-        points.append(place)
+        points.append(point)
     hull = np.interp(cost, cost[points], curve[points])
     falls = np.concatenate([np.zeros(1), -np.diff(hull)])
     falls[: legal[0]] = falls[legal[0]] if len(legal) > 1 else 0.0

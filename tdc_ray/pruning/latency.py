@@ -123,12 +123,12 @@ def latency_table(measured: LatencyResult, units: Sequence[Unit]) -> LatencyTabl
         rising = isotonic_regression(measured_ns).x
         between = np.interp(np.arange(1, unit.width + 1), widths, rising)
         times[unit.name] = (0, *(max(1, round(float(ns))) for ns in between))
-    blocks = sum(some[-1] for some in times.values())
+    blocks = sum(by_width[-1] for by_width in times.values())
     return LatencyTable(max(0, measured.base_ns - blocks), times)
 
 
 def _schemes(space: Space) -> list[dict[str, int]]:
-    """Give schemes that take every unit through its legal widths but its own, at most so many."""
+    """Return at most so many schemes that take every unit through its narrower legal widths."""
     most = min(MAX_LEVELS, max(len(legal) for legal in space.legal.values()))
     return [
         {

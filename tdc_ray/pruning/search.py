@@ -26,74 +26,74 @@ from tdc_ray.pruning.tasks.sensitivities import (
 from tdc_ray.seeds import derive_seed
 
 
-def search(task: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
+def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
     """Find the sub-model of a group, as a chain of work items.
 
     Without pruning (``prune.method`` none) it is the base itself.
     """
-    task.check_space()
-    method, cost = task.context.prune.method, SearchCost()
-    base = yield from result_of(base_item(task))
+    search.check_space()
+    method, cost = search.context.prune.method, SearchCost()
+    base = yield from result_of(base_item(search))
     cost.add(base)
-    if method == "none" or task.limit >= task.space.cost_base:
-        kept = keep_everything(task.space.units)
+    if method == "none" or search.limit >= search.space.cost_base:
+        kept = keep_everything(search.space.units)
         return SearchResult(kept, None, base.loss_cut, (), cost)
     if method == "offline" or method == "llm":
-        candidates = yield from _search_by_proxy(task, memory, method, base.loss_cut, cost)
+        candidates = yield from _search_by_proxy(search, memory, method, base.loss_cut, cost)
     else:
-        candidates = yield from _search_by_score(task, memory, method, cost)
+        candidates = yield from _search_by_score(search, memory, method, cost)
     candidates.sort(key=lambda one: (isnan(one.entry.loss), one.entry.loss, one.entry.key))
     best = candidates[0]
     return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), cost)
 
 
 def _search_by_score(
-    task: GroupSearch, memory: MemoryBank, method: ScoreMethod, cost: SearchCost
+    search: GroupSearch, memory: MemoryBank, method: ScoreMethod, cost: SearchCost
 ) -> Chain[list[Candidate]]:
     """Measure the schemes that follow from a score; there is one round and nothing to learn."""
-    scores = yield from _scores(task, method, cost)
-    schemes = baseline_schemes(task.space, scores, task.limit)
+    scores = yield from _scores(search, method, cost)
+    schemes = baseline_schemes(search.space, scores, search.limit)
     proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
-    return (yield from _measure(task, memory, 0, proposals, scores, cost))
+    return (yield from _measure(search, memory, 0, proposals, scores, cost))
 
 
 def _search_by_proxy(
-    task: GroupSearch,
+    search: GroupSearch,
     memory: MemoryBank,
     method: ProxyMethod,
     loss_base: float,
     cost: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Measure sensitivities, then let the proxy propose, round by round."""
-    prune, group = task.context.prune, task.group
-    scores, sensitivities = yield from _sensitivities(task, loss_base, cost)
-    shared = prune.memory == "shared" and len(task.participants) > 1
+    prune, group = search.context.prune, search.group
+    scores, sensitivities = yield from _sensitivities(search, loss_base, cost)
+    shared = prune.memory == "shared" and len(search.participants) > 1
     candidates: list[Candidate] = []
     for number in range(prune.num_rounds):
         if shared and number > 0:
-            yield Barrier(f"round {number}", task.participants)
+            yield Barrier(f"round {number}", search.participants)
         visible = memory.visible_to(group.index, before_round=number, shared=shared)
         request = ProposalRequest(
-            space=task.space,
+            space=search.space,
             group=group.index,
             timesteps=(group.first, group.last),
             snr_db=(group.snr_db_first, group.snr_db_last),
-            limit=task.limit,
+            limit=search.limit,
             loss_base=loss_base,
             scores=scores,
             sensitivities=sensitivities,
             num_candidates=prune.num_candidates,
             round=number,
             num_rounds=prune.num_rounds,
-            seed=derive_seed(task.context.seed, "propose", group.index, number),
+            seed=derive_seed(search.context.seed, "propose", group.index, number),
         )
         proposals: list[Proposal] = []
         names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
         for name in dict.fromkeys(names):
             if len(proposals) < prune.num_candidates:
-                schemes = yield from PROXIES[name](task, request, visible, cost)
+                schemes = yield from PROXIES[name](search, request, visible, cost)
                 proposals += _new_proposals(request, visible, name, schemes, proposals)
-        candidates += yield from _measure(task, memory, number, proposals, scores, cost)
+        candidates += yield from _measure(search, memory, number, proposals, scores, cost)
     return candidates
 
 
@@ -126,29 +126,29 @@ def _new_proposals(
     return fresh[: request.num_candidates - len(proposals)]
 
 
-def _scores(task: GroupSearch, method: ScoreMethod, cost: SearchCost) -> Chain[Scores]:
+def _scores(search: GroupSearch, method: ScoreMethod, cost: SearchCost) -> Chain[Scores]:
     """Score the base's units."""
-    result = yield from result_of(score_item(task, method))
+    result = yield from result_of(score_item(search, method))
     cost.add(result)
     return result.scores
 
 
 def _sensitivities(
-    task: GroupSearch, loss_base: float, cost: SearchCost
+    search: GroupSearch, loss_base: float, cost: SearchCost
 ) -> Chain[tuple[Scores, Sensitivities]]:
     """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
-    prune, space = task.context.prune, task.space
+    prune, space = search.context.prune, search.space
     has_streams = any(unit.kind == "stream" for unit in space.units)
     scores: Scores = {}
     if prune.refit == "none" or has_streams:
-        by_taylor = yield from _scores(task, "taylor", cost)
+        by_taylor = yield from _scores(search, "taylor", cost)
         scores = {
             unit.name: by_taylor[unit.name]
             for unit in space.units
             if prune.refit == "none" or unit.kind == "stream"
         }
     full = keep_everything(space.units)
-    items = sensitivity_items(task, 0, full, scores, loss_base, NUM_SHARES)
+    items = sensitivity_items(search, 0, full, scores, loss_base, NUM_SHARES)
     sensitivities: Sensitivities = {}
     results: Sequence[SensitivityResult | StreamResult] = yield items
     for result in results:
@@ -158,18 +158,18 @@ def _sensitivities(
         sensitivities = {**sensitivities, **result.sensitivities}
     scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
     for number in range(1, prune.num_passes):
-        excess = space.cost_base - task.limit
+        excess = space.cost_base - search.limit
         limit = space.cost_base - excess * number // (prune.num_passes - 1)
         curves = loss_curves(space, sensitivities)
         start = knapsack(space, curves, limit)
         kept, loss = select_top(space.units, scores, start), loss_base
         if has_streams:
-            item = candidate_item(task, f"sensitivities-{number}-start", kept, 0)
+            item = candidate_item(search, f"sensitivities-{number}-start", kept, 0)
             measured = yield from result_of(item)
             cost.add(measured)
             loss = measured.loss
         further: dict[str, dict[int, float]] = {}
-        items = sensitivity_items(task, number, kept, scores, loss, 1)
+        items = sensitivity_items(search, number, kept, scores, loss, 1)
         results = yield items
         for result in results:
             cost.add(result)
@@ -179,7 +179,7 @@ def _sensitivities(
 
 
 def _measure(
-    task: GroupSearch,
+    search: GroupSearch,
     memory: MemoryBank,
     number: int,
     proposals: Sequence[Proposal],
@@ -187,17 +187,17 @@ def _measure(
     cost: SearchCost,
 ) -> Chain[list[Candidate]]:
     """Cut, refit and measure the schemes of a round, and remember them."""
-    space, first = task.space, 1 + number * task.context.prune.num_candidates
+    space, first = search.space, 1 + number * search.context.prune.num_candidates
     choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
     items = [
-        candidate_item(task, f"round-{number}-candidate-{index}", kept, first + index)
+        candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index)
         for index, kept in enumerate(choices)
     ]
     results = yield from results_of(items)
     candidates = []
     for index, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
         entry = MemoryEntry(
-            group=task.group.index,
+            group=search.group.index,
             round=number,
             candidate=index,
             source=proposal.source,

@@ -1,4 +1,4 @@
-"""The pruning space: the schemes of a UNet, what they cost by table, their repair to a limit."""
+"""The pruning space: the schemes of a network, what they cost, and how they fit a limit."""
 
 import heapq
 from bisect import bisect_left, bisect_right
@@ -23,7 +23,7 @@ REMEDY = "Raise plan.min_macs_share or lower plan.num_groups"
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """All schemes of one UNet.
+    """All schemes of one network.
 
     In the inner space macs add up over the units. With the stream's widths they multiply: what a
     step saves depends on the others' widths, though never on the unit's own.
@@ -48,11 +48,11 @@ class Space:
         return {unit.name: unit.width for unit in self.units}
 
     def macs(self, scheme: Scheme) -> int:
-        """Macs of the UNet cut by a scheme, without building it."""
+        """Macs of the network cut by a scheme, without building it."""
         return self.macs_table.total(scheme)
 
     def num_params(self, scheme: Scheme) -> int:
-        """Parameters of the UNet cut by a scheme."""
+        """Parameters of the network cut by a scheme."""
         return self.num_params_table.total(scheme)
 
     @property
@@ -66,12 +66,12 @@ class Space:
         return {name: widths[0] for name, widths in self.legal.items()}
 
     def cost(self, scheme: Scheme) -> int:
-        """Tell what a scheme takes of what is limited."""
+        """What a scheme takes of what is limited."""
         return self.costs.total(scheme)
 
     @property
     def cost_base(self) -> int:
-        """What the uncut UNet takes."""
+        """What the uncut network takes."""
         return self.costs.total(self.full)
 
     def nanoseconds(self, scheme: Scheme) -> int | None:
@@ -79,34 +79,36 @@ class Space:
         return self.costs.total(scheme) if self.quantity == "time" else None
 
     def step_costs(self, unit: str) -> list[float]:
-        """Give what each of a unit's steps costs, all else uncut."""
+        """Return what each of a unit's steps costs, all else uncut."""
         return step_costs(self.costs, unit, self.legal[unit], self.full)
 
-    def narrower(self, unit: str, width: int) -> int:
-        """Give the next narrower legal width; of the least one itself."""
+    def next_narrower(self, unit: str, width: int) -> int:
+        """Return the next narrower legal width, or the least one itself."""
         legal = self.legal[unit]
         return legal[max(0, bisect_left(legal, width) - 1)]
 
-    def wider(self, unit: str, width: int) -> int:
-        """Give the next wider legal width; of the whole unit's its own."""
+    def next_wider(self, unit: str, width: int) -> int:
+        """Return the next wider legal width, or the whole unit's itself."""
         legal = self.legal[unit]
         return legal[min(len(legal) - 1, bisect_right(legal, width))]
 
-    def held(self, unit: str, width: int) -> int:
-        """Give the widest legal width within a width; where there is none the least one."""
+    def floor_width(self, unit: str, width: int) -> int:
+        """Return the widest legal width within a width, or the least one where there is none."""
         legal = self.legal[unit]
         return legal[max(0, bisect_right(legal, width) - 1)]
 
-    def widened(self, scheme: Scheme) -> dict[str, int]:
-        """Bring every width to the least legal one that holds it."""
+    def ceil_widths(self, scheme: Scheme) -> dict[str, int]:
+        """Round every width up to a legal one."""
         return {
             name: self.legal[name][bisect_left(self.legal[name], width)]
             for name, width in scheme.items()
         }
 
     def timed(self, table: LatencyTable) -> "Space":
-        """Give the same space with time as what is limited; legal is what saves time, too."""
-        legal = {name: table.worthwhile(name, widths) for name, widths in self.legal.items()}
+        """Return the same space with time as what is limited; legal is what saves time, too."""
+        legal = {
+            name: table.time_saving_widths(name, widths) for name, widths in self.legal.items()
+        }
         return replace(self, costs=table, quantity="time", legal=legal)
 
     def check_limit(self, limit: int, name: str, remedy: str = REMEDY) -> None:
@@ -150,15 +152,15 @@ def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple:
 
 
 def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
-    """Bring a scheme to a limit, changing it where that costs the least value.
+    """Fit a scheme to a limit, changing it where that costs the least value.
 
     Units go from one legal width to the next: those that lose the least value per cost are
     narrowed until the scheme is within the limit, then those that gain the most are widened as
-    long as that fits. What comes out is tight: no unit could have its next wider legal width.
+    long as that fits. The result is tight: no unit could have its next wider legal width.
 
     Args:
         space: The pruning space.
-        scheme: Widths wished for; those that are not legal count as the next wider legal ones.
+        scheme: Widths asked for; those that are not legal count as the next wider legal ones.
         limit: Of macs, or of nanoseconds, as the space has it.
         values: Worth of every step of every unit.
 
@@ -166,23 +168,23 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
         LimitError: No scheme is within the limit.
     """
     space.check_limit(limit, "the model")
-    widths = space.widened(scheme)
+    widths = space.ceil_widths(scheme)
     cost = space.cost(widths)
 
     def value_per_cost(name: str, start: int, stop: int) -> float:
         return sum(values[name][start:stop]) / space.costs.marginal_cost(name, start, stop, widths)
 
     def loss(name: str) -> float:
-        return value_per_cost(name, space.narrower(name, widths[name]), widths[name])
+        return value_per_cost(name, space.next_narrower(name, widths[name]), widths[name])
 
     def gain(name: str) -> float:
-        return -value_per_cost(name, widths[name], space.wider(name, widths[name]))
+        return -value_per_cost(name, widths[name], space.next_wider(name, widths[name]))
 
     least, most = space.smallest, space.full
     cheapest = _Queue(loss, [name for name, width in widths.items() if width > least[name]])
     while cost > limit:
         name = cheapest.pop()
-        narrower = space.narrower(name, widths[name])
+        narrower = space.next_narrower(name, widths[name])
         cost -= space.costs.marginal_cost(name, narrower, widths[name], widths)
         widths[name] = narrower
         if narrower > least[name]:
@@ -190,11 +192,11 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
     best = _Queue(gain, [name for name, width in widths.items() if width < most[name]])
     while best:  # what does not fit now never will: costs, and those of every step, only grow
         name = best.pop()
-        wider = space.wider(name, widths[name])
-        rise = space.costs.marginal_cost(name, widths[name], wider, widths)
-        if cost + rise > limit:
+        wider = space.next_wider(name, widths[name])
+        extra = space.costs.marginal_cost(name, widths[name], wider, widths)
+        if cost + extra > limit:
             continue
-        cost += rise
+        cost += extra
         widths[name] = wider
         if wider < most[name]:
             best.push(name)
@@ -203,7 +205,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
 
 
 class _Queue:
-    """Gives out names by rising key, where the keys of those that wait may rise meanwhile.
+    """Pops names by rising key, where the keys of those that wait may rise meanwhile.
 
     They do: narrowing a unit lowers the cost of the others' steps or leaves it, so that their
     value per cost does not fall, and widening the other way round for its negative.
@@ -222,7 +224,7 @@ class _Queue:
         heapq.heappush(self._heap, (self._key(name), name))
 
     def pop(self) -> str:
-        """Take the name of the least key."""
+        """Remove and return the name of the least key."""
         key, name = heapq.heappop(self._heap)
         while (now := self._key(name)) > key:
             key, name = heapq.heappushpop(self._heap, (now, name))
@@ -230,10 +232,10 @@ class _Queue:
 
 
 def is_tight(space: Space, scheme: Scheme, limit: int) -> bool:
-    """Tell whether a scheme is within the limit and no unit could have its next wider width."""
+    """Whether a scheme is within the limit and no unit could have its next wider width."""
     room = limit - space.cost(scheme)
     return room >= 0 and all(
         width == space.legal[name][-1]
-        or space.costs.marginal_cost(name, width, space.wider(name, width), scheme) > room
+        or space.costs.marginal_cost(name, width, space.next_wider(name, width), scheme) > room
         for name, width in scheme.items()
     )

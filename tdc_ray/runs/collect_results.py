@@ -67,7 +67,7 @@ def collect_results(
     """
     plan, experts, prune, sampler = outcome.plan, outcome.experts, config.prune, config.sampler
     base = load_result(run_dir.base_result, BaseResult).value
-    costs = [expert.search.cost for expert in experts]
+    costs = [expert.search_result.cost for expert in experts]
     pretrained = _pretrained_base(run_dir)
     num_classes, first_stage = config.conditioning.num_classes, config.data.first_stage
     rounds = {"none": 0, "offline": prune.num_rounds, "llm": prune.num_rounds}
@@ -104,7 +104,8 @@ def collect_results(
             method=prune.method,
             rounds=rounds.get(prune.method, 1),
             candidates=max(
-                (e.entry.candidate + 1 for x in experts for e in x.search.candidates), default=0
+                (e.entry.candidate + 1 for x in experts for e in x.search_result.candidates),
+                default=0,
             ),
             seconds=sum(cost.seconds for cost in costs),
             search_macs=sum(cost.macs for cost in costs),
@@ -196,12 +197,12 @@ def _group_result(expert: Expert, macs_base: int) -> GroupResult:
         macs_limit=expert.max_macs if limit is None else macs_base,
         macs=expert.macs,
         num_params=expert.num_params,
-        widths=expert.search.widths,
-        loss_base=expert.search.loss_base,
-        loss_cut=expert.search.loss_cut,
-        loss_refit=expert.search.loss_refit,
+        widths=expert.search_result.widths,
+        loss_base=expert.search_result.loss_base,
+        loss_cut=expert.search_result.loss_cut,
+        loss_refit=expert.search_result.loss_refit,
         loss_finetuned=expert.loss_finetuned,
-        source="base" if expert.search.entry is None else expert.search.entry.source,
+        source="base" if expert.search_result.entry is None else expert.search_result.entry.source,
         milliseconds_limit=None if limit is None else limit / 1e6,
         milliseconds=None if nanoseconds is None else nanoseconds / 1e6,
     )

@@ -26,7 +26,7 @@ from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import check_proxy
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.pretrained.sources import json_object
@@ -181,17 +181,17 @@ def prune_model(
                 group = replace(group, limit_share=min(1.0, limit / space.cost_base))
             data = training_data(config.data, config.evaluate.cache_dir)
             run_chain(prepare_latents(data), events)
-            task = GroupSearch(pruning_context(run_dir, config, data), space, group)
-            result = run_chain(search(task, MemoryBank(run_dir.memory)), events)
+            search = GroupSearch(pruning_context(run_dir, config, data), space, group)
+            result = run_chain(search_submodel(search, MemoryBank(run_dir.memory)), events)
         logger.info("writing the model")
         writing = time.perf_counter()
-        base = load_base(task.context, group)
+        base = load_base(search.context, group)
         pruned = prune_and_refit(base, result.kept).network
         save_expert_into(out, pruned, base_settings, result.kept)
         report: dict[str, object] = {
             "macs_base": space.macs_base,
             "macs": space.macs(result.widths),
-            "macs_limit": task.limit if milliseconds is None else space.macs_base,
+            "macs_limit": search.limit if milliseconds is None else space.macs_base,
             "num_params_base": space.num_params_base,
             "num_params": space.num_params(result.widths),
             "loss_base": result.loss_base,

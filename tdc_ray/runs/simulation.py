@@ -53,9 +53,9 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
     return [
         Simulation(
             {
-                f"trial-{trial}/{task.name}": _dry_run(task, stages, f"trial-{trial}/")
+                f"trial-{trial}/{search.name}": _dry_run(search, stages, f"trial-{trial}/")
                 for trial in range(simulation.trials)
-                for task, stages in searches
+                for search, stages in searches
             },
             seconds_of,
             num_workers=num_workers,
@@ -109,8 +109,8 @@ def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
         context = pruning_context(run_dir, by_macs, TrainingData(config.data))
         memory = MemoryBank(run_dir.memory)
         return [
-            (task, _stages(make_expert(task, memory, config.finetune, config.compute), space))
-            for task in group_searches(context, space, plan.groups)
+            (search, _stages(make_expert(search, memory, config.finetune, config.compute), space))
+            for search in group_searches(context, space, plan.groups)
         ]
 
 
@@ -138,9 +138,9 @@ def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
             stages.append(stage)
 
 
-def _dry_run(task: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
+def _dry_run(search: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
     """Go through the stages, on workers that are all alike; groups of one trial meet."""
-    participants = frozenset(f"{prefix}{name}" for name in task.participants)
+    participants = frozenset(f"{prefix}{name}" for name in search.participants)
     for stage in stages:
         if isinstance(stage, Barrier):
             yield replace(stage, participants=participants)

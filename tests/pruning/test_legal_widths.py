@@ -136,8 +136,8 @@ def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
     assert table.times[name] == (0, 100, 100, 190, 280, 280, 365, 450, 450)
     assert table.rest == 550
     assert table.total({name: 8}) == 1000
-    assert table.worthwhile(name, tuple(range(1, 9))) == (2, 3, 5, 6, 8)
-    assert table.worthwhile(name, (4, 8)) == (4, 8)
+    assert table.time_saving_widths(name, tuple(range(1, 9))) == (2, 3, 5, 6, 8)
+    assert table.time_saving_widths(name, (4, 8)) == (4, 8)
 
 
 def test_a_time_limit_on_streams_is_refused():

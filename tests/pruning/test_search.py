@@ -25,7 +25,7 @@ from tdc_ray.pruning.llm.transcripts import (
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import AskJob
 from tdc_ray.pruning.result import SearchResult
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
@@ -71,7 +71,7 @@ def run_dir(base, tmp_path) -> RunDir:
 
 
 def find(task: GroupSearch) -> SearchResult:
-    return run_chain(search(task, MemoryBank(task.context.run_dir.memory)))
+    return run_chain(search_submodel(task, MemoryBank(task.context.run_dir.memory)))
 
 
 Found = Callable[[str], tuple[GroupSearch, SearchResult]]
@@ -193,7 +193,7 @@ def test_in_the_full_space_streams_are_cut_too(run_dir, method):
 
 def test_losses_are_reported_by_their_place_in_the_search(run_dir):
     task, seen = task_of(run_dir, config_of("offline")), []
-    chain = search(task, MemoryBank(run_dir.memory))
+    chain = search_submodel(task, MemoryBank(run_dir.memory))
     choice = run_chain(
         chain, reporting_to(lambda metrics, step: seen.append((step, dict(metrics))))
     )
@@ -330,7 +330,7 @@ def tasks_in(run_dir: RunDir, config: RunConfig) -> list[GroupSearch]:
 
 
 def chains_of(tasks: list[GroupSearch], memory: MemoryBank) -> Chains[SearchResult]:
-    return Chains({task.name: search(task, memory) for task in tasks})
+    return Chains({task.name: search_submodel(task, memory) for task in tasks})
 
 
 @pytest.fixture(scope="module")

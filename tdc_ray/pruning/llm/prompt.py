@@ -139,7 +139,9 @@ def messages_for(
         limit=request.limit // divisor,
         share=_percent(request.limit, space),
     )
-    half = [{"unit": u.name, "keep": space.held(u.name, u.width // 2)} for u in space.units[:2]]
+    half = [
+        {"unit": u.name, "keep": space.floor_width(u.name, u.width // 2)} for u in space.units[:2]
+    ]
     form = FORM.format(example=json.dumps({"schemes": [half]}))
     parts = [_units(request), _sensitivities(request), _memory(request, memory, max_entries)]
     content = "".join([head, *parts, form])

@@ -7,7 +7,7 @@ from tdc_ray.pruning.space import Space, Values, fit_to_limit
 
 
 def sorted_scores(scores: Scores) -> Values:
-    """Order every unit's scores from the highest down: what its 1st, 2nd, ... place is worth."""
+    """Sort every unit's scores from the highest down: what its 1st, 2nd, ... step is worth."""
     return {name: sorted(values, reverse=True) for name, values in scores.items()}
 
 
@@ -18,17 +18,20 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
         LimitError: No scheme is within the limit.
     """
 
-    def at(share: float) -> dict[str, int]:
-        return {unit.name: space.held(unit.name, int(share * unit.width)) for unit in space.units}
+    def scheme_at(share: float) -> dict[str, int]:
+        return {
+            unit.name: space.floor_width(unit.name, int(share * unit.width))
+            for unit in space.units
+        }
 
     low, high = 0.0, 1.0
     for _ in range(20):  # to a millionth of the width
         middle = (low + high) / 2
-        if space.cost(at(middle)) <= limit:
+        if space.cost(scheme_at(middle)) <= limit:
             low = middle
         else:
             high = middle
-    return fit_to_limit(space, at(low), limit, values)
+    return fit_to_limit(space, scheme_at(low), limit, values)
 
 
 def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
@@ -47,7 +50,7 @@ def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     for _, name in ranked:
         if space.cost(scheme) <= limit:
             break
-        scheme[name] = space.narrower(name, scheme[name])
+        scheme[name] = space.next_narrower(name, scheme[name])
     return fit_to_limit(space, scheme, limit, values)
 
 
@@ -69,14 +72,14 @@ BASELINES = {
 
 
 def baseline_schemes(space: Space, scores: Scores, limit: int) -> list[tuple[str, dict[str, int]]]:
-    """Give the different schemes within a limit that follow from scores, with their names.
+    """Return the different schemes within a limit that follow from scores, with their names.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    found: list[tuple[str, dict[str, int]]] = []
+    schemes: list[tuple[str, dict[str, int]]] = []
     for name, scheme_for in BASELINES.items():
         scheme = scheme_for(space, limit, sorted_scores(scores))
-        if all(scheme != other for _, other in found):
-            found.append((name, scheme))
-    return found
+        if all(scheme != other for _, other in schemes):
+            schemes.append((name, scheme))
+    return schemes

@@ -56,8 +56,8 @@ class LeastSquares:
         Args:
             layer: The layer whose weights are sought.
             num_rows: How many rows there will be to draw from; where they are more than enough,
-                only some places of every image count.
-            seed: Decides which places.
+                only some positions of every image count.
+            seed: Decides which positions.
         """
         self.layer = layer
         outputs, inputs = layer.weight.flatten(1).shape
@@ -83,24 +83,26 @@ class LeastSquares:
         Args:
             inputs: What goes into the layer: ``(B, C, H, W)``, or ``(B, N, C)`` if it is linear.
             outputs: What should come out: ``(B, M, H', W')`` or ``(B, N, M)``.
-            weights: How much the squared error of every image counts, ``(B,)``; None: 1.
+            weights: How much the squared error of every image counts, ``(B,)``; None means 1.
         """
         if weights is None:
             weights = inputs.new_ones(len(inputs))
         if outputs.ndim == 4:
             outputs = outputs.flatten(2).transpose(1, 2)  # (B, M, H', W') -> (B, N, M)
-        num_places = outputs.shape[1]
-        drawn = torch.randperm(num_places, generator=self._generator)
-        places = drawn[: max(1, round(self._share * num_places))].to(inputs.device)
-        size = max(1, FLOATS_PER_BLOCK // (len(places) * len(self._gram)))
+        num_positions = outputs.shape[1]
+        drawn = torch.randperm(num_positions, generator=self._generator)
+        positions = drawn[: max(1, round(self._share * num_positions))].to(inputs.device)
+        size = max(1, FLOATS_PER_BLOCK // (len(positions) * len(self._gram)))
         for first in range(0, len(inputs), size):
             part = slice(first, first + size)
-            rows = _rows(self.layer, inputs[part], places)
-            targets = outputs[part][:, places].flatten(0, 1)
+            rows = _rows(self.layer, inputs[part], positions)
+            targets = outputs[part][:, positions].flatten(0, 1)
             if self._num_rows == 0:
                 self._origin = rows.mean(0)
             rows -= self._origin
-            counts = weights[part, None].expand(-1, len(places)).reshape(-1, 1)  # (B * places, 1)
+            counts = (
+                weights[part, None].expand(-1, len(positions)).reshape(-1, 1)
+            )  # (B * positions, 1)
             weighted = rows * counts
             for block in self._blocks:  # the matrix is symmetric: what is above its diagonal
                 upper = weighted[:, block].T @ rows[:, block.start :]
@@ -119,7 +121,7 @@ class LeastSquares:
         return self._num_rows * (products + size * self._cross.shape[1])
 
     def normal(self) -> tuple[Tensor, Tensor]:
-        """Give both sides of the normal equations, ``(n, n)`` and ``(n, m)``, the bias gone.
+        """Return both sides of the normal equations, ``(n, n)`` and ``(n, m)``, without the bias.
 
         The ridge pulls the weights towards those that the layer has.
         """
@@ -132,10 +134,10 @@ class LeastSquares:
         return gram, cross + ridge * layer_matrix(self.layer)
 
     def solve(self, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Give weights, in the layer's shape, and bias.
+        """Solve for weights, in the layer's shape, and bias.
 
         Args:
-            columns: The inputs to solve with; the weights of the others are 0. None: all.
+            columns: The inputs to solve with; the weights of the others are 0. None means all.
         """
         gram, cross = self.normal()
         if columns is None:
@@ -150,20 +152,20 @@ class LeastSquares:
 
 
 def layer_matrix(layer: ReadLayer) -> Tensor:
-    """Give a layer's weights as ``(n, m)``, float64: a row for every input, or kernel tap."""
+    """Return a layer's weights as ``(n, m)``, float64: a row for every input, or kernel tap."""
     return layer.weight.detach().flatten(1).T.double()
 
 
-def _rows(layer: ReadLayer, inputs: Tensor, places: Tensor) -> Tensor:
-    """Give what the layer reads at some places of its output: ``(B * places, n)``."""
+def _rows(layer: ReadLayer, inputs: Tensor, positions: Tensor) -> Tensor:
+    """Return what the layer reads at some positions of its output: ``(B * positions, n)``."""
     if isinstance(layer, nn.Linear):
-        return inputs[:, places].flatten(0, 1)
+        return inputs[:, positions].flatten(0, 1)
     (height, width), (down, right) = layer.kernel_size, layer.stride
     assert isinstance(layer.padding, tuple)
     pad_down, pad_right = layer.padding
     padded = functional.pad(inputs, (pad_right, pad_right, pad_down, pad_down))
     columns = (padded.shape[-1] - width) // right + 1
-    rows, cols = places // columns * down, places % columns * right
+    rows, cols = positions // columns * down, positions % columns * right
     taps = [padded[:, :, rows + i, cols + j] for i in range(height) for j in range(width)]
     # (B, C, P) for every tap -> (B, P, C, taps) -> (B * P, C * taps)
     return torch.stack(taps, dim=-1).transpose(1, 2).flatten(2).flatten(0, 1)

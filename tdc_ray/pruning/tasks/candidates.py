@@ -58,51 +58,55 @@ def measure_candidate(job: CandidateJob, report: Report) -> CandidateResult:
 
 
 def candidate_item(
-    task: GroupSearch, name: str, kept: KeptIndices, number: int
+    search: GroupSearch, name: str, kept: KeptIndices, number: int
 ) -> WorkItem[CandidateJob, CandidateResult]:
     """Make the item that cuts, refits and measures a sub-model.
 
     Args:
-        task: The group.
+        search: The group's search.
         name: Its name within the group.
         kept: What of each unit is kept.
         number: Which of the search's candidates it is, counted from 1; 0 means none of them.
     """
-    prune, macs = task.context.prune, task.space.macs(widths_of(kept))
-    refitted = prune.refit != "none" and macs < task.space.macs_base
+    prune, macs = search.context.prune, search.space.macs(widths_of(kept))
+    refitted = prune.refit != "none" and macs < search.space.macs_base
     images = prune.num_images + 3 * prune.num_refit_images * refitted
-    return task.item(
+    return search.item(
         name,
         measure_candidate,
-        CandidateJob(task.context, task.group, kept, number),
+        CandidateJob(search.context, search.group, kept, number),
         result_type=CandidateResult,
         cost=float(images * macs),
-        behind=candidates_macs(task, number),
+        behind=candidates_macs(search, number),
         num_steps=max(number, 1),
         kept=kept,
         inputs=cache_inputs,
     )
 
 
-def base_item(task: GroupSearch) -> WorkItem[CandidateJob, CandidateResult]:
+def base_item(search: GroupSearch) -> WorkItem[CandidateJob, CandidateResult]:
     """Make the item that measures the base, and saves what the group's refits need of it."""
     item, prune = (
-        candidate_item(task, "base", keep_everything(task.space.units), 0),
-        task.context.prune,
+        candidate_item(search, "base", keep_everything(search.space.units), 0),
+        search.context.prune,
     )
-    if prune.refit == "none" or prune.method == "none" or task.max_macs >= task.space.macs_base:
+    if (
+        prune.refit == "none"
+        or prune.method == "none"
+        or search.max_macs >= search.space.macs_base
+    ):
         return item
-    weighing = 3.0 * prune.num_refit_images * task.space.macs_base
+    weighing = 3.0 * prune.num_refit_images * search.space.macs_base
     return replace(
         item,
         job=replace(item.job, saves_weights=True),
         cost=item.cost + weighing,
-        files=(task.context.run_dir.error_weights(task.group.index),),
+        files=(search.context.run_dir.error_weights(search.group.index),),
     )
 
 
-def candidates_macs(task: GroupSearch, number: int = 0) -> float:
+def candidates_macs(search: GroupSearch, number: int = 0) -> float:
     """Estimate the macs of measuring all candidates that come after one."""
-    prune = task.context.prune
+    prune = search.context.prune
     images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")
-    return float((prune.num_rounds * prune.num_candidates - number) * images * task.max_macs)
+    return float((prune.num_rounds * prune.num_candidates - number) * images * search.max_macs)

@@ -63,13 +63,13 @@ def score_units(job: ScoreJob, report: Report) -> ScoreResult:
     return ScoreResult(scores, macs, time.perf_counter() - started)
 
 
-def score_item(task: GroupSearch, method: ScoreMethod) -> WorkItem[ScoreJob, ScoreResult]:
+def score_item(search: GroupSearch, method: ScoreMethod) -> WorkItem[ScoreJob, ScoreResult]:
     """Make the item that scores all units by a criterion."""
-    return task.item(
+    return search.item(
         "scores",
         score_units,
-        ScoreJob(task.context, task.group, method),
+        ScoreJob(search.context, search.group, method),
         result_type=ScoreResult,
-        cost=3.0 * task.context.prune.num_images * task.space.macs_base,
+        cost=3.0 * search.context.prune.num_images * search.space.macs_base,
         inputs=cache_inputs,
     )

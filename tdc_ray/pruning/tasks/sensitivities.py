@@ -154,28 +154,33 @@ def measure_stream(job: StreamJob, report: Report) -> StreamResult:
 
 
 def sensitivity_items(
-    task: GroupSearch, number: int, kept: KeptIndices, scores: Scores, loss: float, num_shares: int
+    search: GroupSearch,
+    number: int,
+    kept: KeptIndices,
+    scores: Scores,
+    loss: float,
+    num_shares: int,
 ) -> list[SensitivityItem]:
     """Make a pass's items: inner units in some shares, and every stream by itself.
 
     Args:
-        task: The group.
+        search: The group's search.
         number: The pass.
         kept: What the model that is measured keeps of the base.
         scores: Of the base's units.
         loss: Of that model.
         num_shares: Items for the inner units; each runs the images through the whole model.
     """
-    prune, context, group = task.context.prune, task.context, task.group
-    units = [unit for unit in task.space.units if len(kept[unit.name]) > 1]
+    prune, context, group = search.context.prune, search.context, search.group
+    units = [unit for unit in search.space.units if len(kept[unit.name]) > 1]
     inner = [unit.name for unit in units if unit.kind != "stream"]
-    macs, behind = task.space.macs(widths_of(kept)), candidates_macs(task)
+    macs, behind = search.space.macs(widths_of(kept)), candidates_macs(search)
     items: list[SensitivityItem] = []
     for share in range(num_shares):
         if names := tuple(inner[share::num_shares]):
             measuring = len(names) * prune.num_levels * prune.num_images / 2
             items.append(
-                task.item(
+                search.item(
                     f"sensitivities-{number}-{share}",
                     measure_sensitivities,
                     SensitivityJob(context, group, names, kept, scores),
@@ -187,7 +192,7 @@ def sensitivity_items(
             )
     for index, unit in enumerate(unit for unit in units if unit.kind == "stream"):
         items.append(
-            task.item(
+            search.item(
                 f"sensitivities-{number}-stream-{index}",
                 measure_stream,
                 StreamJob(context, group, unit.name, kept, scores, loss),

@@ -13,7 +13,7 @@ from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import SearchResult
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
 from tdc_ray.storage.files import listing, remove
 from tdc_ray.storage.run_dir import RunDir
@@ -25,7 +25,7 @@ class Expert:
 
     group: TimestepGroup
     max_macs: int
-    search: SearchResult
+    search_result: SearchResult
     macs: int
     num_params: int
     loss_finetuned: float
@@ -63,35 +63,35 @@ def pruning_context(
 
 
 def make_expert(
-    task: GroupSearch, memory: MemoryBank, train: TrainConfig, compute: ComputeConfig
+    search: GroupSearch, memory: MemoryBank, train: TrainConfig, compute: ComputeConfig
 ) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
-    result = yield from search(task, memory)
-    if task.context.prune.halving_steps and result.candidates:
-        result = yield from _successive_halving(task, result, memory, train, compute)
-    item = finetune_item(task, result.kept, train, compute)
+    result = yield from search_submodel(search, memory)
+    if search.context.prune.halving_steps and result.candidates:
+        result = yield from _successive_halving(search, result, memory, train, compute)
+    item = finetune_item(search, result.kept, train, compute)
     for other in listing(item.result_path.parent, "finetune-*.json"):
         if other != item.result_path:  # of another choice, whose expert this one's will replace
             remove(other)
     tuned = yield from result_of(item)
     remove(item.job.checkpoint)  # its result exists now
     return Expert(
-        group=task.group,
-        max_macs=task.max_macs,
-        search=result,
+        group=search.group,
+        max_macs=search.max_macs,
+        search_result=result,
         macs=tuned.macs,
         num_params=tuned.num_params,
         loss_finetuned=tuned.loss_finetuned,
         train_steps=tuned.train_steps,
         train_macs=tuned.train_macs,
         seconds=tuned.seconds,
-        nanoseconds=task.space.nanoseconds(result.widths),
-        max_nanoseconds=task.limit if task.space.quantity == "time" else None,
+        nanoseconds=search.space.nanoseconds(result.widths),
+        max_nanoseconds=search.limit if search.space.quantity == "time" else None,
     )
 
 
 def _successive_halving(
-    task: GroupSearch,
+    search: GroupSearch,
     result: SearchResult,
     memory: MemoryBank,
     train: TrainConfig,
@@ -102,12 +102,12 @@ def _successive_halving(
     Jamieson and Talwalkar, arXiv:1502.07943. A candidate that stays resumes from where it was.
     """
     candidates = list(result.candidates[: (len(result.candidates) + 1) // 2])
-    steps, before = task.context.prune.halving_steps, 0
+    steps, before = search.context.prune.halving_steps, 0
     while len(candidates) > 1:
         longer = replace(train, num_steps=steps)
         items = [
             short_finetune_item(
-                task, "try-{1}-{2}".format(*one.entry.key), one.kept, longer, compute, before
+                search, "try-{1}-{2}".format(*one.entry.key), one.kept, longer, compute, before
             )
             for one in candidates
         ]
@@ -120,6 +120,6 @@ def _successive_halving(
         candidates.sort(key=lambda one: (math.isnan(losses[one.entry.key]), losses[one.entry.key]))
         candidates = candidates[: (len(candidates) + 1) // 2]
         steps, before = 2 * steps, steps
-    for checkpoint in listing(task.folder, "try-*.pt"):
+    for checkpoint in listing(search.folder, "try-*.pt"):
         remove(checkpoint)
     return replace(result, kept=candidates[0].kept, entry=candidates[0].entry)

@@ -166,26 +166,26 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
 
 
 def finetune_item(
-    task: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
+    search: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
 ) -> WorkItem[FinetuneJob, FinetuneResult]:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
-    job = _job(task, f"finetune-{kept_digest(kept)}", kept, train, compute)
-    item = task.item(
+    job = _job(search, f"finetune-{kept_digest(kept)}", kept, train, compute)
+    item = search.item(
         "finetune",
         finetune_expert,
         job,
         result_type=FinetuneResult,
-        cost=_cost(task, job),
+        cost=_cost(search, job),
         num_steps=train.num_steps,
         kept=kept,
         inputs=finetune_inputs,
-        files=(task.context.run_dir.expert(task.group.index),),
+        files=(search.context.run_dir.expert(search.group.index),),
     )
     return _as_training(item, compute)
 
 
 def short_finetune_item(
-    task: GroupSearch,
+    search: GroupSearch,
     name: str,
     kept: KeptIndices,
     train: TrainConfig,
@@ -195,20 +195,20 @@ def short_finetune_item(
     """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
 
     Args:
-        task: The group.
+        search: The group's search.
         name: What it is for; its files are named after that and what is kept.
         kept: What of each unit is kept.
         train: How to train, and for how many steps in all.
         compute: What trains.
         steps_before: How many of the steps an earlier item of this name took.
     """
-    job = _job(task, f"{name}-{kept_digest(kept)}", kept, train, compute, steps_before)
-    item = task.item(
+    job = _job(search, f"{name}-{kept_digest(kept)}", kept, train, compute, steps_before)
+    item = search.item(
         f"{name}-{train.num_steps}",
         short_finetune,
         job,
         result_type=ShortFinetuneResult,
-        cost=_cost(task, job),
+        cost=_cost(search, job),
         num_steps=train.num_steps,
         kept=kept,
         inputs=short_finetune_inputs,
@@ -230,21 +230,21 @@ def _as_training(
 
 
 def _job(
-    task: GroupSearch,
+    search: GroupSearch,
     name: str,
     kept: KeptIndices,
     train: TrainConfig,
     compute: ComputeConfig,
     steps_before: int = 0,
 ) -> FinetuneJob:
-    checkpoint, num_workers = task.folder / f"{name}.pt", compute.workers_per_finetune
+    checkpoint, num_workers = search.folder / f"{name}.pt", compute.workers_per_finetune
     return FinetuneJob(
-        task.context, task.group, kept, train, num_workers, checkpoint, steps_before
+        search.context, search.group, kept, train, num_workers, checkpoint, steps_before
     )
 
 
-def _cost(task: GroupSearch, job: FinetuneJob) -> float:
-    return 3.0 * task.space.macs(widths_of(job.kept)) * job.num_images
+def _cost(search: GroupSearch, job: FinetuneJob) -> float:
+    return 3.0 * search.space.macs(widths_of(job.kept)) * job.num_images
 
 
 def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:

@@ -20,7 +20,7 @@ from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.pruning.search import search
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import (
     FinetuneJob,
@@ -82,9 +82,9 @@ def make(task: GroupSearch, config: RunConfig | None = None, report: Report = ig
 
 
 def timeless(expert: Expert) -> Expert:
-    cost = dataclasses.replace(expert.search.cost, seconds=0.0, proxy_seconds=0.0)
-    search = dataclasses.replace(expert.search, cost=cost)
-    return dataclasses.replace(expert, search=search, seconds=0.0)
+    cost = dataclasses.replace(expert.search_result.cost, seconds=0.0, proxy_seconds=0.0)
+    search = dataclasses.replace(expert.search_result, cost=cost)
+    return dataclasses.replace(expert, search_result=search, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_longer_training_lowers_the_loss_after_the_cut(tmp_path):
         num_steps=30, checkpoint_every=30, learning_rate=2e-3, ema_decay=0.5, refit="none"
     )
     found = make(task_of(make_run_dir(tmp_path), config), config)
-    assert found.loss_finetuned < 0.9 * found.search.loss_cut
+    assert found.loss_finetuned < 0.9 * found.search_result.loss_cut
 
 
 def test_a_finished_expert_leaves_no_checkpoint_behind(task, expert):
@@ -202,11 +202,11 @@ def test_without_a_step_the_expert_is_what_the_refit_left(tmp_path, refit, space
     task = task_of(make_run_dir(tmp_path), config)
     expert = make(task, config)
     base = load_base(task.context, task.group)
-    expected = prune_and_refit(base, expert.search.kept).network
+    expected = prune_and_refit(base, expert.search_result.kept).network
     assert_same(weights_of(task), expected.state_dict())
     saved = load_expert(task.context.run_dir.expert(task.group.index))
     assert_same(output_of(saved), output_of(expected))
-    search = expert.search
+    search = expert.search_result
     assert expert.loss_finetuned == (search.loss_cut if refit == "none" else search.loss_refit)
     assert (expert.train_steps, expert.train_macs) == (0, 0)
 
@@ -216,14 +216,14 @@ def test_without_pruning_and_without_a_step_the_expert_is_the_base(tmp_path):
     task = task_of(make_run_dir(tmp_path), config)
     expert = make(task, config)
     assert_same(weights_of(task), load_unet(task.context.run_dir.base_unet).state_dict())
-    assert expert.loss_finetuned == expert.search.loss_base
+    assert expert.loss_finetuned == expert.search_result.loss_base
     assert expert.macs == task.space.macs_base
 
 
 def test_only_the_groups_own_expert_is_written(task, expert):
     run_dir: RunDir = task.context.run_dir
     assert [path.name for path in run_dir.experts.iterdir()] == ["expert-00"]
-    assert widths_of(expert.search.kept) == dict(expert.search.widths)
+    assert widths_of(expert.search_result.kept) == dict(expert.search_result.widths)
 
 
 # --- successive halving ----------------------------------------------------------------------
@@ -262,8 +262,8 @@ def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(
     assert all(entry.loss_tuned is not None for entry in entries[:2])
     assert all(entry.loss_tuned is None for entry in entries[2:])
     best = min(entries[:2], key=lambda entry: entry.loss_tuned)
-    assert halved_expert.search.entry.key == best.key
-    assert halved_expert.search.widths == best.widths
+    assert halved_expert.search_result.entry.key == best.key
+    assert halved_expert.search_result.widths == best.widths
     assert halved_expert.macs == best.macs
 
 
@@ -273,14 +273,16 @@ def trials_of(task: GroupSearch, entry: MemoryEntry, num_steps: int) -> list[Pat
 
 
 def test_a_trial_is_the_fine_tune_cut_short(halved_task, halved_expert, tmp_path):
-    (entry,) = (e for e in entries_of(halved_task) if e.key == halved_expert.search.entry.key)
+    (entry,) = (
+        e for e in entries_of(halved_task) if e.key == halved_expert.search_result.entry.key
+    )
     (trial,) = trials_of(halved_task, entry, 2)
     told = json.loads(trial.read_text())
     assert told["loss"] == entry.loss_tuned
     config = halving_config(halving_steps=0)
     short = dataclasses.replace(config.finetune, num_steps=2)
     context = context_of(make_run_dir(tmp_path), config)
-    kept, checkpoint = halved_expert.search.kept, tmp_path / "c.pt"
+    kept, checkpoint = halved_expert.search_result.kept, tmp_path / "c.pt"
     job = FinetuneJob(context, halved_task.group, kept, short, 1, checkpoint)
     assert finetune_expert(job, ignore).loss_finetuned == entry.loss_tuned
 
@@ -292,10 +294,12 @@ def test_halving_leaves_no_checkpoint_behind(halved_task, halved_expert):
 
 
 def test_what_the_trials_took_is_the_searchs(halved_task, halved_expert):
-    search_alone = run_chain(search(halved_task, MemoryBank(halved_task.context.run_dir.memory)))
+    search_alone = run_chain(
+        search_submodel(halved_task, MemoryBank(halved_task.context.run_dir.memory))
+    )
     tried = [entry for entry in entries_of(halved_task) if entry.loss_tuned is not None]
     trials = sum(3 * entry.macs * 2 * 8 for entry in tried)
-    assert halved_expert.search.cost.macs == search_alone.cost.macs + trials
+    assert halved_expert.search_result.cost.macs == search_alone.cost.macs + trials
     assert halved_expert.train_steps == NUM_STEPS
 
 
@@ -350,7 +354,7 @@ def test_a_group_that_keeps_the_base_has_nothing_to_halve(tmp_path):
 @pytest.mark.parametrize("method", ["none", "taylor"])
 def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
     config = config_of(method=method)
-    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).search.kept
+    kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).search_result.kept
     dataset = ArrayImages(load_dataset(DataConfig()).images[:100], None)
     _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = dataset.images[:, 0].numpy()
