@@ -7,6 +7,7 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeFloat, require, settings
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+PredictionType = Literal["epsilon"]
 
 
 @settings("diffusion")
@@ -37,6 +38,11 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
         require("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the network's output estimates, under diffusers' name: epsilon is all there is."""
+        return "epsilon"
 
     @property
     def timestep_scale(self) -> float:

@@ -53,9 +53,7 @@ def loss_per_image(
         ``(B,)``, float32.
     """
     predicted, *variance = output.float().chunk(2 if schedule.learned_sigma else 1, dim=1)
-    rates = schedule.rates(batch.timesteps)
-    target = schedule.prediction.target(batch.x_0, batch.epsilon, *rates)
-    simple = (predicted - target).square().mean(dim=(1, 2, 3))
+    simple = (predicted - batch.target(schedule)).square().mean(dim=(1, 2, 3))
     if weights is not None:
         simple = weights[batch.timesteps] * simple
     if not variance:

@@ -3,10 +3,12 @@
 All that the losses need to know of it is here; diffusers' schedulers convert by themselves.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
+from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.train import LossWeight
 
 
@@ -48,4 +50,4 @@ class Epsilon:
         return (1 + snr) ** -gamma
 
 
-EPSILON: Prediction = Epsilon()
+PREDICTIONS: Mapping[PredictionType, Prediction] = {"epsilon": Epsilon()}

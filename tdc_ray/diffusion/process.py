@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.diffusion.prediction import EPSILON, Prediction
+from tdc_ray.diffusion.prediction import PREDICTIONS, Prediction
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.models.denoiser import DenoiserOutput
 
@@ -44,7 +44,7 @@ class NoiseSchedule:
 
     learned_sigma: bool
     vlb_weight: float
-    prediction: Prediction = EPSILON
+    prediction: Prediction
     """What the network's output estimates."""
 
     @property
@@ -103,6 +103,7 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
         timestep_scale=config.timestep_scale,
         learned_sigma=config.learned_sigma,
         vlb_weight=config.vlb_weight,
+        prediction=PREDICTIONS[config.prediction_type],
     )
 
 
@@ -141,6 +142,11 @@ class NoisedBatch:
     def x_t(self, schedule: NoiseSchedule) -> Tensor:
         """Add the noise: ``(B, C, H, W)``."""
         return schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
+
+    def target(self, schedule: NoiseSchedule) -> Tensor:
+        """Compute what a network's output is compared with: ``(B, C, H, W)``."""
+        rates = schedule.rates(self.timesteps)
+        return schedule.prediction.target(self.x_0, self.epsilon, *rates)
 
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
         """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""

@@ -82,6 +82,7 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     arguments = {
         "num_train_timesteps": diffusion.num_train_timesteps,
         "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),  # diffusers' own are float32
+        "prediction_type": diffusion.prediction_type,
         "timestep_spacing": "leading",
         "steps_offset": sampler.steps_offset,
         **row.arguments(diffusion, sampler),

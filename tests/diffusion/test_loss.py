@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.diffusion.loss import denoising_loss, loss_per_image, loss_weights
+from tdc_ray.diffusion.prediction import PREDICTIONS
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tests.diffusion.test_process import (
     COSINE,
@@ -66,6 +68,10 @@ def reference_vlb_bits(config, epsilon_pred, output, x_0, x_t, timestep):
 def losses(config, prediction, x_0, epsilon, timesteps, weights=None):
     batch = NoisedBatch(x_0, epsilon, timesteps)
     return loss_per_image(noise_schedule(config), prediction, batch, weights=weights)
+
+
+def test_every_prediction_of_the_settings_has_its_row():
+    assert set(PREDICTIONS) == set(get_args(PredictionType))
 
 
 # --- L_simple --------------------------------------------------------------------------------

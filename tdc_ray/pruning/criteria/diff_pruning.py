@@ -77,8 +77,9 @@ def _noise_error(
     loss = 0.0
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     for part in batch.split(max_batch_size(network, gradients=True)):
-        predicted = part.predict(network, schedule)[:, : part.epsilon.shape[1]]
-        error = (predicted - part.epsilon).square().mean() * (len(part.x_0) / len(batch.x_0))
+        target = part.target(schedule)
+        predicted = part.predict(network, schedule)[:, : target.shape[1]]
+        error = (predicted - target).square().mean() * (len(part.x_0) / len(batch.x_0))
         loss += error.item()
         for gradient, more in zip(gradients, torch.autograd.grad(error, parameters), strict=True):
             gradient += more
