@@ -23,7 +23,7 @@ from output import paper_column, plot_sweep, write_sweep
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.runs.sweep.space import Value, applied, setting_name
+from tdc_ray.runs.sweep.space import Value, setting_name, with_params
 
 FIELD, STEPS, WARMUP = "plan.num_groups", "finetune.num_steps", "finetune.num_warmup_steps"
 VALUES = (4, 8, 10, 15, 20)
@@ -60,7 +60,7 @@ def point(config: RunConfig, num_groups: int, *, per_expert: bool) -> dict[str, 
     if not per_expert:
         plan, own = (
             plan_groups(one.diffusion, one.plan, one.sampler)
-            for one in (config, applied(config, {FIELD: num_groups}, config.seed))
+            for one in (config, with_params(config, {FIELD: num_groups}, config.seed))
         )
         share = len(plan.groups) / len(own.groups)
     steps, warmup = (round(share * steps) for steps in (train.num_steps, train.num_warmup_steps))

@@ -24,7 +24,7 @@ from common import SweepFlags, domains_of, parse_flags, swept
 from output import paper_column, plot_bars, scores_of_settings, write_sweep
 
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.runs.sweep.space import Value, applied, setting_name
+from tdc_ray.runs.sweep.space import Value, setting_name, with_params
 
 SCHEDULE, MATCH = "plan.schedule", "plan.match_snr_mean"
 ROWS = (
@@ -66,7 +66,7 @@ def main(flags: ScheduleFlags) -> None:
     titles, paper = {}, paper_column(PAPER, flags.preset)
     for one in points:
         row = f"{one[SCHEDULE]}{', matched' if one[MATCH] else ''}"
-        wanted = applied(config, one, config.seed)
+        wanted = with_params(config, one, config.seed)
         plan = plan_groups(wanted.diffusion, wanted.plan, wanted.sampler)
         titles[setting_name(one)] = title = f"{row} (mean limit {plan.mean_limit_share:.3f} F)"
         if row in paper:

@@ -30,7 +30,7 @@ from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import services_of
 from tdc_ray.runs.stages.base import make_base
-from tdc_ray.runs.sweep.results import SweepResults, summarized
+from tdc_ray.runs.sweep.results import SweepResults, with_rows
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
@@ -202,7 +202,7 @@ def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepRe
     """
     asked = None if points is None else {setting_name(point) for point in points}
     rows = [row for row in results.rows if row.seed in results.seeds]
-    return summarized(results, [row for row in rows if asked is None or row.setting in asked])
+    return with_rows(results, [row for row in rows if asked is None or row.setting in asked])
 
 
 SETTINGS_FILE = "made_by.json"

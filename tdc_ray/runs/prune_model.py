@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def unet_dir(path: Path) -> Path:
-    """Find the UNet in what was named: its folder, a pipeline's, or a run directory.
+    """Return the folder of a UNet, given that, a pipeline's, or a run directory.
 
     Raises:
         CheckpointError: There is none.
@@ -64,15 +64,14 @@ def unet_dir(path: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Make sure that nothing is written over.
+    """Check that nothing would be overwritten.
 
     Raises:
         ConfigError: It is a file, or a folder that something else wrote.
     """
-    found = [path for path in listing(out, "*") if not path.name.startswith(".")]
-    if (exists(out) and not is_remote(out) and not out.is_dir()) or (
-        found and not exists(out / SEARCH_DIR)
-    ):
+    is_file = exists(out) and not is_remote(out) and not out.is_dir()
+    files = [path for path in listing(out, "*") if not path.name.startswith(".")]
+    if is_file or (files and not exists(out / SEARCH_DIR)):
         raise ConfigError(
             f"--out must be a new folder, or one that tdc-ray prune wrote before, got "
             f"{display_path(out)}, which is something else. Name another."
@@ -80,7 +79,7 @@ def check_out(out: Path) -> None:
 
 
 def run_config_of(unet: Path) -> RunConfig | None:
-    """Give the settings of the run that trained a UNet; None where it is not in a run directory.
+    """Return the settings of the run that trained a UNet, or None where it is in no run directory.
 
     Raises:
         ConfigError: They are of another version.
@@ -99,16 +98,16 @@ def prune_model(
     milliseconds: float | None = None,
     sinks_for: SinksFor = no_sinks,
 ) -> dict[str, object]:
-    """Search, cut and refit; write the pruned model and its report.
+    """Search, prune and refit; write the pruned model and its report.
 
-    The same call goes on where an earlier one was cut.
+    The same call resumes an interrupted one.
 
     Args:
         unet: The folder of the UNet.
         config: Data, noise process and how to prune.
         group: The timesteps, and the limit unless that is one of time.
-        out: Where to: the model (``models.experts.load_expert`` reads it) and ``report.json``;
-            what the search measured is kept in its folder ``search``.
+        out: Where to: the model (``models.saved_expert.load_expert`` loads it) and
+            ``report.json``; what the search measured is kept in its folder ``search``.
         milliseconds: Most time of a forward pass of ``prune.latency_batch_size`` images on this
             device; it goes with the objective latency, and with nothing else.
         sinks_for: Makes what takes the search's events.
@@ -117,64 +116,34 @@ def prune_model(
         The report.
 
     Raises:
-        TdcError: What went wrong, said before work starts wherever that can be known.
+        TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
-    out, config, base_settings = (
-        resolve_path(out),
-        with_absolute_paths(config),
-        given_unet_config(unet),
-    )
+    out, config, network = resolve_path(out), with_absolute_paths(config), given_unet_config(unet)
     allow_tf32(allowed=config.compute.tf32)
-    if (milliseconds is None) != (config.prune.objective == "macs"):
-        raise ConfigError(
-            "prune.objective must be latency with --milliseconds and macs without, got "
-            f"{config.prune.objective}: give the one, or set the other."
-        )
-    if config.prune.method == "none":
-        raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
-    if config.prune.method == "llm":
-        check_proxy(config.proxy)
-    if config.prune.halving_steps:
-        raise ConfigError(
-            f"prune.halving_steps must be 0 for tdc-ray prune, got {config.prune.halving_steps}: "
-            "it takes no gradient step."
-        )
+    _check_settings(config, milliseconds)
     check_out(out)
-    space = space_of(base_settings, config.prune.space, config.prune.channel_multiple)
-    _check(config, base_settings)
+    space = space_of(network, config.prune.space, config.prune.channel_multiple)
+    _check_data(config, network)
     if milliseconds is None:
         space.check_limit(group.limit(space.cost_base), "the model", "Raise --macs")
-    dataset = load_dataset(config.data)
-    if embeds := base_settings.get("num_class_embeds"):
-        if not dataset.num_classes:
-            raise ConfigError(
-                "the model is conditioned on classes: --data must have a label for every image."
-            )
-        if dataset.num_classes > embeds:
-            raise ConfigError(
-                f"labels of --data must be below {embeds}, the classes that the model embeds, got "
-                f"{dataset.num_classes - 1}."
-            )
     with hold_lease(out):
-        table = _latency_name(config, base_settings)
-        token_limit_field = (
-            group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
-        )
-        search_dir = out / SEARCH_DIR / _name(unet, config, group, token_limit_field)
+        table = _latency_name(config, network)
+        limit_name = group.limit_share if milliseconds is None else f"{milliseconds} ms, {table}"
+        search_dir = out / SEARCH_DIR / _search_name(unet, config, group, limit_name)
         run_dir = RunDir(search_dir.resolve(), unet)
         with listening(sinks_for(run_dir)) as events:
-            precision = resolve_auto_precision(run_dir, config, base_settings, ["prune"])
+            precision = resolve_auto_precision(run_dir, config, network, ["prune"])
             config = run_chain(precision, events)
             if milliseconds is not None:
                 path = (out / SEARCH_DIR / table).resolve()
-                chain = timed_space(path, base_settings, space, config.prune.latency_batch_size)
+                chain = timed_space(path, network, space, config.prune.latency_batch_size)
                 space = run_chain(chain, events)
                 limit = round(1e6 * milliseconds)
                 space.check_limit(limit, "the model", "Raise --milliseconds")
                 if limit >= space.cost_base:
                     logger.warning(
                         "--milliseconds %g is no less than the %.4g ms that the model takes: "
-                        "nothing need be cut",
+                        "nothing need be pruned",
                         milliseconds,
                         space.cost_base / 1e6,
                     )
@@ -187,7 +156,7 @@ def prune_model(
         writing = time.perf_counter()
         base = load_base(search.context, group)
         pruned = prune_and_refit(base, result.kept).network
-        save_expert_into(out, pruned, base_settings, result.kept)
+        save_expert_into(out, pruned, network, result.kept)
         report: dict[str, object] = {
             "macs_base": space.macs_base,
             "macs": space.macs(result.widths),
@@ -222,6 +191,58 @@ def prune_model(
     return report
 
 
+def _check_settings(config: RunConfig, milliseconds: float | None) -> None:
+    """Refuse settings that pruning without training cannot use.
+
+    Raises:
+        ConfigError: There is one.
+        ProxyError: The language model cannot be asked.
+    """
+    prune = config.prune
+    if (milliseconds is None) != (prune.objective == "macs"):
+        raise ConfigError(
+            "prune.objective must be latency with --milliseconds and macs without, got "
+            f"{prune.objective}: give the one, or set the other."
+        )
+    if prune.method == "none":
+        raise ConfigError("prune.method must not be none for tdc-ray prune: set --method.")
+    if prune.method == "llm":
+        check_proxy(config.proxy)
+    if prune.halving_steps:
+        raise ConfigError(
+            f"prune.halving_steps must be 0 for tdc-ray prune, got {prune.halving_steps}: it "
+            "takes no gradient step."
+        )
+
+
+def _check_data(config: RunConfig, network: NetworkConfig) -> None:
+    """Refuse data that the model does not take.
+
+    Raises:
+        ConfigError: Its shape or its labels are others.
+        DataError: It is missing or malformed.
+    """
+    check_latents(config.data, network, "this model")
+    for setting, value, expected in (
+        ("data.image_size", config.data.image_size, network["sample_size"]),
+        ("data.num_channels", config.data.num_channels, network["in_channels"]),
+    ):
+        if config.data.first_stage is None and value != expected:
+            raise ConfigError(
+                f"{setting} must be {expected} for this model, got {value}. Name data by --data."
+            )
+    dataset, embeds = load_dataset(config.data), network.get("num_class_embeds")
+    if embeds and not dataset.num_classes:
+        raise ConfigError(
+            "the model is conditioned on classes: --data must have a label for every image."
+        )
+    if embeds and dataset.num_classes and dataset.num_classes > embeds:
+        raise ConfigError(
+            f"labels of --data must be below {embeds}, the classes that the model embeds, got "
+            f"{dataset.num_classes - 1}."
+        )
+
+
 def _time(
     config: RunConfig,
     space: Space,
@@ -230,7 +251,7 @@ def _time(
     base: Denoiser,
     pruned: Denoiser,
 ) -> dict[str, object]:
-    """Tell what a pruned model takes by the table, and what it and its base take as a whole."""
+    """Return the times of a pruned model and its base: by the table, and measured as a whole."""
     size = config.prune.latency_batch_size
     whole, part = time_passes(
         [base, pruned.eval()], size, min_repeats=MIN_REPEATS, min_seconds=MIN_SECONDS
@@ -247,10 +268,10 @@ def _time(
 
 
 def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunConfig:
-    """Bring settings in line with a UNet: what it learns, and its data if it was named.
+    """Return settings in line with a UNet: what it learns, and its data if that is named.
 
     Raises:
-        ConfigError: The data or the size of the model's images cannot be told.
+        ConfigError: The data is of no known kind, or the model has no size of images.
     """
     if not isinstance(size := unet.get("sample_size"), int):
         raise ConfigError(
@@ -263,10 +284,10 @@ def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunCon
 
 
 def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConfig:
-    """Bring data to the UNet's shape, unless it takes a first stage's latents.
+    """Return data in the UNet's shape, unless it takes a first stage's latents.
 
     Raises:
-        ConfigError: It cannot be told what data it is, or the UNet does not take images.
+        ConfigError: The data is of no known kind, or the UNet does not take images.
     """
     data, channels = config.data, unet["in_channels"]
     if data.first_stage is None:
@@ -283,26 +304,12 @@ def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConf
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 
 
-def _check(config: RunConfig, unet: NetworkConfig) -> None:
-    check_latents(config.data, unet, "this model")
-    if config.data.first_stage is not None:
-        return
-    for setting, value, wanted in (
-        ("data.image_size", config.data.image_size, unet["sample_size"]),
-        ("data.num_channels", config.data.num_channels, unet["in_channels"]),
-    ):
-        if value != wanted:
-            raise ConfigError(
-                f"{setting} must be {wanted} for this model, got {value}. Name data by --data."
-            )
-
-
 def _state(file: Path) -> tuple[str, int, int]:
     return file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _latency_name(config: RunConfig, unet: NetworkConfig) -> str:
-    """Name a table of times by all that it is of, and by what computes here."""
+    """Return a name for the table of times of a network on this device."""
     shape = {key: value for key, value in unet.items() if not key.startswith("_")}
     prune = config.prune
     device = device_name(worker_device())
@@ -310,8 +317,8 @@ def _latency_name(config: RunConfig, unet: NetworkConfig) -> str:
     return f"latency-{json_digest(document)[:8]}.json"
 
 
-def _name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | str) -> str:
-    """Name a search by all that decides what it measures."""
+def _search_name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | str) -> str:
+    """Return a name for a search, made of all that decides what it measures."""
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
     document = [digest(config), display_path(unet), states, group.first, group.last, limit]

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 def train_autoencoder(
     config: AutoencoderConfig, out: Path, sinks: Sequence[EventSink] = ()
 ) -> dict[str, Any]:
-    """Train a first stage, or go on from the checkpoint of an earlier call.
+    """Train a first stage, from the checkpoint of an earlier call on.
 
     Args:
         config: The settings.
@@ -74,14 +74,14 @@ def train_autoencoder(
         _keep_settings(out, config)
         if exists(out / REPORT_FILE):
             logger.info("%s is finished; nothing is done again", display_path(out))
-            found: dict[str, Any] = read_json(out / REPORT_FILE)
-            return found
+            earlier: dict[str, Any] = read_json(out / REPORT_FILE)
+            return earlier
         state = _trained(config, dataset, rest, out, sinks)
-        size = config.train.batch_size
-        few = fixed_batches(dataset, min(SCALE_IMAGES, len(rest)), size, config.seed, indices=rest)
-        with state.ema_weights() as averaged:
-            averaged.register_to_config(scaling_factor=_scaling_factor(averaged, few))
-            save_first_stage(averaged, out)
+        size, count = config.train.batch_size, min(SCALE_IMAGES, len(rest))
+        sample = fixed_batches(dataset, count, size, config.seed, indices=rest)
+        with state.ema_weights() as model:
+            model.register_to_config(scaling_factor=_scaling_factor(model, sample))
+            save_first_stage(model, out)
         first_stage = load_first_stage(out).to(worker_device())
         parts = (held_out[start : start + size] for start in range(0, len(held_out), size))
         errors = reconstruction_errors(first_stage, map(dataset.__getitems__, parts))
@@ -122,13 +122,13 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
 def autoencoder_loss(
     model: AutoencoderKL, images: Tensor, config: AutoencoderConfig, generator: torch.Generator
 ) -> Tensor:
-    """Mean over pixels of the error and of the weighted divergence (LDM, appendix G).
+    """Compute the mean over pixels of error and weighted divergence (LDM, appendix G).
 
     Args:
         model: The autoencoder.
         images: ``(B, C, H, W)`` in [-1, 1].
         config: Which error, and the divergence's weight.
-        generator: Of the sample from the posterior.
+        generator: Draws the sample from the posterior.
     """
     posterior = model.encode(images).latent_dist
     error = model.decode(posterior.sample(generator)).sample.float() - images
@@ -140,7 +140,7 @@ def autoencoder_loss(
 def reconstruction_errors(
     first_stage: FirstStage, images: Iterable[ImageBatch]
 ) -> dict[str, float]:
-    """Mean ``l1`` and ``mse`` of images in [-1, 1] encoded and decoded again, and ``psnr_db``."""
+    """Compute mean ``l1`` and ``mse`` of reconstructions in [-1, 1], and ``psnr_db``."""
     device, off, squared, count = first_stage.device, 0.0, 0.0, 0
     for batch, _ in images:
         x = to_minus_one_one(batch.to(device))
@@ -160,13 +160,13 @@ def _trained(
     out: Path,
     sinks: Sequence[EventSink],
 ) -> TrainState:
-    """Train on some of the images from the start, or from an earlier call's checkpoint on."""
+    """Train on some of the images, from an earlier call's checkpoint on."""
     torch.manual_seed(derive_seed(config.seed, KEY, "init"))
     model = build_autoencoder(config).to(worker_device())
     state = start_state(model, config.train)  # its `unet` may be any model
     if exists(out / CHECKPOINT_FILE):
         state.load(out / CHECKPOINT_FILE)
-        logger.info("going on from step %d", state.step)
+        logger.info("resuming from step %d", state.step)
     images = batches(
         dataset,
         indices=indices,
@@ -214,7 +214,7 @@ def _train(
 
 @torch.inference_mode()
 def _scaling_factor(model: AutoencoderKL, images: Iterable[ImageBatch]) -> float:
-    """One over the latents' standard deviation (LDM, appendix G)."""
+    """Compute one over the latents' standard deviation (LDM, appendix G)."""
     modes = [
         model.encode(to_minus_one_one(batch.to(model.device))).latent_dist.mode()
         for batch, _ in images
@@ -230,14 +230,14 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
 
 
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
-    """Write the settings down, or make sure that an earlier call had the same."""
+    """Write the settings, or check that an earlier call had the same."""
     settings = asdict(config) | {"block_out_channels": list(config.block_out_channels)}
     if exists(out / SETTINGS_FILE):
         changed = named_differences(read_json(out / SETTINGS_FILE), settings)
         if changed:
             raise StorageError(
                 f"{display_path(out)} has other settings: {'; '.join(changed)}. Use the same "
-                "settings to go on, or another --out."
+                "settings to resume, or another --out."
             )
     else:
         write_json(out / SETTINGS_FILE, settings)

@@ -9,8 +9,9 @@ import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sweep import SweepConfig
-from tdc_ray.runs.sweep.results import begun, load_sweep, started_row, summarized
+from tdc_ray.runs.sweep.results import load_sweep, open_results, with_rows
 from tdc_ray.runs.sweep.space import Range
+from tdc_ray.runs.sweep.table import started_row
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -21,7 +22,7 @@ def test_rows_of_other_flags_are_left_out_whatever_the_search(storage, tmp_path)
     params = [{"plan.min_macs_share": k} for k in (0.3, 0.4)]
     space, how = {"plan.min_macs_share": Range(0.3, 0.7)}, SweepConfig(search="tpe", seeds=(0,))
     rows = [started_row(some, seed) for some in params for seed in (0, 1)]
-    results = summarized(begun(tmp_path, RunConfig(), space, how), rows)
+    results = with_rows(open_results(tmp_path, RunConfig(), space, how), rows)
     assert [row.name for row in asked_for(results, None).rows] == ["k=0.3,seed=0", "k=0.4,seed=0"]
     assert [row.name for row in asked_for(results, params[1:]).rows] == ["k=0.4,seed=0"]
 

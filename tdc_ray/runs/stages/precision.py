@@ -1,4 +1,4 @@
-"""fp32 or less: autocast, the layout that goes with it, and which precision is fastest here."""
+"""Resolves precision ``auto``: measures on the workers whether bf16 is faster than fp32."""
 
 import logging
 import statistics
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 Stage = Literal["base", "finetune", "prune"]
 
 LEAST_GAIN = 1.1
-"""How many times as fast bf16 must be to be taken."""
+"""How many times as fast as fp32 bf16 must be to be chosen."""
 
 REPEATS = 5
-"""Of the probe, for each precision, after one time that does not count."""
+"""Timed repeats of each precision, after one that warms up."""
 
 NUM_IMAGES = 16
-"""That the probe's layer gets at once."""
+"""Batch size of the layer that is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +57,23 @@ class PrecisionResult:
 def resolve_auto_precision(
     run_dir: RunDir, config: RunConfig, unet: NetworkConfig, stages: Sequence[Stage]
 ) -> Chain[RunConfig]:
-    """Put what is fastest on the workers in the place of every ``auto``, as a chain of items.
-
-    It is measured once for each stage that asks for it; the results stay in the run directory.
+    """Replace every ``auto`` by the precision that is fastest on the workers, measured once.
 
     Args:
         run_dir: The run.
         config: Its settings.
         unet: The base's config.
-        stages: Those that will be done.
+        stages: The stages that will run.
 
     Returns:
         Settings without ``auto`` in these stages.
     """
     compute = config.compute
-    of_base = Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker)
-    of_actor = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
+    base_resources = Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker)
+    actor_resources = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
     for stage in stages:
         if getattr(config, stage).precision != "auto":
             continue
-        resources = of_base if stage == "base" else of_actor
         job = ProbeJob(
             channels=unet["block_out_channels"][0],
             size=image_size(unet)[0],
@@ -88,7 +85,7 @@ def resolve_auto_precision(
             job=job,
             result_path=run_dir.root / "precision" / f"{stage}.json",
             cost=0.0,
-            resources=resources,
+            resources=base_resources if stage == "base" else actor_resources,
             result_type=PrecisionResult,
         )
         result = yield from result_of(item)
@@ -111,13 +108,13 @@ def benchmark_precision(job: ProbeJob, report: Report) -> PrecisionResult:
     x = torch.randn(NUM_IMAGES, job.channels, job.size, job.size, device=device)
     seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(REPEATS + 1):
-        for precision, found in seconds.items():
-            found.append(_seconds(in_layout(layer, precision), x, precision, trains=job.trains))
-    fp32, bf16 = (statistics.median(found[1:]) for found in seconds.values())  # the first warms up
+        for precision, times in seconds.items():
+            times.append(_seconds(in_layout(layer, precision), x, precision, trains=job.trains))
+    fp32, bf16 = (statistics.median(times[1:]) for times in seconds.values())
     report({}, 1)
-    can = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    faster = can and fp32 >= LEAST_GAIN * bf16
-    return PrecisionResult("bf16" if faster else "fp32", fp32, bf16)
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    is_faster = supported and fp32 >= LEAST_GAIN * bf16
+    return PrecisionResult("bf16" if is_faster else "fp32", fp32, bf16)
 
 
 def _seconds(layer: nn.Module, x: torch.Tensor, precision: Precision, *, trains: bool) -> float:

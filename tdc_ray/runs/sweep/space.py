@@ -133,10 +133,10 @@ def check_space(
                 )
         if sweep_config.search != "grid" or len(space) == 1:
             for value in domain.values:
-                applied(config, {name: value}, config.seed)
+                with_params(config, {name: value}, config.seed)
     if sweep_config.search == "grid":  # a value may be legal beside others alone
         for params in grid(space) if points is None else points:
-            applied(config, params, config.seed)
+            with_params(config, params, config.seed)
     bases = [name for name in space if name.startswith(("base.", "model."))]
     if sweep_config.stop_early and (not bases or set(bases) & set(CHANGE_THE_LOSS)):
         raise ConfigError(
@@ -175,7 +175,7 @@ def value_of(config: RunConfig, name: str) -> Value:
     return value
 
 
-def applied(config: RunConfig, params: Params, seed: int) -> RunConfig:
+def with_params(config: RunConfig, params: Params, seed: int) -> RunConfig:
     """Return the settings of a trial.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Optuna's study of a sweep: where it is kept, and what it knows."""
+"""Optuna's study of a sweep: where it is kept, and how it is brought up to date."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.runs.sweep.results import SweepResults
 from tdc_ray.runs.sweep.space import Choices, Domain
@@ -29,14 +28,12 @@ STUDY_FILE = "study.log"
 
 
 def reconcile(
-    study: optuna.Study,
-    results: SweepResults,
-    distributions: Mapping[str, BaseDistribution],
-    how: SweepConfig,
+    study: optuna.Study, results: SweepResults, distributions: Mapping[str, BaseDistribution]
 ) -> list[dict[str, Any]]:
-    """End what a driver that died left under way; give the settings that wait in the study.
+    """Bring a study in line with a sweep's results; return the settings that wait in it.
 
-    What is done and the study does not know, because its file is gone, is told to it.
+    Trials that a dead driver left running have failed. Settings that are done and missing, as
+    after a loss of the study's file, are added.
     """
     waiting = []
     for trial in study.get_trials(deepcopy=False):
@@ -46,19 +43,19 @@ def reconcile(
             waiting.append(dict(trial.system_attrs.get("fixed_params", {})))
     known = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
     for setting in results.settings:
-        if dict(setting.params) not in known and setting.num_done == len(how.seeds):
+        if dict(setting.params) not in known and setting.num_done == len(results.seeds):
             study.add_trial(
                 optuna.trial.create_trial(
                     params=dict(setting.params),
                     distributions=dict(distributions),
-                    values=[setting.mean[name] for name in how.objectives],
+                    values=[setting.mean[name] for name in results.objectives],
                 )
             )
     return waiting
 
 
 def distribution(domain: Domain) -> BaseDistribution:
-    """Give a domain in Optuna's terms."""
+    """Return a domain as Optuna's distribution."""
     if isinstance(domain, Choices):
         return CategoricalDistribution(domain.values)
     if domain.whole:
@@ -73,15 +70,19 @@ class _Database(RDBStorage):
         return {**super().__getstate__(), "url": "sqlite://"}
 
 
-def open_storage(folder: Path, how: SweepConfig) -> BaseStorage:
-    """Open what keeps Optuna's study.
+def open_storage(folder: Path, url: str | None) -> BaseStorage:
+    """Open the storage of Optuna's study.
+
+    Args:
+        folder: The sweep's folder.
+        url: Of a database. None means the environment's, or a file in the folder.
 
     Raises:
         ConfigError: The database cannot be opened.
     """
-    url = how.study or os.environ.get(STUDY_VARIABLE)
+    url = url or os.environ.get(STUDY_VARIABLE)
     if url is None:
-        if is_remote(folder):  # told anew what sweep.json knows
+        if is_remote(folder):  # what sweep.json knows is added anew
             return optuna.storages.InMemoryStorage()
         return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
     from sqlalchemy.engine import make_url

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a whole run, in a process that only leads it, for every seed."""
+"""One trial of a sweep: a whole run for every seed, in a process that only drives it."""
 
 import logging
 import statistics
@@ -15,15 +15,15 @@ from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import run
-from tdc_ray.runs.sweep.results import started_row
-from tdc_ray.runs.sweep.space import Params, applied
+from tdc_ray.runs.sweep.results import TRIALS_DIR
+from tdc_ray.runs.sweep.space import Params, trial_name, with_params
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 TuneReport = Callable[[dict[str, float]], None]
-"""Tells Ray Tune what a trial came to, or how it goes."""
+"""Reports a trial's results, or its progress, to Ray Tune."""
 
 FAILED_FILE = "failed.json"
 """In a run's directory: why it failed, and in which call of the sweep."""
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrialSpec:
-    """What every trial is told."""
+    """What all trials of a sweep have in common."""
 
     folder: Path
     config: RunConfig
@@ -47,57 +47,58 @@ class TrialSpec:
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
-    """Give a trial's setting and seeds: of a grid one is a trial, else all are."""
+    """Return a trial's setting and seeds: one of them in a grid, else all."""
     if "point" in config:
         return config["point"]["params"], [config["point"]["seed"]]
     return dict(config), seeds
 
 
-def run_trial(config: Mapping[str, Any], job: TrialSpec, report: TuneReport) -> None:
+def run_trial(config: Mapping[str, Any], spec: TrialSpec, report: TuneReport) -> None:
     """Run a setting in the process of a trial; its work goes to the cluster's actors."""
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
-    params, seeds = point_of(config, job.seeds)
-    results = [_run(job, params, seed, report) for seed in seeds]
-    found: dict[str, Callable[[Results], float]] = {
-        "score": lambda one: one.tdc.score,
-        "macs": lambda one: one.tdc.macs,
-        "train_macs": lambda one: one.tdc.train_macs,
-    }
-    report({name: statistics.mean(map(of, results)) for name, of in found.items()})
+    params, seeds = point_of(config, spec.seeds)
+    models = [_run(spec, params, seed, report).tdc for seed in seeds]
+    report(
+        {
+            "score": statistics.mean(model.score for model in models),
+            "macs": statistics.mean(model.macs for model in models),
+            "train_macs": statistics.mean(model.train_macs for model in models),
+        }
+    )
 
 
-def _run(job: TrialSpec, params: Params, seed: int, report: TuneReport) -> Results:
-    row = started_row(params, seed)
-    run_dir = RunDir(job.folder / row.run_dir)
-    failed = run_dir.root / FAILED_FILE
-    told = read_json(failed) if exists(failed) else {}
-    if told.get("session") == job.session and told["is_ours"]:
-        # Tune begins again whatever failed, but this would fail again.
-        raise WorkFailedError({row.name: told["error"]})
-    remove(failed)
+def _run(spec: TrialSpec, params: Params, seed: int, report: TuneReport) -> Results:
+    name = trial_name(params, seed)
+    run_dir = RunDir(spec.folder / TRIALS_DIR / name)
+    path = run_dir.root / FAILED_FILE
+    failure = read_json(path) if exists(path) else {}
+    if failure.get("session") == spec.session and failure["is_ours"]:
+        # Tune runs a trial again after any failure, but this one would recur.
+        raise WorkFailedError({name: failure["error"]})
+    remove(path)
 
     def report_loss(event: object) -> None:
         match event:
-            case Reported("base", step, {"loss": loss}) if job.stop_early:
+            case Reported("base", step, {"loss": loss}) if spec.stop_early:
                 report({"loss": loss, "base_step": step})
 
-    cache = CacheSession(ResultCache(job.store, display_path(run_dir.root)))
-    with log_to(run_dir.log), cache, cache.exclusive(row.name):
+    cache = CacheSession(ResultCache(spec.store, display_path(run_dir.root)))
+    with log_to(run_dir.log), cache, cache.exclusive(name):
         try:
-            config = applied(job.config, params, seed)
-            sinks = [*job.sinks_for(run_dir), report_loss]
-            return run(config, run_dir.root, sinks, job.store)
+            config = with_params(spec.config, params, seed)
+            sinks = [*spec.sinks_for(run_dir), report_loss]
+            return run(config, run_dir.root, sinks, spec.store)
         except Exception as error:
             logger.exception("the run failed")
             is_ours = isinstance(error, TdcError)
             text = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            write_json(failed, {"session": job.session, "error": text, "is_ours": is_ours})
+            write_json(path, {"session": spec.session, "error": text, "is_ours": is_ours})
             raise
 
 
 def failure_of(run_dir: Path, session: str) -> str:
-    """Say why a run failed."""
-    failed = run_dir / FAILED_FILE
-    if exists(failed) and read_json(failed)["session"] == session:
-        return str(read_json(failed)["error"])
+    """Return why a run failed."""
+    path = run_dir / FAILED_FILE
+    if exists(path) and read_json(path)["session"] == session:
+        return str(read_json(path)["error"])
     return f"its process died; see {display_path(run_dir / 'run.log')}"

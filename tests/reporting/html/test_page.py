@@ -14,8 +14,9 @@ from tdc_ray.errors import StorageError
 from tdc_ray.reporting.html.page import PAPER_URL
 from tdc_ray.reporting.html.write import write_report
 from tdc_ray.runs.results import TimesResult, load_results, save_results
-from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
+from tdc_ray.runs.sweep.results import open_results, save_sweep, with_rows
 from tdc_ray.runs.sweep.space import Choices
+from tdc_ray.runs.sweep.table import started_row
 from tests.runs.test_results import RESULTS
 
 VOID = {"meta", "link", "img", "br"}
@@ -154,7 +155,7 @@ def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
         failed = {"status": "failed", "error": "no disk"}
         rows.append(replace(row, **figures, **({"status": "done"} if score else failed)))
     config, space = preset("digits"), {"plan.schedule": Choices(("snr", "constant"))}
-    sweep = summarized(begun(tmp_path / "sweep", config, space, SweepConfig()), rows)
+    sweep = with_rows(open_results(tmp_path / "sweep", config, space, SweepConfig()), rows)
     save_sweep(tmp_path / "sweep", sweep)
     page = Page(write_report([tmp_path / "sweep"]))
     found = rows_of(tmp_path / "sweep" / "report", "trials")
@@ -165,7 +166,7 @@ def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
     assert found[2]["error"] == "no disk"
     assert "#run-0" in page.linked
     rows[0] = replace(rows[0], run_dir="../elsewhere")
-    save_sweep(tmp_path / "sweep", summarized(sweep, rows))
+    save_sweep(tmp_path / "sweep", with_rows(sweep, rows))
     with pytest.raises(StorageError, match=r"trial a must lie below the sweep's folder"):
         write_report([tmp_path / "sweep"])
 

@@ -11,13 +11,13 @@ from tdc_ray.runs.sweep.results import SettingSummary, pareto
 from tdc_ray.runs.sweep.space import (
     Choices,
     Range,
-    applied,
     check_space,
     grid,
     parse_space,
     setting_name,
     trial_name,
     value_of,
+    with_params,
 )
 
 CONFIG = RunConfig()
@@ -115,7 +115,7 @@ def test_names_are_short_where_they_can_be():
 
 
 def test_a_trial_has_the_values_and_the_seed():
-    config = applied(CONFIG, {"plan.num_groups": 3, "base.max_grad_norm": None}, 7)
+    config = with_params(CONFIG, {"plan.num_groups": 3, "base.max_grad_norm": None}, 7)
     assert (config.plan.num_groups, config.base.max_grad_norm, config.seed) == (3, None, 7)
     assert value_of(config, "plan.num_groups") == 3
 

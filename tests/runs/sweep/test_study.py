@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.runs.sweep.results import begun, save_sweep, started_row, summarized
+from tdc_ray.runs.sweep.results import open_results, save_sweep, with_rows
 from tdc_ray.runs.sweep.space import Range
 from tdc_ray.runs.sweep.study import (
     STUDY_FILE,
@@ -17,6 +17,7 @@ from tdc_ray.runs.sweep.study import (
     open_storage,
     reconcile,
 )
+from tdc_ray.runs.sweep.table import started_row
 
 HOW = SweepConfig(search="tpe")
 SPACE = {"plan.min_macs_share": Range(0.3, 0.7)}
@@ -35,12 +36,12 @@ def sweep_of(folder, *, done=(), running=()):
         for status, some in (("done", done), ("running", running))
         for k in some
     ]
-    return summarized(begun(folder, RunConfig(), SPACE, HOW), rows)
+    return with_rows(open_results(folder, RunConfig(), SPACE, HOW), rows)
 
 
 def study_in(folder):
     return optuna.create_study(
-        storage=open_storage(folder, HOW),
+        storage=open_storage(folder, None),
         study_name="s",
         directions=["minimize"],
         load_if_exists=True,
@@ -54,7 +55,7 @@ def test_a_study_goes_on_without_what_a_killed_driver_left_under_way(tmp_path):
     study.enqueue_trial({"plan.min_macs_share": 0.4})
     again = study_in(tmp_path)
     done = again.trials[0].params["plan.min_macs_share"]
-    assert reconcile(again, sweep_of(tmp_path, done=[done]), DISTRIBUTIONS, HOW) == [
+    assert reconcile(again, sweep_of(tmp_path, done=[done]), DISTRIBUTIONS) == [
         {"plan.min_macs_share": 0.4}
     ]
     states = [trial.state for trial in again.trials]
@@ -64,7 +65,7 @@ def test_a_study_goes_on_without_what_a_killed_driver_left_under_way(tmp_path):
 def test_a_study_whose_file_is_gone_is_told_what_is_done(tmp_path):
     (tmp_path / STUDY_FILE).unlink(missing_ok=True)
     study = study_in(tmp_path)
-    reconcile(study, sweep_of(tmp_path, done=[0.4, 0.6], running=[0.5]), DISTRIBUTIONS, HOW)
+    reconcile(study, sweep_of(tmp_path, done=[0.4, 0.6], running=[0.5]), DISTRIBUTIONS)
     assert {trial.params["plan.min_macs_share"]: trial.values for trial in study.trials} == {
         0.4: [0.4],
         0.6: [0.6],
@@ -79,13 +80,13 @@ def test_a_database_that_cannot_be_opened_is_refused_without_its_password(
 ):
     monkeypatch.setenv(STUDY_VARIABLE, url)
     with pytest.raises(ConfigError, match=r"sweep\.study") as error:
-        open_storage(tmp_path, HOW)
+        open_storage(tmp_path, None)
     assert "hidden" not in str(error.value)
 
 
 def test_what_tune_writes_of_a_database_has_no_url(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
-    storage = open_storage(tmp_path, replace(HOW, study=url))
+    storage = open_storage(tmp_path, url)
     assert (tmp_path / "study.db").exists()
     assert url.encode() not in pickle.dumps(storage)
 
@@ -94,6 +95,6 @@ def test_a_folder_with_other_settings_or_fields_is_refused(tmp_path):
     save_sweep(tmp_path, sweep_of(tmp_path, done=[0.4]))
     other = RunConfig(seed=0, preset="mnist")
     with pytest.raises(StorageError, match="preset digits -> mnist"):
-        begun(tmp_path, other, SPACE, HOW)
+        open_results(tmp_path, other, SPACE, HOW)
     with pytest.raises(StorageError, match=r"varies plan\.min_macs_share"):
-        begun(tmp_path, RunConfig(), {"plan.num_groups": Range(2, 4, whole=True)}, HOW)
+        open_results(tmp_path, RunConfig(), {"plan.num_groups": Range(2, 4, whole=True)}, HOW)

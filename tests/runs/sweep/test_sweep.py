@@ -20,8 +20,9 @@ from tdc_ray.errors import StorageError, WorkFailedError
 from tdc_ray.reporting.hparams import metrics_of
 from tdc_ray.runs.collect_results import item_results
 from tdc_ray.runs.results import comparable, load_results
-from tdc_ray.runs.sweep.results import load_sweep, started_row
+from tdc_ray.runs.sweep.results import load_sweep
 from tdc_ray.runs.sweep.study import open_storage
+from tdc_ray.runs.sweep.table import started_row
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import small_config
@@ -152,12 +153,17 @@ def test_an_error_from_outside_is_told_with_its_traceback_and_tried_again(ray_cl
 
     params = {"nowhere.field": 1}
     run_dir = tmp_path / started_row(params, 0).run_dir
-    job = TrialSpec(
-        tmp_path, small_config(), tmp_path / "store", (0,), stop_early=False, session="now"
+    spec = TrialSpec(
+        folder=tmp_path,
+        config=small_config(),
+        store=tmp_path / "store",
+        seeds=(0,),
+        stop_early=False,
+        session="now",
     )
     for attempt in (1, 2):
         with pytest.raises(KeyError, match="nowhere"):
-            run_trial(params, job, lambda _metrics: None)
+            run_trial(params, spec, lambda _metrics: None)
         assert not read_json(run_dir / FAILED_FILE)["is_ours"]
         assert failure_of(run_dir, "now") == "KeyError: 'nowhere'"
         assert (run_dir / "run.log").read_text().count("Traceback") == attempt
@@ -186,7 +192,7 @@ def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
     assert len(results.settings) == 2
     assert first in results.rows
     assert all(row.reused_train_macs >= row.base_train_macs for row in results.rows)
-    study = optuna.load_study(study_name=str(folder), storage=open_storage(folder, how))
+    study = optuna.load_study(study_name=str(folder), storage=open_storage(folder, how.study))
     assert sorted(tuple(trial.values) for trial in study.trials) == sorted(
         (row.score, row.macs) for row in results.rows
     )
