@@ -1,9 +1,10 @@
-"""Plans and results as tables and pictures for a person."""
+"""Plans, results, memory banks and sweeps as tables in a terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -12,12 +13,40 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.paper import PAPER
-from tdc_ray.reporting.text import conclusions, limit_text, loss_text, macs_text, millions_text
+from tdc_ray.reporting.text import (
+    conclusions,
+    limit_text,
+    loss_text,
+    macs_text,
+    millions_text,
+    timesteps_text,
+)
 from tdc_ray.runs.results import ModelResult, Results
+from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
 from tdc_ray.storage.object_store import display_path
 
-if TYPE_CHECKING:
-    pass  # imported where it is needed: it takes a second
+T = TypeVar("T")
+TextColumn = tuple[str, Callable[[T], str]]
+"""A column's name, and what it shows of an item."""
+
+
+def table_of(
+    items: Iterable[T],
+    columns: Sequence[TextColumn[T]],
+    *,
+    title: str | None = None,
+    left: Collection[str] = (),
+) -> Table:
+    """Return a table with a row for each item; only the columns in ``left`` wrap."""
+    table = Table(title=title, title_justify="left")
+    for name, _ in columns:
+        if name in left:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for item in items:
+        table.add_row(*(text(item) for _, text in columns))
+    return table
 
 
 def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) -> None:
@@ -26,19 +55,19 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
         f"{config.preset}: {config.plan.schedule} schedule, k = {config.plan.min_macs_share:g}, "
         f"N = {config.plan.num_groups}, base {macs_text(macs_base)} macs"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("group", "timesteps", "size", "SNR (dB)", "limit / F", "limit (macs)", "steps"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group in plan.groups:
-        table.add_row(
-            str(group.index),
-            f"{group.first}-{group.last}",
-            str(len(group.timesteps)),
-            f"{group.snr_db_first:.1f} to {group.snr_db_last:.1f}",
-            f"{group.limit_share:.4f}",
-            macs_text(group.limit(macs_base)),
-            str(group.num_sampling_steps),
-        )
+    table = table_of(
+        plan.groups,
+        [
+            ("group", lambda group: str(group.index)),
+            ("timesteps", lambda group: timesteps_text((group.first, group.last))),
+            ("size", lambda group: str(len(group.timesteps))),
+            ("SNR (dB)", lambda group: f"{group.snr_db_first:.1f} to {group.snr_db_last:.1f}"),
+            ("limit / F", lambda group: f"{group.limit_share:.4f}"),
+            ("limit (macs)", lambda group: macs_text(group.limit(macs_base))),
+            ("steps", lambda group: str(group.num_sampling_steps)),
+        ],
+        title=title,
+    )
     console.print(table)
     if config.prune.objective == "latency":
         console.print("limits are shares of the base's time, which the run measures, not of macs")
@@ -60,48 +89,56 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
 
 def print_results(console: Console, results: Results) -> None:
     """Print a run's results, and what they do and do not show."""
-    table = Table(title=f"{results.preset}, seed {results.seed}", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    names = (results.metric, "FLOPs (MACs)", "params", "steps", "train macs", "img/s")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("base", *_model_row(results.base))
     label = "TDC" if results.prune.method != "none" else "TDC, no pruning"
-    table.add_row(label, *_model_row(results.tdc))
-    console.print(table)
-    groups = Table(title="groups (losses on held-out noise)", title_justify="left")
-    for name in ("group", "timesteps", "limit", "macs", "base", "cut", "refit", "tuned"):
-        groups.add_column(name, justify="right", no_wrap=True)
-    for group in results.groups:
-        groups.add_row(
-            str(group.index),
-            f"{group.timesteps[0]}-{group.timesteps[1]}",
-            limit_text(group),
-            macs_text(group.macs),
-            f"{group.loss_base:.4f}",
-            f"{group.loss_cut:.4f}",
-            "-" if group.loss_refit is None else f"{group.loss_refit:.4f}",
-            f"{group.loss_finetuned:.4f}",
-        )
+    rows: list[tuple[str, ModelResult]] = [("base", results.base), (label, results.tdc)]
+    models = table_of(
+        rows,
+        [
+            ("model", lambda row: row[0]),
+            (results.metric, lambda row: f"{row[1].score:.3f}"),
+            ("FLOPs (MACs)", lambda row: macs_text(row[1].macs)),
+            ("params", lambda row: millions_text(row[1].num_params)),
+            ("steps", lambda row: f"{row[1].train_steps:,}"),
+            ("train macs", lambda row: f"{row[1].train_macs:.2e}"),
+            ("img/s", lambda row: f"{row[1].images_per_second:.1f}"),
+        ],
+        title=f"{results.preset}, seed {results.seed}",
+        left=("model",),
+    )
+    console.print(models)
+    groups = table_of(
+        results.groups,
+        [
+            ("group", lambda group: str(group.index)),
+            ("timesteps", lambda group: timesteps_text(group.timesteps)),
+            ("limit", limit_text),
+            ("macs", lambda group: macs_text(group.macs)),
+            ("base", lambda group: f"{group.loss_base:.4f}"),
+            ("cut", lambda group: f"{group.loss_cut:.4f}"),
+            ("refit", lambda g: "-" if g.loss_refit is None else f"{g.loss_refit:.4f}"),
+            ("tuned", lambda group: f"{group.loss_finetuned:.4f}"),
+        ],
+        title="groups (losses on held-out noise)",
+    )
     console.print(groups)
     for line in conclusions(results):
         console.print(line, soft_wrap=True)
 
 
 def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
-    """Print what ``tdc-ray prune`` came to."""
+    """Print the results of ``tdc-ray prune``."""
+    base, losses = report["loss_base"], {name: report[f"loss_{name}"] for name in ("cut", "refit")}
+    whole, pruned = (
+        (macs_text(report[f"macs{model}"]), millions_text(report[f"num_params{model}"]))
+        for model in ("_base", "")
+    )
     table = Table(title=f"pruned by {report['source']}", title_justify="left")
     for name in ("model", "macs", "params", "loss", "loss above the base's"):
         table.add_column(name, justify="right", no_wrap=True)
-    base, left = (
-        report["loss_base"],
-        (macs_text(report["macs"]), millions_text(report["num_params"])),
-    )
-    whole = (macs_text(report["macs_base"]), millions_text(report["num_params_base"]))
     table.add_row("base", *whole, f"{base:.5f}", "")
-    for name, loss in (("cut", report["loss_cut"]), ("refit", report["loss_refit"])):
+    for name, loss in losses.items():
         if loss is not None:
-            table.add_row(name, *left, f"{loss:.5f}", f"{loss - base:+.5f}")
+            table.add_row(name, *pruned, f"{loss:.5f}", f"{loss - base:+.5f}")
     console.print(table)
     first, last = report["timesteps"]
     limit, time = f"{macs_text(report['macs_limit'])} macs", report.get("time")
@@ -125,49 +162,67 @@ def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
 def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -> None:
     """Print a memory bank group by group, the best scheme last."""
     console.print(display_path(path), soft_wrap=True)
-    optional = {
-        "ms": any(entry.nanoseconds is not None for entry in entries),
-        "refit": any(entry.loss_refit is not None for entry in entries),
-        "tuned": any(entry.loss_tuned is not None for entry in entries),
-        "overshoot": any(entry.overshoot for entry in entries),
-    }
-    columns = [name for name, wanted in optional.items() if wanted]
-    table = Table()
-    for name in ("group", "round", "source", "macs", "cut", *columns):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("widths", overflow="fold")
-    for group in sorted({entry.group for entry in entries}):
-        own = [entry for entry in entries if entry.group == group]
-        for entry in sorted(own, key=lambda e: (not math.isnan(e.loss), -e.loss)):
-            is_time = entry.nanoseconds is not None
-            over = f"{entry.overshoot / 1e6:.4g} ms" if is_time else macs_text(entry.overshoot)
-            cells = {
-                "ms": f"{(entry.nanoseconds or 0) / 1e6:.4g}" if is_time else "-",
-                "refit": loss_text(entry.loss_refit),
-                "tuned": loss_text(entry.loss_tuned),
-                "overshoot": over,
-            }
-            table.add_row(
-                str(group),
-                f"{entry.round}.{entry.candidate}",
-                entry.source,
-                macs_text(entry.macs),
-                loss_text(entry.loss_cut),
-                *(cells[name] for name in columns),
-                " ".join(str(width) for width in entry.widths.values()),
-            )
-        table.add_section()
+
+    def overshoot(entry: MemoryEntry) -> str:
+        is_time = entry.nanoseconds is not None
+        return f"{entry.overshoot / 1e6:.4g} ms" if is_time else macs_text(entry.overshoot)
+
+    columns: list[TextColumn[MemoryEntry]] = [
+        ("group", lambda entry: str(entry.group)),
+        ("round", lambda entry: f"{entry.round}.{entry.candidate}"),
+        ("source", lambda entry: entry.source),
+        ("macs", lambda entry: macs_text(entry.macs)),
+        ("cut", lambda entry: loss_text(entry.loss_cut)),
+    ]
+    if any(entry.nanoseconds is not None for entry in entries):
+        columns.append(("ms", lambda e: f"{e.nanoseconds / 1e6:.4g}" if e.nanoseconds else "-"))
+    if any(entry.loss_refit is not None for entry in entries):
+        columns.append(("refit", lambda entry: loss_text(entry.loss_refit)))
+    if any(entry.loss_tuned is not None for entry in entries):
+        columns.append(("tuned", lambda entry: loss_text(entry.loss_tuned)))
+    if any(entry.overshoot for entry in entries):
+        columns.append(("overshoot", overshoot))
+    columns.append(("widths", lambda entry: " ".join(map(str, entry.widths.values()))))
+    rows = sorted(entries, key=lambda e: (e.group, not math.isnan(e.loss), -e.loss))
+    table = table_of(rows, columns, left=("widths",))
+    for row, (entry, following) in zip(table.rows, pairwise(rows), strict=False):
+        row.end_section = entry.group != following.group
     console.print(table)
     if entries:
         console.print(f"widths: of {', '.join(entries[0].widths)}", soft_wrap=True)
 
 
-def _model_row(model: ModelResult) -> tuple[str, ...]:
-    return (
-        f"{model.score:.3f}",
-        macs_text(model.macs),
-        millions_text(model.num_params),
-        f"{model.train_steps:,}",
-        f"{model.train_macs:.2e}",
-        f"{model.images_per_second:.1f}",
+def print_sweep(console: Console, results: SweepResults) -> None:
+    """Print a line for every setting, the Pareto front marked, and how much was computed."""
+
+    def score(setting: SettingSummary) -> str:
+        spread = setting.spread.get("score")
+        return f"{setting.mean['score']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+    def of_done(text: Callable[[SettingSummary], str]) -> Callable[[SettingSummary], str]:
+        return lambda setting: text(setting) if setting.mean else "-"
+
+    def param(name: str) -> Callable[[SettingSummary], str]:
+        return lambda setting: str(setting.params[name])
+
+    table = table_of(
+        results.settings,
+        [
+            *((label, param(name)) for name, label in results.labels.items()),
+            ("runs", lambda setting: str(setting.num_done)),
+            (results.metric, of_done(score)),
+            ("FLOPs (MACs)", of_done(lambda s: f"{s.mean['macs'] / 1e6:.2f} M")),
+            ("params", of_done(lambda s: millions_text(s.mean["num_params"]))),
+            ("train macs", of_done(lambda s: f"{s.mean['train_macs']:.3g}")),
+            ("", lambda setting: "Pareto" if setting.pareto else ""),
+        ],
+        title=results.name,
+        left=results.labels.values(),
     )
+    console.print(table)
+    if share := results.computed_share:
+        console.print(
+            f"of the macs that training and search of these runs take one by one, {share:.0%} "
+            f"were computed; the rest was shared. Minimised: {', '.join(results.objectives)}",
+            soft_wrap=True,
+        )

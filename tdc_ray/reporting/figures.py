@@ -396,7 +396,7 @@ def time_over_macs(results: Results, times: TimesResult, name: str) -> str:
 
 
 def _wide_range(axes: Axes, values: Sequence[float]) -> None:
-    """Take a logarithmic axis where values differ by more than a factor of 10."""
+    """Set a logarithmic axis where values differ by more than a factor of 10."""
     if values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

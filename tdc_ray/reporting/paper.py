@@ -1,4 +1,4 @@
-"""The paper's own numbers, shown beside ours and never as ours."""
+"""The paper's own numbers, always shown as the paper's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,4 +21,4 @@ PAPER: Mapping[str, PaperRow] = {
     "imagenet64": PaperRow(32.7e9, 19.2, 103e6, 1.3e6),
     "ffhq256-ldm": PaperRow(77.2e9, 4.73, 231.0e6, 550e3),
 }
-"""The paper's own numbers, by the preset of their setting; shown beside ours, never as ours."""
+"""The paper's own numbers, by the preset of their setting."""

@@ -20,12 +20,12 @@ def limit_text(group: GroupResult) -> str:
 
 
 def conclusions(results: Results) -> list[str]:
-    """Say in words what a run showed and what it did not."""
+    """Return sentences on what a run showed and what it did not."""
     base, tdc, evaluation = results.base, results.tdc, results.evaluation
     better = "better" if tdc.score < base.score else "not better"
-    told = ""
+    labels = ""
     if evaluation.labels is not None:
-        told = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
+        labels = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
     spent = tdc.train_macs + results.prune.search_macs
     if results.given_base is None:
         cost = (
@@ -43,7 +43,7 @@ def conclusions(results: Results) -> list[str]:
         f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
         f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
         f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
-        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {told}{evaluation.weights} "
+        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {labels}{evaluation.weights} "
         f"weights in {evaluation.precision}, against {evaluation.reference}.",
         cost,
         "One training seed shows no spread.",
@@ -67,7 +67,7 @@ def millions_text(count: float) -> str:
 
 
 def loss_text(loss: float | None) -> str:
-    """Give a loss for a table; nothing where there is none."""
+    """Write a loss; nothing where there is none."""
     return "" if loss is None else f"{loss:.5f}"
 
 

@@ -1,19 +1,14 @@
-"""What the workers did, and would do, as tables and pictures for a person."""
+"""How far a run is, and what its workers do and would do, as tables in a terminal."""
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from tdc_ray.execution.simulator import SimulationResult
-from tdc_ray.reporting.console import print_results
-from tdc_ray.reporting.text import loss_text
+from tdc_ray.reporting.console import print_results, table_of
+from tdc_ray.reporting.text import loss_text, timesteps_text
 from tdc_ray.runs.status import RunStatus
-
-if TYPE_CHECKING:
-    pass  # imported where it is needed: it takes a second
 
 
 def print_status(console: Console, status: RunStatus) -> None:
@@ -21,18 +16,18 @@ def print_status(console: Console, status: RunStatus) -> None:
     config = status.config
     console.print(f"{config.preset}, seed {config.seed}; stage 1: {status.base}", soft_wrap=True)
     console.print(f"driver: {status.driver or 'none'}", soft_wrap=True)
-    table = Table()
-    for name in ("group", "timesteps", "candidates", "best loss", "fine-tuned", ""):
-        table.add_column(name, justify="left" if not name else "right")
-    for group in status.groups:
-        table.add_row(
-            str(group.index),
-            f"{group.timesteps[0]}-{group.timesteps[1]}",
-            str(group.num_candidates),
-            loss_text(group.best_loss),
-            loss_text(group.loss_finetuned),
-            "" if group.failed is None else f"failed: {group.failed}",
-        )
+    table = table_of(
+        status.groups,
+        [
+            ("group", lambda group: str(group.index)),
+            ("timesteps", lambda group: timesteps_text(group.timesteps)),
+            ("candidates", lambda group: str(group.num_candidates)),
+            ("best loss", lambda group: loss_text(group.best_loss)),
+            ("fine-tuned", lambda group: loss_text(group.loss_finetuned)),
+            ("", lambda group: "" if group.failed is None else f"failed: {group.failed}"),
+        ],
+        left=("",),
+    )
     console.print(table)
     for name, reason in status.failed.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
@@ -54,22 +49,22 @@ def print_status(console: Console, status: RunStatus) -> None:
 
 
 def print_simulated(
-    console: Console, found: Sequence[SimulationResult], macs_per_second: float
+    console: Console, results: Sequence[SimulationResult], macs_per_second: float
 ) -> None:
     """Print what a cluster of each size would take, and how fast its workers are taken to be."""
-    table = Table(title="stage 2 in simulated time", title_justify="left")
-    for name in ("workers", "hours", "at least", "used", "lost", "failures", "given up"):
-        table.add_column(name, justify="right")
-    for one in found:
-        table.add_row(
-            str(one.num_workers),
-            f"{one.makespan_seconds / 3600:.3g}",
-            f"{one.lower_bound_seconds / 3600:.3g}",
-            f"{one.utilisation:.0%}",
-            f"{one.lost_seconds / 3600:.3g} h",
-            str(one.num_failures),
-            str(len(one.unfinished)),
-        )
+    table = table_of(
+        results,
+        [
+            ("workers", lambda result: str(result.num_workers)),
+            ("hours", lambda result: f"{result.makespan_seconds / 3600:.3g}"),
+            ("at least", lambda result: f"{result.lower_bound_seconds / 3600:.3g}"),
+            ("used", lambda result: f"{result.utilisation:.0%}"),
+            ("lost", lambda result: f"{result.lost_seconds / 3600:.3g} h"),
+            ("failures", lambda result: str(result.num_failures)),
+            ("given up", lambda result: str(len(result.unfinished))),
+        ],
+        title="stage 2 in simulated time",
+    )
     console.print(table)
     console.print(
         "used: share of the workers' time; lost: work done twice; items without a measured time: "

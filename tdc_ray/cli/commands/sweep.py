@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
-from rich.table import Table
 from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
@@ -14,9 +13,6 @@ from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.runs.sweep.space import check_space, parse_space
 from tdc_ray.storage.object_store import display_path, resolve_path
-
-if TYPE_CHECKING:
-    from tdc_ray.runs.sweep.results import SweepResults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +52,7 @@ class Sweep:
             f"curves and HParams: tensorboard --logdir {display_path(folder)}",
             soft_wrap=True,
         )
+        from tdc_ray.reporting.console import print_sweep
         from tdc_ray.reporting.hparams import HParams
         from tdc_ray.reporting.sinks import trial_sinks
         from tdc_ray.runs.sweep.results import load_sweep
@@ -71,33 +68,6 @@ class Sweep:
                 sinks_for=trial_sinks,
             )
         except WorkFailedError:
-            _show(load_sweep(folder), console)
+            print_sweep(console, load_sweep(folder))
             raise
-        _show(results, console)
-
-
-def _show(results: "SweepResults", console: Console) -> None:
-    """Print a line for every setting, the Pareto front marked, and how much was computed."""
-    table = Table(title=results.name, title_justify="left")
-    for label in results.labels.values():
-        table.add_column(label)
-    for title in ("runs", results.metric, "FLOPs (MACs)", "params", "train macs", ""):
-        table.add_column(title, justify="right", no_wrap=True)
-    for setting in results.settings:
-        mean = setting.mean
-        cells = ["-"] * 4
-        if mean:
-            spread = setting.spread.get("score")
-            score = f"{mean['score']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-            cells = [score, f"{mean['macs'] / 1e6:.2f} M", f"{mean['num_params'] / 1e6:.2f} M"]
-            cells.append(f"{mean['train_macs']:.3g}")
-        values = [str(value) for value in setting.params.values()]
-        front = "Pareto" if setting.pareto else ""
-        table.add_row(*values, str(setting.num_done), *cells, front)
-    console.print(table)
-    if share := results.computed_share:
-        console.print(
-            f"of the macs that training and search of these runs take one by one, {share:.0%} "
-            f"were computed; the rest was shared. Minimised: {', '.join(results.objectives)}",
-            soft_wrap=True,
-        )
+        print_sweep(console, results)

@@ -1,5 +1,5 @@
 """The report: one page for a browser, and its tables as Markdown and CSV.
 
-``load`` reads runs and sweeps, ``sections`` orders the page, ``write`` leaves the files.
+``load`` reads runs and sweeps, ``sections`` orders the page, ``write`` writes the files.
 May be used by cli and experiments.
 """

@@ -1,4 +1,4 @@
-"""What a report is made of, before it becomes HTML, Markdown or CSV."""
+"""The parts of a page, before they become HTML, Markdown or CSV."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ Kind = Literal[
 
 T = TypeVar("T")
 Value = str | int | float | None
-"""Of a cell; None: there is none."""
+"""Of a cell; None means that there is none."""
 
 DASH = "–"  # noqa: RUF001  # what stands where there is no value
 
@@ -133,7 +133,7 @@ Block = Table | Plot | Samples | KeyNumbers | Lines | BlockRow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A part of the report with a title."""
+    """A part of the page with a title."""
 
     key: str
     """Its anchor: letters, digits and dashes."""
@@ -142,10 +142,10 @@ class Section:
     blocks: Sequence[Block]
     level: Literal[2, 3] = 2
     run: str | None = None
-    """The run that it is about; None: all."""
+    """The run that it is about; None means all."""
 
     def flat(self) -> Iterator[Table | Plot | Samples | KeyNumbers | Lines]:
-        """Give all blocks, those of rows too."""
+        """Yield all blocks, those of rows too."""
         for block in self.blocks:
             if isinstance(block, BlockRow):
                 yield from block.blocks
@@ -155,7 +155,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """The whole."""
+    """A report on runs and sweeps."""
 
     title: str
     subtitle: str

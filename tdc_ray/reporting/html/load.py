@@ -1,4 +1,4 @@
-"""Reads what a report is about: runs and sweeps, finished or not, from their directories alone."""
+"""Loads the runs and sweeps of a report, finished or not, from their directories alone."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """What a run left."""
+    """The files of a run that a report shows."""
 
     name: str
     """Short, and no other run's of the report."""
@@ -36,7 +36,7 @@ class RunData:
     preset: str
     seed: int
     results: Results | None
-    """None: the run is not finished."""
+    """None means that the run is not finished."""
 
     progress: RunStatus | None
     """How far it is, if it is not finished."""
@@ -51,7 +51,7 @@ class RunData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepData:
-    """A sweep, and what its finished trials came to."""
+    """A sweep, and the results of its finished trials."""
 
     name: str
     path: str
@@ -89,7 +89,7 @@ def is_sweep(root: Path) -> bool:
 
 
 def load_run(root: Path, name: str) -> RunData:
-    """Read everything of a run that a report shows.
+    """Load everything of a run that a report shows.
 
     Raises:
         StorageError: A file of it is damaged.
@@ -131,34 +131,36 @@ def load_run(root: Path, name: str) -> RunData:
 
 
 def load_sweep(root: Path, name: str) -> SweepData:
-    """Read a sweep and the results of its trials.
+    """Load a sweep and the results of its trials.
 
     Raises:
         StorageError: A file of it is damaged.
     """
     sweep = sweep_results.load_sweep(root)
     roots = {row.name: root / _below(row, root / SWEEP_FILE) for row in sweep.rows}
-    found = {
+    results_of = {
         trial: results
         for trial, folder in roots.items()
         if (results := _results(RunDir(folder).results)) is not None
     }
-    return SweepData(name=name, path=display_path(root), sweep=sweep, results=found, roots=roots)
+    return SweepData(
+        name=name, path=display_path(root), sweep=sweep, results=results_of, roots=roots
+    )
 
 
 def _below(row: TrialRow, path: Path) -> PurePosixPath:
-    """Give a trial's directory, which must lie in the sweep's folder."""
-    place = PurePosixPath(row.run_dir)
-    if place.is_absolute() or ".." in place.parts:
+    """Return a trial's directory, which must lie in the sweep's folder."""
+    run_dir = PurePosixPath(row.run_dir)
+    if run_dir.is_absolute() or ".." in run_dir.parts:
         raise StorageError(
             f"{display_path(path)}: run_dir of trial {row.name} must lie below the sweep's "
-            f"folder, got {place}."
+            f"folder, got {run_dir}."
         )
-    return place
+    return run_dir
 
 
 def _results(path: Path) -> Results | None:
-    """Read results, if there are any; what they are divided by must not be 0."""
+    """Load results, if there are any; what they are divided by must not be 0."""
     if not exists(path):
         return None
     results = load_results(path)

@@ -1,4 +1,4 @@
-"""A report's tables as Markdown and as CSV."""
+"""A page's tables as Markdown and as CSV."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from tdc_ray.reporting.html.blocks import KeyNumbers, Lines, Page, Section, Tabl
 
 
 def markdown(page: Page) -> str:
-    """Write what is text in a report: its tables and sentences, without the pictures."""
+    """Return what is text in a page: its tables and sentences, without the pictures."""
     lines = [f"# {_cell(page.title)}", "", _cell(page.subtitle)]
     for section in page.sections:
         lines += ["", f"{'#' * section.level} {_cell(section.title)}", *_blocks(section)]
@@ -16,21 +16,21 @@ def markdown(page: Page) -> str:
 
 
 def csv_files(page: Page) -> Mapping[str, str]:
-    """Write the tables with their numbers as they are, by their names.
+    """Return the tables with their numbers as they are, by their names.
 
-    Tables of one name, of several runs, come to one file; its first column names the run.
+    Tables of one name, of several runs, become one file; its first column names the run.
     """
-    found: dict[str, list[dict[str, Value]]] = {}
+    rows_of: dict[str, list[dict[str, Value]]] = {}
     columns: dict[str, dict[str, None]] = {}
     for section in page.sections:
         for table in (block for block in section.flat() if isinstance(block, Table)):
             about = {} if section.run is None else {"run": section.run}
             names = [column.name for column in table.columns]
             columns.setdefault(table.name, {}).update(dict.fromkeys([*about, *names]))
-            found.setdefault(table.name, []).extend(
+            rows_of.setdefault(table.name, []).extend(
                 {**about, **dict(zip(names, row, strict=True))} for row in table.rows
             )
-    return {name: _csv(list(columns[name]), rows) for name, rows in found.items()}
+    return {name: _csv(list(columns[name]), rows) for name, rows in rows_of.items()}
 
 
 def _csv(columns: list[str], rows: list[dict[str, Value]]) -> str:

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network and runs no script."""
+"""A page as one HTML file that needs no network and runs no script."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -29,7 +29,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def html_of(page: Page) -> str:
-    """Write the page."""
+    """Return a page's HTML."""
     style = (files(__package__) / "style.css").read_text(encoding="utf-8")
     return "\n".join(
         [

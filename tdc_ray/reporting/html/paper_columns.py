@@ -1,4 +1,4 @@
-"""The paper's own numbers (arXiv:2312.13307), which stand beside ours and never as ours."""
+"""The paper's own numbers (arXiv:2312.13307), always in columns of their own."""
 
 from collections.abc import Mapping
 
@@ -59,11 +59,11 @@ SWEPT: Mapping[str, Mapping[object, float]] = {
 
 
 def paper_dataset(preset: str) -> str:
-    """Give the dataset of Table I that a preset is of; of others CIFAR-10."""
+    """Return the dataset of Table I that a preset is of; of others CIFAR-10."""
     name = _SAME.get(preset, preset)
     return name if name in DATASETS else "cifar10"
 
 
 def is_of_the_paper(preset: str) -> bool:
-    """Tell whether the paper has the preset's dataset."""
+    """Whether the paper has the preset's dataset."""
     return _SAME.get(preset, preset) in DATASETS

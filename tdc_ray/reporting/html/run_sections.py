@@ -1,4 +1,4 @@
-"""What a report says of one run: its parts in their order."""
+"""The sections of one run, in their order."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ MAX_SPANS = 1500
 
 
 def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
-    """Give key, title and blocks of each part of a run's report; the first is a summary."""
+    """Yield key, title and blocks of each part of a run's report; the first is a summary."""
     results = run.results
     if results is None:
         yield "progress", "How far it is", _progress(run)
@@ -152,7 +152,7 @@ def _rounds(run: RunData, key: str) -> list[Block]:
 
 
 def _reused(reuse: ReuseResult) -> str:
-    """Say how much of a run was taken from what others had computed."""
+    """Return how much of a run was reused from what others had computed."""
     computed = reuse.train_macs_computed + reuse.search_macs_computed
     taken = reuse.train_macs_reused + reuse.search_macs_reused
     return (

@@ -22,7 +22,7 @@ _TITLES = {"base": "base", "tdc": "experts (TDC)"}
 
 
 def samples_block(samples: Mapping[str, Pixels]) -> Samples:
-    """Lay the images of each model out as a grid, in the same order."""
+    """Return a grid of the images of each model, in the same order."""
     size = max(max(images.shape[1:3]) for images in samples.values())
     columns = max(2, min(MAX_COLUMNS, MAX_PIXELS // size))
     columns = min(columns, max(1, int(min(map(len, samples.values())) ** 0.5)))
@@ -39,7 +39,7 @@ def samples_block(samples: Mapping[str, Pixels]) -> Samples:
 
 
 def _data_uri(images: Pixels, columns: int) -> str:
-    """Lay images out row by row, with a transparent gap where the format has one."""
+    """Return images row by row, with a transparent gap where the format has one."""
     count, height, width, _ = images.shape
     gap = 1 if max(height, width) <= SMALL else 0
     rows = -(-count // columns)

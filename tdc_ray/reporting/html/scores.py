@@ -9,24 +9,24 @@ from tdc_ray.reporting.html.load import SweepData
 from tdc_ray.runs.results import Results
 
 
-def run_points(found: Mapping[str, Results]) -> dict[str, list[Point]]:
-    """Give bases and experts as points, by metric: other scores cannot be compared."""
+def run_points(runs: Mapping[str, Results]) -> dict[str, list[Point]]:
+    """Return bases and experts as points, by metric: other scores cannot be compared."""
     points: dict[str, list[Point]] = {}
-    for name, results in found.items():
+    for name, results in runs.items():
         base, tdc, searched = results.base, results.tdc, results.prune.search_macs
         trained = base.train_macs if results.given_base is None else None
         some = points.setdefault(results.metric, [])
         point = Point("base", base.score, base.macs, trained, is_base=True)
         if point not in some:
             some.append(point)
-        label = name if len(found) > 1 else "TDC"
+        label = name if len(runs) > 1 else "TDC"
         spent = tdc.train_macs + searched
         some.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))
     return points
 
 
 def trial_points(data: SweepData) -> dict[str, list[Point]]:
-    """Give the trials of a sweep as points, with the bases that are known."""
+    """Return the trials of a sweep as points, with the bases that are known."""
     points = {
         metric: [point for point in some if point.is_base]
         for metric, some in run_points(data.results).items()
@@ -45,8 +45,10 @@ def score_over_macs(
     by_metric: Mapping[str, Sequence[Point]], key: str, *, over_training: bool
 ) -> Iterator[Plot]:
     """Draw scores against macs, and against those of training, for each metric."""
-    for number, (metric, found) in enumerate(by_metric.items()):
-        points = [p for p in found if math.isfinite(p.score) and math.isfinite(p.macs) and p.macs]
+    for number, (metric, candidates) in enumerate(by_metric.items()):
+        points = [
+            p for p in candidates if math.isfinite(p.score) and math.isfinite(p.macs) and p.macs
+        ]
         known = [point for point in points if math.isfinite(point.train_macs or math.nan)]
         front = " Orange: the Pareto front." if any(p.is_best for p in points) else ""
         colours = f"Gray: bases; blue: TDC.{front}"

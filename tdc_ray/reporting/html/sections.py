@@ -1,4 +1,4 @@
-"""What stands in a report, and in which order."""
+"""The sections of a page, in their order."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,7 +21,7 @@ MAX_RUNS = 12
 def page_of(
     runs: Sequence[RunData], sweeps: Sequence[tuple[SweepData, Mapping[str, RunData]]]
 ) -> Page:
-    """Put a report together.
+    """Return the page on runs and sweeps.
 
     Args:
         runs: Runs that were named.
@@ -97,7 +97,7 @@ def _sweep(
 
 
 def _run(run: RunData, key: str, *, is_alone: bool) -> Iterator[Section]:
-    """Give a run's sections: on its own its parts, else itself with its parts below it."""
+    """Yield a run's sections: on its own its parts, else itself with its parts below it."""
     parts = list(run_parts(run, key))
     if is_alone:
         yield from (

@@ -20,11 +20,11 @@ MAX_SECTIONS = 6
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Write a report on runs and sweeps, and give its page.
+    """Write a report on runs and sweeps; return its page.
 
     Args:
         paths: Run directories and folders of sweeps, or their URIs.
-        out: Where the report goes; None: into ``report`` of the one folder that is named, or below
+        out: Where the report goes; None means ``report`` in the one folder that is named, or below
             the working directory for several.
 
     Raises:
@@ -56,19 +56,18 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _chosen(sweep: SweepData) -> list[str]:
-    """Choose the trials that get sections: those of the Pareto front and the best first."""
-    found = [row for row in sweep.sweep.rows if row.name in sweep.results]
-    found.sort(key=lambda row: (not sweep.is_best(row), sweep.results[row.name].tdc.score))
-    return [row.name for row in found[:MAX_SECTIONS]]
+    """Return the trials that get sections: those of the Pareto front and the best first."""
+    done = [row for row in sweep.sweep.rows if row.name in sweep.results]
+    done.sort(key=lambda row: (not sweep.is_best(row), sweep.results[row.name].tdc.score))
+    return [row.name for row in done[:MAX_SECTIONS]]
 
 
 def _absolute(path: Path) -> Path:
-    place = resolve_path(path)
-    return Path(os.path.abspath(place))  # noqa: PTH100  # links stay: their names mean something
+    return Path(os.path.abspath(resolve_path(path)))  # noqa: PTH100  # links stay: their names mean something
 
 
 def _names(roots: Sequence[Path]) -> list[str]:
-    """Name each folder by what tells it from the others."""
+    """Return the part of each folder's path that differs from the others."""
     if len(roots) == 1:
         return [roots[0].name]
     parts = [display_path(root).split("/") for root in roots]
