@@ -1,30 +1,39 @@
-"""The command line: parses, configures logging, executes, and turns errors into exit codes."""
+"""Runs a command line: parses it, configures logging, turns errors into exit codes."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tdc_ray.cli.commands.prune import Prune
-from tdc_ray.cli.commands.run import Run
-from tdc_ray.cli.commands.sweep import Sweep
-from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoder
+from tdc_ray.cli.commands.prune import PruneCommand
+from tdc_ray.cli.commands.run import RunCommand
+from tdc_ray.cli.commands.sweep import SweepCommand
+from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.cli.parse import parse
 from tdc_ray.errors import TdcError
+
+RESUMABLE = (RunCommand, SweepCommand, PruneCommand, TrainAutoencoderCommand)
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_command(sys.argv[1:]))
+    try:
+        code = run_command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line; give the exit code: 0, 1 for an error, 130 for an interrupt."""
-    console = Console()
+    """Run one command line; return the exit code: 0, 1 for an error, 130 for an interrupt."""
+    console = Console(markup=False)  # names and paths may hold brackets
     try:
         command = parse(arguments)
     except TdcError as error:
@@ -32,11 +41,12 @@ def run_command(arguments: Sequence[str]) -> int:
     _configure_logging(console, verbose=command.verbose)
     try:
         command.execute(console)
+    except BrokenPipeError:
+        raise
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        resumable = isinstance(command, Run | Sweep | Prune | TrainAutoencoder)
-        again = "; run the same command again to go on" if resumable else ""
+        again = "; the same command resumes it" if isinstance(command, RESUMABLE) else ""
         Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130
     return 0

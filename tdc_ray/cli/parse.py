@@ -23,18 +23,18 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from tdc_ray.cli.commands.export import Export
-from tdc_ray.cli.commands.import_base import Import
-from tdc_ray.cli.commands.memory import Memory
-from tdc_ray.cli.commands.plan import Plan
-from tdc_ray.cli.commands.prune import Prune
-from tdc_ray.cli.commands.report import Report
-from tdc_ray.cli.commands.run import Run
-from tdc_ray.cli.commands.sample import Sample
-from tdc_ray.cli.commands.simulate import Simulate
-from tdc_ray.cli.commands.status import Status
-from tdc_ray.cli.commands.sweep import Sweep
-from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoder
+from tdc_ray.cli.commands.export import ExportCommand
+from tdc_ray.cli.commands.import_base import ImportCommand
+from tdc_ray.cli.commands.memory import MemoryCommand
+from tdc_ray.cli.commands.plan import PlanCommand
+from tdc_ray.cli.commands.prune import PruneCommand
+from tdc_ray.cli.commands.report import ReportCommand
+from tdc_ray.cli.commands.run import RunCommand
+from tdc_ray.cli.commands.sample import SampleCommand
+from tdc_ray.cli.commands.simulate import SimulateCommand
+from tdc_ray.cli.commands.status import StatusCommand
+from tdc_ray.cli.commands.sweep import SweepCommand
+from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json
@@ -100,18 +100,18 @@ def _commands(config: RunConfig) -> dict[str, Command]:
     """Return every command with its defaults, by name."""
     missing: Any = MISSING
     return {
-        "run": Run(config=config),
-        "sweep": Sweep(config=config, vary=missing),
-        "plan": Plan(config=config),
-        "sample": Sample(run=missing),
-        "prune": Prune(model_dir=missing, out=missing, config=config),
-        "export": Export(run=missing, out=missing),
-        "report": Report(runs=missing),
-        "status": Status(run=missing),
-        "simulate": Simulate(config=config),
-        "memory": Memory(run=missing),
-        "train-autoencoder": TrainAutoencoder(config=AutoencoderConfig(), out=missing),
-        "import": Import(source=missing, out=missing, config=config),
+        "run": RunCommand(config=config),
+        "sweep": SweepCommand(config=config, vary=missing),
+        "plan": PlanCommand(config=config),
+        "sample": SampleCommand(run=missing),
+        "prune": PruneCommand(model_dir=missing, out=missing, config=config),
+        "export": ExportCommand(run=missing, out=missing),
+        "report": ReportCommand(runs=missing),
+        "status": StatusCommand(run=missing),
+        "simulate": SimulateCommand(config=config),
+        "memory": MemoryCommand(run=missing),
+        "train-autoencoder": TrainAutoencoderCommand(config=AutoencoderConfig(), out=missing),
+        "import": ImportCommand(source=missing, out=missing, config=config),
     }
 
 
@@ -122,11 +122,11 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
         return preset("digits")
     named = command.config.preset
     config = preset(named or "digits")
-    if isinstance(command, Prune):
+    if isinstance(command, PruneCommand):
         return _of_model(command.model_dir, config, has_preset=bool(named))
-    if isinstance(command, Simulate):
+    if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
-    source = command.source if isinstance(command, Import) else command.config.model.base
+    source = command.source if isinstance(command, ImportCommand) else command.config.model.base
     return config if not source else _of_base(source, config, arguments, has_preset=bool(named))
 
 
@@ -167,14 +167,14 @@ def _of_base(
     missing = missing_settings(base.settings)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
-            f"{source} does not tell {', '.join(missing)}: name the preset that it was trained "
+            f"{source} does not say {', '.join(missing)}: name the preset that it was trained "
             f"with by --preset, or set --{missing[0].replace('_', '-')} and so on."
         )
     trained = None if has_preset or base.folder is None else run_config_of(base.folder)
     names_data = has_preset or any(a.startswith("--data.") for a in arguments)
     if arguments[0] in ("run", "sweep") and trained is None and not names_data:
         raise ConfigError(
-            f"{source} does not tell what it was trained on: name the data by --data.source and "
+            f"{source} does not say what it was trained on: name the data by --data.source and "
             "--data.path, or a preset by --preset."
         )
     config = trained or config

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,28 @@ def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monk
     assert "num_groups=4" in printed
     assert "mean limit over the 50 sampling steps" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_run_directory(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run_command(["run", "--run-dir", str(tmp_path / "file")]) == 1
+    assert "file is a file: name a folder by --run-dir" in capsys.readouterr().err
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(tmp_path, capsys):
+    arguments = ["plan", "--plan.num-groups", "2", "--out-dir", str(tmp_path / "a[bold]")]
+    assert run_command(arguments) == 0
+    assert "a[bold]/plan.json" in capsys.readouterr().out
+
+
+def test_a_pipe_that_closes_early_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tdc_ray", "run", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == ""
 
 
 def test_help_names_every_command():

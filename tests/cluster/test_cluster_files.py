@@ -25,7 +25,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tdc_ray.cli.commands.run import Run
+from tdc_ray.cli.commands.run import RunCommand
 from tdc_ray.cli.parse import parse
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_workers_scale_tolerate_spot_nodes_and_hold_the_gpus():
     assert CLUSTER_SPEC["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert "tolerations" not in HEAD
     run = parse(shlex.split(JOB_SPEC["entrypoint"])[1:])
-    assert isinstance(run, Run)
+    assert isinstance(run, RunCommand)
     assert run.config.compute.num_base_workers <= WORKERS["minReplicas"]
 
 

@@ -258,7 +258,7 @@ def test_nothing_that_something_else_wrote_is_written_over(model, tmp_path, caps
 
 def test_a_model_of_no_run_asks_for_its_data(model, tmp_path, capsys):
     assert run_command(["prune", str(model), "--out", str(tmp_path / "out")]) == 1
-    assert "does not tell what it was trained on: set --data" in capsys.readouterr().err
+    assert "does not say what it was trained on: set --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nowhere", "pruned"])
@@ -283,7 +283,7 @@ def test_where_a_model_tells_no_noise_process_what_is_taken_is_said(model, tmp_p
     shutil.copytree(model, tmp_path / "bare")
     prune(tmp_path / "bare", tmp_path / "out", "--method", "magnitude")
     told = " ".join(capsys.readouterr().out.split())
-    assert "does not tell diffusion.num_train_timesteps" in told
+    assert "does not say diffusion.num_train_timesteps" in told
     assert "linear betas over 1000 timesteps are taken" in told
 
 

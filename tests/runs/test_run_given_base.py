@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from tdc_ray.cli.commands.import_base import Import
-from tdc_ray.cli.commands.plan import Plan
-from tdc_ray.cli.commands.run import Run
+from tdc_ray.cli.commands.import_base import ImportCommand
+from tdc_ray.cli.commands.plan import PlanCommand
+from tdc_ray.cli.commands.run import RunCommand
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.run import to_json
@@ -39,7 +39,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(*arguments: object):
     command = parse([str(argument) for argument in arguments])
-    assert isinstance(command, Run | Plan | Import)
+    assert isinstance(command, RunCommand | PlanCommand | ImportCommand)
     return command.config
 
 
@@ -160,7 +160,7 @@ def test_the_resolution_comes_along_unless_a_preset_says_another(pipeline, capsy
 
 def test_a_unet_alone_asks_for_its_noise_process_by_name(tmp_path):
     save_unet(random_unet(), tmp_path / "unet")
-    with pytest.raises(ConfigError, match=r"does not tell diffusion\.num_train_timesteps.*preset"):
+    with pytest.raises(ConfigError, match=r"does not say diffusion\.num_train_timesteps.*preset"):
         parsed("run", "--base", tmp_path / "unet")
     named = parsed("run", "--base", tmp_path / "unet", "--preset", "digits-smoke")
     assert named.diffusion.num_train_timesteps == 1000
@@ -171,7 +171,7 @@ def test_a_unet_alone_asks_for_its_noise_process_by_name(tmp_path):
 
 def test_a_pipeline_without_a_preset_asks_for_the_data(tmp_path):
     DDPMPipeline(random_unet(), DDPMScheduler()).save_pretrained(tmp_path / "p")
-    with pytest.raises(ConfigError, match=r"does not tell what it was trained on.*data\.source"):
+    with pytest.raises(ConfigError, match=r"does not say what it was trained on.*data\.source"):
         parsed("run", "--base", tmp_path / "p")
     assert parsed("run", "--base", tmp_path / "p", "--data.source", "digits").data.path is None
 

@@ -10,7 +10,7 @@ from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportCommand:
     """Export a finished run's experts for diffusers, plain PyTorch and tdc_ray.
 
     With a model card, and code that needs neither Ray nor tdc_ray.
@@ -24,7 +24,7 @@ class Export:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Write the export."""
+        """Export the run, and print where to."""
         from tdc_ray.runs.export.export import export_run
 
         export_run(self.run, self.out)

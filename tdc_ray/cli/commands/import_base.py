@@ -12,7 +12,7 @@ from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import:
+class ImportCommand:
     """Bring a base into diffusers' format, with the noise process that it was trained with.
 
     ``tdc-ray run --base DIR`` starts from it, and so it does from the base itself.
@@ -27,7 +27,7 @@ class Import:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Write the base, and say what it does not tell."""
+        """Write the base, and print the settings that it does not say."""
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
         from tdc_ray.runs.pretrained.settings import missing_settings
@@ -49,7 +49,7 @@ class Import:
         for name in missing_settings(base.settings):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)
-            console.print(f"taken from the settings, not the base: {name} {value}", soft_wrap=True)
+            console.print(f"from the settings, not the base: {name} {value}", soft_wrap=True)
         if (embeds := base.unet.get("num_class_embeds")) is not None:
             console.print(
                 f"it embeds {embeds} classes: run it with --conditioning.num-classes {embeds}, or "

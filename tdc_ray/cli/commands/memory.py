@@ -11,7 +11,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryCommand:
     """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
 
     run: Positional[Path]
@@ -30,16 +30,16 @@ class Memory:
 
         folder = resolve_path(self.run)
         paths = [RunDir(folder).memory, *listing(folder, "search/*/memory.jsonl")]
-        found = [path for path in paths if exists(path)]
-        if not found:
+        banks = [path for path in paths if exists(path)]
+        if not banks:
             raise StorageError(
                 f"{display_path(folder)} holds no memory bank: {display_path(paths[0])} does not "
                 "exist."
             )
-        banks = {path: MemoryBank(path).all() for path in found}
-        groups = sorted({entry.group for entries in banks.values() for entry in entries})
+        entries_of = {path: MemoryBank(path).all() for path in banks}
+        groups = sorted({entry.group for entries in entries_of.values() for entry in entries})
         if self.group is not None and self.group not in groups:
             names = ", ".join(map(str, groups)) or "none yet"
             raise ConfigError(f"--group must be in the memory bank ({names}), got {self.group}.")
-        for path, entries in banks.items():
+        for path, entries in entries_of.items():
             print_memory(console, [e for e in entries if self.group in (None, e.group)], path)

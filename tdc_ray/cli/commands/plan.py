@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import RunConfig, default_run_dir
-from tdc_ray.diffusion.plan import Plan as GroupPlan
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlanCommand:
     """Show the groups of timesteps and what each may cost; trains nothing."""
 
     config: Settings
@@ -45,7 +45,7 @@ class Plan:
         console.print(f"written: {name}/plan.json, {name}/plan.png", soft_wrap=True)
 
 
-def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console) -> GroupPlan:
+def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console) -> Plan:
     """Print the settings that a plan follows from, and the plan; return the plan."""
     from tdc_ray.diffusion.plan import plan_groups
     from tdc_ray.models.structure import network_structure

@@ -16,7 +16,7 @@ from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune:
+class PruneCommand:
     """Cut any saved UNet2DModel to some of its macs, or to a time, and refit it.
 
     No gradient step, no Ray.
@@ -60,7 +60,7 @@ class Prune:
             raise ConfigError("give --timesteps or --group, not both.")
 
     def execute(self, console: Console) -> None:
-        """Prune, and print what is left."""
+        """Prune, and print the size and the losses of what is left."""
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned
@@ -79,7 +79,7 @@ class Prune:
         trained = run_config_of(unet) is not None
         if not trained and self.data is None and self.config.data.source == "digits":
             raise ConfigError(
-                f"{display_path(self.model_dir)} is in no run directory and does not tell what it "
+                f"{display_path(self.model_dir)} is in no run directory and does not say what it "
                 "was trained on: set --data to digits, an npz file or a folder of images."
             )
         config = for_unet(self.config, given_unet_config(unet), self.data)
@@ -90,7 +90,7 @@ class Prune:
         if not trained and (missing := missing_settings(noise_settings(str(self.model_dir)))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
-                f"{display_path(self.model_dir)} does not tell {names}: {noise.beta_schedule} "
+                f"{display_path(self.model_dir)} does not say {names}: {noise.beta_schedule} "
                 f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "
                 "--diffusion.*)",
                 soft_wrap=True,

@@ -11,7 +11,7 @@ from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ReportCommand:
     """Write a report on runs and sweeps: a page for a browser; its tables as Markdown and CSV too.
 
     The page needs no network and runs no script. Runs that are not finished are shown as far as
@@ -26,7 +26,7 @@ class Report:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Write it, and say where."""
+        """Write the report, and print where it is."""
         from tdc_ray.reporting.html.write import write_report
 
         if not self.runs:

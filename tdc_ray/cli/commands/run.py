@@ -8,12 +8,13 @@ from rich.console import Console
 from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
+from tdc_ray.errors import StorageError
 from tdc_ray.storage.logs import log_to
-from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunCommand:
     """Do the whole of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
 
     Run the same command again to go on after a cut, or to see the results of a finished run.
@@ -34,7 +35,7 @@ class Run:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Run, or go on, and print what came out."""
+        """Do or resume the run, and print its results."""
         config = self.config
         folder = resolve_path(self.run_dir or default_run_dir(config))
         from tdc_ray.reporting.sinks import run
@@ -50,8 +51,10 @@ class Run:
             console.print(f"would run in {display_path(folder)}", soft_wrap=True)
             return
         name = display_path(folder)
+        if not is_remote(folder) and folder.is_file():
+            raise StorageError(f"{name} is a file: name a folder by --run-dir.")
         console.print(
-            f"run directory {name}; the same command goes on after a cut", soft_wrap=True
+            f"run directory {name}; interrupted, the same command resumes it", soft_wrap=True
         )
         from tdc_ray.reporting.console import print_results
 

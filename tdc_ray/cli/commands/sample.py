@@ -12,7 +12,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class SampleCommand:
     """Sample images from the experts of a finished run: a grid and an npz (arr_0, uint8, NHWC)."""
 
     run: Positional[Path]

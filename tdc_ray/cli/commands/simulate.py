@@ -13,7 +13,7 @@ from tdc_ray.config.simulation import SimulationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simulate:
+class SimulateCommand:
     """Say how long stage 2 would take on a cluster that you do not have; starts nothing.
 
     The very scheduling policy of a run, in simulated time. What items take is measured
@@ -28,13 +28,13 @@ class Simulate:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Print, and write, what would come out."""
+        """Print, and write, the simulated times."""
         from tdc_ray.reporting.workers import print_simulated
         from tdc_ray.runs.simulation import simulate_run
         from tdc_ray.storage.files import write_json
 
-        found = simulate_run(self.config, self.simulation)
-        print_simulated(console, found, self.simulation.macs_per_second)
+        results = simulate_run(self.config, self.simulation)
+        print_simulated(console, results, self.simulation.macs_per_second)
         if self.json is not None:
-            document = [asdict(one) for one in found]
+            document = [asdict(result) for result in results]
             write_json(self.json, {"settings": to_json(self.config), "simulated": document})

@@ -10,7 +10,7 @@ from tdc_ray.storage.object_store import resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
+class StatusCommand:
     """Show how far a run is: groups, what is under way, workers; from wherever it can be seen."""
 
     run: Positional[Path]
@@ -19,7 +19,7 @@ class Status:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Print how far it is."""
+        """Print how far the run is."""
         from tdc_ray.reporting.workers import print_status
         from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir

@@ -16,7 +16,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class SweepCommand:
     """Search settings by Ray Tune and Optuna: every trial is a whole run.
 
     What trials have in common, such as the base, is computed once. Run the same command again to
@@ -41,14 +41,14 @@ class Sweep:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Search, or go on, and print what came out."""
+        """Do or resume the sweep, and print its results."""
         if self.config.seed != RunConfig().seed:
-            raise ConfigError("seed is not heeded in a sweep: give its training seeds by --seeds.")
+            raise ConfigError("a sweep does not use seed: set its training seeds by --seeds.")
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
         folder = resolve_path(self.storage) / self.name
         console.print(
-            f"sweep {display_path(folder)}; the same command goes on after a cut\n"
+            f"sweep {display_path(folder)}; interrupted, the same command resumes it\n"
             f"curves and HParams: tensorboard --logdir {display_path(folder)}",
             soft_wrap=True,
         )

@@ -13,7 +13,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainAutoencoder:
+class TrainAutoencoderCommand:
     """Train a small first stage for latent diffusion (an AutoencoderKL); needs no Ray.
 
     The loss is L1 and a small divergence, without discriminator or perceptual loss. Run the same
@@ -30,7 +30,7 @@ class TrainAutoencoder:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Train, and print how well it rebuilds images."""
+        """Train, and print the reconstruction error on held-out images."""
         from tdc_ray.data.detect import data_config
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
