@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tdc_ray.config.diffusion import DiffusionConfig
@@ -18,7 +17,6 @@ from tdc_ray.diffusion.plan import (
     plan_groups,
     to_json,
 )
-from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError, ScheduleError
 from tdc_ray.models.structure import network_structure
@@ -308,29 +306,6 @@ def test_groups_that_no_sampling_step_enters_are_noted():
 
 
 # --- the steps of the sampler ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps_offset", [0, 1])
-@pytest.mark.parametrize(
-    ("num_timesteps", "num_steps"), [(1000, 100), (1000, 200), (4000, 100), (1000, 7), (10, 1)]
-)
-def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_steps, steps_offset):
-    scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=steps_offset)
-    scheduler.set_timesteps(num_steps)
-    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=steps_offset)
-    assert list(sampling_timesteps(num_timesteps, sampler)) == scheduler.timesteps.tolist()
-
-
-@given(st.integers(2, 500), st.data())
-def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
-    num_steps = data.draw(st.integers(1, num_timesteps))
-    offset = data.draw(st.integers(0, 1))
-    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
-    ours = sampling_timesteps(num_timesteps, sampler)
-    assume(ours[0] < num_timesteps)
-    scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=offset)
-    scheduler.set_timesteps(num_steps)
-    assert list(ours) == scheduler.timesteps.tolist()
 
 
 def test_an_offset_that_steps_past_the_last_timestep_is_refused():

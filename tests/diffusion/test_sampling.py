@@ -1,5 +1,5 @@
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,22 +9,20 @@ from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
-from tdc_ray.config.sampler import Sampler, SamplerConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample, to_uint8
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tests.small import TINY, assert_same, random_unet
 
 SHAPE = (1, 8, 8)
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
 LINEAR = DiffusionConfig()
 COSINE = DiffusionConfig(
     num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True
 )
-LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
 
 
 def spec_of(num_inference_steps: int, **others: Any) -> SamplingSpec:
@@ -95,31 +93,6 @@ def test_ddim_is_the_papers_update_with_a_clipped_image(diffusion, num_steps):
     assert images.dtype == torch.float32
 
 
-def test_every_sampler_of_the_settings_has_its_row():
-    assert set(SAMPLERS) == set(SCHEDULERS) == set(get_args(Sampler))
-
-
-@pytest.mark.parametrize("diffusion", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
-    scheduler = make_scheduler(diffusion, SamplerConfig(sampler=sampler))
-    process = NoiseProcess.of(diffusion)
-    assert isinstance(scheduler, SCHEDULERS[sampler])
-    np.testing.assert_array_equal(scheduler.betas.numpy(), process.betas.astype(np.float32))
-    np.testing.assert_allclose(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize(
-    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (2, 1), (1, 0)]
-)
-def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset, name):
-    sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps, steps_offset=offset)
-    scheduler = make_scheduler(LINEAR, sampler)
-    scheduler.set_timesteps(num_steps)
-    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(1000, sampler)
-
-
 def test_every_evaluation_of_a_sampler_is_counted_in_the_group_that_serves_it():
     sampler = SamplerConfig(sampler="pndm", num_inference_steps=10)
     plan, unet, asked = plan_groups(LINEAR, PlanConfig(num_groups=4), sampler), random_unet(), []
@@ -180,18 +153,6 @@ def test_pndm_is_the_linear_multistep_method(num_steps):
     images, expected = draw(unet, LINEAR, sampler), pndm_by_hand(unet, num_steps, count=2)
     # Nothing clips, so images of an untrained network are large.
     assert (images - expected).abs().max() < 1e-3 * expected.abs().max()
-
-
-def test_settings_reach_the_scheduler():
-    latent = SamplerConfig(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    config = make_scheduler(LATENT, latent).config
-    assert not config["clip_sample"]
-    assert not config["set_alpha_to_one"]
-    assert config["steps_offset"] == 1
-    learned = DiffusionConfig(learned_sigma=True)
-    ddpm = SamplerConfig(sampler="ddpm")
-    assert make_scheduler(learned, ddpm).config["variance_type"] == "learned_range"
-    assert make_scheduler(LINEAR, ddpm).config["variance_type"] == "fixed_small"
 
 
 @pytest.mark.parametrize(

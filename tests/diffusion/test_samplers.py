@@ -1,0 +1,79 @@
+from typing import get_args
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.sampler import Sampler, SamplerConfig
+from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
+from tdc_ray.diffusion.schedule import NoiseProcess
+
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "pndm": PNDMScheduler}
+LINEAR = DiffusionConfig()
+COSINE = DiffusionConfig(
+    num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True
+)
+LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
+
+
+def test_every_sampler_of_the_settings_has_its_row():
+    assert set(SAMPLERS) == set(SCHEDULERS) == set(get_args(Sampler))
+
+
+@pytest.mark.parametrize("diffusion", [LINEAR, COSINE, LATENT], ids=["linear", "cosine", "latent"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
+    scheduler = make_scheduler(diffusion, SamplerConfig(sampler=sampler))
+    process = NoiseProcess.of(diffusion)
+    assert isinstance(scheduler, SCHEDULERS[sampler])
+    np.testing.assert_array_equal(scheduler.betas.numpy(), process.betas.astype(np.float32))
+    np.testing.assert_allclose(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (2, 1), (1, 0)]
+)
+def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset, name):
+    sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps, steps_offset=offset)
+    scheduler = make_scheduler(LINEAR, sampler)
+    scheduler.set_timesteps(num_steps)
+    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(1000, sampler)
+
+
+def test_settings_reach_the_scheduler():
+    latent = SamplerConfig(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    config = make_scheduler(LATENT, latent).config
+    assert not config["clip_sample"]
+    assert not config["set_alpha_to_one"]
+    assert config["steps_offset"] == 1
+    learned = DiffusionConfig(learned_sigma=True)
+    ddpm = SamplerConfig(sampler="ddpm")
+    assert make_scheduler(learned, ddpm).config["variance_type"] == "learned_range"
+    assert make_scheduler(LINEAR, ddpm).config["variance_type"] == "fixed_small"
+
+
+@pytest.mark.parametrize("steps_offset", [0, 1])
+@pytest.mark.parametrize(
+    ("num_timesteps", "num_steps"), [(1000, 100), (1000, 200), (4000, 100), (1000, 7), (10, 1)]
+)
+def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_steps, steps_offset):
+    scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=steps_offset)
+    scheduler.set_timesteps(num_steps)
+    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=steps_offset)
+    assert list(sampling_timesteps(num_timesteps, sampler)) == scheduler.timesteps.tolist()
+
+
+@given(st.integers(2, 500), st.data())
+def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
+    num_steps = data.draw(st.integers(1, num_timesteps))
+    offset = data.draw(st.integers(0, 1))
+    sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
+    ours = sampling_timesteps(num_timesteps, sampler)
+    assume(ours[0] < num_timesteps)
+    scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=offset)
+    scheduler.set_timesteps(num_steps)
+    assert list(ours) == scheduler.timesteps.tolist()
