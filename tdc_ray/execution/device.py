@@ -42,22 +42,22 @@ def exact_products() -> Iterator[None]:
 
 
 def worker_device() -> torch.device:
-    """Give the GPU that this process was given, else the CPU."""
+    """Return the GPU of this process, if it has one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def worker_rank() -> WorkerRank:
-    """Give this process's place among the workers of its item."""
+    """Return this process's rank among the workers of its item."""
     if not distributed.is_initialized():
         return WorkerRank(0, 1, worker_device())
     return WorkerRank(distributed.get_rank(), distributed.get_world_size(), worker_device())
 
 
 def all_gather(value: int) -> list[int]:
-    """Give what this value is for each worker of this process's item, in the order of ranks."""
-    here = worker_rank()
-    if here.world_size == 1:
+    """Return the values of all workers of this process's item, in the order of ranks."""
+    world_size = worker_rank().world_size
+    if world_size == 1:
         return [value]
-    values: list[Any] = [None] * here.world_size
+    values: list[Any] = [None] * world_size
     distributed.all_gather_object(values, value)
     return values

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
@@ -103,13 +103,8 @@ class WorkItem(Generic[Job, R]):
 
 AnyItem = WorkItem[Any, Any]
 
-
-class Runner(Protocol):
-    """Runs an item, or gets its result in another way."""
-
-    def __call__(self, item: AnyItem, report: Report, *, is_first: bool = True) -> Any:
-        """Return the result, which is then saved; None on all workers but the first."""
-        ...
+Runner = Callable[..., Any]
+"""Runs an item, or gets its result in another way; called as :func:`run_item` is."""
 
 
 @dataclass(frozen=True, slots=True)

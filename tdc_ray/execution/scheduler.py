@@ -59,6 +59,9 @@ class Scheduler(Generic[T]):
                 reasons outside of it.
         """
         self._chains, self._default, self._max_attempts = Chains(chains), default, max_attempts
+        self.values = self._chains.values
+        """What the chains that ended returned, by name."""
+
         self._ready: dict[Resources, list[_Ready]] = defaultdict(list)
         self._given_up: dict[str, str] = {}
         self._for_services: list[tuple[str, AnyItem]] = []
@@ -71,11 +74,6 @@ class Scheduler(Generic[T]):
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._numbers = count()
         self._enqueue(self._chains.advance())
-
-    @property
-    def values(self) -> dict[str, T]:
-        """What the chains that ended returned, by name."""
-        return self._chains.values
 
     @property
     def failed(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ class Span:
 
     attempt: int
     started: float
-    ended: float | None
+    ended: float | None = None
     """None while it runs."""
 
-    outcome: str
+    outcome: str = "running"
     """``done``, ``running``, or a failure's name, such as ``worker_lost``."""
 
 
@@ -79,7 +79,7 @@ class Stay:
     worker: str
     node: str
     joined: float
-    left: float | None
+    left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,42 +128,39 @@ def load_history(path: Path) -> History:
     """
     spans: list[Span] = []
     stays: list[Stay] = []
-    running: dict[int, dict[str, Any]] = {}
-    present: dict[str, dict[str, Any]] = {}
+    running: dict[int, Span] = {}
+    present: dict[str, Stay] = {}
     failed: dict[str, str] = {}
     phase, last, driver = "", 0.0, None
-
-    def close(when: float | None, outcome: str) -> None:
-        for started in running.values():
-            spans.append(_span(started, when, outcome))
-        for joined in present.values():
-            stays.append(Stay(joined["worker"], joined["node"], joined["time"], when))
-        running.clear()
-        present.clear()
-
     for event in (event for events in read_json_lines(path) for event in events):
-        kind = event["event"]
-        if kind != "driver" and event.get("driver") != driver:
-            continue  # of one that was suspended and wrote after another took over
+        kind, time = event["event"], event["time"]
         if kind == "driver":
             driver = event.get("driver")
-            close(last, "driver_lost")
-            failed.clear()
+            spans += [replace(one, ended=last, outcome="driver_lost") for one in running.values()]
+            stays += [replace(one, left=last) for one in present.values()]
+            for of_driver in (running, present, failed):
+                of_driver.clear()
+        elif event.get("driver") != driver:
+            continue  # of one that was suspended and wrote after another took over
         elif kind == "phase":
             phase = event["name"]
         elif kind == "join":
-            present[event["worker"]] = event
+            present[event["worker"]] = Stay(event["worker"], event["node"], time)
         elif kind == "leave":
-            joined = present.pop(event["worker"])
-            stays.append(Stay(joined["worker"], joined["node"], joined["time"], event["time"]))
+            stays.append(replace(present.pop(event["worker"]), left=time))
         elif kind == "start":
-            running[event["task"]] = event | {"phase": phase}
+            names = ("chain", "stage", "item", "attempt")
+            details = {name: event[name] for name in names}
+            workers = tuple(event["workers"])
+            running[event["task"]] = Span(phase, workers=workers, started=time, **details)
         elif kind == "end":
-            spans.append(_span(running.pop(event["task"]), event["time"], event["outcome"]))
+            ended = running.pop(event["task"])
+            spans.append(replace(ended, ended=time, outcome=event["outcome"]))
         elif kind == "failed":
             failed[event["chain"]] = event["reason"]
-        last = event["time"]
-    close(None, "running")
+        last = time
+    spans += running.values()
+    stays += present.values()
     return History(tuple(sorted(spans, key=lambda span: span.started)), tuple(stays), failed)
 
 
@@ -234,18 +231,4 @@ def _usage(phase: str, spans: list[Span], stays: Iterable[Stay]) -> WorkerUsage:
         work_seconds=work,
         lost_seconds=lost,
         utilisation=min(1.0, (work + lost) / total) if total else 0.0,
-    )
-
-
-def _span(started: dict[str, Any], ended: float | None, outcome: str) -> Span:
-    return Span(
-        phase=started["phase"],
-        chain=started["chain"],
-        stage=started["stage"],
-        item=started["item"],
-        workers=tuple(started["workers"]),
-        attempt=started["attempt"],
-        started=started["time"],
-        ended=ended,
-        outcome=outcome,
     )

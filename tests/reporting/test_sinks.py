@@ -1,7 +1,6 @@
 """What listens to a run: files and lines follow from events alone."""
 
 import logging
-import time
 
 import numpy as np
 import pytest
@@ -97,23 +96,19 @@ def test_plots_are_files_and_shown_beside_images(run_dir):
         assert tag in shown.Tags()["images"], run
 
 
-def test_without_a_terminal_work_writes_lines(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    began = time.monotonic()
-    clock = iter([began, began + 1, began + 3])
-    with (
-        caplog.at_level(logging.INFO),
-        listening([progress.ProgressBars(Console(quiet=True))]) as events,
-    ):
-        monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+def test_without_a_terminal_work_writes_lines(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.5)
+    bars, clock = progress.ProgressBars(Console(quiet=True)), [0.0]
+    bars._bars.get_time = lambda: clock[0]
+    with caplog.at_level(logging.INFO), listening([bars]) as events:
         events(Started("a/b", 4))
-        events(Reported("a/b", 1, {"loss": 0.5}))
-        events(Reported("a/b", 2, {"loss": 0.25}))
+        for clock[0], step, loss in ((1.0, 1, 0.5), (1.1, 1, 0.4), (3.0, 2, 0.25)):
+            events(Reported("a/b", step, {"loss": loss}))
         events(Reported("other", 2, {"loss": 0.25}))
         events(Finished("a/b"))
     assert caplog.messages == [
         "a/b step 1/4 loss 0.5000",
-        "a/b step 2/4 loss 0.2500, 2 s left",
+        "a/b step 2/4 loss 0.2500, 4 s left",
         "a/b done in 3 s",
     ]
 

@@ -4,11 +4,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tdc_ray.errors import ClusterError
+from tdc_ray.execution.scheduler import num_fitting
 
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Object store of a local Ray; items carry paths and small values, so little goes through it."""
@@ -58,6 +61,30 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
 def node_resources() -> list[dict[str, float]]:
     """Return the resources of every node that is alive, in use or not."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def check_room(number: int, needed: Mapping[str, float], settings: str, most: int = 0) -> bool:
+    """Return whether processes fit on the nodes at once; on a cluster that may grow they need not.
+
+    Args:
+        number: How many.
+        needed: Resources of each.
+        settings: What asks for them.
+        most: How many are allowed; 0 means any number.
+
+    Raises:
+        ClusterError: They do not fit, and no node will join.
+    """
+    nodes = node_resources()
+    fits = num_fitting(nodes, needed)
+    has_room = min(fits, most or fits) >= number
+    if not has_room and is_local():
+        raise ClusterError(
+            f"{number} workers of {dict(needed)} are needed at once, of which {fits} fit on the "
+            f"nodes {nodes}{f' and {most} are allowed' if most else ''}. Change {settings}, or "
+            "use a larger cluster."
+        )
+    return has_room
 
 
 def is_alive(node_id: str) -> bool:

@@ -18,7 +18,7 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
 from tdc_ray.execution.events import EventSink, ignore, reporter
 from tdc_ray.execution.item import AnyItem, Resources, Runner
-from tdc_ray.execution.ray.cluster import is_local, node_resources
+from tdc_ray.execution.ray.cluster import check_room, is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.execution.timeline import Timeline
@@ -252,23 +252,17 @@ def default_resources(compute: ComputeConfig) -> Resources:
 
 
 def check_capacity(compute: ComputeConfig) -> None:
-    """Check that a cluster that cannot grow has room for the workers of every item.
+    """Check that the workers of every item of a pool have room.
 
     Raises:
-        ClusterError: It has not.
+        ClusterError: They have not, and no node will join.
     """
     training = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
     kinds = (default_resources(compute), 1), (training, compute.workers_per_finetune)
+    names = ("cpus_per_actor", "gpus_per_actor", "workers_per_finetune", "num_actors")
+    settings = ", ".join(f"compute.{name}" for name in names)
     for resources, number in kinds:
-        fits = num_fitting(node_resources(), needs(resources))
-        if is_local() and min(fits, compute.num_actors or fits) < number:
-            raise ClusterError(
-                f"{number} actors of {needs(resources)} are needed at once, of which {fits} fit "
-                f"on the nodes {node_resources()} and compute.num_actors allows "
-                f"{compute.num_actors or 'all'}. Change compute.cpus_per_actor, "
-                "compute.gpus_per_actor, compute.workers_per_finetune or compute.num_actors, or "
-                "use a larger cluster."
-            )
+        check_room(number, needs(resources), settings, compute.num_actors or 0)
 
 
 def needs(resources: Resources) -> dict[str, float]:

@@ -18,11 +18,10 @@ from ray.train.torch import TorchTrainer
 from tdc_ray import errors
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.errors import ClusterError, StorageFailedError, TdcError, WorkFailedError
+from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.execution.events import EventSink, Finished, Started
-from tdc_ray.execution.ray.cluster import is_local, node_resources
+from tdc_ray.execution.ray.cluster import check_room
 from tdc_ray.execution.ray.event_collector import EventCollector
-from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.object_store import filesystem, is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -134,23 +133,15 @@ def _resources(compute: ComputeConfig) -> dict[str, float]:
 
 
 def check_cluster(compute: ComputeConfig) -> None:
-    """Check that the workers fit on the cluster; warn where they may once nodes have joined.
+    """Check that the workers of stage 1 have room; warn where they may once nodes have joined.
 
     Raises:
-        ClusterError: The cluster is too small for the workers, and cannot grow.
+        ClusterError: They have not, and no node will join.
     """
-    resources = _resources(compute)
-    nodes = node_resources()
-    fits = num_fitting(nodes, resources)
-    if fits >= compute.num_base_workers:
-        return
-    needed = (
-        f"training the base needs {compute.num_base_workers} workers (compute.num_base_workers) "
-        f"of {resources}, of which {fits} fit on the nodes {nodes}"
-    )
-    if is_local():
-        raise ClusterError(
-            f"{needed}. Lower compute.num_base_workers, compute.cpus_per_base_worker or "
-            "compute.gpus_per_base_worker, or use a larger cluster."
+    names = ("num_base_workers", "cpus_per_base_worker", "gpus_per_base_worker")
+    settings = ", ".join(f"compute.{name}" for name in names)
+    number, resources = compute.num_base_workers, _resources(compute)
+    if not check_room(number, resources, settings):
+        logger.warning(
+            "training the base waits until %d workers of %s fit on the nodes", number, resources
         )
-    logger.warning("%s; it waits until there is room", needed)
