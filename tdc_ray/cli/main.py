@@ -46,7 +46,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        again = "; the same command resumes it" if isinstance(command, RESUMABLE) else ""
+        again = "; run the same command again to resume" if isinstance(command, RESUMABLE) else ""
         Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""The settings of a first stage that is trained here."""
+"""A first stage and its training: the flags of ``tdc-ray train-autoencoder``."""
 
 from dataclasses import field
 from typing import Annotated, Literal

@@ -1,9 +1,9 @@
-"""The settings of where a run computes."""
+"""What a run takes of a cluster: ``--compute.*``."""
 
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, settings
 
 RESULT_FIELDS = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
-"""Of these settings, the ones that change what is computed, and so what a run directory is for."""
+"""Those of these settings that change the results, and so the run directory."""
 
 
 @settings("compute")

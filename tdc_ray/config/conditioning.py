@@ -1,4 +1,4 @@
-"""Class conditioning: which classes a model is told, and which class stands for none of them."""
+"""Class conditioning, and the null class: ``--conditioning.*``."""
 
 from tdc_ray.config.validation import PositiveInt, Share, require, settings
 
@@ -22,13 +22,13 @@ class ConditioningConfig:
 
     @property
     def num_class_embeds(self) -> int | None:
-        """Classes that a named architecture embeds, the null class among them."""
+        """Number of classes that a named architecture embeds, the null class among them."""
         if self.num_classes is None:
             return None
         return self.num_classes + (1 if self.label_dropout else 0)
 
 
 def null_class(num_class_embeds: int | None, num_classes: int | None) -> int | None:
-    """Give the class that stands for no class: the last, one more than there are; or None."""
+    """Return the null class: the last, if a model embeds one more than there are; else None."""
     has_one = num_classes is not None and num_class_embeds == num_classes + 1
     return num_classes if has_one else None

@@ -1,4 +1,4 @@
-"""The settings of the base: its architecture, or where it comes from."""
+"""The base: its architecture, or where it comes from: ``--model.*``."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from tdc_ray.config.validation import PositiveInt, Share, settings
 from tdc_ray.errors import ConfigError
 
 FILE_KINDS = ("openai", "compvis")
-"""What stands before the colon of a base that is another project's checkpoint file."""
+"""Prefixes of bases that are checkpoint files of other projects."""
 
 
 @settings("model")

@@ -1,4 +1,4 @@
-"""The presets: functions that each give a complete ``RunConfig``; a variant replaces fields."""
+"""The presets: functions that each return a complete ``RunConfig``; a variant replaces fields."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -249,7 +249,7 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """Give the settings of a preset.
+    """Return the settings of a preset.
 
     Raises:
         ConfigError: No preset has this name.

@@ -1,4 +1,4 @@
-"""The settings of pruning and of the language model that may propose for it."""
+"""How the base is pruned: ``--prune.*``."""
 
 from typing import Annotated, Literal
 

@@ -52,8 +52,8 @@ class RunConfig:
         self.finetune.check("finetune")
         timesteps, workers = self.diffusion.num_train_timesteps, self.compute.num_base_workers
         rule = f"at most diffusion.num_train_timesteps = {timesteps}"
-        few = self.sampler.num_inference_steps <= timesteps
-        require("sampler", self.sampler, "num_inference_steps", rule, ok=few)
+        fits = self.sampler.num_inference_steps <= timesteps
+        require("sampler", self.sampler, "num_inference_steps", rule, ok=fits)
         require("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
         rule = f"a multiple of compute.num_base_workers = {workers}"
         require("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
@@ -95,16 +95,27 @@ class RunConfig:
                 )
 
 
+PATHS = (
+    "data.path",
+    "data.cache_dir",
+    "data.first_stage",
+    "model.base",
+    "proxy.replay",
+    "evaluate.cache_dir",
+    "evaluate.inception_path",
+)
+"""Settings that are paths, or may be."""
+
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """Give the settings as plain JSON values."""
+    """Return the settings as plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def from_json(document: object) -> RunConfig:
-    """Read what :func:`to_json` gave.
+    """Return the settings that :func:`to_json` wrote.
 
     Raises:
         ConfigError: A setting is unknown, of another type, or out of its range.
@@ -116,34 +127,34 @@ def from_json(document: object) -> RunConfig:
 
 
 def digest(config: RunConfig) -> str:
-    """Eight hexadecimal digits that name all settings that decide what is computed."""
+    """Return eight hexadecimal digits that name all settings that decide what is computed."""
     return json_digest(_deciding(config))[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """Name every setting that decides what is computed and in which two configs differ."""
+    """Return every setting that decides what is computed and differs, with both values."""
     return named_differences(_deciding(one), _deciding(other))
 
 
 def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Name every value in which two nests of settings of one kind differ."""
-    found: list[str] = []
+    """Return every value in which two nests of settings of one kind differ."""
+    names: list[str] = []
 
-    def compare(path: str, left: object, right: object) -> None:
-        if isinstance(left, dict) and isinstance(right, dict):
-            for key in left:
-                compare(f"{path}.{key}" if path else key, left[key], right[key])
-        elif left != right:
-            found.append(f"{path} {left} -> {right}")
+    def compare(path: str, value: object, other_value: object) -> None:
+        if isinstance(value, dict) and isinstance(other_value, dict):
+            for key in value:
+                compare(f"{path}.{key}" if path else key, value[key], other_value[key])
+        elif value != other_value:
+            names.append(f"{path} {value} -> {other_value}")
 
     compare("", one, other)
-    return found
+    return names
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
-    """Leave out where a run computes, and make paths absolute, so that they mean the same."""
+    """Return the settings that decide what is computed, their paths absolute."""
     document = to_json(with_absolute_paths(config))
-    for name in ("max_corrupt", "cache_dir"):  # a run that they stopped goes on with others
+    for name in ("max_corrupt", "cache_dir"):  # a run that they stopped resumes with others
         del document["data"][name]
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
@@ -151,38 +162,29 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make every path absolute: processes on a cluster have working directories of their own."""
+    changes: dict[str, Any] = {}
+    for name in PATHS:
+        stage, _, field_name = name.partition(".")
+        settings_of_stage = changes.get(stage, getattr(config, stage))
+        value = getattr(settings_of_stage, field_name)
+        if value is not None:
+            path = _absolute_base(value) if name == "model.base" else _absolute(value)
+            changes[stage] = replace(settings_of_stage, **{field_name: path})
+    return replace(config, **changes)
 
-    def absolute(path: str) -> str:
-        place = resolve_path(path)
-        return path if is_remote(place) else str(place.expanduser().resolve())
 
-    def absolute_base(base: str) -> str:
-        kind, colon, path = base.partition(":")
-        if kind in FILE_KINDS and colon:
-            return f"{kind}:{absolute(path)}"
-        return absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
+def _absolute(path: str) -> str:
+    resolved = resolve_path(path)
+    return path if is_remote(resolved) else str(resolved.expanduser().resolve())
 
-    data, proxy, evaluate = config.data, config.proxy, config.evaluate
-    model, inception = config.model, evaluate.inception_path
-    stage = data.first_stage
-    data = data if stage is None else replace(data, first_stage=absolute(stage))
-    return replace(
-        config,
-        data=replace(
-            data,
-            path=None if data.path is None else absolute(data.path),
-            cache_dir=absolute(data.cache_dir),
-        ),
-        model=model if model.base is None else replace(model, base=absolute_base(model.base)),
-        proxy=proxy if proxy.replay is None else replace(proxy, replay=absolute(proxy.replay)),
-        evaluate=replace(
-            evaluate,
-            cache_dir=absolute(evaluate.cache_dir),
-            inception_path=None if inception is None else absolute(inception),
-        ),
-    )
+
+def _absolute_base(base: str) -> str:
+    kind, colon, path = base.partition(":")
+    if kind in FILE_KINDS and colon:
+        return f"{kind}:{_absolute(path)}"
+    return _absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
 
 
 def default_run_dir(config: RunConfig) -> Path:
-    """Where a run goes that names no directory: the same settings give the same place."""
+    """Return the directory of a run that names none: one for the same settings."""
     return Path("runs") / f"{config.preset}-seed{config.seed}-{digest(config)}"

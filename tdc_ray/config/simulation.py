@@ -1,4 +1,4 @@
-"""The settings of a simulated cluster."""
+"""A simulated cluster: flags of ``tdc-ray simulate``."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The settings of each stage: frozen dataclasses that refuse wrong values when they are made."""
+"""Gradient training: ``--base.*``, ``--finetune.*`` and an autoencoder's ``--train.*``."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
