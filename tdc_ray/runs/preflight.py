@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
@@ -51,16 +52,13 @@ def check(
             "train-autoencoder makes. One that is inside a checkpoint file comes along after "
             "tdc-ray import FILE DIR by --base DIR."
         )
-    check_latents(data, unet, name)
-    learns_sigma = unet["out_channels"] == 2 * unet["in_channels"]
-    for setting, value, wanted in (
-        ("data.image_size", data.image_size, unet["sample_size"]),
-        ("data.num_channels", data.num_channels, unet["in_channels"]),
-        ("diffusion.learned_sigma", diffusion.learned_sigma, learns_sigma),
-    ):
-        of_images = data.first_stage is None or not setting.startswith("data.")
-        if of_images and value != wanted:
-            raise ConfigError(f"{setting} must be {wanted} for {name}, got {value}.")
+    check_shape(data, unet, name)
+    learned_sigma = unet["out_channels"] == 2 * unet["in_channels"]
+    if diffusion.learned_sigma != learned_sigma:
+        raise ConfigError(
+            f"diffusion.learned_sigma must be {learned_sigma} for {name}, got "
+            f"{diffusion.learned_sigma}."
+        )
     space, plan = space_and_plan(config, unet)
     if config.prune.objective == "macs":
         check_limits(config.prune, space, plan)
@@ -73,6 +71,22 @@ def check(
     )
     check_labels(config, dataset)
     return unet, space, plan
+
+
+def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
+    """Check that images, or their latents, have the shape that a model takes.
+
+    Raises:
+        CheckpointError: The first stage is missing or malformed.
+        ConfigError: They have another one.
+    """
+    check_latents(data, network, name)
+    for setting, value, expected in (
+        ("data.image_size", data.image_size, network["sample_size"]),
+        ("data.num_channels", data.num_channels, network["in_channels"]),
+    ):
+        if data.first_stage is None and value != expected:
+            raise ConfigError(f"{setting} must be {expected} for {name}, got {value}.")
 
 
 def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Plan]:

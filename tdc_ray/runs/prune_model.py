@@ -16,7 +16,6 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.events import listening
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
@@ -29,6 +28,7 @@ from tdc_ray.pruning.proxies.language_model import check_proxy
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
+from tdc_ray.runs.preflight import check_shape
 from tdc_ray.runs.pretrained.sources import json_object
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
@@ -222,15 +222,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
         ConfigError: Its shape or its labels are others.
         DataError: It is missing or malformed.
     """
-    check_latents(config.data, network, "this model")
-    for setting, value, expected in (
-        ("data.image_size", config.data.image_size, network["sample_size"]),
-        ("data.num_channels", config.data.num_channels, network["in_channels"]),
-    ):
-        if config.data.first_stage is None and value != expected:
-            raise ConfigError(
-                f"{setting} must be {expected} for this model, got {value}. Name data by --data."
-            )
+    check_shape(config.data, network, "this model")
     dataset, embeds = load_dataset(config.data), network.get("num_class_embeds")
     if embeds and not dataset.num_classes:
         raise ConfigError(

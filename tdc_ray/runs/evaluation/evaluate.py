@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import images_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.sampling import image_generators, image_labels
 from tdc_ray.diffusion.schedule import FloatArray
-from tdc_ray.execution.chain import Chain
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.families import load_network
@@ -127,18 +128,17 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
     if spec.num_classes is not None and not exists(spec.path):
         result_path = spec.path.with_suffix(".json")
         remove(result_path)  # without its weights it is no result
-        yield [
-            WorkItem(
-                key="features/classifier",
-                function=train_classifier_item,
-                job=FeatureJob(config, spec, spec.path, spec.path),
-                result_path=result_path,
-                cost=0.0,
-                inputs=classifier_inputs,
-                files=(spec.path,),
-                result_type=ClassifierResult,
-            )
-        ]
+        item = WorkItem(
+            key="features/classifier",
+            function=train_classifier_item,
+            job=FeatureJob(config, spec, spec.path, spec.path),
+            result_path=result_path,
+            cost=0.0,
+            inputs=classifier_inputs,
+            files=(spec.path,),
+            result_type=ClassifierResult,
+        )
+        yield from result_of(item)
     if exists(run_dir.reference):
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])
@@ -277,28 +277,22 @@ def classifier_inputs(job: FeatureJob) -> Inputs:
 
 def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
     """Extract features and write their moments."""
-    extractor = load_extractor(job.spec, job.config.data.num_channels, worker_device())
-    if isinstance(job.samples, Path):
-        with np.load(fetch(job.samples), allow_pickle=False) as file:
+    config, samples = job.config, job.samples
+    dataset: ImageDataset
+    if isinstance(samples, Path):
+        with np.load(fetch(samples), allow_pickle=False) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)  # (N, C, H, W)
-        indices = range(len(images))
+        dataset, first, count = ArrayImages(images, None), 0, len(images)
     else:
-        first, count = job.samples
-        indices = range(first, first + count)
-
-    def moments(start: int) -> Moments:
-        chosen = list(indices[start : start + size])
-        batch = (
-            images[chosen]
-            if isinstance(job.samples, Path)
-            else load_dataset(job.config.data).__getitems__(chosen)[0]
-        )
-        return moments_of(extractor(batch))
-
-    size = job.config.evaluate.batch_size  # moments of 2,048 features take 34 MB: none are kept
-    reduce(add, map(moments, range(0, len(indices), size))).save(job.moments_path)
+        dataset, (first, count) = load_dataset(config.data), samples
+    indices, size = range(first, first + count), config.evaluate.batch_size
+    batches = (indices[start : start + size] for start in range(0, count, size))
+    extractor = load_extractor(job.spec, config.data.num_channels, worker_device())
+    # Moments of 2,048 features take 34 MB: they are added up one batch at a time.
+    moments = (moments_of(extractor(dataset.__getitems__(batch).images)) for batch in batches)
+    reduce(add, moments).save(job.moments_path)
     report({}, 1)
-    return FeatureResult(len(indices))
+    return FeatureResult(count)
 
 
 def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
@@ -313,27 +307,21 @@ def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
 def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
     path = _samples_path(job)
     steps = job.config.sampler.num_inference_steps
-    (sampled,) = yield [
-        WorkItem(
-            key=f"evaluate-{job.which}/{job.first:07d}",
-            function=sample_images,
-            job=job,
-            result_path=path.with_suffix(".json"),
-            cost=macs * steps * job.count,
-            num_steps=job.count,
-            inputs=sample_inputs,
-            files=(path,),
-            result_type=SampleResult,
-        )
-    ]
-    moments_path = path.with_suffix(".moments.npz")
-    yield [
-        _feature_item(
-            f"evaluate-{job.which}/{job.first:07d}-features",
-            FeatureJob(job.config, spec, path, moments_path, sampled.digest),
-        )
-    ]
-    return Shard(sampled, moments_path)
+    item = WorkItem(
+        key=f"evaluate-{job.which}/{job.first:07d}",
+        function=sample_images,
+        job=job,
+        result_path=path.with_suffix(".json"),
+        cost=macs * steps * job.count,
+        num_steps=job.count,
+        inputs=sample_inputs,
+        files=(path,),
+        result_type=SampleResult,
+    )
+    sampled = yield from result_of(item)
+    features = FeatureJob(job.config, spec, path, path.with_suffix(".moments.npz"), sampled.digest)
+    yield from result_of(_feature_item(f"{item.key}-features", features))
+    return Shard(sampled, features.moments_path)
 
 
 def _feature_item(key: str, job: FeatureJob) -> WorkItem[FeatureJob, FeatureResult]:

@@ -9,11 +9,11 @@ import logging
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -66,12 +66,8 @@ class FeatureSpec:
     """Classes of the classifier. None means Inception."""
 
 
-class Extractor(Protocol):
-    """Computes features of images."""
-
-    def __call__(self, images: Tensor) -> FloatArray:
-        """Compute float64 ``(B, D)`` of uint8 ``(B, C, H, W)``."""
-        ...
+Extractor = Callable[[Tensor], FloatArray]
+"""Computes features, float64 ``(B, D)``, of uint8 images ``(B, C, H, W)``."""
 
 
 def choose_features(config: RunConfig, dataset: ImageDataset, path: Path) -> FeatureSpec:
@@ -139,10 +135,12 @@ def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> Fea
 def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -> Extractor:
     """Load the extractor that a spec names; a classifier must be trained already."""
     if spec.num_classes is None:
-        return _Inception(spec.path, device)
+        folder = fetch(spec.path / INCEPTION_FILE).parent
+        inception = InceptionV3W(str(folder), download=False).to(device).eval()
+        return partial(_inception_features, inception, build_resizer("clean"), device)
     classifier = Classifier(num_channels, spec.num_classes)
     load_model(classifier, fetch(spec.path))
-    return _ClassifierFeatures(classifier.eval().to(device), device)
+    return partial(_classifier_features, classifier.eval().to(device), device)
 
 
 def ready_statistics(name: str, image_size: int) -> tuple[FloatArray, FloatArray] | None:
@@ -207,33 +205,25 @@ def train_classifier(
     return right / total
 
 
-class _ClassifierFeatures:
-    def __init__(self, classifier: Classifier, device: torch.device) -> None:
-        self.classifier, self.device = classifier, device
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> FloatArray:
-        features = self.classifier.body(to_minus_one_one(images.to(self.device)))
-        values: FloatArray = features.double().cpu().numpy()
-        return values
+@torch.inference_mode()
+def _classifier_features(
+    classifier: Classifier, device: torch.device, images: Tensor
+) -> FloatArray:
+    features: Tensor = classifier.body(to_minus_one_one(images.to(device)))
+    return features.double().cpu().numpy()
 
 
-class _Inception:
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.model = (
-            InceptionV3W(str(fetch(folder / INCEPTION_FILE).parent), download=False)
-            .to(device)
-            .eval()
-        )
-        self.resize, self.device = build_resizer("clean"), device
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> FloatArray:
-        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        resized = np.stack([self.resize(image) for image in colour])  # (B, 299, 299, 3), 0..255
-        batch = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
-        values: NDArray[np.float64] = self.model(batch).double().cpu().numpy()
-        return values
+@torch.inference_mode()
+def _inception_features(
+    inception: nn.Module,
+    resize: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    device: torch.device,
+    images: Tensor,
+) -> FloatArray:
+    colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    resized = np.stack([resize(image) for image in colour])  # (B, 299, 299, 3), 0..255
+    features: Tensor = inception(torch.from_numpy(resized).permute(0, 3, 1, 2).to(device))
+    return features.double().cpu().numpy()
 
 
 def _inception_folder(config: RunConfig, cache: Path) -> Path | None:

@@ -36,14 +36,7 @@ from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import SweepResults, open_results
-from tdc_ray.runs.sweep.space import (
-    Domain,
-    Params,
-    check_space,
-    grid,
-    setting_name,
-    with_params,
-)
+from tdc_ray.runs.sweep.space import Domain, Params, check_space, grid, setting_name, with_params
 from tdc_ray.runs.sweep.study import distribution, open_storage, reconcile
 from tdc_ray.runs.sweep.table import SweepTable
 from tdc_ray.runs.sweep.trial import TrialSpec, point_of, run_trial

@@ -58,11 +58,7 @@ class SweepTable:
         self._write()
 
     def end(
-        self,
-        params: Params,
-        seeds: Sequence[int],
-        status: TrialStatus,
-        reason: str | None = None,
+        self, params: Params, seeds: Sequence[int], status: TrialStatus, reason: str | None = None
     ) -> None:
         """Complete the rows of a trial.
 
