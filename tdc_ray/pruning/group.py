@@ -1,12 +1,11 @@
-"""The search of one timestep group: what it works on, and the items that it is made of."""
+"""The search of one timestep group: what it works on, and where its results are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.item import Inputs, Job, R, Report, WorkItem
 from tdc_ray.models.units import KeptIndices, kept_digest
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.space import Space
@@ -66,54 +65,25 @@ class GroupSearch:
                     "tdc-ray prune use others."
                 )
 
-    def item(
-        self,
-        name: str,
-        function: Callable[[Job, Report], R | None],
-        job: Job,
-        *,
-        result_type: type[R],
-        cost: float = 0.0,
-        behind: float = 0.0,
-        num_steps: int = 1,
-        kept: KeptIndices | None = None,
-        inputs: Callable[[Job], Inputs | None] | None = None,
-        files: tuple[Path, ...] = (),
-        service: str | None = None,
-        fallback_result: R | None = None,
-    ) -> WorkItem[Job, R]:
-        """Make an item of the search; see ``WorkItem``.
+    def key(self, name: str) -> str:
+        """Return the key of an item of the search."""
+        return f"{self.name}/{name}"
 
-        Args:
-            name: Its name within the group.
-            function: What to call.
-            job: With what.
-            result_type: What it returns.
-            cost: Expected macs.
-            behind: Expected macs of the search after it; those of what follows it are added.
-            num_steps: Steps that it reports.
-            kept: The choice that it is about, which its result is named after: where others
-                choose other schemes than in an earlier attempt, so may this group, at the same
-                place.
-            inputs: Returns what the result follows from; None means that no other run may use it.
-            files: What it writes beside its result.
-            service: What runs it in place of a worker.
-            fallback_result: Its result where the service is lost.
+    def result_path(self, name: str, kept: KeptIndices | None = None) -> Path:
+        """Return where an item's result is kept, of which what is kept of the base is a part.
+
+        Where others choose other schemes than in an earlier attempt, so may this group under the
+        same name.
         """
-        file = name if kept is None else f"{name}-{kept_digest(kept)}"
-        return WorkItem(
-            key=f"{self.name}/{name}",
-            function=function,
-            job=job,
-            result_path=self.folder / f"{file}.json",
-            cost=cost,
-            cost_behind=behind + self.context.work_after * self.max_macs,
-            num_steps=num_steps,
-            inputs=inputs,
-            files=files,
-            service=service,
-            fallback_result=fallback_result,
-            result_type=result_type,
+        return self.folder / f"{name if kept is None else f'{name}-{kept_digest(kept)}'}.json"
+
+    def cost_behind(self, num_candidates: int = 0) -> float:
+        """Estimate the macs of measuring some candidates, and of what follows the search."""
+        prune = self.context.prune
+        images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")
+        return (
+            float(num_candidates * images * self.max_macs)
+            + self.context.work_after * self.max_macs
         )
 
 

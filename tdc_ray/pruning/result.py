@@ -1,7 +1,6 @@
 """What the search of a group results in, and what it took."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from tdc_ray.models.units import KeptIndices, widths_of
 from tdc_ray.pruning.memory import MemoryEntry
@@ -14,20 +13,6 @@ class Candidate:
 
     entry: MemoryEntry
     kept: KeptIndices
-
-
-class Computed(Protocol):
-    """The result of an item that computed."""
-
-    @property
-    def macs(self) -> float:
-        """Macs that it took."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that it took."""
-        ...
 
 
 @dataclass(slots=True)
@@ -46,10 +31,10 @@ class SearchCost:
     notes: list[str] = field(default_factory=list)
     """What went otherwise than asked for."""
 
-    def add(self, result: Computed) -> None:
+    def add(self, macs: float, seconds: float) -> None:
         """Count an item that computed."""
-        self.macs += result.macs
-        self.seconds += result.seconds
+        self.macs += macs
+        self.seconds += seconds
 
 
 @dataclass(frozen=True, slots=True)

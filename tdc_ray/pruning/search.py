@@ -32,69 +32,145 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     Without pruning (``prune.method`` none) it is the base itself.
     """
     search.check_space()
-    method, cost = search.context.prune.method, SearchCost()
+    rounds, method = _Rounds(search, memory), search.context.prune.method
     base = yield from result_of(base_item(search))
-    cost.add(base)
+    rounds.cost.add(base.macs, base.seconds)
     if method == "none" or search.limit >= search.space.cost_base:
         kept = keep_everything(search.space.units)
-        return SearchResult(kept, None, base.loss_cut, (), cost)
+        return SearchResult(kept, None, base.loss_cut, (), rounds.cost)
     if method == "offline" or method == "llm":
-        candidates = yield from _search_by_proxy(search, memory, method, base.loss_cut, cost)
+        candidates = yield from rounds.by_proxy(method, base.loss_cut)
     else:
-        candidates = yield from _search_by_score(search, memory, method, cost)
+        candidates = yield from rounds.by_score(method)
     candidates.sort(key=lambda one: (isnan(one.entry.loss), one.entry.loss, one.entry.key))
     best = candidates[0]
-    return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), cost)
+    return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), rounds.cost)
 
 
-def _search_by_score(
-    search: GroupSearch, memory: MemoryBank, method: ScoreMethod, cost: SearchCost
-) -> Chain[list[Candidate]]:
-    """Measure the schemes that follow from a score; there is one round and nothing to learn."""
-    scores = yield from _scores(search, method, cost)
-    schemes = baseline_schemes(search.space, scores, search.limit)
-    proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
-    return (yield from _measure(search, memory, 0, proposals, scores, cost))
+class _Rounds:
+    """The rounds of one search."""
 
+    def __init__(self, search: GroupSearch, memory: MemoryBank) -> None:
+        self._search, self._memory, self.cost = search, memory, SearchCost()
+        self._space, self._prune = search.space, search.context.prune
 
-def _search_by_proxy(
-    search: GroupSearch,
-    memory: MemoryBank,
-    method: ProxyMethod,
-    loss_base: float,
-    cost: SearchCost,
-) -> Chain[list[Candidate]]:
-    """Measure sensitivities, then let the proxy propose, round by round."""
-    prune, group = search.context.prune, search.group
-    scores, sensitivities = yield from _sensitivities(search, loss_base, cost)
-    shared = prune.memory == "shared" and len(search.participants) > 1
-    candidates: list[Candidate] = []
-    for number in range(prune.num_rounds):
-        if shared and number > 0:
-            yield Barrier(f"round {number}", search.participants)
-        visible = memory.visible_to(group.index, before_round=number, shared=shared)
-        request = ProposalRequest(
-            space=search.space,
-            group=group.index,
-            timesteps=(group.first, group.last),
-            snr_db=(group.snr_db_first, group.snr_db_last),
-            limit=search.limit,
-            loss_base=loss_base,
-            scores=scores,
-            sensitivities=sensitivities,
-            num_candidates=prune.num_candidates,
-            round=number,
-            num_rounds=prune.num_rounds,
-            seed=derive_seed(search.context.seed, "propose", group.index, number),
-        )
-        proposals: list[Proposal] = []
-        names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
-        for name in dict.fromkeys(names):
-            if len(proposals) < prune.num_candidates:
-                schemes = yield from PROXIES[name](search, request, visible, cost)
-                proposals += _new_proposals(request, visible, name, schemes, proposals)
-        candidates += yield from _measure(search, memory, number, proposals, scores, cost)
-    return candidates
+    def by_score(self, method: ScoreMethod) -> Chain[list[Candidate]]:
+        """Measure the schemes that follow from a score; in one round, with nothing to learn."""
+        scores = yield from self._scores(method)
+        schemes = baseline_schemes(self._space, scores, self._search.limit)
+        proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
+        return (yield from self._measure(0, proposals, scores))
+
+    def by_proxy(self, method: ProxyMethod, loss_base: float) -> Chain[list[Candidate]]:
+        """Measure sensitivities, then let the proxy propose, round by round."""
+        search, prune, group = self._search, self._prune, self._search.group
+        scores, sensitivities = yield from self._sensitivities(loss_base)
+        shared = prune.memory == "shared" and len(search.participants) > 1
+        candidates: list[Candidate] = []
+        for number in range(prune.num_rounds):
+            if shared and number > 0:
+                yield Barrier(f"round {number}", search.participants)
+            visible = self._memory.visible_to(group.index, before_round=number, shared=shared)
+            request = ProposalRequest(
+                space=self._space,
+                group=group.index,
+                timesteps=(group.first, group.last),
+                snr_db=(group.snr_db_first, group.snr_db_last),
+                limit=search.limit,
+                loss_base=loss_base,
+                scores=scores,
+                sensitivities=sensitivities,
+                num_candidates=prune.num_candidates,
+                round=number,
+                num_rounds=prune.num_rounds,
+                seed=derive_seed(search.context.seed, "propose", group.index, number),
+            )
+            proposals: list[Proposal] = []
+            names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
+            for name in dict.fromkeys(names):
+                if len(proposals) < prune.num_candidates:
+                    schemes = yield from PROXIES[name](search, request, visible, self.cost)
+                    proposals += _new_proposals(request, visible, name, schemes, proposals)
+            candidates += yield from self._measure(number, proposals, scores)
+        return candidates
+
+    def _scores(self, method: ScoreMethod) -> Chain[Scores]:
+        """Score the base's units."""
+        result = yield from result_of(score_item(self._search, method))
+        self.cost.add(result.macs, result.seconds)
+        return result.scores
+
+    def _sensitivities(self, loss_base: float) -> Chain[tuple[Scores, Sensitivities]]:
+        """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
+        search, prune, space = self._search, self._prune, self._space
+        has_streams = any(unit.kind == "stream" for unit in space.units)
+        scores: Scores = {}
+        if prune.refit == "none" or has_streams:
+            by_taylor = yield from self._scores("taylor")
+            scores = {
+                unit.name: by_taylor[unit.name]
+                for unit in space.units
+                if prune.refit == "none" or unit.kind == "stream"
+            }
+        full = keep_everything(space.units)
+        items = sensitivity_items(search, 0, full, scores, loss_base, NUM_SHARES)
+        sensitivities: Sensitivities = {}
+        results: Sequence[SensitivityResult | StreamResult] = yield items
+        for result in results:
+            self.cost.add(result.macs, result.seconds)
+            if isinstance(result, SensitivityResult):
+                scores |= result.scores
+            sensitivities = {**sensitivities, **result.sensitivities}
+        scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
+        for number in range(1, prune.num_passes):
+            excess = space.cost_base - search.limit
+            limit = space.cost_base - excess * number // (prune.num_passes - 1)
+            curves = loss_curves(space, sensitivities)
+            start = knapsack(space, curves, limit)
+            kept, loss = select_top(space.units, scores, start), loss_base
+            if has_streams:
+                item = candidate_item(search, f"sensitivities-{number}-start", kept, 0)
+                measured = yield from result_of(item)
+                self.cost.add(measured.macs, measured.seconds)
+                loss = measured.loss
+            further: dict[str, dict[int, float]] = {}
+            results = yield sensitivity_items(search, number, kept, scores, loss, 1)
+            for result in results:
+                self.cost.add(result.macs, result.seconds)
+                further |= result.sensitivities
+            sensitivities = extend_sensitivities(sensitivities, curves, start, further)
+        return scores, sensitivities
+
+    def _measure(
+        self, number: int, proposals: Sequence[Proposal], scores: Scores
+    ) -> Chain[list[Candidate]]:
+        """Cut, refit and measure the schemes of a round, and remember them."""
+        search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
+        choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
+        items = [
+            candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index)
+            for index, kept in enumerate(choices)
+        ]
+        results = yield from results_of(items)
+        candidates = []
+        for index, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
+            entry = MemoryEntry(
+                group=search.group.index,
+                round=number,
+                candidate=index,
+                source=proposal.source,
+                widths=proposal.scheme,
+                macs=space.macs(proposal.scheme),
+                num_params=space.num_params(proposal.scheme),
+                loss_cut=result.loss_cut,
+                loss_refit=result.loss_refit,
+                overshoot=proposal.overshoot,
+                nanoseconds=space.nanoseconds(proposal.scheme),
+            )
+            self._memory.add(entry)
+            self.cost.add(result.macs, result.seconds)
+            candidates.append(Candidate(entry, choices[index]))
+        return candidates
 
 
 def _new_proposals(
@@ -124,92 +200,3 @@ def _new_proposals(
             fresh.append(Proposal(source, fitted, overshoot))
             tried.append(fitted)
     return fresh[: request.num_candidates - len(proposals)]
-
-
-def _scores(search: GroupSearch, method: ScoreMethod, cost: SearchCost) -> Chain[Scores]:
-    """Score the base's units."""
-    result = yield from result_of(score_item(search, method))
-    cost.add(result)
-    return result.scores
-
-
-def _sensitivities(
-    search: GroupSearch, loss_base: float, cost: SearchCost
-) -> Chain[tuple[Scores, Sensitivities]]:
-    """Measure sensitivities on the base, then on knapsacks of these on the way to the limit."""
-    prune, space = search.context.prune, search.space
-    has_streams = any(unit.kind == "stream" for unit in space.units)
-    scores: Scores = {}
-    if prune.refit == "none" or has_streams:
-        by_taylor = yield from _scores(search, "taylor", cost)
-        scores = {
-            unit.name: by_taylor[unit.name]
-            for unit in space.units
-            if prune.refit == "none" or unit.kind == "stream"
-        }
-    full = keep_everything(space.units)
-    items = sensitivity_items(search, 0, full, scores, loss_base, NUM_SHARES)
-    sensitivities: Sensitivities = {}
-    results: Sequence[SensitivityResult | StreamResult] = yield items
-    for result in results:
-        cost.add(result)
-        if isinstance(result, SensitivityResult):
-            scores |= result.scores
-        sensitivities = {**sensitivities, **result.sensitivities}
-    scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
-    for number in range(1, prune.num_passes):
-        excess = space.cost_base - search.limit
-        limit = space.cost_base - excess * number // (prune.num_passes - 1)
-        curves = loss_curves(space, sensitivities)
-        start = knapsack(space, curves, limit)
-        kept, loss = select_top(space.units, scores, start), loss_base
-        if has_streams:
-            item = candidate_item(search, f"sensitivities-{number}-start", kept, 0)
-            measured = yield from result_of(item)
-            cost.add(measured)
-            loss = measured.loss
-        further: dict[str, dict[int, float]] = {}
-        items = sensitivity_items(search, number, kept, scores, loss, 1)
-        results = yield items
-        for result in results:
-            cost.add(result)
-            further |= result.sensitivities
-        sensitivities = extend_sensitivities(sensitivities, curves, start, further)
-    return scores, sensitivities
-
-
-def _measure(
-    search: GroupSearch,
-    memory: MemoryBank,
-    number: int,
-    proposals: Sequence[Proposal],
-    scores: Scores,
-    cost: SearchCost,
-) -> Chain[list[Candidate]]:
-    """Cut, refit and measure the schemes of a round, and remember them."""
-    space, first = search.space, 1 + number * search.context.prune.num_candidates
-    choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
-    items = [
-        candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index)
-        for index, kept in enumerate(choices)
-    ]
-    results = yield from results_of(items)
-    candidates = []
-    for index, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
-        entry = MemoryEntry(
-            group=search.group.index,
-            round=number,
-            candidate=index,
-            source=proposal.source,
-            widths=proposal.scheme,
-            macs=space.macs(proposal.scheme),
-            num_params=space.num_params(proposal.scheme),
-            loss_cut=result.loss_cut,
-            loss_refit=result.loss_refit,
-            overshoot=proposal.overshoot,
-            nanoseconds=space.nanoseconds(proposal.scheme),
-        )
-        memory.add(entry)
-        cost.add(result)
-        candidates.append(Candidate(entry, choices[index]))
-    return candidates

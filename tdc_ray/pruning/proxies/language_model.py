@@ -11,7 +11,7 @@ from typing import Any
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.execution.chain import Chain, result_of
-from tdc_ray.execution.item import Report
+from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import Answer, check_server, send, server_host, token_limit_field
@@ -48,11 +48,15 @@ def language_model_proxy(
 ) -> Chain[list[Scheme]]:
     """Ask a language model; where there is no usable reply the reason is noted."""
     context = search.context
-    item = search.item(
-        f"round-{request.round}-ask",
-        propose_by_llm,
-        AskJob(context.proxy, request, tuple(memory), context.run_dir.transcripts),
+    name = f"round-{request.round}-ask"
+    item = WorkItem(
+        key=search.key(name),
+        function=propose_by_llm,
+        job=AskJob(context.proxy, request, tuple(memory), context.run_dir.transcripts),
+        result_path=search.result_path(name),
         result_type=ProposalReply,
+        cost=0.0,
+        cost_behind=search.cost_behind(),
         service=LLM_SERVICE,
         fallback_result=NO_REPLY,
     )

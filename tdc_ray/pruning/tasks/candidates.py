@@ -71,42 +71,29 @@ def candidate_item(
     prune, macs = search.context.prune, search.space.macs(widths_of(kept))
     refitted = prune.refit != "none" and macs < search.space.macs_base
     images = prune.num_images + 3 * prune.num_refit_images * refitted
-    return search.item(
-        name,
-        measure_candidate,
-        CandidateJob(search.context, search.group, kept, number),
+    return WorkItem(
+        key=search.key(name),
+        function=measure_candidate,
+        job=CandidateJob(search.context, search.group, kept, number),
+        result_path=search.result_path(name, kept),
         result_type=CandidateResult,
         cost=float(images * macs),
-        behind=candidates_macs(search, number),
+        cost_behind=search.cost_behind(prune.num_rounds * prune.num_candidates - number),
         num_steps=max(number, 1),
-        kept=kept,
         inputs=cache_inputs,
     )
 
 
 def base_item(search: GroupSearch) -> WorkItem[CandidateJob, CandidateResult]:
     """Make the item that measures the base, and saves what the group's refits need of it."""
-    item, prune = (
-        candidate_item(search, "base", keep_everything(search.space.units), 0),
-        search.context.prune,
-    )
-    if (
-        prune.refit == "none"
-        or prune.method == "none"
-        or search.max_macs >= search.space.macs_base
-    ):
+    prune, macs_base = search.context.prune, search.space.macs_base
+    item = candidate_item(search, "base", keep_everything(search.space.units), 0)
+    if "none" in (prune.refit, prune.method) or search.max_macs >= macs_base:
         return item
-    weighing = 3.0 * prune.num_refit_images * search.space.macs_base
+    weighing = 3.0 * prune.num_refit_images * macs_base
     return replace(
         item,
         job=replace(item.job, saves_weights=True),
         cost=item.cost + weighing,
         files=(search.context.run_dir.error_weights(search.group.index),),
     )
-
-
-def candidates_macs(search: GroupSearch, number: int = 0) -> float:
-    """Estimate the macs of measuring all candidates that come after one."""
-    prune = search.context.prune
-    images = prune.num_images + 3 * prune.num_refit_images * (prune.refit != "none")
-    return float((prune.num_rounds * prune.num_candidates - number) * images * search.max_macs)

@@ -65,11 +65,13 @@ def score_units(job: ScoreJob, report: Report) -> ScoreResult:
 
 def score_item(search: GroupSearch, method: ScoreMethod) -> WorkItem[ScoreJob, ScoreResult]:
     """Make the item that scores all units by a criterion."""
-    return search.item(
-        "scores",
-        score_units,
-        ScoreJob(search.context, search.group, method),
+    return WorkItem(
+        key=search.key("scores"),
+        function=score_units,
+        job=ScoreJob(search.context, search.group, method),
+        result_path=search.result_path("scores"),
         result_type=ScoreResult,
         cost=3.0 * search.context.prune.num_images * search.space.macs_base,
+        cost_behind=search.cost_behind(),
         inputs=cache_inputs,
     )

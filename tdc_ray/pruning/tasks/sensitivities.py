@@ -26,7 +26,6 @@ from tdc_ray.pruning.sensitivity import (
     solve_units,
 )
 from tdc_ray.pruning.space import Scheme
-from tdc_ray.pruning.tasks.candidates import candidates_macs
 
 VERSION = 3
 """Changes whenever sensitivities do, so that cached ones are measured again."""
@@ -171,34 +170,39 @@ def sensitivity_items(
         loss: Of that model.
         num_shares: Items for the inner units; each runs the images through the whole model.
     """
-    prune, context, group = search.context.prune, search.context, search.group
+    prune, of_group = search.context.prune, (search.context, search.group)
     units = [unit for unit in search.space.units if len(kept[unit.name]) > 1]
     inner = [unit.name for unit in units if unit.kind != "stream"]
-    macs, behind = search.space.macs(widths_of(kept)), candidates_macs(search)
+    streams = [unit.name for unit in units if unit.kind == "stream"]
+    macs, refitting = search.space.macs(widths_of(kept)), 3 * prune.num_refit_images
+    behind = search.cost_behind(prune.num_rounds * prune.num_candidates)
     items: list[SensitivityItem] = []
     for share in range(num_shares):
         if names := tuple(inner[share::num_shares]):
-            measuring = len(names) * prune.num_levels * prune.num_images / 2
+            name, measuring = f"sensitivities-{number}-{share}", len(names) * prune.num_levels
             items.append(
-                search.item(
-                    f"sensitivities-{number}-{share}",
-                    measure_sensitivities,
-                    SensitivityJob(context, group, names, kept, scores),
+                WorkItem(
+                    key=search.key(name),
+                    function=measure_sensitivities,
+                    job=SensitivityJob(*of_group, names, kept, scores),
+                    result_path=search.result_path(name),
                     result_type=SensitivityResult,
-                    cost=(3 * prune.num_refit_images + measuring) * macs,
-                    behind=behind,
+                    cost=(refitting + measuring * prune.num_images / 2) * macs,
+                    cost_behind=behind,
                     inputs=cache_inputs,
                 )
             )
-    for index, unit in enumerate(unit for unit in units if unit.kind == "stream"):
+    for index, stream in enumerate(streams):
+        name = f"sensitivities-{number}-stream-{index}"
         items.append(
-            search.item(
-                f"sensitivities-{number}-stream-{index}",
-                measure_stream,
-                StreamJob(context, group, unit.name, kept, scores, loss),
+            WorkItem(
+                key=search.key(name),
+                function=measure_stream,
+                job=StreamJob(*of_group, stream, kept, scores, loss),
+                result_path=search.result_path(name),
                 result_type=StreamResult,
-                cost=prune.num_levels * (prune.num_images + 3 * prune.num_refit_images) * macs,
-                behind=behind,
+                cost=prune.num_levels * (prune.num_images + refitting) * macs,
+                cost_behind=behind,
                 inputs=cache_inputs,
             )
         )

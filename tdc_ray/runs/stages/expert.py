@@ -116,7 +116,7 @@ def _successive_halving(
         for candidate, short in zip(candidates, tuned, strict=True):
             memory.set_tuned_loss(candidate.entry.key, short.loss)
             losses[candidate.entry.key] = short.loss
-            result.cost.add(short)
+            result.cost.add(short.macs, short.seconds)
         candidates.sort(key=lambda one: (math.isnan(losses[one.entry.key]), losses[one.entry.key]))
         candidates = candidates[: (len(candidates) + 1) // 2]
         steps, before = 2 * steps, steps

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tdc_ray.execution.item import Inputs, R, Report, Resources, WorkItem
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import family_of, load_config
 from tdc_ray.models.saved_expert import save_expert
-from tdc_ray.models.units import KeptIndices, kept_digest, widths_of
+from tdc_ray.models.units import KeptIndices, widths_of
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.fingerprint import group_key
 from tdc_ray.pruning.group import GroupSearch
@@ -169,19 +170,10 @@ def finetune_item(
     search: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
 ) -> WorkItem[FinetuneJob, FinetuneResult]:
     """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
-    job = _job(search, f"finetune-{kept_digest(kept)}", kept, train, compute)
-    item = search.item(
-        "finetune",
-        finetune_expert,
-        job,
-        result_type=FinetuneResult,
-        cost=_cost(search, job),
-        num_steps=train.num_steps,
-        kept=kept,
-        inputs=finetune_inputs,
-        files=(search.context.run_dir.expert(search.group.index),),
-    )
-    return _as_training(item, compute)
+    job = _job(search, "finetune", kept, train, compute, 0)
+    expert = search.context.run_dir.expert(search.group.index)
+    item = _item(search, "finetune", finetune_expert, job, FinetuneResult, compute)
+    return replace(item, inputs=finetune_inputs, files=(expert,))
 
 
 def short_finetune_item(
@@ -202,27 +194,31 @@ def short_finetune_item(
         compute: What trains.
         steps_before: How many of the steps an earlier item of this name took.
     """
-    job = _job(search, f"{name}-{kept_digest(kept)}", kept, train, compute, steps_before)
-    item = search.item(
-        f"{name}-{train.num_steps}",
-        short_finetune,
-        job,
-        result_type=ShortFinetuneResult,
-        cost=_cost(search, job),
-        num_steps=train.num_steps,
-        kept=kept,
-        inputs=short_finetune_inputs,
-        files=(job.checkpoint,),  # from which a longer one resumes
-    )
-    return _as_training(item, compute)
+    job = _job(search, name, kept, train, compute, steps_before)
+    name = f"{name}-{train.num_steps}"
+    item = _item(search, name, short_finetune, job, ShortFinetuneResult, compute)
+    # a longer one resumes from the checkpoint
+    return replace(item, inputs=short_finetune_inputs, files=(job.checkpoint,))
 
 
-def _as_training(
-    item: WorkItem[FinetuneJob, R], compute: ComputeConfig
+def _item(
+    search: GroupSearch,
+    name: str,
+    function: Callable[[FinetuneJob, Report], R | None],
+    job: FinetuneJob,
+    result_type: type[R],
+    compute: ComputeConfig,
 ) -> WorkItem[FinetuneJob, R]:
-    """Assign an item to actors that train: one, or several, data parallel."""
-    return replace(
-        item,
+    """Make an item for actors that train: one, or several, data parallel."""
+    return WorkItem(
+        key=search.key(name),
+        function=function,
+        job=job,
+        result_path=search.result_path(name, job.kept),
+        result_type=result_type,
+        cost=3.0 * search.space.macs(widths_of(job.kept)) * job.num_images,
+        cost_behind=search.cost_behind(),
+        num_steps=job.train.num_steps,
         resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
         num_workers=compute.workers_per_finetune,
         reduce_memory=smaller_micro_batch,
@@ -235,16 +231,13 @@ def _job(
     kept: KeptIndices,
     train: TrainConfig,
     compute: ComputeConfig,
-    steps_before: int = 0,
+    steps_before: int,
 ) -> FinetuneJob:
-    checkpoint, num_workers = search.folder / f"{name}.pt", compute.workers_per_finetune
+    checkpoint = search.result_path(name, kept).with_suffix(".pt")
+    num_workers = compute.workers_per_finetune
     return FinetuneJob(
         search.context, search.group, kept, train, num_workers, checkpoint, steps_before
     )
-
-
-def _cost(search: GroupSearch, job: FinetuneJob) -> float:
-    return 3.0 * search.space.macs(widths_of(job.kept)) * job.num_images
 
 
 def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
