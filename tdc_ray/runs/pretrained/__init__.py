@@ -1,5 +1,5 @@
-"""Bases that are given: where they come from, what they tell, their import.
+"""Pretrained bases: where they come from, the settings that they bring, their import.
 
-``sources`` resolves folders, hub names and checkpoints; ``settings`` applies what they tell.
+``sources`` resolves folders, hub names and checkpoints; ``settings`` applies what a base says.
 May be used by runs and cli.
 """
