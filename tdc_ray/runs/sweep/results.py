@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.config.sweep import Objective, SweepConfig
 from tdc_ray.errors import StorageError
-from tdc_ray.runs.preflight import refuse_other_settings
 from tdc_ray.runs.results import load_checked
 from tdc_ray.runs.sweep.space import Domain, Params, Value, labels
 from tdc_ray.storage.files import exists, write_json
@@ -156,6 +155,8 @@ def open_results(
         StorageError: The folder holds a sweep of other settings.
     """
     path = folder / CONFIG_FILE
+    from tdc_ray.runs.preflight import refuse_other_settings  # imports torch, plan must not
+
     refuse_other_settings(path, config, "sweep", "name")
     if not exists(path):
         write_json(path, to_json(config))
