@@ -9,7 +9,6 @@ import torch
 from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
-from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE
 from tdc_ray.diffusion.plan import one_group, plan_groups
 from tdc_ray.execution.chain import Chain
@@ -65,8 +64,9 @@ def scores_of(
     """
     config, folder = with_absolute_paths(config), folder.resolve()
     claim(folder, config)
-    spec = choose_features(config, load_dataset(config.data), folder / "features.json")
-    pool.run({"features": prepare_features(RunDir(folder / "reference"), config, spec)})
+    spec = choose_features(config.data, config.evaluate, folder / "features.json")
+    reference = RunDir(folder / "reference")
+    pool.run({"features": prepare_features(reference, config.data, config.evaluate, spec)})
     chains = {}
     for name, model in models.items():
         for seed in seeds:
@@ -92,7 +92,7 @@ def _refer(path: Path, to: Path) -> None:
 
 
 def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) -> Chain[float]:
-    yield from prepare_features(run_dir, config, spec)
+    yield from prepare_features(run_dir, config.data, config.evaluate, spec)
     results = []
     for shard in evaluate(run_dir, config, spec, model.which, model.macs).values():
         results.append((yield from shard))

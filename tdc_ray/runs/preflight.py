@@ -69,7 +69,7 @@ def check(
         num_class_embeds=unet.get("num_class_embeds"),
         num_data_classes=dataset.num_classes,
     )
-    check_labels(config, dataset)
+    check_labels(data, config.evaluate)
     return unet, space, plan
 
 

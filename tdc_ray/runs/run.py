@@ -11,7 +11,6 @@ from typing import Any
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents, training_data
-from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
@@ -84,7 +83,7 @@ def run(
     network, space, plan = check(config, pretrained)
     with hold_lease(run_dir.root):
         _save_settings(run_dir, config, plan)
-        spec = choose_features(config, load_dataset(config.data), run_dir.features)
+        spec = choose_features(config.data, config.evaluate, run_dir.features)
         timeline = Timeline(run_dir.timeline)
         with (
             connected(local_cpus(config.compute)),
@@ -177,7 +176,8 @@ def _make_experts(
         search.name: make_expert(search, memory, config.finetune, config.compute)
         for search in searches
     }
-    done = pool.run(chains | {"features": prepare_features(run_dir, config, spec)}, "experts")
+    features = prepare_features(run_dir, config.data, config.evaluate, spec)
+    done = pool.run(chains | {"features": features}, "experts")
     return [done[search.name] for search in searches], done["features"]
 
 

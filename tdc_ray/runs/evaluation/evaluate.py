@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import images_key
@@ -109,7 +111,8 @@ class SampleJob:
 class FeatureJob:
     """Extract features of sampled images (a path) or of training images (first and count)."""
 
-    config: RunConfig
+    data: DataConfig
+    evaluate: EvaluateConfig
     spec: FeatureSpec
     samples: Path | tuple[int, int]
     moments_path: Path
@@ -117,7 +120,9 @@ class FeatureJob:
     """SHA-256 of sampled images, where it is known."""
 
 
-def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> Chain[str]:
+def prepare_features(
+    run_dir: RunDir, data: DataConfig, config: EvaluateConfig, spec: FeatureSpec
+) -> Chain[str]:
     """Train the classifier if one is needed, then compute the moments of the training images.
 
     Both are kept in the cache for other runs.
@@ -131,7 +136,7 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
         item = WorkItem(
             key="features/classifier",
             function=train_classifier_item,
-            job=FeatureJob(config, spec, spec.path, spec.path),
+            job=FeatureJob(data, config, spec, spec.path, spec.path),
             result_path=result_path,
             cost=0.0,
             inputs=classifier_inputs,
@@ -142,20 +147,20 @@ def prepare_features(run_dir: RunDir, config: RunConfig, spec: FeatureSpec) -> C
     if exists(run_dir.reference):
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])
-    named = config.evaluate.reference  # of clean-fid's own statistics, which are of Inception's
+    named = config.reference  # of clean-fid's own statistics, which are of Inception's
     if named is not None and spec.num_classes is None:
-        moments = ready_statistics(named, config.data.image_size)
+        moments = ready_statistics(named, data.image_size)
         if moments is not None:
             source = f"clean-fid's statistics of {named}, training split"
             return _save_reference(run_dir, moments, source)
-    count = len(load_dataset(config.data))
+    count = len(load_dataset(data))
     if not exists(spec.moments_path):
         shards = range(0, count, REFERENCE_SHARD)
         paths = [run_dir.samples / "reference" / f"{first:07d}.npz" for first in shards]
         yield [
             _feature_item(
                 f"reference/{first:07d}",
-                FeatureJob(config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
+                FeatureJob(data, config, spec, (first, min(REFERENCE_SHARD, count - first)), path),
             )
             for first, path in zip(shards, paths, strict=True)
         ]
@@ -254,7 +259,7 @@ def feature_inputs(job: FeatureJob) -> Inputs | None:
     """Return what :func:`extract_features` follows from, where that is known."""
     if not isinstance(job.samples, Path):
         images = [
-            images_key(training_data(job.config.data, job.config.evaluate.cache_dir)),
+            images_key(training_data(job.data, job.evaluate.cache_dir)),
             *job.samples,
         ]
     elif job.digest is not None:
@@ -266,7 +271,7 @@ def feature_inputs(job: FeatureJob) -> Inputs | None:
         "version": VERSION,
         "extractor": job.spec.extractor,
         "images": images,
-        "batch_size": job.config.evaluate.batch_size,
+        "batch_size": job.evaluate.batch_size,
     }
 
 
@@ -277,17 +282,16 @@ def classifier_inputs(job: FeatureJob) -> Inputs:
 
 def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
     """Extract features and write their moments."""
-    config, samples = job.config, job.samples
     dataset: ImageDataset
-    if isinstance(samples, Path):
-        with np.load(fetch(samples), allow_pickle=False) as file:
+    if isinstance(job.samples, Path):
+        with np.load(fetch(job.samples), allow_pickle=False) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)  # (N, C, H, W)
         dataset, first, count = ArrayImages(images, None), 0, len(images)
     else:
-        dataset, (first, count) = load_dataset(config.data), samples
-    indices, size = range(first, first + count), config.evaluate.batch_size
+        dataset, (first, count) = load_dataset(job.data), job.samples
+    indices, size = range(first, first + count), job.evaluate.batch_size
     batches = (indices[start : start + size] for start in range(0, count, size))
-    extractor = load_extractor(job.spec, config.data.num_channels, worker_device())
+    extractor = load_extractor(job.spec, job.data.num_channels, worker_device())
     # Moments of 2,048 features take 34 MB: they are added up one batch at a time.
     moments = (moments_of(extractor(dataset.__getitems__(batch).images)) for batch in batches)
     reduce(add, moments).save(job.moments_path)
@@ -298,7 +302,7 @@ def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
 def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
     """Train the classifier that the spec names."""
     assert job.spec.num_classes is not None
-    dataset, channels = load_dataset(job.config.data), job.config.data.num_channels
+    dataset, channels = load_dataset(job.data), job.data.num_channels
     accuracy = train_classifier(dataset, channels, job.spec.num_classes, job.spec.path)
     report({"accuracy": accuracy}, 1)
     return ClassifierResult(accuracy)
@@ -319,9 +323,10 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
         result_type=SampleResult,
     )
     sampled = yield from result_of(item)
-    features = FeatureJob(job.config, spec, path, path.with_suffix(".moments.npz"), sampled.digest)
+    moments_path, config = path.with_suffix(".moments.npz"), job.config
+    features = FeatureJob(config.data, config.evaluate, spec, path, moments_path, sampled.digest)
     yield from result_of(_feature_item(f"{item.key}-features", features))
-    return Shard(sampled, features.moments_path)
+    return Shard(sampled, moments_path)
 
 
 def _feature_item(key: str, job: FeatureJob) -> WorkItem[FeatureJob, FeatureResult]:

@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json
@@ -70,44 +72,44 @@ Extractor = Callable[[Tensor], FloatArray]
 """Computes features, float64 ``(B, D)``, of uint8 images ``(B, C, H, W)``."""
 
 
-def choose_features(config: RunConfig, dataset: ImageDataset, path: Path) -> FeatureSpec:
+def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> FeatureSpec:
     """Choose what a run is scored on, once: what is on the network or in the cache may change.
 
     Args:
-        config: The run's settings.
-        dataset: Its images.
+        data: The training images.
+        evaluate: The features that are asked for, and where they may be.
         path: Where the choice is kept for later calls.
 
     Raises:
         ConfigError: A classifier is asked for, and there are no labels.
         EvaluationError: Neither Inception's weights nor labels for a classifier are available.
     """
-    wanted = read_json(path)["features"] if exists(path) else config.evaluate.features
-    spec = _find_features(config, dataset, wanted)
+    wanted = read_json(path)["features"] if exists(path) else evaluate.features
+    spec = _find_features(data, evaluate, wanted)
     write_json(path, {"features": "inception" if spec.num_classes is None else "classifier"})
     return spec
 
 
-def check_labels(config: RunConfig, dataset: ImageDataset) -> None:
+def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
     """Check that a classifier that is asked for has labels to train on.
 
     Raises:
         ConfigError: It has none.
     """
-    if config.evaluate.features == "classifier" and dataset.num_classes is None:
+    if evaluate.features == "classifier" and load_dataset(data).num_classes is None:
         raise ConfigError(
             "evaluate.features must be inception or auto where not all images have labels, got "
-            f"classifier (data.source {config.data.source}). Inception's weights are looked for "
+            f"classifier (data.source {data.source}). Inception's weights are looked for "
             "in --evaluate.inception-path, in the cache and on the network."
         )
 
 
-def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> FeatureSpec:
-    check_labels(config, dataset)
-    cache = resolve_path(config.evaluate.cache_dir).expanduser()
+def _find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:
+    check_labels(data, evaluate)
+    dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()
     if wanted != "classifier":
-        folder = _inception_folder(config, cache)
+        folder = _inception_folder(evaluate.inception_path, cache)
         if folder is not None:
             moments = cache / "moments" / f"{fingerprint}-inception.npz"
             return FeatureSpec("fid", "Inception-v3 (clean-fid, clean)", folder, moments, None)
@@ -119,12 +121,12 @@ def _find_features(config: RunConfig, dataset: ImageDataset, wanted: str) -> Fea
             )
     if dataset.num_classes is None:
         raise EvaluationError(
-            f"{INCEPTION_FILE} is not available and data.source {config.data.source} has no "
+            f"{INCEPTION_FILE} is not available and data.source {data.source} has no "
             "labels to train a classifier on. Name its folder by --evaluate.inception-path."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
     return FeatureSpec(
-        f"fd_{config.data.name}_cnn",
+        f"fd_{data.name}_cnn",
         f"CNN of this project, {NUM_FEATURES} features, trained on the labels ({key})",
         cache / "classifiers" / f"{key}.safetensors",
         cache / "moments" / f"{key}-cnn.npz",
@@ -226,9 +228,8 @@ def _inception_features(
     return features.double().cpu().numpy()
 
 
-def _inception_folder(config: RunConfig, cache: Path) -> Path | None:
+def _inception_folder(named: str | None, cache: Path) -> Path | None:
     """Find Inception's weights: in the folder that is named, in the cache, on the network."""
-    named = config.evaluate.inception_path
     if named is not None:
         if not exists(resolve_path(named) / INCEPTION_FILE):
             raise EvaluationError(

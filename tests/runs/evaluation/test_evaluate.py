@@ -50,8 +50,8 @@ def config(cache_dir) -> RunConfig:
 def spec(config, tmp_path_factory) -> FeatureSpec:
     """The features of digits, made ready by the chain that a run makes them ready by."""
     ready = RunDir(tmp_path_factory.mktemp("ready"))
-    spec = choose_features(config, load_dataset(config.data), ready.features)
-    where = run_chain(prepare_features(ready, config, spec))
+    spec = choose_features(config.data, config.evaluate, ready.features)
+    where = run_chain(prepare_features(ready, config.data, config.evaluate, spec))
     assert where == "the 1797 training images"
     return spec
 
@@ -69,7 +69,7 @@ def save_experts(run_dir: RunDir, config: RunConfig, kept: KeptIndices) -> None:
 def score_of(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which) -> Score:
     chains = evaluate(run_dir, config, spec, which, macs=1.0)
     results = [run_chain(chain) for chain in chains.values()]
-    run_chain(prepare_features(run_dir, config, spec))
+    run_chain(prepare_features(run_dir, config.data, config.evaluate, spec))
     return score(run_dir, results)
 
 
@@ -154,7 +154,8 @@ def test_moments_of_the_training_images_are_kept_in_the_cache(config, spec):
 def test_another_run_uses_the_classifier_and_moments_of_the_cache(config, spec, tmp_path):
     kept = written(Path(config.evaluate.cache_dir))
     assert (
-        run_chain(prepare_features(RunDir(tmp_path), config, spec)) == "the 1797 training images"
+        run_chain(prepare_features(RunDir(tmp_path), config.data, config.evaluate, spec))
+        == "the 1797 training images"
     )
     assert written(Path(config.evaluate.cache_dir)) == kept
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [RunDir(tmp_path).reference]
@@ -163,9 +164,9 @@ def test_another_run_uses_the_classifier_and_moments_of_the_cache(config, spec, 
 def test_a_classifier_that_went_missing_from_the_cache_is_trained_again(config, tmp_path):
     evaluate_config = dataclasses.replace(config.evaluate, cache_dir=str(tmp_path / "cache"))
     fresh = dataclasses.replace(config, evaluate=evaluate_config)
-    spec = choose_features(fresh, load_dataset(fresh.data), tmp_path / "features.json")
+    spec = choose_features(fresh.data, fresh.evaluate, tmp_path / "features.json")
     write_json(spec.path.with_suffix(".json"), {"accuracy": 0.99})  # all that is left of it
-    (item,) = next(prepare_features(RunDir(tmp_path / "run"), fresh, spec))
+    (item,) = next(prepare_features(RunDir(tmp_path / "run"), fresh.data, fresh.evaluate, spec))
     assert item.function is train_classifier_item
     assert finished(item) is None
 

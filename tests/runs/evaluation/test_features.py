@@ -63,7 +63,7 @@ def npz_of(path: Path, *, labels: bool, channels: int = 1) -> DataConfig:
 
 def choose(config: RunConfig) -> FeatureSpec:
     with tempfile.TemporaryDirectory() as folder:
-        return choose_features(config, load_dataset(config.data), Path(folder) / "features.json")
+        return choose_features(config.data, config.evaluate, Path(folder) / "features.json")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -317,7 +317,7 @@ def test_the_features_of_a_run_are_decided_once(tmp_path, cache_dir):
     evaluate = {"features": "auto", "inception_path": str(inception), "cache_dir": str(cache_dir)}
     config = small_config(evaluate=evaluate)
     decided = tmp_path / "features.json"
-    assert choose_features(config, load_dataset(config.data), decided).metric == "fid"
+    assert choose_features(config.data, config.evaluate, decided).metric == "fid"
     write_json(decided, {"features": "classifier"})  # as an attempt without Inception left it
-    again = choose_features(config, load_dataset(config.data), decided)
+    again = choose_features(config.data, config.evaluate, decided)
     assert again.metric == "fd_digits_cnn"
