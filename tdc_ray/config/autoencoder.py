@@ -10,6 +10,9 @@ from tdc_ray.config.train import TrainConfig
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
 
+EightChannels = Annotated[int, Field(ge=8, multiple_of=8)]
+"""GroupNorm has 8 groups."""
+
 
 @settings()
 class AutoencoderConfig:
@@ -23,7 +26,7 @@ class AutoencoderConfig:
     )
     """The images."""
 
-    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    block_out_channels: Annotated[tuple[EightChannels, ...], Field(min_length=1)] = (16, 32, 64)
     """Channels at each resolution; each but the first halves height and width of the latents."""
 
     layers_per_block: PositiveInt = 1
@@ -56,12 +59,6 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         self.train.check("train")
-        for channels in self.block_out_channels or (0,):
-            if channels < 8 or channels % 8:
-                raise ConfigError(
-                    "block_out_channels must be multiples of 8 (GroupNorm's groups), got "
-                    f"{self.block_out_channels}."
-                )
         whole = self.train.micro_batch_size is None
         require("train", self.train, "micro_batch_size", "None for an autoencoder", ok=whole)
         known, plain = self.train.precision != "auto", self.train.compile == "none"

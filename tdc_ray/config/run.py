@@ -136,18 +136,14 @@ def differences(one: RunConfig, other: RunConfig) -> list[str]:
     return named_differences(_deciding(one), _deciding(other))
 
 
-def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def named_differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
     """Return every value in which two nests of settings of one kind differ."""
     names: list[str] = []
-
-    def compare(path: str, value: object, other_value: object) -> None:
-        if isinstance(value, dict) and isinstance(other_value, dict):
-            for key in value:
-                compare(f"{path}.{key}" if path else key, value[key], other_value[key])
-        elif value != other_value:
-            names.append(f"{path} {value} -> {other_value}")
-
-    compare("", one, other)
+    for name, value in one.items():
+        if isinstance(value, dict) and isinstance(other[name], dict):
+            names += named_differences(value, other[name], f"{prefix}{name}.")
+        elif value != other[name]:
+            names.append(f"{prefix}{name} {value} -> {other[name]}")
     return names
 
 

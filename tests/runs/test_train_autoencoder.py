@@ -131,7 +131,7 @@ def test_the_loss_is_the_mean_over_pixels_of_error_and_divergence():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--block-out-channels", "12"], ["multiples of 8", "(12,)"]),
+        (["--block-out-channels", "12"], ["block_out_channels", "a multiple of 8", "12"]),
         (["--data.image-size", "30"], ["data.image_size", "multiple of 4", "30"]),
         (["--held-out-share", "0"], ["held_out_share", "greater than 0"]),
         (["--latent-channels", "0"], ["latent_channels", "at least 1"]),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tdc_ray.reporting.html.blocks import Kind, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData, SweepData
-from tdc_ray.reporting.html.paper_columns import (
+from tdc_ray.reporting.paper import (
     DATASETS,
     NO_PRUNING,
     SWEPT,

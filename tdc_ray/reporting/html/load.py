@@ -1,7 +1,8 @@
 """Loads the runs and sweeps of a report, finished or not, from their directories alone."""
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -96,19 +97,18 @@ def load_run(root: Path, name: str) -> RunData:
     """
     run_dir = RunDir(root)
     results = _results(run_dir.results)
-    history = _history(run_dir.timeline)
-    progress = None
+    with _damage(run_dir.timeline, "holds what is no event", KeyError, TypeError):
+        history = load_history(run_dir.timeline)
+    progress = plan = None
     if results is None:
-        try:
+        with (
+            _damage(root, "holds a damaged result", KeyError, TypeError),
+            _damage(run_dir.config, "holds no settings", ConfigError),
+        ):
             progress = status(run_dir)
-        except ConfigError as error:
-            raise StorageError(
-                f"{display_path(run_dir.config)} holds no settings: {error}"
-            ) from error
-        except (KeyError, TypeError) as error:
-            raise StorageError(
-                f"{display_path(root)} holds a damaged result: {error!r}."
-            ) from error
+    if exists(run_dir.plan):
+        with _damage(run_dir.plan, "is no plan", ValidationError):
+            plan = _PLAN.validate_python(read_json(run_dir.plan), extra="forbid")
     about = progress.config if results is None and progress is not None else results
     assert about is not None
     return RunData(
@@ -118,7 +118,7 @@ def load_run(root: Path, name: str) -> RunData:
         seed=about.seed,
         results=results,
         progress=progress,
-        plan=_plan(run_dir.plan) if exists(run_dir.plan) else None,
+        plan=plan,
         memory=MemoryBank(run_dir.memory).all(),
         history=history,
         usage=usage(history),
@@ -174,26 +174,20 @@ def _results(path: Path) -> Results | None:
     return results
 
 
-def _plan(path: Path) -> Plan:
+@contextmanager
+def _damage(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise the errors of a damaged file as one that names it."""
     try:
-        return _PLAN.validate_python(read_json(path), extra="forbid")
-    except ValidationError as error:
-        raise StorageError(f"{display_path(path)} is no plan: {error}") from error
-
-
-def _history(path: Path) -> History:
-    try:
-        return load_history(path)
-    except (KeyError, TypeError) as error:
-        raise StorageError(f"{display_path(path)} holds what is no event: {error!r}.") from error
+        yield
+    except errors as error:
+        text = error if isinstance(error, ConfigError | ValidationError) else repr(error)
+        raise StorageError(f"{display_path(path)} {what}: {text}") from error
 
 
 def _images(path: Path) -> Pixels:
-    try:
-        with np.load(fetch(path), allow_pickle=False) as file:
-            images = file["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{display_path(path)} is no npz file of images: {error}.") from error
+    damages = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with _damage(path, "is no npz file of images", *damages), np.load(fetch(path)) as file:
+        images = file["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise StorageError(
             f"{display_path(path)} must hold uint8 images of shape (N, H, W, 1 or 3), got "

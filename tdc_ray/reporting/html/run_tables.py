@@ -8,15 +8,15 @@ import numpy as np
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.reporting.html.blocks import Column, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData
-from tdc_ray.reporting.html.paper_columns import (
+from tdc_ray.reporting.paper import (
     DATASETS,
     NO_PRUNING,
     TABLE_1,
     TABLE_4,
+    PaperRow,
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.reporting.paper import PaperRow
 from tdc_ray.reporting.text import timesteps_text
 from tdc_ray.runs.results import GroupResult, ModelResult, Results
 from tdc_ray.runs.status import GroupStatus, RunStatus
