@@ -35,7 +35,7 @@ Solutions = dict[str, dict[int, Weights]]
 
 
 def levels(unit: Unit, num_levels: int) -> list[int]:
-    """Legal widths at which a unit is measured: evenly spread below its own, down to the least."""
+    """Return legal widths to measure a unit at: evenly spread below its own, down to the least."""
     legal = unit.legal_widths
     spread = {legal[round((len(legal) - 1) * level / num_levels)] for level in range(num_levels)}
     return sorted(width for width in spread if width < unit.width)
@@ -187,7 +187,7 @@ def _output_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
 
 
 def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor:
-    """Rows of the layer's matrix that belong to the best steps of a unit."""
+    """Return the rows of the layer's matrix that belong to the best steps of a unit."""
     (kept,) = select_top((unit,), scores, {unit.name: width}).values()
     taps = layer.weight[0, 0].numel()
     channels = torch.tensor(unit.channel_indices(kept), device=layer.weight.device)

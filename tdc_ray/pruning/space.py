@@ -48,11 +48,11 @@ class Space:
         return {unit.name: unit.width for unit in self.units}
 
     def macs(self, scheme: Scheme) -> int:
-        """Macs of the network cut by a scheme, without building it."""
+        """Return the macs of the network cut by a scheme, without building it."""
         return self.macs_table.total(scheme)
 
     def num_params(self, scheme: Scheme) -> int:
-        """Parameters of the network cut by a scheme."""
+        """Return the parameters of the network cut by a scheme."""
         return self.num_params_table.total(scheme)
 
     @property
@@ -66,7 +66,7 @@ class Space:
         return {name: widths[0] for name, widths in self.legal.items()}
 
     def cost(self, scheme: Scheme) -> int:
-        """What a scheme takes of what is limited."""
+        """Return what a scheme takes of what is limited."""
         return self.costs.total(scheme)
 
     @property
@@ -75,7 +75,7 @@ class Space:
         return self.costs.total(self.full)
 
     def nanoseconds(self, scheme: Scheme) -> int | None:
-        """Time of a forward pass by the table that was measured; None where macs are limited."""
+        """Return the time of a forward pass by the measured table; None where macs are limited."""
         return self.costs.total(scheme) if self.quantity == "time" else None
 
     def step_costs(self, unit: str) -> list[float]:

@@ -68,7 +68,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
 
 
 def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem], float]:
-    """Give what an item takes: as measured, or by its macs."""
+    """Return a function that estimates the seconds of an item: as measured, or by its macs."""
     measured: dict[str, float] = {}
     if simulation.costs is not None:
         run_dir = RunDir(resolve_path(simulation.costs))

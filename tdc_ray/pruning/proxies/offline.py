@@ -87,27 +87,27 @@ def _posterior(
     entries: Sequence[MemoryEntry],
     loss_base: float,
 ) -> tuple[FactorArray, FactorArray]:
-    """Mean of the units' factors, ``(U,)``, and a factor of their covariance, ``(U, U)``."""
+    """Return the mean of the units' factors, ``(U,)``, and a root of their covariance."""
     size = len(space.units)
     pieces = np.array(
         [[curves[u.name][e.widths[u.name] - 1] for u in space.units] for e in entries]
     ).reshape(-1, size)  # (entries, U)
-    grown = np.array([entry.loss - loss_base for entry in entries])
-    usable = np.isfinite(grown)
-    pieces, grown = pieces[usable], grown[usable]
-    if not len(grown) or pieces.sum() <= 0 or grown.mean() <= 0:
+    increases = np.array([entry.loss - loss_base for entry in entries])
+    usable = np.isfinite(increases)
+    pieces, increases = pieces[usable], increases[usable]
+    if not len(increases) or pieces.sum() <= 0 or increases.mean() <= 0:
         return np.ones(size), FACTOR_SPREAD * np.eye(size)
-    scale = grown.sum() / pieces.sum()  # units disturb each other: all grow alike
-    pieces = pieces * scale / (PREDICTION_ERROR * grown.mean())
-    wanted = grown / (PREDICTION_ERROR * grown.mean())
+    scale = increases.sum() / pieces.sum()  # units disturb each other: all grow alike
+    pieces = pieces * scale / (PREDICTION_ERROR * increases.mean())
+    target = increases / (PREDICTION_ERROR * increases.mean())
     precision = np.eye(size) / FACTOR_SPREAD**2
     covariance = np.linalg.inv(precision + pieces.T @ pieces)
-    mean = covariance @ (precision @ np.ones(size) + pieces.T @ wanted)
+    mean = covariance @ (precision @ np.ones(size) + pieces.T @ target)
     return mean, np.linalg.cholesky(covariance)
 
 
 def _nearest_group(memory: Sequence[MemoryEntry], group: int) -> list[MemoryEntry]:
-    """What the nearest other group found; of two, the one of the noisier timesteps."""
+    """Return the entries of the nearest other group; of two, that of the noisier timesteps."""
     others = {entry.group for entry in memory} - {group}
     if not others:
         return []
