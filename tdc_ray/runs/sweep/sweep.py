@@ -22,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
-from tdc_ray.execution.events import EventSink, Sinks
+from tdc_ray.execution.events import EventSink, listening
 from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import Service, start_service
@@ -99,11 +99,15 @@ def sweep(
     _check_trials(config, space, sweep_config.seeds[0], points)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
-    with hold_lease(folder), connected(local_cpus(config.compute), dashboard=True):
+    with (
+        hold_lease(folder),
+        connected(local_cpus(config.compute), dashboard=True),
+        listening(sinks) as events,
+    ):
         check_cluster(config.compute)
         check_capacity(config.compute)
         results = open_results(folder, config, space, sweep_config)
-        table = SweepTable(folder, config, results, Sinks(sinks))
+        table = SweepTable(folder, config, results, events)
         spec = TrialSpec(
             folder=folder,
             config=config,
