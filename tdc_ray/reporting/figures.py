@@ -254,7 +254,7 @@ def _labelled(placed: Sequence[tuple[float, Point]]) -> Sequence[tuple[float, Po
     xs, scores = [x for x, _ in placed], [point.score for _, point in placed]
     width, height = max(xs) - min(xs) or 1.0, max(scores) - min(scores) or 1.0
     chosen: list[tuple[float, Point]] = []
-    for x, point in sorted(placed, key=lambda one: (not one[1].is_base, not one[1].is_best)):
+    for x, point in sorted(placed, key=lambda item: (not item[1].is_base, not item[1].is_best)):
         if point.label and all(
             abs(x - other_x) / width > 0.3 or abs(point.score - other.score) / height > 0.12
             for other_x, other in chosen
@@ -295,9 +295,9 @@ def losses_of_groups(results: Results, name: str) -> str:
     with drawing() as (figure, axes):
         axes.axhline(1, color=BASE, lw=1.2, ls="--", label="base")
         ratios = []
-        for place, (label, (colour, marker, losses)) in enumerate(stages.items()):
+        for number, (label, (colour, marker, losses)) in enumerate(stages.items()):
             points = [
-                (group.index + 0.18 * (place - 1), loss / group.loss_base)
+                (group.index + 0.18 * (number - 1), loss / group.loss_base)
                 for group, loss in zip(results.groups, losses, strict=True)
                 if loss is not None and group.loss_base > 0
             ]
@@ -320,8 +320,8 @@ def rounds_of_groups(memory: Sequence[MemoryEntry], results: Results | None, nam
         for (group, by_round), colour in zip(by_group.items(), cycle(CYCLE), strict=False):
             rounds = sorted(by_round)
             losses = [by_round[number] for number in rounds]
-            mean = np.array([fmean(candidates) for candidates in losses])
-            spread = np.array([stdev(some) if len(some) > 1 else 0.0 for some in losses])
+            mean = np.array([fmean(values) for values in losses])
+            spread = np.array([stdev(values) if len(values) > 1 else 0.0 for values in losses])
             numbers = [number + 1 for number in rounds]
             axes.plot(numbers, mean, "o-", color=colour, label=f"group {group}", ms=4)
             low, high = mean - spread, mean + spread
@@ -351,7 +351,7 @@ def relative_rounds(
     for group, by_round in sorted(losses.items()):
         whole = bases.get(group) or float(np.mean(by_round[min(by_round)]))
         if whole > 0:
-            relative[group] = {n: [loss / whole for loss in some] for n, some in by_round.items()}
+            relative[group] = {n: [loss / whole for loss in row] for n, row in by_round.items()}
     return relative
 
 
@@ -383,12 +383,12 @@ def time_over_macs(results: Results, times: TimesResult, name: str) -> str:
         axes.plot(1, 1, "o", color=BASE, ms=7)
         labelled: list[tuple[float, float]] = []
         for group, milliseconds in zip(results.groups, times.experts_ms, strict=True):
-            place = (group.macs / results.base.macs, milliseconds / times.base_ms)
-            axes.plot(*place, "o", color="tab:blue", ms=6, alpha=0.75)
-            if all(max(abs(place[0] - x), abs(place[1] - y)) > 0.03 for x, y in labelled):
-                labelled.append(place)
+            point = (group.macs / results.base.macs, milliseconds / times.base_ms)
+            axes.plot(*point, "o", color="tab:blue", ms=6, alpha=0.75)
+            if all(max(abs(point[0] - x), abs(point[1] - y)) > 0.03 for x, y in labelled):
+                labelled.append(point)
                 axes.annotate(
-                    str(group.index), place, xytext=(5, 5), textcoords="offset points", fontsize=9
+                    str(group.index), point, xytext=(5, 5), textcoords="offset points", fontsize=9
                 )
         axes.set(xlabel="macs / the base's", ylabel="time / the base's")
         axes.margins(0.1)

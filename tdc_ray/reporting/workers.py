@@ -43,7 +43,7 @@ def print_status(console: Console, status: RunStatus) -> None:
             soft_wrap=True,
         )
     if status.results is None:
-        console.print("not finished; the command that began it goes on", soft_wrap=True)
+        console.print("not finished; the command that began it resumes it", soft_wrap=True)
     else:
         print_results(console, status.results)
 

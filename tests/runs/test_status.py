@@ -49,7 +49,7 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
     timeline.flush()
     assert run_command(["status", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert "not finished; the command that began it goes on" in printed
+    assert "not finished; the command that began it resumes it" in printed
     assert status(RunDir(folder)).groups[2].failed == "it diverged"
     assert "failed: tdc/0000100: [disk] full" in printed
 

@@ -74,8 +74,8 @@ def _section(section: Section) -> Iterator[str]:
     if section.level > 2 and section.run is not None:
         yield f'<p class="kicker">{escape(section.run)}</p>'
     yield f'<{tag} id="{section.key}-title">{escape(section.title)}</{tag}>'
-    for place, block in enumerate(section.blocks):
-        yield from _block(block, f"{section.key}-{place}", f"h{section.level + 1}")
+    for index, block in enumerate(section.blocks):
+        yield from _block(block, f"{section.key}-{index}", f"h{section.level + 1}")
     yield "</section>"
 
 
@@ -83,9 +83,9 @@ def _block(block: Block, key: str, heading: str) -> Iterator[str]:
     match block:
         case BlockRow():
             yield '<div class="row">'
-            for place, one in enumerate(block.blocks):
+            for index, part in enumerate(block.blocks):
                 yield "<div>"
-                yield from _block(one, f"{key}-{place}", heading)
+                yield from _block(part, f"{key}-{index}", heading)
                 yield "</div>"
             yield "</div>"
         case Table():
@@ -136,9 +136,9 @@ def _table(table: Table, key: str, heading: str) -> Iterator[str]:
         name = escape(column.name)
         yield f'<th scope="col"{_number(column.kind)}><span>{name}</span></th>'
     yield "</tr></thead><tbody>"
-    for place, row in enumerate(table.rows):
-        yield '<tr class="marked">' if place in table.marked else "<tr>"
-        link = table.links[place] if table.links else None
+    for index, row in enumerate(table.rows):
+        yield '<tr class="marked">' if index in table.marked else "<tr>"
+        link = table.links[index] if table.links else None
         name = escape(cell_text(row[0], table.columns[0].kind))
         name = name if link is None else f'<a href="#{link}">{name}</a>'
         yield f'<th scope="row"{_number(table.columns[0].kind)}>{name}</th>'
@@ -164,7 +164,7 @@ def _number(kind: Kind) -> str:
 
 def _heat(value: Value, row: Sequence[Value]) -> str:
     """Colour a cell by its share of the row's largest."""
-    most = max((one for one in row if isinstance(one, int | float)), default=0)
+    most = max((cell for cell in row if isinstance(cell, int | float)), default=0)
     if not isinstance(value, int | float) or not most:
         return ""
     return f' style="--heat: {100 * value / most:.0f}%"'

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tdc_ray.diffusion.plan import Plan
 from tdc_ray.reporting.figures import (
     losses_of_groups,
     plan_over_snr,
@@ -28,6 +29,7 @@ from tdc_ray.reporting.html.scores import run_points, score_over_macs
 from tdc_ray.reporting.html.time_tables import times_blocks
 from tdc_ray.reporting.text import conclusions, duration, macs_text, millions_text
 from tdc_ray.runs.results import Results, ReuseResult
+from tdc_ray.runs.status import RunStatus
 
 MAX_NARROW = 6
 """Most columns of a heat map that has room beside a plot."""
@@ -40,7 +42,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
     """Yield key, title and blocks of each part of a run's report; the first is a summary."""
     results = run.results
     if results is None:
-        yield "progress", "How far it is", _progress(run)
+        yield "progress", "How far it is", _progress(run.progress) if run.progress else []
         if run.samples:
             yield "samples", "Samples", [*_samples(run)]
     else:
@@ -49,7 +51,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         shown: list[Plot | Samples] = [*figures, *_samples(run)]
         yield "scores", "Scores and samples", [BlockRow(shown), models_table(results)]
     if run.plan is not None:
-        yield "plan", "Plan", _plan(run, key)
+        yield "plan", "Plan", _plan(run.plan, results, key)
     if results is not None and results.groups:
         plot = Plot(
             svg=losses_of_groups(results, f"{key}-losses"),
@@ -72,9 +74,7 @@ def _samples(run: RunData) -> list[Samples]:
     return [samples_block(run.samples)] if run.samples else []
 
 
-def _progress(run: RunData) -> list[Block]:
-    progress = run.progress
-    assert progress is not None
+def _progress(progress: RunStatus) -> list[Block]:
     tuned = sum(group.loss_finetuned is not None for group in progress.groups)
     lines = [
         "This run is not finished, and is shown as far as it is; the command that began it goes "
@@ -118,24 +118,23 @@ def _summary(results: Results) -> list[Block]:
     return [tiles, Lines(conclusions(results)), Lines(made)]
 
 
-def _plan(run: RunData, key: str) -> list[Block]:
-    assert run.plan is not None
-    is_time = run.results is not None and run.results.prune.objective == "latency"
+def _plan(plan: Plan, results: Results | None, key: str) -> list[Block]:
+    is_time = results is not None and results.prune.objective == "latency"
     what = "time, in macs' place," if is_time else "macs"
     plots = [
         Plot(
-            svg=plan_over_snr(run.plan, run.results, f"{key}-plan-snr"),
+            svg=plan_over_snr(plan, results, f"{key}-plan-snr"),
             title="Limits over the signal-to-noise ratio",
             caption=f"What each group may take of the base's {what} F, and what its expert takes.",
         ),
         Plot(
-            svg=plan_over_timesteps(run.plan, f"{key}-plan"),
+            svg=plan_over_timesteps(plan, f"{key}-plan"),
             title="Limits and SNR over the timesteps",
             caption="Groups are runs of timesteps of about the same difficulty.",
         ),
     ]
-    blocks: list[Block] = [BlockRow(plots), plan_table(run.plan)]
-    return [*blocks, Lines(run.plan.notes)] if run.plan.notes else blocks
+    blocks: list[Block] = [BlockRow(plots), plan_table(plan)]
+    return [*blocks, Lines(plan.notes)] if plan.notes else blocks
 
 
 def _rounds(run: RunData, key: str) -> list[Block]:

@@ -45,8 +45,8 @@ def _data_uri(images: Pixels, columns: int) -> str:
     rows = -(-count // columns)
     shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 4)
     grid = np.zeros(shape, np.uint8)
-    for place, image in enumerate(images):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
         grid[top : top + height, left : left + width, :3] = image  # one channel becomes three
         grid[top : top + height, left : left + width, 3] = 255
     file = io.BytesIO()

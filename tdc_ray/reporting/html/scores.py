@@ -15,21 +15,21 @@ def run_points(runs: Mapping[str, Results]) -> dict[str, list[Point]]:
     for name, results in runs.items():
         base, tdc, searched = results.base, results.tdc, results.prune.search_macs
         trained = base.train_macs if results.given_base is None else None
-        some = points.setdefault(results.metric, [])
+        of_metric = points.setdefault(results.metric, [])
         point = Point("base", base.score, base.macs, trained, is_base=True)
-        if point not in some:
-            some.append(point)
+        if point not in of_metric:
+            of_metric.append(point)
         label = name if len(runs) > 1 else "TDC"
         spent = tdc.train_macs + searched
-        some.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))
+        of_metric.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))
     return points
 
 
 def trial_points(data: SweepData) -> dict[str, list[Point]]:
     """Return the trials of a sweep as points, with the bases that are known."""
     points = {
-        metric: [point for point in some if point.is_base]
-        for metric, some in run_points(data.results).items()
+        metric: [point for point in of_metric if point.is_base]
+        for metric, of_metric in run_points(data.results).items()
     }
     for trial in data.sweep.rows:
         if trial.score is None or trial.macs is None:

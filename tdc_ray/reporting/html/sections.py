@@ -37,14 +37,14 @@ def page_of(
     is_alone = len(all_runs) == 1 and not sweeps
     for run in all_runs:
         sections += _run(run, keys[run.name], is_alone=is_alone)
-    places = [sweep.path for sweep, _ in sweeps] + [run.path for run in runs]
+    paths = [sweep.path for sweep, _ in sweeps] + [run.path for run in runs]
     names = [f"sweep {sweep.name}" for sweep, _ in sweeps]
     if runs:
         names.append(
             f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].preset}, seed {runs[0].seed}"
         )
     return Page(
-        title=f"TDC Training: {', '.join(names)}", subtitle=" · ".join(places), sections=sections
+        title=f"TDC Training: {', '.join(names)}", subtitle=" · ".join(paths), sections=sections
     )
 
 
