@@ -22,13 +22,13 @@ Made with tdc_ray {version}.
 ## How it was made
 
 - **From**: {base}
-- **Pruned** by `{results.prune.method}`, refit `{results.prune.refit}`, space
-`{results.prune.space}`; k = {results.plan.k:g}, N = {results.plan.num_groups},
-  `{results.plan.schedule}` limits.
-- **Fine-tuned**: each expert {finetune.num_steps} steps of {finetune.batch_size} images on its own
+- **Pruned** by `{prune.method}`, refit `{prune.refit}`, space `{prune.space}`; \
+k = {plan.k:g}, N = {plan.num_groups},
+  `{plan.schedule}` limits.
+- **Fine-tuned**: each expert {tune.num_steps} steps of {tune.batch_size} images on its own \
 timesteps, learning
-  rate {finetune.learning_rate:g}, EMA {finetune.ema_decay:g}, seed {results.seed}.
-- **Data**: {results.dataset}; commit {results.commit}. All settings are in the run's
+  rate {tune.learning_rate:g}, EMA {tune.ema_decay:g}, seed {results.seed}.
+- **Data**: {results.dataset}; commit {results.commit}. All settings are in the run's \
 `config.json`.
 
 ## Scores
@@ -38,10 +38,11 @@ timesteps, learning
 | base | {results.base.score:.3f} | {results.base.macs:,.0f} |
 | these experts | {results.tdc.score:.3f} | {results.tdc.macs:,.0f} |
 
-On {evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} steps, eta
-{evaluation.eta:g}, seed {evaluation.seed}, {evaluation.weights} weights in {evaluation.precision},
-against {evaluation.reference}; features: {evaluation.features}. {not_fid}One training seed and one
-sampling seed: no spread is known.
+On {scored.num_images} images, {scored.num_inference_steps} {scored.sampler} steps, \
+eta {scored.eta:g}, seed {scored.seed},
+{scored.weights} weights in {scored.precision}, against {scored.reference}; \
+features: {scored.features}.
+{not_fid}One training seed and one sampling seed: no spread is known.
 
 ## How to sample
 
@@ -78,8 +79,10 @@ def model_card(results: Results, config: RunConfig) -> str:
         origin = f"the base `{given.source}` ({given.weights} weights)"
     return CARD.format(
         results=results,
-        finetune=config.finetune,
-        evaluation=results.evaluation,
+        plan=results.plan,
+        prune=results.prune,
+        tune=config.finetune,
+        scored=results.evaluation,
         num_experts=len(results.groups),
         version=results.versions.get("tdc-ray", "(unknown version)"),
         groups="\n".join(groups),
