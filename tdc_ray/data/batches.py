@@ -1,7 +1,7 @@
 """Batches of images in an order that only the seed and the step decide."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,12 +71,12 @@ def batches(
     them. What a step sees depends on nothing but the seed and the step, so training can resume
     anywhere.
     """
-    chosen = range(len(dataset)) if indices is None else indices
-    steps = range(start_step, num_steps)
-    sampler = StepBatchSampler(chosen, batch_size, seed, steps, rank, world_size)
+    allowed = range(len(dataset)) if indices is None else indices
+    share = batch_size // world_size
+    firsts = (step * batch_size + rank * share for step in range(start_step, num_steps))
     loader: DataLoader[ImageBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset for __getitems__ alone
-        batch_sampler=sampler,
+        batch_sampler=_shuffled(allowed, seed, (range(first, first + share) for first in firsts)),
         num_workers=num_workers,
         collate_fn=identity_collate,
         pin_memory=torch.cuda.is_available(),
@@ -96,44 +96,25 @@ def fixed_batches(
 
     They are those of ``indices``, or any.
     """
-    pool = range(len(dataset)) if indices is None else indices
-    num_epochs = -(-count // len(pool))
-    order = torch.cat([_permutation(len(pool), seed, epoch) for epoch in range(num_epochs)])
-    chosen = [pool[position] for position in order[:count].tolist()]
+    allowed = range(len(dataset)) if indices is None else indices
+    num_epochs = -(-count // len(allowed))
+    order = torch.cat([_permutation(len(allowed), seed, epoch) for epoch in range(num_epochs)])
+    chosen = [allowed[position] for position in order[:count].tolist()]
     for start in range(0, count, batch_size):
         yield dataset.__getitems__(chosen[start : start + batch_size])
 
 
-class StepBatchSampler:
-    """Indices of one rank's share of every step's batch."""
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        seed: int,
-        steps: range,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
-        self.steps, self.rank, self.world_size = steps, rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world_size
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for step in self.steps:
-            first = step * self.batch_size + self.rank * share
-            batch: list[int] = []
-            for position in range(first, first + share):
-                if position // len(self.indices) != epoch:
-                    epoch = position // len(self.indices)
-                    order = _permutation(len(self.indices), self.seed, epoch)
-                batch.append(self.indices[int(order[position % len(self.indices)])])
-            yield batch
+def _shuffled(indices: Sequence[int], seed: int, batches: Iterable[range]) -> Iterator[list[int]]:
+    """Yield the indices at each batch's positions, counted through epochs of other orders."""
+    epoch, order = -1, torch.empty(0, dtype=torch.long)
+    for positions in batches:
+        batch = []
+        for position in positions:
+            if position // len(indices) != epoch:
+                epoch = position // len(indices)
+                order = _permutation(len(indices), seed, epoch)
+            batch.append(indices[int(order[position % len(indices)])])
+        yield batch
 
 
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
