@@ -12,10 +12,8 @@ from tdc_ray.models.network_config import NetworkConfig
 class DenoiserOutput(Protocol):
     """What a network outputs."""
 
-    @property
-    def sample(self) -> Tensor:
-        """What it predicts of the noise, ``(B, C, H, W)``; with variances ``(B, 2C, H, W)``."""
-        ...
+    sample: Tensor
+    """What it predicts of the noise, ``(B, C, H, W)``; with variances ``(B, 2C, H, W)``."""
 
 
 class Denoiser(Protocol):
@@ -24,20 +22,11 @@ class Denoiser(Protocol):
     Beside the call and ``config`` these are members of ``torch.nn.Module``.
     """
 
-    @property
-    def config(self) -> NetworkConfig:
-        """The arguments that the network was built with, before anything was cut."""
-        ...
+    config: NetworkConfig
+    """The arguments that it was built with, before anything was cut."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of its weights."""
-        ...
+    device: torch.device
+    dtype: torch.dtype
 
     def __call__(
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
@@ -46,31 +35,24 @@ class Denoiser(Protocol):
 
         ``class_labels``, ``(B,)``, are for networks that embed classes (:func:`has_classes`).
         """
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over its weights."""
-        ...
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return a module by its dotted name."""
-        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return its weights by name."""
-        ...
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
         """Clear the gradients."""
-        ...
 
     def eval(self) -> Self:
         """Switch dropout off."""
-        ...
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
-        ...
 
 
 def has_classes(network: Denoiser) -> bool:

@@ -1,4 +1,7 @@
-"""What can be done with a network: one row for each class of them."""
+"""What can be done with a network: one row for each class of them.
+
+A class without a row is an ``UnsupportedModelError`` everywhere here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,29 +55,17 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(network: Denoiser) -> Family:
-    """Return what can be done with a network.
-
-    Raises:
-        UnsupportedModelError: Its class is unknown.
-    """
+    """Return what can be done with a network."""
     return row_of(FAMILIES, type(network).__name__)
 
 
 def steps_of(network: Denoiser) -> list[Step]:
-    """Return a network's forward pass as steps.
-
-    Raises:
-        UnsupportedModelError: Its class is unknown.
-    """
+    """Return a network's forward pass as steps."""
     return family_of(network).steps(network)
 
 
 def build_network(config: NetworkConfig) -> Denoiser:
-    """Build a network with random weights on the current default device.
-
-    Raises:
-        UnsupportedModelError: Its class is unknown.
-    """
+    """Build a network with random weights on the current default device."""
     return row_of(FAMILIES, class_name(config)).build(config)
 
 
@@ -83,7 +74,6 @@ def load_network(folder: Path) -> Denoiser:
 
     Raises:
         CheckpointError: There is none, or it is malformed.
-        UnsupportedModelError: Its class is unknown.
     """
     return _family_in(folder).load(folder)
 
@@ -93,7 +83,6 @@ def load_config(folder: Path) -> NetworkConfig:
 
     Raises:
         StorageError: There is none, or it is malformed.
-        UnsupportedModelError: Its class is unknown.
     """
     return _family_in(folder).load_config(folder)
 
