@@ -24,7 +24,7 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
             fetch(folder),
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,
+            low_cpu_mem_usage=False,  # True needs accelerate, and warns without it
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
