@@ -78,7 +78,7 @@ def save_expert_into(
     write_json(folder / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
 
 
-@torch.inference_mode(mode=False)  # whose tensors can neither be trained nor changed later
+@torch.inference_mode(mode=False)  # whose tensors take no gradients, which a cut is traced by
 def load_expert(folder: Path | str) -> UNet2DModel:
     """Load a pruned UNet from a folder, or its URI, in eval mode, on the CPU.
 

@@ -1,12 +1,7 @@
-"""Cuts units out of a UNet: which tensors go with a unit's channels, and what stays of them.
-
-Both are read from ``layers``, which planning needs without torch; a test holds it equal to what
-Torch-Pruning's dependency graph finds, in a fraction of the time that tracing a graph takes.
-"""
+"""Cuts units out of a UNet: which tensors go with a unit's channels, and what stays of them."""
 
 import copy
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +13,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.layer import Channels, Layer, total
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.shapes import channel_offsets
+from tdc_ray.models.unet2d.streams import cut_streams
 from tdc_ray.models.units import KeptIndices, Unit
 
 
@@ -52,6 +47,17 @@ class CoupledParameter:
         copies = [values.narrow(self.dim, offset, self.num_channels) for offset in self.offsets]
         rows = [part.movedim(self.dim, 0).reshape(self.num_channels, -1) for part in copies]
         return torch.cat(rows, dim=1)
+
+    def keep(self, channels: Tensor) -> None:
+        """Remove all but the given channels; the dimension must have no others."""
+        old = self.parameter
+        kept = old.detach().index_select(self.dim, self.indices(channels).to(old.device))
+        new = nn.Parameter(kept.contiguous(), requires_grad=old.requires_grad)
+        setattr(self.module, self.name, new)
+
+    def indices(self, channels: Tensor) -> Tensor:
+        """Return where some of the unit's channels are along the dimension."""
+        return torch.cat([offset + channels for offset in self.offsets])
 
 
 def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
@@ -89,23 +95,11 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
         kept: What stays of each of them; at least one step.
     """
     pruned = copy.deepcopy(unet)
-    for layer, outputs, inputs in _kept_channels(unet, units, kept):
-        module = pruned.get_submodule(layer.name)
-        for name, dim, channels in (
-            ("weight", 0, outputs),
-            ("bias", 0, outputs),
-            ("weight", 1, inputs),
-        ):
-            if channels is not None:
-                old = getattr(module, name)
-                new = old.detach().index_select(dim, channels.to(old.device)).contiguous()
-                setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    for unit in units:
-        if unit.kind == "residual":
-            pruned.get_submodule(unit.name).norm2.num_groups = len(kept[unit.name])
-        elif unit.kind == "attention":
-            attention = pruned.get_submodule(unit.name)
-            attention.heads = attention.sliceable_head_dim = len(kept[unit.name])
+    narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
+    cut_streams(pruned, [unit for unit in narrower if unit.kind == "stream"], kept)
+    for unit in narrower:
+        if unit.kind != "stream":
+            _cut_inner(pruned, unit, kept[unit.name])
     for module in pruned.modules():
         _update_attributes(module)
     return pruned
@@ -122,30 +116,25 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) ->
     Returns:
         Indices of the base's output channels, in order, by the layer's dotted name.
     """
-    return {
-        layer.name: outputs
-        for layer, outputs, _ in _kept_channels(unet, units, kept)
-        if outputs is not None and layer.pixels
-    }
+    outputs = {}
+    for unit in units:
+        if len(kept[unit.name]) < unit.width:
+            channels = torch.tensor(unit.channel_indices(kept[unit.name]))
+            for coupled in coupled_parameters(unet, unit):
+                if coupled.dim == 0 and isinstance(coupled.module, nn.Conv2d | nn.Linear):
+                    outputs[coupled.layer] = coupled.indices(channels)
+    return outputs
 
 
-def _kept_channels(
-    unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices
-) -> Iterator[tuple[Layer, Tensor | None, Tensor | None]]:
-    """Yield every layer with the indices of the outputs and of the inputs that stay; None: all."""
-    channels_of = {unit.name: unit.channel_indices(kept[unit.name]) for unit in units}
-
-    def indices(channels: tuple[Channels, ...]) -> Tensor | None:
-        offsets = itertools.accumulate((run.count for run in channels), initial=0)
-        stay = [
-            offset + channel
-            for offset, run in zip(offsets, channels, strict=False)
-            for channel in channels_of.get(run.unit or "", range(run.count))
-        ]
-        return torch.tensor(stay) if len(stay) < total(channels) else None
-
-    for layer in all_layers(unet.config):
-        yield layer, indices(layer.outputs), indices(layer.inputs)
+def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
+    channels = torch.tensor(unit.channel_indices(kept))
+    for coupled in coupled_parameters(unet, unit):
+        coupled.keep(channels)
+    block = unet.get_submodule(unit.name)
+    if isinstance(block, ResnetBlock2D):
+        block.norm2.num_groups = len(kept)
+    elif isinstance(block, Attention):
+        block.heads = block.sliceable_head_dim = len(kept)
 
 
 def _update_attributes(module: nn.Module) -> None:

@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch_pruning as tp
 from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from tdc_ray.models.denoiser import count_params
-from tdc_ray.models.layer import STREAM
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.structure import units_for
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES
 from tdc_ray.models.unet2d.layers import all_layers
+from tdc_ray.models.unet2d.streams import dependency_graph, root_of
 from tdc_ray.models.unet2d.surgery import coupled_parameters, cut, kept_outputs
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_of
@@ -33,35 +32,6 @@ def streams_of(config) -> list[Unit]:
 
 def stream_named(name: str, config=TINY) -> Unit:
     return next(unit for unit in streams_of(config) if unit.name == f"stream:{name}")
-
-
-def dependency_graph(unet: UNet2DModel) -> tp.DependencyGraph:
-    """Trace which channels of a UNet are coupled; it may lie on the meta device.
-
-    The UNet is left in eval mode, and all its parameters must require gradients.
-    """
-    size = 2 ** len(unet.config["block_out_channels"])  # halved at every level but the last
-    parameter = next(unet.parameters())
-    timestep = torch.zeros(1, dtype=torch.long, device=parameter.device)
-    inputs = {
-        "sample": parameter.new_zeros(1, unet.config["in_channels"], size, size),
-        "timestep": timestep,
-        "class_labels": None if unet.config["num_class_embeds"] is None else timestep,
-    }
-    with torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(
-            unet, inputs, output_transform=lambda output: output.sample
-        )
-
-
-def root_of(unet: UNet2DModel, unit: Unit) -> nn.Module:
-    """Return the convolution that starts a stream."""
-    module = unet.get_submodule(unit.name.removeprefix(STREAM))
-    if isinstance(module, nn.Conv2d):
-        return module
-    root = module.conv2 if isinstance(module, ResnetBlock2D) else module.conv
-    assert isinstance(root, nn.Module)
-    return root
 
 
 def sum_of_squares(unet: UNet2DModel) -> float:
@@ -139,7 +109,7 @@ def test_what_goes_with_a_stream_is_what_torch_pruning_finds(name):
                 pairs = zip(item.idxs, item.root_idxs, strict=True)
                 found[names[module], dim] = sorted(i for i, root in pairs if root == channel)
         expected = {
-            (part.layer, part.dim): [offset + channel for offset in part.offsets]
+            (part.layer, part.dim): part.indices(torch.tensor([channel])).tolist()
             for part in coupled_parameters(unet, unit)
         }
         assert found == expected, unit.name
