@@ -43,7 +43,7 @@ def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> 
         group=group,
         timesteps=(0, 99),
         snr_db=(40.0, 20.0),
-        limit=(space.min_macs + space.macs_base) // 2,
+        limit=(space.macs(space.smallest) + space.macs_base) // 2,
         loss_base=0.01,
         scores={unit.name: [1.0] * unit.width for unit in space.units},
         sensitivities=grown,
@@ -151,7 +151,9 @@ def counting(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 
     def bring(space: Space, scheme: Mapping[str, int], values: Any) -> None:
         for _ in range(10):
-            fit_to_limit(space, scheme, (space.min_macs + space.macs_base) // 2, values)
+            fit_to_limit(
+                space, scheme, (space.macs(space.smallest) + space.macs_base) // 2, values
+            )
 
     spaces = [space_of(deeper(depth), "full") for depth in flags.some(1, 2, 4, 8)]
     schemes = [(space, random_scheme(space.units, 0)) for space in spaces]

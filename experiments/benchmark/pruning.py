@@ -219,7 +219,7 @@ def repairing(space: Space, schemes: list[dict[str, int]], kind: str) -> Row:
     values, seconds = random_values(space, 0), []
     for number, scheme in enumerate(schemes):
         share = MIN_SHARE + (1 - MIN_SHARE) * number / len(schemes)
-        limit = max(space.min_macs, int(share * space.macs_base))
+        limit = max(space.macs(space.smallest), int(share * space.macs_base))
         started = time.perf_counter()
         fit_to_limit(space, scheme, limit, values)
         seconds.append(1e3 * (time.perf_counter() - started))

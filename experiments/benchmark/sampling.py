@@ -63,7 +63,7 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     scores, macs, experts = random_scores(space.units, 0), [], {}
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     for group in plan.groups:
-        limit = max(space.min_macs, group.limit(space.macs_base))
+        limit = max(space.macs(space.smallest), group.limit(space.macs_base))
         scheme = uniform_scheme(space, limit, sorted_scores(scores))
         kept = select_top(space.units, scores, scheme)
         name = f"expert-{group.index:02d}"

@@ -56,11 +56,6 @@ class Space:
         return self.num_params_table.total(scheme)
 
     @property
-    def min_macs(self) -> int:
-        """Macs of the smallest scheme, which keeps the least legal width of each unit."""
-        return self.macs(self.smallest)
-
-    @property
     def smallest(self) -> dict[str, int]:
         """The scheme that cuts all that may be cut."""
         return {name: widths[0] for name, widths in self.legal.items()}

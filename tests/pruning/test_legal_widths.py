@@ -95,9 +95,9 @@ def test_without_a_multiple_every_width_is_legal():
 
 def test_a_limit_below_the_least_legal_scheme_names_the_multiple():
     space = space_of(architecture("digits"), "inner", 16)
-    assert space.min_macs > space_of(architecture("digits")).min_macs
+    assert space.macs(space.smallest) > space_of(architecture("digits")).min_macs
     with pytest.raises(LimitError, match=r"prune\.channel_multiple 16"):
-        space.check_limit(space.min_macs - 1, "group 0")
+        space.check_limit(space.macs(space.smallest) - 1, "group 0")
 
 
 def test_a_language_model_is_told_legal_widths_and_kept_to_them():

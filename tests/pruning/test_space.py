@@ -40,7 +40,9 @@ def equal_values(space: Space) -> Values:
 
 def limit_at(space: Space, share: float) -> int:
     """A limit between the smallest scheme's macs and the base's."""
-    return space.min_macs + round(share * (space.macs_base - space.min_macs))
+    return space.macs(space.smallest) + round(
+        share * (space.macs_base - space.macs(space.smallest))
+    )
 
 
 @given(spaces, seeds, shares)
@@ -68,7 +70,9 @@ def test_a_smaller_width_never_raises_macs_or_parameters(space, seed):
     draw = random.Random(seed)
     scheme = random_scheme(space, draw)
     smaller = {name: draw.randint(1, width) for name, width in scheme.items()}
-    assert space.min_macs <= space.macs(smaller) <= space.macs(scheme) <= space.macs_base
+    assert (
+        space.macs(space.smallest) <= space.macs(smaller) <= space.macs(scheme) <= space.macs_base
+    )
     assert space.num_params(smaller) <= space.num_params(scheme) <= space.num_params_base
     assert (space.macs(smaller) == space.macs(scheme)) == (smaller == scheme)
 
@@ -132,19 +136,19 @@ def test_the_full_scheme_is_unchanged_at_the_limit_of_the_base(space):
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_the_smallest_scheme_is_all_that_the_smallest_limit_allows(space):
     ones = dict.fromkeys(space.full, 1)
-    assert fit_to_limit(space, space.full, space.min_macs, equal_values(space)) == ones
+    assert fit_to_limit(space, space.full, space.macs(space.smallest), equal_values(space)) == ones
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_a_limit_below_the_smallest_scheme_is_an_error_that_names_the_numbers(space):
-    limit = space.min_macs - 1
+    limit = space.macs(space.smallest) - 1
     with pytest.raises(LimitError) as raised:
         fit_to_limit(space, space.full, limit, equal_values(space))
-    for number in (limit, space.min_macs, space.macs_base):
+    for number in (limit, space.macs(space.smallest), space.macs_base):
         assert f"{number:,}" in str(raised.value)
     with pytest.raises(LimitError, match=f"^group 7 is limited to {limit:,} macs"):
         space.check_limit(limit, "group 7")
-    space.check_limit(space.min_macs, "group 7")  # met by the smallest scheme
+    space.check_limit(space.macs(space.smallest), "group 7")  # met by the smallest scheme
 
 
 @given(spaces, seeds)
@@ -174,7 +178,7 @@ def test_the_step_of_the_most_value_per_mac_comes_back_first(name):
     ones = dict.fromkeys(space.full, 1)
     for unit in space.units:
         values = {**equal_values(space), unit.name: [1e6] * unit.width}
-        limit = space.min_macs + space.macs_table.slope(unit.name, ones)
+        limit = space.macs(space.smallest) + space.macs_table.slope(unit.name, ones)
         repaired = fit_to_limit(space, ones, limit, values)
         assert repaired[unit.name] == 2
 
@@ -185,4 +189,4 @@ def test_a_scheme_that_leaves_room_or_breaks_the_limit_is_not_tight():
     assert is_tight(space, space.full, space.macs_base)
     assert not is_tight(space, space.full, space.macs_base - 1)
     assert not is_tight(space, ones, space.macs_base)
-    assert is_tight(space, ones, space.min_macs)
+    assert is_tight(space, ones, space.macs(space.smallest))

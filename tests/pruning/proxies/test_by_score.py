@@ -25,7 +25,9 @@ seeds = st.integers(0, 10**6)
 
 
 def limit_at(space: Space, share: float) -> int:
-    return space.min_macs + round(share * (space.macs_base - space.min_macs))
+    return space.macs(space.smallest) + round(
+        share * (space.macs_base - space.macs(space.smallest))
+    )
 
 
 @settings(max_examples=40)
@@ -52,7 +54,7 @@ def test_a_score_is_used_as_uniform_ratio_as_global_ranking_and_as_ranking_per_m
 def test_a_scheme_that_two_baselines_come_to_is_tried_once_under_the_first_name():
     assert baseline_schemes(SPACE, SCORES, SPACE.macs_base) == [("uniform", SPACE.full)]
     ones = dict.fromkeys(SPACE.full, 1)
-    assert baseline_schemes(SPACE, SCORES, SPACE.min_macs) == [("uniform", ones)]
+    assert baseline_schemes(SPACE, SCORES, SPACE.macs(SPACE.smallest)) == [("uniform", ones)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
@@ -97,7 +99,7 @@ def test_a_global_ranking_heeds_the_score_alone_and_a_ranking_per_mac_what_it_sa
 
 
 def test_a_global_ranking_never_cuts_the_last_step_of_a_unit():
-    scheme = global_scheme(SPACE, SPACE.min_macs, sorted_scores(ones_but(u0=0.0)))
+    scheme = global_scheme(SPACE, SPACE.macs(SPACE.smallest), sorted_scores(ones_but(u0=0.0)))
     assert min(scheme.values()) == 1
 
 
@@ -108,4 +110,4 @@ def test_values_fall_along_the_places_of_a_unit():
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_limit_that_no_scheme_meets_is_an_error(name):
     with pytest.raises(LimitError):
-        BASELINES[name](SPACE, SPACE.min_macs - 1, sorted_scores(SCORES))
+        BASELINES[name](SPACE, SPACE.macs(SPACE.smallest) - 1, sorted_scores(SCORES))

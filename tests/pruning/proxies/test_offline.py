@@ -47,7 +47,9 @@ shares = st.floats(0.02, 0.98)
 
 
 def limit_at(space: Space, share: float) -> int:
-    return space.min_macs + round(share * (space.macs_base - space.min_macs))
+    return space.macs(space.smallest) + round(
+        share * (space.macs_base - space.macs(space.smallest))
+    )
 
 
 def random_sensitivities(space: Space, seed: int) -> Sensitivities:
@@ -187,7 +189,9 @@ def test_where_there_is_nothing_else_to_try_there_are_fewer_proposals_than_asked
 @pytest.mark.parametrize("name", SPACES)
 def test_a_limit_that_no_scheme_meets_is_an_error(name):
     space = SPACES[name]
-    task = replace(task_of(space, 0.5, even_sensitivities(space)), limit=space.min_macs - 1)
+    task = replace(
+        task_of(space, 0.5, even_sensitivities(space)), limit=space.macs(space.smallest) - 1
+    )
     with pytest.raises(LimitError):
         propose(task)
 
