@@ -94,8 +94,8 @@ def test_without_a_multiple_every_width_is_legal():
 
 
 def test_a_limit_below_the_least_legal_scheme_names_the_multiple():
-    space = space_of(architecture("digits"), "inner", 16)
-    assert space.macs(space.smallest) > space_of(architecture("digits")).min_macs
+    space, free = (space_of(architecture("digits"), "inner", multiple) for multiple in (16, 1))
+    assert space.macs(space.smallest) > free.macs(free.smallest)
     with pytest.raises(LimitError, match=r"prune\.channel_multiple 16"):
         space.check_limit(space.macs(space.smallest) - 1, "group 0")
 
