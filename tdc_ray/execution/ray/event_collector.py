@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import ray
 from ray.actor import ActorHandle
@@ -34,15 +35,8 @@ class _EventBuffer:
         return events
 
 
-class RemoteSink:
-    """The sink of a worker, to which it is sent: passes events on without waiting."""
-
-    def __init__(self, buffer: ActorHandle) -> None:
-        self.buffer = buffer
-
-    def __call__(self, event: object) -> None:
-        """Send an event to the driver."""
-        self.buffer.add.remote(event)
+def _send(buffer: ActorHandle, event: object) -> None:
+    buffer.add.remote(event)  # without waiting
 
 
 class EventCollector(Sinks):
@@ -50,15 +44,15 @@ class EventCollector(Sinks):
 
     def __init__(self, sinks: Sequence[EventSink], buffer: ActorHandle) -> None:
         super().__init__(sinks)
-        self.remote = RemoteSink(buffer)
-        """What workers get."""
+        self.remote: EventSink = partial(_send, buffer)
+        """The sink of workers, to which it is sent."""
 
-        self._failures = 0
+        self._buffer, self._failures = buffer, 0
 
     def forward(self) -> None:
         """Pass on what came in; a buffer that died is no reason to stop the work."""
         try:
-            events: list[object] = ray.get(self.remote.buffer.drain.remote())
+            events: list[object] = ray.get(self._buffer.drain.remote())
         except RayActorError:
             self._failures += 1
             if self._failures == 1:
