@@ -1,6 +1,7 @@
 """The experts as one diffusers pipeline, which switches experts as t falls. Needs no Ray."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,7 +82,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale=guidance_scale,
         )
 
-    @property
+    @cached_property
     def null_class(self) -> int | None:
         """The class that stands for none, where the experts embed one."""
         first_used = self.experts.for_timestep(self.experts.spans[-1][1])

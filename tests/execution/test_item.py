@@ -276,17 +276,17 @@ def test_an_item_can_be_sent_to_another_process(tmp_path):
 
 
 def functions_of_work_items():
-    """Find what every ``WorkItem(...)`` and ``GroupSearch.item(...)`` in the source calls."""
+    """Find what every ``WorkItem(...)``, and fine-tuning's ``_item(...)``, in the source calls."""
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
-            if getattr(node.func, "id", None) == "WorkItem" and path.stem != "group":
+            if getattr(node.func, "id", None) == "WorkItem" and path.stem != "finetune":
                 function = next(k.value for k in node.keywords if k.arg == "function")
                 yield module, ast.unparse(function)
-            if getattr(node.func, "attr", None) == "item" and len(node.args) > 1:
-                yield module, ast.unparse(node.args[1])
+            if getattr(node.func, "id", None) == "_item":
+                yield module, ast.unparse(node.args[2])
 
 
 FUNCTIONS = sorted(set(functions_of_work_items()))

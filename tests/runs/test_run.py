@@ -195,6 +195,7 @@ def test_a_run_may_be_conditioned_on_classes_guided_weighted_and_sampled_by_pndm
     assert "image i is of class i mod 10, guidance 2, " in " ".join(conclusions(results))
     pipeline = ProgressivePipeline.from_pretrained(tmp_path / "run")
     pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.null_class == 10  # now, for it asks an expert
     asked, serve = [], pipeline.experts.for_timestep
     pipeline.experts.for_timestep = lambda timestep: asked.append(timestep) or serve(timestep)
     again = pipeline(24, seed=config.evaluate.seed, output_type="np").images

@@ -30,7 +30,7 @@ def unit_named(name: str) -> Unit:
 
 def score_inputs() -> ScoreInputs:
     return ScoreInputs(
-        unet=random_unet(),
+        network=random_unet(),
         units=UNITS,
         timesteps=range(500, 503),
         batches=noised(4),
