@@ -8,11 +8,11 @@
     ├── DataError              a dataset is missing, malformed or does not fit the model
     │   └── CorruptFileError   a file of it cannot be read
     ├── StorageError           a run directory cannot be used
-    │   └── StorageFailedError a disk or a store failed, which may be over the next time
+    │   └── StorageFailedError a disk or a store failed; it may work the next time
     ├── CheckpointError        a saved model is missing, malformed or of another kind
     ├── UnsupportedModelError  a UNet has a block that cannot be pruned
     ├── LimitError             a macs limit that no pruning scheme can meet
-    ├── ProxyError             a proxy gave no usable scheme
+    ├── ProxyError             a proxy returned no usable scheme
     │   └── ProxyReplyError    a language model's reply holds no valid scheme
     ├── NonFiniteLossError     training diverged
     ├── EvaluationError        no feature extractor, or too few images for a score
@@ -27,10 +27,10 @@ import errno
 from collections.abc import Mapping
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""What torch says then, on a GPU and on a CPU."""
+"""What torch's errors say when memory is exhausted, on a GPU and on a CPU."""
 
 _NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-"""Of errors of the system, those that tell of a path; libraries raise such without a number."""
+"""Errors of the system that are about a path; libraries raise such without a number."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -69,7 +69,7 @@ class StorageError(TdcError):
 
 
 class StorageFailedError(StorageError):
-    """A disk or a store did not do what it was asked for; it may do so the next time."""
+    """A disk or a store failed; it may work the next time."""
 
 
 class CheckpointError(TdcError):
@@ -81,11 +81,11 @@ class UnsupportedModelError(TdcError):
 
 
 class LimitError(TdcError):
-    """No scheme of the pruning space is as small as the limit asks for."""
+    """No scheme of the pruning space is within the limit."""
 
 
 class ProxyError(TdcError):
-    """A proxy gave no usable scheme; the caller decides what takes over."""
+    """A proxy returned no usable scheme; the caller decides what takes over."""
 
 
 class ProxyReplyError(ProxyError):

@@ -50,7 +50,7 @@ tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
 
 REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
-"""What stands for an argument that must be given, where ``--help`` or an error follows."""
+"""Placeholder for a required argument where ``--help`` or an error follows."""
 
 UNCHECKED = ConstructorRegistry()
 """Reads settings whose checks need the right defaults: a plain namespace holds them."""
@@ -64,7 +64,7 @@ class Command(Protocol):
         """Whether to log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Do it."""
+        """Execute the command."""
 
 
 @UNCHECKED.struct_rule
@@ -150,7 +150,7 @@ def _first_reading(arguments: Sequence[str]) -> Any:
 def _of_base(
     source: str, config: RunConfig, arguments: Sequence[str], *, has_preset: bool
 ) -> RunConfig:
-    """Return settings with what a base says of its own.
+    """Return settings with what a base says of them.
 
     A preset that was named, or a flag, says what the data are; otherwise their resolution and
     channels are the base's, and of a run directory all settings come along.

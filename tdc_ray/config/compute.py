@@ -1,4 +1,4 @@
-"""What a run takes of a cluster: ``--compute.*``."""
+"""The workers of a run: ``--compute.*``."""
 
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, settings
 
@@ -8,7 +8,7 @@ RESULT_FIELDS = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetu
 
 @settings("compute")
 class ComputeConfig:
-    """What the run takes of the cluster.
+    """The workers of a run, and what each takes of the cluster.
 
     Of these, the workers of the base and of a fine-tune (each draws noise of its own), the CPUs
     of a base worker (the last bits of sums) and TF32 change what is computed.
@@ -21,8 +21,9 @@ class ComputeConfig:
     """CPUs, and so threads, of a base worker."""
 
     num_actors: PositiveInt | None = None
-    """Most actors that prune, fine-tune and sample, as nodes come and go; None: as many as fit, at
-    most 64. A cluster that scales by itself adds nodes for no more than are asked for here."""
+    """Most actors that prune, fine-tune and sample, as nodes come and go; None means as many as
+    fit, at most 64. A cluster that scales by itself adds nodes for no more than are asked for
+    here."""
 
     cpus_per_actor: PositiveInt = 1
     """CPUs, and so threads, of an actor."""
@@ -34,8 +35,8 @@ class ComputeConfig:
     """GPUs of an actor; fractions share one."""
 
     gpus_per_measurement: NonNegativeFloat | None = None
-    """GPUs of an actor that measures, samples or encodes but trains nothing; None: as many as of
-    those that train."""
+    """GPUs of an actor that measures, samples or encodes but trains nothing; None means as many as
+    of those that train."""
 
     tf32: bool = True
     """Let GPUs round the inputs of fp32 convolutions and products to TF32's 10 bits of mantissa:

@@ -5,10 +5,10 @@ from tdc_ray.config.validation import PositiveInt, Share, require, settings
 
 @settings("conditioning")
 class ConditioningConfig:
-    """What the base and the experts are told of an image beside its timestep."""
+    """What the base and the experts are conditioned on beside the timestep."""
 
     num_classes: PositiveInt | None = None
-    """Number of classes of the labels that the model is told; None: it is unconditional."""
+    """Number of classes that the model is conditioned on; None means that it is unconditional."""
 
     label_dropout: Share = 0.0
     """Share of the training images whose label is replaced by the null class, in [0, 1). Above 0 a

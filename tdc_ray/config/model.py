@@ -27,8 +27,8 @@ class ModelConfig:
     compvis:FILE.ckpt. Then its own architecture counts."""
 
     num_heads: PositiveInt | None = None
-    """Heads of every attention of a base from openai: or compvis:, whose file does not tell; None:
-    as `architecture` has, if the base is of that."""
+    """Heads of every attention of a base from openai: or compvis:, whose file does not say; None
+    means as many as `architecture` has, if the base is of that."""
 
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.base is None:

@@ -24,8 +24,8 @@ class PlanConfig:
     """How the limits move with t (the paper's FLOPs schedule, Table II)."""
 
     match_snr_mean: bool = False
-    """Give a uni-increasing or uni-decreasing schedule the mean limit, over the sampling steps, of
-    the SNR schedule, by another least limit."""
+    """Set the least limit of a uni-increasing or uni-decreasing schedule so that its mean limit,
+    over the sampling steps, is that of the SNR schedule."""
 
     min_group_size: PositiveInt = 1
     """Groups of fewer timesteps than this join their neighbour."""

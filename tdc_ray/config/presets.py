@@ -46,7 +46,7 @@ def digits() -> RunConfig:
 
 
 def digits_smoke() -> RunConfig:
-    """The path of ``digits`` in little: 0.19 M parameters, a few steps; its images are noise."""
+    """``digits`` for quick tests: 0.19 M parameters, a few steps; its images are noise."""
     full = digits()
     return replace(
         full,
@@ -95,7 +95,7 @@ def mnist32() -> RunConfig:
 def mnist32_ldm() -> RunConfig:
     """Latent diffusion on MNIST at 32x32 (``--data.path``), on latents of 8x8x4.
 
-    The first stage (``--data.first-stage``) is what ``tdc-ray train-autoencoder`` makes.
+    The first stage (``--data.first-stage``) is what ``tdc-ray train-autoencoder`` trains.
     """
     full = mnist32()
     return replace(

@@ -28,7 +28,7 @@ class ProxyConfig:
     prompt only; auto: schema, and json once the server has refused the schema."""
 
     temperature: NonNegativeFloat | None = None
-    """Sampling temperature, at least 0; None: the server's default."""
+    """Sampling temperature, at least 0; None means the server's default."""
 
     max_completion_tokens: PositiveInt = 16_000
     """Most tokens of one reply."""
@@ -38,24 +38,24 @@ class ProxyConfig:
 
     max_retries: NonNegativeInt = 4
     """How often a request is sent again after a timeout, 429 or 5xx; a Retry-After of up to two
-    minutes is heeded."""
+    minutes is used."""
 
     max_replies: PositiveInt = 3
     """Replies per proposal: a bad one is answered with what was wrong with it. After the last the
     offline proxy takes over."""
 
     max_seconds: PositiveFloat = 900.0
-    """Longest that one proposal may take in all before the offline proxy takes over."""
+    """Longest time of one proposal in all before the offline proxy takes over."""
 
     max_concurrent: PositiveInt = 4
-    """Calls under way at once, over the whole cluster."""
+    """Most concurrent calls, over the whole cluster."""
 
     max_total_tokens: PositiveInt | None = 2_000_000
     """Most tokens, prompts and replies, of all calls over the whole cluster; then the offline
-    proxy takes over. None: no bound."""
+    proxy takes over. None means no bound."""
 
     max_cost: PositiveFloat | None = None
-    """Most that all calls may cost, in the currency of the two prices; None: no bound."""
+    """Most that all calls may cost, in the currency of the two prices; None means no bound."""
 
     price_per_million_prompt_tokens: NonNegativeFloat = 0.0
     """What the provider charges for a million prompt tokens."""

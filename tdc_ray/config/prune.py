@@ -25,13 +25,13 @@ class PruneConfig:
     pruning, every expert keeps the base's widths."""
 
     space: Literal["inner", "full"] = "inner"
-    """What can be cut. inner: residual blocks' inner widths and attention heads; full: the
+    """What can be pruned. inner: residual blocks' inner widths and attention heads; full: the
     residual stream's width too."""
 
     channel_multiple: PositiveInt = 1
-    """The channels that a cut unit keeps are a multiple of this wherever there are so many, as
+    """The channels that a pruned unit keeps are a multiple of this wherever there are so many, as
     vector units and tensor cores like them: 8 or 16, or 64; 1: any number of steps. A unit may
-    always be left whole."""
+    always be left unpruned."""
 
     objective: Literal["macs", "latency"] = "macs"
     """What a group's limit is a share of. macs: the base's; latency: the base's measured time, by
@@ -40,18 +40,18 @@ class PruneConfig:
 
     latency_batch_size: PositiveInt = 16
     """Images of the forward pass whose time is measured, in float32: where latency is the
-    objective, and for the report of what the experts take."""
+    objective, and for the report of the experts' times."""
 
     refit: Literal["least-squares", "none"] = "least-squares"
-    """What follows a cut. least-squares: the weights that read what was cut are fitted anew so
-    that their layer gives out what the base's does; none: nothing, as in the paper."""
+    """What follows pruning. least-squares: the weights that read what was pruned are fitted anew
+    so that their layer outputs what the base's does; none: nothing, as in the paper."""
 
     memory: Literal["shared", "own"] = "shared"
-    """What a group sees of the memory bank. shared: what all groups had found by the end of the
-    round before; own: what it found itself, without waiting for the others."""
+    """What a group sees of the memory bank. shared: the results of all groups up to the end of the
+    round before; own: its own results, without waiting for the others."""
 
     num_rounds: PositiveInt = 3
-    """Rounds of propose, cut, refit, measure, remember (the paper's R)."""
+    """Rounds of propose, prune, refit, measure, remember (the paper's R)."""
 
     num_candidates: PositiveInt = 3
     """Pruning schemes per round."""
@@ -59,7 +59,7 @@ class PruneConfig:
     halving_steps: NonNegativeInt = 0
     """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
     many steps, then the best half of those for twice as many, until one is left; 0: the lowest
-    loss straight after cut and refit wins."""
+    loss straight after pruning and refit wins."""
 
     num_images: PositiveInt = 512
     """Noised images of the group's timesteps on which scores, losses and sensitivities are
@@ -74,20 +74,20 @@ class PruneConfig:
 
     num_passes: PositiveInt = 3
     """How often sensitivities are measured. 1: on the base; 2: once more at the limit, on the best
-    scheme so far; 3: half-way there too, and so on. Cuts disturb each other, and the later passes
-    see it."""
+    scheme so far; 3: half-way there too, and so on. Pruned units affect each other, and later
+    passes measure that."""
 
     held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the images that no fine-tune sees and on which all losses are measured, in
     (0, 0.5]."""
 
     precision: Precision = "fp32"
-    """Of the forward passes that losses and sensitivities are measured by, as in training; cuts
-    and refits stay in fp32."""
+    """Precision of the forward passes that losses and sensitivities are measured by, as in
+    training; pruning and refits stay in fp32."""
 
     batch_size: PositiveInt | None = None
-    """Images per forward pass while measuring; None: as many as the device takes best, by the size
-    of the model's activations."""
+    """Images per forward pass while measuring; None means as many as the device takes best, by the
+    size of the model's activations."""
 
     def __post_init__(self) -> None:
         searches = self.objective == "macs" or self.method != "none"

@@ -16,19 +16,20 @@ class SimulationConfig:
     """Numbers of workers to try."""
 
     costs: Path | None = None
-    """A run whose measured times, and settings, are taken; None: times follow from macs."""
+    """A run whose measured times, and settings, are used; None means that times follow from
+    macs."""
 
     macs_per_second: PositiveFloat = 1e12
-    """Of one worker, where nothing was measured."""
+    """Speed of one worker, where nothing was measured."""
 
     failures_per_hour: NonNegativeFloat = 0.0
-    """How often each worker dies, on the average; its item starts again."""
+    """How often each worker dies, on average; its item starts again."""
 
     joins_per_hour: NonNegativeFloat = 0.0
-    """How often a worker joins while some are missing, on the average."""
+    """How often a worker joins while some are missing, on average."""
 
     trials: PositiveInt = 1
     """Runs of these settings that share the workers, as in a sweep."""
 
     simulation_seed: int = 0
-    """Of failures and joins."""
+    """Seed of failures and joins."""

@@ -29,16 +29,16 @@ class SweepConfig:
     search goes by the mean."""
 
     max_concurrent: PositiveInt = 2
-    """Trials under way at once. Each takes a process of some 0.6 GB; their work shares the
+    """Most concurrent trials. Each takes a process of some 0.6 GB; their work shares the
     cluster."""
 
     stop_early: bool = False
     """Stop trials whose base learns worse than others' (successive halving, ASHA, on the base's
-    training loss at equal steps). Makes sense, and is taken, only where fields of the base are
-    varied: experts cannot be judged before they are done."""
+    training loss at equal steps). Accepted only where fields of the base are varied: experts
+    cannot be judged before they are done."""
 
     study: str | None = None
-    """URL of a database for Optuna's study, such as postgresql://host/db; None: a file in the
+    """URL of a database for Optuna's study, such as postgresql://host/db; None means a file in the
     sweep's folder. A password in it is neither shown nor kept."""
 
     search_seed: int = 0

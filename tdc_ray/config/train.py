@@ -33,7 +33,8 @@ class TrainConfig:
     """Images per optimizer step, over all workers."""
 
     micro_batch_size: PositiveInt | None = None
-    """Images per forward pass of one worker; gradients are accumulated. None: the whole share."""
+    """Images per forward pass of one worker; gradients are accumulated. None means the whole
+    share."""
 
     learning_rate: PositiveFloat = 1e-3
     """AdamW's learning rate after the warm-up."""
@@ -45,7 +46,7 @@ class TrainConfig:
     """AdamW's weight decay."""
 
     max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients are clipped to this norm; None: never."""
+    """Gradients are clipped to this norm; None means never."""
 
     ema_decay: Share = 0.9999
     """Decay of the exponential moving average of the weights, in [0, 1)."""
@@ -59,7 +60,7 @@ class TrainConfig:
     the losses that pruning measures have no weight."""
 
     loss_weight_gamma: PositiveFloat | None = None
-    """gamma of `loss_weight`; None: the papers' 5 for min-snr, 1 for p2."""
+    """gamma of `loss_weight`; None means the papers' 5 for min-snr, 1 for p2."""
 
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler). auto: bf16 where a
@@ -73,13 +74,13 @@ class TrainConfig:
     """Steps between two reports of the loss."""
 
     checkpoint_every: PositiveInt = 1000
-    """Steps between two checkpoints, from which a run that was cut goes on."""
+    """Steps between two checkpoints, from which an interrupted run resumes."""
 
     keep_checkpoints: PositiveInt = 2
     """How many checkpoints of the base are kept; an expert keeps one until it is done."""
 
     def check(self, stage: str) -> None:
-        """Refuse settings that disagree, under the stage's name, which only the holder knows.
+        """Refuse settings that disagree, under the stage's name, which only the caller knows.
 
         Raises:
             ConfigError: Two settings disagree.

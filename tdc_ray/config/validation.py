@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def settings(stage: str = "") -> Callable[[type[T]], type[T]]:
-    """Make a frozen, keyword-only pydantic dataclass whose errors name ``stage.field``."""
+    """Create a frozen, keyword-only pydantic dataclass whose errors name ``stage.field``."""
 
     def decorate(cls: Any) -> Any:
         cls = pydantic.dataclasses.dataclass(

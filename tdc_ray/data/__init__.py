@@ -1,5 +1,5 @@
 """Images: where they come from, how they are decoded, batched, and named by content.
 
-Latents are images too: a first stage turns one into the other here.
+``load`` has the table of sources. Latents are images too: a first stage encodes them here.
 May be used by diffusion and everything above it.
 """

@@ -67,9 +67,8 @@ def batches(
 ) -> Iterator[ImageBatch]:
     """Yield one rank's share of the batches of steps ``start_step`` to ``num_steps - 1``.
 
-    Images come epoch after epoch, each epoch in an order of its own; without ``indices`` all of
-    them. What a step sees depends on nothing but the seed and the step, so training can resume
-    anywhere.
+    Each epoch shuffles the images anew; without ``indices`` all of them are used. What a step sees
+    depends on nothing but the seed and the step, so training can resume anywhere.
     """
     allowed = range(len(dataset)) if indices is None else indices
     share = batch_size // world_size
@@ -92,7 +91,7 @@ def fixed_batches(
     *,
     indices: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Yield ``count`` images, the same ones for the same seed; over again where there are fewer.
+    """Yield ``count`` images, the same ones for the same seed; repeated where there are fewer.
 
     They are those of ``indices``, or any.
     """

@@ -31,7 +31,7 @@ class ImageDataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Name the content: equal content gets an equal name."""
+        """Return a name for the content: equal content has an equal name."""
         ...
 
 

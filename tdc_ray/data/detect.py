@@ -12,7 +12,7 @@ def data_config(source: str, data: DataConfig) -> DataConfig:
     """Return settings of the data that a path, or ``digits``, holds; the other settings stay.
 
     Raises:
-        ConfigError: It cannot be told.
+        ConfigError: The path holds no data of a known kind.
     """
     path = Path(source).expanduser()
     labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)

@@ -17,10 +17,10 @@ from tdc_ray.data.load import images_fingerprint
 from tdc_ray.execution.item import Inputs
 
 LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
-"""Of the data's settings: the fingerprint of what they lead to is taken in their place."""
+"""Settings of the data that no key holds: the fingerprint of the images replaces them."""
 
 LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")
-"""Of training's settings: they change no weight."""
+"""Settings of training that change no weight."""
 
 
 def data_key(
@@ -43,7 +43,7 @@ def data_key(
 
 
 def images_key(data: TrainingData) -> str:
-    """Name the content of what a denoiser learns: images, or their latents by a first stage."""
+    """Return a name for the content that a denoiser learns: images, or their latents."""
     return images_fingerprint(data.data) if data.latents is None else data.latents.name
 
 

@@ -96,7 +96,7 @@ class LatentImages:
         return ImageBatch(torch.stack(latents), torch.cat(labels))
 
     def fingerprint(self) -> str:
-        """Name the content by first stage and images."""
+        """Return a name for the content, by first stage and images."""
         return self._folder.name
 
 

@@ -1,4 +1,4 @@
-"""The sources of images, and the one door to them."""
+"""The table of sources of images, and the functions that open them."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -35,5 +35,5 @@ def load_dataset(config: DataConfig) -> ImageDataset:
 
 @functools.lru_cache(maxsize=8)  # it may look at every file
 def images_fingerprint(config: DataConfig) -> str:
-    """Name the content of a dataset."""
+    """Return a name for the content of a dataset."""
     return load_dataset(config).fingerprint()

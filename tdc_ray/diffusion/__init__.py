@@ -1,5 +1,6 @@
 """The noise process: schedule, plan of timestep groups, losses, training, sampling.
 
-``schedule``, ``samplers`` and ``plan`` need NumPy alone; the pipeline switches experts as t falls.
+``prediction``: what the network predicts, epsilon for now; v, sample and flow would be rows there.
+``samplers``: one row a sampler. ``schedule``, ``samplers`` and ``plan`` need NumPy alone.
 May be used by pruning, runs, reporting and cli.
 """

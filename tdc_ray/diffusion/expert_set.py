@@ -43,7 +43,7 @@ class ExpertSet(nn.ModuleList):
 
 
 class OffloadedExperts(nn.Module):
-    """The same, read from disk when their timesteps come: at most two are in memory.
+    """The same, read from disk when their timesteps are sampled: at most two are in memory.
 
     While one denoises, a thread reads the next, and copies it to the GPU on a stream of its own.
     """

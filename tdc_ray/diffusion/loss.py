@@ -21,7 +21,7 @@ def loss_weights(schedule: NoiseSchedule, kind: LossWeight, gamma: float | None)
 
     Args:
         schedule: The noise schedule.
-        kind: Which.
+        kind: How timesteps are weighted.
         gamma: None means the papers' own.
 
     Returns:
@@ -65,7 +65,7 @@ def loss_per_image(
 def denoising_loss(
     model: nn.Module, schedule: NoiseSchedule, batch: NoisedBatch, *, weights: Tensor | None = None
 ) -> Tensor:
-    """Let a model predict from noised images, and compute every image's training loss.
+    """Run a model on noised images, and compute every image's training loss.
 
     Args:
         model: A ``UNet2DModel``.

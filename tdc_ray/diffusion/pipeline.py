@@ -172,7 +172,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     def _spec(
         self, num_inference_steps: int | None, eta: float | None, guidance_scale: float | None
     ) -> SamplingSpec:
-        """Put a call's settings, where it names them, in place of the planned ones."""
+        """Replace the planned settings by those that a call names."""
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         longest = self.scheduler.config["num_train_timesteps"]
         if not 1 <= steps <= longest:

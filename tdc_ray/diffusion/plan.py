@@ -49,7 +49,7 @@ class TimestepGroup:
 
     def limit(self, base: int) -> int:
         """Compute the most that the expert may take, of the base's macs or of its nanoseconds."""
-        return math.floor(self.limit_share * base + 1e-6)  # 1e-6: rounding takes no mac away
+        return math.floor(self.limit_share * base + 1e-6)  # 1e-6: rounding loses no mac
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class Plan:
     """Mean over the sampling steps of the limit, as a share of the base's macs."""
 
     notes: tuple[str, ...]
-    """What the reader should know: groups that are empty, that were joined, that no sampling step
-    falls into."""
+    """Notes for the reader: groups that are empty, that were joined, that no sampling step falls
+    into."""
 
     def group_of(self, timestep: int) -> TimestepGroup:
         """Return the group that holds a timestep.
@@ -93,7 +93,7 @@ class _Draft:
         return self.stop - self.start
 
     def absorb(self, other: "_Draft") -> "_Draft":
-        """Take over a neighbour's timesteps, at this one's share."""
+        """Return a range that also has a neighbour's timesteps, at this one's share."""
         return _Draft(min(self.start, other.start), max(self.stop, other.stop), self.share)
 
 

@@ -24,7 +24,7 @@ class Prediction(Protocol):
         ...
 
     def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """Convert an output into the image that it amounts to."""
+        """Convert an output to the x_0 that it implies."""
         ...
 
     def weights(self, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:
@@ -40,7 +40,7 @@ class Epsilon:
         return epsilon
 
     def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """Compute the image that is left of x_t without the noise."""
+        """Compute x_0 from x_t and the noise."""
         return (x_t - noise * output) / signal
 
     def weights(self, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:

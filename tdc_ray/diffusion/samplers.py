@@ -36,7 +36,7 @@ class SamplerRow:
     """Name of its class in diffusers."""
 
     arguments: Callable[[DiffusionConfig, SamplerConfig], dict[str, Any]]
-    """What the class takes beside what all samplers' classes take."""
+    """Arguments of this class beside those of all samplers' classes."""
 
     timesteps: Callable[[int, SamplerConfig], list[int]] = _leading
     """From the number of training timesteps: where the network is evaluated, noisiest first."""

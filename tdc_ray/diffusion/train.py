@@ -29,7 +29,7 @@ from tdc_ray.storage.files import atomic_path, fetch
 from tdc_ray.storage.object_store import display_path
 
 _PARTS = ("unet", "ema", "optimizer", "scaler")
-"""What of a training has a state, under a checkpoint's keys."""
+"""The parts of a training that have a state, under a checkpoint's keys."""
 
 _UNREADABLE = (
     OSError,
@@ -94,7 +94,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[UNet2DModel]:
-        """Lend the UNet with its averaged weights (EMA), in eval mode."""
+        """Yield the UNet with its averaged weights (EMA), in eval mode."""
         parameters = list(self.unet.parameters())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -249,9 +249,9 @@ def _gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[ob
 
 
 def update(state: TrainState, config: TrainConfig) -> Tensor:
-    """Take an optimizer step by the gradients, and clear them; return their norm before clipping.
+    """Run an optimizer step, and clear the gradients; return their norm before clipping.
 
-    The average of the weights and the count of steps follow.
+    The average of the weights and the count of steps are updated too.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate_at(config, state.step)

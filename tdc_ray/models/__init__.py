@@ -1,6 +1,6 @@
-"""Networks: how they are built, what of them can be cut, how they run and are saved.
+"""Networks: how they are built, what of them can be pruned, how they run and are saved.
 
-``structure`` and ``units`` import no torch, so that planning stays quick. What differs by a
-network's class is in its family (``unet2d``), which ``structure`` and ``families`` look up.
+A UNet class has a folder, such as ``unet2d``, and a row in each of two tables: ``structure``,
+which imports no torch, so that planning stays quick, and ``families``, which does.
 May be used by data, diffusion and everything above it.
 """

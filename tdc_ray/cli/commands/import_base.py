@@ -27,7 +27,7 @@ class ImportCommand:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Write the base, and print the settings that it does not say."""
+        """Write the base, and print the settings that it leaves open."""
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
         from tdc_ray.runs.pretrained.settings import missing_settings

@@ -12,7 +12,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCommand:
-    """Show the memory bank: every pruning scheme that was cut, and its losses, best last."""
+    """Show the memory bank: every pruning scheme that was measured, and its losses, best last."""
 
     run: Positional[Path]
     """A run directory, or what tdc-ray prune wrote, or its URI."""

@@ -17,12 +17,12 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True)
 class PruneCommand:
-    """Cut any saved UNet2DModel to some of its macs, or to a time, and refit it.
+    """Prune any saved UNet2DModel to a share of its macs, or to a time, and refit it.
 
     No gradient step, no Ray.
 
-    Run the same command again to go on after a cut. The language model (--method llm) needs
-    OPENAI_API_KEY, and OPENAI_BASE_URL for servers other than OpenAI's.
+    Run the same command again to resume after an interruption. The language model (--method llm)
+    needs OPENAI_API_KEY, and OPENAI_BASE_URL for servers other than OpenAI's.
     """
 
     model_dir: Positional[Path]
@@ -32,13 +32,13 @@ class PruneCommand:
     out: Path
     """Where the pruned model and report.json go."""
     macs: float | None = None
-    """Most macs that are left, as a share of the model's, in (0, 1]; default: 0.7, unless there is
-    a limit in milliseconds."""
+    """Most macs of the pruned model, as a share of the model's, in (0, 1]; default: 0.7, unless
+    there is a limit in milliseconds."""
     milliseconds: float | None = None
     """Most time of a forward pass of --prune.latency-batch-size images on this device, in place of
     macs."""
     method: SearchMethod | None = None
-    """Who proposes what is cut; default: prune.method, which is that of the model's run."""
+    """Who proposes what is pruned; default: prune.method, which is that of the model's run."""
     data: str | None = None
     """digits, an npz file, a folder of npz files or of images, or CIFAR-10's; default: what the
     model's run was trained on."""
@@ -60,7 +60,7 @@ class PruneCommand:
             raise ConfigError("give --timesteps or --group, not both.")
 
     def execute(self, console: Console) -> None:
-        """Prune, and print the size and the losses of what is left."""
+        """Prune, and print the size and the losses of the pruned model."""
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned

@@ -15,11 +15,11 @@ from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommand:
-    """Do the whole of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
+    """Run all of TDC Training: base, pruning rounds, fine-tunes, pipeline, scores.
 
-    Run the same command again to go on after a cut, or to see the results of a finished run.
-    With --finetune.num-steps 0 it is training-free: after the base no gradient step is taken, and
-    the experts are what cut and least-squares refit make of the base, in minutes.
+    Run the same command again to resume after an interruption, or to see the results of a finished
+    run. With --finetune.num-steps 0 it is training-free: after the base no gradient step is taken,
+    and the experts are the base pruned and refitted by least squares, in minutes.
     """
 
     config: Settings
@@ -27,15 +27,15 @@ class RunCommand:
     """Where everything goes: a path or a URI such as s3://bucket/run; default:
     runs/<preset>-seed<seed>-<digest of the settings>."""
     store: Path | None = None
-    """Folder or URI in which runs share what they compute: what another run has left there of the
-    same inputs is taken. A cache, which may be deleted."""
+    """Folder or URI of a cache that runs share: what another run computed from the same inputs is
+    reused. It may be deleted."""
     dry_run: bool = False
     """Show the settings and the plan, check the data, and stop."""
     verbose: bool = False
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Do or resume the run, and print its results."""
+        """Start or resume the run, and print its results."""
         config = self.config
         folder = resolve_path(self.run_dir or default_run_dir(config))
         from tdc_ray.reporting.sinks import run

@@ -14,10 +14,10 @@ from tdc_ray.config.simulation import SimulationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateCommand:
-    """Say how long stage 2 would take on a cluster that you do not have; starts nothing.
+    """Estimate how long stage 2 would take on a cluster that you do not have; starts nothing.
 
-    The very scheduling policy of a run, in simulated time. What items take is measured
-    (--costs RUN) or follows from their macs and --macs-per-second.
+    It runs the scheduler of a run in simulated time. Times of items were measured (--costs RUN) or
+    follow from their macs and --macs-per-second.
     """
 
     config: Settings

@@ -20,7 +20,7 @@ class SweepCommand:
     """Search settings by Ray Tune and Optuna: every trial is a whole run.
 
     What trials have in common, such as the base, is computed once. Run the same command again to
-    go on after a cut: finished trials are not run again.
+    resume after an interruption: finished trials are not run again.
 
     tdc-ray sweep --vary k=0.3,0.5,0.7 N=2,4 --seeds 0 1
 
@@ -41,7 +41,7 @@ class SweepCommand:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Do or resume the sweep, and print its results."""
+        """Start or resume the sweep, and print its results."""
         if self.config.seed != RunConfig().seed:
             raise ConfigError("a sweep does not use seed: set its training seeds by --seeds.")
         space = parse_space(self.vary, self.config)

@@ -17,7 +17,7 @@ class TrainAutoencoderCommand:
     """Train a small first stage for latent diffusion (an AutoencoderKL); needs no Ray.
 
     The loss is L1 and a small divergence, without discriminator or perceptual loss. Run the same
-    command again to go on after a cut.
+    command again to resume after an interruption.
     """
 
     config: Annotated[AutoencoderConfig, arg(name="")]

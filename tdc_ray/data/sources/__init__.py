@@ -1,5 +1,5 @@
 """One file for each kind of images on disk; ``data.load`` has the table of them.
 
-Each opens what it finds as a dataset and decodes as images are asked for.
+Each has ``open(config)``, which returns a dataset that decodes images when they are fetched.
 May be used by data.load.
 """

@@ -57,7 +57,7 @@ def open(config: DataConfig) -> "FolderImages":
 class FolderImages:
     """Image files in the order of their paths; in place of one that is corrupt comes the next.
 
-    The paths are kept as one run of bytes: a list of a million of them would take ten times the
+    The paths are kept as one byte string: a list of a million of them would take ten times the
     memory, and that again in every loader process.
     """
 

@@ -1,4 +1,4 @@
-"""One npz file, or all of a folder's (ImageNet-64's): in memory, or read as images are asked for.
+"""One npz file, or all of a folder's (ImageNet-64's): in memory, or read when images are fetched.
 
 What an npz file may hold, and how it is read, is in ``npz_files``.
 """
@@ -62,7 +62,7 @@ def open(config: DataConfig) -> ImageDataset:
 
 
 class _Readable:
-    """Does something with each of several npz files; up to a limit, corrupt ones are left out."""
+    """Processes npz files one by one; up to a limit, corrupt ones are left out."""
 
     def __init__(self, num_files: int, max_corrupt: int) -> None:
         self.num_files, self.max_corrupt = num_files, max_corrupt

@@ -1,8 +1,8 @@
 """npz files of images: read whole, or image by image where they are too large for memory.
 
-Images are read where they lie, or, if they are compressed, from a plain ``.npy`` file in the
+Images are read from the file itself, or, if they are compressed, from a plain ``.npy`` file in the
 cache. They are not mapped into memory: what was touched of a mapped file counts as the process's
-memory, and one that is cut short, or lost with its server, ends the process by a signal.
+memory, and one that is truncated, or lost with its server, ends the process by a signal.
 """
 
 import errno
@@ -69,7 +69,7 @@ class NpzFile:
     channels_first: bool
 
     fortran_order: bool
-    """The bytes of one image lie scattered, as the npy format allows."""
+    """The bytes of one image are scattered, as the npy format allows."""
 
     labels: NDArray[np.int64] | None
     """``(N,)``"""

@@ -1,5 +1,6 @@
 """The least-squares refit of the weights that read what was pruned.
 
-``refit`` walks the network, ``least_squares`` solves, ``error_weights`` weighs images.
+Start at ``refit``, which walks the network; ``least_squares`` solves, ``error_weights`` weighs
+images.
 May be used by pruning.
 """

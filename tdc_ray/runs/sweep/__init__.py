@@ -1,5 +1,5 @@
 """Sweeps by Ray Tune and Optuna: every trial is a whole run.
 
-Rows and study are files that reports read without Ray.
+What trials share is computed once (``execution.cache``). Reports read rows and study without Ray.
 May be used by reporting, cli and experiments.
 """
