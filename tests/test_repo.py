@@ -35,6 +35,13 @@ def test_every_file_and_heading_that_a_page_names_exists(page):
             assert heading in map(anchor, headings), target
 
 
+def test_every_path_that_the_packages_page_names_exists():
+    package = ROOT / "tdc_ray"
+    paths = re.findall(r"`((?:[a-z_0-9]+/)+(?:\w+\.py)?)`", (package / "README.md").read_text())
+    assert len(set(paths)) > 40
+    assert [path for path in paths if not (package / path).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_a_page_names_exists(page):
     config = parse(["run"]).config
