@@ -43,10 +43,10 @@ class _ChainState(Generic[T]):
 
     chain: Chain[T]
     waits_for: Sequence[AnyItem] | Barrier | None = None
-    """None before it was started."""
+    """None means that it was not started."""
 
     results: dict[str, Any] = field(default_factory=dict)
-    """Those that are there of the items that it waits for, by key."""
+    """Results so far of the items that it waits for, by key."""
 
     stage: int = 0
     """How often it advanced."""
@@ -64,7 +64,7 @@ class Chains(Generic[T]):
 
         self._states = {name: _ChainState(chain) for name, chain in chains.items()}
         self._changed = dict.fromkeys(chains)
-        """Chains to which something happened since they were last looked at, in order."""
+        """Chains that changed since they were last examined, in order."""
 
         self._at_barrier: set[str] = set()
 
@@ -84,19 +84,19 @@ class Chains(Generic[T]):
         return missing
 
     def deliver(self, name: str, item: AnyItem, result: object) -> None:
-        """Hand a chain the result of one of its items; one that was cancelled takes none."""
+        """Deliver the result of one of a chain's items; a cancelled chain ignores it."""
         if name in self._states:
             self._states[name].results[item.key] = result
             self._changed[name] = None
 
     def cancel(self, name: str) -> None:
-        """End a chain; the others no longer wait for it."""
+        """Cancel a chain; the others no longer wait for it."""
         if self._states.pop(name, None) is not None:
             self._at_barrier.discard(name)
             self._changed |= dict.fromkeys(sorted(self._at_barrier))
 
     def active(self) -> list[str]:
-        """Name the chains that neither ended nor were cancelled."""
+        """Return the names of the chains that neither ended nor were cancelled."""
         return list(self._states)
 
     def stage(self, name: str) -> int:
@@ -104,7 +104,7 @@ class Chains(Generic[T]):
         return self._states[name].stage if name in self._states else -1
 
     def _movable(self, name: str) -> list[str]:
-        """Name the chains that can advance after a change of one: it, or all at its barrier."""
+        """Return the chains that can advance after one changed: it, or all at its barrier."""
         if name not in self._states or not self._can_advance(name):
             return []
         waits_for = self._states[name].waits_for

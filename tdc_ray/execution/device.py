@@ -1,4 +1,4 @@
-"""Where a worker computes, and which of several workers it is."""
+"""The device that a worker computes on, and its rank among several workers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import distributed
 
 @dataclass(frozen=True, slots=True)
 class WorkerRank:
-    """Which of several data-parallel workers this is, and where it computes."""
+    """Rank of one of several data-parallel workers, and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -25,14 +25,14 @@ def configure_worker(num_threads: int, *, tf32: bool) -> None:
 
 
 def allow_tf32(*, allowed: bool) -> None:
-    """Let GPUs round the inputs of fp32 products and convolutions to TF32, or not."""
+    """Set whether GPUs round the inputs of fp32 products and convolutions to TF32."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Let GPUs compute fp32 in full for a while, whatever :func:`configure_worker` said."""
+    """Compute in full fp32 on GPUs within the context, whatever `configure_worker` set."""
     before = torch.backends.cuda.matmul.allow_tf32
     allow_tf32(allowed=False)
     try:

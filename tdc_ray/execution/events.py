@@ -1,4 +1,4 @@
-"""What work in progress tells: it began, it reported, it ended. Sinks show or record that."""
+"""Events of work in progress: it began, it reported, it ended. Sinks show or record them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from tdc_ray.execution.item import Report, StepMetrics
 
 EventSink = Callable[[object], None]
-"""Takes events of any type, from any thread, and ignores those that it does not know. One that is
-a context manager is entered for as long as events may come."""
+"""Is called with events of any type, from any thread, and ignores those that it does not know. One
+that is a context manager is entered for as long as events may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def listening(sinks: Sequence[EventSink]) -> Iterator[Sinks]:
 
 
 def ignore(_event: object) -> None:
-    """Take no notice of an event."""
+    """Ignore an event."""
 
 
 def reporter(sink: EventSink, key: str, number: int | None = None) -> Report:

@@ -1,8 +1,8 @@
 """Work items: the pieces of a run. An item runs in any process and writes its result to a file.
 
 A *chain* is a generator that yields items, is sent their results, and yields the next ones: the
-stages of one group, in order. Who runs the items (a pool of Ray actors, or the calling process) is
-none of the chain's business.
+stages of one group, in order. A chain does not know who runs its items (a pool of Ray actors, or
+the calling process).
 """
 
 import functools
@@ -20,13 +20,13 @@ from tdc_ray.storage.object_store import display_path
 
 Job = TypeVar("Job")
 R = TypeVar("R")
-"""Of a result: a small frozen dataclass of plain values. Anything larger is a file."""
+"""Type of a result: a small frozen dataclass of plain values. Anything larger is a file."""
 
 Inputs = Mapping[str, Any]
 """All that a result follows from, as JSON values. Equal inputs give equal results."""
 
 Report = Callable[[Mapping[str, float], int], None]
-"""Takes metrics and the step that they belong to."""
+"""Is called with metrics and the step that they belong to."""
 
 StepMetrics = tuple[int, Mapping[str, float]]
 """A step and its metrics."""
@@ -34,10 +34,10 @@ StepMetrics = tuple[int, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one worker takes of its node."""
+    """CPUs and GPUs that one worker takes of its node."""
 
     cpus: float
-    """CPUs; whole ones are as many threads."""
+    """CPUs, and so threads where they are a whole number."""
 
     gpus: float = 0.0
     """GPUs; fractions share one."""
@@ -73,7 +73,7 @@ class WorkItem(Generic[Job, R]):
     """Steps that it reports, for the progress display."""
 
     resources: Resources | None = None
-    """What each of its workers takes; None means what most others take."""
+    """Resources of each of its workers; None means the pool's default."""
 
     num_workers: int = 1
     """Workers that run it side by side, data parallel; the first one's result counts."""
@@ -83,7 +83,7 @@ class WorkItem(Generic[Job, R]):
     is no smaller one. A module-level function."""
 
     inputs: Callable[[Job], Inputs | None] | None = None
-    """Returns what the result follows from, so that other runs may take it from a cache (see
+    """Returns what the result follows from, so that other runs may load it from a cache (see
     ``tdc_ray.execution.cache``), or None where none may. A module-level function."""
 
     files: tuple[Path, ...] = ()
@@ -104,7 +104,7 @@ class WorkItem(Generic[Job, R]):
 AnyItem = WorkItem[Any, Any]
 
 Runner = Callable[..., Any]
-"""Runs an item, or gets its result in another way; called as :func:`run_item` is."""
+"""Runs an item, or obtains its result in another way; called as :func:`run_item` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +122,14 @@ MARK = "shared"
 
 @dataclass(frozen=True, slots=True)
 class ItemResult(Generic[R]):
-    """What an item's file holds."""
+    """The content of an item's result file."""
 
     value: R
     cached: CacheMark | None = None
     """None means that no cache has it."""
 
     def save(self, path: Path) -> None:
-        """Write the value's fields as JSON, the mark behind them."""
+        """Write the value's fields as JSON, and the cache's mark after them."""
         mark = {} if self.cached is None else {MARK: asdict(self.cached)}
         write_json(path, {**to_jsonable_python(self.value), **mark})
 
@@ -170,7 +170,7 @@ def finished(item: WorkItem[Job, R]) -> ItemResult[R] | None:
 
 
 def use_fallback(item: WorkItem[Job, R]) -> R:
-    """Save and return an item's fallback: what follows is made with it, after a resume too."""
+    """Save and return an item's fallback: what follows is computed from it, after a resume too."""
     assert item.fallback_result is not None
     ItemResult(item.fallback_result).save(item.result_path)
     return item.fallback_result

@@ -1,11 +1,11 @@
-"""What the failure of a work item leads to."""
+"""The retry policy: what the failure of a work item leads to."""
 
 from enum import Enum
 
 from tdc_ray.execution.item import AnyItem
 
 MAX_NODE_LOSSES = 20
-"""How often an item may lose its node: on preemptible machines that is no fault of its own."""
+"""Most times that an item may lose its node: on preemptible machines that is not its fault."""
 
 
 class Failure(Enum):
@@ -15,18 +15,18 @@ class Failure(Enum):
     NODE_LOST = "node_lost"
     OUT_OF_MEMORY = "out_of_memory"
     PERMANENT = "own_error"
-    """An error raised by this package: it would come again."""
+    """An error raised by this package: it would recur."""
 
     TRANSIENT = "other_error"
     """Any other error: a full disk, a network that was down."""
 
 
 class Action(Enum):
-    """What becomes of an item that did not finish."""
+    """The action after an item did not finish."""
 
     RETRY = "retry"
     REDUCE_MEMORY = "reduce_memory"
-    """It starts again with half the memory."""
+    """It is retried with half the memory."""
 
     USE_FALLBACK = "use_fallback"
     """Its chain advances with the item's fallback result."""
@@ -38,7 +38,7 @@ def after_failure(item: AnyItem, failure: Failure, times: int, max_attempts: int
     """Decide what follows a failure.
 
     A lost worker is not the item's fault, and less so a lost node; a permanent error would recur;
-    an item that ran out of memory is tried with less before that counts.
+    an item that ran out of memory is retried with less before that counts.
 
     Args:
         item: What failed.

@@ -1,7 +1,7 @@
-"""Who runs what next. Pure decisions: no Ray and no clock.
+"""The scheduler: which worker runs which item next. Pure decisions: no Ray and no clock.
 
-The pool and the simulator both drive a :class:`Scheduler`: they tell it what happened and do what
-it says.
+The pool and the simulator both drive a :class:`Scheduler`: they report what happened and carry out
+its decisions.
 """
 
 import heapq
@@ -25,26 +25,26 @@ class Assignment:
     number: int
     chain: str
     stage: int
-    """Of its chain: items of one stage may run side by side."""
+    """Stage of its chain: items of one stage may run side by side."""
 
     item: AnyItem
     workers: tuple[str, ...]
-    """None where a service runs it."""
+    """Empty means that a service runs it."""
 
     attempt: int
     """Counted from 1."""
 
 
 _Ready = tuple[float, str, int, str, AnyItem]
-"""Minus the work in an item and behind it, its key, a tie-break, its chain, the item."""
+"""Minus the work in an item and after it, its key, a tie-break, its chain, the item."""
 
 
 class Scheduler(Generic[T]):
-    """Chains on workers that come and go.
+    """Assigns the items of chains to workers that join and leave.
 
-    Longest first: the item with the most work in it and behind it in its chain, so that the group
-    that will take longest never waits for a shorter one. An item for several workers that comes
-    first is waited for, or smaller ones would keep it waiting for ever; unless fewer are there.
+    Longest first: the item with the most work in it and after it in its chain, so that the group
+    that will take longest never waits for a shorter one. If the first item needs several workers,
+    those behind it wait, or it would never start; unless there are too few workers for it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Scheduler(Generic[T]):
 
         Args:
             chains: By their names.
-            default: What one worker takes for items that do not say it.
+            default: Resources of a worker for items that name none.
             max_attempts: How often an item may be started whose worker dies or that fails for
                 reasons outside of it.
         """
@@ -77,17 +77,17 @@ class Scheduler(Generic[T]):
 
     @property
     def failed(self) -> dict[str, str]:
-        """Why chains failed, by name: one of their items, or they themselves between two."""
+        """Why chains failed, by name: in one of their items, or between two."""
         return self._given_up | {name: str(error) for name, error in self._chains.errors.items()}
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to run."""
+        """Whether nothing remains to run."""
         waiting = self._for_services or self._deferred or any(self._ready.values())
         return not (self._running or waiting)
 
     def active(self) -> list[str]:
-        """Name the chains that neither ended nor failed."""
+        """Return the names of the chains that neither ended nor failed."""
         return self._chains.active()
 
     def join(self, worker: str, resources: Resources) -> None:
@@ -95,7 +95,7 @@ class Scheduler(Generic[T]):
         self._idle[resources].append(worker)
 
     def leave(self, worker: str) -> None:
-        """Forget a worker that is gone, if it was idle."""
+        """Remove a lost worker, if it was idle."""
         for idle in self._idle.values():
             if worker in idle:
                 idle.remove(worker)
@@ -110,7 +110,7 @@ class Scheduler(Generic[T]):
         }
 
     def next_workers(self) -> list[str]:
-        """Name the idle workers that the next items would go to."""
+        """Return the names of the idle workers that the next items would run on."""
         return [
             worker
             for resources, ready in self._ready.items()
@@ -119,7 +119,7 @@ class Scheduler(Generic[T]):
         ]
 
     def wanted(self) -> dict[Resources, int]:
-        """Count the workers that all items which run or could run would take."""
+        """Count the workers that all items which run or could run need."""
         return dict(+self._wanted)
 
     def start(self) -> list[Assignment]:
@@ -138,13 +138,13 @@ class Scheduler(Generic[T]):
         return started
 
     def defer(self, assignment: Assignment) -> None:
-        """Put off an item that another run computes at the moment; its workers are idle again."""
+        """Postpone an item that another run computes at the moment; its workers are idle again."""
         self._attempts[assignment.chain, assignment.item.key] -= 1
         self._end(assignment)
         self._deferred.append((assignment.chain, assignment.item))
 
     def resume_deferred(self) -> bool:
-        """Make items that were put off ready again; return whether there are any."""
+        """Make postponed items ready again; return whether there are any."""
         deferred, self._deferred = self._deferred, []
         self._enqueue(deferred)
         return bool(deferred)
@@ -163,8 +163,8 @@ class Scheduler(Generic[T]):
         Args:
             assignment: The item and its workers.
             failure: What happened.
-            reason: The same for people.
-            lost: Those of its workers that are gone.
+            reason: The same in words.
+            lost: Those of its workers that were lost.
         """
         self._end(assignment, lost)
         chain, item = assignment.chain, assignment.item
@@ -175,7 +175,7 @@ class Scheduler(Generic[T]):
         if action is not Action.REDUCE_MEMORY:
             self._failures[chain, item.key, failure] = times
         result = finished(item) if item.service is None else None
-        if result is not None:  # its worker died after its work and before its answer
+        if result is not None:  # its worker died between its work and its answer
             self._chains.deliver(chain, item, result.value)
             action = Action.RETRY
         elif action is Action.RETRY:
@@ -190,7 +190,7 @@ class Scheduler(Generic[T]):
         return action
 
     def _pop_ready(self, resources: Resources) -> _Ready | None:
-        """Remove and return the longest item that can start; a wide one keeps those behind it."""
+        """Remove and return the longest item that can start; those behind a wide one wait."""
         ready, idle = self._ready[resources], len(self._idle[resources])
         if not ready or not idle:
             return None

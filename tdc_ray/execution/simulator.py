@@ -15,7 +15,7 @@ from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import lower_bound
 
 WORKER = Resources(cpus=1.0)
-"""Of every simulated worker: they are all alike."""
+"""Resources of every simulated worker: they are all alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +23,13 @@ class FailureModel:
     """What happens to the workers; all rates are of exponential distributions."""
 
     failures_per_hour: float = 0.0
-    """Of each worker."""
+    """Failures per hour of each worker."""
 
     joins_per_hour: float = 0.0
-    """Of the cluster, while workers are missing."""
+    """Joins per hour of the cluster, while workers are missing."""
 
     seconds_to_join: float = 0.0
-    """From a worker's start until it can work."""
+    """From a worker's start until it is ready."""
 
     seed: int = 0
 
@@ -39,7 +39,7 @@ class SimulationResult:
     """What was simulated, and how long it took."""
 
     num_workers: int
-    """At the start, and the most."""
+    """Workers at the start; never more."""
 
     makespan_seconds: float
     lower_bound_seconds: float
@@ -54,7 +54,7 @@ class SimulationResult:
     num_items: int
     num_failures: int
     unfinished: Mapping[str, str]
-    """Chains that were given up, with the reasons."""
+    """Chains that failed, with the reasons."""
 
 
 @dataclass
@@ -62,18 +62,18 @@ class Simulation:
     """A cluster in simulated time, whose workers take as long as they are said to."""
 
     chains: Mapping[str, Chain[Any]]
-    """By their names; their items are not run, and their results are None."""
+    """Chains by name; their items are not run, and their results are None."""
 
     seconds_of: Callable[[AnyItem], float]
-    """How long an item keeps its workers."""
+    """Seconds that an item takes on its workers."""
 
     _: KW_ONLY
     num_workers: int
-    """At the start, and the most."""
+    """Workers at the start; never more."""
 
     failures: FailureModel = FailureModel()  # frozen
     checkpoint_every_s: Callable[[AnyItem], float | None] = lambda _item: None
-    """How often an item saves what it did; None means only at its end."""
+    """Seconds between an item's checkpoints; None means that it saves only at its end."""
 
     max_attempts: int = 3
     """As in ``compute.max_attempts``."""
@@ -118,7 +118,7 @@ class Simulation:
         )
 
     def _is_stuck(self) -> bool:
-        """Whether nothing runs although all workers are there: an item wants more of them."""
+        """Whether nothing runs although all workers are there: an item needs more of them."""
         return not self._running and len(self._joined) == self.num_workers
 
     def _at(self, seconds: float, happens: Callable[[], None]) -> None:

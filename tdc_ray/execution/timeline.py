@@ -1,4 +1,4 @@
-"""Who ran what, when: written line by line as it happens, and summed up."""
+"""A run's timeline: who ran which item when; written as it happens, and summed up."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ class Timeline:
     def flush(self, max_age_s: float = 0.0) -> None:
         """Write what is not yet written, unless that was done a moment ago.
 
-        What the storage does not take is kept for the next time: no work ends for it.
+        What the storage fails to write is kept for the next time: no work ends because of it.
         """
         if time.monotonic() - self._flushed < max_age_s:
             return
@@ -57,16 +57,16 @@ class Span:
     phase: str
     chain: str
     stage: int
-    """Of the chain: items of one stage may run side by side."""
+    """Stage of its chain: items of one stage may run side by side."""
 
     item: str
     workers: tuple[str, ...]
-    """None where a service ran it."""
+    """Empty means that a service ran it."""
 
     attempt: int
     started: float
     ended: float | None = None
-    """None while it runs."""
+    """None means that it still runs."""
 
     outcome: str = "running"
     """``done``, ``running``, or a failure's name, such as ``worker_lost``."""
@@ -91,7 +91,7 @@ class History:
 
     stays: tuple[Stay, ...]
     failed: Mapping[str, str]
-    """Chains that the last driver gave up, with the reasons."""
+    """Chains that failed under the last driver, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class WorkerUsage:
     """``experts`` or ``evaluation``, and such."""
 
     num_workers: int
-    """Most that were there at once."""
+    """Most workers at any time."""
 
     makespan_seconds: float
     """From the first start to the last end, times without a driver included."""
@@ -111,10 +111,10 @@ class WorkerUsage:
     """No order could be faster: the larger of the work per worker and the longest chain."""
 
     work_seconds: float
-    """Of items that were finished, summed over their workers."""
+    """Time of items that were finished, summed over their workers."""
 
     lost_seconds: float
-    """Of attempts that were not."""
+    """Time of attempts that were not."""
 
     utilisation: float
     """Share of the workers' time that they spent on items."""
@@ -141,7 +141,7 @@ def load_history(path: Path) -> History:
             for of_driver in (running, present, failed):
                 of_driver.clear()
         elif event.get("driver") != driver:
-            continue  # of one that was suspended and wrote after another took over
+            continue  # of a driver that was suspended and wrote after another took over
         elif kind == "phase":
             phase = event["name"]
         elif kind == "join":
@@ -193,8 +193,8 @@ def lower_bound(
 
     Args:
         stages: Seconds of the longest item of every stage, by chain and number of the stage.
-        work_seconds: Of all items, summed over their workers.
-        num_workers: Workers to share them.
+        work_seconds: Time of all items, summed over their workers.
+        num_workers: Workers that share them.
     """
     chains: dict[str, float] = defaultdict(float)
     for (chain, _), seconds in stages.items():

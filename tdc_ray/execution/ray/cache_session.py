@@ -1,8 +1,8 @@
 """Runs that share a cache and work side by side: each result is computed by one of them.
 
-A run claims a key when a worker is about to start on it, never before, and others put that item
-off meanwhile and do something else. So a claim is always of work in progress, and nobody waits in
-a circle. Claims hold among the runs of one Ray job, such as the trials of a sweep.
+A run claims a key when a worker is about to start on it, never before, and others postpone that
+item meanwhile and run something else. So a claim is always of work in progress, and there is no
+deadlock. Claims hold among the runs of one Ray job, such as the trials of a sweep.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from tdc_ray.storage.object_store import display_path, writer_id
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 10.0
-"""A claim that was not renewed for so long is of a run that was killed."""
+"""A claim that was not renewed for this time is of a run that was killed."""
 
 SECONDS_BETWEEN_TRIES = 0.5
 
@@ -47,7 +47,7 @@ class ClaimRegistry:
         return True
 
     def renew(self, keys: Sequence[str], owner: str) -> None:
-        """Keep the owner's claims from going stale."""
+        """Renew the owner's claims."""
         for key in keys:
             self.claims[key] = (owner, time.monotonic())
 
@@ -58,7 +58,7 @@ class ClaimRegistry:
 
 
 def start_claim_registry(root: Path) -> Any:
-    """Return the actor that keeps the claims on a cache, started if there is none.
+    """Return the actor that holds the claims on a cache, started if there is none.
 
     It lives as long as what this first call in the Ray job returned.
     """
@@ -81,7 +81,7 @@ class CacheSession:
         """Keys, by what they were claimed for."""
 
         self._keys: dict[str, tuple[AnyItem, str | None]] = {}
-        """Keys of items that were put off: computed once."""
+        """Keys of items that were postponed: computed once."""
 
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claims", daemon=True)
@@ -100,7 +100,7 @@ class CacheSession:
     def acquire(self, item: AnyItem) -> Runner | None:
         """Return what runs an item; None means that another run computes it: ask again.
 
-        It takes the result from the cache where it is there, else saves it there.
+        It loads the result from the cache if it is there, else saves it there.
         """
         cache = self._cache
         key = None if cache is None else self._key(item)
@@ -112,7 +112,7 @@ class CacheSession:
         return partial(cache.load if cache.contains(key) else cache.compute, key=key)
 
     def release(self, item: AnyItem) -> None:
-        """Give up the claim on an item that no longer runs."""
+        """Release the claim on an item that no longer runs."""
         self._keys.pop(item.key, None)
         self._release(item.key)
 
@@ -120,7 +120,7 @@ class CacheSession:
     def compute_once(
         self, item: AnyItem, reported: Sequence[StepMetrics], report: Report
     ) -> Iterator[bool]:
-        """Keep other runs from an item that the block computes by other means than a pool.
+        """Keep other runs from an item that the block computes without a pool.
 
         Waits while another run computes it. Yields whether nothing is left to do: it is finished,
         or the cache had it. Otherwise the block writes result and files as the item says, and they
@@ -128,8 +128,8 @@ class CacheSession:
 
         Args:
             item: The item.
-            reported: What it has reported when the block ends.
-            report: Takes what it reported to the run that computed it.
+            reported: Everything that it reported by the end of the block.
+            report: Is called with what it reported to the run that computed it.
         """
         cache, done = self._cache, finished(item)
         key = None if cache is None or (done and done.cached) else key_of(item)
@@ -154,7 +154,7 @@ class CacheSession:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Hold a name that one run at a time may have; waits for it."""
+        """Hold a name that one run at a time may hold; waits for it."""
         while not self._claim(name, name):
             time.sleep(SECONDS_BETWEEN_TRIES)
         try:
@@ -169,7 +169,7 @@ class CacheSession:
         return known[1]
 
     def _claim(self, name: str, key: str) -> bool:
-        """Claim a key under a name of this run's own."""
+        """Claim a key in this run's name."""
         try:
             claimed = bool(ray.get(self._registry.claim.remote(key, self._owner)))
         except RayError as error:  # at worst something is computed twice

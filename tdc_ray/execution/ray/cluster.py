@@ -1,4 +1,4 @@
-"""Connects to Ray, tells what nodes there are, and starts actors beside the driver."""
+"""Connects to Ray, lists its nodes, and starts actors on the driver's node."""
 
 import contextlib
 import logging
@@ -14,13 +14,13 @@ from tdc_ray.errors import ClusterError
 from tdc_ray.execution.scheduler import num_fitting
 
 OBJECT_STORE_BYTES = 256 * 1024**2
-"""Object store of a local Ray; items carry paths and small values, so little goes through it."""
+"""Bytes of a local Ray's object store; items carry paths and small values, so little is in it."""
 
 LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
 
 SECONDS_TO_ANSWER = 2.0
-"""How long a node may take to accept a connection and still count as alive."""
+"""Longest time in which a node that is alive accepts a connection."""
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def check_room(number: int, needed: Mapping[str, float], settings: str, most: int = 0) -> bool:
-    """Return whether processes fit on the nodes at once; on a cluster that may grow they need not.
+    """Whether processes fit on the nodes at once; on a cluster that may grow they need not.
 
     Args:
         number: How many.
@@ -108,7 +108,7 @@ def is_local() -> bool:
 
 
 def actor_here(actor_class: type, *, soft: bool = True, **options: Any) -> Any:
-    """Return what starts an actor that takes no CPU and is restarted whenever it dies.
+    """Return an actor class whose actor takes no CPU and is restarted whenever it dies.
 
     Args:
         actor_class: Its class; ``remote(...)`` of what is returned takes the arguments.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Which of an item's workers one is, and where the first one listens."""
+    """Index of one of an item's workers, and the address at which the first one listens."""
 
     index: int
     count: int
@@ -17,7 +17,7 @@ class Rank:
 
 @contextlib.contextmanager
 def as_rank(rank: Rank) -> Iterator[None]:
-    """Join the others: ``device.worker_rank`` has this worker's rank until the block ends."""
+    """Join the process group; ``device.worker_rank`` returns this rank until the block ends."""
     import torch  # the driver, which imports this, may do without
     from torch import distributed
 

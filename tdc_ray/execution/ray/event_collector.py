@@ -1,4 +1,4 @@
-"""Brings what workers report to the sinks of the driver."""
+"""Forwards what workers report to the sinks of the driver."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ from tdc_ray.execution.ray.cluster import actor_here
 SECONDS_BETWEEN_FETCHES = 0.5
 
 FAILURES_UNTIL_WARNING = 5
-"""In a row, until the log says that it may be more than the buffer; each takes some seconds."""
+"""Failures in a row after which a warning is logged; each takes some seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,17 @@ def _send(buffer: ActorHandle, event: object) -> None:
 
 
 class EventCollector(Sinks):
-    """The driver's sinks, to which the events of workers come too."""
+    """The driver's sinks, to which the events of workers are forwarded too."""
 
     def __init__(self, sinks: Sequence[EventSink], buffer: ActorHandle) -> None:
         super().__init__(sinks)
         self.remote: EventSink = partial(_send, buffer)
-        """The sink of workers, to which it is sent."""
+        """The sink that is sent to workers."""
 
         self._buffer, self._failures = buffer, 0
 
     def forward(self) -> None:
-        """Pass on what came in; a buffer that died is no reason to stop the work."""
+        """Forward new events; a buffer that died is no reason to stop the work."""
         try:
             events: list[object] = ray.get(self._buffer.drain.remote())
         except RayActorError:
@@ -70,7 +70,7 @@ class EventCollector(Sinks):
 
 @contextmanager
 def collecting(sinks: Sequence[EventSink]) -> Iterator[EventCollector]:
-    """Enter sinks, and pass on to them what workers report, while the block runs."""
+    """Enter sinks, and forward to them what workers report, while the block runs."""
     buffer, stop = actor_here(_EventBuffer).remote(), threading.Event()
 
     def forward() -> None:

@@ -29,19 +29,19 @@ SECONDS_BETWEEN_LOOKS = 1.0
 """How often the pool looks for new nodes while nothing happens."""
 
 SECONDS_BETWEEN_FLUSHES = 5.0
-"""How often the timeline is written; in an object store each time is an object."""
+"""Time between two writes of the timeline; in an object store each makes an object."""
 
 SECONDS_BETWEEN_SIGNS = 60.0
-"""How often the timeline says that the driver is alive: with a killed one, what ran is lost."""
+"""Time between two signs of life in the timeline: what ran under a killed driver is lost."""
 
 SECONDS_UNTIL_WARNING = 10.0
-"""How long nothing can start for want of a worker before the log says so."""
+"""Time without a worker for any item after which a warning is logged."""
 
 SECONDS_UNTIL_GONE = 0.3
-"""How long a node may outlive its workers where all of it is killed."""
+"""Longest time by which a node that is killed outlives its workers."""
 
 SECONDS_TO_FAIL = 5.0
-"""How long the other workers of an item may take to fail after one of them did."""
+"""Longest time that the other workers of an item take to fail after one of them did."""
 
 CONSEQUENCES = {
     Action.RETRY: "it starts again",
@@ -55,16 +55,16 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Running:
-    """An assignment, what returns its result, and those of its workers that are not done."""
+    """An assignment, the reference to its result, and those of its workers that are not done."""
 
     assignment: Assignment
     result: ray.ObjectRef
     pending: dict[ray.ObjectRef, str]
-    """Their names; "" for a service."""
+    """Names of its workers; "" for a service."""
 
 
 class Pool:
-    """Runs items on actors that come and go; a context manager that ends them.
+    """Runs items on actors that start and stop with the nodes; a context manager that ends them.
 
     Entering starts its services and checks them.
     """
@@ -105,7 +105,7 @@ class Pool:
 
         Args:
             chains: By their names.
-            phase: What to call this in the timeline.
+            phase: Its name in the timeline.
 
         Returns:
             What each chain returned, by its name.
@@ -146,7 +146,7 @@ class Pool:
         return scheduler.values
 
     def _note_failed(self, scheduler: Scheduler[T], noted: set[str]) -> None:
-        """Add the chains that failed to the timeline, but those that were noted."""
+        """Add the chains that failed to the timeline, unless they are in it."""
         for name in sorted(scheduler.failed.keys() - noted):
             self._timeline.add("failed", chain=name, reason=scheduler.failed[name])
             noted.add(name)
@@ -159,7 +159,7 @@ class Pool:
         self._running.clear()
 
     def _adjust_workers(self, scheduler: Scheduler[T]) -> None:
-        """Forget idle workers that died, stop those in the way, and start what could be used."""
+        """Forget idle workers that died, stop removable ones, and start those that are needed."""
         for name in self._workers.dead(scheduler.next_workers()):
             scheduler.leave(name)
             self._workers.stop(name)
@@ -170,7 +170,7 @@ class Pool:
         self._workers.start_workers(wanted)
 
     def _start(self, assignment: Assignment, scheduler: Scheduler[T]) -> None:
-        """Start an item, unless another run computes the very same."""
+        """Start an item, unless another run computes the same."""
         item, number = assignment.item, assignment.number
         runner = self._session.acquire(item)
         if runner is None:
@@ -199,7 +199,7 @@ class Pool:
         self._running[number] = _Running(assignment, refs[0], pending)
 
     def _wait(self, scheduler: Scheduler[T]) -> None:
-        """Wait until something happened, and tell the scheduler."""
+        """Wait until something happens, and pass it to the scheduler."""
         pending = {ref: running for running in self._running.values() for ref in running.pending}
         starting = set(self._workers.starting())
         refs = [*pending, *starting]
@@ -216,7 +216,7 @@ class Pool:
                 self._take(ref, pending[ref], scheduler)
 
     def _take(self, ref: ray.ObjectRef, running: _Running, scheduler: Scheduler[T]) -> None:
-        """Take the answer of one of an item's workers; the item ends with the last one's."""
+        """Process the answer of one of an item's workers; the item ends with the last one's."""
         if _error_of(ref) is not None:
             self._fail(running, scheduler)
             return
@@ -228,7 +228,7 @@ class Pool:
             scheduler.finish(running.assignment, result)
 
     def _fail(self, running: _Running, scheduler: Scheduler[T]) -> None:
-        """Find out what an item died of, end what is left of it, and ask what follows."""
+        """Determine why an item failed, stop its other workers, and let the scheduler decide."""
         assignment, refs = running.assignment, list(running.pending)
         done, silent = ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_FAIL)
         errors = {ref: error for ref in done if (error := _error_of(ref)) is not None}
@@ -251,7 +251,7 @@ class Pool:
         logger.warning("%s %s (attempt %d); %s", key, what, attempt, CONSEQUENCES[action])
 
     def _lost_a_node(self, lost: list[str]) -> bool:
-        """Whether workers went with their node; it may end a moment after them."""
+        """Whether workers were lost with their node, which may end a moment after them."""
         if lost:
             time.sleep(SECONDS_UNTIL_GONE)
         return not all(is_alive(node) for node in self._workers.nodes(lost))
@@ -275,7 +275,7 @@ def _ranks(actors: list[Any]) -> list[Rank | None]:
 
 
 def _error_of(ref: ray.ObjectRef) -> RayError | None:
-    """Return what a finished call raised, or what became of its result."""
+    """Return what a finished call raised, or None if it returned."""
     try:
         ray.get(ref)
     except RayError as error:

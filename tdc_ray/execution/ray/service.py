@@ -17,10 +17,10 @@ SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Servant(Protocol):
-    """What a service's actor holds; any number of threads call it."""
+    """The object in a service's actor; any number of threads call it."""
 
     def check(self) -> None:
-        """Raise a `TdcError` where something that it needs is missing."""
+        """Raise a `TdcError` if something that it needs is missing."""
 
     def run(self, item: AnyItem, report: Report) -> Any:
         """Run an item and keep its result."""
@@ -28,7 +28,7 @@ class Servant(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What runs the items that name it in ``WorkItem.service``."""
+    """A service, which runs the items that name it in ``WorkItem.service``."""
 
     create: Callable[[], Servant]
     """Called in the actor's process, again after each restart."""
@@ -42,7 +42,7 @@ class _ServiceActor:
         self._servant = create()
 
     def ping(self) -> None:
-        """Answer, and so be alive."""
+        """Return, which shows that the actor is alive."""
 
     def check(self) -> None:
         self._servant.check()
@@ -56,7 +56,7 @@ def start_service(name: str, service: Service) -> Any:
 
     It runs on the node where it is first started from, which must be the driver's: the keys that a
     service needs are in that node's environment. It lives as long as what this first call
-    returned, and all that come later share it, whatever service they bring.
+    returned; later calls share it, whatever service they pass.
 
     Raises:
         TdcError: What the service's check raises.
@@ -73,7 +73,7 @@ def start_service(name: str, service: Service) -> Any:
         try:
             ray.get(handle.ping.remote())
         except RayActorError:
-            time.sleep(SECONDS_BETWEEN_LOOKS)  # an earlier one, on its way out: not yet gone
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # an earlier one that is ending
         else:
             break
     try:

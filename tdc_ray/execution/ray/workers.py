@@ -1,4 +1,4 @@
-"""The actors of a pool: started as nodes join, forgotten as nodes go."""
+"""The actors of a pool: started when nodes join, removed when nodes leave."""
 
 import itertools
 import logging
@@ -32,17 +32,17 @@ MAX_FAILED_STARTS = 10
 """Actors in a row that may die before they are ready."""
 
 SECONDS_IDLE = 1.0
-"""How long a worker may have been idle and still be assumed alive."""
+"""Longest idle time after which a worker is assumed alive without asking."""
 
 SECONDS_TO_ANSWER = 5.0
-"""How long it may then take to say that it is."""
+"""Longest time that its answer may then take."""
 
 SECONDS_TO_START = 20.0
-"""After that, what a worker that is not ready lacks is assumed to be room."""
+"""Time after which a worker that is not ready is assumed to lack room."""
 
 SECONDS_UNTIL_RELEASED = 60.0
-"""How long a worker may be idle on a cluster that others run: it keeps a node from being taken
-down."""
+"""Longest idle time of a worker on a cluster that others run: it keeps a node from being
+removed."""
 
 
 class _Worker:
@@ -56,7 +56,7 @@ class _Worker:
         self.events = events
 
     def node(self) -> str:
-        """Name the node; an answer also says that the worker is alive."""
+        """Return the node's name; an answer also shows that the worker is alive."""
         return str(ray.get_runtime_context().get_node_id())
 
     def address(self) -> str:
@@ -92,7 +92,7 @@ class WorkerGroup:
 
     def __init__(self, compute: ComputeConfig, events: EventSink, timeline: Timeline) -> None:
         self.default = default_resources(compute)
-        """What a worker takes for items that do not say it."""
+        """Resources of a worker for items that name none."""
 
         self._compute, self._events, self._timeline = compute, events, timeline
         self._workers: dict[str, _WorkerHandle] = {}
@@ -101,11 +101,11 @@ class WorkerGroup:
         self._last_failed_start = -math.inf
 
     def ready(self) -> dict[str, Resources]:
-        """Return the workers that are ready, with what they take."""
+        """Return the workers that are ready, with their resources."""
         return {name: worker.resources for name, worker in self._workers.items() if worker.node}
 
     def starting(self) -> list[ray.ObjectRef]:
-        """Return what answers when one of the others is ready."""
+        """Return the references that resolve when one of the others is ready."""
         return list(self._starting)
 
     def actors(self, names: Iterable[str]) -> list[Any]:
@@ -113,11 +113,11 @@ class WorkerGroup:
         return [self._workers[name].actor for name in names]
 
     def nodes(self, names: Iterable[str]) -> set[str]:
-        """Name the nodes of workers that are ready."""
+        """Return the names of the nodes of workers that are ready."""
         return {self._workers[name].node or "" for name in names}
 
     def start_workers(self, wanted: Mapping[Resources, int]) -> None:
-        """Start actors for what could run at once, as far as there is, or may be, room."""
+        """Start actors for items that could run at once, as far as there is, or may be, room."""
         for resources, number in wanted.items():
             have = sum(worker.resources == resources for worker in self._workers.values())
             room = (self._compute.num_actors or MAX_ACTORS) - len(self._workers)
@@ -127,11 +127,11 @@ class WorkerGroup:
     def removable(
         self, spare: Mapping[str, Resources], wanted: Mapping[Resources, int]
     ) -> list[str]:
-        """Name the spare workers to stop: in the way of others, or idle on nodes that may go.
+        """Return the names of the spare workers to stop: they block others, or keep idle nodes.
 
         Args:
             spare: Idle workers that nothing is ready for.
-            wanted: How many of each kind all items that run or could run would take.
+            wanted: Workers of each kind that all items which run or could run need.
         """
         latest = time.monotonic() - SECONDS_TO_START
         present = (one for one in self._workers.values() if one.node or one.started > latest)
@@ -153,7 +153,7 @@ class WorkerGroup:
         """Return the name of a worker that answers that it is ready; None means that it died.
 
         Raises:
-            ClusterError: One after the other dies.
+            ClusterError: Too many workers died in a row.
         """
         name = self._starting.pop(ref)
         try:
@@ -181,7 +181,7 @@ class WorkerGroup:
             self._workers[name].idle_since = time.monotonic()
 
     def dead(self, names: Iterable[str]) -> list[str]:
-        """Name the workers that do not answer, of those that were idle for a while.
+        """Return the names of the workers that do not answer, of those that were idle for a while.
 
         An item on a worker that died before it would count as a failure of the item.
         """
@@ -246,7 +246,7 @@ class WorkerGroup:
 
 
 def default_resources(compute: ComputeConfig) -> Resources:
-    """Return what a worker takes for items that do not say it."""
+    """Return the resources of a worker for items that name none."""
     gpus = compute.gpus_per_measurement
     return Resources(compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus)
 
@@ -255,7 +255,7 @@ def check_capacity(compute: ComputeConfig) -> None:
     """Check that the workers of every item of a pool have room.
 
     Raises:
-        ClusterError: They have not, and no node will join.
+        ClusterError: They have no room, and no node will join.
     """
     training = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
     kinds = (default_resources(compute), 1), (training, compute.workers_per_finetune)
