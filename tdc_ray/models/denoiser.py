@@ -13,7 +13,7 @@ class DenoiserOutput(Protocol):
     """What a network outputs."""
 
     sample: Tensor
-    """What it predicts of the noise, ``(B, C, H, W)``; with variances ``(B, 2C, H, W)``."""
+    """The predicted noise, ``(B, C, H, W)``; with variances ``(B, 2C, H, W)``."""
 
 
 class Denoiser(Protocol):
@@ -23,7 +23,7 @@ class Denoiser(Protocol):
     """
 
     config: NetworkConfig
-    """The arguments that it was built with, before anything was cut."""
+    """The arguments that it was built with, before pruning."""
 
     device: torch.device
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Denoiser(Protocol):
         """Clear the gradients."""
 
     def eval(self) -> Self:
-        """Switch dropout off."""
+        """Switch to inference: no dropout."""
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""

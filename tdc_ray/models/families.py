@@ -1,4 +1,4 @@
-"""What can be done with a network: one row for each class of them.
+"""What can be done with a network: one row for each class of networks.
 
 A class without a row is an ``UnsupportedModelError`` everywhere here.
 """
@@ -24,10 +24,10 @@ class Family:
     """What can be done with the networks of one class."""
 
     build: Callable[[NetworkConfig], Denoiser]
-    """Random weights, on the current default device."""
+    """Builds a network with random weights, on the current default device."""
 
     load: Callable[[Path], Denoiser]
-    """A saved one, in eval mode, on the CPU."""
+    """Loads a saved one, in eval mode, on the CPU."""
 
     load_config: Callable[[Path], NetworkConfig]
     cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser]
@@ -51,11 +51,11 @@ FAMILIES: Mapping[str, Family] = {
         steps=steps,
     )
 }
-"""By the network's class."""
+"""Rows by the network's class."""
 
 
 def family_of(network: Denoiser) -> Family:
-    """Return what can be done with a network."""
+    """Return the row of a network's class."""
     return row_of(FAMILIES, type(network).__name__)
 
 

@@ -1,4 +1,4 @@
-"""The content of saved weights, named by a digest."""
+"""A digest of saved weights."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from tdc_ray.storage.files import fetch, read_json
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 of a saved model: of its configs and of the weights' files."""
+    """Return the SHA-256 of a saved model's configs and weights."""
     digest = hashlib.sha256()
     for path in sorted(fetch(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -29,7 +29,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 KINDS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 BATCH = 16
-"""Images that go through it at once: any number of them needs bounded memory."""
+"""Images per forward pass, so that any number of them needs bounded memory."""
 
 Shape = tuple[int, int, int]
 """``(C, H, W)``"""
@@ -99,7 +99,7 @@ def load_first_stage(folder: Path) -> FirstStage:
 
 
 def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
-    """Load what diffusers saved, of a class of :data:`KINDS`, whatever else its config names.
+    """Load a model of a class of :data:`KINDS` that diffusers saved.
 
     Raises:
         CheckpointError: It is not that, or it is malformed.
@@ -185,7 +185,7 @@ def input_shape(data: DataConfig) -> Shape:
 
 
 def downsampling(block_out_channels: Sequence[int]) -> int:
-    """Return how many pixels of an image lie side by side in one of a latent."""
+    """Return the downsampling factor from images to latents."""
     return int(2 ** (len(block_out_channels) - 1))
 
 
@@ -195,7 +195,7 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
     Args:
         data: The data, with a first stage or without.
         unet: The model's settings.
-        model: What errors call it.
+        model: Its name in errors.
 
     Raises:
         CheckpointError: The first stage is missing or malformed.
@@ -216,7 +216,7 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
 
 
 _IRRELEVANT = ("_diffusers_version", "_name_or_path")
-"""What of a config does not decide what the model computes."""
+"""Config entries that do not change what the model computes."""
 
 
 def _config(folder: Path) -> FirstStageConfig:

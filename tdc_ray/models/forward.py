@@ -1,4 +1,4 @@
-"""A denoiser's forward pass for sampling: in chunks, without unread channels, its end in fp32."""
+"""A denoiser's forward pass for sampling: in chunks, read channels alone, last layers in fp32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from tdc_ray.models.families import FAMILIES, family_of
 from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
-"""Of the first convolution's output. Larger tensors leave the caches and are returned to the
-system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5 times as long for
-each as with 32."""
+"""Largest output of the first convolution, in bytes. Larger tensors leave the caches and are
+returned to the system after every layer: with 128 images at once, 64 MiB, iddpm-cifar10 took 1.5
+times as long for each as with 32."""
 
 SHARE_OF_GPU = 1 / 64
-"""The same, as a share of a GPU's memory: skips and what a layer works in take many times that."""
+"""The same as a share of a GPU's memory: skips and a layer's workspace take many times that."""
 
 GRADIENTS = 16
-"""Where gradients are taken, so many times fewer images go through a GPU at once: for each one 60
-to 200 times the first convolution's output is kept, in all up to a fifth of the GPU's memory."""
+"""By how much gradients reduce the images that go through a GPU at once: for each one 60 to 200
+times the first convolution's output is kept, in all up to a fifth of the GPU's memory."""
 
 MOST_AT_ONCE = 1024
-"""Images, however small they are."""
+"""Most images, however small they are."""
 
 
 def max_batch_size(
@@ -34,7 +34,7 @@ def max_batch_size(
     Args:
         network: The network.
         size: Height and width of what it denoises; None means those of its config.
-        gradients: A backward pass follows.
+        gradients: Whether a backward pass follows.
     """
     weight = family_of(network).ends(network).first.weight
     height, width = size or image_size(network.config)
@@ -89,7 +89,7 @@ def predict(
 
 @contextlib.contextmanager
 def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterator[None]:
-    """Let a network's last layers compute in float32, and output but some channels, for a while.
+    """Compute a network's last layers in float32, and only some channels, within the context.
 
     Args:
         network: The network.
@@ -111,7 +111,7 @@ def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterat
 def swapped_weights(
     layer: nn.Conv2d | nn.Linear | nn.GroupNorm, weight: Tensor, bias: Tensor
 ) -> Iterator[None]:
-    """Let a layer, which has a bias, compute with other weights within the context."""
+    """Replace the weights of a layer, which has a bias, within the context."""
     assert layer.bias is not None
     before = layer.weight.data, layer.bias.data
     layer.weight.data, layer.bias.data = weight, bias

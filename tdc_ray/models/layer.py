@@ -1,19 +1,20 @@
-"""The layers of a network, and which of their channels are cut together."""
+"""The layers of a network, and which of their channels are pruned together."""
 
 from dataclasses import dataclass
 
 STREAM = "stream:"
-"""Begins the names of the residual stream's units; the module that starts the stream follows."""
+"""Prefix of the names of the residual stream's units; the module that starts the stream
+follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """Channels that lie side by side and are cut as one."""
+    """Adjacent channels that are pruned as one."""
 
     count: int
 
     unit: str | None = None
-    """Name of the unit that cuts them; None means that they are never cut."""
+    """Name of the unit that they belong to; None means that they are never pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Layer:
 
     inputs: tuple[Channels, ...]
     """Along dimension 1 of its weight. A norm's weight has no such dimension: it counts as 1. An
-    embedding's dimensions are the other way round, but nothing cuts them."""
+    embedding's dimensions are swapped, but never pruned."""
 
     outputs: tuple[Channels, ...]
     """Along dimension 0 of its weight, and of its bias."""
@@ -38,13 +39,13 @@ class Layer:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the uncut layer."""
+        """Parameters of the unpruned layer."""
         bias = total(self.outputs) if self.has_bias else 0
         return self._num_weights + bias
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the uncut layer for one image."""
+        """Multiply-accumulates of the unpruned layer for one image."""
         return self._num_weights * self.pixels
 
     @property
@@ -53,5 +54,5 @@ class Layer:
 
 
 def total(channels: tuple[Channels, ...]) -> int:
-    """Count the channels that follow each other along a dimension."""
+    """Count the channels along a dimension."""
     return sum(run.count for run in channels)

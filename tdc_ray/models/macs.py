@@ -9,7 +9,7 @@ from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.units import Unit
 
 Terms = Mapping[tuple[str, ...], int]
-"""Coefficients by what they are multiplied with: no width, one unit's, or two units'."""
+"""Coefficients by their factors: no width, one unit's, or two units'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class Polynomial:
     factors: Mapping[str, int]
     pairs: Mapping[tuple[str, str], int]
     partners: Mapping[str, Mapping[str, int]]
-    """The pairs again, by unit: ``partners[u][v]`` and ``partners[v][u]`` are ``b[u, v]``."""
+    """Coefficients of pairs by unit: ``partners[u][v]`` and ``partners[v][u]`` are ``b[u, v]``."""
 
     @classmethod
     def of(cls, terms: Terms, units: Sequence[Unit]) -> Self:
-        """Sort the terms by unit."""
+        """Group the terms by unit."""
         factors = {unit.name: terms.get((unit.name,), 0) for unit in units}
         pairs: dict[tuple[str, str], int] = {}
         partners: dict[str, dict[str, int]] = {unit.name: {} for unit in units}
@@ -46,11 +46,11 @@ class Polynomial:
         return self.constant + single + sum(double)
 
     def marginal_cost(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
-        """Return what a unit's steps from one width to a wider one add, at the others' widths."""
+        """Return the increase from one width of a unit to a wider one, at the others' widths."""
         return (stop - start) * self.slope(unit, widths)
 
     def slope(self, unit: str, widths: Mapping[str, int]) -> int:
-        """Return what one step of a unit adds, given the widths of the others."""
+        """Return the increase per step of a unit, given the widths of the others."""
         others = self.partners[unit].items()
         return self.factors[unit] + sum([factor * widths[other] for other, factor in others])
 
@@ -66,7 +66,7 @@ def macs_polynomials(
     by_name = {unit.name: unit for unit in units}
 
     def form(channels: tuple[Channels, ...]) -> dict[tuple[str, ...], int]:
-        """Count the channels: so many per step of a unit, so many in any case."""
+        """Count the channels: those per step of each unit, and those that are never pruned."""
         terms: defaultdict[tuple[str, ...], int] = defaultdict(int)
         for run in channels:
             if run.unit in by_name:

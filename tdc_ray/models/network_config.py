@@ -1,4 +1,4 @@
-"""How networks are written down: the keyword arguments that diffusers' classes are built with."""
+"""Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, TypeVar
@@ -41,8 +41,8 @@ class NetworkConfig(TypedDict, total=False):
     add_attention: bool
 
     num_heads: int | None
-    """Of every attention, whatever its width, which ``attention_head_dim`` cannot say; no argument
-    of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
+    """Heads of every attention, whatever its width, which ``attention_head_dim`` cannot express;
+    no argument of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
 
     _class_name: str
 
@@ -86,7 +86,7 @@ def image_size(config: NetworkConfig) -> tuple[int, int]:
     """Return height and width of what a network denoises; some name one number for both.
 
     Raises:
-        UnsupportedModelError: They are not known.
+        UnsupportedModelError: The config does not have them.
     """
     size = config.get("sample_size")
     if size is None:

@@ -14,11 +14,12 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""Of each precision but ``auto``, which a benchmark replaces before (`runs.stages.precision`)."""
+"""Types of each precision but ``auto``, which a benchmark has replaced
+(`runs.stages.precision`)."""
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Enter autocast where the precision asks for it.
+    """Enter autocast if the precision needs it.
 
     Without gradients no weight's cast is cached: its memory may be another weight's by then.
     """

@@ -1,4 +1,4 @@
-"""Saves and loads experts: the base's config, what of each unit is kept, and safetensors.
+"""Saves and loads experts: the base's config, which steps of each unit are kept, and safetensors.
 
 diffusers' own ``save_pretrained`` keeps no widths, so a pruned UNet saved by it cannot be loaded.
 """
@@ -27,7 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class SavedExpert:
-    """What an expert's folder says of its network."""
+    """The description of an expert's network in its folder."""
 
     unet: NetworkConfig
     """The config of the base that it was cut from."""
@@ -78,7 +78,7 @@ def save_expert_into(
     write_json(folder / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
 
 
-@torch.inference_mode(mode=False)  # whose tensors take no gradients, which a cut is traced by
+@torch.inference_mode(mode=False)  # whose tensors take no gradients, which tracing needs
 def load_expert(folder: Path | str) -> UNet2DModel:
     """Load a pruned UNet from a folder, or its URI, in eval mode, on the CPU.
 

@@ -16,10 +16,10 @@ class State:
     """``(B, C, H, W)``"""
 
     embedding: Tensor
-    """Of timestep and class, ``(B, E)``."""
+    """Embedding of timestep and class, ``(B, E)``."""
 
     skips: tuple[Tensor, ...] = ()
-    """Outputs of the way down that the way up has not read yet."""
+    """Outputs of the encoder that the decoder has not read yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Step:
     module: nn.Module
 
     output_layer: str
-    """Name within the module of the layer whose output is added to the stream, or is the
-    step's."""
+    """Name within the module of the layer whose output is added to the stream, or is the step's
+    output."""
 
     residual_scale: float = 1.0
     """What the sum of the output layer and the shortcut is divided by."""
@@ -76,12 +76,12 @@ def run(steps: Sequence[Step], state: State) -> State:
 
 
 def num_untouched(base: Sequence[Step], pruned: Sequence[Step]) -> int:
-    """Count the steps before the first one that is cut: they are the base's own."""
+    """Count the steps before the first pruned one: they equal the base's."""
     pairs = zip(base, pruned, strict=True)
     return sum(1 for _ in itertools.takewhile(lambda pair: not is_cut(*pair), pairs))
 
 
 def is_cut(base: Step, step: Step) -> bool:
-    """Whether a step has fewer channels than that of the base."""
+    """Whether a step has fewer channels than the base's."""
     pairs = zip(base.module.parameters(), step.module.parameters(), strict=True)
     return any(one.shape != other.shape for one, other in pairs)

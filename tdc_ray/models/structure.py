@@ -1,4 +1,4 @@
-"""What a network of some config consists of, without building it; imports no torch."""
+"""The layers and units of a network by its config, without building it; imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
 
 @dataclass(frozen=True, slots=True)
 class NetworkStructure:
-    """The layers of an uncut network, and its units."""
+    """The layers of an unpruned network, and its units."""
 
     layers: Sequence[Layer]
     """Those that have parameters, in the order of the forward pass."""
 
     units: tuple[Unit, ...]
-    """What can be cut, in the same order."""
+    """What can be pruned, in the same order."""
 
     @property
     def macs(self) -> int:
@@ -42,7 +42,7 @@ STRUCTURES: Mapping[
         Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
     ],
 ] = {"UNet2DModel": (all_layers, units_of)}
-"""By the network's class: what derives its layers, and its units, from a config."""
+"""By the network's class: the functions that derive its layers and its units from a config."""
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:

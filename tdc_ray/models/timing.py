@@ -15,7 +15,7 @@ from tdc_ray.models.families import family_of
 from tdc_ray.models.network_config import image_size
 
 MAX_REPEATS = 200
-"""Most passes of each model."""
+"""Most forward passes of each model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,15 @@ class StepTimes:
     """Medians over the passes of a model, in seconds."""
 
     total: float
-    """Sum of the medians: what other processes take of a busy machine hits now this step and now
-    that one, so that hardly a pass as a whole is undisturbed."""
+    """Sum of the medians: on a busy machine other processes disturb one step or another of nearly
+    every pass, so that hardly a pass as a whole is undisturbed."""
 
     steps: dict[str, float]
     """By the dotted names of the steps' modules."""
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device, with whatever else decides its speed."""
+    """Return a device's name, with whatever else decides its speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
@@ -43,18 +43,18 @@ def time_passes(
 ) -> list[StepTimes]:
     """Time forward passes of models that differ in nothing but widths, on random images.
 
-    They take turns, so that whatever else the machine does meanwhile hits all alike.
+    They run alternately, so that other load of the machine affects all of them alike.
 
     Args:
         networks: In eval mode, on one device.
         batch_size: Images of a pass.
         min_repeats: Least passes of each.
-        min_seconds: There are more until this has gone by, at most :data:`MAX_REPEATS`.
+        min_seconds: There are more until this time has passed, at most :data:`MAX_REPEATS`.
     """
     passes: list[list[list[float]]] = [[] for _ in networks]
     batch = _random_batch(networks[0], batch_size)
     for network in networks:
-        _pass(network, batch)  # memory is taken, and kernels are chosen
+        _pass(network, batch)  # allocates memory and chooses kernels
     began = time.perf_counter()
     for number in range(MAX_REPEATS):
         if number >= min_repeats and time.perf_counter() - began >= min_seconds:
@@ -75,7 +75,7 @@ def _random_batch(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor, T
 
 
 def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[float]:
-    """Return the seconds of what comes before the first step, and of each step."""
+    """Return the seconds up to the first step, and of each step."""
     family, (mark, seconds) = family_of(network), _clock(network.device)
     all_steps = family.steps(network)
     marks = [mark()]
@@ -88,7 +88,7 @@ def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Tensor | None]) -> lis
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """Return what marks a moment of a device's work, and what computes seconds between marks."""
+    """Return functions that mark moments of a device's work, and compute seconds between marks."""
     if device.type != "cuda":
         return time.perf_counter, lambda one, other: other - one
 

@@ -1,12 +1,12 @@
-"""The units of a UNet: what can be cut as a whole.
+"""The units of a network: what can be pruned as a whole.
 
 Inner units are the inner width of a residual block, in whole GroupNorm groups, and an attention's
-heads. Cutting them leaves the residual stream, the skip connections and the statistics of the
+heads. Pruning them leaves the residual stream, the skip connections and the statistics of the
 groups that are kept as they were, so macs and parameters add up over them.
 
 Stream units are the width of the residual stream itself, from where a convolution starts it to
-where the next one does; whatever adds to it or reads it, skip connections too, is cut with it. A
-step takes one channel from each of its GroupNorm groups, so that norms of the stream keep their
+where the next one does; whatever adds to it or reads it, skip connections too, is pruned with it.
+A step has one channel of each of its GroupNorm groups, so that norms of the stream keep their
 groups; a norm that reads a skip beside it has other groups once its parts are narrower.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal
 from tdc_ray.storage.digest import json_digest
 
 KeptIndices = Mapping[str, tuple[int, ...]]
-"""For every unit, which of its steps (groups, heads, slices of the stream) stay, rising."""
+"""For every unit, which of its steps (groups, heads, slices of the stream) are kept, rising."""
 
 SpaceKind = Literal["inner", "full"]
 """Inner units alone, or the stream's too."""
@@ -65,10 +65,10 @@ def widths_of(kept: KeptIndices) -> dict[str, int]:
 
 
 def kept_digest(kept: KeptIndices) -> str:
-    """Return a short name for what is kept: another one wherever anything else is."""
+    """Return a digest of what is kept."""
     return json_digest({name: list(steps) for name, steps in kept.items()})[:8]
 
 
 def keep_everything(units: tuple[Unit, ...]) -> dict[str, tuple[int, ...]]:
-    """Return the indices of all steps: nothing is cut."""
+    """Return the indices of all steps: nothing is pruned."""
     return {unit.name: tuple(range(unit.width)) for unit in units}

@@ -1,8 +1,9 @@
 """Winograd's convolution: 3 x 3 filters with a quarter of the multiplications, on CPUs.
 
 Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308), F(4 x 4,
-3 x 3): tiles of 6 x 6 pixels give 4 x 4 each. cuDNN chooses it by itself; oneDNN, by which PyTorch
-convolves on CPUs, has none for x86, and NNPACK's was slower here than oneDNN's direct convolution.
+3 x 3): 4 x 4 outputs from every tile of 6 x 6 pixels. cuDNN chooses it by itself; oneDNN, by which
+PyTorch convolves on CPUs, has none for x86, and NNPACK's was slower here than oneDNN's direct
+convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +15,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 LEAST_CHANNELS = 32
-"""Of the input and of the output; with fewer, the transforms take what the products save."""
+"""Least channels of input and output; with fewer, the transforms cost what the products save."""
 
 LEAST_TILES = 64
-"""Of all images; with fewer, the filters' transform takes what the products save."""
+"""Least tiles of all images; with fewer, the filters' transform costs what the products save."""
 
 LEAST_PIXELS = 8
-"""Of the output for each tile, of 16; with fewer, less than half of the products is saved."""
+"""Least output pixels per tile, of 16; with fewer, less than half of the products is saved."""
 
 BYTES_AT_ONCE = 2**22
-"""Of tiles, some images' or some rows of an image's, so that they stay in the cache from their
-transform to their product."""
+"""Bytes of the tiles of a chunk (images, or rows of one), so that they stay in the cache from
+their transform to their product."""
 
 _OF_TILES = (
     (4, 0, -5, 0, 1, 0),
@@ -57,10 +58,10 @@ OF_PRODUCTS = _in_two_dimensions(_OF_PRODUCTS)  # (16, 36)
 
 
 class WinogradConvolutions(TorchFunctionMode):
-    """Within this context, 3 x 3 convolutions that gain by it are Winograd's.
+    """Compute 3 x 3 convolutions that gain by it by Winograd's algorithm, within the context.
 
-    These are of float32 on CPUs, without gradients and autocast. What comes out is off the direct
-    convolution's by some 1e-5 of the largest value.
+    These are of float32 on CPUs, without gradients and autocast. The output differs from the
+    direct convolution's by some 1e-5 of the largest value.
     """
 
     def __torch_function__(
@@ -70,7 +71,7 @@ class WinogradConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Compute a convolution here; call anything else as it is."""
+        """Compute a suitable convolution here; pass any other call on."""
         if func is functional.conv2d and len(args) == 7 and _gains(*args):  # as nn.Conv2d calls it
             return convolution(*args[:3])
         return func(*args, **(kwargs or {}))

@@ -32,8 +32,8 @@ _NAMES = (
     (r"to_([qkv])\.", r"\1."),
     (r"to_out\.0", "proj_out"),
 )
-"""Names in a ``VQModel`` and in ldm/modules/diffusionmodules/model.py; the decoder's levels, which
-count the other way round there, are not among them."""
+"""Names in a ``VQModel`` and in ldm/modules/diffusionmodules/model.py, without the decoder's
+levels, which are counted in reverse there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Checkpoint:
     """Shape ``(T,)``; None means that the file has none."""
 
     scaling_factor: float
-    """Latents are multiplied by it; 1.0 where training did not measure it (scale_by_std)."""
+    """Factor of the latents; 1.0 where training did not measure it (scale_by_std)."""
 
 
 def split(state: StateDict) -> Checkpoint:

@@ -24,7 +24,7 @@ COMMON: NetworkConfig = {
     "freq_shift": 0,
     "downsample_padding": 1,
 }
-"""What all of them share (improved_diffusion/nn.py: GroupNorm32, timestep_embedding)."""
+"""Settings that all of them share (improved_diffusion/nn.py: GroupNorm32, timestep_embedding)."""
 
 _OUTER = {
     "time_embedding.linear_1": "time_embed.0",

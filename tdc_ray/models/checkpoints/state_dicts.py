@@ -17,7 +17,7 @@ from tdc_ray.errors import CheckpointError
 StateDict = Mapping[str, Tensor]
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of tensors, by name."""
+"""Tensors by name."""
 
 MAX_NAMED = 3
 """Most tensors that one error names."""
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class _Placeholder:
     """Replaces whatever a checkpoint names beside tensors: calling it returns an empty dict.
 
-    PyTorch's restricted unpickler then puts there what the file says belongs to it; none of the
-    file's own classes and functions is found, let alone called.
+    PyTorch's restricted unpickler then fills it with the state that the file names; none of the
+    file's own classes and functions is looked up, let alone called.
     """
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def load_state_dict(path: Path) -> StateDict:
         with safe_globals([(_Placeholder, name) for name in objects]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice is before it
+        _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice precedes it
         raise CheckpointError(
             f"{path} is no checkpoint of PyTorch whose tensors can be read without running code "
             f"of its own: {reason.partition('Check the documentation')[0].strip()}"

@@ -1,4 +1,4 @@
-"""What a step of a ``UNet2DModel`` does with the residual stream."""
+"""How a step of a ``UNet2DModel`` writes to the residual stream."""
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def output_layer(module: nn.Module) -> str:
-    """Name the layer whose output a step adds to the residual stream, or outputs."""
+    """Return the name of the layer whose output a step adds to the residual stream, or outputs."""
     if isinstance(module, ResnetBlock2D):
         return "conv2"
     if isinstance(module, Attention):
@@ -17,7 +17,7 @@ def output_layer(module: nn.Module) -> str:
 
 
 def residual_scale(module: nn.Module) -> float:
-    """Return what a block divides the sum of its output layer and its shortcut by."""
+    """Return the divisor of the sum of a block's output layer and its shortcut."""
     if isinstance(module, ResnetBlock2D):
         return float(module.output_scale_factor)
     return float(module.rescale_output_factor) if isinstance(module, Attention) else 1.0

@@ -42,10 +42,10 @@ _KNOWN_VALUES: Mapping[str, tuple[object, ...]] = {
 
 
 def blocks(config: NetworkConfig) -> list[Block]:
-    """Return what a ``UNet2DModel`` of this config consists of, in the order of its forward pass.
+    """Return the blocks of a ``UNet2DModel`` of this config, in the order of its forward pass.
 
     Raises:
-        UnsupportedModelError: It has a block, or an embedding, of a kind that is not known here.
+        UnsupportedModelError: It has a block, or an embedding, of an unknown kind.
     """
     return list(_UNetWalker(config).walk())
 

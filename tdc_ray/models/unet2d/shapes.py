@@ -15,7 +15,7 @@ class ResidualBlock:
     """The stream, and the skip connection where there is one."""
 
     stream: Channels
-    """What it adds to, or starts where it has a ``conv_shortcut``."""
+    """The stream that it adds to, or starts if it has a ``conv_shortcut``."""
 
     time_channels: int
     num_groups: int
@@ -45,11 +45,11 @@ class AttentionBlock:
 
     name: str
     stream: Channels
-    """What it reads and adds to."""
+    """The stream that it reads and adds to."""
 
     num_heads: int
     num_groups: int | None
-    """Of its ``group_norm``, if it has one."""
+    """Groups of its ``group_norm``, if it has one."""
 
     pixels: int
 

@@ -1,4 +1,4 @@
-"""A UNet's forward pass cut into steps, so that work can stop, look and resume between blocks."""
+"""A UNet's forward pass split into steps, so that states between blocks can be read and kept."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +37,7 @@ def start(
 def steps(unet: UNet2DModel) -> list[Step]:
     """Split the forward pass into steps; one after the other they return the UNet's output.
 
-    The UNet has nothing but the blocks that ``unet2d.layers`` knows.
+    The UNet has only blocks that ``unet2d.layers`` knows.
     """
     names = {module: name for name, module in unet.named_modules()}
 

@@ -13,7 +13,7 @@ from tdc_ray.models.units import KeptIndices, Unit
 
 
 def dependency_graph(unet: UNet2DModel) -> tp.DependencyGraph:
-    """Trace which channels of a UNet are coupled; it may lie on the meta device.
+    """Trace which channels of a UNet are coupled; it may be on the meta device.
 
     The UNet is left in eval mode, and all its parameters must require gradients.
     """
@@ -44,7 +44,7 @@ def root_of(unet: UNet2DModel, unit: Unit) -> nn.Module:
 def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> None:
     """Narrow streams of a UNet, in place.
 
-    The weights, and the attributes of ``torch.nn``'s own modules, are cut; those of diffusers'
+    The weights, and the attributes of ``torch.nn``'s own modules, are pruned; those of diffusers'
     modules stay as they are.
     """
     if not units:
@@ -58,7 +58,7 @@ def cut_streams(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> 
         )
         graph.get_pruning_group(root_of(unet, unit), tp.prune_conv_out_channels, gone).prune()
     for node in graph.module2node.values():
-        vars(node).clear()  # nodes form cycles, which would keep the model and its old weights
+        vars(node).clear()  # nodes form cycles, which would keep the model's memory
     for module in training:
         module.training = True
     for name in frozen:

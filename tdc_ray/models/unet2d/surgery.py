@@ -1,4 +1,4 @@
-"""Cuts units out of a UNet: which tensors go with a unit's channels, and what stays of them."""
+"""Prunes units of a UNet: which tensors have a unit's channels, and which of them are kept."""
 
 import copy
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class CoupledParameter:
     name: str
     dim: int
     offsets: tuple[int, ...]
-    """Where the channels begin along the dimension. They may be there more than once: as scale and
+    """Offsets of the channels along the dimension. They may be there more than once: as scale and
     shift of a time embedding, or where a stream is its own skip connection."""
 
     num_channels: int
@@ -56,15 +56,15 @@ class CoupledParameter:
         setattr(self.module, self.name, new)
 
     def indices(self, channels: Tensor) -> Tensor:
-        """Return where some of the unit's channels are along the dimension."""
+        """Return the indices of some of the unit's channels along the dimension."""
         return torch.cat([offset + channels for offset in self.offsets])
 
 
 def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
-    """List the parameters that go with a unit's channels.
+    """Return the parameters that have a unit's channels.
 
     Args:
-        unet: An uncut UNet; for an inner unit, others may have been cut.
+        unet: An unpruned UNet; for an inner unit, others may have been pruned.
         unit: One of its units.
 
     Raises:
@@ -138,7 +138,7 @@ def _cut_inner(unet: UNet2DModel, unit: Unit, kept: tuple[int, ...]) -> None:
 
 
 def _update_attributes(module: nn.Module) -> None:
-    """Set what a module says of its widths to those of its weights: forward passes read it."""
+    """Set a module's width attributes to the widths of its weights: forward passes read them."""
     if isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = module.weight.shape[:2]
     elif isinstance(module, nn.Linear):

@@ -15,7 +15,7 @@ from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 
 HEADS_FILE = "tdc_heads.json"
-"""Beside the weights, where ``attention_head_dim`` cannot say the number of heads."""
+"""File beside the weights, where ``attention_head_dim`` cannot express the number of heads."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -31,7 +31,7 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )
-"""What diffusers raises where values are of a wrong type or contradict each other."""
+"""Errors of diffusers for values of a wrong type or that contradict each other."""
 
 
 def build_unet(config: NetworkConfig) -> UNet2DModel:

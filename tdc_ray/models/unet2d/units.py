@@ -14,7 +14,7 @@ from tdc_ray.models.units import SpaceKind, Unit
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """Return the units of a UNet in the order of its forward pass.
 
-    Streams that have but one channel in each GroupNorm group cannot be cut and are left out.
+    Streams that have one channel in each GroupNorm group cannot be pruned and are left out.
 
     Raises:
         UnsupportedModelError: The UNet has a block of an unknown kind.
