@@ -86,7 +86,9 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         pytest.param(
             "time_cost", "digits-smoke-offline", "ProxyFlags", "stage", marks=pytest.mark.slow
         ),
-        ("training_free", "digits-smoke", "FreeFlags", "experts"),
+        pytest.param(
+            "training_free", "digits-smoke", "FreeFlags", "experts", marks=pytest.mark.slow
+        ),
         pytest.param(
             "two_stage", "digits-smoke", "StagesFlags", "strategy, share", marks=pytest.mark.slow
         ),

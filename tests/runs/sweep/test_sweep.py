@@ -66,6 +66,7 @@ def test_what_is_shared_changes_no_result(swept, finished_run):
     assert comparable(load_results(folder / "trials" / NAMES[0] / "results.json")) == alone
 
 
+@pytest.mark.slow
 def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
     folder, _ = swept
     computed: dict[str, dict] = {}
@@ -86,6 +87,7 @@ def test_no_key_is_computed_twice_and_the_macs_add_up(swept):
     assert sum(row.reused_train_macs for row in rows) >= base
 
 
+@pytest.mark.slow
 def test_curves_of_what_was_shared_are_those_of_every_trial(swept):
     folder, _ = swept
     curves = []
@@ -96,6 +98,7 @@ def test_curves_of_what_was_shared_are_those_of_every_trial(swept):
     assert curves[0][-1][0] == 60
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):
     folder, printed = swept
     sweep = load_sweep(folder)
@@ -106,6 +109,7 @@ def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):
     assert f"{sweep.computed_share:.0%}" in printed
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_nothing_again(swept, ray_cluster, smoke_config):
     from tdc_ray.config.sweep import SweepConfig
     from tdc_ray.runs.sweep.space import Choices
@@ -207,6 +211,7 @@ def test_optuna_goes_on_with_its_study_in_a_file_and_a_database(
         sweep(config, other, how, folder, store=store)
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):
     folder, _ = swept
     runs = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
