@@ -15,7 +15,7 @@ class PruningContext:
     """What the searches of all groups have in common; every job of theirs carries it."""
 
     run_dir: RunDir
-    """It has the base; results and the memory bank go there."""
+    """It has the base; results and the memory bank are written there."""
 
     seed: int
     data: TrainingData
@@ -28,4 +28,4 @@ class PruningContext:
     proxy: ProxyConfig
     tf32: bool
     work_after: float = 0.0
-    """What follows the search of a group, in forward passes of its sub-model for one image."""
+    """Work after a group's search, in forward passes of its sub-model for one image."""

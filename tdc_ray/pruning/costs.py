@@ -1,4 +1,4 @@
-"""What a limit is put on: macs (``models.macs``), or time by a table of what was measured."""
+"""What is limited: macs (``models.macs``), or time by a table of measured times."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ LEAST_SAVING = 0.1
 
 
 class Costs(Protocol):
-    """What schemes cost: never less for a wider unit."""
+    """The cost of schemes: never less for a wider unit."""
 
     def total(self, widths: Mapping[str, int]) -> int:
-        """Return what a scheme costs."""
+        """Return the cost of a scheme."""
         ...
 
     def marginal_cost(self, unit: str, start: int, stop: int, widths: Mapping[str, int]) -> int:
-        """Return what a unit's steps from one width to a wider one cost, given the others' widths.
+        """Return the cost of widening a unit from one width to another, given the others' widths.
 
-        The unit's own width does not count; from 0 on it is all that the unit takes.
+        The unit's own width does not count; from width 0 it is the cost of the whole unit.
         """
         ...
 
@@ -32,10 +32,11 @@ class LatencyTable:
     """Nanoseconds of one forward pass of a batch: they add up over inner units."""
 
     rest: int
-    """Of all that no unit changes."""
+    """Time of everything that no unit changes."""
 
     times: Mapping[str, Sequence[int]]
-    """Of every unit's block at the widths 0, 1, ..., never falling; at 0 there is none."""
+    """Time of every unit's block at the widths 0, 1, ..., never falling; at 0 the block is
+    missing."""
 
     def total(self, widths: Mapping[str, int]) -> int:
         """Return the time of a scheme."""
@@ -49,7 +50,7 @@ class LatencyTable:
     def time_saving_widths(self, unit: str, legal: Sequence[int]) -> tuple[int, ...]:
         """Choose those of a unit's legal widths, which rise, that save time.
 
-        A width that takes (nearly) as long as a wider one gives channels up for nothing.
+        A width that takes (nearly) as long as a wider one loses channels for nothing.
         """
         times, widest = self.times[unit], legal[-1]
         mean = (times[widest] - times[legal[0]]) / max(1, widest - legal[0])
@@ -61,17 +62,17 @@ class LatencyTable:
 
 
 def cost_text(cost: int, quantity: Quantity) -> str:
-    """Write a cost with its unit."""
+    """Format a cost with its unit."""
     return f"{cost:,} macs" if quantity == "macs" else f"{cost / 1e6:,.4g} ms"
 
 
 def step_costs(
     costs: Costs, unit: str, legal: Sequence[int], full: Mapping[str, int]
 ) -> list[float]:
-    """Return what each of a unit's steps costs, all else uncut.
+    """Return the cost of each of a unit's steps, all else unpruned.
 
-    Those between two legal widths share what these differ by; those of the least legal width,
-    which always stay, count as the ones above them.
+    Steps between two legal widths share the difference of these; those of the least legal width,
+    which are always kept, count as the ones above them.
     """
     between = [
         costs.marginal_cost(unit, start, stop, full) / (stop - start)

@@ -20,7 +20,7 @@ SEARCH_FIELDS = (
     "num_passes",
     "num_levels",
 )
-"""Of pruning's settings: they decide what is measured, not what is found."""
+"""Settings of pruning that decide which measurements are made, not their results."""
 
 
 def group_key(context: PruningContext, group: TimestepGroup) -> Inputs:

@@ -1,4 +1,4 @@
-"""The search of one timestep group: what it works on, and where its results are."""
+"""The search of one timestep group: its settings, and the paths and keys of its results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tdc_ray.pruning.space import Space
 
 
 def group_name(group: TimestepGroup) -> str:
-    """Name a group, in keys and tags."""
+    """Return a group's name, in keys and tags."""
     return f"group-{group.index:02d}"
 
 
@@ -24,8 +24,8 @@ class GroupSearch:
     space: Space
     group: TimestepGroup
     participants: frozenset[str] = frozenset()
-    """Names of the chains of all groups that have something to cut: they share the memory bank
-    round by round."""
+    """Names of the chains of all groups that are pruned: they share the memory bank round by
+    round."""
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class GroupSearch:
 
     @property
     def folder(self) -> Path:
-        """Where its items' results are."""
+        """Directory of its items' results."""
         return self.context.run_dir.group(self.group.index)
 
     @property
@@ -44,11 +44,11 @@ class GroupSearch:
 
     @property
     def max_macs(self) -> int:
-        """The limit's share of the base's macs; where time is limited about what is to be left."""
+        """The limit in macs; where time is limited, an estimate of it."""
         return self.group.limit(self.space.macs_base)
 
     def check_space(self) -> None:
-        """Make sure that the space is that of the settings.
+        """Check that the space is that of the settings.
 
         Raises:
             ConfigError: It limits something else, or other widths are legal in it.
@@ -70,9 +70,9 @@ class GroupSearch:
         return f"{self.name}/{name}"
 
     def result_path(self, name: str, kept: KeptIndices | None = None) -> Path:
-        """Return where an item's result is kept, of which what is kept of the base is a part.
+        """Return the path of an item's result, which has the digest of what is kept of the base.
 
-        Where others choose other schemes than in an earlier attempt, so may this group under the
+        If other groups choose other schemes than in an earlier attempt, so may this one under the
         same name.
         """
         return self.folder / f"{name if kept is None else f'{name}-{kept_digest(kept)}'}.json"
@@ -90,7 +90,7 @@ class GroupSearch:
 def group_searches(
     context: PruningContext, space: Space, groups: Sequence[TimestepGroup]
 ) -> list[GroupSearch]:
-    """Make every group's search; no group waits for one that keeps the whole base."""
+    """Create every group's search; no group waits for one that keeps the whole base."""
     searching = (group for group in groups if group.limit(space.cost_base) < space.cost_base)
     participants = frozenset(map(group_name, searching))
     return [GroupSearch(context, space, group, participants) for group in groups]

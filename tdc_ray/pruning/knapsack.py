@@ -14,9 +14,9 @@ FactorArray = NDArray[np.float64]
 def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorArray]:
     """Return the increase of the loss at every width of every unit, from 1 to its full width.
 
-    Between the widths that were measured it is interpolated; noise is taken out by letting it
-    never fall while a unit gets narrower. Units that were not measured cost nothing; an increase
-    that is no number, or infinite, counts as the largest that is neither.
+    It is interpolated between measured widths; against noise it never falls as a unit becomes
+    narrower. Units that were not measured have no increase; NaN and infinity count as the largest
+    finite increase.
 
     Returns:
         For every unit ``(width,)``; the last is 0.
@@ -42,19 +42,19 @@ def extend_sensitivities(
     start: Scheme,
     further: Sensitivities,
 ) -> dict[str, dict[int, float]]:
-    """Join sensitivities that were measured on a pruned model to those that led there.
+    """Extend sensitivities by those that were measured on a pruned model.
 
-    Cuts disturb each other, so that the next one costs more, or less, once others are made.
+    Pruned units affect each other, so that the next one costs more, or less, after others.
 
     Args:
-        sensitivities: Of the base.
+        sensitivities: Those of the base.
         curves: :func:`loss_curves` of these.
         start: The scheme of the pruned model.
-        further: By how much that model's loss grows when one unit is cut further.
+        further: Increase of that model's loss when one unit is pruned further.
 
     Returns:
-        Down to a unit's width in the pruned model what was known before; below it, that unit's
-        increase up to there and what was measured from there.
+        The base's increase down to a unit's width in the pruned model; below it, that at this
+        width plus what was measured on the pruned model.
     """
     joined = {}
     for name, known in sensitivities.items():
@@ -77,8 +77,8 @@ def knapsack(
 ) -> dict[str, int]:
     """Return the scheme within a limit whose predicted increase of the loss is (nearly) least.
 
-    Steps are cut by least increase per cost along each curve's lower convex hull: the optimum of
-    the relaxed problem, short of it by at most one step once rounded.
+    Steps are removed by least increase per cost along each curve's lower convex hull: the optimum
+    of the relaxed problem, short of it by at most one step once rounded.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -89,10 +89,10 @@ def knapsack(
 def step_worth(
     space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
 ) -> Values:
-    """Return what every step is worth: by how much the loss would grow without it, on the hull.
+    """Return the value of every step: the increase of the loss without it, on the hull.
 
-    A small charge per cost is added, so that steps whose measured increase is 0 differ by
-    their factors too: else every draw would cut the same ones.
+    A small charge per cost is added, so that steps whose measured increase is 0 differ by their
+    factors too: else every draw would remove the same ones.
     """
     factors = np.ones(len(space.units)) if factors is None else factors
     loss_increase = sum(float(curve[0]) for curve in curves.values()) or 1.0
@@ -106,10 +106,10 @@ def step_worth(
 
 
 def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) -> FactorArray:
-    """Return the fall of a curve's lower convex hull from each width to the next: ``(width,)``.
+    """Return the slopes of a curve's lower convex hull between widths: ``(width,)``.
 
-    The hull is that of the legal widths, over what their steps cost. Steps that are never cut are
-    worth as much as the first that may be.
+    The hull is that of the legal widths, over the cost of their steps. Steps that are never
+    removed have the value of the first that may be.
     """
     cost = np.cumsum(costs / costs[0])  # with even steps 1, 2, ...
     points: list[int] = []
@@ -130,8 +130,8 @@ def _is_above(curve: FactorArray, cost: FactorArray, left: int, middle: int, rig
 
 
 LEAST_FACTOR = 0.3
-"""No unit is taken to be freer than this."""
+"""Least factor of any unit."""
 
 
 FREE_CHARGE = 1e-3
-"""What cutting everything would cost at least, as a share of what it is measured to cost."""
+"""The charge of removing everything, as a share of its measured increase."""

@@ -1,8 +1,8 @@
 """Measures how long each unit takes at each width, on a worker's device.
 
-The base is run step by step, alternately with the base cut to one width of every unit: inner units
-leave the stream as it is, so that every block gets what it gets in any other scheme, and a pass
-times all of them where they stand, with caches as they are there.
+The base is run step by step, alternately with the base pruned to one width of every unit: inner
+units do not change the stream, so that every block has the same input sizes as in any other
+scheme, and a pass times all blocks in place, with realistic caches.
 """
 
 import time
@@ -25,15 +25,15 @@ from tdc_ray.pruning.costs import LatencyTable
 from tdc_ray.pruning.space import Space
 
 MAX_LEVELS = 8
-"""Most widths of a unit that are measured, its own among them; those between lie on lines."""
+"""Most widths of a unit that are measured, its own among them; others are interpolated."""
 
 MIN_REPEATS, MIN_SECONDS = 9, 2.0
-"""Least passes of each model at a level, and least seconds that they take together."""
+"""Least passes of each model at a level, and their least seconds together."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyJob:
-    """Time a network's units; only shapes count, so its weights are random ones."""
+    """Time a network's units; only shapes count, so its weights are random."""
 
     network: NetworkConfig
     space: Space
@@ -42,7 +42,7 @@ class LatencyJob:
 
 @dataclass(frozen=True, slots=True)
 class LatencyResult:
-    """What was measured, and how."""
+    """The measured times, and the conditions."""
 
     device: str
     batch_size: int
@@ -54,10 +54,10 @@ class LatencyResult:
 
 
 def timed_space(path: Path, network: NetworkConfig, space: Space, batch_size: int) -> Chain[Space]:
-    """Measure what the units of a space take, and return the space with time as what is limited.
+    """Measure the times of a space's units, and return the space with time as what is limited.
 
     Args:
-        path: Where what is measured is kept: it is measured once.
+        path: File of the measured times: they are measured once.
         network: The base's config.
         space: The base's space.
         batch_size: Images of a forward pass.
@@ -94,7 +94,7 @@ def measure_latency(job: LatencyJob, report: Report) -> LatencyResult:
     total = median(whole.total for _, whole, _ in passes)
     units: dict[str, dict[int, list[float]]] = {unit.name: {} for unit in space.units}
     for widths, whole, part in passes:
-        pace = total / whole.total  # as if the machine had been as fast as in the middle
+        pace = total / whole.total  # scaled to the machine's median speed
         for unit in space.units:
             for width, timed in ((unit.width, whole), (widths[unit.name], part)):
                 units[unit.name].setdefault(width, []).append(pace * timed.steps[unit.name])
@@ -111,9 +111,9 @@ def measure_latency(job: LatencyJob, report: Report) -> LatencyResult:
 
 
 def latency_table(measured: LatencyResult, units: Sequence[Unit]) -> LatencyTable:
-    """Make the table of what was measured: never falling with the width, linear in between.
+    """Return the table of measured times: never falling with the width, linear in between.
 
-    What is narrower takes no longer than the whole unit, whose time stays as it was measured.
+    A narrower unit takes no longer than the whole one, whose measured time is kept.
     """
     times = {}
     for unit in units:
@@ -128,7 +128,7 @@ def latency_table(measured: LatencyResult, units: Sequence[Unit]) -> LatencyTabl
 
 
 def _schemes(space: Space) -> list[dict[str, int]]:
-    """Return at most so many schemes that take every unit through its narrower legal widths."""
+    """Return at most so many schemes that cover all narrower legal widths of every unit."""
     most = min(MAX_LEVELS, max(len(legal) for legal in space.legal.values()))
     return [
         {

@@ -8,7 +8,7 @@ from tdc_ray.pruning.criteria.scores import Scores, channel_sums, sum_by_step
 
 
 def magnitude_scores(network: Denoiser, units: tuple[Unit, ...]) -> Scores:
-    """Score by the squared L2 norm of all weights that go with a group or head."""
+    """Score by the squared L2 norm of all weights of a group or head."""
     return {
         unit.name: sum_by_step(
             unit,

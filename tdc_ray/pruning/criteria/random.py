@@ -1,4 +1,4 @@
-"""Random scores: what any other criterion has to beat."""
+"""Random scores: the baseline of every other criterion."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Reconstruction: what the refit cannot make up for (Hassibi and Stork, 1993, for groups).
+"""Reconstruction: the error that the refit cannot undo (Hassibi and Stork, 1993, for groups).
 
 It is no ``prune.method``: sensitivities rank inner units by it, whose statistics they need anyway.
 """
@@ -10,15 +10,15 @@ from tdc_ray.pruning.refit.least_squares import LeastSquares
 
 
 def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
-    """Score a residual block's groups, or an attention's heads, by what the refit cannot make up.
+    """Score a residual block's groups, or an attention's heads, by the error after a refit.
 
-    One after the other goes whichever leaves the smallest squared error in the layer behind the
-    unit when all weights that are left are solved for anew: the optimal brain surgeon for whole
-    groups. The score of one is the error by the time that it goes.
+    Groups are removed one by one, always the one with the smallest squared error of the layer
+    after the unit when all remaining weights are solved for anew: the optimal brain surgeon for
+    whole groups. The score of a group is the error when it is removed.
 
     Args:
         unit: The unit.
-        squares: Of the layer that reads it, on the base's own activations.
+        squares: Normal equations of the layer that reads it, on the base's own activations.
     """
     gram, cross = squares.normal()
     inverse = torch.linalg.inv(gram)

@@ -14,14 +14,14 @@ from tdc_ray.pruning.noised import first_images
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One row: how units are scored, and what that takes."""
+    """One row: how units are scored."""
 
     score: Callable[[ScoreInputs], tuple[Scores, int]]
-    """Returns the scores, and what they took in forward passes of one image; forward and backward
+    """Returns the scores, and their cost in forward passes of one image; forward and backward
     count three."""
 
     is_seeded: bool = False
-    """Whether scores depend on the seed, and so on which group of the plan it is."""
+    """Whether scores depend on the seed, and so on the group's index."""
 
 
 def _taylor(inputs: ScoreInputs) -> tuple[Scores, int]:

@@ -1,4 +1,4 @@
-"""Importance scores of a unit's steps (groups, heads, slices): a higher one is kept longer."""
+"""Importance scores of a unit's steps (groups, heads, slices): lower ones are pruned first."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Scores = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class ScoreInputs:
-    """What a criterion may score by."""
+    """The input of a criterion."""
 
     network: Denoiser
     """The base, in eval mode; a criterion that computes gradients clears them."""
@@ -27,20 +27,20 @@ class ScoreInputs:
     """The group's."""
 
     batches: Iterable[NoisedBatch]
-    """Noised images of these timesteps; they are loaded when a criterion asks for them."""
+    """Noised images of these timesteps; loaded when a criterion reads them."""
 
     num_images: int
-    """How many images these are."""
+    """Number of these images."""
 
     schedule: NoiseSchedule
     """On the device of the base."""
 
     seed: int
-    """Another one for every group."""
+    """Seed, which differs by group."""
 
 
 def select_top(units: tuple[Unit, ...], scores: Scores, widths: Mapping[str, int]) -> KeptIndices:
-    """Choose which groups and heads stay: those of the highest scores, the first of equals."""
+    """Choose the groups and heads to keep: those of the highest scores, the first of equals."""
     kept = {}
     for unit in units:
         ranked = sorted(range(unit.width), key=lambda i: (-scores[unit.name][i], i))
@@ -51,10 +51,10 @@ def select_top(units: tuple[Unit, ...], scores: Scores, widths: Mapping[str, int
 def channel_sums(
     network: Denoiser, unit: Unit, values: Callable[[nn.Parameter], Tensor]
 ) -> list[Tensor]:
-    """Sum values of the weights that go with each of a unit's channels, for every parameter.
+    """Sum values of the weights of each of a unit's channels, for every parameter.
 
     Args:
-        network: The uncut network.
+        network: The unpruned network.
         unit: One of its units.
         values: Computes a tensor of a parameter's shape.
 
@@ -74,7 +74,7 @@ def weight_times_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def sum_by_step(unit: Unit, per_channel: Tensor) -> list[float]:
-    """Add up the channels of each group, head or slice: ``(channels,)`` -> ``width`` floats."""
+    """Sum over the channels of each group, head or slice: ``(channels,)`` -> ``width`` floats."""
     indices = torch.tensor([unit.channel_indices((step,)) for step in range(unit.width)])
     values: list[float] = per_channel.double()[indices].sum(1).tolist()
     return values

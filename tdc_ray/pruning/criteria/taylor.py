@@ -25,7 +25,7 @@ def taylor_scores(
     batches: Iterable[NoisedBatch],
     schedule: NoiseSchedule,
 ) -> Scores:
-    """Score by the first-order change of the loss when a channel goes: ``|sum of w * gradient|``.
+    """Score by the first-order change of the loss without a channel: ``|sum of w * gradient|``.
 
     The gradient is that of the mean loss over all batches.
 

@@ -1,5 +1,5 @@
 """A language model's side of a search: prompt, transport, reply, transcripts, budget.
 
-Knows of units and widths, and no search; what a server says is data that is validated here.
-May be used by pruning.proxies; no key leaves ``chat``.
+It knows units and widths, and no search; a server's reply is data that is validated here. May be
+used by pruning.proxies; no key leaves ``chat``.
 """

@@ -1,4 +1,4 @@
-"""Bounds on calls to a language model: how many at once, and what all of them take."""
+"""Bounds on calls to a language model: concurrency, tokens and cost."""
 
 import threading
 from pathlib import Path
@@ -9,9 +9,9 @@ from tdc_ray.pruning.llm.transcripts import TokenUsage, total_usage
 
 
 class Budget:
-    """Holds all calls of a process to the bounds of `ProxyConfig`; for any number of threads.
+    """Keeps all calls of a process within the bounds of `ProxyConfig`; for any number of threads.
 
-    Every call reserves the most that it can take before it begins, so that calls under way
+    Every call reserves the most that it can use before it begins, so that concurrent calls
     together stay within the bounds too.
     """
 
@@ -24,7 +24,7 @@ class Budget:
 
     @property
     def spent(self) -> TokenUsage:
-        """What the calls that ended took."""
+        """Usage of the calls that ended."""
         with self._changed:
             return self._spent
 
@@ -36,7 +36,7 @@ class Budget:
         return (prompts + replies) / 1e6
 
     def count_earlier(self, folder: Path) -> None:
-        """Count what an earlier attempt spent, by its transcripts; once for each folder.
+        """Add the usage of an earlier attempt, by its transcripts; once for each folder.
 
         Raises:
             StorageError: A transcript is malformed.
@@ -48,10 +48,10 @@ class Budget:
                 self._folders.add(folder)
 
     def reserve(self, bound: TokenUsage, timeout_s: float) -> None:
-        """Wait until one call of at most ``bound`` fits beside those under way, and reserve it.
+        """Wait until one call of at most ``bound`` fits beside the running ones, and reserve it.
 
         Args:
-            bound: The most that the call can take.
+            bound: The most that the call can use.
             timeout_s: Longest wait.
 
         Raises:
@@ -75,7 +75,7 @@ class Budget:
             self._reserved.append(bound)
 
     def settle(self, bound: TokenUsage, used: TokenUsage) -> None:
-        """Replace what was reserved for a call by what it took."""
+        """Replace what was reserved for a call by its usage."""
         with self._changed:
             self._reserved.remove(bound)
             self._spent += used
@@ -86,7 +86,7 @@ class Budget:
         return free and self._broken(sum(self._reserved, start=bound)) is None
 
     def _broken(self, more: TokenUsage) -> str | None:
-        """Return the bound that would be broken if this were spent too."""
+        """Return the bound that this usage would break, if any."""
         config, usage = self._config, self._spent + more
         if config.max_total_tokens is not None and usage.tokens > config.max_total_tokens:
             return f"max_total_tokens {config.max_total_tokens:,}"

@@ -1,13 +1,12 @@
-"""One request to a server that speaks OpenAI's chat protocol. No key comes out of here.
+"""One request to a server with OpenAI's chat protocol. No key leaves this module.
 
 The openai client times attempts out, and repeats them after its own waits or Retry-After. Left to
 this module are a bound on all of a request's time, the attempts that a server may charge for, and
 a check of the answer: the client fills its types with whatever a server sends, and its strict
 mode refuses what lenient servers leave out.
 
-The key and the address come from the environment alone. Where a server's words could hold the
-key they are left out, and nothing is raised from within an ``except``, so that no traceback
-carries them along.
+The key and the address come from the environment alone. A server's text that could hold the key is
+left out, and nothing is raised from within an ``except``, so that no traceback has it.
 """
 
 import asyncio
@@ -34,27 +33,27 @@ MIN_KEY_LENGTH = 8
 SECONDS_TO_CHECK = 10.0
 
 MAX_PROBLEM_CHARS = 500
-"""What is kept of a server's words."""
+"""Most characters of a server's text that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What came of a request."""
+    """The outcome of a request."""
 
     text: str = ""
-    """What the model said, as far as it came."""
+    """The model's text, as far as it was received."""
 
     problem: str | None = None
-    """Why the text is of no use; None means that it may be."""
+    """Why the text is unusable; None means that it may be usable."""
 
     usage: TokenUsage | None = None
-    """What the last attempt took; None means that the server did not say."""
+    """Usage of the last attempt; None means that the server did not say."""
 
     unanswered: int = 0
-    """Attempts that no answer came of, though the server may have worked, and charge, for them."""
+    """Attempts without an answer, for which the server may charge all the same."""
 
     status: int = 200
-    """HTTP status; 0 means that no answer came."""
+    """HTTP status; 0 means that there was no answer."""
 
 
 class _Part(BaseModel):
@@ -106,7 +105,7 @@ def server_host() -> str:
 
 
 def check_server() -> None:
-    """Check by the list of its models that the server takes the key.
+    """Check by the list of its models that the server accepts the key.
 
     One that cannot be reached, or has no such list, passes: a run that resumes may need no more.
 
@@ -142,15 +141,15 @@ def token_limit_field(host: str) -> str:
 def send(
     request: Mapping[str, Any], *, timeout_s: float, max_retries: int, max_seconds: float
 ) -> Answer:
-    """Send a request and read what comes back.
+    """Send a request and read the response.
 
     Args:
         request: Its body.
         timeout_s: Longest silence of the server before the client tries again.
         max_retries: How often it does, then and after 429 and 5xx.
-        max_seconds: Longest that all of this may take.
+        max_seconds: Longest time of all of this.
     """
-    import openai  # slow to load, and only the process that makes the calls needs it
+    import openai  # slow to import, and only the process that makes the calls needs it
 
     attempts = _Attempts()
     hooks: dict[str, list[Any]] = {"request": [attempts.begin], "response": [attempts.end]}
@@ -189,9 +188,10 @@ def send(
 
 @dataclass(slots=True)
 class _Attempts:
-    """Counts the client's attempts at one request that got to a server and were not refused.
+    """Counts the client's attempts at one request that reached a server and were not refused.
 
-    The client's own count of retries has those, too, that reached nobody or were answered by 429.
+    The client's own count of retries includes those that reached no server or were answered by
+    429.
     """
 
     unanswered: int = 0
@@ -204,7 +204,7 @@ class _Attempts:
         self.unanswered += sent and info["request"].method != b"CONNECT"  # that is a proxy's
 
     async def end(self, response: Any) -> None:
-        self.unanswered -= response.status_code != 200  # 200 may yet break off
+        self.unanswered -= response.status_code != 200  # a 200 may still break off
 
 
 def _read(body: str) -> Answer:
@@ -230,7 +230,7 @@ def _read(body: str) -> Answer:
 
 
 def _without_address(text: str) -> str:
-    """Replace the server's address in what went wrong."""
+    """Replace the server's address in an error's text."""
     url = os.environ.get(BASE_URL, "")
     parts = urlsplit(url)
     for words in filter(None, (url.rstrip("/"), parts.netloc, parts.hostname)):
@@ -239,7 +239,7 @@ def _without_address(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace the key in a text, and whatever looks like one."""
+    """Replace the key, and whatever looks like one, in a text."""
     key = os.environ.get(KEY, "")
     if len(key) >= MIN_KEY_LENGTH:
         text = text.replace(key, "[key]")

@@ -1,4 +1,4 @@
-"""The prompt: the task, the units, what was measured, the memory bank."""
+"""The prompt: the task, the units, the measurements, the memory bank."""
 
 import json
 import math
@@ -47,7 +47,7 @@ round: {round} of {request.num_rounds}; the memory bank grows with every round
 """
 
 MAX_QUOTED_CHARS = 20_000
-"""Most of a bad reply that is sent back with what was wrong with it."""
+"""Most characters of a bad reply that are sent back with its problems."""
 
 COLUMNS = (
     "number | unit | kind | place | resolution | channels | widths | {name} | step | score | low"
@@ -110,7 +110,7 @@ WORDS: Mapping[Quantity, Mapping[str, str]] = {
         "step: what goes with one step of width on average, in % of the base's.",
     },
 }
-"""What stands in the prompt for the quantity that is limited."""
+"""The prompt's words for the limited quantity."""
 
 FORM = """
 # Answer
@@ -126,9 +126,9 @@ def messages_for(
     """Return the messages that ask for schemes.
 
     Args:
-        request: The group, its limit, and what was measured of the base.
-        memory: What is remembered.
-        max_entries: How much of it the prompt holds at most.
+        request: The group, its limit, and measurements of the base.
+        memory: Entries of the memory bank.
+        max_entries: Most entries in the prompt.
     """
     space, divisor = request.space, 1000 if request.space.quantity == "time" else 1
     head = TASK.format(
@@ -149,9 +149,9 @@ def messages_for(
 
 
 def retry_messages(reply: str, problem: str) -> list[Message]:
-    """Return what follows a bad reply: it and what was wrong with it.
+    """Return the messages after a bad reply: the reply and its problems.
 
-    One that was empty is best asked for again, as before.
+    An empty reply is requested again, unchanged.
     """
     if not reply:
         return []
@@ -214,7 +214,7 @@ def _low(scores: Sequence[float]) -> str:
 
 
 def _times(space: Space) -> str:
-    """List what every unit takes at its legal widths, the widest first."""
+    """List every unit's cost at its legal widths, the widest first."""
     lines = []
     for number, (name, legal) in enumerate(space.legal.items()):
         times = [(w, space.costs.marginal_cost(name, 0, w, space.full)) for w in reversed(legal)]
@@ -233,12 +233,12 @@ def _sensitivities(request: ProposalRequest) -> str:
 
 
 def _row(number: int, values: Sequence[tuple[int, str]]) -> str:
-    """Write a unit's values at some of its widths."""
+    """Format a unit's values at some of its widths."""
     return f"{number} | " + ", ".join(f"{width}: {value}" for width, value in values)
 
 
 def _memory(request: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
-    """List entries, of which the group's own count before its neighbours', and the best first."""
+    """List entries, the group's own before its neighbours', and the best first."""
 
     def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
         distance = abs(entry.group - request.group)

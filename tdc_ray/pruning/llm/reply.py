@@ -14,13 +14,14 @@ MAX_CHARS = 200_000
 """Longest reply that is searched for JSON; a proposal for the largest UNet takes a tenth of it."""
 
 MAX_TRIED_CHARS = 3 * MAX_CHARS
-"""Most that is read in vain in search of JSON, so that a hostile reply takes no time."""
+"""Most characters that are read in vain in search of JSON, so that a hostile reply takes no
+time."""
 
 CHARS_OF_TRY = 100
-"""Characters that every brace counts for which opens no object."""
+"""Characters that a brace counts for that opens no object."""
 
 MAX_PROBLEMS = 10
-"""Most problems that are told at once."""
+"""Most problems that one message names."""
 
 
 class _Width(BaseModel, strict=True):
@@ -37,8 +38,8 @@ class _Reply(BaseModel, strict=True):
 def response_format(space: Space) -> dict[str, Any]:
     """Return the ``response_format`` of a request: a strict JSON schema of all units' names.
 
-    Ranges of widths are not in it, since not every server knows ``minimum``, but those that are
-    legal for some unit are where not all are; `parse_reply` checks them for each.
+    It has no ranges of widths, since not every server knows ``minimum``; if some unit has illegal
+    widths, it lists those that are legal for any. `parse_reply` checks each unit's.
     """
     keep: dict[str, Any] = {"type": "integer", "description": "the width that the unit keeps"}
     if any(len(widths) < widths[-1] for widths in space.legal.values()):
@@ -66,12 +67,12 @@ def _object(**properties: Any) -> dict[str, Any]:
 def parse_reply(text: str, request: ProposalRequest) -> list[Scheme]:
     """Read the schemes of a reply; whatever passes here is safe to cut with.
 
-    Prose and a fence around the JSON are let pass, units that are left out keep their full width,
-    and of more schemes than were asked for the first are taken. A scheme may be above the limit.
+    Prose and a fence around the JSON are ignored, units that are left out keep their full width,
+    and of more schemes than were asked for the first are used. A scheme may be above the limit.
 
     Args:
-        text: What the model said.
-        request: What it was asked.
+        text: The model's reply.
+        request: The request that it answers.
 
     Returns:
         At least one scheme, no two of them equal, with a legal width for every unit.
@@ -94,7 +95,7 @@ def parse_reply(text: str, request: ProposalRequest) -> list[Scheme]:
 
 
 def _read(text: str) -> _Reply:
-    """Read the last object that has schemes: what stands before it is thought or prose."""
+    """Read the last object that has schemes: what precedes it is reasoning or prose."""
     if len(text) > MAX_CHARS:
         raise ProxyReplyError(f"the reply is longer than {MAX_CHARS:,} characters.")
     candidates = [value for value in _objects(text) if "schemes" in value]
@@ -126,7 +127,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _problems(widths: list[_Width], space: Space) -> Iterator[str]:
-    """Yield what keeps a scheme from being cut."""
+    """Yield the problems of a scheme."""
     if not widths:
         yield "it cuts nothing; name the units that are cut."
     seen: set[str] = set()
@@ -143,7 +144,7 @@ def _problems(widths: list[_Width], space: Space) -> Iterator[str]:
 
 
 def widths_text(legal: Sequence[int], to: str) -> str:
-    """Write a unit's legal widths: from the first to the last, or one by one."""
+    """Format a unit's legal widths: from the first to the last, or one by one."""
     if len(legal) == legal[-1]:
         return f"{legal[0]}{to}{legal[-1]}"
     return ", ".join(str(width) for width in legal)

@@ -18,7 +18,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenUsage:
-    """What calls took."""
+    """Usage of calls."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -26,7 +26,7 @@ class TokenUsage:
 
     @property
     def tokens(self) -> int:
-        """Of prompts and replies."""
+        """Tokens of prompts and replies."""
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "TokenUsage") -> "TokenUsage":
@@ -39,16 +39,16 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class LLMExchange:
-    """One request and what came of it."""
+    """One request and its outcome."""
 
     request: Mapping[str, Any]
     """Body of the request."""
 
     reply: str
-    """What the model said, empty where it said nothing."""
+    """The model's reply, empty if there was none."""
 
     error: str | None
-    """Why the reply is of no use; None means that its schemes were taken."""
+    """Why the reply is unusable; None means that its schemes were used."""
 
     usage: TokenUsage
     """As the server counted; where it did not, the most that it can be."""
@@ -106,7 +106,7 @@ def transcript_text(path: Path) -> str:
 
 
 def recorded_reply(path: Path) -> str:
-    """Return the reply whose schemes were taken: the last one, in whatever attempt it came.
+    """Return the reply whose schemes were used: the last one of all attempts.
 
     Raises:
         ProxyError: There is no transcript, or it ends in a failure.
@@ -122,7 +122,7 @@ def recorded_reply(path: Path) -> str:
 
 
 def total_usage(folder: Path) -> TokenUsage:
-    """Sum what the calls in a folder of transcripts took.
+    """Sum the usage of the calls in a folder of transcripts.
 
     Raises:
         StorageError: A file holds a line that is no exchange.
