@@ -1,4 +1,4 @@
-"""The base on a worker, for the timesteps of one group: load, cut and refit, measure."""
+"""The base on a worker, for the timesteps of one group: load, prune and refit, measure."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.storage.files import exists
 
 ERROR_WEIGHT_PASSES = 3
-"""What the weights of the refit's images cost, in forward passes: one forward and one backward."""
+"""Cost of the image weights of a refit, in forward passes: one forward and one backward."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """The base on the worker's device, and what can be cut of it."""
+    """The base on the worker's device, and its units."""
 
     context: PruningContext
     group: TimestepGroup
@@ -46,7 +46,7 @@ class LoadedBase:
 
     @property
     def whole(self) -> "PrunedModel":
-        """The base as a model of which nothing is cut."""
+        """The base as a sub-model of which nothing is pruned."""
         return PrunedModel(self.network, keep_everything(self.space.units), 0.0)
 
     def batches(self, purpose: Purpose) -> Iterator[NoisedBatch]:
@@ -56,12 +56,12 @@ class LoadedBase:
 
 @dataclass(frozen=True, slots=True)
 class PrunedModel:
-    """What is left of a base after cut and refit."""
+    """The sub-model after pruning and refit."""
 
     network: Denoiser
     kept: KeptIndices
     macs_spent: float
-    """By the refit; 0 where there was none."""
+    """Macs of the refit; 0 without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,14 @@ class Measured:
 
     loss_cut: float
     loss_refit: float | None
-    """None where there is no refit; where nothing is cut it is the base's, as the other is."""
+    """None without a refit; where nothing is pruned both are the base's."""
 
     macs: float
-    """What refit and measurement took."""
+    """Cost of refit and measurement."""
 
     @property
     def loss(self) -> float:
-        """What the model is judged by: the loss after the refit, or after the cut without one."""
+        """The loss that counts: after the refit, or after pruning without one."""
         return self.loss_cut if self.loss_refit is None else self.loss_refit
 
 
@@ -100,7 +100,7 @@ def load_base(context: PruningContext, group: TimestepGroup) -> LoadedBase:
 
 
 def prune_and_refit(base: LoadedBase, kept: KeptIndices) -> PrunedModel:
-    """Cut the base and, as the settings say, refit what is left on the group's timesteps."""
+    """Prune the base and, as the settings say, refit the sub-model on the group's timesteps."""
     network, space, family = base.network, base.space, family_of(base.network)
     pruned = family.cut(network, space.units, kept)
     if base.context.prune.refit == "none" or kept == base.whole.kept:
@@ -117,13 +117,13 @@ def prune_and_refit(base: LoadedBase, kept: KeptIndices) -> PrunedModel:
 def refit_weights(
     base: LoadedBase, model: PrunedModel, batches: Sequence[NoisedBatch]
 ) -> tuple[ErrorWeights, float]:
-    """Return how much every image counts in a refit, and the macs that it took to know.
+    """Return the weight of every image in a refit, and the macs of computing it.
 
-    Those of the base are read where its own measurement left them.
+    Those of the base are read from the file that its measurement wrote.
 
     Args:
         base: The base.
-        model: The one that is changed next: the whole base, or a cut of it.
+        model: The one that is changed next: the whole base, or a pruned one.
         batches: The refit's images.
     """
     path = base.context.run_dir.error_weights(base.group.index)
@@ -133,7 +133,7 @@ def refit_weights(
 
 
 def save_refit_weights(base: LoadedBase) -> float:
-    """Save how much every image counts in the group's refits; return the macs that it took."""
+    """Save the weight of every image in the group's refits; return the macs of computing it."""
     weights, macs = _weigh(base, base.whole, list(base.batches("refit")))
     save_weights(base.context.run_dir.error_weights(base.group.index), weights)
     return macs
@@ -148,7 +148,7 @@ def _weigh(
 
 
 def measure(base: LoadedBase, kept: KeptIndices) -> Measured:
-    """Cut, refit and measure a sub-model."""
+    """Prune, refit and measure a sub-model."""
     pruned, space, context = prune_and_refit(base, kept), base.space, base.context
     networks = [pruned.network]
     if pruned.macs_spent:
@@ -161,7 +161,7 @@ def measure(base: LoadedBase, kept: KeptIndices) -> Measured:
 
 
 def _macs_before(base: LoadedBase, pruned: Denoiser) -> int:
-    """Count the macs of an image before the first cut."""
+    """Count the macs of an image before the first pruned step."""
     base_steps = steps_of(base.network)
     first = num_untouched(base_steps, steps_of(pruned))
     names = tuple(f"{step.name}." for step in base_steps[first:])

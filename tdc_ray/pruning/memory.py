@@ -1,4 +1,4 @@
-"""The memory bank (TDC Eq. 12): which schemes were tried, and what they were worth."""
+"""The memory bank (TDC Eq. 12): the schemes that were measured, and their losses."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEntry:
-    """One scheme that was cut and measured."""
+    """One scheme that was measured."""
 
     group: int
     round: int
@@ -31,24 +31,24 @@ class MemoryEntry:
     num_params: int
 
     loss_cut: float
-    """Loss on held-out noise of the group's timesteps, straight after the cut."""
+    """Loss on held-out noise of the group's timesteps, straight after pruning."""
 
     loss_refit: float | None = None
-    """Loss after the refit; None where there was none."""
+    """Loss after the refit; None without one."""
 
     loss_tuned: float | None = None
-    """Loss after a short fine-tune; None where there was none."""
+    """Loss after a short fine-tune; None without one."""
 
     overshoot: int = 0
-    """By how much the proposal was above the group's limit before it was repaired: in macs, or in
-    nanoseconds where time is limited."""
+    """By how much the proposal was above the group's limit before it was fitted to it: in macs, or
+    in nanoseconds where time is limited."""
 
     nanoseconds: int | None = None
-    """Time of a forward pass by the table of what was measured; None where macs are limited."""
+    """Time of a forward pass by the table of measured times; None where macs are limited."""
 
     @property
     def loss(self) -> float:
-        """What the scheme is judged by: the loss after the refit, or after the cut without one."""
+        """The loss that counts: after the refit, or after pruning without one."""
         return self.loss_cut if self.loss_refit is None else self.loss_refit
 
     @property
@@ -70,7 +70,7 @@ class MemoryBank:
 
         Args:
             path: The file.
-            listener: Called with every entry that is new.
+            listener: Called with every new entry.
 
         Raises:
             StorageError: The file holds a line that is no entry.
@@ -85,10 +85,10 @@ class MemoryBank:
         self._entries = {entry.key: entry for entry in entries}
 
     def add(self, entry: MemoryEntry) -> None:
-        """Remember an entry; of the same scheme under the same key the first stays.
+        """Add an entry; of the same scheme under the same key the first is kept.
 
-        Another scheme replaces it: with a shared bank a group that failed before may change what
-        the others find.
+        Another scheme replaces it: with a shared bank a group that failed before may change the
+        results of others.
         """
         before = self._entries.get(entry.key)
         if before is None or before.widths != entry.widths:
@@ -96,7 +96,7 @@ class MemoryBank:
             self._listener(entry)
 
     def set_tuned_loss(self, key: tuple[int, int, int], loss: float) -> None:
-        """Remember the loss of an entry after a short fine-tune, in a line that replaces it."""
+        """Record the loss of an entry after a short fine-tune, in a line that replaces it."""
         tuned = dataclasses.replace(self._entries[key], loss_tuned=loss)
         if tuned != self._entries[key]:
             self._write(tuned)

@@ -1,4 +1,4 @@
-"""The noised images on which scores, refits and losses rest: the same for all candidates."""
+"""The noised images of scores, refits and losses: the same for all candidates."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -47,7 +47,7 @@ def noised_batches(
     noise: Tensor | None = None
     for images, labels in fixed_batches(dataset, count, size, seed, indices=indices):
         x_0 = to_minus_one_one(images)
-        if noise is None:  # of all images, so that it does not depend on the batches
+        if noise is None:  # for all images at once, so that it does not depend on the batches
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
         part = slice(start, start + len(x_0))
         start += len(x_0)
@@ -58,7 +58,7 @@ def noised_batches(
 
 
 def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
-    """Join the first so many images of some batches, or all, into one batch."""
+    """Concatenate the first so many images of some batches, or all, into one batch."""
     parts: list[NoisedBatch] = []
     for batch in batches:
         parts.append(next(batch.split(count)))
@@ -76,7 +76,7 @@ def held_out_losses(
     group: TimestepGroup,
     schedule: NoiseSchedule,
 ) -> list[float]:
-    """Compute :func:`held_out_loss` of cuts of a base: what precedes all cuts runs once."""
+    """Compute :func:`held_out_loss` of pruned models; steps before all pruned units run once."""
     base_steps, all_steps = steps_of(base), [steps_of(network.eval()) for network in pruned]
     shared = min(num_untouched(base_steps, steps) for steps in all_steps)
     losses: list[list[Tensor]] = [[] for _ in pruned]

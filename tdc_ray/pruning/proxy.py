@@ -10,14 +10,14 @@ from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme, Space
 
 Sensitivities = Mapping[str, Mapping[int, float]]
-"""For every unit, widths below its own and by how much the loss grows when that unit alone is cut
-to them, after the refit where there is one. What is far below may be measured on models that are
-cut elsewhere too (``prune.num_passes``)."""
+"""For every unit, the increase of the loss by width when that unit alone is pruned to it, after
+the refit if there is one. Small widths may be measured on models that are pruned elsewhere too
+(``prune.num_passes``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposalRequest:
-    """What a proxy is asked: schemes for one group."""
+    """A request to a proxy: schemes for one group."""
 
     space: Space
     group: int
@@ -31,17 +31,17 @@ class ProposalRequest:
     """The limit: of macs, or of nanoseconds, as the space has it."""
 
     loss_base: float
-    """Loss of the uncut base on held-out noise of the group's timesteps."""
+    """Loss of the base on held-out noise of the group's timesteps."""
 
     scores: Mapping[str, Sequence[float]]
     """For every unit, the score of each of its groups or heads, 0 or more."""
 
     sensitivities: Sensitivities
     num_candidates: int
-    """How many schemes are asked for."""
+    """Number of schemes that are requested."""
 
     round: int
-    """The round that they are for, from 0."""
+    """Their round, from 0."""
 
     num_rounds: int
     seed: int
@@ -62,6 +62,6 @@ class Proposal:
 Proxy = Callable[
     [GroupSearch, ProposalRequest, Sequence[MemoryEntry], SearchCost], Chain[list[Scheme]]
 ]
-"""A chain that returns schemes for a request and what is remembered, best guess first, and adds
-what that took to the cost of the search; whoever measures them fits them to the limit. A proxy
-that waits for something outside yields an item."""
+"""A chain that returns schemes for a request and entries of the memory bank, best guess first, and
+adds its own cost to that of the search, which fits the schemes to the limit. A proxy that waits
+for something outside yields an item."""

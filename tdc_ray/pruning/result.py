@@ -1,4 +1,4 @@
-"""What the search of a group results in, and what it took."""
+"""The result of a group's search, and its cost."""
 
 from dataclasses import dataclass, field
 
@@ -17,19 +17,19 @@ class Candidate:
 
 @dataclass(slots=True)
 class SearchCost:
-    """What a search took."""
+    """The cost of a search."""
 
     macs: float = 0.0
     seconds: float = 0.0
-    """Of computing, summed over workers."""
+    """Time of computing, summed over workers."""
 
     proxy_seconds: float = 0.0
-    """Of the proxy: of proposing, or of waiting for a language model."""
+    """Time of the proxy: proposing, or waiting for a language model."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     notes: list[str] = field(default_factory=list)
-    """What went otherwise than asked for."""
+    """Deviations from the settings."""
 
     def add(self, macs: float, seconds: float) -> None:
         """Count an item that computed."""
@@ -43,13 +43,13 @@ class SearchResult:
 
     kept: KeptIndices
     entry: MemoryEntry | None
-    """What is remembered of it; None means the base itself, of which nothing is cut."""
+    """Its entry in the memory bank; None means the base itself, unpruned."""
 
     loss_base: float
-    """Loss of the uncut base on held-out images and noise of the group's timesteps."""
+    """Loss of the base on held-out images and noise of the group's timesteps."""
 
     candidates: tuple[Candidate, ...]
-    """All that were measured, best first."""
+    """All measured sub-models, best first."""
 
     cost: SearchCost
 
@@ -60,10 +60,10 @@ class SearchResult:
 
     @property
     def loss_cut(self) -> float:
-        """The loss straight after the cut."""
+        """The loss straight after pruning."""
         return self.loss_base if self.entry is None else self.entry.loss_cut
 
     @property
     def loss_refit(self) -> float | None:
-        """The loss after the refit; None where there was none."""
+        """The loss after the refit; None without one."""
         return None if self.entry is None else self.entry.loss_refit

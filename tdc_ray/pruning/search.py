@@ -1,4 +1,4 @@
-"""The search for a group's sub-model: propose, fit to the limit, cut, refit, measure, remember."""
+"""A group's search for its sub-model: propose, fit, prune, refit, measure, remember."""
 
 from collections.abc import Sequence
 from math import isnan
@@ -55,7 +55,7 @@ class _Rounds:
         self._space, self._prune = search.space, search.context.prune
 
     def by_score(self, method: ScoreMethod) -> Chain[list[Candidate]]:
-        """Measure the schemes that follow from a score; in one round, with nothing to learn."""
+        """Measure the schemes that follow from a score, in one round."""
         scores = yield from self._scores(method)
         schemes = baseline_schemes(self._space, scores, self._search.limit)
         proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
@@ -86,7 +86,7 @@ class _Rounds:
                 seed=derive_seed(search.context.seed, "propose", group.index, number),
             )
             proposals: list[Proposal] = []
-            names: tuple[ProxyMethod, ...] = (method, "offline")  # which fills up what others lack
+            names: tuple[ProxyMethod, ...] = (method, "offline")  # which adds what others lack
             for name in dict.fromkeys(names):
                 if len(proposals) < prune.num_candidates:
                     schemes = yield from PROXIES[name](search, request, visible, self.cost)
@@ -101,7 +101,7 @@ class _Rounds:
         return result.scores
 
     def _sensitivities(self, loss_base: float) -> Chain[tuple[Scores, Sensitivities]]:
-        """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
+        """Measure sensitivities on the base, then on knapsack schemes towards the limit."""
         search, prune, space = self._search, self._prune, self._space
         has_streams = any(unit.kind == "stream" for unit in space.units)
         scores: Scores = {}
@@ -144,7 +144,7 @@ class _Rounds:
     def _measure(
         self, number: int, proposals: Sequence[Proposal], scores: Scores
     ) -> Chain[list[Candidate]]:
-        """Cut, refit and measure the schemes of a round, and remember them."""
+        """Prune, refit and measure the schemes of a round, and remember them."""
         search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
         choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
         items = [
@@ -180,11 +180,11 @@ def _new_proposals(
     schemes: Sequence[Scheme],
     proposals: Sequence[Proposal],
 ) -> list[Proposal]:
-    """Fit schemes to the limit: no more than asked for, and none that the group has tried.
+    """Fit schemes to the limit: at most the requested number, and none that the group has tried.
 
     Args:
-        request: What was asked for.
-        visible: What is remembered.
+        request: The request.
+        visible: Entries of the memory bank.
         source: Who proposed them.
         schemes: The schemes.
         proposals: Those of the round so far.

@@ -1,4 +1,4 @@
-"""How the loss grows when one unit alone is cut, measured after the refit."""
+"""Sensitivities: the increase of the loss when one unit alone is pruned, after the refit."""
 
 from collections.abc import Iterator, Sequence
 
@@ -28,10 +28,11 @@ from tdc_ray.pruning.refit.least_squares import (
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]
-"""Of the layer that reads a unit: weights in its shape, with 0 for what is cut, and the bias."""
+"""Weights of the layer that reads a unit, in its shape, with 0 for what is pruned, and the
+bias."""
 
 Solutions = dict[str, dict[int, Weights]]
-"""For every unit, those for each width."""
+"""For every unit, the weights for each width."""
 
 
 def levels(unit: Unit, num_levels: int) -> list[int]:
@@ -51,18 +52,18 @@ def solve_units(
     weights: ErrorWeights,
     num_levels: int,
 ) -> tuple[Scores, Solutions, int]:
-    """Rank the steps of inner units and solve for the weights behind each, at each of its levels.
+    """Rank the steps of inner units and solve for the weights after each, at each of its levels.
 
-    What precedes a unit is the base's own, so one pass over the images serves all units.
+    The network before a unit is the base's, so one pass over the images serves all units.
 
     Args:
         base: The base, in eval mode.
         units: Inner units.
-        scores: Of units that are ranked already.
+        scores: Scores of units that are ranked already.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
-        weights: How much every image counts in every step.
-        num_levels: How many widths of each unit.
+        weights: Weight of every image in every step.
+        num_levels: Number of widths of each unit.
 
     Returns:
         Scores, by reconstruction (:func:`reconstruction_scores`) where there were none, the
@@ -83,7 +84,7 @@ def solve_units(
 def masked_units(
     base: Denoiser, units: Sequence[Unit], scores: Scores, num_levels: int
 ) -> Solutions:
-    """Return the weights behind inner units at each of their levels, without a refit."""
+    """Return the weights after inner units at each of their levels, without a refit."""
     solutions: Solutions = {}
     layers = _output_layers(steps_of(base))
     for unit in units:
@@ -106,16 +107,16 @@ def measure_units(
     schedule: NoiseSchedule,
     precision: Precision = "fp32",
 ) -> dict[str, dict[int, float]]:
-    """Measure by how much the mean loss grows with each of the solutions alone.
+    """Measure the increase of the mean loss with each of the solutions alone.
 
-    What precedes a unit runs once for all; only what follows it runs for every level.
+    Steps before a unit run once for all levels; only later ones run for each.
 
     Args:
         base: The base, in eval mode; its weights are changed and put back.
-        solutions: What to measure.
+        solutions: Weights to measure with.
         batches: Held-out noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
-        precision: Of the forward passes.
+        precision: Precision of the forward passes.
 
     Returns:
         The increase over the base's loss for every unit and width.
@@ -156,7 +157,7 @@ def _statistics(
     schedule: NoiseSchedule,
     weights: ErrorWeights,
 ) -> Iterator[tuple[Unit, LeastSquares]]:
-    """Yield every unit with the normal equations of the layer that reads it, on the base's own."""
+    """Yield every unit with the normal equations of the layer that reads it, on base states."""
     num_images = sum(len(batch.x_0) for batch in batches)
     all_steps = steps_of(base)
     layers = _output_layers(all_steps)
@@ -181,7 +182,7 @@ def _statistics(
 
 
 def _output_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
-    """Return the output layer of every step; of a unit's block, it is the one that reads it."""
+    """Return the output layer of every step; in a unit's block it reads the unit."""
     layers = {step.name: step.module.get_submodule(step.output_layer) for step in all_steps}
     return {name: layer for name, layer in layers.items() if isinstance(layer, ReadLayer)}
 

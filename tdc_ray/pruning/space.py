@@ -1,4 +1,4 @@
-"""The pruning space: the schemes of a network, what they cost, and how they fit a limit."""
+"""The pruning space: the schemes of a network, their cost, and how they are fitted to a limit."""
 
 import heapq
 from bisect import bisect_left, bisect_right
@@ -16,7 +16,7 @@ Scheme = Mapping[str, int]
 """How many steps (groups, heads, slices) every unit keeps: at least 1, at most its width."""
 
 Values = Mapping[str, Sequence[float]]
-"""For every unit, what its 1st, 2nd, ... step is worth: falling, 0 or more."""
+"""For every unit, the value of its 1st, 2nd, ... step: falling, 0 or more."""
 
 REMEDY = "Raise plan.min_macs_share or lower plan.num_groups"
 
@@ -25,8 +25,8 @@ REMEDY = "Raise plan.min_macs_share or lower plan.num_groups"
 class Space:
     """All schemes of one network.
 
-    In the inner space macs add up over the units. With the stream's widths they multiply: what a
-    step saves depends on the others' widths, though never on the unit's own.
+    In the inner space macs add up over the units. With the stream's widths they multiply: the
+    saving of a step depends on the others' widths, though never on the unit's own.
     """
 
     units: tuple[Unit, ...]
@@ -44,37 +44,37 @@ class Space:
 
     @property
     def full(self) -> dict[str, int]:
-        """The scheme that cuts nothing."""
+        """The scheme that prunes nothing."""
         return {unit.name: unit.width for unit in self.units}
 
     def macs(self, scheme: Scheme) -> int:
-        """Return the macs of the network cut by a scheme, without building it."""
+        """Return the macs of the network pruned by a scheme, without building it."""
         return self.macs_table.total(scheme)
 
     def num_params(self, scheme: Scheme) -> int:
-        """Return the parameters of the network cut by a scheme."""
+        """Return the parameters of the network pruned by a scheme."""
         return self.num_params_table.total(scheme)
 
     @property
     def smallest(self) -> dict[str, int]:
-        """The scheme that cuts all that may be cut."""
+        """The scheme that prunes as much as possible."""
         return {name: widths[0] for name, widths in self.legal.items()}
 
     def cost(self, scheme: Scheme) -> int:
-        """Return what a scheme takes of what is limited."""
+        """Return a scheme's cost, in the limited quantity."""
         return self.costs.total(scheme)
 
     @property
     def cost_base(self) -> int:
-        """What the uncut network takes."""
+        """The cost of the unpruned network."""
         return self.costs.total(self.full)
 
     def nanoseconds(self, scheme: Scheme) -> int | None:
-        """Return the time of a forward pass by the measured table; None where macs are limited."""
+        """Return the time of a forward pass by the table; None where macs are limited."""
         return self.costs.total(scheme) if self.quantity == "time" else None
 
     def step_costs(self, unit: str) -> list[float]:
-        """Return what each of a unit's steps costs, all else uncut."""
+        """Return the cost of each of a unit's steps, all else unpruned."""
         return step_costs(self.costs, unit, self.legal[unit], self.full)
 
     def next_narrower(self, unit: str, width: int) -> int:
@@ -100,18 +100,18 @@ class Space:
         }
 
     def timed(self, table: LatencyTable) -> "Space":
-        """Return the same space with time as what is limited; legal is what saves time, too."""
+        """Return the same space with time as what is limited; legal widths must save time, too."""
         legal = {
             name: table.time_saving_widths(name, widths) for name, widths in self.legal.items()
         }
         return replace(self, costs=table, quantity="time", legal=legal)
 
     def check_limit(self, limit: int, name: str, remedy: str = REMEDY) -> None:
-        """Make sure that some scheme meets a limit.
+        """Check that some scheme meets a limit.
 
         Args:
             limit: Of macs, or of nanoseconds.
-            name: Of what it is set.
+            name: Name of the limited group or model.
             remedy: What to do if none does.
 
         Raises:
@@ -129,12 +129,12 @@ class Space:
 
 
 def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple: int = 1) -> Space:
-    """Make the pruning space of a network from its config; what is limited are macs.
+    """Create the pruning space of a network from its config; macs are limited.
 
     Args:
-        config: The network's.
-        kind: What can be cut.
-        channel_multiple: What the channels that a cut unit keeps are a multiple of.
+        config: The network's config.
+        kind: What can be pruned.
+        channel_multiple: Divisor of the channels that a pruned unit keeps.
     """
     structure = network_structure(config, kind)
     units = tuple(replace(unit, multiple=channel_multiple) for unit in structure.units)
@@ -149,15 +149,15 @@ def space_of(config: NetworkConfig, kind: SpaceKind = "inner", channel_multiple:
 def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> dict[str, int]:
     """Fit a scheme to a limit, changing it where that costs the least value.
 
-    Units go from one legal width to the next: those that lose the least value per cost are
+    Units change from one legal width to the next: those that lose the least value per cost are
     narrowed until the scheme is within the limit, then those that gain the most are widened as
-    long as that fits. The result is tight: no unit could have its next wider legal width.
+    long as they fit. The result is tight: no unit could have its next wider legal width.
 
     Args:
         space: The pruning space.
         scheme: Widths asked for; those that are not legal count as the next wider legal ones.
         limit: Of macs, or of nanoseconds, as the space has it.
-        values: Worth of every step of every unit.
+        values: Value of every step of every unit.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -185,7 +185,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
         if narrower > least[name]:
             cheapest.push(name)
     best = _Queue(gain, [name for name, width in widths.items() if width < most[name]])
-    while best:  # what does not fit now never will: costs, and those of every step, only grow
+    while best:  # what does not fit now never will: costs, also of single steps, only grow
         name = best.pop()
         wider = space.next_wider(name, widths[name])
         extra = space.costs.marginal_cost(name, widths[name], wider, widths)
@@ -200,10 +200,10 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
 
 
 class _Queue:
-    """Pops names by rising key, where the keys of those that wait may rise meanwhile.
+    """Pops names by rising key, where the keys of waiting names may rise meanwhile.
 
-    They do: narrowing a unit lowers the cost of the others' steps or leaves it, so that their
-    value per cost does not fall, and widening the other way round for its negative.
+    Narrowing a unit never raises the cost of the others' steps, so that their value per cost does
+    not fall; widening is the same for the negative.
     """
 
     def __init__(self, key: Callable[[str], float], names: Iterable[str]) -> None:

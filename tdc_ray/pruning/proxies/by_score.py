@@ -7,12 +7,12 @@ from tdc_ray.pruning.space import Space, Values, fit_to_limit
 
 
 def sorted_scores(scores: Scores) -> Values:
-    """Sort every unit's scores from the highest down: what its 1st, 2nd, ... step is worth."""
+    """Sort every unit's scores from the highest down: the values of its 1st, 2nd, ... step."""
     return {name: sorted(values, reverse=True) for name, values in scores.items()}
 
 
 def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
-    """Keep the same share of every unit, the largest share within the limit, then fill up.
+    """Keep the same share of every unit, the largest within the limit, then widen what fits.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -35,7 +35,7 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
 
 
 def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
-    """Rank all units' steps together by their scores, cut the lowest, then fill up.
+    """Rank all units' steps together by their scores, remove the lowest, then widen what fits.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -55,7 +55,7 @@ def global_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
 
 
 def per_mac_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
-    """Rank all units' steps together by score per mac, or per time, and cut the lowest.
+    """Rank all units' steps together by score per mac, or per time, and remove the lowest.
 
     Raises:
         LimitError: No scheme is within the limit.
@@ -68,11 +68,11 @@ BASELINES = {
     "global": global_scheme,
     "global-per-mac": per_mac_scheme,
 }
-"""By name, in the order in which they are tried."""
+"""By name, in the order in which they are used."""
 
 
 def baseline_schemes(space: Space, scores: Scores, limit: int) -> list[tuple[str, dict[str, int]]]:
-    """Return the different schemes within a limit that follow from scores, with their names.
+    """Return the distinct schemes within a limit that follow from scores, with their names.
 
     Raises:
         LimitError: No scheme is within the limit.

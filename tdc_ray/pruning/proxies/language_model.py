@@ -1,4 +1,4 @@
-"""The proxy that asks a language model: asks, validates, says what was wrong, and asks again."""
+"""The proxy that asks a language model, validates its replies, and asks again after bad ones."""
 
 import json
 import logging
@@ -33,11 +33,11 @@ from tdc_ray.pruning.space import Scheme
 logger = logging.getLogger(__name__)
 
 UNKNOWN_FORMAT = (400, 404, 422)
-"""HTTP status by which servers refuse structured output that they do not know."""
+"""HTTP statuses of servers that do not support structured output."""
 
 
 LLM_SERVICE = "llm"
-"""The name of what makes the calls among a pool's services; see `LLMGateway`."""
+"""Name of the pool's service that makes the calls; see `LLMGateway`."""
 
 
 def language_model_proxy(
@@ -46,7 +46,7 @@ def language_model_proxy(
     memory: Sequence[MemoryEntry],
     cost: SearchCost,
 ) -> Chain[list[Scheme]]:
-    """Ask a language model; where there is no usable reply the reason is noted."""
+    """Ask a language model; without a usable reply the reason is noted."""
     context = search.context
     name = f"round-{request.round}-ask"
     item = WorkItem(
@@ -72,7 +72,7 @@ def language_model_proxy(
 
 
 def check_proxy(config: ProxyConfig) -> None:
-    """Check that there is a key to ask with, or a transcript to replay.
+    """Check that there is an API key, or a transcript to replay.
 
     Raises:
         ProxyError: There is none in this process's environment, or in ``proxy.replay``, or the
@@ -87,7 +87,7 @@ def check_proxy(config: ProxyConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AskJob:
-    """What to ask for one group's schemes of one round."""
+    """A request for one group's schemes of one round."""
 
     config: ProxyConfig
     request: ProposalRequest
@@ -98,7 +98,7 @@ class AskJob:
 
 @dataclass(frozen=True, slots=True)
 class ProposalReply:
-    """What came of asking, and what it took."""
+    """The schemes, or the error, and the usage."""
 
     schemes: Sequence[Scheme] = ()
     prompt_tokens: int = 0
@@ -112,7 +112,7 @@ class ProposalReply:
 
 
 NO_REPLY = ProposalReply(error="whoever makes the calls died")
-"""The result of :func:`propose_by_llm` where its process died too often."""
+"""Result of :func:`propose_by_llm` if its process died too often."""
 
 
 class LanguageModel:
@@ -125,7 +125,7 @@ class LanguageModel:
         self._job, self._budget = job, budget
         self._deadline = time.monotonic() + job.config.max_seconds
         self.usage = TokenUsage()
-        """What its calls took."""
+        """Usage of its calls."""
 
     def propose(self) -> list[Scheme]:
         """Return the schemes of the first reply that is valid.
@@ -169,7 +169,7 @@ class LanguageModel:
             messages = [*messages, *retry_messages(answer.text, problem)]
 
     def _call(self, body: dict[str, Any]) -> tuple[Answer, TokenUsage]:
-        """Make a call within the budget; what it took is the most it can have, where unknown."""
+        """Make a call within the budget; unknown usage counts as the most that it can be."""
         config = self._job.config
         once = TokenUsage(
             calls=1,
@@ -194,7 +194,7 @@ class LanguageModel:
 
 
 def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], str | None]:
-    """Return the schemes of an answer, or why there are none."""
+    """Return the schemes of an answer, or the problem with it."""
     if answer.problem is not None:
         return [], answer.problem
     try:
@@ -204,12 +204,12 @@ def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], s
 
 
 def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> ProposalReply:
-    """Ask for schemes; an error is a result, too, for the search has other ways to propose.
+    """Ask for schemes; an error is a result, too, for the search has another proxy.
 
     Args:
-        job: What to ask.
-        report: Takes what it took.
-        budget: What all calls share; None means that this call has the bounds for itself.
+        job: The request.
+        report: Is called with the usage.
+        budget: The budget that all calls share; None means one of this call alone.
     """
     started = time.perf_counter()
     budget = budget or Budget(job.config)

@@ -1,4 +1,4 @@
-"""The one place through which all calls of a run, or of a sweep, to a language model go."""
+"""The single process that makes all calls of a run, or of a sweep, to a language model."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,15 @@ class LLMGateway:
     The key is in the environment of its own process alone.
 
     Args:
-        config: What is asked, and the bounds.
-        sweep: The folder of a sweep, whose trials' earlier calls count too.
+        config: The model, and the bounds.
+        sweep: The folder of a sweep, whose trials' earlier calls count as well.
     """
 
     def __init__(self, config: ProxyConfig, sweep: Path | None = None) -> None:
         self._config, self._sweep, self._budget = config, sweep, Budget(config)
 
     def check(self) -> None:
-        """Check that there is a key to ask with, or a transcript to replay: `check_proxy`."""
+        """Check that there is an API key, or a transcript to replay: `check_proxy`."""
         check_proxy(self._config)
 
     def run(self, item: AnyItem, report: Report) -> Any:

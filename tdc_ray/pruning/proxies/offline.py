@@ -1,9 +1,10 @@
 """The offline proxy: a knapsack over measured sensitivities that learns from the memory bank.
 
-It predicts that the growth of the loss adds up over the units, each unit's measured growth times a
-factor of its own. The factors are 1 at first; every scheme that was measured is a linear equation
-for them, and their posterior (Bayesian linear regression) is drawn from for new schemes (Thompson
-sampling). Under a limit the best scheme of a draw is a knapsack, which is solved greedily.
+It predicts that the increase of the loss adds up over the units, each unit's measured increase
+times a factor of its own. The factors are 1 at first; every measured scheme is a linear equation
+for them, and new schemes follow from draws of their posterior (Bayesian linear regression,
+Thompson sampling). The best scheme of a draw under a limit is a knapsack problem, which is solved
+greedily.
 """
 
 import time
@@ -21,13 +22,13 @@ from tdc_ray.pruning.space import Scheme, Space, fit_to_limit
 from tdc_ray.seeds import derive_seed
 
 FACTOR_SPREAD = 0.3
-"""Standard deviation of a unit's factor before anything was measured."""
+"""Prior standard deviation of a unit's factor."""
 
 PREDICTION_ERROR = 0.1
-"""Standard deviation of a prediction with the right factors, as a share of the mean growth."""
+"""Standard deviation of a prediction with the right factors, as a share of the mean increase."""
 
 MAX_TRIES = 50
-"""Draws for a scheme that was not tried before; in a tiny space there may be none."""
+"""Most draws for a new scheme; in a tiny space there may be none."""
 
 
 def offline_proxy(
@@ -48,8 +49,8 @@ def offline_proxy(
 def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> list[Scheme]:
     """Return schemes within the limit that this group has not tried, best guess first.
 
-    The first is the knapsack with the likeliest factors; where other groups' schemes are seen,
-    the best of the nearest group follows, brought to this limit; the rest are draws, the same ones
+    The first is the knapsack with the likeliest factors; where other groups' schemes are visible,
+    the best of the nearest group follows, fitted to this limit; the rest are draws, the same ones
     for the same seed.
 
     Raises:
@@ -75,7 +76,7 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
     for number in range(MAX_TRIES * request.num_candidates):
         if len(schemes) >= request.num_candidates:
             break
-        spread = 1 + number / MAX_TRIES  # draws that bring nothing new reach further
+        spread = 1 + number / MAX_TRIES  # repeated schemes widen the draws
         factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
         add(knapsack(space, curves, request.limit, factors))
     return schemes[: request.num_candidates]
@@ -97,7 +98,7 @@ def _posterior(
     pieces, increases = pieces[usable], increases[usable]
     if not len(increases) or pieces.sum() <= 0 or increases.mean() <= 0:
         return np.ones(size), FACTOR_SPREAD * np.eye(size)
-    scale = increases.sum() / pieces.sum()  # units disturb each other: all grow alike
+    scale = increases.sum() / pieces.sum()  # units affect each other: all increase alike
     pieces = pieces * scale / (PREDICTION_ERROR * increases.mean())
     target = increases / (PREDICTION_ERROR * increases.mean())
     precision = np.eye(size) / FACTOR_SPREAD**2

@@ -1,4 +1,4 @@
-"""How much an error in a block's output changes the network's: weights of the refit's images."""
+"""Weights of the refit's images: how much an error in a block's output changes the network's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -12,20 +12,20 @@ RIDGE = 1e-4
 digits on the digits base, 1e-2 higher ones."""
 
 ROWS_PER_UNKNOWN = 128
-"""Rows that are enough for the weights of one output; what there is beyond is left out. With 32
-the loss above the base's was half as high again on the digits base."""
+"""Rows that suffice for the weights of one output; more are left out. With 32 the increase of the
+loss was half as high again on the digits base."""
 
 NUM_BLOCKS, MIN_BLOCK = 8, 64
 """Blocks of rows that the Gram matrix is computed in, and the fewest rows of one."""
 
 FLOATS_PER_BLOCK = 2**24
-"""Most numbers that the images of one block give to read (64 MiB)."""
+"""Most input values of the images of one block (64 MiB)."""
 
 ReadLayer = nn.Conv2d | nn.Linear
 
 
 class ActivationHook:
-    """Keeps what last went into a layer and came out of it, while it is entered."""
+    """Keeps the last input and output of a layer, within the context."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -51,12 +51,12 @@ class LeastSquares:
     """Normal equations of ``outputs = weights @ inputs + bias`` for one layer, in float64."""
 
     def __init__(self, layer: ReadLayer, *, num_rows: int, seed: int) -> None:
-        """Begin with no rows.
+        """Start without rows.
 
         Args:
             layer: The layer whose weights are sought.
-            num_rows: How many rows there will be to draw from; where they are more than enough,
-                only some positions of every image count.
+            num_rows: Rows that will be available; if they are more than enough, only some
+                positions of every image count.
             seed: Decides which positions.
         """
         self.layer = layer
@@ -67,7 +67,7 @@ class LeastSquares:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
 
-        # Inputs are counted from the mean of the first block: of inputs that hardly vary, far from
+        # Inputs are centred by the mean of the first block: for inputs that hardly vary, far from
         # zero, sums of float32 squares would lose the variance.
         self._origin = layer.weight.new_zeros(inputs)
         self._gram, self._cross = zeros(inputs, inputs), zeros(inputs, outputs)
@@ -81,9 +81,9 @@ class LeastSquares:
         """Add the rows of a batch.
 
         Args:
-            inputs: What goes into the layer: ``(B, C, H, W)``, or ``(B, N, C)`` if it is linear.
-            outputs: What should come out: ``(B, M, H', W')`` or ``(B, N, M)``.
-            weights: How much the squared error of every image counts, ``(B,)``; None means 1.
+            inputs: Inputs of the layer: ``(B, C, H, W)``, or ``(B, N, C)`` if it is linear.
+            outputs: The target outputs: ``(B, M, H', W')`` or ``(B, N, M)``.
+            weights: Weight of every image's squared error, ``(B,)``; None means 1.
         """
         if weights is None:
             weights = inputs.new_ones(len(inputs))
@@ -104,7 +104,7 @@ class LeastSquares:
                 weights[part, None].expand(-1, len(positions)).reshape(-1, 1)
             )  # (B * positions, 1)
             weighted = rows * counts
-            for block in self._blocks:  # the matrix is symmetric: what is above its diagonal
+            for block in self._blocks:  # the matrix is symmetric: its upper triangle alone
                 upper = weighted[:, block].T @ rows[:, block.start :]
                 self._gram[block, block.start :] += upper.double()
             self._cross += (weighted.T @ targets).double()
@@ -115,7 +115,7 @@ class LeastSquares:
 
     @property
     def macs(self) -> int:
-        """Macs that the statistics took."""
+        """Macs of the statistics."""
         size = len(self._gram)
         products = sum((block.stop - block.start) * (size - block.start) for block in self._blocks)
         return self._num_rows * (products + size * self._cross.shape[1])
@@ -157,7 +157,7 @@ def layer_matrix(layer: ReadLayer) -> Tensor:
 
 
 def _rows(layer: ReadLayer, inputs: Tensor, positions: Tensor) -> Tensor:
-    """Return what the layer reads at some positions of its output: ``(B * positions, n)``."""
+    """Return the layer's inputs at some positions of its output: ``(B * positions, n)``."""
     if isinstance(layer, nn.Linear):
         return inputs[:, positions].flatten(0, 1)
     (height, width), (down, right) = layer.kernel_size, layer.stride

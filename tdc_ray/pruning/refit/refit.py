@@ -1,8 +1,8 @@
-"""The refit after a cut: what lies behind it learns, by least squares, to make up for it.
+"""The refit after pruning: later weights are solved for, by least squares, to compensate for it.
 
-Block by block in forward order, the weights that read what was cut, and the output layers of the
-blocks behind it, are solved for so that on noised images of the group's timesteps the block
-outputs what the base's does. No gradient step is taken.
+Block by block in forward order, the weights that read what was pruned, and the output layers of
+later blocks, are solved for so that on noised images of the group's timesteps the block outputs
+what the base's does. No gradient step is taken.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, Re
 from tdc_ray.seeds import derive_seed
 
 BYTES_IN_MEMORY = 2 * 2**30
-"""Of the images' activations between two blocks."""
+"""Most bytes in memory of the images' activations between two blocks."""
 
 
 @exact_products()
@@ -36,22 +36,22 @@ def refit(
     schedule: NoiseSchedule,
     weights: ErrorWeights,
 ) -> int:
-    """Solve for the weights behind the cuts, in place.
+    """Solve for the weights after pruned units, in place.
 
     Both networks run through the images one block at a time, so every activation is computed once.
-    Those between two blocks are kept meanwhile: up to :data:`BYTES_IN_MEMORY` where they are, more
-    in nameless files below ``TMPDIR``, so that memory does not grow with the images.
+    Those between two blocks are kept meanwhile: up to :data:`BYTES_IN_MEMORY` in memory, more in
+    nameless files below ``TMPDIR``, so that memory does not grow with the images.
 
     Args:
-        base: The uncut network, in eval mode.
-        pruned: The same, cut, on the same device.
-        kept_outputs: For every layer of ``pruned`` whose outputs were cut, which are kept.
+        base: The base, in eval mode.
+        pruned: The same, pruned, on the same device.
+        kept_outputs: For every layer of ``pruned`` whose outputs were pruned, those that are kept.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the networks.
         weights: How much every image counts in every step.
 
     Returns:
-        Macs that the statistics took, forward passes not counted.
+        Macs of the statistics, without forward passes.
     """
     macs = 0
     pruned.eval()
@@ -86,14 +86,14 @@ def refit(
 
 
 class SpillBuffer:
-    """Keeps states; what does not fit into memory lies in files that the system may write out."""
+    """Keeps states; those that do not fit into memory are in files."""
 
     def __init__(self) -> None:
         self._bytes: dict[int, int] = {}
-        """Of the tensors in memory, by their identity."""
+        """Bytes of the tensors in memory, by their identity."""
 
     def keep(self, state: State) -> State:
-        """Return a state with its newest tensor, which alone may be new, kept."""
+        """Return a state whose newest tensor, the only one that may be new, is kept."""
         hidden = state.hidden
         size = hidden.numel() * hidden.element_size()
         if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
@@ -112,7 +112,7 @@ def _on(state: State, device: torch.device) -> State:
 
 
 def _after(step: Step, state: State, device: torch.device) -> State:
-    """Run a step; the skips that it leaves alone stay where they were kept."""
+    """Run a step; skips that it does not read stay where they are kept."""
     copied = _on(state, device)
     after = step(copied)
     kept = {id(copy): skip for copy, skip in zip(copied.skips, state.skips, strict=True)}
@@ -127,7 +127,7 @@ def _in_file(tensor: Tensor) -> Tensor:
         OSError: The disk is full.
     """
     with tempfile.NamedTemporaryFile() as file:
-        # written and not copied into the map: a disk that is full then is an error and no signal
+        # written, not copied into the map: a full disk is then an error and no signal
         file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         file.flush()
         kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
@@ -152,13 +152,13 @@ def _solve(
         name: Its name within the step.
         base_step: The step of the base.
         step: That of the pruned network.
-        base_states: Input of the one.
-        pruned_states: Input of the other.
+        base_states: Input of the base's step.
+        pruned_states: Input of the pruned one.
         base_after: Output of the base's step, where the layer is the step's output layer: the
-            step's output is fitted then, so that whatever else is off in it is made up for. None
-            means that the layer's own output is.
+            step's output is fitted then, so that its other errors are compensated too. None means
+            that the layer's own output is.
         kept: Which of the base's outputs the layer has; None means all.
-        weights: How much every image of each batch counts.
+        weights: Weight of every image of each batch.
     """
     num_images, device = sum(len(state.hidden) for state in base_states), layer.weight.device
     is_linear, squares = isinstance(layer, nn.Linear), None
@@ -188,7 +188,7 @@ def _solve(
 
 
 def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:
-    """Name the layers of a step that read what was cut, its output layer last."""
+    """Return a step's layers that read what was pruned, by name, its output layer last."""
     whole, last = _layers(base.module), step.output_layer
     shrunk = [
         name

@@ -1,4 +1,4 @@
-"""The losses of a candidate: the base cut and refitted, on a group's timesteps.
+"""The losses of a candidate: the base pruned and refitted, on a group's timesteps.
 
 They are measured on the same images, timesteps and noise for every candidate of a group; no
 fine-tune sees those images.
@@ -21,7 +21,7 @@ VERSION = 3
 
 @dataclass(frozen=True, slots=True)
 class CandidateJob:
-    """Cut the base, refit what is left, and measure the loss on a group's timesteps."""
+    """Prune the base, refit the sub-model, and measure the loss on a group's timesteps."""
 
     context: PruningContext
     group: TimestepGroup
@@ -30,24 +30,24 @@ class CandidateJob:
     """Place in the group's search, from 0, the base; the step of its metrics."""
 
     saves_weights: bool = False
-    """Save how much every image counts in the refits of the group, which is told by the base."""
+    """Save the weight of every image in the refits of the group, which follows from the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateResult(Measured):
-    """Losses, and what they took."""
+    """Losses, and their cost."""
 
     seconds: float
 
 
 def cache_inputs(job: CandidateJob) -> Inputs:
-    """Return what losses follow from."""
+    """Return the cache inputs of losses."""
     what = {"kept": job.kept, "weights": job.saves_weights}
     return {"stage": "measure", "version": VERSION, **what, **group_key(job.context, job.group)}
 
 
 def measure_candidate(job: CandidateJob, report: Report) -> CandidateResult:
-    """Measure the losses of what is kept of the base, after the cut and after the refit."""
+    """Measure the losses of a sub-model, after pruning and after the refit."""
     started = time.perf_counter()
     base = load_base(job.context, job.group)
     measured = measure(base, job.kept)
@@ -60,7 +60,7 @@ def measure_candidate(job: CandidateJob, report: Report) -> CandidateResult:
 def candidate_item(
     search: GroupSearch, name: str, kept: KeptIndices, number: int
 ) -> WorkItem[CandidateJob, CandidateResult]:
-    """Make the item that cuts, refits and measures a sub-model.
+    """Create the item that prunes, refits and measures a sub-model.
 
     Args:
         search: The group's search.
@@ -85,7 +85,7 @@ def candidate_item(
 
 
 def base_item(search: GroupSearch) -> WorkItem[CandidateJob, CandidateResult]:
-    """Make the item that measures the base, and saves what the group's refits need of it."""
+    """Create the item that measures the base and saves the image weights of the group's refits."""
     prune, macs_base = search.context.prune, search.space.macs_base
     item = candidate_item(search, "base", keep_everything(search.space.units), 0)
     if "none" in (prune.refit, prune.method) or search.max_macs >= macs_base:

@@ -29,7 +29,7 @@ class ScoreJob:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """Scores, and what they took."""
+    """Scores, and their cost."""
 
     scores: Scores
     macs: float
@@ -37,7 +37,7 @@ class ScoreResult:
 
 
 def cache_inputs(job: ScoreJob) -> Inputs:
-    """Return what scores follow from."""
+    """Return the cache inputs of scores."""
     group = {"group": job.group.index} if CRITERIA[job.method].is_seeded else {}
     what = {"stage": "scores", "version": VERSION, "method": job.method}
     return {**what, **group, **group_key(job.context, job.group)}
@@ -64,7 +64,7 @@ def score_units(job: ScoreJob, report: Report) -> ScoreResult:
 
 
 def score_item(search: GroupSearch, method: ScoreMethod) -> WorkItem[ScoreJob, ScoreResult]:
-    """Make the item that scores all units by a criterion."""
+    """Create the item that scores all units by a criterion."""
     return WorkItem(
         key=search.key("scores"),
         function=score_units,

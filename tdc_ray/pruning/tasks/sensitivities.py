@@ -1,4 +1,4 @@
-"""Sensitivities: how the loss of a model grows when one unit of it is cut further."""
+"""Sensitivities: the increase of a model's loss when one of its units is pruned further."""
 
 import time
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ NUM_SHARES = 4
 """Items that the sensitivities of the base's inner units are split into, for several workers."""
 
 Increases = dict[str, dict[int, float]]
-"""By how much the loss grows, for every unit, by its width."""
+"""Increase of the loss, for every unit, by its width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,15 @@ class SensitivityJob:
     group: TimestepGroup
     units: tuple[str, ...]
     kept: KeptIndices
-    """What the model that is measured keeps of the base: the best by score."""
+    """What the measured model keeps of the base: the best by score."""
 
     scores: Scores
-    """Of the base's units; those that have none are ranked by reconstruction, on this model."""
+    """Scores of the base's units; those without are ranked by reconstruction, on this model."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamJob:
-    """Measure those of one unit of the stream, whose every width is a candidate of its own."""
+    """Measure the sensitivities of one unit of the stream, whose every width is a candidate."""
 
     context: PruningContext
     group: TimestepGroup
@@ -61,12 +61,12 @@ class StreamJob:
     kept: KeptIndices
     scores: Scores
     loss: float
-    """Of the model that is measured, on the group's held-out images."""
+    """Loss of the measured model on the group's held-out images."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamResult:
-    """Sensitivities, and what they took."""
+    """Sensitivities, and their cost."""
 
     sensitivities: Increases
     macs: float
@@ -75,7 +75,7 @@ class StreamResult:
 
 @dataclass(frozen=True, slots=True)
 class SensitivityResult:
-    """Sensitivities, what they took, and the scores by which the units were cut."""
+    """Sensitivities, their cost, and the scores by which the units were pruned."""
 
     scores: Scores
     sensitivities: Increases
@@ -87,7 +87,7 @@ SensitivityItem = WorkItem[SensitivityJob, SensitivityResult] | WorkItem[StreamJ
 
 
 def cache_inputs(job: SensitivityJob | StreamJob) -> Inputs:
-    """Return what sensitivities follow from."""
+    """Return the cache inputs of sensitivities."""
     what: Inputs = (
         {"stage": "stream", "unit": job.unit, "loss": job.loss}
         if isinstance(job, StreamJob)
@@ -105,7 +105,7 @@ def cache_inputs(job: SensitivityJob | StreamJob) -> Inputs:
 
 
 def measure_sensitivities(job: SensitivityJob, report: Report) -> SensitivityResult:
-    """Measure by how much the loss grows with every unit's width, all at once."""
+    """Measure the increase of the loss at every unit's widths, all in one pass."""
     started, prune = time.perf_counter(), job.context.prune
     base = load_base(job.context, job.group)
     model = prune_and_refit(base, job.kept)
@@ -137,7 +137,7 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> SensitivityRes
 
 
 def measure_stream(job: StreamJob, report: Report) -> StreamResult:
-    """Measure by how much the loss grows with the width of a stream."""
+    """Measure the increase of the loss at a stream's widths."""
     started = time.perf_counter()
     base = load_base(job.context, job.group)
     (unit,) = (unit for unit in base.space.units if unit.name == job.unit)
@@ -160,14 +160,14 @@ def sensitivity_items(
     loss: float,
     num_shares: int,
 ) -> list[SensitivityItem]:
-    """Make a pass's items: inner units in some shares, and every stream by itself.
+    """Create a pass's items: inner units in several shares, and every stream by itself.
 
     Args:
         search: The group's search.
         number: The pass.
-        kept: What the model that is measured keeps of the base.
-        scores: Of the base's units.
-        loss: Of that model.
+        kept: What the measured model keeps of the base.
+        scores: Scores of the base's units.
+        loss: Loss of that model.
         num_shares: Items for the inner units; each runs the images through the whole model.
     """
     prune, of_group = search.context.prune, (search.context, search.group)
@@ -210,7 +210,7 @@ def sensitivity_items(
 
 
 def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> float:
-    """Count the macs per image of all that follows each unit, once for each of its levels."""
+    """Count the macs per image of all steps after each unit, once for each of its levels."""
     behind, total = dict[str, int](), 0
     for layer in reversed(base.layers):
         _, macs = macs_polynomials([layer], base.space.units)
