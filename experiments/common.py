@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from tdc_ray.cli.run import run
 from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
@@ -25,7 +26,7 @@ from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.reporting.hparams import HParams
-from tdc_ray.reporting.sinks import default_sinks, run, trial_sinks
+from tdc_ray.reporting.sinks import default_sinks, trial_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import services_of

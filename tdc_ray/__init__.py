@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tdc_ray.cli.run import run
     from tdc_ray.config.presets import preset
     from tdc_ray.config.run import RunConfig
     from tdc_ray.diffusion.pipeline import ProgressivePipeline
     from tdc_ray.diffusion.plan import Plan, plan_groups
-    from tdc_ray.reporting.sinks import run
     from tdc_ray.runs.results import Results, load_results
 
 __all__ = [
@@ -33,7 +33,7 @@ _MODULES = {
     "load_results": "runs.results",
     "plan_groups": "diffusion.plan",
     "preset": "config.presets",
-    "run": "reporting.sinks",
+    "run": "cli.run",
 }
 
 

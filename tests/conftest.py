@@ -95,7 +95,7 @@ def smoke_config(cache_dir: Path) -> RunConfig:
 @pytest.fixture(scope="session")
 def finished_run(ray_cluster: None, smoke_config: RunConfig, common_dir: Path) -> Path:
     """The directory of a whole run of ``smoke_config`` that nothing cut: one for all processes."""
-    from tdc_ray.reporting.sinks import run
+    from tdc_ray.cli.run import run
 
     folder = common_dir / "finished" / "run"
     with locked(common_dir / "finished.lock"):

@@ -12,6 +12,7 @@ ProxyMethod = Literal["offline", "llm"]
 ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
 SearchMethod = Literal[ProxyMethod, ScoreMethod]
 PruneMethod = Literal[SearchMethod, "none"]
+Objective = Literal["macs", "latency"]
 
 
 @settings("prune")
@@ -33,7 +34,7 @@ class PruneConfig:
     vector units and tensor cores like them: 8 or 16, or 64; 1: any number of steps. A unit may
     always be left unpruned."""
 
-    objective: Literal["macs", "latency"] = "macs"
+    objective: Objective = "macs"
     """What a group's limit is a share of. macs: the base's; latency: the base's measured time, by
     a table of how long each unit takes at each width on a worker's device, which is measured once
     and kept in the run directory. It goes with the inner space."""

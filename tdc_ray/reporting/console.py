@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.prune import Objective
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.paper import PAPER
@@ -49,11 +50,18 @@ def table_of(
     return table
 
 
-def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) -> None:
+def print_plan(
+    console: Console,
+    plan: Plan,
+    preset: str,
+    settings: PlanConfig,
+    objective: Objective,
+    macs_base: int,
+) -> None:
     """Print the groups, and the mean limit beside the paper's figure where there is one."""
     title = (
-        f"{config.preset}: {config.plan.schedule} schedule, k = {config.plan.min_macs_share:g}, "
-        f"N = {config.plan.num_groups}, base {macs_text(macs_base)} macs"
+        f"{preset}: {settings.schedule} schedule, k = {settings.min_macs_share:g}, "
+        f"N = {settings.num_groups}, base {macs_text(macs_base)} macs"
     )
     table = table_of(
         plan.groups,
@@ -69,7 +77,7 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
         title=title,
     )
     console.print(table)
-    if config.prune.objective == "latency":
+    if objective == "latency":
         console.print("limits are shares of the base's time, which the run measures, not of macs")
     steps = len(plan.sampling_timesteps)
     console.print(
@@ -77,7 +85,7 @@ def print_plan(console: Console, plan: Plan, config: RunConfig, macs_base: int) 
         f"{macs_text(plan.mean_limit_share * macs_base)} macs",
         soft_wrap=True,
     )
-    paper = PAPER.get(config.preset)
+    paper = PAPER.get(preset)
     if paper is not None:
         console.print(
             f"the paper's mean of the experts, for k = 0.5 and N = 10: {macs_text(paper.macs)}",

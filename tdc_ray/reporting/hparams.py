@@ -5,9 +5,8 @@ from pathlib import Path
 from tensorboard.plugins.hparams import summary_v2 as plugin
 from torch.utils.tensorboard import SummaryWriter
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.runs.sweep.results import TrialFinished, TrialRow
-from tdc_ray.runs.sweep.space import ALIASES, Value, labels, value_of
+from tdc_ray.runs.sweep.space import Params, Value, labels
 from tdc_ray.storage.files import atomic_path, exists
 from tdc_ray.storage.object_store import resolve_path
 
@@ -26,13 +25,12 @@ class HParams:
     def __call__(self, event: object) -> None:
         """Write a run's session: what it was run with and what it came to."""
         match event:
-            case TrialFinished(config, row) if not exists(self._folder / row.name):
-                _write_session(self._folder, config, row)
+            case TrialFinished(settings, row) if not exists(self._folder / row.name):
+                _write_session(self._folder, settings, row)
 
 
-def _write_session(folder: Path, config: RunConfig, row: TrialRow) -> None:
-    """Write k, N, schedule, proxy, seed and every field that is varied, and the metrics."""
-    settings = {name: value_of(config, name) for name in ALIASES} | dict(row.params)
+def _write_session(folder: Path, settings: Params, row: TrialRow) -> None:
+    """Write settings, seed and metrics."""
     short = labels(list(settings))
     values = {short[name]: _plain(value) for name, value in settings.items()}
     session = plugin.hparams_pb(values | {"seed": row.seed}, trial_id=row.name)

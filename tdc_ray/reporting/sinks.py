@@ -3,20 +3,15 @@
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.events import EventSink
 from tdc_ray.reporting.progress import ProgressBars
 from tdc_ray.reporting.tensorboard import TensorBoard
 from tdc_ray.reporting.trace import chrome_trace
-from tdc_ray.runs import run as run_module
 from tdc_ray.runs.events import PlanMade, WorkersUsed
-from tdc_ray.runs.results import Results
 from tdc_ray.storage.files import exists, write_text
-from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -52,19 +47,3 @@ def default_sinks(run_dir: RunDir, console: Console) -> Sequence[EventSink]:
 def trial_sinks(run_dir: RunDir) -> Sequence[EventSink]:
     """Return the sinks of a run that has no terminal."""
     return default_sinks(run_dir, Console(quiet=True))
-
-
-def run(config: RunConfig, folder: Path, console: Console, store: Path | None = None) -> Results:
-    """Do or resume a whole run, as ``runs.run`` does, with the default sinks.
-
-    Args:
-        config: The settings.
-        folder: The run directory, or its URI.
-        console: Where progress is shown.
-        store: What runs share, a folder or a URI; None means that all is computed here.
-
-    Raises:
-        TdcError: What went wrong, said before work starts wherever that can be known.
-    """
-    sinks = default_sinks(RunDir(resolve_path(folder).resolve()), console)
-    return run_module.run(config, folder, sinks, store)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tdc_ray.cli.main import run_command
+from tdc_ray.cli.run import run
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import digest, with_absolute_paths
 from tdc_ray.data.batches import batches, to_minus_one_one
@@ -33,7 +34,6 @@ from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.noised import noised_batches
-from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.stages.base_worker import sample_grid, train_base

@@ -7,6 +7,7 @@ from diffusers import UNet2DModel
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tdc_ray.cli.run import run
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
@@ -16,7 +17,6 @@ from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.space import is_tight, space_of
-from tdc_ray.reporting.sinks import run
 from tdc_ray.reporting.text import conclusions
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.preflight import check

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from tdc_ray.reporting.sinks import run
+from tdc_ray.cli.run import run
 from tdc_ray.storage.run_dir import RunDir
 
 pytestmark = pytest.mark.ray

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tdc_ray.cli.run import run
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import TrainConfig
@@ -13,7 +14,6 @@ from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.models.first_stage import first_stage_digest, load_first_stage
-from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.results import load_results
 from tdc_ray.runs.train_autoencoder import train_autoencoder
 from tdc_ray.storage.run_dir import RunDir

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tdc_ray.cli.run import run
 from tdc_ray.errors import ProxyError
-from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.run_dir import RunDir
 from tests.pruning.llm.openai_server import Handler, echoes_key, fails, says, serving

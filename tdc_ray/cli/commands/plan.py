@@ -59,5 +59,6 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
         from tdc_ray.runs.pretrained.importer import check_compatible  # imports torch
 
         unet = check_compatible(base, config)
-    print_plan(console, plan, config, network_structure(unet).macs)
+    macs = network_structure(unet).macs
+    print_plan(console, plan, config.preset, config.plan, config.prune.objective, macs)
     return plan

@@ -38,7 +38,7 @@ class RunCommand:
         """Start or resume the run, and print its results."""
         config = self.config
         folder = resolve_path(self.run_dir or default_run_dir(config))
-        from tdc_ray.reporting.sinks import run
+        from tdc_ray.cli.run import run
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base

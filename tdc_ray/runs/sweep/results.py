@@ -76,8 +76,8 @@ class TrialRow:
 class TrialFinished:
     """An event: a run of a sweep is done; comes again when the sweep is resumed."""
 
-    config: RunConfig
-    """The settings that the sweep varies."""
+    settings: Params
+    """Its k, N, schedule, proxy, and every field that is varied."""
 
     row: TrialRow
 

@@ -18,7 +18,7 @@ from tdc_ray.runs.sweep.results import (
     save_sweep,
     with_rows,
 )
-from tdc_ray.runs.sweep.space import Params, setting_name, trial_name
+from tdc_ray.runs.sweep.space import ALIASES, Params, setting_name, trial_name, value_of
 from tdc_ray.runs.sweep.trial import failure_of
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
@@ -80,7 +80,8 @@ class SweepTable:
     def _keep(self, row: TrialRow) -> None:
         self.rows[row.name] = row
         if row.status == "done":
-            self.events(TrialFinished(self.config, row))
+            fixed = {name: value_of(self.config, name) for name in ALIASES}
+            self.events(TrialFinished({**fixed, **row.params}, row))
 
     def _write(self) -> None:
         self.results = with_rows(self.results, list(self.rows.values()))

@@ -6,7 +6,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.runs.results import save_results
 from tdc_ray.runs.sweep.results import TrialFinished, load_sweep, open_results
-from tdc_ray.runs.sweep.space import Choices
+from tdc_ray.runs.sweep.space import ALIASES, Choices
 from tdc_ray.runs.sweep.table import SweepTable
 from tdc_ray.runs.sweep.trial import FAILED_FILE
 from tdc_ray.storage.files import write_json
@@ -54,7 +54,10 @@ def test_a_row_with_results_is_done_whatever_ended_its_trial(open_table, tmp_pat
     row = table.rows["N=2,seed=0"]
     assert (row.status, row.error, row.score) == ("done", None, RESULTS.tdc.score)
     assert (row.computed_search_macs, row.reused_search_macs) == (RESULTS.prune.search_macs, 0.0)
-    assert events == [TrialFinished(CONFIG, row)]
+    settings = {"k": CONFIG.plan.min_macs_share, "schedule": "snr", "proxy": CONFIG.prune.method}
+    named = {ALIASES.get(name, name): value for name, value in events[0].settings.items()}
+    assert events == [TrialFinished(events[0].settings, row)]
+    assert named == {**settings, "N": 2}
     assert table.results.pareto == ("N=2",)
 
 
