@@ -30,7 +30,8 @@ from tdc_ray.runs.results import Results, StageSeconds, TimesResult
 from tdc_ray.storage.files import atomic_path
 
 SIZE = (4.6, 3.1)
-"""Of a plot, in inches: at a phone's width its letters are as large as the page's small ones."""
+"""Size of a plot in inches: at a phone's width its letters are as large as the page's small
+ones."""
 
 BASE = "tab:gray"
 CYCLE = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is the base's
@@ -44,7 +45,7 @@ COLOURS = {
     "evaluating": "tab:purple",
     "lost or failed": "tab:red",
 }
-"""Of the timeline's plot."""
+"""Size of the timeline's plot."""
 
 _VARIABLES = {to_hex(colour): f"--c{n}" for n, colour in enumerate(TABLEAU_COLORS.values())} | {
     "#000000": "--ink",
@@ -85,7 +86,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
 
 
 def plot_timeline(history: History, path: Path) -> None:
-    """Write the plot of who ran what, when, as a PNG file, if anything ran."""
+    """Write the plot of the timeline as a PNG file, if anything ran."""
     if any(span.workers for span in history.spans):
         _write_png(timeline_figure(history), path)
 
@@ -112,7 +113,7 @@ def plan_figure(plan: Plan, size: tuple[float, float]) -> Figure:
 
 
 def timeline_figure(history: History) -> Figure:
-    """Draw who ran what, when: a row per worker, a colour per outcome; something must have run."""
+    """Draw a timeline: a row per worker, a colour per outcome; something must have run."""
     spans = [span for span in history.spans if span.workers]
     now = max(span.ended or span.started for span in spans)
     first = spans[0].started
@@ -137,7 +138,7 @@ def timeline_figure(history: History) -> Figure:
 
 
 def _kind(span: Span) -> str:
-    """Return what a worker did in a span, in the words of the plot's legend."""
+    """Return the legend's label of a span."""
     if span.outcome not in {"done", "running"}:
         return "lost or failed"
     if "finetune" in span.item or "try-" in span.item:
@@ -152,10 +153,10 @@ class Point:
     label: str
     score: float
     macs: float
-    """Of a denoising step."""
+    """Macs of a denoising step."""
 
     train_macs: float | None
-    """Of its training, search included; None means that they are not known."""
+    """Macs of its training, search included; None means that they are not known."""
 
     is_base: bool
     is_best: bool = False
@@ -166,8 +167,8 @@ def svg_of(figure: Figure, name: str) -> str:
     """Return a figure as an SVG element.
 
     Args:
-        figure: What was drawn.
-        name: Other than that of any other picture on the page: it goes into the ids.
+        figure: The figure.
+        name: Unique on the page: it is part of the ids.
     """
     file = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -200,7 +201,7 @@ def plan_over_timesteps(plan: Plan, name: str) -> str:
 
 
 def timeline(history: History, name: str) -> str:
-    """Draw who ran what, when."""
+    """Draw a timeline."""
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
         figure = timeline_figure(history)
         figure.axes[0].set_title("")  # the page has it
@@ -210,13 +211,13 @@ def timeline(history: History, name: str) -> str:
 def score_figure(
     points: Sequence[Point], metric: str, name: str, *, over_training: bool = False
 ) -> str:
-    """Draw scores; a circle's area goes with the macs of a step, as in the paper's Figure 1.
+    """Draw scores; a circle's area grows with the macs of a step, as in the paper's Figure 1.
 
     Args:
-        points: The models; what lies on others that have a label gets none.
+        points: The models; a label that would overlap another is left out.
         metric: Name of the scores.
-        name: Of the picture.
-        over_training: Whether scores stand over the macs of training, not of a step.
+        name: Name of the picture.
+        over_training: Whether the x axis has the macs of training, not of a step.
     """
     with drawing() as (figure, axes):
         most = max(point.macs for point in points)
@@ -264,7 +265,7 @@ def _labelled(placed: Sequence[tuple[float, Point]]) -> Sequence[tuple[float, Po
 
 
 def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
-    """Draw every group's limit, and what its expert takes, over the signal-to-noise ratio."""
+    """Draw every group's limit, and its expert's macs, over the signal-to-noise ratio."""
     with drawing() as (figure, axes):
         for group in plan.groups:
             span = (group.snr_db_first, group.snr_db_last)
@@ -286,7 +287,7 @@ def plan_over_snr(plan: Plan, results: Results | None, name: str) -> str:
 
 
 def losses_of_groups(results: Results, name: str) -> str:
-    """Draw what cut, refit and fine-tune make of each group's loss, relative to the base's."""
+    """Draw each group's loss after pruning, refit and fine-tune, relative to the base's."""
     stages: dict[str, tuple[str, str, Sequence[float | None]]] = {
         "cut": ("tab:red", "^", [group.loss_cut for group in results.groups]),
         "refit": ("tab:orange", "s", [group.loss_refit for group in results.groups]),
@@ -356,7 +357,7 @@ def relative_rounds(
 
 
 def stages_of_time(seconds: StageSeconds, name: str) -> str:
-    """Draw where the workers' time went."""
+    """Draw how the workers' time was used."""
     stages = {
         "base": (seconds.base, "tab:gray"),
         "pruning": (seconds.prune, "tab:blue"),

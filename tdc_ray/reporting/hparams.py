@@ -13,7 +13,7 @@ from tdc_ray.storage.object_store import resolve_path
 HPARAMS_DIR = "hparams"
 
 METRICS = ("macs", "num_params", "train_macs", "seconds")
-"""What a session shows of a row after its score, which has the name of its metric."""
+"""Values of a row that a session shows after its score, which has the name of its metric."""
 
 
 class HParams:
@@ -23,7 +23,7 @@ class HParams:
         self._folder = resolve_path(sweep_dir).resolve() / HPARAMS_DIR
 
     def __call__(self, event: object) -> None:
-        """Write a run's session: what it was run with and what it came to."""
+        """Write a run's session: its settings and its results."""
         match event:
             case TrialFinished(settings, row) if not exists(self._folder / row.name):
                 _write_session(self._folder, settings, row)
@@ -44,11 +44,11 @@ def _write_session(folder: Path, settings: Params, row: TrialRow) -> None:
 
 
 def metrics_of(row: TrialRow) -> dict[str, float]:
-    """Give what a session shows of a row, by tags; TensorBoard orders them by name."""
+    """Return a row's values in a session, by tags; TensorBoard orders them by name."""
     values = {str(row.metric): row.score} | {name: getattr(row, name) for name in METRICS}
     return {f"sweep/{name}": float(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Value) -> bool | float | str:
-    """Give a value in a kind that HParams knows."""
+    """Convert a value to a type that HParams supports."""
     return str(value) if value is None else value

@@ -74,7 +74,7 @@ SWEPT: Mapping[str, Mapping[object, float]] = {
 
 
 def paper_dataset(preset: str) -> str:
-    """Return the dataset of Table I that a preset is of; of others CIFAR-10."""
+    """Return a preset's dataset in Table I; CIFAR-10 for others."""
     name = _SAME.get(preset, preset)
     return name if name in DATASETS else "cifar10"
 

@@ -1,4 +1,4 @@
-"""Shows what long work reports: bars in a terminal, else lines in the log."""
+"""Shows the progress of long work: bars in a terminal, else lines in the log."""
 
 import logging
 import math
@@ -20,11 +20,11 @@ from tdc_ray.execution.events import Finished, Reported, Started
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-"""How often a piece of work may write a line where there is no terminal."""
+"""Least time between two lines of a piece of work without a terminal."""
 
 
 class ProgressBars:
-    """A sink that shows how far each piece of work is."""
+    """A sink that shows the progress of each piece of work."""
 
     def __init__(self, console: Console) -> None:
         self._live = console.is_terminal
@@ -50,7 +50,7 @@ class ProgressBars:
         self._bars.stop()
 
     def __call__(self, event: object) -> None:
-        """Bring the display up to date."""
+        """Update the display."""
         with self._lock:
             match event:
                 case Started(key, num_steps):
@@ -81,5 +81,5 @@ class ProgressBars:
 
 
 def _name(event: Started | Reported | Finished) -> int | str:
-    """Name what an event is of: several attempts at one key may run."""
+    """Return a name of an event's piece of work: several attempts at one key may run."""
     return event.key if event.number is None else event.number

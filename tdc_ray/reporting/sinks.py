@@ -1,4 +1,4 @@
-"""Who listens to a run: what the command line attaches to it."""
+"""The default sinks of a run, which the command line attaches to it."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 
 def draw_plots(run_dir: RunDir, event: object) -> None:
-    """Draw ``plan.png`` and ``timeline.png``, when an event has what is in them."""
+    """Draw ``plan.png`` and ``timeline.png`` when events with their content arrive."""
     if not isinstance(event, PlanMade | WorkersUsed):
         return
     from tdc_ray.reporting.figures import plot_plan, plot_timeline  # imports Matplotlib

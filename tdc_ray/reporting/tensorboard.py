@@ -1,10 +1,10 @@
-"""Writes what a run tells as TensorBoard's event files.
+"""Writes the events of a run as TensorBoard's event files.
 
-Its runs, in the run directory's ``tensorboard``: one for each group and for other work, with what
-that reports; ``plan`` has the plan's plot, ``memory`` the losses that the search finds (tags by
-group, a step for every candidate), ``proxy`` what a language model was asked and what it said (a
-step for every round), ``samples`` the first of the images that base and experts were scored on,
-``workers`` who ran what and how well they were used.
+TensorBoard's runs, in the run directory's ``tensorboard``: one for each group and for other work,
+with its metrics; ``plan`` has the plan's plot, ``memory`` the losses of the search (tags by group,
+a step for every candidate), ``proxy`` the transcripts of a language model (a step for every
+round), ``samples`` the first of the images that base and experts were scored on, ``workers`` the
+timeline and the utilisation of workers.
 """
 
 import threading
@@ -32,7 +32,7 @@ NUM_SAMPLES = 16
 """Images of each model that are shown."""
 
 SECONDS_BETWEEN_FLUSHES = 10
-"""How old what TensorBoard shows may be."""
+"""Greatest age of what TensorBoard shows."""
 
 
 class TensorBoard:
@@ -54,7 +54,7 @@ class TensorBoard:
                 writer.close()
 
     def __call__(self, event: object) -> None:
-        """Write what an event has for TensorBoard."""
+        """Write the parts of an event that TensorBoard shows."""
         with self._lock:
             match event:
                 case Reported():

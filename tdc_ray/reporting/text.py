@@ -1,4 +1,4 @@
-"""How numbers are written, and what a run showed, in words."""
+"""Numbers as text, and the conclusions of a run in words."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def timesteps_text(timesteps: tuple[int, int]) -> str:
-    """Write a range of timesteps by its first and its last."""
+    """Format a range of timesteps by its first and its last."""
     return f"{timesteps[0]}-{timesteps[1]}"
 
 
 def limit_text(group: GroupResult) -> str:
-    """Write what a group is limited to: macs, or milliseconds."""
+    """Format a group's limit: macs, or milliseconds."""
     limit = group.milliseconds_limit
     return macs_text(group.macs_limit) if limit is None else f"{limit:.4g} ms"
 
@@ -57,22 +57,22 @@ def conclusions(results: Results) -> list[str]:
 
 
 def macs_text(macs: float) -> str:
-    """Write macs with the digits that the paper's tables have."""
+    """Format macs with the digits of the paper's tables."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
 
 
 def millions_text(count: float) -> str:
-    """Write a number of parameters in millions."""
+    """Format a number of parameters in millions."""
     return f"{count / 1e6:.2f} M"
 
 
 def loss_text(loss: float | None) -> str:
-    """Write a loss; nothing where there is none."""
+    """Format a loss; None becomes empty."""
     return "" if loss is None else f"{loss:.5f}"
 
 
 def duration(seconds: float) -> str:
-    """Write a time as a person would say it."""
+    """Format a duration in readable units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

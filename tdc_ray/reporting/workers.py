@@ -1,4 +1,4 @@
-"""How far a run is, and what its workers do and would do, as tables in a terminal."""
+"""Progress and simulations of runs, and their workers, as tables in a terminal."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tdc_ray.runs.status import RunStatus
 
 
 def print_status(console: Console, status: RunStatus) -> None:
-    """Print how far a run is."""
+    """Print the progress of a run."""
     config = status.config
     console.print(f"{config.preset}, seed {config.seed}; stage 1: {status.base}", soft_wrap=True)
     console.print(f"driver: {status.driver or 'none'}", soft_wrap=True)
@@ -51,7 +51,7 @@ def print_status(console: Console, status: RunStatus) -> None:
 def print_simulated(
     console: Console, results: Sequence[SimulationResult], macs_per_second: float
 ) -> None:
-    """Print what a cluster of each size would take, and how fast its workers are taken to be."""
+    """Print the time on a cluster of each size, and the assumed speed of its workers."""
     table = table_of(
         results,
         [

@@ -11,7 +11,7 @@ from tdc_ray.storage.object_store import resolve_path
 
 @dataclass(frozen=True, kw_only=True)
 class StatusCommand:
-    """Show how far a run is: groups, what is under way, workers; from wherever it can be seen."""
+    """Show the progress of a run (groups, running items, workers) from its directory alone."""
 
     run: Positional[Path]
     """The run directory."""
@@ -19,7 +19,7 @@ class StatusCommand:
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
-        """Print how far the run is."""
+        """Print the progress of the run."""
         from tdc_ray.reporting.workers import print_status
         from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir

@@ -20,13 +20,13 @@ Kind = Literal[
     "power",
     "seconds",
 ]
-"""How a column is written for a person; CSV files have the numbers as they are."""
+"""How a column is formatted for a reader; CSV files have the numbers as they are."""
 
 T = TypeVar("T")
 Value = str | int | float | None
-"""Of a cell; None means that there is none."""
+"""Value of a cell; None means that it is empty."""
 
-DASH = "–"  # noqa: RUF001  # what stands where there is no value
+DASH = "–"  # noqa: RUF001  # shown for empty values
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Sequence[Value]]
     links: Sequence[str | None] = ()
-    """For every row the section of the page that it leads to, if any."""
+    """For every row the section of the page that it links to, if any."""
 
     marked: frozenset[int] = frozenset()
-    """Rows that stand out."""
+    """Highlighted rows."""
 
     heat: bool = False
     """Whether the cells behind the first are coloured by their share of the row's largest."""
@@ -89,7 +89,7 @@ class Plot:
     title: str
     caption: str
     is_wide: bool = False
-    """Whether it takes the page's width, and scrolls where that is too narrow for it."""
+    """Whether it has the page's width, and scrolls where that is too narrow for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +108,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class KeyNumbers:
-    """A few numbers that matter most: label, number, and what it is held against."""
+    """The most important numbers: label, number, and what it is compared with."""
 
     tiles: Sequence[tuple[str, str, str]]
 
@@ -123,7 +123,7 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class BlockRow:
-    """What stands side by side where there is room."""
+    """Blocks side by side where there is room."""
 
     blocks: Sequence[Table | Plot | Samples]
 
@@ -163,7 +163,7 @@ class Page:
 
 
 def cell_text(value: Value, kind: Kind) -> str:
-    """Write a value for a person."""
+    """Format a value for a reader."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return DASH if value is None else str(value)
     if isinstance(value, str):

@@ -58,7 +58,7 @@ def _fid_of_the_paper(results: Results) -> float:
 
 
 def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
-    """Return a row for each trial; those of the Pareto front stand out."""
+    """Return a row for each trial; those of the Pareto front are highlighted."""
     trials, labels = data.sweep.rows, data.sweep.labels
     columns: list[tuple[str, Kind, Callable[[TrialRow], Value]]] = [
         ("trial", "text", lambda trial: trial.name),

@@ -31,7 +31,7 @@ class RunData:
     """The files of a run that a report shows."""
 
     name: str
-    """Short, and no other run's of the report."""
+    """Short, and unique in the report."""
 
     path: str
     preset: str
@@ -40,7 +40,7 @@ class RunData:
     """None means that the run is not finished."""
 
     progress: RunStatus | None
-    """How far it is, if it is not finished."""
+    """Its progress, if it is not finished."""
 
     plan: Plan | None
     memory: Sequence[MemoryEntry]
@@ -58,7 +58,7 @@ class SweepData:
     path: str
     sweep: SweepResults
     results: Mapping[str, Results]
-    """Of the trials whose directories hold any, by name."""
+    """Results of the trials that have any, by name."""
 
     roots: Mapping[str, Path]
     """Their run directories."""
@@ -160,7 +160,7 @@ def _below(row: TrialRow, path: Path) -> PurePosixPath:
 
 
 def _results(path: Path) -> Results | None:
-    """Load results, if there are any; what they are divided by must not be 0."""
+    """Load results, if there are any; divisors in them must not be 0."""
     if not exists(path):
         return None
     results = load_results(path)

@@ -8,7 +8,7 @@ from tdc_ray.reporting.html.blocks import KeyNumbers, Lines, Page, Section, Tabl
 
 
 def markdown(page: Page) -> str:
-    """Return what is text in a page: its tables and sentences, without the pictures."""
+    """Return the text of a page: its tables and sentences, without the pictures."""
     lines = [f"# {_cell(page.title)}", "", _cell(page.subtitle)]
     for section in page.sections:
         lines += ["", f"{'#' * section.level} {_cell(section.title)}", *_blocks(section)]

@@ -111,7 +111,7 @@ def groups_table(results: Results) -> Table:
 
 
 def widths_table(results: Results) -> Table:
-    """Return the widths that are left of every unit (row) in every group (column)."""
+    """Return the widths that every group (column) keeps of every unit (row)."""
     units = dict.fromkeys(unit for group in results.groups for unit in group.widths)
     return Table(
         name="widths",
@@ -155,7 +155,7 @@ def rounds_table(run: RunData) -> Table:
 
 
 def time_table(results: Results) -> Table:
-    """Return what each stage took, beside the paper's Table IV."""
+    """Return the time of each stage, beside the paper's Table IV."""
     seconds, prune = results.seconds, results.prune
     experts = results.tdc.train_macs - results.base.train_macs
     rows: list[tuple[Value, ...]] = [
@@ -186,7 +186,7 @@ def time_table(results: Results) -> Table:
 
 
 def workers_table(run: RunData) -> Table:
-    """Return how well the workers were used."""
+    """Return the utilisation of the workers."""
     usage = run.usage if run.results is None or not run.results.workers else run.results.workers
     return table_of(
         "workers",
@@ -205,7 +205,7 @@ def workers_table(run: RunData) -> Table:
 
 
 def progress_table(progress: RunStatus) -> Table:
-    """Return how far the groups of a run are that is not finished."""
+    """Return the progress of the groups of an unfinished run."""
 
     def state(group: GroupStatus) -> str:
         if group.loss_finetuned is not None:

@@ -26,7 +26,7 @@ def run_points(runs: Mapping[str, Results]) -> dict[str, list[Point]]:
 
 
 def trial_points(data: SweepData) -> dict[str, list[Point]]:
-    """Return the trials of a sweep as points, with the bases that are known."""
+    """Return the trials of a sweep as points, with their bases where known."""
     points = {
         metric: [point for point in of_metric if point.is_base]
         for metric, of_metric in run_points(data.results).items()

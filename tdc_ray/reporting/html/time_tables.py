@@ -1,4 +1,4 @@
-"""What saved macs are worth in time: macs of base and experts against what was measured."""
+"""Saved macs and saved time: macs of base and experts against measured times."""
 
 from tdc_ray.reporting.figures import time_over_macs
 from tdc_ray.reporting.html.blocks import Block, BlockRow, Column, Plot, Table, Value
@@ -6,7 +6,7 @@ from tdc_ray.runs.results import Results, TimesResult
 
 
 def times_blocks(results: Results, key: str) -> list[Block]:
-    """Return the plot and the table; nothing where nothing was measured."""
+    """Return the plot and the table; nothing if no time was measured."""
     if results.times is None:
         return []
     times = results.times

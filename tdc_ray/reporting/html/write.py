@@ -13,7 +13,7 @@ from tdc_ray.storage.files import write_text
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
-"""What is in the folder: the page, the tables as Markdown, and a folder of them as CSV."""
+"""Files of the folder: the page, the tables as Markdown, and a folder of them as CSV."""
 
 MAX_SECTIONS = 6
 """Most trials of a sweep that get a section of their own."""
