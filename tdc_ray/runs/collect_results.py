@@ -1,4 +1,4 @@
-"""Collects what the stages left into the results of a run."""
+"""Collects the outputs of the stages into the results of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """What stage 2 and the evaluation of a run resulted in."""
+    """The results of stage 2 and of the evaluation of a run."""
 
     plan: Plan
     experts: Sequence[Expert]
@@ -48,7 +48,7 @@ class RunOutcome:
     """What the images were compared with, in words."""
 
     usage: Sequence[WorkerUsage]
-    """Of the pool's workers, by phase."""
+    """Usage of the pool's workers, by phase."""
 
     has_cache: bool
     """Whether results were shared with other runs."""
@@ -57,12 +57,12 @@ class RunOutcome:
 def collect_results(
     run_dir: RunDir, config: RunConfig, outcome: RunOutcome, seconds: float
 ) -> Results:
-    """Collect what the stages left.
+    """Collect the outputs of the stages.
 
     Args:
         run_dir: Where the base's result is.
         config: The run's settings.
-        outcome: What the later stages resulted in.
+        outcome: The results of the later stages.
         seconds: How long this attempt took.
     """
     plan, experts, prune, sampler = outcome.plan, outcome.experts, config.prune, config.sampler
@@ -149,14 +149,14 @@ def collect_results(
 
 
 def item_results(run_dir: RunDir) -> list[ItemResult[dict[str, Any]]]:
-    """Load what the items of a finished run left, of any type: its base, groups and samples."""
+    """Load the items' results of a finished run, of any type: base, groups and samples."""
     paths = [run_dir.base_result, *listing(run_dir.root, "groups/*/*.json")]
     paths += listing(run_dir.samples, "**/*.json")
     return [load_result(path, dict[str, Any]) for path in paths]
 
 
 def _reuse(run_dir: RunDir) -> ReuseResult | None:
-    """Count what a run's items computed and what they took from the cache."""
+    """Count what a run's items computed and what they loaded from the cache."""
     marked = [(item.cached.reused, item.value) for item in item_results(run_dir) if item.cached]
     if not marked:
         return None

@@ -1,4 +1,4 @@
-"""What a run tells beside the reports of its work; see ``tdc_ray.execution.events``."""
+"""Events of a run beside those of its work; see ``tdc_ray.execution.events``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.storage.run_dir import RunDir
 
 SinksFor = Callable[[RunDir], Sequence[EventSink]]
-"""Makes the sinks of a run; a module-level function, so that it can be sent to a trial."""
+"""Creates the sinks of a run; a module-level function, so that it can be sent to a trial."""
 
 
 def no_sinks(_run_dir: RunDir) -> Sequence[EventSink]:
-    """Make no sinks."""
+    """Return no sinks."""
     return ()
 
 
 @dataclass(frozen=True, slots=True)
 class PlanMade:
-    """The timesteps are grouped; comes at every start of a run."""
+    """The timesteps are grouped; emitted at every start of a run."""
 
     plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateMeasured:
-    """A candidate is in the memory bank; those of earlier starts come again at every start."""
+    """A candidate is in the memory bank; emitted again at every later start."""
 
     entry: MemoryEntry
     step: int
@@ -48,7 +48,7 @@ class ImagesSampled:
 
 @dataclass(frozen=True, slots=True)
 class WorkersUsed:
-    """All work is done: who did what when, and how well each phase used the workers."""
+    """All work is done: the timeline, and how well each phase used the workers."""
 
     history: History
     usage: Sequence[WorkerUsage]

@@ -18,6 +18,6 @@ def pipeline_index(
 
 
 def save_index(run_dir: RunDir, config: RunConfig, groups: Sequence[TimestepGroup]) -> None:
-    """Write what makes the experts of a run, one for each group, a pipeline."""
+    """Write the index that makes the experts of a run, one for each group, a pipeline."""
     experts = {run_dir.expert(group.index).name: group for group in groups}
     pipeline_index(config, experts).save(run_dir.experts)

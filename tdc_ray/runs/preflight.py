@@ -1,4 +1,4 @@
-"""What can be refused before work starts: settings, data, base and limits that do not fit."""
+"""Checks before work starts: settings, data, base and limits that do not fit are refused."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tdc_ray.storage.object_store import display_path
 def check(
     config: RunConfig, pretrained: PretrainedBase | None = None
 ) -> tuple[NetworkConfig, Space, Plan]:
-    """Check before any work that settings, data, base and limits can go together.
+    """Check before any work that settings, data, base and limits are compatible.
 
     Args:
         config: The settings.
@@ -78,7 +78,7 @@ def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
 
     Raises:
         CheckpointError: The first stage is missing or malformed.
-        ConfigError: They have another one.
+        ConfigError: They have another shape.
     """
     check_latents(data, network, name)
     for setting, value, expected in (
@@ -99,7 +99,7 @@ def check_limits(prune: PruneConfig, space: Space, plan: Plan) -> None:
     """Check that every group's limit can be met.
 
     Raises:
-        LimitError: A limit is below what the smallest pruned model takes.
+        LimitError: A limit is below the cost of the smallest pruned model.
     """
     if prune.method != "none":
         for group in plan.groups:
@@ -111,9 +111,9 @@ def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str
 
     Args:
         path: The settings of the folder.
-        config: The settings that are asked for.
-        kind: What to call the folder.
-        another: What else to choose, in words.
+        config: The requested settings.
+        kind: The folder's name in the error.
+        another: The alternative, in words.
 
     Raises:
         StorageError: They differ, or are of another version.
@@ -140,16 +140,16 @@ def check_conditioning(
     num_class_embeds: int | None,
     num_data_classes: int | None,
 ) -> None:
-    """Check before any work that model, labels and guidance can go together.
+    """Check before any work that model, labels and guidance are compatible.
 
     Args:
         config: The settings.
-        guidance_scale: That of sampling; 1 is none.
+        guidance_scale: Guidance of sampling; 1 means none.
         num_class_embeds: Classes that the base embeds. None means that it is unconditional.
         num_data_classes: Classes of the data. None means that some images have no label.
 
     Raises:
-        ConfigError: They cannot.
+        ConfigError: They are not.
     """
     embeds, num_classes = num_class_embeds, config.num_classes
     if embeds is None and num_classes is not None:

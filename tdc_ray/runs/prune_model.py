@@ -67,7 +67,7 @@ def check_out(out: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        ConfigError: It is a file, or a folder that something else wrote.
+        ConfigError: It is a file, or a folder with other content.
     """
     is_file = exists(out) and not is_remote(out) and not out.is_dir()
     files = [path for path in listing(out, "*") if not path.name.startswith(".")]
@@ -79,7 +79,7 @@ def check_out(out: Path) -> None:
 
 
 def run_config_of(unet: Path) -> RunConfig | None:
-    """Return the settings of the run that trained a UNet, or None where it is in no run directory.
+    """Return the settings of the run that trained a UNet, or None if it is in no run directory.
 
     Raises:
         ConfigError: They are of another version.
@@ -105,12 +105,12 @@ def prune_model(
     Args:
         unet: The folder of the UNet.
         config: Data, noise process and how to prune.
-        group: The timesteps, and the limit unless that is one of time.
-        out: Where to: the model (``models.saved_expert.load_expert`` loads it) and
-            ``report.json``; what the search measured is kept in its folder ``search``.
+        group: The timesteps, and the limit unless time is limited.
+        out: Folder of the model (``models.saved_expert.load_expert`` loads it) and
+            ``report.json``; measurements of the search are in its folder ``search``.
         milliseconds: Most time of a forward pass of ``prune.latency_batch_size`` images on this
-            device; it goes with the objective latency, and with nothing else.
-        sinks_for: Makes what takes the search's events.
+            device; it needs the objective latency, and no other.
+        sinks_for: Creates the sinks of the search's events.
 
     Returns:
         The report.
@@ -243,7 +243,7 @@ def _time(
     base: Denoiser,
     pruned: Denoiser,
 ) -> dict[str, object]:
-    """Return the times of a pruned model and its base: by the table, and measured as a whole."""
+    """Return the times of a pruned model and its base: by the table, and measured directly."""
     size = config.prune.latency_batch_size
     whole, part = time_passes(
         [base, pruned.eval()], size, min_repeats=MIN_REPEATS, min_seconds=MIN_SECONDS
@@ -260,10 +260,10 @@ def _time(
 
 
 def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunConfig:
-    """Return settings in line with a UNet: what it learns, and its data if that is named.
+    """Return settings that fit a UNet: its noise process, and its data if named.
 
     Raises:
-        ConfigError: The data is of no known kind, or the model has no size of images.
+        ConfigError: The data is of no known kind, or the model has no image size.
     """
     if not isinstance(size := unet.get("sample_size"), int):
         raise ConfigError(
@@ -310,7 +310,7 @@ def _latency_name(config: RunConfig, unet: NetworkConfig) -> str:
 
 
 def _search_name(unet: Path, config: RunConfig, group: TimestepGroup, limit: float | str) -> str:
-    """Return a name for a search, made of all that decides what it measures."""
+    """Return a name for a search, by everything that decides its measurements."""
     weights = listing(unet, "*.safetensors")
     states = [version(file) if is_remote(file) else _state(file) for file in weights]
     document = [digest(config), display_path(unet), states, group.first, group.last, limit]

@@ -1,6 +1,6 @@
-"""``results.json``: what a run results in. One model, with a version, that all readers share.
+"""``results.json``: the results of a run. One model, with a version, that all readers share.
 
-Pydantic checks what is read, not what is made: it would write 0.0 where a sum over nothing is 0.
+Pydantic checks values that are read, not new ones: it would write 0.0 where an empty sum is 0.
 """
 
 from collections.abc import Mapping
@@ -93,26 +93,27 @@ class GroupResult:
     """Loss of the base on held-out noise of the group's timesteps; so all losses here."""
 
     loss_cut: float
-    """Straight after the cut."""
+    """Loss straight after pruning."""
 
     loss_refit: float | None
-    """After the refit. None means that there was none."""
+    """Loss after the refit. None means that there was none."""
 
     loss_finetuned: float
 
     source: str = "unknown"
-    """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (no cut)."""
+    """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (not
+    pruned)."""
 
     milliseconds_limit: float | None = None
-    """Of a forward pass. None means that macs are limited."""
+    """Limit of a forward pass's time. None means that macs are limited."""
 
     milliseconds: float | None = None
-    """The same of the expert, by the table of the units' times."""
+    """Time of the expert's forward pass, by the table of the units' times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneResult:
-    """What the search for sub-models cost."""
+    """The cost of the search for sub-models."""
 
     method: str
     rounds: int
@@ -122,7 +123,7 @@ class PruneResult:
     """Schemes per round; a group that has no more measures fewer."""
 
     seconds: float
-    """Of computing, summed over workers."""
+    """Time of computing, summed over workers."""
 
     search_macs: float
     """Macs of scores, sensitivities, refits and measurements; not part of ``train_macs``."""
@@ -131,7 +132,7 @@ class PruneResult:
     completion_tokens: int
 
     proxy_seconds: float = 0.0
-    """Of proposing schemes, or of waiting for a language model, summed over groups."""
+    """Time of proposing schemes, or of waiting for a language model, summed over groups."""
 
     refit: str = "none"
     space: str = "inner"
@@ -139,7 +140,7 @@ class PruneResult:
     """What is limited: ``macs``, or ``latency``."""
 
     notes: tuple[str, ...] = ()
-    """What did not happen as asked for, such as an offline proxy that replaced another."""
+    """Deviations from the settings, such as an offline proxy that replaced another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,19 +158,19 @@ class EvaluationResult:
     """What the images are compared with."""
 
     features: str
-    """What computed the features."""
+    """The extractor of the features."""
 
     weights: str
-    """Which weights were sampled from."""
+    """The weights that were sampled from."""
 
     precision: str = "fp32"
-    """Of the denoisers' weights and computation."""
+    """Precision of the denoisers' weights and computation."""
 
     num_classes: int | None = None
     """Classes that the models are conditioned on. None means that they are unconditional."""
 
     labels: str | None = None
-    """Which image is of which class."""
+    """Assignment of classes to images."""
 
     guidance_scale: float = 1.0
     """Weight of classifier-free guidance; other than 1, every step takes two forward passes."""
@@ -180,14 +181,14 @@ class EvaluationResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSeconds:
-    """Where the time went; all but ``wall`` are summed over workers."""
+    """Time by stage; all but ``wall`` are summed over workers."""
 
     base: float
     prune: float
     finetune: float
     evaluate: float
     wall: float
-    """Of the attempt that finished the run, from start to end."""
+    """Time of the attempt that finished the run, from start to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +208,7 @@ class TimesResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseResult:
-    """What of a run was computed for it, and what taken from a cache; macs as elsewhere here."""
+    """What was computed for a run, and what was loaded from a cache; macs as elsewhere here."""
 
     items_computed: int
     items_reused: int

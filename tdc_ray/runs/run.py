@@ -56,17 +56,17 @@ STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
 def run(
     config: RunConfig, folder: Path, sinks: Sequence[EventSink] = (), store: Path | None = None
 ) -> Results:
-    """Do the whole of algorithm 1, or what of it an earlier call left to do.
+    """Run algorithm 1, or the rest of it that an earlier call did not finish.
 
     Args:
         config: The settings.
         folder: The run directory, or its URI. The same call resumes an interrupted one.
-        sinks: What takes the run's events: those of ``execution.events`` and ``runs.events``.
+        sinks: Called with the run's events: those of ``execution.events`` and ``runs.events``.
         store: Folder or URI of a cache (see ``execution.cache``) that runs share: results that are
             in it are reused, others are added. None means that all is computed here.
 
     Returns:
-        What is then in ``results.json``.
+        The content of ``results.json``.
 
     Raises:
         TdcError: Something went wrong; raised before work starts wherever that can be known.
@@ -149,7 +149,7 @@ def _open_cache(root: Path | None, run_dir: RunDir) -> ResultCache | None:
 
 
 def _open_memory(run_dir: RunDir, num_candidates: int, events: EventSink) -> MemoryBank:
-    """Open the memory bank; emit what it holds, and later what is added."""
+    """Open the memory bank; emit its entries, and later every new one."""
 
     def emit(entry: MemoryEntry) -> None:
         events(CandidateMeasured(entry, 1 + entry.round * num_candidates + entry.candidate))
@@ -169,7 +169,7 @@ def _make_experts(
     memory: MemoryBank,
     pool: Pool,
 ) -> tuple[list[Expert], str]:
-    """Do stage 2, all groups side by side, and prepare the reference of the scores beside it."""
+    """Run stage 2, all groups side by side, and prepare the reference of the scores beside it."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
     searches = group_searches(pruning_context(run_dir, config), space, plan.groups)
     chains: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What stage 2 would take on a cluster of any size: its very items, in simulated time."""
+"""The duration of stage 2 on a cluster of any size: its own items, in simulated time."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
 
     Raises:
         LimitError: A group's limit is below the smallest pruned model.
-        StorageError: The run that is to give the costs has no timeline, or other settings.
+        StorageError: The run whose costs are used has no timeline, or other settings.
     """
     seconds_of, train, searches = _costs(config, simulation), config.finetune, _searches(config)
     failures = FailureModel(
@@ -96,9 +96,9 @@ _Stage = Sequence[AnyItem] | Barrier
 
 
 def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
-    """Return every group's search with what its chain waits for, one after the other.
+    """Return every group's search with the stages of its chain.
 
-    The chain is the one of a run, on assumed results. What a service does is left out: it takes no
+    The chain is the one of a run, on assumed results. Items of services are left out: they use no
     worker.
     """
     network = base_unet(config.model, config.conditioning)
@@ -115,7 +115,7 @@ def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
 
 
 def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
-    """Run a chain on results by which whatever can be cut is worth the same; return its stages."""
+    """Run a chain on results by which all steps have equal value; return its stages."""
     scores = {unit.name: [1.0] * unit.width for unit in space.units}
     assumed = {
         ScoreResult: ScoreResult(scores, 0.0, 0.0),
@@ -139,7 +139,7 @@ def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
 
 
 def _dry_run(search: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:
-    """Go through the stages, on workers that are all alike; groups of one trial meet."""
+    """Yield the stages, on workers that are all alike; groups of one trial meet at barriers."""
     participants = frozenset(f"{prefix}{name}" for name in search.participants)
     for stage in stages:
         if isinstance(stage, Barrier):

@@ -26,13 +26,13 @@ class GroupStatus:
     """Schemes that were measured."""
 
     best_loss: float | None
-    """Of these, on held-out noise."""
+    """Least loss of these, on held-out noise."""
 
     loss_finetuned: float | None
     """None means that its expert is not finished."""
 
     failed: str | None
-    """Why the last driver gave it up."""
+    """Why it failed under the last driver."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +41,17 @@ class RunStatus:
 
     config: RunConfig
     driver: str | None
-    """Who holds the run directory, as far as this machine can see."""
+    """The driver that holds the run directory, as far as this machine can see."""
 
     base: str
     """The progress of stage 1, in words."""
 
     groups: Sequence[GroupStatus]
     failed: Mapping[str, str]
-    """Why the last driver gave up parts other than groups, such as samples, by their names."""
+    """Why parts other than groups, such as samples, failed under the last driver, by name."""
 
     running: Sequence[Span]
-    """What the last driver runs, or ran when it died."""
+    """Items that the last driver runs, or ran when it died."""
 
     num_workers: int
     """Workers that it has, or had."""

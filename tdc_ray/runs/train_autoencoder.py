@@ -42,7 +42,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 KEY = "autoencoder"
 
 SCALE_IMAGES = 2048
-"""Training images over whose latents the scaling factor is measured, at most."""
+"""Most training images over whose latents the scaling factor is measured."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def train_autoencoder(
 
     Args:
         config: The settings.
-        out: Where to: the diffusers folder itself, with ``report.json`` beside the weights.
-        sinks: What takes the events of training.
+        out: The diffusers folder, with ``report.json`` beside the weights.
+        sinks: Called with the events of training.
 
     Returns:
         The report: ``held_out`` has the errors of reconstructions of images that no step saw, in

@@ -67,7 +67,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What sampling a shard took; its images are in a file."""
+    """The cost of sampling a shard; its images are in a file."""
 
     num_images: int
     seconds: float
@@ -77,14 +77,14 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True)
 class FeatureResult:
-    """Whose features were extracted; their moments are in a file."""
+    """The images whose features were extracted; their moments are in a file."""
 
     num_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierResult:
-    """How well the classifier does on its training images."""
+    """Accuracy of the classifier on its training images."""
 
     accuracy: float
 
@@ -132,7 +132,7 @@ def prepare_features(
     """
     if spec.num_classes is not None and not exists(spec.path):
         result_path = spec.path.with_suffix(".json")
-        remove(result_path)  # without its weights it is no result
+        remove(result_path)  # a result without weights does not count
         item = WorkItem(
             key="features/classifier",
             function=train_classifier_item,
@@ -205,7 +205,7 @@ def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
 
 
 def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> ProgressivePipeline:
-    """Load the base or the experts of a run, in the precision that they are scored in."""
+    """Load the base or the experts of a run, in the precision of scoring."""
     if which == "tdc":
         pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
     else:
@@ -235,7 +235,7 @@ def sample_images(job: SampleJob, report: Report) -> SampleResult:
 
 
 def sample_inputs(job: SampleJob) -> Inputs:
-    """Return what :func:`sample_images` follows from."""
+    """Return the cache inputs of :func:`sample_images`."""
     config, run_dir = job.config, job.run_dir
     stage, precision = config.data.first_stage, config.evaluate.precision
     # Keys of fp32 are those from before there was a choice.
@@ -256,7 +256,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
 
 
 def feature_inputs(job: FeatureJob) -> Inputs | None:
-    """Return what :func:`extract_features` follows from, where that is known."""
+    """Return the cache inputs of :func:`extract_features`, where they are known."""
     if not isinstance(job.samples, Path):
         images = [
             images_key(training_data(job.data, job.evaluate.cache_dir)),
@@ -276,7 +276,7 @@ def feature_inputs(job: FeatureJob) -> Inputs | None:
 
 
 def classifier_inputs(job: FeatureJob) -> Inputs:
-    """Return what :func:`train_classifier_item` follows from."""
+    """Return the cache inputs of :func:`train_classifier_item`."""
     return {"stage": "classifier", "extractor": job.spec.extractor}
 
 

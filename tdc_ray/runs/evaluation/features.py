@@ -50,19 +50,19 @@ NUM_FEATURES = 64
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """Which features a run is scored on, and where their extractor is."""
+    """The features that a run is scored on, and the path of their extractor."""
 
     metric: str
     """Name of the score: ``fid``, or ``fd_<dataset>_cnn``."""
 
     extractor: str
-    """What computes the features, in words."""
+    """The extractor, in words."""
 
     path: Path
-    """Inception's folder, or the classifier's file, which may be there after training alone."""
+    """Inception's folder, or the classifier's file, which may not exist before its training."""
 
     moments_path: Path
-    """Where the moments of the training images' features are kept."""
+    """File of the moments of the training images' features."""
 
     num_classes: int | None
     """Classes of the classifier. None means Inception."""
@@ -73,15 +73,15 @@ Extractor = Callable[[Tensor], FloatArray]
 
 
 def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> FeatureSpec:
-    """Choose what a run is scored on, once: what is on the network or in the cache may change.
+    """Choose the features of a run, once: what the network or the cache has may change.
 
     Args:
         data: The training images.
-        evaluate: The features that are asked for, and where they may be.
-        path: Where the choice is kept for later calls.
+        evaluate: The requested features, and the folders that may have them.
+        path: File of the choice, for later calls.
 
     Raises:
-        ConfigError: A classifier is asked for, and there are no labels.
+        ConfigError: A classifier is requested, and there are no labels.
         EvaluationError: Neither Inception's weights nor labels for a classifier are available.
     """
     wanted = read_json(path)["features"] if exists(path) else evaluate.features
@@ -91,7 +91,7 @@ def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> F
 
 
 def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
-    """Check that a classifier that is asked for has labels to train on.
+    """Check that a requested classifier has labels to train on.
 
     Raises:
         ConfigError: It has none.
@@ -240,7 +240,7 @@ def _inception_folder(named: str | None, cache: Path) -> Path | None:
         try:
             with _timeout(), tempfile.TemporaryDirectory() as folder:
                 check_download_inception(folder)
-                torch.jit.load(Path(folder) / INCEPTION_FILE)  # fails on half a download
+                torch.jit.load(Path(folder) / INCEPTION_FILE)  # fails on an incomplete download
                 with atomic_path(cache / INCEPTION_FILE) as temporary:
                     shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
         except (OSError, RuntimeError, StorageError) as error:
@@ -251,7 +251,7 @@ def _inception_folder(named: str | None, cache: Path) -> Path | None:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """Limit how long clean-fid, which sets no timeout, waits for a server."""
+    """Limit clean-fid's wait for a server, for which it sets no timeout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:

@@ -1,8 +1,8 @@
-"""Imports a pretrained base into a folder, converted where it needs be.
+"""Imports a pretrained base into a folder, converted if necessary.
 
-It holds ``unet`` in diffusers' format, ``first_stage`` where the UNet denoises latents (a
-diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise process, how it is
-sampled, where all came from, and the SHA-256 of the files.
+The folder has ``unet`` in diffusers' format, ``first_stage`` where the UNet denoises latents (a
+diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise process, the sampler, the
+source, and the SHA-256 of the files.
 """
 
 import logging
@@ -45,7 +45,7 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     unused = ("diffusion.beta_start", "diffusion.beta_end") if is_cosine else ()
     for name, expected in base.settings.by_name().items():
         stage, _, setting = name.partition(".")
-        # Another first stage may be named, and another way to sample.
+        # Another first stage may be named, and another sampler.
         if name == "data.first_stage" or stage == "sampler" or name in unused:
             continue
         value = getattr(getattr(config, stage), setting)
@@ -62,7 +62,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
     """Write a base into a folder, ``base.json`` last; return its UNet's settings.
 
     Raises:
-        ConfigError: The settings are not those that it was trained with.
+        ConfigError: The settings are not those of its training.
         CheckpointError: Its weights are missing or malformed.
     """
     settings = check_compatible(base, config)
@@ -126,7 +126,7 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
 
 
 def _shape(unet: NetworkConfig) -> dict[str, object]:
-    """Return what tells the named architectures apart."""
+    """Return the part of a config that distinguishes the named architectures."""
     return {
         "block_out_channels": unet["block_out_channels"],
         "layers_per_block": unet["layers_per_block"],
@@ -137,7 +137,7 @@ def _shape(unet: NetworkConfig) -> dict[str, object]:
 def _first_stage(
     base: PretrainedBase, settings: NetworkConfig, named: str | None
 ) -> VQModel | AutoencoderKL | None:
-    """Load what encodes to the UNet's latents, if any: the one that is named, else its own."""
+    """Load the first stage of the UNet's latents, if any: the named one, else its own."""
     stage = base.first_stage if named is None else resolve_path(named)
     if isinstance(stage, PackedFirstStage):
         config = stage.config()
@@ -155,7 +155,7 @@ def _first_stage(
 
 
 def with_first_stage(config: RunConfig, base: PretrainedBase | None) -> RunConfig:
-    """Extract the first stage that is inside a base's checkpoint file into the cache, and name it.
+    """Extract the first stage of a base's checkpoint file into the cache, and set its path.
 
     Settings that name one, or whose base is no such file, stay as they are.
 

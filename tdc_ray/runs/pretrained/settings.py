@@ -1,4 +1,4 @@
-"""What a pretrained base says of how it was trained, and how a run's settings follow it."""
+"""The settings that a pretrained base was trained with, and how a run's settings follow them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
 
 NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_timesteps")
-"""What of ``DiffusionConfig`` a network cannot be used without."""
+"""Fields of ``DiffusionConfig`` without which a network cannot be used."""
 
 
 class _Some(BaseModel):
-    """Settings of which a base says some; pydantic knows which fields were never set."""
+    """Settings of which a base has some; pydantic knows which fields were never set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,11 +46,11 @@ class _Data(_Some):
 
 
 SAMPLER = tuple(_Sampler.model_fields)
-"""What of ``SamplerConfig`` goes with a network."""
+"""Fields of ``SamplerConfig`` that belong to a network."""
 
 
 class PretrainedSettings(_Some):
-    """What a base says of how it was trained, grouped as in ``RunConfig``."""
+    """Settings that a base was trained with, grouped as in ``RunConfig``."""
 
     diffusion: _Diffusion = _Diffusion()
     sampler: _Sampler = _Sampler()
@@ -58,7 +58,7 @@ class PretrainedSettings(_Some):
     data: _Data = _Data()
 
     def by_name(self) -> dict[str, Any]:
-        """Return what is known by dotted names, such as ``diffusion.num_train_timesteps``."""
+        """Return the known settings by dotted names, such as ``diffusion.num_train_timesteps``."""
         return {
             f"{stage}.{name}": value
             for stage, values in self.model_dump(exclude_unset=True).items()
@@ -67,7 +67,7 @@ class PretrainedSettings(_Some):
 
 
 def read_settings(source: str, document: Mapping[str, Mapping[str, Any]]) -> PretrainedSettings:
-    """Check what a base says of itself; groups and names are those of ``PretrainedSettings``.
+    """Check a base's settings; groups and names are those of ``PretrainedSettings``.
 
     Raises:
         ConfigError: A value has another type.
@@ -81,15 +81,15 @@ def read_settings(source: str, document: Mapping[str, Mapping[str, Any]]) -> Pre
 def apply_settings(
     settings: PretrainedSettings, config: RunConfig, *, with_data: bool
 ) -> RunConfig:
-    """Return a run's settings with what a base says in their place.
+    """Return a run's settings, replaced by a base's where it has them.
 
     Args:
-        settings: What the base says.
+        settings: The base's settings.
         config: The run's settings.
-        with_data: Take the resolution and the channels of the base's images, too.
+        with_data: Whether resolution and channels of the images are replaced, too.
 
     Raises:
-        ConfigError: What the base says is out of a setting's range.
+        ConfigError: A value of the base is out of its range.
     """
     document = to_json(config)
     for name, value in settings.by_name().items():
@@ -103,7 +103,7 @@ def apply_settings(
 
 
 def missing_settings(settings: PretrainedSettings) -> list[str]:
-    """Return the names of the settings of the noise process that a base does not say."""
+    """Return the names of the settings of the noise process that a base does not have."""
     is_cosine = settings.diffusion.beta_schedule == "squaredcos_cap_v2"
     needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]
     known = settings.diffusion.model_fields_set

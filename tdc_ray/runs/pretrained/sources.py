@@ -1,4 +1,4 @@
-"""Where a pretrained base can come from, and what is read of it before its weights.
+"""The sources of pretrained bases, and the settings that are read before their weights.
 
 A source is a folder (a diffusers pipeline or ``UNet2DModel``, a run directory, an imported base),
 a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusion or of
@@ -33,7 +33,7 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
 
 BASE_FILE = "base.json"
-"""Makes a folder an imported base."""
+"""File that makes a folder an imported base."""
 
 FORMAT = 1
 
@@ -54,7 +54,7 @@ class PackedFirstStage:
     """A first stage inside a checkpoint file."""
 
     config: Callable[[], FirstStageConfig]
-    """Reads its settings, all but ``sample_size``; fails where it is of an unknown kind."""
+    """Reads its settings, all but ``sample_size``; fails if it is of an unknown kind."""
 
     load: Callable[[FirstStageConfig], VQModel]
     """Converts it, given all of its settings."""
@@ -76,20 +76,20 @@ class PretrainedBase:
     """Which weights they are, in words."""
 
     files: tuple[Path, ...]
-    """That hold the weights."""
+    """Files of the weights."""
 
     load_weights: Callable[[NetworkConfig], StateDict]
     """Loads the UNet's weights, given all of its settings."""
 
     folder: Path | None = None
-    """Of the UNet in diffusers' format. None means a checkpoint file."""
+    """Folder of the UNet in diffusers' format. None means a checkpoint file."""
 
     first_stage: Path | PackedFirstStage | None = None
-    """What encodes images to the latents that the UNet denoises. None means that it denoises
+    """The first stage of the latents that the UNet denoises. None means that it denoises
     images."""
 
     origin: Mapping[str, Any] | None = None
-    """Of a base that was imported before: ``source`` and ``files`` of that import."""
+    """``source`` and ``files`` of the import, if the base was imported before."""
 
 
 def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
@@ -98,7 +98,7 @@ def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
 
 
 def resolve_base(source: str) -> PretrainedBase:
-    """Find what a user names.
+    """Find the base that a user names.
 
     Raises:
         CheckpointError: There is none, or it is malformed.
@@ -125,14 +125,14 @@ def resolve_base(source: str) -> PretrainedBase:
 
 
 def noise_settings(model: str) -> PretrainedSettings:
-    """Return what a model's folder says of its noise process and of its first stage.
+    """Return the noise process and the first stage of a model's folder.
 
     Raises:
         CheckpointError: It is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
     folder = resolve_path(model).expanduser()
-    for place in (folder, folder.parent):  # a pipeline's UNet lies in a folder below it
+    for place in (folder, folder.parent):  # a pipeline's UNet is in a folder below it
         if exists(place / BASE_FILE) or exists(place / "model_index.json"):
             base = resolve_base(str(place))
             stages = base.settings.model_dump(
@@ -155,7 +155,7 @@ def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
 def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     """Read a checkpoint of latent diffusion.
 
-    Its sampler clips nothing, starts its steps at 1 and ends them at ``betas[0]``.
+    Its sampler does not clip, starts its steps at 1 and ends them at ``betas[0]``.
     """
     parts = compvis.split(state)
     unet = openai.config_from_state_dict(parts.unet)
@@ -207,7 +207,7 @@ def _imported(source: str, folder: Path) -> PretrainedBase | None:
 def _pipeline(source: str, folder: Path) -> PretrainedBase | None:
     """Read a diffusers pipeline.
 
-    Its parts lie in folders of their own, or, as in google/ddpm-cifar10-32, all in one.
+    Its parts are in folders of their own, or, as in google/ddpm-cifar10-32, all in one.
     """
     if not exists(folder / "model_index.json"):
         return None
@@ -264,10 +264,10 @@ def _unet(source: str, folder: Path) -> PretrainedBase | None:
 
 
 FILES = {"openai": _openai, "compvis": _compvis}
-"""What reads a checkpoint file, by what stands before its colon."""
+"""Functions that read a checkpoint file, by the prefix before its colon."""
 
 FOLDERS = (_imported, _pipeline, _run, _unet)
-"""What reads a folder, tried in this order; each returns None for a folder of another kind."""
+"""Functions that read a folder, tried in this order; each returns None for another kind."""
 
 
 def _diffusers(
@@ -278,7 +278,7 @@ def _diffusers(
     first_stage: Path | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> PretrainedBase:
-    """Read a UNet in diffusers' format, with what is known of it."""
+    """Read a UNet in diffusers' format, with its known settings."""
     unet = given_unet_config(folder)
     unet.pop("dropout", None)  # it is a setting of training, not of the network
     settings = _settings(source, unet, first_stage, stages)
@@ -300,7 +300,7 @@ def _settings(
     first_stage: Path | PackedFirstStage | None = None,
     stages: Stages | None = None,
 ) -> PretrainedSettings:
-    """Add what a UNet's channels say to the settings of its source.
+    """Add the settings that follow from a UNet's channels to those of its source.
 
     Raises:
         ConfigError: It is no denoiser of images or latents, or a setting has a wrong type.
@@ -331,7 +331,7 @@ def _settings(
 
 
 def _scheduler_settings(source: str, document: Mapping[str, Any]) -> Stages:
-    """Read a diffusers scheduler's settings; its class knows those that are not written down."""
+    """Read a diffusers scheduler's settings; its class has defaults for missing ones."""
     name = document["_class_name"]
     kind: Any = getattr(diffusers, str(name), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
@@ -366,10 +366,10 @@ def _scheduler_settings(source: str, document: Mapping[str, Any]) -> Stages:
 
 
 def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
-    """Recognise the schedule that betas are of.
+    """Recognise the schedule of betas.
 
     Raises:
-        ConfigError: They are of none that is known here.
+        ConfigError: They are of no known schedule.
     """
     if (
         not isinstance(betas, list)
@@ -387,7 +387,9 @@ def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
 
 
 def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
-    """Return the images of latents of a size; nothing if a config lacks it, as is said later."""
+    """Return the images' settings by the latents'; nothing if a config lacks some: refused
+    later.
+    """
     config = json_object(first_stage / "config.json")
     channels, levels = config.get("in_channels"), config.get("block_out_channels")
     if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):

@@ -21,7 +21,7 @@ from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
 
 VERSION = 1
-"""Rises whenever what stage 1 results in changes, so that cached bases are trained again."""
+"""Rises whenever the results of stage 1 change, so that cached bases are trained again."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def make_base(
         run_dir: The run.
         config: Its settings.
         pretrained: The base to import. None means to train one.
-        events: Takes what training reports.
-        session: Has the bases of other runs.
+        events: Called with the events of training.
+        session: The cache, which may have another run's base.
 
     Raises:
         TdcError: The base cannot be imported, trained, or read from the cache.
@@ -71,7 +71,7 @@ def _import(run_dir: RunDir, config: RunConfig, pretrained: PretrainedBase) -> N
 
 
 def base_inputs(config: RunConfig) -> Inputs:
-    """Return what the base follows from."""
+    """Return the cache inputs of the base."""
     return {
         "stage": "base",
         "version": VERSION,
@@ -91,7 +91,7 @@ def base_inputs(config: RunConfig) -> Inputs:
 
 
 def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem[RunConfig, BaseResult]:
-    """Return stage 1 as the item by which the cache knows it; Ray Train runs it."""
+    """Return the item of stage 1, for its cache key; Ray Train runs it."""
     return WorkItem(
         key="base",
         function=_no_item,

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BaseJob:
-    """What each worker needs."""
+    """The arguments of each worker."""
 
     run_dir: RunDir
     config: RunConfig
@@ -87,14 +87,14 @@ def train_base_on_ray(
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C alone: Ray's handler would stay installed, and exit with 0."""
+    """Does not handle Ctrl-C: Ray's handler would stay installed, and exit with 0."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
 
 
 def _error_path(run_dir: RunDir) -> Path:
-    """Return where a worker writes an error raised by this package, for the driver to raise."""
+    """Return the file in which a worker writes this package's errors, for the driver to raise."""
     return run_dir.base_training.parent / "error.json"
 
 
@@ -118,7 +118,7 @@ def _work(settings: dict[str, Any]) -> None:
 
 
 def storage_of(folder: Path) -> dict[str, Any]:
-    """Return a folder in the terms of Ray Train and Ray Tune."""
+    """Return a folder as arguments of Ray Train and Ray Tune."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     store, key = filesystem(folder)
@@ -136,7 +136,7 @@ def check_cluster(compute: ComputeConfig) -> None:
     """Check that the workers of stage 1 have room; warn where they may once nodes have joined.
 
     Raises:
-        ClusterError: They have not, and no node will join.
+        ClusterError: They have no room, and no node will join.
     """
     names = ("num_base_workers", "cpus_per_base_worker", "gpus_per_base_worker")
     settings = ", ".join(f"compute.{name}" for name in names)

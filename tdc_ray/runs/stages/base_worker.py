@@ -34,7 +34,7 @@ STATE_FILE = "state.pt"
 
 @dataclass(frozen=True, slots=True)
 class BaseResult:
-    """The size of the base, and what its training took."""
+    """The size of the base, and the cost of its training."""
 
     macs: int
     num_params: int
@@ -111,8 +111,8 @@ def train_base(
         worker: This worker.
         resume_from: A checkpoint file of an earlier attempt; a finished one takes no step.
         wrap: Wraps the UNet for data parallel training.
-        report: Takes metrics and the step.
-        save: Takes the state that is to be kept, on every rank.
+        report: Called with metrics and the step.
+        save: Called with the state to save, on every rank.
 
     Raises:
         NonFiniteLossError: Training diverged.

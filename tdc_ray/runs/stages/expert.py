@@ -33,7 +33,7 @@ class Expert:
     train_macs: float
     seconds: float
     nanoseconds: int | None
-    """Of a forward pass, by the table of what the units take; None where macs are limited."""
+    """Time of a forward pass, by the table of the units' times; None where macs are limited."""
 
     max_nanoseconds: int | None
 
@@ -41,12 +41,12 @@ class Expert:
 def pruning_context(
     run_dir: RunDir, config: RunConfig, data: TrainingData | None = None
 ) -> PruningContext:
-    """Make what the searches of a run's groups have in common.
+    """Create the settings that the searches of a run's groups have in common.
 
     Args:
         run_dir: The run.
         config: Its settings.
-        data: What its denoisers are trained on, where that is known.
+        data: The data that its denoisers are trained on, where known.
     """
     train = config.finetune
     return PruningContext(
@@ -71,7 +71,7 @@ def make_expert(
         result = yield from _successive_halving(search, result, memory, train, compute)
     item = finetune_item(search, result.kept, train, compute)
     for other in listing(item.result_path.parent, "finetune-*.json"):
-        if other != item.result_path:  # of another choice, whose expert this one's will replace
+        if other != item.result_path:  # of another sub-model, whose expert this one will replace
             remove(other)
     tuned = yield from result_of(item)
     remove(item.job.checkpoint)  # its result exists now
@@ -97,9 +97,9 @@ def _successive_halving(
     train: TrainConfig,
     compute: ComputeConfig,
 ) -> Chain[SearchResult]:
-    """Train the better half of the candidates, then the better half of those for longer, and on.
+    """Train the better half of the candidates, then the better half of these for longer, etc.
 
-    Jamieson and Talwalkar, arXiv:1502.07943. A candidate that stays resumes from where it was.
+    Jamieson and Talwalkar, arXiv:1502.07943. A candidate that is kept resumes from its checkpoint.
     """
     candidates = list(result.candidates[: (len(result.candidates) + 1) // 2])
     steps, before = search.context.prune.halving_steps, 0

@@ -34,12 +34,12 @@ from tdc_ray.storage.object_store import display_path
 logger = logging.getLogger(__name__)
 
 VERSION = 2
-"""Changes whenever what a fine-tune results in does, so that cached ones are made again."""
+"""Rises whenever the results of a fine-tune change, so that cached ones are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneJob:
-    """Fine-tune what is kept of the base on a group's timesteps."""
+    """Fine-tune a sub-model of the base on a group's timesteps."""
 
     context: PruningContext
     group: TimestepGroup
@@ -50,7 +50,7 @@ class FinetuneJob:
 
     checkpoint: Path
     steps_before: int = 0
-    """Steps that an earlier item took."""
+    """Steps of an earlier item."""
 
     @property
     def num_images(self) -> int:
@@ -60,27 +60,27 @@ class FinetuneJob:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """What a saved expert is, and what its training took."""
+    """The size and the loss of a saved expert, and the cost of its training."""
 
     macs: int
     num_params: int
     loss_finetuned: float
-    """On held-out images and noise."""
+    """Loss on held-out images and noise."""
 
     train_steps: int
     train_macs: float
     """Three forward passes per image seen."""
 
     seconds: float
-    """Of the last attempt."""
+    """Seconds of the last attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShortFinetuneResult:
-    """What a few steps result in, and what they took."""
+    """The loss after a few steps, and their cost."""
 
     loss: float
-    """On held-out images and noise; infinite where training diverged."""
+    """Loss on held-out images and noise; infinite if training diverged."""
 
     macs: float
     seconds: float
@@ -89,8 +89,8 @@ class ShortFinetuneResult:
 def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
     """Fine-tune, or resume from the checkpoint of an earlier attempt, and save the expert.
 
-    The expert starts from the base's averaged weights, cut and refitted, and is saved with its own
-    averaged weights. With no steps to take it is what the refit left.
+    The expert starts from the base's averaged weights, pruned and refitted, and is saved with its
+    own averaged weights. Without steps it is the refitted model.
 
     Raises:
         NonFiniteLossError: Training diverged.
@@ -118,7 +118,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
 
 
 def finetune_inputs(job: FinetuneJob) -> Inputs:
-    """Return what a fine-tune, and a short one, follows from."""
+    """Return the cache inputs of a fine-tune, and of a short one."""
     return {
         "stage": "finetune",
         "version": VERSION,
@@ -130,12 +130,12 @@ def finetune_inputs(job: FinetuneJob) -> Inputs:
 
 
 def short_finetune_inputs(job: FinetuneJob) -> Inputs:
-    """Return what :func:`short_finetune` follows from; its result is none of a fine-tune."""
+    """Return the cache inputs of :func:`short_finetune`, whose results are of another type."""
     return {**finetune_inputs(job), "stage": "try", "steps_before": job.steps_before}
 
 
 def smaller_micro_batch(job: FinetuneJob) -> FinetuneJob | None:
-    """Return the same fine-tune with half the images at once; None where it is down to one.
+    """Return the same fine-tune with half the micro-batch; None if it is one image already.
 
     The gradients of a batch are summed over its parts, so only the last bits of a sum change.
     """
@@ -169,7 +169,7 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
 def finetune_item(
     search: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
 ) -> WorkItem[FinetuneJob, FinetuneResult]:
-    """Make the item that fine-tunes a group's sub-model and saves it as the group's expert."""
+    """Create the item that fine-tunes a group's sub-model and saves it as the group's expert."""
     job = _job(search, "finetune", kept, train, compute, 0)
     expert = search.context.run_dir.expert(search.group.index)
     item = _item(search, "finetune", finetune_expert, job, FinetuneResult, compute)
@@ -184,15 +184,15 @@ def short_finetune_item(
     compute: ComputeConfig,
     steps_before: int = 0,
 ) -> WorkItem[FinetuneJob, ShortFinetuneResult]:
-    """Make the item that fine-tunes a sub-model for some steps and measures it, nothing more.
+    """Create the item that fine-tunes a sub-model for some steps and measures it.
 
     Args:
         search: The group's search.
-        name: What it is for; its files are named after that and what is kept.
+        name: Its purpose; files are named by this and by what is kept.
         kept: What of each unit is kept.
         train: How to train, and for how many steps in all.
-        compute: What trains.
-        steps_before: How many of the steps an earlier item of this name took.
+        compute: The workers.
+        steps_before: How many of the steps an earlier item of this name did.
     """
     job = _job(search, name, kept, train, compute, steps_before)
     name = f"{name}-{train.num_steps}"
@@ -209,7 +209,7 @@ def _item(
     result_type: type[R],
     compute: ComputeConfig,
 ) -> WorkItem[FinetuneJob, R]:
-    """Make an item for actors that train: one, or several, data parallel."""
+    """Create an item for actors that train: one, or several, data parallel."""
     return WorkItem(
         key=search.key(name),
         function=function,
@@ -241,7 +241,7 @@ def _job(
 
 
 def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
-    """Cut and refit the base, and train what is left, or resume from a checkpoint of it."""
+    """Prune and refit the base, and train the sub-model, or resume from its checkpoint."""
     resumes = exists(job.checkpoint)  # its weights replace those of a refit
     unet = (
         family_of(base.network).cut(base.network, base.space.units, job.kept)

@@ -47,7 +47,7 @@ class ProbeJob:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionResult:
-    """Which precision is faster, and the median seconds of both."""
+    """The faster precision, and the median seconds of both."""
 
     precision: Precision
     fp32_seconds: float

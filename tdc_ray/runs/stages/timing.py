@@ -1,4 +1,4 @@
-"""Measures how long the base and every expert take: what saved macs are worth in time."""
+"""Measures the time of the base and of every expert: the time that saved macs save."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -14,7 +14,7 @@ from tdc_ray.runs.results import TimesResult
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_REPEATS, MIN_SECONDS = 9, 0.3
-"""Fewest passes of the base and of an expert, which take turns, and fewest seconds of these."""
+"""Fewest passes of the base and of an expert, which alternate, and their fewest seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def expert_times(run_dir: RunDir, plan: Plan, batch_size: int) -> Chain[TimesRes
 
 
 def measure_experts(job: TimesJob, report: Report) -> TimesResult:
-    """Time the base and each expert by turns.
+    """Time the base and each expert alternately.
 
     A machine's speed drifts: each expert is compared with passes of the base between its own, and
     its time scaled to the median of all passes of the base.

@@ -37,10 +37,10 @@ class TrialRow:
     params: Mapping[str, Value]
     seed: int
     run_dir: str
-    """Relative to the sweep's folder."""
+    """Path relative to the sweep's folder."""
 
     status: TrialStatus
-    """``stopped`` means by the scheduler, before the end."""
+    """``stopped`` means that Tune's scheduler ended it early."""
 
     error: str | None = None
     metric: str | None = None
@@ -48,7 +48,7 @@ class TrialRow:
     macs: float | None = None
     num_params: float | None = None
     train_macs: float | None = None
-    """Of base and experts, what was reused included."""
+    """Macs of training base and experts, reused ones included."""
 
     search_macs: float | None = None
     computed_train_macs: float | None = None
@@ -66,15 +66,15 @@ class TrialRow:
     base_num_params: float | None = None
     base_train_macs: float | None = None
     seconds: float | None = None
-    """Of the attempt that finished the run."""
+    """Time of the attempt that finished the run."""
 
     commit: str | None = None
-    """That finished the run."""
+    """Commit of the code that finished the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialFinished:
-    """An event: a run of a sweep is done; comes again when the sweep is resumed."""
+    """An event: a run of a sweep is done; emitted again when the sweep is resumed."""
 
     settings: Params
     """Its k, N, schedule, proxy, and every field that is varied."""
@@ -90,11 +90,11 @@ class SettingSummary:
     params: Mapping[str, Value]
     num_done: int
     mean: Mapping[str, float]
-    """Of score, macs, num_params, train_macs, search_macs and seconds; empty where none is
+    """Means of score, macs, num_params, train_macs, search_macs and seconds; empty if no run is
     done."""
 
     spread: Mapping[str, float]
-    """Sample standard deviation; empty where fewer than two are done."""
+    """Sample standard deviations; empty if fewer than two runs are done."""
 
     pareto: bool
     """No other setting with as many runs done is as good in all objectives and better in one."""

@@ -23,7 +23,7 @@ ALIASES = {
     "plan.schedule": "schedule",
     "prune.method": "proxy",
 }
-"""Names of fields in file names and tables; others have their last part."""
+"""Short names of fields in file names and tables; others are named by their last part."""
 
 FIXED = ("preset", "seed")
 """Fields that are not varied: the seeds of a sweep are its repeats."""
@@ -103,13 +103,13 @@ def check_space(
     sweep_config: SweepConfig,
     points: Sequence[Params] | None = None,
 ) -> None:
-    """Check before any trial runs that all could.
+    """Check before any trial starts that all can run.
 
     Args:
         space: What is varied.
         config: The settings that are varied.
         sweep_config: How they are searched.
-        points: Settings of a grid, where not every combination is meant.
+        points: Settings of a grid, if not all combinations.
 
     Raises:
         ConfigError: A name, a value or a bound is wrong, or the search cannot use the domains.

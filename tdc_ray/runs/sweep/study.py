@@ -1,4 +1,4 @@
-"""Optuna's study of a sweep: where it is kept, and how it is brought up to date."""
+"""Optuna's study of a sweep: its storage, and its update from the sweep's results."""
 
 import os
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ STUDY_FILE = "study.log"
 def reconcile(
     study: optuna.Study, results: SweepResults, distributions: Mapping[str, BaseDistribution]
 ) -> list[dict[str, Any]]:
-    """Bring a study in line with a sweep's results; return the settings that wait in it.
+    """Update a study by a sweep's results; return the settings that wait in it.
 
-    Trials that a dead driver left running have failed. Settings that are done and missing, as
+    Trials that were running when a driver died have failed. Settings that are done and missing, as
     after a loss of the study's file, are added.
     """
     waiting = []
@@ -75,7 +75,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
     Args:
         folder: The sweep's folder.
-        url: Of a database. None means the environment's, or a file in the folder.
+        url: URL of a database. None means the environment's, or a file in the folder.
 
     Raises:
         ConfigError: The database cannot be opened.

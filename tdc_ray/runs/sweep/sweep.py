@@ -45,10 +45,10 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 STORE_DIR = "store"
 TRIAL_BYTES = 128 * 1024**2
-"""Memory by which Ray places trials. They take no CPU: their own work would lack it."""
+"""Memory by which Ray places trials. They use no CPU: their own work would lack it."""
 
 MAX_FAILURES = 2
-"""How often a trial is run again whose process died."""
+"""Most restarts of a trial whose process died."""
 
 TUNE_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints a lot
@@ -72,21 +72,21 @@ def sweep(
     sinks: Sequence[EventSink] = (),
     sinks_for: SinksFor = no_sinks,
 ) -> SweepResults:
-    """Search settings, or resume a search; return what ``sweep.json`` then holds.
+    """Search settings, or resume a search; return the content of ``sweep.json``.
 
     Args:
         config: The settings of which some are varied.
         space: What is varied, by dotted names.
         sweep_config: How settings are searched.
         folder: The sweep's folder, or its URI.
-        points: Settings of a grid, where not every combination is meant.
+        points: Settings of a grid, if not all combinations.
         store: The cache that trials share, also with other runs. None means a folder in the
             sweep's.
-        sinks: What takes the sweep's events: ``TrialFinished``.
-        sinks_for: Makes what takes a trial's events, in the trial's process.
+        sinks: Called with the sweep's events: ``TrialFinished``.
+        sinks_for: Creates the sinks of a trial's events, in the trial's process.
 
     Raises:
-        TdcError: Something cannot work; raised before any work where that can be known.
+        TdcError: Something went wrong; raised before work starts wherever that can be known.
         WorkFailedError: Trials failed; the others are finished and kept.
     """
     folder = resolve_path(folder).resolve()
@@ -156,7 +156,7 @@ def _check_trials(
 
 
 class _Callback(tune.Callback):
-    """Keeps the rows of a sweep in step with Tune's trials."""
+    """Updates the rows of a sweep from Tune's trials."""
 
     def __init__(self, table: SweepTable) -> None:
         self._table = table

@@ -35,7 +35,7 @@ class SweepTable:
     ) -> None:
         self.folder, self.config, self.results, self.events = folder, config, results, events
         self.session = secrets.token_hex(8)
-        """Of this call of the sweep."""
+        """Random name of this call of the sweep."""
 
         self.rows = {row.name: row for row in results.rows}
         for row in self.rows.values():  # the driver may have died before it wrote that they ended
@@ -43,7 +43,7 @@ class SweepTable:
         self._write()
 
     def remaining_seeds(self, params: Params, seeds: Sequence[int]) -> list[int]:
-        """Return the seeds with which a setting is still to be run."""
+        """Return the seeds with which a setting has not been run."""
         rows = {seed: self.rows.get(trial_name(params, seed)) for seed in seeds}
         ended = ("done", "stopped")
         return [seed for seed, row in rows.items() if row is None or row.status not in ended]

@@ -26,7 +26,7 @@ TuneReport = Callable[[dict[str, float]], None]
 """Reports a trial's results, or its progress, to Ray Tune."""
 
 FAILED_FILE = "failed.json"
-"""In a run's directory: why it failed, and in which call of the sweep."""
+"""File in a run's directory: why it failed, and in which call of the sweep."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +41,20 @@ class TrialSpec:
     seeds: tuple[int, ...]
     stop_early: bool
     session: str
-    """Of the call of the sweep."""
+    """Random name of the call of the sweep."""
 
     sinks_for: SinksFor = no_sinks
 
 
 def point_of(config: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Params, Sequence[int]]:
-    """Return a trial's setting and seeds: one of them in a grid, else all."""
+    """Return a trial's setting and seeds: one seed in a grid, else all."""
     if "point" in config:
         return config["point"]["params"], [config["point"]["seed"]]
     return dict(config), seeds
 
 
 def run_trial(config: Mapping[str, Any], spec: TrialSpec, report: TuneReport) -> None:
-    """Run a setting in the process of a trial; its work goes to the cluster's actors."""
+    """Run a setting in the process of a trial; its work runs on the cluster's actors."""
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
     params, seeds = point_of(config, spec.seeds)
     models = [_run(spec, params, seed, report).tdc for seed in seeds]
