@@ -13,16 +13,16 @@ from tdc_ray.storage.run_dir import RunDir
 
 
 def run(config: RunConfig, folder: Path, console: Console, store: Path | None = None) -> Results:
-    """Do or resume a whole run, as ``runs.run`` does, with the default sinks.
+    """Start or resume a whole run, as ``runs.run`` does, with the default sinks.
 
     Args:
         config: The settings.
         folder: The run directory, or its URI.
         console: Where progress is shown.
-        store: What runs share, a folder or a URI; None means that all is computed here.
+        store: The cache that runs share, a folder or a URI; None means that all is computed here.
 
     Raises:
-        TdcError: What went wrong, said before work starts wherever that can be known.
+        TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
     sinks = default_sinks(RunDir(resolve_path(folder).resolve()), console)
     return run_module.run(config, folder, sinks, store)

@@ -387,9 +387,7 @@ def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
 
 
 def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
-    """Return the images' settings by the latents'; nothing if a config lacks some: refused
-    later.
-    """
+    """Return the images of latents of a size; nothing if a config lacks it: refused later."""
     config = json_object(first_stage / "config.json")
     channels, levels = config.get("in_channels"), config.get("block_out_channels")
     if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
