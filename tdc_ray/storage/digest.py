@@ -14,7 +14,7 @@ def file_digest(path: Path) -> str:
 
 
 def cached_file_digest(path: Path) -> str:
-    """Return the same, read anew only after size or time of the file changed."""
+    """Return the same, computed anew only after size or time of the file changed."""
     stat = path.stat()
     return _cached_file_digest(path, stat.st_size, stat.st_mtime_ns)
 
@@ -27,7 +27,7 @@ def _cached_file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
 def tree_digest(path: Path) -> str:
     """Return a digest of the names and contents of all files below a path but hidden ones.
 
-    Of a file, which has no name below itself, it is another than that of its content.
+    That of a single file differs from the digest of its content.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*")):

@@ -22,7 +22,7 @@ from tdc_ray.storage import mirror, object_store
 from tdc_ray.storage.object_store import display_path, is_remote, temporary_path, writer_id
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What Python, torch and safetensors raise where a disk does not take what they write."""
+"""Errors of Python, torch and safetensors where a write to a disk fails."""
 
 
 def exists(path: Path) -> bool:
@@ -35,7 +35,7 @@ def exists(path: Path) -> bool:
 
 
 def fetch(path: Path) -> Path:
-    """Make the local copy of what a URI names current, and return its path; others are unchanged.
+    """Update the local copy of a URI's content, and return its path; other paths are unchanged.
 
     What the URI lacks is missing afterwards.
 
@@ -80,9 +80,9 @@ def _remove(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and move what was written there into place.
 
-    Works for a file and for a directory. Whatever stood at ``path`` is replaced. The temporary
-    name holds host and process, so that two writers never share one. For a URI it is uploaded: a
-    file appears when it is whole, those of a directory one by one, ``config.json`` last.
+    Works for a file and for a directory. Whatever was at ``path`` is replaced. The temporary name
+    holds host and process, so that two writers never share one. For a URI it is uploaded: a file
+    appears when it is complete, those of a directory one by one, ``config.json`` last.
 
     Raises:
         StorageError: The block wrote nothing.
@@ -100,7 +100,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if is_remote(path):
             mirror.upload(temporary, path)
             return
-        if temporary.is_dir() or path.is_dir():  # a plain replace takes files alone
+        if temporary.is_dir() or path.is_dir():  # os.replace works on files alone
             with contextlib.suppress(FileNotFoundError):
                 path.replace(old)
         temporary.replace(path)
@@ -113,7 +113,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _let_others_read(path: Path) -> None:
-    """Set the mode of files that safetensors made for one user alone to that of their folder."""
+    """Give files that safetensors wrote for one user alone the permissions of their folder."""
     mode = path.parent.stat().st_mode & 0o666
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
@@ -121,7 +121,7 @@ def _let_others_read(path: Path) -> None:
 
 
 def _write_error(path: Path, error: Exception) -> StorageFailedError:
-    """Return an error that names the free space: what libraries raise on a full disk does not."""
+    """Return an error that names the free space, as errors of libraries on a full disk do not."""
     free = ""
     with contextlib.suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free on its disk)"
@@ -142,7 +142,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file as it is now: that of a URI past the local copy.
+    """Read a file as it is now: that of a URI from the store, not from the local copy.
 
     Raises:
         FileNotFoundError: There is none.
@@ -205,7 +205,7 @@ def read_json_lines(path: Path) -> list[Any]:
     if is_remote(path):
         lines = object_store.read_entries(path)
     elif path.exists():
-        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline stands a torn line
+        lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline there is a torn line
     else:
         return []
     try:
@@ -218,7 +218,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for ``path``, a file that stays."""
+    """Hold an exclusive lock on ``path``, a file that is not removed, for the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

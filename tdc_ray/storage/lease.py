@@ -1,4 +1,4 @@
-"""One driver per run directory: a lock on this machine, and a lease that drivers elsewhere see.
+"""One driver per run directory: a lock on this machine, and a lease for drivers elsewhere.
 
 A lease is a file that its holder writes again every few seconds. One that no longer changes was
 left by a driver that was killed, and is taken over.
@@ -33,16 +33,16 @@ STALE_AFTER_S = 8.0
 """A lease that did not change for so long is taken over."""
 
 SETTLED_AFTER_S = 1.0
-"""Of drivers that write a lease at the same time, the last one has it after that time."""
+"""Time after which the last of several drivers that write a lease at once holds it."""
 
 RESENT_EVERY_S = 0.5
-"""The main thread is signalled again after that time, until it is interrupted."""
+"""Time between two signals to the main thread, until it is interrupted."""
 
 _STOP = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + 11
-"""How the thread that renews a lease interrupts the main one: a signal that nobody else uses."""
+"""Signal by which the thread that renews a lease interrupts the main one; unused otherwise."""
 
 _SIZE = 512
-"""Bytes of a lease: all have as many, for a file is changed in place."""
+"""Bytes of every lease, since a file is changed in place."""
 
 Document = dict[str, Any]
 
@@ -55,7 +55,7 @@ def hold_lease(run_dir: Path) -> Iterator[None]:
 
     Raises:
         StorageError: Another driver holds it, or took it over because this one was suspended or
-            cut off from the storage for long.
+            without access to the storage for long.
     """
     with nullcontext() if is_remote(run_dir) else _locked_here(run_dir):
         lease = _Lease(run_dir)
@@ -75,7 +75,7 @@ def hold_lease(run_dir: Path) -> Iterator[None]:
 
 
 def lease_holder(run_dir: Path) -> str | None:
-    """Return a name of the driver that holds, or held until it was killed, a run directory.
+    """Return the name of the driver that holds a run directory, or held it until it was killed.
 
     Raises:
         StorageError: The store of a URI fails.
@@ -88,7 +88,7 @@ def lease_holder(run_dir: Path) -> str | None:
 
 @contextmanager
 def _locked_here(run_dir: Path) -> Iterator[None]:
-    """Hold the lock, which ends with the process, against drivers on this machine."""
+    """Hold the lock against drivers on this machine; it ends with the process."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("a+") as file:
         try:
@@ -109,7 +109,7 @@ class _Lease:
         self.run_dir, self.path = run_dir, run_dir / LEASE_FILE
         self.over = threading.Event()
         self.lost_to: str | None = None
-        """Who took it over."""
+        """The driver that took it over."""
         self._document: Document = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -128,7 +128,7 @@ class _Lease:
             StorageError: It is another driver's.
         """
         if not is_remote(self.path):
-            with contextlib.suppress(FileExistsError):  # of several drivers one makes the file
+            with contextlib.suppress(FileExistsError):  # of several drivers one creates the file
                 self.path.touch(exist_ok=False)
                 self._write()
                 return
@@ -149,7 +149,7 @@ class _Lease:
             raise _in_use(self.run_dir, _name(now))
 
     def renew(self) -> None:
-        """Write it again and again; stop the process if another driver took it over."""
+        """Renew it periodically; stop the process if another driver took it over."""
         failing = False
         while not self.over.wait(RENEWED_EVERY_S):
             try:
@@ -180,13 +180,13 @@ class _Lease:
 
     @contextmanager
     def interrupts_main_thread(self) -> Iterator[None]:
-        """Let the loss of the lease interrupt the main thread, as Ctrl-C does."""
+        """Make the loss of the lease interrupt the main thread, as Ctrl-C does."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python's signals reach the main thread alone: this block runs to its end
             return
 
         def interrupt(*_: object) -> None:
-            if not self._interrupted:  # once: a second one would cut short what the first one ends
+            if not self._interrupted:  # once: a second one would interrupt the cleanup
                 self._interrupted = True
                 raise KeyboardInterrupt  # which ends Ray's waiting too
 
@@ -198,7 +198,7 @@ class _Lease:
             signal.signal(_STOP, before)
 
     def _interrupt_main_thread(self) -> None:
-        """Signal until it works: a signal just before a call that blocks does not end that."""
+        """Signal until it works: a signal just before a blocking call does not interrupt that."""
         while self._main_thread and not self._interrupted and not self.over.is_set():
             signal.pthread_kill(self._main_thread, _STOP)
             self.over.wait(RESENT_EVERY_S)
@@ -212,7 +212,7 @@ class _Lease:
         if is_remote(self.path):
             object_store.write(self.path, content)
             return
-        # In place: what NFS's clients know of a name may be older than what they know of a file.
+        # In place: NFS clients may cache a name's file for longer than a file's content.
         with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
             file.write(content)
 
@@ -248,7 +248,7 @@ def _in_use(run_dir: Path, holder: str) -> StorageError:
 
 
 def _is_gone(document: Document) -> bool:
-    """Whether the holder is a process that would be seen here, and is not."""
+    """Whether the holder is a process of this machine that no longer exists."""
     if not document or document.get("processes") != _pid_namespace():
         return False
     try:
@@ -261,9 +261,9 @@ def _is_gone(document: Document) -> bool:
 
 
 def _pid_namespace() -> str:
-    """Return a name of what numbers processes: a machine since its boot, or a container on it."""
+    """Return a name of the process namespace: a machine since its boot, or a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
-        return secrets.token_hex(8)  # unknown: like nobody else's
+        return secrets.token_hex(8)  # unknown: equal to no other

@@ -13,7 +13,7 @@ from tdc_ray.storage.object_store import is_remote, writer_id
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Keep the log of all attempts beside the results, from its first line on.
+    """Write the log of all attempts beside the results, from its first line on.
 
     Of a URI it is a folder, where every attempt has a file of its own.
     """
@@ -30,7 +30,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Makes its folder with the first line, which may come before the run has made any."""
+    """Creates its folder with the first line, which may precede the run's own folders."""
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
 """Local copies of what is in an object store, shared by all processes of a node.
 
-Copies lie in the mirror of the URI (see ``tdc_ray.storage.object_store``). The version that each
-one is a copy of is noted in a file of the same path below ``tdc_ray-marks``, which is its lock
-too.
+Copies are in the mirror of the URI (see ``tdc_ray.storage.object_store``). The version of each
+copy is recorded in a file of the same path below ``tdc_ray-marks``, which is its lock too.
 
 fsspec's ``filecache`` does less: it downloads over the very file that others read (of three
 processes that read a file while it is replaced, each got a torn one in 30 reads), once per
@@ -37,13 +36,13 @@ from tdc_ray.storage.object_store import (
 )
 
 SECONDS_BETWEEN_UPLOADS = 5.0
-"""How old what the store has of a growing file may be."""
+"""Greatest age of the store's version of a growing file."""
 
 logger = logging.getLogger(__name__)
 
 
 def fetch(path: Path) -> None:
-    """Make the local copy of a file or folder what the store has; what it lacks is removed.
+    """Update the local copy of a file or folder from the store; files that it lacks are removed.
 
     A version of a file is downloaded once on a node, however many processes ask for it.
 
@@ -61,13 +60,13 @@ def fetch(path: Path) -> None:
 
 
 def upload(source: Path, path: Path) -> None:
-    """Move a local file or folder to a path in the store, in place of whatever stands there.
+    """Move a local file or folder to a path in the store, replacing whatever is there.
 
-    A file appears when it is whole. The files of a folder appear one by one: JSON, which readers
-    look for first, last, and ``config.json`` after all others beside it.
+    A file appears when it is complete. The files of a folder appear one by one: JSON, which
+    readers look for first, last, and ``config.json`` after all others beside it.
 
     Raises:
-        StorageError: The store does not take it.
+        StorageError: The store fails.
     """
     if source.is_file():
         _upload(source, path)
@@ -79,7 +78,7 @@ def upload(source: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there; what readers look for first goes first.
+    """Remove a file or folder, if it exists; what readers look for first is removed first.
 
     Raises:
         StorageError: The store fails.
@@ -100,9 +99,9 @@ def _upload_order(file: Path) -> tuple[bool, int, bool, str]:
 
 @contextmanager
 def synced_while_growing(path: Path) -> Iterator[Path]:
-    """Yield where to write files that grow, such as logs, and keep them in the store meanwhile.
+    """Yield a path for files that grow, such as logs, and upload them meanwhile.
 
-    It is the path itself where that is no mirror. Otherwise it is a temporary folder, whose files
+    It is the path itself unless that is a mirror. Otherwise it is a temporary folder, whose files
     are uploaded into the path every few seconds and at the end.
     """
     if not is_remote(path):
@@ -127,7 +126,7 @@ def synced_while_growing(path: Path) -> Iterator[Path]:
 
 
 def _upload_grown(folder: Path, path: Path, uploaded: dict[Path, tuple[int, int]]) -> None:
-    """Upload the files that changed; what a store does not take is uploaded the next time."""
+    """Upload the files that changed; after an error they are uploaded the next time."""
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         state = _state(file)
         if uploaded.get(file) != state:
@@ -193,7 +192,7 @@ class CachedFile:
 
     @property
     def version(self) -> str | None:
-        """The version of which it is a copy; None means that it is none, or was changed since."""
+        """The version that it is a copy of; None means that there is none, or it was changed."""
         self._mark.seek(0)
         try:
             version, state = json.loads(self._mark.read())
@@ -202,7 +201,7 @@ class CachedFile:
             return None
 
     def replace(self, source: Path, version: str) -> None:
-        """Move a file into its place, as the copy of a version."""
+        """Move a file to its path, as the copy of a version."""
         self.forget()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         source.replace(self.path)
@@ -221,7 +220,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _ensure_private_root(path: Path) -> Path:
-    """Return the folder that a mirror lies in, made if missing; nobody else may write there.
+    """Return the folder of a mirror, created if missing; no other user may write there.
 
     Raises:
         StorageError: It is another user's.

@@ -2,8 +2,8 @@
 
 The mirror of a URI is a local path that holds the URI, ``.../tdc_ray-mirror/s3/bucket/prefix``. So
 any process knows what a path mirrors, and it means the same on every node. A mirror is a cache:
-what exists is asked of the store, and a local copy counts only as long as the store has the
-version that it is a copy of. Credentials and the store's address come from the environment alone
+the store decides what exists, and a local copy is valid only as long as the store has the same
+version. Credentials and the store's address come from the environment alone
 (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` and so on).
 """
 
@@ -27,13 +27,13 @@ ROOT_VARIABLE = "TDC_RAY_MIRROR"
 """Environment variable: the folder of this node's mirrors."""
 
 MIRROR = "tdc_ray-mirror"
-"""The part of a path that makes it a mirror; scheme, bucket and the rest are behind it."""
+"""The part of a path that makes it a mirror; scheme, bucket and the rest follow it."""
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+(.*))?", re.DOTALL)
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 Info = Mapping[str, Any]
-"""What a store says of a file."""
+"""A store's information on a file."""
 
 
 class Backend(NamedTuple):
@@ -43,11 +43,11 @@ class Backend(NamedTuple):
     """The extra in ``pyproject.toml`` that installs it."""
 
     options: Mapping[str, Any] = {}
-    """What its fsspec file system takes."""
+    """Options of its fsspec file system."""
 
 
 _S3 = Backend("s3", {"config_kwargs": {"connect_timeout": 5, "read_timeout": 20}})
-"""The default, a minute, is longer than a lease lasts."""
+"""The default, a minute, is longer than a lease is valid."""
 
 BACKENDS = {
     "s3": _S3,
@@ -63,10 +63,10 @@ because it is moved into place."""
 
 
 def resolve_path(path: Path | str) -> Path:
-    """Return where a path that a user names is worked on: of a URI its mirror, else itself.
+    """Return the local path of what a user names: a URI's mirror, else the path itself.
 
     Raises:
-        StorageError: The URI names no place, or is of a scheme that is unknown or not installed.
+        StorageError: The URI is incomplete, or its scheme is unknown or not installed.
     """
     match = _URI.fullmatch(str(path))  # a Path of a URI has lost some of its slashes
     if match is None:
@@ -97,24 +97,24 @@ def resolve_path(path: Path | str) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is the mirror of a URI; what is being written, file by file, is none yet."""
+    """Whether a path is the mirror of a URI; temporary paths of files being written are not."""
     if MIRROR not in path.parts:
         return False
     return not any(map(_TEMPORARY.fullmatch, path.parts[path.parts.index(MIRROR) :]))
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a hidden path beside another, for what this process writes there."""
+    """Return a hidden temporary path beside another, for this process."""
     return path.with_name(f".{path.name}.{writer_id()}.tmp")
 
 
 def writer_id() -> str:
-    """Return a name of this process among all that write to a run directory."""
+    """Return this process's name among all that write to a run directory."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def display_path(path: Path | str) -> str:
-    """Return what a user is shown: of a mirror its URI, of other paths their text."""
+    """Return the text of a path for a user: a mirror's URI, else the path."""
     path = resolve_path(path)
     if not is_remote(path):
         return str(path)
@@ -136,7 +136,7 @@ def filesystem(path: Path) -> tuple["AbstractFileSystem", str]:
 
 @contextmanager
 def opened_store(path: Path, action: str) -> Iterator[tuple["AbstractFileSystem", str]]:
-    """Yield the same, and raise any error of the store as one that says what could not be done.
+    """Yield the same, and raise any error of the store as one that names what failed.
 
     Raises:
         FileNotFoundError: There is nothing to be read.
@@ -146,7 +146,7 @@ def opened_store(path: Path, action: str) -> Iterator[tuple["AbstractFileSystem"
         yield filesystem(path)
     except StorageError:
         raise
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # every store has its own errors
         if isinstance(error, FileNotFoundError) and action == "read":
             raise
         raise StorageFailedError(f"{display_path(path)} cannot be {action}: {error}.") from error
@@ -156,7 +156,7 @@ def exists(path: Path) -> bool:
     """Whether the store has a file or a folder."""
     try:
         with opened_store(path, "read") as (store, key):
-            store.info(key)  # s3fs's exists() takes a bucket that does not answer for none
+            store.info(key)  # s3fs's exists() returns False where a bucket does not answer
     except FileNotFoundError:
         return False
     return True
@@ -169,7 +169,7 @@ def version(path: Path) -> str:
 
 
 def version_of(info: Info) -> str:
-    """Return the same from what the store says of the file."""
+    """Return the same from the store's information on the file."""
     tag = info.get("ETag") or info.get("etag")
     times = [info.get(name) for name in ("LastModified", "mtime", "updated", "created")]
     return f"{info['size']} {tag or times}"
@@ -188,13 +188,13 @@ def read(path: Path) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a small file straight into the store, past the mirror."""
+    """Write a small file directly to the store, without the mirror."""
     with opened_store(path, "written") as (store, key):
         store.pipe_file(key, content)
 
 
 def put(source: Path, path: Path) -> None:
-    """Upload a file, which appears when it is whole."""
+    """Upload a file, which appears when it is complete."""
     with opened_store(path, "written") as (store, key):
         if display_path(path).partition(":")[0] in BACKENDS:
             store.put_file(str(source), key)
@@ -215,7 +215,7 @@ def append(path: Path, content: bytes) -> None:
         store.pipe_file(f"{key}/{number:06d}-{writer_id()}.json", content)
 
 
-@functools.lru_cache(maxsize=1024)  # a list may grow long, and is looked through once
+@functools.lru_cache(maxsize=1024)  # a list may grow long, and is searched once
 def _numbers(path: Path, _pid: int) -> Iterator[int]:
     last = max((int(name.partition("-")[0]) for name in find(path)), default=-1)
     return itertools.count(last + 1)
@@ -240,14 +240,14 @@ def find(path: Path) -> dict[str, Info]:
     return {
         name.removeprefix(key).strip("/"): info
         for name, info in infos.items()
-        if not name.endswith("/")  # what some tools make in place of a folder
+        if not name.endswith("/")  # some tools create this in place of a folder
         and info.get("type") != "directory"  # the path, if its first file came meanwhile
     }
 
 
 def listing(path: Path, pattern: str) -> list[Path]:
     """Find files and folders below a path as ``Path.glob`` does; sorted."""
-    from fsspec.utils import glob_translate  # store.glob takes brackets of the path for a pattern
+    from fsspec.utils import glob_translate  # store.glob reads brackets of the path as a pattern
 
     matches = re.compile(glob_translate(pattern)).match
     with opened_store(path, "read"):

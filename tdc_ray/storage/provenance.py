@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, machine."""
+"""The provenance of results: versions, commit, machine."""
 
 import importlib.metadata
 import platform

@@ -1,14 +1,15 @@
-"""Where things are in a run directory."""
+"""The paths of a run directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 FIRST_STAGE_DIR = "first_stage"
-"""Beside the models that need it: a folder of experts, or an imported base."""
+"""Name of the first stage's folder, beside the models that need it: experts, or an imported
+base."""
 
 
 class _Below:
-    """The path of a name below a run directory, as an attribute of it."""
+    """Descriptor: the path of a name below a run directory."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -23,7 +24,7 @@ class RunDir:
 
     root: Path
     given_base: Path | None = None
-    """A base that lies elsewhere."""
+    """A base outside the run directory."""
 
     config = _Below("config.json")
     """The settings."""
@@ -38,34 +39,34 @@ class RunDir:
     """The plan as a picture."""
 
     base = _Below("base")
-    """What stage 1 writes, or the import of a base in its place."""
+    """Output of stage 1, or of the import of a base."""
 
     base_result = _Below("base/result.json")
-    """What training the base took; it exists when the base is done."""
+    """Result of training the base; it exists when the base is done."""
 
     base_training = _Below("base/training")
     """Ray Train's directory: checkpoints of stage 1."""
 
     latency = _Below("latency.json")
-    """How long every unit takes at every width, where time is limited; measured once."""
+    """Times of every unit at every width, where time is limited; measured once."""
 
     times = _Below("times.json")
-    """How long base and experts take; measured once."""
+    """Times of base and experts; measured once."""
 
     memory = _Below("memory.jsonl")
     """The memory bank."""
 
     transcripts = _Below("proxy")
-    """What was asked of a language model, and what it answered."""
+    """Requests to a language model, and its replies."""
 
     experts = _Below("experts")
-    """What ``ProgressivePipeline.from_pretrained`` loads."""
+    """The folder that ``ProgressivePipeline.from_pretrained`` loads."""
 
     samples = _Below("evaluation")
     """Images that the base and the experts were scored on, and their features' moments."""
 
     features = _Below("evaluation/features.json")
-    """Which features the run is scored on: decided once, at its first start."""
+    """The features that the run is scored on: chosen once, at its first start."""
 
     reference = _Below("evaluation/reference.npz")
     """Mean and covariance of the features that the images are compared with."""
@@ -74,7 +75,7 @@ class RunDir:
     """Event files."""
 
     timeline = _Below("timeline.jsonl")
-    """Who ran what, when."""
+    """The timeline: which worker ran which item, when."""
 
     timeline_plot = _Below("timeline.png")
     """The same as a picture."""
@@ -98,9 +99,9 @@ class RunDir:
         return self.experts / f"expert-{index:02d}"
 
     def group(self, index: int) -> Path:
-        """Return where stage 2 keeps scores, losses of candidates and checkpoints of a group."""
+        """Return the folder of a group's scores, losses of candidates and checkpoints."""
         return self.root / "groups" / f"{index:02d}"
 
     def error_weights(self, index: int) -> Path:
-        """Return the path of how much every image counts in the refits of a group."""
+        """Return the path of the image weights in the refits of a group."""
         return self.group(index) / "error-weights.safetensors"
