@@ -5,8 +5,8 @@
 
 Whole runs of TDC without pruning that differ in N. The fine-tunes of all experts together take the
 same steps in every row, those of the preset's own N, so all rows train for as many macs (up to
-rounding): `--per-expert` gives every expert the preset's steps in place of that, and rows of more
-groups more macs. All runs of a seed share one base.
+rounding): with `--per-expert` every expert trains for the preset's steps instead, and rows of more
+groups for more macs. All runs of a seed share one base.
 
 Hardware and hours: `digits` with two seeds, a quarter of the preset's steps and images
 (`--steps-share` 0.25), takes about 15 minutes on 2 CPU cores, `cifar10` days on GPUs
@@ -46,16 +46,16 @@ class GroupsFlags(SweepFlags):
     seeds: tuple[int, ...] = (0, 1)
     """Training seeds."""
     per_expert: bool = False
-    """Give every expert the preset's steps, however many experts there are."""
+    """Train every expert for the preset's steps, however many experts there are."""
 
     def config(self, seed: int) -> RunConfig:
-        """Give the settings without pruning."""
+        """Return the settings without pruning."""
         config = super().config(seed)
         return replace(config, prune=replace(config.prune, method="none"))
 
 
 def point(config: RunConfig, num_groups: int, *, per_expert: bool) -> dict[str, Value]:
-    """Give the setting of a row; groups that are empty take no steps."""
+    """Return the setting of a row; empty groups have no steps."""
     train, share = config.finetune, 1.0
     if not per_expert:
         plan, own = (

@@ -1,4 +1,4 @@
-"""Figures 6 and 8: how much may be cut, k = 0.3 to 0.7.
+"""Figures 6 and 8: how much may be pruned, k = 0.3 to 0.7.
 
     python experiments/ablate_k.py --preset digits
     python experiments/ablate_k.py --preset mnist-32-ldm --data mnist.npz --first-stage first_stage
@@ -7,12 +7,11 @@
 Whole runs of TDC that differ in k, the share of the base's macs that the easiest timesteps get.
 All runs of a seed share one base, and whatever else follows from the same inputs: the groups do
 not depend on k, so the sensitivities of the base and the last group's expert, which keeps all of
-it, are theirs together. `--search optuna` lets Optuna choose k in the same range, for score and
-macs.
+it, are shared. `--search optuna` lets Optuna choose k in the same range, for score and macs.
 
 Figure 6 is CIFAR-10 (`--preset cifar10 --steps-share 1`), Figure 8 latent diffusion on FFHQ
-(`--preset ffhq256-ldm --steps-share 1`); `mnist-32-ldm` is Figure 8 in little, in the latents of a
-first stage that `tdc-ray train-autoencoder` made.
+(`--preset ffhq256-ldm --steps-share 1`); `mnist-32-ldm` is a small version of Figure 8, in the
+latents of a first stage that `tdc-ray train-autoencoder` trained.
 
 Hardware and hours: `digits` with three seeds, a quarter of the preset's steps and images
 (`--steps-share` 0.25), takes about 35 minutes on 2 CPU cores, `cifar10` days on GPUs

@@ -3,10 +3,10 @@
     python experiments/bf16_ranking.py --preset digits
     python experiments/bf16_ranking.py --smoke
 
-Random schemes at 0.7 F for all timesteps and for groups 0, 3 and 6 of 10, each cut and refitted in
-fp32; their losses on the same held-out images and noise in fp32 and in bf16. Told are Spearman's
-rank correlation, whether both put the same scheme first, and the largest difference of two losses
-beside the spread of the fp32 losses.
+Random schemes at 0.7 F for all timesteps and for groups 0, 3 and 6 of 10, each pruned and refitted
+in fp32; their losses on the same held-out images and noise in fp32 and in bf16. Reported are
+Spearman's rank correlation, whether both put the same scheme first, and the largest difference of
+two losses beside the spread of the fp32 losses.
 
 Hardware and hours: `digits` takes about 10 minutes on 2 CPU cores, and 4 more for a base.
 The paper has no such table.

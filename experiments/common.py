@@ -1,4 +1,4 @@
-"""What the experiments share: their flags, a base for several runs, and tables with provenance."""
+"""Shared code of experiments: flags, a base for several runs, and tables with provenance."""
 
 import logging
 import shutil
@@ -50,9 +50,9 @@ class Flags:
     preset: str = "digits"
     """The preset that the experiment varies."""
     smoke: bool = False
-    """The same in little: the digits-smoke preset and one seed."""
+    """A quick check: the digits-smoke preset and one seed."""
     storage: Path = Path("runs")
-    """Folder or URI of the experiment's runs; the same command goes on where it was cut."""
+    """Folder or URI of the experiment's runs; the same command resumes an interrupted one."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds."""
     data: Path | None = None
@@ -60,7 +60,7 @@ class Flags:
     first_stage: Path | None = None
     """Folder of the first stage, for presets of latent diffusion."""
     num_actors: int | None = None
-    """Most actors that work at once; default: as many as fit on the cluster."""
+    """Most concurrent actors; default: as many as fit on the cluster."""
     precision: Precision | None = None
     """Precision of training; default: the preset's."""
     steps_share: float = 1.0
@@ -69,11 +69,11 @@ class Flags:
 
     @property
     def store(self) -> Path:
-        """What the runs of a storage share: nothing is computed twice."""
+        """The cache that the runs of a storage share: nothing is computed twice."""
         return self.storage / "store"
 
     def config(self, seed: int) -> RunConfig:
-        """Give the preset's settings for one seed."""
+        """Return the preset's settings for one seed."""
         config = replace(preset(self.preset), seed=seed)
         compute = replace(config.compute, num_actors=self.num_actors)
         config = replace(config, compute=compute)
@@ -103,14 +103,14 @@ class ProxyFlags(Flags):
     """The language model."""
 
     def config(self, seed: int) -> RunConfig:
-        """Give the preset's settings for one seed and this proxy."""
+        """Return the preset's settings for one seed and this proxy."""
         config = super().config(seed)
         prune = replace(config.prune, method=self.proxy)
         return replace(config, prune=prune, proxy=self.llm)
 
 
 def in_size(config: RunConfig, share: float) -> RunConfig:
-    """Give settings with a share of their steps, and of the images to measure and score."""
+    """Return settings with a share of their steps, and of the images to measure and score."""
     base, finetune = (
         replace(
             train,
@@ -148,14 +148,14 @@ class SweepFlags(Flags):
     """Flags of an experiment that is a sweep."""
 
     num_actors: int | None = 1
-    """Most actors of each run; on a cluster give more."""
+    """Most actors of each run; set more on a cluster."""
     max_concurrent: int = 2
-    """Runs under way at once; on a cluster give more."""
+    """Most concurrent runs; set more on a cluster."""
     steps_share: float = 0.25
 
 
 def domains_of(points: Sequence[Params]) -> dict[str, Domain]:
-    """Give every field of a grid's settings the values that it has in them."""
+    """Return, for every field of a grid's settings, the values that it has in them."""
     return {
         name: Choices(tuple(dict.fromkeys(point[name] for point in points))) for name in points[0]
     }
@@ -168,13 +168,13 @@ def swept(
     points: Sequence[Params] | None = None,
     **how: Any,
 ) -> SweepResults:
-    """Sweep, or go on; what runs of a storage have in common, such as bases, is computed once.
+    """Start or resume a sweep; what runs of a storage share, such as bases, is computed once.
 
     Args:
         flags: The experiment's flags.
         folder: The sweep's folder.
         space: What is varied.
-        points: Settings of a grid, where not every combination is meant.
+        points: Settings of a grid, if not all combinations.
         how: Further settings of the sweep.
     """
     config = flags.config(flags.seeds[0])
@@ -195,11 +195,11 @@ def swept(
 
 
 def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepResults:
-    """Leave out what the folder of a sweep holds of other flags.
+    """Leave out rows of other flags from a sweep's folder.
 
     Args:
         results: All that it holds, and the seeds that were asked for.
-        points: Settings of a grid; None: the search chose them.
+        points: Settings of a grid; None means that the search chose them.
     """
     asked = None if points is None else {setting_name(point) for point in points}
     rows = [row for row in results.rows if row.seed in results.seeds]
@@ -213,7 +213,7 @@ CONTINUED_FILE = "continued.json"
 
 
 def claim(root: Path, config: RunConfig) -> None:
-    """Keep a folder for one set of settings, and note the commit that it was begun with.
+    """Reserve a folder for one set of settings, and record the commit that it was started with.
 
     Raises:
         StorageError: It holds results of other settings.
@@ -250,13 +250,13 @@ def refuse_auto(config: RunConfig) -> None:
 
 
 def commits_of(folder: Path) -> set[str | None]:
-    """Name the commits that an experiment's folders were begun with."""
+    """Return the commits that an experiment's folders were started with."""
     return {read_json(path)["commit"] for path in listing(folder, f"**/{SETTINGS_FILE}")}
 
 
 @contextmanager
 def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
-    """Start or join a Ray cluster and give a pool of its actors; the folder is held meanwhile.
+    """Start or join a Ray cluster and yield a pool of its actors; the folder is held meanwhile.
 
     Latents that the settings need are computed first, where they are missing.
 
@@ -280,7 +280,7 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
 
 
 def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
-    """Train a base, or go on, or find it done; give the folder of its UNet.
+    """Train a base, unless it is finished; return the folder of its UNet.
 
     Args:
         config: The settings; only those that decide stage 1 matter.
@@ -309,7 +309,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
 
 
 def base_of(flags: Flags, seed: int) -> Path:
-    """Give the folder of the UNet that all experiments of a storage have as the base of a seed."""
+    """Return the folder of the UNet that is a seed's base in all experiments of a storage."""
     size = "" if flags.steps_share == 1 else f"-{flags.steps_share:g}"
     folder = flags.storage / f"base-{flags.preset}{size}" / f"seed-{seed}"
     return trained_base(flags.config(seed), folder, flags.store)
@@ -318,7 +318,7 @@ def base_of(flags: Flags, seed: int) -> Path:
 def run_once(
     config: RunConfig, folder: Path, store: Path, *, continues: Path | None = None
 ) -> Results:
-    """Do one run, or read the results of a finished one.
+    """Run or resume one run, or read the results of a finished one.
 
     Args:
         config: Its settings.

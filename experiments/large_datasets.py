@@ -1,11 +1,11 @@
-"""Datasets at size: what streaming an image folder or npz batches takes of memory and CPU.
+"""Large datasets: memory and CPU of streaming an image folder or npz batches.
 
     python experiments/large_datasets.py --json runs/large_datasets.json
     python experiments/large_datasets.py --smoke
 
 Makes JPEGs of 96x96 in subfolders (all of them, and a tenth of them), and npz files laid out as
 ImageNet-64's, below TMPDIR, and draws batches of 64 images of 64x64 from each in training's order,
-each in a process of its own. Memory is the peak (VmHWM) above what the process took with all
+each in a process of its own. Memory is the peak (VmHWM) above that of the process with all
 imported; CPU seconds are of this one process and one thread, so other work on the machine changes
 them little. The files have just been written: they are read from the page cache, not the disk.
 
@@ -50,7 +50,7 @@ class SizeFlags:
     num_batches: int = 100
     """Batches that are drawn."""
     smoke: bool = False
-    """The same in little; npz files are then small enough to be held in memory."""
+    """A quick check; npz files are then small enough to be held in memory."""
 
 
 def make_folder(root: Path, num_files: int) -> DataConfig:
@@ -74,12 +74,12 @@ def make_npz(path: Path, num_rows: int, save: Save) -> DataConfig:
 
 
 def shape() -> dict[str, Any]:
-    """Give what both kinds of data are brought to."""
+    """Return the settings of both kinds of data."""
     return {"image_size": SIZE, "num_channels": 3}
 
 
 def peak_bytes() -> int:
-    """Give the most memory that this process has had resident."""
+    """Return the peak resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -103,7 +103,7 @@ def measure(config: DataConfig, num_batches: int) -> dict[str, Any]:
 
 
 def main(flags: SizeFlags) -> None:
-    """Make the data, measure, and write table and numbers."""
+    """Create the data, measure, and write table and numbers."""
     files, rows, steps = flags.num_files, flags.num_rows, flags.num_batches
     if flags.smoke:
         files, rows, steps = 40, 60, 2

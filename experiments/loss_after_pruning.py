@@ -1,4 +1,4 @@
-"""What a cut costs: every method's loss after the cut, after the refit and after equal fine-tunes.
+"""Every method's loss after pruning, after the refit and after equal fine-tunes.
 
     python experiments/loss_after_pruning.py --preset digits
     python experiments/loss_after_pruning.py --smoke
@@ -7,13 +7,13 @@ Bases are pruned to 0.7 F on all timesteps, and on groups 0, 3 and 6 of 10: by e
 uniform ratio, as a global ranking and as a global ranking per mac, and by the offline proxy.
 Losses are those above the base's, on the same held-out images, timesteps and noise. Then the best
 baseline without and the best with the refit, Diff-Pruning and the proxy are fine-tuned for 50, 200
-and 1000 steps of 16 images, each from the cut and from the refit.
+and 1000 steps of 16 images, each from the pruned and from the refitted model.
 
-Hardware and hours: `digits` about 2, `mnist --data mnist.npz` about 8 on 2 CPU cores; both go on
-where they were cut.
+Hardware and hours: `digits` about 2, `mnist --data mnist.npz` about 8 on 2 CPU cores; both resume
+after an interruption.
 
 The paper has no such table; its Table V compares methods after fine-tuning, by FID
-(pruning_methods.py). What is aimed at stands in AIMS, and what came out is printed beside it.
+(pruning_methods.py). The targets are in AIMS, and results are printed beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ Losses = dict[str, float]
 
 
 def groups_of(config: RunConfig) -> dict[str, TimestepGroup]:
-    """Give the timesteps of each setting, all with the same limit."""
+    """Return the timesteps of each setting, all with the same limit."""
     plan = plan_groups(config.diffusion, replace(config.plan, num_groups=10), config.sampler)
     last = config.diffusion.num_train_timesteps - 1
     found = {"all": one_group(config.diffusion, config.sampler, (0, last), MACS_SHARE)}
@@ -77,7 +77,7 @@ def task_of(
     *,
     refit: bool,
 ) -> GroupSearch:
-    """Give the search of one method on one setting."""
+    """Return the search of one method on one setting."""
     prune = replace(config.prune, method=method, refit="least-squares" if refit else "none")
     name = f"{setting.replace(' ', '-')}/{method}{'' if refit else '-no-refit'}"
     run_dir = RunDir((folder / name).resolve(), base)
@@ -87,7 +87,7 @@ def task_of(
 
 
 def excess(choice: SearchResult) -> Losses:
-    """Give the losses above the base's of all that a search measured; of a proxy, of its best."""
+    """Return a search's losses above the base's, of all candidates or of a proxy's best."""
     found = (
         choice.candidates if "/" in choice.candidates[0].entry.source else choice.candidates[:1]
     )
@@ -107,7 +107,7 @@ def tune(
     config: RunConfig,
     all_steps: Sequence[int],
 ) -> Chain[dict[int, float]]:
-    """Fine-tune a sub-model and give its loss after each of some numbers of steps."""
+    """Fine-tune a sub-model; return its loss after each of some numbers of steps."""
     losses, before = {}, 0
     for steps in all_steps:
         train = replace(config.finetune, num_steps=steps)
@@ -135,12 +135,12 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def verdicts(tables: Mapping[Cell, Losses], setting: str, all_steps: Sequence[int]) -> list[str]:
-    """Hold the numbers of one setting against AIMS."""
+    """Compare the numbers of one setting with AIMS."""
     cells = [table for (_, name), table in tables.items() if name == setting]
     last, refit = f", {all_steps[-1]} steps", ", refit"
 
     def best(table: Losses, wanted: Callable[[str, str], bool]) -> float:
-        """Give the least loss of the baselines whose name and variant are wanted."""
+        """Return the least loss of the baselines whose name and variant are wanted."""
         parts = {name: name.partition(", ")[::2] for name in table if "/" in name}
         return min(table[name] for name, part in parts.items() if wanted(*part))
 
@@ -177,12 +177,12 @@ def verdicts(tables: Mapping[Cell, Losses], setting: str, all_steps: Sequence[in
 
 
 def settings_of(flags: Flags) -> tuple[str, ...]:
-    """Name the timesteps for which models are cut."""
+    """Return a name of the timesteps for which models are pruned."""
     return SETTINGS[-1:] if flags.smoke else SETTINGS
 
 
 def steps_of(flags: Flags) -> tuple[int, ...]:
-    """Give the steps after which losses are measured."""
+    """Return the steps after which losses are measured."""
     return SMOKE_STEPS if flags.smoke else STEPS
 
 
@@ -241,7 +241,7 @@ def main(flags: Flags) -> None:
 
 
 def write_all(folder: Path, flags: Flags, tables: Mapping[Cell, Losses]) -> None:
-    """Write what there is so far: a table, the verdicts, and every seed's numbers."""
+    """Write the results so far: a table, the verdicts, and every seed's numbers."""
     names = sorted({name for table in tables.values() for name in table})
     rows = []
     for name in names:

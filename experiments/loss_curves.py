@@ -4,9 +4,9 @@
     python experiments/loss_curves.py --smoke
 
 From the same weights, on the same batches, timesteps and noise: a plain fp32 loop (AdamW parameter
-by parameter, an average of our own), the same with every weight moved by a rounding error, which
-shows how far rounding alone drives two trainings apart, and tdc_ray's loop in fp32, in fp32
-compiled, and in bf16.
+by parameter, a plain EMA), the same with every weight moved by a rounding error, which shows how
+far rounding alone drives two trainings apart, and tdc_ray's loop in fp32, in fp32 compiled, and in
+bf16.
 
 Hardware and hours: `digits` takes about 5 minutes on 2 CPU cores, half of it for compiling.
 The paper has no such table.
@@ -38,7 +38,7 @@ ROUNDING = 2.0**-24
 """Largest relative rounding error of fp32."""
 
 TAIL = 50
-"""Last steps whose mean loss is told."""
+"""Last steps whose mean loss is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,11 @@ def start(config: RunConfig) -> UNet2DModel:
 
 
 def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
-    """Train by the plain loop; give every step's loss.
+    """Train by the plain loop; return every step's loss.
 
     Args:
         config: The settings.
-        moved_by: Relative size of what every weight is moved by before the first step.
+        moved_by: Relative change of every weight before the first step.
     """
     unet, train, seed = start(config).train(), config.base, derive_seed(config.seed, "base")
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def plain(config: RunConfig, moved_by: float = 0.0) -> list[float]:
 
 
 def ours(config: RunConfig) -> list[float]:
-    """Train by tdc_ray's loop; give every step's loss."""
+    """Train by tdc_ray's loop; return every step's loss."""
     losses: list[float] = []
     train_base(
         config,

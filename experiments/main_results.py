@@ -5,8 +5,8 @@
 
 Four rows, each with mean and spread over the seeds: the base; the base trained on for as many macs
 as TDC spent in all, search included; TDC without pruning; TDC. All rows of a seed share one base:
-the longer base goes on from its last checkpoint, which gives the very weights of training it
-from the start.
+the longer base resumes from its last checkpoint, with the same weights as if trained from the
+start.
 
 Hardware and hours: `digits` takes about 20 minutes a seed on 2 CPU cores. `cifar10` takes some
 450 k steps of 3 x 8.1 GMACs x 128 images a seed, about 1.4e18 MACs: days on one large GPU
@@ -53,7 +53,7 @@ def longer_base(config: RunConfig, tdc: Results) -> RunConfig:
 
 
 def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Results, Results]:
-    """Do everything for one seed: TDC, the longer base, TDC without pruning."""
+    """Run everything for one seed: TDC, the longer base, TDC without pruning."""
     config, store, tdc_dir = flags.config(seed), flags.store, folder / "tdc"
     if flags.smoke:  # a base of equal macs trains for as long as the search takes
         config = replace(config, prune=replace(config.prune, num_rounds=1, num_passes=1))

@@ -1,4 +1,4 @@
-"""How experiments show what came out: tables, plots, and numbers beside what made them."""
+"""Output of experiments: tables, plots, and numbers with their provenance."""
 
 import csv
 import statistics
@@ -25,7 +25,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 
 def paper_column(numbers: Mapping[str, Mapping[str, str]], preset: str) -> dict[str, str]:
-    """Give the paper's numbers on a preset's dataset; where it has none, on the one most like it.
+    """Return the paper's numbers on a preset's dataset, or on the most similar one.
 
     That is FFHQ for latents, where the table has it, and CIFAR-10 otherwise.
     """
@@ -44,7 +44,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
 def write_table(
     folder: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
 ) -> None:
-    """Print a table and write it as CSV and Markdown, with a note, beside what made it."""
+    """Print a table and write it as CSV and Markdown, with a note, beside its provenance."""
     table = Table(title=name)
     for column in columns:
         table.add_column(column, no_wrap=True)
@@ -82,8 +82,8 @@ def write_sweep(
 ) -> None:
     """Write table and record of a sweep: a row a setting, after the base's.
 
-    Every row says what its training takes by itself; a note says how much of all that was really
-    computed, and how much was shared.
+    Every row has the cost of its own training; a note says how much of all that was computed, and
+    how much was shared.
 
     Args:
         folder: Where they go.
@@ -149,7 +149,7 @@ def unique_work(folder: Path, rows: Sequence[TrialRow]) -> dict[str, float]:
 
 
 def scores_of_settings(results: SweepResults) -> dict[str, list[float]]:
-    """Give the scores of each setting's runs."""
+    """Return the scores of each setting's runs."""
     found: dict[str, list[float]] = {}
     for row in results.rows:
         if row.score is not None:
@@ -235,7 +235,7 @@ def write_samples(folder: Path, name: str, runs: Mapping[str, Path], num_images:
 
 
 def provenance() -> dict[str, object]:
-    """Say what makes the numbers that this process writes: command, machine and commit."""
+    """Return the provenance of this process's numbers: command, machine and commit."""
     return _made_here() | {"commit": commit()}
 
 

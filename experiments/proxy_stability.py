@@ -4,7 +4,7 @@
     python experiments/proxy_stability.py --smoke
 
 Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and standard deviation of
-the loss in every round, after the cut and after the refit, over the candidates of all seeds.
+the loss in every round, after pruning and after the refit, over the candidates of all seeds.
 `--proxy llm --llm.model NAME` asks a language model instead of the offline proxy.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.

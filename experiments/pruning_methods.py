@@ -87,7 +87,7 @@ PAPER = {
 def task_of(
     config: RunConfig, base: Path, root: Path, method: PruneMethod, *, refit: bool
 ) -> GroupSearch:
-    """Give the search of one row."""
+    """Return the search of one row."""
     prune = replace(config.prune, method=method, refit="least-squares" if refit else "none")
     return all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
 
@@ -116,7 +116,7 @@ def tune(task: GroupSearch, kept: KeptIndices, config: RunConfig) -> Chain[Finet
 def one_seed(
     config: RunConfig, base: Path, folder: Path, pruned: Collection[str], pool: Pool
 ) -> tuple[str, dict[str, tuple[float, Cost]]]:
-    """Give the metric's name and what every row came to."""
+    """Return the metric's name and every row's results."""
     tasks = {
         row: task_of(config, base, folder / row.replace(" ", "-"), method, refit=refit)
         for row, method, refit in METHODS

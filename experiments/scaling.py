@@ -4,7 +4,7 @@
     python experiments/scaling.py --smoke
 
 Each number alone, the others small: the driver's work (planning, proposing, counting schemes,
-memory bank, timeline, policy, results, report) and that of workers (training, measuring, refit,
+memory bank, timeline, scheduler, results, report) and that of workers (training, measuring, refit,
 sampling, loading experts). Times are CPU seconds of all threads, medians, in turns. Growth is
 fitted by least squares as an exponent: the slope of the logarithms, over all points, and between
 the last two, where what does not grow weighs least. What has either above LINEAR (1.1) is marked,
@@ -48,15 +48,15 @@ class Flags:
     """What is measured, how often, and where it goes."""
 
     sections: tuple[str, ...] = ()
-    """Which costs; none: all."""
+    """Costs; none means all."""
     repeats: int = 3
-    """How often each point is timed, after one time that does not count."""
+    """Timed repeats of each point, after one that does not count."""
     threads: int = 0
-    """Threads of torch; 0: one per processor."""
+    """Threads of torch; 0 means one per processor."""
     json: Path = Path("runs/scaling.json")
     """Where the numbers go, with what made them; table and plot go beside them."""
     smoke: bool = False
-    """The same in little: two points of each, one repeat, no memory."""
+    """A quick check: two points of each, one repeat, no memory."""
 
 
 def short(value: float) -> str:
@@ -65,7 +65,7 @@ def short(value: float) -> str:
 
 
 def line(axis: Axis) -> list[str]:
-    """Give a cost's line of the table."""
+    """Return a cost's line of the table."""
     (low, _), (high, _) = axis.points[0], axis.points[-1]
     first, last = axis.medians[0], axis.medians[-1]
     return [

@@ -1,4 +1,4 @@
-"""How well the pool keeps real Ray actors busy, and what its policy costs per item.
+"""How well the pool keeps real Ray actors busy, and the scheduler's cost per item.
 
     python experiments/scheduling.py --json experiments/results/scheduling.json
     python experiments/scheduling.py --smoke
@@ -51,13 +51,13 @@ class SchedulingFlags:
 
 
 def wait(seconds: float, _report: Report) -> dict[str, Any]:
-    """Do what an item does, without computing."""
+    """Wait as long as an item computes."""
     time.sleep(seconds)
     return {}
 
 
 def chain(folder: Path, name: str, shape: Shape) -> Chain[None]:
-    """Make a chain of items that wait."""
+    """Create a chain of items that wait."""
     for number, stage in enumerate(shape):
         behind = sum(max(later) for later in shape[number + 1 :])
         yield [
@@ -101,7 +101,7 @@ def optimum(seconds: Sequence[float], num_workers: int) -> float:
 
 
 def measure(pool: Pool, shapes: Mapping[str, Shape]) -> float:
-    """Run chains on a pool and give the seconds that it took."""
+    """Run chains on a pool; return the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         chains = {name: chain(Path(folder), name, shape) for name, shape in shapes.items()}
         started = time.perf_counter()
@@ -110,7 +110,7 @@ def measure(pool: Pool, shapes: Mapping[str, Shape]) -> float:
 
 
 def least(shapes: Mapping[str, Shape], num_workers: int) -> float:
-    """Give what no order can beat."""
+    """Return the lower bound of any order."""
     work = sum(sum(stage) for shape in shapes.values() for stage in shape)
     longest = max(sum(max(stage) for stage in shape) for shape in shapes.values())
     return max(work / num_workers, longest)
@@ -139,7 +139,7 @@ def on_workers(num_workers: int, flags: SchedulingFlags) -> dict[str, Any]:
 
 
 def policy_milliseconds(flags: SchedulingFlags) -> float:
-    """Time the policy alone, on a sweep of 20 groups x 200 trials and 1,000 workers."""
+    """Time the scheduler alone, on a sweep of 20 groups x 200 trials and 1,000 workers."""
     draw, trials = random.Random(flags.seed), 2 if flags.smoke else 200
     shapes = [group_shape(draw, 1.0) for _ in range(20)]
     nowhere = Path("/nonexistent/tdc-ray-scheduling")

@@ -9,18 +9,17 @@ Ratios are of medians; the spread is the least and the largest. `training`: a st
 `iddpm-cifar10` (three outputs, L_simple) at batch 8, against diffusers' unconditional example.
 `update`: its clipping, optimizer and EMA alone. `loading`: images from PNG files and npz, against
 torchvision's ImageFolder with the example's transforms. `measuring`: a candidate's loss and a
-unit's sensitivity, against the whole cut network for each; `ours, refit too` does more than that.
-`counting`: the macs of a scheme by table, against a model that is built, cut and run, and its
-repair to a limit. `sampling`: 64 images in 20 DDIM steps, against diffusers' DDIMPipeline (which
-gets a last convolution without the learned variance), and experts of random weights cut to their
-limits (k = 0.5, N = 10); ours also by Winograd's convolutions and in bf16. `starting`: processes
-from start to end. `memory`: peaks, each in a process of its own. `digits`: where the wall time of
-the finished run `--run` went.
+unit's sensitivity, against the whole pruned network for each; `ours, refit too` does more than
+that. `counting`: the macs of a scheme by table, against a model that is built, pruned and run, and
+fitting it to a limit. `sampling`: 64 images in 20 DDIM steps, against diffusers' DDIMPipeline
+(which gets a last convolution without the learned variance), and experts of random weights pruned
+to their limits (k = 0.5, N = 10); ours also by Winograd's convolutions and in bf16. `starting`:
+processes from start to end. `memory`: peaks, each in a process of its own. `digits`: where the
+wall time of the finished run `--run` went.
 
 Hardware and hours: about an hour and a half on 2 CPU cores, half of it sampling.
 
-The paper has no such table. What is aimed at stands in AIMS, and what came out is printed beside
-it.
+The paper has no such table. The targets are in AIMS, and results are printed beside them.
 """
 
 import sys
@@ -54,7 +53,7 @@ SECTIONS: Mapping[str, Callable[[SpeedFlags], list[Row]]] = {
 
 @dataclass(frozen=True)
 class Aim:
-    """A bound on what comes out."""
+    """A bound on the results."""
 
     section: str
     """Of the rows that it is about, or how it begins."""
@@ -92,13 +91,13 @@ AIMS = (
 
 
 def other(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Find the row that another is held against."""
+    """Return the row that another is compared with."""
     same = (one for one in rows if one.section == row.section and one.name == row.against)
     return next(same, None)
 
 
 def verdict(aim: Aim, rows: Sequence[Row]) -> str | None:
-    """Say what came of an aim; None: it was not measured."""
+    """Return the result of an aim; None means that it was not measured."""
     values = []
     for row in rows:
         if row.section.startswith(aim.section) and row.name.startswith(aim.name):
@@ -126,7 +125,7 @@ def number(value: float) -> str:
 
 
 def line(row: Row, rows: Sequence[Row]) -> list[str]:
-    """Give a row's line of the table."""
+    """Return a row's line of the table."""
     against = other(row, rows)
     how = [row.precision] * bool(row.precision) + [f"batch {row.batch}"] * bool(row.batch)
     low, high = number(min(row.values)), number(max(row.values))
@@ -141,14 +140,14 @@ def line(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def record(row: Row, rows: Sequence[Row], threads: int) -> dict[str, object]:
-    """Give a row's part of the JSON."""
+    """Return a row's part of the JSON."""
     against = other(row, rows)
     compared = None if against is None else ratio(row, against)
     return {**asdict(row), "threads": threads, "median": row.median, "ratio": compared}
 
 
 def bf16_in_hardware() -> str:
-    """Say what the processor has for bf16."""
+    """Return the processor's support of bf16."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.exists() else []
     found = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags]

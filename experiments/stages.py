@@ -50,14 +50,14 @@ class Model:
 def scores_of(
     pool: Pool, config: RunConfig, folder: Path, models: Mapping[str, Model], seeds: Sequence[int]
 ) -> tuple[str, dict[str, list[float]]]:
-    """Score models by the images that they give for several sampling seeds.
+    """Score models by their images of several sampling seeds.
 
     Args:
         pool: The actors.
         config: How to sample and to score.
         folder: Where images and moments go.
         models: By name.
-        seeds: Of the initial noise.
+        seeds: Seeds of the initial noise.
 
     Returns:
         The metric's name, and every model's scores in the order of the seeds.
@@ -82,7 +82,7 @@ def scores_of(
 
 
 def _refer(path: Path, to: Path) -> None:
-    """Let a folder be found at another path too; a store has no links, so there it is copied."""
+    """Link a folder at another path; a store has no links, so there it is copied."""
     if is_remote(path):
         with atomic_path(path) as copied:
             shutil.copytree(fetch(to), copied)
@@ -100,7 +100,7 @@ def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) 
 
 
 def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
-    """Do stage 2 of a run: make all experts from a base, as a run does, without scoring them."""
+    """Run stage 2 of a run: all experts from a base, as in a run, without scores."""
     claim(root, config)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     run_dir = RunDir(root.resolve(), base.resolve())

@@ -51,7 +51,7 @@ class PrunerFlags(SweepFlags, ProxyFlags):
 
 
 def points_of(flags: PrunerFlags) -> dict[str, Mapping[str, Value]]:
-    """Give the setting of every row; with --smoke of some."""
+    """Return the setting of every row; with --smoke of some."""
     rows: dict[str, Mapping[str, Value]] = {
         "random": {METHOD: "random", REFIT: "none"},
         "magnitude": {METHOD: "magnitude", REFIT: "none"},

@@ -25,7 +25,7 @@ PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"
 
 
 def seconds_of(results: Results) -> dict[str, float]:
-    """Give the seconds of every row, summed over workers."""
+    """Return the seconds of every row, summed over workers."""
     spent = results.seconds
     stages = {
         "proxy": results.prune.proxy_seconds,

@@ -37,7 +37,7 @@ class FreeFlags(Flags):
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Give the three ways from the base to experts."""
+    """Return the three ways from the base to experts."""
     no_refit = replace(config.prune, refit="none")
     return {
         "training-free": replace(config, finetune=replace(config.finetune, num_steps=0)),
@@ -47,7 +47,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def main(flags: FreeFlags) -> None:
-    """Make all experts, score them, and write the table."""
+    """Create all experts, score them, and write the table."""
     folder = flags.storage / f"training_free-{flags.preset}"
     config = flags.config(0)
     if flags.num_images is not None:

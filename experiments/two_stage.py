@@ -4,19 +4,19 @@
     python experiments/two_stage.py --smoke
 
 Three strategies with scores along the way: one model for all timesteps; an expert per group that
-is trained from nothing on its group's timesteps, the paper's single stage; and both stages of TDC,
-whose experts are cut from a base and fine-tuned. The single stage's experts have the very shapes
-that the proxy found for those of both stages. All strategies are given as many training
-macs as both stages take in all, search included, and every point says how many it took; a model
-that trains on for the next point does so from where it was.
+is trained from scratch on its group's timesteps, the paper's single stage; and both stages of TDC,
+whose experts are pruned from a base and fine-tuned. The single stage's experts have the same
+shapes that the proxy found for those of both stages. All strategies have as many training macs as
+both stages together, search included, and every point names its macs; a model resumes from one
+point to the next.
 
 Hardware and hours: `digits` with two seeds, a quarter of the preset's steps and images
 (`--steps-share` 0.25), takes about 25 minutes on 2 CPU cores. `cifar10` takes some
 3 x 450 k steps of up to 3 x 8.1 GMACs x 128 images a seed: weeks on one GPU (an estimate from
 macs).
 
-The paper shows curves alone, without numbers; the points that its tables tell of CIFAR-10 (FID):
-one model 4.08 after 500 k steps, both stages 3.76 after 450 k.
+The paper shows curves alone, without numbers; its tables' points on CIFAR-10 (FID): one model 4.08
+after 500 k steps, both stages 3.76 after 450 k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,7 +125,7 @@ def from_nothing(config: RunConfig, num_steps: int) -> RunConfig:
 
 
 def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[str, list[Point]]:
-    """Give every strategy's points."""
+    """Return every strategy's points."""
     claim(folder, config)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     space = space_of(unet_config(base), config.prune.space)
@@ -222,7 +222,7 @@ def main(flags: StagesFlags) -> None:
 
 
 def named(points: Mapping[str, Sequence[Point]]) -> dict[str, Point]:
-    """Give the points by strategy and share."""
+    """Return the points by strategy and share."""
     return {
         f"{strategy}, {share:g}": point
         for strategy, along in points.items()

@@ -6,7 +6,7 @@
 Two Ray actors load a base, as every worker of the pool does, and denoise a few images with it. Its
 weights stay in the pages of the file that they were mapped from, which all workers of a node
 share: private is what a worker has beside them. An actor that has imported the same and loaded
-nothing is the measure.
+nothing is the baseline.
 
 Hardware and hours: a minute on 2 CPU cores. The paper has no such table.
 """
@@ -62,14 +62,14 @@ class Worker:
         self.base = load_base(pruning_context(run_dir, config), group)
 
     def denoise(self, shape: tuple[int, int, int, int]) -> None:
-        """Run some images through it, and let go of what came out."""
+        """Run some images through it, and free the outputs."""
         assert self.base is not None
         with torch.inference_mode():
             self.base.network(torch.zeros(shape), torch.zeros(shape[0]))
 
 
 def measured(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Give the figures in MB."""
+    """Return the figures in MB."""
     unet = base_unet(config.model, config.conditioning)
     save_unet(build_unet(unet), folder / "unet", num_heads=unet.get("num_heads"))
     run_dir = RunDir(folder, folder / "unet")

@@ -28,12 +28,12 @@ CONFIG = preset("digits")
 
 
 def deeper(layers_per_block: int) -> NetworkConfig:
-    """Give a UNet of digits' widths with more blocks, and so more units."""
+    """Return the config of a UNet of digits' widths with more blocks, and so more units."""
     return {**architecture("digits"), "layers_per_block": layers_per_block}
 
 
 def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> ProposalRequest:
-    """Make what a proxy is told, with sensitivities that grow as widths fall."""
+    """Create a request to a proxy, with sensitivities that grow as widths fall."""
     grown = {
         unit.name: {width: 1e-3 * (unit.width - width) for width in levels(unit, 4)}
         for unit in space.units
@@ -55,7 +55,7 @@ def task(space: Space, group: int, num_candidates: int = 3, number: int = 1) -> 
 
 
 def entry(space: Space, group: int, number: int, candidate: int) -> MemoryEntry:
-    """Make an entry of the memory bank."""
+    """Create an entry of the memory bank."""
     scheme = random_scheme(space.units, 1000 * group + 10 * number + candidate)
     return MemoryEntry(
         group=group,
@@ -233,7 +233,7 @@ def _fill(path: Path, num_items: int) -> None:
 
 
 def scheduling(flags: ScalingFlags, _folder: Path) -> list[Axis]:
-    """Let the policy place the items of more and more groups on 100 workers."""
+    """Schedule the items of more and more groups on 100 workers."""
 
     def run(num_groups: int) -> None:
         chains = {f"group-{n}": _chain(f"group-{n}") for n in range(num_groups)}

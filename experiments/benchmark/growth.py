@@ -23,7 +23,7 @@ class ScalingFlags:
     smoke: bool
 
     def some(self, *values: int) -> tuple[int, ...]:
-        """Give the values of an axis, of which a smoke has the first two."""
+        """Return the values of an axis; with --smoke the first two."""
         return values[:2] if self.smoke else values
 
 
@@ -72,10 +72,10 @@ Way = tuple[float, Callable[[], object]]
 def timed(
     flags: ScalingFlags, what: str, over: str, ways: Sequence[Way], *, reason: str = Axis.reason
 ) -> Axis:
-    """Time what is called with several numbers, in turns.
+    """Time a function called with several numbers, alternately.
 
     CPU seconds of this process, all threads together: other work on the machine changes them
-    little, and what is asked here is how work grows.
+    little, and the question here is how work grows.
     """
     found = in_turns({str(x): way for x, way in ways}, flags.repeats, clock=time.process_time)
     points = tuple((x, found[str(x)]) for x, _ in ways)

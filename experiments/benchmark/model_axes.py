@@ -41,7 +41,7 @@ STEPS = 4
 
 
 def wider(width: int) -> NetworkConfig:
-    """Give a small UNet of another width."""
+    """Return the config of a small UNet of another width."""
     config = architecture("tiny")
     return {**config, "block_out_channels": (width, 2 * width)}
 
@@ -145,7 +145,7 @@ def training(flags: ScalingFlags, _folder: Path) -> list[Axis]:
 
 
 def sampled(num_groups: int) -> RunConfig:
-    """Give settings of a small model with so many groups, each of as many timesteps."""
+    """Return settings of a small model with so many groups, each of as many timesteps."""
     config = preset("digits-smoke")
     plan = dataclasses.replace(config.plan, num_groups=num_groups, schedule="uni-increasing")
     sampler = SamplerConfig(num_inference_steps=STEPS)

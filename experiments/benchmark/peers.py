@@ -2,10 +2,10 @@
 
 The training step is that of diffusers' examples/unconditional_image_generation: AdamW and EMA with
 the settings of its command line, ``DDPMScheduler.add_noise``, the cosine learning rate, clipping
-to 1, and the loss read at every step for the progress bar. Left out are accelerate, which hands
-calls on where there is one process without mixed precision, and the bar and trackers themselves.
-Data loading is torchvision's ``ImageFolder`` in place of the ``datasets`` package, with the
-example's transforms and DataLoader.
+to 1, and the loss read at every step for the progress bar. Left out are accelerate, which only
+forwards calls in one process without mixed precision, and the bar and trackers themselves. Data
+loading is torchvision's ``ImageFolder`` in place of the ``datasets`` package, with the example's
+transforms and DataLoader.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class ExampleTraining:
         )
 
     def step(self, clean_images: Tensor) -> float:
-        """Take one step; give the loss."""
+        """Run one step; return the loss."""
         noise = torch.randn(clean_images.shape, device=clean_images.device)
         num_timesteps = self.noise_scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, num_timesteps, (len(clean_images),)).long()
@@ -84,10 +84,10 @@ def example_loader(folder: Path, image_size: int, batch_size: int) -> DataLoader
 
 
 def ddim_pipeline(unet: UNet2DModel, scheduler: DDIMScheduler) -> DDIMPipeline:
-    """Give diffusers' pipeline the part of a UNet that it can use.
+    """Return the part of a UNet that diffusers' pipeline can use.
 
-    It knows no learned variance: of twice as many outputs as inputs it gets the first half, by a
-    last convolution that has no others.
+    It supports no learned variance: of twice as many outputs as inputs it uses the first half, by
+    a last convolution without the others.
     """
     channels = unet.config["in_channels"]
     half = UNet2DModel.from_config({**unet.config, "out_channels": channels})

@@ -1,4 +1,4 @@
-"""Pruning: candidates and sensitivities measured, schemes counted and brought to limits."""
+"""Pruning: candidates and sensitivities measured, schemes counted and fitted to limits."""
 
 import tempfile
 import time
@@ -40,11 +40,11 @@ from tdc_ray.storage.run_dir import RunDir
 
 PLAIN = "the whole network for each"
 MIN_SHARE = 0.5
-"""Least limit that schemes are brought to, of the base's macs: the paper's k."""
+"""Least limit that schemes are fitted to, as a share of the base's macs: the paper's k."""
 
 
 def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, TimestepGroup]:
-    """Leave a random base in a run directory; give it with settings and the first group."""
+    """Save a random base in a run directory; return it with settings and the first group."""
     prune = PruneConfig(num_images=16, num_refit_images=16, num_levels=2, batch_size=16)
     if flags.smoke:
         config = preset("digits-smoke")
@@ -64,12 +64,12 @@ def pruned_setting(flags: SpeedFlags, folder: Path) -> tuple[RunDir, RunConfig, 
 
 
 def without_refit(config: RunConfig, precision: Precision = "fp32") -> RunConfig:
-    """Give settings under which losses are measured straight after the cut."""
+    """Return settings under which losses are measured straight after pruning."""
     return replace(config, prune=replace(config.prune, refit="none", precision=precision))
 
 
 def nothing(_metrics: Mapping[str, float], _step: int) -> None:
-    """Take a report."""
+    """Ignore a report."""
 
 
 def measuring(flags: SpeedFlags) -> list[Row]:
@@ -148,7 +148,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
 
 
 def random_values(space: Space, seed: int) -> Values:
-    """Draw sensitivities and give the worth of every step that follows from them."""
+    """Draw sensitivities; return the value of every step that follows from them."""
     draw = np.random.default_rng(seed)
     grown = {
         unit.name: {width: float(draw.random()) for width in levels(unit, 4)}
@@ -175,7 +175,7 @@ def counted_macs(unet: UNet2DModel, example: tuple[Tensor, Tensor]) -> int:
 
 
 def counting(flags: SpeedFlags) -> list[Row]:
-    """Time how the macs of a scheme are found, and how it is brought to a limit."""
+    """Time counting the macs of a scheme, and fitting it to a limit."""
     config = architecture("tiny" if flags.smoke else "iddpm-cifar10")
     unet = build_unet(config)
     with torch.device("meta"):
@@ -215,7 +215,7 @@ def counting(flags: SpeedFlags) -> list[Row]:
 
 
 def repairing(space: Space, schemes: list[dict[str, int]], kind: str) -> Row:
-    """Time the repair of random schemes to limits between k and the base, one by one."""
+    """Time fitting random schemes to limits between k and the base, one by one."""
     values, seconds = random_values(space, 0), []
     for number, scheme in enumerate(schemes):
         share = MIN_SHARE + (1 - MIN_SHARE) * number / len(schemes)

@@ -39,7 +39,7 @@ YARDSTICK = "images, DDIMPipeline by bf16 autocast"
 
 
 def sampled_config(flags: SpeedFlags) -> RunConfig:
-    """Give the settings: the cifar10 preset's with another number of steps; N = 10, k = 0.5."""
+    """Return the settings: the cifar10 preset's with another number of steps; N = 10, k = 0.5."""
     config = preset("digits-smoke" if flags.smoke else "cifar10")
     plan = replace(config.plan, num_groups=10, min_macs_share=0.5)
     sampler = replace(config.sampler, num_inference_steps=2 if flags.smoke else flags.steps)
@@ -53,7 +53,7 @@ def random_base(config: RunConfig) -> UNet2DModel:
 
 
 def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
-    """Cut experts of random choice to every group's limit by uniform ratios, and save them.
+    """Prune experts at random to every group's limit by uniform ratios, and save them.
 
     Returns:
         The mean of their macs over the sampling steps, as a share of the base's.
@@ -75,7 +75,7 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
 
 
 def our_base(unet: UNet2DModel, config: RunConfig, kind: str) -> ProgressivePipeline:
-    """Make our pipeline with the base, of one of the kinds; its weights are brought to that."""
+    """Create our pipeline with the base, in the precision of one of the kinds."""
     pipeline = base_pipeline(unet, pipeline_index(config))
     pipeline.experts.to(DTYPES[precision_of(kind)])
     pipeline.winograd = kind == WINOGRAD

@@ -59,7 +59,7 @@ def showing(flags: ScalingFlags, folder: Path) -> list[Axis]:
 
 
 def results(space: Space, num_groups: int) -> Results:
-    """Make results of so many groups."""
+    """Create results of so many groups."""
     model = ModelResult(
         score=4.0,
         macs=float(space.macs_base),

@@ -47,7 +47,7 @@ def starting(flags: SpeedFlags) -> list[Row]:
 
 
 def train_as_example(flags: SpeedFlags) -> None:
-    """Take two steps as the example does."""
+    """Run two steps of the example."""
     use_threads(flags.threads)
     config = trained_unet(flags)
     example, images = ExampleTraining(config), to_minus_one_one(random_images(config, 8))
@@ -56,7 +56,7 @@ def train_as_example(flags: SpeedFlags) -> None:
 
 
 def train_as_we(flags: SpeedFlags, precision: Precision) -> None:
-    """Take two of our steps."""
+    """Run two of our steps."""
     use_threads(flags.threads)
     config = trained_unet(flags)
     ours = our_training(config, precision)
@@ -113,7 +113,7 @@ def memory(flags: SpeedFlags) -> list[Row]:
 
 
 def digits(flags: SpeedFlags) -> list[Row]:
-    """Tell where the wall time of a finished run went; it must have been done in one go."""
+    """Return the wall time of a finished run by stage; it must have run without interruption."""
     if flags.run is None:
         return []
     run_dir = RunDir(resolve_path(flags.run).resolve())
@@ -139,7 +139,7 @@ def digits(flags: SpeedFlags) -> list[Row]:
 
 
 def seconds_of(run_dir: RunDir, base: float) -> dict[str, float]:
-    """Tell for how long of a run's wall time it trained, measured, sampled and scored.
+    """Return how long of a run's wall time it trained, measured, sampled and scored.
 
     An item counts from where its function began, so that a worker's start and imports do not; what
     is done side by side shares the time. ``before`` is from the driver's start to the beginning of
@@ -177,7 +177,7 @@ def _kind(span: Span) -> str:
 
 
 def _own_seconds(run_dir: RunDir, span: Span) -> float:
-    """Give the seconds that an item's function took by its own count, if it keeps one."""
+    """Return the seconds that an item's function took by its own count, if it keeps one."""
     where, _, name = span.item.rpartition("/")
     if where.startswith("group-"):
         folder = run_dir.group(int(where.removeprefix("group-")))

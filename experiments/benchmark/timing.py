@@ -1,4 +1,4 @@
-"""How things are timed: in turns, several times over, as ratios; and the rows that come of it."""
+"""Timing: alternately, several times, as ratios; and the resulting rows."""
 
 import random
 import statistics
@@ -22,13 +22,13 @@ class SpeedFlags:
     """What is measured, how often, and where it goes."""
 
     sections: tuple[str, ...] = ()
-    """Which sections; none: all."""
+    """Sections; none means all."""
     repeats: int = 5
-    """How often each way of doing something is timed, after one time that does not count."""
+    """Timed repeats of each way, after one that does not count."""
     threads: int = 0
-    """Threads of torch; 0: one per processor."""
+    """Threads of torch; 0 means one per processor."""
     images: int = 64
-    """Images that are sampled at once."""
+    """Images sampled at once."""
     steps: int = 20
     """DDIM steps."""
     run: Path | None = None
@@ -36,25 +36,25 @@ class SpeedFlags:
     json: Path = Path("runs/speed.json")
     """Where the numbers go, with what made them; a table goes beside them."""
     smoke: bool = False
-    """The same in little: tiny models and one repeat."""
+    """A quick check: tiny models and one repeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one way of doing something takes: less is better, whatever the unit."""
+    """The cost of one way of doing something: less is better, whatever the unit."""
 
     section: str
     name: str
     unit: str
     values: tuple[float, ...]
-    """One for each repeat; those of one section were taken in turns."""
+    """One for each repeat; those of one section were measured alternately."""
 
     precision: str = "fp32"
     """Empty: it does not matter."""
 
     batch: int | None = None
     against: str | None = None
-    """The row of the section that this one is held against."""
+    """The row of the section that this one is compared with."""
 
     @property
     def median(self) -> float:
@@ -63,7 +63,7 @@ class Row:
 
 
 def ratio(row: Row, other: Row) -> float:
-    """Give the ratio of the medians."""
+    """Return the ratio of the medians."""
     return row.median / other.median
 
 
@@ -74,13 +74,13 @@ def in_turns(
     scale: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, tuple[float, ...]]:
-    """Time several ways in turns (A, B, A, B, ...), so that what slows the machine meets all.
+    """Time several ways alternately (A, B, A, B, ...), so that other load affects all alike.
 
     Args:
         ways: What to call, by name; each once before, unless it is timed but once.
         repeats: How often each.
         scale: What seconds are multiplied with.
-        clock: Tells the time.
+        clock: Returns the time.
     """
     values: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(0 if repeats == 1 else -1, repeats):
@@ -93,7 +93,7 @@ def in_turns(
 
 
 def precision_of(name: str) -> str:
-    """Tell a way's precision by its name."""
+    """Return a way's precision by its name."""
     return "bf16" if "bf16" in name else "fp32"
 
 
@@ -108,17 +108,17 @@ def compared(
     batch: int | None = None,
     precision: Callable[[str], str] = precision_of,
 ) -> list[Row]:
-    """Time several ways in turns and hold all against one of them.
+    """Time several ways alternately and compare all with one of them.
 
     Args:
         section: The section.
         ways: What to call, by name.
         repeats: How often each.
-        against: The way that the others are held against, if any.
-        unit: Of what comes out.
-        scale: What seconds are multiplied with to bring them to the unit.
+        against: The way that the others are compared with, if any.
+        unit: Unit of the values.
+        scale: Factor from seconds to the unit.
         batch: Images at once.
-        precision: Tells a way's.
+        precision: Returns a way's precision.
     """
     return [
         Row(
@@ -135,7 +135,7 @@ def compared(
 
 
 def peak_bytes() -> int:
-    """Give the most memory that this process has had resident.
+    """Return the peak resident memory of this process.
 
     getrusage's ``ru_maxrss`` would count what the parent had before the process started its own
     program; VmHWM does not.
@@ -162,7 +162,7 @@ def _peaks(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def check_flags(sections: Collection[str], known: Collection[str], repeats: int) -> None:
-    """Make sure that sections exist and repeats are enough.
+    """Check that sections exist and repeats are enough.
 
     Raises:
         ConfigError: They do not, or are not.
@@ -175,7 +175,7 @@ def check_flags(sections: Collection[str], known: Collection[str], repeats: int)
 
 
 def use_threads(threads: int) -> int:
-    """Let torch use so many threads, 0: as many as it wants; tell how many."""
+    """Set torch's threads, 0 means its default; return their number."""
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()

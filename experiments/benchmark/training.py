@@ -1,4 +1,4 @@
-"""Training: the step, its optimizer and EMA alone, and the data that it gets."""
+"""Training: the step, its optimizer and EMA alone, and its data."""
 
 import tempfile
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ CONFIG = TrainConfig(learning_rate=1e-4, weight_decay=1e-6, max_grad_norm=1.0, e
 
 
 def trained_unet(flags: SpeedFlags) -> NetworkConfig:
-    """Give the UNet that is trained, without the learned variance that the example lacks."""
+    """Return the UNet that is trained, without the learned variance that the example lacks."""
     found = architecture("tiny" if flags.smoke else "iddpm-cifar10")
     return {**found, "out_channels": found["in_channels"]}
 
@@ -51,7 +51,7 @@ class OurTraining:
     config: TrainConfig = CONFIG
 
     def step(self, images: Tensor, num_steps: int = 1) -> None:
-        """Take some steps on the same images, and read the loss after them."""
+        """Run some steps on the same images, and read the loss after them."""
         last = self.state.step + num_steps
         labels = torch.full((len(images),), -1)
         size, channels = images.shape[-1], images.shape[1]
@@ -70,13 +70,13 @@ class OurTraining:
 
 
 def our_training(config: NetworkConfig, precision: Precision = "fp32") -> OurTraining:
-    """Give our way of training in a precision."""
+    """Return our way of training in a precision."""
     chosen = replace(CONFIG, precision=precision)
     return OurTraining(start_state(build_unet(config), chosen), chosen)
 
 
 def our_trainings(config: NetworkConfig) -> dict[str, OurTraining]:
-    """Give our ways of training; fp32 also in the memory layout that bf16 has."""
+    """Return our ways of training; fp32 also in the memory layout that bf16 has."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     found = {f"ours, {precision}": our_training(config, precision) for precision in precisions}
     last = our_training(config)
