@@ -179,7 +179,7 @@ def one_run(
         run_dir: A path or a URI.
         log: Where the drivers' output goes.
         undisturbed: ``results.json`` of the run that nothing disturbed.
-        kinds: What is killed, in order; None: four to eight at random.
+        kinds: What is killed, in order; None means four to eight at random.
         pause_s: Mean seconds between kills.
         flags: More of the drivers' flags.
         two_hosts: Whether one node is on a host of its own.
@@ -241,7 +241,7 @@ def s3_bucket() -> str:
 
 
 def main() -> None:
-    """Do many runs, going on after those that an earlier call did, and write what came of them."""
+    """Run many runs, after those of an earlier call, and write their outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--storage", default="/tmp/tdc_ray-chaos")

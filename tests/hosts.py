@@ -43,7 +43,7 @@ class Host:
                 os.kill(int(pid), signal.SIGKILL)
 
     def cut_off(self, seconds: float) -> None:
-        """Cut its link for a while: both sides go on, and neither hears of the other."""
+        """Interrupt its link for a while: both sides keep running, without contact."""
         ip("link", "set", OUTER, "down")
         time.sleep(seconds)
         ip("link", "set", OUTER, "up")
@@ -51,7 +51,7 @@ class Host:
 
 @contextmanager
 def network() -> Iterator[None]:
-    """Make the bridge and the namespace, and remove them."""
+    """Create the bridge and the namespace, and remove them."""
     _remove()
     ip("link", "add", BRIDGE, "type", "bridge")
     ip("addr", "add", f"{HERE}/24", "dev", BRIDGE)

@@ -59,7 +59,7 @@ def random_unet(
 
 
 def sizes(config: NetworkConfig) -> tuple[int, int]:
-    """Parameters and macs of a network, told from its config."""
+    """Parameters and macs of a network, from its config."""
     structure = network_structure(config)
     return structure.num_params, structure.macs
 
@@ -172,7 +172,7 @@ def widths_of(kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 @torch.inference_mode()
 def output_of(unet: UNet2DModel, *, seed: int = 0, batch_size: int = 3) -> Tensor:
-    """What a UNet gives out for some noise at some timesteps."""
+    """A UNet's output for some noise at some timesteps."""
     generator = torch.Generator().manual_seed(seed)
     size = unet.config["sample_size"]
     noise = torch.randn(batch_size, unet.config["in_channels"], size, size, generator=generator)

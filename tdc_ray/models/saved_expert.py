@@ -30,7 +30,7 @@ class SavedExpert:
     """The description of an expert's network in its folder."""
 
     unet: NetworkConfig
-    """The config of the base that it was cut from."""
+    """The config of the base that it was pruned from."""
 
     kept: KeptIndices
 
@@ -58,7 +58,7 @@ def save_expert(folder: Path, unet: Denoiser, config: NetworkConfig, kept: KeptI
     Args:
         folder: Where to; replaced if it exists.
         unet: The pruned UNet.
-        config: The config of the base that it was cut from.
+        config: The config of the base that it was pruned from.
         kept: What of each unit is kept.
     """
     with atomic_path(folder) as temporary:

@@ -496,7 +496,7 @@ def test_the_sizing_table_is_what_its_program_prints():
 
 
 def upload(folder: Path, zipped: Path) -> set[str]:
-    """Zip a folder as Ray does, heeding .rayignore alone; give the names in it."""
+    """Zip a folder as Ray does, using .rayignore alone; return the names in it."""
     from ray._private.runtime_env.packaging import _zip_files
 
     _zip_files(str(folder), [], str(zipped), include_gitignore=False)

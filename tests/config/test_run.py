@@ -34,7 +34,7 @@ PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 
 def changed(config, setting, value):
-    """Give the config with one setting, such as ``base.num_steps``, replaced."""
+    """Return the config with one setting, such as ``base.num_steps``, replaced."""
     stage, name = setting.split(".")
     return replace(config, **{stage: replace(getattr(config, stage), **{name: value})})
 

@@ -55,7 +55,7 @@ ALONE = WorkerRank(0, 1, torch.device("cpu"))
 
 
 def nothing(*_):
-    """Takes a report."""
+    """Ignores a report."""
 
 
 @pytest.fixture(scope="module")

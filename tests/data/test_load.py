@@ -62,7 +62,7 @@ def test_colours_become_grey_by_their_brightness(tmp_path):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A little CIFAR-10 as torchvision unpacks it, and torchvision told of its checksums."""
+    """A little CIFAR-10 as torchvision unpacks it, whose checksums torchvision expects."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels, labels = random_pixels(12, 32, 32, 3), [i % 10 for i in range(12)]

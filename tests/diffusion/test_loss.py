@@ -163,7 +163,7 @@ def test_the_first_timesteps_range_ends_at_the_posterior_variance_of_the_second(
 
 
 class Scripted(nn.Module):
-    """Gives out what it was told to, as a ``UNet2DModel`` would, and keeps what it was given."""
+    """Returns a given output, as a ``UNet2DModel`` would, and keeps its inputs."""
 
     def __init__(self, output):
         super().__init__()

@@ -192,7 +192,7 @@ def test_the_images_of_another_seed_have_other_noise():
 
 
 class FirstHalf(nn.Module):
-    """Gives out the first half of the channels alone."""
+    """Outputs the first half of the channels alone."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The experiments that measure the system itself, in little."""
+"""Smoke runs of the experiments that measure the system itself."""
 
 import subprocess
 import sys

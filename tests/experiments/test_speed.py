@@ -1,4 +1,4 @@
-"""The benchmarks, in little: what they write, and that they would say what is slow."""
+"""Smoke runs of the benchmarks: what they write, and that they would say what is slow."""
 
 import json
 import subprocess

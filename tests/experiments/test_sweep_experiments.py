@@ -1,4 +1,4 @@
-"""The experiments that are sweeps, in little; they share a base through one store."""
+"""Smoke runs of the experiments that are sweeps; they share a base through one store."""
 
 import csv
 import importlib

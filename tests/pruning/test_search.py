@@ -225,7 +225,7 @@ def test_a_limit_that_no_scheme_meets_is_an_error(run_dir):
             find(dataclasses.replace(task, group=tight))
 
 
-# --- going on --------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["none", "offline", "taylor"])
@@ -299,7 +299,7 @@ def test_a_search_that_lost_its_end_comes_to_the_same_choice(found, tmp_path, lo
 
 
 class Loop:
-    """Runs chains in this process; what a job came to is known by whoever ran it before."""
+    """Runs chains in this process; a job that ran before returns its earlier result."""
 
     def __init__(self) -> None:
         self.known: dict[str, Any] = {}

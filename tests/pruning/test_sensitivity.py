@@ -86,7 +86,7 @@ def reader_of(unet: UNet2DModel, unit: Unit) -> nn.Conv2d | nn.Linear:
 
 @torch.no_grad()
 def distance(one: UNet2DModel, other: UNet2DModel) -> float:
-    """Squared difference of what they give out."""
+    """Squared difference of their outputs."""
     pairs = [(b.predict(one, SCHEDULE), b.predict(other, SCHEDULE)) for b in SEEN]
     return sum(float((left - right).square().sum()) for left, right in pairs)
 

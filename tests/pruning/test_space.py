@@ -87,7 +87,7 @@ def test_less_than_the_largest_step_of_a_limit_is_left_unused(space, seed, other
 
 
 def repaired_without_a_heap(space: Space, scheme, limit: int, values: Values) -> dict[str, int]:
-    """What repair does, every choice made anew."""
+    """The same as ``fit_to_limit``, with every choice made anew."""
     widths, full = dict(scheme), space.full
     while space.macs(widths) > limit:
         name = min(

@@ -168,7 +168,7 @@ def test_a_named_architecture_embeds_the_classes_and_the_null_class(label_dropou
 
 
 class Told(nn.Module):
-    """Passes everything on and remembers the classes that it was told."""
+    """Forwards everything and records the classes that it got."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Told(nn.Module):
 
 
 def told(config: RunConfig, *, seed: int = 0, first: int = 0, **settings: Any) -> list[list[int]]:
-    """The classes that each forward pass was told."""
+    """The classes of each forward pass."""
     base = replace(config.base, **settings)
     state = start_state(build_unet(WITH_NULL), base)
     state.step, model = first, Told(state.unet)
@@ -319,7 +319,7 @@ def test_a_fine_tune_is_told_the_labels_and_drops_them(tmp_path, label_dropout):
 
 
 class Bound(nn.Module):
-    """A denoiser that needs no classes: it is guided, or told one class, on its own."""
+    """A denoiser that needs no classes: it is guided, or gets one class, on its own."""
 
     def __init__(self, unet: nn.Module, labels: Tensor, scale: float | None = None) -> None:
         super().__init__()

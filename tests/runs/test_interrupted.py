@@ -1,4 +1,5 @@
-"""Real kills of real processes: the command repeated ends with the results of an uncut run."""
+"""Real kills of real processes: the command repeated ends with the results of an uninterrupted
+run."""
 
 import os
 import signal

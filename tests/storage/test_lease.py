@@ -196,7 +196,7 @@ def test_a_suspended_driver_whose_lease_was_taken_stops(run_dir, other_host, sta
         process.send_signal(signal.SIGSTOP)
         with hold_lease(run_dir):
             process.send_signal(signal.SIGCONT)
-            assert process.wait(30) == 1  # though nobody told it to end
+            assert process.wait(30) == 1  # though nobody asked it to end
             assert f"was taken over by process {os.getpid()}" in process.stderr.read()
             assert lease_of(run_dir)["pid"] == os.getpid()
 

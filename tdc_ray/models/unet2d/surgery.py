@@ -90,7 +90,7 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
     """Return a copy of a UNet without the steps (groups, heads, slices) that are not kept.
 
     Args:
-        unet: An uncut UNet, which stays as it is. It may lie on the meta device.
+        unet: An unpruned UNet, which is not changed. It may be on the meta device.
         units: Its units.
         kept: What stays of each of them; at least one step.
     """
@@ -109,7 +109,7 @@ def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) ->
     """Return which output channels stay of every convolution and linear layer that loses some.
 
     Args:
-        unet: An uncut UNet.
+        unet: An unpruned UNet.
         units: Its units.
         kept: What stays of each of them.
 

@@ -65,7 +65,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def parse_reply(text: str, request: ProposalRequest) -> list[Scheme]:
-    """Read the schemes of a reply; whatever passes here is safe to cut with.
+    """Read the schemes of a reply; whatever passes here is safe to prune with.
 
     Prose and a fence around the JSON are ignored, units that are left out keep their full width,
     and of more schemes than were asked for the first are used. A scheme may be above the limit.

@@ -81,7 +81,7 @@ def test_chains_run_side_by_side_and_each_in_order(pool, tmp_path):
             file.write(f"start {name} {number} {os.getpid()}\n")
         other = folder / ("started-b" if name == "a" else "started-a")
         (folder / f"started-{name}").touch()
-        for _ in range(400):  # both chains must be under way at once for either to go on
+        for _ in range(400):  # both chains must run at once for either to advance
             if other.exists():
                 break
             time.sleep(0.05)

@@ -15,7 +15,7 @@ Step = Callable[["Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Takes one step of its script for each request; the last one goes on for ever."""
+    """Answers each request by one step of its script; the last one repeats for ever."""
 
     daemon_threads = True
 

@@ -47,7 +47,7 @@ def test_every_unit_is_in_the_table_with_its_widths_macs_and_score():
     assert rows[0][2:7] == ["residual", "down 0", "8x8", "2", "1-8"]
     assert rows[4][2:7] == ["attention", "mid", "4x4", "16", "1-2"]
     assert rows[11][3] == "up 1"
-    for row, unit in zip(rows, SPACE.units, strict=True):  # the sum that the model is told holds
+    for row, unit in zip(rows, SPACE.units, strict=True):  # the sum in the prompt is right
         cut = SPACE.macs({**SPACE.full, unit.name: 1})
         steps = float(row[8]) * (unit.width - 1)
         assert 100 - steps == pytest.approx(100 * cut / SPACE.macs_base, abs=0.01)

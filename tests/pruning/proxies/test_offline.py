@@ -390,7 +390,7 @@ def test_a_loss_that_is_no_number_does_not_hide_the_others():
 
 
 def schemes_of_others(space: Space, share: float, number: int) -> list[Scheme]:
-    """Schemes at another limit that no knapsack over even losses comes to."""
+    """Schemes at another limit that no knapsack over even losses results in."""
     return [
         propose(task_of(space, share, random_sensitivities(space, seed)))[0]
         for seed in range(number)
@@ -457,6 +457,6 @@ def test_what_was_measured_on_a_cut_model_follows_what_led_there():
     assert found == {
         name: {1: until + 5.0, 2: until + 1.0, 3: until},  # wider than 3 nothing was measured
         other: {1: 1.0},  # as narrow as can be: not measured again
-        third: {1: 7.0},  # uncut in the cut model: measured anew
+        third: {1: 7.0},  # unpruned in the pruned model: measured anew
     }
     assert loss_curves(space, found)[name].tolist()[2] == until

@@ -71,7 +71,7 @@ def cut_only(units: tuple[Unit, ...], **kept: tuple[int, ...]) -> dict[str, tupl
     }
 
 
-# --- what it comes to ------------------------------------------------------------------------
+# --- its results ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["inner", "full"])
@@ -118,7 +118,7 @@ def test_it_is_nearer_on_other_images_too(name):
 
 @torch.no_grad()
 def copy_first_steps(unet: UNet2DModel, unit: Unit) -> None:
-    """Make the second half of a unit's groups or heads copies of the first: what they compute."""
+    """Set the second half of a unit's groups or heads to copies of the first."""
     block, half = unet.get_submodule(unit.name), unit.width * unit.channels // 2
     if unit.kind == "residual":
         made_by = [block.conv1, block.time_emb_proj, block.norm2]
@@ -338,7 +338,7 @@ def test_images_count_by_what_an_error_does_to_the_output():
     for parts in weights.values():
         assert [len(part) for part in parts] == [5, 3]
         assert float(torch.cat(parts).mean()) == pytest.approx(1.0, abs=1e-5)
-    with torch.no_grad():  # an output that heeds nothing: no image counts more than another
+    with torch.no_grad():  # an output that depends on nothing: no image counts more than another
         base.conv_out.weight.zero_()
     silent = error_weights(base, batches, SCHEDULE)
     assert all(bool((part == 1).all()) for part in silent["conv_in"])

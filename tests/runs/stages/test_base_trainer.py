@@ -39,7 +39,7 @@ def short(config, **changes):
 
 
 def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
-    """What two workers should come to: every step the mean of both ranks' gradients."""
+    """The expected result of two workers: every step the mean of both ranks' gradients."""
     torch.manual_seed(derive_seed(config.seed, "init"))
     state = start_state(build_unet(architecture(config.model.architecture)), config.base)
     schedule, seed = noise_schedule(config.diffusion), derive_seed(config.seed, "base")

@@ -1,4 +1,5 @@
-"""A sweep whose driver is killed: the same command ends with what uncut, separate runs come to."""
+"""A sweep whose driver is killed: the same command ends with the results of uninterrupted,
+separate runs."""
 
 import subprocess
 import sys
