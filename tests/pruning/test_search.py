@@ -225,7 +225,7 @@ def test_a_limit_that_no_scheme_meets_is_an_error(run_dir):
             find(dataclasses.replace(task, group=tight))
 
 
-# --- resuming ---------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["none", "offline", "taylor"])

@@ -71,7 +71,7 @@ def cut_only(units: tuple[Unit, ...], **kept: tuple[int, ...]) -> dict[str, tupl
     }
 
 
-# --- its results ----------------------------------------------------------------------------
+# --- its results -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["inner", "full"])
