@@ -12,7 +12,7 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import FinetuneConfig, TrainConfig
 from tdc_ray.errors import ConfigError
 
 LDM_DIFFUSION = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
@@ -39,7 +39,7 @@ def digits() -> RunConfig:
         preset="digits",
         plan=PlanConfig(num_groups=4),
         base=base,
-        finetune=replace(base, num_steps=400, learning_rate=5e-4, checkpoint_every=200),
+        finetune=replace(FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200),
         sampler=SamplerConfig(num_inference_steps=50),
         evaluate=EvaluateConfig(num_images=2000, features="classifier"),
     )
@@ -131,7 +131,7 @@ def cifar10() -> RunConfig:
         diffusion=DiffusionConfig(learned_sigma=True),
         base=base,
         prune=PruneConfig(num_images=1024, num_refit_images=512),
-        finetune=replace(base, num_steps=20_000, checkpoint_every=2_000),
+        finetune=replace(FinetuneConfig.of(base), num_steps=20_000, checkpoint_every=2_000),
         evaluate=EvaluateConfig(reference="cifar10"),
         compute=ComputeConfig(gpus_per_base_worker=1, gpus_per_actor=1),
     )
@@ -206,7 +206,7 @@ def ddpm_cifar10() -> RunConfig:
         model=ModelConfig(architecture="ddpm-cifar10", dropout=0.1),
         diffusion=DiffusionConfig(),
         base=replace(train, num_steps=800_000),
-        finetune=replace(train, num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+        finetune=replace(FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
     )
 
 
@@ -227,7 +227,7 @@ def ddpm_ffhq256() -> RunConfig:
         model=ModelConfig(architecture="ddpm-ffhq256"),
         base=train,
         prune=PruneConfig(num_images=256, num_refit_images=128),
-        finetune=replace(train, num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+        finetune=replace(FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
         evaluate=EvaluateConfig(batch_size=50),
     )
 

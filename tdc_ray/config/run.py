@@ -17,7 +17,7 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import FinetuneConfig, TrainConfig
 from tdc_ray.config.validation import config_error, require, settings
 from tdc_ray.errors import ConfigError
 from tdc_ray.storage.digest import json_digest
@@ -42,7 +42,7 @@ class RunConfig:
     base: TrainConfig = field(default_factory=TrainConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
-    finetune: TrainConfig = field(default_factory=TrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -1,7 +1,7 @@
 """Gradient training: ``--base.*``, ``--finetune.*`` and an autoencoder's ``--train.*``."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict
 
@@ -18,6 +18,7 @@ FixedPrecision = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["auto", FixedPrecision]
 Compile = Literal["none", "default", "reduce-overhead"]
 LossWeight = Literal["constant", "min-snr", "p2"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,10 @@ class TrainConfig:
 
     num_warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0."""
+
+    lr_schedule: LearningRateSchedule = "constant"
+    """What the learning rate does after the warm-up: constant stays, linear and cosine
+    (arXiv:1608.03983) fall to 0 at `num_steps`."""
 
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
@@ -87,3 +92,19 @@ class TrainConfig:
         """
         plain = self.loss_weight_gamma is None or self.loss_weight != "constant"
         require(stage, self, "loss_weight_gamma", "None with loss_weight constant", ok=plain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig(TrainConfig):
+    """Gradient training of an expert, which starts from the base's weights, cut and refitted."""
+
+    average_with_start: Share = 0.0
+    """Share of the weights that the fine-tune began with, the base's, cut and refitted, in the
+    average that is saved as the expert, in [0, 1) (WiSE-FT, arXiv:2109.01903). It takes no
+    training; 0: the fine-tuned weights as they are."""
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Self:
+        """Return the fine-tune that trains as a base does."""
+        values: dict[str, Any] = {one.name: getattr(train, one.name) for one in fields(train)}
+        return cls(**values)

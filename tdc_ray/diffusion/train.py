@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import LearningRateSchedule, TrainConfig
 from tdc_ray.data.batches import augment, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.diffusion.loss import denoising_loss, loss_weights
@@ -30,6 +30,14 @@ from tdc_ray.storage.object_store import display_path
 
 _PARTS = ("unet", "ema", "optimizer", "scaler")
 """The parts of a training that have a state, under a checkpoint's keys."""
+
+DECAYS: Mapping[LearningRateSchedule, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""The learning rate's share that is left, by the share of the steps after the warm-up that are
+done: diffusers' schedules of these names (whose warm-up would begin at 0)."""
 
 _UNREADABLE = (
     OSError,
@@ -52,6 +60,8 @@ class TrainState:
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     step: int = 0
+    start: list[Tensor] | None = None
+    """The weights before the first step, where they are needed after the last."""
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +72,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values."""
         states = {name: getattr(self, name).state_dict() for name in _PARTS}
-        return states | {"step": self.step}
+        start = {} if self.start is None else {"start": self.start}
+        return states | {"step": self.step} | start
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
@@ -70,6 +81,9 @@ class TrainState:
             getattr(self, name).load_state_dict(state[name])
         self.ema.to(self.device)
         self.step = state["step"]
+        if self.start is not None:
+            for weights, saved in zip(self.start, state["start"], strict=True):
+                weights.copy_(saved)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint file, atomically."""
@@ -93,11 +107,21 @@ class TrainState:
             ) from error
 
     @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[UNet2DModel]:
-        """Yield the UNet with its averaged weights (EMA), in eval mode."""
+    def ema_weights(self, start_share: float = 0.0) -> Iterator[UNet2DModel]:
+        """Yield the UNet with its averaged weights (EMA), in eval mode.
+
+        Args:
+            start_share: Share of the weights before the first step in those that are yielded: both
+                are interpolated linearly (WiSE-FT, arXiv:2109.01903, equation 1).
+        """
         parameters = list(self.unet.parameters())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
+        if start_share:
+            assert self.start is not None, "start_state(keep_start=True) keeps them"
+            with torch.no_grad():
+                for parameter, start in zip(parameters, self.start, strict=True):
+                    parameter.lerp_(start, start_share)
         self.unet.eval()
         try:
             yield self.unet
@@ -106,8 +130,17 @@ class TrainState:
             self.unet.train()
 
 
-def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
-    """Prepare a UNet, already on its device, for its first step."""
+def start_state(
+    unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = False
+) -> TrainState:
+    """Prepare a UNet, already on its device, for its first step.
+
+    Args:
+        unet: What is trained.
+        config: How.
+        keep_start: Keep the weights that it starts from, which :meth:`TrainState.ema_weights` can
+            then average with.
+    """
     in_layout(unet, config.precision)
     parameters = list(unet.parameters())
     device = parameters[0].device
@@ -127,6 +160,7 @@ def start_state(unet: UNet2DModel, config: TrainConfig) -> TrainState:
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        start=[one.detach().clone() for one in parameters] if keep_start else None,
     )
 
 
@@ -269,10 +303,15 @@ def update(state: TrainState, config: TrainConfig) -> Tensor:
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """Compute the learning rate of a step, counted from 0."""
+    """Compute the learning rate of a step, counted from 0.
+
+    It follows from the step alone, so a checkpoint needs none of it.
+    """
     if step < config.num_warmup_steps:
         return config.learning_rate * (step + 1) / config.num_warmup_steps
-    return config.learning_rate
+    decay = DECAYS[config.lr_schedule]
+    done = (step - config.num_warmup_steps) / max(1, config.num_steps - config.num_warmup_steps)
+    return config.learning_rate * decay(done)
 
 
 class LossWindow:

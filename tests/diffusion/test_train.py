@@ -4,15 +4,16 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import LearningRateSchedule, TrainConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.loss import loss_weights
@@ -22,7 +23,7 @@ from tdc_ray.errors import CheckpointError, NonFiniteLossError
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.runs.stages.base_worker import sample_grid, train_base
-from tests.small import TINY, assert_same, output_of, small_config
+from tests.small import TINY, assert_same, output_of, random_unet, small_config
 
 ALONE = WorkerRank(0, 1, torch.device("cpu"))
 NUM_STEPS = 6
@@ -73,6 +74,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.3},
     "accumulation-and-dropout": {"dropout": 0.3, "micro_batch_size": 5},
     "no-clipping-no-ema-warmup": {"max_grad_norm": None, "ema_warmup": False},
+    "decaying-rate": {"lr_schedule": "cosine", "num_warmup_steps": 1},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16", "batch_size": 2, "num_steps": 4},  # slow on CPUs
 }
@@ -215,6 +217,19 @@ def test_the_learning_rate_rises_over_the_warmup_and_stays():
     assert [found["learning_rate"] for _, found in run_base(flat)[1]] == [0.004] * NUM_STEPS
 
 
+@pytest.mark.parametrize("name", get_args(LearningRateSchedule))
+def test_after_the_warmup_the_learning_rate_is_that_of_diffusers(name):
+    config = config_of(learning_rate=0.004, num_warmup_steps=2, num_steps=9, lr_schedule=name)
+    rates = [found["learning_rate"] for _, found in run_base(config)[1]]
+    assert rates[:2] == pytest.approx([0.002, 0.004])
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.004)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=7)
+    for rate in rates[2:]:
+        assert rate == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
 def test_the_reported_learning_rate_is_the_one_that_is_used():
     config = config_of(learning_rate=0.004, num_warmup_steps=4, num_steps=1)
     torch.manual_seed(0)
@@ -288,6 +303,22 @@ def test_averaged_lends_the_average_and_gives_the_weights_back():
     assert any(
         not torch.equal(a, b) for a, b in zip(weights, state.ema.shadow_params, strict=True)
     )
+
+
+def test_averaged_lends_a_share_of_the_start_where_that_was_kept(tmp_path):
+    config = config_of(ema_decay=0.5, ema_warmup=False).base
+    state = start_state(random_unet(), config, keep_start=True)
+    start = [parameter.detach().clone() for parameter in state.unet.parameters()]
+    train_own(state, state.unet, config)
+    trained = [parameter.clone() for parameter in state.ema.shadow_params]
+    expected = [0.25 * old + 0.75 * new for old, new in zip(start, trained, strict=True)]
+    with state.ema_weights(0.25) as unet:
+        torch.testing.assert_close([p.detach() for p in unet.parameters()], expected)
+    assert_same(state.ema.shadow_params, trained)
+    state.save(tmp_path / "state.pt")
+    loaded = start_state(random_unet(seed=1), config, keep_start=True)
+    loaded.load(tmp_path / "state.pt")
+    assert_same(loaded.start, start)
 
 
 class Recorder(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.chain import Chain, result_of, results_of
@@ -63,7 +63,7 @@ def pruning_context(
 
 
 def make_expert(
-    search: GroupSearch, memory: MemoryBank, train: TrainConfig, compute: ComputeConfig
+    search: GroupSearch, memory: MemoryBank, train: FinetuneConfig, compute: ComputeConfig
 ) -> Chain[Expert]:
     """Find a group's sub-model, then fine-tune it: the group's chain of work items."""
     result = yield from search_submodel(search, memory)
@@ -94,7 +94,7 @@ def _successive_halving(
     search: GroupSearch,
     result: SearchResult,
     memory: MemoryBank,
-    train: TrainConfig,
+    train: FinetuneConfig,
     compute: ComputeConfig,
 ) -> Chain[SearchResult]:
     """Train the better half of the candidates, then the better half of these for longer, etc.

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import training_key
 from tdc_ray.diffusion.plan import TimestepGroup
@@ -44,7 +44,7 @@ class FinetuneJob:
     context: PruningContext
     group: TimestepGroup
     kept: KeptIndices
-    train: TrainConfig
+    train: FinetuneConfig
     num_workers: int
     """Workers that train it side by side, data parallel."""
 
@@ -90,7 +90,8 @@ def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
     """Fine-tune, or resume from the checkpoint of an earlier attempt, and save the expert.
 
     The expert starts from the base's averaged weights, pruned and refitted, and is saved with its
-    own averaged weights. Without steps it is the refitted model.
+    own averaged weights, averaged with those of the start as ``train.average_with_start`` says.
+    Without steps it is the refitted model.
 
     Raises:
         NonFiniteLossError: Training diverged.
@@ -101,7 +102,7 @@ def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
     state = _tune(base, job, report)
     if worker_rank().rank != 0:
         return None
-    with state.ema_weights() as averaged:
+    with state.ema_weights(job.train.average_with_start) as averaged:
         save_expert(
             run_dir.expert(job.group.index), averaged, load_config(run_dir.base_unet), job.kept
         )
@@ -157,7 +158,7 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
         state = _tune(base, job, report)
         if worker_rank().rank != 0:
             return None
-        with state.ema_weights() as averaged:
+        with state.ema_weights(job.train.average_with_start) as averaged:
             loss = held_out_loss(averaged, job.context, job.group, base.schedule)
     except NonFiniteLossError as error:
         logger.warning("%s: %s", job.checkpoint.stem, error)
@@ -167,7 +168,7 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
 
 
 def finetune_item(
-    search: GroupSearch, kept: KeptIndices, train: TrainConfig, compute: ComputeConfig
+    search: GroupSearch, kept: KeptIndices, train: FinetuneConfig, compute: ComputeConfig
 ) -> WorkItem[FinetuneJob, FinetuneResult]:
     """Create the item that fine-tunes a group's sub-model and saves it as the group's expert."""
     job = _job(search, "finetune", kept, train, compute, 0)
@@ -180,7 +181,7 @@ def short_finetune_item(
     search: GroupSearch,
     name: str,
     kept: KeptIndices,
-    train: TrainConfig,
+    train: FinetuneConfig,
     compute: ComputeConfig,
     steps_before: int = 0,
 ) -> WorkItem[FinetuneJob, ShortFinetuneResult]:
@@ -229,7 +230,7 @@ def _job(
     search: GroupSearch,
     name: str,
     kept: KeptIndices,
-    train: TrainConfig,
+    train: FinetuneConfig,
     compute: ComputeConfig,
     steps_before: int,
 ) -> FinetuneJob:
@@ -248,7 +249,7 @@ def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
         if resumes
         else prune_and_refit(base, job.kept).network
     )
-    state = start_state(unet, job.train)
+    state = start_state(unet, job.train, keep_start=job.train.average_with_start > 0)
     if resumes:
         state.load(job.checkpoint)
     if len(set(steps := all_gather(state.step))) > 1:  # on NFS one may see an older file

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
@@ -190,6 +191,40 @@ def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, e
     (result,) = again.context.run_dir.group(0).glob("finetune-*.json")
     result.unlink()
     assert timeless(make(again)) == timeless(expert)
+
+
+# --- averaged with the start -----------------------------------------------------------------
+
+
+def averaging_config(**finetune: float) -> RunConfig:
+    return config_of(average_with_start=0.25, **finetune)
+
+
+@pytest.fixture(scope="module")
+def averaged_task(tmp_path_factory) -> GroupSearch:
+    task = task_of(make_run_dir(tmp_path_factory.mktemp("averaged")), averaging_config())
+    make(task, averaging_config())
+    return task
+
+
+def test_an_expert_is_averaged_with_what_its_fine_tune_began_with(
+    task, expert, averaged_task, tmp_path
+):
+    untrained = with_run_dir(averaged_task, make_run_dir(tmp_path))
+    make(untrained, averaging_config(num_steps=0))  # of the start and itself: the start
+    start, tuned, found = map(weights_of, (untrained, task, averaged_task))
+    base = load_base(task.context, task.group)
+    assert_same(start, prune_and_refit(base, expert.search_result.kept).network.state_dict())
+    for name, weights in found.items():
+        torch.testing.assert_close(weights, 0.25 * start[name] + 0.75 * tuned[name])
+
+
+def test_killed_before_the_average_and_started_again_gives_the_same_one(averaged_task, tmp_path):
+    again = with_run_dir(averaged_task, make_run_dir(tmp_path))
+    with pytest.raises(KilledError):
+        make(again, averaging_config(), kill_at(3))
+    make(again, averaging_config())
+    assert_same(weights_of(again), weights_of(averaged_task))
 
 
 # --- without training ------------------------------------------------------------------------
