@@ -29,6 +29,7 @@ from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.units import KeptIndices
@@ -102,7 +103,7 @@ def from_scratch(
     steps = times * config.finetune.num_steps
     config = replace(
         config,
-        finetune=replace(config.base, num_steps=steps),
+        finetune=replace(FinetuneConfig.of(config.base), num_steps=steps),
         prune=replace(config.prune, refit="none"),
     )
     return all_timesteps(config, untrained, root, MACS_SHARE), config

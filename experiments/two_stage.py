@@ -29,6 +29,7 @@ from output import mean_and_spread, paper_column, plot_lines, write_record, writ
 from stages import Model, all_timesteps, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
@@ -119,7 +120,7 @@ def from_nothing(config: RunConfig, num_steps: int) -> RunConfig:
     """Train with the base's settings for so many steps, without a refit."""
     return replace(
         config,
-        finetune=replace(config.base, num_steps=num_steps),
+        finetune=replace(FinetuneConfig.of(config.base), num_steps=num_steps),
         prune=replace(config.prune, refit="none"),
     )
 

@@ -27,7 +27,7 @@ from tdc_ray.config.run import (
     with_absolute_paths,
 )
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.config.train import TrainConfig
+from tdc_ray.config.train import FinetuneConfig, TrainConfig
 from tdc_ray.errors import ConfigError
 
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
@@ -39,9 +39,9 @@ def changed(config, setting, value):
     return replace(config, **{stage: replace(getattr(config, stage), **{name: value})})
 
 
-def run_configs():
-    train = st.builds(
-        TrainConfig,
+def training_configs(kind):
+    return st.builds(
+        kind,
         num_steps=st.integers(0, 10**7),
         batch_size=st.integers(1, 512),
         micro_batch_size=st.none() | st.integers(1, 512),
@@ -53,6 +53,9 @@ def run_configs():
         loss_weight_gamma=st.none() | st.floats(0.1, 10.0),
         precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     )
+
+
+def run_configs():
     return st.builds(
         RunConfig,
         preset=st.text(max_size=12),
@@ -84,7 +87,7 @@ def run_configs():
             schedule=st.sampled_from(["uni-increasing", "uni-decreasing"]),
             match_snr_mean=st.booleans(),
         ),
-        base=train,
+        base=training_configs(TrainConfig),
         prune=st.builds(
             PruneConfig,
             method=st.sampled_from(["offline", "llm", "taylor", "none"]),
@@ -102,7 +105,7 @@ def run_configs():
             price_per_million_completion_tokens=st.floats(0.01, 100),
             replay=st.none() | PATHS,
         ),
-        finetune=train,
+        finetune=training_configs(FinetuneConfig),
         sampler=st.builds(
             SamplerConfig,
             num_inference_steps=st.integers(1, 1000),
@@ -126,7 +129,8 @@ def test_json_holds_every_stage_and_every_setting_of_it():
     document = to_json(RunConfig())
     assert list(document) == [field.name for field in dataclasses.fields(RunConfig)]
     names = [field.name for field in dataclasses.fields(TrainConfig)]
-    assert list(document["base"]) == list(document["finetune"]) == names
+    assert list(document["base"]) == names
+    assert list(document["finetune"])[: len(names)] == names
 
 
 def test_settings_that_the_document_leaves_out_have_their_defaults():
@@ -286,7 +290,7 @@ def test_a_value_out_of_its_range_is_refused_at_construction(make, message):
         make()
 
 
-@pytest.mark.parametrize("stage", ["base", "finetune"])
+@pytest.mark.parametrize(("stage", "kind"), [("base", TrainConfig), ("finetune", FinetuneConfig)])
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
@@ -304,9 +308,15 @@ def test_a_value_out_of_its_range_is_refused_at_construction(make, message):
         ("keep_checkpoints", 0, "at least 1"),
     ],
 )
-def test_training_errors_name_the_stage_they_are_about(stage, name, value, rule):
+def test_training_errors_name_the_stage_they_are_about(stage, kind, name, value, rule):
     with pytest.raises(ConfigError, match=rf"^{stage}\.{name} must be {rule}, got {value}"):
-        RunConfig(**{stage: TrainConfig(**{name: value})})
+        RunConfig(**{stage: kind(**{name: value})})
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_an_expert_is_not_all_start(share):
+    with pytest.raises(ConfigError, match=rf"^finetune\.average_with_start .* got {share}"):
+        RunConfig(finetune=FinetuneConfig(average_with_start=share))
 
 
 @pytest.mark.parametrize("source", ["folder", "npz", "cifar10"])
@@ -394,7 +404,7 @@ def test_the_base_batch_is_split_evenly_over_its_workers():
 def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
     config = RunConfig(
         base=TrainConfig(batch_size=6),
-        finetune=TrainConfig(batch_size=5),
+        finetune=FinetuneConfig(batch_size=5),
         compute=ComputeConfig(num_base_workers=3),
     )
     assert config.finetune.batch_size == 5
@@ -408,7 +418,7 @@ def test_eta_is_for_ddim(sampler):
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0])
 def test_gamma_is_above_0(gamma):
-    train = TrainConfig(loss_weight="p2", loss_weight_gamma=gamma)
+    train = FinetuneConfig(loss_weight="p2", loss_weight_gamma=gamma)
     with pytest.raises(ConfigError, match=rf"^finetune\.loss_weight_gamma .* got {gamma}"):
         RunConfig(finetune=train)
 
