@@ -39,7 +39,9 @@ def digits() -> RunConfig:
         preset="digits",
         plan=PlanConfig(num_groups=4),
         base=base,
-        finetune=replace(FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200),
+        finetune=replace(
+            FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200
+        ),
         sampler=SamplerConfig(num_inference_steps=50),
         evaluate=EvaluateConfig(num_images=2000, features="classifier"),
     )
@@ -206,7 +208,9 @@ def ddpm_cifar10() -> RunConfig:
         model=ModelConfig(architecture="ddpm-cifar10", dropout=0.1),
         diffusion=DiffusionConfig(),
         base=replace(train, num_steps=800_000),
-        finetune=replace(FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+        finetune=replace(
+            FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000
+        ),
     )
 
 
@@ -227,7 +231,9 @@ def ddpm_ffhq256() -> RunConfig:
         model=ModelConfig(architecture="ddpm-ffhq256"),
         base=train,
         prune=PruneConfig(num_images=256, num_refit_images=128),
-        finetune=replace(FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000),
+        finetune=replace(
+            FinetuneConfig.of(train), num_steps=20_000, num_warmup_steps=0, checkpoint_every=2_000
+        ),
         evaluate=EvaluateConfig(batch_size=50),
     )
 

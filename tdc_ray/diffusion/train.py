@@ -130,9 +130,7 @@ class TrainState:
             self.unet.train()
 
 
-def start_state(
-    unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = False
-) -> TrainState:
+def start_state(unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = False) -> TrainState:
     """Prepare a UNet, already on its device, for its first step.
 
     Args:
