@@ -96,10 +96,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(TrainConfig):
-    """Gradient training of an expert, which starts from the base's weights, cut and refitted."""
+    """Gradient training of an expert, which starts from the base, pruned and refitted."""
 
     average_with_start: Share = 0.0
-    """Share of the weights that the fine-tune began with, the base's, cut and refitted, in the
+    """Share of the weights that the fine-tune began with, of the pruned and refitted base, in the
     average that is saved as the expert, in [0, 1) (WiSE-FT, arXiv:2109.01903). It takes no
     training; 0: the fine-tuned weights as they are."""
 
