@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import DataConfig
@@ -45,6 +46,7 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class RunConfig:
                 f"{self.sampler.sampler}. Leave it at 0."
             )
         self._check_finetune_workers()
+        self._check_comparison_workers()
         self._check_latents()
 
     def _check_finetune_workers(self) -> None:
@@ -77,6 +80,13 @@ class RunConfig:
         rule = "whole, or 0, with compute.workers_per_finetune above 1 (NCCL shares no GPU)"
         whole = workers == 1 or gpus == int(gpus)
         require("compute", self.compute, "gpus_per_actor", rule, ok=whole)
+
+    def _check_comparison_workers(self) -> None:
+        """Refuse fewer actors than train the base on side by side."""
+        workers, most = self.compute.num_base_workers, self.compute.num_actors
+        rule = f"at most compute.num_actors = {most} with compare.kind {self.compare.kind}"
+        enough = self.compare.kind == "none" or most is None or workers <= most
+        require("compute", self.compute, "num_base_workers", rule, ok=enough)
 
     def _check_latents(self) -> None:
         """Refuse what is right for pixels and wrong for latents."""
@@ -153,6 +163,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped resumes with others
         del document["data"][name]
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
+    del document["compare"]  # comes after all else, and may be asked for later
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 
 

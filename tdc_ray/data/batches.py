@@ -53,6 +53,16 @@ def held_out_split(
     return indices[count:] or indices, indices[:count]
 
 
+def halves(held_out: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Split the images that are held out in two: one half to choose by, one to judge by.
+
+    What a search measures on the first half decides which models there are; the second half has no
+    part in that, so losses on it are not better for having been chosen. One image is in both.
+    """
+    middle = -(-len(held_out) // 2)
+    return held_out[:middle], held_out[middle:] or held_out
+
+
 def batches(
     dataset: ImageDataset,
     *,

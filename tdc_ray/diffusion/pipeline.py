@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
 from tdc_ray.config.conditioning import null_class
-from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
+from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import (
@@ -262,6 +262,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:
     """Create a pipeline whose only expert is the base, which serves every timestep."""
     experts = ExpertSet([unet], [(0, index.diffusion.num_train_timesteps - 1)])
+    return _assemble(experts, index, Path())
+
+
+def swapped_pipeline(
+    unet: UNet2DModel, expert: UNet2DModel, span: Span, index: PipelineIndex
+) -> ProgressivePipeline:
+    """Create a pipeline of a base that an expert replaces on its timesteps."""
+    (first, last), end = span, index.diffusion.num_train_timesteps - 1
+    parts = [(unet, (0, first - 1)), (expert, span), (unet, (last + 1, end))]
+    serving = [part for part in parts if part[1][0] <= part[1][1]]
+    experts = ExpertSet([network for network, _ in serving], [one for _, one in serving])
     return _assemble(experts, index, Path())
 
 

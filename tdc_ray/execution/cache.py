@@ -57,6 +57,12 @@ class ResultCache:
         """Whether there is such a result."""
         return exists(self.entry(key) / ENTRY_FILE)
 
+    def saved_by(self, key: str) -> str | None:
+        """Name the run that saved an entry; None where there is none."""
+        if not self.contains(key):
+            return None
+        return str(read_json(self.entry(key) / ENTRY_FILE)["run"])
+
     def save(
         self, item: WorkItem[Any, R], key: str, value: R, reported: Sequence[StepMetrics] = ()
     ) -> None:

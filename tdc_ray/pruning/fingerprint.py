@@ -23,6 +23,10 @@ SEARCH_FIELDS = (
 """Settings of pruning that decide which measurements are made, not their results."""
 
 
+IMAGES_VERSION = 2
+"""Changes whenever other images are measured on: all that rests on them is measured again."""
+
+
 def group_key(context: PruningContext, group: TimestepGroup) -> Inputs:
     """Return what a refit and the losses of one model on a group's timesteps follow from."""
     return {
@@ -35,5 +39,6 @@ def group_key(context: PruningContext, group: TimestepGroup) -> Inputs:
             tf32=context.tf32,
         ),
         "timesteps": [group.first, group.last],
+        "images_version": IMAGES_VERSION,
         "measuring": without(asdict(context.prune), SEARCH_FIELDS),
     }

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tdc_ray.data.batches import fixed_batches, held_out_split, to_minus_one_one
+from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
@@ -32,8 +32,9 @@ def noised_batches(
 ) -> Iterator[NoisedBatch]:
     """Yield noised images, the same ones at every call, in batches for a network, on its device.
 
-    The timesteps are spread evenly over the group's. For ``held-out`` the images are those that no
-    fine-tune sees (``prune.held_out_share``), for the other purposes they are the others.
+    The timesteps are spread evenly over the group's. For ``held-out`` the images are half of those
+    that no fine-tune sees (``prune.held_out_share``); the other half judges what was chosen by
+    them. For the other purposes they are those that fine-tunes see.
     """
     prune, timesteps = context.prune, group.timesteps
     count = prune.num_refit_images if purpose == "refit" else prune.num_images
@@ -42,7 +43,7 @@ def noised_batches(
     offsets = torch.randperm(count, generator=generator) * len(timesteps) // count
     dataset = context.data.open()
     rest, held_out = held_out_split(dataset, prune.held_out_share, context.seed)
-    indices = held_out if purpose == "held-out" else rest
+    indices = halves(held_out)[0] if purpose == "held-out" else rest
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
     for images, labels in fixed_batches(dataset, count, size, seed, indices=indices):

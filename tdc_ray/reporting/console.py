@@ -13,16 +13,19 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import Objective
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.reporting.models import LONGER_BASE, ModelRow, model_rows
 from tdc_ray.reporting.paper import PAPER
 from tdc_ray.reporting.text import (
     conclusions,
+    interval_text,
     limit_text,
     loss_text,
     macs_text,
     millions_text,
+    percent_text,
     timesteps_text,
 )
-from tdc_ray.runs.results import ModelResult, Results
+from tdc_ray.runs.results import ComparisonResult, LossDifference, Results
 from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
 from tdc_ray.storage.object_store import display_path
 
@@ -97,23 +100,21 @@ def print_plan(
 
 def print_results(console: Console, results: Results) -> None:
     """Print a run's results, and what they do and do not show."""
-    label = "TDC" if results.prune.method != "none" else "TDC, no pruning"
-    rows: list[tuple[str, ModelResult]] = [("base", results.base), (label, results.tdc)]
+    rows = model_rows(results)
     models = table_of(
         rows,
         [
-            ("model", lambda row: row[0]),
-            (results.metric, lambda row: f"{row[1].score:.3f}"),
-            ("FLOPs (MACs)", lambda row: macs_text(row[1].macs)),
-            ("params", lambda row: millions_text(row[1].num_params)),
-            ("steps", lambda row: f"{row[1].train_steps:,}"),
-            ("train macs", lambda row: f"{row[1].train_macs:.2e}"),
-            ("img/s", lambda row: f"{row[1].images_per_second:.1f}"),
+            ("model", lambda row: row.label),
+            (results.metric, lambda row: f"{row.score:.3f}"),
+            ("FLOPs (MACs)", lambda row: macs_text(row.macs)),
+            ("params", lambda row: millions_text(row.num_params)),
+            ("img/s", lambda row: _rate(row.images_per_second)),
         ],
         title=f"{results.preset}, seed {results.seed}",
         left=("model",),
     )
     console.print(models)
+    console.print(_costs_table(rows))
     groups = table_of(
         results.groups,
         [
@@ -129,8 +130,60 @@ def print_results(console: Console, results: Results) -> None:
         title="groups (losses on held-out noise)",
     )
     console.print(groups)
+    if results.comparison is not None:
+        console.print(_comparison_table(results, results.comparison))
     for line in conclusions(results):
         console.print(line, soft_wrap=True)
+
+
+def _rate(images_per_second: float | None) -> str:
+    return "-" if images_per_second is None else f"{images_per_second:.1f}"
+
+
+def _costs_table(rows: Sequence[ModelRow]) -> Table:
+    """Return what training and search of each model took, and both over the base's training."""
+    of_base = rows[0].train_macs
+
+    def times(macs: float) -> str:
+        return f"{macs / of_base:.2f}" if of_base else "-"
+
+    return table_of(
+        rows,
+        [
+            ("model", lambda row: row.label),
+            ("steps", lambda row: f"{row.train_steps:,}"),
+            ("train macs", lambda row: f"{row.train_macs:.2e}"),
+            ("search macs", lambda row: f"{row.search_macs:.2e}" if row.search_macs else "0"),
+            ("train / base", lambda row: times(row.train_macs)),
+            ("both / base", lambda row: times(row.macs_spent)),
+        ],
+        title="what they took",
+        left=("model",),
+    )
+
+
+def _comparison_table(results: Results, comparison: ComparisonResult) -> Table:
+    """Return the losses of TDC beside those of the base trained on, group by group."""
+    timesteps = {group.index: timesteps_text(group.timesteps) for group in results.groups}
+    rows: list[tuple[str, str, LossDifference]] = [
+        (str(group.index), timesteps[group.index], group) for group in comparison.groups
+    ]
+    rows.append(("all", "", comparison.mean))
+    swaps = {str(swap.index): f"{swap.score:.3f}" for swap in comparison.swaps}
+    columns: list[TextColumn[tuple[str, str, LossDifference]]] = [
+        ("group", lambda row: row[0]),
+        ("timesteps", lambda row: row[1]),
+        ("TDC", lambda row: f"{row[2].loss_tdc:#.4g}"),
+        ("base", lambda row: f"{row[2].loss_base:#.4g}"),
+        ("difference", lambda row: percent_text(row[2], row[2].difference)),
+        ("95 % interval", lambda row: interval_text(row[2])),
+    ]
+    if swaps:
+        columns.append(("put in", lambda row: swaps.get(row[0], "")))
+    title = f"losses of TDC and of the {LONGER_BASE}, on images no choice has seen"
+    if swaps:
+        title += f"; {results.metric} of that base with the group's expert put in"
+    return table_of(rows, columns, title=title)
 
 
 def print_pruned(console: Console, report: Mapping[str, Any]) -> None:
@@ -222,6 +275,7 @@ def print_sweep(console: Console, results: SweepResults) -> None:
             ("FLOPs (MACs)", of_done(lambda s: f"{s.mean['macs'] / 1e6:.2f} M")),
             ("params", of_done(lambda s: millions_text(s.mean["num_params"]))),
             ("train macs", of_done(lambda s: f"{s.mean['train_macs']:.3g}")),
+            ("search macs", of_done(lambda s: f"{s.mean['search_macs']:.3g}")),
             ("", lambda setting: "Pareto" if setting.pareto else ""),
         ],
         title=results.name,

@@ -26,7 +26,7 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.timeline import History, Span, worker_rows
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.text import macs_text
-from tdc_ray.runs.results import Results, StageSeconds, TimesResult
+from tdc_ray.runs.results import ComparisonResult, Results, StageSeconds, TimesResult
 from tdc_ray.storage.files import atomic_path
 
 SIZE = (4.6, 3.1)
@@ -141,7 +141,7 @@ def _kind(span: Span) -> str:
     """Return the legend's label of a span."""
     if span.outcome not in {"done", "running"}:
         return "lost or failed"
-    if "finetune" in span.item or "try-" in span.item:
+    if "finetune" in span.item or "try-" in span.item or span.item == "longer-base/train":
         return "fine-tuning"
     return "evaluating" if span.phase == "evaluation" else "measuring"
 
@@ -310,6 +310,23 @@ def losses_of_groups(results: Results, name: str) -> str:
         axes.set(xlabel="group (noisier to the right)", ylabel="loss / the base's loss")
         axes.margins(x=0.08)
         figure.legend(loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.1)
+        return svg_of(figure, name)
+
+
+def differences_of_groups(comparison: ComparisonResult, name: str) -> str:
+    """Draw how far TDC's loss is from that of the base trained on, by group, with intervals."""
+    with drawing() as (figure, axes):
+        axes.axhline(0, color=BASE, lw=1.2, ls="--")
+        for group in comparison.groups:
+            low, middle, high = (
+                100 * value / group.loss_base if group.loss_base else 0.0
+                for value in (group.low, group.difference, group.high)
+            )
+            axes.plot([group.index] * 2, [low, high], color="tab:blue")
+            axes.plot(group.index, middle, "o", color="tab:blue", ms=6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="group (noisier to the right)", ylabel="difference in %")
+        axes.margins(x=0.08)
         return svg_of(figure, name)
 
 

@@ -12,7 +12,7 @@ from tdc_ray.storage.object_store import resolve_path
 
 HPARAMS_DIR = "hparams"
 
-METRICS = ("macs", "num_params", "train_macs", "seconds")
+METRICS = ("macs", "num_params", "train_macs", "search_macs", "seconds")
 """Values of a row that a session shows after its score, which has the name of its metric."""
 
 

@@ -1,11 +1,8 @@
 """Numbers as text, and the conclusions of a run in words."""
 
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from tdc_ray.runs.results import GroupResult, Results
-
-if TYPE_CHECKING:
-    pass  # imported where it is needed: it takes a second
+from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
 
 
 def timesteps_text(timesteps: tuple[int, int]) -> str:
@@ -26,26 +23,14 @@ def conclusions(results: Results) -> list[str]:
     labels = ""
     if evaluation.labels is not None:
         labels = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
-    spent = tdc.train_macs + results.prune.search_macs
-    if results.given_base is None:
-        cost = (
-            f"Training took {spent / base.train_macs:.2f} times the base's macs in all, so the "
-            "base alone had less; whether it would have gained as much from the same macs is not "
-            "shown here (experiments/main_results.py compares)."
-        )
-    else:
-        cost = (
-            f"The base was given ({results.given_base.source}): what its training took is not "
-            f"known and counts 0 here. The experts took {spent:.2e} macs beyond it; whether the "
-            "base would have gained as much from these is not shown."
-        )
     lines = [
         f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
         f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
         f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
         f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {labels}{evaluation.weights} "
         f"weights in {evaluation.precision}, against {evaluation.reference}.",
-        cost,
+        _cost(results),
+        *([] if results.comparison is None else _compared(results, results.comparison)),
         "One training seed shows no spread.",
     ]
     if results.metric != "fid":
@@ -54,6 +39,73 @@ def conclusions(results: Results) -> list[str]:
             "no FID and can be compared only with runs on the same data."
         )
     return lines + [f"Note: {note}" for note in results.prune.notes]
+
+
+def _cost(results: Results) -> str:
+    """Say what training and search took, each and together, and what that leaves open."""
+    base, tdc, searched = results.base, results.tdc, results.prune.search_macs
+    spent, is_open = tdc.train_macs + searched, results.comparison is None
+    if results.given_base is None:
+        text = (
+            f"Training base and experts took {tdc.train_macs / base.train_macs:.2f} times the "
+            f"base's macs, with the search {spent / base.train_macs:.2f} times"
+        )
+        shown = "so the base alone had less; whether it would have gained as much from the same "
+        shown += "macs is not shown here (--compare equal-macs shows it)"
+        return f"{text}, {shown}." if is_open else f"{text}."
+    text = (
+        f"The base was given ({results.given_base.source}): what its training took is not known "
+        f"and counts 0 here. The experts took {tdc.train_macs:.2e} macs of training and "
+        f"{searched:.2e} of search beyond it"
+    )
+    shown = "whether the base would have gained as much from these is not shown here (--compare "
+    shown += "equal-macs shows it)"
+    return f"{text}; {shown}." if is_open else f"{text}."
+
+
+def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
+    """Say how TDC stands beside the base trained on, in score and in losses."""
+    score, other = results.tdc.score, comparison.score
+    better = "better" if score < other else "worse" if score > other else "the same"
+    how = (
+        "its optimizer and averaged weights carried on from stage 1"
+        if comparison.continued
+        else "from its averaged weights alone, for no optimizer state is left"
+    )
+    added = comparison.steps - results.base.train_steps
+    verdicts: dict[str, list[str]] = {"lower": [], "higher": [], "undecided": []}
+    for group in comparison.groups:
+        verdicts[verdict(group)].append(str(group.index))
+    groups = "; ".join(f"{name} in {', '.join(v)}" for name, v in verdicts.items() if v)
+    mean = comparison.mean
+    return [
+        f"At equal macs: the base trained on by {added:,} steps, which cost what TDC spent beyond "
+        f"stage 1, search included ({how}), has {results.metric} {other:.3f}; TDC is {better} at "
+        f"{score:.3f}.",
+        f"Losses of TDC against it on {comparison.num_images} held-out images that neither was "
+        "trained on after stage 1 and no choice has seen, each noised "
+        f"{comparison.num_noised // comparison.num_images} times in every group: over all "
+        f"timesteps {percent_text(mean, mean.difference)} ({interval_text(mean)}, 95 %); by "
+        f"group {groups}.",
+    ]
+
+
+def verdict(difference: LossDifference) -> Literal["lower", "higher", "undecided"]:
+    """Say which loss is lower, as far as the interval of the difference tells."""
+    if difference.high < 0:
+        return "lower"
+    return "higher" if difference.low > 0 else "undecided"
+
+
+def percent_text(difference: LossDifference, value: float) -> str:
+    """Write a difference of losses as a share of the base's."""
+    return f"{value / difference.loss_base:+.2%}" if difference.loss_base else f"{value:+.2e}"
+
+
+def interval_text(difference: LossDifference) -> str:
+    """Write the interval of a difference of losses, as shares of the base's."""
+    low, high = (percent_text(difference, one) for one in (difference.low, difference.high))
+    return f"{low} to {high}"
 
 
 def macs_text(macs: float) -> str:

@@ -14,6 +14,7 @@ from tdc_ray.runs.evaluation.evaluate import Score
 from tdc_ray.runs.evaluation.features import FeatureSpec
 from tdc_ray.runs.pretrained.sources import BASE_FILE
 from tdc_ray.runs.results import (
+    ComparisonResult,
     EvaluationResult,
     GroupResult,
     ModelResult,
@@ -52,6 +53,8 @@ class RunOutcome:
 
     has_cache: bool
     """Whether results were shared with other runs."""
+
+    comparison: ComparisonResult | None = None
 
 
 def collect_results(
@@ -145,6 +148,7 @@ def collect_results(
         workers=tuple(outcome.usage),
         reuse=_reuse(run_dir) if outcome.has_cache else None,
         times=outcome.times,
+        comparison=outcome.comparison,
     )
 
 

@@ -40,7 +40,7 @@ class ImagesSampled:
     """A model's images were scored."""
 
     model: str
-    """``base`` or ``tdc``."""
+    """``base``, ``tdc`` or ``longer-base``."""
 
     path: Path
     """The first of their files."""

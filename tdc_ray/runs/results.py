@@ -219,6 +219,79 @@ class ReuseResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossDifference:
+    """Denoising losses of TDC and of what it is compared with, on the same images and noise.
+
+    The images are held out: no fine-tune and no choice of the search has seen them, and the base
+    is not trained on by them.
+    """
+
+    loss_tdc: float
+    loss_base: float
+    difference: float
+    """TDC's minus the base's: below 0 TDC is better."""
+
+    low: float
+    high: float
+    """The difference's 95 % interval, paired by image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupDifference(LossDifference):
+    """The same on the timesteps of a group."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapResult:
+    """The base trained on with one group's expert put in."""
+
+    index: int
+    """Of the group."""
+
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparisonResult:
+    """The base trained on by all that TDC spent beyond stage 1, beside TDC."""
+
+    kind: str
+    """``equal-macs``"""
+
+    score: float
+    """As of base and TDC: of images from the same noise."""
+
+    train_macs: float
+    """Of all its training, that of stage 1 included: what training and search of TDC took, rounded
+    up to a whole step."""
+
+    steps: int
+    """Optimizer steps, those of stage 1 included."""
+
+    continued: bool
+    """Whether its optimizer went on from stage 1's last checkpoint, or started afresh since there
+    was none."""
+
+    seconds: float
+    """What training it on took."""
+
+    num_images: int
+    """Images that the losses are of."""
+
+    num_noised: int
+    """Noised images of each group: all times that one of these was noised."""
+
+    mean: LossDifference
+    """Over all timesteps alike."""
+
+    groups: tuple[GroupDifference, ...]
+    swaps: tuple[SwapResult, ...] = ()
+    """Empty where they were not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
     """The whole of ``results.json``."""
 
@@ -249,6 +322,9 @@ class Results:
 
     times: TimesResult | None = None
     """None means that the run is of a version that did not measure it."""
+
+    comparison: ComparisonResult | None = None
+    """None means that it was not asked for."""
 
 
 _ADAPTER = TypeAdapter(Results)
@@ -294,4 +370,6 @@ def comparable(results: Results) -> dict[str, Any]:
     del document["prune"]["seconds"], document["prune"]["proxy_seconds"], document["seconds"]
     del document["versions"], document["commit"], document["workers"]
     del document["reuse"], document["times"]
+    if document["comparison"] is not None:
+        del document["comparison"]["seconds"]
     return document

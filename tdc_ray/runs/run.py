@@ -4,16 +4,18 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
+from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.events import EventSink
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import connected
@@ -29,6 +31,12 @@ from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
+from tdc_ray.runs.comparison import (
+    LongerBase,
+    finish_comparison,
+    is_compared,
+    train_and_measure,
+)
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
@@ -41,7 +49,7 @@ from tdc_ray.runs.stages.base import make_base
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.timing import expert_times
-from tdc_ray.storage.files import exists, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
@@ -78,17 +86,20 @@ def run(
     config = with_first_stage(config, pretrained)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
     if exists(run_dir.results):
-        logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
-        return load_results(run_dir.results)
+        earlier = load_results(run_dir.results)
+        if is_compared(earlier, config.compare):
+            logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
+            return earlier
+        logger.info("%s is finished but for the comparison", display_path(run_dir.root))
     network, space, plan = check(config, pretrained)
     with hold_lease(run_dir.root):
         _save_settings(run_dir, config, plan)
         spec = choose_features(config.data, config.evaluate, run_dir.features)
-        timeline = Timeline(run_dir.timeline)
+        timeline, cache = Timeline(run_dir.timeline), _open_cache(store, run_dir)
         with (
             connected(local_cpus(config.compute)),
             collecting(sinks) as events,
-            CacheSession(_open_cache(store, run_dir)) as session,
+            CacheSession(cache) as session,
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
         ):
             events(PlanMade(plan))
@@ -96,7 +107,8 @@ def run(
             with Pool(config.compute, events, timeline, session) as workers:
                 training = training_data(config.data, config.evaluate.cache_dir)
                 workers.run({"latents": prepare_latents(training)}, "latents")
-                stages = STAGES if pretrained is None else STAGES[1:]
+                trains_base = pretrained is None or config.compare.kind != "none"
+                stages = STAGES if trains_base else STAGES[1:]
                 precision = resolve_auto_precision(run_dir, config, network, stages)
                 config = workers.run({"precision": precision}, "precision")["precision"]
                 if config.prune.objective == "latency" and config.prune.method != "none":
@@ -110,15 +122,26 @@ def run(
             save_index(run_dir, config, plan.groups)
             times = expert_times(run_dir, plan, config.prune.latency_batch_size)
             measured = pool.run({"times": times}, "times")["times"]
-            scores = _evaluate(run_dir, config, space, plan, experts, spec, pool)
+            longer = None
+            if config.compare.kind != "none":
+                longer = train_and_measure(run_dir, config, experts, cache)
+            base, tdc, longer_base = _evaluate(
+                run_dir, config, space, plan, experts, spec, pool, longer
+            )
+            comparison = None
+            if longer_base is not None:
+                comparison = finish_comparison(run_dir, config, spec, experts, longer_base, pool)
             timeline.flush()
-            for model in ("base", "tdc"):
-                events(ImagesSampled(model, run_dir.samples / model / "0000000.npz"))
+            for model in ("base", "tdc", "longer-base"):
+                if exists(path := run_dir.samples / model / "0000000.npz"):
+                    events(ImagesSampled(model, path))
             history = load_history(run_dir.timeline)
             used = usage(history)
             events(WorkersUsed(history, used))
         has_cache = store is not None
-        outcome = RunOutcome(plan, experts, measured, *scores, spec, reference, used, has_cache)
+        outcome = RunOutcome(
+            plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
+        )
         seconds = time.perf_counter() - started
         results = collect_results(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
@@ -128,12 +151,17 @@ def run(
 def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     """Write settings, versions, plan and first stage, unless an earlier call did.
 
+    What is compared may be asked for later: it is then the only setting that is written anew.
+
     Raises:
         StorageError: The first stage is no longer that of the earlier call.
     """
     if config.data.first_stage is not None:
         copy_first_stage(Path(config.data.first_stage), run_dir.experts / FIRST_STAGE_DIR)
     if exists(run_dir.config):
+        before = from_json(read_json(run_dir.config))
+        if before.compare != config.compare:
+            write_json(run_dir.config, to_json(replace(before, compare=config.compare)))
         return
     write_json(
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
@@ -189,16 +217,21 @@ def _evaluate(
     experts: Sequence[Expert],
     spec: FeatureSpec,
     pool: Pool,
-) -> tuple[Score, Score]:
-    """Score the base and the experts on the same noise."""
+    longer: Chain[LongerBase] | None,
+) -> tuple[Score, Score, LongerBase | None]:
+    """Score the base and the experts on the same noise, while the base trains on if it does."""
     logger.info("evaluation: %d images of each model", config.evaluate.num_images)
     tdc_macs = mean_over_sampling_steps(plan, [expert.macs for expert in experts])
     base = evaluate(run_dir, config, spec, "base", space.macs_base)
     tdc = evaluate(run_dir, config, spec, "tdc", tdc_macs)
-    shards = pool.run({**base, **tdc}, "evaluation")
+    chains: dict[str, Any] = {**base, **tdc}
+    if longer is not None:
+        chains["longer-base"] = longer
+    done = pool.run(chains, "evaluation")
     return (
-        score(run_dir, [shards[name] for name in base]),
-        score(run_dir, [shards[name] for name in tdc]),
+        score(run_dir, [done[name] for name in base]),
+        score(run_dir, [done[name] for name in tdc]),
+        done.get("longer-base"),
     )
 
 

@@ -93,10 +93,10 @@ def _base(run_dir: RunDir, config: RunConfig) -> str:
     if exists(run_dir.base_result):
         done = read_json(run_dir.base_result)
         return f"done: {done['train_steps']} steps in {done['seconds']:.0f} s"
-    kept = listing(run_dir.base_training, "checkpoint_*")
+    kept = listing(run_dir.base_training, "checkpoint_*/*")  # Ray Train has files beside them
     if not kept:
         return f"no checkpoint yet of {config.base.num_steps} steps"
-    return f"checkpoint {kept[-1].name} (one every {config.base.checkpoint_every} steps)"
+    return f"checkpoint {kept[-1].parent.name} (one every {config.base.checkpoint_every} steps)"
 
 
 def _group(

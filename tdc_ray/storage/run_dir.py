@@ -71,6 +71,12 @@ class RunDir:
     reference = _Below("evaluation/reference.npz")
     """Mean and covariance of the features that the images are compared with."""
 
+    comparison = _Below("comparison")
+    """Of the base trained on: its checkpoint while it trains, and its losses beside TDC's."""
+
+    longer_base = _Below("comparison/unet")
+    """The base trained on, with its averaged weights, as diffusers saves it."""
+
     tensorboard = _Below("tensorboard")
     """Event files."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tdc_ray.reporting.html.blocks import Kind, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData, SweepData
+from tdc_ray.reporting.models import LONGER_BASE
 from tdc_ray.reporting.paper import (
     DATASETS,
     NO_PRUNING,
@@ -36,6 +37,7 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
             ("seed", "number", lambda run: run.seed),
             ("metric", "text", lambda run: run.results.metric if run.results else "not finished"),
             ("base", "score", of(lambda r: r.base.score)),
+            (LONGER_BASE, "score", of(lambda r: r.comparison.score if r.comparison else None)),
             ("TDC", "score", of(lambda r: r.tdc.score)),
             ("base: FLOPs (MACs)", "macs", of(lambda r: r.base.macs)),
             ("TDC: FLOPs (MACs)", "macs", of(lambda r: r.tdc.macs)),

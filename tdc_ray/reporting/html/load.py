@@ -47,7 +47,8 @@ class RunData:
     history: History
     usage: Sequence[WorkerUsage]
     samples: Mapping[str, Pixels]
-    """The first images that were scored, of ``base`` and ``tdc``, from the same noise."""
+    """The first images that were scored, of ``base``, ``longer-base`` and ``tdc``, from the same
+    noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +125,7 @@ def load_run(root: Path, name: str) -> RunData:
         usage=usage(history),
         samples={
             which: _images(shards[0])
-            for which in ("base", "tdc")
+            for which in ("base", "longer-base", "tdc")
             if (shards := listing(run_dir.samples / which, "*[0-9].npz"))
         },
     )

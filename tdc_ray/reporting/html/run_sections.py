@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.reporting.figures import (
+    differences_of_groups,
     losses_of_groups,
     plan_over_snr,
     plan_over_timesteps,
@@ -15,11 +16,13 @@ from tdc_ray.reporting.figures import (
 from tdc_ray.reporting.html.blocks import Block, BlockRow, KeyNumbers, Lines, Plot, Samples, Table
 from tdc_ray.reporting.html.load import RunData
 from tdc_ray.reporting.html.run_tables import (
+    comparison_table,
     groups_table,
     models_table,
     plan_table,
     progress_table,
     rounds_table,
+    swap_table,
     time_table,
     widths_table,
     workers_table,
@@ -27,8 +30,9 @@ from tdc_ray.reporting.html.run_tables import (
 from tdc_ray.reporting.html.samples import samples_block
 from tdc_ray.reporting.html.scores import run_points, score_over_macs
 from tdc_ray.reporting.html.time_tables import times_blocks
+from tdc_ray.reporting.models import LONGER_BASE
 from tdc_ray.reporting.text import conclusions, duration, macs_text, millions_text
-from tdc_ray.runs.results import Results, ReuseResult
+from tdc_ray.runs.results import ComparisonResult, Results, ReuseResult
 from tdc_ray.runs.status import RunStatus
 
 MAX_NARROW = 6
@@ -50,6 +54,8 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
         figures = score_over_macs(run_points({run.name: results}), key, over_training=False)
         shown: list[Plot | Samples] = [*figures, *_samples(run)]
         yield "scores", "Scores and samples", [BlockRow(shown), models_table(results)]
+    if results is not None and (comparison := results.comparison) is not None:
+        yield "comparison", "At equal macs", _comparison(results, comparison, key)
     if run.plan is not None:
         yield "plan", "Plan", _plan(run.plan, results, key)
     if results is not None and results.groups:
@@ -74,6 +80,16 @@ def _samples(run: RunData) -> list[Samples]:
     return [samples_block(run.samples)] if run.samples else []
 
 
+def _comparison(results: Results, comparison: ComparisonResult, key: str) -> list[Block]:
+    plot = Plot(
+        svg=differences_of_groups(comparison, f"{key}-differences"),
+        title="TDC's loss less the other's",
+        caption=f"In percent of the {LONGER_BASE}'s, with 95 % intervals: below 0 TDC is better.",
+    )
+    blocks: list[Block] = [BlockRow([plot, comparison_table(results, comparison)])]
+    return [*blocks, swap_table(results, comparison)] if comparison.swaps else blocks
+
+
 def _progress(progress: RunStatus) -> list[Block]:
     tuned = sum(group.loss_finetuned is not None for group in progress.groups)
     lines = [
@@ -91,10 +107,16 @@ def _summary(results: Results) -> list[Block]:
     spent = tdc.train_macs + results.prune.search_macs
     trained = "the base was given"
     if results.given_base is None and base.train_macs:
-        trained = f"{spent / base.train_macs:.2f} times the base's, search included"
+        trained = (
+            f"{tdc.train_macs / base.train_macs:.2f} times the base's, with the search "
+            f"{spent / base.train_macs:.2f} times"
+        )
+    against = f"base {base.score:.3f}; lower is better"
+    if results.comparison is not None:
+        against = f"{LONGER_BASE} {results.comparison.score:.3f}, {against}"
     tiles = KeyNumbers(
         [
-            (results.metric, f"{tdc.score:.3f}", f"base {base.score:.3f}; lower is better"),
+            (results.metric, f"{tdc.score:.3f}", against),
             (
                 "macs of a step",
                 macs_text(tdc.macs),
@@ -105,7 +127,11 @@ def _summary(results: Results) -> list[Block]:
                 millions_text(tdc.num_params),
                 f"{tdc.num_params / base.num_params:.1%} of {millions_text(base.num_params)}",
             ),
-            ("train and search macs", f"{spent:.2e}", trained),
+            (
+                "train and search macs",
+                f"{tdc.train_macs:.2e} + {results.prune.search_macs:.2e}",
+                trained,
+            ),
             ("wall", duration(seconds.wall), "of the attempt that finished it"),
         ]
     )

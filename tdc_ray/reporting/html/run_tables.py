@@ -8,28 +8,32 @@ import numpy as np
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.reporting.html.blocks import Column, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData
+from tdc_ray.reporting.models import LONGER_BASE, ModelRow, model_rows
 from tdc_ray.reporting.paper import (
     DATASETS,
-    NO_PRUNING,
     TABLE_1,
     TABLE_4,
     PaperRow,
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.reporting.text import timesteps_text
-from tdc_ray.runs.results import GroupResult, ModelResult, Results
+from tdc_ray.reporting.text import percent_text, timesteps_text, verdict
+from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
 from tdc_ray.runs.status import GroupStatus, RunStatus
 
 
 def models_table(results: Results) -> Table:
     """Return base and TDC beside the paper's rows of Table I."""
     dataset = DATASETS[paper_dataset(results.preset)]
-    label = NO_PRUNING if results.prune.method == "none" else "TDC"
-    ours = {"base": results.base, label: results.tdc}
+    paper = TABLE_1[paper_dataset(results.preset)]
+    ours = {row.label: row for row in model_rows(results)}
+    labels = [label for label in ("base", LONGER_BASE, *paper) if label in {**paper, **ours}]
 
-    def of(value: Callable[[ModelResult], Value]) -> Callable[[tuple[str, PaperRow]], Value]:
-        return lambda row: value(ours[row[0]]) if row[0] in ours else None
+    def of(value: Callable[[ModelRow], Value]) -> Callable[[str], Value]:
+        return lambda label: value(ours[label]) if label in ours else None
+
+    def theirs(value: Callable[[PaperRow], Value]) -> Callable[[str], Value]:
+        return lambda label: value(paper[label]) if label in paper else None
 
     note = "The paper's TDC rows are for k = 0.5 and N = 10."
     if not is_of_the_paper(results.preset):
@@ -40,22 +44,73 @@ def models_table(results: Results) -> Table:
     return table_of(
         "models",
         "Base and TDC, beside the paper's Table I",
-        TABLE_1[paper_dataset(results.preset)].items(),
+        dict.fromkeys(labels),
         [
-            ("model", "text", lambda row: row[0]),
+            ("model", "text", lambda label: label),
             (results.metric, "score", of(lambda model: model.score)),
-            ("the paper's FID", "number", lambda row: row[1].fid),
+            ("the paper's FID", "number", theirs(lambda row: row.fid)),
             ("FLOPs (MACs)", "macs", of(lambda model: model.macs)),
-            ("the paper's FLOPs (MACs)", "macs", lambda row: row[1].macs),
+            ("the paper's FLOPs (MACs)", "macs", theirs(lambda row: row.macs)),
             ("params", "millions", of(lambda model: model.num_params)),
-            ("the paper's params", "millions", lambda row: row[1].num_params),
+            ("the paper's params", "millions", theirs(lambda row: row.num_params)),
             ("train steps", "count", of(lambda model: model.train_steps)),
-            ("the paper's train steps", "count", lambda row: row[1].train_steps),
+            ("the paper's train steps", "count", theirs(lambda row: row.train_steps)),
             ("train macs", "power", of(lambda model: model.train_macs)),
+            ("search macs", "power", of(lambda model: model.search_macs)),
             ("images/s", "decimal", of(lambda model: model.images_per_second)),
-            ("the paper's data", "text", lambda _: dataset),
+            ("the paper's data", "text", lambda label: dataset if label in paper else None),
         ],
         note=note,
+    )
+
+
+def comparison_table(results: Results, comparison: ComparisonResult) -> Table:
+    """Return the losses of TDC beside those of the base trained on, group by group."""
+    timesteps = {group.index: timesteps_text(group.timesteps) for group in results.groups}
+    rows: list[tuple[str, str, LossDifference]] = [
+        (str(group.index), timesteps[group.index], group) for group in comparison.groups
+    ]
+    rows.append(("all", "all, alike", comparison.mean))
+    repeats = comparison.num_noised // comparison.num_images
+    return table_of(
+        "comparison",
+        f"Losses of TDC and of the {LONGER_BASE}, on the same images and noise",
+        rows,
+        [
+            ("group", "text", lambda row: row[0]),
+            ("timesteps", "text", lambda row: row[1]),
+            ("TDC", "loss", lambda row: row[2].loss_tdc),
+            (LONGER_BASE, "loss", lambda row: row[2].loss_base),
+            ("difference", "loss", lambda row: row[2].difference),
+            ("from", "loss", lambda row: row[2].low),
+            ("to", "loss", lambda row: row[2].high),
+            ("in %", "text", lambda row: percent_text(row[2], row[2].difference)),
+            ("TDC is", "text", lambda row: verdict(row[2])),
+        ],
+        note=f"{comparison.num_images} held-out images that no fine-tune and no choice of the "
+        f"search has seen, each noised {repeats} times in every group; the difference is TDC's "
+        "minus the base's, with its 95 % interval, paired by image.",
+    )
+
+
+def swap_table(results: Results, comparison: ComparisonResult) -> Table:
+    """Return the scores of the base trained on with one group's expert put in."""
+    timesteps = {group.index: timesteps_text(group.timesteps) for group in results.groups}
+    rows: list[tuple[str, str, float]] = [
+        (str(swap.index), timesteps[swap.index], swap.score) for swap in comparison.swaps
+    ]
+    rows = [("none", "", comparison.score), *rows, ("all: TDC", "", results.tdc.score)]
+    return table_of(
+        "swaps",
+        f"The {LONGER_BASE} with one group's expert put in",
+        rows,
+        [
+            ("expert of group", "text", lambda row: row[0]),
+            ("timesteps", "text", lambda row: row[1]),
+            (results.metric, "score", lambda row: row[2]),
+            ("difference", "score", lambda row: row[2] - comparison.score),
+        ],
+        note="Lower is better: a group whose row is below the first gains by its expert.",
     )
 
 
@@ -166,6 +221,9 @@ def time_table(results: Results) -> Table:
         ("evaluation", seconds.evaluate, None, None),
         ("wall, last attempt", seconds.wall, None, TABLE_4["all"]),
     ]
+    if (comparison := results.comparison) is not None:
+        added = comparison.train_macs - results.base.train_macs
+        rows.insert(-1, (f"{LONGER_BASE}, beyond stage 1", comparison.seconds, added, None))
     tokens = ""
     if prune.prompt_tokens or prune.completion_tokens:
         sent, got = prune.prompt_tokens, prune.completion_tokens

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tdc_ray.reporting.html.blocks import Samples
 from tdc_ray.reporting.html.load import Pixels
+from tdc_ray.reporting.models import LONGER_BASE
 
 SMALL = 64
 """Images up to this size are kept as they are, as PNG; larger ones as JPEG."""
@@ -18,7 +19,7 @@ MAX_PIXELS = 512
 
 MAX_COLUMNS = 8
 
-_TITLES = {"base": "base", "tdc": "experts (TDC)"}
+_TITLES = {"base": "base", "tdc": "experts (TDC)", "longer-base": LONGER_BASE}
 
 
 def samples_block(samples: Mapping[str, Pixels]) -> Samples:

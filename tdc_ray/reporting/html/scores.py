@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tdc_ray.reporting.figures import Point, score_figure
 from tdc_ray.reporting.html.blocks import Plot
 from tdc_ray.reporting.html.load import SweepData
+from tdc_ray.reporting.models import LONGER_BASE
 from tdc_ray.runs.results import Results
 
 
@@ -19,6 +20,11 @@ def run_points(runs: Mapping[str, Results]) -> dict[str, list[Point]]:
         point = Point("base", base.score, base.macs, trained, is_base=True)
         if point not in of_metric:
             of_metric.append(point)
+        if (comparison := results.comparison) is not None:
+            longer = Point(
+                LONGER_BASE, comparison.score, base.macs, comparison.train_macs, is_base=True
+            )
+            of_metric.append(longer)
         label = name if len(runs) > 1 else "TDC"
         spent = tdc.train_macs + searched
         of_metric.append(Point(label, tdc.score, tdc.macs, spent, is_base=False))

@@ -23,7 +23,8 @@ from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import images_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
+from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import image_generators, image_labels
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain, result_of
@@ -33,6 +34,7 @@ from tdc_ray.models.families import load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape
 from tdc_ray.models.precision import DTYPES
+from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.runs.evaluation.features import (
     FeatureSpec,
     load_extractor,
@@ -44,7 +46,8 @@ from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
 
-Which = Literal["base", "tdc"]
+Which = Literal["base", "tdc", "longer-base"]
+"""The base, the experts, or the base trained on."""
 
 VERSION = 1
 """Rises whenever images or features change, so that cached ones are made again."""
@@ -105,6 +108,13 @@ class SampleJob:
     which: Which
     first: int
     count: int
+    swapped: TimestepGroup | None = None
+    """The group whose expert takes the place of the base trained on."""
+
+    @property
+    def name(self) -> str:
+        """Of the model: of its items, and of its folder of images."""
+        return self.which if self.swapped is None else f"swap-{self.swapped.index:02d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +180,12 @@ def prepare_features(
 
 
 def evaluate(
-    run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which, macs: float
+    run_dir: RunDir,
+    config: RunConfig,
+    spec: FeatureSpec,
+    which: Which,
+    macs: float,
+    swapped: TimestepGroup | None = None,
 ) -> Mapping[str, Chain[Shard]]:
     """Return the scoring of one model: chains that sample a shard and extract its features.
 
@@ -178,17 +193,17 @@ def evaluate(
         run_dir: Where the model is and the images go.
         config: The run's settings.
         spec: The features.
-        which: The base or the experts.
+        which: The base, the experts, or the base trained on.
         macs: Macs of one denoising step, for the order of the work.
+        swapped: The group whose expert takes the place of the base trained on.
     """
     batch, total = config.evaluate.batch_size, config.evaluate.num_images
     size = batch * -(-total // (MAX_SHARDS * batch))
-    return {
-        f"{which}/{first:07d}": _shard(
-            SampleJob(run_dir, config, which, first, min(size, total - first)), spec, macs
-        )
+    jobs = [
+        SampleJob(run_dir, config, which, first, min(size, total - first), swapped)
         for first in range(0, total, size)
-    }
+    ]
+    return {f"{job.name}/{job.first:07d}": _shard(job, spec, macs) for job in jobs}
 
 
 def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
@@ -204,19 +219,35 @@ def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
     )
 
 
-def load_pipeline(run_dir: RunDir, config: RunConfig, which: Which) -> ProgressivePipeline:
-    """Load the base or the experts of a run, in the precision of scoring."""
+def load_pipeline(
+    run_dir: RunDir, config: RunConfig, which: Which, swapped: TimestepGroup | None = None
+) -> ProgressivePipeline:
+    """Load a model of a run, in the precision of scoring."""
     if which == "tdc":
         pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
     else:
-        pipeline = base_pipeline(load_network(run_dir.base_unet), pipeline_index(config))
+        unet, index = load_network(_folder_of(run_dir, which)), pipeline_index(config)
+        pipeline = base_pipeline(unet, index)
+        if swapped is not None:
+            expert = load_expert(run_dir.expert(swapped.index))
+            pipeline = swapped_pipeline(unet, expert, (swapped.first, swapped.last), index)
     pipeline.experts.to(DTYPES[config.evaluate.precision])
     return pipeline
 
 
+def _folder_of(run_dir: RunDir, which: Which) -> Path:
+    folders: Mapping[Which, Path] = {
+        "base": run_dir.base_unet,
+        "tdc": run_dir.experts,
+        "longer-base": run_dir.longer_base,
+    }
+    return folders[which]
+
+
 def sample_images(job: SampleJob, report: Report) -> SampleResult:
     """Sample a shard of the images into an npz file (``arr_0``, uint8, ``(N, H, W, C)``)."""
-    pipeline = load_pipeline(job.run_dir, job.config, job.which).to(worker_device())
+    pipeline = load_pipeline(job.run_dir, job.config, job.which, job.swapped)
+    pipeline = pipeline.to(worker_device())
     pipeline.set_progress_bar_config(disable=True)
     size, started = job.config.evaluate.batch_size, time.perf_counter()
     pixels = []
@@ -239,11 +270,15 @@ def sample_inputs(job: SampleJob) -> Inputs:
     config, run_dir = job.config, job.run_dir
     stage, precision = config.data.first_stage, config.evaluate.precision
     # Keys of fp32 are those from before there was a choice.
-    other = {} if precision == "fp32" else {"precision": precision}
-    return other | {
+    other: Inputs = {} if precision == "fp32" else {"precision": precision}
+    if (group := job.swapped) is not None:
+        expert = weights_digest(run_dir.expert(group.index))
+        other = {**other, "swapped": [expert, group.first, group.last]}
+    return {
+        **other,
         "stage": "sample",
         "version": VERSION,
-        "model": weights_digest(run_dir.experts if job.which == "tdc" else run_dir.base_unet),
+        "model": weights_digest(_folder_of(run_dir, job.which)),
         "first_stage": None if stage is None else first_stage_digest(Path(stage)),
         "shape": input_shape(config.data),
         "diffusion": asdict(config.diffusion),
@@ -312,7 +347,7 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
     path = _samples_path(job)
     steps = job.config.sampler.num_inference_steps
     item = WorkItem(
-        key=f"evaluate-{job.which}/{job.first:07d}",
+        key=f"evaluate-{job.name}/{job.first:07d}",
         function=sample_images,
         job=job,
         result_path=path.with_suffix(".json"),
@@ -350,4 +385,4 @@ def _save_reference(run_dir: RunDir, moments: tuple[FloatArray, FloatArray], sou
 
 
 def _samples_path(job: SampleJob) -> Path:
-    return job.run_dir.samples / job.which / f"{job.first:07d}.npz"
+    return job.run_dir.samples / job.name / f"{job.first:07d}.npz"

@@ -2,22 +2,25 @@
 
 import logging
 import time
+from pathlib import Path
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import training_data
+from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.events import reporter
-from tdc_ray.execution.item import Inputs, ItemResult, Report, WorkItem
+from tdc_ray.execution.item import Inputs, ItemResult, Report, WorkItem, load_result
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.event_collector import EventCollector
+from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
-from tdc_ray.runs.stages.base_worker import BaseResult
-from tdc_ray.storage.files import exists
-from tdc_ray.storage.object_store import display_path
+from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult
+from tdc_ray.storage.files import exists, listing
+from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 VERSION = 1
@@ -68,6 +71,31 @@ def _import(run_dir: RunDir, config: RunConfig, pretrained: PretrainedBase) -> N
     seconds = time.perf_counter() - started
     result = BaseResult(structure.macs, structure.num_params, 0, 0.0, seconds)
     ItemResult(result).save(run_dir.base_result)
+
+
+def last_checkpoint(run_dir: RunDir, cache: ResultCache | None) -> Path | None:
+    """Return the last checkpoint of the training that made a run's base, if it is still there.
+
+    It holds what ``base/unet`` does not: the raw weights, the optimizer's moments, the count of
+    steps. A base from a cache has none of its own; the run that trained it may have kept it.
+    """
+    own = _checkpoint_in(run_dir)
+    mark = load_result(run_dir.base_result, BaseResult).cached
+    if own is not None or cache is None or mark is None:
+        return own
+    name = cache.saved_by(mark.key)
+    if name is None:
+        return None
+    other = RunDir(resolve_path(name))
+    if not exists(other.base_result) or not exists(other.base_unet):
+        return None
+    is_same = weights_digest(other.base_unet) == weights_digest(run_dir.base_unet)
+    return _checkpoint_in(other) if is_same else None  # that folder may have another base by now
+
+
+def _checkpoint_in(run_dir: RunDir) -> Path | None:
+    kept = listing(run_dir.base_training, f"checkpoint_*/{STATE_FILE}")
+    return kept[-1] if kept else None
 
 
 def base_inputs(config: RunConfig) -> Inputs:
