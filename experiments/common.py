@@ -1,7 +1,6 @@
 """Shared code of experiments: flags, a base for several runs, and tables with provenance."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from tdc_ray.runs.stages.base import make_base
 from tdc_ray.runs.sweep.results import SweepResults, with_rows
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
-from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
+from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit
@@ -208,9 +207,6 @@ def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepRe
 
 SETTINGS_FILE = "made_by.json"
 
-CONTINUED_FILE = "continued.json"
-"""In a base that trains on from another run's checkpoint; it comes after all others."""
-
 
 def claim(root: Path, config: RunConfig) -> None:
     """Reserve a folder for one set of settings, and record the commit that it was started with.
@@ -315,24 +311,12 @@ def base_of(flags: Flags, seed: int) -> Path:
     return trained_base(flags.config(seed), folder, flags.store)
 
 
-def run_once(
-    config: RunConfig, folder: Path, store: Path, *, continues: Path | None = None
-) -> Results:
+def run_once(config: RunConfig, folder: Path, store: Path) -> Results:
     """Run or resume one run, or read the results of a finished one.
 
     Args:
         config: Its settings.
         folder: Its directory.
         store: What it shares with other runs.
-        continues: A finished run from whose last checkpoint, if it kept one, the base trains on.
     """
-    run_dir = RunDir(folder)
-    done = (run_dir.base / CONTINUED_FILE, run_dir.base_result)
-    if continues is not None and not any(map(exists, done)):
-        source = RunDir(continues)
-        with atomic_path(run_dir.base) as copied:
-            shutil.copytree(fetch(source.base), copied)
-            (copied / source.base_result.name).unlink()
-            shutil.rmtree(copied / source.base_unet.name)
-            write_json(copied / CONTINUED_FILE, {"continues": display_path(source.root)})
     return run(config, folder, Console(), store)

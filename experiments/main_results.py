@@ -4,9 +4,8 @@
     python experiments/main_results.py --smoke
 
 Four rows, each with mean and spread over the seeds: the base; the base trained on for as many macs
-as TDC spent in all, search included; TDC without pruning; TDC. All rows of a seed share one base:
-the longer base resumes from its last checkpoint, with the same weights as if trained from the
-start.
+as TDC spent in all, search included (`tdc-ray run --compare equal-macs`); TDC without pruning;
+TDC. All rows of a seed share one base; the longer base resumes from its last checkpoint.
 
 Hardware and hours: `digits` takes about 20 minutes a seed on 2 CPU cores. `cifar10` takes some
 450 k steps of 3 x 8.1 GMACs x 128 images a seed, about 1.4e18 MACs: days on one large GPU
@@ -24,9 +23,10 @@ from statistics import mean
 from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, write_record, write_samples, write_table
 
+from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.ray.cluster import connected
-from tdc_ray.runs.results import Results
+from tdc_ray.runs.results import ModelResult, Results
 from tdc_ray.runs.run import local_cpus
 
 PAPER = {
@@ -41,26 +41,23 @@ def without_pruning(config: RunConfig) -> RunConfig:
     return replace(config, prune=replace(config.prune, method="none"))
 
 
-def longer_base(config: RunConfig, tdc: Results) -> RunConfig:
-    """A base trained for as many macs as TDC spent in all, and no fine-tunes."""
-    spent = tdc.tdc.train_macs + tdc.prune.search_macs
-    steps = round(spent / (3 * tdc.base.macs * config.base.batch_size))
+def longer_base(tdc: Results) -> ModelResult:
+    """The base trained on by as many macs as TDC spent."""
+    found = tdc.comparison
+    assert found is not None, "the run was asked for it"
     return replace(
-        without_pruning(config),
-        base=replace(config.base, num_steps=steps),
-        finetune=replace(config.finetune, num_steps=0),
+        tdc.base, score=found.score, train_steps=found.steps, train_macs=found.train_macs
     )
 
 
-def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Results, Results]:
-    """Run everything for one seed: TDC, the longer base, TDC without pruning."""
-    config, store, tdc_dir = flags.config(seed), flags.store, folder / "tdc"
+def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Results]:
+    """Run everything for one seed: TDC beside the longer base, TDC without pruning."""
+    config, store = flags.config(seed), flags.store
     if flags.smoke:  # a base of equal macs trains for as long as the search takes
         config = replace(config, prune=replace(config.prune, num_rounds=1, num_passes=1))
-    tdc = run_once(config, tdc_dir, store)
-    unpruned = run_once(without_pruning(config), folder / "no-pruning", store)
-    longer = run_once(longer_base(config, tdc), folder / "longer-base", store, continues=tdc_dir)
-    return tdc, longer, unpruned
+    compared = replace(config, compare=CompareConfig(kind="equal-macs"))
+    tdc = run_once(compared, folder / "tdc", store)
+    return tdc, run_once(without_pruning(config), folder / "no-pruning", store)
 
 
 def main(flags: Flags) -> None:
@@ -69,8 +66,8 @@ def main(flags: Flags) -> None:
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all runs
         runs = {seed: runs_of_seed(flags, folder / f"seed-{seed}", seed) for seed in flags.seeds}
     seeds = {
-        seed: dict(zip(ROWS, (tdc.base, longer.base, unpruned.tdc, tdc.tdc), strict=True))
-        for seed, (tdc, longer, unpruned) in runs.items()
+        seed: dict(zip(ROWS, (tdc.base, longer_base(tdc), unpruned.tdc, tdc.tdc), strict=True))
+        for seed, (tdc, unpruned) in runs.items()
     }
     metric = runs[flags.seeds[0]][0].metric
     paper = paper_column(PAPER, flags.preset)
@@ -86,7 +83,7 @@ def main(flags: Flags) -> None:
     ]
     none = dict.fromkeys(flags.seeds, 0.0)
     search = dict.fromkeys(ROWS, none)
-    for row, place in (("TDC", 0), ("TDC, no pruning", 2)):
+    for row, place in (("TDC", 0), ("TDC, no pruning", 1)):
         search[row] = {seed: results[place].prune.search_macs for seed, results in runs.items()}
     table = []
     for row in ROWS:
@@ -105,7 +102,7 @@ def main(flags: Flags) -> None:
         )
     write_table(folder, "main_results", columns, table)
     first = folder / f"seed-{flags.seeds[0]}"
-    samples = ("tdc/evaluation/base", "longer-base/evaluation/base")
+    samples = ("tdc/evaluation/base", "tdc/evaluation/longer-base")
     samples += ("no-pruning/evaluation/tdc", "tdc/evaluation/tdc")
     titles = dict(zip(ROWS, (first / name for name in samples), strict=True))
     write_samples(folder, "main_results", titles, num_images=36)
@@ -116,8 +113,15 @@ def main(flags: Flags) -> None:
         }
         for seed, models in seeds.items()
     }
+    compared = {str(seed): asdict(tdc)["comparison"] for seed, (tdc, _) in runs.items()}
     commits = {result.commit for results in runs.values() for result in results}
-    write_record(folder, "main_results", flags, commits, {"metric": metric, "seeds": record})
+    write_record(
+        folder,
+        "main_results",
+        flags,
+        commits,
+        {"metric": metric, "seeds": record, "comparison": compared},
+    )
 
 
 if __name__ == "__main__":

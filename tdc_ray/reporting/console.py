@@ -153,8 +153,8 @@ def _costs_table(rows: Sequence[ModelRow]) -> Table:
             ("model", lambda row: row.label),
             ("steps", lambda row: f"{row.train_steps:,}"),
             ("train macs", lambda row: f"{row.train_macs:.2e}"),
+            ("/ base", lambda row: times(row.train_macs)),
             ("search macs", lambda row: f"{row.search_macs:.2e}" if row.search_macs else "0"),
-            ("train / base", lambda row: times(row.train_macs)),
             ("both / base", lambda row: times(row.macs_spent)),
         ],
         title="what they took",
@@ -164,19 +164,17 @@ def _costs_table(rows: Sequence[ModelRow]) -> Table:
 
 def _comparison_table(results: Results, comparison: ComparisonResult) -> Table:
     """Return the losses of TDC beside those of the base trained on, group by group."""
-    timesteps = {group.index: timesteps_text(group.timesteps) for group in results.groups}
-    rows: list[tuple[str, str, LossDifference]] = [
-        (str(group.index), timesteps[group.index], group) for group in comparison.groups
+    rows: list[tuple[str, LossDifference]] = [
+        (str(group.index), group) for group in comparison.groups
     ]
-    rows.append(("all", "", comparison.mean))
+    rows.append(("all", comparison.mean))
     swaps = {str(swap.index): f"{swap.score:.3f}" for swap in comparison.swaps}
-    columns: list[TextColumn[tuple[str, str, LossDifference]]] = [
+    columns: list[TextColumn[tuple[str, LossDifference]]] = [
         ("group", lambda row: row[0]),
-        ("timesteps", lambda row: row[1]),
-        ("TDC", lambda row: f"{row[2].loss_tdc:#.4g}"),
-        ("base", lambda row: f"{row[2].loss_base:#.4g}"),
-        ("difference", lambda row: percent_text(row[2], row[2].difference)),
-        ("95 % interval", lambda row: interval_text(row[2])),
+        ("TDC", lambda row: f"{row[1].loss_tdc:#.4g}"),
+        ("base", lambda row: f"{row[1].loss_base:#.4g}"),
+        ("difference", lambda row: percent_text(row[1], row[1].difference)),
+        ("95 % interval", lambda row: interval_text(row[1])),
     ]
     if swaps:
         columns.append(("put in", lambda row: swaps.get(row[0], "")))

@@ -99,13 +99,16 @@ def verdict(difference: LossDifference) -> Literal["lower", "higher", "undecided
 
 def percent_text(difference: LossDifference, value: float) -> str:
     """Write a difference of losses as a share of the base's."""
-    return f"{value / difference.loss_base:+.2%}" if difference.loss_base else f"{value:+.2e}"
+    if not difference.loss_base:
+        return f"{value:+.2e}"
+    share = 100 * value / difference.loss_base
+    return f"{share:+.2f} %" if abs(share) < 100 else f"{share:+.0f} %"
 
 
 def interval_text(difference: LossDifference) -> str:
     """Write the interval of a difference of losses, as shares of the base's."""
     low, high = (percent_text(difference, one) for one in (difference.low, difference.high))
-    return f"{low} to {high}"
+    return f"{low.removesuffix(' %')} to {high}"
 
 
 def macs_text(macs: float) -> str:

@@ -32,7 +32,7 @@ def config_of(**base: object) -> RunConfig:
     return small_config(model={"dropout": 0.2}, base={**STEPS, "log_every": 1, **base})
 
 
-class Interrupted(Exception):
+class KilledError(Exception):
     """Stands for a kill."""
 
 
@@ -100,9 +100,9 @@ def test_one_that_was_killed_resumes_from_its_checkpoint_to_the_same_weights(tra
     def killed_at_8(_metrics, step):
         seen.append(step)
         if step == 8:
-            raise Interrupted
+            raise KilledError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KilledError):
         train_on(trained, tmp_path / "cut", report=killed_at_8)
     assert not (tmp_path / "cut" / "comparison" / "unet").exists()
     cut, _ = train_on(trained, tmp_path / "cut", report=lambda metrics, step: seen.append(step))
@@ -123,9 +123,7 @@ def test_it_sees_no_image_that_is_held_out(trained, tmp_path, monkeypatch):
             drawn.update(indices)
             return dataset.__getitems__(indices)
 
-    monkeypatch.setattr(
-        "tdc_ray.data.latents.load_dataset", lambda _config: Watched()
-    )
+    monkeypatch.setattr("tdc_ray.data.latents.load_dataset", lambda _config: Watched())
     train_on(trained, tmp_path, num_steps=40)
     rest, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
     assert len(drawn) == 40 * 8
@@ -140,7 +138,9 @@ def test_a_checkpoint_of_another_step_is_refused(trained, tmp_path):
         3,
         last_checkpoint(trained, None),
     )
-    with pytest.raises(CheckpointError, match=r"is of step 4, expected stage 1's last, 7\. Remove"):
+    with pytest.raises(
+        CheckpointError, match=r"is of step 4, expected stage 1's last, 7\. Remove"
+    ):
         run_item(longer_base_item(job), ignore)
 
 

@@ -1,0 +1,271 @@
+"""Does TDC pay at equal compute? Six ways to spend the same macs, by score and by held-out loss.
+
+    python experiments/equal_compute.py --preset digits
+    python experiments/equal_compute.py --preset mnist --data mnist.npz --base-steps 8000
+    python experiments/equal_compute.py --smoke
+
+What `tdc-ray run` takes in all, search included, is each row's total, for every seed: the base
+trained on; a smaller network of TDC's macs per image, trained from nothing; one network pruned for
+all timesteps to these macs by Diff-Pruning as published, and fine-tuned; TDC without pruning; TDC;
+and TDC training-free, from a base trained on by what its fine-tunes would have taken. `--budgets
+0.5 1 2` gives every row several totals: TDC's with so many times the preset's fine-tune steps.
+
+Beside the scores every row has its held-out loss against the base trained on, over all timesteps
+alike, on the same images and noise: images that no fine-tune and no choice has seen. Stage 1 sees
+them; the smaller network sees them for as many macs as stage 1 takes. `--base-steps` sets how far
+the base is trained: at its plateau the held-out loss falls by less than 1 % over the last
+doubling.
+
+Hardware and hours: `digits` takes about an hour a seed on 2 CPU cores (an estimate from macs).
+
+The paper has no such table: it compares by training steps, without what GPT-4 and measuring take.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from common import Flags, commits_of, parse_flags, run_once, workers
+from equal_rows import (
+    Budget,
+    Network,
+    base_for_training_free,
+    from_scratch,
+    loss_beside,
+    pruned_for_all,
+    training_free,
+    without_pruning,
+)
+from output import mean_and_spread, plot_lines, write_record, write_table
+from stages import Model, scores_of
+
+from tdc_ray.config.compare import CompareConfig
+from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.reporting.text import verdict
+from tdc_ray.runs.results import LossDifference, Results
+from tdc_ray.runs.run import local_cpus
+from tdc_ray.storage.run_dir import RunDir
+
+BASE, SMALLER, PRUNED = "base trained on", "smaller, from scratch", "one network, pruned"
+UNPRUNED, TDC, FREE = "TDC, no pruning", "TDC", "TDC, training-free"
+ROWS = (BASE, SMALLER, PRUNED, UNPRUNED, TDC, FREE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualFlags(Flags):
+    """Flags of this experiment."""
+
+    budgets: tuple[float, ...] = (1.0,)
+    """How many times the preset's fine-tune steps TDC takes; its macs are every row's total."""
+    base_steps: int | None = None
+    """Steps of the base; default: the preset's."""
+    num_noised: int = 4096
+    """Noised images of each group that losses are compared on."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Give the preset's settings for one seed, TDC compared with the base trained on."""
+        config = super().config(seed)
+        compare = CompareConfig(kind="equal-macs", num_images=self.num_noised)
+        if self.base_steps is not None:
+            config = replace(config, base=replace(config.base, num_steps=self.base_steps))
+        if self.smoke:  # whose search takes more than all training
+            prune = replace(config.prune, num_rounds=1, num_passes=1)
+            compare = replace(compare, num_images=180)
+            config = replace(config, prune=prune)
+        return replace(config, compare=compare)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one way to spend the macs came to."""
+
+    score: float
+    train_macs: float
+    """Stage 1 included."""
+    search_macs: float
+    macs: float
+    num_params: float
+    loss: LossDifference | None
+    """Against the base trained on; None for that itself."""
+
+
+Found = Mapping[float, Mapping[int, tuple[Results, dict[str, Row]]]]
+"""TDC's run and the rows, by budget and seed."""
+
+
+def row_of_run(results: Results, loss: LossDifference | None, before: float = 0.0) -> Row:
+    """Give the row of a run's TDC; training before the run is added."""
+    tdc = results.tdc
+    train_macs = before + tdc.train_macs
+    return Row(tdc.score, train_macs, results.prune.search_macs, tdc.macs, tdc.num_params, loss)
+
+
+def rows_of(
+    flags: EqualFlags, config: RunConfig, folder: Path
+) -> tuple[str, Results, dict[str, Row]]:
+    """Spend one total in all ways, with one seed; give the metric, TDC's run and the rows."""
+    store, dirs = flags.store, {name: folder / slug(name) for name in ROWS}
+    tdc_dir, free_dir = RunDir(dirs[TDC].resolve()), (folder / "free-base").resolve()
+    tdc = run_once(config, dirs[TDC], store)
+    budget, found = Budget.of(tdc), tdc.comparison
+    assert found is not None, "the run was asked for it"
+    groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
+    unpruned = run_once(without_pruning(config, budget, len(groups)), dirs[UNPRUNED], store)
+    with workers(config, folder, store) as pool:
+        base = base_for_training_free(config, budget, tdc_dir, free_dir, store)
+        longer = pool.run({"base": base})["base"]
+    free = run_once(training_free(config, longer), dirs[FREE], store)
+    with workers(config, folder, store) as pool:
+        ways = {SMALLER: from_scratch, PRUNED: pruned_for_all}
+        networks: dict[str, Network] = pool.run(
+            {
+                name: way(config, budget, tdc_dir.base_unet, dirs[name].resolve())
+                for name, way in ways.items()
+            }
+        )
+        models = {
+            slug(name): Model("tdc", one.run_dir.experts, one.macs)
+            for name, one in networks.items()
+        }
+        metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
+        whole = {
+            name: dict.fromkeys(range(len(groups)), one.run_dir.expert(0))
+            for name, one in networks.items()
+        }
+        experts = {
+            name: {
+                group.index: RunDir(dirs[name].resolve()).expert(group.index) for group in groups
+            }
+            for name in (UNPRUNED, FREE)
+        }
+        losses = pool.run(
+            {
+                name: loss_beside(
+                    config,
+                    groups,
+                    some,
+                    tdc_dir.longer_base,
+                    (folder / "losses" / slug(name)).resolve(),
+                )
+                for name, some in {**whole, **experts}.items()
+            }
+        )
+    rows = {
+        BASE: Row(found.score, found.train_macs, 0.0, tdc.base.macs, tdc.base.num_params, None),
+        UNPRUNED: row_of_run(unpruned, losses[UNPRUNED]),
+        TDC: row_of_run(tdc, found.mean),
+        FREE: row_of_run(free, losses[FREE], budget.stage_1 + budget.beyond - budget.search),
+    }
+    for name, one in networks.items():
+        score = scores[slug(name)][0]
+        costs = (one.train_macs, one.search_macs, float(one.macs), float(one.num_params))
+        rows[name] = Row(score, *costs, losses[name])
+    return metric, tdc, {name: rows[name] for name in ROWS}
+
+
+def slug(name: str) -> str:
+    """Give a row's name as that of a folder."""
+    return name.replace(",", "").replace(" ", "-").lower()
+
+
+def loss_text(losses: list[LossDifference | None]) -> str:
+    """Write how far the losses are from the base's, and what their intervals say, seed by seed."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return "0"
+    shares = [100 * loss.difference / loss.loss_base for loss in known]
+    return f"{mean_and_spread(shares, 2)} % ({', '.join(map(verdict, known))})"
+
+
+def write(
+    flags: EqualFlags,
+    folder: Path,
+    metric: str,
+    found: Found,
+) -> None:
+    """Write table, plot and record of the seeds that are done."""
+    table, lines = [], {}
+    for budget, seeds in found.items():
+        for name in ROWS:
+            rows = [rows[name] for _, rows in seeds.values()]
+            table.append(
+                [
+                    name if len(found) == 1 else f"{name}, {budget:g}",
+                    mean_and_spread([row.score for row in rows]),
+                    loss_text([row.loss for row in rows]),
+                    f"{fmean(row.train_macs for row in rows):.3g}",
+                    f"{fmean(row.search_macs for row in rows):.2g}",
+                    f"{fmean(row.macs for row in rows) / 1e6:.2f} M",
+                    f"{fmean(row.num_params for row in rows) / 1e6:.2f} M",
+                ]
+            )
+    columns = ["row", metric, "loss / base trained on's", "train macs", "search macs"]
+    seeds = ", ".join(map(str, next(iter(found.values()))))
+    note = (
+        f"Seeds {seeds}. The loss is over all timesteps, on held-out images and noise that no "
+        "choice has seen, as a difference from that of the base trained on; in brackets what the "
+        "95 % interval of each seed says."
+    )
+    write_table(folder, "equal_compute", [*columns, "FLOPs (MACs)", "params"], table, note)
+    for name in ROWS:
+        lines[name] = [
+            start_of(found),
+            *(
+                (
+                    fmean(
+                        rows[name].train_macs + rows[name].search_macs
+                        for _, rows in seeds.values()
+                    ),
+                    [rows[name].score for _, rows in seeds.values()],
+                )
+                for seeds in found.values()
+            ),
+        ]
+    plot_lines(folder, "equal_compute", lines, xlabel="macs, search included", ylabel=metric)
+    record = {
+        f"{budget:g}": {
+            str(seed): {
+                "base": asdict(tdc.base),
+                "rows": {name: asdict(row) for name, row in rows.items()},
+                "comparison": asdict(tdc)["comparison"],
+            }
+            for seed, (tdc, rows) in seeds.items()
+        }
+        for budget, seeds in found.items()
+    }
+    commits = commits_of(folder) | {
+        tdc.commit for seeds in found.values() for tdc, _ in seeds.values()
+    }
+    write_record(folder, "equal_compute", flags, commits, {"metric": metric, "budgets": record})
+
+
+def start_of(
+    found: Found,
+) -> tuple[float, list[float]]:
+    """Give the base's point, from which every line starts."""
+    bases = [tdc.base for tdc, _ in next(iter(found.values())).values()]
+    return fmean(base.train_macs for base in bases), [base.score for base in bases]
+
+
+def main(flags: EqualFlags) -> None:
+    """Run all seeds; write what is there after each of them."""
+    steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
+    folder = flags.storage / f"equal_compute-{flags.preset}{steps}"
+    found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
+    with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
+        for seed in flags.seeds:
+            for budget in flags.budgets:
+                config = flags.config(seed)
+                num_steps = round(budget * config.finetune.num_steps)
+                config = replace(config, finetune=replace(config.finetune, num_steps=num_steps))
+                root = folder / f"seed-{seed}" / f"budget-{budget:g}"
+                metric, tdc, rows = rows_of(flags, config, root)
+                found.setdefault(budget, {})[seed] = (tdc, rows)
+            write(flags, folder, metric, found)
+
+
+if __name__ == "__main__":
+    main(parse_flags(__doc__, EqualFlags))
