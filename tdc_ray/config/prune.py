@@ -79,8 +79,8 @@ class PruneConfig:
     passes measure that."""
 
     held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the images that no fine-tune sees and on which all losses are measured, in
-    (0, 0.5]."""
+    """Share of the images that no fine-tune sees, in (0, 0.5]: one half is what the losses that a
+    search chooses by are measured on, the other judges what came of it."""
 
     precision: Precision = "fp32"
     """Precision of the forward passes that losses and sensitivities are measured by, as in
