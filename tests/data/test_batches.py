@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
+from tdc_ray.data.batches import (
+    augment,
+    batches,
+    fixed_batches,
+    halves,
+    held_out_split,
+    to_minus_one_one,
+)
 from tdc_ray.data.dataset import ArrayImages
 from tdc_ray.data.load import load_dataset
 from tests.images import folder_config, random_pixels
@@ -192,6 +199,17 @@ def test_every_image_is_held_out_or_of_the_rest(num_images, share, seed):
 @given(held_out_shares, st.integers(0, 2**31 - 1))
 def test_a_single_image_is_in_both_parts(share, seed):
     assert [list(part) for part in held_out_split(numbered(1), share, seed)] == [[0], [0]]
+
+
+@given(st.integers(2, 300), held_out_shares, st.integers(0, 2**31 - 1))
+def test_what_is_held_out_is_chosen_by_or_judged_by(num_images, share, seed):
+    _, held_out = held_out_split(numbered(num_images), share, seed)
+    chosen_by, judged_by = halves(held_out)
+    if len(held_out) == 1:
+        assert list(chosen_by) == list(judged_by) == list(held_out)
+    else:
+        assert [*chosen_by, *judged_by] == list(held_out)
+        assert 0 <= len(chosen_by) - len(judged_by) <= 1
 
 
 def test_which_images_are_held_out_follows_from_the_seed_alone():
