@@ -10,11 +10,11 @@ from rich.console import Console
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
+from tdc_ray.cli.run import run
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.run import RunConfig, default_run_dir, differences
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import load_history
-from tdc_ray.reporting.sinks import run
 from tdc_ray.runs.comparison import is_compared
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.run_dir import RunDir
