@@ -41,7 +41,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 MACS_SHARE = 0.7
 SETTINGS = ("all", "group 0", "group 3", "group 6")
-SCORES: tuple[PruneMethod, ...] = ("random", "magnitude", "taylor", "diff-pruning")
+SCORES: tuple[PruneMethod, ...] = ("random", "magnitude", "lamp", "taylor", "diff-pruning")
 STEPS, SMOKE_STEPS = (50, 200, 1000), (2, 5, 10)
 PROXY = "offline"
 AIMS = (

@@ -9,7 +9,7 @@ from tdc_ray.config.validation import NonNegativeInt, PositiveInt, require, sett
 from tdc_ray.errors import ConfigError
 
 ProxyMethod = Literal["offline", "llm"]
-ScoreMethod = Literal["random", "magnitude", "taylor", "diff-pruning"]
+ScoreMethod = Literal["random", "magnitude", "lamp", "taylor", "diff-pruning"]
 SearchMethod = Literal[ProxyMethod, ScoreMethod]
 PruneMethod = Literal[SearchMethod, "none"]
 Objective = Literal["macs", "latency"]
@@ -21,7 +21,7 @@ class PruneConfig:
 
     method: PruneMethod = "offline"
     """Who proposes the schemes. offline: a search over measured sensitivities that needs no key;
-    llm: a language model (see proxy); random, magnitude, taylor, diff-pruning: the best of a
+    llm: a language model (see proxy); random, magnitude, lamp, taylor, diff-pruning: the best of a
     uniform ratio, a global ranking and one per mac by this score, one round; none: TDC without
     pruning, every expert keeps the base's widths."""
 

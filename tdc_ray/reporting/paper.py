@@ -64,6 +64,7 @@ SWEPT: Mapping[str, Mapping[object, float]] = {
     "prune.method": {
         "random": 3.95,
         "magnitude": 3.88,
+        "lamp": 3.88,
         "taylor": 3.90,
         "diff-pruning": 3.85,
         "offline": 3.76,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.pruning.criteria.diff_pruning import DIFF_PRUNING_BATCH, diff_pruning_scores
+from tdc_ray.pruning.criteria.lamp import lamp_scores
 from tdc_ray.pruning.criteria.magnitude import magnitude_scores
 from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import ScoreInputs, Scores
@@ -40,6 +41,7 @@ def _diff_pruning(inputs: ScoreInputs) -> tuple[Scores, int]:
 CRITERIA: Mapping[ScoreMethod, Criterion] = {
     "random": Criterion(lambda to: (random_scores(to.units, to.seed), 0), is_seeded=True),
     "magnitude": Criterion(lambda to: (magnitude_scores(to.network, to.units), 0)),
+    "lamp": Criterion(lambda to: (lamp_scores(to.network, to.units), 0)),
     "taylor": Criterion(_taylor),
     "diff-pruning": Criterion(_diff_pruning),
 }

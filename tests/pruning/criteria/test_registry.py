@@ -24,7 +24,7 @@ def test_every_group_and_head_of_every_unit_has_a_score(method):
 
 @pytest.mark.parametrize(
     ("method", "passes"),
-    [("random", 0), ("magnitude", 0), ("taylor", 3 * 4), ("diff-pruning", 3 * 4 * 3)],
+    [("random", 0), ("magnitude", 0), ("lamp", 0), ("taylor", 12), ("diff-pruning", 12 * 3)],
 )
 def test_what_a_criterion_took_is_counted_in_forward_passes_of_an_image(method, passes):
     assert CRITERIA[method].score(score_inputs())[1] == passes
