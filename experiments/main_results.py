@@ -2,10 +2,13 @@
 
     python experiments/main_results.py --preset digits
     python experiments/main_results.py --smoke
+    python experiments/main_results.py --row PNDM=pndm.npz,macs=6.06e9,steps=800000 --preset ...
 
 Four rows, each with mean and spread over the seeds: the base; the base trained on for as many macs
 as TDC spent in all, search included (`tdc-ray run --compare equal-macs`); TDC without pruning;
-TDC. All rows of a seed share one base; the longer base resumes from its last checkpoint.
+TDC. All rows of a seed share one base; the longer base resumes from its last checkpoint. Each
+`--row` adds another method, scored by its own images; its macs and steps are stated by who names
+it.
 
 Hardware and hours: `digits` takes about 20 minutes a seed on 2 CPU cores. `cifar10` takes some
 450 k steps of 3 x 8.1 GMACs x 128 images a seed, about 1.4e18 MACs: days on one large GPU
@@ -22,6 +25,7 @@ from statistics import mean
 
 from common import Flags, parse_flags, run_once
 from output import mean_and_spread, paper_column, write_record, write_samples, write_table
+from released_samples import ReleasedFlags, cells_of_row, released_rows, scores_of_rows
 
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.run import RunConfig
@@ -30,7 +34,14 @@ from tdc_ray.runs.results import ModelResult, Results
 from tdc_ray.runs.run import local_cpus
 
 PAPER = {
-    "cifar10": {"base": "4.08", "TDC, no pruning": "3.52", "TDC": "3.76"},
+    "cifar10": {
+        "base": "4.08",
+        "TDC, no pruning": "3.52",
+        "TDC": "3.76",
+        "WaveDiff": "4.87",
+        "PNDM": "4.10",
+        "DDPM": "4.19",
+    },
     "imagenet64": {"base": "20.7", "TDC, no pruning": "17.6", "TDC": "19.2"},
 }
 ROWS = ("base", "base, macs of TDC", "TDC, no pruning", "TDC")
@@ -60,9 +71,10 @@ def runs_of_seed(flags: Flags, folder: Path, seed: int) -> tuple[Results, Result
     return tdc, run_once(without_pruning(config), folder / "no-pruning", store)
 
 
-def main(flags: Flags) -> None:
+def main(flags: ReleasedFlags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"main_results-{flags.preset}"
+    others = released_rows(flags, flags.config(flags.seeds[0]))
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all runs
         runs = {seed: runs_of_seed(flags, folder / f"seed-{seed}", seed) for seed in flags.seeds}
     seeds = {
@@ -100,8 +112,10 @@ def main(flags: Flags) -> None:
                 f"{mean([search[row][seed] for seed in flags.seeds]):.2g}",
             ]
         )
-    write_table(folder, "main_results", columns, table)
     first = folder / f"seed-{flags.seeds[0]}"
+    released = scores_of_rows(others, first / "tdc")
+    table += [cells_of_row(row, released[row.name], paper.get(row.name, "-")) for row in others]
+    write_table(folder, "main_results", columns, table)
     samples = ("tdc/evaluation/base", "tdc/evaluation/longer-base")
     samples += ("no-pruning/evaluation/tdc", "tdc/evaluation/tdc")
     titles = dict(zip(ROWS, (first / name for name in samples), strict=True))
@@ -115,14 +129,10 @@ def main(flags: Flags) -> None:
     }
     compared = {str(seed): asdict(tdc)["comparison"] for seed, (tdc, _) in runs.items()}
     commits = {result.commit for results in runs.values() for result in results}
-    write_record(
-        folder,
-        "main_results",
-        flags,
-        commits,
-        {"metric": metric, "seeds": record, "comparison": compared},
-    )
+    scored = {name: asdict(score) for name, score in released.items()}
+    found = {"metric": metric, "seeds": record, "comparison": compared, "released": scored}
+    write_record(folder, "main_results", flags, commits, found)
 
 
 if __name__ == "__main__":
-    main(parse_flags(__doc__))
+    main(parse_flags(__doc__, ReleasedFlags))

@@ -8,8 +8,13 @@ from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
 from tdc_ray.errors import ConfigError
 
 
-def data_config(source: str, data: DataConfig) -> DataConfig:
+def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
     """Return settings of the data that a path, or ``digits``, holds; the other settings stay.
+
+    Args:
+        source: The path, or ``digits``.
+        data: Whose other settings are taken.
+        name: Of the argument that named the source, for the error.
 
     Raises:
         ConfigError: The path holds no data of a known kind.
@@ -25,6 +30,6 @@ def data_config(source: str, data: DataConfig) -> DataConfig:
     if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         return replace(data, source="folder", path=source, labels_from_folders=labels)
     raise ConfigError(
-        f"--data must be digits, an npz file, a folder of npz files or of images, or the folder "
+        f"{name} must be digits, an npz file, a folder of npz files or of images, or the folder "
         f"of cifar-10-batches-py, got {source}."
     )

@@ -36,6 +36,9 @@ _UNREADABLE = (
 )
 """What Pillow raises for damaged files, for others than images, and for decompression bombs."""
 
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "F")
+"""Pillow's names of what has no colours."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +55,20 @@ def open(config: DataConfig) -> "FolderImages":
     images = FolderImages(path, config)
     images.__getitems__([0])  # one must be readable, before any work starts
     return images
+
+
+def stored_shape(path: Path) -> tuple[int, int, int]:
+    """Decode an image file and return its ``(C, H, W)``: one channel for grey, else three.
+
+    Raises:
+        CorruptFileError: It is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return (1 if image.mode in _GREY else 3, image.height, image.width)
+    except _UNREADABLE as error:
+        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
 
 
 class FolderImages:

@@ -37,9 +37,7 @@ def open(config: DataConfig) -> ImageDataset:
     """
     assert config.path is not None  # DataConfig's own rule
     path = Path(config.path)
-    paths = sorted(path.glob("*.npz"), key=_natural) if path.is_dir() else [path]
-    if not paths:
-        raise DataError(f"data.path {path} holds no .npz file.")
+    paths = npz_paths(path)
     readable = _Readable(len(paths), config.max_corrupt)
     files = readable(open_npz, paths)
     for file in files:
@@ -59,6 +57,18 @@ def open(config: DataConfig) -> ImageDataset:
     read = readable(lambda file: (file, resize_all(file.read(), config, file.to_tensor)), files)
     images = torch.cat([images for _, images in read])
     return ArrayImages(images, _labels(path, [file for file, _ in read]))
+
+
+def npz_paths(path: Path) -> list[Path]:
+    """Return a file's own path, or a folder's files in the order of their numbers.
+
+    Raises:
+        DataError: The folder holds none.
+    """
+    paths = sorted(path.glob("*.npz"), key=_natural) if path.is_dir() else [path]
+    if not paths:
+        raise DataError(f"data.path {path} holds no .npz file.")
+    return paths
 
 
 class _Readable:

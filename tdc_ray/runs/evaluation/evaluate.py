@@ -324,14 +324,22 @@ def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
         dataset, first, count = ArrayImages(images, None), 0, len(images)
     else:
         dataset, (first, count) = load_dataset(job.data), job.samples
-    indices, size = range(first, first + count), job.evaluate.batch_size
-    batches = (indices[start : start + size] for start in range(0, count, size))
-    extractor = load_extractor(job.spec, job.data.num_channels, worker_device())
-    # Moments of 2,048 features take 34 MB: they are added up one batch at a time.
-    moments = (moments_of(extractor(dataset.__getitems__(batch).images)) for batch in batches)
-    reduce(add, moments).save(job.moments_path)
+    indices = range(first, first + count)
+    feature_moments(dataset, indices, job.spec, job.evaluate.batch_size).save(job.moments_path)
     report({}, 1)
     return FeatureResult(count)
+
+
+def feature_moments(
+    dataset: ImageDataset, indices: range, spec: FeatureSpec, batch_size: int
+) -> Moments:
+    """Compute the moments of the features of some images of a dataset."""
+    batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+    num_channels = dataset.__getitems__(indices[:1]).images.shape[1]
+    extractor = load_extractor(spec, num_channels, worker_device())
+    # Moments of 2,048 features take 34 MB: they are added up one batch at a time.
+    moments = (moments_of(extractor(dataset.__getitems__(batch).images)) for batch in batches)
+    return reduce(add, moments)
 
 
 def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:

@@ -85,7 +85,7 @@ def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> F
         EvaluationError: Neither Inception's weights nor labels for a classifier are available.
     """
     wanted = read_json(path)["features"] if exists(path) else evaluate.features
-    spec = _find_features(data, evaluate, wanted)
+    spec = find_features(data, evaluate, wanted)
     write_json(path, {"features": "inception" if spec.num_classes is None else "classifier"})
     return spec
 
@@ -104,7 +104,18 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def _find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:
+def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:
+    """Find what images are scored on: Inception, or a classifier of the data's labels.
+
+    Args:
+        data: The training images.
+        evaluate: Where Inception and classifiers may be.
+        wanted: ``inception``, ``classifier`` or ``auto``.
+
+    Raises:
+        ConfigError: A classifier is asked for, and there are no labels.
+        EvaluationError: Neither Inception's weights nor labels for a classifier are available.
+    """
     check_labels(data, evaluate)
     dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
     fingerprint = dataset.fingerprint()

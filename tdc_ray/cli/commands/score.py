@@ -1,0 +1,100 @@
+"""``tdc-ray score``."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCommand:
+    """Score any images as a run's are scored: by the same features, under the same name.
+
+    Images that another method sampled can so be compared with a run's. They are compared as they
+    are, and must have the reference's size and colours.
+    """
+
+    images: Positional[Path]
+    """An npz file (images or arr_0, uint8, NHWC), a folder of npz files, or a folder of images; or
+    its URI."""
+    reference: str
+    """What they are compared with: a run directory, whose features and training images are taken;
+    or training images: digits, an npz file, a folder of npz files or of images, or CIFAR-10's."""
+    out: Path | None = None
+    """JSON file that the score, and all that it depends on, is written to; or its URI."""
+    image_size: Annotated[int | None, arg(name="data.image-size")] = None
+    """Size that training images are brought to, as by a run; default: their own."""
+    labels_from_folders: Annotated[bool, arg(name="data.labels-from-folders")] = False
+    """The subfolders of training images are their classes, which a classifier needs."""
+    features: Annotated[
+        Literal["auto", "inception", "classifier"] | None, arg(name="evaluate.features")
+    ] = None
+    """What measures the distance to training images. auto: Inception where its weights are to be
+    had, else a small classifier trained on their labels; default: auto."""
+    inception_path: Annotated[str | None, arg(name="evaluate.inception-path")] = None
+    """The folder that holds inception-2015-12-05.pt; default: the run's, the cache, the
+    network."""
+    cache_dir: Annotated[str | None, arg(name="evaluate.cache-dir")] = None
+    """Where Inception, classifiers and moments of training images are kept; default: the run's, or
+    ~/.cache/tdc_ray."""
+    batch_size: Annotated[int | None, arg(name="evaluate.batch-size")] = None
+    """Images whose features are computed at once; default: the run's, or 250."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Score the images and print what came out."""
+        from tdc_ray.runs.score_images import data_reference, run_reference, score_images
+        from tdc_ray.storage.files import write_json
+        from tdc_ray.storage.object_store import display_path, resolve_path
+
+        changes = {
+            name: getattr(self, name)
+            for name in ("features", "inception_path", "cache_dir", "batch_size")
+            if getattr(self, name) is not None
+        }
+        reference = run_reference(self.reference)
+        if reference is None:
+            reference = data_reference(
+                self.reference,
+                EvaluateConfig(**changes),
+                image_size=self.image_size,
+                labels_from_folders=self.labels_from_folders,
+            )
+        else:
+            self._refuse_for_a_run()
+            reference = replace(reference, evaluate=replace(reference.evaluate, **changes))
+        score = score_images(self.images, reference)
+        console.print(
+            f"{score.metric} {score.score:.4g} (lower is better): {score.num_images} images in "
+            f"{score.images} against {score.reference}",
+            soft_wrap=True,
+        )
+        console.print(f"features: {score.features}", soft_wrap=True)
+        for note in score.notes:
+            console.print(f"note: {note}", soft_wrap=True)
+        if self.out is not None:
+            write_json(resolve_path(self.out), asdict(score))
+            console.print(f"written: {display_path(self.out)}", soft_wrap=True)
+
+    def _refuse_for_a_run(self) -> None:
+        """Refuse what a run has decided already.
+
+        Raises:
+            ConfigError: It was given.
+        """
+        for flag, value in (
+            ("data.image-size", self.image_size),
+            ("data.labels-from-folders", self.labels_from_folders or None),
+            ("evaluate.features", self.features),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"--{flag} must be left out where the reference is a run, got {value}: images "
+                    "are scored as the run's own. Name its training images to score otherwise."
+                )

@@ -1,0 +1,230 @@
+"""The score of any images, as a run's evaluation would give it: ``tdc-ray score``."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.config.run import from_json
+from tdc_ray.data.dataset import ImageDataset
+from tdc_ray.data.detect import data_config
+from tdc_ray.data.load import load_dataset
+from tdc_ray.data.sources.folder import FolderImages, stored_shape
+from tdc_ray.data.sources.npz import npz_paths
+from tdc_ray.data.sources.npz_files import open_npz
+from tdc_ray.errors import ConfigError, DataError, EvaluationError
+from tdc_ray.execution.chain import run_chain
+from tdc_ray.runs.evaluation.evaluate import feature_moments, prepare_features
+from tdc_ray.runs.evaluation.features import find_features
+from tdc_ray.runs.evaluation.metrics import distance
+from tdc_ray.storage.files import exists, fetch, read_json
+from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.run_dir import RunDir
+
+Shape = tuple[int, int, int]
+"""``(C, H, W)`` of an image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What images are compared with, and how."""
+
+    data: DataConfig
+    """The training images, and the shape that they are brought to."""
+
+    evaluate: EvaluateConfig
+    features: str
+    """``inception``, ``classifier`` or ``auto``."""
+
+    run_dir: RunDir | None = None
+    """The run whose evaluation is repeated. None means that images alone were named."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageScore:
+    """The score of a set of images, and everything that it depends on."""
+
+    images: str
+    """Where they are."""
+
+    num_images: int
+    metric: str
+    """Name of the score, as in a run's results."""
+
+    score: float
+    """Lower is better."""
+
+    reference: str
+    """What the images are compared with."""
+
+    features: str
+    """What computed the features."""
+
+    notes: tuple[str, ...]
+    """What a reader of the score should know."""
+
+
+def run_reference(name: str) -> Reference | None:
+    """Return what a run's images are compared with, or None where a name is no run directory's.
+
+    Raises:
+        ConfigError: Its settings are of another version.
+    """
+    run_dir = RunDir(resolve_path(name))
+    if not exists(run_dir.config):
+        return None
+    config = from_json(read_json(run_dir.config))
+    features = config.evaluate.features
+    if exists(run_dir.features):
+        features = read_json(run_dir.features)["features"]
+    return Reference(
+        data=config.data, evaluate=config.evaluate, features=features, run_dir=run_dir
+    )
+
+
+def data_reference(
+    name: str, evaluate: EvaluateConfig, *, image_size: int | None, labels_from_folders: bool
+) -> Reference:
+    """Return training images to compare with.
+
+    Args:
+        name: ``digits``, an npz file, a folder of npz files or of images, or CIFAR-10's.
+        evaluate: Features and caches.
+        image_size: What they are brought to; None means their own size.
+        labels_from_folders: Whether the subfolders of a folder of images are its classes.
+
+    Raises:
+        ConfigError: It is none of these.
+        DataError: It holds no image, or one that is not square.
+    """
+    found = _named(name, DataConfig(cache_dir=evaluate.cache_dir), "--reference")
+    found = replace(found, labels_from_folders=labels_from_folders)
+    _, (channels, height, width) = next(_stored_shapes(found))
+    if image_size is None and height != width:
+        raise DataError(
+            f"--reference {name} must hold square images, got {height} x {width}. Say what they "
+            "are brought to, as a run does, by --data.image-size."
+        )
+    data = replace(found, image_size=image_size or height, num_channels=1 if channels == 1 else 3)
+    return Reference(data=data, evaluate=evaluate, features=evaluate.features)
+
+
+def score_images(path: Path, reference: Reference) -> ImageScore:
+    """Compute the Frechet distance of images, by the features that a run would be scored on.
+
+    The images are compared as they are, of the reference's size and colours: resizing them would
+    be part of their score.
+
+    Args:
+        path: An npz file of uint8 images, a folder of such, or a folder of images; or its URI.
+        reference: What they are compared with.
+
+    Raises:
+        ConfigError: The path holds no images.
+        DataError: They are of another size or colours than the reference, or cannot be read.
+        EvaluationError: They are fewer than two, or there is no extractor of features.
+    """
+    images = open_images(path, reference.data)
+    if len(images) < 2:
+        raise EvaluationError(
+            f"{path} must hold at least 2 images, got {len(images)}: their features have no "
+            "covariance otherwise, and a score that says something takes thousands."
+        )
+    spec = find_features(reference.data, reference.evaluate, reference.features)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = reference.run_dir
+        if run_dir is None or not exists(run_dir.reference):  # a run that is not finished
+            run_dir = RunDir(Path(folder))
+        source = run_chain(prepare_features(run_dir, reference.data, reference.evaluate, spec))
+        with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
+            expected = (file["mean"], file["covariance"])
+    batch_size = reference.evaluate.batch_size
+    moments = feature_moments(images, range(len(images)), spec, batch_size)
+    return ImageScore(
+        images=display_path(path),
+        num_images=len(images),
+        metric=spec.metric,
+        score=distance(moments.mean_and_covariance(), expected),
+        reference=source,
+        features=spec.extractor,
+        notes=tuple(_notes(len(images), len(expected[0]), reference)),
+    )
+
+
+def _notes(num_images: int, num_features: int, reference: Reference) -> Sequence[str]:
+    """Say what makes the score differ from others: it falls with the number of images."""
+    notes = []
+    if num_images <= num_features:
+        notes.append(
+            f"{num_images} images are too few for the covariance of {num_features} features: the "
+            "score is far above that of more images"
+        )
+    theirs = reference.evaluate.num_images
+    if reference.run_dir is not None and theirs != num_images:
+        notes.append(
+            f"the run's own scores are of {theirs} images, this one of {num_images}: fewer images "
+            "score worse"
+        )
+    return notes
+
+
+def open_images(path: Path, like: DataConfig) -> ImageDataset:
+    """Open the images to score, all of the shape that the reference is brought to.
+
+    Raises:
+        ConfigError: The path holds no images.
+        DataError: One of them is of another shape, or cannot be read.
+    """
+    shape = DataConfig(
+        image_size=like.image_size,
+        num_channels=like.num_channels,
+        max_corrupt=0,
+        cache_dir=like.cache_dir,
+    )
+    data = _named(str(fetch(resolve_path(path))), shape, "IMAGES")
+    expected = (like.num_channels, like.image_size, like.image_size)
+    for name, stored in _stored_shapes(data):
+        if stored != expected:
+            raise DataError(
+                f"{name} must have the reference's channels, height and width {expected}, got "
+                f"{stored}. Score images as they were sampled, against a reference of their size."
+            )
+    return load_dataset(data)
+
+
+def _named(source: str, data: DataConfig, argument: str) -> DataConfig:
+    """Return settings of the data that an argument names.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    if source != "digits" and not Path(source).expanduser().exists():
+        raise ConfigError(f"{argument} {source} does not exist.")
+    return data_config(source, data, argument)
+
+
+def _stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
+    """Yield every file of a source with the shape of its images, as they are stored.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    if data.path is None:
+        yield data.source, (1, 8, 8)
+        return
+    path = Path(data.path)
+    if data.source == "cifar10":
+        yield data.path, (3, 32, 32)
+    elif data.source == "npz":
+        for file in npz_paths(path):
+            height, width, channels = open_npz(file).image_shape
+            yield str(file), (channels, height, width)
+    else:
+        files = FolderImages(path, data)
+        for index in range(len(files)):
+            file = path / files.path(index)
+            yield str(file), stored_shape(file)
