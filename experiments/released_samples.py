@@ -1,5 +1,6 @@
 """Rows of a table for other methods, from images that they released or sampled."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,11 @@ from output import mean_and_spread
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.runs.score_images import ImageScore, open_images, run_reference, score_images
+
+NUMBER = r"\d+(?:\.\d+)?(?:e\+?\d+)?"
+ROW = re.compile(
+    rf"(?P<name>[^=]+)=(?P<images>.+),macs=(?P<macs>{NUMBER}),steps=(?P<steps>{NUMBER})"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +47,14 @@ def released_row(text: str) -> ReleasedRow:
     Raises:
         ConfigError: It is malformed.
     """
-    name, _, rest = text.partition("=")
-    images, *facts = rest.split(",")
-    stated = dict(fact.partition("=")[::2] for fact in facts)
-    try:
-        if not name or not images or set(stated) != {"macs", "steps"}:
-            raise ValueError
-        return ReleasedRow(name, Path(images), float(stated["macs"]), float(stated["steps"]))
-    except ValueError:
+    found = ROW.fullmatch(text)
+    if found is None:
         raise ConfigError(
             f"--row must be NAME=IMAGES,macs=MACS,steps=STEPS, got {text}: such as "
             "PNDM=pndm.npz,macs=6.06e9,steps=800000."
-        ) from None
+        )
+    name, images, macs, steps = found.group("name", "images", "macs", "steps")
+    return ReleasedRow(name, Path(images), float(macs), float(steps))
 
 
 def released_rows(flags: ReleasedFlags, config: RunConfig) -> list[ReleasedRow]:
