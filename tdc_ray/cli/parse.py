@@ -31,6 +31,7 @@ from tdc_ray.cli.commands.prune import PruneCommand
 from tdc_ray.cli.commands.report import ReportCommand
 from tdc_ray.cli.commands.run import RunCommand
 from tdc_ray.cli.commands.sample import SampleCommand
+from tdc_ray.cli.commands.schedule import ScheduleCommand
 from tdc_ray.cli.commands.score import ScoreCommand
 from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
@@ -106,6 +107,7 @@ def _commands(config: RunConfig) -> dict[str, Command]:
         "plan": PlanCommand(config=config),
         "sample": SampleCommand(run=missing),
         "prune": PruneCommand(model_dir=missing, out=missing, config=config),
+        "schedule": ScheduleCommand(run=missing, macs=missing),
         "score": ScoreCommand(images=missing, reference=missing),
         "export": ExportCommand(run=missing, out=missing),
         "report": ReportCommand(runs=missing),

@@ -252,11 +252,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         experts = (
             OffloadedExperts(folders, index.spans)
             if offload
-            else ExpertSet([load_expert(one) for one in folders], index.spans)
+            else ExpertSet(load_each_once(folders), index.spans)
         )
         pipeline = _assemble(experts.to(torch_dtype), index, folder)
         pipeline.winograd = winograd
         return pipeline
+
+
+def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:
+    """Load the expert of every folder; one that serves several ranges is in memory once."""
+    loaded = {folder: load_expert(folder) for folder in dict.fromkeys(folders)}
+    return [loaded[folder] for folder in folders]
 
 
 def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:

@@ -128,6 +128,10 @@ class NoisedBatch:
         parts = zip(*(tensor.split(size) for tensor in self._tensors), strict=True)
         return (NoisedBatch(*part) for part in parts)
 
+    def to(self, device: torch.device) -> "NoisedBatch":
+        """Copy the tensors to a device."""
+        return NoisedBatch(*(tensor.to(device) for tensor in self._tensors))
+
     @staticmethod
     def join(batches: Sequence["NoisedBatch"]) -> "NoisedBatch":
         """Concatenate batches, with labels or all without."""
