@@ -51,7 +51,15 @@ from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.prune_model import prune_model
 from tdc_ray.seeds import derive_seed
-from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, remove, write_json
+from tdc_ray.storage.files import (
+    atomic_path,
+    exists,
+    fetch,
+    listing,
+    read_json,
+    remove,
+    write_json,
+)
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -232,7 +240,8 @@ def schedule_run(
     run_dir, out = RunDir(resolve_path(run).resolve()), resolve_path(out).resolve()
     if not exists(run_dir.results):
         raise StorageError(f"{display_path(run)} is not finished: results.json is missing.")
-    if exists(out) and not exists(out / REPORT_FILE) and not exists(out / PRUNED_DIR):
+    files = [path for path in listing(out, "*") if not path.name.startswith(".")]
+    if files and not any(exists(out / name) for name in (REPORT_FILE, PRUNED_DIR)):
         raise ConfigError(
             f"--out must be a new folder, or one that tdc-ray schedule wrote before, got "
             f"{display_path(out)}, which is something else. Name another."

@@ -63,7 +63,7 @@ def test_below_what_the_experts_take_the_base_is_pruned_further(finished_run, tm
     ("arguments", "words"),
     [
         (["--macs", "1.5"], "schedule.macs must be in (0, 1], got 1.5"),
-        (["--macs", "0.3", "--widths"], "--macs must be at least 0.6"),
+        (["--macs", "0.3", "--widths"], "--macs must be at least 0.7"),
         (["--macs", "0.9", "--networks", "nowhere"], "--networks must be folders"),
     ],
 )
