@@ -62,6 +62,9 @@ class EqualFlags(Flags):
     """How many times the preset's fine-tune steps TDC takes; its macs are every row's total."""
     base_steps: int | None = None
     """Steps of the base; default: the preset's."""
+    architecture: str | None = None
+    """Another architecture for the preset's data, such as tiny for digits; default: the
+    preset's."""
     num_noised: int = 4096
     """Noised images of each group that losses are compared on."""
 
@@ -71,6 +74,8 @@ class EqualFlags(Flags):
         compare = CompareConfig(kind="equal-macs", num_images=self.num_noised)
         if self.base_steps is not None:
             config = replace(config, base=replace(config.base, num_steps=self.base_steps))
+        if self.architecture is not None:
+            config = replace(config, model=replace(config.model, architecture=self.architecture))
         if self.smoke:  # whose search takes more than all training
             prune = replace(config.prune, num_rounds=1, num_passes=1)
             compare = replace(compare, num_images=180)
@@ -253,7 +258,8 @@ def start_of(
 def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
-    folder = flags.storage / f"equal_compute-{flags.preset}{steps}"
+    size = "" if flags.architecture is None else f"-{flags.architecture}"
+    folder = flags.storage / f"equal_compute-{flags.preset}{size}{steps}"
     found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
         for seed in flags.seeds:
