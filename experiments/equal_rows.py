@@ -9,6 +9,7 @@ from stages import all_timesteps, untrained_like
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.execution.cache import ResultCache
@@ -134,7 +135,8 @@ def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> C
     config = replace(config, prune=replace(config.prune, refit="none"))
     untrained = untrained_like(base, root / "untrained" / "unet", config.seed)
     search = all_timesteps(config, untrained, root, budget.macs_share)
-    space, run_dir, train = search.space, search.context.run_dir, config.base
+    space, run_dir = search.space, search.context.run_dir
+    train = FinetuneConfig.of(config.base)
     ones = {unit.name: [1.0] * unit.width for unit in space.units}
     widths = uniform_scheme(space, search.limit, ones)
     kept = {name: tuple(range(width)) for name, width in widths.items()}

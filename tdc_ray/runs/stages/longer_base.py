@@ -1,7 +1,9 @@
 """Trains the base on by as many macs as TDC spent beyond stage 1: what TDC is compared with.
 
 It goes on from stage 1's last checkpoint, optimizer and averaged weights included, where that is
-left, on the images that fine-tunes see, so that the base has no advantage on those held out.
+left, on the images that fine-tunes see, so that the base has no advantage on those held out. What
+costs a fine-tune nothing the base has too: a learning rate that decays, weights averaged with
+those of the start.
 """
 
 import math
@@ -12,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import training_data
@@ -52,6 +55,18 @@ class LongerBaseJob:
         return 0 if self.continues is None else self.config.base.num_steps
 
     @property
+    def train(self) -> TrainConfig:
+        """The base's settings, with the fine-tunes' way for the learning rate to decay."""
+        config = self.config
+        warmup = config.base.num_warmup_steps if self.continues is None else self.first_step
+        return replace(
+            config.base,
+            num_steps=self.first_step + self.num_steps,
+            num_warmup_steps=warmup,
+            lr_schedule=config.finetune.lr_schedule,
+        )
+
+    @property
     def checkpoint(self) -> Path:
         """Where it is kept while it trains."""
         return self.run_dir.comparison / "base.pt"
@@ -87,7 +102,7 @@ def longer_base_item(job: LongerBaseJob) -> WorkItem[LongerBaseJob, LongerBaseRe
         result_path=job.run_dir.comparison / "base.json",
         result_type=LongerBaseResult,
         cost=macs,
-        num_steps=job.first_step + job.num_steps,
+        num_steps=job.train.num_steps,
         resources=Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker),
         num_workers=compute.num_base_workers,
         reduce_memory=smaller_micro_batch,
@@ -104,7 +119,7 @@ def longer_base_inputs(job: LongerBaseJob) -> Inputs:
         "version": VERSION,
         "base": weights_digest(job.run_dir.base_unet),
         "continues": job.continues is not None,
-        "steps": job.num_steps,
+        "average_with_start": config.finetune.average_with_start,
         "held_out_share": config.prune.held_out_share,
         "workers": config.compute.num_base_workers,
         "cpus": config.compute.cpus_per_base_worker,
@@ -115,7 +130,7 @@ def longer_base_inputs(job: LongerBaseJob) -> Inputs:
             conditioning=config.conditioning,
             tf32=config.compute.tf32,
         ),
-        **training_key(config.base),
+        **training_key(job.train),
     }
 
 
@@ -143,7 +158,7 @@ def train_longer_base(job: LongerBaseJob, report: Report) -> LongerBaseResult | 
     if rank.rank != 0:
         return None
     num_heads = load_config(job.run_dir.base_unet).get("num_heads")
-    with state.ema_weights() as averaged:
+    with state.ema_weights(job.config.finetune.average_with_start) as averaged:
         save_unet(averaged, job.run_dir.longer_base, num_heads=num_heads)
     return LongerBaseResult(
         steps=job.num_steps,
@@ -160,8 +175,12 @@ def _macs_of(job: LongerBaseJob) -> float:
 
 def _start(job: LongerBaseJob, rank: WorkerRank) -> TrainState:
     unet = load_network(job.run_dir.base_unet).to(rank.device)
-    state = start_state(unet, job.config.base)
+    start = None
+    if job.config.finetune.average_with_start:
+        start = [parameter.detach().clone() for parameter in unet.parameters()]
+    state = start_state(unet, job.train)
     if exists(job.checkpoint):
+        state.start = start  # which the checkpoint holds, too
         state.load(job.checkpoint)
     elif job.continues is not None:
         state.load(job.continues)
@@ -171,6 +190,7 @@ def _start(job: LongerBaseJob, rank: WorkerRank) -> TrainState:
                 f"{job.first_step}. Remove {display_path(job.continues.parent)} to train the base "
                 "on from its weights alone."
             )
+    state.start = start
     if len(set(steps := all_gather(state.step))) > 1:  # on NFS one may see an older file
         raise StorageFailedError(
             f"the workers that train the base on see {display_path(job.checkpoint)} at the steps "
@@ -181,7 +201,7 @@ def _start(job: LongerBaseJob, rank: WorkerRank) -> TrainState:
 
 def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Report) -> None:
     config, device = job.config, rank.device
-    longer = replace(config.base, num_steps=job.first_step + job.num_steps)
+    longer = job.train
     model: nn.Module = state.unet
     if rank.world_size > 1:
         model = nn.parallel.DistributedDataParallel(state.unet)

@@ -131,6 +131,39 @@ def test_it_sees_no_image_that_is_held_out(trained, tmp_path, monkeypatch):
     assert not drawn & set(held_out)
 
 
+def test_it_is_averaged_with_its_start_and_decays_as_fine_tunes_are(trained, tmp_path):
+    def train_as(folder: Path, report=ignore, **finetune):
+        config = config_of()
+        config = dataclasses.replace(
+            config, finetune=dataclasses.replace(config.finetune, **finetune)
+        )
+        run_dir = RunDir(folder, given_base=trained.base_unet)
+        job = LongerBaseJob(run_dir, config, 5, last_checkpoint(trained, None))
+        run_item(longer_base_item(job), report)
+        return load_unet(run_dir.longer_base).state_dict()
+
+    rates, seen = [], []
+    plain, start = train_as(tmp_path / "plain"), load_unet(trained.base_unet).state_dict()
+    half = train_as(tmp_path / "half", average_with_start=0.5)
+    for name, value in half.items():
+        torch.testing.assert_close(value, (plain[name] + start[name]) / 2)
+
+    def killed_at_8(_metrics, step):
+        seen.append(step)
+        if step == 8:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_as(tmp_path / "cut", killed_at_8, average_with_start=0.5)
+    assert_same(train_as(tmp_path / "cut", average_with_start=0.5), half)
+    train_as(
+        tmp_path / "decaying",
+        lambda metrics, _step: rates.append(metrics["learning_rate"] / 1e-3),
+        lr_schedule="linear",
+    )
+    assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
 def test_a_checkpoint_of_another_step_is_refused(trained, tmp_path):
     job = LongerBaseJob(
         RunDir(tmp_path, given_base=trained.base_unet),
