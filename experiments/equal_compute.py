@@ -41,6 +41,7 @@ from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import Model, scores_of
 
 from tdc_ray.config.compare import CompareConfig
+from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.ray.cluster import connected
@@ -65,6 +66,8 @@ class EqualFlags(Flags):
     architecture: str | None = None
     """Another architecture for the preset's data, such as tiny for digits; default: the
     preset's."""
+    method: PruneMethod | None = None
+    """How TDC is pruned, such as taylor, whose search takes little; default: the preset's."""
     num_noised: int = 4096
     """Noised images of each group that losses are compared on."""
 
@@ -76,6 +79,8 @@ class EqualFlags(Flags):
             config = replace(config, base=replace(config.base, num_steps=self.base_steps))
         if self.architecture is not None:
             config = replace(config, model=replace(config.model, architecture=self.architecture))
+        if self.method is not None:
+            config = replace(config, prune=replace(config.prune, method=self.method))
         if self.smoke:  # whose search takes more than all training
             prune = replace(config.prune, num_rounds=1, num_passes=1)
             compare = replace(compare, num_images=180)
@@ -258,8 +263,8 @@ def start_of(
 def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
-    size = "" if flags.architecture is None else f"-{flags.architecture}"
-    folder = flags.storage / f"equal_compute-{flags.preset}{size}{steps}"
+    parts = [flags.preset, *filter(None, (flags.architecture, flags.method))]
+    folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}"
     found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
         for seed in flags.seeds:
