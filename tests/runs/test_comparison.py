@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +15,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.cli.run import run
 from tdc_ray.config.compare import CompareConfig
-from tdc_ray.config.run import RunConfig, default_run_dir, differences
+from tdc_ray.config.run import RunConfig, default_run_dir, differences, from_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import load_history
 from tdc_ray.runs.comparison import is_compared
@@ -109,6 +112,29 @@ def test_it_is_shown_with_all_costs_in_console_and_report(compared, tmp_path, ca
     models = (tmp_path / "tables" / "models.csv").read_text()
     assert "search macs" in models
     assert str(results.prune.search_macs) in models
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_kill_while_the_base_trains_on_changes_no_result(compared, finished_run, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(finished_run, folder)
+    config = from_json(json.loads((finished_run / "config.json").read_text()))
+    command = [sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"]
+    command += ["--evaluate.cache-dir", config.evaluate.cache_dir, "--run-dir", str(folder)]
+    command += ["--compare", "equal-macs", "--compare.num-images", "180", "--compare.swaps"]
+    with log.open("ab") as out:
+        driver = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        while not (folder / "comparison" / "base.pt").exists():
+            assert driver.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+        assert not (folder / "comparison" / "base.json").exists()
+        assert subprocess.run(command, stdout=out, stderr=out).returncode == 0
+    assert comparable(load_results(folder / "results.json")) == comparable(compared[2])
+    assert not (folder / "comparison" / "base.pt").exists()
 
 
 def test_what_is_compared_makes_no_other_run():

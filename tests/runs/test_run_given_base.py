@@ -49,9 +49,11 @@ def test_a_run_from_a_pipeline_trains_no_base_and_says_where_it_came_from(
 ):
     out = tmp_path / "run"
     command = ["run", "--preset", "digits-smoke", *FEW, "--run-dir", str(out)]
+    command += ["--compare", "equal-macs", "--compare.num-images", "90"]
     command += ["--evaluate.cache-dir", str(cache_dir), "--base", str(pipeline)]
     assert run_command(command) == 0
     printed = capsys.readouterr().out
+    assert "from its averaged weights alone, for no optimizer state is left" in printed
     assert f"The base was given ({pipeline})" in printed
     run_dir, results = RunDir(out), load_results(out / "results.json")
     (file,) = (pipeline / "unet").glob("*.safetensors")
@@ -61,6 +63,10 @@ def test_a_run_from_a_pipeline_trains_no_base_and_says_where_it_came_from(
     assert results.tdc.train_steps == 2 * len(results.groups)
     assert (results.base.num_params, results.base.macs) == sizes(TINY)
     assert results.evaluation.weights == "as given (base), EMA (experts)"
+    compared, spent = results.comparison, results.tdc.train_macs + results.prune.search_macs
+    assert not compared.continued
+    assert compared.train_macs >= spent > 0
+    assert compared.steps == compared.train_macs / (3 * results.base.macs * 32)
     assert not run_dir.base_training.exists()
     assert_same(load_unet(run_dir.base_unet).state_dict(), random_unet().state_dict())
     experts = ProgressivePipeline.from_pretrained(out)
