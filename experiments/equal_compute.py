@@ -6,9 +6,10 @@
 
 What `tdc-ray run` takes in all, search included, is each row's total, for every seed: the base
 trained on; a smaller network of TDC's macs per image, trained from nothing; one network pruned for
-all timesteps to these macs by Diff-Pruning as published, and fine-tuned; TDC without pruning; TDC;
-and TDC training-free, from a base trained on by what its fine-tunes would have taken. `--budgets
-0.5 1 2` gives every row several totals: TDC's with so many times the preset's fine-tune steps.
+all timesteps to these macs and fine-tuned, as in Diff-Pruning (by Taylor scores: its own took 4.6
+times all the macs of --smoke); TDC without pruning; TDC; and TDC training-free, from a base
+trained on by what its fine-tunes would have taken. `--budgets 0.5 1 2` gives every row several
+totals: TDC's with so many times the preset's fine-tune steps.
 
 Beside the scores every row has its held-out loss against the base trained on, over all timesteps
 alike, on the same images and noise: images that no fine-tune and no choice has seen. Stage 1 sees
