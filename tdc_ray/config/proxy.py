@@ -1,4 +1,4 @@
-"""Who proposes pruning schemes, and how a language model is asked: ``--proxy.*``."""
+"""How a language model that proposes pruning schemes is asked: ``--proxy.*``."""
 
 from typing import Literal
 

@@ -15,6 +15,7 @@ from tdc_ray.errors import LimitError
 from tdc_ray.execution.chain import Chains, run_chain
 from tdc_ray.execution.item import AnyItem, ItemResult, run_item
 from tdc_ray.models.units import keep_everything
+from tdc_ray.pruning.criteria.registry import CRITERIA
 from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.llm.transcripts import (
     LLMExchange,
@@ -39,7 +40,7 @@ from tests.small import (
     with_run_dir,
 )
 
-BASELINES = ["random", "magnitude", "taylor", "diff-pruning"]
+BASELINES = tuple(CRITERIA)
 METHODS = ["offline", *BASELINES]
 
 

@@ -4,6 +4,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.pruning.criteria.magnitude import magnitude_scores
+from tdc_ray.pruning.criteria.registry import CRITERIA
 from tdc_ray.pruning.loaded_base import load_base
 from tdc_ray.pruning.tasks.scores import ScoreJob, score_units
 from tdc_ray.storage.run_dir import RunDir
@@ -50,7 +51,7 @@ def test_scores_do_not_depend_on_the_batches_that_a_device_takes(run_dir, method
 
 
 @pytest.mark.parametrize("space", ["inner", "full"])
-@pytest.mark.parametrize("method", ["random", "magnitude", "taylor", "diff-pruning"])
+@pytest.mark.parametrize("method", CRITERIA)
 def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space):
     config = small_config(
         prune={"num_images": 8, "space": space}, plan={"num_groups": 50, "min_group_size": 1}
