@@ -3,6 +3,7 @@ import pytest
 from tdc_ray.config.run import RunConfig
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.pruning.criteria.lamp import lamp_scores
 from tdc_ray.pruning.criteria.magnitude import magnitude_scores
 from tdc_ray.pruning.criteria.registry import CRITERIA
 from tdc_ray.pruning.loaded_base import load_base
@@ -66,8 +67,10 @@ def test_units_are_scored_by_the_method_that_is_asked_for(run_dir, method, space
         unit.name: unit.width for unit in units
     }
     assert scores[0] == scores[1]
-    if method == "magnitude":  # knows nothing of timesteps
-        assert scores[0] == scores[2] == magnitude_scores(load_unet(run_dir.base_unet), units)
+    weights_alone = {"magnitude": magnitude_scores, "lamp": lamp_scores}  # whatever the timesteps
+    if method in weights_alone:
+        own = weights_alone[method](load_unet(run_dir.base_unet), units)
+        assert scores[0] == scores[2] == own
     else:
         assert scores[0] != scores[2]
     macs = load_base(context_of(run_dir, config), group_of(config, 0)).space.macs_base
