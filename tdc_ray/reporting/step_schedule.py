@@ -5,7 +5,8 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from tdc_ray.runs.step_schedule import Judgement, StepSchedule
+from tdc_ray.runs.step_schedule.measure import Judgement
+from tdc_ray.runs.step_schedule.schedule import StepSchedule
 
 
 def print_step_schedule(console: Console, schedule: StepSchedule) -> None:

@@ -55,7 +55,8 @@ class ScheduleCommand:
         require("schedule", self, "num_inference_steps", rule, ok=steps is None or steps >= 1)
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.reporting.step_schedule import print_step_schedule
-        from tdc_ray.runs.step_schedule import REPORT_FILE, ScheduleSpec, schedule_run
+        from tdc_ray.runs.step_schedule.networks import ScheduleSpec
+        from tdc_ray.runs.step_schedule.schedule import REPORT_FILE, schedule_run
 
         out = self.out or self.run / "schedules" / f"{self.macs:g}"
         spec = ScheduleSpec(

@@ -1,0 +1,199 @@
+"""Each network's loss at each sampling step, on held-out images and the same noise for all."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
+from tdc_ray.data.latents import TrainingData
+from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
+from tdc_ray.diffusion.samplers import sampling_timesteps
+from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.diffusion.step_schedule import (
+    BoolArray,
+    choose_networks,
+    step_weights,
+    stitched,
+)
+from tdc_ray.models.denoiser import Denoiser, has_classes
+from tdc_ray.models.forward import max_batch_size
+from tdc_ray.runs.step_schedule.networks import Problem
+from tdc_ray.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+CHOOSE, JUDGE = 0, 1
+"""Which half of the held-out images networks are chosen by, and which judges the choice."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MeasuredSteps:
+    """Networks at sampling steps, and their losses on the half that is chosen by."""
+
+    problem: Problem
+    losses: FloatArray
+    """``(S, K)``: mean squared errors of epsilon; no number where a network may not run."""
+
+    weights: FloatArray
+    """``(S,)``: what a squared error at a step is worth, all visits to it together."""
+
+    def choose(self, macs_share: float) -> list[int]:
+        """Choose the network of every step within a budget, by the weighted losses."""
+        excess = self.weights[:, None] * (self.losses - self.losses[:, :1])
+        excess = np.where(self.problem.allowed, excess, np.inf)
+        return choose_networks(excess, self.problem.macs, self.problem.budget(macs_share))
+
+    def stitch(self, macs_share: float) -> list[int]:
+        """Give the noisiest steps to the cheapest networks and the rest to the dearest."""
+        problem = self.problem
+        return stitched(problem.allowed, problem.macs, problem.budget(macs_share))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What a schedule takes and costs, on images and noise that no choice has seen."""
+
+    mean_macs: float
+    """Of a sampling step."""
+
+    mean_macs_share: float
+    """The same as a share of the base's."""
+
+    excess: float
+    """Weighted sum over the steps of the squared error of epsilon, above the base's, as a share of
+    the base's sum; below 0 is better than the base."""
+
+    low: float
+    """Of its 95 % interval, over images."""
+
+    high: float
+
+
+def measure_steps(
+    config: RunConfig, data: TrainingData, problem: Problem, num_images: int
+) -> MeasuredSteps:
+    """Measure every network at every step where it may run, on the half that is chosen by.
+
+    Args:
+        config: The run's settings.
+        data: What its networks were trained on.
+        problem: Networks and steps.
+        num_images: Noised images at each step.
+    """
+    x_0, _ = _images(config, data, CHOOSE, num_images)
+    visited = sampling_timesteps(config.diffusion.num_train_timesteps, config.sampler)
+    alphas_cumprod = NoiseProcess.of(config.diffusion).alphas_cumprod
+    by_visit = step_weights(alphas_cumprod, visited, float(x_0.var(0).mean()))
+    weights = [by_visit[np.equal(visited, timestep)].sum() for timestep in problem.timesteps]
+    errors = _squared_errors(config, data, problem, problem.allowed, CHOOSE, num_images)
+    return MeasuredSteps(problem, errors.mean(2), np.array(weights))
+
+
+def judge(
+    config: RunConfig,
+    data: TrainingData,
+    measured: MeasuredSteps,
+    choices: Sequence[Sequence[int]],
+    num_images: int,
+) -> list[Judgement]:
+    """Hold schedules against the base, on images and noise that none was chosen by."""
+    problem, steps = measured.problem, np.arange(len(measured.weights))
+    wanted = np.zeros_like(problem.allowed)
+    wanted[:, 0] = True
+    for choice in choices:
+        wanted[steps, choice] = True
+    logger.info("judging by other images and noise")
+    errors = _squared_errors(config, data, problem, wanted, JUDGE, num_images)
+    whole = float(measured.weights @ errors[:, 0].mean(1))
+    judgements = []
+    for choice in choices:
+        differences = measured.weights @ (errors[steps, choice] - errors[:, 0]) / whole  # (M,)
+        mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
+        half_width = 1.96 * deviation / len(differences) ** 0.5
+        macs = problem.mean_macs(choice)
+        judgements.append(
+            Judgement(
+                mean_macs=macs,
+                mean_macs_share=macs / problem.macs_base,
+                excess=mean,
+                low=mean - half_width,
+                high=mean + half_width,
+            )
+        )
+    return judgements
+
+
+def _images(
+    config: RunConfig, data: TrainingData, half: int, num_images: int
+) -> tuple[Tensor, Tensor]:
+    """Return images in [-1, 1] of one half of those that are held out, and their classes."""
+    dataset = data.open()
+    _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    indices = halves(held_out)[half]
+    seed = derive_seed(config.seed, "schedule", half)
+    (batch,) = fixed_batches(dataset, num_images, num_images, seed, indices=indices)
+    return to_minus_one_one(batch.images), batch.labels
+
+
+@torch.inference_mode()
+def _squared_errors(
+    config: RunConfig,
+    data: TrainingData,
+    problem: Problem,
+    wanted: BoolArray,
+    half: int,
+    num_images: int,
+) -> FloatArray:
+    """Measure networks at steps: the squared error of the prediction, of every image.
+
+    All networks see the same images and, at a step, the same noise.
+
+    Args:
+        config: The run's settings.
+        data: What its networks were trained on.
+        problem: Networks and steps.
+        wanted: ``(S, K)``: what is measured.
+        half: Of the held-out images.
+        num_images: Noised images at each step.
+
+    Returns:
+        ``(S, K, num_images)``; no number where nothing was measured.
+    """
+    schedule = noise_schedule(config.diffusion)
+    x_0, labels = _images(config, data, half, num_images)
+    errors = np.full((*wanted.shape, num_images), np.nan)
+    for place, network in enumerate(problem.networks):
+        if not wanted[:, place].any():
+            continue
+        logger.info("measuring %s at %d steps", network.name, wanted[:, place].sum())
+        loaded = network.load()
+        for step in np.flatnonzero(wanted[:, place]).tolist():
+            timestep = problem.timesteps[step]
+            generator = torch.Generator().manual_seed(
+                derive_seed(config.seed, "schedule", half, timestep)
+            )
+            batch = NoisedBatch(
+                x_0,
+                torch.randn(x_0.shape, generator=generator),
+                torch.full((num_images,), timestep),
+                labels if has_classes(loaded) else None,
+            )
+            errors[step, place] = _errors_of(loaded, batch, schedule)
+    return errors
+
+
+def _errors_of(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) -> FloatArray:
+    """Compute the mean squared error of the prediction for every image of a batch: ``(B,)``."""
+    schedule = schedule.to(network.device)
+    errors = []
+    for part in batch.split(max_batch_size(network)):
+        moved = part.to(network.device)
+        target = moved.target(schedule)
+        predicted = moved.predict(network, schedule)[:, : target.shape[1]]
+        errors.append((predicted.float() - target).square().mean((1, 2, 3)).double().cpu())
+    return torch.cat(errors).numpy()
