@@ -17,7 +17,7 @@ The paper's Table IV: OMS-DPM takes more than 3,800 thousand seconds, TDC 342 in
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,28 @@ def timed(choose: Callable[[], list[int]]) -> tuple[list[int], float]:
     return choose(), time.perf_counter() - started
 
 
-def rows_of_run(run: Path, out: Path, flags: StepFlags) -> dict[str, Row]:
-    """Choose in every way, judge and score; what is there already is read."""
+def in_little(flags: StepFlags) -> StepFlags:
+    """Return the flags of a smoke test."""
+    return replace(
+        flags,
+        budgets=flags.budgets[:1],
+        num_images=16,
+        num_schedules=3,
+        num_predictor_images=50,
+    )
+
+
+def rows_of_run(
+    run: Path, out: Path, flags: StepFlags, only: Collection[str] = ()
+) -> dict[str, Row]:
+    """Choose in every way, judge and score; what is there already is read.
+
+    Args:
+        run: A finished run.
+        out: Where networks, pipelines and rows go.
+        flags: What is compared.
+        only: Names of rows; none means all.
+    """
     run_dir, out = RunDir(run.resolve()), out.resolve()
     config = from_json(read_json(run_dir.config))
     evaluate = config.evaluate
@@ -123,6 +143,8 @@ def rows_of_run(run: Path, out: Path, flags: StepFlags) -> dict[str, Row]:
     )
     rows = {}
     for name, choose in ways.items():
+        if only and name not in only:
+            continue
         path = out / "rows" / f"{name.replace(' ', '-')}.json"
         if not exists(path):
             choice, seconds = timed(choose)
@@ -157,13 +179,7 @@ def main(flags: StepFlags) -> None:
     """Choose for every run, and write the table."""
     folder = flags.storage / f"step_schedules-{flags.preset}"
     if flags.smoke:
-        flags = replace(
-            flags,
-            budgets=flags.budgets[:1],
-            num_images=16,
-            num_schedules=3,
-            num_predictor_images=50,
-        )
+        flags = in_little(flags)
     runs, results = runs_of(flags, folder)
     found = {str(run): rows_of_run(run, folder / "chosen" / run.name, flags) for run in runs}
     table = []

@@ -5,23 +5,31 @@
 
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
 measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
---llm.model NAME` asks a language model.
+--llm.model NAME` asks a language model. Two rows more: what it takes to choose a network for every
+sampling step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner of
+OMS-DPM (`step_schedules.py`), with the score of each.
 
-Hardware and hours: `digits` takes about 10 minutes a seed on 2 CPU cores.
+Hardware and hours: `digits` takes about 30 minutes a seed on 2 CPU cores.
 
 The paper (thousands of seconds, CIFAR-10): GPT-4 inference 0.078, fine-tuning 190, total 342;
 OMS-DPM, which trains a predictor, more than 3800.
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from statistics import mean
 
 from common import ProxyFlags, parse_flags, run_once
-from output import paper_column, plot_bars, write_record, write_table
+from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
+from step_schedules import Row, StepFlags, in_little, rows_of_run
 
 from tdc_ray.runs.results import Results
 
 PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"}}
+
+
+BUDGET = 0.6
+"""Mean macs of a sampling step, as a share of the base's, for which its network is chosen."""
 
 
 def seconds_of(results: Results) -> dict[str, float]:
@@ -37,6 +45,14 @@ def seconds_of(results: Results) -> dict[str, float]:
     return stages | {"total": sum(stages.values())}
 
 
+def steps_of(flags: ProxyFlags, folder: Path, seed: int) -> dict[str, Row]:
+    """Choose a network for every sampling step of a run, in two ways."""
+    how = StepFlags(budgets=(BUDGET,))
+    names = [f"{BUDGET:g} F, {way}" for way in ("ours", "predictor and evolution")]
+    how = in_little(how) if flags.smoke else how
+    return rows_of_run(folder / f"seed-{seed}", folder / f"steps-{seed}", how, names)
+
+
 def main(flags: ProxyFlags) -> None:
     """Run all seeds and write the table."""
     folder = flags.storage / f"time_cost-{flags.preset}-{flags.proxy}"
@@ -47,9 +63,15 @@ def main(flags: ProxyFlags) -> None:
     seconds = [seconds_of(results) for results in found]
     paper = paper_column(PAPER, flags.preset)
     rows = [
-        [row, f"{mean(by[row] for by in seconds):,.2f}", paper.get(row, "-")] for row in seconds[0]
+        [row, f"{mean(by[row] for by in seconds):,.2f}", paper.get(row, "-"), "-"]
+        for row in seconds[0]
     ]
-    columns = ["stage", "seconds", paper[""]]
+    searched = [steps_of(flags, folder, seed) for seed in flags.seeds]
+    for name in searched[0]:
+        took = f"{mean(by[name].seconds for by in searched):,.2f}"
+        scores = mean_and_spread([by[name].score for by in searched])
+        rows.append([f"steps at {name}", took, "-", scores])
+    columns = ["stage", "seconds", paper[""], found[0].metric]
     write_table(folder, "time_cost", columns, rows)
     bars = {row: [by[row] for by in seconds] for row in seconds[0]}
     plot_bars(folder, "time_cost", bars, "seconds")
@@ -57,6 +79,7 @@ def main(flags: ProxyFlags) -> None:
         "method": flags.proxy,
         "seconds": seconds,
         "prune": [asdict(results.prune) for results in found],
+        "steps": [{name: asdict(row) for name, row in by.items()} for by in searched],
     }
     write_record(folder, "time_cost", flags, {results.commit for results in found}, record)
 

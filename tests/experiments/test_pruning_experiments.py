@@ -90,6 +90,9 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
             "training_free", "digits-smoke", "FreeFlags", "experts", marks=pytest.mark.slow
         ),
         pytest.param(
+            "step_schedules", "digits-smoke", "StepFlags", "schedule", marks=pytest.mark.slow
+        ),
+        pytest.param(
             "two_stage", "digits-smoke", "StagesFlags", "strategy, share", marks=pytest.mark.slow
         ),
     ],
