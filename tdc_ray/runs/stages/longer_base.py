@@ -1,6 +1,6 @@
 """Trains the base on by as many macs as TDC spent beyond stage 1: what TDC is compared with.
 
-It goes on from stage 1's last checkpoint, optimizer and averaged weights included, where that is
+It continues from stage 1's last checkpoint, optimizer and averaged weights included, where that is
 left, on the images that fine-tunes see, so that the base has no advantage on those held out. What
 costs a fine-tune nothing the base has too: a learning rate that decays, weights averaged with
 those of the start.
