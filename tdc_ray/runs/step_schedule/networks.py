@@ -1,6 +1,7 @@
 """The networks between which is chosen, and the sampling steps at which each may run."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,26 +13,20 @@ from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import one_group
 from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import FloatArray
-from tdc_ray.diffusion.step_schedule import (
-    BoolArray,
-)
+from tdc_ray.diffusion.step_schedule import BoolArray
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import load_config, load_network
 from tdc_ray.models.macs import macs_polynomials
-from tdc_ray.models.saved_expert import (
-    CONFIG_FILE,
-    SavedExpert,
-    load_expert,
-)
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.saved_expert import CONFIG_FILE, SavedExpert, load_expert
 from tdc_ray.models.structure import network_structure, units_for
 from tdc_ray.models.units import widths_of
+from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.prune_model import prune_model
-from tdc_ray.storage.files import (
-    exists,
-)
+from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
@@ -127,56 +122,107 @@ def networks_of(
     out: Path,
     sinks_for: SinksFor = no_sinks,
 ) -> list[Network]:
-    """Return all networks that may run: base, experts, what is pruned here, and others.
+    """Return all networks that may run: base, experts, others that are named, what is pruned here.
 
     An expert, or a sub-model pruned for a group, may run in its group and in the groups beside it.
 
+    Args:
+        run_dir: A finished run.
+        config: Its settings.
+        spec: What is asked for.
+        out: Where sub-models are pruned to; those that are there are not pruned again.
+        sinks_for: Makes what takes the events of pruning.
+
     Raises:
-        ConfigError: Two have one name, or one does not take the run's images.
+        ConfigError: The budget is below what the networks take at least, two networks have one
+            name, or one does not take the run's images; raised before anything is pruned.
     """
     unet = load_config(run_dir.base_unet)
-    last = config.diffusion.num_train_timesteps - 1
-    base = Network(
-        "base", run_dir.base_unet, network_structure(unet).macs, (0, last), is_base=True
-    )
+    span = (0, config.diffusion.num_train_timesteps - 1)
+    macs = network_structure(unet).macs
+    networks = [Network("base", run_dir.base_unet, macs, span, is_base=True)]
     index = PipelineIndex.load(run_dir.experts)
-    spans = [(max(0, i - 1), min(i + 1, len(index.spans) - 1)) for i in range(len(index.spans))]
-    near = [(index.spans[first][0], index.spans[end][1]) for first, end in spans]
-    networks = [base]
-    for expert, span in zip(index.experts, near, strict=True):
-        folder = run_dir.experts / expert.folder
-        serves = (expert.first, expert.last)
-        networks.append(Network(expert.folder, folder, _macs_of(folder), span, serves))
-    widths = spec.widths
-    if widths is None:
-        problem = problem_of(config, networks)
-        own = problem.mean_macs(own_choice(problem))
-        below = spec.macs_share * base.macs < own
-        widths = (NARROWER * spec.macs_share,) if below else ()
-    prune = replace(config.prune, halving_steps=0, objective="macs")
-    if prune.method == "none":
-        prune = replace(prune, method="offline")
-    for width in widths:
-        for number, (expert, span) in enumerate(zip(index.experts, near, strict=True)):
-            name = f"pruned-{number:02d}-{width:.3g}"
-            group = one_group(config.diffusion, config.sampler, (expert.first, expert.last), width)
-            logger.info("%s: the base pruned for t %d to %d", name, expert.first, expert.last)
-            folder = out / PRUNED_DIR / name
-            prune_model(
-                run_dir.base_unet, replace(config, prune=prune), group, folder, None, sinks_for
-            )
-            networks.append(Network(name, folder, _macs_of(folder), span))
+    for expert, near in zip(index.experts, _with_neighbours(index.spans), strict=True):
+        folder, serves = run_dir.experts / expert.folder, (expert.first, expert.last)
+        networks.append(Network(expert.folder, folder, _macs_of(folder), near, serves))
     for path in spec.networks:
         folder = resolve_path(path).resolve()
         _check_shape(folder, unet)
-        networks.append(Network(folder.name, folder, _macs_of(folder), (0, last)))
+        networks.append(Network(folder.name, folder, _macs_of(folder), span))
     names = [network.name for network in networks]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"--networks must be folders of different names, other than the run's own, got "
             f"{', '.join(names)}. Rename one."
         )
+    wanted = _to_prune(config, spec, unet, networks, index.spans, out)
+    at_limit = [
+        replace(network, macs=math.floor(width * macs + 1e-6)) for network, width, _ in wanted
+    ]
+    _check_budget(problem_of(config, [*networks, *at_limit]), spec.macs_share)
+    for network, width, serves in wanted:
+        _prune(run_dir, config, network, serves, width, sinks_for)
+        networks.append(replace(network, macs=_macs_of(network.folder)))
     return networks
+
+
+def _with_neighbours(spans: Sequence[Span]) -> list[Span]:
+    """Return of every range the one from the start of that before it to the end of that behind."""
+    last = len(spans) - 1
+    return [(spans[max(0, i - 1)][0], spans[min(last, i + 1)][1]) for i in range(len(spans))]
+
+
+def _to_prune(
+    config: RunConfig,
+    spec: ScheduleSpec,
+    unet: NetworkConfig,
+    networks: Sequence[Network],
+    spans: Sequence[Span],
+    out: Path,
+) -> list[tuple[Network, float, Span]]:
+    """Return the sub-models that are to be pruned, each with its width and its timesteps.
+
+    Raises:
+        ConfigError: A width is less than is left when everything is pruned.
+    """
+    space = space_of(unet, config.prune.space, config.prune.channel_multiple)
+    least = space.macs(space.smallest) / space.macs_base
+    widths = spec.widths
+    if widths is None:
+        problem = problem_of(config, networks)
+        own = problem.mean_macs(own_choice(problem)) / problem.macs_base
+        narrower = max(NARROWER * spec.macs_share, least)
+        widths = (narrower,) if spec.macs_share < own else ()
+    if any(width < least for width in widths):
+        raise ConfigError(
+            f"--widths must be at least {least:.4f}, which is left when everything that can be "
+            f"pruned is, got {min(widths)}."
+        )
+    found = []
+    for width in widths:
+        for group, near in enumerate(_with_neighbours(spans)):
+            name = f"pruned-{group:02d}-{width:.3g}"
+            network = Network(name, out / PRUNED_DIR / name, 0, near)
+            found.append((network, width, spans[group]))
+    return found
+
+
+def _prune(
+    run_dir: RunDir,
+    config: RunConfig,
+    network: Network,
+    serves: Span,
+    width: float,
+    sinks_for: SinksFor,
+) -> None:
+    """Prune and refit the base for a group's timesteps, as ``tdc-ray prune`` does."""
+    logger.info("%s: the base pruned for t %d to %d", network.name, *serves)
+    prune = replace(config.prune, halving_steps=0, objective="macs")
+    if prune.method == "none":
+        prune = replace(prune, method="offline")
+    group = one_group(config.diffusion, config.sampler, serves, width)
+    settings = replace(config, prune=prune)
+    prune_model(run_dir.base_unet, settings, group, network.folder, None, sinks_for)
 
 
 def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
@@ -218,7 +264,7 @@ def problem_of(config: RunConfig, networks: Sequence[Network]) -> Problem:
     return Problem(networks, timesteps, visits[:, None] * macs, allowed, len(visited))
 
 
-def check_budget(problem: Problem, share: float) -> None:
+def _check_budget(problem: Problem, share: float) -> None:
     """Refuse a budget that the cheapest network of every step exceeds.
 
     Raises:

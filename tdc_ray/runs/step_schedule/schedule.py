@@ -27,7 +27,6 @@ from tdc_ray.runs.step_schedule.networks import (
     PRUNED_DIR,
     Problem,
     ScheduleSpec,
-    check_budget,
     networks_of,
     own_choice,
     problem_of,
@@ -134,7 +133,6 @@ def schedule_run(
         config = replace(config, sampler=sampler)
     with hold_lease(out):
         problem = problem_of(config, networks_of(run_dir, config, spec, out, sinks_for))
-        check_budget(problem, spec.macs_share)
         data = training_data(config.data, config.evaluate.cache_dir)
         run_chain(prepare_latents(data))
         measured = measure_steps(config, data, problem, spec.num_images)
