@@ -85,8 +85,8 @@ def run(
     pretrained = pretrained_base(config.model)
     config = with_first_stage(config, pretrained)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
-    if exists(run_dir.results):
-        earlier = load_results(run_dir.results)
+    earlier = load_results(run_dir.results) if exists(run_dir.results) else None
+    if earlier is not None:
         if is_compared(earlier, config.compare):
             logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
             return earlier
@@ -142,7 +142,8 @@ def run(
         outcome = RunOutcome(
             plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
         )
-        seconds = time.perf_counter() - started
+        # A comparison that is added later is no part of how long the run took.
+        seconds = earlier.seconds.wall if earlier else time.perf_counter() - started
         results = collect_results(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
         return results

@@ -40,6 +40,7 @@ def test_a_finished_run_is_compared_later_and_nothing_else_of_it_changes(compare
     folder, config, results = compared
     before = load_results(finished_run / "results.json")
     assert comparable(replace(results, comparison=None)) == comparable(before)
+    assert results.seconds == before.seconds
     assert load_results(folder / "results.json") == results
     assert json.loads((folder / "config.json").read_text())["compare"] == COMPARED
     earlier = len(load_history(finished_run / "timeline.jsonl").spans)
