@@ -22,7 +22,7 @@ Hardware and hours: `digits` takes about an hour a seed on 2 CPU cores (an estim
 The paper has no such table: it compares by training steps, without what GPT-4 and measuring take.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from statistics import fmean
 from common import Flags, commits_of, parse_flags, run_once, workers
 from equal_rows import (
     Budget,
+    Losses,
     Network,
     base_for_training_free,
     from_scratch,
@@ -47,7 +48,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.reporting.text import verdict
-from tdc_ray.runs.results import LossDifference, Results
+from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.storage.run_dir import RunDir
 
@@ -99,19 +100,19 @@ class Row:
     search_macs: float
     macs: float
     num_params: float
-    loss: LossDifference | None
-    """Against the base trained on; None for that itself."""
+    losses: Losses | None
+    """None for the base trained on, which they are held against."""
 
 
 Found = Mapping[float, Mapping[int, tuple[Results, dict[str, Row]]]]
 """TDC's run and the rows, by budget and seed."""
 
 
-def row_of_run(results: Results, loss: LossDifference | None, before: float = 0.0) -> Row:
+def row_of_run(results: Results, losses: Losses, before: float = 0.0) -> Row:
     """Give the row of a run's TDC; training before the run is added."""
     tdc = results.tdc
     train_macs = before + tdc.train_macs
-    return Row(tdc.score, train_macs, results.prune.search_macs, tdc.macs, tdc.num_params, loss)
+    return Row(tdc.score, train_macs, results.prune.search_macs, tdc.macs, tdc.num_params, losses)
 
 
 def rows_of(
@@ -142,32 +143,22 @@ def rows_of(
             for name, one in networks.items()
         }
         metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
-        whole = {
-            name: dict.fromkeys(range(len(groups)), one.run_dir.expert(0))
-            for name, one in networks.items()
-        }
-        experts = {
-            name: {
-                group.index: RunDir(dirs[name].resolve()).expert(group.index) for group in groups
-            }
-            for name in (UNPRUNED, FREE)
-        }
+        experts = {name: [one.run_dir.expert(0)] * len(groups) for name, one in networks.items()}
+        for name in (UNPRUNED, FREE):
+            run_dir = RunDir(dirs[name].resolve())
+            experts[name] = [run_dir.expert(group.index) for group in groups]
         losses = pool.run(
             {
                 name: loss_beside(
-                    config,
-                    groups,
-                    some,
-                    tdc_dir.longer_base,
-                    (folder / "losses" / slug(name)).resolve(),
+                    config, groups, some, tdc_dir.longer_base, folder / "losses" / slug(name)
                 )
-                for name, some in {**whole, **experts}.items()
+                for name, some in experts.items()
             }
         )
     rows = {
         BASE: Row(found.score, found.train_macs, 0.0, tdc.base.macs, tdc.base.num_params, None),
         UNPRUNED: row_of_run(unpruned, losses[UNPRUNED]),
-        TDC: row_of_run(tdc, found.mean),
+        TDC: row_of_run(tdc, Losses(found.mean, found.groups)),
         FREE: row_of_run(free, losses[FREE], budget.stage_1 + budget.beyond - budget.search),
     }
     for name, one in networks.items():
@@ -182,9 +173,9 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-").lower()
 
 
-def loss_text(losses: list[LossDifference | None]) -> str:
+def loss_text(losses: Sequence[Losses | None]) -> str:
     """Write how far the losses are from the base's, and what their intervals say, seed by seed."""
-    known = [loss for loss in losses if loss is not None]
+    known = [one.mean for one in losses if one is not None]
     if not known:
         return "0"
     shares = [100 * loss.difference / loss.loss_base for loss in known]
@@ -206,7 +197,7 @@ def write(
                 [
                     name if len(found) == 1 else f"{name}, {budget:g}",
                     mean_and_spread([row.score for row in rows]),
-                    loss_text([row.loss for row in rows]),
+                    loss_text([row.losses for row in rows]),
                     f"{fmean(row.train_macs for row in rows):.3g}",
                     f"{fmean(row.search_macs for row in rows):.2g}",
                     f"{fmean(row.macs for row in rows) / 1e6:.2f} M",
@@ -214,9 +205,9 @@ def write(
                 ]
             )
     columns = ["row", metric, "loss / base trained on's", "train macs", "search macs"]
-    seeds = ", ".join(map(str, next(iter(found.values()))))
+    done = ", ".join(map(str, next(iter(found.values()))))
     note = (
-        f"Seeds {seeds}. The loss is over all timesteps, on held-out images and noise that no "
+        f"Seeds {done}. The loss is over all timesteps, on held-out images and noise that no "
         "choice has seen, as a difference from that of the base trained on; in brackets what the "
         "95 % interval of each seed says."
     )

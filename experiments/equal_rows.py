@@ -1,6 +1,6 @@
 """Ways to spend the same macs as TDC, each a model to be scored: rows of ``equal_compute``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,12 @@ from tdc_ray.runs.stages.base import last_checkpoint
 from tdc_ray.runs.stages.expert import make_expert
 from tdc_ray.runs.stages.finetune import short_finetune_item
 from tdc_ray.runs.stages.longer_base import LongerBaseJob, longer_base_item
-from tdc_ray.runs.stages.paired_losses import PairedJob, mean_difference, paired_item
+from tdc_ray.runs.stages.paired_losses import (
+    PairedJob,
+    mean_difference,
+    paired_difference,
+    paired_item,
+)
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
@@ -54,6 +59,17 @@ class Budget:
         base, search = tdc.base, tdc.prune.search_macs
         beyond = tdc.tdc.train_macs + search - base.train_macs
         return cls(base.train_macs, beyond, search, int(base.macs), tdc.tdc.macs / base.macs)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A row's held-out losses against those of the base trained on."""
+
+    mean: LossDifference
+    """Over all timesteps alike."""
+
+    groups: Sequence[LossDifference]
+    """In the groups' order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +187,17 @@ def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> C
 def loss_beside(
     config: RunConfig,
     groups: Sequence[TimestepGroup],
-    networks: Mapping[int, Path],
+    networks: Sequence[Path],
     longer_base: Path,
     folder: Path,
-) -> Chain[LossDifference]:
-    """Compare the networks of the groups, by index, with the base trained on."""
+) -> Chain[Losses]:
+    """Compare the networks of the groups, in their order, with the base trained on."""
+    folder = folder.resolve()
     jobs = [
-        PairedJob(
-            config,
-            group,
-            networks[group.index],
-            longer_base,
-            folder / f"losses-{group.index:02d}.npy",
-        )
-        for group in groups
+        PairedJob(config, group, network, longer_base, folder / f"losses-{group.index:02d}.npy")
+        for group, network in zip(groups, networks, strict=True)
     ]
     items = [paired_item(f"{folder.name}/{job.path.stem}", job, (1.0, 1.0)) for job in jobs]
     yield from results_of(items)
-    return mean_difference([job.path for job in jobs], groups)
+    paths = [job.path for job in jobs]
+    return Losses(mean_difference(paths, groups), tuple(map(paired_difference, paths)))
