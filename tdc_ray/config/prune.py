@@ -13,6 +13,7 @@ ScoreMethod = Literal["random", "magnitude", "lamp", "taylor", "diff-pruning"]
 SearchMethod = Literal[ProxyMethod, ScoreMethod]
 PruneMethod = Literal[SearchMethod, "none"]
 Objective = Literal["macs", "latency"]
+Sensitivity = Literal["second-order", "measured"]
 
 
 @settings("prune")
@@ -70,11 +71,20 @@ class PruneConfig:
     """Noised images of the group's timesteps from which the refit takes its statistics. Their
     activations between two blocks are held in memory."""
 
+    sensitivity: Sensitivity = "measured"
+    """How it is known by how much the loss grows when units are cut. second-order: by a quadratic
+    model of the loss, from a few backward passes; measured: every unit is cut to every level
+    alone, and again on models that are cut elsewhere. Without a refit, and where streams are cut,
+    sensitivities are measured in any case."""
+
+    num_probes: PositiveInt = 2
+    """Random directions of each image, a backward pass each, that the quadratic model rests on."""
+
     num_levels: PositiveInt = 4
-    """Widths of each unit at which its sensitivity is measured."""
+    """Widths of each unit at which its sensitivity is measured or modelled."""
 
     num_passes: PositiveInt = 3
-    """How often sensitivities are measured. 1: on the base; 2: once more at the limit, on the best
+    """How often sensitivities are measured, unless they are modelled. 1: on the base; 2: once more at the limit, on the best
     scheme so far; 3: half-way there too, and so on. Pruned units affect each other, and later
     passes measure that."""
 
@@ -89,6 +99,12 @@ class PruneConfig:
     batch_size: PositiveInt | None = None
     """Images per forward pass while measuring; None means as many as the device takes best, by the
     size of the model's activations."""
+
+    @property
+    def models_loss(self) -> bool:
+        """Whether a quadratic model of the loss stands in for measured sensitivities."""
+        fits = self.refit == "least-squares" and self.space == "inner"
+        return fits and self.sensitivity == "second-order"
 
     def __post_init__(self) -> None:
         searches = self.objective == "macs" or self.method != "none"

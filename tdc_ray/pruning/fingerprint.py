@@ -17,6 +17,8 @@ SEARCH_FIELDS = (
     "num_rounds",
     "num_candidates",
     "halving_steps",
+    "sensitivity",
+    "num_probes",
     "num_passes",
     "num_levels",
 )

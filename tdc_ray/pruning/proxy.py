@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme, Space
 
 Sensitivities = Mapping[str, Mapping[int, float]]
 """For every unit, the increase of the loss by width when that unit alone is pruned to it, after
 the refit if there is one. Small widths may be measured on models that are pruned elsewhere too
-(``prune.num_passes``)."""
+(``prune.num_passes``), or all are predicted (``prune.sensitivity``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class ProposalRequest:
 
     num_rounds: int
     seed: int
+    model: QuadraticModel | None = None
+    """Predicts the growth of the loss with any scheme; None where sensitivities were measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,18 @@ from tdc_ray.execution.chain import Barrier, Chain, result_of, results_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.scores import Scores, select_top
 from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.joint_growth import JointGrowth
 from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
 from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Sensitivities
+from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.result import Candidate, SearchCost, SearchResult
 from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.pruning.tasks.candidates import base_item, candidate_item
 from tdc_ray.pruning.tasks.scores import score_item
+from tdc_ray.pruning.tasks.second_order import second_order_item
 from tdc_ray.pruning.tasks.sensitivities import (
     NUM_SHARES,
     SensitivityResult,
@@ -47,6 +50,10 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), rounds.cost)
 
 
+Predictions = tuple[Scores, Sensitivities, QuadraticModel | None]
+"""The order in which the steps of units go, and what the growth of the loss is predicted by."""
+
+
 class _Rounds:
     """The rounds of one search."""
 
@@ -64,7 +71,9 @@ class _Rounds:
     def by_proxy(self, method: ProxyMethod, loss_base: float) -> Chain[list[Candidate]]:
         """Measure sensitivities, then let the proxy propose, round by round."""
         search, prune, group = self._search, self._prune, self._search.group
-        scores, sensitivities = yield from self._sensitivities(loss_base)
+        scores, sensitivities, model = yield from (
+            self._modelled() if prune.models_loss else self._measured(loss_base)
+        )
         shared = prune.memory == "shared" and len(search.participants) > 1
         candidates: list[Candidate] = []
         for number in range(prune.num_rounds):
@@ -84,6 +93,7 @@ class _Rounds:
                 round=number,
                 num_rounds=prune.num_rounds,
                 seed=derive_seed(search.context.seed, "propose", group.index, number),
+                model=model,
             )
             proposals: list[Proposal] = []
             names: tuple[ProxyMethod, ...] = (method, "offline")  # which adds what others lack
@@ -100,8 +110,15 @@ class _Rounds:
         self.cost.add(result.macs, result.seconds)
         return result.scores
 
-    def _sensitivities(self, loss_base: float) -> Chain[tuple[Scores, Sensitivities]]:
-        """Measure sensitivities on the base, then on knapsack schemes towards the limit."""
+    def _modelled(self) -> Chain[Predictions]:
+        """Predict sensitivities by a quadratic model of the loss."""
+        result = yield from result_of(second_order_item(self._search))
+        self.cost.add(result.macs, result.seconds)
+        growth = JointGrowth(self._space, result.model)
+        return self._with_single(result.scores), growth.sensitivities(), result.model
+
+    def _measured(self, loss_base: float) -> Chain[Predictions]:
+        """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
         search, prune, space = self._search, self._prune, self._space
         has_streams = any(unit.kind == "stream" for unit in space.units)
         scores: Scores = {}
@@ -121,7 +138,7 @@ class _Rounds:
             if isinstance(result, SensitivityResult):
                 scores |= result.scores
             sensitivities = {**sensitivities, **result.sensitivities}
-        scores = {unit.name: [0.0] for unit in space.units if unit.width == 1} | scores
+        scores = self._with_single(scores)
         for number in range(1, prune.num_passes):
             excess = space.cost_base - search.limit
             limit = space.cost_base - excess * number // (prune.num_passes - 1)
@@ -139,7 +156,11 @@ class _Rounds:
                 self.cost.add(result.macs, result.seconds)
                 further |= result.sensitivities
             sensitivities = extend_sensitivities(sensitivities, curves, start, further)
-        return scores, sensitivities
+        return scores, sensitivities, None
+
+    def _with_single(self, scores: Scores) -> Scores:
+        """Add scores of units of a single step, which are not ranked."""
+        return {unit.name: [0.0] for unit in self._space.units if unit.width == 1} | scores
 
     def _measure(
         self, number: int, proposals: Sequence[Proposal], scores: Scores

@@ -86,7 +86,7 @@ def masked_units(
 ) -> Solutions:
     """Return the weights after inner units at each of their levels, without a refit."""
     solutions: Solutions = {}
-    layers = _output_layers(steps_of(base))
+    layers = reader_layers(steps_of(base))
     for unit in units:
         layer = layers[unit.name]
         solutions[unit.name] = {}
@@ -160,7 +160,7 @@ def _statistics(
     """Yield every unit with the normal equations of the layer that reads it, on base states."""
     num_images = sum(len(batch.x_0) for batch in batches)
     all_steps = steps_of(base)
-    layers = _output_layers(all_steps)
+    layers = reader_layers(all_steps)
     squares = {
         unit.name: LeastSquares(
             layers[unit.name], num_rows=num_images * unit.pixels, seed=derive_seed(unit.name)
@@ -181,7 +181,7 @@ def _statistics(
         yield unit, squares.pop(unit.name)
 
 
-def _output_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
+def reader_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
     """Return the output layer of every step; in a unit's block it reads the unit."""
     layers = {step.name: step.module.get_submodule(step.output_layer) for step in all_steps}
     return {name: layer for name, layer in layers.items() if isinstance(layer, ReadLayer)}

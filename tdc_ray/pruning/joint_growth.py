@@ -1,0 +1,142 @@
+"""What a quadratic model predicts of any joint cut, and the best one within a limit."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+
+from tdc_ray.pruning.knapsack import LEAST_FACTOR, FactorArray, knapsack, loss_curves
+from tdc_ray.pruning.quadratic_model import QuadraticModel
+from tdc_ray.pruning.space import Scheme, Space
+
+LEAST_GAIN = 1e-6
+"""Exchanges go on while they lower the growth by this share."""
+
+MOST_STEPS = 3
+"""Legal widths that an exchange narrows a unit by, at most: a step of one unit may cost several
+times that of another."""
+
+
+class JointGrowth:
+    """The growth of the loss that a quadratic model predicts, for every scheme of a space.
+
+    Between two levels what a cut does to the prediction is taken to be linear in the width, up to
+    the whole unit, which does nothing. A unit that was not looked at does nothing at any width.
+    """
+
+    def __init__(self, space: Space, model: QuadraticModel) -> None:
+        self._space = space
+        parts, known, num_levels = [], 0, len(model.products)
+        for unit in space.units:
+            levels = model.levels.get(unit.name, ())
+            share = np.zeros((unit.width, num_levels))
+            for place in range(len(levels)):
+                at_levels = np.eye(len(levels) + 1)[place]  # the last is the whole unit
+                widths = [*levels, unit.width]
+                share[:, known + place] = np.interp(range(1, unit.width + 1), widths, at_levels)
+            parts.append(share)
+            known += len(levels)
+        between = np.concatenate(parts)  # (all units' widths, levels)
+        self._products = between @ np.array(model.products).reshape(num_levels, -1) @ between.T
+        firsts = np.cumsum([0, *(unit.width for unit in space.units)])
+        self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
+
+    def pieces(self, scheme: Scheme) -> FactorArray:
+        """Predict what each unit adds to the growth with a scheme, ``(U,)``.
+
+        Half of what two units do together is either's.
+        """
+        rows = self._rows(scheme)
+        pieces: FactorArray = self._products[np.ix_(rows, rows)].sum(1)
+        return pieces
+
+    def of(self, scheme: Scheme) -> float:
+        """Predict by how much the loss grows with a scheme."""
+        return float(self.pieces(scheme).sum())
+
+    def sensitivities(self) -> dict[str, dict[int, float]]:
+        """Predict by how much the loss grows with every unit cut alone, at every legal width."""
+        alone = self._products.diagonal()
+        return {
+            name: {width: float(alone[row + width - 1]) for width in self._space.legal[name][:-1]}
+            for name, row in self._first.items()
+        }
+
+    def best_scheme(self, limit: int, factors: FactorArray | None = None) -> dict[str, int]:
+        """Return the scheme within a limit that a knapsack and then exchanges find.
+
+        Args:
+            limit: Of macs, or of nanoseconds, as the space has it.
+            factors: What every unit's own growth is multiplied by, ``(U,)``; None means 1.
+
+        Raises:
+            LimitError: No scheme is within the limit.
+        """
+        space, curves = self._space, loss_curves(self._space, self.sensitivities())
+        growth = self if factors is None else self._scaled(factors)
+        return exchange(space, growth, knapsack(space, curves, limit, factors), limit)
+
+    def falls(self, scheme: Scheme) -> Callable[[str, int], float]:
+        """Return a prediction of how much a scheme's growth falls if one unit's width changes."""
+        products, with_all = self._products, self._products[:, self._rows(scheme)].sum(1)
+
+        def fall(name: str, width: int) -> float:
+            before, after = self._first[name] + scheme[name] - 1, self._first[name] + width - 1
+            own = products[before, before] + products[after, after] - 2 * products[before, after]
+            return float(2 * (with_all[before] - with_all[after]) - own)
+
+        return fall
+
+    def _rows(self, scheme: Scheme) -> list[int]:
+        return [row + scheme[name] - 1 for name, row in self._first.items()]
+
+    def _scaled(self, factors: FactorArray) -> "JointGrowth":
+        widths = [unit.width for unit in self._space.units]
+        roots = np.repeat(np.sqrt(np.maximum(factors, LEAST_FACTOR)), widths)
+        scaled = copy.copy(self)
+        scaled._products = self._products * np.outer(roots, roots)
+        return scaled
+
+
+def exchange(space: Space, growth: JointGrowth, scheme: Scheme, limit: int) -> dict[str, int]:
+    """Improve a scheme by exchanges until none lowers its predicted growth.
+
+    An exchange narrows one unit by some steps and widens others in its place, each time the one
+    that gains most per cost, as long as that fits.
+
+    Args:
+        space: Inner units, whose costs add up.
+        growth: Predicts the growth.
+        scheme: Within the limit.
+        limit: Of macs, or of nanoseconds, as the space has it.
+    """
+    current, value = dict(scheme), growth.of(scheme)
+    while True:
+        found = [current]
+        for name in scheme:
+            narrower = current
+            for _ in range(MOST_STEPS):
+                narrower = {**narrower, name: space.next_narrower(name, narrower[name])}
+                found.append(_filled(space, growth, narrower, limit, without=name))
+        best = min(found, key=growth.of)
+        if growth.of(best) >= (1 - LEAST_GAIN) * value:
+            return current
+        current, value = best, growth.of(best)
+
+
+def _filled(
+    space: Space, growth: JointGrowth, scheme: Scheme, limit: int, without: str
+) -> dict[str, int]:
+    """Widen all units but one, that of the most gain per cost first, as long as one fits."""
+    widths, room = dict(scheme), limit - space.cost(scheme)
+    while True:
+        fall, options = growth.falls(widths), []
+        for name, width in widths.items():
+            wider = space.next_wider(name, width)
+            cost = space.costs.marginal_cost(name, width, wider, widths)
+            if name != without and 0 < cost <= room:
+                options.append((fall(name, wider) / cost, name, wider, cost))
+        if not options:
+            return widths
+        _, name, wider, cost = max(options)
+        widths[name], room = wider, room - cost
