@@ -63,7 +63,10 @@ class JointGrowth:
         }
 
     def best_scheme(self, limit: int, factors: FactorArray | None = None) -> dict[str, int]:
-        """Return the scheme within a limit that a knapsack and then exchanges find.
+        """Return (nearly) the best scheme within a limit: exchanges improve two, the better stays.
+
+        They begin with the knapsack of what units do alone, and with what is left where the step
+        of the least predicted growth per cost goes until the scheme is within the limit.
 
         Args:
             limit: Of macs, or of nanoseconds, as the space has it.
@@ -74,7 +77,9 @@ class JointGrowth:
         """
         space, curves = self._space, loss_curves(self._space, self.sensitivities())
         growth = self if factors is None else self._scaled(factors)
-        return exchange(space, growth, knapsack(space, curves, limit, factors), limit)
+        starts = knapsack(space, curves, limit, factors), _narrowed(space, growth, limit)
+        found = [exchange(space, growth, start, limit) for start in starts]
+        return min(found, key=growth.of)
 
     def falls(self, scheme: Scheme) -> Callable[[str, int], float]:
         """Return a prediction of how much a scheme's growth falls if one unit's width changes."""
@@ -117,17 +122,32 @@ def exchange(space: Space, growth: JointGrowth, scheme: Scheme, limit: int) -> d
             narrower = current
             for _ in range(MOST_STEPS):
                 narrower = {**narrower, name: space.next_narrower(name, narrower[name])}
-                found.append(_filled(space, growth, narrower, limit, without=name))
+                found.append(_widened(space, growth, narrower, limit, without=name))
         best = min(found, key=growth.of)
         if growth.of(best) >= (1 - LEAST_GAIN) * value:
             return current
         current, value = best, growth.of(best)
 
 
-def _filled(
+def _narrowed(space: Space, growth: JointGrowth, limit: int) -> dict[str, int]:
+    """Narrow units, that of the least growth per cost first, until a limit is met."""
+    widths, excess = space.full, space.cost_base - limit
+    while excess > 0:
+        fall, options = growth.falls(widths), []
+        for name, width in widths.items():
+            narrower = space.next_narrower(name, width)
+            cost = space.costs.marginal_cost(name, narrower, width, widths)
+            if cost > 0:
+                options.append((-fall(name, narrower) / cost, name, narrower, cost))
+        _, name, narrower, cost = min(options)
+        widths[name], excess = narrower, excess - cost
+    return widths
+
+
+def _widened(
     space: Space, growth: JointGrowth, scheme: Scheme, limit: int, without: str
 ) -> dict[str, int]:
-    """Widen all units but one, that of the most gain per cost first, as long as one fits."""
+    """Widen all units but one, that of the largest fall per cost first, as long as one fits."""
     widths, room = dict(scheme), limit - space.cost(scheme)
     while True:
         fall, options = growth.falls(widths), []

@@ -15,7 +15,7 @@ from tdc_ray.models.step import num_untouched
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.context import PruningContext
-from tdc_ray.pruning.noised import Purpose, held_out_losses, noised_batches
+from tdc_ray.pruning.noised import Purpose, losses_per_image, noised_batches
 from tdc_ray.pruning.refit.error_weights import (
     ErrorWeights,
     error_weights,
@@ -26,8 +26,9 @@ from tdc_ray.pruning.refit.refit import refit
 from tdc_ray.pruning.space import Space, space_of
 from tdc_ray.storage.files import exists
 
-ERROR_WEIGHT_PASSES = 3
-"""Cost of the image weights of a refit, in forward passes: one forward and one backward."""
+ERROR_WEIGHT_PASSES = 2
+"""Cost of the image weights of a refit, in forward passes: one forward, and one backward to
+activations alone, which takes half of one that reaches the weights too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ class LoadedBase:
         """The base as a sub-model of which nothing is pruned."""
         return PrunedModel(self.network, keep_everything(self.space.units), 0.0)
 
-    def batches(self, purpose: Purpose) -> Iterator[NoisedBatch]:
+    def batches(self, purpose: Purpose, share: float = 1.0) -> Iterator[NoisedBatch]:
         """Yield the group's noised images; see :func:`noised_batches`."""
-        return noised_batches(self.context, self.group, self.network, purpose=purpose)
+        return noised_batches(self.context, self.group, self.network, purpose=purpose, share=share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,13 @@ class Measured:
 
     macs: float
     """Cost of refit and measurement."""
+
+    num_images: int | None = None
+    """Images that the losses are means over; None in results of 0.1.0."""
+
+    standard_error: float | None = None
+    """Of how far the loss is above the base's, from image to image, on the same images and noise;
+    None where it cannot be told."""
 
     @property
     def loss(self) -> float:
@@ -99,18 +107,24 @@ def load_base(context: PruningContext, group: TimestepGroup) -> LoadedBase:
     )
 
 
-def prune_and_refit(base: LoadedBase, kept: KeptIndices) -> PrunedModel:
-    """Prune the base and, as the settings say, refit the sub-model on the group's timesteps."""
+def prune_and_refit(base: LoadedBase, kept: KeptIndices, share: float = 1.0) -> PrunedModel:
+    """Prune the base and, as the settings say, refit the sub-model on the group's timesteps.
+
+    Args:
+        base: The base.
+        kept: What of each unit is kept.
+        share: Share of the refit's images to use.
+    """
     network, space, family = base.network, base.space, family_of(base.network)
     pruned = family.cut(network, space.units, kept)
     if base.context.prune.refit == "none" or kept == base.whole.kept:
         return PrunedModel(pruned, kept, 0.0)
-    batches = list(base.batches("refit"))
+    batches = list(base.batches("refit", share))
     weights, weighing = refit_weights(base, base.whole, batches)
     outputs = family.kept_outputs(network, space.units, kept)
     macs = refit(network, pruned, outputs, batches, base.schedule, weights)
     passes = space.macs_base + 2 * space.macs(widths_of(kept))
-    spent = macs + weighing + float(base.context.prune.num_refit_images * passes)
+    spent = macs + weighing + float(_count(batches) * passes)
     return PrunedModel(pruned, kept, spent)
 
 
@@ -142,22 +156,45 @@ def save_refit_weights(base: LoadedBase) -> float:
 def _weigh(
     base: LoadedBase, model: PrunedModel, batches: Sequence[NoisedBatch]
 ) -> tuple[ErrorWeights, float]:
-    passes = ERROR_WEIGHT_PASSES * base.context.prune.num_refit_images
+    passes = ERROR_WEIGHT_PASSES * _count(batches)
     macs = float(passes * base.space.macs(widths_of(model.kept)))
     return error_weights(model.network, batches, base.schedule), macs
 
 
-def measure(base: LoadedBase, kept: KeptIndices) -> Measured:
-    """Prune, refit and measure a sub-model."""
-    pruned, space, context = prune_and_refit(base, kept), base.space, base.context
-    networks = [pruned.network]
+def measure(
+    base: LoadedBase, kept: KeptIndices, purpose: Purpose = "held-out", share: float = 1.0
+) -> Measured:
+    """Prune, refit and measure a sub-model, side by side with the base.
+
+    Args:
+        base: The base.
+        kept: What of each unit is kept.
+        purpose: Which images and noise it is measured on.
+        share: Share of these, and of the refit's images, to use.
+    """
+    pruned, space, prune = prune_and_refit(base, kept, share), base.space, base.context.prune
+    networks = [] if kept == base.whole.kept else [pruned.network]
     if pruned.macs_spent:
         networks.append(family_of(base.network).cut(base.network, space.units, kept))
-    losses = held_out_losses(base.network, networks, context, base.group, base.schedule)
-    each = len(networks) * space.macs(widths_of(kept))
-    each -= (len(networks) - 1) * _macs_before(base, pruned.network)
-    macs = pruned.macs_spent + float(context.prune.num_images * each)
-    return Measured(losses[-1], None if context.prune.refit == "none" else losses[0], macs)
+    batches = list(base.batches(purpose, share))
+    of_base, *of_pruned = losses_per_image(
+        base.network, [base.network, *networks], batches, base.schedule, prune.precision
+    )
+    losses = of_pruned or [of_base]  # after the refit, if there was one, and last after the cut
+    behind = space.macs(widths_of(kept)) - _macs_before(base, pruned.network)
+    num_images, growth = _count(batches), losses[0] - of_base
+    return Measured(
+        loss_cut=float(losses[-1].mean()),
+        loss_refit=None if prune.refit == "none" else float(losses[0].mean()),
+        macs=pruned.macs_spent + float(num_images * (space.macs_base + len(networks) * behind)),
+        num_images=num_images,
+        standard_error=float(growth.std() / num_images**0.5) if num_images > 1 else None,
+    )
+
+
+def _count(batches: Sequence[NoisedBatch]) -> int:
+    """Count the images."""
+    return sum(len(batch.x_0) for batch in batches)
 
 
 def _macs_before(base: LoadedBase, pruned: Denoiser) -> int:

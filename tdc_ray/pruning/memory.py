@@ -14,6 +14,21 @@ from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinalLosses:
+    """What a finalist was measured at on images and noise that no earlier choice has seen."""
+
+    loss_cut: float
+    loss_refit: float | None
+    num_images: int | None
+    standard_error: float | None
+
+    @property
+    def loss(self) -> float:
+        """What the finalist is judged by."""
+        return self.loss_cut if self.loss_refit is None else self.loss_refit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEntry:
     """One scheme that was measured."""
 
@@ -31,7 +46,7 @@ class MemoryEntry:
     num_params: int
 
     loss_cut: float
-    """Loss on held-out noise of the group's timesteps, straight after pruning."""
+    """Loss on noise of the group's timesteps, straight after pruning."""
 
     loss_refit: float | None = None
     """Loss after the refit; None without one."""
@@ -45,6 +60,19 @@ class MemoryEntry:
 
     nanoseconds: int | None = None
     """Time of a forward pass by the table of measured times; None where macs are limited."""
+
+    num_images: int | None = None
+    """Images that the losses are means over; None in entries of 0.1.0."""
+
+    noise: str | None = None
+    """Which images and noise they are: ``choice``, of training images and for choices alone, or
+    ``held-out``; None in entries of 0.1.0, whose were held out."""
+
+    standard_error: float | None = None
+    """Of how far the loss is above the base's on the same images and noise."""
+
+    final: FinalLosses | None = None
+    """What it was measured at as one of the last candidates; None where it was none of them."""
 
     @property
     def loss(self) -> float:
@@ -95,6 +123,16 @@ class MemoryBank:
             self._write(entry)
             self._listener(entry)
 
+    def set_final(self, key: tuple[int, int, int], final: FinalLosses) -> MemoryEntry:
+        """Remember an entry's final losses, in a line that replaces it, and return it.
+
+        No proxy sees them, so that a search that resumes comes to the same schemes.
+        """
+        entry = dataclasses.replace(self._entries[key], final=final)
+        if entry != self._entries[key]:
+            self._write(entry)
+        return entry
+
     def set_tuned_loss(self, key: tuple[int, int, int], loss: float) -> None:
         """Record the loss of an entry after a short fine-tune, in a line that replaces it."""
         tuned = dataclasses.replace(self._entries[key], loss_tuned=loss)
@@ -115,7 +153,7 @@ class MemoryBank:
         """
         return sorted(
             (
-                entry
+                dataclasses.replace(entry, final=None)
                 for entry in self._entries.values()
                 if entry.round < before_round and (shared or entry.group == group)
             ),

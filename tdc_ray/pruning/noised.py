@@ -1,4 +1,8 @@
-"""The noised images of scores, refits and losses: the same for all candidates."""
+"""The noised images of scores, refits and losses: the same for all candidates.
+
+Rounds choose by losses on images that fine-tunes may see, too, and noise of their own; finalists are
+measured on held-out images and noise that no choice before theirs has seen.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -6,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdc_ray.config.train import Precision
 from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
@@ -18,7 +23,7 @@ from tdc_ray.models.step import State, num_untouched, run
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.seeds import derive_seed
 
-Purpose = Literal["scores", "refit", "held-out"]
+Purpose = Literal["scores", "refit", "choice", "held-out"]
 
 
 def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) -> State:
@@ -28,13 +33,25 @@ def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) 
 
 
 def noised_batches(
-    context: PruningContext, group: TimestepGroup, network: Denoiser, *, purpose: Purpose
+    context: PruningContext,
+    group: TimestepGroup,
+    network: Denoiser,
+    *,
+    purpose: Purpose,
+    share: float = 1.0,
 ) -> Iterator[NoisedBatch]:
     """Yield noised images, the same ones at every call, in batches for a network, on its device.
 
     The timesteps are spread evenly over the group's. For ``held-out`` the images are half of those
     that no fine-tune sees (``prune.held_out_share``); the other half judges what was chosen by
     them. For the other purposes they are those that fine-tunes see.
+
+    Args:
+        context: The settings.
+        group: The group.
+        network: What they are for.
+        purpose: What they are for; each has images and noise of its own.
+        share: Share of the images to yield: the first of them.
     """
     prune, timesteps = context.prune, group.timesteps
     count = prune.num_refit_images if purpose == "refit" else prune.num_images
@@ -46,7 +63,8 @@ def noised_batches(
     indices = halves(held_out)[0] if purpose == "held-out" else rest
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
-    for images, labels in fixed_batches(dataset, count, size, seed, indices=indices):
+    few = max(1, round(share * count))
+    for images, labels in fixed_batches(dataset, few, size, seed, indices=indices):
         x_0 = to_minus_one_one(images)
         if noise is None:  # for all images at once, so that it does not depend on the batches
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
@@ -70,29 +88,42 @@ def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
 
 
 @torch.inference_mode()
-def held_out_losses(
+def losses_per_image(
     base: Denoiser,
     pruned: Sequence[Denoiser],
-    context: PruningContext,
-    group: TimestepGroup,
+    batches: Iterable[NoisedBatch],
     schedule: NoiseSchedule,
-) -> list[float]:
-    """Compute :func:`held_out_loss` of pruned models; steps before all pruned units run once."""
+    precision: Precision,
+) -> list[Tensor]:
+    """Compute the losses of pruned models; steps before all pruned units run once.
+
+    Returns:
+        For each network the loss of every image, ``(B,)``, float64.
+    """
     base_steps, all_steps = steps_of(base), [steps_of(network.eval()) for network in pruned]
     shared = min(num_untouched(base_steps, steps) for steps in all_steps)
     losses: list[list[Tensor]] = [[] for _ in pruned]
-    for batch in noised_batches(context, group, base, purpose="held-out"):
-        with autocast(context.prune.precision, base.device):
+    for batch in batches:
+        with autocast(precision, base.device):
             state = run(base_steps[:shared], first_state(base, batch, schedule))
             outputs = [run(steps[shared:], state).hidden.float() for steps in all_steps]
-        for output, batches in zip(outputs, losses, strict=True):
-            batches.append(loss_per_image(schedule, output, batch))
-    return [float(torch.cat(batches).double().mean()) for batches in losses]
+        for output, of_network in zip(outputs, losses, strict=True):
+            of_network.append(loss_per_image(schedule, output, batch))
+    return [torch.cat(of_network).double() for of_network in losses]
 
 
 def held_out_loss(
-    network: Denoiser, context: PruningContext, group: TimestepGroup, schedule: NoiseSchedule
+    network: Denoiser,
+    context: PruningContext,
+    group: TimestepGroup,
+    schedule: NoiseSchedule,
+    purpose: Purpose = "held-out",
 ) -> float:
-    """Compute the mean training loss on held-out images and noise of a group's timesteps."""
-    (loss,) = held_out_losses(network, [network], context, group, schedule)
-    return loss
+    """Compute the mean training loss on noised images of a group's timesteps.
+
+    They are held out, unless a choice is made by the loss (``choice``).
+    """
+    batches = noised_batches(context, group, network, purpose=purpose)
+    precision = context.prune.precision
+    (losses,) = losses_per_image(network, [network], batches, schedule, precision)
+    return float(losses.mean())

@@ -46,10 +46,11 @@ class SearchResult:
     """Its entry in the memory bank; None means the base itself, unpruned."""
 
     loss_base: float
-    """Loss of the base on held-out images and noise of the group's timesteps."""
+    """Loss of the base on held-out images and noise of the group's timesteps, which no choice but
+    that among the finalists has seen; so all losses here."""
 
     candidates: tuple[Candidate, ...]
-    """All measured sub-models, best first."""
+    """All measured sub-models, best first: the finalists, then the others."""
 
     cost: SearchCost
 
@@ -61,9 +62,11 @@ class SearchResult:
     @property
     def loss_cut(self) -> float:
         """The loss straight after pruning."""
-        return self.loss_base if self.entry is None else self.entry.loss_cut
+        entry = self.entry
+        return self.loss_base if entry is None else (entry.final or entry).loss_cut
 
     @property
     def loss_refit(self) -> float | None:
         """The loss after the refit; None without one."""
-        return None if self.entry is None else self.entry.loss_refit
+        entry = self.entry
+        return None if entry is None else (entry.final or entry).loss_refit

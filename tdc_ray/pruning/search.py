@@ -1,11 +1,10 @@
 """A group's search for its sub-model: propose, fit, prune, refit, measure, remember."""
 
 from collections.abc import Sequence
-from math import isnan
 
 from tdc_ray.config.prune import ProxyMethod, ScoreMethod
 from tdc_ray.execution.chain import Barrier, Chain, result_of, results_of
-from tdc_ray.models.units import keep_everything
+from tdc_ray.models.units import KeptIndices, keep_everything
 from tdc_ray.pruning.criteria.scores import Scores, select_top
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_growth import JointGrowth
@@ -15,9 +14,10 @@ from tdc_ray.pruning.proxies.by_score import baseline_schemes
 from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Sensitivities
 from tdc_ray.pruning.quadratic_model import QuadraticModel
+from tdc_ray.pruning.race import first_heat, race
 from tdc_ray.pruning.result import Candidate, SearchCost, SearchResult
 from tdc_ray.pruning.space import Scheme, fit_to_limit
-from tdc_ray.pruning.tasks.candidates import base_item, candidate_item
+from tdc_ray.pruning.tasks.candidates import WHOLE, Heat, base_item, candidate_item
 from tdc_ray.pruning.tasks.scores import score_item
 from tdc_ray.pruning.tasks.second_order import second_order_item
 from tdc_ray.pruning.tasks.sensitivities import (
@@ -42,10 +42,10 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
         kept = keep_everything(search.space.units)
         return SearchResult(kept, None, base.loss_cut, (), rounds.cost)
     if method == "offline" or method == "llm":
-        candidates = yield from rounds.by_proxy(method, base.loss_cut)
+        candidates = yield from rounds.by_proxy(method)
     else:
         candidates = yield from rounds.by_score(method)
-    candidates.sort(key=lambda one: (isnan(one.entry.loss), one.entry.loss, one.entry.key))
+    candidates = yield from race(search, memory, rounds.cost, candidates)
     best = candidates[0]
     return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), rounds.cost)
 
@@ -66,13 +66,15 @@ class _Rounds:
         scores = yield from self._scores(method)
         schemes = baseline_schemes(self._space, scores, self._search.limit)
         proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
-        return (yield from self._measure(0, proposals, scores))
+        return (yield from self._measure(0, proposals, scores, first_heat(len(proposals))))
 
-    def by_proxy(self, method: ProxyMethod, loss_base: float) -> Chain[list[Candidate]]:
-        """Measure sensitivities, then let the proxy propose, round by round."""
+    def by_proxy(self, method: ProxyMethod) -> Chain[list[Candidate]]:
+        """Learn what cuts cost, then let the proxy propose, round by round."""
         search, prune, group = self._search, self._prune, self._search.group
+        heat = first_heat(prune.num_rounds * prune.num_candidates)
+        loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
         scores, sensitivities, model = yield from (
-            self._modelled() if prune.models_loss else self._measured(loss_base)
+            self._modelled() if prune.models_loss else self._measured()
         )
         shared = prune.memory == "shared" and len(search.participants) > 1
         candidates: list[Candidate] = []
@@ -101,7 +103,7 @@ class _Rounds:
                 if len(proposals) < prune.num_candidates:
                     schemes = yield from PROXIES[name](search, request, visible, self.cost)
                     proposals += _new_proposals(request, visible, name, schemes, proposals)
-            candidates += yield from self._measure(number, proposals, scores)
+            candidates += yield from self._measure(number, proposals, scores, heat)
         return candidates
 
     def _scores(self, method: ScoreMethod) -> Chain[Scores]:
@@ -117,7 +119,7 @@ class _Rounds:
         growth = JointGrowth(self._space, result.model)
         return self._with_single(result.scores), growth.sensitivities(), result.model
 
-    def _measured(self, loss_base: float) -> Chain[Predictions]:
+    def _measured(self) -> Chain[Predictions]:
         """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
         search, prune, space = self._search, self._prune, self._space
         has_streams = any(unit.kind == "stream" for unit in space.units)
@@ -129,8 +131,10 @@ class _Rounds:
                 for unit in space.units
                 if prune.refit == "none" or unit.kind == "stream"
             }
-        full = keep_everything(space.units)
-        items = sensitivity_items(search, 0, full, scores, loss_base, NUM_SHARES)
+        kept, loss = keep_everything(space.units), 0.0
+        if has_streams:
+            loss = yield from self._loss_of("sensitivities-0-start", kept, WHOLE)
+        items = sensitivity_items(search, 0, kept, scores, loss, NUM_SHARES)
         sensitivities: Sensitivities = {}
         results: Sequence[SensitivityResult | StreamResult] = yield items
         for result in results:
@@ -144,12 +148,10 @@ class _Rounds:
             limit = space.cost_base - excess * number // (prune.num_passes - 1)
             curves = loss_curves(space, sensitivities)
             start = knapsack(space, curves, limit)
-            kept, loss = select_top(space.units, scores, start), loss_base
+            kept = select_top(space.units, scores, start)
             if has_streams:
-                item = candidate_item(search, f"sensitivities-{number}-start", kept, 0)
-                measured = yield from result_of(item)
-                self.cost.add(measured.macs, measured.seconds)
-                loss = measured.loss
+                name = f"sensitivities-{number}-start"
+                loss = yield from self._loss_of(name, kept, WHOLE)
             further: dict[str, dict[int, float]] = {}
             results = yield sensitivity_items(search, number, kept, scores, loss, 1)
             for result in results:
@@ -162,14 +164,21 @@ class _Rounds:
         """Add scores of units of a single step, which are not ranked."""
         return {unit.name: [0.0] for unit in self._space.units if unit.width == 1} | scores
 
+    def _loss_of(self, name: str, kept: KeptIndices, heat: Heat) -> Chain[float]:
+        """Measure a model that is no candidate."""
+        item = candidate_item(self._search, name, kept, 0, heat)
+        result = yield from result_of(item)
+        self.cost.add(result.macs, result.seconds)
+        return result.loss
+
     def _measure(
-        self, number: int, proposals: Sequence[Proposal], scores: Scores
+        self, number: int, proposals: Sequence[Proposal], scores: Scores, heat: Heat
     ) -> Chain[list[Candidate]]:
         """Prune, refit and measure the schemes of a round, and remember them."""
         search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
         choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
         items = [
-            candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index)
+            candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index, heat)
             for index, kept in enumerate(choices)
         ]
         results = yield from results_of(items)
@@ -187,6 +196,9 @@ class _Rounds:
                 loss_refit=result.loss_refit,
                 overshoot=proposal.overshoot,
                 nanoseconds=space.nanoseconds(proposal.scheme),
+                num_images=result.num_images,
+                noise=heat.purpose,
+                standard_error=result.standard_error,
             )
             self._memory.add(entry)
             self.cost.add(result.macs, result.seconds)

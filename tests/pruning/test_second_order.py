@@ -1,21 +1,12 @@
-import itertools
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.unet2d.units import units_of
-from tdc_ray.pruning.joint_growth import JointGrowth
 from tdc_ray.pruning.second_order import cut_responses, quadratic_model
 from tdc_ray.pruning.sensitivity import Solutions, solve_units
-from tdc_ray.pruning.space import space_of
 from tests.models.configs import CONFIGS
 from tests.pruning.test_sensitivity import SCHEDULE, SEEN, noised, reader_of, weights_of
 from tests.small import assert_same, random_unet
@@ -27,9 +18,7 @@ KINDS = ["attention-everywhere", "resampled-by-residual-blocks"]
 def solutions_of(base: UNet2DModel, share: float = 1.0) -> Solutions:
     """The weights behind every cut, or only a share of the way there from the base's own."""
     units = units_of(base.config)
-    _, solved, _ = solve_units(
-        base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2
-    )
+    _, solved, _ = solve_units(base, units, {}, SEEN, SCHEDULE, weights_of(base), num_levels=2)
     for unit in units:
         layer = reader_of(base, unit)
         own = (layer.weight.detach(), layer.bias.detach())

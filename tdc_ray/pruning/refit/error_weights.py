@@ -66,7 +66,7 @@ def save_weights(path: Path, weights: ErrorWeights) -> None:
 
 
 def load_weights(path: Path, batches: Sequence[NoisedBatch], device: torch.device) -> ErrorWeights:
-    """Load what :func:`save_weights` wrote, for the same batches."""
+    """Load what :func:`save_weights` wrote, for the same images or the first of them."""
     sizes = [len(batch.x_0) for batch in batches]
     tensors = load_file(fetch(path), device=str(device))
-    return {name: weights.split(sizes) for name, weights in tensors.items()}
+    return {name: weights[: sum(sizes)].split(sizes) for name, weights in tensors.items()}

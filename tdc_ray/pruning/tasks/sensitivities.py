@@ -27,7 +27,7 @@ from tdc_ray.pruning.sensitivity import (
 )
 from tdc_ray.pruning.space import Scheme
 
-VERSION = 3
+VERSION = 4
 """Changes whenever sensitivities do, so that cached ones are measured again."""
 
 NUM_SHARES = 4
@@ -61,7 +61,7 @@ class StreamJob:
     kept: KeptIndices
     scores: Scores
     loss: float
-    """Loss of the measured model on the group's held-out images."""
+    """Loss of the measured model on the same images and noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,8 @@ def measure_sensitivities(job: SensitivityJob, report: Report) -> SensitivityRes
             model.network, units, scores, batches, base.schedule, weights, prune.num_levels
         )
         macs += weighing + solving + prune.num_refit_images * base.space.macs(widths)
-    held_out = list(base.batches("held-out"))
-    increases = measure_units(model.network, solutions, held_out, base.schedule, prune.precision)
+    images = list(base.batches("choice"))
+    increases = measure_units(model.network, solutions, images, base.schedule, prune.precision)
     macs += _measuring_macs(base, widths, solutions) * prune.num_images
     report({}, 1)
     return SensitivityResult(scores, increases, macs, time.perf_counter() - started)
@@ -145,7 +145,7 @@ def measure_stream(job: StreamJob, report: Report) -> StreamResult:
     narrowed = replace(unit, width=len(job.kept[unit.name]))
     for width in levels(narrowed, job.context.prune.num_levels):
         kept = {**job.kept, **select_top((unit,), job.scores, {unit.name: width})}
-        measured = measure(base, kept)
+        measured = measure(base, kept, "choice")
         increases[width] = measured.loss - job.loss
         macs += measured.macs
     report({}, 1)

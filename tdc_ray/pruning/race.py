@@ -1,0 +1,88 @@
+"""The race of a group's candidates: all on few images, the better half on more.
+
+All of a heat are measured on the same images and noise. The finalists are measured where no choice
+has been made before, on held-out images; that decides, and is what results report.
+"""
+
+from collections.abc import Sequence
+from math import isnan
+
+from tdc_ray.execution.chain import Chain, results_of
+from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.memory import FinalLosses, MemoryBank
+from tdc_ray.pruning.result import Candidate, SearchCost
+from tdc_ray.pruning.tasks.candidates import (
+    FINAL,
+    FIRST,
+    SECOND,
+    CandidateResult,
+    Heat,
+    candidate_item,
+)
+
+NUM_FINALISTS = 2
+"""Candidates that the last heat decides between."""
+
+
+def first_heat(num_candidates: int) -> Heat:
+    """Return the heat of all candidates: the final one where there are no more than finalists."""
+    return FIRST if num_candidates > NUM_FINALISTS else FINAL
+
+
+def race(
+    search: GroupSearch, memory: MemoryBank, cost: SearchCost, candidates: Sequence[Candidate]
+) -> Chain[list[Candidate]]:
+    """Let candidates race that were measured in the first heat, and remember the finalists.
+
+    Args:
+        search: The group's search.
+        memory: It has the candidates' entries.
+        cost: Of the search; what the heats take is added.
+        candidates: At least one.
+
+    Returns:
+        All of them, the finalists first, best first.
+    """
+    ranked = sorted(candidates, key=lambda one: _rank(one.entry.loss, one))
+    if ranked[0].entry.noise == FINAL.purpose:
+        return ranked
+    better = ranked[: max(NUM_FINALISTS, (len(ranked) + 1) // 2)]
+    if len(better) > NUM_FINALISTS:
+        results = yield from _measured(search, cost, better, SECOND)
+        better.sort(key=lambda one: _rank(results[one.entry.key].loss, one))
+    finalists = better[:NUM_FINALISTS]
+    results = yield from _measured(search, cost, finalists, FINAL)
+    finalists.sort(key=lambda one: _rank(results[one.entry.key].loss, one))
+    others = [one for one in ranked if one not in finalists]
+    for place, one in enumerate(finalists):
+        result = results[one.entry.key]
+        final = FinalLosses(
+            loss_cut=result.loss_cut,
+            loss_refit=result.loss_refit,
+            num_images=result.num_images,
+            standard_error=result.standard_error,
+        )
+        finalists[place] = Candidate(memory.set_final(one.entry.key, final), one.kept)
+    return finalists + others
+
+
+def _measured(
+    search: GroupSearch, cost: SearchCost, candidates: Sequence[Candidate], heat: Heat
+) -> Chain[dict[tuple[int, int, int], CandidateResult]]:
+    """Measure candidates in a heat; return what came out by their entries' keys."""
+    prune, keys = search.context.prune, [one.entry.key for one in candidates]
+    names = [f"round-{number}-candidate-{index}" for _, number, index in keys]
+    last = prune.num_rounds * prune.num_candidates
+    items = [
+        candidate_item(search, name, one.kept, last + place, heat)
+        for place, (name, one) in enumerate(zip(names, candidates, strict=True), start=1)
+    ]
+    results = yield from results_of(items)
+    for result in results:
+        cost.add(result.macs, result.seconds)
+    return dict(zip(keys, results, strict=True))
+
+
+def _rank(loss: float, candidate: Candidate) -> tuple[bool, float, tuple[int, int, int]]:
+    """Return what candidates are sorted by: a loss that is no number counts as the highest."""
+    return isnan(loss), loss, candidate.entry.key
