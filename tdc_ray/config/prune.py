@@ -84,9 +84,9 @@ class PruneConfig:
     """Widths of each unit at which its sensitivity is measured or modelled."""
 
     num_passes: PositiveInt = 3
-    """How often sensitivities are measured, unless they are modelled. 1: on the base; 2: once more at the limit, on the best
-    scheme so far; 3: half-way there too, and so on. Pruned units affect each other, and later
-    passes measure that."""
+    """How often sensitivities are measured, unless they are modelled. 1: on the base; 2: once more
+    at the limit, on the best scheme so far; 3: half-way there too, and so on. Pruned units affect
+    each other, and later passes measure that."""
 
     held_out_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the images that no fine-tune sees, in (0, 0.5]: one half is what the losses that a

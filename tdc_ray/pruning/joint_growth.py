@@ -37,7 +37,9 @@ class JointGrowth:
             parts.append(share)
             known += len(levels)
         between = np.concatenate(parts)  # (all units' widths, levels)
-        self._products = between @ np.array(model.products).reshape(num_levels, -1) @ between.T
+        self._products = (
+            between @ np.array(model.products).reshape(num_levels, num_levels) @ between.T
+        )
         firsts = np.cumsum([0, *(unit.width for unit in space.units)])
         self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
@@ -76,10 +76,10 @@ class Measured:
     macs: float
     """Cost of refit and measurement."""
 
-    num_images: int | None = None
+    num_images: int | None = field(default=None, kw_only=True)
     """Images that the losses are means over; None in results of 0.1.0."""
 
-    standard_error: float | None = None
+    standard_error: float | None = field(default=None, kw_only=True)
     """Of how far the loss is above the base's, from image to image, on the same images and noise;
     None where it cannot be told."""
 

@@ -1,7 +1,7 @@
 """The noised images of scores, refits and losses: the same for all candidates.
 
-Rounds choose by losses on images that fine-tunes may see, too, and noise of their own; finalists are
-measured on held-out images and noise that no choice before theirs has seen.
+Rounds choose by losses on images that fine-tunes may see, too, and noise of their own; finalists
+are measured on held-out images and noise that no choice before theirs has seen.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,13 +117,9 @@ def held_out_loss(
     context: PruningContext,
     group: TimestepGroup,
     schedule: NoiseSchedule,
-    purpose: Purpose = "held-out",
 ) -> float:
-    """Compute the mean training loss on noised images of a group's timesteps.
-
-    They are held out, unless a choice is made by the loss (``choice``).
-    """
-    batches = noised_batches(context, group, network, purpose=purpose)
+    """Compute the mean training loss on held-out images and noise of a group's timesteps."""
+    batches = noised_batches(context, group, network, purpose="held-out")
     precision = context.prune.precision
     (losses,) = losses_per_image(network, [network], batches, schedule, precision)
     return float(losses.mean())

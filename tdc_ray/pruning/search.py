@@ -131,7 +131,8 @@ class _Rounds:
                 for unit in space.units
                 if prune.refit == "none" or unit.kind == "stream"
             }
-        kept, loss = keep_everything(space.units), 0.0
+        kept: KeptIndices = keep_everything(space.units)
+        loss = 0.0  # which streams alone are compared with
         if has_streams:
             loss = yield from self._loss_of("sensitivities-0-start", kept, WHOLE)
         items = sensitivity_items(search, 0, kept, scores, loss, NUM_SHARES)

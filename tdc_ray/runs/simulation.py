@@ -19,9 +19,11 @@ from tdc_ray.execution.timeline import load_history
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Space
 from tdc_ray.pruning.tasks.candidates import CandidateResult
 from tdc_ray.pruning.tasks.scores import ScoreResult
+from tdc_ray.pruning.tasks.second_order import SecondOrderResult
 from tdc_ray.pruning.tasks.sensitivities import SensitivityResult, StreamResult
 from tdc_ray.runs.preflight import space_and_plan
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
@@ -121,6 +123,7 @@ def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
         ScoreResult: ScoreResult(scores, 0.0, 0.0),
         SensitivityResult: SensitivityResult(scores, {}, 0.0, 0.0),
         StreamResult: StreamResult({}, 0.0, 0.0),
+        SecondOrderResult: SecondOrderResult(scores, QuadraticModel({}, ()), 0.0, 0.0),
         CandidateResult: CandidateResult(1.0, None, 0.0, 0.0),
         ShortFinetuneResult: ShortFinetuneResult(1.0, 0.0, 0.0),
         FinetuneResult: FinetuneResult(0, 0, 1.0, 0, 0.0, 0.0),
