@@ -1,11 +1,10 @@
 """What a quadratic model predicts of any joint cut, and the best one within a limit."""
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
 
-from tdc_ray.pruning.knapsack import LEAST_FACTOR, FactorArray, knapsack, loss_curves
+from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Scheme, Space
 
@@ -43,18 +42,10 @@ class JointGrowth:
         firsts = np.cumsum([0, *(unit.width for unit in space.units)])
         self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
 
-    def pieces(self, scheme: Scheme) -> FactorArray:
-        """Predict what each unit adds to the growth with a scheme, ``(U,)``.
-
-        Half of what two units do together is either's.
-        """
-        rows = self._rows(scheme)
-        pieces: FactorArray = self._products[np.ix_(rows, rows)].sum(1)
-        return pieces
-
     def of(self, scheme: Scheme) -> float:
         """Predict by how much the loss grows with a scheme."""
-        return float(self.pieces(scheme).sum())
+        rows = self._rows(scheme)
+        return float(self._products[np.ix_(rows, rows)].sum())
 
     def sensitivities(self) -> dict[str, dict[int, float]]:
         """Predict by how much the loss grows with every unit cut alone, at every legal width."""
@@ -64,7 +55,7 @@ class JointGrowth:
             for name, row in self._first.items()
         }
 
-    def best_scheme(self, limit: int, factors: FactorArray | None = None) -> dict[str, int]:
+    def best_scheme(self, limit: int) -> dict[str, int]:
         """Return (nearly) the best scheme within a limit: exchanges improve two, the better stays.
 
         They begin with the knapsack of what units do alone, and with what is left where the step
@@ -72,16 +63,13 @@ class JointGrowth:
 
         Args:
             limit: Of macs, or of nanoseconds, as the space has it.
-            factors: What every unit's own growth is multiplied by, ``(U,)``; None means 1.
 
         Raises:
             LimitError: No scheme is within the limit.
         """
         space, curves = self._space, loss_curves(self._space, self.sensitivities())
-        growth = self if factors is None else self._scaled(factors)
-        starts = knapsack(space, curves, limit, factors), _narrowed(space, growth, limit)
-        found = [exchange(space, growth, start, limit) for start in starts]
-        return min(found, key=growth.of)
+        starts = knapsack(space, curves, limit), _narrowed(space, self, limit)
+        return min([exchange(space, self, start, limit) for start in starts], key=self.of)
 
     def falls(self, scheme: Scheme) -> Callable[[str, int], float]:
         """Return a prediction of how much a scheme's growth falls if one unit's width changes."""
@@ -96,13 +84,6 @@ class JointGrowth:
 
     def _rows(self, scheme: Scheme) -> list[int]:
         return [row + scheme[name] - 1 for name, row in self._first.items()]
-
-    def _scaled(self, factors: FactorArray) -> "JointGrowth":
-        widths = [unit.width for unit in self._space.units]
-        roots = np.repeat(np.sqrt(np.maximum(factors, LEAST_FACTOR)), widths)
-        scaled = copy.copy(self)
-        scaled._products = self._products * np.outer(roots, roots)
-        return scaled
 
 
 def exchange(space: Space, growth: JointGrowth, scheme: Scheme, limit: int) -> dict[str, int]:

@@ -86,25 +86,6 @@ def knapsack(
     return fit_to_limit(space, space.full, limit, step_worth(space, curves, factors))
 
 
-class AddedGrowth:
-    """A growth of the loss that adds up over the units, each by its loss curve."""
-
-    def __init__(self, space: Space, curves: Mapping[str, FactorArray]) -> None:
-        self._space, self._curves = space, curves
-
-    def pieces(self, scheme: Scheme) -> FactorArray:
-        """Predict what each unit adds to the growth with a scheme, ``(U,)``."""
-        return np.array([self._curves[u.name][scheme[u.name] - 1] for u in self._space.units])
-
-    def best_scheme(self, limit: int, factors: FactorArray | None = None) -> dict[str, int]:
-        """Return the :func:`knapsack` of the curves.
-
-        Raises:
-            LimitError: No scheme is within the limit.
-        """
-        return knapsack(self._space, self._curves, limit, factors)
-
-
 def step_worth(
     space: Space, curves: Mapping[str, FactorArray], factors: FactorArray | None = None
 ) -> Values:

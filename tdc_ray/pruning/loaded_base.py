@@ -15,7 +15,7 @@ from tdc_ray.models.step import num_untouched
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.context import PruningContext
-from tdc_ray.pruning.noised import Purpose, losses_per_image, noised_batches
+from tdc_ray.pruning.noised import Purpose, noised_batches, run_all
 from tdc_ray.pruning.refit.error_weights import (
     ErrorWeights,
     error_weights,
@@ -80,13 +80,21 @@ class Measured:
     """Images that the losses are means over; None in results of 0.1.0."""
 
     standard_error: float | None = field(default=None, kw_only=True)
-    """Of how far the loss is above the base's, from image to image, on the same images and noise;
-    None where it cannot be told."""
+    """Of the increase of the loss over the base's on the same images and noise; None for a single
+    image and in results of 0.1.0."""
+
+    distance: float | None = field(default=None, kw_only=True)
+    """Mean square of how far the prediction is from the base's; None in results of 0.1.0."""
 
     @property
     def loss(self) -> float:
         """The loss that counts: after the refit, or after pruning without one."""
         return self.loss_cut if self.loss_refit is None else self.loss_refit
+
+    @property
+    def rank(self) -> float:
+        """What candidates are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
+        return self.loss if self.loss_refit is None or self.distance is None else self.distance
 
 
 def load_base(context: PruningContext, group: TimestepGroup) -> LoadedBase:
@@ -177,18 +185,18 @@ def measure(
     if pruned.macs_spent:
         networks.append(family_of(base.network).cut(base.network, space.units, kept))
     batches = list(base.batches(purpose, share))
-    of_base, *of_pruned = losses_per_image(
-        base.network, [base.network, *networks], batches, base.schedule, prune.precision
-    )
-    losses = of_pruned or [of_base]  # after the refit, if there was one, and last after the cut
-    behind = space.macs(widths_of(kept)) - _macs_before(base, pruned.network)
-    num_images, growth = _count(batches), losses[0] - of_base
+    found = run_all([base.network, *networks], batches, base.schedule, prune.precision)
+    place, num_images = min(1, len(networks)), _count(batches)  # of the model that is judged
+    increases, behind = found.losses[place] - found.losses[0], 0
+    if networks:
+        behind = space.macs(widths_of(kept)) - _macs_before(base, pruned.network)
     return Measured(
-        loss_cut=float(losses[-1].mean()),
-        loss_refit=None if prune.refit == "none" else float(losses[0].mean()),
+        loss_cut=float(found.losses[-1].mean()),
+        loss_refit=None if prune.refit == "none" else float(found.losses[place].mean()),
         macs=pruned.macs_spent + float(num_images * (space.macs_base + len(networks) * behind)),
         num_images=num_images,
-        standard_error=float(growth.std() / num_images**0.5) if num_images > 1 else None,
+        standard_error=float(increases.std() / num_images**0.5) if num_images > 1 else None,
+        distance=float(found.distances[place].mean()),
     )
 
 

@@ -15,17 +15,13 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalLosses:
-    """What a finalist was measured at on images and noise that no earlier choice has seen."""
+    """Losses of a finalist on images and noise that no earlier choice has seen."""
 
     loss_cut: float
     loss_refit: float | None
     num_images: int | None
     standard_error: float | None
-
-    @property
-    def loss(self) -> float:
-        """What the finalist is judged by."""
-        return self.loss_cut if self.loss_refit is None else self.loss_refit
+    distance: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,22 +58,35 @@ class MemoryEntry:
     """Time of a forward pass by the table of measured times; None where macs are limited."""
 
     num_images: int | None = None
-    """Images that the losses are means over; None in entries of 0.1.0."""
+    """Images behind the losses; None in entries of 0.1.0."""
 
     noise: str | None = None
-    """Which images and noise they are: ``choice``, of training images and for choices alone, or
-    ``held-out``; None in entries of 0.1.0, whose were held out."""
+    """Which images and noise they are: ``choice`` or ``held-out`` (``pruning.noised``); None in
+    entries of 0.1.0, which were held out."""
 
     standard_error: float | None = None
-    """Of how far the loss is above the base's on the same images and noise."""
+    """Standard error of the increase of the loss over the base's on the same images and noise."""
+
+    distance: float | None = None
+    """Mean square of how far the prediction is from the base's."""
 
     final: FinalLosses | None = None
-    """What it was measured at as one of the last candidates; None where it was none of them."""
+    """Its losses as a finalist; None where it was none."""
 
     @property
     def loss(self) -> float:
         """The loss that counts: after the refit, or after pruning without one."""
         return self.loss_cut if self.loss_refit is None else self.loss_refit
+
+    @property
+    def rank(self) -> float:
+        """What candidates are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
+        return self.loss if self.loss_refit is None or self.distance is None else self.distance
+
+    def increase(self, loss_base: float) -> float:
+        """Return the increase of the loss over the base's, after a refit to second order."""
+        by_loss = self.loss_refit is None or self.distance is None
+        return self.loss - loss_base if by_loss else self.rank
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -166,5 +175,5 @@ class MemoryBank:
 
 
 def best(entries: list[MemoryEntry]) -> MemoryEntry:
-    """Return the entry of the lowest loss, the earliest of equals; NaN counts as the highest."""
-    return min(entries, key=lambda entry: (math.isnan(entry.loss), entry.loss, entry.key))
+    """Return the entry of the lowest rank, the earliest of equals; NaN counts as the highest."""
+    return min(entries, key=lambda entry: (math.isnan(entry.rank), entry.rank, entry.key))

@@ -5,6 +5,7 @@ are measured on held-out images and noise that no choice before theirs has seen.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -87,39 +88,51 @@ def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:
     return NoisedBatch.join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class PerImage:
+    """What networks did with the same noised images."""
+
+    losses: list[Tensor]
+    """For each network the training loss of every image, ``(B,)``, float64."""
+
+    distances: list[Tensor]
+    """The mean square of how far its prediction is from that of the first, ``(B,)``, float64."""
+
+
 @torch.inference_mode()
-def losses_per_image(
-    base: Denoiser,
-    pruned: Sequence[Denoiser],
+def run_all(
+    networks: Sequence[Denoiser],
     batches: Iterable[NoisedBatch],
     schedule: NoiseSchedule,
     precision: Precision,
-) -> list[Tensor]:
-    """Compute the losses of pruned models; steps before all pruned units run once.
+) -> PerImage:
+    """Run a base and pruned models; steps before all pruned units run once.
 
-    Returns:
-        For each network the loss of every image, ``(B,)``, float64.
+    Args:
+        networks: The base, then models that were pruned from it.
+        batches: Noised images.
+        schedule: The noise schedule, on the device of the networks.
+        precision: Of the forward passes.
     """
-    base_steps, all_steps = steps_of(base), [steps_of(network.eval()) for network in pruned]
-    shared = min(num_untouched(base_steps, steps) for steps in all_steps)
-    losses: list[list[Tensor]] = [[] for _ in pruned]
+    base, all_steps = networks[0], [steps_of(network.eval()) for network in networks]
+    shared = min(num_untouched(all_steps[0], steps) for steps in all_steps)
+    losses: list[list[Tensor]] = [[] for _ in networks]
+    distances: list[list[Tensor]] = [[] for _ in networks]
     for batch in batches:
         with autocast(precision, base.device):
-            state = run(base_steps[:shared], first_state(base, batch, schedule))
+            state = run(all_steps[0][:shared], first_state(base, batch, schedule))
             outputs = [run(steps[shared:], state).hidden.float() for steps in all_steps]
-        for output, of_network in zip(outputs, losses, strict=True):
-            of_network.append(loss_per_image(schedule, output, batch))
-    return [torch.cat(of_network).double() for of_network in losses]
+        channels = batch.x_0.shape[1]  # those of variances, if it has them, come behind
+        for number, output in enumerate(outputs):
+            losses[number].append(loss_per_image(schedule, output, batch).double())
+            apart = (output - outputs[0])[:, :channels]
+            distances[number].append(apart.square().flatten(1).mean(1).double())
+    return PerImage([*map(torch.cat, losses)], [*map(torch.cat, distances)])
 
 
 def held_out_loss(
-    network: Denoiser,
-    context: PruningContext,
-    group: TimestepGroup,
-    schedule: NoiseSchedule,
+    network: Denoiser, context: PruningContext, group: TimestepGroup, schedule: NoiseSchedule
 ) -> float:
     """Compute the mean training loss on held-out images and noise of a group's timesteps."""
     batches = noised_batches(context, group, network, purpose="held-out")
-    precision = context.prune.precision
-    (losses,) = losses_per_image(network, [network], batches, schedule, precision)
-    return float(losses.mean())
+    return float(run_all([network], batches, schedule, context.prune.precision).losses[0].mean())

@@ -1,7 +1,11 @@
 """The race of a group's candidates: all on few images, the better half on more.
 
-All of a heat are measured on the same images and noise. The finalists are measured where no choice
-has been made before, on held-out images; that decides, and is what results report.
+All of a heat are measured on the same images and noise; the finalists on held-out images and noise
+that no earlier choice has seen, which decides, and results report their losses there.
+
+After a refit, which aims at the base's prediction, candidates rank by how far theirs is from it:
+on the digits base twice that distance showed in the loss, and among as many images its standard
+error was a tenth of the loss's. Without a refit they rank by the loss.
 """
 
 from collections.abc import Sequence
@@ -43,26 +47,28 @@ def race(
     Returns:
         All of them, the finalists first, best first.
     """
-    ranked = sorted(candidates, key=lambda one: _rank(one.entry.loss, one))
+    ranked = sorted(candidates, key=lambda one: _order(one.entry.rank, one))
     if ranked[0].entry.noise == FINAL.purpose:
         return ranked
     better = ranked[: max(NUM_FINALISTS, (len(ranked) + 1) // 2)]
     if len(better) > NUM_FINALISTS:
         results = yield from _measured(search, cost, better, SECOND)
-        better.sort(key=lambda one: _rank(results[one.entry.key].loss, one))
-    finalists = better[:NUM_FINALISTS]
-    results = yield from _measured(search, cost, finalists, FINAL)
-    finalists.sort(key=lambda one: _rank(results[one.entry.key].loss, one))
-    others = [one for one in ranked if one not in finalists]
-    for place, one in enumerate(finalists):
+        better.sort(key=lambda one: _order(results[one.entry.key].rank, one))
+    better = better[:NUM_FINALISTS]
+    others = [one for one in ranked if one not in better]
+    results = yield from _measured(search, cost, better, FINAL)
+    better.sort(key=lambda one: _order(results[one.entry.key].rank, one))
+    finalists = []
+    for one in better:
         result = results[one.entry.key]
         final = FinalLosses(
             loss_cut=result.loss_cut,
             loss_refit=result.loss_refit,
             num_images=result.num_images,
             standard_error=result.standard_error,
+            distance=result.distance,
         )
-        finalists[place] = Candidate(memory.set_final(one.entry.key, final), one.kept)
+        finalists.append(Candidate(memory.set_final(one.entry.key, final), one.kept))
     return finalists + others
 
 
@@ -83,6 +89,6 @@ def _measured(
     return dict(zip(keys, results, strict=True))
 
 
-def _rank(loss: float, candidate: Candidate) -> tuple[bool, float, tuple[int, int, int]]:
-    """Return what candidates are sorted by: a loss that is no number counts as the highest."""
-    return isnan(loss), loss, candidate.entry.key
+def _order(rank: float, candidate: Candidate) -> tuple[bool, float, tuple[int, int, int]]:
+    """Return what candidates are sorted by; what is no number counts as the highest."""
+    return isnan(rank), rank, candidate.entry.key

@@ -200,6 +200,7 @@ class _Rounds:
                 num_images=result.num_images,
                 noise=heat.purpose,
                 standard_error=result.standard_error,
+                distance=result.distance,
             )
             self._memory.add(entry)
             self.cost.add(result.macs, result.seconds)

@@ -1,25 +1,25 @@
-"""The offline proxy: predicts what schemes cost, and learns from the memory bank.
+"""The offline proxy: a knapsack over sensitivities that learns from the memory bank.
 
-The increase of the loss is predicted by a quadratic model, or by measured sensitivities that add
-up over the units, each unit's part times a factor of its own. The factors are 1 at first; every
-measured scheme is a linear equation for them, and new schemes follow from draws of their posterior
-(Bayesian linear regression, Thompson sampling). The best scheme of a draw under a limit is a
-knapsack problem, which is solved greedily; with a quadratic model exchanges follow.
+It predicts that the increase of the loss adds up over the units, each unit's own increase
+times a factor of its own. The factors are 1 at first; every measured scheme is a linear equation
+for them, and new schemes follow from draws of their posterior (Bayesian linear regression,
+Thompson sampling). The best scheme of a draw under a limit is a knapsack problem, which is solved
+greedily.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_growth import JointGrowth
-from tdc_ray.pruning.knapsack import AddedGrowth, FactorArray, loss_curves, step_worth
+from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryEntry, best
 from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.result import SearchCost
-from tdc_ray.pruning.space import Scheme, fit_to_limit
+from tdc_ray.pruning.space import Scheme, Space, fit_to_limit
 from tdc_ray.seeds import derive_seed
 
 FACTOR_SPREAD = 0.3
@@ -30,10 +30,6 @@ PREDICTION_ERROR = 0.1
 
 MAX_TRIES = 50
 """Most draws for a new scheme; in a tiny space there may be none."""
-
-
-Growth = AddedGrowth | JointGrowth
-"""What predicts the growth of the loss with a scheme."""
 
 
 def offline_proxy(
@@ -54,17 +50,16 @@ def offline_proxy(
 def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> list[Scheme]:
     """Return schemes within the limit that this group has not tried, best guess first.
 
-    The first is the knapsack with the likeliest factors; where other groups' schemes are visible,
-    the best of the nearest group follows, fitted to this limit; the rest are draws, the same ones
-    for the same seed.
+    The first is the knapsack with the likeliest factors, the next, where the loss is modelled, the
+    best joint scheme of the model; where other groups' schemes are visible, the best of the
+    nearest group follows, fitted to this limit; the rest are draws, the same ones for the same
+    seed.
 
     Raises:
         LimitError: No scheme is within the limit.
     """
-    space, curves = request.space, loss_curves(request.space, request.sensitivities)
-    growth: Growth = AddedGrowth(space, curves)
-    if request.model is not None:
-        growth = JointGrowth(space, request.model)
+    space = request.space
+    curves = loss_curves(space, request.sensitivities)
     group_entries = [entry for entry in memory if entry.group == request.group]
     tried = [dict(entry.widths) for entry in group_entries]
     schemes: list[Scheme] = []
@@ -73,8 +68,10 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
         if scheme not in tried and scheme not in schemes:
             schemes.append(scheme)
 
-    mean, factor = _posterior(growth, len(space.units), group_entries, request.loss_base)
-    add(growth.best_scheme(request.limit, mean))
+    mean, factor = _posterior(space, curves, group_entries, request.loss_base)
+    add(knapsack(space, curves, request.limit, mean))
+    if request.model is not None:
+        add(JointGrowth(space, request.model).best_scheme(request.limit))
     nearest = _nearest_group(memory, request.group)
     if nearest:
         values = step_worth(space, curves, mean)
@@ -85,16 +82,22 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
             break
         spread = 1 + number / MAX_TRIES  # repeated schemes widen the draws
         factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
-        add(growth.best_scheme(request.limit, factors))
+        add(knapsack(space, curves, request.limit, factors))
     return schemes[: request.num_candidates]
 
 
 def _posterior(
-    growth: Growth, size: int, entries: Sequence[MemoryEntry], loss_base: float
+    space: Space,
+    curves: Mapping[str, FactorArray],
+    entries: Sequence[MemoryEntry],
+    loss_base: float,
 ) -> tuple[FactorArray, FactorArray]:
     """Return the mean of the units' factors, ``(U,)``, and a root of their covariance."""
-    pieces = np.array([growth.pieces(entry.widths) for entry in entries]).reshape(-1, size)
-    increases = np.array([entry.loss - loss_base for entry in entries])
+    size = len(space.units)
+    pieces = np.array(
+        [[curves[u.name][e.widths[u.name] - 1] for u in space.units] for e in entries]
+    ).reshape(-1, size)  # (entries, U)
+    increases = np.array([entry.increase(loss_base) for entry in entries])
     usable = np.isfinite(increases)
     pieces, increases = pieces[usable], increases[usable]
     if not len(increases) or pieces.sum() <= 0 or increases.mean() <= 0:

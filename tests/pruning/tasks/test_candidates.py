@@ -125,7 +125,7 @@ def test_measuring_costs_a_forward_pass_per_image_and_the_refit_at_least_three(r
     kept = random_kept(UNITS, seed=0)
     space = loaded(run_dir, CONFIG).space
     macs = space.macs(widths_of(kept))
-    assert measured(run_dir, UNFITTED, 0, kept).macs == 32 * macs
+    assert 32 * macs < measured(run_dir, UNFITTED, 0, kept).macs <= 32 * (space.macs_base + macs)
     passes = 2 * 32 * macs + 16 * (space.macs_base + 2 * macs)
     assert measured(run_dir, CONFIG, 0, kept).macs > passes
 
@@ -138,9 +138,9 @@ def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(
         context_of(run_dir, CONFIG), group, keep_everything(UNITS), 0, saves_weights=True
     )
     base = measure_candidate(job, ignore)
-    assert base.macs == (32 + 3 * 16) * space.macs_base
+    assert base.macs == (32 + 2 * 16) * space.macs_base
     after = measured(run_dir, CONFIG, 0, kept)
-    assert after.macs == alone.macs - 3 * 16 * space.macs_base
+    assert after.macs == alone.macs - 2 * 16 * space.macs_base
     assert (after.loss_cut, after.loss_refit) == (alone.loss_cut, alone.loss_refit)
     assert load_file(run_dir.error_weights(0)).keys() == {
         step.name for step in steps(load_unet(run_dir.base_unet))

@@ -1,14 +1,17 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
+from tdc_ray.pruning.noised import noised_batches, run_all
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.tasks.scores import ScoreJob, score_units
 from tdc_ray.pruning.tasks.sensitivities import (
@@ -23,12 +26,19 @@ from tests.small import (
     TINY,
     context_of,
     group_of,
-    held_out_loss_of,
     make_run_dir,
     small_config,
 )
 
 UNITS = units_of(TINY)
+
+
+def choice_loss_of(unet, config, group) -> float:
+    """The loss on the images and noise that choices are made by."""
+    context = context_of(RunDir(Path("/nonexistent")), config)
+    schedule = noise_schedule(config.diffusion)
+    batches = noised_batches(context, group, unet, purpose="choice")
+    return float(run_all([unet], batches, schedule, "fp32").losses[0].mean())
 
 
 def config_of(**prune) -> RunConfig:
@@ -93,7 +103,7 @@ def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_di
     widths = {u.name: max(1, u.width // 2) if half else u.width for u in units}
     kept = select_top(units, scores, widths)
     base = load_base(context_of(run_dir, config), group_of(config, 0))
-    loss = held_out_loss_of(prune_and_refit(base, kept).network, config, group)
+    loss = choice_loss_of(prune_and_refit(base, kept).network, config, group)
     unit = next(u for u in units if u.kind == "stream" and widths[u.name] > 1)
     job = StreamJob(context_of(run_dir, config), group, unit.name, kept, scores, loss)
     found = measure_stream(job, ignore).sensitivities
@@ -103,7 +113,7 @@ def test_the_sensitivity_of_a_stream_is_the_growth_of_its_candidates_loss(run_di
         best = sorted(range(unit.width), key=lambda step: -scores[unit.name][step])[:width]
         narrower = {**kept, unit.name: tuple(sorted(best))}
         pruned = prune_and_refit(base, narrower).network
-        assert grown == held_out_loss_of(pruned, config, group) - loss
+        assert grown == choice_loss_of(pruned, config, group) - loss
 
 
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
@@ -116,7 +126,7 @@ def test_a_cut_model_is_measured_from_its_own_loss_and_keeps_the_ranking(run_dir
     names = [unit.name for unit in chosen]
     result = sensitivities_of(run_dir, config, *names, kept=kept, scores=scores)
     base = load_base(context_of(run_dir, config), group_of(config, 0))
-    before = held_out_loss_of(prune_and_refit(base, kept).network, config, group)
+    before = choice_loss_of(prune_and_refit(base, kept).network, config, group)
     for unit in chosen:
         assert result.scores[unit.name] == [scores[unit.name][step] for step in kept[unit.name]]
         grown = result.sensitivities[unit.name]
@@ -125,7 +135,7 @@ def test_a_cut_model_is_measured_from_its_own_loss_and_keeps_the_ranking(run_dir
             for width, growth in grown.items():
                 further = select_top(UNITS, scores, half | {unit.name: width})
                 pruned = prune_and_refit(base, further).network
-                after = held_out_loss_of(pruned, config, group)
+                after = choice_loss_of(pruned, config, group)
                 assert growth == pytest.approx(after - before, abs=1e-6)
 
 
