@@ -54,6 +54,7 @@ DECIDES = [
         {"finetune", "measure"},
         (
             *("num_rounds", "num_candidates", "halving_steps", "num_passes", "num_levels"),
+            *("sensitivity", "num_probes"),
             *("channel_multiple", "latency_batch_size"),
         ),
     ),
