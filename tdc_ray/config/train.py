@@ -67,6 +67,11 @@ class TrainConfig:
     loss_weight_gamma: PositiveFloat | None = None
     """gamma of `loss_weight`; None means the papers' 5 for min-snr, 1 for p2."""
 
+    input_perturbation: NonNegativeFloat = 0.0
+    """gamma of the normal noise that is added to the noise in the denoiser's input and not to what
+    it is to predict (arXiv:2301.11706, where it is 0.1): a sampler's inputs are a little off, too.
+    0: none."""
+
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 (the latter with a gradient scaler). auto: bf16 where a
     short probe on a worker, kept in the run directory, finds it faster, else fp32."""
@@ -102,6 +107,10 @@ class FinetuneConfig(TrainConfig):
     """Share of the weights that the fine-tune began with, of the pruned and refitted base, in the
     average that is saved as the expert, in [0, 1) (WiSE-FT, arXiv:2109.01903). It takes no
     training; 0: the fine-tuned weights as they are."""
+
+    timestep_margin: Share = 0.0
+    """Timesteps beyond the group's that are drawn too, on either side, as a share of the number of
+    its own; 0: none."""
 
     @classmethod
     def of(cls, train: TrainConfig) -> Self:

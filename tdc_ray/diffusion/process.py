@@ -123,10 +123,21 @@ class NoisedBatch:
     labels: Tensor | None = None
     """Classes, ``(B,)``; None for networks that are not conditioned on them."""
 
+    perturbation: Tensor | None = None
+    """Added to the noise that the network sees, and not to its target (arXiv:2301.11706),
+    ``(B, C, H, W)``; None means nothing."""
+
     def split(self, size: int) -> Iterator["NoisedBatch"]:
         """Split into batches of at most so many images."""
-        parts = zip(*(tensor.split(size) for tensor in self._tensors), strict=True)
-        return (NoisedBatch(*part) for part in parts)
+        for start in range(0, len(self.x_0), size):
+            part = slice(start, start + size)
+            yield NoisedBatch(
+                self.x_0[part],
+                self.epsilon[part],
+                self.timesteps[part],
+                None if self.labels is None else self.labels[part],
+                None if self.perturbation is None else self.perturbation[part],
+            )
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """Copy the tensors to a device."""
@@ -134,18 +145,21 @@ class NoisedBatch:
 
     @staticmethod
     def join(batches: Sequence["NoisedBatch"]) -> "NoisedBatch":
-        """Concatenate batches, with labels or all without."""
-        parts = zip(*(batch._tensors for batch in batches), strict=True)
-        return NoisedBatch(*(torch.cat(part) for part in parts))
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        tensors = (self.x_0, self.epsilon, self.timesteps)
-        return tensors if self.labels is None else (*tensors, self.labels)
+        """Concatenate batches; labels and perturbations have all of them, or none has."""
+        return NoisedBatch(
+            torch.cat([batch.x_0 for batch in batches]),
+            torch.cat([batch.epsilon for batch in batches]),
+            torch.cat([batch.timesteps for batch in batches]),
+            _join([batch.labels for batch in batches]),
+            _join([batch.perturbation for batch in batches]),
+        )
 
     def x_t(self, schedule: NoiseSchedule) -> Tensor:
         """Add the noise: ``(B, C, H, W)``."""
-        return schedule.add_noise(self.x_0, self.epsilon, self.timesteps)
+        noise = self.epsilon
+        if self.perturbation is not None:
+            noise = noise + self.perturbation
+        return schedule.add_noise(self.x_0, noise, self.timesteps)
 
     def target(self, schedule: NoiseSchedule) -> Tensor:
         """Compute what a network's output is compared with: ``(B, C, H, W)``."""
@@ -163,6 +177,11 @@ class NoisedBatch:
 def at(values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the values ``(T,)`` of timesteps ``(B,)``, to broadcast: ``(B, 1, 1, 1)``."""
     return values[timesteps][:, None, None, None]
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
 
 
 def _tensor(values: FloatArray) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -221,6 +221,9 @@ def train(
             ),
             labels=_class_labels(state.unet, labels, label_dropout, seed_parts),
         )
+        if gamma := config.input_perturbation:  # drawn last: without it nothing else changes
+            noise = torch.randn(x_0.shape, generator=generator, device=device)
+            batch = replace(batch, perturbation=gamma * noise)
         losses.add(_backward(state, model, schedule, config, batch, weights))
         grad_norm = update(state, config)
         last = state.step == config.num_steps

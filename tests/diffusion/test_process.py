@@ -105,3 +105,14 @@ def test_batches_split_and_join_with_labels_or_without():
         for name in ("x_0", "epsilon", "timesteps"):
             assert torch.equal(getattr(joined, name), getattr(batch, name))
         assert joined.labels is None if labels is None else torch.equal(joined.labels, labels)
+
+
+def test_a_perturbation_is_in_the_input_and_not_in_the_target():
+    schedule = noise_schedule(DiffusionConfig())
+    x_0, epsilon, shift = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    batch = NoisedBatch(x_0, epsilon, TIMESTEPS, perturbation=shift)
+    seen = NoisedBatch(x_0, epsilon + shift, TIMESTEPS)
+    assert torch.equal(batch.x_t(schedule), seen.x_t(schedule))
+    assert torch.equal(batch.target(schedule), epsilon)
+    joined = NoisedBatch.join(list(batch.split(4)))
+    assert torch.equal(joined.x_t(schedule), seen.x_t(schedule))

@@ -75,6 +75,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "accumulation-and-dropout": {"dropout": 0.3, "micro_batch_size": 5},
     "no-clipping-no-ema-warmup": {"max_grad_norm": None, "ema_warmup": False},
     "decaying-rate": {"lr_schedule": "cosine", "num_warmup_steps": 1},
+    "perturbed": {"input_perturbation": 0.1, "micro_batch_size": 5},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16", "batch_size": 2, "num_steps": 4},  # slow on CPUs
 }
@@ -362,6 +363,14 @@ def train_own(
         save=lambda _: None,
     )
     return metrics
+
+
+def test_a_perturbation_changes_what_the_denoiser_sees_and_no_other_draw():
+    plain = run_base(config_of(num_steps=1))[1]
+    barely = run_base(config_of(num_steps=1, input_perturbation=1e-6))[1]
+    assert losses_of(barely) == pytest.approx(losses_of(plain), rel=1e-4)
+    perturbed = run_base(config_of(num_steps=1, input_perturbation=0.5))[1]
+    assert abs(losses_of(perturbed)[0] - losses_of(plain)[0]) > 1e-4
 
 
 @pytest.mark.parametrize("timesteps", [range(1000), range(300, 310), range(999, 1000), range(1)])

@@ -287,10 +287,19 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
         base.schedule,
         job.train,
         context.data.data,
-        timesteps=group.timesteps,
+        timesteps=with_margin(
+            group.timesteps, job.train.timestep_margin, base.schedule.num_train_timesteps
+        ),
         seed=derive_seed(context.seed, *seed_parts),
         rank=rank.rank,
         label_dropout=context.conditioning.label_dropout,
         report=report,
         save=lambda current: current.save(job.checkpoint) if rank.rank == 0 else None,
     )
+
+
+def with_margin(timesteps: range, margin: float, num_train_timesteps: int) -> range:
+    """Widen a range of timesteps by a share of their number on either side."""
+    beyond = round(margin * len(timesteps))
+    first, end = timesteps.start - beyond, timesteps.stop + beyond
+    return range(max(0, first), min(num_train_timesteps, end))

@@ -28,6 +28,7 @@ from tdc_ray.runs.stages.finetune import (
     finetune_expert,
     finetune_item,
     smaller_micro_batch,
+    with_margin,
 )
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.counting import count_macs
@@ -191,6 +192,24 @@ def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, e
     (result,) = again.context.run_dir.group(0).glob("finetune-*.json")
     result.unlink()
     assert timeless(make(again)) == timeless(expert)
+
+
+# --- timesteps beyond the group ---------------------------------------------------------------
+
+
+def test_a_margin_widens_a_group_on_either_side_within_all_timesteps():
+    assert with_margin(range(31, 303), 0.1, 1000) == range(4, 330)
+    assert with_margin(range(31), 0.2, 1000) == range(37)
+    assert with_margin(range(722, 1000), 0.05, 1000) == range(708, 1000)
+    assert with_margin(range(31, 303), 0.0, 1000) == range(31, 303)
+
+
+def test_a_margin_is_trained_on_and_not_measured_on(task, expert, tmp_path):
+    wider = with_run_dir(task, make_run_dir(tmp_path))
+    found = make(wider, config_of(timestep_margin=0.2))
+    assert found.loss_finetuned != expert.loss_finetuned
+    saved = load_expert(wider.context.run_dir.expert(wider.group.index))
+    assert found.loss_finetuned == held_out_loss_of(saved, config_of(), task.group)
 
 
 # --- averaged with the start -----------------------------------------------------------------
