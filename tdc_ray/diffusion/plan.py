@@ -149,11 +149,12 @@ def one_group(
         ConfigError: There are no such timesteps.
     """
     first, last = timesteps
-    snr = NoiseProcess.of(diffusion).snr_db
+    process = NoiseProcess.of(diffusion)
+    snr = process.snr_db
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
     return _group(
-        0, _Draft(first, last + 1, limit_share), snr, sampling_timesteps(len(snr), sampler)
+        0, _Draft(first, last + 1, limit_share), snr, sampling_timesteps(process, sampler)
     )
 
 
@@ -165,8 +166,8 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
         ConfigError: A mean limit was asked for that the schedule cannot have, or the sampler
             steps outside the timesteps.
     """
-    snr = NoiseProcess.of(diffusion).snr_db
-    steps = sampling_timesteps(len(snr), sampler)
+    process = NoiseProcess.of(diffusion)
+    snr, steps = process.snr_db, sampling_timesteps(process, sampler)
     if steps[0] >= len(snr):
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "

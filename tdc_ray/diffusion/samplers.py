@@ -7,25 +7,55 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
-def _leading(num_train_timesteps: int, sampler: SamplerConfig) -> list[int]:
+KARRAS_RHO = 7.0
+"""EDM's, and diffusers'."""
+
+
+def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
-    stride = num_train_timesteps // sampler.num_inference_steps
+    stride = len(process.betas) // sampler.num_inference_steps
     steps = reversed(range(sampler.num_inference_steps))
     return [step * stride + sampler.steps_offset for step in steps]
 
 
-def _second_twice(num_train_timesteps: int, sampler: SamplerConfig) -> list[int]:
+def _second_twice(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Visit the second timestep twice: PNDM makes its first step again by what it learns there."""
-    steps = _leading(num_train_timesteps, sampler)
+    steps = _leading(process, sampler)
     return steps[:2] + steps[1:]
+
+
+def _karras(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
+    """Space the timesteps evenly in sigma^(1/7), from the last to 0.
+
+    EDM, arXiv:2206.00364, equation 5. In float32, as in diffusers: timesteps are rounded.
+
+    Raises:
+        ConfigError: The first two are the same, where diffusers would leave out the first.
+    """
+    alphas_cumprod = np.cumprod(1 - process.betas.astype(np.float32), dtype=np.float32)
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+    low, high = (float(sigma) ** (1 / KARRAS_RHO) for sigma in (sigmas[0], sigmas[-1]))
+    visited = np.linspace(high, low, sampler.num_inference_steps) ** KARRAS_RHO
+    steps = np.interp(np.log(visited), np.log(sigmas), np.arange(len(sigmas))).round()
+    timesteps = [int(step) for step in steps]
+    if len(timesteps) > 1 and timesteps[0] == timesteps[1]:
+        raise ConfigError(
+            f"sampler.num_inference_steps must be less for {sampler.sampler} with these betas, "
+            f"got {sampler.num_inference_steps}: it would begin with timestep {timesteps[0]} "
+            "twice. Use ddim."
+        )
+    return timesteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +68,8 @@ class SamplerRow:
     arguments: Callable[[DiffusionConfig, SamplerConfig], dict[str, Any]]
     """Arguments of this class beside those of all samplers' classes."""
 
-    timesteps: Callable[[int, SamplerConfig], list[int]] = _leading
-    """From the number of training timesteps: where the network is evaluated, noisiest first."""
+    timesteps: Callable[[NoiseProcess, SamplerConfig], list[int]] = _leading
+    """Where the network is evaluated, noisiest first."""
 
 
 SAMPLERS: Mapping[Sampler, SamplerRow] = {
@@ -62,12 +92,25 @@ SAMPLERS: Mapping[Sampler, SamplerRow] = {
         lambda _, sampler: {"skip_prk_steps": True, "set_alpha_to_one": sampler.set_alpha_to_one},
         _second_twice,
     ),
+    "dpmsolver++": SamplerRow(
+        "DPMSolverMultistepScheduler",
+        lambda _diffusion, _sampler: {
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "use_karras_sigmas": True,
+        },
+        _karras,
+    ),
 }
 
 
-def sampling_timesteps(num_train_timesteps: int, sampler: SamplerConfig) -> tuple[int, ...]:
-    """Compute the timesteps at which a sampler evaluates the network, noisiest first."""
-    return tuple(SAMPLERS[sampler.sampler].timesteps(num_train_timesteps, sampler))
+def sampling_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[int, ...]:
+    """Compute the timesteps at which a sampler evaluates the network, noisiest first.
+
+    Raises:
+        ConfigError: The sampler cannot take so many steps.
+    """
+    return tuple(SAMPLERS[sampler.sampler].timesteps(process, sampler))
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -410,9 +411,9 @@ def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
     assert config.finetune.batch_size == 5
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
+@pytest.mark.parametrize("sampler", ["ddpm", "pndm", "dpmsolver++"])
 def test_eta_is_for_ddim(sampler):
-    with pytest.raises(ConfigError, match=rf"sampler\.eta .* got 0\.5 with {sampler}"):
+    with pytest.raises(ConfigError, match=rf"sampler\.eta .* got 0\.5 with {re.escape(sampler)}"):
         RunConfig(sampler=SamplerConfig(sampler=sampler, eta=0.5))
 
 

@@ -86,7 +86,7 @@ def measure_steps(
         num_images: Noised images at each step.
     """
     x_0, _ = _images(config, data, CHOOSE, num_images)
-    visited = sampling_timesteps(config.diffusion.num_train_timesteps, config.sampler)
+    visited = sampling_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
     alphas_cumprod = NoiseProcess.of(config.diffusion).alphas_cumprod
     by_visit = step_weights(alphas_cumprod, visited, float(x_0.var(0).mean()))
     weights = [by_visit[np.equal(visited, timestep)].sum() for timestep in problem.timesteps]
