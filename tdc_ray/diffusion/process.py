@@ -1,5 +1,6 @@
 """The noise process as tensors: noising, and the batch that losses are computed on."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -130,18 +131,21 @@ class NoisedBatch:
     def split(self, size: int) -> Iterator["NoisedBatch"]:
         """Split into batches of at most so many images."""
         for start in range(0, len(self.x_0), size):
-            part = slice(start, start + size)
-            yield NoisedBatch(
-                self.x_0[part],
-                self.epsilon[part],
-                self.timesteps[part],
-                None if self.labels is None else self.labels[part],
-                None if self.perturbation is None else self.perturbation[part],
-            )
+            yield self._map(operator.itemgetter(slice(start, start + size)))
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """Copy the tensors to a device."""
-        return NoisedBatch(*(tensor.to(device) for tensor in self._tensors))
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "NoisedBatch":
+        """Apply a function to each of the tensors."""
+        return NoisedBatch(
+            function(self.x_0),
+            function(self.epsilon),
+            function(self.timesteps),
+            None if self.labels is None else function(self.labels),
+            None if self.perturbation is None else function(self.perturbation),
+        )
 
     @staticmethod
     def join(batches: Sequence["NoisedBatch"]) -> "NoisedBatch":
