@@ -2,8 +2,8 @@
 
 It continues from stage 1's last checkpoint, optimizer and averaged weights included, where that is
 left, on the images that fine-tunes see, so that the base has no advantage on those held out. What
-costs a fine-tune nothing the base has too: a learning rate that decays, weights averaged with
-those of the start.
+costs a fine-tune nothing the base has too: a learning rate that decays, perturbed inputs, weights
+averaged with those of the start.
 """
 
 import math
@@ -56,14 +56,15 @@ class LongerBaseJob:
 
     @property
     def train(self) -> TrainConfig:
-        """The base's settings, with the fine-tunes' way for the learning rate to decay."""
-        config = self.config
+        """The base's settings, with the fine-tunes' learning-rate schedule and perturbation."""
+        config, finetune = self.config, self.config.finetune
         warmup = config.base.num_warmup_steps if self.continues is None else self.first_step
         return replace(
             config.base,
             num_steps=self.first_step + self.num_steps,
             num_warmup_steps=warmup,
-            lr_schedule=config.finetune.lr_schedule,
+            lr_schedule=finetune.lr_schedule,
+            input_perturbation=max(config.base.input_perturbation, finetune.input_perturbation),
         )
 
     @property
