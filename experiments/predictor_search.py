@@ -58,7 +58,7 @@ def evolve(
     num_scored: int,
     seed: int,
 ) -> list[int]:
-    """Score random schedules, fit the predictor, and return the best schedule that evolves.
+    """Score random schedules, fit the predictor, and return the best that evolves, or was scored.
 
     Args:
         problem: Networks and steps.
@@ -92,4 +92,5 @@ def evolve(
         everyone = [*population, *children]
         order = np.argsort(predicted(everyone), kind="stable")
         population = [everyone[place] for place in order[:POPULATION]]
-    return population[0]
+    best_scored = scored[int(scores.argmin())]
+    return population[0] if score_of(population[0]) < scores.min() else best_scored

@@ -4,11 +4,12 @@
     python experiments/step_schedules.py --runs runs/digits-0 runs/digits-1 --budgets 0.6 0.75
     python experiments/step_schedules.py --smoke
 
-For each budget of mean macs: ours (`tdc-ray schedule`); the same with all steps of equal weight;
-T-Stitch's (the cheapest networks at the noisiest steps); and, at the first budget, a predictor
-with evolution in the manner of OMS-DPM (`predictor_search.py`). Base and the run's own experts
-stand beside them. Scores are of images from noise that no choice has seen; seconds are those of
-choosing, the networks being there.
+For each budget of mean macs: ours (`tdc-ray schedule`, to which all steps count alike); the same
+with steps weighed by what an error adds to a sample's, or to a bound of the samples' divergence
+(`step_weights.py`); T-Stitch's (the cheapest networks at the noisiest steps); and, at the first
+budget, a predictor with evolution in the manner of OMS-DPM (`predictor_search.py`). Base and the
+run's own experts stand beside them. Scores are of images from noise that no choice has seen;
+seconds are those of choosing, the networks being there.
 
 Hardware and hours: `digits` about half an hour a run on 2 CPU cores, most of it the predictor's
 schedules.
@@ -19,22 +20,30 @@ The paper's Table IV: OMS-DPM takes more than 3,800 thousand seconds, TDC 342 in
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import TypeVar
 
 from common import Flags, parse_flags, run_once
 from output import mean_and_spread, plot_bars, write_record, write_table
 from predictor_search import evolve
+from step_weights import divergence_weights, sample_weights
 
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.data.latents import training_data
+from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.runs.results import Results, load_results
-from tdc_ray.runs.step_schedule.measure import judge, measure_steps
+from tdc_ray.runs.step_schedule.measure import MeasuredSteps, judge, measure_steps
 from tdc_ray.runs.step_schedule.networks import ScheduleSpec, networks_of, own_choice, problem_of
 from tdc_ray.runs.step_schedule.schedule import score_pipeline, write_pipeline
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
+
+T = TypeVar("T")
+
+DATA_VARIANCE = 0.3
+"""About that of a pixel of the digits over the images, in units of [-1, 1] squared."""
 
 JUDGING_SEED, PREDICTOR_SEED = 1_000, 2_000
 """Added to the run's sampling seed: of the scores that are shown, and of the predictor's."""
@@ -68,17 +77,17 @@ class Row:
     seconds: float
     """Of choosing."""
     excess: float
-    """Weighted loss above the base's, as a share, on images and noise that no choice has seen."""
+    """Loss above the base's, as a share, on images and noise that no choice has seen."""
     low: float
     """Of its 95 % interval."""
     high: float
     score: float
 
 
-def timed(choose: Callable[[], list[int]]) -> tuple[list[int], float]:
-    """Return a choice and its seconds."""
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """Return a result and its seconds."""
     started = time.perf_counter()
-    return choose(), time.perf_counter() - started
+    return function(), time.perf_counter() - started
 
 
 def in_little(flags: StepFlags) -> StepFlags:
@@ -111,9 +120,19 @@ def rows_of_run(
     spec = ScheduleSpec(macs_share=min(flags.budgets), widths=flags.widths)
     problem = problem_of(config, networks_of(run_dir, config, spec, out))
     data = training_data(config.data, evaluate.cache_dir)
-    started = time.perf_counter()
-    measured = measure_steps(config, data, problem, flags.num_images)
-    measuring = time.perf_counter() - started
+
+    @cache
+    def measured() -> tuple[MeasuredSteps, float]:
+        return timed(lambda: measure_steps(config, data, problem, flags.num_images))
+
+    def ours(share: float) -> list[int]:
+        return measured()[0].choose(share)
+
+    def stitch(share: float) -> list[int]:
+        return measured()[0].stitch(share)
+
+    def choose_by(weights: FloatArray, share: float) -> list[int]:
+        return replace(measured()[0], weights=weights).choose(share)
 
     def score_of(choice: Sequence[int], settings: RunConfig, name: str) -> float:
         folder, macs = out / "pipelines" / name, problem.mean_macs(choice)
@@ -128,15 +147,19 @@ def rows_of_run(
         )
         return score_of(choice, replace(config, evaluate=few), "predictor")
 
-    even = replace(measured, weights=measured.weights * 0 + 1)
+    acp = NoiseProcess.of(config.diffusion).alphas_cumprod
+    steps = problem.timesteps
+    of_sample = sample_weights(acp, steps, DATA_VARIANCE)
+    of_bound = divergence_weights(acp, steps)
     ways: dict[str, Callable[[], list[int]]] = {
         "base": lambda: [0] * len(problem.timesteps),
         "the run's experts": lambda: own_choice(problem),
     }
     for share in flags.budgets:
-        ways[f"{share:g} F, ours"] = partial(measured.choose, share)
-        ways[f"{share:g} F, steps of equal weight"] = partial(even.choose, share)
-        ways[f"{share:g} F, T-Stitch"] = partial(measured.stitch, share)
+        ways[f"{share:g} F, ours"] = partial(ours, share)
+        ways[f"{share:g} F, weighed by the sample's error"] = partial(choose_by, of_sample, share)
+        ways[f"{share:g} F, weighed by the divergence"] = partial(choose_by, of_bound, share)
+        ways[f"{share:g} F, T-Stitch"] = partial(stitch, share)
     first = flags.budgets[0]
     ways[f"{first:g} F, predictor and evolution"] = lambda: evolve(
         problem, problem.budget(first), predictor_score, flags.num_schedules, config.seed
@@ -147,9 +170,10 @@ def rows_of_run(
             continue
         path = out / "rows" / f"{name.replace(' ', '-')}.json"
         if not exists(path):
+            of_losses, measuring = measured()
             choice, seconds = timed(choose)
-            seconds += measuring if "ours" in name or "equal" in name else 0.0
-            (judgement,) = judge(config, data, measured, [choice], flags.num_images)
+            seconds += measuring if "ours" in name or "weighed" in name else 0.0
+            (judgement,) = judge(config, data, of_losses, [choice], flags.num_images)
             scored = score_of(choice, replace(config, evaluate=shown), name.replace(" ", "-"))
             row = Row(
                 mean_macs_share=judgement.mean_macs_share,
@@ -194,7 +218,7 @@ def main(flags: StepFlags) -> None:
                 f"{mean(row.seconds for row in rows):.1f}",
             ]
         )
-    columns = ["schedule", results[0].metric, "weighted loss over the base's", "macs", "seconds"]
+    columns = ["schedule", results[0].metric, "loss over the base's", "macs", "seconds"]
     write_table(folder, "step_schedules", columns, table)
     bars = {name: [rows[name].score for rows in found.values()] for name, *_ in table}
     plot_bars(folder, "step_schedules", bars, results[0].metric)

@@ -1,4 +1,4 @@
-"""Which network runs at which sampling step: what an error there is worth, and the choice.
+"""Which network runs at which sampling step: the choice within a budget of macs.
 
 OMS-DPM (arXiv:2306.08860) searches such schedules by evolution over a predictor of the score that
 is trained on thousands of scored schedules; T-Stitch (arXiv:2402.14167) lets a small network take
@@ -18,35 +18,6 @@ BoolArray = NDArray[np.bool_]
 
 BINS = 50_000
 """Into how many parts the budget is divided by the knapsack."""
-
-
-def step_weights(
-    alphas_cumprod: FloatArray, timesteps: Sequence[int], data_variance: float
-) -> FloatArray:
-    """Compute what a squared error of epsilon at each sampling step adds to that of the sample.
-
-    In the coordinates ``y = x_t / sqrt(acp)`` and ``sigma = sqrt((1 - acp) / acp)`` a DDIM step
-    (arXiv:2010.02502, equation 14) is Euler's, ``y' = y + (sigma' - sigma) epsilon``, so an error
-    e of epsilon moves y' by ``(sigma' - sigma) e``. The steps that follow shrink it: for Gaussian
-    data of variance v the flow from sigma' to 0 multiplies by ``sqrt(v / (v + sigma'^2))``. So::
-
-        weight = (sigma - sigma')^2 v / (v + sigma'^2)
-
-    A difference of two networks' losses is the difference of their squared distances to the best
-    prediction, so weighted differences add up to that of the sample as far as errors of different
-    steps are independent.
-
-    Args:
-        alphas_cumprod: Shape ``(T,)``.
-        timesteps: Of the sampling steps, from the noisiest on; a repeated one counts each time.
-        data_variance: Mean variance of a pixel over the images, in units of [-1, 1] squared.
-
-    Returns:
-        Of each step, in units of the data's squared; after the last step sigma is 0.
-    """
-    sigma = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)[list(timesteps)]
-    following = np.append(sigma[1:], 0.0)
-    return np.asarray((sigma - following) ** 2 * data_variance / (data_variance + following**2))
 
 
 def choose_networks(excess: FloatArray, macs: FloatArray, budget: float) -> list[int]:

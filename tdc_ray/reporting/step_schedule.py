@@ -12,30 +12,22 @@ from tdc_ray.runs.step_schedule.schedule import StepSchedule
 def print_step_schedule(console: Console, schedule: StepSchedule) -> None:
     """Print which network takes which steps, and what the schedule is held against."""
     table = Table(title="which network runs at which sampling step")
-    for column in ("t", "network", "steps", "macs", "weight", "loss against the base's"):
+    for column in ("t", "network", "steps", "macs", "loss against the base's"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for network, run in groupby(schedule.steps, key=lambda step: step.network):
         steps = list(run)
         share = schedule.networks[network] / schedule.macs_base
-        worth = sum(step.weight for step in steps)
-        loss, of_base = (
-            sum(step.weight * value for step, value in pairs)
-            for pairs in (
-                [(step, step.loss) for step in steps],
-                [(step, step.loss_base) for step in steps],
-            )
-        )
+        loss, of_base = sum(step.loss for step in steps), sum(step.loss_base for step in steps)
         table.add_row(
             f"{steps[0].timestep} to {steps[-1].timestep}",
             network,
             str(len(steps)),
             f"{share:.2f} F",
-            f"{worth:.1%}",
             f"{loss / of_base - 1:+.2%}",
         )
     console.print(table)
     judged = Table(title="on images and noise that no choice has seen")
-    for column in ("schedule", "mean macs", "weighted loss against the base's, 95 %"):
+    for column in ("schedule", "mean macs", "loss against the base's, 95 %"):
         judged.add_column(column, justify="left" if column == "schedule" else "right")
     judged.add_row(*_cells("chosen", schedule.chosen))
     judged.add_row(*_cells("the run's experts", schedule.experts))

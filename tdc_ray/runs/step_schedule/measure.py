@@ -12,12 +12,10 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
 from tdc_ray.data.latents import TrainingData
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
-from tdc_ray.diffusion.samplers import sampling_timesteps
-from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.diffusion.step_schedule import (
     BoolArray,
     choose_networks,
-    step_weights,
     stitched,
 )
 from tdc_ray.models.denoiser import Denoiser, has_classes
@@ -40,10 +38,10 @@ class MeasuredSteps:
     """``(S, K)``: mean squared errors of epsilon; no number where a network may not run."""
 
     weights: FloatArray
-    """``(S,)``: what a squared error at a step is worth, all visits to it together."""
+    """``(S,)``: what a squared error at a step is worth; as often as the sampler visits it."""
 
     def choose(self, macs_share: float) -> list[int]:
-        """Choose the network of every step within a budget, by the weighted losses."""
+        """Choose the network of every step within a budget, by the sum of its losses."""
         excess = self.weights[:, None] * (self.losses - self.losses[:, :1])
         excess = np.where(self.problem.allowed, excess, np.inf)
         return choose_networks(excess, self.problem.macs, self.problem.budget(macs_share))
@@ -65,8 +63,8 @@ class Judgement:
     """The same as a share of the base's."""
 
     excess: float
-    """Weighted sum over the steps of the squared error of epsilon, above the base's, as a share of
-    the base's sum; below 0 is better than the base."""
+    """Mean over the sampling steps of the squared error of epsilon, above the base's, as a share
+    of the base's; below 0 is better than the base."""
 
     low: float
     """Of its 95 % interval, over images."""
@@ -85,13 +83,9 @@ def measure_steps(
         problem: Networks and steps.
         num_images: Noised images at each step.
     """
-    x_0, _ = _images(config, data, CHOOSE, num_images)
-    visited = sampling_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
-    alphas_cumprod = NoiseProcess.of(config.diffusion).alphas_cumprod
-    by_visit = step_weights(alphas_cumprod, visited, float(x_0.var(0).mean()))
-    weights = [by_visit[np.equal(visited, timestep)].sum() for timestep in problem.timesteps]
     errors = _squared_errors(config, data, problem, problem.allowed, CHOOSE, num_images)
-    return MeasuredSteps(problem, errors.mean(2), np.array(weights))
+    visits = problem.macs[:, 0] / problem.macs_base
+    return MeasuredSteps(problem, errors.mean(2), visits)
 
 
 def judge(

@@ -53,9 +53,6 @@ class StepChoice:
 
     timestep: int
     network: str
-    weight: float
-    """What a squared error here is worth; all steps' add up to 1."""
-
     loss: float
     """Of the network, by which it was chosen: the mean squared error of epsilon."""
 
@@ -160,12 +157,11 @@ def schedule_run(
 
 
 def _steps(measured: MeasuredSteps, choice: Sequence[int]) -> tuple[StepChoice, ...]:
-    problem, weights = measured.problem, measured.weights / measured.weights.sum()
+    problem = measured.problem
     return tuple(
         StepChoice(
             timestep=timestep,
             network=problem.networks[choice[place]].name,
-            weight=float(weights[place]),
             loss=float(measured.losses[place, choice[place]]),
             loss_base=float(measured.losses[place, 0]),
         )
