@@ -1,43 +1,14 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.diffusion.step_schedule import (
     choose_networks,
     entries_of,
-    step_weights,
     stitched,
 )
-
-ACP = NoiseProcess.of(DiffusionConfig()).alphas_cumprod
-VARIANCE = 0.3
-
-
-def ddim_of_gaussian_data(timesteps, wrong_at=None, error=0.0):
-    """Sample one pixel of Gaussian data by DDIM with its exact score, but for one error."""
-    x = 1.7
-    for place, timestep in enumerate(timesteps):
-        acp = ACP[timestep]
-        following = ACP[timesteps[place + 1]] if place + 1 < len(timesteps) else 1.0
-        epsilon = np.sqrt(1 - acp) * x / (acp * VARIANCE + 1 - acp)  # E[epsilon | x]
-        epsilon += error if place == wrong_at else 0.0
-        x_0 = (x - np.sqrt(1 - acp) * epsilon) / np.sqrt(acp)
-        x = np.sqrt(following) * x_0 + np.sqrt(1 - following) * epsilon
-    return x
-
-
-def test_a_weight_is_what_an_error_of_epsilon_adds_to_the_samples_of_gaussian_data():
-    timesteps = range(998, -1, -2)
-    weights = step_weights(ACP, timesteps, VARIANCE)
-    right = ddim_of_gaussian_data(timesteps)
-    for place in (0, 100, 250, 400, 480, len(timesteps) - 1):
-        wrong = ddim_of_gaussian_data(timesteps, place, error=0.01)
-        assert weights[place] == pytest.approx(((wrong - right) / 0.01) ** 2, rel=0.05)
 
 
 @st.composite

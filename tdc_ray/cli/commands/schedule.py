@@ -16,7 +16,7 @@ class ScheduleCommand:
     """Choose which network of a finished run takes which sampling step, within a budget of macs.
 
     Between base, experts and sub-models that are pruned in between, by each one's loss at each
-    step on held-out images and noise, weighed by what an error there adds to that of the sample.
+    step on held-out images and noise.
     """
 
     run: Positional[Path]
