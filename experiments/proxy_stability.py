@@ -45,8 +45,8 @@ def main(flags: ProxyFlags) -> None:
         for candidate in choice.candidates:
             entry = candidate.entry
             for name, loss in zip(losses, (entry.loss_cut, entry.loss_refit), strict=True):
-                if loss is not None:
-                    losses[name].setdefault(entry.round + 1, []).append(loss - choice.loss_base)
+                if loss is not None and entry.loss_base is not None:
+                    losses[name].setdefault(entry.round + 1, []).append(loss - entry.loss_base)
     rows = [
         [str(number)] + [mean_and_spread(by[number], digits=5) for by in losses.values() if by]
         for number in range(1, NUM_ROUNDS + 1)

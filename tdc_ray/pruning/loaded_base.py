@@ -83,6 +83,9 @@ class Measured:
     """Of the increase of the loss over the base's on the same images and noise; None for a single
     image and in results of 0.1.0."""
 
+    loss_base: float | None = field(default=None, kw_only=True)
+    """The base's loss on the same images and noise; None in results of 0.1.0."""
+
     distance: float | None = field(default=None, kw_only=True)
     """Mean square of how far the prediction is from the base's; None in results of 0.1.0."""
 
@@ -196,6 +199,7 @@ def measure(
         macs=pruned.macs_spent + float(num_images * (space.macs_base + len(networks) * behind)),
         num_images=num_images,
         standard_error=float(increases.std() / num_images**0.5) if num_images > 1 else None,
+        loss_base=float(found.losses[0].mean()),
         distance=float(found.distances[place].mean()),
     )
 

@@ -67,6 +67,9 @@ class MemoryEntry:
     standard_error: float | None = None
     """Standard error of the increase of the loss over the base's on the same images and noise."""
 
+    loss_base: float | None = None
+    """The base's loss on the same images and noise; None in entries of 0.1.0."""
+
     distance: float | None = None
     """Mean square of how far the prediction is from the base's."""
 

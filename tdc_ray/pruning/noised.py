@@ -24,7 +24,7 @@ from tdc_ray.models.step import State, num_untouched, run
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.seeds import derive_seed
 
-Purpose = Literal["scores", "refit", "choice", "held-out"]
+Purpose = Literal["scores", "refit", "choice", "held-out", "judge"]
 
 
 def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) -> State:
@@ -44,8 +44,8 @@ def noised_batches(
     """Yield noised images, the same ones at every call, in batches for a network, on its device.
 
     The timesteps are spread evenly over the group's. For ``held-out`` the images are half of those
-    that no fine-tune sees (``prune.held_out_share``); the other half judges what was chosen by
-    them. For the other purposes they are those that fine-tunes see.
+    that no fine-tune sees (``prune.held_out_share``), for ``judge`` the other half, which no
+    choice is made by. For the other purposes they are those that fine-tunes see.
 
     Args:
         context: The settings.
@@ -61,7 +61,8 @@ def noised_batches(
     offsets = torch.randperm(count, generator=generator) * len(timesteps) // count
     dataset = context.data.open()
     rest, held_out = held_out_split(dataset, prune.held_out_share, context.seed)
-    indices = halves(held_out)[0] if purpose == "held-out" else rest
+    chosen_by, judged_by = halves(held_out)
+    indices = {"held-out": chosen_by, "judge": judged_by}.get(purpose, rest)
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
     few = max(1, round(share * count))

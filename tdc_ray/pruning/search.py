@@ -200,6 +200,7 @@ class _Rounds:
                 num_images=result.num_images,
                 noise=heat.purpose,
                 standard_error=result.standard_error,
+                loss_base=result.loss_base,
                 distance=result.distance,
             )
             self._memory.add(entry)

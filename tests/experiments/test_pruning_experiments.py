@@ -66,15 +66,21 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         str(storage),
     ]
     monkeypatch.setattr(sys, "argv", arguments)
-    loss_after_pruning.main(parse_flags(loss_after_pruning.__doc__))
+    flags = parse_flags(loss_after_pruning.__doc__, loss_after_pruning.LossFlags)
+    loss_after_pruning.main(flags)
     folder = storage / "loss_after_pruning-digits-smoke"
     names = {row["loss above the base's (seeds)"] for row in rows_of(folder, "loss_after_pruning")}
-    for name in ("taylor/uniform", "magnitude/global, refit", "offline, refit, 10 steps"):
+    for name in ("taylor/uniform", "magnitude/global, refit", "second-order, refit", "measured"):
         assert name in names
     record = json.loads((folder / "loss_after_pruning.json").read_text())
     assert list(record["excess_loss"]) == ["seed 0, group 6"]
-    aims = [line for line in record["verdicts"] if line.startswith("group 6: aim")]
-    assert len(aims) == 3 + len(loss_after_pruning.SMOKE_STEPS)
+    for name in ("second-order", "measured"):
+        against = record["against_baselines"][f"seed 0, group 6, {name}"]
+        assert against["low"] < against["difference"] < against["high"]
+        assert against["baseline"].endswith(", refit")
+        assert against["search_macs"] > 0
+    judged = (storage / "loss_after_pruning-digits-smoke").glob("seed-0/group-6/judged.npz")
+    assert len(list(judged)) == 1
 
 
 @pytest.mark.ray
