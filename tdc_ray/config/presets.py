@@ -39,6 +39,9 @@ def digits() -> RunConfig:
         preset="digits",
         plan=PlanConfig(num_groups=4),
         base=base,
+        prune=PruneConfig(
+            num_rounds=1, num_candidates=4, num_images=192, num_refit_images=192, num_levels=8
+        ),
         finetune=replace(
             FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200
         ),

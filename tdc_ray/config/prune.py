@@ -71,7 +71,7 @@ class PruneConfig:
     """Noised images of the group's timesteps from which the refit takes its statistics. Their
     activations between two blocks are held in memory."""
 
-    sensitivity: Sensitivity = "measured"
+    sensitivity: Sensitivity = "second-order"
     """How it is known by how much the loss grows when units are cut. second-order: by a quadratic
     model of the loss, from a few backward passes; measured: every unit is cut to every level
     alone, and again on models that are cut elsewhere. Without a refit, and where streams are cut,

@@ -45,7 +45,7 @@ METHODS = ["offline", *BASELINES]
 
 
 def config_of(method: str = "magnitude", *, replay: Path | None = None, **prune) -> RunConfig:
-    few = {"num_images": 32, "num_refit_images": 32, "num_levels": 2}
+    few = {"num_images": 32, "num_refit_images": 32, "num_levels": 2, "sensitivity": "measured"}
     return small_config(
         plan={"min_macs_share": 0.3},
         prune={"method": method, **few, "num_rounds": 2, "num_candidates": 2, **prune},

@@ -56,9 +56,9 @@ def test_every_group_below_the_base_was_searched_for_and_refitted(
     for group in results.groups[:-1]:
         own = [entry for entry in entries if entry.group == group.index]
         assert 1 <= len(own) <= prune.num_rounds * prune.num_candidates
-        best = min(own, key=lambda entry: entry.loss)
+        best = min((entry for entry in own if entry.final), key=lambda e: e.final.distance)
         assert (group.source, group.widths) == ("offline", best.widths)
-        assert (group.loss_cut, group.loss_refit) == (best.loss_cut, best.loss_refit)
+        assert (group.loss_cut, group.loss_refit) == (best.final.loss_cut, best.final.loss_refit)
         assert len({entry.loss_refit for entry in own}) == len(own)
 
 
