@@ -213,19 +213,17 @@ def write(
     )
     write_table(folder, "equal_compute", [*columns, "FLOPs (MACs)", "params"], table, note)
     for name in ROWS:
-        lines[name] = [
-            start_of(found),
-            *(
-                (
-                    fmean(
-                        rows[name].train_macs + rows[name].search_macs
-                        for _, rows in seeds.values()
-                    ),
-                    [rows[name].score for _, rows in seeds.values()],
-                )
-                for seeds in found.values()
-            ),
+        points = [
+            (
+                fmean(
+                    rows[name].train_macs + rows[name].search_macs for _, rows in seeds.values()
+                ),
+                [rows[name].score for _, rows in seeds.values()],
+            )
+            for seeds in found.values()
         ]
+        # The smaller network does not begin with the base.
+        lines[name] = points if name == SMALLER else [start_of(found), *points]
     plot_lines(folder, "equal_compute", lines, xlabel="macs, search included", ylabel=metric)
     record = {
         f"{budget:g}": {
@@ -247,7 +245,7 @@ def write(
 def start_of(
     found: Found,
 ) -> tuple[float, list[float]]:
-    """Give the base's point, from which every line starts."""
+    """Give the base's point, from which the lines start."""
     bases = [tdc.base for tdc, _ in next(iter(found.values())).values()]
     return fmean(base.train_macs for base in bases), [base.score for base in bases]
 
