@@ -96,6 +96,12 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
             "training_free", "digits-smoke", "FreeFlags", "experts", marks=pytest.mark.slow
         ),
         pytest.param(
+            "samplers", "digits-smoke", "SamplerFlags", "sampler", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "finetune_ways", "digits-smoke", "WaysFlags", "model", marks=pytest.mark.slow
+        ),
+        pytest.param(
             "step_schedules", "digits-smoke", "StepFlags", "schedule", marks=pytest.mark.slow
         ),
         pytest.param(
