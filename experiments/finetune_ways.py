@@ -16,6 +16,7 @@ Hardware and hours: `digits` takes about 1 hour a seed on one CPU core.
 The paper does not have this: it names one fine-tune and no base that is trained on.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.sampler import Sampler
+from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.execution.chain import result_of
@@ -35,7 +36,7 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
 from tdc_ray.runs.stages.paired_losses import PairedJob, paired_difference, paired_item
-from tdc_ray.storage.files import exists
+from tdc_ray.storage.files import atomic_path, exists, fetch
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "constant": {},
@@ -114,6 +115,16 @@ def averaged(start: Model, trained: Model, share: float, folder: Path) -> Model:
     return replace(trained, path=folder) if share else trained
 
 
+def sampled_by(model: Model, sampler: SamplerConfig, folder: Path) -> Model:
+    """Return the same experts as a pipeline with another sampler, which their index names."""
+    if not exists(folder):
+        with atomic_path(folder) as copied:
+            shutil.copytree(fetch(model.path), copied)
+            index = PipelineIndex.load(copied)
+            index.model_copy(update={"sampler": sampler}).save(copied)
+    return replace(model, path=folder)
+
+
 def differences(
     pool: Pool, config: RunConfig, models: Mapping[str, Model], folder: Path
 ) -> dict[str, list[LossDifference]]:
@@ -122,7 +133,7 @@ def differences(
     items = {}
     for name, model in models.items():
         for group in plan_groups(config.diffusion, config.plan, config.sampler).groups:
-            key = f"{name.replace(' ', '-').replace(',', '')}/group-{group.index:02d}"
+            key = f"{slug(name)}/group-{group.index:02d}"
             pair = expert_for(model, group), expert_for(against, group)
             job = PairedJob(config, group, *pair, (folder / f"{key}.npy").resolve())
             items[name, group.index] = paired_item(key, job, (model.macs, against.macs))
@@ -131,6 +142,11 @@ def differences(
     for (name, _), item in items.items():
         found[name].append(paired_difference(item.job.path))
     return found
+
+
+def slug(name: str) -> str:
+    """Return a model's name as that of a folder."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 def expert_for(model: Model, group: TimestepGroup) -> Path:
@@ -165,7 +181,11 @@ def main(flags: WaysFlags) -> None:
             for title, (sampler, steps) in zip(titles, flags.samplers, strict=True):
                 how = replace(config.sampler, sampler=sampler, num_inference_steps=steps)
                 settings, place = replace(config, sampler=how), root / title.replace(" ", "-")
-                metric, by_model = scores_of(pool, settings, place, models, [0])
+                pipelines = {
+                    name: sampled_by(model, how, place / "pipelines" / slug(name))
+                    for name, model in models.items()
+                }
+                metric, by_model = scores_of(pool, settings, place, pipelines, [0])
                 for name, of_seeds in by_model.items():
                     scores.setdefault(name, {}).setdefault(title, []).extend(of_seeds)
     rows = [
