@@ -72,9 +72,9 @@ class PruneConfig:
     activations between two blocks are held in memory."""
 
     sensitivity: Sensitivity = "second-order"
-    """How it is known by how much the loss grows when units are cut. second-order: by a quadratic
-    model of the loss, from a few backward passes; measured: every unit is cut to every level
-    alone, and again on models that are cut elsewhere. Without a refit, and where streams are cut,
+    """How the increase of the loss with pruned units is known. second-order: by a quadratic
+    model of the loss, from a few backward passes; measured: every unit is pruned to every level
+    alone, and again on models that are pruned elsewhere. Without a refit, and with streams,
     sensitivities are measured in any case."""
 
     num_probes: PositiveInt = 2

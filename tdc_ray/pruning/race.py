@@ -3,9 +3,9 @@
 All of a heat are measured on the same images and noise; the finalists on held-out images and noise
 that no earlier choice has seen, which decides, and results report their losses there.
 
-After a refit, which aims at the base's prediction, candidates rank by how far theirs is from it:
-on the digits base twice that distance showed in the loss, and among as many images its standard
-error was a tenth of the loss's. Without a refit they rank by the loss.
+After a refit, which aims at the base's prediction, candidates rank by how far theirs is from it.
+On the digits base the loss increased by about three times that mean square for each of three
+schemes, and was known to within a tenth of the precision. Without a refit they rank by the loss.
 """
 
 from collections.abc import Sequence

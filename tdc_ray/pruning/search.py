@@ -7,7 +7,7 @@ from tdc_ray.execution.chain import Barrier, Chain, result_of, results_of
 from tdc_ray.models.units import KeptIndices, keep_everything
 from tdc_ray.pruning.criteria.scores import Scores, select_top
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.joint_growth import JointGrowth
+from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.by_score import baseline_schemes
@@ -51,7 +51,7 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
 
 
 Predictions = tuple[Scores, Sensitivities, QuadraticModel | None]
-"""The order in which the steps of units go, and what the growth of the loss is predicted by."""
+"""The order in which the steps of units go, and what the increase of the loss is predicted by."""
 
 
 class _Rounds:
@@ -116,8 +116,8 @@ class _Rounds:
         """Predict sensitivities by a quadratic model of the loss."""
         result = yield from result_of(second_order_item(self._search))
         self.cost.add(result.macs, result.seconds)
-        growth = JointGrowth(self._space, result.model)
-        return self._with_single(result.scores), growth.sensitivities(), result.model
+        increase = JointIncrease(self._space, result.model)
+        return self._with_single(result.scores), increase.sensitivities(), result.model
 
     def _measured(self) -> Chain[Predictions]:
         """Measure sensitivities on the base, then on knapsacks of these towards the limit."""

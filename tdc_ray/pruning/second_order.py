@@ -1,19 +1,21 @@
-"""How the loss grows with cuts, to second order, from a few backward passes: nothing is measured.
+"""The increase of the loss with cuts to second order, from a few backward passes.
 
 Cutting units, the layers that read them solved anew, changes the weights of these layers by
-``dW``. By Gauss and Newton the loss of an image, a mean of squares over ``D`` values, then grows
-by::
+``dW``. By Gauss and Newton the loss of an image, a mean of squares over ``D`` values, then
+increases by::
 
     |J dW|^2 / D = E_v (sum over units of <dW_unit, d(v . output) / dW_unit>)^2 / D
 
 ``J`` being the output's Jacobian and ``v`` a standard normal probe (Hutchinson, 1990). No gradient
 of weights is formed: it is ``sum(gradient of the layer's output * layer with dW(its input))``, so
 that every probe takes a backward pass to activations alone and serves all units and widths. The
-products of these numbers predict the growth of any joint scheme, what cuts do to each other
+products of these numbers predict the increase of any joint scheme, what cuts do to each other
 included.
 
 The term of first order, ``<dW, dL / dW>``, is left out: its estimate is noise where training has
 converged, and schemes chosen without it had lower losses on fresh noise (digits base, 0.7 F).
+What is predicted is that of the layers solved one by one; a refit, in which later layers make up
+for earlier cuts too, leaves less, and other interactions between units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +45,7 @@ def quadratic_model(
     schedule: NoiseSchedule,
     num_probes: int,
 ) -> QuadraticModel:
-    """Model the growth of the loss with some cuts and all that lie between them.
+    """Model the increase of the loss with some cuts and all that lie between them.
 
     Args:
         base: The base, in eval mode; its weights are changed and put back.
@@ -80,7 +82,7 @@ def cut_responses(
 
     Returns:
         ``(P * images, cuts)``, float64, batch by batch. Where directions are standard normal the
-        mean square of a cut's column is that of the prediction's change, the loss's growth.
+        mean square of a cut's column is that of the prediction's change, the loss's increase.
     """
     layers, size = reader_layers(steps_of(base)), max_batch_size(base, gradients=True)
     changes = {name: _changes(layers[name], cuts) for name, cuts in solutions.items() if cuts}

@@ -14,7 +14,7 @@ import numpy as np
 
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.joint_growth import JointGrowth
+from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryEntry, best
 from tdc_ray.pruning.proxy import ProposalRequest
@@ -71,7 +71,7 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
     mean, factor = _posterior(space, curves, group_entries, request.loss_base)
     add(knapsack(space, curves, request.limit, mean))
     if request.model is not None:
-        add(JointGrowth(space, request.model).best_scheme(request.limit))
+        add(JointIncrease(space, request.model).best_scheme(request.limit))
     nearest = _nearest_group(memory, request.group)
     if nearest:
         values = step_worth(space, curves, mean)

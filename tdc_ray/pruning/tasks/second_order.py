@@ -1,4 +1,4 @@
-"""A quadratic model of the loss of one group: the growth with every cut, without measuring any."""
+"""The item that models the increase of a group's loss with every cut, without measuring any."""
 
 import time
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SecondOrderJob:
-    """Model how the loss on a group's timesteps grows with cuts of the base."""
+    """Model the increase of the loss on a group's timesteps with cuts of the base."""
 
     context: PruningContext
     group: TimestepGroup

@@ -12,7 +12,7 @@ from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
-from tdc_ray.pruning.joint_growth import JointGrowth
+from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import space_of
 from tdc_ray.pruning.tasks.second_order import SecondOrderJob, SecondOrderResult, model_loss
@@ -58,15 +58,15 @@ def modelled(run_dir: RunDir, config: RunConfig, index: int = 1) -> SecondOrderR
     return model_loss(SecondOrderJob(context_of(run_dir, config), group_of(config, index)), ignore)
 
 
-def test_units_rank_as_their_measured_growth_does(run_dir):
+def test_units_rank_as_their_measured_increase_does(run_dir):
     result, config = modelled(run_dir, CONFIG), CONFIG
     names, kept = tuple(unit.name for unit in UNITS), keep_everything(UNITS)
     job = SensitivityJob(context_of(run_dir, config), group_of(config, 1), names, kept, {})
     measured = measure_sensitivities(job, ignore)
     assert result.scores == measured.scores
-    growth = JointGrowth(space_of(TINY), result.model).sensitivities()
+    increase = JointIncrease(space_of(TINY), result.model).sensitivities()
     cuts = [(u.name, width) for u in UNITS for width in levels(u, config.prune.num_levels)]
-    predicted = [growth[name][width] for name, width in cuts]
+    predicted = [increase[name][width] for name, width in cuts]
     found = [measured.sensitivities[name][width] for name, width in cuts]
     assert spearmanr(predicted, found).statistic > 0.8
 

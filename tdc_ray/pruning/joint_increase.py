@@ -9,15 +9,15 @@ from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Scheme, Space
 
 LEAST_GAIN = 1e-6
-"""Exchanges go on while they lower the growth by this share."""
+"""Exchanges go on while they lower the increase by this share."""
 
 MOST_STEPS = 3
 """Legal widths that an exchange narrows a unit by, at most: a step of one unit may cost several
 times that of another."""
 
 
-class JointGrowth:
-    """The growth of the loss that a quadratic model predicts, for every scheme of a space.
+class JointIncrease:
+    """The increase of the loss that a quadratic model predicts, for every scheme of a space.
 
     Between two levels what a cut does to the prediction is taken to be linear in the width, up to
     the whole unit, which does nothing. A unit that was not looked at does nothing at any width.
@@ -43,12 +43,12 @@ class JointGrowth:
         self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
 
     def of(self, scheme: Scheme) -> float:
-        """Predict by how much the loss grows with a scheme."""
+        """Predict the increase of the loss with a scheme."""
         rows = self._rows(scheme)
         return float(self._products[np.ix_(rows, rows)].sum())
 
     def sensitivities(self) -> dict[str, dict[int, float]]:
-        """Predict by how much the loss grows with every unit cut alone, at every legal width."""
+        """Predict the increase of the loss with every unit cut alone, at every legal width."""
         alone = self._products.diagonal()
         return {
             name: {width: float(alone[row + width - 1]) for width in self._space.legal[name][:-1]}
@@ -59,7 +59,7 @@ class JointGrowth:
         """Return (nearly) the best scheme within a limit: exchanges improve two, the better stays.
 
         They begin with the knapsack of what units do alone, and with what is left where the step
-        of the least predicted growth per cost goes until the scheme is within the limit.
+        of the least predicted increase per cost goes until the scheme is within the limit.
 
         Args:
             limit: Of macs, or of nanoseconds, as the space has it.
@@ -72,7 +72,7 @@ class JointGrowth:
         return min([exchange(space, self, start, limit) for start in starts], key=self.of)
 
     def falls(self, scheme: Scheme) -> Callable[[str, int], float]:
-        """Return a prediction of how much a scheme's growth falls if one unit's width changes."""
+        """Return what predicts by how much the increase falls if one unit's width changes."""
         products, with_all = self._products, self._products[:, self._rows(scheme)].sum(1)
 
         def fall(name: str, width: int) -> float:
@@ -86,37 +86,37 @@ class JointGrowth:
         return [row + scheme[name] - 1 for name, row in self._first.items()]
 
 
-def exchange(space: Space, growth: JointGrowth, scheme: Scheme, limit: int) -> dict[str, int]:
-    """Improve a scheme by exchanges until none lowers its predicted growth.
+def exchange(space: Space, increase: JointIncrease, scheme: Scheme, limit: int) -> dict[str, int]:
+    """Improve a scheme by exchanges until none lowers its predicted increase.
 
     An exchange narrows one unit by some steps and widens others in its place, each time the one
     that gains most per cost, as long as that fits.
 
     Args:
         space: Inner units, whose costs add up.
-        growth: Predicts the growth.
+        increase: Predicts the increase.
         scheme: Within the limit.
         limit: Of macs, or of nanoseconds, as the space has it.
     """
-    current, value = dict(scheme), growth.of(scheme)
+    current, value = dict(scheme), increase.of(scheme)
     while True:
         found = [current]
         for name in scheme:
             narrower = current
             for _ in range(MOST_STEPS):
                 narrower = {**narrower, name: space.next_narrower(name, narrower[name])}
-                found.append(_widened(space, growth, narrower, limit, without=name))
-        best = min(found, key=growth.of)
-        if growth.of(best) >= (1 - LEAST_GAIN) * value:
+                found.append(_widened(space, increase, narrower, limit, without=name))
+        best = min(found, key=increase.of)
+        if increase.of(best) >= (1 - LEAST_GAIN) * value:
             return current
-        current, value = best, growth.of(best)
+        current, value = best, increase.of(best)
 
 
-def _narrowed(space: Space, growth: JointGrowth, limit: int) -> dict[str, int]:
-    """Narrow units, that of the least growth per cost first, until a limit is met."""
+def _narrowed(space: Space, increase: JointIncrease, limit: int) -> dict[str, int]:
+    """Narrow units, that of the least increase per cost first, until a limit is met."""
     widths, excess = space.full, space.cost_base - limit
     while excess > 0:
-        fall, options = growth.falls(widths), []
+        fall, options = increase.falls(widths), []
         for name, width in widths.items():
             narrower = space.next_narrower(name, width)
             cost = space.costs.marginal_cost(name, narrower, width, widths)
@@ -128,12 +128,12 @@ def _narrowed(space: Space, growth: JointGrowth, limit: int) -> dict[str, int]:
 
 
 def _widened(
-    space: Space, growth: JointGrowth, scheme: Scheme, limit: int, without: str
+    space: Space, increase: JointIncrease, scheme: Scheme, limit: int, without: str
 ) -> dict[str, int]:
     """Widen all units but one, that of the largest fall per cost first, as long as one fits."""
     widths, room = dict(scheme), limit - space.cost(scheme)
     while True:
-        fall, options = growth.falls(widths), []
+        fall, options = increase.falls(widths), []
         for name, width in widths.items():
             wider = space.next_wider(name, width)
             cost = space.costs.marginal_cost(name, width, wider, widths)

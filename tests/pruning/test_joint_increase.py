@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tdc_ray.errors import LimitError
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.joint_growth import JointGrowth
+from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Scheme, Space, space_of
@@ -35,7 +35,7 @@ def random_scheme(space: Space, seed: int) -> Scheme:
 
 
 @given(seeds)
-def test_the_growth_of_a_scheme_of_levels_is_the_sum_over_its_cuts_rows_and_columns(seed):
+def test_the_increase_of_a_scheme_of_levels_is_the_sum_over_its_cuts_rows_and_columns(seed):
     model = model_of(DIGITS, seed)
     scheme = {
         name: int(np.random.default_rng(seed + i).choice([*levels, DIGITS.full[name]]))
@@ -44,38 +44,38 @@ def test_the_growth_of_a_scheme_of_levels_is_the_sum_over_its_cuts_rows_and_colu
     rows = [(name, width) for name, levels in model.levels.items() for width in levels]
     chosen = [index for index, (name, width) in enumerate(rows) if scheme[name] == width]
     expected = np.array(model.products)[np.ix_(chosen, chosen)].sum()
-    assert JointGrowth(DIGITS, model).of(scheme) == pytest.approx(expected, abs=1e-12)
+    assert JointIncrease(DIGITS, model).of(scheme) == pytest.approx(expected, abs=1e-12)
 
 
-def test_between_levels_the_move_and_not_the_growth_is_linear():
+def test_between_levels_the_move_and_not_the_increase_is_linear():
     unit = DIGITS.units[0]
     model = QuadraticModel({unit.name: (2, 4)}, ((9.0, 6.0), (6.0, 4.0)))  # moves of 3 and 2
-    growth = JointGrowth(DIGITS, model)
-    moves = [np.sqrt(growth.of({**DIGITS.full, unit.name: width})) for width in range(1, 9)]
+    increase = JointIncrease(DIGITS, model)
+    moves = [np.sqrt(increase.of({**DIGITS.full, unit.name: width})) for width in range(1, 9)]
     assert moves == pytest.approx([3, 3, 2.5, 2, 1.5, 1, 0.5, 0])
-    assert growth.sensitivities()[unit.name] == pytest.approx(
+    assert increase.sensitivities()[unit.name] == pytest.approx(
         {width: moves[width - 1] ** 2 for width in range(1, 8)}
     )
-    assert set(growth.sensitivities()[DIGITS.units[1].name].values()) == {0.0}
+    assert set(increase.sensitivities()[DIGITS.units[1].name].values()) == {0.0}
 
 
 @given(seeds, seeds)
 def test_a_fall_is_the_difference_of_two_schemes(seed, other):
-    growth, scheme = JointGrowth(DIGITS, model_of(DIGITS, seed)), random_scheme(DIGITS, seed)
+    increase, scheme = JointIncrease(DIGITS, model_of(DIGITS, seed)), random_scheme(DIGITS, seed)
     (name, width), *_ = sorted(random_scheme(DIGITS, other).items())
-    expected = growth.of(scheme) - growth.of({**scheme, name: width})
-    assert growth.falls(scheme)(name, width) == pytest.approx(expected, abs=1e-9)
+    expected = increase.of(scheme) - increase.of({**scheme, name: width})
+    assert increase.falls(scheme)(name, width) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=10)
 @given(seeds, shares)
 def test_exchanges_keep_the_limit_and_are_no_worse_than_the_knapsack(seed, share):
-    growth, limit = JointGrowth(DIGITS, model_of(DIGITS, seed)), limit_at(DIGITS, share)
-    found = growth.best_scheme(limit)
-    start = knapsack(DIGITS, loss_curves(DIGITS, growth.sensitivities()), limit)
+    increase, limit = JointIncrease(DIGITS, model_of(DIGITS, seed)), limit_at(DIGITS, share)
+    found = increase.best_scheme(limit)
+    start = knapsack(DIGITS, loss_curves(DIGITS, increase.sensitivities()), limit)
     assert DIGITS.cost(found) <= limit
     assert all(found[name] in widths for name, widths in DIGITS.legal.items())
-    assert growth.of(found) <= growth.of(start) + 1e-12
+    assert increase.of(found) <= increase.of(start) + 1e-12
 
 
 def test_exchanges_come_near_the_best_scheme_of_a_small_space_and_nearer_than_the_knapsack():
@@ -85,16 +85,16 @@ def test_exchanges_come_near_the_best_scheme_of_a_small_space_and_nearer_than_th
         for widths in itertools.product(*SMALL.legal.values())
     ]
     for seed in range(12):
-        growth, limit = JointGrowth(SMALL, model_of(SMALL, seed)), limit_at(SMALL, 0.5)
-        best = min(growth.of(scheme) for scheme in schemes if SMALL.cost(scheme) <= limit)
-        start = knapsack(SMALL, loss_curves(SMALL, growth.sensitivities()), limit)
-        started.append(growth.of(start) / best)
-        found.append(growth.of(growth.best_scheme(limit)) / best)
+        increase, limit = JointIncrease(SMALL, model_of(SMALL, seed)), limit_at(SMALL, 0.5)
+        best = min(increase.of(scheme) for scheme in schemes if SMALL.cost(scheme) <= limit)
+        start = knapsack(SMALL, loss_curves(SMALL, increase.sensitivities()), limit)
+        started.append(increase.of(start) / best)
+        found.append(increase.of(increase.best_scheme(limit)) / best)
     assert np.median(found) < 1.1
     assert np.mean(found) < np.mean(started)
 
 
 def test_a_limit_that_no_scheme_meets_is_an_error():
-    growth = JointGrowth(DIGITS, model_of(DIGITS, 0))
+    increase = JointIncrease(DIGITS, model_of(DIGITS, 0))
     with pytest.raises(LimitError):
-        growth.best_scheme(1)
+        increase.best_scheme(1)
