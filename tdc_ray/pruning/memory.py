@@ -23,6 +23,16 @@ class FinalLosses:
     standard_error: float | None
     distance: float | None
 
+    @property
+    def loss(self) -> float:
+        """The loss that counts: after the refit, or after pruning without one."""
+        return self.loss_cut if self.loss_refit is None else self.loss_refit
+
+    @property
+    def rank(self) -> float:
+        """What finalists are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
+        return self.loss if self.loss_refit is None or self.distance is None else self.distance
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEntry:

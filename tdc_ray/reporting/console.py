@@ -237,12 +237,22 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         columns.append(("ms", lambda e: f"{e.nanoseconds / 1e6:.4g}" if e.nanoseconds else "-"))
     if any(entry.loss_refit is not None for entry in entries):
         columns.append(("refit", lambda entry: loss_text(entry.loss_refit)))
+    if any(entry.num_images is not None for entry in entries):
+        columns.append(("images", lambda entry: str(entry.num_images or "-")))
+        columns.append(("±", lambda entry: loss_text(entry.standard_error)))
+    if any(entry.final is not None for entry in entries):
+        columns.append(("final", lambda e: loss_text(None if e.final is None else e.final.loss)))
     if any(entry.loss_tuned is not None for entry in entries):
         columns.append(("tuned", lambda entry: loss_text(entry.loss_tuned)))
     if any(entry.overshoot for entry in entries):
         columns.append(("overshoot", overshoot))
     columns.append(("widths", lambda entry: " ".join(map(str, entry.widths.values()))))
-    rows = sorted(entries, key=lambda e: (e.group, not math.isnan(e.loss), -e.loss))
+
+    def order(entry: MemoryEntry) -> tuple[int, bool, bool, float]:
+        rank = (entry.final or entry).rank
+        return entry.group, entry.final is not None, not math.isnan(rank), -rank
+
+    rows = sorted(entries, key=order)
     table = table_of(rows, columns, left=("widths",))
     for row, (entry, following) in zip(table.rows, pairwise(rows), strict=False):
         row.end_section = entry.group != following.group
