@@ -9,6 +9,7 @@ schemes, and was known to within a tenth of the precision. Without a refit they 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isnan
 
 from tdc_ray.execution.chain import Chain, results_of
@@ -68,7 +69,9 @@ def race(
             standard_error=result.standard_error,
             distance=result.distance,
         )
-        finalists.append(Candidate(memory.set_final(one.entry.key, final), one.kept))
+        entry = memory.set_final(one.entry.key, final)
+        # What a later fine-tune came to is in the memory bank already when a search is resumed.
+        finalists.append(Candidate(replace(entry, loss_tuned=None), one.kept))
     return finalists + others
 
 

@@ -231,17 +231,12 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         ("round", lambda entry: f"{entry.round}.{entry.candidate}"),
         ("source", lambda entry: entry.source),
         ("macs", lambda entry: macs_text(entry.macs)),
-        ("cut", lambda entry: loss_text(entry.loss_cut)),
+        ("cut", lambda entry: loss_text((entry.final or entry).loss_cut)),
     ]
     if any(entry.nanoseconds is not None for entry in entries):
         columns.append(("ms", lambda e: f"{e.nanoseconds / 1e6:.4g}" if e.nanoseconds else "-"))
     if any(entry.loss_refit is not None for entry in entries):
-        columns.append(("refit", lambda entry: loss_text(entry.loss_refit)))
-    if any(entry.num_images is not None for entry in entries):
-        columns.append(("images", lambda entry: str(entry.num_images or "-")))
-        columns.append(("±", lambda entry: loss_text(entry.standard_error)))
-    if any(entry.final is not None for entry in entries):
-        columns.append(("final", lambda e: loss_text(None if e.final is None else e.final.loss)))
+        columns.append(("refit", lambda entry: loss_text((entry.final or entry).loss_refit)))
     if any(entry.loss_tuned is not None for entry in entries):
         columns.append(("tuned", lambda entry: loss_text(entry.loss_tuned)))
     if any(entry.overshoot for entry in entries):

@@ -1,5 +1,6 @@
 """The duration of stage 2 on a cluster of any size: its own items, in simulated time."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -77,7 +78,7 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem
         timeline, spans = run_dir.timeline, defaultdict(list)
         for span in load_history(timeline).spans:
             if span.outcome == "done" and span.ended is not None:
-                spans[span.item].append(span.ended - span.started)
+                spans[_kind(span.item)].append(span.ended - span.started)
         if not spans:
             raise StorageError(
                 f"{display_path(timeline)} has no finished item: name a run that is further."
@@ -88,10 +89,15 @@ def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem
                 f"--costs {display_path(run_dir.root)} has other settings: {'; '.join(changed)}. "
                 "Leave them as that run's are, or leave --costs out: times then follow from macs."
             )
-        measured = {item: mean(seconds) for item, seconds in spans.items()}
+        measured = {kind: mean(seconds) for kind, seconds in spans.items()}
     return lambda item: measured.get(
-        item.key, item.cost / (simulation.macs_per_second * item.num_workers)
+        _kind(item.key), item.cost / (simulation.macs_per_second * item.num_workers)
     )
+
+
+def _kind(key: str) -> str:
+    """Return an item's key without round and number of a candidate: other ones are finalists."""
+    return re.sub(r"round-\d+-candidate-\d+", "candidate", key)
 
 
 _Stage = Sequence[AnyItem] | Barrier

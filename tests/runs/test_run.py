@@ -127,10 +127,12 @@ def test_tensorboard_reads_plan_memory_bank_and_what_was_scored(finished_run):
     assert shown["plan"].Tags()["images"] == ["plan"]
     assert {tag.partition("/")[0] for tag in shown["samples"].Tags()["images"]} == {"base", "tdc"}
     entries = MemoryBank(RunDir(finished_run).memory).all()
+    group = [entry for entry in entries if entry.group == 0]
     losses = [event.value for event in shown["memory"].Scalars("group-00/loss")]
-    assert losses == pytest.approx([entry.loss for entry in entries if entry.group == 0])
+    assert losses == pytest.approx([entry.loss for entry in group])
     best = [event.value for event in shown["memory"].Scalars("group-00/best_loss")]
-    assert best == pytest.approx(list(accumulate(losses, min)))
+    leaders = accumulate(group, lambda one, other: min(one, other, key=lambda entry: entry.rank))
+    assert best == pytest.approx([entry.loss for entry in leaders])
 
 
 def test_a_finished_run_is_read_and_not_done_again(finished_run, smoke_config, results):
