@@ -74,7 +74,7 @@ class EqualFlags(Flags):
     """Noised images of each group that losses are compared on."""
 
     def config(self, seed: int) -> RunConfig:
-        """Give the preset's settings for one seed, TDC compared with the base trained on."""
+        """Return the preset's settings for one seed, TDC compared with the base trained on."""
         config = super().config(seed)
         compare = CompareConfig(kind="equal-macs", num_images=self.num_noised)
         if self.base_steps is not None:
@@ -109,7 +109,7 @@ Found = Mapping[float, Mapping[int, tuple[Results, dict[str, Row]]]]
 
 
 def row_of_run(results: Results, losses: Losses, before: float = 0.0) -> Row:
-    """Give the row of a run's TDC; training before the run is added."""
+    """Return the row of a run's TDC; training before the run is added."""
     tdc = results.tdc
     train_macs = before + tdc.train_macs
     return Row(tdc.score, train_macs, results.prune.search_macs, tdc.macs, tdc.num_params, losses)
@@ -169,7 +169,7 @@ def rows_of(
 
 
 def slug(name: str) -> str:
-    """Give a row's name as that of a folder."""
+    """Return a row's name as that of a folder."""
     return name.replace(",", "").replace(" ", "-").lower()
 
 
@@ -245,7 +245,7 @@ def write(
 def start_of(
     found: Found,
 ) -> tuple[float, list[float]]:
-    """Give the base's point, from which the lines start."""
+    """Return the base's point, from which the lines start."""
     bases = [tdc.base for tdc, _ in next(iter(found.values())).values()]
     return fmean(base.train_macs for base in bases), [base.score for base in bases]
 

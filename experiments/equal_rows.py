@@ -55,7 +55,7 @@ class Budget:
 
     @classmethod
     def of(cls, tdc: Results) -> "Budget":
-        """Take it from a finished run."""
+        """Create it from a finished run."""
         base, search = tdc.base, tdc.prune.search_macs
         beyond = tdc.tdc.train_macs + search - base.train_macs
         return cls(base.train_macs, beyond, search, int(base.macs), tdc.tdc.macs / base.macs)
@@ -86,12 +86,12 @@ class Network:
 
 
 def steps_of(macs: float, macs_each: float, batch_size: int) -> int:
-    """Give the steps that so many macs pay for."""
+    """Return the steps that so many macs pay for."""
     return max(0, round(macs / (3.0 * macs_each * batch_size)))
 
 
 def without_pruning(config: RunConfig, budget: Budget, num_groups: int) -> RunConfig:
-    """Give the settings of TDC without pruning whose fine-tunes take all of the budget."""
+    """Return the settings of TDC without pruning whose fine-tunes take all of the budget."""
     finetune = config.finetune
     steps = steps_of(budget.beyond, num_groups * budget.macs, finetune.batch_size)
     return replace(
@@ -103,7 +103,7 @@ def without_pruning(config: RunConfig, budget: Budget, num_groups: int) -> RunCo
 
 
 def training_free(config: RunConfig, base: Path) -> RunConfig:
-    """Give the settings of TDC without a gradient step, from a base that is trained already."""
+    """Return the settings of TDC without a gradient step, from a base that is trained already."""
     return replace(
         config,
         model=ModelConfig(base=str(base)),

@@ -10,7 +10,7 @@ sensitivities that a quadratic model predicts and with measured ones. All losses
 its best is held against the best refitted baseline, by the paired difference with its 95 %
 interval; that baseline is the best on these very images, which favours it.
 
-Hardware and hours: `digits` about 1 on 2 CPU cores; it goes on where it was cut.
+Hardware and hours: `digits` about 1 on 2 CPU cores; interrupted, it resumes.
 
 The paper has no such table; its Table V compares methods after fine-tuning, by FID
 (pruning_methods.py). What is aimed at stands in AIMS, and what came out is printed beside it.

@@ -34,7 +34,7 @@ def random_schedule(problem: Problem, budget: float, draw: Generator) -> list[in
 def affordable(
     problem: Problem, choice: Sequence[int], budget: float, draw: Generator
 ) -> list[int]:
-    """Give random steps to their cheapest network until a schedule is within the budget."""
+    """Assign random steps to their cheapest network until a schedule is within the budget."""
     found, steps = list(choice), np.arange(len(choice))
     cheapest = np.where(problem.allowed, problem.macs, np.inf).argmin(1)
     for step in draw.permutation(len(found)):

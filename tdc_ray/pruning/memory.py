@@ -148,7 +148,7 @@ class MemoryBank:
     def set_final(self, key: tuple[int, int, int], final: FinalLosses) -> MemoryEntry:
         """Remember an entry's final losses, in a line that replaces it, and return it.
 
-        No proxy sees them, so that a search that resumes comes to the same schemes.
+        No proxy sees them, so that a search that resumes finds the same schemes.
         """
         entry = dataclasses.replace(self._entries[key], final=final)
         if entry != self._entries[key]:

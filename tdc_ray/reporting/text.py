@@ -42,7 +42,7 @@ def conclusions(results: Results) -> list[str]:
 
 
 def _cost(results: Results) -> str:
-    """Say what training and search took, each and together, and what that leaves open."""
+    """Write what training and search took, each and together, and what that leaves open."""
     base, tdc, searched = results.base, results.tdc, results.prune.search_macs
     spent, is_open = tdc.train_macs + searched, results.comparison is None
     if results.given_base is None:
@@ -64,7 +64,7 @@ def _cost(results: Results) -> str:
 
 
 def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
-    """Say how TDC stands beside the base trained on, in score and in losses."""
+    """Write how TDC stands beside the base trained on, in score and in losses."""
     score, other = results.tdc.score, comparison.score
     better = "better" if score < other else "worse" if score > other else "the same"
     how = (
@@ -91,7 +91,7 @@ def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
 
 
 def verdict(difference: LossDifference) -> Literal["lower", "higher", "undecided"]:
-    """Say which loss is lower, as far as the interval of the difference tells."""
+    """Write which loss is lower, as far as the interval of the difference tells."""
     if difference.high < 0:
         return "lower"
     return "higher" if difference.low > 0 else "undecided"

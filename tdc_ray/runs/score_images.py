@@ -156,7 +156,7 @@ def score_images(path: Path, reference: Reference) -> ImageScore:
 
 
 def _notes(num_images: int, num_features: int, reference: Reference) -> Sequence[str]:
-    """Say what makes the score differ from others: it falls with the number of images."""
+    """Write what makes the score differ from others: it falls with the number of images."""
     notes = []
     if num_images <= num_features:
         notes.append(

@@ -47,7 +47,7 @@ class MeasuredSteps:
         return choose_networks(excess, self.problem.macs, self.problem.budget(macs_share))
 
     def stitch(self, macs_share: float) -> list[int]:
-        """Give the noisiest steps to the cheapest networks and the rest to the dearest."""
+        """Assign the noisiest steps to the cheapest networks and the rest to the dearest."""
         problem = self.problem
         return stitched(problem.allowed, problem.macs, problem.budget(macs_share))
 
