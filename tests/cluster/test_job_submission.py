@@ -117,7 +117,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_p
         address=address,
     )
     assert started.returncode == 0, started.stdout + started.stderr
-    while not list(run_dir.glob("groups/*/sensitivities-*.json")):
+    while not list(run_dir.glob("groups/*/second-order.json")):
         assert not info(address, "one").status.is_terminal(), job("logs", "one", address=address)
         time.sleep(0.2)
     assert children(pid, "ray::_Worker")

@@ -46,7 +46,7 @@ def test_kills_of_train_worker_actor_and_driver_change_no_result(
     wait_for(folder, "base/training/checkpoint_*", driver)
     for pid in children(driver.pid, "ray::RayTrainWorker"):
         os.kill(pid, signal.SIGKILL)
-    wait_for(folder, "groups/*/sensitivities-0-0.json", driver)
+    wait_for(folder, "groups/*/second-order.json", driver)
     actor = children(driver.pid, "ray::_Worker")[0]
     os.kill(actor, signal.SIGKILL)
     while "lost its worker" not in (folder / "run.log").read_text():
