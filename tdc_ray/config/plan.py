@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tdc_ray.config.validation import PositiveInt, settings
+from tdc_ray.config.validation import PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
 
-FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing"]
+FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing", "measured"]
 
 
 @settings("plan")
@@ -21,7 +21,13 @@ class PlanConfig:
     """Share of the base's macs that the easiest timestep gets, in (0, 1] (the paper's k)."""
 
     schedule: FlopsSchedule = "snr"
-    """How the limits move with t (the paper's FLOPs schedule, Table II)."""
+    """How the limits move with t (the paper's FLOPs schedule, Table II). measured: the groups are
+    the SNR schedule's, and after stage 1 one budget is shared among them where it raises the
+    loss, by the quadratic models of all groups, the least."""
+
+    mean_macs_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Mean over the sampling steps of a measured schedule's limits, as a share of the base's macs;
+    None means that of the SNR schedule."""
 
     match_snr_mean: bool = False
     """Set the least limit of a uni-increasing or uni-decreasing schedule so that its mean limit,
@@ -36,3 +42,5 @@ class PlanConfig:
                 "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "
                 f"got {self.schedule}; constant has the SNR schedule's mean already."
             )
+        fits = self.mean_macs_share is None or self.schedule == "measured"
+        require("plan", self, "mean_macs_share", "None unless plan.schedule is measured", ok=fits)

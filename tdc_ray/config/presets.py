@@ -45,7 +45,8 @@ def digits() -> RunConfig:
         finetune=replace(
             FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200
         ),
-        sampler=SamplerConfig(num_inference_steps=50),
+        # As good as 200 steps of DDIM here: more of its steps would not raise the score.
+        sampler=SamplerConfig(sampler="dpmsolver++", num_inference_steps=20),
         evaluate=EvaluateConfig(num_images=2000, features="classifier"),
     )
 

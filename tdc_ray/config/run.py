@@ -64,9 +64,24 @@ class RunConfig:
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
+        self._check_measured_limits()
         self._check_finetune_workers()
         self._check_comparison_workers()
         self._check_latents()
+
+    def _check_measured_limits(self) -> None:
+        """Refuse measured limits where no quadratic model of the loss is made."""
+        prune, rule = self.prune, "offline or llm with plan.schedule measured"
+        is_measured = self.plan.schedule == "measured"
+        by_proxy = prune.method in ("offline", "llm")
+        require("prune", prune, "method", rule, ok=by_proxy or not is_measured)
+        if is_measured and not prune.models_loss:
+            raise ConfigError(
+                "plan.schedule measured rests on quadratic models of the loss and needs "
+                "prune.sensitivity second-order, prune.refit least-squares and prune.space inner, "
+                f"got {prune.sensitivity}, {prune.refit}, {prune.space}. Use these, or another "
+                "plan.schedule."
+            )
 
     def _check_finetune_workers(self) -> None:
         """Refuse batches that the workers of a fine-tune cannot share evenly."""

@@ -15,6 +15,9 @@ from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.errors import ConfigError
 
+AFTER_STAGE_1 = "the limits are measured after stage 1; until then each is their mean"
+"""Note of a plan whose schedule is measured."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimestepGroup:
@@ -161,6 +164,8 @@ def one_group(
 def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig) -> Plan:
     """Group the timesteps, and compute the limit of each group.
 
+    With a measured schedule every group has the mean until :func:`with_limits` replaces it.
+
     Raises:
         ScheduleError: The betas are no noise schedule.
         ConfigError: A mean limit was asked for that the schedule cannot have, or the sampler
@@ -189,11 +194,13 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             f"{len(before) - len(drafts)} group(s) under {config.min_group_size} timesteps joined "
             "a neighbour"
         )
-    if config.schedule == "constant":
-        mean = _mean_share(by_snr, steps)
+    if config.schedule in ("constant", "measured"):
+        mean = config.mean_macs_share or _mean_share(by_snr, steps)
         drafts = [dataclasses.replace(draft, share=mean) for draft in drafts]
     elif config.match_snr_mean:
         drafts = _match_mean(len(snr), config, _mean_share(by_snr, steps), steps)
+    if config.schedule == "measured":
+        notes.append(AFTER_STAGE_1)
     groups = tuple(_group(index, draft, snr, steps) for index, draft in enumerate(drafts))
     unvisited = [str(group.index) for group in groups if group.num_sampling_steps == 0]
     if unvisited:
@@ -207,6 +214,26 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
         sampling_timesteps=steps,
         mean_limit_share=_mean_share(drafts, steps),
         notes=tuple(notes),
+    )
+
+
+def with_limits(plan: Plan, shares: Sequence[float]) -> Plan:
+    """Return a plan whose groups have other limits.
+
+    Args:
+        plan: The plan of a measured schedule.
+        shares: Each group's limit as a share of the base's macs, in the groups' order.
+    """
+    groups = tuple(
+        dataclasses.replace(group, limit_share=share)
+        for group, share in zip(plan.groups, shares, strict=True)
+    )
+    total = math.fsum(group.num_sampling_steps * group.limit_share for group in groups)
+    return dataclasses.replace(
+        plan,
+        groups=groups,
+        mean_limit_share=total / len(plan.sampling_timesteps),
+        notes=tuple(note for note in plan.notes if note != AFTER_STAGE_1),
     )
 
 

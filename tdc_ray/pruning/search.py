@@ -39,6 +39,9 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     base = yield from result_of(base_item(search))
     rounds.cost.add(base.macs, base.seconds)
     if method == "none" or search.limit >= search.space.cost_base:
+        if search.context.limits_measured:
+            modelled = yield from result_of(second_order_item(search))
+            rounds.cost.add(modelled.macs, modelled.seconds)
         kept = keep_everything(search.space.units)
         return SearchResult(kept, None, base.loss_cut, (), rounds.cost)
     if method == "offline" or method == "llm":

@@ -47,6 +47,7 @@ from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.base import make_base
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
+from tdc_ray.runs.stages.limits import measured_plan
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.timing import expert_times
 from tdc_ray.storage.files import exists, read_json, write_json
@@ -102,7 +103,8 @@ def run(
             CacheSession(cache) as session,
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
         ):
-            events(PlanMade(plan))
+            if config.plan.schedule != "measured":
+                events(PlanMade(plan))
             # These workers end before stage 1, which may need the whole cluster.
             with Pool(config.compute, events, timeline, session) as workers:
                 training = training_data(config.data, config.evaluate.cache_dir)
@@ -117,6 +119,9 @@ def run(
                     space = workers.run({"latency": timed}, "latency")["latency"]
                     check_limits(config.prune, space, plan)
             make_base(run_dir, config, pretrained, events, session)
+            if config.plan.schedule == "measured":
+                plan = _measure_limits(run_dir, config, space, plan, pool)
+                events(PlanMade(plan))
             memory = _open_memory(run_dir, config.prune.num_candidates, events)
             experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
             save_index(run_dir, config, plan.groups)
@@ -167,7 +172,8 @@ def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     write_json(
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
     )
-    write_json(run_dir.plan, plan_to_json(plan))
+    if config.plan.schedule != "measured":
+        write_json(run_dir.plan, plan_to_json(plan))
     write_json(run_dir.config, to_json(config))
 
 
@@ -187,6 +193,16 @@ def _open_memory(run_dir: RunDir, num_candidates: int, events: EventSink) -> Mem
     for entry in sorted(memory.all(), key=lambda one: (one.round, one.candidate)):
         emit(entry)
     return memory
+
+
+def _measure_limits(
+    run_dir: RunDir, config: RunConfig, space: Space, plan: Plan, pool: Pool
+) -> Plan:
+    """Share the budget among the groups by what cuts cost in each; write the plan."""
+    searches = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    plan = pool.run({"limits": measured_plan(plan, searches)}, "limits")["limits"]
+    write_json(run_dir.plan, plan_to_json(plan))
+    return plan
 
 
 def _make_experts(

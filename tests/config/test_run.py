@@ -345,6 +345,27 @@ def test_matching_the_snr_mean_is_for_uniform_schedules(schedule):
         PlanConfig(schedule=schedule, match_snr_mean=True)
 
 
+def test_a_mean_share_goes_with_a_measured_schedule():
+    with pytest.raises(
+        ConfigError, match=r"plan\.mean_macs_share must be None unless .* got 0\.8"
+    ):
+        PlanConfig(mean_macs_share=0.8)
+
+
+@pytest.mark.parametrize(
+    ("prune", "named"),
+    [
+        ({"method": "taylor"}, r"prune\.method must be offline or llm .* got taylor"),
+        ({"sensitivity": "measured"}, r"needs prune\.sensitivity second-order"),
+        ({"refit": "none"}, r"got second-order, none, inner"),
+        ({"space": "full"}, r"got second-order, least-squares, full"),
+    ],
+)
+def test_measured_limits_need_a_model_of_the_loss(prune, named):
+    with pytest.raises(ConfigError, match=named):
+        RunConfig(plan=PlanConfig(schedule="measured"), prune=PruneConfig(**prune))
+
+
 def test_by_default_the_offline_proxy_prunes_the_inner_widths_and_what_is_left_is_refitted():
     prune = RunConfig().prune
     found = (prune.method, prune.space, prune.refit, prune.memory, prune.halving_steps)

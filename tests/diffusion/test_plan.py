@@ -12,10 +12,12 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.plan import (
+    AFTER_STAGE_1,
     difficulty,
     limit_shares,
     plan_groups,
     to_json,
+    with_limits,
 )
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError, ScheduleError
@@ -201,6 +203,22 @@ def test_constant_gives_the_snr_groups_their_mean_limit():
     assert sizes(plan) == LINEAR_SIZES
     assert limits(plan) == pytest.approx([0.8305] * 10)
     assert plan.mean_limit_share == pytest.approx(0.8305)
+
+
+@pytest.mark.parametrize(("share", "mean"), [(None, 0.8305), (0.6, 0.6)])
+def test_measured_limits_are_their_mean_until_they_are_known(share, mean):
+    config = PlanConfig(schedule="measured", mean_macs_share=share)
+    plan = plan_groups(LINEAR, config, DDIM_100)
+    assert sizes(plan) == LINEAR_SIZES
+    assert limits(plan) == pytest.approx([mean] * 10)
+    assert plan.notes == (AFTER_STAGE_1,)
+
+    known = with_limits(plan, [0.1 * number for number in range(1, 11)])
+    assert limits(known) == pytest.approx([0.1 * number for number in range(1, 11)])
+    steps = [group.num_sampling_steps for group in known.groups]
+    of_steps = sum(0.1 * number * count for number, count in enumerate(steps, start=1))
+    assert known.mean_limit_share == pytest.approx(of_steps / 100)
+    assert known.notes == ()
 
 
 @pytest.mark.parametrize("schedule", ["uni-increasing", "uni-decreasing"])
