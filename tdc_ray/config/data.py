@@ -8,18 +8,23 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeInt, require, settings
 from tdc_ray.errors import ConfigError
 
+Source = Literal["digits", "photos", "folder", "npz", "cifar10"]
+
+BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
+"""Sources that come with scikit-learn and need no path: channels, height, width of an image."""
+
 
 @settings("data")
 class DataConfig:
     """Which images are learnt, and how they are brought into shape."""
 
-    source: Literal["digits", "folder", "npz", "cifar10"] = "digits"
-    """digits: scikit-learn's 1,797 images of 8x8; folder: all images below `path`; npz: a file or
-    a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision
-    unpacks it."""
+    source: Source = "digits"
+    """digits: scikit-learn's 1,797 images of 8x8; photos: 8,216 squares of 16x16 of its two
+    photographs, in colour; folder: all images below `path`; npz: a file or a folder of files with
+    `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision unpacks it."""
 
     path: str | None = None
-    """Where the images are; every source but digits needs it."""
+    """Where the images are; every source but digits and photos needs it."""
 
     image_size: Annotated[int, Field(ge=4)] = 8
     """Height and width that images are brought to, in pixels."""
@@ -55,15 +60,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         rule = f"below data.image_size = {self.image_size}"
         require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
-        if self.source != "digits" and self.path is None:
+        if self.source not in BUNDLED and self.path is None:
             raise ConfigError(
                 f"data.path must be given for data.source {self.source}: where are the images? "
                 "Set --data.path."
             )
-        if self.source == "digits" and self.path is not None:
+        if self.source in BUNDLED and self.path is not None:
             raise ConfigError(
                 f"data.path goes with data.source npz, folder or cifar10, got {self.path} with "
-                "digits. Set --data.source, or name a --preset."
+                f"{self.source}. Set --data.source, or name a --preset."
             )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(

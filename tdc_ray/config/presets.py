@@ -75,6 +75,17 @@ def digits_smoke() -> RunConfig:
     )
 
 
+def photos() -> RunConfig:
+    """Squares of 16x16 of scikit-learn's two photographs: colour, minutes on 2 cores."""
+    full = digits()
+    return replace(
+        full,
+        preset="photos",
+        data=DataConfig(source="photos", image_size=16, num_channels=3),
+        model=ModelConfig(architecture="photos16"),
+    )
+
+
 def mnist() -> RunConfig:
     """MNIST from an npz file (``--data.path``), at 16x16."""
     full = digits()
@@ -245,6 +256,7 @@ def ddpm_ffhq256() -> RunConfig:
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-smoke": digits_smoke,
+    "photos": photos,
     "mnist": mnist,
     "mnist-32": mnist32,
     "mnist-32-ldm": mnist32_ldm,

@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BUNDLED, DataConfig, Source
 from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
 from tdc_ray.errors import ConfigError
 
 
 def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
-    """Return settings of the data that a path, or ``digits``, holds; the other settings stay.
+    """Return settings of the data that a path, ``digits`` or ``photos``, holds; others stay.
 
     Args:
-        source: The path, or ``digits``.
+        source: The path, or the name of a bundled source.
         data: Whose other settings are taken.
         name: Of the argument that named the source, for the error.
 
@@ -21,8 +22,8 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
     """
     path = Path(source).expanduser()
     labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
-    if source == "digits":
-        return replace(data, source="digits", path=None)
+    if source in BUNDLED:
+        return replace(data, source=cast(Source, source), path=None)
     if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
         return replace(data, source="npz", path=source)
     if (path / "cifar-10-batches-py").is_dir():
@@ -30,6 +31,6 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
     if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         return replace(data, source="folder", path=source, labels_from_folders=labels)
     raise ConfigError(
-        f"{name} must be digits, an npz file, a folder of npz files or of images, or the folder "
-        f"of cifar-10-batches-py, got {source}."
+        f"{name} must be {' or '.join(BUNDLED)}, an npz file, a folder of npz files or of images, "
+        f"or the folder of cifar-10-batches-py, got {source}."
     )

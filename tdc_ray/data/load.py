@@ -6,11 +6,12 @@ from pathlib import Path
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageDataset
-from tdc_ray.data.sources import cifar10, digits, folder, npz
+from tdc_ray.data.sources import cifar10, digits, folder, npz, photos
 from tdc_ray.errors import DataError
 
 SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
     "digits": digits.open,
+    "photos": photos.open,
     "folder": folder.open,
     "npz": npz.open,
     "cifar10": cifar10.open,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BUNDLED, DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.data.dataset import ImageDataset
@@ -202,7 +202,7 @@ def _named(source: str, data: DataConfig, argument: str) -> DataConfig:
     Raises:
         ConfigError: It names none.
     """
-    if source != "digits" and not Path(source).expanduser().exists():
+    if source not in BUNDLED and not Path(source).expanduser().exists():
         raise ConfigError(f"{argument} {source} does not exist.")
     return data_config(source, data, argument)
 
@@ -214,7 +214,7 @@ def _stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
         DataError: One cannot be read.
     """
     if data.path is None:
-        yield data.source, (1, 8, 8)
+        yield data.source, BUNDLED[data.source]
         return
     path = Path(data.path)
     if data.source == "cifar10":

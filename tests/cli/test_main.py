@@ -86,7 +86,7 @@ def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monk
     assert run_command(["run", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "num_groups=4" in printed
-    assert "mean limit over the 50 sampling steps" in printed
+    assert "mean limit over the 20 sampling steps" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from torchvision.datasets import CIFAR10
 
 from tdc_ray.config.data import DataConfig
@@ -28,6 +28,17 @@ def test_digits_come_larger_and_in_colour_when_asked():
     images, _ = everything(load_dataset(DataConfig(image_size=16, num_channels=3)))
     assert images.shape == (1797, 16, 16, 3)
     assert np.array_equal(images[..., 0], images[..., 2])
+
+
+def test_photos_are_squares_of_scikit_learns_with_six_classes():
+    dataset = load_dataset(DataConfig(source="photos", image_size=16, num_channels=3))
+    images, labels = everything(dataset)
+    china, flower = load_sample_images().images
+    assert images.shape == (2 * 52 * 79, 16, 16, 3)
+    np.testing.assert_array_equal(images[79 + 2], china[8:24, 16:32])
+    np.testing.assert_array_equal(images[-1], flower[408:424, 624:640])
+    assert (labels[0], labels[-1], dataset.num_classes) == (0, 5, 6)
+    assert labels == sorted(labels)
 
 
 def test_every_source_that_the_settings_name_can_be_opened():

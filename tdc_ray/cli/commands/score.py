@@ -24,7 +24,8 @@ class ScoreCommand:
     its URI."""
     reference: str
     """What they are compared with: a run directory, whose features and training images are taken;
-    or training images: digits, an npz file, a folder of npz files or of images, or CIFAR-10's."""
+    or training images: digits, photos, an npz file, a folder of npz files or of images, or
+    CIFAR-10's."""
     out: Path | None = None
     """JSON file that the score, and all that it depends on, is written to; or its URI."""
     image_size: Annotated[int | None, arg(name="data.image-size")] = None

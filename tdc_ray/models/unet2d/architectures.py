@@ -71,6 +71,7 @@ ARCHITECTURES: Mapping[str, NetworkConfig] = {
     "tiny": _small(sample_size=8, channels=(16, 32), layers_per_block=1),
     "digits": _small(sample_size=8, channels=(32, 64), layers_per_block=2),
     "mnist16": _small(sample_size=16, channels=(32, 64), layers_per_block=2),
+    "photos16": _small(sample_size=16, channels=(16, 32), layers_per_block=1, in_channels=3),
     "mnist32": _small(sample_size=32, channels=(32, 64, 64), layers_per_block=2),
     "mnist32-ldm": _small(sample_size=8, channels=(48, 96), layers_per_block=2, in_channels=4),
     "iddpm-cifar10": _iddpm(
