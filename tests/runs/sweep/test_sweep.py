@@ -226,7 +226,7 @@ def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):
     tags = [info.name.tag for info in experiment.metric_infos]
     assert tags[0] == "sweep/fd_digits_cnn"
     assert tags[1:] == [
-        f"sweep/{name}" for name in ("macs", "num_params", "seconds", "train_macs")
+        f"sweep/{name}" for name in ("macs", "num_params", "search_macs", "seconds", "train_macs")
     ]
     every = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING, api_pb2.STATUS_SUCCESS]
     request = api_pb2.ListSessionGroupsRequest(allowed_statuses=every, slice_size=100)
