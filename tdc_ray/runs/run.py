@@ -24,6 +24,7 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.first_stage import copy_first_stage
+from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
@@ -45,7 +46,7 @@ from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
-from tdc_ray.runs.stages.base import make_base
+from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.timing import expert_times
@@ -118,7 +119,9 @@ def run(
                     check_limits(config.prune, space, plan)
             make_base(run_dir, config, pretrained, events, session)
             memory = _open_memory(run_dir, config.prune.num_candidates, events)
-            experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
+            checkpoint = checkpoint_of_moments(run_dir, config, plan.groups, cache)
+            context = pruning_context(run_dir, config, base_checkpoint=checkpoint)
+            experts, reference = _make_experts(context, config, space, plan, spec, memory, pool)
             save_index(run_dir, config, plan.groups)
             times = expert_times(run_dir, plan, config.prune.latency_batch_size)
             measured = pool.run({"times": times}, "times")["times"]
@@ -190,7 +193,7 @@ def _open_memory(run_dir: RunDir, num_candidates: int, events: EventSink) -> Mem
 
 
 def _make_experts(
-    run_dir: RunDir,
+    context: PruningContext,
     config: RunConfig,
     space: Space,
     plan: Plan,
@@ -200,12 +203,12 @@ def _make_experts(
 ) -> tuple[list[Expert], str]:
     """Run stage 2, all groups side by side, and prepare the reference of the scores beside it."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
-    searches = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    searches = group_searches(context, space, plan.groups)
     chains: dict[str, Any] = {
         search.name: make_expert(search, memory, config.finetune, config.compute)
         for search in searches
     }
-    features = prepare_features(run_dir, config.data, config.evaluate, spec)
+    features = prepare_features(context.run_dir, config.data, config.evaluate, spec)
     done = pool.run(chains | {"features": features}, "experts")
     return [done[search.name] for search in searches], done["features"]
 
