@@ -64,6 +64,9 @@ class RunConfig:
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
+        rule = "new with model.base, which comes without its optimizer"
+        known = self.model.base is None or self.finetune.optimizer_state == "new"
+        require("finetune", self.finetune, "optimizer_state", rule, ok=known)
         self._check_measured_limits()
         self._check_finetune_workers()
         self._check_comparison_workers()

@@ -19,6 +19,7 @@ Precision = Literal["auto", FixedPrecision]
 Compile = Literal["none", "default", "reduce-overhead"]
 LossWeight = Literal["constant", "min-snr", "p2"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
+OptimizerState = Literal["new", "base"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,10 @@ class FinetuneConfig(TrainConfig):
     timestep_margin: Share = 0.0
     """Timesteps beyond the group's that are drawn too, on either side, as a share of the number of
     its own; 0: none."""
+
+    optimizer_state: OptimizerState = "new"
+    """AdamW's moments and count of steps before the first step: new has none, base those of stage
+    1's last checkpoint, pruned as the weights are. The warm-up is the same for both."""
 
     @classmethod
     def of(cls, train: TrainConfig) -> Self:

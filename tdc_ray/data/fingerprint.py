@@ -22,6 +22,10 @@ LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", 
 LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")
 """Settings of training that change no weight."""
 
+LATER_FIELDS = {"optimizer_state": "new"}
+"""Settings of training that came after the first caches, and what was so before them: a key holds
+other values alone."""
+
 
 def data_key(
     data: TrainingData,
@@ -49,7 +53,9 @@ def images_key(data: TrainingData) -> str:
 
 def training_key(config: TrainConfig) -> Inputs:
     """Return what training follows from, beside data and seed."""
-    return {"training": without(asdict(config), LOGGING_FIELDS)}
+    settings = without(asdict(config), LOGGING_FIELDS)
+    as_before = [name for name, value in LATER_FIELDS.items() if settings.get(name) == value]
+    return {"training": without(settings, tuple(as_before))}
 
 
 def without(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

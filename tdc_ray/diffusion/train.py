@@ -96,15 +96,9 @@ class TrainState:
         Raises:
             CheckpointError: It cannot be read or does not fit the model.
         """
-        try:
+        with reading_checkpoint(path):
             state = torch.load(fetch(path), map_location=self.device, weights_only=True)
             self.load_state_dict(state)
-        except _UNREADABLE as error:
-            if is_from_outside(error):
-                raise
-            raise CheckpointError(
-                f"{display_path(path)} is no checkpoint of this model: {error}"
-            ) from error
 
     @contextlib.contextmanager
     def ema_weights(self, start_share: float = 0.0) -> Iterator[UNet2DModel]:
@@ -128,6 +122,23 @@ class TrainState:
         finally:
             self.ema.restore(parameters)
             self.unet.train()
+
+
+@contextlib.contextmanager
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """Translate the errors of a block that reads a checkpoint file.
+
+    Raises:
+        CheckpointError: It cannot be read or does not fit the model.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        if is_from_outside(error):
+            raise
+        raise CheckpointError(
+            f"{display_path(path)} is no checkpoint of this model: {error}"
+        ) from error
 
 
 def start_state(unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = False) -> TrainState:

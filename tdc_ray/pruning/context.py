@@ -1,6 +1,7 @@
 """The settings that pruning reads, and where the base is."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.diffusion import DiffusionConfig
@@ -33,3 +34,7 @@ class PruningContext:
 
     work_after: float = 0.0
     """Work after a group's search, in forward passes of its sub-model for one image."""
+
+    base_checkpoint: Path | None = None
+    """Stage 1's last checkpoint, where fine-tunes begin with its moments; None means that there is
+    none, or that they do not."""

@@ -24,6 +24,7 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.first_stage import copy_first_stage
+from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
@@ -45,7 +46,7 @@ from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
-from tdc_ray.runs.stages.base import make_base
+from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.limits import measured_plan
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
@@ -119,11 +120,13 @@ def run(
                     space = workers.run({"latency": timed}, "latency")["latency"]
                     check_limits(config.prune, space, plan)
             make_base(run_dir, config, pretrained, events, session)
+            checkpoint = checkpoint_of_moments(run_dir, config, plan.groups, cache)
+            context = pruning_context(run_dir, config, base_checkpoint=checkpoint)
             if config.plan.schedule == "measured":
-                plan = _measure_limits(run_dir, config, space, plan, pool)
+                plan = _measure_limits(context, space, plan, pool)
                 events(PlanMade(plan))
             memory = _open_memory(run_dir, config.prune.num_candidates, events)
-            experts, reference = _make_experts(run_dir, config, space, plan, spec, memory, pool)
+            experts, reference = _make_experts(context, config, space, plan, spec, memory, pool)
             save_index(run_dir, config, plan.groups)
             times = expert_times(run_dir, plan, config.prune.latency_batch_size)
             measured = pool.run({"times": times}, "times")["times"]
@@ -195,18 +198,16 @@ def _open_memory(run_dir: RunDir, num_candidates: int, events: EventSink) -> Mem
     return memory
 
 
-def _measure_limits(
-    run_dir: RunDir, config: RunConfig, space: Space, plan: Plan, pool: Pool
-) -> Plan:
+def _measure_limits(context: PruningContext, space: Space, plan: Plan, pool: Pool) -> Plan:
     """Share the budget among the groups by what cuts cost in each; write the plan."""
-    searches = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    searches = group_searches(context, space, plan.groups)
     plan = pool.run({"limits": measured_plan(plan, searches)}, "limits")["limits"]
-    write_json(run_dir.plan, plan_to_json(plan))
+    write_json(context.run_dir.plan, plan_to_json(plan))
     return plan
 
 
 def _make_experts(
-    run_dir: RunDir,
+    context: PruningContext,
     config: RunConfig,
     space: Space,
     plan: Plan,
@@ -216,12 +217,12 @@ def _make_experts(
 ) -> tuple[list[Expert], str]:
     """Run stage 2, all groups side by side, and prepare the reference of the scores beside it."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
-    searches = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    searches = group_searches(context, space, plan.groups)
     chains: dict[str, Any] = {
         search.name: make_expert(search, memory, config.finetune, config.compute)
         for search in searches
     }
-    features = prepare_features(run_dir, config.data, config.evaluate, spec)
+    features = prepare_features(context.run_dir, config.data, config.evaluate, spec)
     done = pool.run(chains | {"features": features}, "experts")
     return [done[search.name] for search in searches], done["features"]
 

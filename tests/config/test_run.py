@@ -320,6 +320,21 @@ def test_an_expert_is_not_all_start(share):
         RunConfig(finetune=FinetuneConfig(average_with_start=share))
 
 
+def test_a_base_that_is_given_brings_no_optimizer():
+    moments = FinetuneConfig(optimizer_state="base")
+    assert RunConfig(finetune=moments).finetune == moments
+    with pytest.raises(
+        ConfigError, match=r"^finetune\.optimizer_state must be new with model\.base.*got base"
+    ):
+        RunConfig(finetune=moments, model=ModelConfig(base="google/ddpm-cifar10-32"))
+
+
+def test_settings_from_before_there_was_a_choice_of_moments_are_those_of_new_ones():
+    document = to_json(RunConfig())
+    del document["finetune"]["optimizer_state"]
+    assert differences(from_json(document), RunConfig()) == []
+
+
 @pytest.mark.parametrize("source", ["folder", "npz", "cifar10"])
 def test_every_source_but_digits_needs_a_path(source):
     with pytest.raises(ConfigError, match=rf"data\.path .* data\.source {source}.*--data\.path"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.fingerprint import training_key
 from tdc_ray.errors import StorageFailedError
 from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.item import CacheMark, ItemResult, WorkItem, finished
@@ -110,6 +111,14 @@ def test_keys_do_not_tell_machines_places_or_other_groups_limits_apart(tmp_path)
         prune={"method": "taylor", "num_rounds": 9},
     )
     assert keys(tmp_path / "here", config) == keys(tmp_path / "there", other)
+
+
+def test_keys_from_before_there_was_a_choice_of_moments_are_those_of_new_ones(tmp_path):
+    new = small_config()
+    assert "optimizer_state" not in training_key(new.finetune)["training"]
+    base = small_config(finetune={"optimizer_state": "base"})
+    before, after = keys(tmp_path, new), keys(tmp_path, base)
+    assert {name for name in before if before[name] != after[name]} == {"finetune"}
 
 
 def test_half_the_images_at_once_is_another_key_and_says_so(tmp_path):

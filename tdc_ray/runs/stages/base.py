@@ -2,11 +2,14 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.fingerprint import data_key, training_key
 from tdc_ray.data.latents import training_data
+from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.errors import CheckpointError
 from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.events import reporter
 from tdc_ray.execution.item import Inputs, ItemResult, Report, WorkItem, load_result
@@ -19,6 +22,7 @@ from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
 from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult
+from tdc_ray.runs.stages.finetune import NO_BASE_CHECKPOINT
 from tdc_ray.storage.files import exists, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -91,6 +95,25 @@ def last_checkpoint(run_dir: RunDir, cache: ResultCache | None) -> Path | None:
         return None
     is_same = weights_digest(other.base_unet) == weights_digest(run_dir.base_unet)
     return _checkpoint_in(other) if is_same else None  # that folder may have another base by now
+
+
+def checkpoint_of_moments(
+    run_dir: RunDir,
+    config: RunConfig,
+    groups: Sequence[TimestepGroup],
+    cache: ResultCache | None,
+) -> Path | None:
+    """Return the base's last checkpoint if fine-tunes begin with its moments, else None.
+
+    Raises:
+        CheckpointError: It is gone, and there are experts yet to be made.
+    """
+    if config.finetune.optimizer_state == "new":
+        return None
+    found = last_checkpoint(run_dir, cache)
+    if found is None and not all(exists(run_dir.expert(group.index)) for group in groups):
+        raise CheckpointError(NO_BASE_CHECKPOINT)
+    return found
 
 
 def _checkpoint_in(run_dir: RunDir) -> Path | None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
@@ -39,7 +40,10 @@ class Expert:
 
 
 def pruning_context(
-    run_dir: RunDir, config: RunConfig, data: TrainingData | None = None
+    run_dir: RunDir,
+    config: RunConfig,
+    data: TrainingData | None = None,
+    base_checkpoint: Path | None = None,
 ) -> PruningContext:
     """Create the settings that the searches of a run's groups have in common.
 
@@ -47,6 +51,7 @@ def pruning_context(
         run_dir: The run.
         config: Its settings.
         data: The data that its denoisers are trained on, where known.
+        base_checkpoint: Stage 1's last, for fine-tunes that begin with its moments.
     """
     train = config.finetune
     return PruningContext(
@@ -60,6 +65,7 @@ def pruning_context(
         tf32=config.compute.tf32,
         limits_measured=config.plan.schedule == "measured",
         work_after=3.0 * train.num_steps * train.batch_size,  # forward and backward count three
+        base_checkpoint=base_checkpoint,
     )
 
 

@@ -13,9 +13,10 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import training_key
+from tdc_ray.diffusion.moments import adopt_moments
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.train import TrainState, start_state, train
-from tdc_ray.errors import NonFiniteLossError, StorageFailedError
+from tdc_ray.errors import CheckpointError, NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import all_gather, worker_rank
 from tdc_ray.execution.item import Inputs, R, Report, Resources, WorkItem
 from tdc_ray.models.denoiser import count_params
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Rises whenever the results of a fine-tune change, so that cached ones are computed again."""
+
+NO_BASE_CHECKPOINT = (
+    "finetune.optimizer_state base needs the last checkpoint of the training that made the base, "
+    "and there is none. Use new in another run directory, or train the base there without a cache."
+)
+"""The error of ``finetune.optimizer_state`` where the moments are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +259,8 @@ def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
     state = start_state(unet, job.train, keep_start=job.train.average_with_start > 0)
     if resumes:
         state.load(job.checkpoint)
+    elif job.train.optimizer_state == "base":
+        _adopt_moments(state, base, job)
     if len(set(steps := all_gather(state.step))) > 1:  # on NFS one may see an older file
         raise StorageFailedError(
             f"the workers of one fine-tune see {display_path(job.checkpoint)} at the steps "
@@ -259,6 +268,18 @@ def _tune(base: LoadedBase, job: FinetuneJob, report: Report) -> TrainState:
         )
     _train(state, base, job, report)
     return state
+
+
+def _adopt_moments(state: TrainState, base: LoadedBase, job: FinetuneJob) -> None:
+    checkpoint, family = job.context.base_checkpoint, family_of(base.network)
+    if checkpoint is None:
+        raise CheckpointError(NO_BASE_CHECKPOINT)
+    adopt_moments(
+        state,
+        checkpoint,
+        base.network,
+        lambda network: family.cut(network, base.space.units, job.kept),
+    )
 
 
 def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report) -> None:

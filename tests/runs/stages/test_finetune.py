@@ -11,12 +11,13 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import held_out_split
 from tdc_ray.data.dataset import ArrayImages
 from tdc_ray.data.load import load_dataset
-from tdc_ray.errors import ConfigError
+from tdc_ray.diffusion.train import start_state, update
+from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.item import Report
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.models.unet2d.unet import load_unet
+from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
@@ -27,6 +28,8 @@ from tdc_ray.runs.stages.finetune import (
     FinetuneJob,
     finetune_expert,
     finetune_item,
+    short_finetune,
+    short_finetune_item,
     smaller_micro_batch,
     with_margin,
 )
@@ -38,6 +41,8 @@ from tests.small import (
     held_out_loss_of,
     make_run_dir,
     output_of,
+    random_kept,
+    random_unet,
     reporting_to,
     small_config,
     task_of,
@@ -54,7 +59,7 @@ def config_of(
     refit: str = "least-squares",
     space: str = "inner",
     halving_steps: int = 0,
-    **finetune: float,
+    **finetune: float | str,
 ) -> RunConfig:
     """Five steps of 8 images, with a checkpoint after every second."""
     steps = {"num_steps": NUM_STEPS, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
@@ -244,6 +249,82 @@ def test_killed_before_the_average_and_started_again_gives_the_same_one(averaged
         make(again, averaging_config(), kill_at(3))
     make(again, averaging_config())
     assert_same(weights_of(again), weights_of(averaged_task))
+
+
+# --- the base's moments ----------------------------------------------------------------------
+
+
+def moments_config(**finetune: float | str) -> RunConfig:
+    return config_of(optimizer_state="base", ema_decay=0.0, **finetune)
+
+
+def with_moments(root: Path, config: RunConfig) -> GroupSearch:
+    """The search of a base that was trained for three steps, whose checkpoint is there."""
+    state = start_state(random_unet(), config.finetune)
+    for step in range(3):
+        torch.manual_seed(step)
+        for parameter in state.unet.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        update(state, config.finetune)
+    checkpoint = root / "base.pt"
+    state.save(checkpoint)
+    run_dir = RunDir(root / "run")
+    with state.ema_weights() as unet:
+        save_unet(unet, run_dir.base_unet)
+    task = task_of(run_dir, config)
+    context = dataclasses.replace(task.context, base_checkpoint=checkpoint)
+    return dataclasses.replace(task, context=context)
+
+
+def test_of_the_whole_base_the_first_step_is_what_the_bases_own_optimizer_does(tmp_path):
+    config = moments_config(num_steps=1, num_warmup_steps=2)
+    task = with_moments(tmp_path, config)
+    kept = keep_everything(task.space.units)
+    job = finetune_item(task, kept, config.finetune, config.compute).job
+    saved = torch.load(task.context.base_checkpoint, weights_only=True)
+    own = dataclasses.replace(job, checkpoint=tmp_path / "own.pt")  # of the base, at a first step
+    torch.save(saved | {"step": 0}, own.checkpoint)
+    new = dataclasses.replace(config.finetune, optimizer_state="new")
+    found = []
+    for one in (job, own, dataclasses.replace(job, train=new, checkpoint=tmp_path / "new.pt")):
+        finetune_expert(one, ignore)
+        found.append((weights_of(task), torch.load(one.checkpoint, weights_only=True)))
+    (weights, state), (expected, own_state), (others, _) = found
+    assert_same(weights, expected)
+    assert_same(state["optimizer"], own_state["optimizer"])
+    assert {float(one["step"]) for one in state["optimizer"]["state"].values()} == {4.0}
+    assert state["optimizer"]["param_groups"][0]["lr"] == config.finetune.learning_rate / 2
+    assert any(not torch.equal(others[name], value) for name, value in weights.items())
+
+
+def test_killed_after_its_start_with_moments_and_started_again_gives_the_same_one(tmp_path):
+    config = moments_config()
+    task, again = (with_moments(tmp_path / name, config) for name in ("whole", "cut"))
+    found = make(task, config)
+    with pytest.raises(KilledError):
+        make(again, config, kill_at(3))
+    assert timeless(make(again, config)) == timeless(found)
+    assert_same(weights_of(again), weights_of(task))
+
+
+def test_a_trial_begins_with_moments_too(tmp_path):
+    config = moments_config(num_steps=2)
+    task = with_moments(tmp_path, config)
+    kept = random_kept(task.space.units, seed=2)
+    item = short_finetune_item(task, "try", kept, config.finetune, config.compute)
+    short = short_finetune(item.job, ignore)
+    whole = finetune_expert(finetune_item(task, kept, config.finetune, config.compute).job, ignore)
+    assert short.loss == whole.loss_finetuned
+    steps = torch.load(item.job.checkpoint, weights_only=True)["optimizer"]["state"].values()
+    assert {float(one["step"]) for one in steps} == {5.0}
+
+
+def test_without_the_bases_checkpoint_a_fine_tune_says_what_to_do(task):
+    config = moments_config()
+    kept = keep_everything(task.space.units)
+    job = finetune_item(task, kept, config.finetune, config.compute).job
+    with pytest.raises(CheckpointError, match=r"^finetune\.optimizer_state base needs .* Use new"):
+        finetune_expert(job, ignore)
 
 
 # --- without training ------------------------------------------------------------------------

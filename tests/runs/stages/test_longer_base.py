@@ -14,7 +14,7 @@ from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.execution.item import CacheMark, ItemResult, run_item
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
-from tdc_ray.runs.stages.base import base_item, last_checkpoint
+from tdc_ray.runs.stages.base import base_item, checkpoint_of_moments, last_checkpoint
 from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult, train_base
 from tdc_ray.runs.stages.longer_base import (
     LongerBaseJob,
@@ -23,7 +23,7 @@ from tdc_ray.runs.stages.longer_base import (
     steps_for,
 )
 from tdc_ray.storage.run_dir import RunDir
-from tests.small import TINY, assert_same, make_run_dir, sizes, small_config
+from tests.small import TINY, assert_same, group_of, make_run_dir, sizes, small_config
 
 STEPS = {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2, "num_warmup_steps": 1}
 
@@ -197,6 +197,22 @@ def test_the_checkpoint_of_a_base_from_a_cache_is_that_of_the_run_that_trained_i
     another = make_run_dir(tmp_path / "another")  # of other weights, under the same entry
     ItemResult(value, CacheMark(key, reused=True)).save(another.base_result)
     assert last_checkpoint(another, reusing) is None
+
+
+def test_fine_tunes_that_need_a_checkpoint_are_refused_before_they_start(trained, tmp_path):
+    new, config = config_of(), small_config(finetune={"optimizer_state": "base"})
+    groups = [group_of(config, index) for index in range(2)]
+    own = last_checkpoint(trained, None)
+    assert checkpoint_of_moments(trained, config, groups, None) == own
+    assert checkpoint_of_moments(trained, new, groups, None) is None
+    other = make_run_dir(tmp_path)
+    ItemResult(BaseResult(1, 1, 4, 1.0, 1.0)).save(other.base_result)
+    other.expert(0).mkdir(parents=True)
+    assert checkpoint_of_moments(other, new, groups, None) is None
+    with pytest.raises(CheckpointError, match=r"optimizer_state base needs .* Use new"):
+        checkpoint_of_moments(other, config, groups, None)
+    other.expert(1).mkdir(parents=True)  # all experts are made
+    assert checkpoint_of_moments(other, config, groups, None) is None
 
 
 def test_its_key_follows_from_base_steps_and_whether_the_optimizer_goes_on(trained, tmp_path):
