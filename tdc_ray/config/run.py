@@ -67,23 +67,31 @@ class RunConfig:
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)
-        self._check_measured_limits()
+        self._check_models_of_all_groups()
         self._check_finetune_workers()
         self._check_comparison_workers()
         self._check_latents()
 
-    def _check_measured_limits(self) -> None:
-        """Refuse measured limits where no quadratic model of the loss is made."""
-        prune, rule = self.prune, "offline or llm with plan.schedule measured"
-        is_measured = self.plan.schedule == "measured"
-        by_proxy = prune.method in ("offline", "llm")
-        require("prune", prune, "method", rule, ok=by_proxy or not is_measured)
-        if is_measured and not prune.models_loss:
+    @property
+    def models_all_groups(self) -> bool:
+        """Whether budgets are shared by quadratic models of all groups."""
+        return self.plan.schedule == "measured" or self.finetune.allocation == "excess"
+
+    def _check_models_of_all_groups(self) -> None:
+        """Refuse budgets that are shared by models of the loss where none are made."""
+        if not self.models_all_groups:
+            return
+        prune, setting = self.prune, "plan.schedule measured"
+        if self.plan.schedule != "measured":
+            setting = "finetune.allocation excess"
+        rule, by_proxy = f"offline or llm with {setting}", prune.method in ("offline", "llm")
+        require("prune", prune, "method", rule, ok=by_proxy)
+        if not prune.models_loss:
             raise ConfigError(
-                "plan.schedule measured rests on quadratic models of the loss and needs "
-                "prune.sensitivity second-order, prune.refit least-squares and prune.space inner, "
-                f"got {prune.sensitivity}, {prune.refit}, {prune.space}. Use these, or another "
-                "plan.schedule."
+                f"{setting} rests on quadratic models of the loss and needs prune.sensitivity "
+                "second-order, prune.refit least-squares and prune.space inner, got "
+                f"{prune.sensitivity}, {prune.refit}, {prune.space}. Use these, or another "
+                f"{setting.split()[0]}."
             )
 
     def _check_finetune_workers(self) -> None:

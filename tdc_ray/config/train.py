@@ -20,6 +20,7 @@ Compile = Literal["none", "default", "reduce-overhead"]
 LossWeight = Literal["constant", "min-snr", "p2"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 OptimizerState = Literal["new", "base"]
+Allocation = Literal["equal", "timesteps", "excess"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +113,11 @@ class FinetuneConfig(TrainConfig):
     timestep_margin: Share = 0.0
     """Timesteps beyond the group's that are drawn too, on either side, as a share of the number of
     its own; 0: none."""
+
+    allocation: Allocation = "equal"
+    """How the fine-tunes of all groups, `num_steps` each on average, share their steps. equal:
+    alike; timesteps: by the number of a group's timesteps; excess: by that times what its limit
+    adds to its loss, as a quadratic model predicts: a group that is not pruned gets none."""
 
     optimizer_state: OptimizerState = "new"
     """AdamW's moments and count of steps before the first step: new has none, base those of stage

@@ -28,9 +28,9 @@ class PruningContext:
     prune: PruneConfig
     proxy: ProxyConfig
     tf32: bool
-    limits_measured: bool = False
-    """Whether the limits follow from quadratic models of all groups, also of those that are not
-    pruned then."""
+    models_all_groups: bool = False
+    """Whether budgets are shared by quadratic models of all groups, also of those that are not
+    pruned."""
 
     work_after: float = 0.0
     """Work after a group's search, in forward passes of its sub-model for one image."""

@@ -39,7 +39,7 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     base = yield from result_of(base_item(search))
     rounds.cost.add(base.macs, base.seconds)
     if method == "none" or search.limit >= search.space.cost_base:
-        if search.context.limits_measured:
+        if search.context.models_all_groups:
             modelled = yield from result_of(second_order_item(search))
             rounds.cost.add(modelled.macs, modelled.seconds)
         kept = keep_everything(search.space.units)

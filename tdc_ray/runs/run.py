@@ -47,8 +47,8 @@ from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
+from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
-from tdc_ray.runs.stages.limits import measured_plan
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.timing import expert_times
 from tdc_ray.storage.files import exists, read_json, write_json
@@ -218,9 +218,13 @@ def _make_experts(
     """Run stage 2, all groups side by side, and prepare the reference of the scores beside it."""
     logger.info("stage 2: %d groups, method %s", len(plan.groups), config.prune.method)
     searches = group_searches(context, space, plan.groups)
+    trains = finetunes(config.finetune, plan.groups)
+    if config.finetune.allocation == "excess":
+        shared = finetunes_by_excess(config.finetune, searches)
+        trains = pool.run({"allocation": shared}, "allocation")["allocation"]
     chains: dict[str, Any] = {
-        search.name: make_expert(search, memory, config.finetune, config.compute)
-        for search in searches
+        search.name: make_expert(search, memory, train, config.compute)
+        for search, train in zip(searches, trains, strict=True)
     }
     features = prepare_features(context.run_dir, config.data, config.evaluate, spec)
     done = pool.run(chains | {"features": features}, "experts")

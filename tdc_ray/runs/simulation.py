@@ -27,6 +27,7 @@ from tdc_ray.pruning.tasks.scores import ScoreResult
 from tdc_ray.pruning.tasks.second_order import SecondOrderResult
 from tdc_ray.pruning.tasks.sensitivities import SensitivityResult, StreamResult
 from tdc_ray.runs.preflight import space_and_plan
+from tdc_ray.runs.stages.budgets import finetunes
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
 from tdc_ray.runs.stages.finetune import FinetuneResult, ShortFinetuneResult
 from tdc_ray.storage.files import read_json
@@ -116,9 +117,12 @@ def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
         run_dir = RunDir(Path(folder))
         context = pruning_context(run_dir, by_macs, TrainingData(config.data))
         memory = MemoryBank(run_dir.memory)
+        trains = finetunes(config.finetune, plan.groups)
         return [
-            (search, _stages(make_expert(search, memory, config.finetune, config.compute), space))
-            for search in group_searches(context, space, plan.groups)
+            (search, _stages(make_expert(search, memory, train, config.compute), space))
+            for search, train in zip(
+                group_searches(context, space, plan.groups), trains, strict=True
+            )
         ]
 
 

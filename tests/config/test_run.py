@@ -371,7 +371,7 @@ def test_a_mean_share_goes_with_a_measured_schedule():
     ("prune", "named"),
     [
         ({"method": "taylor"}, r"prune\.method must be offline or llm .* got taylor"),
-        ({"sensitivity": "measured"}, r"needs prune\.sensitivity second-order"),
+        ({"sensitivity": "measured"}, r"got measured, least-squares, inner"),
         ({"refit": "none"}, r"got second-order, none, inner"),
         ({"space": "full"}, r"got second-order, least-squares, full"),
     ],
@@ -379,6 +379,8 @@ def test_a_mean_share_goes_with_a_measured_schedule():
 def test_measured_limits_need_a_model_of_the_loss(prune, named):
     with pytest.raises(ConfigError, match=named):
         RunConfig(plan=PlanConfig(schedule="measured"), prune=PruneConfig(**prune))
+    with pytest.raises(ConfigError, match=named):
+        RunConfig(finetune=FinetuneConfig(allocation="excess"), prune=PruneConfig(**prune))
 
 
 def test_by_default_the_offline_proxy_prunes_the_inner_widths_and_what_is_left_is_refitted():

@@ -63,7 +63,7 @@ def pruning_context(
         prune=config.prune,
         proxy=config.proxy,
         tf32=config.compute.tf32,
-        limits_measured=config.plan.schedule == "measured",
+        models_all_groups=config.models_all_groups,
         work_after=3.0 * train.num_steps * train.batch_size,  # forward and backward count three
         base_checkpoint=base_checkpoint,
     )
