@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import ScoreFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
@@ -51,7 +51,7 @@ LONGER, EXPERTS = "base trained on", "experts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaysFlags(Flags):
+class WaysFlags(ScoreFlags):
     """Flags of this experiment."""
 
     num_actors: int | None = 1
@@ -67,8 +67,6 @@ class WaysFlags(Flags):
         ("dpmsolver++", 20),
     )
     """Samplers and their steps."""
-    num_images: int | None = None
-    """Images that a score is taken from; default: the preset's."""
 
 
 def models_of(
@@ -170,9 +168,6 @@ def main(flags: WaysFlags) -> None:
     metric = ""
     for seed in flags.seeds:
         config, base = flags.config(seed), base_of(flags, seed)
-        if flags.num_images is not None:
-            evaluate = replace(config.evaluate, num_images=flags.num_images)
-            config = replace(config, evaluate=evaluate)
         root = (folder / f"seed-{seed}").resolve()
         with workers(config, root, flags.store) as pool:
             models = models_of(pool, flags, config, base, root)

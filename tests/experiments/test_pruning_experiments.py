@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
+from tests.experiments.conftest import EXPERIMENTS
 from tests.small import latent_config, make_first_stage, small_config, training_of
 
 
@@ -130,6 +132,21 @@ def test_smoke_writes_table_plot_and_what_made_them(
     assert len(made_by["commits"]) == 1
     assert made_by["settings"]["preset"] == "digits-smoke"
     assert (where / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("finetune_ways", "WaysFlags"),
+        ("samplers", "SamplerFlags"),
+        ("training_free", "FreeFlags"),
+    ],
+)
+def test_scores_are_of_as_many_images_as_a_flag_says(monkeypatch, name, kind):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    flags = getattr(importlib.import_module(name), kind)
+    assert flags(num_images=96).config(0).evaluate.num_images == 96
+    assert flags().config(0).evaluate == preset("digits").evaluate
 
 
 @pytest.mark.ray
