@@ -9,7 +9,7 @@ on for as many steps in all, which is one expert for all timesteps; both by ever
 fine-tuning (`--ways`), and averaged with the base by several shares (`--shares`). Scores by
 several samplers (`--samplers`), and losses on every group's timesteps, on images and noise that no
 training and no choice has seen, with the 95 % interval of their difference from the base trained
-on.
+on, by the first of the ways and shares.
 
 Hardware and hours: `digits` takes about 1 hour a seed on one CPU core.
 
@@ -17,7 +17,7 @@ The paper does not have this: it names one fine-tune and no base that is trained
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
 from tdc_ray.runs.stages.paired_losses import PairedJob, paired_difference, paired_item
-from tdc_ray.storage.files import atomic_path, exists, fetch
+from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "constant": {},
@@ -102,7 +102,7 @@ def tuned(config: RunConfig, **changes: Any) -> RunConfig:
 def averaged(start: Model, trained: Model, share: float, folder: Path) -> Model:
     """Average experts with what they began as, as `--finetune.average-with-start` does."""
     if share and not exists(folder / INDEX_FILE):
-        for path in sorted(trained.path.glob("expert-*")):
+        for path in listing(trained.path, "expert-*"):
             unet, before = load_expert(path), load_expert(start.path / path.name)
             with torch.no_grad():  # as TrainState.ema_weights does
                 for one, other in zip(unet.parameters(), before.parameters(), strict=True):
@@ -126,8 +126,8 @@ def sampled_by(model: Model, sampler: SamplerConfig, folder: Path) -> Model:
 def differences(
     pool: Pool, config: RunConfig, models: Mapping[str, Model], folder: Path
 ) -> dict[str, list[LossDifference]]:
-    """Compare each model's loss with that of the base trained on, for every group's timesteps."""
-    against = next(model for name, model in models.items() if name.startswith(LONGER))
+    """Compare each model's loss with the reference's, for every group's timesteps."""
+    against = models[reference_of(models)]
     items = {}
     for name, model in models.items():
         for group in plan_groups(config.diffusion, config.plan, config.sampler).groups:
@@ -140,6 +140,11 @@ def differences(
     for (name, _), item in items.items():
         found[name].append(paired_difference(item.job.path))
     return found
+
+
+def reference_of(names: Iterable[str]) -> str:
+    """Return which model losses are compared with: the first base trained on."""
+    return next(name for name in names if name.startswith(LONGER))
 
 
 def slug(name: str) -> str:
@@ -191,11 +196,12 @@ def main(flags: WaysFlags) -> None:
     write_table(folder, "finetune_ways", ["model", *titles], rows, note)
     last = {name: row[titles[-1]] for name, row in scores.items()}
     plot_bars(folder, "finetune_ways", last, f"{metric}, {titles[-1]}")
-    write_table(folder, "finetune_losses", *table_of_losses(losses))
+    write_table(folder, "finetune_losses", *table_of_losses(losses, flags.seeds))
     record = {
         "metric": metric,
         "num_images": config.evaluate.num_images,
         "scores": scores,
+        "losses_against": reference_of(losses),
         "losses": {
             name: [[asdict(one) for one in groups] for groups in of_seeds]
             for name, of_seeds in losses.items()
@@ -205,12 +211,12 @@ def main(flags: WaysFlags) -> None:
 
 
 def table_of_losses(
-    losses: Mapping[str, Sequence[Sequence[LossDifference]]],
+    losses: Mapping[str, Sequence[Sequence[LossDifference]]], seeds: Sequence[int]
 ) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: relative differences and their intervals, of every group."""
     rows = []
     for name, of_seeds in losses.items():
-        for number, groups in enumerate(of_seeds):
+        for seed, groups in zip(seeds, of_seeds, strict=True):
             cells = []
             for one in groups:
                 percent, margin = (
@@ -218,9 +224,9 @@ def table_of_losses(
                     for value in (one.difference, (one.high - one.low) / 2)
                 )
                 cells.append(f"{percent:+.2f} ± {margin:.2f} %")
-            rows.append([name, str(number), *cells])
-    groups = max(len(row) for row in rows) - 2
-    return ["loss against the base trained on", "seed", *map(str, range(groups))], rows
+            rows.append([name, str(seed), *cells])
+    numbers = map(str, range(len(rows[0]) - 2))
+    return [f"loss against {reference_of(losses)}", "seed", *(f"group {n}" for n in numbers)], rows
 
 
 if __name__ == "__main__":

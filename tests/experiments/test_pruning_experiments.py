@@ -9,6 +9,7 @@ import pytest
 from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.runs.results import LossDifference
 from tests.experiments.conftest import EXPERIMENTS
 from tests.small import latent_config, make_first_stage, small_config, training_of
 
@@ -147,6 +148,19 @@ def test_scores_are_of_as_many_images_as_a_flag_says(monkeypatch, name, kind):
     flags = getattr(importlib.import_module(name), kind)
     assert flags(num_images=96).config(0).evaluate.num_images == 96
     assert flags().config(0).evaluate == preset("digits").evaluate
+
+
+def test_the_table_of_losses_names_the_training_seeds_and_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from finetune_ways import table_of_losses
+
+    same = LossDifference(loss_tdc=0.5, loss_base=0.5, difference=0.0, low=-0.05, high=0.05)
+    less = LossDifference(loss_tdc=0.4, loss_base=0.5, difference=-0.1, low=-0.2, high=0.0)
+    losses = {"base": [[less, same]] * 2, "base trained on, cosine": [[same, same]] * 2}
+    columns, rows = table_of_losses(losses, (3, 7))
+    assert columns == ["loss against base trained on, cosine", "seed", "group 0", "group 1"]
+    assert rows[:2] == [["base", seed, "-20.00 ± 20.00 %", "+0.00 ± 10.00 %"] for seed in "37"]
+    assert [row[:2] for row in rows[2:]] == [["base trained on, cosine", seed] for seed in "37"]
 
 
 @pytest.mark.ray
