@@ -220,6 +220,11 @@ def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepRe
     return with_rows(results, [row for row in rows if asked is None or row.setting in asked])
 
 
+def slug(name: str) -> str:
+    """Return the name of a row or model as that of a folder."""
+    return name.replace(",", "").replace(" ", "-").lower()
+
+
 SETTINGS_FILE = "made_by.json"
 
 

@@ -23,19 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ScoreFlags, base_of, commits_of, parse_flags, workers
+from common import ScoreFlags, base_of, commits_of, parse_flags, slug, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
-from stages import Model, experts_of, scores_of
+from stages import Model, experts_of, loss_beside, scores_of
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
-from tdc_ray.execution.chain import result_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
-from tdc_ray.runs.stages.paired_losses import PairedJob, paired_difference, paired_item
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -125,31 +123,28 @@ def sampled_by(model: Model, sampler: SamplerConfig, folder: Path) -> Model:
 
 def differences(
     pool: Pool, config: RunConfig, models: Mapping[str, Model], folder: Path
-) -> dict[str, list[LossDifference]]:
+) -> dict[str, Sequence[LossDifference]]:
     """Compare each model's loss with the reference's, for every group's timesteps."""
-    against = models[reference_of(models)]
-    items = {}
-    for name, model in models.items():
-        for group in plan_groups(config.diffusion, config.plan, config.sampler).groups:
-            key = f"{slug(name)}/group-{group.index:02d}"
-            pair = expert_for(model, group), expert_for(against, group)
-            job = PairedJob(config, group, *pair, (folder / f"{key}.npy").resolve())
-            items[name, group.index] = paired_item(key, job, (model.macs, against.macs))
-    pool.run({item.key: result_of(item) for item in items.values()})
-    found: dict[str, list[LossDifference]] = {name: [] for name in models}
-    for (name, _), item in items.items():
-        found[name].append(paired_difference(item.job.path))
-    return found
+    groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
+    against = expert_for(models[reference_of(models)], groups[0])  # it has one for all
+    found = pool.run(
+        {
+            name: loss_beside(
+                config,
+                groups,
+                [expert_for(model, group) for group in groups],
+                against,
+                folder / slug(name),
+            )
+            for name, model in models.items()
+        }
+    )
+    return {name: losses.groups for name, losses in found.items()}
 
 
 def reference_of(names: Iterable[str]) -> str:
     """Return which model losses are compared with: the first base trained on."""
     return next(name for name in names if name.startswith(LONGER))
-
-
-def slug(name: str) -> str:
-    """Return a model's name as that of a folder."""
-    return name.replace(",", "").replace(" ", "-")
 
 
 def expert_for(model: Model, group: TimestepGroup) -> Path:
@@ -169,7 +164,7 @@ def main(flags: WaysFlags) -> None:
     folder = flags.storage / f"finetune_ways-{flags.preset}"
     titles = [f"{sampler} {steps}" for sampler, steps in flags.samplers]
     scores: dict[str, dict[str, list[float]]] = {}
-    losses: dict[str, list[list[LossDifference]]] = {}
+    losses: dict[str, list[Sequence[LossDifference]]] = {}
     metric = ""
     for seed in flags.seeds:
         config, base = flags.config(seed), base_of(flags, seed)

@@ -104,6 +104,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         pytest.param(
             "finetune_ways", "digits-smoke", "WaysFlags", "model", marks=pytest.mark.slow
         ),
+        pytest.param("equal_compute", "digits-smoke", "EqualFlags", "row", marks=pytest.mark.slow),
         pytest.param(
             "step_schedules", "digits-smoke", "StepFlags", "schedule", marks=pytest.mark.slow
         ),
