@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import ScoreFlags, base_of, commits_of, parse_flags, slug, workers
@@ -36,7 +36,9 @@ from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 
-WAYS: Mapping[str, Mapping[str, Any]] = {
+Way = Literal["constant", "linear", "cosine", "margin", "perturbed"]
+
+WAYS: Mapping[Way, Mapping[str, Any]] = {
     "constant": {},
     "linear": {"lr_schedule": "linear"},
     "cosine": {"lr_schedule": "cosine"},
@@ -54,7 +56,7 @@ class WaysFlags(ScoreFlags):
 
     num_actors: int | None = 1
     """Most actors that work at once; on a cluster give more."""
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[Way, ...] = tuple(WAYS)
     """Names of ways."""
     shares: tuple[float, ...] = (0.0, 0.5)
     """Shares of the weights that the fine-tune began with."""
@@ -160,7 +162,9 @@ def expert_for(model: Model, group: TimestepGroup) -> Path:
 def main(flags: WaysFlags) -> None:
     """Train, score and compare for every seed; write the tables and the record."""
     if flags.smoke:
-        flags = replace(flags, ways=flags.ways[:2], samplers=(("ddim", 5), ("dpmsolver++", 5)))
+        # Its few steps are all warm-up, so that no schedule of the learning rate differs.
+        ways: tuple[Way, ...] = ("constant", "perturbed")
+        flags = replace(flags, ways=ways, samplers=(("ddim", 5), ("dpmsolver++", 5)))
     folder = flags.storage / f"finetune_ways-{flags.preset}"
     titles = [f"{sampler} {steps}" for sampler, steps in flags.samplers]
     scores: dict[str, dict[str, list[float]]] = {}
