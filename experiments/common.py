@@ -108,6 +108,21 @@ class ProxyFlags(Flags):
         return replace(config, prune=prune, proxy=self.llm)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags(Flags):
+    """Flags of an experiment whose scores may be of fewer images than the preset's."""
+
+    num_images: int | None = None
+    """Images that a score is taken from; default: the preset's."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Return the preset's settings for one seed and this number of images."""
+        config = super().config(seed)
+        if self.num_images is None:
+            return config
+        return replace(config, evaluate=replace(config.evaluate, num_images=self.num_images))
+
+
 def in_size(config: RunConfig, share: float) -> RunConfig:
     """Return settings with a share of their steps, and of the images to measure and score."""
     base, finetune = (
@@ -203,6 +218,11 @@ def asked_for(results: SweepResults, points: Sequence[Params] | None) -> SweepRe
     asked = None if points is None else {setting_name(point) for point in points}
     rows = [row for row in results.rows if row.seed in results.seeds]
     return with_rows(results, [row for row in rows if asked is None or row.setting in asked])
+
+
+def slug(name: str) -> str:
+    """Return the name of a row or model as that of a folder."""
+    return name.replace(",", "").replace(" ", "-").lower()
 
 
 SETTINGS_FILE = "made_by.json"

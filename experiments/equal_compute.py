@@ -27,20 +27,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from common import Flags, commits_of, parse_flags, run_once, workers
+from common import Flags, commits_of, parse_flags, run_once, slug, workers
 from equal_rows import (
     Budget,
-    Losses,
     Network,
     base_for_training_free,
     from_scratch,
-    loss_beside,
     pruned_for_all,
     training_free,
     without_pruning,
 )
 from output import mean_and_spread, plot_lines, write_record, write_table
-from stages import Model, scores_of
+from stages import Losses, Model, loss_beside, scores_of
 
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.prune import PruneMethod
@@ -166,11 +164,6 @@ def rows_of(
         costs = (one.train_macs, one.search_macs, float(one.macs), float(one.num_params))
         rows[name] = Row(score, *costs, losses[name])
     return metric, tdc, {name: rows[name] for name in ROWS}
-
-
-def slug(name: str) -> str:
-    """Return a row's name as that of a folder."""
-    return name.replace(",", "").replace(" ", "-").lower()
 
 
 def loss_text(losses: Sequence[Losses | None]) -> str:

@@ -1,6 +1,5 @@
 """Ways to spend the same macs as TDC, each a model to be scored: rows of ``equal_compute``."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,27 +9,20 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import FinetuneConfig
-from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.train import start_state
 from tdc_ray.execution.cache import ResultCache
-from tdc_ray.execution.chain import Chain, result_of, results_of
+from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.models.families import family_of, load_config, load_network
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.by_score import uniform_scheme
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.pipelines import save_index
-from tdc_ray.runs.results import LossDifference, Results
+from tdc_ray.runs.results import Results
 from tdc_ray.runs.stages.base import last_checkpoint
 from tdc_ray.runs.stages.expert import make_expert
 from tdc_ray.runs.stages.finetune import short_finetune_item
 from tdc_ray.runs.stages.longer_base import LongerBaseJob, longer_base_item
-from tdc_ray.runs.stages.paired_losses import (
-    PairedJob,
-    mean_difference,
-    paired_difference,
-    paired_item,
-)
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
@@ -59,17 +51,6 @@ class Budget:
         base, search = tdc.base, tdc.prune.search_macs
         beyond = tdc.tdc.train_macs + search - base.train_macs
         return cls(base.train_macs, beyond, search, int(base.macs), tdc.tdc.macs / base.macs)
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """A row's held-out losses against those of the base trained on."""
-
-    mean: LossDifference
-    """Over all timesteps alike."""
-
-    groups: Sequence[LossDifference]
-    """In the groups' order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,22 +163,3 @@ def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> C
             save_expert(folder, averaged, load_config(untrained), kept)
     save_index(run_dir, config, [search.group])
     return Network(run_dir, space.macs(widths), space.num_params(widths), spent, 0.0)
-
-
-def loss_beside(
-    config: RunConfig,
-    groups: Sequence[TimestepGroup],
-    networks: Sequence[Path],
-    longer_base: Path,
-    folder: Path,
-) -> Chain[Losses]:
-    """Compare the networks of the groups, in their order, with the base trained on."""
-    folder = folder.resolve()
-    jobs = [
-        PairedJob(config, group, network, longer_base, folder / f"losses-{group.index:02d}.npy")
-        for group, network in zip(groups, networks, strict=True)
-    ]
-    items = [paired_item(f"{folder.name}/{job.path.stem}", job, (1.0, 1.0)) for job in jobs]
-    yield from results_of(items)
-    paths = [job.path for job in jobs]
-    return Losses(mean_difference(paths, groups), tuple(map(paired_difference, paths)))

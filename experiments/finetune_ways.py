@@ -9,7 +9,7 @@ on for as many steps in all, which is one expert for all timesteps; both by ever
 fine-tuning (`--ways`), and averaged with the base by several shares (`--shares`). Scores by
 several samplers (`--samplers`), and losses on every group's timesteps, on images and noise that no
 training and no choice has seen, with the 95 % interval of their difference from the base trained
-on.
+on, by the first of the ways and shares.
 
 Hardware and hours: `digits` takes about 1 hour a seed on one CPU core.
 
@@ -17,28 +17,28 @@ The paper does not have this: it names one fine-tune and no base that is trained
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import ScoreFlags, base_of, commits_of, parse_flags, slug, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
-from stages import Model, experts_of, scores_of
+from stages import Model, experts_of, loss_beside, scores_of
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
-from tdc_ray.execution.chain import result_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
-from tdc_ray.runs.stages.paired_losses import PairedJob, paired_difference, paired_item
-from tdc_ray.storage.files import atomic_path, exists, fetch
+from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 
-WAYS: Mapping[str, Mapping[str, Any]] = {
+Way = Literal["constant", "linear", "cosine", "margin", "perturbed"]
+
+WAYS: Mapping[Way, Mapping[str, Any]] = {
     "constant": {},
     "linear": {"lr_schedule": "linear"},
     "cosine": {"lr_schedule": "cosine"},
@@ -51,12 +51,12 @@ LONGER, EXPERTS = "base trained on", "experts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaysFlags(Flags):
+class WaysFlags(ScoreFlags):
     """Flags of this experiment."""
 
     num_actors: int | None = 1
     """Most actors that work at once; on a cluster give more."""
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[Way, ...] = tuple(WAYS)
     """Names of ways."""
     shares: tuple[float, ...] = (0.0, 0.5)
     """Shares of the weights that the fine-tune began with."""
@@ -67,8 +67,6 @@ class WaysFlags(Flags):
         ("dpmsolver++", 20),
     )
     """Samplers and their steps."""
-    num_images: int | None = None
-    """Images that a score is taken from; default: the preset's."""
 
 
 def models_of(
@@ -104,7 +102,7 @@ def tuned(config: RunConfig, **changes: Any) -> RunConfig:
 def averaged(start: Model, trained: Model, share: float, folder: Path) -> Model:
     """Average experts with what they began as, as `--finetune.average-with-start` does."""
     if share and not exists(folder / INDEX_FILE):
-        for path in sorted(trained.path.glob("expert-*")):
+        for path in listing(trained.path, "expert-*"):
             unet, before = load_expert(path), load_expert(start.path / path.name)
             with torch.no_grad():  # as TrainState.ema_weights does
                 for one, other in zip(unet.parameters(), before.parameters(), strict=True):
@@ -127,26 +125,28 @@ def sampled_by(model: Model, sampler: SamplerConfig, folder: Path) -> Model:
 
 def differences(
     pool: Pool, config: RunConfig, models: Mapping[str, Model], folder: Path
-) -> dict[str, list[LossDifference]]:
-    """Compare each model's loss with that of the base trained on, for every group's timesteps."""
-    against = next(model for name, model in models.items() if name.startswith(LONGER))
-    items = {}
-    for name, model in models.items():
-        for group in plan_groups(config.diffusion, config.plan, config.sampler).groups:
-            key = f"{slug(name)}/group-{group.index:02d}"
-            pair = expert_for(model, group), expert_for(against, group)
-            job = PairedJob(config, group, *pair, (folder / f"{key}.npy").resolve())
-            items[name, group.index] = paired_item(key, job, (model.macs, against.macs))
-    pool.run({item.key: result_of(item) for item in items.values()})
-    found: dict[str, list[LossDifference]] = {name: [] for name in models}
-    for (name, _), item in items.items():
-        found[name].append(paired_difference(item.job.path))
-    return found
+) -> dict[str, Sequence[LossDifference]]:
+    """Compare each model's loss with the reference's, for every group's timesteps."""
+    groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
+    against = expert_for(models[reference_of(models)], groups[0])  # it has one for all
+    found = pool.run(
+        {
+            name: loss_beside(
+                config,
+                groups,
+                [expert_for(model, group) for group in groups],
+                against,
+                folder / slug(name),
+            )
+            for name, model in models.items()
+        }
+    )
+    return {name: losses.groups for name, losses in found.items()}
 
 
-def slug(name: str) -> str:
-    """Return a model's name as that of a folder."""
-    return name.replace(",", "").replace(" ", "-")
+def reference_of(names: Iterable[str]) -> str:
+    """Return which model losses are compared with: the first base trained on."""
+    return next(name for name in names if name.startswith(LONGER))
 
 
 def expert_for(model: Model, group: TimestepGroup) -> Path:
@@ -162,17 +162,16 @@ def expert_for(model: Model, group: TimestepGroup) -> Path:
 def main(flags: WaysFlags) -> None:
     """Train, score and compare for every seed; write the tables and the record."""
     if flags.smoke:
-        flags = replace(flags, ways=flags.ways[:2], samplers=(("ddim", 5), ("dpmsolver++", 5)))
+        # Its few steps are all warm-up, so that no schedule of the learning rate differs.
+        ways: tuple[Way, ...] = ("constant", "perturbed")
+        flags = replace(flags, ways=ways, samplers=(("ddim", 5), ("dpmsolver++", 5)))
     folder = flags.storage / f"finetune_ways-{flags.preset}"
     titles = [f"{sampler} {steps}" for sampler, steps in flags.samplers]
     scores: dict[str, dict[str, list[float]]] = {}
-    losses: dict[str, list[list[LossDifference]]] = {}
+    losses: dict[str, list[Sequence[LossDifference]]] = {}
     metric = ""
     for seed in flags.seeds:
         config, base = flags.config(seed), base_of(flags, seed)
-        if flags.num_images is not None:
-            evaluate = replace(config.evaluate, num_images=flags.num_images)
-            config = replace(config, evaluate=evaluate)
         root = (folder / f"seed-{seed}").resolve()
         with workers(config, root, flags.store) as pool:
             models = models_of(pool, flags, config, base, root)
@@ -196,11 +195,12 @@ def main(flags: WaysFlags) -> None:
     write_table(folder, "finetune_ways", ["model", *titles], rows, note)
     last = {name: row[titles[-1]] for name, row in scores.items()}
     plot_bars(folder, "finetune_ways", last, f"{metric}, {titles[-1]}")
-    write_table(folder, "finetune_losses", *table_of_losses(losses))
+    write_table(folder, "finetune_losses", *table_of_losses(losses, flags.seeds))
     record = {
         "metric": metric,
         "num_images": config.evaluate.num_images,
         "scores": scores,
+        "losses_against": reference_of(losses),
         "losses": {
             name: [[asdict(one) for one in groups] for groups in of_seeds]
             for name, of_seeds in losses.items()
@@ -210,12 +210,12 @@ def main(flags: WaysFlags) -> None:
 
 
 def table_of_losses(
-    losses: Mapping[str, Sequence[Sequence[LossDifference]]],
+    losses: Mapping[str, Sequence[Sequence[LossDifference]]], seeds: Sequence[int]
 ) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: relative differences and their intervals, of every group."""
     rows = []
     for name, of_seeds in losses.items():
-        for number, groups in enumerate(of_seeds):
+        for seed, groups in zip(seeds, of_seeds, strict=True):
             cells = []
             for one in groups:
                 percent, margin = (
@@ -223,9 +223,9 @@ def table_of_losses(
                     for value in (one.difference, (one.high - one.low) / 2)
                 )
                 cells.append(f"{percent:+.2f} ± {margin:.2f} %")
-            rows.append([name, str(number), *cells])
-    groups = max(len(row) for row in rows) - 2
-    return ["loss against the base trained on", "seed", *map(str, range(groups))], rows
+            rows.append([name, str(seed), *cells])
+    numbers = map(str, range(len(rows[0]) - 2))
+    return [f"loss against {reference_of(losses)}", "seed", *(f"group {n}" for n in numbers)], rows
 
 
 if __name__ == "__main__":

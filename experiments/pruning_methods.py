@@ -26,11 +26,10 @@ from statistics import fmean
 
 from common import Flags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
-from stages import Model, all_timesteps, scores_of, untrained_like
+from stages import Model, all_timesteps, from_nothing, scores_of, untrained_like
 
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.units import KeptIndices
@@ -104,12 +103,7 @@ def from_scratch(
     untrained = untrained_like(
         task.context.run_dir.base_unet, root / "untrained" / "unet", config.seed
     )
-    steps = times * config.finetune.num_steps
-    config = replace(
-        config,
-        finetune=replace(FinetuneConfig.of(config.base), num_steps=steps),
-        prune=replace(config.prune, refit="none"),
-    )
+    config = from_nothing(config, times * config.finetune.num_steps)
     return all_timesteps(config, untrained, root, MACS_SHARE), config
 
 

@@ -15,7 +15,7 @@ The paper does not have this: it samples by 100 and 200 steps of DDIM.
 
 from dataclasses import dataclass, replace
 
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import ScoreFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, scores_of
 
@@ -25,7 +25,7 @@ from tdc_ray.models.unet2d.unet import unet_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerFlags(Flags):
+class SamplerFlags(ScoreFlags):
     """Flags of this experiment."""
 
     num_actors: int | None = 1
@@ -39,8 +39,6 @@ class SamplerFlags(Flags):
         ("dpmsolver++", 30),
     )
     """Samplers and their steps."""
-    num_images: int | None = None
-    """Images that a score is taken from; default: the preset's."""
 
 
 def main(flags: SamplerFlags) -> None:
@@ -50,9 +48,6 @@ def main(flags: SamplerFlags) -> None:
     metric = ""
     for seed in flags.seeds:
         config, base = flags.config(seed), base_of(flags, seed)
-        if flags.num_images is not None:
-            evaluate = replace(config.evaluate, num_images=flags.num_images)
-            config = replace(config, evaluate=evaluate)
         model = Model("base", base, network_structure(unet_config(base)).macs)
         root = folder / f"seed-{seed}"
         with workers(config, root, flags.store) as pool:

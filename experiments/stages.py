@@ -1,4 +1,4 @@
-"""Single stages of a run, done apart: untrained bases, searches, experts, scores."""
+"""Single stages of a run, done apart: untrained bases, searches, experts, scores, losses."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,10 @@ import torch
 from common import claim
 
 from tdc_ray.config.run import RunConfig, with_absolute_paths
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE
-from tdc_ray.diffusion.plan import one_group, plan_groups
-from tdc_ray.execution.chain import Chain
+from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
+from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
 from tdc_ray.pruning.group import GroupSearch, group_searches
@@ -21,7 +22,14 @@ from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.pipelines import save_index
+from tdc_ray.runs.results import LossDifference
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
+from tdc_ray.runs.stages.paired_losses import (
+    PairedJob,
+    mean_difference,
+    paired_difference,
+    paired_item,
+)
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -34,6 +42,15 @@ def untrained_like(base: Path, folder: Path, seed: int) -> Path:
         config = unet_config(base)
         save_unet(build_unet(config), folder, num_heads=config.get("num_heads"))
     return folder
+
+
+def from_nothing(config: RunConfig, num_steps: int) -> RunConfig:
+    """Train with the base's settings for so many steps, without a refit."""
+    return replace(
+        config,
+        finetune=replace(FinetuneConfig.of(config.base), num_steps=num_steps),
+        prune=replace(config.prune, refit="none"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +139,33 @@ def all_timesteps(config: RunConfig, base: Path, root: Path, macs_share: float) 
     space = space_of(unet_config(base), config.prune.space)
     context = pruning_context(RunDir(root.resolve(), base.resolve()), config)
     return GroupSearch(context, space, group)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A model's held-out losses against those of the base trained on."""
+
+    mean: LossDifference
+    """Over all timesteps alike."""
+
+    groups: Sequence[LossDifference]
+    """In the groups' order."""
+
+
+def loss_beside(
+    config: RunConfig,
+    groups: Sequence[TimestepGroup],
+    networks: Sequence[Path],
+    longer_base: Path,
+    folder: Path,
+) -> Chain[Losses]:
+    """Compare the networks of the groups, in their order, with the base trained on."""
+    folder = folder.resolve()
+    jobs = [
+        PairedJob(config, group, network, longer_base, folder / f"losses-{group.index:02d}.npy")
+        for group, network in zip(groups, networks, strict=True)
+    ]
+    items = [paired_item(f"{folder.name}/{job.path.stem}", job, (1.0, 1.0)) for job in jobs]
+    yield from results_of(items)
+    paths = [job.path for job in jobs]
+    return Losses(mean_difference(paths, groups), tuple(map(paired_difference, paths)))

@@ -15,7 +15,7 @@ The paper does not have this: it fine-tunes every expert and has no refit.
 
 from dataclasses import dataclass, replace
 
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import ScoreFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
@@ -25,11 +25,9 @@ from tdc_ray.models.unet2d.unet import unet_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeFlags(Flags):
+class FreeFlags(ScoreFlags):
     """Flags of this experiment."""
 
-    num_images: int | None = None
-    """Images that a score is taken from; default: the preset's."""
     finetune_steps: int | None = None
     """Steps of a fine-tune; default: the preset's."""
     plans: tuple[tuple[float, int], ...] = ((0.5, 4), (0.5, 10), (0.3, 4), (0.3, 10))
@@ -50,8 +48,6 @@ def main(flags: FreeFlags) -> None:
     """Create all experts, score them, and write the table."""
     folder = flags.storage / f"training_free-{flags.preset}"
     config = flags.config(0)
-    if flags.num_images is not None:
-        config = replace(config, evaluate=replace(config.evaluate, num_images=flags.num_images))
     if flags.finetune_steps is not None:
         steps = flags.finetune_steps
         config = replace(config, finetune=replace(config.finetune, num_steps=steps))

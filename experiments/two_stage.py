@@ -26,10 +26,9 @@ from statistics import fmean
 
 from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from output import mean_and_spread, paper_column, plot_lines, write_record, write_table
-from stages import Model, all_timesteps, scores_of, untrained_like
+from stages import Model, all_timesteps, from_nothing, scores_of, untrained_like
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.plan import Plan, plan_groups
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.ray.pool import Pool
@@ -114,15 +113,6 @@ def points_of(
             )
         )
     return found
-
-
-def from_nothing(config: RunConfig, num_steps: int) -> RunConfig:
-    """Train with the base's settings for so many steps, without a refit."""
-    return replace(
-        config,
-        finetune=replace(FinetuneConfig.of(config.base), num_steps=num_steps),
-        prune=replace(config.prune, refit="none"),
-    )
 
 
 def one_seed(config: RunConfig, base: Path, folder: Path, pool: Pool) -> dict[str, list[Point]]:

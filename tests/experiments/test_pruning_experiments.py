@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.runs.results import LossDifference
+from tests.experiments.conftest import EXPERIMENTS
 from tests.small import latent_config, make_first_stage, small_config, training_of
 
 
@@ -101,6 +104,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         pytest.param(
             "finetune_ways", "digits-smoke", "WaysFlags", "model", marks=pytest.mark.slow
         ),
+        pytest.param("equal_compute", "digits-smoke", "EqualFlags", "row", marks=pytest.mark.slow),
         pytest.param(
             "step_schedules", "digits-smoke", "StepFlags", "schedule", marks=pytest.mark.slow
         ),
@@ -130,6 +134,34 @@ def test_smoke_writes_table_plot_and_what_made_them(
     assert len(made_by["commits"]) == 1
     assert made_by["settings"]["preset"] == "digits-smoke"
     assert (where / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("finetune_ways", "WaysFlags"),
+        ("samplers", "SamplerFlags"),
+        ("training_free", "FreeFlags"),
+    ],
+)
+def test_scores_are_of_as_many_images_as_a_flag_says(monkeypatch, name, kind):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    flags = getattr(importlib.import_module(name), kind)
+    assert flags(num_images=96).config(0).evaluate.num_images == 96
+    assert flags().config(0).evaluate == preset("digits").evaluate
+
+
+def test_the_table_of_losses_names_the_training_seeds_and_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from finetune_ways import table_of_losses
+
+    same = LossDifference(loss_tdc=0.5, loss_base=0.5, difference=0.0, low=-0.05, high=0.05)
+    less = LossDifference(loss_tdc=0.4, loss_base=0.5, difference=-0.1, low=-0.2, high=0.0)
+    losses = {"base": [[less, same]] * 2, "base trained on, cosine": [[same, same]] * 2}
+    columns, rows = table_of_losses(losses, (3, 7))
+    assert columns == ["loss against base trained on, cosine", "seed", "group 0", "group 1"]
+    assert rows[:2] == [["base", seed, "-20.00 ± 20.00 %", "+0.00 ± 10.00 %"] for seed in "37"]
+    assert [row[:2] for row in rows[2:]] == [["base trained on, cosine", seed] for seed in "37"]
 
 
 @pytest.mark.ray

@@ -81,7 +81,10 @@ def measure_candidate(job: CandidateJob, report: Report) -> CandidateResult:
     measured = measure(base, job.kept, job.heat.purpose, job.heat.share)
     if job.saves_weights:
         measured = replace(measured, macs=measured.macs + save_refit_weights(base))
-    report({"loss_cut": measured.loss_cut, "loss_refit": measured.loss}, job.number)
+    losses = {"loss_cut": measured.loss_cut}
+    if measured.loss_refit is not None:
+        losses["loss_refit"] = measured.loss_refit
+    report(losses, job.number)
     return CandidateResult(**asdict(measured), seconds=time.perf_counter() - started)
 
 

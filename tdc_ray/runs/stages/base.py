@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.fingerprint import data_key, training_key
-from tdc_ray.data.latents import training_data
+from tdc_ray.data.fingerprint import training_key
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError
 from tdc_ray.execution.cache import ResultCache
@@ -22,6 +21,7 @@ from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
 from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult
+from tdc_ray.runs.stages.data_key import run_data_key
 from tdc_ray.runs.stages.finetune import NO_BASE_CHECKPOINT
 from tdc_ray.storage.files import exists, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -130,13 +130,7 @@ def base_inputs(config: RunConfig) -> Inputs:
         "dropout": config.model.dropout,
         "workers": config.compute.num_base_workers,
         "cpus": config.compute.cpus_per_base_worker,
-        **data_key(
-            training_data(config.data, config.evaluate.cache_dir),
-            seed=config.seed,
-            diffusion=config.diffusion,
-            conditioning=config.conditioning,
-            tf32=config.compute.tf32,
-        ),
+        **run_data_key(config),
         **training_key(config.base),
     }
 

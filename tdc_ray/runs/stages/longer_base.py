@@ -16,7 +16,7 @@ from torch import nn
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.batches import batches, held_out_split
-from tdc_ray.data.fingerprint import data_key, training_key
+from tdc_ray.data.fingerprint import training_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
@@ -27,6 +27,7 @@ from tdc_ray.models.families import load_config, load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.unet import save_unet
+from tdc_ray.runs.stages.data_key import run_data_key
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
@@ -124,13 +125,7 @@ def longer_base_inputs(job: LongerBaseJob) -> Inputs:
         "held_out_share": config.prune.held_out_share,
         "workers": config.compute.num_base_workers,
         "cpus": config.compute.cpus_per_base_worker,
-        **data_key(
-            training_data(config.data, config.evaluate.cache_dir),
-            seed=config.seed,
-            diffusion=config.diffusion,
-            conditioning=config.conditioning,
-            tf32=config.compute.tf32,
-        ),
+        **run_data_key(config),
         **training_key(job.train),
     }
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.batches import halves, held_out_split, to_minus_one_one
-from tdc_ray.data.fingerprint import data_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
@@ -32,6 +31,7 @@ from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.saved_expert import CONFIG_FILE, load_expert
 from tdc_ray.runs.results import LossDifference
+from tdc_ray.runs.stages.data_key import run_data_key
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, exists, fetch
 
@@ -95,13 +95,7 @@ def paired_inputs(job: PairedJob) -> Inputs:
         "timesteps": [job.group.first, job.group.last],
         "num_images": config.compare.num_images,
         "held_out_share": config.prune.held_out_share,
-        **data_key(
-            training_data(config.data, config.evaluate.cache_dir),
-            seed=config.seed,
-            diffusion=config.diffusion,
-            conditioning=config.conditioning,
-            tf32=config.compute.tf32,
-        ),
+        **run_data_key(config),
     }
 
 
