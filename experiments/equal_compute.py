@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Literal, get_args
 
 from common import Flags, commits_of, parse_flags, run_once, slug, workers
 from equal_rows import (
@@ -50,9 +51,16 @@ from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.storage.run_dir import RunDir
 
-BASE, SMALLER, PRUNED = "base trained on", "smaller, from scratch", "one network, pruned"
-UNPRUNED, TDC, FREE = "TDC, no pruning", "TDC", "TDC, training-free"
-ROWS = (BASE, SMALLER, PRUNED, UNPRUNED, TDC, FREE)
+Name = Literal[
+    "base trained on",
+    "smaller, from scratch",
+    "one network, pruned",
+    "TDC, no pruning",
+    "TDC",
+    "TDC, training-free",
+]
+ROWS: tuple[Name, ...] = get_args(Name)
+BASE, SMALLER, PRUNED, UNPRUNED, TDC, FREE = ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,8 @@ class EqualFlags(Flags):
     preset's."""
     method: PruneMethod | None = None
     """How TDC is pruned, such as taylor, whose search takes little; default: the preset's."""
+    rows: tuple[Name, ...] = ROWS
+    """Ways to spend the macs; TDC and the base trained on are always among them."""
     num_noised: int = 4096
     """Noised images of each group that losses are compared on."""
 
@@ -123,17 +133,23 @@ def rows_of(
     budget, found = Budget.of(tdc), tdc.comparison
     assert found is not None, "the run was asked for it"
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
-    unpruned = run_once(without_pruning(config, budget, len(groups)), dirs[UNPRUNED], store)
-    with workers(config, folder, store) as pool:
-        base = base_for_training_free(config, budget, tdc_dir, free_dir, store)
-        longer = pool.run({"base": base})["base"]
-    free = run_once(training_free(config, longer), dirs[FREE], store)
+    runs: dict[str, tuple[Results, float]] = {}
+    if UNPRUNED in flags.rows:
+        unpruned = without_pruning(config, budget, len(groups))
+        runs[UNPRUNED] = run_once(unpruned, dirs[UNPRUNED], store), 0.0
+    if FREE in flags.rows:
+        with workers(config, folder, store) as pool:
+            base = base_for_training_free(config, budget, tdc_dir, free_dir, store)
+            longer = pool.run({"base": base})["base"]
+        free = run_once(training_free(config, longer), dirs[FREE], store)
+        runs[FREE] = free, budget.stage_1 + budget.beyond - budget.search
     with workers(config, folder, store) as pool:
         ways = {SMALLER: from_scratch, PRUNED: pruned_for_all}
         networks: dict[str, Network] = pool.run(
             {
                 name: way(config, budget, tdc_dir.base_unet, dirs[name].resolve())
                 for name, way in ways.items()
+                if name in flags.rows
             }
         )
         models = {
@@ -142,7 +158,7 @@ def rows_of(
         }
         metric, scores = scores_of(pool, config, folder / "scores", models, [config.evaluate.seed])
         experts = {name: [one.run_dir.expert(0)] * len(groups) for name, one in networks.items()}
-        for name in (UNPRUNED, FREE):
+        for name in runs:
             run_dir = RunDir(dirs[name].resolve())
             experts[name] = [run_dir.expert(group.index) for group in groups]
         losses = pool.run(
@@ -155,15 +171,15 @@ def rows_of(
         )
     rows = {
         BASE: Row(found.score, found.train_macs, 0.0, tdc.base.macs, tdc.base.num_params, None),
-        UNPRUNED: row_of_run(unpruned, losses[UNPRUNED]),
         TDC: row_of_run(tdc, Losses(found.mean, found.groups)),
-        FREE: row_of_run(free, losses[FREE], budget.stage_1 + budget.beyond - budget.search),
     }
+    for name, (results, before) in runs.items():
+        rows[name] = row_of_run(results, losses[name], before)
     for name, one in networks.items():
         score = scores[slug(name)][0]
         costs = (one.train_macs, one.search_macs, float(one.macs), float(one.num_params))
         rows[name] = Row(score, *costs, losses[name])
-    return metric, tdc, {name: rows[name] for name in ROWS}
+    return metric, tdc, {name: rows[name] for name in ROWS if name in rows}
 
 
 def loss_text(losses: Sequence[Losses | None]) -> str:
@@ -183,8 +199,9 @@ def write(
 ) -> None:
     """Write table, plot and record of the seeds that are done."""
     table, lines = [], {}
+    names = [name for name in ROWS if name in {BASE, TDC, *flags.rows}]
     for budget, seeds in found.items():
-        for name in ROWS:
+        for name in names:
             rows = [rows[name] for _, rows in seeds.values()]
             table.append(
                 [
@@ -205,7 +222,7 @@ def write(
         "95 % interval of each seed says."
     )
     write_table(folder, "equal_compute", [*columns, "FLOPs (MACs)", "params"], table, note)
-    for name in ROWS:
+    for name in names:
         points = [
             (
                 fmean(

@@ -75,10 +75,14 @@ def without_pruning(config: RunConfig, budget: Budget, num_groups: int) -> RunCo
     """Return the settings of TDC without pruning whose fine-tunes take all of the budget."""
     finetune = config.finetune
     steps = steps_of(budget.beyond, num_groups * budget.macs, finetune.batch_size)
+    plan = config.plan
+    if plan.schedule == "measured":  # the same groups, whose limits do not matter
+        plan = replace(plan, schedule="snr", mean_macs_share=None)
     return replace(
         config,
+        plan=plan,
         prune=replace(config.prune, method="none", objective="macs"),
-        finetune=replace(finetune, num_steps=steps),
+        finetune=replace(finetune, num_steps=steps, allocation="equal"),
         compare=CompareConfig(),
     )
 
@@ -88,7 +92,7 @@ def training_free(config: RunConfig, base: Path) -> RunConfig:
     return replace(
         config,
         model=ModelConfig(base=str(base)),
-        finetune=replace(config.finetune, num_steps=0),
+        finetune=replace(config.finetune, num_steps=0, optimizer_state="new"),
         compare=CompareConfig(),
     )
 
