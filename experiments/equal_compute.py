@@ -42,6 +42,7 @@ from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import Losses, Model, loss_beside, scores_of
 
 from tdc_ray.config.compare import CompareConfig
+from tdc_ray.config.plan import FlopsSchedule
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
@@ -76,6 +77,8 @@ class EqualFlags(Flags):
     preset's."""
     method: PruneMethod | None = None
     """How TDC is pruned, such as taylor, whose search takes little; default: the preset's."""
+    schedule: FlopsSchedule | None = None
+    """How TDC's limits move with t; default: the preset's."""
     rows: tuple[Name, ...] = ROWS
     """Ways to spend the macs; TDC and the base trained on are always among them."""
     num_noised: int = 4096
@@ -91,6 +94,8 @@ class EqualFlags(Flags):
             config = replace(config, model=replace(config.model, architecture=self.architecture))
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
+        if self.schedule is not None:
+            config = replace(config, plan=replace(config.plan, schedule=self.schedule))
         if self.smoke:  # whose search takes more than all training
             prune = replace(config.prune, num_rounds=1, num_passes=1)
             compare = replace(compare, num_images=180)
@@ -263,7 +268,7 @@ def start_of(
 def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
-    parts = [flags.preset, *filter(None, (flags.architecture, flags.method))]
+    parts = [flags.preset, *filter(None, (flags.architecture, flags.method, flags.schedule))]
     folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}"
     found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
