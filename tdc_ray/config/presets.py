@@ -43,7 +43,12 @@ def digits() -> RunConfig:
             num_rounds=1, num_candidates=4, num_images=192, num_refit_images=192, num_levels=8
         ),
         finetune=replace(
-            FinetuneConfig.of(base), num_steps=400, learning_rate=5e-4, checkpoint_every=200
+            FinetuneConfig.of(base),
+            num_steps=400,
+            learning_rate=5e-4,
+            num_warmup_steps=20,
+            lr_schedule="linear",
+            checkpoint_every=200,
         ),
         # As good as 200 steps of DDIM here: more of its steps would not raise the score.
         sampler=SamplerConfig(sampler="dpmsolver++", num_inference_steps=20),
