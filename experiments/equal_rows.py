@@ -75,12 +75,8 @@ def without_pruning(config: RunConfig, budget: Budget, num_groups: int) -> RunCo
     """Return the settings of TDC without pruning whose fine-tunes take all of the budget."""
     finetune = config.finetune
     steps = steps_of(budget.beyond, num_groups * budget.macs, finetune.batch_size)
-    plan = config.plan
-    if plan.schedule == "measured":  # the same groups, whose limits do not matter
-        plan = replace(plan, schedule="snr", mean_macs_share=None)
     return replace(
         config,
-        plan=plan,
         prune=replace(config.prune, method="none", objective="macs"),
         finetune=replace(finetune, num_steps=steps, allocation="equal"),
         compare=CompareConfig(),

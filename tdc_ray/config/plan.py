@@ -22,8 +22,8 @@ class PlanConfig:
 
     schedule: FlopsSchedule = "snr"
     """How the limits move with t (the paper's FLOPs schedule, Table II). measured: the groups are
-    the SNR schedule's, and after stage 1 one budget is shared among them where it raises the
-    loss, by the quadratic models of all groups, the least."""
+    the SNR schedule's, and after stage 1 one budget is shared among them so that all together lose
+    the least, by quadratic models of what a cut, refitted, does to each. For the inner space."""
 
     mean_macs_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Mean over the sampling steps of a measured schedule's limits, as a share of the base's macs;

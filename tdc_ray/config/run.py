@@ -73,26 +73,25 @@ class RunConfig:
         self._check_latents()
 
     @property
+    def measures_limits(self) -> bool:
+        """Whether limits follow from models of the loss; without pruning there are none."""
+        return self.plan.schedule == "measured" and self.prune.method != "none"
+
+    @property
     def models_all_groups(self) -> bool:
         """Whether budgets are shared by quadratic models of all groups."""
-        return self.plan.schedule == "measured" or self.finetune.allocation == "excess"
+        return self.measures_limits or self.finetune.allocation == "excess"
 
     def _check_models_of_all_groups(self) -> None:
         """Refuse budgets that are shared by models of the loss where none are made."""
-        if not self.models_all_groups:
-            return
-        prune, setting = self.prune, "plan.schedule measured"
-        if self.plan.schedule != "measured":
-            setting = "finetune.allocation excess"
-        rule, by_proxy = f"offline or llm with {setting}", prune.method in ("offline", "llm")
-        require("prune", prune, "method", rule, ok=by_proxy)
-        if not prune.models_loss:
-            raise ConfigError(
-                f"{setting} rests on quadratic models of the loss and needs prune.sensitivity "
-                "second-order, prune.refit least-squares and prune.space inner, got "
-                f"{prune.sensitivity}, {prune.refit}, {prune.space}. Use these, or another "
-                f"{setting.split()[0]}."
-            )
+        excess = self.finetune.allocation == "excess"
+        setting = "finetune.allocation excess" if excess else "plan.schedule measured"
+        is_inner = self.prune.space == "inner" or not self.models_all_groups
+        rule = f"inner with {setting}, as only inner widths have a quadratic model of the loss"
+        require("prune", self.prune, "space", rule, ok=is_inner)
+        rule = "equal or timesteps with prune.method none, which cuts nothing that costs"
+        fits = not excess or self.prune.method != "none"
+        require("finetune", self.finetune, "allocation", rule, ok=fits)
 
     def _check_finetune_workers(self) -> None:
         """Refuse batches that the workers of a fine-tune cannot share evenly."""

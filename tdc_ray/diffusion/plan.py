@@ -15,7 +15,9 @@ from tdc_ray.diffusion.samplers import sampling_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.errors import ConfigError
 
-AFTER_STAGE_1 = "the limits are measured after stage 1; until then each is their mean"
+AFTER_STAGE_1 = (
+    "limits are measured after stage 1, if anything is pruned; until then each is the mean"
+)
 """Note of a plan whose schedule is measured."""
 
 

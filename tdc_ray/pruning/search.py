@@ -38,10 +38,10 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     rounds, method = _Rounds(search, memory), search.context.prune.method
     base = yield from result_of(base_item(search))
     rounds.cost.add(base.macs, base.seconds)
+    if search.context.models_all_groups:  # its limit follows from the model, whatever is proposed
+        modelled = yield from result_of(second_order_item(search))
+        rounds.cost.add(modelled.macs, modelled.seconds)
     if method == "none" or search.limit >= search.space.cost_base:
-        if search.context.models_all_groups:
-            modelled = yield from result_of(second_order_item(search))
-            rounds.cost.add(modelled.macs, modelled.seconds)
         kept = keep_everything(search.space.units)
         return SearchResult(kept, None, base.loss_cut, (), rounds.cost)
     if method == "offline" or method == "llm":
@@ -118,7 +118,8 @@ class _Rounds:
     def _modelled(self) -> Chain[Predictions]:
         """Predict sensitivities by a quadratic model of the loss."""
         result = yield from result_of(second_order_item(self._search))
-        self.cost.add(result.macs, result.seconds)
+        if not self._search.context.models_all_groups:
+            self.cost.add(result.macs, result.seconds)
         increase = JointIncrease(self._space, result.model)
         return self._with_single(result.scores), increase.sensitivities(), result.model
 

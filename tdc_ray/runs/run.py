@@ -104,7 +104,7 @@ def run(
             CacheSession(cache) as session,
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
         ):
-            if config.plan.schedule != "measured":
+            if not config.measures_limits:
                 events(PlanMade(plan))
             # These workers end before stage 1, which may need the whole cluster.
             with Pool(config.compute, events, timeline, session) as workers:
@@ -122,7 +122,7 @@ def run(
             make_base(run_dir, config, pretrained, events, session)
             checkpoint = checkpoint_of_moments(run_dir, config, plan.groups, cache)
             context = pruning_context(run_dir, config, base_checkpoint=checkpoint)
-            if config.plan.schedule == "measured":
+            if config.measures_limits:
                 plan = _measure_limits(context, space, plan, pool)
                 events(PlanMade(plan))
             memory = _open_memory(run_dir, config.prune.num_candidates, events)
@@ -175,7 +175,7 @@ def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     write_json(
         run_dir.environment, {"versions": versions(), "commit": commit(), "machine": machine()}
     )
-    if config.plan.schedule != "measured":
+    if not config.measures_limits:
         write_json(run_dir.plan, plan_to_json(plan))
     write_json(run_dir.config, to_json(config))
 

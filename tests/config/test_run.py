@@ -367,20 +367,22 @@ def test_a_mean_share_goes_with_a_measured_schedule():
         PlanConfig(mean_macs_share=0.8)
 
 
-@pytest.mark.parametrize(
-    ("prune", "named"),
-    [
-        ({"method": "taylor"}, r"prune\.method must be offline or llm .* got taylor"),
-        ({"sensitivity": "measured"}, r"got measured, least-squares, inner"),
-        ({"refit": "none"}, r"got second-order, none, inner"),
-        ({"space": "full"}, r"got second-order, least-squares, full"),
-    ],
-)
-def test_measured_limits_need_a_model_of_the_loss(prune, named):
-    with pytest.raises(ConfigError, match=named):
-        RunConfig(plan=PlanConfig(schedule="measured"), prune=PruneConfig(**prune))
-    with pytest.raises(ConfigError, match=named):
-        RunConfig(finetune=FinetuneConfig(allocation="excess"), prune=PruneConfig(**prune))
+def test_measured_limits_and_steps_by_excess_need_a_model_of_inner_widths():
+    for budgets in (
+        {"plan": PlanConfig(schedule="measured")},
+        {"finetune": FinetuneConfig(allocation="excess")},
+    ):
+        with pytest.raises(ConfigError, match=r"prune\.space must be inner with .* got full"):
+            RunConfig(prune=PruneConfig(space="full"), **budgets)
+
+
+def test_steps_by_excess_need_pruning_and_measured_limits_are_none_without():
+    excess, none = FinetuneConfig(allocation="excess"), PruneConfig(method="none")
+    with pytest.raises(ConfigError, match=r"allocation must be equal .* got excess"):
+        RunConfig(prune=none, finetune=excess)
+    measured = PlanConfig(schedule="measured")
+    assert not RunConfig(plan=measured, prune=none).measures_limits
+    assert RunConfig(plan=measured, prune=PruneConfig(method="taylor")).measures_limits
 
 
 def test_by_default_the_offline_proxy_prunes_the_inner_widths_and_what_is_left_is_refitted():
