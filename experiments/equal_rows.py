@@ -144,6 +144,8 @@ def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> C
         replace(train, num_steps=steps_of(macs, space.macs(widths), train.batch_size))
         for macs in (budget.stage_1, budget.stage_1 + budget.beyond)
     )
+    # The learning rate falls where that of the base trained on does.
+    last = replace(last, num_warmup_steps=first.num_steps, lr_schedule=config.finetune.lr_schedule)
     # In the first part no image but one is held out, as in stage 1.
     prune = replace(search.context.prune, held_out_share=1e-9)
     with_all = replace(search, context=replace(search.context, prune=prune))

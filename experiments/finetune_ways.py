@@ -39,11 +39,11 @@ from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 Way = Literal["constant", "linear", "cosine", "margin", "perturbed"]
 
 WAYS: Mapping[Way, Mapping[str, Any]] = {
-    "constant": {},
+    "constant": {"lr_schedule": "constant"},
     "linear": {"lr_schedule": "linear"},
     "cosine": {"lr_schedule": "cosine"},
-    "margin": {"timestep_margin": 0.1},
-    "perturbed": {"input_perturbation": 0.1},
+    "margin": {"lr_schedule": "constant", "timestep_margin": 0.1},
+    "perturbed": {"lr_schedule": "constant", "input_perturbation": 0.1},
 }
 """What each way changes of the preset's fine-tune."""
 

@@ -23,6 +23,7 @@ from tdc_ray.runs.evaluation.evaluate import Which, evaluate, prepare_features, 
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.results import LossDifference
+from tdc_ray.runs.stages.budgets import measured_plan
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
 from tdc_ray.runs.stages.paired_losses import (
     PairedJob,
@@ -122,7 +123,11 @@ def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     run_dir = RunDir(root.resolve(), base.resolve())
     space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
-    tasks = group_searches(pruning_context(run_dir, config), space, plan.groups)
+    context = pruning_context(run_dir, config, models_all_groups=config.measures_limits)
+    tasks = group_searches(context, space, plan.groups)
+    if config.measures_limits:
+        plan = pool.run({"limits": measured_plan(plan, tasks)})["limits"]
+        tasks = group_searches(context, space, plan.groups)
     done = pool.run(
         {task.name: make_expert(task, memory, config.finetune, config.compute) for task in tasks}
     )

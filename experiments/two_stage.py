@@ -68,7 +68,8 @@ def trained_along(
     task: GroupSearch, kept: KeptIndices, config: RunConfig, points: Sequence[Path]
 ) -> Chain[list[FinetuneResult]]:
     """Train one sub-model from its start, and save it at every point."""
-    whole, results = config.finetune, []
+    # Each point goes on from the last, so the learning rate may not have fallen there.
+    whole, results = replace(config.finetune, lr_schedule="constant"), []
     checkpoint = None
     for share, root in zip(SHARES, points, strict=True):
         train = replace(whole, num_steps=round(share * whole.num_steps))

@@ -65,7 +65,12 @@ def digits_smoke() -> RunConfig:
         model=ModelConfig(architecture="tiny"),
         base=replace(full.base, num_steps=60, batch_size=32, checkpoint_every=20, log_every=10),
         finetune=replace(
-            full.finetune, num_steps=20, batch_size=32, checkpoint_every=10, log_every=5
+            full.finetune,
+            num_steps=20,
+            batch_size=32,
+            num_warmup_steps=1,
+            checkpoint_every=10,
+            log_every=5,
         ),
         prune=PruneConfig(
             num_rounds=2,

@@ -22,6 +22,11 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
     """
     path = Path(source).expanduser()
     labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
+    if source in BUNDLED and path.exists():
+        raise ConfigError(
+            f"{name} {source} is the name of a bundled source and of a path that exists: write "
+            f"./{source} for the path, or remove it."
+        )
     if source in BUNDLED:
         return replace(data, source=cast(Source, source), path=None)
     if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):

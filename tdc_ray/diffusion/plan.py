@@ -54,7 +54,8 @@ class TimestepGroup:
 
     def limit(self, base: int) -> int:
         """Compute the most that the expert may take, of the base's macs or of its nanoseconds."""
-        return math.floor(self.limit_share * base + 1e-6)  # 1e-6: rounding loses no mac
+        # Rounding loses no mac: of shares that are round, or quotients of two costs.
+        return math.floor(self.limit_share * base + 1e-6 + 1e-12 * base)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

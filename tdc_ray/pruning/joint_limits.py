@@ -30,7 +30,8 @@ def tradeoff(space: Space, increase: JointIncrease) -> FloatArray:
     points = [(1.0, 0.0)]
     for limit in np.linspace(base, space.cost(space.smallest), NUM_LIMITS, dtype=int)[1:]:
         scheme = knapsack(space, curves, int(limit))
-        points.append((space.cost(scheme) / base, max(0.0, increase.of(scheme))))
+        if np.isfinite(predicted := increase.of(scheme)):
+            points.append((space.cost(scheme) / base, max(0.0, predicted)))
     return _lower_hull(points)
 
 

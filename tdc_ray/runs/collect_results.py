@@ -209,6 +209,7 @@ def _group_result(expert: Expert, macs_base: int) -> GroupResult:
         source="base" if expert.search_result.entry is None else expert.search_result.entry.source,
         milliseconds_limit=None if limit is None else limit / 1e6,
         milliseconds=None if nanoseconds is None else nanoseconds / 1e6,
+        train_steps=expert.train_steps,
     )
 
 

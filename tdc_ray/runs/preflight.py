@@ -7,12 +7,12 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
-from tdc_ray.diffusion.plan import Plan, plan_groups
+from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
-from tdc_ray.pruning.space import Space, space_of
+from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible
 from tdc_ray.runs.pretrained.sources import PretrainedBase
@@ -101,9 +101,10 @@ def check_limits(prune: PruneConfig, space: Space, plan: Plan) -> None:
     Raises:
         LimitError: A limit is below the cost of the smallest pruned model.
     """
+    remedy = "Raise plan.mean_macs_share" if AFTER_STAGE_1 in plan.notes else REMEDY
     if prune.method != "none":
         for group in plan.groups:
-            space.check_limit(group.limit(space.cost_base), f"group {group.index}")
+            space.check_limit(group.limit(space.cost_base), f"group {group.index}", remedy)
 
 
 def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str) -> None:

@@ -110,6 +110,9 @@ class GroupResult:
     milliseconds: float | None = None
     """Time of the expert's forward pass, by the table of the units' times."""
 
+    train_steps: int | None = None
+    """Steps of the fine-tune; None in results of older versions."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneResult:

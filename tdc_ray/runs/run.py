@@ -121,9 +121,15 @@ def run(
                     check_limits(config.prune, space, plan)
             make_base(run_dir, config, pretrained, events, session)
             checkpoint = checkpoint_of_moments(run_dir, config, plan.groups, cache)
-            context = pruning_context(run_dir, config, base_checkpoint=checkpoint)
+            context = pruning_context(
+                run_dir,
+                config,
+                base_checkpoint=checkpoint,
+                models_all_groups=config.models_all_groups,
+            )
             if config.measures_limits:
                 plan = _measure_limits(context, space, plan, pool)
+                check_limits(config.prune, space, plan)
                 events(PlanMade(plan))
             memory = _open_memory(run_dir, config.prune.num_candidates, events)
             experts, reference = _make_experts(context, config, space, plan, spec, memory, pool)
@@ -222,6 +228,9 @@ def _make_experts(
     if config.finetune.allocation == "excess":
         shared = finetunes_by_excess(config.finetune, searches)
         trains = pool.run({"allocation": shared}, "allocation")["allocation"]
+    if config.finetune.allocation != "equal":
+        steps = ", ".join(str(train.num_steps) for train in trains)
+        logger.info("fine-tune steps by group: %s", steps)
     chains: dict[str, Any] = {
         search.name: make_expert(search, memory, train, config.compute)
         for search, train in zip(searches, trains, strict=True)

@@ -38,11 +38,14 @@ from tdc_ray.storage.run_dir import RunDir
 def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[SimulationResult]:
     """Simulate stage 2 of a run, or of several side by side, for every number of workers.
 
+    Budgets that are shared by models of the loss are not known: every limit is then their mean,
+    all fine-tunes have the same steps, and no group waits for the models of the others.
+
     Raises:
         LimitError: A group's limit is below the smallest pruned model.
         StorageError: The run whose costs are used has no timeline, or other settings.
     """
-    seconds_of, train, searches = _costs(config, simulation), config.finetune, _searches(config)
+    seconds_of, searches = _costs(config, simulation), _searches(config)
     failures = FailureModel(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
@@ -52,7 +55,8 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
     def checkpoint_every_s(item: AnyItem) -> float | None:
         if not item.key.endswith("/finetune"):
             return None
-        return seconds_of(item) * min(1.0, train.checkpoint_every / max(1, train.num_steps))
+        share = config.finetune.checkpoint_every / max(1, item.num_steps)
+        return seconds_of(item) * min(1.0, share)
 
     return [
         Simulation(
@@ -115,7 +119,12 @@ def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
     by_macs = replace(config, prune=replace(config.prune, objective="macs"))
     with TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
-        context = pruning_context(run_dir, by_macs, TrainingData(config.data))
+        context = pruning_context(
+            run_dir,
+            by_macs,
+            TrainingData(config.data),
+            models_all_groups=config.models_all_groups,
+        )
         memory = MemoryBank(run_dir.memory)
         trains = finetunes(config.finetune, plan.groups)
         return [

@@ -4,12 +4,14 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torchvision.datasets import CIFAR10
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.data.detect import data_config
 from tdc_ray.data.load import SOURCES, load_dataset
-from tdc_ray.errors import DataError
+from tdc_ray.errors import ConfigError, DataError
 from tests.images import everything, npz_config, random_pixels
 
 
@@ -39,6 +41,17 @@ def test_photos_are_squares_of_scikit_learns_with_six_classes():
     np.testing.assert_array_equal(images[-1], flower[408:424, 624:640])
     assert (labels[0], labels[-1], dataset.num_classes) == (0, 5, 6)
     assert labels == sorted(labels)
+
+
+def test_a_path_that_is_named_like_a_bundled_source_must_be_written_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data_config("photos", DataConfig()).source == "photos"
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(random_pixels(8, 8, 3)).save(folder / "a.png")
+    with pytest.raises(ConfigError, match=r"--data photos is the name of .* write \./photos"):
+        data_config("photos", DataConfig())
+    assert data_config("./photos", DataConfig()).source == "folder"
 
 
 def test_every_source_that_the_settings_name_can_be_opened():

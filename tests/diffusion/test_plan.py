@@ -109,6 +109,13 @@ def test_max_macs_round_down_and_keep_the_base_whole():
     assert half.limit(7) == 3
 
 
+@given(st.integers(10**11, 3 * 10**11), st.floats(0.1, 1))
+def test_a_limit_that_is_the_cost_of_a_model_holds_that_model(base, share):
+    cost = int(share * base)
+    group = plan_groups(LINEAR, PlanConfig(), DDIM_100).groups[0]
+    assert dataclasses.replace(group, limit_share=cost / base).limit(base) == cost
+
+
 def test_snr_at_the_ends_of_a_group_is_the_schedules():
     snr = NoiseProcess.of(LINEAR).snr_db
     for group in plan_groups(LINEAR, PlanConfig(), DDIM_100).groups:

@@ -1,7 +1,9 @@
 import csv
 import importlib
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,16 @@ def test_scores_are_of_as_many_images_as_a_flag_says(monkeypatch, name, kind):
     flags = getattr(importlib.import_module(name), kind)
     assert flags(num_images=96).config(0).evaluate.num_images == 96
     assert flags().config(0).evaluate == preset("digits").evaluate
+
+
+def test_no_two_ways_are_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from finetune_ways import WAYS
+
+    start = preset("digits").finetune
+    ways = [replace(start, **changes) for changes in WAYS.values()]
+    assert all(one != other for one, other in itertools.combinations(ways, 2))
+    assert [way.lr_schedule for way in ways].count("linear") == 1
 
 
 def test_the_table_of_losses_names_the_training_seeds_and_the_reference(monkeypatch):

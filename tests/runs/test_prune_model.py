@@ -198,6 +198,15 @@ def test_the_settings_are_those_of_the_models_run_whatever_other_runs_are_named(
     assert again.config.prune.method == "offline"
 
 
+def test_how_the_models_run_shared_budgets_plays_no_part(tmp_path):
+    run_dir = make_run_dir(tmp_path / "one")
+    shared = {"plan": {"schedule": "measured"}, "finetune": {"allocation": "excess"}}
+    write_json(run_dir.config, to_json(small_config(**shared)))
+    rest = [str(run_dir.root), "--out", str(tmp_path / "out")]
+    command = parse(["prune", "--prune.space", "full", *rest])  # which measured limits refuse
+    assert not command.config.models_all_groups
+
+
 @pytest.mark.parametrize("flag", ["--no-verbose", "--data.no-horizontal-flip", "--macs=0.5"])
 def test_a_flag_without_a_value_does_not_hide_the_model(tmp_path, flag):
     run_dir = make_run_dir(tmp_path / "run")

@@ -45,6 +45,11 @@ def test_the_budget_goes_where_cuts_cost_most_and_a_resume_ends_the_same(
     ]
     assert len(models) == len(shares)  # also of groups that keep the whole base
     assert results.prune.search_macs > sum(model.macs for model in models)
+    # The same models take as much as in a run whose limits do not need them.
+    graded = load_result(RunDir(finished_run).group(0) / "second-order.json", SecondOrderResult)
+    measured = load_result(run_dir.group(0) / "second-order.json", SecondOrderResult)
+    assert measured.value.macs == graded.value.macs
+    assert [group.train_steps for group in results.groups] == [0] * len(shares)
 
     run_dir.results.unlink()  # as if it had been cut just before
     run_dir.plan.unlink()

@@ -121,7 +121,8 @@ def base_item(search: GroupSearch) -> WorkItem[CandidateJob, CandidateResult]:
     """Create the item that measures the base and saves the image weights of the group's refits."""
     prune, macs_base = search.context.prune, search.space.macs_base
     item = candidate_item(search, "base", keep_everything(search.space.units), 0)
-    if "none" in (prune.refit, prune.method) or search.max_macs >= macs_base:
+    is_read = search.max_macs < macs_base or search.context.models_all_groups
+    if "none" in (prune.refit, prune.method) or not is_read:
         return item
     weighing = float(ERROR_WEIGHT_PASSES * prune.num_refit_images * macs_base)
     return replace(

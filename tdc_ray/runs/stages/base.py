@@ -83,10 +83,11 @@ def last_checkpoint(run_dir: RunDir, cache: ResultCache | None) -> Path | None:
     It holds what ``base/unet`` does not: the raw weights, the optimizer's moments, the count of
     steps. A base from a cache has none of its own; the run that trained it may have kept it.
     """
-    own = _checkpoint_in(run_dir)
     mark = load_result(run_dir.base_result, BaseResult).cached
-    if own is not None or cache is None or mark is None:
-        return own
+    if mark is None or not mark.reused:
+        return _checkpoint_in(run_dir)
+    if cache is None:  # what is here is of an attempt that a cached base cut short
+        return None
     name = cache.saved_by(mark.key)
     if name is None:
         return None
@@ -108,7 +109,7 @@ def checkpoint_of_moments(
     Raises:
         CheckpointError: It is gone, and there are experts yet to be made.
     """
-    if config.finetune.optimizer_state == "new":
+    if config.finetune.optimizer_state == "new" or config.finetune.num_steps == 0:
         return None
     found = last_checkpoint(run_dir, cache)
     if found is None and not all(exists(run_dir.expert(group.index)) for group in groups):

@@ -13,6 +13,7 @@ from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.joint_limits import share_budget, tradeoff
+from tdc_ray.pruning.tasks.candidates import base_item
 from tdc_ray.pruning.tasks.second_order import second_order_item
 
 
@@ -60,7 +61,11 @@ def finetunes(train: FinetuneConfig, groups: Sequence[TimestepGroup]) -> list[Fi
 
 
 def _tradeoffs(searches: Sequence[GroupSearch]) -> Chain[list[FloatArray]]:
-    """Model every group's loss; the searches find the models done, as their items are the same."""
+    """Model every group's loss; the searches find the models done, as their items are the same.
+
+    The base is measured first, as in a search: the model reads the images' weights from there.
+    """
+    yield from results_of([base_item(search) for search in searches])
     results = yield from results_of([second_order_item(search) for search in searches])
     return [
         tradeoff(search.space, JointIncrease(search.space, result.model))

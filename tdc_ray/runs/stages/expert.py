@@ -44,6 +44,8 @@ def pruning_context(
     config: RunConfig,
     data: TrainingData | None = None,
     base_checkpoint: Path | None = None,
+    *,
+    models_all_groups: bool = False,
 ) -> PruningContext:
     """Create the settings that the searches of a run's groups have in common.
 
@@ -52,6 +54,7 @@ def pruning_context(
         config: Its settings.
         data: The data that its denoisers are trained on, where known.
         base_checkpoint: Stage 1's last, for fine-tunes that begin with its moments.
+        models_all_groups: Budgets are shared by quadratic models of all groups.
     """
     train = config.finetune
     return PruningContext(
@@ -63,7 +66,7 @@ def pruning_context(
         prune=config.prune,
         proxy=config.proxy,
         tf32=config.compute.tf32,
-        models_all_groups=config.models_all_groups,
+        models_all_groups=models_all_groups,
         work_after=3.0 * train.num_steps * train.batch_size,  # forward and backward count three
         base_checkpoint=base_checkpoint,
     )
@@ -111,7 +114,8 @@ def _successive_halving(
     candidates = list(result.candidates[: (len(result.candidates) + 1) // 2])
     steps, before = search.context.prune.halving_steps, 0
     while len(candidates) > 1:
-        longer = replace(train, num_steps=steps)
+        # The better ones go on from there, so the learning rate may not have fallen to 0.
+        longer = replace(train, num_steps=steps, lr_schedule="constant")
         items = [
             short_finetune_item(
                 search, "try-{1}-{2}".format(*one.entry.key), one.kept, longer, compute, before

@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.fingerprint import training_key
 from tdc_ray.diffusion.plan import plan_groups
+from tdc_ray.errors import LimitError
 from tdc_ray.execution.chain import run_chain
+from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.preflight import check_limits
 from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
-from tests.small import make_run_dir, small_config, task_of
+from tests.small import TINY, make_run_dir, small_config, task_of
 
 CONFIG = small_config(
     plan={"num_groups": 3, "min_macs_share": 0.3},
@@ -60,3 +63,11 @@ def test_a_measured_plan_has_the_budget_as_its_mean(searches):
     assert measured.mean_limit_share == pytest.approx(0.6)
     assert len({group.limit_share for group in measured.groups}) > 1
     assert [group.timesteps for group in measured.groups] == [g.timesteps for g in GROUPS]
+
+
+def test_a_budget_below_the_smallest_models_is_refused_with_the_setting_to_raise():
+    plan = replace(CONFIG.plan, schedule="measured", mean_macs_share=0.05)
+    config = replace(CONFIG, plan=plan)
+    measured = plan_groups(config.diffusion, config.plan, config.sampler)
+    with pytest.raises(LimitError, match=r"group 0 is limited .* Raise plan\.mean_macs_share\."):
+        check_limits(config.prune, space_of(TINY, "inner"), measured)

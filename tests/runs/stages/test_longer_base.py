@@ -194,6 +194,13 @@ def test_the_checkpoint_of_a_base_from_a_cache_is_that_of_the_run_that_trained_i
     assert last_checkpoint(other, None) is None
     ItemResult(value, CacheMark("none", reused=True)).save(other.base_result)
     assert last_checkpoint(other, reusing) is None
+    # A kill left one of an own training, then the base came from the cache.
+    ItemResult(value, CacheMark(key, reused=True)).save(other.base_result)
+    unfinished = other.base_training / "checkpoint_000002" / STATE_FILE
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    assert last_checkpoint(other, reusing) == own
+    assert last_checkpoint(other, None) is None
     another = make_run_dir(tmp_path / "another")  # of other weights, under the same entry
     ItemResult(value, CacheMark(key, reused=True)).save(another.base_result)
     assert last_checkpoint(another, reusing) is None
