@@ -79,6 +79,8 @@ class EqualFlags(Flags):
     """How TDC is pruned, such as taylor, whose search takes little; default: the preset's."""
     schedule: FlopsSchedule | None = None
     """How TDC's limits move with t; default: the preset's."""
+    mean_macs_share: float | None = None
+    """Mean of a measured schedule's limits over the sampling steps; default: that of SNR's."""
     rows: tuple[Name, ...] = ROWS
     """Ways to spend the macs; TDC and the base trained on are always among them."""
     num_noised: int = 4096
@@ -94,8 +96,9 @@ class EqualFlags(Flags):
             config = replace(config, model=replace(config.model, architecture=self.architecture))
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
-        if self.schedule is not None:
-            config = replace(config, plan=replace(config.plan, schedule=self.schedule))
+        schedule = self.schedule or config.plan.schedule
+        plan = replace(config.plan, schedule=schedule, mean_macs_share=self.mean_macs_share)
+        config = replace(config, plan=plan)
         if self.smoke:  # whose search takes more than all training
             prune = replace(config.prune, num_rounds=1, num_passes=1)
             compare = replace(compare, num_images=180)
@@ -268,7 +271,9 @@ def start_of(
 def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
-    parts = [flags.preset, *filter(None, (flags.architecture, flags.method, flags.schedule))]
+    share = None if flags.mean_macs_share is None else f"{flags.mean_macs_share:g}"
+    chosen = flags.architecture, flags.method, flags.schedule, share
+    parts = [flags.preset, *filter(None, chosen)]
     folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}"
     found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
