@@ -240,5 +240,5 @@ def test_tensorboard_reads_a_session_for_every_run_with_all_metrics(swept):
         name, values = found.pop(row.params["plan.min_macs_share"])
         assert name == f"hparams/{row.name}"
         assert values == pytest.approx(metrics_of(row))
-        assert len(values) == 5
+        assert len(values) == 6
     assert not found
