@@ -68,7 +68,7 @@ def trained_along(
     task: GroupSearch, kept: KeptIndices, config: RunConfig, points: Sequence[Path]
 ) -> Chain[list[FinetuneResult]]:
     """Train one sub-model from its start, and save it at every point."""
-    # Each point goes on from the last, so the learning rate may not have fallen there.
+    # Each point resumes from the one before, whose learning rate may not have fallen.
     whole, results = replace(config.finetune, lr_schedule="constant"), []
     checkpoint = None
     for share, root in zip(SHARES, points, strict=True):

@@ -16,6 +16,7 @@ from tdc_ray.models.structure import network_structure
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.noised import Purpose, noised_batches, run_all
+from tdc_ray.pruning.ranked import Ranked
 from tdc_ray.pruning.refit.error_weights import (
     ErrorWeights,
     error_weights,
@@ -66,7 +67,7 @@ class PrunedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Ranked):
     """A pruned model's losses on held-out images and noise of the group's timesteps."""
 
     loss_cut: float
@@ -88,16 +89,6 @@ class Measured:
 
     distance: float | None = field(default=None, kw_only=True)
     """Mean square of how far the prediction is from the base's; None in results of 0.1.0."""
-
-    @property
-    def loss(self) -> float:
-        """The loss that counts: after the refit, or after pruning without one."""
-        return self.loss_cut if self.loss_refit is None else self.loss_refit
-
-    @property
-    def rank(self) -> float:
-        """What candidates are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
-        return self.loss if self.loss_refit is None or self.distance is None else self.distance
 
 
 def load_base(context: PruningContext, group: TimestepGroup) -> LoadedBase:

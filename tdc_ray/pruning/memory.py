@@ -9,12 +9,13 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
+from tdc_ray.pruning.ranked import Ranked
 from tdc_ray.storage.files import append_json_line, read_json_lines
 from tdc_ray.storage.object_store import display_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinalLosses:
+class FinalLosses(Ranked):
     """Losses of a finalist on images and noise that no earlier choice has seen."""
 
     loss_cut: float
@@ -23,19 +24,9 @@ class FinalLosses:
     standard_error: float | None
     distance: float | None
 
-    @property
-    def loss(self) -> float:
-        """The loss that counts: after the refit, or after pruning without one."""
-        return self.loss_cut if self.loss_refit is None else self.loss_refit
-
-    @property
-    def rank(self) -> float:
-        """What finalists are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
-        return self.loss if self.loss_refit is None or self.distance is None else self.distance
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryEntry:
+class MemoryEntry(Ranked):
     """One scheme that was measured."""
 
     group: int
@@ -85,16 +76,6 @@ class MemoryEntry:
 
     final: FinalLosses | None = None
     """Its losses as a finalist; None where it was none."""
-
-    @property
-    def loss(self) -> float:
-        """The loss that counts: after the refit, or after pruning without one."""
-        return self.loss_cut if self.loss_refit is None else self.loss_refit
-
-    @property
-    def rank(self) -> float:
-        """What candidates are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
-        return self.loss if self.loss_refit is None or self.distance is None else self.distance
 
     def increase(self, loss_base: float) -> float:
         """Return the increase of the loss over the base's, after a refit to second order."""
