@@ -70,6 +70,7 @@ def _small(
 ARCHITECTURES: Mapping[str, NetworkConfig] = {
     "tiny": _small(sample_size=8, channels=(16, 32), layers_per_block=1),
     "digits": _small(sample_size=8, channels=(32, 64), layers_per_block=2),
+    "tiny16": _small(sample_size=16, channels=(16, 32), layers_per_block=1),
     "mnist16": _small(sample_size=16, channels=(32, 64), layers_per_block=2),
     "photos16": _small(sample_size=16, channels=(16, 32), layers_per_block=1, in_channels=3),
     "mnist32": _small(sample_size=32, channels=(32, 64, 64), layers_per_block=2),
