@@ -119,6 +119,11 @@ class FinetuneConfig(TrainConfig):
     alike; timesteps: by the number of a group's timesteps; excess: by that times what its limit
     adds to its loss, as a quadratic model predicts: a group that is not pruned gets none."""
 
+    distillation_share: Share = 0.0
+    """Share of what the unpruned base predicts in the target, in [0, 1), the rest is the noise
+    itself: distillation (arXiv:1503.02531), whose forward pass of the base counts among the
+    training macs. 0: none."""
+
     optimizer_state: OptimizerState = "new"
     """AdamW's moments and count of steps before the first step: new has none, base those of stage
     1's last checkpoint, pruned as the weights are. The warm-up is the same for both."""

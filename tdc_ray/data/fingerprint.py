@@ -22,7 +22,7 @@ LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", 
 LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")
 """Settings of training that change no weight."""
 
-LATER_FIELDS = {"allocation": "equal", "optimizer_state": "new"}
+LATER_FIELDS = {"allocation": "equal", "optimizer_state": "new", "distillation_share": 0.0}
 """Settings of training that came after the first caches, and what was so before them: a key holds
 other values alone."""
 

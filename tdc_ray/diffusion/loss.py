@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tdc_ray.config.train import LossWeight
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, at
+from tdc_ray.models.denoiser import Denoiser
 
 DEFAULT_GAMMA: Mapping[LossWeight, float] = {"min-snr": 5.0, "p2": 1.0}
 """The papers' own: Min-SNR (arXiv:2303.09556) and P2 (arXiv:2204.00227)."""
@@ -33,8 +35,35 @@ def loss_weights(schedule: NoiseSchedule, kind: LossWeight, gamma: float | None)
     return schedule.prediction.weights(kind, schedule.snr, gamma)
 
 
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A network whose predictions another learns from."""
+
+    network: Denoiser
+    """In eval mode, on the device of the batches."""
+
+    share: float
+    """Of its prediction in the target, in [0, 1]."""
+
+    def target(self, schedule: NoiseSchedule, batch: NoisedBatch) -> Tensor:
+        """Interpolate between what is true and what the network predicts: ``(B, C, H, W)``.
+
+        The mean squared error from it has the gradient of ``1 - share`` times that from the truth
+        plus ``share`` times that from the prediction.
+        """
+        true = batch.target(schedule)
+        with torch.no_grad():
+            predicted = batch.predict(self.network, schedule).float()[:, : true.shape[1]]
+        return true.lerp(predicted, self.share)
+
+
 def loss_per_image(
-    schedule: NoiseSchedule, output: Tensor, batch: NoisedBatch, *, weights: Tensor | None = None
+    schedule: NoiseSchedule,
+    output: Tensor,
+    batch: NoisedBatch,
+    *,
+    weights: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """Compute every image's training loss: L_simple, or L_hybrid where the variance is learnt.
 
@@ -48,12 +77,14 @@ def loss_per_image(
             learnt: the prediction, then where in its range the variance lies, from -1 to 1.
         batch: What the network saw.
         weights: Weight of L_simple at every timestep, ``(T,)``; None means 1. L_vlb has none.
+        teacher: Whose predictions are part of L_simple's target; None means nobody's.
 
     Returns:
         ``(B,)``, float32.
     """
     predicted, *variance = output.float().chunk(2 if schedule.learned_sigma else 1, dim=1)
-    simple = (predicted - batch.target(schedule)).square().mean(dim=(1, 2, 3))
+    target = batch.target(schedule) if teacher is None else teacher.target(schedule, batch)
+    simple = (predicted - target).square().mean(dim=(1, 2, 3))
     if weights is not None:
         simple = weights[batch.timesteps] * simple
     if not variance:
@@ -63,7 +94,12 @@ def loss_per_image(
 
 
 def denoising_loss(
-    model: nn.Module, schedule: NoiseSchedule, batch: NoisedBatch, *, weights: Tensor | None = None
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    batch: NoisedBatch,
+    *,
+    weights: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """Run a model on noised images, and compute every image's training loss.
 
@@ -72,11 +108,13 @@ def denoising_loss(
         schedule: The noise schedule, on the device of the model.
         batch: Images, noise, timesteps and labels, on that device, too.
         weights: Weight of L_simple at every timestep, ``(T,)``; None means 1.
+        teacher: Whose predictions are part of the target; None means nobody's.
 
     Returns:
         ``(B,)``, float32.
     """
-    return loss_per_image(schedule, batch.predict(model, schedule), batch, weights=weights)
+    output = batch.predict(model, schedule)
+    return loss_per_image(schedule, output, batch, weights=weights, teacher=teacher)
 
 
 def _vlb_bits(

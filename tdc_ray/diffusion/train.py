@@ -19,7 +19,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import LearningRateSchedule, TrainConfig
 from tdc_ray.data.batches import augment, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch
-from tdc_ray.diffusion.loss import denoising_loss, loss_weights
+from tdc_ray.diffusion.loss import Teacher, denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
@@ -185,6 +185,7 @@ def train(
     seed: int,
     rank: int = 0,
     label_dropout: float = 0.0,
+    teacher: Teacher | None = None,
     report: Report,
     save: Callable[[TrainState], None],
 ) -> None:
@@ -204,6 +205,7 @@ def train(
         seed: Seed of noise, timesteps, augmentation and dropout.
         rank: The rank among the workers.
         label_dropout: Share of labels that a UNet conditioned on classes sees as its last class.
+        teacher: Whose predictions are part of the target; None means nobody's.
         report: Gets ``loss`` (weighted, mean since the last report), ``grad_norm``,
             ``learning_rate`` and ``images_per_second`` (of this rank) every ``config.log_every``
             steps.
@@ -235,7 +237,7 @@ def train(
         if gamma := config.input_perturbation:  # drawn last: without it nothing else changes
             noise = torch.randn(x_0.shape, generator=generator, device=device)
             batch = replace(batch, perturbation=gamma * noise)
-        losses.add(_backward(state, model, schedule, config, batch, weights))
+        losses.add(_backward(state, model, schedule, config, batch, weights, teacher))
         grad_norm = update(state, config)
         last = state.step == config.num_steps
         checkpoint = last or state.step % config.checkpoint_every == 0
@@ -272,6 +274,7 @@ def _backward(
     config: TrainConfig,
     batch: NoisedBatch,
     weights: Tensor | None,
+    teacher: Teacher | None,
 ) -> Tensor:
     """Accumulate the gradients of all micro-batches; return the mean loss, on the device."""
     num_images = len(batch.x_0)
@@ -280,7 +283,8 @@ def _backward(
     for number, part in enumerate(parts, start=1):
         last = number == len(parts)
         with _gradient_sync(model, last=last), autocast(config.precision, state.device):
-            loss = denoising_loss(model, schedule, part, weights=weights).sum() / num_images
+            losses = denoising_loss(model, schedule, part, weights=weights, teacher=teacher)
+            loss = losses.sum() / num_images
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total

@@ -8,7 +8,7 @@ from scipy.stats import norm
 from torch import nn
 
 from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
-from tdc_ray.diffusion.loss import denoising_loss, loss_per_image, loss_weights
+from tdc_ray.diffusion.loss import Teacher, denoising_loss, loss_per_image, loss_weights
 from tdc_ray.diffusion.prediction import PREDICTIONS
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tests.diffusion.test_process import (
@@ -191,6 +191,18 @@ def test_the_network_sees_scaled_timesteps_and_the_noising_does_not():
     assert model.timestep.tolist() == [10, 990]
     assert torch.equal(model.sample, schedule.add_noise(x_0, epsilon, timesteps))
     torch.testing.assert_close(found, losses(COSINE, model.output, x_0, epsilon, timesteps))
+
+
+@pytest.mark.parametrize("channels", [3, 6], ids=["mean", "mean and variance"])
+def test_a_teacher_pulls_the_gradient_its_share_of_the_way_to_its_own_prediction(channels):
+    schedule = noise_schedule(LINEAR)
+    batch = NoisedBatch(pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), TIMESTEPS)
+    teacher = Teacher(Scripted(gaussian(6, channels, 4, 4, seed=1)), 0.3)
+    output = gaussian(6, 3, 4, 4, seed=2).requires_grad_()
+    loss_per_image(schedule, output, batch, teacher=teacher).sum().backward()
+    off = 0.7 * (output - batch.epsilon) + 0.3 * (output - teacher.network.output[:, :3])
+    torch.testing.assert_close(output.grad, (2 * off / (3 * 4 * 4)).detach())
+    assert torch.equal(teacher.network.sample, batch.x_t(schedule))
 
 
 # --- weights of the timesteps ----------------------------------------------------------------

@@ -13,6 +13,7 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import training_key
+from tdc_ray.diffusion.loss import Teacher
 from tdc_ray.diffusion.moments import adopt_moments
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.train import TrainState, start_state, train
@@ -76,7 +77,7 @@ class FinetuneResult:
 
     train_steps: int
     train_macs: float
-    """Three forward passes per image seen."""
+    """Of all images seen; see :func:`macs_per_image`."""
 
     seconds: float
     """Seconds of the last attempt."""
@@ -120,9 +121,20 @@ def finetune_expert(job: FinetuneJob, report: Report) -> FinetuneResult | None:
         num_params=count_params(state.unet),
         loss_finetuned=loss,
         train_steps=job.train.num_steps,
-        train_macs=3.0 * macs * job.num_images,
+        train_macs=macs_per_image(job.train, macs, base.space.macs_base) * job.num_images,
         seconds=time.perf_counter() - started,
     )
+
+
+def macs_per_image(train: FinetuneConfig, macs: float, macs_base: float) -> float:
+    """Return the macs of a training step per image: three forward passes, and the teacher's one.
+
+    Args:
+        train: The settings, which say whether the base teaches.
+        macs: Of a forward pass of what is trained.
+        macs_base: Of a forward pass of the base.
+    """
+    return 3.0 * macs + (macs_base if train.distillation_share else 0.0)
 
 
 def finetune_inputs(job: FinetuneJob) -> Inputs:
@@ -170,8 +182,8 @@ def short_finetune(job: FinetuneJob, report: Report) -> ShortFinetuneResult | No
     except NonFiniteLossError as error:
         logger.warning("%s: %s", job.checkpoint.stem, error)
         loss = math.inf
-    macs = 3.0 * base.space.macs(widths_of(job.kept)) * job.num_images
-    return ShortFinetuneResult(loss, macs, time.perf_counter() - started)
+    each = macs_per_image(job.train, base.space.macs(widths_of(job.kept)), base.space.macs_base)
+    return ShortFinetuneResult(loss, each * job.num_images, time.perf_counter() - started)
 
 
 def finetune_item(
@@ -218,13 +230,15 @@ def _item(
     compute: ComputeConfig,
 ) -> WorkItem[FinetuneJob, R]:
     """Create an item for actors that train: one, or several, data parallel."""
+    space = search.space
+    each = macs_per_image(job.train, space.macs(widths_of(job.kept)), space.macs_base)
     return WorkItem(
         key=search.key(name),
         function=function,
         job=job,
         result_path=search.result_path(name, job.kept),
         result_type=result_type,
-        cost=3.0 * search.space.macs(widths_of(job.kept)) * job.num_images,
+        cost=each * job.num_images,
         cost_behind=search.cost_behind(),
         num_steps=job.train.num_steps,
         resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
@@ -314,6 +328,7 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
         seed=derive_seed(context.seed, *seed_parts),
         rank=rank.rank,
         label_dropout=context.conditioning.label_dropout,
+        teacher=Teacher(base.network, share) if (share := job.train.distillation_share) else None,
         report=report,
         save=lambda current: current.save(job.checkpoint) if rank.rank == 0 else None,
     )

@@ -217,6 +217,23 @@ def test_a_margin_is_trained_on_and_not_measured_on(task, expert, tmp_path):
     assert found.loss_finetuned == held_out_loss_of(saved, config_of(), task.group)
 
 
+# --- taught by the base ----------------------------------------------------------------------
+
+
+def test_an_expert_that_the_base_teaches_pays_for_its_forward_passes(task, expert, tmp_path):
+    taught = with_run_dir(task, make_run_dir(tmp_path))
+    before = weights_of_base(taught)
+    found = make(taught, config_of(distillation_share=0.5))
+    forward_passes = NUM_STEPS * 8 * taught.space.macs_base
+    assert found.train_macs == expert.train_macs + forward_passes
+    assert found.loss_finetuned != expert.loss_finetuned
+    assert_same(weights_of_base(taught), before)
+
+
+def weights_of_base(task: GroupSearch) -> dict[str, torch.Tensor]:
+    return dict(load_unet(task.context.run_dir.base_unet).state_dict())
+
+
 # --- averaged with the start -----------------------------------------------------------------
 
 
