@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from tdc_ray.cli.run import run
+from tdc_ray.config.plan import FlopsSchedule
 from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.run import RunConfig, differences, from_json, to_json, with_absolute_paths
@@ -62,6 +63,13 @@ class Flags:
     """Most concurrent actors; default: as many as fit on the cluster."""
     precision: Precision | None = None
     """Precision of training; default: the preset's."""
+    architecture: str | None = None
+    """Another architecture for the preset's data, such as tiny for digits; default: the
+    preset's."""
+    base_steps: int | None = None
+    """Steps of the base; default: the preset's."""
+    schedule: FlopsSchedule | None = "snr"
+    """How the limits move with t, as in the paper's tables. None: the preset's."""
     steps_share: float = 1.0
     """Share of the preset's steps, and of the images that are measured and scored, which sizes the
     experiment for the machine (0.25: for 2 CPU cores). With --smoke always 1."""
@@ -88,7 +96,21 @@ class Flags:
         if self.first_stage is not None:
             data = replace(data, first_stage=str(self.first_stage.resolve()))
         config = replace(config, data=data)
-        return config if self.smoke else in_size(config, self.steps_share)
+        if not self.smoke:
+            config = in_size(config, self.steps_share)
+        if self.schedule is not None:
+            config = replace(config, plan=replace(config.plan, schedule=self.schedule))
+        if self.architecture is not None:
+            config = replace(config, model=replace(config.model, architecture=self.architecture))
+        if self.base_steps is not None:
+            config = replace(config, base=replace(config.base, num_steps=self.base_steps))
+        return config
+
+    @property
+    def variant(self) -> str:
+        """The preset, and what of the base is not the preset's: a part of folder names."""
+        steps = None if self.base_steps is None else f"base-{self.base_steps}"
+        return "-".join(filter(None, (self.preset, self.architecture, steps)))
 
 
 @dataclass(frozen=True, kw_only=True)

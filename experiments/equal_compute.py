@@ -70,11 +70,6 @@ class EqualFlags(Flags):
 
     budgets: tuple[float, ...] = (1.0,)
     """How many times the preset's fine-tune steps TDC takes; its macs are every row's total."""
-    base_steps: int | None = None
-    """Steps of the base; default: the preset's."""
-    architecture: str | None = None
-    """Another architecture for the preset's data, such as tiny for digits; default: the
-    preset's."""
     method: PruneMethod | None = None
     """How TDC is pruned, such as taylor, whose search takes little; default: the preset's."""
     schedule: FlopsSchedule | None = None
@@ -90,14 +85,9 @@ class EqualFlags(Flags):
         """Return the preset's settings for one seed, TDC compared with the base trained on."""
         config = super().config(seed)
         compare = CompareConfig(kind="equal-macs", num_images=self.num_noised)
-        if self.base_steps is not None:
-            config = replace(config, base=replace(config.base, num_steps=self.base_steps))
-        if self.architecture is not None:
-            config = replace(config, model=replace(config.model, architecture=self.architecture))
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
-        schedule = self.schedule or config.plan.schedule
-        plan = replace(config.plan, schedule=schedule, mean_macs_share=self.mean_macs_share)
+        plan = replace(config.plan, mean_macs_share=self.mean_macs_share)
         config = replace(config, plan=plan)
         if self.smoke:  # whose search takes more than all training
             prune = replace(config.prune, num_rounds=1, num_passes=1)

@@ -36,16 +36,17 @@ from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.runs.results import LossDifference
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 
-Way = Literal["constant", "linear", "cosine", "margin", "perturbed"]
+Way = Literal["constant", "linear", "cosine", "margin", "perturbed", "distilled"]
 
 WAYS: Mapping[Way, Mapping[str, Any]] = {
     "constant": {"lr_schedule": "constant"},
     "linear": {"lr_schedule": "linear"},
     "cosine": {"lr_schedule": "cosine"},
-    "margin": {"lr_schedule": "constant", "timestep_margin": 0.1},
-    "perturbed": {"lr_schedule": "constant", "input_perturbation": 0.1},
+    "margin": {"lr_schedule": "linear", "timestep_margin": 0.1},
+    "perturbed": {"lr_schedule": "linear", "input_perturbation": 0.1},
+    "distilled": {"lr_schedule": "linear", "distillation_share": 0.5},
 }
-"""What each way changes of the preset's fine-tune."""
+"""What each way changes of the preset's fine-tune; a teacher's passes come out of the steps."""
 
 LONGER, EXPERTS = "base trained on", "experts"
 
@@ -87,6 +88,8 @@ def models_of(
         models.setdefault("base", start)
         for way in flags.ways:
             by_way = tuned(settings, num_steps=num_steps, **WAYS[way])
+            if by_way.finetune.distillation_share:  # three passes of a step, and the teacher's
+                by_way = tuned(by_way, num_steps=round(0.75 * num_steps))
             trained = experts_of(pool, by_way, base, folder / way)
             for share in flags.shares:
                 average = averaged(start, trained, share, folder / f"{way}-{share:g}")
@@ -165,7 +168,7 @@ def main(flags: WaysFlags) -> None:
         # Its few steps are all warm-up, so that no schedule of the learning rate differs.
         ways: tuple[Way, ...] = ("constant", "perturbed")
         flags = replace(flags, ways=ways, samplers=(("ddim", 5), ("dpmsolver++", 5)))
-    folder = flags.storage / f"finetune_ways-{flags.preset}"
+    folder = flags.storage / f"finetune_ways-{flags.variant}"
     titles = [f"{sampler} {steps}" for sampler, steps in flags.samplers]
     scores: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, list[Sequence[LossDifference]]] = {}

@@ -155,7 +155,7 @@ def compared(losses: Losses, name: str) -> dict[str, object]:
 
 def main(flags: LossFlags) -> None:
     """Prune, measure, and write the tables."""
-    folder = flags.storage / f"loss_after_pruning-{flags.preset}"
+    folder = flags.storage / f"loss_after_pruning-{flags.variant}"
     settings = SETTINGS[-1:] if flags.smoke else flags.settings
     names = (*SCORES, *flags.searches)
     tasks: dict[Cell, dict[str, GroupSearch]] = {}

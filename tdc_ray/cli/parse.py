@@ -127,7 +127,9 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     named = command.config.preset
     config = preset(named or "digits")
     if isinstance(command, PruneCommand):
-        return _of_model(command.model_dir, config, has_preset=bool(named))
+        return _without_shared_budgets(
+            _of_model(command.model_dir, config, has_preset=bool(named))
+        )
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
@@ -190,6 +192,12 @@ def _of_costs(run: Path | None, config: RunConfig) -> RunConfig:
     """Return the settings of the run whose costs a simulation takes, if there is one."""
     path = RunDir(resolve_path(run)).config if run is not None else None
     return config if path is None or not exists(path) else from_json(read_json(path))
+
+
+def _without_shared_budgets(config: RunConfig) -> RunConfig:
+    """Return settings for a single group, whose limit is given."""
+    plan = replace(config.plan, schedule="snr", mean_macs_share=None, match_snr_mean=False)
+    return replace(config, plan=plan, finetune=replace(config.finetune, allocation="equal"))
 
 
 def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:

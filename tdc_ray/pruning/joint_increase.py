@@ -8,6 +8,12 @@ from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Scheme, Space
 
+SHARED = 0.5
+"""Share of what cuts of two units do to each other that counts: the refit of later layers makes
+up for some of it, and it is noisier than what each does alone. On digits bases (two seeds, up to
+four groups each, 0.7 F, fresh noise) schemes chosen with all of it lost more than the knapsack
+without it in seven of seven cases, with half of it as much."""
+
 LEAST_GAIN = 1e-6
 """Exchanges go on while they lower the increase by this share."""
 
@@ -26,6 +32,7 @@ class JointIncrease:
     def __init__(self, space: Space, model: QuadraticModel) -> None:
         self._space = space
         parts, known, num_levels = [], 0, len(model.products)
+        products = SHARED * np.array(model.products).reshape(num_levels, num_levels)
         for unit in space.units:
             levels = model.levels.get(unit.name, ())
             share = np.zeros((unit.width, num_levels))
@@ -34,11 +41,11 @@ class JointIncrease:
                 widths = [*levels, unit.width]
                 share[:, known + place] = np.interp(range(1, unit.width + 1), widths, at_levels)
             parts.append(share)
-            known += len(levels)
+            own = slice(known, known + len(levels))
+            products[own, own] /= SHARED
+            known = own.stop
         between = np.concatenate(parts)  # (all units' widths, levels)
-        self._products = (
-            between @ np.array(model.products).reshape(num_levels, num_levels) @ between.T
-        )
+        self._products = between @ products @ between.T
         firsts = np.cumsum([0, *(unit.width for unit in space.units)])
         self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
 

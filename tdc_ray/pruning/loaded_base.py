@@ -133,7 +133,7 @@ def prune_and_refit(base: LoadedBase, kept: KeptIndices, share: float = 1.0) -> 
 def refit_weights(
     base: LoadedBase, model: PrunedModel, batches: Sequence[NoisedBatch]
 ) -> tuple[ErrorWeights, float]:
-    """Return the weight of every image in a refit, and the macs of computing it.
+    """Return the weights of errors in a refit, and the macs of computing them.
 
     Those of the base are read from the file that its measurement wrote.
 
@@ -144,12 +144,14 @@ def refit_weights(
     """
     path = base.context.run_dir.error_weights(base.group.index)
     if model.kept == base.whole.kept and exists(path):
-        return load_weights(path, batches, base.network.device), 0.0
+        weights = load_weights(path, batches, base.network.device)
+        if weights.channels:  # files of 0.1.0 have none
+            return weights, 0.0
     return _weigh(base, model, batches)
 
 
 def save_refit_weights(base: LoadedBase) -> float:
-    """Save the weight of every image in the group's refits; return the macs of computing it."""
+    """Save the weights of errors in the group's refits; return the macs of computing them."""
     weights, macs = _weigh(base, base.whole, list(base.batches("refit")))
     save_weights(base.context.run_dir.error_weights(base.group.index), weights)
     return macs
@@ -158,9 +160,15 @@ def save_refit_weights(base: LoadedBase) -> float:
 def _weigh(
     base: LoadedBase, model: PrunedModel, batches: Sequence[NoisedBatch]
 ) -> tuple[ErrorWeights, float]:
-    passes = ERROR_WEIGHT_PASSES * _count(batches)
-    macs = float(passes * base.space.macs(widths_of(model.kept)))
-    return error_weights(model.network, batches, base.schedule), macs
+    units = [unit.name for unit in base.space.units if unit.kind != "stream"]
+    weights = error_weights(model.network, batches, base.schedule, units)
+    passes = ERROR_WEIGHT_PASSES * base.space.macs(widths_of(model.kept))
+    products = sum(
+        unit.pixels * len(weights.channels[unit.name]) ** 2
+        for unit in base.space.units
+        if unit.kind != "stream"
+    )
+    return weights, float(_count(batches) * (passes + products))
 
 
 def measure(

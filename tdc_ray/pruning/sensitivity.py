@@ -62,7 +62,7 @@ def solve_units(
         scores: Scores of units that are ranked already.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
-        weights: Weight of every image in every step.
+        weights: Weight of every image in every step, and of the units' output channels.
         num_levels: Number of widths of each unit.
 
     Returns:
@@ -73,7 +73,7 @@ def solve_units(
     for unit, squares in _statistics(base, units, batches, schedule, weights):
         macs += squares.macs
         if unit.name not in scores:
-            scores[unit.name] = reconstruction_scores(unit, squares)
+            scores[unit.name] = reconstruction_scores(unit, squares, weights.channels[unit.name])
         solutions[unit.name] = {
             width: squares.solve(_columns(unit, scores, width, squares.layer))
             for width in levels(unit, num_levels)
@@ -176,7 +176,7 @@ def _statistics(
                 continue
             with ActivationHook(squares[step.name].layer) as hook:
                 state = step(state)
-            squares[step.name].add(hook.input, hook.output, weights[step.name][number])
+            squares[step.name].add(hook.input, hook.output, weights.images[step.name][number])
     for unit in units:
         yield unit, squares.pop(unit.name)
 

@@ -122,6 +122,7 @@ def print_results(console: Console, results: Results) -> None:
             ("timesteps", lambda group: timesteps_text(group.timesteps)),
             ("limit", limit_text),
             ("macs", lambda group: macs_text(group.macs)),
+            ("steps", lambda g: "-" if g.train_steps is None else f"{g.train_steps:,}"),
             ("base", lambda group: f"{group.loss_base:.4f}"),
             ("cut", lambda group: f"{group.loss_cut:.4f}"),
             ("refit", lambda g: "-" if g.loss_refit is None else f"{g.loss_refit:.4f}"),

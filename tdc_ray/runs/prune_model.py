@@ -81,20 +81,13 @@ def check_out(out: Path) -> None:
 def run_config_of(unet: Path) -> RunConfig | None:
     """Return the settings of the run that trained a UNet, or None if it is in no run directory.
 
-    How it shared budgets among groups is left out: there is one group, whose limit is given.
-
     Raises:
         ConfigError: They are of another version.
     """
     path = unet.parent.parent / "config.json"
     if unet.name != "unet" or unet.parent.name != "base" or not exists(path):
         return None
-    config = from_json(read_json(path))
-    return replace(
-        config,
-        plan=replace(config.plan, schedule="snr", mean_macs_share=None, match_snr_mean=False),
-        finetune=replace(config.finetune, allocation="equal"),
-    )
+    return from_json(read_json(path))
 
 
 def prune_model(

@@ -47,7 +47,8 @@ SEEN, HELD_OUT = noised(14, 10), noised(4, 3, seed=1)
 
 
 def weights_of(base: UNet2DModel) -> ErrorWeights:
-    return error_weights(base, SEEN, SCHEDULE)
+    names = [unit.name for unit in units_of(base.config)]
+    return error_weights(base, SEEN, SCHEDULE, names)
 
 
 @torch.no_grad()

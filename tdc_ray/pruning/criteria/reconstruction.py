@@ -4,25 +4,30 @@ It is no ``prune.method``: sensitivities rank inner units by it, whose statistic
 """
 
 import torch
+from torch import Tensor
 
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.refit.least_squares import LeastSquares
 
 
-def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
+def reconstruction_scores(unit: Unit, squares: LeastSquares, channels: Tensor) -> list[float]:
     """Score a residual block's groups, or an attention's heads, by the error after a refit.
 
     Groups are removed one by one, always the one with the smallest squared error of the layer
     after the unit when all remaining weights are solved for anew: the optimal brain surgeon for
-    whole groups. The score of a group is the error when it is removed.
+    whole groups. The score of a group is the error when it is removed. Errors of the layer's
+    output channels count by what they do to the network's prediction.
 
     Args:
         unit: The unit.
         squares: Normal equations of the layer that reads it, on the base's own activations.
+        channels: What errors in two of its output channels do together, ``(m, m)``, up to a
+            factor: positive semidefinite.
     """
     gram, cross = squares.normal()
     inverse = torch.linalg.inv(gram)
-    weights = inverse @ cross  # (n, m)
+    # The columns are independent of each other, so that weighing them at the start is enough.
+    weights = inverse @ (cross @ _root(channels.double()))  # (n, m)
     size = len(gram) // unit.width
     remaining = {step: slice(step * size, (step + 1) * size) for step in range(unit.width)}
     scores, error = [0.0] * unit.width, 0.0
@@ -44,3 +49,11 @@ def reconstruction_scores(unit: Unit, squares: LeastSquares) -> list[float]:
         weights = weights - change[:, : weights.shape[1]]
         inverse = inverse - change[:, weights.shape[1] :]
     return scores
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return R with ``R @ R.T`` the positive semidefinite matrix; the identity for zeros."""
+    values, vectors = torch.linalg.eigh(matrix)
+    if values[-1] <= 0:  # the prediction depends on none of them
+        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return vectors * values.clamp(min=0).sqrt()

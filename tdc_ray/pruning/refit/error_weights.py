@@ -1,6 +1,7 @@
-"""Weights of the refit's images: how much an error in a block's output changes the network's."""
+"""How much an error in a block's output changes the network's: weights of images and channels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,27 +16,45 @@ from tdc_ray.pruning.noised import first_state
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
 
-ErrorWeights = Mapping[str, Sequence[Tensor]]
-"""For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""
+CHANNELS = "|channels"
+"""Follows a step's name in the key of its channels' products in a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorWeights:
+    """How much an error in the output of a step changes the network's."""
+
+    images: Mapping[str, Sequence[Tensor]]
+    """For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""
+
+    channels: Mapping[str, Tensor]
+    """For steps with inner units ``(M, M)``: how much errors in two channels of the output do
+    together, the mean over images and positions, up to a factor."""
 
 
 @torch.no_grad()
 def error_weights(
-    base: Denoiser, batches: Sequence[NoisedBatch], schedule: NoiseSchedule
+    base: Denoiser,
+    batches: Sequence[NoisedBatch],
+    schedule: NoiseSchedule,
+    units: Collection[str] = (),
 ) -> ErrorWeights:
-    """Estimate how much a small error in a step's output changes the network's, for every image.
+    """Estimate how much a small error in a step's output changes the network's.
 
-    The squared norm of the network's Jacobian, estimated with one random direction (Hutchinson):
-    noisy for one value, but summed over all of a step's. At timesteps whose noise is easy to
-    predict errors matter less, and the loss hardly depends on them.
+    For every image the squared norm of the network's Jacobian, estimated with one random direction
+    (Hutchinson): noisy for one value, but summed over all of a step's. At timesteps whose noise is
+    easy to predict errors matter less, and the loss hardly depends on them. For every two channels
+    the mean product of the same gradients: the output's factor in K-FAC (arXiv:1503.05671).
 
     Args:
         base: The base, in eval mode.
         batches: Noised images of the group's timesteps.
         schedule: The noise schedule, on the device of the base.
+        units: Names of the steps whose channels are wanted, too.
     """
     generator = torch.Generator().manual_seed(derive_seed("error weights"))
     weights: dict[str, list[Tensor]] = {}
+    channels: dict[str, Tensor] = {}
     all_steps, size = steps_of(base), max_batch_size(base, gradients=True)
     for batch in batches:
         shape = (len(batch.x_0), base.config["out_channels"], *batch.x_0.shape[2:])
@@ -50,17 +69,22 @@ def error_weights(
                 gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
             for step, gradient in zip(all_steps, gradients, strict=True):
                 norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
+                if step.name in units:
+                    of_channels = gradient.movedim(1, 0).flatten(1)  # (M, images * positions)
+                    products = of_channels @ of_channels.T
+                    channels[step.name] = channels.get(step.name, 0.0) + products
         for name, parts in norms.items():
             weights.setdefault(name, []).append(torch.cat(parts))
     for of_step in weights.values():
         mean = torch.cat(of_step).mean()
         of_step[:] = [norms / mean if mean > 0 else torch.ones_like(norms) for norms in of_step]
-    return weights
+    return ErrorWeights(weights, channels)
 
 
 def save_weights(path: Path, weights: ErrorWeights) -> None:
     """Save weights to a file, which appears when it is whole."""
-    tensors = {name: torch.cat(list(parts)).contiguous() for name, parts in weights.items()}
+    tensors = {name: torch.cat(list(parts)).contiguous() for name, parts in weights.images.items()}
+    tensors |= {f"{name}{CHANNELS}": products for name, products in weights.channels.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
@@ -69,4 +93,8 @@ def load_weights(path: Path, batches: Sequence[NoisedBatch], device: torch.devic
     """Load what :func:`save_weights` wrote, for the same images or the first of them."""
     sizes = [len(batch.x_0) for batch in batches]
     tensors = load_file(fetch(path), device=str(device))
-    return {name: weights[: sum(sizes)].split(sizes) for name, weights in tensors.items()}
+    channels = {name for name in tensors if name.endswith(CHANNELS)}
+    return ErrorWeights(
+        {name: tensors[name][: sum(sizes)].split(sizes) for name in tensors.keys() - channels},
+        {name.removesuffix(CHANNELS): tensors[name] for name in channels},
+    )

@@ -73,7 +73,7 @@ def refit(
                 pruned_states,
                 base_after if name == step.output_layer else None,
                 kept_of.get(layer),
-                weights[step.name],
+                weights.images[step.name],
             )
         cut_before = cut_before or is_cut(base_step, step)
         pruned_states = (

@@ -67,7 +67,7 @@ def cache_inputs(job: CandidateJob) -> Inputs:
     """Return the cache inputs of losses."""
     what = {
         "kept": job.kept,
-        "weights": job.saves_weights,
+        "weights": "of channels too" if job.saves_weights else False,
         "noise": job.heat.purpose,
         "share": job.heat.share,
     }

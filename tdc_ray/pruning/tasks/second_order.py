@@ -16,7 +16,7 @@ from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.second_order import quadratic_model
 from tdc_ray.pruning.sensitivity import Solutions, solve_units
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the model does, so that cached ones are made again."""
 
 

@@ -27,7 +27,7 @@ from tdc_ray.pruning.sensitivity import (
 )
 from tdc_ray.pruning.space import Scheme
 
-VERSION = 4
+VERSION = 5
 """Changes whenever sensitivities do, so that cached ones are measured again."""
 
 NUM_SHARES = 4

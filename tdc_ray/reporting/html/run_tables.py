@@ -155,6 +155,7 @@ def groups_table(results: Results) -> Table:
             ),
             ("macs", "macs", lambda group: group.macs),
             ("params", "millions", lambda group: group.num_params),
+            ("train steps", "count", lambda group: group.train_steps),
             ("base", "loss", lambda group: group.loss_base),
             ("cut", "loss", lambda group: group.loss_cut),
             ("refit", "loss", lambda group: group.loss_refit),

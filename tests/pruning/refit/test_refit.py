@@ -334,29 +334,48 @@ def test_the_refitted_unet_trains(kind: SpaceKind):
 def test_images_count_by_what_an_error_does_to_the_output():
     base, batches = random_unet(), noised(TINY, 5, 3)
     weights = error_weights(base, batches, SCHEDULE)
-    assert list(weights) == [step.name for step in steps(base)]
-    for parts in weights.values():
+    assert list(weights.images) == [step.name for step in steps(base)]
+    for parts in weights.images.values():
         assert [len(part) for part in parts] == [5, 3]
         assert float(torch.cat(parts).mean()) == pytest.approx(1.0, abs=1e-5)
     with torch.no_grad():  # an output that depends on nothing: no image counts more than another
         base.conv_out.weight.zero_()
     silent = error_weights(base, batches, SCHEDULE)
-    assert all(bool((part == 1).all()) for part in silent["conv_in"])
+    assert all(bool((part == 1).all()) for part in silent.images["conv_in"])
 
 
 def test_images_whose_gradients_do_not_fit_at_once_count_alike(monkeypatch):
     base, batches = random_unet(), noised(TINY, 5, 3)
-    whole = error_weights(base, batches, SCHEDULE)
+    names = [unit.name for unit in units_of(TINY)]
+    whole = error_weights(base, batches, SCHEDULE, names)
     monkeypatch.setattr("tdc_ray.pruning.refit.error_weights.max_batch_size", lambda *_, **__: 2)
-    for name, parts in error_weights(base, batches, SCHEDULE).items():
-        for part, expected in zip(parts, whole[name], strict=True):
+    found = error_weights(base, batches, SCHEDULE, names)
+    for name, parts in found.images.items():
+        for part, expected in zip(parts, whole.images[name], strict=True):
             torch.testing.assert_close(part, expected)
+    assert list(found.channels) == names
+    for name in names:
+        torch.testing.assert_close(found.channels[name], whole.channels[name])
+
+
+def test_channels_count_by_what_errors_in_them_do_to_the_output():
+    base, batches = random_unet(), noised(TINY, 4)
+    last = [step.name for step in steps(base)][-2]  # which conv_out reads, after a norm and SiLU
+    found = error_weights(base, batches, SCHEDULE, [last]).channels[last]
+    size = len(found)
+    assert found.shape == (size, size)
+    torch.testing.assert_close(found, found.T)
+    assert float(torch.linalg.eigvalsh(found.double())[0]) > -1e-6 * float(found.trace())
+    with torch.no_grad():  # the last channel is read by nobody, but for its share of a norm
+        base.conv_norm_out.weight[-1] = 0.0
+    silent = error_weights(base, batches, SCHEDULE, [last]).channels[last]
+    assert float(silent[-1, -1]) < 0.1 * float(found[-1, -1])
 
 
 def test_an_image_whose_errors_are_lost_counts_little():
     base, batches = random_unet(), noised(TINY, 8)
-    (before,) = error_weights(base, batches, SCHEDULE)["conv_in"]
+    (before,) = error_weights(base, batches, SCHEDULE).images["conv_in"]
     assert float(before.max() / before.min()) > 1.01  # images differ
-    (last,) = error_weights(base, batches, SCHEDULE)["conv_out"]
+    (last,) = error_weights(base, batches, SCHEDULE).images["conv_out"]
     size = TINY["sample_size"] ** 2 * TINY["out_channels"]
     assert float((last - 1).abs().max()) < 6 * (2 / size) ** 0.5  # only the direction's own norm

@@ -133,6 +133,12 @@ def test_measuring_costs_a_forward_pass_per_image_and_the_refit_at_least_three(r
     assert measured(run_dir, CONFIG, 0, kept).macs > passes
 
 
+def outputs_of(block: str) -> int:
+    """Channels of a block's output: 16 where images are 8x8, 32 where they are 4x4."""
+    (unit,) = [unit for unit in UNITS if unit.name == block]
+    return {64: 16, 16: 32}[unit.pixels]
+
+
 def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(tmp_path):
     run_dir, group = make_run_dir(tmp_path), group_of(CONFIG, 0)
     kept, space = random_kept(UNITS, seed=0), loaded(run_dir, CONFIG).space
@@ -141,10 +147,12 @@ def test_what_the_base_leaves_spares_the_refits_a_look_back_and_changes_no_loss(
         context_of(run_dir, CONFIG), group, keep_everything(UNITS), 0, saves_weights=True
     )
     base = measure_candidate(job, ignore)
-    assert base.macs == (32 + 2 * 16) * space.macs_base
+    products = sum(unit.pixels * outputs_of(unit.name) ** 2 for unit in UNITS)
+    weighing = 16 * (2 * space.macs_base + products)
+    assert base.macs == 32 * space.macs_base + weighing
     after = measured(run_dir, CONFIG, 0, kept)
-    assert after.macs == alone.macs - 2 * 16 * space.macs_base
+    assert after.macs == alone.macs - weighing
     assert (after.loss_cut, after.loss_refit) == (alone.loss_cut, alone.loss_refit)
-    assert load_file(run_dir.error_weights(0)).keys() == {
-        step.name for step in steps(load_unet(run_dir.base_unet))
-    }
+    names = [step.name for step in steps(load_unet(run_dir.base_unet))]
+    names += [f"{unit.name}|channels" for unit in UNITS]
+    assert load_file(run_dir.error_weights(0)).keys() == set(names)
