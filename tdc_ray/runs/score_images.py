@@ -13,7 +13,8 @@ from tdc_ray.config.run import from_json
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.sources.folder import FolderImages, stored_shape
+from tdc_ray.data.sources.folder import FolderImages
+from tdc_ray.data.sources.image_file import stored_shape
 from tdc_ray.data.sources.npz import npz_paths
 from tdc_ray.data.sources.npz_files import open_npz
 from tdc_ray.errors import ConfigError, DataError, EvaluationError
