@@ -30,6 +30,7 @@ from tdc_ray.execution.item import Report
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.models.precision import autocast
+from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import hold_lease
@@ -74,8 +75,10 @@ def train_autoencoder(
         _keep_settings(out, config)
         if exists(out / REPORT_FILE):
             logger.info("%s is finished; nothing is done again", display_path(out))
+            warn_of_other_images(out, config.data)
             earlier: dict[str, Any] = read_json(out / REPORT_FILE)
             return earlier
+        check_images(out, config.data)
         state = _trained(config, dataset, rest, out, sinks)
         size, count = config.train.batch_size, min(SCALE_IMAGES, len(rest))
         sample = fixed_batches(dataset, count, size, config.seed, indices=rest)
@@ -230,7 +233,7 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
 
 
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
-    """Write the settings, or check that an earlier call had the same."""
+    """Write the settings and what the images are, or check that an earlier call had the same."""
     settings = asdict(config) | {"block_out_channels": list(config.block_out_channels)}
     if exists(out / SETTINGS_FILE):
         changed = named_differences(read_json(out / SETTINGS_FILE), settings)
@@ -240,4 +243,5 @@ def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
                 "settings to resume, or another --out."
             )
     else:
+        note_images(out, config.data)
         write_json(out / SETTINGS_FILE, settings)

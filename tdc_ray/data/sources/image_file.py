@@ -7,6 +7,7 @@ import contextlib
 import struct
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,9 @@ def image_suffixes() -> frozenset[str]:
     """Return the endings of the files that this Pillow decodes, in lower case."""
     Image.init()
     readable = Image.OPEN.keys() - NO_PICTURES
-    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in readable)
+    return frozenset(
+        end for end, kind in Image.registered_extensions().items() if kind in readable
+    )
 
 
 def read_pixels(path: Path, num_channels: int) -> NDArray[np.uint8]:
@@ -121,7 +124,7 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
             f"{path} holds grey from {values.min():g} to {values.max():g}, and {image.mode} is "
             f"read from 0 (black) to {white:g} (white). Save it scaled, or with 8 or 16 bits."
         )
-    if image.format == "TIFF" and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+    if _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
         values = white - values  # 0 is white
     grey = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8))
     if isinstance(hidden := image.info.get("transparency"), int):  # one value is transparent
@@ -142,8 +145,13 @@ def _white(image: Image.Image, path: Path) -> float:
             f"{path} holds grey of 32 bits or below 0, of which no file says what white is. Save "
             "it with 8 or 16 bits, or as floats from 0 to 1."
         )
-    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,)) if image.format == "TIFF" else (16,)
-    return float(2 ** bits[0] - 1)
+    bits = _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE)
+    return float(2 ** bits[0] - 1) if bits else 65535.0
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    """Return what a TIFF file says of itself; None where it says nothing, or is no TIFF file."""
+    return image.tag_v2.get(tag) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
 
 
 def _opaque(image: Image.Image) -> Image.Image:

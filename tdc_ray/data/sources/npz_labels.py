@@ -39,14 +39,14 @@ def class_numbers(labels: NDArray[np.generic], count: int, path: Path) -> NDArra
     if labels.shape == (count, 1):
         labels = labels[:, 0]
     if labels.ndim == 2 and len(labels) == count and _is_one_hot(labels):
-        return labels.argmax(1).astype(np.int64)
+        labels = labels.argmax(1)
     if labels.shape != (count,):
         raise DataError(
             f"labels in {path} must have shape ({count},), ({count}, 1), or be one-hot of shape "
             f"({count}, classes), got {labels.shape}."
         )
     with np.errstate(invalid="ignore"):
-        numbers = labels.astype(np.int64)
+        numbers: NDArray[np.int64] = labels.astype(np.int64)
     if (others := labels[numbers != labels]).size:
         raise DataError(f"labels in {path} must be whole numbers, got {others[0]}.")
     return numbers

@@ -80,7 +80,7 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
         with os.scandir(folder) as scan:
             entries = [entry for entry in scan if not is_hidden(entry.name)]
         for entry in entries:
-            if entry.is_symlink() and not os.path.exists(entry.path):
+            if entry.is_symlink() and not (folder / entry.name).exists():
                 raise DataError(f"{entry.path} is a link to nothing. Mend or remove it.")
         return sorted((e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file())
     except OSError as error:
