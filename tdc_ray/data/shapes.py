@@ -1,5 +1,6 @@
 """Which size and colours images have as they are stored."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from tdc_ray.errors import ConfigError, DataError
 
 Shape = tuple[int, int, int]
 """``(C, H, W)`` of an image."""
+
+logger = logging.getLogger(__name__)
 
 
 def stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
@@ -61,19 +64,30 @@ def check_given(data: DataConfig, *, has_size: bool, has_channels: bool) -> None
     channels_fit = has_channels or data.num_channels == channels
     if not (size_fits and channels_fit):
         raise ConfigError(
-            f"images in {data.path} are {shape_name(shape)}, and without flags that say so they "
-            f"would be learnt as {shape_name(learnt_shape(data))}. Set --data.image-size "
+            f"images in {data.path} are {_named(shape)}, and without flags that say so they "
+            f"would be learnt as {_named(_learnt(data))}. Set --data.image-size "
             f"{min(height, width)} --data.num-channels {channels}, or what they are to be brought "
             "to, or name the --preset of images like them."
         )
 
 
-def learnt_shape(data: DataConfig) -> Shape:
-    """Return the shape that images are brought to."""
+def log_shape(data: DataConfig) -> None:
+    """Log what size and colours images are brought to, where theirs are others."""
+    found, learnt = first_shape(data), _learnt(data)
+    if data.path is not None and found is not None and found != learnt:
+        logger.info(
+            "the first images in %s are %s; all are brought to %s",
+            data.path,
+            _named(found),
+            _named(learnt),
+        )
+
+
+def _learnt(data: DataConfig) -> Shape:
     return (data.num_channels, data.image_size, data.image_size)
 
 
-def shape_name(shape: Shape) -> str:
+def _named(shape: Shape) -> str:
     """Write a shape in words."""
     channels, height, width = shape
     return f"{height}x{width} in {'grey' if channels == 1 else 'colour'}"

@@ -1,6 +1,5 @@
 """Checks before work starts: settings, data, base and limits that do not fit are refused."""
 
-import logging
 from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
@@ -8,7 +7,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.shapes import first_shape, learnt_shape, shape_name
+from tdc_ray.data.shapes import log_shape
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
@@ -20,8 +19,6 @@ from tdc_ray.runs.pretrained.importer import check_compatible
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
-
-logger = logging.getLogger(__name__)
 
 
 def check(
@@ -67,7 +64,7 @@ def check(
     if config.prune.objective == "macs":
         check_limits(config.prune, space, plan)
     dataset = load_dataset(data)
-    _tell_shape(data)
+    log_shape(data)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
@@ -76,18 +73,6 @@ def check(
     )
     check_labels(data, config.evaluate)
     return unet, space, plan
-
-
-def _tell_shape(data: DataConfig) -> None:
-    """Log what size and colours images are brought to, where theirs are others."""
-    found, learnt = first_shape(data), learnt_shape(data)
-    if found is not None and data.path is not None and found != learnt:
-        logger.info(
-            "the first images in %s are %s; all are brought to %s",
-            data.path,
-            shape_name(found),
-            shape_name(learnt),
-        )
 
 
 def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:

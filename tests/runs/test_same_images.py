@@ -4,7 +4,14 @@ from PIL import Image
 
 from tdc_ray.data.load import images_fingerprint, load_dataset
 from tdc_ray.errors import StorageError
-from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
+from tdc_ray.runs.run import run
+from tdc_ray.runs.same_images import (
+    IMAGES_FILE,
+    check_images,
+    note_images,
+    warn_of_other_images,
+)
+from tdc_ray.storage.files import read_json, write_json
 from tests.images import folder_config, npz_config, random_pixels
 
 
@@ -84,3 +91,12 @@ def test_a_finished_run_needs_no_images(tmp_path, begun, caplog):
         path.unlink()
     warn_of_other_images(tmp_path, begun)
     assert not caplog.messages
+
+
+def test_a_run_of_other_images_is_refused_before_any_work(smoke_config, tmp_path):
+    note_images(tmp_path, smoke_config.data)
+    path = tmp_path / IMAGES_FILE
+    write_json(path, read_json(path) | {"num_classes": 9})
+    with pytest.raises(StorageError, match=r"1797 images of 9 classes then, .* 10 classes now"):
+        run(smoke_config, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [IMAGES_FILE]

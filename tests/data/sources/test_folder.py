@@ -248,7 +248,7 @@ def numbered_config(path, **settings):
         ("1.png", lambda path: path.write_bytes(b"no image"), "cannot identify image file"),
         ("1.png", bad_chunk, "broken PNG file"),
         ("1.gif", lambda path: path.write_bytes(b"GIF89a"), "cannot identify|truncated"),
-        ("1.tif", lambda path: path.write_bytes(b"II*\0\x08\0\0\0"), "cannot identify"),
+        ("1.tif", cut_short, "truncated"),
         ("1.bmp", bomb, "3600000000 pixels.* decompression bomb"),
     ],
 )
