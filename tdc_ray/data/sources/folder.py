@@ -6,7 +6,8 @@ import multiprocessing
 import os
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
-from tdc_ray.data.sources.image_file import is_plain, read_pixels
+from tdc_ray.data.sources.image_file import is_deep, is_plain, read_pixels
 from tdc_ray.data.sources.walk import image_paths, subfolders
 from tdc_ray.errors import CorruptFileError, DataError
 
 MAX_NAMED = 20
 """Most corrupt files that an error names; the log has named every one of them."""
 
-MAX_PROBED = 1000
-"""Most images whose headers a fingerprint looks at."""
+MAX_PROBED, MAX_CHECKED = 1000, 100
+"""Most images whose headers a fingerprint, and the check when a folder is opened, look at."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def open(config: DataConfig) -> "FolderImages":
     """List the image files below the path.
 
     Raises:
-        DataError: There is none, one lies in no class, or none can be decoded.
+        DataError: There is none, one lies in no class, none can be decoded, or of one of some that
+            are looked at it is unknown what white is.
     """
     assert config.path is not None  # DataConfig's own rule
     path = Path(config.path)
@@ -40,6 +42,7 @@ def open(config: DataConfig) -> "FolderImages":
         raise DataError(f"data.path {path} must be a folder of images (data.source folder).")
     images = FolderImages(path, config)
     images.__getitems__([0])  # one must be readable, before any work starts
+    images.check_white()
     return images
 
 
@@ -98,14 +101,28 @@ class FolderImages:
         labelled = " labels" if self.config.labels_from_folders else ""
         shape = f"{self.config.image_size} {self.config.num_channels}{labelled}"
         digest, root = hashlib.sha256(shape.encode()), self.root.resolve()
-        probed = range(0, len(self), -(-len(self) // MAX_PROBED))
-        if not all(is_plain(root / self.path(index)) for index in probed):
+        if not all(is_plain(root / path) for path in self._spread(MAX_PROBED)):
             digest.update(b" as shown")
         for index in range(len(self)):
             path = root / self.path(index)
             stat = path.stat()
             digest.update(os.fsencode(f"{path} {stat.st_size} {stat.st_mtime_ns}\n"))
         return digest.hexdigest()[:16]
+
+    def check_white(self) -> None:
+        """Decode those of some images, evenly spread, that have grey of more than 8 bits.
+
+        Raises:
+            DataError: It is unknown what value white has.
+        """
+        for path in self._spread(MAX_CHECKED):
+            if is_deep(self.root / path):
+                with suppress(CorruptFileError):  # counted when it is asked for
+                    self._decode(self.root / path)
+
+    def _spread(self, count: int) -> Iterator[str]:
+        """Yield the paths of at most ``count`` images, evenly spread."""
+        return (self.path(index) for index in range(0, len(self), -(-len(self) // count)))
 
     def path(self, index: int) -> str:
         """Return an image's path, relative to the folder."""

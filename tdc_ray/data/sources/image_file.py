@@ -103,6 +103,15 @@ def is_plain(path: Path) -> bool:
         return True
 
 
+def is_deep(path: Path) -> bool:
+    """Whether an image has grey of more than 8 bits, by its header; not if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in DEEP_MODES
+    except UNREADABLE:
+        return False
+
+
 def _load_upright(image: Image.Image) -> None:
     """Decode the pixels, and turn them by EXIF's orientation, unless EXIF cannot be read."""
     image.load()

@@ -326,6 +326,13 @@ def test_an_image_must_be_readable_before_any_work_starts(tmp_path):
         load_dataset(folder_config(tmp_path))
 
 
+def test_grey_whose_white_is_unknown_is_refused_before_any_work(tmp_path):
+    dots(tmp_path, "0.png", "1.png")
+    Image.fromarray(random_pixels(8, 8).astype(np.float32)).save(tmp_path / "2.tif")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/2\.tif holds grey from \d+ to 2\d\d"):
+        load_dataset(folder_config(tmp_path))
+
+
 def test_a_file_that_is_gone_is_no_corrupt_one(tmp_path):
     for name in ("0.png", "1.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
