@@ -38,8 +38,9 @@ from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
-from tdc_ray.config.run import RunConfig, from_json
+from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import resolve_path
@@ -95,7 +96,28 @@ def parse(arguments: Sequence[str]) -> Command:
         description=DESCRIPTION,
         config=(OmitSubcommandPrefixes,),
     )
+    if isinstance(command, RunCommand | SweepCommand):
+        _check_shape(command.config, arguments)
     return command
+
+
+def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:
+    """Refuse to learn images of people's own in the shape of a preset's bundled ones.
+
+    Raises:
+        ConfigError: The images have another, and no flag says what they are brought to.
+    """
+    is_bundled = preset(config.preset).data.source in BUNDLED
+    if config.model.base or not is_bundled or config.data.source in BUNDLED:
+        return
+    from tdc_ray.data.shapes import check_given  # imports torch
+
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    check_given(
+        with_absolute_paths(config).data,
+        has_size="--data.image-size" in flags,
+        has_channels="--data.num-channels" in flags,
+    )
 
 
 def _commands(config: RunConfig) -> dict[str, Command]:

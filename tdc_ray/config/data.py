@@ -20,8 +20,9 @@ class DataConfig:
 
     source: Source = "digits"
     """digits: scikit-learn's 1,797 images of 8x8; photos: 8,216 squares of 16x16 of its two
-    photographs, in colour; folder: all images below `path`; npz: a file or a folder of files with
-    `images`, `arr_0` or ImageNet-64's `data`; cifar10: as torchvision unpacks it."""
+    photographs, in colour; folder: all images below `path` that Pillow decodes, in links too; npz:
+    a file or a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as
+    torchvision unpacks it."""
 
     path: str | None = None
     """Where the images are; every source but digits and photos needs it."""
@@ -43,7 +44,7 @@ class DataConfig:
 
     labels_from_folders: bool = False
     """An image's class is the subfolder of `path` that it lies in (source folder); classes are
-    counted from 0 in the order of their names."""
+    counted from 0 in the order of their names, and each must hold an image."""
 
     max_corrupt: NonNegativeInt = 10
     """Most corrupt files that a process and its loader processes leave out, each named in a

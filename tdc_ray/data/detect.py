@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import cast
 
 from tdc_ray.config.data import BUNDLED, DataConfig, Source
-from tdc_ray.data.sources.folder import IMAGE_SUFFIXES
+from tdc_ray.data.sources.npz import npz_in
+from tdc_ray.data.sources.walk import image_paths
 from tdc_ray.errors import ConfigError
 
 
@@ -29,11 +30,11 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         )
     if source in BUNDLED:
         return replace(data, source=cast(Source, source), path=None)
-    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
+    if path.suffix.lower() == ".npz" or (path.is_dir() and npz_in(path)):
         return replace(data, source="npz", path=source)
     if (path / "cifar-10-batches-py").is_dir():
         return replace(data, source="cifar10", path=source)
-    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+    if path.is_dir() and next(image_paths(path), None) is not None:
         return replace(data, source="folder", path=source, labels_from_folders=labels)
     raise ConfigError(
         f"{name} must be {' or '.join(BUNDLED)}, an npz file, a folder of npz files or of images, "

@@ -46,6 +46,7 @@ from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
+from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
 from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
 from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
@@ -91,9 +92,11 @@ def run(
     if earlier is not None:
         if is_compared(earlier, config.compare):
             logger.info("%s is finished; nothing is done again", display_path(run_dir.root))
+            warn_of_other_images(run_dir.root, config.data)
             return earlier
         logger.info("%s is finished but for the comparison", display_path(run_dir.root))
     network, space, plan = check(config, pretrained)
+    check_images(run_dir.root, config.data)
     with hold_lease(run_dir.root):
         _save_settings(run_dir, config, plan)
         spec = choose_features(config.data, config.evaluate, run_dir.features)
@@ -164,7 +167,7 @@ def run(
 
 
 def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
-    """Write settings, versions, plan and first stage, unless an earlier call did.
+    """Write settings, versions, plan, first stage, images' fingerprint, unless a call before did.
 
     What is compared may be asked for later: it is then the only setting that is written anew.
 
@@ -183,6 +186,7 @@ def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:
     )
     if not config.measures_limits:
         write_json(run_dir.plan, plan_to_json(plan))
+    note_images(run_dir.root, config.data)
     write_json(run_dir.config, to_json(config))
 
 

@@ -1,7 +1,7 @@
 """The score of any images, as a run's evaluation would give it: ``tdc-ray score``."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,7 @@ from tdc_ray.config.run import from_json
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.sources.folder import FolderImages, stored_shape
-from tdc_ray.data.sources.npz import npz_paths
-from tdc_ray.data.sources.npz_files import open_npz
+from tdc_ray.data.shapes import stored_shapes
 from tdc_ray.errors import ConfigError, DataError, EvaluationError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.runs.evaluation.evaluate import feature_moments, prepare_features
@@ -24,9 +22,6 @@ from tdc_ray.runs.evaluation.metrics import distance
 from tdc_ray.storage.files import exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
-
-Shape = tuple[int, int, int]
-"""``(C, H, W)`` of an image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +98,7 @@ def data_reference(
     """
     found = _named(name, DataConfig(cache_dir=evaluate.cache_dir), "--reference")
     found = replace(found, labels_from_folders=labels_from_folders)
-    _, (channels, height, width) = next(_stored_shapes(found))
+    _, (channels, height, width) = next(stored_shapes(found))
     if image_size is None and height != width:
         raise DataError(
             f"--reference {name} must hold square images, got {height} x {width}. Say what they "
@@ -187,7 +182,7 @@ def open_images(path: Path, like: DataConfig) -> ImageDataset:
     )
     data = _named(str(fetch(resolve_path(path))), shape, "IMAGES")
     expected = (like.num_channels, like.image_size, like.image_size)
-    for name, stored in _stored_shapes(data):
+    for name, stored in stored_shapes(data):
         if stored != expected:
             raise DataError(
                 f"{name} must have the reference's channels, height and width {expected}, got "
@@ -205,26 +200,3 @@ def _named(source: str, data: DataConfig, argument: str) -> DataConfig:
     if source not in BUNDLED and not Path(source).expanduser().exists():
         raise ConfigError(f"{argument} {source} does not exist.")
     return data_config(source, data, argument)
-
-
-def _stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
-    """Yield every file of a source with the shape of its images, as they are stored.
-
-    Raises:
-        DataError: One cannot be read.
-    """
-    if data.path is None:
-        yield data.source, BUNDLED[data.source]
-        return
-    path = Path(data.path)
-    if data.source == "cifar10":
-        yield data.path, (3, 32, 32)
-    elif data.source == "npz":
-        for file in npz_paths(path):
-            height, width, channels = open_npz(file).image_shape
-            yield str(file), (channels, height, width)
-    else:
-        files = FolderImages(path, data)
-        for index in range(len(files)):
-            file = path / files.path(index)
-            yield str(file), stored_shape(file)

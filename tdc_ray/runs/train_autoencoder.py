@@ -22,6 +22,7 @@ from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset
+from tdc_ray.data.shapes import log_shape
 from tdc_ray.diffusion.train import LossWindow, TrainState, start_state, update
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
@@ -30,6 +31,7 @@ from tdc_ray.execution.item import Report
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.first_stage import FirstStage, input_shape, load_first_stage, save_first_stage
 from tdc_ray.models.precision import autocast
+from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import hold_lease
@@ -69,13 +71,16 @@ def train_autoencoder(
     started = time.perf_counter()
     config, out = _with_absolute_path(config), resolve_path(out)
     dataset = load_dataset(config.data)
+    log_shape(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
     with hold_lease(out):
         _keep_settings(out, config)
         if exists(out / REPORT_FILE):
             logger.info("%s is finished; nothing is done again", display_path(out))
+            warn_of_other_images(out, config.data)
             earlier: dict[str, Any] = read_json(out / REPORT_FILE)
             return earlier
+        check_images(out, config.data)
         state = _trained(config, dataset, rest, out, sinks)
         size, count = config.train.batch_size, min(SCALE_IMAGES, len(rest))
         sample = fixed_batches(dataset, count, size, config.seed, indices=rest)
@@ -230,7 +235,7 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
 
 
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
-    """Write the settings, or check that an earlier call had the same."""
+    """Write the settings and what the images are, or check that an earlier call had the same."""
     settings = asdict(config) | {"block_out_channels": list(config.block_out_channels)}
     if exists(out / SETTINGS_FILE):
         changed = named_differences(read_json(out / SETTINGS_FILE), settings)
@@ -240,4 +245,5 @@ def _keep_settings(out: Path, config: AutoencoderConfig) -> None:
                 "settings to resume, or another --out."
             )
     else:
+        note_images(out, config.data)
         write_json(out / SETTINGS_FILE, settings)

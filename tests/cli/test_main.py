@@ -90,6 +90,20 @@ def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("preset", [[], ["--preset", "digits-smoke"]])
+def test_images_that_the_demos_shape_does_not_fit_are_refused(tmp_path, capsys, preset):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (24, 24)).save(tmp_path / name / "1.png")
+    data = ["--data.source", "folder", "--data.path", str(tmp_path), "--data.labels-from-folders"]
+    assert run_command(["run", *preset, *data, "--dry-run"]) == 1
+    printed = capsys.readouterr().err
+    assert f"error: images in {tmp_path} are 24x24 in colour" in printed
+    assert "Set --data.image-size 24 --data.num-channels 3" in printed
+    given = ["--data.image_size=8", "--data.num-channels", "1"]
+    assert run_command(["run", *preset, *data, *given, "--dry-run"]) == 0
+
+
 def test_a_file_is_no_run_directory(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert run_command(["run", "--run-dir", str(tmp_path / "file")]) == 1

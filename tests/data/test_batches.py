@@ -1,6 +1,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,3 +258,18 @@ def test_batches_among_all_images_are_those_without_a_choice():
     assert numbers(fixed_batches(dataset, 40, 8, 3, indices=range(30))) == numbers(
         fixed_batches(dataset, 40, 8, 3)
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_dataset_smaller_than_a_batch_fills_it_again(tmp_path, count):
+    for index in range(count):
+        Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+    dataset = load_dataset(folder_config(tmp_path, num_channels=1))
+    rest, held_out = held_out_split(dataset, 0.1, seed=0)
+    for indices in (rest, held_out, None):
+        drawn = list(batches(dataset, indices=indices, batch_size=8, seed=0, num_steps=2))
+        assert [images.shape for images, _ in drawn] == [(8, 1, 8, 8)] * 2
+        seen = {int(image[0, 0, 0]) for images, _ in drawn for image in images}
+        assert seen == set(range(count) if indices is None else indices)
+    fixed = list(fixed_batches(dataset, 10, 8, 0, indices=rest))
+    assert [len(images) for images, _ in fixed] == [8, 2]

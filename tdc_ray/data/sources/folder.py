@@ -4,40 +4,27 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
+from tdc_ray.data.sources.image_file import is_deep, is_plain, read_pixels
+from tdc_ray.data.sources.walk import image_paths, subfolders
 from tdc_ray.errors import CorruptFileError, DataError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 MAX_NAMED = 20
 """Most corrupt files that an error names; the log has named every one of them."""
 
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises for damaged files, for others than images, and for decompression bombs."""
-
-_GREY = ("1", "L", "LA", "La", "I", "I;16", "F")
-"""Pillow's names of what has no colours."""
+MAX_PROBED, MAX_CHECKED = 1000, 100
+"""Most images whose headers a fingerprint, and the check when a folder is opened, look at."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +33,8 @@ def open(config: DataConfig) -> "FolderImages":
     """List the image files below the path.
 
     Raises:
-        DataError: There is none, one lies in no class, or none can be decoded.
+        DataError: There is none, one lies in no class, none can be decoded, or of one of some that
+            are looked at it is unknown what white is.
     """
     assert config.path is not None  # DataConfig's own rule
     path = Path(config.path)
@@ -54,21 +42,8 @@ def open(config: DataConfig) -> "FolderImages":
         raise DataError(f"data.path {path} must be a folder of images (data.source folder).")
     images = FolderImages(path, config)
     images.__getitems__([0])  # one must be readable, before any work starts
+    images.check_white()
     return images
-
-
-def stored_shape(path: Path) -> tuple[int, int, int]:
-    """Decode an image file and return its ``(C, H, W)``: one channel for grey, else three.
-
-    Raises:
-        CorruptFileError: It is no readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return (1 if image.mode in _GREY else 3, image.height, image.width)
-    except _UNREADABLE as error:
-        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
 
 
 class FolderImages:
@@ -79,15 +54,17 @@ class FolderImages:
     """
 
     def __init__(self, root: Path, config: DataConfig) -> None:
-        """List the files, without opening one.
+        """List the files, without opening one; warn of those that are no images.
 
         Raises:
-            DataError: There is none, a folder cannot be listed, or an image lies in no class.
+            DataError: There is none, a folder cannot be listed, a link leads to nothing, an image
+                lies in no class, or a class has no image.
         """
         self.root, self.config = root, config
         self._paths, self._ends, labels = bytearray(), array("q"), array("q")
         classes: list[str] = []
-        for path in _image_paths(root):
+        left_out: Counter[str] = Counter()
+        for path in image_paths(root, left_out):
             self._paths += os.fsencode(path)
             self._ends.append(len(self._paths))
             if config.labels_from_folders:
@@ -100,10 +77,9 @@ class FolderImages:
                 if classes[-1:] != [folder]:
                     classes.append(folder)
             labels.append(len(classes) - 1)  # -1: none
-        if not self._ends:
-            raise DataError(
-                f"data.path {root} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}."
-            )
+        _check_found(root, len(self._ends), left_out)
+        if config.labels_from_folders:
+            _check_classes(root, classes)
         self.num_classes = len(classes) or None
         self.labels = torch.frombuffer(labels, dtype=torch.int64)
         # How many files are known to be corrupt, then their indices: shared with loader processes.
@@ -117,15 +93,36 @@ class FolderImages:
         return ImageBatch(torch.stack(images), self.labels[list(read)])
 
     def fingerprint(self) -> str:
-        """Hash the files' places, sizes and times, the shape they are brought to, and labels."""
+        """Hash the files' places, sizes and times, the shape they are brought to, and labels.
+
+        Files that were once decoded otherwise are told from those by how they are decoded now:
+        some of them, evenly spread, tell of what kind a folder's images are.
+        """
         labelled = " labels" if self.config.labels_from_folders else ""
         shape = f"{self.config.image_size} {self.config.num_channels}{labelled}"
         digest, root = hashlib.sha256(shape.encode()), self.root.resolve()
+        if not all(is_plain(root / path) for path in self._spread(MAX_PROBED)):
+            digest.update(b" as shown")
         for index in range(len(self)):
             path = root / self.path(index)
             stat = path.stat()
             digest.update(os.fsencode(f"{path} {stat.st_size} {stat.st_mtime_ns}\n"))
         return digest.hexdigest()[:16]
+
+    def check_white(self) -> None:
+        """Decode those of some images, evenly spread, that have grey of more than 8 bits.
+
+        Raises:
+            DataError: It is unknown what value white has.
+        """
+        for path in self._spread(MAX_CHECKED):
+            if is_deep(self.root / path):
+                with suppress(CorruptFileError):  # counted when it is asked for
+                    self._decode(self.root / path)
+
+    def _spread(self, count: int) -> Iterator[str]:
+        """Yield the paths of at most ``count`` images, evenly spread."""
+        return (self.path(index) for index in range(0, len(self), -(-len(self) // count)))
 
     def path(self, index: int) -> str:
         """Return an image's path, relative to the folder."""
@@ -169,25 +166,39 @@ class FolderImages:
         )
 
     def _decode(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB" if self.config.num_channels == 3 else "L"))
-        except _UNREADABLE as error:
-            if isinstance(error, OSError) and error.errno is not None:  # it was not even read
-                raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
-            raise CorruptFileError(f"{path} is no readable image: {error}.") from error
+        pixels = read_pixels(path, self.config.num_channels)
         return to_size(channels_first(pixels[None]), self.config)[0]
 
 
-def _image_paths(root: Path, folder: str = "") -> Iterator[str]:
-    """Yield the images' paths below ``root``, relative to it, in the order of their parts."""
-    try:
-        with os.scandir(root / folder) as scan:
-            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan)
-    except OSError as error:
-        raise DataError(f"data.path {root} cannot be listed: {error}.") from error
-    for name, is_folder in entries:
-        if is_folder:
-            yield from _image_paths(root, f"{folder}{name}/")
-        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            yield f"{folder}{name}"
+def _check_found(root: Path, num_images: int, left_out: Counter[str]) -> None:
+    """Warn of files that are no images.
+
+    Raises:
+        DataError: There are no others.
+    """
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+    if not num_images:
+        found = f"the files in it are of kinds that are not read: {kinds}" if kinds else "no file"
+        raise DataError(f"data.path {root} holds no image, such as a .png or .jpg: {found}.")
+    if kinds:
+        total = num_images + left_out.total()
+        logger.warning(
+            "%d of %d files in %s are left out, being of kinds that are not read: %s",
+            left_out.total(),
+            total,
+            root,
+            kinds,
+        )
+
+
+def _check_classes(root: Path, classes: list[str]) -> None:
+    """Refuse folders of classes that would shift the numbers of the others.
+
+    Raises:
+        DataError: One holds no image.
+    """
+    if empty := [name for name in subfolders(root) if name not in set(classes)]:
+        raise DataError(
+            f"{', '.join(str(root / name) for name in empty[:MAX_NAMED])} must hold an image, "
+            "being a class by data.labels_from_folders. Remove it, or put its images there."
+        )

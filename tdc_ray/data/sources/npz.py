@@ -17,6 +17,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.pixels import resize_all
 from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack
+from tdc_ray.data.sources.walk import is_hidden
 from tdc_ray.errors import CorruptFileError, DataError
 
 IN_MEMORY_BYTES = 2**28
@@ -65,10 +66,16 @@ def npz_paths(path: Path) -> list[Path]:
     Raises:
         DataError: The folder holds none.
     """
-    paths = sorted(path.glob("*.npz"), key=_natural) if path.is_dir() else [path]
+    paths = npz_in(path) if path.is_dir() else [path]
     if not paths:
         raise DataError(f"data.path {path} holds no .npz file.")
     return paths
+
+
+def npz_in(folder: Path) -> list[Path]:
+    """Return the npz files of a folder in the order of their numbers."""
+    paths = (path for path in folder.iterdir() if path.suffix.lower() == ".npz")
+    return sorted((path for path in paths if not is_hidden(path.name)), key=_natural)
 
 
 class _Readable:

@@ -30,6 +30,7 @@ from torch import Tensor
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
+from tdc_ray.data.sources.npz_labels import check_type, class_numbers
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
@@ -164,7 +165,8 @@ def open_npz(path: Path) -> NpzFile:
     """Read all of an npz file but the pixels.
 
     Raises:
-        CorruptFileError: It is damaged, or its arrays are no images and labels.
+        CorruptFileError: It is damaged, or holds no images.
+        DataError: Its arrays are not of the types and shapes of images and labels.
     """
     with _opened(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -176,27 +178,16 @@ def open_npz(path: Path) -> NpzFile:
         with archive.open(members[key]) as file:
             shape, fortran_order, dtype = _read_header(file)
             header_bytes = file.tell()
-        is_rows = key == "data"  # ImageNet-64
-        stored_shape = _row_shape(shape, path) if is_rows else (*shape, 1)[: max(4, len(shape))]
         if dtype != np.uint8:
-            raise CorruptFileError(f"{key} in {path} must be uint8, got {dtype}.")
-        if not is_rows and (len(stored_shape) != 4 or stored_shape[-1] not in (1, 3)):
-            raise CorruptFileError(
-                f"{key} in {path} must have shape (N, H, W) or (N, H, W, 1 or 3), got {shape}."
-            )
+            raise DataError(f"{key} in {path} must be uint8, got {dtype}. {_to_uint8(dtype)}")
+        is_rows = key == "data"  # ImageNet-64
+        stored_shape = _row_shape(shape, path) if is_rows else _image_shape(shape, key, path)
         if header_bytes + math.prod(shape) != members[key].file_size:
             raise ValueError(f"{key} has not the size of shape {shape}")
         label_key = next((key for key in ("labels", "arr_1") if key in members), None)
         labels = None
         if label_key is not None:
-            with archive.open(members[label_key]) as file:
-                label_shape, _, _ = _read_header(file)
-            if label_shape != shape[:1]:
-                raise CorruptFileError(
-                    f"labels in {path} must have shape {shape[:1]}, got {label_shape}."
-                )
-            with archive.open(members[label_key]) as file:
-                labels = npy.read_array(file, allow_pickle=False).astype(np.int64)
+            labels = _read_labels(archive, members[label_key], shape[0], path)
             if is_rows:
                 labels -= 1  # ImageNet-64 counts from 1
     return NpzFile(path, members[key], header_bytes, stored_shape, is_rows, fortran_order, labels)
@@ -294,14 +285,63 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         raise ValueError(f"an array has version {version} of the npy format")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran_order, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError("Object arrays are not read")
     return shape, fortran_order, dtype
+
+
+def _read_labels(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, count: int, path: Path
+) -> NDArray[np.int64]:
+    """Read the labels of ``count`` images.
+
+    Raises:
+        DataError: They are no class numbers.
+    """
+    with archive.open(member) as file:
+        _, _, dtype = _read_header(file)
+    check_type(dtype, path)
+    with archive.open(member) as file:
+        return class_numbers(npy.read_array(file, allow_pickle=False), count, path)
+
+
+def _to_uint8(dtype: np.dtype) -> str:
+    """Write how images of another type become uint8, which depends on what their white is."""
+    if dtype.kind == "b":
+        return "Save 255 * images.astype('uint8')."
+    if dtype.kind in "ui":
+        return (
+            "Save images.astype('uint8') if white is 255, or numpy.round(images / 257)"
+            ".astype('uint8') if it is 65535."
+        )
+    if dtype.kind == "f":
+        return (
+            "Save numpy.round(255 * images).astype('uint8') if they are from 0 to 1, or "
+            "numpy.round(127.5 * (images + 1)).astype('uint8') if from -1 to 1."
+        )
+    return "Save them as 8-bit pixels."
+
+
+def _image_shape(shape: tuple[int, ...], key: str, path: Path) -> tuple[int, ...]:
+    """Return the shape ``(N, H, W, C)`` of images of shape ``(N, H, W)`` or that."""
+    one_image = len(shape) == 3 and shape[-1] in (1, 3, 4)
+    if len(shape) == 3 and not one_image:
+        return (*shape, 1)
+    if len(shape) == 4 and shape[-1] in (1, 3):
+        return shape
+    way_out = ""
+    if one_image:
+        way_out = " Save images[None] if it is one image."
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        way_out = " Save images.transpose(0, 2, 3, 1)."
+    elif len(shape) == 4 and shape[-1] == 4:
+        way_out = " Save images[..., :3] if none is transparent."
+    raise DataError(
+        f"{key} in {path} must have shape (N, H, W) or (N, H, W, 1 or 3), got {shape}.{way_out}"
+    )
 
 
 def _row_shape(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
     """Return the shape ``(N, 3, H, H)`` of ImageNet-64's rows ``(N, 3HH)``."""
     size = round((shape[1] / 3) ** 0.5) if len(shape) == 2 else 0
     if len(shape) != 2 or shape[1] != 3 * size * size:
-        raise CorruptFileError(f"data in {path} must have shape (N, 3 * H * H), got {shape}.")
+        raise DataError(f"data in {path} must have shape (N, 3 * H * H), got {shape}.")
     return (shape[0], 3, size, size)

@@ -1,3 +1,4 @@
+import hashlib
 import logging
 import re
 import struct
@@ -9,6 +10,7 @@ from PIL import Image
 
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
+from tdc_ray.data.sources import folder
 from tdc_ray.data.sources.folder import FolderImages
 from tdc_ray.errors import CorruptFileError, DataError
 from tests.images import everything, folder_config, random_pixels
@@ -64,13 +66,99 @@ def test_the_order_of_any_names_is_that_of_sorted_paths(tmp_path):
     for name in (*names, "ä/1.PNG", "a/.png", "a/notes.txt", "x.png/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "link").symlink_to(tmp_path / "a")  # a link to a folder is not followed
     dataset = FolderImages(tmp_path, folder_config(tmp_path))
     found = [tmp_path / dataset.path(number) for number in range(len(dataset))]
     suffixes = (".png", ".jpg")
     every = (path for path in tmp_path.rglob("*") if path.suffix.lower() in suffixes)
     assert found == sorted(path for path in every if path.is_file())
     assert len(found) == 9
+
+
+# --- links, and names that are nobody's data -------------------------------------------------
+
+
+def dots(folder, *names):
+    """Image i is i grey."""
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), index).save(folder / name)
+
+
+def values(dataset):
+    images, _ = everything(dataset)
+    return images[:, 0, 0, 0].tolist()
+
+
+def test_folders_and_files_that_are_links_are_read(tmp_path):
+    dots(tmp_path, "data/cat/1.png", "elsewhere/dog/1.png", "elsewhere/2.png")
+    (tmp_path / "data/dog").symlink_to("../elsewhere/dog")
+    (tmp_path / "data/cat/2.png").symlink_to(tmp_path / "elsewhere/2.png")
+    dataset = load_dataset(folder_config(tmp_path / "data", labels_from_folders=True))
+    assert values(dataset) == [0, 2, 1]
+    assert dataset.labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../beside"])
+def test_links_to_folders_that_they_lie_in_are_left_out_with_a_warning(tmp_path, caplog, target):
+    dots(tmp_path, "data/a/1.png", "data/b/1.png", "other/1.png")
+    (tmp_path / "beside").symlink_to(tmp_path)  # a link to what holds the folder
+    (tmp_path / "data/b/back").symlink_to(target)
+    dataset = load_dataset(folder_config(tmp_path / "data", labels_from_folders=True))
+    assert values(dataset) == [0, 1]
+    assert caplog.messages == [
+        f"{tmp_path}/data/b/back is left out: it links to a folder that it lies in"
+    ]
+
+
+def test_folders_that_link_to_each_other_end(tmp_path):
+    dots(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a/other").symlink_to(tmp_path / "b")
+    (tmp_path / "b/other").symlink_to(tmp_path / "a")
+    assert values(load_dataset(folder_config(tmp_path))) == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["2.png", "dog", "loop.png"])
+def test_a_link_to_nothing_is_refused_before_any_work(tmp_path, name):
+    dots(tmp_path, "a/1.png")
+    (tmp_path / "a" / name).symlink_to("loop.png")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a/{name} is a link to nothing\. Mend or"):
+        load_dataset(folder_config(tmp_path))
+
+
+def test_hidden_names_and_those_of_systems_are_nobodys_data(tmp_path, caplog):
+    hidden = (".ipynb_checkpoints/1.png", "__MACOSX/cat/._1.png", "@eaDir/1.png", "cat/.2.png")
+    dots(tmp_path, "cat/1.png", "dog/1.png", *hidden)
+    for name in (".DS_Store", "cat/Thumbs.db", "dog/desktop.ini"):
+        (tmp_path / name).touch()
+    (tmp_path / ".gone").symlink_to("nowhere")
+    dataset = load_dataset(folder_config(tmp_path, labels_from_folders=True))
+    assert values(dataset) == [0, 1]
+    assert dataset.num_classes == 2
+    assert not caplog.messages
+
+
+def test_a_folder_that_is_itself_hidden_is_read(tmp_path):
+    dots(tmp_path / ".data", "1.png")
+    assert values(load_dataset(folder_config(tmp_path / ".data"))) == [0]
+
+
+def test_files_of_other_kinds_are_counted_in_one_warning(tmp_path, caplog):
+    dots(tmp_path, "a.png", "b.tif", "c.gif")
+    for name in ("a.txt", "b.TXT", "c.heic", "README"):
+        (tmp_path / name).touch()
+    assert values(load_dataset(folder_config(tmp_path))) == [0, 1, 2]
+    assert caplog.messages == [
+        f"4 of 7 files in {tmp_path} are left out, being of kinds that are not read: "
+        "2 .txt, 1 without a suffix, 1 .heic"
+    ]
+
+
+def test_files_of_any_name_are_read(tmp_path):
+    names = ["[x] {y} %s.png", "a b/c\nd.PNG", "é/日本.JPEG", "weird\udcff.png"]
+    dots(tmp_path, *sorted(names))
+    dataset = load_dataset(folder_config(tmp_path))
+    np.testing.assert_allclose(values(dataset), range(4), atol=1)
+    assert len(dataset.fingerprint()) == 16
 
 
 # --- labels ----------------------------------------------------------------------------------
@@ -80,7 +168,6 @@ def test_labels_are_the_subfolders_in_the_order_of_their_names(tmp_path):
     for index, name in enumerate(("n02/1.png", "n01/x/1.png", "n01/2.png", "n10/1.png")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), index).save(tmp_path / name)
-    (tmp_path / "empty").mkdir()
     dataset = load_dataset(folder_config(tmp_path, labels_from_folders=True))
     images, labels = everything(dataset)
     assert images[:, 0, 0, 0].tolist() == [2, 1, 0, 3]
@@ -89,6 +176,17 @@ def test_labels_are_the_subfolders_in_the_order_of_their_names(tmp_path):
     without = load_dataset(folder_config(tmp_path))
     assert everything(without)[1] == [-1] * 4
     assert dataset.fingerprint() != without.fingerprint()
+
+
+def test_classes_without_an_image_are_refused_by_name(tmp_path):
+    dots(tmp_path, "a/1.png", "c/1.png")
+    for name in ("b", "d"):
+        (tmp_path / name / "below").mkdir(parents=True)
+    (tmp_path / "b/1.heic").touch()
+    message = rf"^{tmp_path}/b, {tmp_path}/d must hold an image, being a class by .*Remove it"
+    with pytest.raises(DataError, match=message):
+        load_dataset(folder_config(tmp_path, labels_from_folders=True))
+    assert len(load_dataset(folder_config(tmp_path))) == 2
 
 
 def test_an_image_outside_of_all_subfolders_has_no_class(tmp_path):
@@ -149,6 +247,8 @@ def numbered_config(path, **settings):
         ("1.png", lambda path: path.write_bytes(b""), "cannot identify image file"),
         ("1.png", lambda path: path.write_bytes(b"no image"), "cannot identify image file"),
         ("1.png", bad_chunk, "broken PNG file"),
+        ("1.gif", lambda path: path.write_bytes(b"GIF89a"), "cannot identify|truncated"),
+        ("1.tif", cut_short, "truncated"),
         ("1.bmp", bomb, "3600000000 pixels.* decompression bomb"),
     ],
 )
@@ -226,6 +326,13 @@ def test_an_image_must_be_readable_before_any_work_starts(tmp_path):
         load_dataset(folder_config(tmp_path))
 
 
+def test_grey_whose_white_is_unknown_is_refused_before_any_work(tmp_path):
+    dots(tmp_path, "0.png", "1.png")
+    Image.fromarray(random_pixels(8, 8).astype(np.float32)).save(tmp_path / "2.tif")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/2\.tif holds grey from \d+ to 2\d\d"):
+        load_dataset(folder_config(tmp_path))
+
+
 def test_a_file_that_is_gone_is_no_corrupt_one(tmp_path):
     for name in ("0.png", "1.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -240,7 +347,7 @@ def test_a_file_that_is_gone_is_no_corrupt_one(tmp_path):
 
 def test_a_folder_without_images_is_refused_with_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    message = rf"data\.path {tmp_path} holds no image; looked for \.png"
+    message = rf"data\.path {tmp_path} holds no image, such as a \.png .* not read: 1 \.txt\."
     with pytest.raises(DataError, match=message):
         load_dataset(folder_config(tmp_path))
 
@@ -260,3 +367,18 @@ def test_a_folders_fingerprint_tells_files_and_shape(tmp_path):
     Image.fromarray(random_pixels(8, 8, 3)).save(tmp_path / "1.png")
     load_dataset.cache_clear()
     assert load_dataset(folder_config(tmp_path)).fingerprint() != first
+
+
+def test_the_fingerprint_of_plain_images_is_that_of_earlier_versions(tmp_path):
+    Image.fromarray(random_pixels(8, 8, 3)).save(tmp_path / "0.png")
+    stat = (tmp_path / "0.png").stat()
+    content = f"8 3{tmp_path.resolve()}/0.png {stat.st_size} {stat.st_mtime_ns}\n"
+    expected = hashlib.sha256(content.encode()).hexdigest()[:16]
+    assert FolderImages(tmp_path, folder_config(tmp_path)).fingerprint() == expected
+
+
+def test_the_fingerprint_of_images_that_were_once_read_wrongly_is_another(tmp_path, monkeypatch):
+    Image.fromarray(random_pixels(8, 8, 4)).save(tmp_path / "0.png")
+    found = FolderImages(tmp_path, folder_config(tmp_path)).fingerprint()
+    monkeypatch.setattr(folder, "is_plain", lambda _path: True)
+    assert FolderImages(tmp_path, folder_config(tmp_path)).fingerprint() != found

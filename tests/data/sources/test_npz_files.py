@@ -6,8 +6,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.batches import batches
 from tdc_ray.data.dataset import ArrayImages
+from tdc_ray.data.detect import data_config
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources import npz
 from tdc_ray.data.sources.npz_files import NpzImages
@@ -70,6 +72,70 @@ def test_labels_of_some_files_only_are_no_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([[2], [0], [1]]),
+        np.array([2, 0, 1], np.int8),
+        np.array([2, 0, 1], ">u4"),
+        np.array([2.0, 0.0, 1.0], np.float32),
+        np.array([[2.0], [0.0], [1.0]]),
+        np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], np.uint8),
+        np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], bool),
+        np.eye(3)[[2, 0, 1]],
+    ],
+)
+def test_labels_in_any_usual_form_are_class_numbers(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8), labels=labels)
+    dataset = load_dataset(npz_config(tmp_path / "a.npz"))
+    assert everything(dataset)[1] == [2, 0, 1]
+    assert dataset.num_classes == 3
+
+
+def test_labels_that_are_true_or_false_are_two_classes(tmp_path):
+    labels = np.array([True, False, True])
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8), labels=labels)
+    assert everything(load_dataset(npz_config(tmp_path / "a.npz")))[1] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (np.array(["cat", "dog", "cow"]), "whole numbers, got text"),
+        (np.array([b"cat", b"dog", b"cow"]), "whole numbers, got text"),
+        (np.array(["cat", "dog", None]), "whole numbers, got object"),
+        (np.array([0, 1, 2j]), "whole numbers, got complex128"),
+        (np.array([0, 0.5, 1]), r"whole numbers, got 0\.5"),
+        (np.array([0, np.nan, 1]), "whole numbers, got nan"),
+        (np.array([0, np.inf, 1]), "whole numbers, got inf"),
+        (np.array([[1, 1], [1, 0], [0, 1]]), r"one-hot of shape \(3, classes\), got \(3, 2\)"),
+        (np.array([[0, 1, 2]]), r"shape \(3,\), .*, got \(1, 3\)"),
+        (np.array(1), r"shape \(3,\), .*, got \(\)"),
+    ],
+)
+def test_labels_of_another_kind_are_refused_by_what_they_are(tmp_path, labels, found):
+    for name in ("1", "2"):  # it is no damage of one file
+        np.savez(tmp_path / f"{name}.npz", images=random_pixels(3, 8, 8), labels=labels)
+    with pytest.raises(DataError, match=rf"^labels in {tmp_path}/1\.npz must .*{found}"):
+        load_dataset(npz_config(tmp_path))
+
+
+def test_labels_below_0_are_left_out_with_a_warning(tmp_path, caplog):
+    labels = np.array([1, -1, 0])
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8), labels=labels)
+    assert load_dataset(npz_config(tmp_path / "a.npz")).num_classes is None
+    assert caplog.messages == [f"labels of {tmp_path}/a.npz are left out: 1 of 3 are below 0"]
+
+
+def test_hidden_npz_files_are_passed_over_and_upper_case_ones_read(tmp_path):
+    np.savez(tmp_path / "2.npz", images=random_pixels(3, 8, 8))
+    (tmp_path / "2.npz").rename(tmp_path / "1.NPZ")
+    (tmp_path / "._1.npz").write_bytes(b"of a Macintosh")
+    assert len(load_dataset(npz_config(tmp_path))) == 3
+    assert data_config(str(tmp_path), DataConfig()).source == "npz"
+    assert data_config(str(tmp_path / "1.NPZ"), DataConfig()).source == "npz"
+
+
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"pixels": random_pixels(2, 8, 8), "y": 1}, "must hold images, arr_0 or data; it holds"),
@@ -84,15 +150,21 @@ def test_labels_of_some_files_only_are_no_labels(tmp_path):
         ({"images": random_pixels(8, 8)}, r"images in .* must have shape .*, got \(8, 8\)"),
         (
             {"images": random_pixels(2, 8, 8), "labels": np.arange(3)},
-            r"labels in .* must have shape \(2,\), got \(3,\)",
+            r"labels in .* must have shape \(2,\), \(2, 1\), or be one-hot .*, got \(3,\)",
         ),
+        ({"images": random_pixels(2, 8, 8, 4)}, r"images\[\.\.\., :3\]"),
+        ({"images": random_pixels(8, 8, 3)}, r"got \(8, 8, 3\)\. Save images\[None\]"),
+        ({"images": random_pixels(2, 3, 8, 8)}, r"images\.transpose\(0, 2, 3, 1\)"),
+        ({"images": np.zeros((2, 8, 8), np.float16)}, r"got float16.*0 to 1, .*-1 to 1"),
+        ({"images": np.zeros((2, 8, 8), np.uint16)}, r"got uint16.*images / 257.* if it is 65535"),
+        ({"images": np.zeros((2, 8, 8), bool)}, r"got bool\. Save 255 \*"),
         (
             {"data": random_pixels(2, 100)},
             r"data in .* must have shape \(N, 3 \* H \* H\), got \(2, 100\)",
         ),
         ({"data": random_pixels(2, 8, 12)}, r"data in .* must have shape .*, got \(2, 8, 12\)"),
         ({"images": random_pixels(0, 8, 8)}, r"data\.path .*a\.npz holds no image"),
-        ({"images": np.array([None])}, r"a\.npz is no readable npz file: Object arrays"),
+        ({"images": np.array([None])}, r"images in .*a\.npz must be uint8, got object"),
     ],
 )
 def test_npz_arrays_of_another_kind_are_refused_with_what_they_must_be(tmp_path, arrays, message):
@@ -199,14 +271,10 @@ def labelled(path, *, seed=0, first_label=0, save=np.savez):
     save(path, images=random_pixels(4, 8, 8, seed=seed), labels=labels)
 
 
-def float_pixels(path):
-    np.savez(path, images=np.zeros((4, 8, 8), np.float32))
-
-
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize(
     "damage",
-    [cut_short, one_bit_off, compressed_and_damaged, float_pixels, npy_under_another_name],
+    [cut_short, one_bit_off, compressed_and_damaged, npy_under_another_name],
 )
 def test_a_corrupt_npz_file_of_several_is_named_and_left_out(tmp_path, caplog, damage):
     for index in (1, 3):

@@ -1,0 +1,173 @@
+"""One image file: decoded as a viewer shows it, as 8-bit pixels in grey or colour.
+
+Of an animation, or a file of several pages, it is the first picture.
+"""
+
+import contextlib
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
+
+from tdc_ray.errors import CorruptFileError, DataError
+
+BACKGROUND = (255, 255, 255, 255)
+"""What shows through where an image is transparent: white."""
+
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's names of grey of more than 8 bits, which its own conversions clamp."""
+
+GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
+"""Pillow's names of what has no colours."""
+
+NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats whose names Pillow knows and whose pixels it cannot decode on its own."""
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged files, for others than images, and for decompression bombs."""
+
+# Pixels need no text: by default, comments of more than a megabyte make a PNG unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the endings of the files that this Pillow decodes, in lower case."""
+    Image.init()
+    readable = Image.OPEN.keys() - NO_PICTURES
+    return frozenset(
+        end for end, kind in Image.registered_extensions().items() if kind in readable
+    )
+
+
+def read_pixels(path: Path, num_channels: int) -> NDArray[np.uint8]:
+    """Decode an image file: upright, without transparency, in grey or colour.
+
+    EXIF's orientation is applied; what is transparent shows ``BACKGROUND``; grey of more than 8
+    bits is scaled, so that its white is 255. White of floats is 1.
+
+    Returns:
+        ``(H, W)`` for one channel, ``(H, W, 3)`` for three.
+
+    Raises:
+        CorruptFileError: It is no readable image.
+        DataError: It cannot be opened, or has grey values whose white is unknown.
+    """
+    try:
+        with Image.open(path) as image:
+            _load_upright(image)
+            plain = _opaque(_eight_bits(image, path))
+            return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # it was not even read
+            raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
+        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
+
+
+def stored_shape(path: Path) -> tuple[int, int, int]:
+    """Decode an image file and return its ``(C, H, W)``: one channel for grey, else three.
+
+    Raises:
+        CorruptFileError: It is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            channels = 1 if image.mode in GREY_MODES else 3
+            _load_upright(image)
+            return (channels, image.height, image.width)
+    except UNREADABLE as error:
+        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
+
+
+def is_plain(path: Path) -> bool:
+    """Whether an image is opaque, upright and of 8 bits, by its header; if unreadable, too."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return not (turned or image.has_transparency_data or image.mode in DEEP_MODES)
+    except UNREADABLE:
+        return True
+
+
+def is_deep(path: Path) -> bool:
+    """Whether an image has grey of more than 8 bits, by its header; not if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in DEEP_MODES
+    except UNREADABLE:
+        return False
+
+
+def _load_upright(image: Image.Image) -> None:
+    """Decode the pixels, and turn them by EXIF's orientation, unless EXIF cannot be read."""
+    image.load()
+    with contextlib.suppress(*UNREADABLE):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Scale grey of more than 8 bits to 8.
+
+    Raises:
+        DataError: Its white is unknown.
+    """
+    if image.mode not in DEEP_MODES:
+        return image
+    values, white = np.asarray(image), _white(image, path)
+    if not (values.min() >= 0 and values.max() <= white):  # nor NaN
+        raise DataError(
+            f"{path} holds grey from {values.min():g} to {values.max():g}, and {image.mode} is "
+            f"read from 0 (black) to {white:g} (white). Save it scaled, or with 8 or 16 bits."
+        )
+    if _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = white - values  # 0 is white
+    grey = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8))
+    if isinstance(hidden := image.info.get("transparency"), int):  # one value is transparent
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _white(image: Image.Image, path: Path) -> float:
+    """Return the value of white in grey of more than 8 bits.
+
+    Raises:
+        DataError: Files of its kind do not say.
+    """
+    if image.mode == "F":
+        return 1.0
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which give it for 16 bits
+        raise DataError(
+            f"{path} holds grey of 32 bits or below 0, of which no file says what white is. Save "
+            "it with 8 or 16 bits, or as floats from 0 to 1."
+        )
+    bits = _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE)
+    return float(2 ** bits[0] - 1) if bits else 65535.0
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    """Return what a TIFF file says of itself; None where it says nothing, or is no TIFF file."""
+    return image.tag_v2.get(tag) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Put an image that has transparency, by alpha or by one of its colours, on the background."""
+    if not image.has_transparency_data:
+        return image
+    if image.mode == "La":  # Pillow converts it no further
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)

@@ -1,0 +1,95 @@
+"""Which files below a folder are images: links are followed, what systems leave is passed over."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tdc_ray.data.sources.image_file import image_suffixes
+from tdc_ray.errors import DataError
+
+OF_SYSTEMS = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "$recycle.bin",
+        "desktop.ini",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+"""Names, in lower case, of what systems and archives put among people's files."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is nobody's data: its name begins with a dot, or is a system's."""
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
+def image_paths(root: Path, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Yield the images' paths below ``root``, relative to it, in the order of their parts.
+
+    Folders that are links are followed, but for links to a folder that they lie in.
+
+    Args:
+        root: The folder.
+        left_out: Counts the files of other kinds, by suffix.
+
+    Raises:
+        DataError: A folder cannot be listed, or a link leads to nothing.
+    """
+    return _walk(root, "", (root.resolve(),), Counter() if left_out is None else left_out)
+
+
+def subfolders(root: Path) -> list[str]:
+    """Return the names of the folders in ``root`` that :func:`image_paths` looks into.
+
+    Raises:
+        DataError: It cannot be listed, or a link leads to nothing.
+    """
+    trail = (root.resolve(),)
+    names = [name for name, is_folder in _entries(root) if is_folder]
+    return [name for name in names if not _leads_back(root / name, trail)]
+
+
+def _walk(
+    root: Path, folder: str, trail: tuple[Path, ...], left_out: Counter[str]
+) -> Iterator[str]:
+    """Yield the paths below a folder of ``root``; ``trail`` are the folders that it lies in."""
+    for name, is_folder in _entries(root / folder):
+        path = f"{folder}{name}"
+        if not is_folder:
+            suffix = Path(name).suffix.lower()
+            if suffix in image_suffixes():
+                yield path
+            else:
+                left_out[suffix or "without a suffix"] += 1
+        elif _leads_back(root / path, trail):
+            logger.warning("%s is left out: it links to a folder that it lies in", root / path)
+        else:
+            yield from _walk(root, f"{path}/", (*trail, (root / path).resolve()), left_out)
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Return the names in a folder that are not hidden, sorted, and whether they are folders."""
+    try:
+        with os.scandir(folder) as scan:
+            entries = [entry for entry in scan if not is_hidden(entry.name)]
+        for entry in entries:
+            if entry.is_symlink() and not (folder / entry.name).exists():
+                raise DataError(f"{entry.path} is a link to nothing. Mend or remove it.")
+        return sorted((e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}.") from error
+
+
+def _leads_back(folder: Path, trail: tuple[Path, ...]) -> bool:
+    """Whether a folder is a link to one of those that it lies in, or above them."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(above.is_relative_to(target) for above in trail)

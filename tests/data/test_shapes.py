@@ -1,0 +1,55 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdc_ray.config.data import DataConfig
+from tdc_ray.data.shapes import check_given, first_shape, log_shape, stored_shapes
+from tdc_ray.errors import ConfigError
+from tests.images import folder_config, npz_config, random_pixels
+
+
+def test_the_shape_of_the_first_images_is_theirs_as_they_are_stored(tmp_path):
+    Image.fromarray(random_pixels(20, 30, 3)).save(tmp_path / "a.png")
+    Image.fromarray(random_pixels(8, 8)).save(tmp_path / "b.png")
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 12, 12))
+    (tmp_path / "no.npz").write_bytes(b"no npz")
+    assert first_shape(folder_config(tmp_path)) == (3, 20, 30)
+    assert [shape for _, shape in stored_shapes(folder_config(tmp_path))] == [
+        (3, 20, 30),
+        (1, 8, 8),
+    ]
+    assert first_shape(npz_config(tmp_path / "a.npz")) == (1, 12, 12)
+    assert first_shape(DataConfig(source="photos")) == (3, 16, 16)
+    assert first_shape(npz_config(tmp_path / "no.npz")) is None  # loading says why
+    assert first_shape(folder_config(tmp_path / "nowhere")) is None
+
+
+def test_images_that_a_shape_nobody_gave_does_not_fit_are_refused(tmp_path):
+    Image.fromarray(random_pixels(24, 24, 3)).save(tmp_path / "a.png")
+    data = folder_config(tmp_path, image_size=8, num_channels=1)
+    message = (
+        rf"images in {tmp_path} are 24x24 in colour, .* learnt as 8x8 in grey\. "
+        "Set --data.image-size 24 --data.num-channels 3"
+    )
+    for given in ((False, False), (True, False), (False, True)):
+        with pytest.raises(ConfigError, match=message):
+            check_given(data, has_size=given[0], has_channels=given[1])
+    check_given(data, has_size=True, has_channels=True)
+    fits = replace(data, image_size=24, num_channels=3)
+    check_given(fits, has_size=False, has_channels=False)
+
+
+def test_what_images_are_brought_to_is_logged_where_they_have_another_shape(tmp_path, caplog):
+    caplog.set_level("INFO")
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 12, 10, 3))
+    log_shape(npz_config(tmp_path / "a.npz", image_size=16))
+    expected = (
+        f"the first images in {tmp_path}/a.npz are 12x10 in colour; all are brought to 16x16"
+    )
+    assert caplog.messages == [f"{expected} in grey"]
+    log_shape(DataConfig())
+    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8))
+    log_shape(npz_config(tmp_path / "a.npz"))
+    assert len(caplog.messages) == 1
