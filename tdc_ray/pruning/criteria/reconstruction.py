@@ -56,4 +56,5 @@ def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     if values[-1] <= 0:  # the prediction depends on none of them
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
