@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.item import AnyItem, Report, Runner, StepMetrics, finished, run_item
@@ -28,6 +28,8 @@ STALE_AFTER_S = 10.0
 """A claim that was not renewed for this time is of a run that was killed."""
 
 SECONDS_BETWEEN_TRIES = 0.5
+NUM_TRIES = 10
+"""New registries in place of one that died, before an item runs without a claim."""
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +173,23 @@ class CacheSession:
     def _claim(self, name: str, key: str) -> bool:
         """Claim a key in this run's name."""
         try:
-            claimed = bool(ray.get(self._registry.claim.remote(key, self._owner)))
+            claimed = self._try_to_claim(key)
         except RayError as error:  # at worst something is computed twice
             logger.warning("claims on %s are not available: %s", name, error)
             return True
         if claimed:
             self._claimed[name] = key
         return claimed
+
+    def _try_to_claim(self, key: str) -> bool:
+        assert self._cache is not None
+        for _ in range(NUM_TRIES):
+            try:
+                return bool(ray.get(self._registry.claim.remote(key, self._owner)))
+            except ActorDiedError:  # it went with the session that had started it
+                time.sleep(SECONDS_BETWEEN_TRIES)  # for a while its name leads to the dead one
+                self._registry = start_claim_registry(self._cache.root)
+        return bool(ray.get(self._registry.claim.remote(key, self._owner)))
 
     def _release(self, name: str) -> None:
         key = self._claimed.pop(name, None)
