@@ -204,11 +204,12 @@ def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
     from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
     try:
-        trained = run_config_of(unet_dir(model))
+        unet = unet_dir(model)
     except CheckpointError:  # the command says so
         return config
+    trained = run_config_of(unet)
     if trained is None:
-        return apply_settings(noise_settings(str(model)), config, with_data=True)
+        return apply_settings(noise_settings(unet), config, with_data=True)
     if has_preset:
         return config
     method = "offline" if trained.prune.method == "none" else trained.prune.method

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
-from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.samplers import begins_near_the_end, make_scheduler, nearest_steps
 from tdc_ray.diffusion.sampling import (
     SamplingSpec,
     image_generators,
@@ -130,6 +130,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
         self.scheduler.set_timesteps(spec.num_inference_steps)
+        if num_inference_steps is not None:
+            self._check_start(spec.num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             images = sample(
                 self.experts.for_timestep,
@@ -193,6 +195,18 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             dtype=self.experts.dtype,
             winograd=self.winograd,
         )
+
+    def _check_start(self, steps: int) -> None:
+        """Refuse steps that begin with noise where the scheduler expects an image.
+
+        Those of the plan are checked there.
+        """
+        total, first = self.scheduler.config["num_train_timesteps"], self.scheduler.timesteps[0]
+        if not begins_near_the_end(total, steps, int(first)):
+            raise ConfigError(
+                f"num_inference_steps must be {nearest_steps(total, steps)}, got {steps}: of "
+                f"{total} timesteps it would begin at {int(first)}, with pure noise."
+            )
 
     def _labels(
         self, class_labels: int | Sequence[int] | torch.Tensor | None, batch_size: int

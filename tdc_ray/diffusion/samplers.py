@@ -23,10 +23,33 @@ KARRAS_RHO = 7.0
 
 
 def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
-    """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
-    stride = len(process.betas) // sampler.num_inference_steps
-    steps = reversed(range(sampler.num_inference_steps))
-    return [step * stride + sampler.steps_offset for step in steps]
+    """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset.
+
+    Raises:
+        ConfigError: They would begin far below the last timestep, though they begin with noise.
+    """
+    total, steps = len(process.betas), sampler.num_inference_steps
+    stride = total // steps
+    timesteps = [step * stride + sampler.steps_offset for step in reversed(range(steps))]
+    if not begins_near_the_end(total, steps, timesteps[0] - sampler.steps_offset):
+        raise ConfigError(
+            f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
+            f"{sampler.sampler}, got {steps}: of {total} timesteps it would begin at "
+            f"{timesteps[0]}, with pure noise."
+        )
+    return timesteps
+
+
+def begins_near_the_end(num_train_timesteps: int, num_steps: int, first: int) -> bool:
+    """Whether steps begin within one stride of the last timestep, as those do that divide T."""
+    return num_train_timesteps - 1 - first <= num_train_timesteps / num_steps
+
+
+def nearest_steps(num_train_timesteps: int, num_steps: int) -> str:
+    """Return the nearest numbers of steps, in words, that divide the timesteps."""
+    below, above = range(num_steps, 0, -1), range(num_steps, num_train_timesteps + 1)
+    nearest = [next(n for n in side if num_train_timesteps % n == 0) for side in (below, above)]
+    return " or ".join(map(str, nearest))
 
 
 def _second_twice(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:

@@ -30,6 +30,7 @@ class ImportCommand:
         """Write the base, and print the settings that it leaves open."""
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
+        from tdc_ray.runs.pretrained.notes import base_notes
         from tdc_ray.runs.pretrained.settings import missing_settings
         from tdc_ray.runs.pretrained.sources import resolve_base
         from tdc_ray.storage.files import exists
@@ -46,6 +47,8 @@ class ImportCommand:
             f"{structure.num_params / 1e6:.2f} M parameters, {structure.macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
+        for note in base_notes(base, self.config.diffusion, self.config.sampler):
+            console.print(f"note: {note}", soft_wrap=True)
         for name in missing_settings(base.settings):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)

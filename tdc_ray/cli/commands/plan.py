@@ -54,11 +54,15 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     if base is None:
-        unet = base_unet(config.model, config.conditioning)
+        unet, notes = base_unet(config.model, config.conditioning), []
     else:
         from tdc_ray.runs.pretrained.importer import check_compatible  # imports torch
+        from tdc_ray.runs.pretrained.notes import base_notes
 
         unet = check_compatible(base, config)
+        notes = base_notes(base, config.diffusion, config.sampler)
     macs = network_structure(unet).macs
     print_plan(console, plan, config.preset, config.plan, config.prune.objective, macs)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     return plan

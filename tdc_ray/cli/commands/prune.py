@@ -87,12 +87,12 @@ class PruneCommand:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if not trained and (missing := missing_settings(noise_settings(str(self.model_dir)))):
+        if not trained and (missing := missing_settings(noise_settings(unet))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
                 f"{display_path(self.model_dir)} does not say {names}: {noise.beta_schedule} "
                 f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "
-                "--diffusion.*)",
+                f"--diffusion.*), and that it predicts {noise.prediction_type}",
                 soft_wrap=True,
             )
         share = 0.7 if self.macs is None else self.macs
