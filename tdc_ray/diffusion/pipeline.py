@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -230,6 +230,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             if label not in range(self.num_classes):
                 raise ConfigError(f"class_labels must be in [0, {self.num_classes}), got {label}.")
         return labels
+
+    def save_pretrained(self, *_: object, **__: object) -> NoReturn:
+        """Refuse, as diffusers keeps no widths of pruned UNets.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "diffusers' save_pretrained cannot save the experts: tdc-ray export writes those of a "
+            "run into a folder that diffusers loads."
+        )
 
     @classmethod
     def from_pretrained(

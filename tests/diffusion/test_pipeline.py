@@ -325,6 +325,12 @@ def test_steps_of_a_call_begin_near_the_last_timestep(saved):
         pipeline(1, num_inference_steps=600)
 
 
+def test_diffusers_does_not_save_a_pipeline_without_its_experts(saved, tmp_path):
+    with pytest.raises(ConfigError, match="tdc-ray export"):
+        ProgressivePipeline.from_pretrained(saved).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_moves_as_a_whole(saved):
     pipeline = ProgressivePipeline.from_pretrained(saved)
     assert (pipeline.dtype, pipeline.device.type) == (torch.float32, "cpu")

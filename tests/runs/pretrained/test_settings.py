@@ -356,7 +356,7 @@ def test_weights_of_a_variant_alone_are_refused_by_the_variant(tmp_path, shard):
     file = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
     file.rename(file.with_name(f"diffusion_pytorch_model.fp16{shard}.safetensors"))
     base = resolve_base(source)
-    with pytest.raises(CheckpointError, match='only the variant fp16 .*variant="fp16"'):
+    with pytest.raises(CheckpointError, match=r'only the variant fp16 .*variant="fp16"'):
         import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
 
 
