@@ -52,7 +52,7 @@ def test_the_dropout_of_a_base_loaded_by_diffusers_is_kept(tmp_path):
 
 def test_what_diffusers_would_save_without_its_widths_is_refused(tmp_path):
     save_random(tmp_path / "expert")
-    with pytest.raises(UnsupportedModelError, match="Save it by .*save_expert, or .*export"):
+    with pytest.raises(UnsupportedModelError, match=r"Save it by .*save_expert, or .*export"):
         load_expert(tmp_path / "expert").save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     whole = cut(random_unet(), units_of(TINY), keep_everything(units_of(TINY)))

@@ -7,6 +7,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_folder
 from tdc_ray.errors import StorageError
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
@@ -28,6 +29,7 @@ class ImportCommand:
 
     def execute(self, console: Console) -> None:
         """Write the base, and print the settings that it leaves open."""
+        check_output_folder("OUT", self.out)
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
         from tdc_ray.runs.pretrained.notes import base_notes

@@ -112,7 +112,7 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
 
 def _refuse_to_save(*_: object, **__: object) -> NoReturn:
     raise UnsupportedModelError(
-        "diffusers' save_pretrained keeps no widths, so that a pruned UNet cannot be loaded again. "
+        "diffusers' save_pretrained keeps no widths: a pruned UNet could not be loaded again. "
         "Save it by tdc_ray.models.saved_expert.save_expert, or a whole run by tdc-ray export."
     )
 

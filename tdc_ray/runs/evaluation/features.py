@@ -10,6 +10,7 @@ import logging
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -290,10 +291,12 @@ def _check_inception_file(path: Path) -> None:
 
 @functools.cache
 def _loads(path: Path, _size: int, _mtime_ns: int) -> bool:
-    try:
-        torch.jit.load(path, map_location="cpu")
-    except RuntimeError:
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out
+        try:
+            torch.jit.load(path, map_location="cpu")
+        except RuntimeError:
+            return False
     return True
 
 

@@ -50,6 +50,7 @@ def _other_sampling(
     name = str(theirs.pop("_class_name"))
     scheduler = make_scheduler(diffusion, sampler)
     ours = dict(scheduler.config)
+    is_same = name == type(scheduler).__name__
     kind: Any = getattr(diffusers, name, None)
     defaults = {} if kind is None else inspect.signature(kind).parameters
     skipped = [*_NOISE, *_OF_THRESHOLDING]
@@ -61,12 +62,15 @@ def _other_sampling(
     for setting, value in theirs.items():
         if setting.startswith("_") or setting in skipped:
             continue
-        usual = ours[setting] if setting in ours else defaults[setting].default
-        if value != usual:
+        compared = setting in ours and (is_same or setting in _OF_SPACING)
+        if value != (ours[setting] if compared else defaults[setting].default):
             other[setting] = value
-    if name == type(scheduler).__name__ and not other:
+    if is_same and not other:
         return None
     here = {setting: ours[setting] for setting in other if setting in ours}
+    if ours.get("use_karras_sigmas"):  # which space the timesteps
+        here = {"use_karras_sigmas": True} | here
+        here.pop("timestep_spacing", None)
     if ours.get("clip_sample") and "clip_sample" not in theirs:
         here["clip_sample"] = True
     return (
