@@ -1,16 +1,12 @@
 """Refuses paths that are not there, or of another kind, before anything heavy is imported."""
 
-import re
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
-from tdc_ray.config.model import FILE_KINDS
+from tdc_ray.config.model import FILE_KINDS, HUB_NAME
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, DataError, EvaluationError, StorageError
 from tdc_ray.storage.object_store import is_remote, resolve_path
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""Owner and name of a repository on the Hugging Face hub."""
 
 
 def check_input(path: Path | str, kind: str) -> None:

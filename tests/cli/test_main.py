@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_with_setting_rule_and_value(
     [
         ["run", "--data.source", "folder", "--data.path", "nowhere"],
         ["run", "--base", "./nowhere"],
-        ["run", "--evaluate.inception-path", "nowhere"],
+        ["run", "--evaluate.features", "auto", "--evaluate.inception-path", "nowhere"],
         ["run", "--data.first-stage", "nowhere", "--sampler.no-clip-sample"],
         ["sweep", "--base", "openai:nowhere.pt", "--vary", "k=0.5"],
         ["import", "./nowhere", "out"],

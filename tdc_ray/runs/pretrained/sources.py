@@ -5,7 +5,6 @@ a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusio
 CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`` without objects.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from diffusers import SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule
-from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.model import HUB_NAME, ModelConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -452,7 +451,7 @@ def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
 
 def _from_hub(name: str) -> Path:
     """Download a repository's settings and safetensors, or find them in the hub's cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if HUB_NAME.fullmatch(name) is None:
         raise CheckpointError(f"{name} does not exist, and is no name on the hub (owner/name).")
     try:
         downloaded = snapshot_download(
