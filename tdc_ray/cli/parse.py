@@ -204,7 +204,11 @@ def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
         CheckpointError: It is malformed.
         StorageError: There is none.
     """
-    check_input(model, "the folder of a UNet2DModel, or a run directory")
+    check_input(
+        model,
+        "the folder of a UNet2DModel, or a run directory (tdc-ray import BASE DIR makes such a "
+        "folder of a model on the hub and of a file of openai: or compvis:)",
+    )
     from tdc_ray.runs.pretrained.settings import apply_settings
     from tdc_ray.runs.pretrained.sources import noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir

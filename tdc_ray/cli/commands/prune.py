@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
-from tdc_ray.cli.paths import check_input, check_named_data, check_output_folder, check_settings
+from tdc_ray.cli.paths import check_named_data, check_output_folder, check_settings
 from tdc_ray.config.prune import SearchMethod
 from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
@@ -62,7 +62,6 @@ class PruneCommand:
 
     def execute(self, console: Console) -> None:
         """Prune, and print the size and the losses of the pruned model."""
-        check_input(self.model_dir, "the folder of a UNet2DModel, or a run directory")
         check_output_folder("--out", self.out)
         check_named_data("--data", self.data)
         check_settings(self.config)

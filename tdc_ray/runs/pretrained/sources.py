@@ -149,8 +149,8 @@ def noise_settings(unet: Path) -> PretrainedSettings:
         CheckpointError: It is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
-    base = resolve_base(display_path(unet))
-    if base.settings.diffusion.num_train_timesteps is None:  # the UNet is alone
+    base = _unet_in_place(display_path(unet), unet)
+    if base is None:
         return PretrainedSettings()
     stages = base.settings.model_dump(
         include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
@@ -287,13 +287,18 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
 
 
 def _unet(source: str, folder: Path) -> PretrainedBase | None:
-    """Read a ``UNet2DModel``: this one, whatever others are beside it.
-
-    Its noise process is that of the pipeline, the import or the run that it lies in: one folder
-    up, or two, as what training scripts of diffusers leave in ``checkpoint-500/unet``.
-    """
+    """Read a ``UNet2DModel``: this one, whatever others are beside it."""
     if not is_unet(folder):
         return None
+    return _unet_in_place(source, folder) or _diffusers(source, folder, {}, "as given")
+
+
+def _unet_in_place(source: str, folder: Path) -> PretrainedBase | None:
+    """Read a UNet with the noise process of the pipeline, the import or the run that it lies in.
+
+    That is one folder up, or two, as what training scripts of diffusers leave in
+    ``checkpoint-500/unet``. None means that it is alone.
+    """
     folder = folder.absolute()
     for place in (folder, folder.parent, folder.parent.parent):
         for opened in (_imported, _pipeline, _run):
@@ -302,7 +307,7 @@ def _unet(source: str, folder: Path) -> PretrainedBase | None:
         for path in (place / SCHEDULER_FILE, place / "scheduler" / SCHEDULER_FILE):
             if exists(path):
                 return _with_scheduler(source, folder, path)
-    return _diffusers(source, folder, {}, "as given")
+    return None
 
 
 FILES = {"openai": _openai, "compvis": _compvis}
