@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from tdc_ray.cli.paths import check_input, check_named_data, check_output_file
+from tdc_ray.cli.paths import check_named_data, check_output_file
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.errors import ConfigError
 
@@ -51,7 +51,7 @@ class ScoreCommand:
 
     def execute(self, console: Console) -> None:
         """Score the images and print what came out."""
-        check_input(self.images, "an npz file, or a folder of images")
+        check_named_data("IMAGES", str(self.images))
         check_named_data("--reference", self.reference)
         if self.out is not None:
             check_output_file("--out", self.out)
