@@ -38,7 +38,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
         os.write(2, b"interrupted\n")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what ends now needs no second one
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends the process at once
     if code == BROKEN_PIPE:
         for stream in (sys.stdout, sys.stderr):  # what they hold back is lost
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

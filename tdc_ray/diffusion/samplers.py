@@ -23,21 +23,10 @@ KARRAS_RHO = 7.0
 
 
 def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
-    """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset.
-
-    Raises:
-        ConfigError: They would begin far below the last timestep, though they begin with noise.
-    """
-    total, steps = len(process.betas), sampler.num_inference_steps
-    stride = total // steps
-    timesteps = [step * stride + sampler.steps_offset for step in reversed(range(steps))]
-    if not begins_near_the_end(total, steps, timesteps[0] - sampler.steps_offset):
-        raise ConfigError(
-            f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
-            f"{sampler.sampler}, got {steps}: of {total} timesteps it would begin at "
-            f"{timesteps[0]}, with pure noise."
-        )
-    return timesteps
+    """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
+    stride = len(process.betas) // sampler.num_inference_steps
+    steps = reversed(range(sampler.num_inference_steps))
+    return [step * stride + sampler.steps_offset for step in steps]
 
 
 def begins_near_the_end(num_train_timesteps: int, num_steps: int, first: int) -> bool:
@@ -134,6 +123,29 @@ def sampling_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[i
         ConfigError: The sampler cannot take so many steps.
     """
     return tuple(SAMPLERS[sampler.sampler].timesteps(process, sampler))
+
+
+def checked_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[int, ...]:
+    """Compute the timesteps of a sampler by which images are drawn, noisiest first.
+
+    Raises:
+        ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
+            below it, though it begins with noise.
+    """
+    timesteps = sampling_timesteps(process, sampler)
+    total, steps, first = len(process.betas), sampler.num_inference_steps, timesteps[0]
+    if first >= total:
+        raise ConfigError(
+            f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
+            f"{first}, past the last timestep {total - 1}. Use 0, or fewer steps."
+        )
+    if not begins_near_the_end(total, steps, first):
+        raise ConfigError(
+            f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
+            f"{sampler.sampler}, got {steps}: of {total} timesteps it would begin at {first}, "
+            "with pure noise."
+        )
+    return timesteps
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":

@@ -19,11 +19,15 @@ _WEIGHTS = re.compile(
 """Names of files of weights; a group is the variant, such as fp16, before or after the shard."""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors that diffusers loads; none if there are none.
+def weight_files(folder: Path, kind: str = "model") -> list[Path]:
+    """Return the safetensors that diffusers loads.
+
+    Args:
+        folder: The folder of a model.
+        kind: The model's class, for the error.
 
     Raises:
-        CheckpointError: All are of variants, which are loaded by name alone.
+        CheckpointError: There are none, or all are of variants, which are loaded by name alone.
     """
     files, variants = [], set()
     for path in listing(folder, "*.safetensors"):
@@ -39,6 +43,12 @@ def weight_files(folder: Path) -> list[Path]:
             "weights: save it without one, by diffusers' from_pretrained(FOLDER, "
             f'variant="{min(variants)}").save_pretrained(OTHER), and give that folder.'
         )
+    if not files:
+        raise CheckpointError(
+            f"{display_path(folder)} holds no {kind} in safetensors. (Weights in a .bin file that "
+            "you trust are brought over by diffusers' from_pretrained(FOLDER, "
+            "use_safetensors=False).save_pretrained(OTHER).)"
+        )
     return files
 
 
@@ -49,7 +59,7 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
         CheckpointError: The folder does not hold it, in safetensors, with all of its weights.
     """
     place = display_path(folder)
-    weight_files(folder)  # diffusers says of a variant alone that there is nothing
+    weight_files(folder, kind.__name__)
     try:
         model, info = kind.from_pretrained(
             fetch(folder),
@@ -62,9 +72,7 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
         if is_from_outside(error):
             raise
         raise CheckpointError(
-            f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error} (Weights "
-            f"in a .bin file that you trust are brought over by {kind.__name__}.from_pretrained("
-            "FOLDER, use_safetensors=False).save_pretrained(OTHER).)"
+            f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error}"
         ) from error
     if missing := info["missing_keys"]:  # diffusers leaves these random
         raise CheckpointError(f"{place} lacks the weights {', '.join(sorted(missing))}.")

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
-from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
+from tdc_ray.diffusion.samplers import (
+    SAMPLERS,
+    checked_timesteps,
+    make_scheduler,
+    sampling_timesteps,
+)
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -51,7 +56,7 @@ def test_a_scheduler_has_the_betas_of_the_schedule(diffusion, sampler):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(
-    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (8, 0), (1000, 0), (2, 1), (1, 0)]
+    ("num_steps", "offset"), [(10, 0), (100, 0), (200, 1), (7, 0), (1000, 0), (2, 1), (1, 0)]
 )
 def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset, name):
     sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps, steps_offset=offset)
@@ -76,7 +81,7 @@ def test_settings_reach_the_scheduler():
 
 @pytest.mark.parametrize("steps_offset", [0, 1])
 @pytest.mark.parametrize(
-    ("num_timesteps", "num_steps"), [(1000, 100), (1000, 200), (4000, 100), (1000, 3), (10, 1)]
+    ("num_timesteps", "num_steps"), [(1000, 100), (1000, 200), (4000, 100), (1000, 7), (10, 1)]
 )
 def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_steps, steps_offset):
     scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=steps_offset)
@@ -89,9 +94,8 @@ def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_ste
 
 
 @given(st.integers(2, 500), st.data())
-def test_any_number_of_steps_that_divides_is_spaced_as_in_diffusers(num_timesteps, data):
-    divisors = [steps for steps in range(1, num_timesteps + 1) if num_timesteps % steps == 0]
-    num_steps = data.draw(st.sampled_from(divisors))
+def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
+    num_steps = data.draw(st.integers(1, num_timesteps))
     offset = data.draw(st.integers(0, 1))
     sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
     ours = sampling_timesteps(process_of(num_timesteps), sampler)
@@ -112,9 +116,9 @@ def test_steps_that_would_begin_far_below_the_last_timestep_are_refused(
     sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps)
     words = rf"num_inference_steps must be {nearest} for {name}, got {num_steps}.* at {first},"
     with pytest.raises(ConfigError, match=words):
-        sampling_timesteps(NoiseProcess.of(LINEAR), sampler)
+        checked_timesteps(NoiseProcess.of(LINEAR), sampler)
     solver = SamplerConfig(sampler="dpmsolver++", num_inference_steps=21)
-    assert sampling_timesteps(NoiseProcess.of(LINEAR), solver)[0] == 999
+    assert checked_timesteps(NoiseProcess.of(LINEAR), solver)[0] == 999
 
 
 @pytest.mark.parametrize("num_steps", [5, 12, 20, 25, 50, 100])

@@ -112,8 +112,8 @@ class _UNetWalker:
             sizes = " or ".join(str(size) for size in (below, below + factor) if size)
             raise UnsupportedModelError(
                 f"a sample_size of {self.size} cannot be halved {times} times, as the model's "
-                f"levels do: {sizes} can. Write that into its config.json and give images of that "
-                "size, or use another model."
+                f"levels do: {sizes} can. Set that in its config.json, if it has one, and as the "
+                "size of the images, or use another model."
             )
 
     def walk(self) -> Iterator[Block]:

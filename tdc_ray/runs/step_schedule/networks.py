@@ -11,7 +11,7 @@ import numpy as np
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import one_group
-from tdc_ray.diffusion.samplers import sampling_timesteps
+from tdc_ray.diffusion.samplers import checked_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.diffusion.step_schedule import BoolArray
 from tdc_ray.errors import ConfigError
@@ -254,7 +254,7 @@ def _macs_of(folder: Path) -> int:
 
 def problem_of(config: RunConfig, networks: Sequence[Network]) -> Problem:
     """Lay out the networks over the steps of the settings' sampler."""
-    visited = sampling_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
+    visited = checked_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
     timesteps = list(dict.fromkeys(visited))
     visits = np.array([visited.count(timestep) for timestep in timesteps])
     spans = np.array([network.span for network in networks])  # (K, 2)

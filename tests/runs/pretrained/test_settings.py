@@ -714,8 +714,13 @@ def test_a_base_never_comes_from_a_pickle(tmp_path):
     for file in (tmp_path / "p").rglob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     base = resolve_base(source)
-    with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
-        import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    for work in (
+        lambda: import_base(base, config, tmp_path / "base"),
+        lambda: check(config, base),
+    ):
+        with pytest.raises(CheckpointError, match=r"no model in safetensors.*\.bin file that you"):
+            work()
 
 
 def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):
