@@ -60,10 +60,12 @@ def _other_sampling(
         skipped.append("clip_sample_range")
     other = {}
     for setting, value in theirs.items():
-        if setting.startswith("_") or setting in skipped:
+        if setting not in defaults or setting in skipped:
             continue
-        compared = setting in ours and (is_same or setting in _OF_SPACING)
-        if value != (ours[setting] if compared else defaults[setting].default):
+        is_usual = value == defaults[setting].default
+        if setting in ours and (is_same or setting in _OF_SPACING):
+            is_usual = False
+        if not is_usual and value != ours.get(setting, ...):
             other[setting] = value
     if is_same and not other:
         return None

@@ -295,13 +295,19 @@ def test_what_a_run_samples_otherwise_than_the_pipeline_is_said(tmp_path, schedu
 
 
 def test_nothing_is_said_where_a_run_samples_as_the_pipeline(tmp_path):
-    base = resolve_base(save_pipeline(tmp_path / "p", DDIMScheduler(clip_sample=False)))
+    source = save_pipeline(tmp_path / "p", DDIMScheduler(clip_sample=False))
+    edit(tmp_path / "p/scheduler/scheduler_config.json", skip_prk_steps=True)  # as on the hub
+    base = resolve_base(source)
     config = apply_settings(base.settings, CONFIG, with_data=True)
     assert base_notes(base, config.diffusion, config.sampler) == []
     large = resolve_base(save_pipeline(tmp_path / "q", DDPMScheduler(variance_type="fixed_large")))
     ddpm = replace(CONFIG.sampler, sampler="ddpm")
     (note,) = base_notes(large, CONFIG.diffusion, ddpm)
     assert "a run by ddpm (variance_type fixed_small)" in note
+    plain = resolve_base(save_pipeline(tmp_path / "r", DDPMScheduler(clip_sample=False)))
+    config = apply_settings(plain.settings, CONFIG, with_data=True)
+    (note,) = base_notes(plain, config.diffusion, config.sampler)
+    assert "samples by DDPMScheduler, a run by ddim: its scores" in note
 
 
 def test_that_nothing_says_what_a_unet_predicts_is_said(tmp_path):
