@@ -20,11 +20,13 @@ def check_finite(paths: Iterable[Path]) -> None:
         paths: Folders of diffusers, or checkpoint files.
 
     Raises:
-        CheckpointError: A tensor holds NaN or infinity, or a file cannot be read; it is named.
+        CheckpointError: A tensor holds NaN or infinity, or a file is missing or damaged.
     """
     for path in paths:
         for file in weight_files(path) if fetch(path).is_dir() else [path]:
-            state = fetch(file).stat()
+            if not fetch(file).exists():
+                raise CheckpointError(f"{display_path(file)} does not exist.")
+            state = file.stat()
             if (name := _first_not_finite(file, state.st_size, state.st_mtime_ns)) is not None:
                 raise CheckpointError(
                     f"{name} of {display_path(file)} holds NaN or infinity: its training "

@@ -37,9 +37,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_how_a_pipeline_samples_is_said_by_plan_import_and_a_dry_run(
-    tmp_path, capsys, monkeypatch
-):
+def test_how_a_pipeline_samples_is_said_before_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scheduler = DDPMScheduler(600, timestep_spacing="trailing", variance_type="fixed_large")
     DDPMPipeline(unet=random_unet(), scheduler=scheduler).save_pretrained("p")

@@ -18,9 +18,10 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import load_config, load_network
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.macs import macs_polynomials
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.saved_expert import CONFIG_FILE, SavedExpert, load_expert
+from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.models.structure import network_structure, units_for
 from tdc_ray.models.units import widths_of
 from tdc_ray.pruning.space import space_of
@@ -230,6 +231,7 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
 
     Raises:
         ConfigError: It does not.
+        CheckpointError: Its weights are damaged, or no numbers.
     """
     if not exists(folder / CONFIG_FILE):
         raise ConfigError(
@@ -243,6 +245,7 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
                 f"--networks {display_path(folder)} must have the run's {key} {base.get(key)}, "
                 f"got {unet.get(key)}."
             )
+    check_finite([folder / WEIGHTS_FILE])
 
 
 def _macs_of(folder: Path) -> int:
