@@ -1,21 +1,24 @@
-"""Runs a command line: parses it, configures logging, turns errors into exit codes."""
+"""Runs a command line: parses it, configures logging, turns errors into exit codes.
+
+All else is imported inside the functions, so that Ctrl-C meets ``main`` from the start on.
+"""
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.logging import RichHandler
-
-from tdc_ray.cli.commands.prune import PruneCommand
-from tdc_ray.cli.commands.run import RunCommand
-from tdc_ray.cli.commands.sweep import SweepCommand
-from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
-from tdc_ray.cli.parse import parse
 from tdc_ray.errors import TdcError
 
-RESUMABLE = (RunCommand, SweepCommand, PruneCommand, TrainAutoencoderCommand)
+BROKEN_PIPE = 141
+"""Exit code of a command whose output is no longer read, as of one that SIGPIPE ends."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+RESUMABLE = ("run", "sweep", "prune", "train-autoencoder")
+"""Commands that resume."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +26,40 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the command line and exit."""
     try:
-        code = run_command(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is None or sys.stderr is None:  # closed by >&-
+            _replace_closed_streams()
+        code = _exit_code(sys.argv[1:])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
     except BrokenPipeError:  # what reads the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = BROKEN_PIPE
+    except OSError as error:  # the output's disk is full
+        code = _fail(error, verbose=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        os.write(2, b"interrupted\n")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends the process at once
+    if code == BROKEN_PIPE:
+        for stream in (sys.stdout, sys.stderr):  # what they hold back is lost
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; return the exit code: 0, 1 for an error, 130 for an interrupt."""
-    console = Console(markup=False)  # names and paths may hold brackets
+    from tdc_ray.cli.output import PlainConsole, configure_logging
+    from tdc_ray.cli.parse import parse
+    from tdc_ray.storage.provenance import versions
+
+    console = PlainConsole()
+    if list(arguments) == ["--version"]:
+        console.print(f"tdc-ray {versions()['tdc-ray']}", highlight=False)
+        return 0
     try:
         command = parse(arguments)
     except TdcError as error:
         return _fail(error, verbose="--verbose" in arguments)
-    _configure_logging(console, verbose=command.verbose)
+    configure_logging(console, verbose=command.verbose)
     try:
         command.execute(console)
     except BrokenPipeError:
@@ -46,26 +67,29 @@ def run_command(arguments: Sequence[str]) -> int:
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        again = "; run the same command again to resume" if isinstance(command, RESUMABLE) else ""
-        Console(stderr=True).print(f"interrupted{again}", soft_wrap=True)
-        return 130
+        again = "; run the same command again to resume" if arguments[0] in RESUMABLE else ""
+        PlainConsole(stderr=True).print(f"interrupted{again}", soft_wrap=True)
+        return INTERRUPTED
     return 0
 
 
-def _configure_logging(console: Console, *, verbose: bool) -> None:
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("tdc_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+def _exit_code(arguments: Sequence[str]) -> int:
+    try:
+        return run_command(arguments)
+    except SystemExit as end:  # tyro's, after --help or a flag that there is not
+        return end.code if isinstance(end.code, int) else 1
+
+
+def _replace_closed_streams() -> None:
+    """Let what is printed go nowhere."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115  # until the end
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def _fail(error: TdcError | OSError, *, verbose: bool) -> int:
+    from tdc_ray.cli.output import PlainConsole
+
     if verbose:
         logger.error("", exc_info=error)
-    Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
+    PlainConsole(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False)
     return 1

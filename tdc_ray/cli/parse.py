@@ -37,6 +37,7 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
+from tdc_ray.cli.paths import check_base, check_input
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
@@ -50,7 +51,9 @@ DESCRIPTION = f"""Progressive diffusion models: one pruned denoiser per range of
 
 tdc-ray run does the whole of TDC Training on the bundled digits, in minutes.
 
-Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag."""
+Presets (--preset NAME): {", ".join(PRESETS)}. Every setting of a preset is a flag.
+
+tdc-ray --version shows the version."""
 
 REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 """Placeholder for a required argument where ``--help`` or an error follows."""
@@ -187,6 +190,7 @@ def _of_base(
         ConfigError: The base does not say its noise process, and nothing was named that has it.
         CheckpointError: There is no such base.
     """
+    check_base(source)
     from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
     from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
@@ -228,17 +232,24 @@ def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
     Raises:
         ConfigError: The model is of a kind that cannot be pruned here.
         CheckpointError: It is malformed.
+        StorageError: There is none.
     """
+    check_input(
+        model,
+        "the folder of a UNet2DModel, or a run directory (tdc-ray import BASE DIR makes such a "
+        "folder of a model on the hub and of a file of openai: or compvis:)",
+    )
     from tdc_ray.runs.pretrained.settings import apply_settings
     from tdc_ray.runs.pretrained.sources import noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir
 
     try:
-        trained = run_config_of(unet_dir(model))
+        unet = unet_dir(model)
     except CheckpointError:  # the command says so
         return config
+    trained = run_config_of(unet)
     if trained is None:
-        return apply_settings(noise_settings(str(model)), config, with_data=True)
+        return apply_settings(noise_settings(unet), config, with_data=True)
     if has_preset:
         return config
     method = "offline" if trained.prune.method == "none" else trained.prune.method

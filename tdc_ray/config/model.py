@@ -1,5 +1,6 @@
 """The base: its architecture, or where it comes from: ``--model.*``."""
 
+import re
 from typing import Annotated
 
 from tyro.conf import arg
@@ -9,6 +10,10 @@ from tdc_ray.errors import ConfigError
 
 FILE_KINDS = ("openai", "compvis")
 """Prefixes of bases that are checkpoint files of other projects."""
+
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""Owner and name of a repository on the Hugging Face hub."""
 
 
 @settings("model")

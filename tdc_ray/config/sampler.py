@@ -20,7 +20,8 @@ class SamplerConfig:
     (arXiv:2206.00364)."""
 
     num_inference_steps: PositiveInt = 100
-    """Denoising steps; pndm evaluates the network once more, at the second timestep again."""
+    """Denoising steps; pndm evaluates the network once more, at the second timestep again. But for
+    dpmsolver++ numbers that divide the timesteps: others would begin far below the last one."""
 
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Stochasticity of DDIM, in [0, 1]; the other samplers have none to set."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
-from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.samplers import begins_near_the_end, make_scheduler, nearest_steps
 from tdc_ray.diffusion.sampling import (
     SamplingSpec,
     image_generators,
@@ -130,6 +130,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
         self.scheduler.set_timesteps(spec.num_inference_steps)
+        if num_inference_steps is not None:
+            self._check_start(spec.num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             images = sample(
                 self.experts.for_timestep,
@@ -194,6 +196,18 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd=self.winograd,
         )
 
+    def _check_start(self, steps: int) -> None:
+        """Refuse steps that begin with noise where the scheduler expects an image.
+
+        Those of the plan are checked there.
+        """
+        total, first = self.scheduler.config["num_train_timesteps"], self.scheduler.timesteps[0]
+        if not begins_near_the_end(total, steps, int(first)):
+            raise ConfigError(
+                f"num_inference_steps must be {nearest_steps(total, steps)}, got {steps}: of "
+                f"{total} timesteps it would begin at {int(first)}, with pure noise."
+            )
+
     def _labels(
         self, class_labels: int | Sequence[int] | torch.Tensor | None, batch_size: int
     ) -> torch.Tensor | None:
@@ -216,6 +230,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             if label not in range(self.num_classes):
                 raise ConfigError(f"class_labels must be in [0, {self.num_classes}), got {label}.")
         return labels
+
+    def save_pretrained(self, *_: object, **__: object) -> NoReturn:
+        """Refuse, as diffusers keeps no widths of pruned UNets.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "diffusers' save_pretrained cannot save the experts: tdc-ray export writes those of a "
+            "run into a folder that diffusers loads."
+        )
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ import numpy as np
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
-from tdc_ray.diffusion.samplers import sampling_timesteps
+from tdc_ray.diffusion.samplers import checked_timesteps, sampling_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -175,12 +175,7 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             steps outside the timesteps.
     """
     process = NoiseProcess.of(diffusion)
-    snr, steps = process.snr_db, sampling_timesteps(process, sampler)
-    if steps[0] >= len(snr):
-        raise ConfigError(
-            f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
-            f"{steps[0]}, past the last timestep {len(snr) - 1}. Use 0, or fewer steps."
-        )
+    snr, steps = process.snr_db, checked_timesteps(process, sampler)
     notes: list[str] = []
     by_snr, empty = _snr_groups(snr, config)
     before = by_snr

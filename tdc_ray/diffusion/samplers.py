@@ -29,6 +29,18 @@ def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     return [step * stride + sampler.steps_offset for step in steps]
 
 
+def begins_near_the_end(num_train_timesteps: int, num_steps: int, first: int) -> bool:
+    """Whether steps begin within one stride of the last timestep, as those do that divide T."""
+    return num_train_timesteps - 1 - first <= num_train_timesteps / num_steps
+
+
+def nearest_steps(num_train_timesteps: int, num_steps: int) -> str:
+    """Return the nearest numbers of steps, in words, that divide the timesteps."""
+    below, above = range(num_steps, 0, -1), range(num_steps, num_train_timesteps + 1)
+    nearest = [next(n for n in side if num_train_timesteps % n == 0) for side in (below, above)]
+    return " or ".join(map(str, nearest))
+
+
 def _second_twice(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Visit the second timestep twice: PNDM makes its first step again by what it learns there."""
     steps = _leading(process, sampler)
@@ -111,6 +123,29 @@ def sampling_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[i
         ConfigError: The sampler cannot take so many steps.
     """
     return tuple(SAMPLERS[sampler.sampler].timesteps(process, sampler))
+
+
+def checked_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[int, ...]:
+    """Compute the timesteps of a sampler by which images are drawn, noisiest first.
+
+    Raises:
+        ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
+            below it, though it begins with noise.
+    """
+    timesteps = sampling_timesteps(process, sampler)
+    total, steps, first = len(process.betas), sampler.num_inference_steps, timesteps[0]
+    if first >= total:
+        raise ConfigError(
+            f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
+            f"{first}, past the last timestep {total - 1}. Use 0, or fewer steps."
+        )
+    if not begins_near_the_end(total, steps, first):
+        raise ConfigError(
+            f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
+            f"{sampler.sampler}, got {steps}: of {total} timesteps it would begin at {first}, "
+            "with pure noise."
+        )
+    return timesteps
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":

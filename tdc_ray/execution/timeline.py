@@ -123,8 +123,7 @@ class WorkerUsage:
 def load_history(path: Path) -> History:
     """Read what a :class:`Timeline` wrote; what a killed driver left open ends with it.
 
-    Raises:
-        StorageError: The file holds a line that is not JSON.
+    Lines may be torn: ends without a start are left out.
     """
     spans: list[Span] = []
     stays: list[Stay] = []
@@ -147,15 +146,16 @@ def load_history(path: Path) -> History:
         elif kind == "join":
             present[event["worker"]] = Stay(event["worker"], event["node"], time)
         elif kind == "leave":
-            stays.append(replace(present.pop(event["worker"]), left=time))
+            if stay := present.pop(event["worker"], None):
+                stays.append(replace(stay, left=time))
         elif kind == "start":
             names = ("chain", "stage", "item", "attempt")
             details = {name: event[name] for name in names}
             workers = tuple(event["workers"])
             running[event["task"]] = Span(phase, workers=workers, started=time, **details)
         elif kind == "end":
-            ended = running.pop(event["task"])
-            spans.append(replace(ended, ended=time, outcome=event["outcome"]))
+            if ended := running.pop(event["task"], None):
+                spans.append(replace(ended, ended=time, outcome=event["outcome"]))
         elif kind == "failed":
             failed[event["chain"]] = event["reason"]
         last = time

@@ -1,15 +1,55 @@
 """Networks as diffusers saves them: a config, and weights in safetensors."""
 
+import re
 from pathlib import Path
 
 from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, is_from_outside
-from tdc_ray.storage.files import fetch
+from tdc_ray.storage.files import fetch, listing
 from tdc_ray.storage.object_store import display_path
 
 diffusers_logging.disable_progress_bar()
+
+
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors"
+)
+"""Names of files of weights; a group is the variant, such as fp16, before or after the shard."""
+
+
+def weight_files(folder: Path, kind: str = "model") -> list[Path]:
+    """Return the safetensors that diffusers loads.
+
+    Args:
+        folder: The folder of a model.
+        kind: The model's class, for the error.
+
+    Raises:
+        CheckpointError: There are none, or all are of variants, which are loaded by name alone.
+    """
+    files, variants = [], set()
+    for path in listing(folder, "*.safetensors"):
+        if (name := _WEIGHTS.fullmatch(path.name)) is not None:
+            variant = name[1] or name[2]
+            if variant is None:
+                files.append(path)
+            else:
+                variants.add(variant)
+    if variants and not files:
+        raise CheckpointError(
+            f"{display_path(folder)} holds only the variant {', '.join(sorted(variants))} of its "
+            "weights: save it without one, by diffusers' from_pretrained(FOLDER, "
+            f'variant="{min(variants)}").save_pretrained(OTHER), and give that folder.'
+        )
+    if not files:
+        raise CheckpointError(
+            f"{display_path(folder)} holds no {kind} in safetensors. (Weights in a .bin file that "
+            "you trust are brought over by diffusers' from_pretrained(FOLDER, "
+            "use_safetensors=False).save_pretrained(OTHER).)"
+        )
+    return files
 
 
 def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
@@ -19,6 +59,7 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
         CheckpointError: The folder does not hold it, in safetensors, with all of its weights.
     """
     place = display_path(folder)
+    weight_files(folder, kind.__name__)
     try:
         model, info = kind.from_pretrained(
             fetch(folder),
@@ -31,9 +72,7 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
         if is_from_outside(error):
             raise
         raise CheckpointError(
-            f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error} (Weights "
-            f"in a .bin file that you trust are brought over by {kind.__name__}.from_pretrained("
-            "FOLDER, use_safetensors=False).save_pretrained(OTHER).)"
+            f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error}"
         ) from error
     if missing := info["missing_keys"]:  # diffusers leaves these random
         raise CheckpointError(f"{place} lacks the weights {', '.join(sorted(missing))}.")

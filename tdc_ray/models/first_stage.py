@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdc_ray.config.data import DataConfig
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.diffusers_folder import load_pretrained
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
@@ -213,6 +214,7 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
             "first stage or architecture."
         )
     load_first_stage(Path(data.first_stage))
+    check_finite([resolve_path(data.first_stage)])
 
 
 _IRRELEVANT = ("_diffusers_version", "_name_or_path")

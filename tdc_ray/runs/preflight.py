@@ -14,8 +14,8 @@ from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
-from tdc_ray.runs.evaluation.features import check_labels
-from tdc_ray.runs.pretrained.importer import check_compatible
+from tdc_ray.runs.evaluation.features import check_inception, check_labels
+from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
@@ -38,12 +38,15 @@ def check(
         CheckpointError: The first stage, or the pretrained base, is missing or malformed.
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
+        EvaluationError: The file of Inception is damaged.
+        UnsupportedModelError: The base has a block of an unknown kind, or cannot halve its images.
     """
     if pretrained is None:
         unet, named = base_unet(config.model, config.conditioning), config.model.architecture
         name, is_latent = f"model.architecture {named}", named in LATENT
     else:
         unet, name = check_compatible(pretrained, config), f"the base {pretrained.source}"
+        check_weights(pretrained)
         is_latent = pretrained.first_stage is not None
     data, diffusion = config.data, config.diffusion
     if is_latent and data.first_stage is None:
@@ -72,6 +75,7 @@ def check(
         num_data_classes=dataset.num_classes,
     )
     check_labels(data, config.evaluate)
+    check_inception(config.evaluate)
     return unet, space, plan
 
 

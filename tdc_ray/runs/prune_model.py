@@ -17,6 +17,7 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.events import listening
 from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
@@ -30,7 +31,7 @@ from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check_shape
-from tdc_ray.runs.pretrained.sources import json_object
+from tdc_ray.runs.pretrained.sources import is_unet
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
@@ -53,8 +54,7 @@ def unet_dir(path: Path) -> Path:
     """
     path = resolve_path(path)
     for folder in (path, path / "unet", path / "base" / "unet"):
-        config = folder / "config.json"
-        if exists(config) and "block_out_channels" in json_object(config):
+        if is_unet(folder):
             return folder.resolve()
     raise CheckpointError(
         f"{display_path(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: "
@@ -125,6 +125,7 @@ def prune_model(
     check_out(out)
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     _check_data(config, network)
+    check_finite([unet])
     if milliseconds is None:
         space.check_limit(group.limit(space.cost_base), "the model", "Raise --macs")
     with hold_lease(out):

@@ -44,6 +44,7 @@ from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, Work
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
+from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
@@ -97,6 +98,9 @@ def run(
         logger.info("%s is finished but for the comparison", display_path(run_dir.root))
     network, space, plan = check(config, pretrained)
     check_images(run_dir.root, config.data)
+    if pretrained is not None:
+        for note in base_notes(pretrained, config.diffusion, config.sampler):
+            logger.warning("%s", note)
     with hold_lease(run_dir.root):
         _save_settings(run_dir, config, plan)
         spec = choose_features(config.data, config.evaluate, run_dir.features)

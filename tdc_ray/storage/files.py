@@ -7,9 +7,11 @@ Paths are local ones, or mirrors of what is in an object store (see
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from safetensors import SafetensorError
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.storage import mirror, object_store
 from tdc_ray.storage.object_store import display_path, is_remote, temporary_path, writer_id
+
+logger = logging.getLogger(__name__)
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors of Python, torch and safetensors where a write to a disk fails."""
@@ -184,6 +188,7 @@ def append_json_line(path: Path, value: Any) -> None:
             content = file.read()
             end = content.rfind(b"\n") + 1
             if end != len(content):
+                logger.warning("the last line of %s is torn: dropped", display_path(path))
                 file.truncate(end)
             try:
                 while line:
@@ -199,8 +204,10 @@ def append_json_line(path: Path, value: Any) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """Read every whole line of a JSON-lines file; a file that is missing is empty.
 
+    Lines that are no JSON, as a disk that fails leaves them, are left out with a warning.
+
     Raises:
-        StorageError: A whole line holds no JSON, or the store of a URI fails.
+        StorageError: The store of a URI fails.
     """
     if is_remote(path):
         lines = object_store.read_entries(path)
@@ -208,12 +215,53 @@ def read_json_lines(path: Path) -> list[Any]:
         lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline there is a torn line
     else:
         return []
+    documents = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            documents.append(json.loads(line))
+        except ValueError as error:
+            logger.warning(
+                "line %d of %s is torn: left out (%s)", number, display_path(path), error
+            )
+    return documents
+
+
+def cut_at_torn_line(path: Path) -> None:
+    """Cut a JSON-lines file at its first line that is torn; all from there on is set aside.
+
+    For a journal, whose later lines mean nothing without the earlier ones. Whoever calls this must
+    be its only writer.
+
+    Raises:
+        StorageFailedError: The disk does not take it.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = 0
+    for line in content.splitlines(keepends=True):
+        if not _is_whole(line):
+            break
+        end += len(line)
+    if end == len(content):
+        return
+    aside = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
+    for place, part in ((aside, content[end:]), (path, content[:end])):
+        with atomic_path(place) as temporary:
+            temporary.write_bytes(part)
+    logger.warning(
+        "%s holds a torn line: it and what comes after it is set aside in %s",
+        display_path(path),
+        display_path(aside),
+    )
+
+
+def _is_whole(line: bytes) -> bool:
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise StorageError(
-            f"{display_path(path)} holds a line that is not JSON: {error}."
-        ) from error
+        json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")
 
 
 @contextmanager

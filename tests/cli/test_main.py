@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdc_ray.cli.main import run_command
+from tdc_ray.cli.main import BROKEN_PIPE, run_command
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
 
@@ -53,10 +53,10 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
         (["run", "--finetune.batch-size", "0"], ["finetune.batch_size", "at least 1", "0"]),
         (["run", "--preset", "mnist", "--dry-run"], ["mnist.npz does not exist", "--data.path"]),
         (
-            ["run", "--preset", "ffhq256-ldm", "--dry-run"],
+            ["run", "--preset", "ffhq256-ldm", "--data.path", ".", "--dry-run"],
             ["ldm-ffhq256", "needs a first stage", "--data.first-stage"],
         ),
-        (["sample", "nowhere"], ["nowhere holds no experts"]),
+        (["sample", "nowhere"], ["nowhere does not exist", "a run directory, or a folder of"]),
         (
             ["sample", "nowhere", "--winograd", "--precision", "bf16"],
             ["sample.precision must be fp32 with --winograd, got bf16"],
@@ -73,6 +73,123 @@ def test_bad_input_is_one_line_with_setting_rule_and_value(
     for word in words:
         assert word in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--data.source", "folder", "--data.path", "nowhere"],
+        ["run", "--base", "./nowhere"],
+        ["run", "--evaluate.features", "auto", "--evaluate.inception-path", "nowhere"],
+        ["run", "--data.first-stage", "nowhere", "--sampler.no-clip-sample"],
+        ["sweep", "--base", "openai:nowhere.pt", "--vary", "k=0.5"],
+        ["import", "./nowhere", "out"],
+        ["prune", "nowhere", "--out", "out"],
+        ["export", "nowhere", "out"],
+        ["report", "nowhere"],
+        ["status", "nowhere"],
+        ["memory", "nowhere"],
+        ["schedule", "nowhere", "--macs", "0.5"],
+        ["score", "nowhere", "--reference", "digits"],
+        ["train-autoencoder", "--data", "nowhere", "--out", "out"],
+    ],
+)
+def test_a_missing_path_is_refused_before_a_framework_is_imported(tmp_path, arguments):
+    text = (
+        "import sys\n"
+        "from tdc_ray.cli.main import run_command\n"
+        f"code = run_command({arguments})\n"
+        "assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "does not exist" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--run-dir"],
+        ["run", "--dry-run", "--run-dir"],
+        ["run", "--store"],
+        ["run", "--evaluate.cache-dir"],
+        ["run", "--data.cache-dir"],
+        ["sweep", "--vary", "k=0.5", "--storage"],
+        ["plan", "--out-dir"],
+        ["sample", ".", "--out-dir"],
+        ["export", "."],
+        ["report", ".", "--out"],
+        ["schedule", ".", "--macs", "0.5", "--out"],
+        ["score", ".", "--reference", "digits", "--out"],
+        ["simulate", "--json"],
+        ["train-autoencoder", "--out"],
+    ],
+)
+def test_an_output_that_lies_in_a_file_is_refused_by_its_flag(
+    tmp_path, capsys, monkeypatch, arguments, below
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    is_file_wanted = arguments[-1] == "--json" or arguments[0] == "score"
+    place = f"file{below or '/out.json'}" if is_file_wanted else f"file{below}"
+    assert run_command([*arguments, place]) == 1
+    assert "file is a file: name a folder by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["simulate", "--json"], ["score", ".", "--reference", "digits", "--out"]]
+)
+def test_an_output_file_that_is_a_folder_is_refused(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run_command([*arguments, "."]) == 1
+    assert ". is a folder: name a file by --" in capsys.readouterr().err
+
+
+def test_version_is_one_line(capsys):
+    assert run_command(["--version"]) == 0
+    assert re.fullmatch(r"tdc-ray \S.*\n", capsys.readouterr().out)
+
+
+def test_a_misspelt_flag_gets_the_right_one(tmp_path):
+    done = tdc_ray("run", "--data.pth", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--data.path" in done.stderr
+
+
+def test_a_refused_dry_run_prints_the_refusal_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--dry-run", "--plan.num-groups", "4", "--plan.min-macs-share", "0.01"]
+    assert run_command(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "limit" in printed.err
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_steps_that_begin_far_below_the_last_timestep_are_refused(
+    tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--sampler.sampler", "ddim", "--sampler.num-inference-steps", "600"]
+    assert run_command([command, *steps]) == 1
+    assert "must be 500 or 1000 for ddim, got 600" in capsys.readouterr().err
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 70}")
+    for arguments in (["run", "--dry-run"], ["run"]):
+        assert run_command([*arguments, "--run-dir", str(tmp_path / "run")]) == 1
+        assert "set RAY_TMPDIR to a shorter one" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert run_command(["run", "--dry-run"]) == 0
 
 
 def test_verbose_shows_where_an_error_came_from(tmp_path):
@@ -110,20 +227,53 @@ def test_a_file_is_no_run_directory(tmp_path, capsys):
     assert "file is a file: name a folder by --run-dir" in capsys.readouterr().err
 
 
-def test_a_name_with_brackets_is_printed_as_it_is(tmp_path, capsys):
-    arguments = ["plan", "--plan.num-groups", "2", "--out-dir", str(tmp_path / "a[bold]")]
-    assert run_command(arguments) == 0
-    assert "a[bold]/plan.json" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["a[bold]", "a [x] b", "[/] :smile:"])
+def test_a_name_with_brackets_or_colons_is_printed_as_it_is(tmp_path, capsys, name):
+    out = str(tmp_path / name.replace("/", ""))
+    assert run_command(["plan", "--plan.num-groups", "2", "--out-dir", out]) == 0
+    assert f"{out}/plan.json" in capsys.readouterr().out
+    assert run_command(["status", f"{out}/none"]) == 1
+    assert f"{out}/none does not exist" in capsys.readouterr().err
 
 
-def test_a_pipe_that_closes_early_ends_quietly():
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["sweep", "--help"], ["--version"], ["run", "--dry-run"], ["plan"]]
+)
+def test_a_pipe_that_closes_early_ends_quietly(tmp_path, arguments):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "tdc_ray", "run", "--help"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-m", "tdc_ray", *arguments]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False
+    )
     os.close(writer)
-    assert done.returncode == 1
+    assert done.returncode == BROKEN_PIPE
     assert done.stderr == ""
+
+
+def test_output_that_is_closed_or_on_a_full_disk_is_no_traceback(tmp_path):
+    closed = subprocess.run(["bash", "-c", f"{sys.executable} -m tdc_ray --version >&-"])
+    assert closed.returncode == 0
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "tdc_ray", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("where", ["parse", "output"])
+def test_ctrl_c_at_any_time_is_no_traceback(where):
+    text = (
+        f"import tdc_ray.cli.{where} as module, tdc_ray.cli.main as main, sys\n"
+        "def interrupt(*_, **__): raise KeyboardInterrupt\n"
+        f"module.{'parse' if where == 'parse' else 'configure_logging'} = interrupt\n"
+        "sys.argv = ['tdc-ray', 'plan']\n"
+        "main.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_help_names_every_command():

@@ -319,6 +319,18 @@ def test_steps_and_eta_of_a_call_win_over_the_planned_ones():
     assert not torch.allclose(called, images_of(planned), atol=0.1)
 
 
+def test_steps_of_a_call_begin_near_the_last_timestep(saved):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    with pytest.raises(ConfigError, match=r"be 500 or 1000, got 600.* begin at 599, with"):
+        pipeline(1, num_inference_steps=600)
+
+
+def test_diffusers_does_not_save_a_pipeline_without_its_experts(saved, tmp_path):
+    with pytest.raises(ConfigError, match="tdc-ray export"):
+        ProgressivePipeline.from_pretrained(saved).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_moves_as_a_whole(saved):
     pipeline = ProgressivePipeline.from_pretrained(saved)
     assert (pipeline.dtype, pipeline.device.type) == (torch.float32, "cpu")

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import Sampler, SamplerConfig
-from tdc_ray.diffusion.samplers import SAMPLERS, make_scheduler, sampling_timesteps
+from tdc_ray.diffusion.samplers import (
+    SAMPLERS,
+    checked_timesteps,
+    make_scheduler,
+    sampling_timesteps,
+)
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -98,6 +103,22 @@ def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
     scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=offset)
     scheduler.set_timesteps(num_steps)
     assert list(ours) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm"])
+@pytest.mark.parametrize(
+    ("num_steps", "nearest", "first"),
+    [(600, "500 or 1000", 599), (501, "500 or 1000", 500), (21, "20 or 25", 940)],
+)
+def test_steps_that_would_begin_far_below_the_last_timestep_are_refused(
+    num_steps, nearest, first, name
+):
+    sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps)
+    words = rf"num_inference_steps must be {nearest} for {name}, got {num_steps}.* at {first},"
+    with pytest.raises(ConfigError, match=words):
+        checked_timesteps(NoiseProcess.of(LINEAR), sampler)
+    solver = SamplerConfig(sampler="dpmsolver++", num_inference_steps=21)
+    assert checked_timesteps(NoiseProcess.of(LINEAR), solver)[0] == 999
 
 
 @pytest.mark.parametrize("num_steps", [5, 12, 20, 25, 50, 100])

@@ -120,3 +120,14 @@ def test_what_a_killed_driver_left_open_is_lost_with_it(tmp_path):
     ]
     assert [stay.left for stay in history.stays] == [2, None]
     assert history.failed == {}
+
+
+def test_what_a_torn_line_leaves_without_a_start_is_left_out(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    write(path, DRIVER, PHASE, join(0, "w"), start(0, 1, "a", "a1", "w"), end(4, 1))
+    lines = path.read_text().splitlines(keepends=True)
+    lines += [json.dumps([{"event": "leave", "time": 5, "worker": "w"}]) + "\n"]
+    lines[2] = lines[3] = "torn\n"
+    path.write_text("".join(lines))
+    history = load_history(path)
+    assert (history.spans, history.stays) == ((), ())

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tdc_ray.errors import CheckpointError
+from tdc_ray.errors import CheckpointError, UnsupportedModelError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
 from tdc_ray.models.structure import units_for
 from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, keep_everything
 from tests.models.configs import CONFIGS
@@ -47,6 +48,16 @@ def test_the_dropout_of_a_base_loaded_by_diffusers_is_kept(tmp_path):
     loaded = load_expert(tmp_path / "expert")
     assert loaded.mid_block.resnets[0].dropout.p == 0.25
     assert_same(output_of(loaded), output_of(unet))
+
+
+def test_what_diffusers_would_save_without_its_widths_is_refused(tmp_path):
+    save_random(tmp_path / "expert")
+    with pytest.raises(UnsupportedModelError, match=r"Save it by .*save_expert, or .*export"):
+        load_expert(tmp_path / "expert").save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    whole = cut(random_unet(), units_of(TINY), keep_everything(units_of(TINY)))
+    whole.save_pretrained(tmp_path / "whole")
+    assert_same(output_of(load_unet(tmp_path / "whole")), output_of(random_unet()))
 
 
 def test_saving_again_replaces_what_was_there(tmp_path):

@@ -181,7 +181,6 @@ def test_the_order_in_which_entries_were_found_is_not_seen(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "no json at all",
         "[1, 2]",
         json.dumps({"group": 0}),
         json.dumps(dataclasses.asdict(entry()) | {"loss_cut": "low"}),

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline
@@ -265,7 +266,10 @@ def test_nothing_that_something_else_wrote_is_written_over(model, tmp_path, caps
     for out in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
         command = ["prune", str(model), "--data", "digits", "--out", str(out)]
         assert run_command(command) == 1
-        assert "--out must be a new folder, or one that" in capsys.readouterr().err
+        words = (
+            "is a file: name a folder by --out" if out.is_file() else "--out must be a new folder"
+        )
+        assert words in capsys.readouterr().err
     assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.safetensors"]
 
@@ -281,9 +285,42 @@ def test_what_holds_no_unet_is_told_with_a_way_out(tmp_path, capsys, name):
     command = ["prune", str(tmp_path / name), "--data", "digits", "--out", str(tmp_path / "out")]
     assert run_command(command) == 1
     told = " ".join(capsys.readouterr().err.split())
-    words = {"nowhere": "does not exist", "pruned": "holds no UNet2DModel"}[name]
-    assert f"{name} {words}: neither it nor its unet" in told
+    words = {
+        "nowhere": "does not exist: name the folder of a UNet2DModel",
+        "pruned": "holds no UNet2DModel: neither it nor its unet",
+    }[name]
+    assert f"{name} {words}" in told
     assert "tdc-ray import BASE DIR makes such a folder" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sample_size": 9}, "a sample_size of 9 cannot be halved 1 times"),
+        ({}, "conv_in.weight of"),
+    ],
+)
+def test_a_size_or_weights_that_cannot_be_used_are_refused_before_work(
+    tmp_path, capsys, changes, words
+):
+    unet = random_unet({**TINY, **changes})
+    unet.conv_in.weight.data[0, 0, 0, 0] = torch.inf
+    save_unet(unet, tmp_path / "unet")
+    images = np.zeros((8, 9 if changes else 8, 9 if changes else 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    flags = ["--data", str(tmp_path / "images.npz"), "--out", str(tmp_path / "out")]
+    assert run_command(["prune", str(tmp_path / "unet"), *flags]) == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scheduler_two_folders_up_tells_what_a_checkpoint_predicts(tmp_path, capsys):
+    DDPMPipeline(random_unet(), DDPMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
+    save_unet(random_unet(), tmp_path / "checkpoint-5/unet")
+    flags = ["--data", "digits", "--out", str(tmp_path / "out")]
+    for place in ("checkpoint-5/unet", "checkpoint-5"):
+        assert run_command(["prune", str(tmp_path / place), *flags]) == 1
+        assert "has prediction_type sample" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):

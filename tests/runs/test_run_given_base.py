@@ -37,6 +37,24 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_how_a_pipeline_samples_is_said_before_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheduler = DDPMScheduler(600, timestep_spacing="trailing", variance_type="fixed_large")
+    DDPMPipeline(unet=random_unet(), scheduler=scheduler).save_pretrained("p")
+    settings = ["--preset", "digits-smoke", "--diffusion.num-train-timesteps", "600"]
+    for command in (
+        ["import", "p", "out", *settings],
+        ["plan", "--base", "p", *settings],
+        ["run", "--base", "p", "--dry-run", *settings],
+    ):
+        assert run_command(command) == 0
+        printed = capsys.readouterr().out
+        assert (
+            "note: the pipeline of p samples by DDPMScheduler (variance_type fixed_large"
+            in printed
+        )
+
+
 def parsed(*arguments: object):
     command = parse([str(argument) for argument in arguments])
     assert isinstance(command, RunCommand | PlanCommand | ImportCommand)

@@ -63,7 +63,8 @@ def test_below_what_the_experts_take_the_base_is_pruned_further(finished_run, tm
     [
         (["--macs", "1.5"], "schedule.macs must be in (0, 1], got 1.5"),
         (["--macs", "0.3", "--widths"], "--macs must be at least 0.7"),
-        (["--macs", "0.9", "--networks", "nowhere"], "--networks must be folders"),
+        (["--macs", "0.9", "--networks", "nowhere"], "nowhere does not exist"),
+        (["--macs", "0.9", "--networks", "."], "--networks must be folders"),
         (["--macs", "0.5", "--widths", "0.1"], "--widths must be at least 0.3"),
         (["--macs", "0.4", "--widths", "0.6"], "--macs must be at least 0.6"),
     ],

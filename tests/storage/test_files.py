@@ -20,6 +20,7 @@ from tdc_ray.storage import object_store
 from tdc_ray.storage.files import (
     append_json_line,
     atomic_path,
+    cut_at_torn_line,
     exists,
     fetch,
     listing,
@@ -219,11 +220,27 @@ def test_a_missing_file_has_no_lines(tmp_path):
     assert read_json_lines(tmp_path / "missing.jsonl") == []
 
 
-def test_a_whole_line_that_is_not_json_is_an_error_and_not_dropped(tmp_path):
+@pytest.mark.parametrize("torn", [b"nonsense", b'{"a": 1, {"a": 2}', b"\0" * 50, b"\xff", b""])
+def test_a_torn_line_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog, torn):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"round": 1}\nnonsense\n{"round": 2}\n')
-    with pytest.raises(StorageError, match=f"^{path} holds a line that is not JSON"):
-        read_json_lines(path)
+    path.write_bytes(b'{"round": 1}\n' + torn + b'\n{"round": 2}\n')
+    assert read_json_lines(path) == [{"round": 1}, {"round": 2}]
+    assert f"line 2 of {path} is torn: left out" in caplog.text
+
+
+@pytest.mark.parametrize("torn", [b'{"op": 2, "x', b'{"op": 2}', b"\0" * 9, b"nonsense\n{}\n"])
+def test_a_journal_is_cut_at_its_first_torn_line_and_the_rest_is_set_aside(tmp_path, caplog, torn):
+    path = tmp_path / "study.log"
+    cut_at_torn_line(path)  # there is none
+    path.write_bytes(b'{"op": 1}\n')
+    cut_at_torn_line(path)
+    assert not caplog.text
+    path.write_bytes(b'{"op": 1}\n' + torn)
+    cut_at_torn_line(path)
+    assert path.read_bytes() == b'{"op": 1}\n'
+    (aside,) = tmp_path.glob("study.log.torn-*")
+    assert aside.read_bytes() == torn
+    assert str(aside) in caplog.text
 
 
 def test_other_characters_survive_as_lines(tmp_path):
@@ -299,7 +316,7 @@ def test_json_is_always_what_the_store_has(bucket):
         read_json(path)
 
 
-def test_lines_are_objects_of_their_own_in_a_store(bucket):
+def test_lines_are_objects_of_their_own_in_a_store(bucket, caplog):
     path = resolve_path(f"{bucket}/memory.jsonl")
     assert read_json_lines(path) == []
     for number in range(3):
@@ -307,10 +324,8 @@ def test_lines_are_objects_of_their_own_in_a_store(bucket):
     assert read_json_lines(path) == [{"round": 0}, {"round": 1}, {"round": 2}]
     assert len(listing(path, "*.json")) == 3
     object_store.write(path / "000003-x.json", b"{")
-    with pytest.raises(
-        StorageError, match=f"^{bucket}/memory.jsonl holds a line that is not JSON"
-    ):
-        read_json_lines(path)
+    assert len(read_json_lines(path)) == 3
+    assert f"line 4 of {bucket}/memory.jsonl is torn" in caplog.text
 
 
 APPEND = """

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.storage.object_store import display_path
 
 
@@ -25,6 +26,8 @@ class ExportCommand:
 
     def execute(self, console: Console) -> None:
         """Export the run, and print where to."""
+        check_input(self.run, "a finished run directory")
+        check_output_folder("OUT", self.out)
         from tdc_ray.runs.export.export import export_run
 
         export_run(self.run, self.out)

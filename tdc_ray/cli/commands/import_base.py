@@ -7,6 +7,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_folder
 from tdc_ray.errors import StorageError
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
@@ -28,8 +29,10 @@ class ImportCommand:
 
     def execute(self, console: Console) -> None:
         """Write the base, and print the settings that it leaves open."""
+        check_output_folder("OUT", self.out)
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
+        from tdc_ray.runs.pretrained.notes import base_notes
         from tdc_ray.runs.pretrained.settings import missing_settings
         from tdc_ray.runs.pretrained.sources import resolve_base
         from tdc_ray.storage.files import exists
@@ -46,6 +49,8 @@ class ImportCommand:
             f"{structure.num_params / 1e6:.2f} M parameters, {structure.macs / 1e9:.2f} G macs)",
             soft_wrap=True,
         )
+        for note in base_notes(base, self.config.diffusion, self.config.sampler):
+            console.print(f"note: {note}", soft_wrap=True)
         for name in missing_settings(base.settings):
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -23,6 +24,7 @@ class MemoryCommand:
 
     def execute(self, console: Console) -> None:
         """Print the entries."""
+        check_input(self.run, "a run directory, or what tdc-ray prune wrote")
         from tdc_ray.pruning.memory import MemoryBank
         from tdc_ray.reporting.console import print_memory
         from tdc_ray.storage.files import exists, listing

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_folder
 from tdc_ray.config.run import RunConfig, default_run_dir
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -32,13 +33,14 @@ class PlanCommand:
         from tdc_ray.storage.files import write_json
 
         config = self.config
+        folder = resolve_path(self.out_dir or default_run_dir(config))
+        check_output_folder("--out-dir", folder)
         base = None
         if config.model.base is not None:
             from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
 
             base = resolve_base(config.model.base)
         plan = show_plan(config, base, console)
-        folder = resolve_path(self.out_dir or default_run_dir(config))
         write_json(folder / "plan.json", to_json(plan))
         plot_plan(plan, folder / "plan.png")
         name = display_path(folder)
@@ -54,11 +56,15 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     if base is None:
-        unet = base_unet(config.model, config.conditioning)
+        unet, notes = base_unet(config.model, config.conditioning), []
     else:
         from tdc_ray.runs.pretrained.importer import check_compatible  # imports torch
+        from tdc_ray.runs.pretrained.notes import base_notes
 
         unet = check_compatible(base, config)
+        notes = base_notes(base, config.diffusion, config.sampler)
     macs = network_structure(unet).macs
     print_plan(console, plan, config.preset, config.plan, config.prune.objective, macs)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     return plan

@@ -9,6 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_named_data, check_output_folder, check_settings
 from tdc_ray.config.prune import SearchMethod
 from tdc_ray.config.validation import require
 from tdc_ray.errors import ConfigError
@@ -61,6 +62,9 @@ class PruneCommand:
 
     def execute(self, console: Console) -> None:
         """Prune, and print the size and the losses of the pruned model."""
+        check_output_folder("--out", self.out)
+        check_named_data("--data", self.data)
+        check_settings(self.config)
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned
@@ -87,12 +91,12 @@ class PruneCommand:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if not trained and (missing := missing_settings(noise_settings(str(self.model_dir)))):
+        if not trained and (missing := missing_settings(noise_settings(unet))):
             noise, names = config.diffusion, ", ".join(missing)
             console.print(
                 f"{display_path(self.model_dir)} does not say {names}: {noise.beta_schedule} "
                 f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "
-                "--diffusion.*)",
+                f"--diffusion.*), and that it predicts {noise.prediction_type}",
                 soft_wrap=True,
             )
         share = 0.7 if self.macs is None else self.macs

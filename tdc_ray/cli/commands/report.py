@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import display_path
 
@@ -27,9 +28,13 @@ class ReportCommand:
 
     def execute(self, console: Console) -> None:
         """Write the report, and print where it is."""
-        from tdc_ray.reporting.html.write import write_report
-
         if not self.runs:
             raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
+        for run in self.runs:
+            check_input(run, "a run directory, or the folder of a sweep")
+        if self.out is not None:
+            check_output_folder("--out", self.out)
+        from tdc_ray.reporting.html.write import write_report
+
         page = write_report(self.runs, self.out)
         console.print(f"written: {display_path(page)} (and report.md, tables/)", soft_wrap=True)

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 
 from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
-from tdc_ray.errors import StorageError
 from tdc_ray.storage.logs import log_to
-from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +39,25 @@ class RunCommand:
         """Start or resume the run, and print its results."""
         config = self.config
         folder = resolve_path(self.run_dir or default_run_dir(config))
+        name = display_path(folder)
+        check_output_folder("--run-dir", folder)
+        if self.store is not None:
+            check_output_folder("--store", self.store)
+        check_settings(config)
         from tdc_ray.cli.run import run
+        from tdc_ray.execution.ray.cluster import check_local_ray
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base
 
         if self.dry_run:
-            console.print(config)
             base = pretrained_base(config.model)
-            show_plan(config, base, console)
             check(with_first_stage(with_absolute_paths(config), base), base)
-            console.print(f"would run in {display_path(folder)}", soft_wrap=True)
+            check_local_ray()
+            console.print(config)
+            show_plan(config, base, console)
+            console.print(f"would run in {name}", soft_wrap=True)
             return
-        name = display_path(folder)
-        if not is_remote(folder) and folder.is_file():
-            raise StorageError(f"{name} is a file: name a folder by --run-dir.")
         console.print(
             f"run directory {name}; interrupted, the same command resumes it", soft_wrap=True
         )
@@ -62,7 +67,7 @@ class RunCommand:
             results = run(config, folder, console, self.store)
         print_results(console, results)
         console.print(
-            f"results: {name}/results.json\nimages: tdc-ray sample {name}\n"
-            f"curves: tensorboard --logdir {name}/tensorboard",
+            f"results: {name}/results.json\nimages: tdc-ray sample {quote(name)}\n"
+            f"curves: tensorboard --logdir {quote(f'{name}/tensorboard')}",
             soft_wrap=True,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.train import Precision
 from tdc_ray.config.validation import require
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -51,6 +52,9 @@ class SampleCommand:
 
     def execute(self, console: Console) -> None:
         """Sample and write the images."""
+        check_input(self.run, "a run directory, or a folder of experts")
+        folder = resolve_path(self.out_dir or self.run / "samples")
+        check_output_folder("--out-dir", folder)
         import numpy as np
         import torch
         from torchvision.utils import save_image
@@ -91,7 +95,6 @@ class SampleCommand:
             )
             pixels.append(output.images)
         images = np.concatenate(pixels)
-        folder = resolve_path(self.out_dir or self.run / "samples")
         with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images)
         grid = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

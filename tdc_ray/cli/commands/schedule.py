@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.validation import require
 from tdc_ray.storage.object_store import display_path
 
@@ -53,12 +55,16 @@ class ScheduleCommand:
         steps = self.num_inference_steps
         rule = "at least 1"
         require("schedule", self, "num_inference_steps", rule, ok=steps is None or steps >= 1)
+        out = self.out or self.run / "schedules" / f"{self.macs:g}"
+        check_input(self.run, "a finished run directory")
+        for network in self.networks:
+            check_input(network, "what tdc-ray prune wrote, by --networks")
+        check_output_folder("--out", out)
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.reporting.step_schedule import print_step_schedule
         from tdc_ray.runs.step_schedule.networks import ScheduleSpec
         from tdc_ray.runs.step_schedule.schedule import REPORT_FILE, schedule_run
 
-        out = self.out or self.run / "schedules" / f"{self.macs:g}"
         spec = ScheduleSpec(
             macs_share=self.macs,
             widths=self.widths,
@@ -71,6 +77,6 @@ class ScheduleCommand:
         print_step_schedule(console, result)
         console.print(
             f"written: {display_path(out)}/{REPORT_FILE} and the pipeline, which tdc-ray sample "
-            f"{display_path(out)} samples with",
+            f"{quote(display_path(out))} samples with",
             soft_wrap=True,
         )

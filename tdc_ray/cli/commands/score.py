@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from tdc_ray.cli.paths import check_named_data, check_output_file
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.errors import ConfigError
 
@@ -50,6 +51,10 @@ class ScoreCommand:
 
     def execute(self, console: Console) -> None:
         """Score the images and print what came out."""
+        check_named_data("IMAGES", str(self.images))
+        check_named_data("--reference", self.reference)
+        if self.out is not None:
+            check_output_file("--out", self.out)
         from tdc_ray.runs.score_images import data_reference, run_reference, score_images
         from tdc_ray.storage.files import write_json
         from tdc_ray.storage.object_store import display_path, resolve_path

@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_file
 from tdc_ray.config.run import to_json
 from tdc_ray.config.simulation import SimulationConfig
 
@@ -29,6 +30,8 @@ class SimulateCommand:
 
     def execute(self, console: Console) -> None:
         """Print, and write, the simulated times."""
+        if self.json is not None:
+            check_output_file("--json", self.json)
         from tdc_ray.reporting.workers import print_simulated
         from tdc_ray.runs.simulation import simulate_run
         from tdc_ray.storage.files import write_json

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from tdc_ray.cli.paths import check_input
 from tdc_ray.storage.object_store import resolve_path
 
 
@@ -20,6 +21,7 @@ class StatusCommand:
 
     def execute(self, console: Console) -> None:
         """Print the progress of the run."""
+        check_input(self.run, "a run directory")
         from tdc_ray.reporting.workers import print_status
         from tdc_ray.runs.status import status
         from tdc_ray.storage.run_dir import RunDir

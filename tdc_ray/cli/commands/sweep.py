@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
@@ -47,9 +49,11 @@ class SweepCommand:
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
         folder = resolve_path(self.storage) / self.name
+        check_output_folder("--storage and --name", folder)
+        check_settings(self.config)
         console.print(
             f"sweep {display_path(folder)}; interrupted, the same command resumes it\n"
-            f"curves and HParams: tensorboard --logdir {display_path(folder)}",
+            f"curves and HParams: tensorboard --logdir {quote(display_path(folder))}",
             soft_wrap=True,
         )
         from tdc_ray.reporting.console import print_sweep

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import arg
 
+from tdc_ray.cli.paths import check_data, check_named_data, check_output_folder
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -31,6 +33,9 @@ class TrainAutoencoderCommand:
 
     def execute(self, console: Console) -> None:
         """Train, and print the reconstruction error on held-out images."""
+        check_output_folder("--out", self.out)
+        check_named_data("--data", self.data)
+        check_data(self.config.data)
         from tdc_ray.data.detect import data_config
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder
@@ -45,6 +50,6 @@ class TrainAutoencoderCommand:
             f"{errors['num_images']} held-out images: L1 {errors['l1']:.4f}, MSE "
             f"{errors['mse']:.5f} (of [-1, 1]), PSNR {errors['psnr_db']:.1f} dB; latents "
             f"{report['latent_shape']}, scaling_factor {report['scaling_factor']:.4f}\n"
-            f"written: {out}/{REPORT_FILE} and the model: --data.first-stage {out}",
+            f"written: {out}/{REPORT_FILE} and the model: --data.first-stage {quote(out)}",
             soft_wrap=True,
         )

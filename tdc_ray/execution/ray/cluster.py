@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ OBJECT_STORE_BYTES = 256 * 1024**2
 
 LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
+
+MAX_SOCKET_BYTES = 107
+"""Longest path of a socket, by Linux."""
 
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""
@@ -35,6 +39,7 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
     if ray.is_initialized():
         yield
         return
+    check_local_ray()
     # Ray Train's controller looks at its workers this often; a report waits for the next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -56,6 +61,25 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         yield
     finally:
         ray.shutdown()
+
+
+def check_local_ray() -> None:
+    """Check that a local Ray can make its sockets; without effect where Ray runs already.
+
+    Raises:
+        ClusterError: Its temporary folder has too long a name.
+    """
+    if ray.is_initialized() or "RAY_ADDRESS" in os.environ:
+        return
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
+    most = MAX_SOCKET_BYTES - len(f"/ray/{session}/sockets/plasma_store")
+    if len(os.fsencode(folder)) > most:
+        raise ClusterError(
+            f"the temporary folder {folder} must have a path of at most {most} bytes for the "
+            f"sockets of Ray, got {len(os.fsencode(folder))}: set RAY_TMPDIR to a shorter one, "
+            "such as /tmp."
+        )
 
 
 def node_resources() -> list[dict[str, float]]:

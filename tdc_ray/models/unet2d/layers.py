@@ -11,7 +11,6 @@ from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, c
 
 _DEFAULTS: NetworkConfig = {
     "layers_per_block": 2,
-    "downsample_padding": 1,
     "downsample_type": "conv",
     "upsample_type": "conv",
     "attention_head_dim": 8,
@@ -100,8 +99,22 @@ class _UNetWalker:
                 raise UnsupportedModelError(
                     f"{setting} {value} is not supported; known are {known}."
                 )
+        self._check_halving()
         self.stream = Channels(self.channels[0], f"{STREAM}conv_in")
         self.skips = [self.stream]
+
+    def _check_halving(self) -> None:
+        """Refuse a size that a level cannot halve: upsampled, it would not meet its skip."""
+        times = len(self.channels) - 1
+        factor = 2**times
+        if self.size % factor:
+            below = self.size // factor * factor
+            sizes = " or ".join(str(size) for size in (below, below + factor) if size)
+            raise UnsupportedModelError(
+                f"a sample_size of {self.size} cannot be halved {times} times, as the model's "
+                f"levels do: {sizes} can. Set that in its config.json, if it has one, and as the "
+                "size of the images, or use another model."
+            )
 
     def walk(self) -> Iterator[Block]:
         config, pixels = self.config, self.size**2
@@ -128,10 +141,8 @@ class _UNetWalker:
                 self.skips.append(self.stream)
             if index == len(self.channels) - 1:
                 continue
-            padding = self.config["downsample_padding"]
             by_resnet = self._samples_by_resnet(kind, ATTN_DOWN, "downsample_type")
-            halves = by_resnet or padding == 0
-            self.size = self.size // 2 if halves else (self.size - 1) // 2 + 1
+            self.size //= 2
             yield self._resample(f"{name}.downsamplers.0", by_resnet=by_resnet)
             self.skips.append(self.stream)
 

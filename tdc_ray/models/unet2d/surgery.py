@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from diffusers import UNet2DModel
@@ -89,6 +90,8 @@ def coupled_parameters(unet: UNet2DModel, unit: Unit) -> list[CoupledParameter]:
 def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DModel:
     """Return a copy of a UNet without the steps (groups, heads, slices) that are not kept.
 
+    diffusers' ``save_pretrained``, which would write a config without its widths, refuses it.
+
     Args:
         unet: An unpruned UNet, which is not changed. It may be on the meta device.
         units: Its units.
@@ -102,7 +105,16 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
             _cut_inner(pruned, unit, kept[unit.name])
     for module in pruned.modules():
         _update_attributes(module)
+    if narrower:
+        pruned.save_pretrained = _refuse_to_save
     return pruned
+
+
+def _refuse_to_save(*_: object, **__: object) -> NoReturn:
+    raise UnsupportedModelError(
+        "diffusers' save_pretrained keeps no widths: a pruned UNet could not be loaded again. "
+        "Save it by tdc_ray.models.saved_expert.save_expert, or a whole run by tdc-ray export."
+    )
 
 
 def kept_outputs(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> dict[str, Tensor]:

@@ -4,11 +4,13 @@ The distance is clean-fid's. It is called FID only with Inception's features; wi
 classifier it is named after the classifier and can be compared with nothing else.
 """
 
+import functools
 import hashlib
 import logging
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json
-from tdc_ray.storage.object_store import resolve_path
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,18 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
             f"classifier (data.source {data.source}). Inception's weights are looked for "
             "in --evaluate.inception-path, in the cache and on the network."
         )
+
+
+def check_inception(evaluate: EvaluateConfig) -> None:
+    """Check the file of Inception that is named or in the cache, if features may be its.
+
+    Raises:
+        EvaluationError: It is not there where it is named, or it is damaged.
+    """
+    if evaluate.features != "classifier":
+        named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir).expanduser()
+        if named is not None or exists(cache / INCEPTION_FILE):
+            _inception_folder(named, cache)
 
 
 def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:
@@ -246,6 +260,7 @@ def _inception_folder(named: str | None, cache: Path) -> Path | None:
             raise EvaluationError(
                 f"evaluate.inception_path {named} must be a folder that holds {INCEPTION_FILE}."
             )
+        _check_inception_file(resolve_path(named) / INCEPTION_FILE)
         return resolve_path(named)
     if not exists(cache / INCEPTION_FILE):
         try:
@@ -257,7 +272,32 @@ def _inception_folder(named: str | None, cache: Path) -> Path | None:
         except (OSError, RuntimeError, StorageError) as error:
             logger.warning("%s cannot be downloaded: %s", INCEPTION_FILE, error)
             return None
+    _check_inception_file(cache / INCEPTION_FILE)
     return cache
+
+
+def _check_inception_file(path: Path) -> None:
+    """Check that TorchScript can load a file, as it cannot one that was cut short.
+
+    Raises:
+        EvaluationError: It cannot.
+    """
+    state = fetch(path).stat()
+    if not _loads(path, state.st_size, state.st_mtime_ns):
+        raise EvaluationError(
+            f"{display_path(path)} is damaged or cut short: delete it and fetch it again."
+        )
+
+
+@functools.cache
+def _loads(path: Path, _size: int, _mtime_ns: int) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out
+        try:
+            torch.jit.load(path, map_location="cpu")
+        except RuntimeError:
+            return False
+    return True
 
 
 @contextmanager

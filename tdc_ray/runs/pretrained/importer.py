@@ -14,8 +14,10 @@ from diffusers import AutoencoderKL, VQModel
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.settings import SAMPLER
@@ -58,15 +60,28 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     return _unet_settings(base, config)
 
 
+def check_weights(base: PretrainedBase) -> None:
+    """Check that a base's weights are there, and are numbers.
+
+    Raises:
+        CheckpointError: A file is damaged, of a variant alone, or a tensor of it holds NaN.
+    """
+    folders = [path for path in (base.folder, base.first_stage) if isinstance(path, Path)]
+    check_finite(folders if base.folder is not None else base.files)
+
+
 def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> NetworkConfig:
     """Write a base into a folder, ``base.json`` last; return its UNet's settings.
 
     Raises:
         ConfigError: The settings are not those of its training.
-        CheckpointError: Its weights are missing or malformed.
+        CheckpointError: Its weights are missing, malformed, or no numbers.
+        UnsupportedModelError: It has a block of an unknown kind, or cannot halve its images.
     """
     settings = check_compatible(base, config)
+    network_structure(settings)
     try:
+        check_weights(base)
         weights = base.load_weights(settings)
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
@@ -85,6 +100,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         "origin": base.origin,
         "weights": base.weights,
         "told": sorted(base.settings.by_name()),
+        "scheduler": base.scheduler,
         "diffusion": asdict(config.diffusion),
         "sampler": {name: sampler[name] for name in SAMPLER},
         "first_stage": None if first_stage is None else FIRST_STAGE_DIR,

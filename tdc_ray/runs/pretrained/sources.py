@@ -5,9 +5,8 @@ a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusio
 CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`` without objects.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +17,7 @@ from diffusers import SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule
-from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.model import HUB_NAME, ModelConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -40,10 +39,14 @@ FORMAT = 1
 _NEEDED = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
-    "thresholding": False,
-    "clip_sample_range": 1.0,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
 }
-"""Settings of a diffusers scheduler that have one supported value."""
+"""Settings of a diffusers scheduler that decide the noise process, or what the network takes and
+predicts, and have one supported value. For those that only decide how images are drawn see
+``notes``."""
+
+SCHEDULER_FILE = "scheduler_config.json"
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -91,6 +94,9 @@ class PretrainedBase:
     origin: Mapping[str, Any] | None = None
     """``source`` and ``files`` of the import, if the base was imported before."""
 
+    scheduler: Mapping[str, Any] | None = None
+    """All settings of its pipeline's scheduler, and ``_class_name``. None means it has none."""
+
 
 def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
     """Return the base that a run starts from, or None where it trains its own."""
@@ -117,32 +123,42 @@ def resolve_base(source: str) -> PretrainedBase:
     for opened in FOLDERS:
         if (base := opened(source, folder)) is not None:
             return base
+    below = [path.parent.name for path in listing(folder, "*/config.json") if is_unet(path.parent)]
+    hint = f" Below it are the UNets {', '.join(below)}: name the folder of one." if below else ""
     raise CheckpointError(
         f"{source} holds no base: it has no model_index.json (a diffusers pipeline), no "
         f"config.json with block_out_channels (a UNet2DModel), no {BASE_FILE} (from tdc-ray "
         "import), and no config.json with base/unet (a run directory whose base is trained)."
+        f"{hint}"
     )
 
 
-def noise_settings(model: str) -> PretrainedSettings:
-    """Return the noise process and the first stage of a model's folder.
+def is_unet(folder: Path) -> bool:
+    """Whether a folder holds the config of a UNet of diffusers.
+
+    Raises:
+        CheckpointError: The config is no JSON object.
+    """
+    return "block_out_channels" in json_object(folder / "config.json")
+
+
+def noise_settings(unet: Path) -> PretrainedSettings:
+    """Return the noise process and the first stage of a UNet's folder.
 
     Raises:
         CheckpointError: It is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
-    folder = resolve_path(model).expanduser()
-    for place in (folder, folder.parent):  # a pipeline's UNet is in a folder below it
-        if exists(place / BASE_FILE) or exists(place / "model_index.json"):
-            base = resolve_base(str(place))
-            stages = base.settings.model_dump(
-                include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
-                exclude_unset=True,
-            )
-            if isinstance(base.first_stage, Path):
-                stages["data"] |= _images_of(base.first_stage, base.unet["sample_size"])
-            return read_settings(model, stages)
-    return PretrainedSettings()
+    base = _unet_in_place(display_path(unet), unet)
+    if base is None:
+        return PretrainedSettings()
+    stages = base.settings.model_dump(
+        include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
+        exclude_unset=True,
+    )
+    if isinstance(base.first_stage, Path):
+        stages["data"] |= _images_of(base.first_stage, base.unet["sample_size"])
+    return read_settings(base.source, stages)
 
 
 def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
@@ -179,7 +195,7 @@ def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     )
 
 
-def _imported(source: str, folder: Path) -> PretrainedBase | None:
+def _imported(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase | None:
     """Read what ``tdc-ray import`` wrote."""
     if not exists(folder / BASE_FILE):
         return None
@@ -201,10 +217,11 @@ def _imported(source: str, folder: Path) -> PretrainedBase | None:
         raise CheckpointError(
             f"{display_path(folder / BASE_FILE)} is malformed: {error!r}."
         ) from error
-    return _diffusers(source, folder / "unet", stages, weights, first_stage, origin)
+    base = _diffusers(source, unet or folder / "unet", stages, weights, first_stage, origin)
+    return replace(base, scheduler=document.get("scheduler"))
 
 
-def _pipeline(source: str, folder: Path) -> PretrainedBase | None:
+def _pipeline(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase | None:
     """Read a diffusers pipeline.
 
     Its parts are in folders of their own, or, as in google/ddpm-cifar10-32, all in one.
@@ -220,30 +237,43 @@ def _pipeline(source: str, folder: Path) -> PretrainedBase | None:
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
-    path = folders["scheduler"] / "scheduler_config.json"
+    path = folders["scheduler"] / SCHEDULER_FILE
     if not exists(path):
         raise CheckpointError(
             f"{source} is incomplete: {display_path(path)}, which has its noise process, is "
             "missing."
         )
-    scheduler = {"_class_name": index["scheduler"][-1], **json_object(path)}
-    stages = _scheduler_settings(source, scheduler)
-    base = _diffusers(source, folders["unet"], stages, "as given", first_stage)
+    kind = index["scheduler"][-1]
+    return _with_scheduler(source, unet or folders["unet"], path, first_stage, kind)
+
+
+def _with_scheduler(
+    source: str,
+    unet: Path,
+    path: Path,
+    first_stage: Path | None = None,
+    class_name: str | None = None,
+) -> PretrainedBase:
+    """Read a UNet whose noise process is that of a scheduler's file."""
+    named = f"{source} (by {display_path(path)})"
+    scheduler = _scheduler_config(named, {"_class_name": class_name, **json_object(path)})
+    stages = _scheduler_settings(named, scheduler)
+    base = _diffusers(source, unet, stages, "as given", first_stage)
     is_learned = scheduler.get("variance_type") == "learned_range"
     if is_learned and not base.settings.diffusion.learned_sigma:
         raise ConfigError(
-            f"{source} has variance_type learned_range in its scheduler, and its unet outputs "
+            f"{named} has variance_type learned_range in its scheduler, and its unet outputs "
             f"{base.unet['out_channels']} channels: expected {2 * base.unet['in_channels']}."
         )
-    return base
+    return replace(base, scheduler=scheduler)
 
 
-def _run(source: str, folder: Path) -> PretrainedBase | None:
+def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase | None:
     """Read the base of a run directory, trained or imported."""
     run_dir = RunDir(folder)
     if not (exists(run_dir.config) and exists(run_dir.base_result)):
         return None
-    if (imported := _imported(source, run_dir.base)) is not None:
+    if (imported := _imported(source, run_dir.base, unet)) is not None:
         return imported
     config = from_json(read_json(run_dir.config))
     stages = {
@@ -253,14 +283,31 @@ def _run(source: str, folder: Path) -> PretrainedBase | None:
     }
     is_latent = config.data.first_stage is not None
     first_stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
-    return _diffusers(source, run_dir.base_unet, stages, "EMA", first_stage)
+    return _diffusers(source, unet or run_dir.base_unet, stages, "EMA", first_stage)
 
 
 def _unet(source: str, folder: Path) -> PretrainedBase | None:
-    """Read a ``UNet2DModel`` alone, or the one of a pipeline with that pipeline's settings."""
-    if "block_out_channels" not in json_object(folder / "config.json"):
+    """Read a ``UNet2DModel``: this one, whatever others are beside it."""
+    if not is_unet(folder):
         return None
-    return _pipeline(source, folder.parent) or _diffusers(source, folder, {}, "as given")
+    return _unet_in_place(source, folder) or _diffusers(source, folder, {}, "as given")
+
+
+def _unet_in_place(source: str, folder: Path) -> PretrainedBase | None:
+    """Read a UNet with the noise process of the pipeline, the import or the run that it lies in.
+
+    That is one folder up, or two, as what training scripts of diffusers leave in
+    ``checkpoint-500/unet``. None means that it is alone.
+    """
+    folder = folder.absolute()
+    for place in (folder, folder.parent, folder.parent.parent):
+        for opened in (_imported, _pipeline, _run):
+            if (base := opened(source, place, folder)) is not None:
+                return base
+        for path in (place / SCHEDULER_FILE, place / "scheduler" / SCHEDULER_FILE):
+            if exists(path):
+                return _with_scheduler(source, folder, path)
+    return None
 
 
 FILES = {"openai": _openai, "compvis": _compvis}
@@ -330,24 +377,36 @@ def _settings(
     return read_settings(source, known)
 
 
-def _scheduler_settings(source: str, document: Mapping[str, Any]) -> Stages:
-    """Read a diffusers scheduler's settings; its class has defaults for missing ones."""
+def _scheduler_config(source: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a diffusers scheduler's settings by its class's defaults; check its class."""
     name = document["_class_name"]
     kind: Any = getattr(diffusers, str(name), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ConfigError(f"{source} has a {name}, which is no scheduler of diffusers.")
     try:
-        config = dict(kind.from_config(dict(document)).config)
+        return {**kind.from_config(dict(document)).config, "_class_name": str(name)}
     except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{source} has a {name} that cannot be used: {error}") from error
+
+
+def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
+    """Read the settings of a diffusers scheduler that come along with a base.
+
+    Raises:
+        ConfigError: It has another noise process, or predicts something else, than is known here.
+    """
+    name = config["_class_name"]
     for setting, needed in _NEEDED.items():
         if config.get(setting, needed) != needed:
             raise ConfigError(
                 f"{source} has {setting} {config[setting]} in its {name}: only {needed} is "
-                "supported."
+                "supported. Give another base."
             )
     if config.get("variance_type") == "learned":
-        raise ConfigError(f"{source} has variance_type learned: only learned_range is supported.")
+        raise ConfigError(
+            f"{source} has variance_type learned: only learned_range is supported. Give another "
+            "base."
+        )
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
@@ -397,7 +456,7 @@ def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
 
 def _from_hub(name: str) -> Path:
     """Download a repository's settings and safetensors, or find them in the hub's cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if HUB_NAME.fullmatch(name) is None:
         raise CheckpointError(f"{name} does not exist, and is no name on the hub (owner/name).")
     try:
         downloaded = snapshot_download(

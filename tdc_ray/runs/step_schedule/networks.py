@@ -11,16 +11,17 @@ import numpy as np
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import one_group
-from tdc_ray.diffusion.samplers import sampling_timesteps
+from tdc_ray.diffusion.samplers import checked_timesteps
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.diffusion.step_schedule import BoolArray
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import load_config, load_network
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.macs import macs_polynomials
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.saved_expert import CONFIG_FILE, SavedExpert, load_expert
+from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.models.structure import network_structure, units_for
 from tdc_ray.models.units import widths_of
 from tdc_ray.pruning.space import space_of
@@ -230,6 +231,7 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
 
     Raises:
         ConfigError: It does not.
+        CheckpointError: Its weights are damaged, or no numbers.
     """
     if not exists(folder / CONFIG_FILE):
         raise ConfigError(
@@ -243,6 +245,7 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
                 f"--networks {display_path(folder)} must have the run's {key} {base.get(key)}, "
                 f"got {unet.get(key)}."
             )
+    check_finite([folder / WEIGHTS_FILE])
 
 
 def _macs_of(folder: Path) -> int:
@@ -254,7 +257,7 @@ def _macs_of(folder: Path) -> int:
 
 def problem_of(config: RunConfig, networks: Sequence[Network]) -> Problem:
     """Lay out the networks over the steps of the settings' sampler."""
-    visited = sampling_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
+    visited = checked_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
     timesteps = list(dict.fromkeys(visited))
     visits = np.array([visited.count(timestep) for timestep in timesteps])
     spans = np.array([network.span for network in networks])  # (K, 2)

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from tdc_ray.errors import ConfigError
 from tdc_ray.runs.sweep.results import SweepResults
 from tdc_ray.runs.sweep.space import Choices, Domain
+from tdc_ray.storage.files import cut_at_torn_line
 from tdc_ray.storage.object_store import is_remote
 
 STUDY_VARIABLE = "TDC_RAY_STUDY"
@@ -84,6 +85,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
         if is_remote(folder):  # what sweep.json knows is added anew
             return optuna.storages.InMemoryStorage()
+        cut_at_torn_line(folder / STUDY_FILE)  # what sweep.json knows is added anew
         return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError

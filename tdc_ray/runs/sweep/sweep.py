@@ -7,6 +7,7 @@ directories.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -32,6 +33,7 @@ from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
+from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
@@ -42,6 +44,8 @@ from tdc_ray.runs.sweep.table import SweepTable
 from tdc_ray.runs.sweep.trial import TrialSpec, point_of, run_trial
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
+
+logger = logging.getLogger(__name__)
 
 STORE_DIR = "store"
 TRIAL_BYTES = 128 * 1024**2
@@ -92,11 +96,15 @@ def sweep(
     folder = resolve_path(folder).resolve()
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
     config = with_absolute_paths(config)
-    config = with_first_stage(config, pretrained_base(config.model))
+    pretrained = pretrained_base(config.model)
+    config = with_first_stage(config, pretrained)
     check_space(space, config, sweep_config, points)
     if points is None and sweep_config.search == "grid":
         points = grid(space)
     _check_trials(config, space, sweep_config.seeds[0], points)
+    if pretrained is not None:
+        for note in base_notes(pretrained, config.diffusion, config.sampler):
+            logger.warning("%s", note)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
     with (

@@ -21,6 +21,7 @@ from tdc_ray.runs.evaluation.features import (
     NUM_FEATURES,
     Classifier,
     FeatureSpec,
+    check_inception,
     choose_features,
     load_extractor,
     ready_statistics,
@@ -309,11 +310,20 @@ def test_resized_images_keep_their_places_and_colours(inception, tmp_path):
     np.testing.assert_allclose(green, -1, atol=1e-6)
 
 
-def test_the_features_of_a_run_are_decided_once(tmp_path, cache_dir):
+@pytest.mark.parametrize("place", ["inception_path", "cache_dir"])
+def test_inception_that_is_cut_short_is_refused_by_its_file(inception, tmp_path, place):
+    whole = (inception / INCEPTION_FILE).read_bytes()
+    (tmp_path / INCEPTION_FILE).write_bytes(whole[: len(whole) // 2])
+    evaluate = digits(tmp_path / "none", features="auto").evaluate
+    evaluate = dataclasses.replace(evaluate, **{place: str(tmp_path)})
+    with pytest.raises(EvaluationError, match=rf"{tmp_path}/{INCEPTION_FILE} is damaged or cut"):
+        check_inception(evaluate)
+    (tmp_path / INCEPTION_FILE).write_bytes(whole)
+    check_inception(evaluate)
+
+
+def test_the_features_of_a_run_are_decided_once(inception, tmp_path, cache_dir):
     """With "auto", what a later attempt finds in the cache or the network changes nothing."""
-    inception = tmp_path / "inception"
-    inception.mkdir()
-    (inception / INCEPTION_FILE).write_bytes(b"there now")
     evaluate = {"features": "auto", "inception_path": str(inception), "cache_dir": str(cache_dir)}
     config = small_config(evaluate=evaluate)
     decided = tmp_path / "features.json"

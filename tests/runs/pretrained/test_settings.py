@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     ScoreSdeVeScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
     VQModel,
 )
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
@@ -24,10 +27,12 @@ from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.schedule import betas
-from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
+from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
+from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
 from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
@@ -131,7 +136,7 @@ def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, 
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
         (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),
-        (DDPMScheduler(thresholding=True), "thresholding True"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True"),
         (DDPMScheduler(variance_type="learned"), "variance_type learned: only learned_range"),
         (ScoreSdeVeScheduler(), "beta_schedule None in its ScoreSdeVeScheduler"),
     ],
@@ -220,9 +225,154 @@ def test_a_unet_alone_tells_all_but_its_noise_process(tmp_path):
     assert len(missing_settings(base.settings)) == 5
 
 
-def test_the_unet_of_a_pipeline_brings_the_pipelines_settings(tmp_path):
-    base = resolve_base(save_pipeline(tmp_path / "p") + "/unet")
+@pytest.mark.parametrize("place", ["p/unet", "p/unet_ema", "p/checkpoint-5/unet"])
+def test_a_unet_that_is_named_is_used_with_the_settings_of_its_pipeline(tmp_path, place):
+    save_pipeline(tmp_path / "p")
+    named = random_unet(seed=7)
+    save_unet(named, tmp_path / place)
+    base = resolve_base(str(tmp_path / place))
     assert base.settings.diffusion.num_train_timesteps == 500
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(named))
+
+
+@pytest.mark.parametrize("place", ["checkpoint-5/unet", "unet"])
+def test_a_scheduler_beside_or_above_a_unet_tells_that_it_cannot_be_used(tmp_path, place):
+    DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path / "scheduler")
+    save_unet(random_unet(), tmp_path / place)  # without a model_index.json
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json\) has prediction_type sample"):
+        resolve_base(str(tmp_path / place))
+
+
+def test_a_unet_in_a_run_or_an_import_has_its_noise_process(tmp_path):
+    run_dir = make_run_dir(tmp_path / "run")
+    config = small_config(
+        diffusion={"num_train_timesteps": 50}, sampler={"num_inference_steps": 5}
+    )
+    write_json(run_dir.config, to_json(config))
+    write_json(run_dir.base_result, {})
+    assert resolve_base(str(run_dir.base_unet)).settings.diffusion.num_train_timesteps == 50
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    assert resolve_base(str(tmp_path / "base/unet")).settings.diffusion.num_train_timesteps == 500
+
+
+def test_a_folder_of_unets_names_them(tmp_path):
+    save_unet(random_unet(), tmp_path / "checkpoint-5/unet_ema")
+    with pytest.raises(CheckpointError, match="Below it are the UNets unet_ema: name"):
+        resolve_base(str(tmp_path / "checkpoint-5"))
+
+
+# --- how the base's own pipeline samples -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (
+            DDIMScheduler(timestep_spacing="trailing"),
+            r"\(timestep_spacing trailing\), a run by ddim",
+        ),
+        (DDIMScheduler(thresholding=True), r"DDIMScheduler \(thresholding True\), a run by ddim"),
+        (DDIMScheduler(clip_sample_range=2.0), r"clip_sample_range 2\.0"),
+        (DDPMScheduler(variance_type="fixed_large"), r"DDPMScheduler \(variance_type fixed_large"),
+        (
+            DPMSolverMultistepScheduler(use_karras_sigmas=True),
+            r"DPMSolverMultistepScheduler \(.*use_karras_sigmas True.*\), a run by ddim \(.*"
+            r"timestep_spacing leading.*clip_sample True\)",
+        ),
+    ],
+)
+def test_what_a_run_samples_otherwise_than_the_pipeline_is_said(tmp_path, scheduler, words):
+    base = resolve_base(save_pipeline(tmp_path / "p", scheduler))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    (note,) = base_notes(base, config.diffusion, config.sampler)
+    assert re.search(words, note)
+    import_base(base, config, tmp_path / "base")
+    imported = resolve_base(str(tmp_path / "base"))
+    (again,) = base_notes(imported, config.diffusion, config.sampler)
+    assert again == note.replace(str(tmp_path / "p"), str(tmp_path / "base"))
+
+
+def test_nothing_is_said_where_a_run_samples_as_the_pipeline(tmp_path):
+    source = save_pipeline(tmp_path / "p", DDIMScheduler(clip_sample=False))
+    edit(tmp_path / "p/scheduler/scheduler_config.json", skip_prk_steps=True)  # as on the hub
+    base = resolve_base(source)
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    assert base_notes(base, config.diffusion, config.sampler) == []
+    large = resolve_base(save_pipeline(tmp_path / "q", DDPMScheduler(variance_type="fixed_large")))
+    ddpm = replace(CONFIG.sampler, sampler="ddpm")
+    (note,) = base_notes(large, CONFIG.diffusion, ddpm)
+    assert "a run by ddpm (variance_type fixed_small)" in note
+    plain = resolve_base(save_pipeline(tmp_path / "r", DDPMScheduler(clip_sample=False)))
+    config = apply_settings(plain.settings, CONFIG, with_data=True)
+    (note,) = base_notes(plain, config.diffusion, config.sampler)
+    assert "samples by DDPMScheduler, a run by ddim: its scores" in note
+
+
+def test_that_nothing_says_what_a_unet_predicts_is_said(tmp_path):
+    save_unet(random_unet(), tmp_path / "alone")
+    base = resolve_base(str(tmp_path / "alone"))
+    (note,) = base_notes(base, CONFIG.diffusion, CONFIG.sampler)
+    assert note.endswith("alone does not say what it predicts: epsilon is taken")
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_tensor_and_file(tmp_path, value):
+    unet = random_unet()
+    unet.conv_in.weight.data[0, 0, 0, 0] = value
+    base = resolve_base(save_pipeline(tmp_path / "p", unet=unet))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    words = (
+        r"conv_in\.weight of .*p/unet/diffusion_pytorch_model\.safetensors holds NaN or infinity"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        import_base(base, config, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    with pytest.raises(CheckpointError, match=words):
+        check(replace(config, model=replace(config.model, base=base.source)), base)
+
+
+def test_weights_that_are_no_numbers_in_a_checkpoint_file_are_refused(tmp_path):
+    source = openai_file(tmp_path)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    state["out.0.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "model.pt")
+    base = resolve_base(source)
+    config = apply_settings(base.settings, with_heads(), with_data=True)
+    with pytest.raises(CheckpointError, match=r"out\.0\.bias of .*model\.pt holds NaN"):
+        import_base(base, config, tmp_path / "base")
+
+
+def test_weights_that_are_cut_short_are_refused_by_file(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    file = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    base = resolve_base(source)
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged"):
+        import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+
+
+@pytest.mark.parametrize("shard", ["", "-00001-of-00001"])
+def test_weights_of_a_variant_alone_are_refused_by_the_variant(tmp_path, shard):
+    source = save_pipeline(tmp_path / "p")
+    file = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name(f"diffusion_pytorch_model.fp16{shard}.safetensors"))
+    base = resolve_base(source)
+    with pytest.raises(CheckpointError, match=r'only the variant fp16 .*variant="fp16"'):
+        import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+
+
+def test_a_size_that_the_levels_cannot_halve_is_refused_before_work(tmp_path):
+    unet = random_unet({**TINY, "sample_size": 9})
+    base = resolve_base(save_pipeline(tmp_path / "p", unet=unet))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    with pytest.raises(UnsupportedModelError, match=r"sample_size of 9 cannot be halved.*8 or 10"):
+        import_base(base, config, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize(
@@ -570,8 +720,13 @@ def test_a_base_never_comes_from_a_pickle(tmp_path):
     for file in (tmp_path / "p").rglob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     base = resolve_base(source)
-    with pytest.raises(CheckpointError, match="no UNet2DModel in safetensors"):
-        import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    for work in (
+        lambda: import_base(base, config, tmp_path / "base"),
+        lambda: check(config, base),
+    ):
+        with pytest.raises(CheckpointError, match=r"no model in safetensors.*\.bin file that you"):
+            work()
 
 
 def test_a_run_directory_whose_base_is_not_trained_is_none(tmp_path):

@@ -72,6 +72,23 @@ def test_a_study_whose_file_is_gone_is_told_what_is_done(tmp_path):
     }
 
 
+@pytest.mark.parametrize("line", [0, 3, -1], ids=["first", "middle", "last"])
+def test_a_study_whose_file_has_a_torn_line_goes_on(tmp_path, line, caplog):
+    study = study_in(tmp_path)
+    for value in (1.0, 2.0):
+        study.tell(study.ask(DISTRIBUTIONS), [value])
+    lines = (tmp_path / STUDY_FILE).read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line][: len(lines[line]) // 2]  # as a kill and a later start leave it
+    (tmp_path / STUDY_FILE).write_bytes(b"".join(lines))
+    again = study_in(tmp_path)
+    assert "holds a torn line" in caplog.text
+    done = [trial.params["plan.min_macs_share"] for trial in study.trials]
+    reconcile(again, sweep_of(tmp_path, done=done), DISTRIBUTIONS)
+    again.tell(again.ask(DISTRIBUTIONS), [3.0])
+    complete = [t for t in study_in(tmp_path).trials if t.state is TrialState.COMPLETE]
+    assert len(complete) == 3
+
+
 @pytest.mark.parametrize(
     "url", ["postgresql://me:hidden@nowhere.invalid/db", "hidden", "nosuch://me:hidden@host/db"]
 )

@@ -38,7 +38,15 @@ def load_expert(folder: str | Path) -> UNet2DModel:
     for module in unet.modules():  # what has no weights but a buffer of its own
         for key, buffer in module.named_buffers(recurse=False):
             assert not buffer.is_meta, key
+    unet.save_pretrained = _refuse_to_save
     return unet.eval()
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "diffusers' save_pretrained keeps no widths, and what it saved of a pruned UNet could not "
+        "be loaded: copy the folder that this one was loaded from."
+    )
 
 
 class Experts(nn.ModuleList):

@@ -94,6 +94,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         shape = (batch_size, channels, config["height"], config["width"])
         x = randn_tensor(shape, generator=generators, device=device)
         self.scheduler.set_timesteps(steps)
+        self._check_start(num_inference_steps)
         x = x * self.scheduler.init_noise_sigma
         extra = self._step_arguments(config["eta"] if eta is None else eta, generators)
         for timestep in self.progress_bar(self.scheduler.timesteps.tolist()):
@@ -133,6 +134,19 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if found.shape != (batch_size,) or not 0 <= int(found.min()) <= int(found.max()) < classes:
             raise ValueError(f"class_labels must be {batch_size} of [0, {classes}), got {labels}.")
         return found.to(self.experts.device)
+
+    def _check_start(self, steps: int | None) -> None:
+        """Refuse a call's steps that begin with noise where the scheduler expects an image."""
+        total, first = self.scheduler.config["num_train_timesteps"], self.scheduler.timesteps[0]
+        if steps is not None and total - 1 - int(first) > total / steps:
+            raise ValueError(
+                f"num_inference_steps must divide {total}, got {steps}: it would begin at "
+                f"{int(first)}, with pure noise."
+            )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse, as diffusers keeps no widths of pruned UNets."""
+        raise ValueError("diffusers cannot save these experts: copy the folder that has them.")
 
     def _learns_variance(self) -> bool:
         heeded = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters

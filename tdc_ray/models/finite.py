@@ -1,0 +1,54 @@
+"""Refuses weights that are no numbers: a network that has one computes nothing else."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
+from tdc_ray.models.diffusers_folder import weight_files
+from tdc_ray.storage.files import fetch
+from tdc_ray.storage.object_store import display_path
+
+
+def check_finite(paths: Iterable[Path]) -> None:
+    """Check that weights are numbers; a file that has not changed is read once.
+
+    Args:
+        paths: Folders of diffusers, or checkpoint files.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity, or a file is missing or damaged.
+    """
+    for path in paths:
+        for file in weight_files(path) if fetch(path).is_dir() else [path]:
+            if not fetch(file).exists():
+                raise CheckpointError(f"{display_path(file)} does not exist.")
+            state = file.stat()
+            if (name := _first_not_finite(file, state.st_size, state.st_mtime_ns)) is not None:
+                raise CheckpointError(
+                    f"{name} of {display_path(file)} holds NaN or infinity: its training "
+                    "diverged, or the file is damaged. Give another."
+                )
+
+
+@functools.cache
+def _first_not_finite(file: Path, _size: int, _mtime_ns: int) -> str | None:
+    """Return the name of the first tensor that holds something else than numbers."""
+    if file.suffix != ".safetensors":
+        return _not_finite(load_state_dict(file))
+    try:
+        with safe_open(file, framework="pt") as tensors:  # one tensor in memory at a time
+            names = (name for name in tensors.keys())  # noqa: SIM118
+            return next((n for n in names if _not_finite({n: tensors.get_tensor(n)})), None)
+    except SafetensorError as error:
+        raise CheckpointError(f"{display_path(file)} is damaged: {error}.") from error
+
+
+def _not_finite(state: StateDict) -> str | None:
+    return next(
+        (n for n, tensor in state.items() if not tensor.isfinite().all().item()),
+        None,
+    )
