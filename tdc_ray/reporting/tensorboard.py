@@ -20,6 +20,7 @@ from PIL import Image
 from tdc_ray.execution.events import Reported
 from tdc_ray.pruning.llm.transcripts import transcript_path, transcript_text
 from tdc_ray.pruning.memory import MemoryEntry, best
+from tdc_ray.reporting.grid import image_grid
 from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
 from tdc_ray.storage.files import exists, fetch
 from tdc_ray.storage.mirror import synced_while_growing
@@ -65,7 +66,8 @@ class TensorBoard:
                     self._write_candidate(entry, step)
                 case ImagesSampled(model, path):
                     with np.load(fetch(path)) as file:
-                        self._add_images("samples", model, file["arr_0"][:NUM_SAMPLES])
+                        grid = image_grid(file["arr_0"][:NUM_SAMPLES])
+                        self._add_image("samples", model, grid)
                 case WorkersUsed(_, usage):
                     self._add_picture("workers", "timeline", self._run_dir.timeline_plot)
                     for part in usage:
@@ -83,7 +85,7 @@ class TensorBoard:
         tags = {f"{stage}/{name}": value for name, value in event.metrics.items()}
         self._add_scalars(run, tags, event.step)
         if event.images is not None:
-            self._add_images(run, "samples", event.images, event.step)
+            self._add_image(run, "samples", image_grid(event.images), event.step)
 
     def _write_candidate(self, entry: MemoryEntry, step: int) -> None:
         self._entries[entry.key] = entry
@@ -106,11 +108,11 @@ class TensorBoard:
 
     def _add_picture(self, run: str, name: str, path: Path) -> None:
         with Image.open(fetch(path)) as image:
-            self._add_images(run, name, np.asarray(image.convert("RGB"))[None])
+            self._add_image(run, name, np.asarray(image.convert("RGB")))
 
-    def _add_images(self, run: str, name: str, images: NDArray[np.uint8], step: int = 0) -> None:
-        """Write images, ``(B, H, W, C)``."""
-        self._writer(run, step).add_images(name, images, step, dataformats="NHWC")
+    def _add_image(self, run: str, name: str, image: NDArray[np.uint8], step: int = 0) -> None:
+        """Write an image, ``(H, W, C)``."""
+        self._writer(run, step).add_image(name, image, step, dataformats="HWC")
 
     def _writer(self, run: str, step: int) -> "SummaryWriter":
         if run not in self._writers:

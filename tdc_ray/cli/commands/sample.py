@@ -57,11 +57,12 @@ class SampleCommand:
         check_output_folder("--out-dir", folder)
         import numpy as np
         import torch
-        from torchvision.utils import save_image
+        from PIL import Image
 
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
         from tdc_ray.models.precision import DTYPES
+        from tdc_ray.reporting.grid import image_grid
         from tdc_ray.runs.stages.precision import ProbeJob, benchmark_precision
         from tdc_ray.storage.files import atomic_path
 
@@ -97,9 +98,9 @@ class SampleCommand:
         images = np.concatenate(pixels)
         with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images)
-        grid = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        grid = image_grid(images)
         with atomic_path(folder / "samples.png") as temporary, temporary.open("wb") as file:
-            save_image(grid, file, nrow=max(1, round(len(images) ** 0.5)), format="png")
+            Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(file, "png")
         name = display_path(folder)
         console.print(
             f"written: {name}/samples.npz ({images.shape}), {name}/samples.png", soft_wrap=True
