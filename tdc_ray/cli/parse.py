@@ -23,8 +23,10 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from tdc_ray.cli.commands.compare import CompareCommand
 from tdc_ray.cli.commands.export import ExportCommand
 from tdc_ray.cli.commands.import_base import ImportCommand
+from tdc_ray.cli.commands.ls import LsCommand
 from tdc_ray.cli.commands.memory import MemoryCommand
 from tdc_ray.cli.commands.plan import PlanCommand
 from tdc_ray.cli.commands.prune import PruneCommand
@@ -136,6 +138,8 @@ def _commands(config: RunConfig) -> dict[str, Command]:
         "score": ScoreCommand(images=missing, reference=missing),
         "export": ExportCommand(run=missing, out=missing),
         "report": ReportCommand(runs=missing),
+        "ls": LsCommand(),
+        "compare": CompareCommand(runs=missing),
         "status": StatusCommand(run=missing),
         "simulate": SimulateCommand(config=config),
         "memory": MemoryCommand(run=missing),

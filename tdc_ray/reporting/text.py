@@ -1,8 +1,12 @@
 """Numbers as text, and the conclusions of a run in words."""
 
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
 from typing import Literal
 
 from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
+from tdc_ray.storage.object_store import display_path
 
 
 def timesteps_text(timesteps: tuple[int, int]) -> str:
@@ -135,3 +139,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def short_names(roots: Sequence[Path]) -> list[str]:
+    """Return the part of each folder's path that differs from the others', of one its name."""
+    if len(roots) == 1:
+        return [roots[0].name]
+    parts = [display_path(root).split("/") for root in roots]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    common = len(list(shared))
+    return ["/".join(part[common:]) or "." for part in parts]

@@ -321,3 +321,36 @@ def test_sample_convolves_by_winograd_where_that_is_asked_for(finished_run, tmp_
     assert not seen
     assert run_command([*arguments, "--out-dir", str(tmp_path), "--winograd"]) == 0
     assert seen
+
+
+# --- runs side by side ------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_ls_and_compare_show_runs_finished_or_not_side_by_side(finished_run, tmp_path, capsys):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    settings = json.loads((finished_run / "config.json").read_text())
+    settings["finetune"]["num_steps"] = 12_345
+    (begun / "config.json").write_text(json.dumps(settings))
+    assert run_command(["ls", str(begun)]) == 0
+    assert "base: " in capsys.readouterr().out
+    assert run_command(["ls", str(finished_run)]) == 0
+    results = json.loads((finished_run / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert "finished" in printed
+    assert f"{results['tdc']['score']:.3f}" in printed
+    assert f"scores: {results['metric']}" in printed
+    assert run_command(["compare", str(finished_run), str(begun)]) == 0
+    printed = capsys.readouterr().out
+    assert "finetune.num_steps" in printed
+    assert "12345" in printed
+    assert "prune.method" not in printed  # the same in both
+    assert f"{results['base']['score']:.3f}" in printed
+
+
+def test_ls_and_compare_refuse_what_holds_no_runs(tmp_path, capsys):
+    assert run_command(["ls", str(tmp_path)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    assert run_command(["compare", str(tmp_path)]) == 1
+    assert "at least two run directories, got 1" in capsys.readouterr().err

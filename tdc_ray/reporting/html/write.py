@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from tdc_ray.reporting.html.load import RunData, SweepData, is_sweep, load_run, load_sweep
 from tdc_ray.reporting.html.markdown_csv import csv_files, markdown
 from tdc_ray.reporting.html.page import html_of
 from tdc_ray.reporting.html.sections import page_of
+from tdc_ray.reporting.text import short_names
 from tdc_ray.storage.files import write_text
-from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.object_store import resolve_path
 
 PAGE, TEXT, TABLES = "index.html", "report.md", "tables"
 """Files of the folder: the page, the tables as Markdown, and a folder of them as CSV."""
@@ -31,7 +31,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
         StorageError: A folder is neither a run nor a sweep, or a file of it is damaged.
     """
     roots = list(dict.fromkeys(_absolute(path) for path in paths))
-    names = _names(roots)
+    names = short_names(roots)
     runs: list[RunData] = []
     sweeps: list[tuple[SweepData, dict[str, RunData]]] = []
     for root, name in zip(roots, names, strict=True):
@@ -64,13 +64,3 @@ def _chosen(sweep: SweepData) -> list[str]:
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(resolve_path(path)))  # noqa: PTH100  # links stay: their names mean something
-
-
-def _names(roots: Sequence[Path]) -> list[str]:
-    """Return the part of each folder's path that differs from the others."""
-    if len(roots) == 1:
-        return [roots[0].name]
-    parts = [display_path(root).split("/") for root in roots]
-    shared = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-    common = len(list(shared))
-    return ["/".join(part[common:]) or "." for part in parts]

@@ -1,0 +1,34 @@
+"""``tdc-ray compare``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from tdc_ray.cli.paths import check_input
+from tdc_ray.errors import ConfigError
+from tdc_ray.storage.object_store import resolve_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand:
+    """Put runs side by side: the settings that differ, scores and costs."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run directories, or their URIs; two or more."""
+    verbose: bool = False
+    """Log more, and show where an error came from."""
+
+    def execute(self, console: Console) -> None:
+        """Print the tables."""
+        if len(self.runs) < 2:
+            raise ConfigError(
+                f"tdc-ray compare needs at least two run directories, got {len(self.runs)}."
+            )
+        for run in self.runs:
+            check_input(run, "a run directory")
+        from tdc_ray.reporting.overview import print_comparison
+        from tdc_ray.runs.overview import load_overview
+
+        print_comparison(console, [load_overview(resolve_path(run)) for run in self.runs])
