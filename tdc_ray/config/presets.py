@@ -106,7 +106,6 @@ def mnist() -> RunConfig:
         preset="mnist",
         data=DataConfig(source="npz", path="mnist.npz", image_size=16),
         model=ModelConfig(architecture="mnist16"),
-        prune=PruneConfig(num_images=256),
     )
 
 
