@@ -349,7 +349,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
 def base_of(flags: Flags, seed: int) -> Path:
     """Return the folder of the UNet that is a seed's base in all experiments of a storage."""
     size = "" if flags.steps_share == 1 else f"-{flags.steps_share:g}"
-    folder = flags.storage / f"base-{flags.preset}{size}" / f"seed-{seed}"
+    folder = flags.storage / f"base-{flags.variant}{size}" / f"seed-{seed}"
     return trained_base(flags.config(seed), folder, flags.store)
 
 

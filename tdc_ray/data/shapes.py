@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
@@ -10,10 +11,13 @@ from tdc_ray.data.sources.image_file import stored_shape
 from tdc_ray.data.sources.npz import npz_paths
 from tdc_ray.data.sources.npz_files import open_npz
 from tdc_ray.data.sources.walk import image_paths
-from tdc_ray.errors import ConfigError, DataError
+from tdc_ray.errors import ConfigError, CorruptFileError, DataError
 
 Shape = tuple[int, int, int]
 """``(C, H, W)`` of an image."""
+
+MOST_TRIES = 100
+"""Files of a folder that are tried for one that can be read."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +44,14 @@ def stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def first_shape(data: DataConfig) -> Shape | None:
-    """Return the shape of a source's first images; None where there are none to be read."""
+    """Return the shape of a source's first images; None where none of the first can be read."""
+    if data.source == "folder" and data.path is not None:
+        folder = Path(data.path)
+        with suppress(DataError):
+            for name in islice(image_paths(folder), MOST_TRIES):
+                with suppress(CorruptFileError):
+                    return stored_shape(folder / name)
+        return None
     with suppress(DataError):
         return next((shape for _, shape in stored_shapes(data)), None)
     return None

@@ -164,10 +164,22 @@ def one_group(
     )
 
 
-def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: SamplerConfig) -> Plan:
+def plan_groups(
+    diffusion: DiffusionConfig,
+    config: PlanConfig,
+    sampler: SamplerConfig,
+    *,
+    check_start: bool = True,
+) -> Plan:
     """Group the timesteps, and compute the limit of each group.
 
     With a measured schedule every group has the mean until :func:`with_limits` replaces it.
+
+    Args:
+        diffusion: The noise process.
+        config: How the timesteps are grouped.
+        sampler: How images are sampled.
+        check_start: Whether steps that begin far below the last timestep are refused.
 
     Raises:
         ScheduleError: The betas are no noise schedule.
@@ -175,7 +187,8 @@ def plan_groups(diffusion: DiffusionConfig, config: PlanConfig, sampler: Sampler
             steps outside the timesteps.
     """
     process = NoiseProcess.of(diffusion)
-    snr, steps = process.snr_db, checked_timesteps(process, sampler)
+    timesteps_of = checked_timesteps if check_start else sampling_timesteps
+    snr, steps = process.snr_db, timesteps_of(process, sampler)
     notes: list[str] = []
     by_snr, empty = _snr_groups(snr, config)
     before = by_snr

@@ -51,6 +51,18 @@ def load_overview(root: Path) -> RunOverview:
     return RunOverview(root=root, settings=settings, results=results, progress=progress)
 
 
+def load_overviews(roots: Sequence[Path]) -> list[RunOverview]:
+    """Load runs in short; one that cannot be read says so as its progress."""
+    found = []
+    for root in roots:
+        try:
+            found.append(load_overview(root))
+        except (StorageError, ConfigError) as error:
+            unreadable = f"unreadable: {error}"
+            found.append(RunOverview(root=root, settings={}, results=None, progress=unreadable))
+    return found
+
+
 def differing(runs: Sequence[RunOverview]) -> dict[str, list[object]]:
     """Return the settings that are not the same in all runs, each with its value in every run."""
     names = dict.fromkeys(name for run in runs for name in run.settings)

@@ -55,7 +55,7 @@ def unet_dir(path: Path) -> Path:
     path = resolve_path(path)
     for folder in (path, path / "unet", path / "base" / "unet"):
         if is_unet(folder):
-            return folder.resolve()
+            return folder if is_remote(folder) else folder.absolute()  # links stay
     raise CheckpointError(
         f"{display_path(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: "
         "neither it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray "

@@ -74,7 +74,7 @@ def status(run_dir: RunDir) -> RunStatus:
     config = from_json(read_json(run_dir.config))
     history = load_history(run_dir.timeline)
     entries = MemoryBank(run_dir.memory).all()
-    plan = plan_groups(config.diffusion, config.plan, config.sampler)
+    plan = plan_groups(config.diffusion, config.plan, config.sampler, check_start=False)
     groups = {group_name(group) for group in plan.groups}
     return RunStatus(
         config=config,

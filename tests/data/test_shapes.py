@@ -53,3 +53,9 @@ def test_what_images_are_brought_to_is_logged_where_they_have_another_shape(tmp_
     np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8))
     log_shape(npz_config(tmp_path / "a.npz"))
     assert len(caplog.messages) == 1
+
+
+def test_a_damaged_file_hides_no_shape(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
+    assert first_shape(folder_config(tmp_path)) == (3, 20, 30)

@@ -5,7 +5,7 @@ import pytest
 
 from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.errors import StorageError
-from tdc_ray.runs.overview import differing, find_runs, load_overview
+from tdc_ray.runs.overview import differing, find_runs, load_overview, load_overviews
 from tests.small import small_config
 
 
@@ -50,6 +50,17 @@ def test_a_run_that_is_not_finished_says_how_far_it_is(tmp_path):
     run = load_overview(make_run(tmp_path / "a", small_config()))
     assert run.results is None
     assert run.progress.startswith("base: ")
+
+
+def test_a_run_of_another_version_is_listed_beside_others(tmp_path):
+    one = make_run(tmp_path / "a", small_config())
+    two = make_run(tmp_path / "b", small_config())
+    settings = json.loads((two / "config.json").read_text())
+    (two / "config.json").write_text(json.dumps(settings | {"later": 1}))
+    runs = load_overviews([one, two])
+    assert [run.root for run in runs] == [one, two]
+    assert runs[1].progress.startswith("unreadable: ")
+    assert "later" in runs[1].progress
 
 
 def test_what_is_no_run_is_refused(tmp_path):

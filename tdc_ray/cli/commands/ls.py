@@ -24,7 +24,7 @@ class LsCommand:
         """Print a line for each run."""
         check_input(self.folder, "a folder of runs")
         from tdc_ray.reporting.overview import print_runs
-        from tdc_ray.runs.overview import find_runs, load_overview
+        from tdc_ray.runs.overview import find_runs, load_overviews
 
         roots = find_runs(resolve_path(self.folder))
         if not roots:
@@ -32,4 +32,4 @@ class LsCommand:
                 f"{display_path(self.folder)} holds no run: name a folder that tdc-ray run or "
                 "tdc-ray sweep wrote into."
             )
-        print_runs(console, [load_overview(root) for root in roots])
+        print_runs(console, load_overviews(roots))

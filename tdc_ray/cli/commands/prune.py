@@ -64,7 +64,8 @@ class PruneCommand:
         """Prune, and print the size and the losses of the pruned model."""
         check_output_folder("--out", self.out)
         check_named_data("--data", self.data)
-        check_settings(self.config)
+        if self.data is None:
+            check_settings(self.config)
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.unet2d.unet import given_unet_config
         from tdc_ray.reporting.console import print_pruned

@@ -11,7 +11,7 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
 from tdc_ray.storage.logs import log_to
-from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class RunCommand:
         check_output_folder("--run-dir", folder)
         if self.store is not None:
             check_output_folder("--store", self.store)
-        check_settings(config)
+        if is_remote(folder) or not (folder / "results.json").exists():  # finished work needs none
+            check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
         from tdc_ray.runs.preflight import check

@@ -34,6 +34,9 @@ UNREADABLE = (
     ValueError,
     LookupError,
     TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
     struct.error,
     Image.DecompressionBombError,
 )

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,8 +21,8 @@ OBJECT_STORE_BYTES = 256 * 1024**2
 LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
 
-MAX_SOCKET_BYTES = 107
-"""Longest path of a socket, by Linux."""
+MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+"""Longest path of a socket, by macOS and by Linux."""
 
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""

@@ -6,7 +6,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps, features
 
 from tdc_ray.data.sources.image_file import is_plain, read_pixels, stored_shape
-from tdc_ray.errors import DataError
+from tdc_ray.errors import CorruptFileError, DataError
 
 DEEP = (np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)  # up to 65,520
 GREY = (np.arange(64).reshape(8, 8) * 4).astype(np.uint8)
@@ -206,3 +206,14 @@ def test_plain_images_are_told_by_their_headers(tmp_path):
     assert not is_plain(saved(tmp_path / "b.jpg", GREY, exif=exif))
     (tmp_path / "d.png").write_bytes(b"no image")
     assert is_plain(tmp_path / "d.png")
+
+
+def test_a_kind_of_pixels_that_pillow_does_not_know_is_a_corrupt_file(tmp_path):
+    path = tmp_path / "a.dds"
+    Image.new("RGB", (4, 4)).save(path)
+    data = bytearray(path.read_bytes())
+    data[80:88] = struct.pack("<I4s", 4, b"ABCD")  # compressed, in a way of nobody's
+    path.write_bytes(data)
+    for read in (lambda: read_pixels(path, 3), lambda: stored_shape(path)):
+        with pytest.raises(CorruptFileError, match=r"a\.dds is no readable image"):
+            read()
