@@ -163,8 +163,8 @@ def test_a_misspelt_flag_gets_the_right_one(tmp_path):
 
 def test_a_refused_dry_run_prints_the_refusal_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["run", "--dry-run", "--plan.num-groups", "4", "--plan.min-macs-share", "0.01"]
-    assert run_command(arguments) == 1
+    limits = ["--plan.schedule", "snr", "--plan.num-groups", "4", "--plan.min-macs-share", "0.01"]
+    assert run_command(["run", "--dry-run", *limits]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "limit" in printed.err
