@@ -25,7 +25,7 @@ from tdc_ray.reporting.text import (
     percent_text,
     timesteps_text,
 )
-from tdc_ray.runs.results import ComparisonResult, LossDifference, Results
+from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
 from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
 from tdc_ray.storage.object_store import display_path
 
@@ -115,6 +115,9 @@ def print_results(console: Console, results: Results) -> None:
     )
     console.print(models)
     console.print(_costs_table(rows))
+    steps: list[TextColumn[GroupResult]] = []
+    if len({group.train_steps for group in results.groups}) > 1:
+        steps = [("steps", lambda g: "-" if g.train_steps is None else f"{g.train_steps:,}")]
     groups = table_of(
         results.groups,
         [
@@ -122,7 +125,7 @@ def print_results(console: Console, results: Results) -> None:
             ("timesteps", lambda group: timesteps_text(group.timesteps)),
             ("limit", limit_text),
             ("macs", lambda group: macs_text(group.macs)),
-            ("steps", lambda g: "-" if g.train_steps is None else f"{g.train_steps:,}"),
+            *steps,
             ("base", lambda group: f"{group.loss_base:.4f}"),
             ("cut", lambda group: f"{group.loss_cut:.4f}"),
             ("refit", lambda g: "-" if g.loss_refit is None else f"{g.loss_refit:.4f}"),
