@@ -12,6 +12,7 @@ from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
+from tdc_ray.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class RunCommand:
         check_output_folder("--run-dir", folder)
         if self.store is not None:
             check_output_folder("--store", self.store)
-        if is_remote(folder) or not (folder / "results.json").exists():  # finished work needs none
+        if is_remote(folder) or not RunDir(folder).results.exists():  # finished work needs none
             check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
