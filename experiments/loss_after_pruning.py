@@ -7,8 +7,9 @@ Bases are pruned to 0.7 F on all timesteps, and on groups 0, 3, 4 and 6 of 10: b
 uniform ratio, as a global ranking and as a global ranking per mac, and by the offline proxy with
 sensitivities that a quadratic model predicts and with measured ones. All losses are means over 4 x
 1,024 noised images, of the half of the held-out images that no choice is made by. Of each search
-its best is held against the best refitted baseline, by the paired difference with its 95 %
-interval; that baseline is the best on these very images, which favours it.
+its best is held against the best refitted baseline, by the paired difference with Student's 95 %
+interval over the images, the noise of one image being averaged before; that baseline is the best
+on these very images, which favours it.
 
 Hardware and hours: `digits` about 1 on 2 CPU cores; interrupted, it resumes.
 
@@ -28,6 +29,7 @@ from output import write_record, write_table
 
 from tdc_ray.config.prune import PruneMethod, Sensitivity
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.batches import fixed_indices
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
 from tdc_ray.models.families import family_of
 from tdc_ray.models.unet2d.unet import unet_config
@@ -35,11 +37,13 @@ from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
-from tdc_ray.pruning.noised import run_all
+from tdc_ray.pruning.noised import images_for, run_all
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.stages.expert import pruning_context
+from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
+from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.run_dir import RunDir
 
@@ -47,9 +51,6 @@ MACS_SHARE = 0.7
 SETTINGS = ("all", "group 0", "group 3", "group 4", "group 6")
 SCORES: tuple[PruneMethod, ...] = ("random", "magnitude", "lamp", "taylor", "diff-pruning")
 NUM_IMAGES, SMOKE_IMAGES = 4096, 64
-WITHIN = 1.96
-"""Standard errors on either side of a mean: 95 %."""
-
 AIMS = (
     "a search's best after the refit: below the best refitted baseline by a 95 % interval of the "
     "paired difference in at least four of the five settings, and above it in none",
@@ -58,7 +59,8 @@ AIMS = (
 LossArray = NDArray[np.float64]
 
 Losses = dict[str, LossArray]
-"""Losses of every image above the base's, ``(B,)``, by names such as ``taylor/global, refit``."""
+"""Losses above the base's of every noised image, or of every image, by names such as
+``taylor/global, refit``."""
 
 Cell = tuple[int, str]
 """A seed and a setting."""
@@ -139,17 +141,24 @@ def saved(path: Path, search: GroupSearch, schemes: Mapping[str, KeptIndices], n
     return losses
 
 
+def by_image(losses: Losses, search: GroupSearch, num_images: int) -> Losses:
+    """Average what :func:`judged` finds over the noise of every image."""
+    context, group = search.context, search.group
+    seed = derive_seed(context.seed, "judge", group.first, group.last)
+    images = fixed_indices(images_for(context, "judge"), num_images, seed)
+    return {name: mean_by_image(values, images) for name, values in losses.items()}
+
+
 def compared(losses: Losses, name: str) -> dict[str, object]:
-    """Compare a search's best with the best refitted baseline."""
+    """Compare a search's best with the best refitted baseline, by losses of every image."""
     baselines = [other for other in losses if "/" in other and other.endswith(", refit")]
     best = min(baselines, key=lambda other: losses[other].mean())
-    difference = losses[f"{name}, refit"] - losses[best]
-    middle, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+    found = difference_of(np.stack([losses[f"{name}, refit"], losses[best]]))
     return {
         "baseline": best,
-        "difference": middle,
-        "low": middle - WITHIN * error,
-        "high": middle + WITHIN * error,
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
     }
 
 
@@ -181,7 +190,8 @@ def main(flags: LossFlags) -> None:
         searched = {name: found[f"{cell}|{name}"] for name in by_name}
         search = by_name[names[-1]]
         path = search.context.run_dir.root.parent / "judged.npz"
-        tables[cell] = saved(path, search, schemes_of(searched), num_images)
+        losses = saved(path, search, schemes_of(searched), num_images)
+        tables[cell] = by_image(losses, search, num_images)
         for name in flags.searches:
             cost, key = searched[name].cost, f"seed {cell[0]}, {cell[1]}, {name}"
             costs[key] = compared(tables[cell], name)

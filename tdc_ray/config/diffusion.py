@@ -7,7 +7,7 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeFloat, require, settings
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-PredictionType = Literal["epsilon"]
+PredictionType = Literal["epsilon", "v_prediction"]
 
 
 @settings("diffusion")
@@ -26,6 +26,11 @@ class DiffusionConfig:
     beta_end: float = 0.02
     """Last beta of the linear schedules."""
 
+    prediction_type: PredictionType = "epsilon"
+    """What the network's output estimates, under diffusers' name: the noise, or the velocity
+    of Salimans and Ho (arXiv:2202.00512), which suits images that differ in overall colour: near
+    pure noise epsilon says little about the image."""
+
     learned_sigma: bool = False
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
 
@@ -38,11 +43,6 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
         require("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        """What the network's output estimates, under diffusers' name: epsilon is all there is."""
-        return "epsilon"
 
     @property
     def timestep_scale(self) -> float:

@@ -1,7 +1,7 @@
 """Batches of images in an order that only the seed and the step decide."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ def augment(images: Tensor, config: DataConfig, generator: torch.Generator) -> T
     return images
 
 
-def held_out_split(
-    dataset: ImageDataset, share: float, seed: int
-) -> tuple[Sequence[int], Sequence[int]]:
+def held_out_split(dataset: Sized, share: float, seed: int) -> tuple[Sequence[int], Sequence[int]]:
     """Split the indices of a dataset's images at random: the rest, and a share that is held out.
 
     Either part has at least one image; a dataset of one image is in both. The indices come as
@@ -105,12 +103,16 @@ def fixed_batches(
 
     They are those of ``indices``, or any.
     """
-    allowed = range(len(dataset)) if indices is None else indices
-    num_epochs = -(-count // len(allowed))
-    order = torch.cat([_permutation(len(allowed), seed, epoch) for epoch in range(num_epochs)])
-    chosen = [allowed[position] for position in order[:count].tolist()]
+    chosen = fixed_indices(range(len(dataset)) if indices is None else indices, count, seed)
     for start in range(0, count, batch_size):
         yield dataset.__getitems__(chosen[start : start + batch_size])
+
+
+def fixed_indices(allowed: Sequence[int], count: int, seed: int) -> list[int]:
+    """Return the indices of the images that :func:`fixed_batches` yields."""
+    num_epochs = -(-count // len(allowed))
+    order = torch.cat([_permutation(len(allowed), seed, epoch) for epoch in range(num_epochs)])
+    return [allowed[position] for position in order[:count].tolist()]
 
 
 def _shuffled(indices: Sequence[int], seed: int, batches: Iterable[range]) -> Iterator[list[int]]:

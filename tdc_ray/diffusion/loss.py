@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdc_ray.config.train import LossWeight
+from tdc_ray.diffusion.prediction import weights_of_loss
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, at
 from tdc_ray.models.denoiser import Denoiser
 
@@ -27,12 +28,12 @@ def loss_weights(schedule: NoiseSchedule, kind: LossWeight, gamma: float | None)
         gamma: None means the papers' own.
 
     Returns:
-        ``(T,)``, in (0, 1], float32; None where all weights are 1.
+        ``(T,)``, positive, float32; None where all weights are 1.
     """
     if kind == "constant":
         return None
     gamma = DEFAULT_GAMMA[kind] if gamma is None else gamma
-    return schedule.prediction.weights(kind, schedule.snr, gamma)
+    return weights_of_loss(schedule.prediction, kind, schedule.snr, gamma)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
     """Image generation, unconditional or by classes, with one expert per group of timesteps.
 
-    ``pipeline.scheduler`` may be any diffusers scheduler with epsilon prediction whose timesteps
-    are integers of the training schedule; ``DDPMScheduler.from_config(pipeline.scheduler.config)``
-    makes one.
+    ``pipeline.scheduler`` may be any diffusers scheduler of the experts' prediction type whose
+    timesteps are integers of the training schedule;
+    ``DDPMScheduler.from_config(pipeline.scheduler.config)`` makes one.
     """
 
     _optional_components: ClassVar[list[str]] = ["first_stage"]

@@ -1,4 +1,4 @@
-"""What a network's output estimates: one row for each kind, epsilon alone for now.
+"""What a network's output estimates: one row for each kind.
 
 All that the losses need to know of it is here; diffusers' schedulers convert by themselves.
 """
@@ -15,8 +15,8 @@ from tdc_ray.config.train import LossWeight
 class Prediction(Protocol):
     """What a network was taught to output for ``x_t = signal * x_0 + noise * epsilon``.
 
-    ``signal`` and ``noise`` are the rates of the timesteps, ``(B, 1, 1, 1)``; images, noise and
-    outputs are ``(B, C, H, W)``.
+    ``signal`` and ``noise`` are the rates of the timesteps, ``(B, 1, 1, 1)``, whose squares add up
+    to 1; images, noise and outputs are ``(B, C, H, W)``.
     """
 
     def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ class Prediction(Protocol):
         """Convert an output to the x_0 that it implies."""
         ...
 
-    def weights(self, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:
-        """Compute the weight of every timestep's squared error, ``(T,)``, from its ``snr``."""
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Compute by what the output's squared error is to be multiplied for that of epsilon."""
         ...
 
 
@@ -43,11 +43,48 @@ class Epsilon:
         """Compute x_0 from x_t and the noise."""
         return (x_t - noise * output) / signal
 
-    def weights(self, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:
-        """Compute ``min(snr, gamma) / snr`` (min-snr) or ``1 / (1 + snr)^gamma`` (p2)."""
-        if kind == "min-snr":
-            return (gamma / snr).clamp(max=1)
-        return (1 + snr) ** -gamma
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Return ones."""
+        return snr.new_ones(snr.shape)
 
 
-PREDICTIONS: Mapping[PredictionType, Prediction] = {"epsilon": Epsilon()}
+class Velocity:
+    """The velocity ``signal * epsilon - noise * x_0`` (arXiv:2202.00512, appendix D)."""
+
+    def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """Compute the velocity."""
+        return signal * epsilon - noise * x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """Compute x_0 from x_t and the velocity."""
+        return signal * x_t - noise * output
+
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Compute ``signal^2``: an error of epsilon is ``signal`` times that of the velocity."""
+        return snr / (1 + snr)
+
+
+PREDICTIONS: Mapping[PredictionType, Prediction] = {
+    "epsilon": Epsilon(),
+    "v_prediction": Velocity(),
+}
+"""By ``diffusion.prediction_type``."""
+
+
+def weights_of_loss(prediction: Prediction, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:
+    """Compute the weight of every timestep's squared error of the output.
+
+    An error of epsilon counts ``min(snr, gamma) / snr`` (min-snr), or ``1 / (1 + snr)^gamma``
+    (p2), whatever the network outputs.
+
+    Args:
+        prediction: What the output is.
+        kind: min-snr or p2.
+        snr: Of every timestep, ``(T,)``.
+        gamma: The weight's parameter.
+
+    Returns:
+        ``(T,)``.
+    """
+    of_epsilon = (gamma / snr).clamp(max=1) if kind == "min-snr" else (1 + snr) ** -gamma
+    return of_epsilon * prediction.per_epsilon(snr)

@@ -92,7 +92,7 @@ def sample(
 
     Args:
         denoiser_for: Returns the ``UNet2DModel`` that serves a timestep.
-        scheduler: Any diffusers scheduler with epsilon prediction and integer timesteps.
+        scheduler: Any diffusers scheduler of the network's prediction type with integer timesteps.
         spec: Shape, steps, guidance, precision.
         generators: One per image.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
@@ -149,7 +149,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _guide(output: Tensor, scale: float, num_channels: int) -> Tensor:
-    """Compute the guided epsilon from outputs with classes, then without: ``(2B, ...)``.
+    """Compute the guided prediction from outputs with classes, then without: ``(2B, ...)``.
 
     The channels of a learned variance, if there are any, are those with classes.
     """

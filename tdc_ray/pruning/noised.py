@@ -59,10 +59,7 @@ def noised_batches(
     seed = derive_seed(context.seed, purpose, group.first, group.last)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randperm(count, generator=generator) * len(timesteps) // count
-    dataset = context.data.open()
-    rest, held_out = held_out_split(dataset, prune.held_out_share, context.seed)
-    chosen_by, judged_by = halves(held_out)
-    indices = {"held-out": chosen_by, "judge": judged_by}.get(purpose, rest)
+    dataset, indices = context.data.open(), images_for(context, purpose)
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
     few = max(1, round(share * count))
@@ -76,6 +73,14 @@ def noised_batches(
         if has_classes(network):
             tensors.append(labels)
         yield NoisedBatch(*(tensor.to(network.device) for tensor in tensors))
+
+
+def images_for(context: PruningContext, purpose: Purpose) -> Sequence[int]:
+    """Return the indices of the images that there are for a purpose."""
+    dataset = context.data.open()
+    rest, held_out = held_out_split(dataset, context.prune.held_out_share, context.seed)
+    chosen_by, judged_by = halves(held_out)
+    return {"held-out": chosen_by, "judge": judged_by}.get(purpose, rest)
 
 
 def first_images(batches: Iterable[NoisedBatch], count: int) -> NoisedBatch:

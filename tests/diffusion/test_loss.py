@@ -4,6 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from scipy.stats import norm
 from torch import nn
 
@@ -21,6 +22,7 @@ from tests.diffusion.test_process import (
 )
 
 LEARNED = DiffusionConfig(learned_sigma=True)
+VELOCITY = DiffusionConfig(prediction_type="v_prediction")
 
 
 def reference_vlb_bits(config, epsilon_pred, output, x_0, x_t, timestep):
@@ -84,6 +86,26 @@ def test_l_simple_is_the_mean_squared_error_of_epsilon():
     found = losses(LINEAR, prediction, x_0, epsilon, TIMESTEPS)
     assert found.shape == (6,)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_target_of_v_prediction_is_diffusers_velocity():
+    x_0, epsilon = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4)
+    velocity = DDPMScheduler().get_velocity(x_0, epsilon, TIMESTEPS)
+    assert losses(VELOCITY, velocity, x_0, epsilon, TIMESTEPS).max() < 1e-10
+    prediction = gaussian(6, 3, 4, 4, seed=1)
+    expected = (prediction - velocity).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(
+        losses(VELOCITY, prediction, x_0, epsilon, TIMESTEPS), expected, rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", get_args(PredictionType))
+def test_what_a_true_output_implies_is_the_image(kind):
+    schedule, prediction = noise_schedule(DiffusionConfig()), PREDICTIONS[kind]
+    x_0, epsilon, rates = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), schedule.rates(TIMESTEPS)
+    output = prediction.target(x_0, epsilon, *rates)
+    x_t = schedule.add_noise(x_0, epsilon, TIMESTEPS)
+    torch.testing.assert_close(prediction.to_x_0(output, x_t, *rates), x_0, rtol=0, atol=1e-3)
 
 
 def test_losses_are_float32_whatever_the_network_gives_out():
@@ -226,6 +248,27 @@ def test_weights_are_those_of_the_papers_at_every_timestep(timestep):
         weights = loss_weights(schedule, kind, gamma)
         assert weights.shape == (1000,)
         assert weights[timestep].item() == pytest.approx(weight, rel=1e-5), (kind, gamma)
+
+
+@pytest.mark.parametrize("kind", ["min-snr", "p2"])
+def test_weighted_losses_of_the_same_image_do_not_depend_on_what_is_predicted(kind):
+    x_0, epsilon, wrong = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), gaussian(6, 3, 4, 4, seed=1)
+    found = []
+    for config in (LINEAR, VELOCITY):
+        schedule, rates = noise_schedule(config), noise_schedule(config).rates(TIMESTEPS)
+        x_t = schedule.add_noise(x_0, epsilon, TIMESTEPS)
+        image = x_0 + 0.1 * wrong  # which both networks imply
+        implied = (x_t - rates[0] * image) / rates[1]
+        output = schedule.prediction.target(image, implied, *rates)
+        weights = loss_weights(schedule, kind, None)
+        found.append(losses(config, output, x_0, epsilon, TIMESTEPS, weights))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-9)
+
+
+def test_min_snr_of_v_prediction_is_that_of_the_paper():
+    snr = snr_at(300)
+    weights = loss_weights(noise_schedule(VELOCITY), "min-snr", None)
+    assert weights[300].item() == pytest.approx(min(snr, 5) / (snr + 1), rel=1e-5)
 
 
 def test_some_timesteps_are_below_gamma_and_some_are_above():

@@ -78,6 +78,7 @@ def saved(tmp_path) -> Path:
         small_config(sampler={"sampler": "ddpm"}),
         small_config(sampler={"sampler": "pndm"}),
         small_config(sampler={"steps_offset": 1, "clip_sample": False}),
+        small_config(diffusion={"prediction_type": "v_prediction"}),
         small_config(
             diffusion={
                 "num_train_timesteps": 400,
@@ -87,7 +88,7 @@ def saved(tmp_path) -> Path:
             plan={"num_groups": 7},
         ),
     ],
-    ids=["ddim", "eta", "ddpm", "pndm", "latent-like", "cosine"],
+    ids=["ddim", "eta", "ddpm", "pndm", "latent-like", "velocity", "cosine"],
 )
 def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_path, config):
     base, groups = random_unet(), groups_of(config)
@@ -220,7 +221,7 @@ def test_a_spoilt_index_is_a_checkpoint_error(saved, text):
 @pytest.mark.parametrize(
     ("place", "key", "value", "message"),
     [
-        ("diffusion", "prediction_type", "v", "diffusion.prediction_type: Unexpected"),
+        ("diffusion", "prediction_type", "v", "diffusion.prediction_type must be"),
         ("diffusion", "beta_schedule", "sigmoid", "diffusion.beta_schedule must be"),
         ("sampler", "eta", 2.0, "sampler.eta must be at most 1, got 2.0"),
         ("sampler", "num_inference_steps", "ten", "sampler.num_inference_steps must be"),

@@ -324,10 +324,10 @@ def test_the_scheduler_two_folders_up_tells_what_a_checkpoint_predicts(tmp_path,
 
 
 def test_a_pipeline_that_does_not_predict_noise_is_refused(tmp_path, capsys):
-    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    scheduler = DDPMScheduler(prediction_type="sample")
     DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
     assert run_command(["prune", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out")]) == 1
-    assert "prediction_type v_prediction" in capsys.readouterr().err
+    assert "prediction_type sample" in capsys.readouterr().err
 
 
 def test_where_a_model_tells_no_noise_process_what_is_taken_is_said(model, tmp_path, capsys):

@@ -35,8 +35,10 @@ def base_notes(
         sampler: How the run draws images.
     """
     notes = []
-    if base.settings.diffusion.num_train_timesteps is None:
-        notes.append(f"{base.source} does not say what it predicts: epsilon is taken")
+    if base.settings.diffusion.prediction_type is None:
+        notes.append(
+            f"{base.source} does not say what it predicts: {diffusion.prediction_type} is taken"
+        )
     if base.scheduler is not None and (other := _other_sampling(base, diffusion, sampler)):
         notes.append(other)
     return notes

@@ -5,13 +5,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tdc_ray.config.diffusion import BetaSchedule
+from tdc_ray.config.diffusion import BetaSchedule, PredictionType
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
 
 NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_timesteps")
-"""Fields of ``DiffusionConfig`` without which a network cannot be used."""
+"""Fields of ``DiffusionConfig`` without which a network cannot be used, beside what it
+predicts."""
 
 
 class _Some(BaseModel):
@@ -26,6 +27,7 @@ class _Diffusion(_Some):
     beta_start: float | None = None
     beta_end: float | None = None
     rescale_timesteps: bool | None = None
+    prediction_type: PredictionType | None = None
     learned_sigma: bool | None = None
 
 

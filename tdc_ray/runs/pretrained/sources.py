@@ -16,7 +16,7 @@ import numpy as np
 from diffusers import SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
-from tdc_ray.config.diffusion import BetaSchedule
+from tdc_ray.config.diffusion import BetaSchedule, PredictionType
 from tdc_ray.config.model import HUB_NAME, ModelConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.schedule import recognise
@@ -37,16 +37,16 @@ BASE_FILE = "base.json"
 FORMAT = 1
 
 _NEEDED = {
-    "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
     "timestep_type": "discrete",
 }
-"""Settings of a diffusers scheduler that decide the noise process, or what the network takes and
-predicts, and have one supported value. For those that only decide how images are drawn see
+"""Settings of a diffusers scheduler that decide the noise process, or what the network takes, and
+have one supported value. For those that only decide how images are drawn see
 ``notes``."""
 
 SCHEDULER_FILE = "scheduler_config.json"
+PREDICTION = "prediction_type"
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -207,7 +207,11 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         )
     try:
         stages = {
-            "diffusion": {name: document["diffusion"][name] for name in NOISE},
+            "diffusion": {
+                **{name: document["diffusion"][name] for name in NOISE},
+                # which 0.1.0 did not write
+                PREDICTION: document["diffusion"].get(PREDICTION, "epsilon"),
+            },
             "sampler": {name: document["sampler"][name] for name in SAMPLER},
         }
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
@@ -277,7 +281,7 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
         return imported
     config = from_json(read_json(run_dir.config))
     stages = {
-        "diffusion": {name: getattr(config.diffusion, name) for name in NOISE},
+        "diffusion": {name: getattr(config.diffusion, name) for name in (*NOISE, PREDICTION)},
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
@@ -407,6 +411,12 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
             f"{source} has variance_type learned: only learned_range is supported. Give another "
             "base."
         )
+    predicts = config.get(PREDICTION, "epsilon")
+    if predicts not in get_args(PredictionType):
+        raise ConfigError(
+            f"{source} has {PREDICTION} {predicts} in its {name}: only "
+            f"{' and '.join(get_args(PredictionType))} are supported. Give another base."
+        )
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
@@ -419,7 +429,8 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
             "supported."
         )
     return {
-        "diffusion": noise | {"rescale_timesteps": False},  # no pipeline of diffusers does
+        # no pipeline of diffusers rescales
+        "diffusion": noise | {PREDICTION: predicts, "rescale_timesteps": False},
         "sampler": {setting: config[setting] for setting in SAMPLER if setting in config},
     }
 

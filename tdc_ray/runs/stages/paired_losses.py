@@ -181,6 +181,13 @@ def mean_difference(paths: Sequence[Path], groups: Sequence[TimestepGroup]) -> L
     return difference_of(losses @ (shares / shares.sum()))
 
 
+def mean_by_image(values: FloatArray, images: Sequence[int]) -> FloatArray:
+    """Average values of noised images, ``(..., B)``, over those of the same image."""
+    distinct, counts = np.unique(images, return_counts=True)
+    means: FloatArray = values @ ((np.asarray(images)[:, None] == distinct) / counts)
+    return means
+
+
 def difference_of(losses: FloatArray) -> LossDifference:
     """Compute the mean losses of two models, and the interval of their paired difference.
 

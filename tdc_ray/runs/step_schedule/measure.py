@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
+from tdc_ray.data.batches import fixed_indices, halves, held_out_split, to_minus_one_one
 from tdc_ray.data.latents import TrainingData
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
 from tdc_ray.diffusion.schedule import FloatArray
@@ -20,6 +20,7 @@ from tdc_ray.diffusion.step_schedule import (
 )
 from tdc_ray.models.denoiser import Denoiser, has_classes
 from tdc_ray.models.forward import max_batch_size
+from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 from tdc_ray.runs.step_schedule.networks import Problem
 from tdc_ray.seeds import derive_seed
 
@@ -67,7 +68,7 @@ class Judgement:
     of the base's; below 0 is better than the base."""
 
     low: float
-    """Of its 95 % interval, over images."""
+    """Of its 95 % interval, Student's over images; the noise of each is averaged before."""
 
     high: float
 
@@ -103,20 +104,20 @@ def judge(
         wanted[steps, choice] = True
     logger.info("judging by other images and noise")
     errors = _squared_errors(config, data, problem, wanted, JUDGE, num_images)
-    whole = float(measured.weights @ errors[:, 0].mean(1))
+    images = _chosen(config, len(data.open()), JUDGE, num_images)
+    of_base = measured.weights @ mean_by_image(errors[:, 0], images)  # (images,)
     judgements = []
     for choice in choices:
-        differences = measured.weights @ (errors[steps, choice] - errors[:, 0]) / whole  # (M,)
-        mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
-        half_width = 1.96 * deviation / len(differences) ** 0.5
+        losses = measured.weights @ mean_by_image(errors[steps, choice], images)
+        found = difference_of(np.stack([losses, of_base]) / of_base.mean())
         macs = problem.mean_macs(choice)
         judgements.append(
             Judgement(
                 mean_macs=macs,
                 mean_macs_share=macs / problem.macs_base,
-                excess=mean,
-                low=mean - half_width,
-                high=mean + half_width,
+                excess=found.difference,
+                low=found.low,
+                high=found.high,
             )
         )
     return judgements
@@ -127,11 +128,15 @@ def _images(
 ) -> tuple[Tensor, Tensor]:
     """Return images in [-1, 1] of one half of those that are held out, and their classes."""
     dataset = data.open()
-    _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
-    indices = halves(held_out)[half]
-    seed = derive_seed(config.seed, "schedule", half)
-    (batch,) = fixed_batches(dataset, num_images, num_images, seed, indices=indices)
+    batch = dataset.__getitems__(_chosen(config, len(dataset), half, num_images))
     return to_minus_one_one(batch.images), batch.labels
+
+
+def _chosen(config: RunConfig, size: int, half: int, num_images: int) -> list[int]:
+    """Return the indices of the images of one half of those that are held out of a dataset."""
+    _, held_out = held_out_split(range(size), config.prune.held_out_share, config.seed)
+    seed = derive_seed(config.seed, "schedule", half)
+    return fixed_indices(halves(held_out)[half], num_images, seed)
 
 
 @torch.inference_mode()
@@ -143,7 +148,7 @@ def _squared_errors(
     half: int,
     num_images: int,
 ) -> FloatArray:
-    """Measure networks at steps: the squared error of the prediction, of every image.
+    """Measure networks at steps: the squared error of epsilon, of every image.
 
     All networks see the same images and, at a step, the same noise.
 
@@ -182,12 +187,14 @@ def _squared_errors(
 
 
 def _errors_of(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) -> FloatArray:
-    """Compute the mean squared error of the prediction for every image of a batch: ``(B,)``."""
+    """Compute the mean squared error of epsilon for every image of a batch: ``(B,)``."""
     schedule = schedule.to(network.device)
     errors = []
     for part in batch.split(max_batch_size(network)):
         moved = part.to(network.device)
         target = moved.target(schedule)
         predicted = moved.predict(network, schedule)[:, : target.shape[1]]
-        errors.append((predicted.float() - target).square().mean((1, 2, 3)).double().cpu())
+        squares = (predicted.float() - target).square().mean((1, 2, 3)).double()
+        of_epsilon = schedule.prediction.per_epsilon(schedule.snr)[moved.timesteps]
+        errors.append((of_epsilon * squares).cpu())
     return torch.cat(errors).numpy()

@@ -128,11 +128,26 @@ def test_known_schedules_come_along_whatever_the_scheduler(tmp_path, scheduler, 
     check_compatible(base, apply_settings(base.settings, CONFIG, with_data=True))
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_what_a_base_predicts_comes_along_and_stays_when_it_is_imported(tmp_path, kind):
+    base = resolve_base(save_pipeline(tmp_path / "p", DDPMScheduler(prediction_type=kind)))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    assert config.diffusion.prediction_type == kind
+    import_base(base, config, tmp_path / "base")
+    assert resolve_base(str(tmp_path / "base")).settings.diffusion.prediction_type == kind
+    document = json.loads((tmp_path / "base/base.json").read_text())
+    del document["diffusion"]["prediction_type"]  # as 0.1.0 wrote it
+    (tmp_path / "base/base.json").write_text(json.dumps(document))
+    assert resolve_base(str(tmp_path / "base")).settings.diffusion.prediction_type == "epsilon"
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
-        (DDPMScheduler(prediction_type="v_prediction"), "prediction_type v_prediction.*epsilon"),
-        (DDPMScheduler(prediction_type="sample"), "prediction_type sample.*only epsilon"),
+        (
+            DDPMScheduler(prediction_type="sample"),
+            "prediction_type sample.*only epsilon and v_pred",
+        ),
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
         (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),

@@ -54,11 +54,14 @@ def main() -> None:
         now = float(alpha_bar[t])
         before = float(alpha_bar[t - stride]) if t >= stride else last
         seen = torch.full((len(x),), t * index["timestep_scale"])
-        epsilon = experts.for_timestep(t)(x, seen, class_labels=labels).sample[:, : shape[1]]
-        x_0 = (x - (1 - now) ** 0.5 * epsilon) / now**0.5
+        output = experts.for_timestep(t)(x, seen, class_labels=labels).sample[:, : shape[1]]
+        if scheduler["prediction_type"] == "epsilon":
+            x_0 = (x - (1 - now) ** 0.5 * output) / now**0.5
+        else:  # v_prediction
+            x_0 = now**0.5 * x - (1 - now) ** 0.5 * output
         if scheduler.get("clip_sample", False):
             x_0 = x_0.clamp(-1, 1)
-            epsilon = (x - now**0.5 * x_0) / (1 - now) ** 0.5
+        epsilon = (x - now**0.5 * x_0) / (1 - now) ** 0.5
         x = before**0.5 * x_0 + (1 - before) ** 0.5 * epsilon
     if index["first_stage"][0] is not None:
         import diffusers
