@@ -95,6 +95,8 @@ def photos() -> RunConfig:
         preset="photos",
         data=DataConfig(source="photos", image_size=16, num_channels=3),
         model=ModelConfig(architecture="photos16"),
+        # The squares differ in overall colour: epsilon's networks drew black and white ones.
+        diffusion=DiffusionConfig(prediction_type="v_prediction"),
     )
 
 
