@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.shapes import check_given, first_shape, log_shape, stored_shapes
+from tdc_ray.data.shapes import check_given, first_shape, stored_shapes
 from tdc_ray.errors import ConfigError
 from tests.images import folder_config, npz_config, random_pixels
 
@@ -39,20 +39,6 @@ def test_images_that_a_shape_nobody_gave_does_not_fit_are_refused(tmp_path):
     check_given(data, has_size=True, has_channels=True)
     fits = replace(data, image_size=24, num_channels=3)
     check_given(fits, has_size=False, has_channels=False)
-
-
-def test_what_images_are_brought_to_is_logged_where_they_have_another_shape(tmp_path, caplog):
-    caplog.set_level("INFO")
-    np.savez(tmp_path / "a.npz", images=random_pixels(3, 12, 10, 3))
-    log_shape(npz_config(tmp_path / "a.npz", image_size=16))
-    expected = (
-        f"the first images in {tmp_path}/a.npz are 12x10 in colour; all are brought to 16x16"
-    )
-    assert caplog.messages == [f"{expected} in grey"]
-    log_shape(DataConfig())
-    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8))
-    log_shape(npz_config(tmp_path / "a.npz"))
-    assert len(caplog.messages) == 1
 
 
 def test_a_damaged_file_hides_no_shape(tmp_path):

@@ -168,9 +168,7 @@ class EncodedImages(ABC):
         return to_size(channels_first(pixels[None]), self.config)[0]
 
 
-def class_labels(
-    values: Sequence[int | str | None], path: Path
-) -> tuple[Tensor, int | None]:
+def class_labels(values: Sequence[int | str | None], path: Path) -> tuple[Tensor, int | None]:
     """Number labels: numbers stay, names are numbered in their order.
 
     Args:

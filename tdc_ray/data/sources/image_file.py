@@ -46,6 +46,7 @@ UNREADABLE = (
 )
 """What Pillow raises for damaged files, for others than images, and for decompression bombs."""
 
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """The content of an image file that lies in a larger file."""

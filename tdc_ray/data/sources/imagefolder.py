@@ -1,4 +1,4 @@
-"""A Hugging Face image folder: files that ``metadata.jsonl`` or ``metadata.csv`` name, with labels.
+"""A Hugging Face image folder: files that ``metadata.jsonl`` or ``metadata.csv`` name, labelled.
 
 Its column ``file_name`` is a path below the folder of the metadata file, ``label`` a number or a
 name. Of the splits of a data set the part to train on is read.
@@ -70,8 +70,8 @@ def list_images(config: DataConfig) -> FolderImages:
     if rows:
         names = ", ".join(list(rows)[:MAX_NAMED])
         raise DataError(
-            f"metadata in {root} names {len(rows)} images that are not there, or are of kinds that "
-            f"are not read: {names}. Put them there, or remove their rows."
+            f"metadata in {root} names {len(rows)} images that are not there, or are of kinds "
+            f"that are not read: {names}. Put them there, or remove their rows."
         )
     check_found(root, len(paths), left_out)
     numbers, num_classes = class_labels(labels, root)
@@ -121,10 +121,11 @@ def _rows(file: Path) -> Iterator[tuple[str, Label]]:
 def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
-        for row in reader:
-            text = row.get("label")
-            is_number = text is not None and text.isascii() and text.isdecimal()
-            yield reader.line_num, {**row, "label": int(text) if is_number else text or None}
+        rows = [(reader.line_num, row) for row in reader]
+    labels = [row.get("label") or None for _, row in rows]
+    has_numbers = all(text is None or (text.isascii() and text.isdecimal()) for text in labels)
+    for (number, row), text in zip(rows, labels, strict=True):
+        yield number, {**row, "label": int(text) if text and has_numbers else text}
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -133,7 +134,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")  # noqa: TRY004  # of the file
+                    raise ValueError(f"line {number} is no object")  # of the file
                 yield number, row
 
 

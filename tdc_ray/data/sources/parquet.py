@@ -99,8 +99,9 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
     named = named or [name for name in IMAGE_NAMES if name in images] or images
     if not named or (len(named) > 1 and named[0] not in IMAGE_NAMES):
         raise DataError(
-            f"{path} must have a column image of encoded images, bytes or structs with bytes: of "
-            f"{', '.join(schema.names)} {', '.join(named) or 'none'} could be it."
+            f"{path} must have a column image of encoded images, bytes or structs with bytes: its "
+            f"columns are {', '.join(schema.names)}, of which {', '.join(named) or 'none'} could "
+            "be it."
         )
     labels = [
         name

@@ -98,7 +98,9 @@ class Shard:
 class ShardImages(EncodedImages):
     """The images of all shards, in their order."""
 
-    def __init__(self, path: Path, config: DataConfig, shards: Sequence[Shard], unread: int) -> None:
+    def __init__(
+        self, path: Path, config: DataConfig, shards: Sequence[Shard], unread: int
+    ) -> None:
         """Wrap shards, ``unread`` others of which are of other splits.
 
         Raises:
