@@ -189,7 +189,7 @@ def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
     """
     from tdc_ray.runs.own_images import own_images, own_run_dir, undetected  # imports torch
 
-    if {"-h", "--help"} & set(arguments):
+    if any(argument == "-h" or argument.startswith("--help") for argument in arguments):
         return undetected(data)
     given = _given(arguments)
     asked = _first_reading(arguments, undetected(data), registry=None)

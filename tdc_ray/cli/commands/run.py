@@ -73,7 +73,9 @@ class RunCommand:
             results = run(config, folder, console, self.store)
         print_results(console, results)
         console.print(
-            f"results: {name}/results.json\nimages: tdc-ray sample {quote(name)}\n"
+            f"results: {name}/results.json\n"
+            f"images: {name}/samples-base.png, {name}/samples-tdc.png, more by tdc-ray sample "
+            f"{quote(name)}\n"
             f"curves: tensorboard --logdir {quote(f'{name}/tensorboard')}",
             soft_wrap=True,
         )

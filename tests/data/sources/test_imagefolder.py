@@ -82,7 +82,9 @@ def test_of_splits_the_one_to_train_on_is_read(tmp_path, where):
     assert dataset.left_out == {"of another split than train": 1}
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/a.png", "a/../../b.png", "", None, 3, "."])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/a.png", "a/../../b.png", "", None, 3, "."]
+)
 def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name):
     dots(tmp_path, "data/a.png", "secret.png")
     rows(tmp_path / "data/metadata.jsonl", {"file_name": name})
@@ -94,13 +96,21 @@ def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "b.png"}\n', r"names 1 images that are not there.*b\.png"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "b.png"}\n',
+            r"names 1 images that are not there.*b\.png",
+        ),
         ("metadata.jsonl", '{"file_name": "a.png"}\n' * 2, r"names a\.png twice"),
         ("metadata.jsonl", '{"file_name": "a.png"', r"metadata\.jsonl cannot be read: "),
         ("metadata.jsonl", "[" * 100_000, r"metadata\.jsonl cannot be read: "),
         ("metadata.jsonl", "[1]\n", r"cannot be read: line 1 is no object"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 1.5}', r"label in line 1 .* got 1\.5"),
-        ("metadata.jsonl", '{"file_name": "a.png", "label": 9999999999}', r"must be below 1048576"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "label": 9999999999}',
+            r"must be below 1048576",
+        ),
         ("metadata.csv", "name\na.png\n", r"file_name in line 2 .* got None"),
         ("metadata.csv", b"file_name\n\xff.png", r"metadata\.csv cannot be read: 'utf-8'"),
     ],

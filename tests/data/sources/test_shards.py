@@ -207,7 +207,10 @@ def test_a_row_without_bytes_is_left_out_and_its_path_is_never_opened(tmp_path, 
 
 @pytest.mark.parametrize(
     ("columns", "found"),
-    [({"text": ["a"]}, "text, of which none"), ({"a": [b"x"], "b": [b"y"]}, "a, b, of which a, b")],
+    [
+        ({"text": ["a"]}, "text, of which none"),
+        ({"a": [b"x"], "b": [b"y"]}, "a, b, of which a, b"),
+    ],
 )
 def test_a_parquet_file_must_have_one_column_of_images(tmp_path, config_of, columns, found):
     write_parquet(tmp_path / "a.parquet", columns)
@@ -298,7 +301,9 @@ def test_a_copy_or_an_index_that_is_damaged_is_made_again(tmp_path, config_of, s
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, config_of, source):
     write_shard(source, tmp_path / "data/a", [encoded(0)])
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match=r"data\.cache_dir .*/cache cannot take the index of .*Set"):
+    with pytest.raises(
+        DataError, match=r"data\.cache_dir .*/cache cannot take the index of .*Set"
+    ):
         load_dataset(config_of(source, tmp_path / "data"))
 
 
@@ -314,7 +319,9 @@ def test_loader_processes_read_shards(tmp_path, config_of, source):
 
 
 @BOTH
-def test_a_folder_without_shards_and_shards_without_images_are_refused(tmp_path, config_of, source):
+def test_a_folder_without_shards_and_shards_without_images_are_refused(
+    tmp_path, config_of, source
+):
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError, match=r"holds no \.(tar|parquet) file"):
         load_dataset(config_of(source, tmp_path / "data"))
