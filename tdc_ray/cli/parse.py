@@ -160,6 +160,7 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if command is None:
         return preset("digits")
     named = command.config.preset
+    data = getattr(command, "data", None)
     config = preset(named or "digits")
     if isinstance(command, PruneCommand):
         return _without_shared_budgets(
@@ -168,16 +169,19 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
-    data = command.data if isinstance(command, RunCommand | PlanCommand) else None
-    if data is not None:
-        check_named_data("--data", data)
-        if "data.path" in _given(arguments):
-            raise ConfigError("give --data or --data.path, not both.")
-    if data is not None and not source and named in ("", "images"):
+    if data is None:
+        return (
+            config if not source else _of_base(source, config, arguments, has_preset=bool(named))
+        )
+    check_named_data("--data", data)
+    if "data.path" in _given(arguments):
+        raise ConfigError("give --data or --data.path, not both.")
+    if not source and named in ("", "images"):
         return _of_own_images(data, arguments)
     if source:
+        config = preset(named or "images")
         config = _of_base(source, config, arguments, has_preset=bool(named))
-    return config if data is None else _with_data(data, config)
+    return _with_data(data, config)
 
 
 def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
@@ -193,6 +197,8 @@ def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
         return undetected(data)
     given = _given(arguments)
     asked = _first_reading(arguments, undetected(data), registry=None)
+    if isinstance(asked, SweepCommand):
+        return own_images(asked.config, data, given)
     folder = asked.run_dir if isinstance(asked, RunCommand) else asked.out_dir
     folder = resolve_path(folder or own_run_dir(asked.config, data, given))
     return own_images(asked.config, data, given, folder)

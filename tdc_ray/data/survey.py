@@ -112,15 +112,15 @@ def summarize(found: Survey, shape: Shape) -> ImagesSummary:
     """Say what bringing images to a shape does to them."""
     changed = Counter[str]()
     for header, count in found.headers.items():
-        for change in _changes(header, shape):
-            changed[change] += count
+        for change, is_done in _changes(header, shape).items():
+            changed[change] += count * is_done
     return ImagesSummary(
         num_images=found.num_images,
         num_classes=found.num_classes,
         shape=shape,
         left_out=dict(found.left_out),
         num_looked_at=found.num_looked_at,
-        changed=dict(changed),
+        changed={change: count for change, count in changed.items() if count},
         num_unreadable=len(found.unreadable),
         unreadable=found.unreadable[:MAX_NAMED],
     )
@@ -153,26 +153,18 @@ def log_summary(data: DataConfig) -> None:
         logger.info("%s", line)
 
 
-def _changes(header: Header, shape: Shape) -> list[str]:
-    """Return what is done to an image, in the order in which it is done."""
+def _changes(header: Header, shape: Shape) -> dict[str, bool]:
+    """Return what may be done to an image, in the order in which it is done, and whether it is."""
     channels, height, width = shape
-    changes = {
+    scale = max(height / header.height, width / header.width)  # it covers the shape
+    covered = (round(header.height * scale), round(header.width * scale))
+    return {
         "turned upright": header.is_turned,
         "the first of several pictures": header.is_animated,
         "scaled to 8 bits": header.is_deep,
         "put on white": header.is_transparent,
         "made grey": channels == 1 and not header.is_grey,
         "grey made colour": channels == 3 and header.is_grey,
-        **_resizing(header, height, width),
-    }
-    return [change for change, is_done in changes.items() if is_done]
-
-
-def _resizing(header: Header, height: int, width: int) -> dict[str, bool]:
-    """Return what bringing an image to a size takes: it covers the size, the rest is cut off."""
-    scale = max(height / header.height, width / header.width)
-    covered = (round(header.height * scale), round(header.width * scale))
-    return {
         "enlarged": scale > 1,
         "reduced": scale < 1,
         "cropped to the middle": covered != (height, width),
@@ -202,7 +194,7 @@ def fitting_shape(found: Survey) -> Shape | None:
 
 def _halvable(side: int) -> int:
     """Round a side down so that a UNet can halve it until it is at most 16."""
-    factor = max(2, 2 ** math.ceil(math.log2(max(side, 16) / 16)))
+    factor = max(2, 1 << math.ceil(math.log2(max(side, 16) / 16)))
     return max(8, side // factor * factor)
 
 

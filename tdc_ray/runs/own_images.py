@@ -70,20 +70,22 @@ def own_run_dir(config: RunConfig, path: str, given: Collection[str]) -> Path:
     return default_run_dir(named, [name for name in (*DETECTED, *BY_SIDE) if name not in given])
 
 
-def own_images(asked: RunConfig, path: str, given: Collection[str], run_dir: Path) -> RunConfig:
+def own_images(
+    asked: RunConfig, path: str, given: Collection[str], run_dir: Path | None = None
+) -> RunConfig:
     """Return the preset ``images`` for the images at a path.
 
     Args:
         asked: The settings as flags have them, elsewhere :func:`undetected`.
         path: What ``--data`` names.
         given: Dotted names of the settings that flags give.
-        run_dir: Where the run goes; one that is there and has the same path says what was found.
+        run_dir: Where a run goes; one that is there and has the same path says what was found.
 
     Raises:
         ConfigError: The path holds no data of a known kind, or of several kinds.
         DataError: The data is malformed, or no image can be read.
     """
-    before = _recorded(run_dir, path)
+    before = None if run_dir is None else _recorded(run_dir, path)
     if before is None:
         data, num_classes, architecture = _found(asked.data, path, given)
     else:

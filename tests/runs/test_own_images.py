@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.presets import STEPS_BY_SIZE, images
 from tdc_ray.config.run import named_differences, to_json
+from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.runs.own_images import BY_SIDE
 from tdc_ray.storage.files import write_json
 from tests.images import random_pixels
+from tests.small import TINY
 
 
 def fill(folder, *names, size=(16, 16), channels=(3,)):
@@ -41,7 +44,6 @@ def test_size_channels_classes_model_and_steps_come_from_the_images():
     assert (config.data.image_size, config.data.num_channels) == (16, 3)
     assert config.data.labels_from_folders
     assert config.conditioning.num_classes == 2
-    assert config.model.architecture == "photos16"
     assert (config.base.num_steps, config.finetune.num_steps) == STEPS_BY_SIZE[16]
     assert config.plan.schedule == "measured"
     assert (config.sampler.sampler, config.sampler.num_inference_steps) == ("dpmsolver++", 20)
@@ -53,7 +55,6 @@ def test_grey_images_without_subfolders_have_no_classes():
     assert (config.data.image_size, config.data.num_channels) == (8, 1)
     assert not config.data.labels_from_folders
     assert config.conditioning.num_classes is None
-    assert config.model.architecture == "digits"
 
 
 @pytest.mark.parametrize("names", [("a/1.png", "2.png"), ("a/1.png", "a/2.png")])
@@ -62,12 +63,20 @@ def test_subfolders_are_classes_if_all_images_lie_in_several(names):
     assert settings_of("--data", "img").conditioning.num_classes is None
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "architecture"),
+    [(8, (), "digits"), (16, (), "mnist16"), (16, (3,), "photos16"), (32, (3,), "ddpm-cifar10")],
+)
+def test_the_nearest_architecture_is_taken(side, channels, architecture):
+    fill(Path("img"), "1.png", size=(side, side), channels=channels)
+    assert settings_of("--data", "img").model.architecture == architecture
+
+
 def test_every_flag_overrides_what_was_found():
-    fill(Path("img"), "cat/1.png", "dog/1.png", size=(40, 40))
+    fill(Path("img"), "cat/1.png", "dog/1.png", size=(32, 32))
     flags = ["--data.image-size=16", "--data.num-channels", "1", "--base.num_steps", "7"]
     config = settings_of("--data", "img", *flags, "--conditioning.num-classes", "None")
     assert (config.data.image_size, config.data.num_channels) == (16, 1)
-    assert config.model.architecture == "mnist16"  # follows the flags
     assert (config.base.num_steps, config.finetune.num_steps) == (7, STEPS_BY_SIZE[16][1])
     assert config.conditioning.num_classes is None
     config = settings_of("--data", "img", "--data.no-labels-from-folders")
@@ -99,7 +108,6 @@ def test_npz_files_say_their_classes():
     np.savez("a.npz", images=random_pixels(6, 16, 16), labels=np.arange(6) % 3)
     config = settings_of("--data", "a.npz")
     assert (config.data.source, config.conditioning.num_classes) == ("npz", 3)
-    assert config.model.architecture == "mnist16"
 
 
 def test_a_preset_keeps_its_shape_and_model():
@@ -109,6 +117,23 @@ def test_a_preset_keeps_its_shape_and_model():
     assert config.conditioning.num_classes is None
     fill(Path("img"), "1.png", size=(24, 24))
     assert run_command(["run", "--data", "img", "--preset", "digits", "--dry-run"]) == 1
+
+
+def test_a_base_keeps_its_shape_and_the_rest_is_that_of_own_images():
+    fill(Path("img"), "1.png", size=(24, 24))
+    pipeline = DDPMPipeline(build_unet(TINY), DDPMScheduler())
+    pipeline.save_pretrained("base")
+    config = settings_of("--base", "base", "--data", "img")
+    assert (config.preset, config.model.base) == ("images", "base")
+    assert (config.data.source, config.data.path) == ("folder", "img")
+    assert (config.data.image_size, config.data.num_channels) == (8, 1)
+    assert config.evaluate.features == "auto"
+
+
+def test_sweeps_find_out_the_same():
+    fill(Path("img"), "1.png")
+    command = parse(["sweep", "--data", "img", "--vary", "k=0.4,0.5"])
+    assert command.config == settings_of("--data", "img")
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -135,7 +160,8 @@ def test_bad_data_is_refused_in_one_line(capsys, command, arguments, words):
 
 @pytest.mark.parametrize("command", [["run", "--dry-run"], ["plan"]])
 def test_what_is_taken_and_done_is_printed(capsys, command):
-    fill(Path("img"), "a/1.png", "b/1.png", "b/2.png", size=(20, 24))
+    fill(Path("img"), "a/1.png", "b/1.png", size=(16, 24))
+    fill(Path("img"), "b/2.png", size=(20, 24))
     Path("img/notes.txt").touch()
     assert run_command([*command, "--data", "img", "--evaluate.features", "classifier"]) == 0
     printed = capsys.readouterr().out
@@ -143,7 +169,7 @@ def test_what_is_taken_and_done_is_printed(capsys, command):
         f"3 images of 2 classes in {Path('img').resolve()}, learnt as 16x16 in colour" in printed
     )
     assert "left out: 1 .txt" in printed
-    assert "changed: 3 reduced, 3 cropped to the middle" in printed
+    assert "changed: 1 reduced, 3 cropped to the middle" in printed
     assert "images: measured schedule" in printed
 
 
@@ -167,7 +193,7 @@ def started(*arguments):
 def test_the_same_command_takes_what_was_recorded_whatever_was_added():
     fill(Path("img"), "a/1.png", "b/1.png")
     before = started("--data", "img")
-    fill(Path("img"), *(f"c/{i}.png" for i in range(30)), size=(40, 40))
+    fill(Path("img"), *(f"c/{i}.png" for i in range(30)), size=(32, 32))
     again = parse(["run", "--data", "img"])
     assert again == before
     assert parse(["run", "--data", f"{Path('img').resolve()}/"]).run_dir == before.run_dir

@@ -57,7 +57,7 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
         with tarfile.open(path, "r:") as tar:
             end = path.stat().st_size
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember all
                 key, suffix = _key_and_suffix(member.name)
                 if not member.isfile() or member.issparse() or is_hidden(Path(key).name):
                     if not member.isdir():
