@@ -125,10 +125,11 @@ def _found(
     data: DataConfig, path: str, given: Collection[str]
 ) -> tuple[DataConfig, int | None, str]:
     """Find out what images at a path are; return their settings, classes and architecture."""
+    root = Path(path).expanduser()
     if "data.source" not in given:
-        data = data_config(path, data)
+        # "./digits" is a path, which a Path would write as the name of a bundled source.
+        data = data_config(str(root) if path.startswith("~") else path, data)
     if data.source == "folder":
-        root = Path(path).expanduser()
         root = train_folder(root) or root
         is_given = "data.labels_from_folders" in given
         labels = data.labels_from_folders if is_given else _are_classes(root)

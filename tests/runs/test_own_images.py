@@ -100,8 +100,20 @@ def test_of_folders_that_are_splits_the_one_to_train_on_is_taken():
     config = settings_of("--data", "img")
     assert config.data.path == "img/train"
     assert config.conditioning.num_classes == 2
+    fill(Path("img"), "1.png")
+    assert settings_of("--data", "img").data.path == "img"
+    Path("img/1.png").unlink()
     fill(Path("img"), "other/1.png")  # a class as any
     assert settings_of("--data", "img").data.path == "img"
+
+
+def test_bundled_images_have_names_and_a_folder_of_that_name_a_path():
+    config = settings_of("--data", "digits")
+    assert (config.data.source, config.data.image_size, config.data.path) == ("digits", 8, None)
+    assert config.conditioning.num_classes == 10
+    fill(Path("digits"), "1.png")
+    config = settings_of("--data", "./digits")
+    assert (config.data.source, config.data.image_size) == ("folder", 16)
 
 
 def test_npz_files_say_their_classes():

@@ -98,11 +98,15 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the endings of the files that this Pillow decodes, in lower case."""
+    extensions, readable = Image.registered_extensions(), frozenset(_formats())
+    return frozenset(end for end, kind in extensions.items() if kind in readable)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that files are opened as, whatever their suffixes: EPS runs programs."""
     Image.init()
-    readable = Image.OPEN.keys() - NO_PICTURES
-    return frozenset(
-        end for end, kind in Image.registered_extensions().items() if kind in readable
-    )
+    return tuple(name for name in Image.ID if name not in NO_PICTURES)
 
 
 def read_pixels(file: Encoded, num_channels: int) -> NDArray[np.uint8]:
@@ -171,7 +175,8 @@ def stored_shape(file: Encoded) -> tuple[int, int, int]:
 
 
 def _opened(file: Encoded) -> Image.Image:
-    return Image.open(file if isinstance(file, Path) else BytesIO(file.content))
+    source = file if isinstance(file, Path) else BytesIO(file.content)
+    return Image.open(source, formats=_formats())
 
 
 def _load_upright(image: Image.Image) -> None:

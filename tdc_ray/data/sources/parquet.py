@@ -5,6 +5,7 @@ row is only to be had with the hundreds around it, so that the images are copied
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
 
 BATCH_ROWS = 64
 """Rows that are in memory at once."""
+
+logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> ShardImages:
@@ -103,16 +106,16 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
             f"columns are {', '.join(schema.names)}, of which {', '.join(named) or 'none'} could "
             "be it."
         )
-    labels = [
-        name
-        for name in LABEL_NAMES
-        if name in schema.names
-        and (types.is_integer(schema.field(name).type) or types.is_string(schema.field(name).type))
-    ]
+    labels = [name for name in LABEL_NAMES if name in schema.names]
     if not labels:
         of_classes = [name for name, kind in declared.items() if kind == "ClassLabel"]
         labels = of_classes if len(of_classes) == 1 else []
-    return named[0], labels[0] if labels else None
+    for name in labels:
+        kind = schema.field(name).type
+        if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
+            return named[0], name
+        logger.warning("column %s of %s is no label: its type is %s", name, path, kind)
+    return named[0], None
 
 
 def _declared(schema: Any) -> dict[str, str]:

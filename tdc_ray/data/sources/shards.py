@@ -174,7 +174,7 @@ def shard_paths(path: Path, suffix: str) -> list[str]:
     """
     if not path.is_dir():
         return [""]
-    return [name for name in file_paths(path, {suffix}) if Path(name).stem != "metadata"]
+    return [name for name in file_paths(path, {suffix}) if Path(name).name != "metadata.parquet"]
 
 
 def _open(path: Path, entries: Entries, cache_dir: Path) -> Shard:

@@ -79,15 +79,20 @@ def is_split(paths: Sequence[str]) -> bool:
 def train_folder(root: Path) -> Path | None:
     """Return the folder ``train`` of a data set whose folders are its parts.
 
-    None means that there is none, or that there are folders of other names, too.
+    None means that there is none, or that there are images or folders of other names beside it.
 
     Raises:
         DataError: The folder cannot be listed, or a link leads to nothing.
     """
-    names = subfolders(root)
-    known = all(name.lower() in TRAIN | OTHER_SPLITS for name in names)
-    train = [name for name in names if name.lower() in TRAIN]
-    return root / train[0] if known and len(train) == 1 else None
+    entries = _entries(root, Counter())
+    train = [name for name, is_folder in entries if is_folder and name.lower() in TRAIN]
+    others = [
+        name
+        for name, is_folder in entries
+        if (name.lower() not in TRAIN | OTHER_SPLITS)
+        and (is_folder or Path(name).suffix.lower() in image_suffixes())
+    ]
+    return root / train[0] if len(train) == 1 and not others else None
 
 
 def subfolders(root: Path) -> list[str]:

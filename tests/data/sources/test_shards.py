@@ -196,6 +196,14 @@ def test_hugging_faces_own_notes_say_which_columns_hold_images_and_classes(tmp_p
     assert values(load_dataset(config_of("parquet", tmp_path))) == [(1, 4)]
 
 
+def test_a_column_that_holds_no_labels_is_said(tmp_path, config_of, caplog):
+    columns = {"image": structs(encoded(1)), "label": [0.5], "labels": [3]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    assert values(load_dataset(config_of("parquet", tmp_path))) == [(1, 3)]
+    assert "column label of" in caplog.messages[0]
+    assert caplog.messages[0].endswith("is no label: its type is double")
+
+
 def test_a_row_without_bytes_is_left_out_and_its_path_is_never_opened(tmp_path, config_of):
     (tmp_path / "b.png").write_bytes(encoded(9))
     rows = [{"bytes": encoded(1), "path": None}, {"bytes": None, "path": str(tmp_path / "b.png")}]
