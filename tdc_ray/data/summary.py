@@ -11,6 +11,9 @@ Shape = tuple[int, int, int]
 class ImagesSummary:
     """Which images were taken, and what was done to them; part of ``results.json``."""
 
+    source: str
+    """``data.source``"""
+
     num_images: int
     num_classes: int | None
     """None unless all images have a label."""
@@ -39,7 +42,8 @@ def summary_lines(where: str, summary: ImagesSummary) -> list[str]:
     classes = f" of {summary.num_classes} classes" if summary.num_classes else ""
     left_out = ", ".join(f"{count} {reason}" for reason, count in summary.left_out.items())
     lines = [
-        f"{summary.num_images} images{classes} in {where}, learnt as {shape_text(summary.shape)}"
+        f"{summary.num_images} images{classes} in {where}, read as {summary.source}, learnt as "
+        f"{shape_text(summary.shape)}"
     ]
     if left_out:
         lines.append(f"left out: {left_out}")

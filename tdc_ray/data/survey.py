@@ -108,13 +108,14 @@ def _survey_arrays(data: DataConfig, dataset: ImageDataset) -> Survey:
     )
 
 
-def summarize(found: Survey, shape: Shape) -> ImagesSummary:
-    """Say what bringing images to a shape does to them."""
-    changed = Counter[str]()
+def _summarize(found: Survey, data: DataConfig) -> ImagesSummary:
+    """Say what bringing images to the shape asked for does to them."""
+    changed, shape = Counter[str](), learnt_shape(data)
     for header, count in found.headers.items():
         for change, is_done in _changes(header, shape).items():
             changed[change] += count * is_done
     return ImagesSummary(
+        source=data.source,
         num_images=found.num_images,
         num_classes=found.num_classes,
         shape=shape,
@@ -138,7 +139,7 @@ def images_summary(data: DataConfig) -> ImagesSummary:
         found = _survey_encoded(dataset)
     else:
         found = _survey_arrays(data, dataset)
-    return summarize(found, learnt_shape(data))
+    return _summarize(found, data)
 
 
 def log_summary(data: DataConfig) -> None:

@@ -1,8 +1,11 @@
+import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.shapes import check_given, first_shape, stored_shapes
@@ -21,6 +24,12 @@ def test_the_shape_of_the_first_images_is_theirs_as_they_are_stored(tmp_path):
         (1, 8, 8),
     ]
     assert first_shape(npz_config(tmp_path / "a.npz")) == (1, 12, 12)
+    image = io.BytesIO()
+    Image.fromarray(random_pixels(6, 9)).save(image, "PNG")
+    parquet.write_table(pa.table({"image": [image.getvalue()]}), tmp_path / "a.parquet")
+    cache_dir, path = str(tmp_path / "cache"), str(tmp_path / "a.parquet")
+    shards = DataConfig(source="parquet", path=path, cache_dir=cache_dir)
+    assert list(stored_shapes(shards)) == [(f"{path}: row 0", (1, 6, 9))]
     assert first_shape(DataConfig(source="photos")) == (3, 16, 16)
     assert first_shape(npz_config(tmp_path / "no.npz")) is None  # loading says why
     assert first_shape(folder_config(tmp_path / "nowhere")) is None

@@ -59,7 +59,7 @@ def test_what_is_done_to_images_is_counted(tmp_path):
         "cropped to the middle": 2,
     }
     lines = summary_lines("there", summary)
-    assert lines[0] == "8 images in there, learnt as 8x8 in colour"
+    assert lines[0] == "8 images in there, read as folder, learnt as 8x8 in colour"
     assert re.fullmatch(r"left out: 1 hidden, 1 \.txt", lines[1])
     assert "2 cropped to the middle" in lines[2]
     assert lines[3].endswith("place: 1, bad.png")
@@ -95,7 +95,7 @@ def test_arrays_and_bundled_images_are_all_alike(tmp_path, caplog):
     np.savez(tmp_path / "a.npz", images=random_pixels(3, 12, 10, 3), labels=np.arange(3))
     log_summary(npz_config(tmp_path / "a.npz", image_size=16))
     assert caplog.messages == [
-        f"3 images of 3 classes in {tmp_path}/a.npz, learnt as 16x16 in grey",
+        f"3 images of 3 classes in {tmp_path}/a.npz, read as npz, learnt as 16x16 in grey",
         "changed: 3 made grey, 3 enlarged, 3 cropped to the middle",
     ]
     log_summary(DataConfig())  # as they are

@@ -69,7 +69,7 @@ def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
     assert expected.items() <= changed.items()
     assert {"cropped to the middle", "reduced"} <= changed.keys()
     for line in (
-        f"21 images of 2 classes in {folder}, learnt as {size}x{size} in colour",
+        f"21 images of 2 classes in {folder}, read as folder, learnt as {size}x{size} in colour",
         "left out: 1 hidden, 1 .txt",
         "the next one takes an image's place: 1, cat/damaged.jpg",
         "4 grey made colour",

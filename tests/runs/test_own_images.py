@@ -177,9 +177,8 @@ def test_what_is_taken_and_done_is_printed(capsys, command):
     Path("img/notes.txt").touch()
     assert run_command([*command, "--data", "img", "--evaluate.features", "classifier"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        f"3 images of 2 classes in {Path('img').resolve()}, learnt as 16x16 in colour" in printed
-    )
+    where = f"{Path('img').resolve()}, read as folder"
+    assert f"3 images of 2 classes in {where}, learnt as 16x16 in colour" in printed
     assert "left out: 1 .txt" in printed
     assert "changed: 1 reduced, 3 cropped to the middle" in printed
     assert "images: measured schedule" in printed
