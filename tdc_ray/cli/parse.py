@@ -39,7 +39,7 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
-from tdc_ray.cli.paths import check_base, check_input
+from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str]) -> Command:
     )
     if isinstance(command, RunCommand | SweepCommand):
         _check_shape(command.config, arguments)
-    return command
+    return _with_own_run_dir(command, arguments)
 
 
 def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:
@@ -117,12 +117,18 @@ def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:
         return
     from tdc_ray.data.shapes import check_given  # imports torch
 
-    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    given = _given(arguments)
     check_given(
         with_absolute_paths(config).data,
-        has_size="--data.image-size" in flags,
-        has_channels="--data.num-channels" in flags,
+        has_size="data.image_size" in given,
+        has_channels="data.num_channels" in given,
     )
+
+
+def _given(arguments: Sequence[str]) -> set[str]:
+    """Return the dotted names of the settings that flags give."""
+    flags = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    return {flag.removeprefix("__").replace(".no_", ".") for flag in flags}
 
 
 def _commands(config: RunConfig) -> dict[str, Command]:
@@ -154,6 +160,7 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if command is None:
         return preset("digits")
     named = command.config.preset
+    data = getattr(command, "data", None)
     config = preset(named or "digits")
     if isinstance(command, PruneCommand):
         return _without_shared_budgets(
@@ -162,13 +169,76 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
-    return config if not source else _of_base(source, config, arguments, has_preset=bool(named))
+    if data is None:
+        return (
+            config if not source else _of_base(source, config, arguments, has_preset=bool(named))
+        )
+    check_named_data("--data", data)
+    if "data.path" in _given(arguments):
+        raise ConfigError("give --data or --data.path, not both.")
+    if not source and named in ("", "images"):
+        return _of_own_images(data, arguments)
+    if source:
+        config = preset(named or "images")
+        config = _of_base(source, config, arguments, has_preset=bool(named))
+    return _with_data(data, config)
 
 
-def _first_reading(arguments: Sequence[str]) -> Any:
-    """Return a command that has a run's settings, these unchecked; of other commands None."""
+def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
+    """Return the preset for images of one's own, with what they are; for ``--help`` without.
+
+    Raises:
+        ConfigError: There is no data of a known kind.
+        DataError: It is malformed.
+    """
+    from tdc_ray.runs.own_images import own_images, own_run_dir, undetected  # imports torch
+
+    if any(argument == "-h" or argument.startswith("--help") for argument in arguments):
+        return undetected(data)
+    given = _given(arguments)
+    asked = _first_reading(arguments, undetected(data), registry=None)
+    if isinstance(asked, SweepCommand):
+        return own_images(asked.config, data, given)
+    folder = asked.run_dir if isinstance(asked, RunCommand) else asked.out_dir
+    folder = resolve_path(folder or own_run_dir(asked.config, data, given))
+    return own_images(asked.config, data, given, folder)
+
+
+def _with_data(data: str, config: RunConfig) -> RunConfig:
+    """Return settings with other images, in the shape of the settings' own."""
+    from tdc_ray.data.detect import data_config  # imports torch
+
+    return replace(config, data=data_config(data, config.data))
+
+
+def _with_own_run_dir(command: Command, arguments: Sequence[str]) -> Command:
+    """Return a command whose folder does not depend on what was found out of ``--data``."""
+    if not isinstance(command, RunCommand | PlanCommand) or command.data is None:
+        return command
+    if command.config.preset != "images" or command.config.model.base:
+        return command
+    from tdc_ray.runs.own_images import own_run_dir
+
+    folder = own_run_dir(command.config, command.data, _given(arguments))
+    if isinstance(command, PlanCommand):
+        return replace(command, out_dir=command.out_dir or folder)
+    return replace(command, run_dir=command.run_dir or folder)
+
+
+def _first_reading(
+    arguments: Sequence[str],
+    config: RunConfig | None = None,
+    registry: ConstructorRegistry | None = UNCHECKED,
+) -> Any:
+    """Return a command that has a run's settings, these unchecked; of other commands None.
+
+    Args:
+        arguments: The command line.
+        config: What flags are read onto; None means a preset whose name shows if it is named.
+        registry: Makes the settings; None means that they are checked.
+    """
     name = arguments[0] if arguments else ""
-    config = replace(preset("digits"), preset="")  # so that a preset that is named shows
+    config = config or replace(preset("digits"), preset="")
     command: Any = _commands(config).get(name)
     if not isinstance(getattr(command, "config", None), RunConfig):
         return None
@@ -178,7 +248,7 @@ def _first_reading(arguments: Sequence[str]) -> Any:
         args=[argument for argument in arguments[1:] if argument not in ("-h", "--help")],
         prog=f"tdc-ray {name}",
         default=replace(command, **required),
-        registry=UNCHECKED,
+        registry=registry,
     )
 
 
@@ -207,11 +277,11 @@ def _of_base(
             f"with by --preset, or set --{missing[0].replace('_', '-')} and so on."
         )
     trained = None if has_preset or base.folder is None else run_config_of(base.folder)
-    names_data = has_preset or any(a.startswith("--data.") for a in arguments)
+    names_data = has_preset or any(a.startswith("--data") for a in arguments)
     if arguments[0] in ("run", "sweep") and trained is None and not names_data:
         raise ConfigError(
-            f"{source} does not say what it was trained on: name the data by --data.source and "
-            "--data.path, or a preset by --preset."
+            f"{source} does not say what it was trained on: name the data by --data, or a preset "
+            "by --preset."
         )
     config = trained or config
     config = replace(config, model=replace(config.model, base=source, num_heads=None))

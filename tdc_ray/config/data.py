@@ -8,7 +8,9 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeInt, require, settings
 from tdc_ray.errors import ConfigError
 
-Source = Literal["digits", "photos", "folder", "npz", "cifar10"]
+Source = Literal[
+    "digits", "photos", "folder", "npz", "cifar10", "imagefolder", "parquet", "webdataset"
+]
 
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
@@ -22,7 +24,10 @@ class DataConfig:
     """digits: scikit-learn's 1,797 images of 8x8; photos: 8,216 squares of 16x16 of its two
     photographs, in colour; folder: all images below `path` that Pillow decodes, in links too; npz:
     a file or a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as
-    torchvision unpacks it."""
+    torchvision unpacks it; imagefolder: the images that a Hugging Face `metadata.jsonl` or
+    `metadata.csv` below `path` names, with its labels; parquet: a file or a folder of files with a
+    column of encoded images; webdataset: a tar file or a folder of them. Of the last three the
+    split train, if there are splits."""
 
     path: str | None = None
     """Where the images are; every source but digits and photos needs it."""
@@ -52,8 +57,9 @@ class DataConfig:
     counts as one, and its images are missing altogether."""
 
     cache_dir: str = "~/.cache/tdc_ray"
-    """Where npz files too large for memory are unpacked, or noted as whole, once. On a cluster
-    either a place that all nodes see, or each node fills its own."""
+    """Where npz files too large for memory are unpacked, or noted as whole, and where parquet and
+    tar files are indexed, once. On a cluster either a place that all nodes see, or each node fills
+    its own."""
 
     first_stage: str | None = None
     """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
@@ -68,8 +74,9 @@ class DataConfig:
             )
         if self.source in BUNDLED and self.path is not None:
             raise ConfigError(
-                f"data.path goes with data.source npz, folder or cifar10, got {self.path} with "
-                f"{self.source}. Set --data.source, or name a --preset."
+                f"data.path goes with data.source npz, folder, cifar10, imagefolder, parquet or "
+                f"webdataset, got {self.path} with {self.source}. Set --data.source, or give the "
+                "path by --data alone, which finds it out."
             )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(

@@ -100,6 +100,55 @@ def photos() -> RunConfig:
     )
 
 
+STEPS_BY_SIZE = {
+    16: (2_000, 400),
+    32: (10_000, 2_000),
+    64: (40_000, 8_000),
+    256: (100_000, 20_000),
+}
+"""Steps of the base, and of each fine-tune, by the largest side of images of one's own."""
+
+
+def images(side: int = 32) -> RunConfig:
+    """Images of one's own: what ``--data PATH`` takes, which finds out all that is of the data.
+
+    Steps, rates and averages are chosen between those of ``digits`` and of DDPM, not measured.
+
+    Args:
+        side: The longer side of the images in pixels, which decides how many steps are taken.
+    """
+    full = digits()
+    row = min((most for most in STEPS_BY_SIZE if side <= most), default=max(STEPS_BY_SIZE))
+    steps, finetune_steps = STEPS_BY_SIZE[row]
+    base = replace(
+        full.base,
+        num_steps=steps,
+        learning_rate=1e-3 if side <= 16 else 5e-4 if side <= 64 else 1e-4,
+        ema_decay=0.995 if side <= 16 else 0.9995,
+        micro_batch_size=None if side <= 64 else 8,
+        precision="auto",
+        checkpoint_every=500 if side <= 16 else 1000,
+    )
+    finetune = replace(
+        full.finetune,
+        num_steps=finetune_steps,
+        learning_rate=base.learning_rate / 2,
+        ema_decay=base.ema_decay,
+        micro_batch_size=base.micro_batch_size,
+        precision=base.precision,
+        checkpoint_every=base.checkpoint_every // 2,
+    )
+    return replace(
+        full,
+        preset="images",
+        data=DataConfig(source="folder", path="images", image_size=side, num_channels=3),
+        model=ModelConfig(architecture="ddpm-cifar10"),
+        base=base,
+        finetune=finetune,
+        evaluate=replace(full.evaluate, features="auto", batch_size=250 if side <= 32 else 50),
+    )
+
+
 def mnist() -> RunConfig:
     """MNIST from an npz file (``--data.path``), at 16x16."""
     full = digits()
@@ -270,6 +319,7 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-smoke": digits_smoke,
     "photos": photos,
+    "images": images,
     "mnist": mnist,
     "mnist-32": mnist32,
     "mnist-32-ldm": mnist32_ldm,

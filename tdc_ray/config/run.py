@@ -1,6 +1,7 @@
 """``RunConfig`` composes the stages' settings; to and from JSON."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,18 @@ def from_json(document: object) -> RunConfig:
         raise config_error(error) from error
 
 
-def digest(config: RunConfig) -> str:
-    """Return eight hexadecimal digits that name all settings that decide what is computed."""
-    return json_digest(_deciding(config))[:8]
+def digest(config: RunConfig, but: Collection[str] = ()) -> str:
+    """Return eight hexadecimal digits that name all settings that decide what is computed.
+
+    Args:
+        config: The settings.
+        but: Dotted names of settings that are left out.
+    """
+    document = _deciding(config)
+    for name in but:
+        stage, _, field_name = name.partition(".")
+        del document[stage][field_name]
+    return json_digest(document)[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
@@ -217,6 +227,11 @@ def _absolute_base(base: str) -> str:
     return _absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
 
 
-def default_run_dir(config: RunConfig) -> Path:
-    """Return the directory of a run that names none: one for the same settings."""
-    return Path("runs") / f"{config.preset}-seed{config.seed}-{digest(config)}"
+def default_run_dir(config: RunConfig, but: Collection[str] = ()) -> Path:
+    """Return the directory of a run that names none: one for the same settings.
+
+    Args:
+        config: The settings.
+        but: Dotted names of settings that it does not depend on.
+    """
+    return Path("runs") / f"{config.preset}-seed{config.seed}-{digest(config, but)}"

@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import cast
 
 from tdc_ray.config.data import BUNDLED, DataConfig, Source
+from tdc_ray.data.sources import parquet, webdataset
+from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
+from tdc_ray.data.sources.shards import shard_paths
 from tdc_ray.data.sources.walk import image_paths
 from tdc_ray.errors import ConfigError
+
+SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
+"""By the suffix of the files."""
 
 
 def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
@@ -19,24 +25,56 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         name: Of the argument that named the source, for the error.
 
     Raises:
-        ConfigError: The path holds no data of a known kind.
+        ConfigError: The path holds no data of a known kind, or of several kinds.
+        DataError: A folder cannot be listed, or a link leads to nothing.
     """
     path = Path(source).expanduser()
-    labels, data = data.labels_from_folders, replace(data, labels_from_folders=False)
-    if source in BUNDLED and path.exists():
-        raise ConfigError(
-            f"{name} {source} is the name of a bundled source and of a path that exists: write "
-            f"./{source} for the path, or remove it."
-        )
     if source in BUNDLED:
-        return replace(data, source=cast(Source, source), path=None)
-    if path.suffix.lower() == ".npz" or (path.is_dir() and npz_in(path)):
-        return replace(data, source="npz", path=source)
+        if path.exists():
+            raise ConfigError(
+                f"{name} {source} is the name of a bundled source and of a path that exists: "
+                f"write ./{source} for the path, or remove it."
+            )
+        bundled = replace(data, source="digits", path=None, labels_from_folders=False)
+        return replace(bundled, source=cast(Source, source))
+    kinds = _kinds(path)
+    if not kinds:
+        raise ConfigError(
+            f"{name} must be {' or '.join(BUNDLED)}, a folder of images, an npz, parquet or tar "
+            "file or a folder of such files, or the folder of cifar-10-batches-py, got "
+            f"{source}{_hint(path)}."
+        )
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{name} {source} holds data of several kinds, {' and '.join(kinds)}: name the files "
+            f"or the subfolder to take{', or set --data.source' if name == '--data' else ''}."
+        )
+    labels = data.labels_from_folders and kinds[0] == "folder"
+    return replace(data, source=kinds[0], path=source, labels_from_folders=labels)
+
+
+def _kinds(path: Path) -> list[Source]:
+    """Return the kinds of data that a path holds."""
+    suffix = path.suffix.lower()
+    if not path.is_dir():
+        if suffix == ".npz":
+            return ["npz"]
+        return [SHARDS[suffix]] if suffix in SHARDS else []
+    if npz_in(path):
+        return ["npz"]
     if (path / "cifar-10-batches-py").is_dir():
-        return replace(data, source="cifar10", path=source)
-    if path.is_dir() and next(image_paths(path), None) is not None:
-        return replace(data, source="folder", path=source, labels_from_folders=labels)
-    raise ConfigError(
-        f"{name} must be {' or '.join(BUNDLED)}, an npz file, a folder of npz files or of images, "
-        f"or the folder of cifar-10-batches-py, got {source}."
-    )
+        return ["cifar10"]
+    if metadata_files(path):
+        return ["imagefolder"]
+    kinds: list[Source] = ["folder"] if next(image_paths(path), None) is not None else []
+    return kinds + [kind for suffix, kind in SHARDS.items() if shard_paths(path, suffix)]
+
+
+def _hint(path: Path) -> str:
+    """Write what to do with a file that is nearly of a known kind."""
+    names = [path] if not path.is_dir() else sorted(path.iterdir())
+    if any(one.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")) for one in names):
+        return ", with a compressed tar file: uncompress it"
+    if any(one.suffix.lower() == ".arrow" for one in names):
+        return ", with Arrow files: write them as parquet, by the dataset's to_parquet"
+    return ""

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageDataset
-from tdc_ray.data.sources import cifar10, digits, folder, npz, photos
+from tdc_ray.data.sources import (
+    cifar10,
+    digits,
+    folder,
+    imagefolder,
+    npz,
+    parquet,
+    photos,
+    webdataset,
+)
+from tdc_ray.data.sources.encoded import EncodedImages
 from tdc_ray.errors import DataError
 
 SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
@@ -15,8 +25,19 @@ SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
     "folder": folder.open,
     "npz": npz.open,
     "cifar10": cifar10.open,
+    "imagefolder": imagefolder.open,
+    "parquet": parquet.open,
+    "webdataset": webdataset.open,
 }
 """By ``data.source``."""
+
+ENCODED: Mapping[str, Callable[[DataConfig], EncodedImages]] = {
+    "folder": folder.list_images,
+    "imagefolder": imagefolder.list_images,
+    "parquet": parquet.list_images,
+    "webdataset": webdataset.list_images,
+}
+"""Sources of encoded images, which may each be of another size: lists them, decodes none."""
 
 
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data

@@ -1,25 +1,20 @@
 """Which size and colours images have as they are stored."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.data.load import ENCODED
 from tdc_ray.data.sources.image_file import stored_shape
 from tdc_ray.data.sources.npz import npz_paths
 from tdc_ray.data.sources.npz_files import open_npz
-from tdc_ray.data.sources.walk import image_paths
+from tdc_ray.data.summary import Shape, shape_text
 from tdc_ray.errors import ConfigError, CorruptFileError, DataError
-
-Shape = tuple[int, int, int]
-"""``(C, H, W)`` of an image."""
 
 MOST_TRIES = 100
 """Files of a folder that are tried for one that can be read."""
-
-logger = logging.getLogger(__name__)
 
 
 def stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
@@ -31,29 +26,28 @@ def stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
     if data.path is None:
         yield data.source, BUNDLED[data.source]
         return
-    path = Path(data.path)
     if data.source == "cifar10":
         yield data.path, (3, 32, 32)
     elif data.source == "npz":
-        for file in npz_paths(path):
+        for file in npz_paths(Path(data.path)):
             height, width, channels = open_npz(file).image_shape
             yield str(file), (channels, height, width)
     else:
-        for name in image_paths(path):
-            yield str(path / name), stored_shape(path / name)
+        images = ENCODED[data.source](data)
+        for index in range(len(images)):
+            encoded = images.encoded(index)
+            yield str(encoded), stored_shape(encoded)
 
 
 def first_shape(data: DataConfig) -> Shape | None:
     """Return the shape of a source's first images; None where none of the first can be read."""
-    if data.source == "folder" and data.path is not None:
-        folder = Path(data.path)
-        with suppress(DataError):
-            for name in islice(image_paths(folder), MOST_TRIES):
-                with suppress(CorruptFileError):
-                    return stored_shape(folder / name)
-        return None
     with suppress(DataError):
-        return next((shape for _, shape in stored_shapes(data)), None)
+        if data.source not in ENCODED:
+            return next((shape for _, shape in stored_shapes(data)), None)
+        images = ENCODED[data.source](data)
+        for index in islice(range(len(images)), MOST_TRIES):
+            with suppress(CorruptFileError):
+                return stored_shape(images.encoded(index))
     return None
 
 
@@ -75,30 +69,13 @@ def check_given(data: DataConfig, *, has_size: bool, has_channels: bool) -> None
     channels_fit = has_channels or data.num_channels == channels
     if not (size_fits and channels_fit):
         raise ConfigError(
-            f"images in {data.path} are {_named(shape)}, and without flags that say so they "
-            f"would be learnt as {_named(_learnt(data))}. Set --data.image-size "
+            f"images in {data.path} are {shape_text(shape)}, and without flags that say so they "
+            f"would be learnt as {shape_text(learnt_shape(data))}. Set --data.image-size "
             f"{min(height, width)} --data.num-channels {channels}, or what they are to be brought "
-            "to, or name the --preset of images like them."
+            f"to, or give --data {data.path} without a preset, which finds it out."
         )
 
 
-def log_shape(data: DataConfig) -> None:
-    """Log what size and colours images are brought to, where theirs are others."""
-    found, learnt = first_shape(data), _learnt(data)
-    if data.path is not None and found is not None and found != learnt:
-        logger.info(
-            "the first images in %s are %s; all are brought to %s",
-            data.path,
-            _named(found),
-            _named(learnt),
-        )
-
-
-def _learnt(data: DataConfig) -> Shape:
+def learnt_shape(data: DataConfig) -> Shape:
+    """Return the shape that images are brought to."""
     return (data.num_channels, data.image_size, data.image_size)
-
-
-def _named(shape: Shape) -> str:
-    """Write a shape in words."""
-    channels, height, width = shape
-    return f"{height}x{width} in {'grey' if channels == 1 else 'colour'}"

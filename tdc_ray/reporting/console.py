@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import Objective
+from tdc_ray.data.summary import summary_lines
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.models import LONGER_BASE, ModelRow, model_rows
@@ -138,6 +139,9 @@ def print_results(console: Console, results: Results) -> None:
         console.print(_comparison_table(results, results.comparison))
     for line in conclusions(results):
         console.print(line, soft_wrap=True)
+    if results.images is not None:
+        for line in summary_lines(results.dataset, results.images):
+            console.print(line, soft_wrap=True)
 
 
 def _rate(images_per_second: float | None) -> str:

@@ -4,15 +4,19 @@ import json
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 from rich.console import Console
 
 from tdc_ray.execution.events import EventSink
 from tdc_ray.reporting.progress import ProgressBars
 from tdc_ray.reporting.tensorboard import TensorBoard
 from tdc_ray.reporting.trace import chrome_trace
-from tdc_ray.runs.events import PlanMade, WorkersUsed
-from tdc_ray.storage.files import exists, write_text
+from tdc_ray.runs.events import ImagesSampled, PlanMade, WorkersUsed
+from tdc_ray.storage.files import exists, fetch, write_text
 from tdc_ray.storage.run_dir import RunDir
+
+NUM_SAMPLES = 64
+"""Images of each model in its picture."""
 
 
 def draw_plots(run_dir: RunDir, event: object) -> None:
@@ -28,6 +32,16 @@ def draw_plots(run_dir: RunDir, event: object) -> None:
             plot_timeline(history, run_dir.timeline_plot)
 
 
+def draw_samples(run_dir: RunDir, event: object) -> None:
+    """Draw ``samples-<model>.png``, the first images of a model, when they were scored."""
+    if not isinstance(event, ImagesSampled):
+        return
+    from tdc_ray.reporting.grid import save_grid
+
+    with np.load(fetch(event.path), allow_pickle=False) as file:
+        save_grid(file["arr_0"][:NUM_SAMPLES], run_dir.grid(event.model))
+
+
 def write_trace(run_dir: RunDir, event: object) -> None:
     """Write ``trace.json``, when all work is done."""
     if isinstance(event, WorkersUsed):
@@ -35,10 +49,11 @@ def write_trace(run_dir: RunDir, event: object) -> None:
 
 
 def default_sinks(run_dir: RunDir, console: Console) -> Sequence[EventSink]:
-    """Return bars or log lines, plots, a trace, and TensorBoard, which shows the plots."""
+    """Return bars or log lines, pictures, a trace, and TensorBoard, which shows the plots."""
     return (
         ProgressBars(console),
         partial(draw_plots, run_dir),
+        partial(draw_samples, run_dir),
         partial(write_trace, run_dir),
         TensorBoard(run_dir),
     )

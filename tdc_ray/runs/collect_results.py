@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.survey import images_summary
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.execution.timeline import WorkerUsage
@@ -149,6 +150,7 @@ def collect_results(
         reuse=_reuse(run_dir) if outcome.has_cache else None,
         times=outcome.times,
         comparison=outcome.comparison,
+        images=images_summary(config.data),
     )
 
 

@@ -7,7 +7,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.shapes import log_shape
+from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
@@ -67,7 +67,7 @@ def check(
     if config.prune.objective == "macs":
         check_limits(config.prune, space, plan)
     dataset = load_dataset(data)
-    log_shape(data)
+    log_summary(data)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,

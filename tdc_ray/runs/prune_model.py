@@ -10,7 +10,7 @@ from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.shapes import log_shape
+from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
@@ -226,7 +226,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
     """
     check_shape(config.data, network, "this model")
     dataset, embeds = load_dataset(config.data), network.get("num_class_embeds")
-    log_shape(config.data)
+    log_summary(config.data)
     if embeds and not dataset.num_classes:
         raise ConfigError(
             "the model is conditioned on classes: --data must have a label for every image."

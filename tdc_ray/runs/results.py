@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.data.summary import ImagesSummary
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.storage.files import read_json, write_json
@@ -328,6 +329,9 @@ class Results:
 
     comparison: ComparisonResult | None = None
     """None means that it was not asked for."""
+
+    images: ImagesSummary | None = None
+    """Which images were learnt, and what was done to them; None in results of older versions."""
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -11,6 +11,9 @@ from tdc_ray.storage.files import exists, read_json, write_json
 IMAGES_FILE = "images.json"
 """Name of the file that tells what the images were at the first start."""
 
+BY_TIMES = ("folder", "imagefolder", "parquet", "webdataset")
+"""Sources whose fingerprint is of the files' names, sizes and times, not of what they hold."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,8 +25,8 @@ def note_images(folder: Path, data: DataConfig) -> None:
 def check_images(folder: Path, data: DataConfig) -> None:
     """Compare the images with those at the first start, if that was noted.
 
-    Files of a folder that only moved, or have other names, times or sizes, are warned of: whether
-    they show something else is not known.
+    Files that only moved, or have other names, times or sizes, are warned of: whether they show
+    something else is not known. Those of npz files are known by what they hold.
 
     Raises:
         StorageError: There are other classes, or other images of an npz file.
@@ -33,7 +36,7 @@ def check_images(folder: Path, data: DataConfig) -> None:
     if changed is None:
         return
     kept_classes = _images(data)["num_classes"] == read_json(folder / IMAGES_FILE)["num_classes"]
-    if data.source == "folder" and kept_classes:
+    if data.source in BY_TIMES and kept_classes:
         logger.warning("%s What was computed before is of the former ones.", changed)
         return
     raise StorageError(f"{changed} Restore them to resume, or start anew in another folder.")

@@ -22,7 +22,7 @@ from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset
-from tdc_ray.data.shapes import log_shape
+from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.train import LossWindow, TrainState, start_state, update
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.device import worker_device
@@ -71,7 +71,7 @@ def train_autoencoder(
     started = time.perf_counter()
     config, out = _with_absolute_path(config), resolve_path(out)
     dataset = load_dataset(config.data)
-    log_shape(config.data)
+    log_summary(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
     with hold_lease(out):
         _keep_settings(out, config)

@@ -100,6 +100,10 @@ class RunDir:
         """The base with its averaged weights, as diffusers saves it."""
         return self.given_base or self.base / "unet"
 
+    def grid(self, model: str) -> Path:
+        """Return the path of the picture of some images that a model was scored on."""
+        return self.root / f"samples-{model}.png"
+
     def expert(self, index: int) -> Path:
         """Return the path of a group's expert, by the group's index."""
         return self.experts / f"expert-{index:02d}"

@@ -1,11 +1,14 @@
+import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.shapes import check_given, first_shape, log_shape, stored_shapes
+from tdc_ray.data.shapes import check_given, first_shape, stored_shapes
 from tdc_ray.errors import ConfigError
 from tests.images import folder_config, npz_config, random_pixels
 
@@ -21,6 +24,12 @@ def test_the_shape_of_the_first_images_is_theirs_as_they_are_stored(tmp_path):
         (1, 8, 8),
     ]
     assert first_shape(npz_config(tmp_path / "a.npz")) == (1, 12, 12)
+    image = io.BytesIO()
+    Image.fromarray(random_pixels(6, 9)).save(image, "PNG")
+    parquet.write_table(pa.table({"image": [image.getvalue()]}), tmp_path / "a.parquet")
+    cache_dir, path = str(tmp_path / "cache"), str(tmp_path / "a.parquet")
+    shards = DataConfig(source="parquet", path=path, cache_dir=cache_dir)
+    assert list(stored_shapes(shards)) == [(f"{path}: row 0", (1, 6, 9))]
     assert first_shape(DataConfig(source="photos")) == (3, 16, 16)
     assert first_shape(npz_config(tmp_path / "no.npz")) is None  # loading says why
     assert first_shape(folder_config(tmp_path / "nowhere")) is None
@@ -39,20 +48,6 @@ def test_images_that_a_shape_nobody_gave_does_not_fit_are_refused(tmp_path):
     check_given(data, has_size=True, has_channels=True)
     fits = replace(data, image_size=24, num_channels=3)
     check_given(fits, has_size=False, has_channels=False)
-
-
-def test_what_images_are_brought_to_is_logged_where_they_have_another_shape(tmp_path, caplog):
-    caplog.set_level("INFO")
-    np.savez(tmp_path / "a.npz", images=random_pixels(3, 12, 10, 3))
-    log_shape(npz_config(tmp_path / "a.npz", image_size=16))
-    expected = (
-        f"the first images in {tmp_path}/a.npz are 12x10 in colour; all are brought to 16x16"
-    )
-    assert caplog.messages == [f"{expected} in grey"]
-    log_shape(DataConfig())
-    np.savez(tmp_path / "a.npz", images=random_pixels(3, 8, 8))
-    log_shape(npz_config(tmp_path / "a.npz"))
-    assert len(caplog.messages) == 1
 
 
 def test_a_damaged_file_hides_no_shape(tmp_path):

@@ -96,6 +96,13 @@ def test_plots_are_files_and_shown_beside_images(run_dir):
         assert tag in shown.Tags()["images"], run
 
 
+def test_the_first_images_of_a_model_are_a_picture(run_dir):
+    with Image.open(run_dir.root / "samples-tdc.png") as picture:
+        assert picture.mode == "RGB"
+        assert max(picture.size) >= 512
+        assert picture.getpixel((2, 2)) == (7, 7, 7)
+
+
 def test_without_a_terminal_work_writes_lines(caplog, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.5)
     bars, clock = progress.ProgressBars(Console(quiet=True)), [0.0]

@@ -1,7 +1,12 @@
+import io
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.data.load import images_fingerprint, load_dataset
 from tdc_ray.errors import StorageError
 from tdc_ray.runs.run import run
@@ -53,6 +58,20 @@ def test_images_of_another_class_are_refused(tmp_path, begun, caplog):
         check_images(tmp_path, begun)
     warn_of_other_images(tmp_path, begun)
     assert caplog.messages == [f"{message} The results are of the former ones."]
+
+
+def test_other_shards_are_warned_of(tmp_path, caplog):
+    image = io.BytesIO()
+    Image.new("L", (8, 8)).save(image, "PNG")
+    path = tmp_path / "a.parquet"
+    data = DataConfig(source="parquet", path=str(path), cache_dir=str(tmp_path / "cache"))
+    for count in (1, 2):
+        parquet.write_table(pa.table({"image": [image.getvalue()] * count}), path)
+        forget()
+        if count == 1:
+            note_images(tmp_path, data)
+    check_images(tmp_path, data)
+    assert "1 images then, 2 images now. What was computed before" in caplog.messages[0]
 
 
 def test_other_images_of_the_same_classes_are_warned_of(tmp_path, begun, caplog):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder
-from tdc_ray.config.run import RunConfig, default_run_dir
+from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -21,6 +21,10 @@ class PlanCommand:
     """Show the groups of timesteps and what each may cost; trains nothing."""
 
     config: Settings
+    data: str | None = None
+    """Images of your own: a folder of them (its subfolders are classes), an npz file, a Hugging
+    Face image folder, parquet or WebDataset shards. Size, channels and classes are found out, and
+    so are model and steps; a flag overrides each, --preset or --base all but where images are."""
     out_dir: Path | None = None
     """Where plan.json and plan.png go; default: the default run directory."""
     verbose: bool = False
@@ -33,6 +37,10 @@ class PlanCommand:
         from tdc_ray.storage.files import write_json
 
         config = self.config
+        if self.data is not None:
+            from tdc_ray.data.survey import log_summary
+
+            log_summary(with_absolute_paths(config).data)
         folder = resolve_path(self.out_dir or default_run_dir(config))
         check_output_folder("--out-dir", folder)
         base = None

@@ -41,8 +41,8 @@ class PruneCommand:
     method: SearchMethod | None = None
     """Who proposes what is pruned; default: prune.method, which is that of the model's run."""
     data: str | None = None
-    """digits, photos, an npz file, a folder of npz files or of images, or CIFAR-10's; default:
-    what the model's run was trained on."""
+    """digits, photos, or a path of images, as of tdc-ray run --data; default: what the model's run
+    was trained on."""
     timesteps: tuple[int, int] | None = None
     """First and last timestep to prune for; default: all."""
     group: int | None = None

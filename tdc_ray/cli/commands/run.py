@@ -25,6 +25,10 @@ class RunCommand:
     """
 
     config: Settings
+    data: str | None = None
+    """Images of your own: a folder of them (its subfolders are classes), an npz file, a Hugging
+    Face image folder, parquet or WebDataset shards. Size, channels and classes are found out, and
+    so are model and steps; a flag overrides each, --preset or --base all but where images are."""
     run_dir: Path | None = None
     """Where everything goes: a path or a URI such as s3://bucket/run; default:
     runs/<preset>-seed<seed>-<digest of the settings>."""
@@ -69,7 +73,9 @@ class RunCommand:
             results = run(config, folder, console, self.store)
         print_results(console, results)
         console.print(
-            f"results: {name}/results.json\nimages: tdc-ray sample {quote(name)}\n"
+            f"results: {name}/results.json\n"
+            f"images: {name}/samples-base.png, {name}/samples-tdc.png, more by tdc-ray sample "
+            f"{quote(name)}\n"
             f"curves: tensorboard --logdir {quote(f'{name}/tensorboard')}",
             soft_wrap=True,
         )

@@ -57,12 +57,11 @@ class SampleCommand:
         check_output_folder("--out-dir", folder)
         import numpy as np
         import torch
-        from PIL import Image
 
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
         from tdc_ray.models.precision import DTYPES
-        from tdc_ray.reporting.grid import image_grid
+        from tdc_ray.reporting.grid import save_grid
         from tdc_ray.runs.stages.precision import ProbeJob, benchmark_precision
         from tdc_ray.storage.files import atomic_path
 
@@ -98,9 +97,7 @@ class SampleCommand:
         images = np.concatenate(pixels)
         with atomic_path(folder / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images)
-        grid = image_grid(images)
-        with atomic_path(folder / "samples.png") as temporary, temporary.open("wb") as file:
-            Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(file, "png")
+        save_grid(images, folder / "samples.png")
         name = display_path(folder)
         console.print(
             f"written: {name}/samples.npz ({images.shape}), {name}/samples.png", soft_wrap=True

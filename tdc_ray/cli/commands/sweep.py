@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
 from tdc_ray.runs.sweep.space import check_space, parse_space
@@ -30,6 +30,8 @@ class SweepCommand:
     """
 
     config: Settings
+    data: str | None = None
+    """Images of your own, as of tdc-ray run --data."""
     vary: tuple[str, ...]
     """What is varied: FIELD=VALUE,VALUE,... or FIELD=LOW..HIGH, with :log behind it for even steps
     of the logarithm. Any setting is a field by its dotted name, such as plan.min_macs_share; k, N,
@@ -56,6 +58,10 @@ class SweepCommand:
             f"curves and HParams: tensorboard --logdir {quote(display_path(folder))}",
             soft_wrap=True,
         )
+        if self.data is not None:
+            from tdc_ray.data.survey import log_summary
+
+            log_summary(with_absolute_paths(self.config).data)
         from tdc_ray.reporting.console import print_sweep
         from tdc_ray.reporting.hparams import HParams
         from tdc_ray.reporting.sinks import trial_sinks

@@ -26,8 +26,8 @@ class TrainAutoencoderCommand:
     out: Path
     """Where the model goes, as a diffusers folder, and report.json: what --data.first-stage is."""
     data: str | None = None
-    """digits, photos, an npz file, a folder of npz files or of images, or CIFAR-10's; in place of
-    --data.source and --data.path."""
+    """digits, photos, or a path of images, as of tdc-ray run --data; in place of --data.source and
+    --data.path."""
     verbose: bool = False
     """Log more, and show where an error came from."""
 

@@ -1,11 +1,15 @@
 """One image file: decoded as a viewer shows it, as 8-bit pixels in grey or colour.
 
-Of an animation, or a file of several pages, it is the first picture.
+Of an animation, or a file of several pages, it is the first picture. A file lies on a disk, or is
+a member of a larger one, such as a tar file.
 """
 
 import contextlib
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,50 @@ UNREADABLE = (
 )
 """What Pillow raises for damaged files, for others than images, and for decompression bombs."""
 
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """The content of an image file that lies in a larger file."""
+
+    content: bytes
+    name: Callable[[], str]
+    """Returns what errors call it."""
+
+    def __str__(self) -> str:
+        return self.name()
+
+
+Encoded = Path | Member
+"""An image file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an image file says of its image, before a pixel is decoded."""
+
+    height: int
+    """As it is shown: upright."""
+
+    width: int
+    is_grey: bool
+    is_deep: bool
+    """Its grey has more than 8 bits."""
+
+    is_turned: bool
+    """EXIF says that it is shown otherwise than it is stored."""
+
+    is_transparent: bool
+    """It has an alpha channel, or a colour that is transparent."""
+
+    is_animated: bool
+    """There are more pictures behind the first."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the image is opaque, upright and of 8 bits."""
+        return not (self.is_turned or self.is_transparent or self.is_deep)
+
+
 # Pixels need no text: by default, comments of more than a megabyte make a PNG unreadable.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**28
 PngImagePlugin.MAX_TEXT_MEMORY = 2**30
@@ -50,14 +98,18 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the endings of the files that this Pillow decodes, in lower case."""
+    extensions, readable = Image.registered_extensions(), frozenset(_formats())
+    return frozenset(end for end, kind in extensions.items() if kind in readable)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that files are opened as, whatever their suffixes: EPS runs programs."""
     Image.init()
-    readable = Image.OPEN.keys() - NO_PICTURES
-    return frozenset(
-        end for end, kind in Image.registered_extensions().items() if kind in readable
-    )
+    return tuple(name for name in Image.ID if name not in NO_PICTURES)
 
 
-def read_pixels(path: Path, num_channels: int) -> NDArray[np.uint8]:
+def read_pixels(file: Encoded, num_channels: int) -> NDArray[np.uint8]:
     """Decode an image file: upright, without transparency, in grey or colour.
 
     EXIF's orientation is applied; what is transparent shows ``BACKGROUND``; grey of more than 8
@@ -71,48 +123,60 @@ def read_pixels(path: Path, num_channels: int) -> NDArray[np.uint8]:
         DataError: It cannot be opened, or has grey values whose white is unknown.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(file) as image:
             _load_upright(image)
-            plain = _opaque(_eight_bits(image, path))
+            plain = _opaque(_eight_bits(image, file))
             return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:  # it was not even read
-            raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
-        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
+            raise DataError(f"{file} cannot be opened: {error}. Mend or remove it.") from error
+        raise CorruptFileError(f"{file} is no readable image: {error}.") from error
 
 
-def stored_shape(path: Path) -> tuple[int, int, int]:
+def read_header(file: Encoded) -> Header | None:
+    """Return what an image file says of itself; None where it is no readable one."""
+    try:
+        with _opened(file) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            # Pillow gives the size of a TIFF file as it is shown.
+            lies = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            return Header(
+                height=image.width if lies else image.height,
+                width=image.height if lies else image.width,
+                is_grey=image.mode in GREY_MODES,
+                is_deep=image.mode in DEEP_MODES,
+                is_turned=orientation != 1,
+                is_transparent=image.has_transparency_data,
+                is_animated=getattr(image, "is_animated", False),
+            )
+    except UNREADABLE:
+        return None
+
+
+def is_plain(file: Encoded) -> bool:
+    """Whether an image is opaque, upright and of 8 bits, by its header; if unreadable, too."""
+    header = read_header(file)
+    return header is None or header.is_plain
+
+
+def stored_shape(file: Encoded) -> tuple[int, int, int]:
     """Decode an image file and return its ``(C, H, W)``: one channel for grey, else three.
 
     Raises:
         CorruptFileError: It is no readable image.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(file) as image:
             channels = 1 if image.mode in GREY_MODES else 3
             _load_upright(image)
             return (channels, image.height, image.width)
     except UNREADABLE as error:
-        raise CorruptFileError(f"{path} is no readable image: {error}.") from error
+        raise CorruptFileError(f"{file} is no readable image: {error}.") from error
 
 
-def is_plain(path: Path) -> bool:
-    """Whether an image is opaque, upright and of 8 bits, by its header; if unreadable, too."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return not (turned or image.has_transparency_data or image.mode in DEEP_MODES)
-    except UNREADABLE:
-        return True
-
-
-def is_deep(path: Path) -> bool:
-    """Whether an image has grey of more than 8 bits, by its header; not if it is unreadable."""
-    try:
-        with Image.open(path) as image:
-            return image.mode in DEEP_MODES
-    except UNREADABLE:
-        return False
+def _opened(file: Encoded) -> Image.Image:
+    source = file if isinstance(file, Path) else BytesIO(file.content)
+    return Image.open(source, formats=_formats())
 
 
 def _load_upright(image: Image.Image) -> None:
@@ -122,7 +186,7 @@ def _load_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+def _eight_bits(image: Image.Image, file: Encoded) -> Image.Image:
     """Scale grey of more than 8 bits to 8.
 
     Raises:
@@ -130,10 +194,10 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     """
     if image.mode not in DEEP_MODES:
         return image
-    values, white = np.asarray(image), _white(image, path)
+    values, white = np.asarray(image), _white(image, file)
     if not (values.min() >= 0 and values.max() <= white):  # nor NaN
         raise DataError(
-            f"{path} holds grey from {values.min():g} to {values.max():g}, and {image.mode} is "
+            f"{file} holds grey from {values.min():g} to {values.max():g}, and {image.mode} is "
             f"read from 0 (black) to {white:g} (white). Save it scaled, or with 8 or 16 bits."
         )
     if _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
@@ -144,7 +208,7 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     return grey
 
 
-def _white(image: Image.Image, path: Path) -> float:
+def _white(image: Image.Image, file: Encoded) -> float:
     """Return the value of white in grey of more than 8 bits.
 
     Raises:
@@ -154,7 +218,7 @@ def _white(image: Image.Image, path: Path) -> float:
         return 1.0
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which give it for 16 bits
         raise DataError(
-            f"{path} holds grey of 32 bits or below 0, of which no file says what white is. Save "
+            f"{file} holds grey of 32 bits or below 0, of which no file says what white is. Save "
             "it with 8 or 16 bits, or as floats from 0 to 1."
         )
     bits = _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE)

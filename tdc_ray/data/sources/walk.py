@@ -1,9 +1,13 @@
-"""Which files below a folder are images: links are followed, what systems leave is passed over."""
+"""Which files below a folder are images: links are followed, what systems leave is passed over.
+
+Of data sets that are split, as those on the Hugging Face hub are, the part to train on is taken.
+"""
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from tdc_ray.data.sources.image_file import image_suffixes
@@ -22,6 +26,15 @@ OF_SYSTEMS = frozenset(
 )
 """Names, in lower case, of what systems and archives put among people's files."""
 
+HIDDEN = "hidden"
+"""Under which :func:`image_paths` counts what is nobody's data."""
+
+TRAIN = frozenset({"train", "training"})
+OTHER_SPLITS = frozenset(
+    {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+)
+"""Words in names of files and folders that tell the parts of a data set."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,12 +50,49 @@ def image_paths(root: Path, left_out: Counter[str] | None = None) -> Iterator[st
 
     Args:
         root: The folder.
-        left_out: Counts the files of other kinds, by suffix.
+        left_out: Counts the files of other kinds by suffix, and what is ``HIDDEN``.
 
     Raises:
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
-    return _walk(root, "", (root.resolve(),), Counter() if left_out is None else left_out)
+    return file_paths(root, image_suffixes(), left_out)
+
+
+def file_paths(
+    root: Path, suffixes: Collection[str], left_out: Counter[str] | None = None
+) -> Iterator[str]:
+    """Yield the paths of files with some suffixes, as :func:`image_paths` does."""
+    counter: Counter[str] = Counter() if left_out is None else left_out
+    return _walk(root, "", (root.resolve(),), suffixes, counter)
+
+
+def in_train(path: str) -> bool:
+    """Whether a word of a path, such as ``data/train-0.tar``, says that it is to train on."""
+    return bool(TRAIN & _words(path))
+
+
+def is_split(paths: Sequence[str]) -> bool:
+    """Whether some paths are to train on, so that others are not."""
+    return any(in_train(path) for path in paths)
+
+
+def train_folder(root: Path) -> Path | None:
+    """Return the folder ``train`` of a data set whose folders are its parts.
+
+    None means that there is none, or that there are images or folders of other names beside it.
+
+    Raises:
+        DataError: The folder cannot be listed, or a link leads to nothing.
+    """
+    entries = _entries(root, Counter())
+    train = [name for name, is_folder in entries if is_folder and name.lower() in TRAIN]
+    others = [
+        name
+        for name, is_folder in entries
+        if (name.lower() not in TRAIN | OTHER_SPLITS)
+        and (is_folder or Path(name).suffix.lower() in image_suffixes())
+    ]
+    return root / train[0] if len(train) == 1 and not others else None
 
 
 def subfolders(root: Path) -> list[str]:
@@ -52,33 +102,45 @@ def subfolders(root: Path) -> list[str]:
         DataError: It cannot be listed, or a link leads to nothing.
     """
     trail = (root.resolve(),)
-    names = [name for name, is_folder in _entries(root) if is_folder]
+    names = [name for name, is_folder in _entries(root, Counter()) if is_folder]
     return [name for name in names if not _leads_back(root / name, trail)]
 
 
+def _words(path: str) -> set[str]:
+    return set(re.split(r"[\W_\d]+", path.lower()))
+
+
 def _walk(
-    root: Path, folder: str, trail: tuple[Path, ...], left_out: Counter[str]
+    root: Path,
+    folder: str,
+    trail: tuple[Path, ...],
+    suffixes: Collection[str],
+    left_out: Counter[str],
 ) -> Iterator[str]:
     """Yield the paths below a folder of ``root``; ``trail`` are the folders that it lies in."""
-    for name, is_folder in _entries(root / folder):
+    for name, is_folder in _entries(root / folder, left_out):
         path = f"{folder}{name}"
         if not is_folder:
             suffix = Path(name).suffix.lower()
-            if suffix in image_suffixes():
+            if suffix in suffixes:
                 yield path
             else:
                 left_out[suffix or "without a suffix"] += 1
         elif _leads_back(root / path, trail):
             logger.warning("%s is left out: it links to a folder that it lies in", root / path)
         else:
-            yield from _walk(root, f"{path}/", (*trail, (root / path).resolve()), left_out)
+            below = (*trail, (root / path).resolve())
+            yield from _walk(root, f"{path}/", below, suffixes, left_out)
 
 
-def _entries(folder: Path) -> list[tuple[str, bool]]:
+def _entries(folder: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
     """Return the names in a folder that are not hidden, sorted, and whether they are folders."""
     try:
         with os.scandir(folder) as scan:
-            entries = [entry for entry in scan if not is_hidden(entry.name)]
+            found = list(scan)
+        entries = [entry for entry in found if not is_hidden(entry.name)]
+        if len(entries) < len(found):
+            left_out[HIDDEN] += len(found) - len(entries)
         for entry in entries:
             if entry.is_symlink() and not (folder / entry.name).exists():
                 raise DataError(f"{entry.path} is a link to nothing. Mend or remove it.")

@@ -11,7 +11,7 @@ from PIL import Image
 from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources import folder
-from tdc_ray.data.sources.folder import FolderImages
+from tdc_ray.data.sources.folder import list_images
 from tdc_ray.errors import CorruptFileError, DataError
 from tests.images import everything, folder_config, random_pixels
 
@@ -66,8 +66,8 @@ def test_the_order_of_any_names_is_that_of_sorted_paths(tmp_path):
     for name in (*names, "ä/1.PNG", "a/.png", "a/notes.txt", "x.png/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    dataset = FolderImages(tmp_path, folder_config(tmp_path))
-    found = [tmp_path / dataset.path(number) for number in range(len(dataset))]
+    dataset = list_images(folder_config(tmp_path))
+    found = [tmp_path / dataset.name(number) for number in range(len(dataset))]
     suffixes = (".png", ".jpg")
     every = (path for path in tmp_path.rglob("*") if path.suffix.lower() in suffixes)
     assert found == sorted(path for path in every if path.is_file())
@@ -374,11 +374,11 @@ def test_the_fingerprint_of_plain_images_is_that_of_earlier_versions(tmp_path):
     stat = (tmp_path / "0.png").stat()
     content = f"8 3{tmp_path.resolve()}/0.png {stat.st_size} {stat.st_mtime_ns}\n"
     expected = hashlib.sha256(content.encode()).hexdigest()[:16]
-    assert FolderImages(tmp_path, folder_config(tmp_path)).fingerprint() == expected
+    assert list_images(folder_config(tmp_path)).fingerprint() == expected
 
 
 def test_the_fingerprint_of_images_that_were_once_read_wrongly_is_another(tmp_path, monkeypatch):
     Image.fromarray(random_pixels(8, 8, 4)).save(tmp_path / "0.png")
-    found = FolderImages(tmp_path, folder_config(tmp_path)).fingerprint()
+    found = list_images(folder_config(tmp_path)).fingerprint()
     monkeypatch.setattr(folder, "is_plain", lambda _path: True)
-    assert FolderImages(tmp_path, folder_config(tmp_path)).fingerprint() != found
+    assert list_images(folder_config(tmp_path)).fingerprint() != found

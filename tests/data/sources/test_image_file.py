@@ -3,9 +3,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
 
-from tdc_ray.data.sources.image_file import is_plain, read_pixels, stored_shape
+from tdc_ray.data.sources.image_file import Member, is_plain, read_pixels, stored_shape
 from tdc_ray.errors import CorruptFileError, DataError
 
 DEEP = (np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)  # up to 65,520
@@ -206,6 +206,17 @@ def test_plain_images_are_told_by_their_headers(tmp_path):
     assert not is_plain(saved(tmp_path / "b.jpg", GREY, exif=exif))
     (tmp_path / "d.png").write_bytes(b"no image")
     assert is_plain(tmp_path / "d.png")
+
+
+def test_a_file_that_would_run_a_program_is_not_opened_whatever_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    for file in (path, Member(path.read_bytes(), lambda: str(path))):
+        with pytest.raises(
+            CorruptFileError, match=r"a\.png is no readable image: cannot identify"
+        ):
+            read_pixels(file, 3)
 
 
 def test_a_kind_of_pixels_that_pillow_does_not_know_is_a_corrupt_file(tmp_path):

@@ -1,0 +1,166 @@
+"""A Hugging Face image folder: files that ``metadata.jsonl`` or ``metadata.csv`` name, labelled.
+
+Its column ``file_name`` is a path below the folder of the metadata file, ``label`` a number or a
+name. Of the splits of a data set the part to train on is read.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tdc_ray.config.data import DataConfig
+from tdc_ray.data.sources.encoded import MAX_NAMED, Names, class_labels
+from tdc_ray.data.sources.folder import FolderImages, check_found
+from tdc_ray.data.sources.walk import file_paths, image_paths, in_train, is_split
+from tdc_ray.errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Names of the files that tell a Hugging Face image folder from others."""
+
+OTHER_SPLIT, UNNAMED = "of another split than train", "not named by metadata"
+"""Reasons why a file is left out."""
+
+Label = int | str | None
+
+
+def open(config: DataConfig) -> FolderImages:
+    """Open the images that metadata names.
+
+    Raises:
+        DataError: There is none, metadata is malformed or names a file that is not there, none can
+            be decoded, or of one of some that are looked at it is unknown what white is.
+    """
+    return list_images(config).checked()
+
+
+def list_images(config: DataConfig) -> FolderImages:
+    """List the images that metadata names, in the order of their paths, without opening one.
+
+    Raises:
+        DataError: There is none, or metadata is malformed or names a file that is not there.
+    """
+    assert config.path is not None  # DataConfig's own rule
+    root = Path(config.path)
+    if not root.is_dir():
+        raise DataError(f"data.path {root} must be a folder (data.source imagefolder).")
+    files, left_out = metadata_files(root), Counter[str]()
+    if not files:
+        raise DataError(
+            f"data.path {root} holds no {' or '.join(METADATA)} (data.source imagefolder). "
+            "--data.source folder reads images without them."
+        )
+    rows = _all_rows(root, files)
+    found = list(image_paths(root, left_out))
+    for name in METADATA:
+        del left_out[Path(name).suffix]
+    takes_train = is_split(found)
+    paths, labels = Names(), []
+    for path in found:
+        if takes_train and not in_train(path):
+            left_out[OTHER_SPLIT] += 1
+            rows.pop(path, None)
+        elif path in rows:
+            paths.append(path)
+            labels.append(rows.pop(path))
+        else:
+            left_out[UNNAMED] += 1
+    if rows:
+        names = ", ".join(list(rows)[:MAX_NAMED])
+        raise DataError(
+            f"metadata in {root} names {len(rows)} images that are not there, or are of kinds "
+            f"that are not read: {names}. Put them there, or remove their rows."
+        )
+    check_found(root, len(paths), left_out)
+    numbers, num_classes = class_labels(labels, root)
+    return FolderImages(root, config, paths, numbers, num_classes, left_out)
+
+
+def metadata_files(root: Path) -> list[str]:
+    """Return the paths of the metadata files below a folder, relative to it.
+
+    Raises:
+        DataError: A folder cannot be listed, or a link leads to nothing.
+    """
+    suffixes = {Path(name).suffix for name in METADATA}
+    return [path for path in file_paths(root, suffixes) if Path(path).name in METADATA]
+
+
+def _all_rows(root: Path, files: Iterable[str]) -> dict[str, Label]:
+    """Read all metadata: labels by the images' paths, relative to ``root``.
+
+    Raises:
+        DataError: A file is malformed, or an image is named twice.
+    """
+    rows: dict[str, Label] = {}
+    for file in files:
+        for name, label in _rows(root / file):
+            path = (PurePosixPath(file).parent / name).as_posix()
+            if path in rows:
+                raise DataError(f"metadata in {root} names {path} twice. Remove one of its rows.")
+            rows[path] = label
+    return rows
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Label]]:
+    """Yield the path and the label of every row.
+
+    Raises:
+        DataError: The file is malformed, or a path leads out of its folder.
+    """
+    read = _csv_rows if file.suffix == ".csv" else _json_rows
+    try:
+        for number, row in read(file):
+            yield _path(row.get("file_name"), file, number), _label(row.get("label"), file, number)
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Mend it.") from error
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = [(reader.line_num, row) for row in reader]
+    labels = [row.get("label") or None for _, row in rows]
+    has_numbers = all(text is None or (text.isascii() and text.isdecimal()) for text in labels)
+    for (number, row), text in zip(rows, labels, strict=True):
+        yield number, {**row, "label": int(text) if text and has_numbers else text}
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no object")  # of the file
+                yield number, row
+
+
+def _path(name: object, file: Path, number: int) -> str:
+    """Return a path below the metadata's folder, in its plain form.
+
+    Raises:
+        DataError: It is none.
+    """
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise DataError(
+            f"file_name in line {number} of {file} must be the path of an image below its folder, "
+            f"got {name!r}."
+        )
+    return path.as_posix()
+
+
+def _label(label: object, file: Path, number: int) -> Label:
+    """Return a row's label.
+
+    Raises:
+        DataError: It is neither a whole number nor a name.
+    """
+    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
+        return label
+    raise DataError(
+        f"label in line {number} of {file} must be a whole number or a name, got {label!r}."
+    )

@@ -1,0 +1,171 @@
+"""Settings for images of one's own: what ``--data PATH`` finds out.
+
+It is recorded in a run's settings, and a resumed run takes it from there: images that were added
+meanwhile are noticed as such, and do not turn it into another run.
+"""
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.config.presets import images
+from tdc_ray.config.run import RunConfig, default_run_dir, from_json, with_absolute_paths
+from tdc_ray.data.detect import data_config
+from tdc_ray.data.sources.walk import image_paths, train_folder
+from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
+from tdc_ray.errors import ConfigError, DataError
+from tdc_ray.storage.files import exists, read_json
+from tdc_ray.storage.run_dir import RunDir
+
+DETECTED = (
+    "data.source",
+    "data.image_size",
+    "data.num_channels",
+    "data.labels_from_folders",
+    "conditioning.num_classes",
+    "model.architecture",
+)
+"""Settings that are found out, each unless its flag is given; ``data.path`` follows the flag."""
+
+BY_SIDE = (
+    "base.num_steps",
+    "base.learning_rate",
+    "base.ema_decay",
+    "base.micro_batch_size",
+    "base.checkpoint_every",
+    "finetune.num_steps",
+    "finetune.learning_rate",
+    "finetune.ema_decay",
+    "finetune.micro_batch_size",
+    "finetune.checkpoint_every",
+    "evaluate.batch_size",
+)
+"""Settings of the preset ``images`` that follow from the images' side."""
+
+NEAREST = {1: {8: "digits", 16: "mnist16", 32: "mnist32"}, 3: {16: "photos16", 32: "ddpm-cifar10"}}
+"""Architectures by the images' channels and side."""
+
+
+def undetected(path: str) -> RunConfig:
+    """Return settings in which nothing is found out yet, for flags to be read onto."""
+    full = images(LARGEST_ALIKE)
+    data = replace(full.data, path=path)
+    # A number, as label dropout goes with one.
+    return replace(full, data=data, conditioning=replace(full.conditioning, num_classes=1))
+
+
+def own_run_dir(config: RunConfig, path: str, given: Collection[str]) -> Path:
+    """Return the directory of a run that names none: one for the same path and flags.
+
+    Args:
+        config: The settings, found out or not.
+        path: What ``--data`` names.
+        given: Dotted names of the settings that flags give.
+    """
+    if path in BUNDLED:
+        return default_run_dir(config)
+    named = replace(config, data=replace(config.data, path=path))
+    return default_run_dir(named, [name for name in (*DETECTED, *BY_SIDE) if name not in given])
+
+
+def own_images(
+    asked: RunConfig, path: str, given: Collection[str], run_dir: Path | None = None
+) -> RunConfig:
+    """Return the preset ``images`` for the images at a path.
+
+    Args:
+        asked: The settings as flags have them, elsewhere :func:`undetected`.
+        path: What ``--data`` names.
+        given: Dotted names of the settings that flags give.
+        run_dir: Where a run goes; one that is there and has the same path says what was found.
+
+    Raises:
+        ConfigError: The path holds no data of a known kind, or of several kinds.
+        DataError: The data is malformed, or no image can be read.
+    """
+    before = None if run_dir is None else _recorded(run_dir, path)
+    if before is None:
+        data, num_classes, architecture = _found(asked.data, path, given)
+    else:
+        data = replace(
+            asked.data,
+            source=before.data.source,
+            path=before.data.path,
+            image_size=before.data.image_size,
+            num_channels=before.data.num_channels,
+            labels_from_folders=before.data.labels_from_folders,
+        )
+        num_classes, architecture = before.conditioning.num_classes, before.model.architecture
+    full = images(data.image_size)
+    return replace(
+        full,
+        data=data,
+        conditioning=replace(full.conditioning, num_classes=num_classes),
+        model=replace(full.model, architecture=architecture),
+    )
+
+
+def _recorded(run_dir: Path, path: str) -> RunConfig | None:
+    """Return the settings of a run that has the same data; None where there is none."""
+    file = RunDir(run_dir).config
+    if not exists(file):
+        return None
+    with suppress(ConfigError):  # of another version, which is refused later
+        before = from_json(read_json(file))
+        data = with_absolute_paths(before).data.path
+        root = Path(path).expanduser().resolve()
+        if data is not None and root in (Path(data), Path(data).parent):
+            return before
+    return None
+
+
+def _found(
+    data: DataConfig, path: str, given: Collection[str]
+) -> tuple[DataConfig, int | None, str]:
+    """Find out what images at a path are; return their settings, classes and architecture."""
+    root = Path(path).expanduser()
+    if "data.source" not in given:
+        # "./digits" is a path, which a Path would write as the name of a bundled source.
+        data = data_config(str(root) if path.startswith("~") else path, data)
+    if data.source == "folder":
+        root = train_folder(root) or root
+        is_given = "data.labels_from_folders" in given
+        labels = data.labels_from_folders if is_given else _are_classes(root)
+        data = replace(data, path=str(root), labels_from_folders=labels)
+    found = survey(data)
+    shape = fitting_shape(found)
+    if shape is None:
+        raise DataError(f"--data {path} holds no image that can be read. Mend or replace them.")
+    channels, height, width = shape
+    if "data.num_channels" in given:
+        channels = data.num_channels
+    if "data.image_size" in given:
+        height = width = data.image_size
+    architecture, side = _architecture(channels, min(height, width))
+    if "data.image_size" in given:
+        side = data.image_size
+    data = replace(data, image_size=side, num_channels=1 if channels == 1 else 3)
+    return data, found.num_classes, architecture
+
+
+def _architecture(channels: int, side: int) -> tuple[str, int]:
+    """Return the architecture for images, and the largest side up to theirs that it takes.
+
+    ``auto`` takes the place of all of this, with any height and width.
+    """
+    of_side = NEAREST[channels]
+    nearest = max((known for known in of_side if known <= side), default=min(of_side))
+    return of_side[nearest], nearest
+
+
+def _are_classes(root: Path) -> bool:
+    """Whether all images lie in subfolders, of which there are at least two."""
+    folders: set[str] = set()
+    for path in image_paths(root):
+        folder, below, _ = path.partition("/")
+        if not below:
+            return False
+        folders.add(folder)
+    return len(folders) > 1

@@ -1,0 +1,94 @@
+"""One command on a folder as people have them: experts, a grid, scores, and what was done."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdc_ray.cli.main import run_command
+from tdc_ray.data.load import images_fingerprint, load_dataset
+from tdc_ray.data.survey import images_summary
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.storage.run_dir import RunDir
+from tests.images import random_pixels
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TINY_STEPS = """--base.num-steps 4 --base.num-warmup-steps 1 --base.precision fp32
+--finetune.num-steps 2 --finetune.num-warmup-steps 1 --finetune.precision fp32
+--prune.num-images 16 --prune.num-refit-images 16 --prune.num-candidates 1 --plan.num-groups 2
+--sampler.num-inference-steps 4 --evaluate.num-images 20 --evaluate.batch-size 20
+--evaluate.features classifier --compute.num-actors 1""".split()  # noqa: SIM905  # as one types
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of two classes, of many kinds and sizes, among other files."""
+    root = tmp_path / "my images"
+    for name in ("cat", "dog"):
+        for index in range(6):
+            save(root / name / f"{index}.png", random_pixels(20 + index, 24, 3, seed=index))
+        save(root / name / "grey.png", random_pixels(18, 18))
+        save(root / name / "colour.jpg", random_pixels(30, 18, 3))
+        save(root / name / "transparent.png", random_pixels(18, 18, 4))
+        deep = random_pixels(18, 18).astype(np.uint16) * 257
+        save(root / name / "sixteen bits.png", deep)
+    (root / "cat/damaged.jpg").write_bytes(b"no image")
+    (root / ".DS_Store").write_bytes(b"hidden")
+    (root / "notes.txt").write_text("words")
+    return root
+
+
+def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
+    ray_cluster, folder, tmp_path, monkeypatch, capsys, cache_dir
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--data", folder.name, *TINY_STEPS, "--evaluate.cache-dir", str(cache_dir)]
+    assert run_command(arguments) == 0
+    printed = capsys.readouterr().out
+    (root,) = (tmp_path / "runs").iterdir()
+    assert root.name.startswith("images-seed0-")
+    results = json.loads((root / "results.json").read_text())
+    assert np.isfinite([results["base"]["score"], results["tdc"]["score"]]).all()
+    assert results["metric"] == "fd_my_images_cnn"
+
+    images = results["images"]
+    size = images["shape"][1]
+    assert images["shape"] == [3, size, size]
+    assert (images["num_images"], images["num_classes"]) == (21, 2)
+    assert images["left_out"] == {".txt": 1, "hidden": 1}
+    assert images["unreadable"] == ["cat/damaged.jpg"]
+    changed = images["changed"]
+    expected = {"grey made colour": 4, "scaled to 8 bits": 2, "put on white": 2}
+    assert expected.items() <= changed.items()
+    assert {"cropped to the middle", "reduced"} <= changed.keys()
+    for line in (
+        f"21 images of 2 classes in {folder}, read as folder, learnt as {size}x{size} in colour",
+        "left out: 1 hidden, 1 .txt",
+        "the next one takes an image's place: 1, cat/damaged.jpg",
+        "4 grey made colour",
+    ):
+        assert line in printed
+
+    for model in ("base", "tdc"):
+        with Image.open(root / f"samples-{model}.png") as grid:
+            assert max(grid.size) >= 512
+            assert grid.mode == "RGB"
+    pipeline = ProgressivePipeline.from_pretrained(RunDir(root).experts)
+    drawn = pipeline(2, class_labels=[0, 1], num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (2, size, size, 3)
+
+    # An image that is added is noticed, and the same command remains the same run.
+    save(folder / "dog/new.png", random_pixels(90, 90, 3))
+    for function in (load_dataset, images_fingerprint, images_summary):
+        function.cache_clear()  # as in a later process
+    assert run_command(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "are not those at the first start: 21 images of 2 classes then, 22 images" in printed
+    assert [one.name for one in (tmp_path / "runs").iterdir()] == [root.name]
