@@ -214,7 +214,8 @@ def _of_base(
             "--data.path, or a preset by --preset."
         )
     config = trained or config
-    config = replace(config, model=replace(config.model, base=source, num_heads=None))
+    model = replace(config.model, width=1.0, depth=None, config=None, network=None)
+    config = replace(config, model=replace(model, base=source, num_heads=None))
     return apply_settings(base.settings, config, with_data=not has_preset)
 
 

@@ -135,11 +135,15 @@ PATHS = (
     "data.cache_dir",
     "data.first_stage",
     "model.base",
+    "model.config",
     "proxy.replay",
     "evaluate.cache_dir",
     "evaluate.inception_path",
 )
 """Settings that are paths, or may be."""
+
+LATER_FIELDS = {"model": ("width", "depth", "network")}
+"""Settings that came after the first run directories were named by their digest."""
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
@@ -162,8 +166,16 @@ def from_json(document: object) -> RunConfig:
 
 
 def digest(config: RunConfig) -> str:
-    """Return eight hexadecimal digits that name all settings that decide what is computed."""
-    return json_digest(_deciding(config))[:8]
+    """Return eight hexadecimal digits that name all settings that decide what is computed.
+
+    Settings that came later are left out at their defaults: older runs keep their names.
+    """
+    document, defaults = _deciding(config), _deciding(RunConfig())
+    for stage, names in LATER_FIELDS.items():
+        for name in names:
+            if document[stage][name] == defaults[stage][name]:
+                del document[stage][name]
+    return json_digest(document)[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
@@ -188,6 +200,9 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped resumes with others
         del document["data"][name]
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
+    model = document["model"]  # of a file the content decides, of architecture auto what it is for
+    del model["config"]
+    model["network"] = config.model.config and model["network"] and json_digest(model["network"])
     del document["compare"]  # comes after all else, and may be asked for later
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 

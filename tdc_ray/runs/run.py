@@ -31,6 +31,7 @@ from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.comparison import (
     LongerBase,
@@ -87,7 +88,7 @@ def run(
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
-    config = with_first_stage(config, pretrained)
+    config = with_choices(with_first_stage(config, pretrained), run_dir.config)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
     earlier = load_results(run_dir.results) if exists(run_dir.results) else None
     if earlier is not None:

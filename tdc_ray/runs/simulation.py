@@ -26,6 +26,7 @@ from tdc_ray.pruning.tasks.candidates import CandidateResult
 from tdc_ray.pruning.tasks.scores import ScoreResult
 from tdc_ray.pruning.tasks.second_order import SecondOrderResult
 from tdc_ray.pruning.tasks.sensitivities import SensitivityResult, StreamResult
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.preflight import space_and_plan
 from tdc_ray.runs.stages.budgets import finetunes
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
@@ -45,6 +46,7 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         LimitError: A group's limit is below the smallest pruned model.
         StorageError: The run whose costs are used has no timeline, or other settings.
     """
+    config = with_choices(config)
     seconds_of, searches = _costs(config, simulation), _searches(config)
     failures = FailureModel(
         failures_per_hour=simulation.failures_per_hour,

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder
-from tdc_ray.config.run import RunConfig, default_run_dir
+from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -36,6 +36,10 @@ class PlanCommand:
         folder = resolve_path(self.out_dir or default_run_dir(config))
         check_output_folder("--out-dir", folder)
         base = None
+        if config.model.is_open:
+            from tdc_ray.runs.choices import with_choices  # imports torch
+
+            config = with_choices(with_absolute_paths(config))
         if config.model.base is not None:
             from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
 

@@ -39,6 +39,10 @@ class RunCommand:
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
         config = self.config
+        if self.run_dir is None and config.model.config is not None:  # its content names the run
+            from tdc_ray.runs.choices import with_file  # imports torch
+
+            config = with_file(config)
         folder = resolve_path(self.run_dir or default_run_dir(config))
         name = display_path(folder)
         check_output_folder("--run-dir", folder)
@@ -48,13 +52,16 @@ class RunCommand:
             check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
+        from tdc_ray.runs.choices import with_choices
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base
 
         if self.dry_run:
             base = pretrained_base(config.model)
-            check(with_first_stage(with_absolute_paths(config), base), base)
+            config = with_first_stage(with_absolute_paths(config), base)
+            config = with_choices(config, RunDir(folder).config)
+            check(config, base)
             check_local_ray()
             console.print(config)
             show_plan(config, base, console)

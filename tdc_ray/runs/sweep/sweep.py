@@ -30,11 +30,12 @@ from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
+from tdc_ray.runs.choices import with_choices, with_file
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
-from tdc_ray.runs.pretrained.sources import pretrained_base
+from tdc_ray.runs.pretrained.sources import pretrained_base, resolve_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import SweepResults, open_results
@@ -97,7 +98,7 @@ def sweep(
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
-    config = with_first_stage(config, pretrained)
+    config = with_file(with_first_stage(config, pretrained))
     check_space(space, config, sweep_config, points)
     if points is None and sweep_config.search == "grid":
         points = grid(space)
@@ -150,7 +151,7 @@ def _check_trials(
     Raises:
         TdcError: A run could not work.
     """
-    base_of = functools.cache(pretrained_base)  # its checkpoint is mapped once for all trials
+    base_of = functools.cache(resolve_base)  # its checkpoint is mapped once for all trials
     bounds = [{name: value} for name, domain in space.items() for value in domain.values]
     for params in bounds if points is None else points:
         try:
@@ -158,7 +159,8 @@ def _check_trials(
             if trial_config != with_absolute_paths(trial_config):
                 # Trials have working directories of their own.
                 raise ConfigError("paths that are varied must be absolute.")
-            check(trial_config, base_of(trial_config.model))
+            source = trial_config.model.base
+            check(with_choices(trial_config), None if source is None else base_of(source))
         except TdcError as error:
             raise type(error)(f"{setting_name(params)}: {error}") from error
 

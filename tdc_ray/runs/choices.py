@@ -1,0 +1,130 @@
+"""What a run chooses once, so that later calls keep it: the network of ``--model``."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.run import RunConfig, from_json, named_differences
+from tdc_ray.data.load import load_dataset
+from tdc_ray.errors import ConfigError, TdcError
+from tdc_ray.models.first_stage import input_shape
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.auto import auto_unet
+from tdc_ray.models.unet2d.config_file import read_network
+from tdc_ray.storage.files import exists, read_json
+
+logger = logging.getLogger(__name__)
+
+
+def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
+    """Return settings that hold the network which ``--model`` asks for, chosen or read if need be.
+
+    Args:
+        config: The settings.
+        recorded: Settings of an earlier call, if there was one: what that chose is kept, whatever
+            became of the images and of ``model.config``.
+
+    Raises:
+        ConfigError: The file of ``model.config`` is missing or malformed, or there is no network
+            for images of this size.
+        StorageError: That file is no JSON.
+        DataError: The images are missing or malformed.
+    """
+    if recorded is not None and exists(recorded):
+        config = _with_recorded(config, recorded)
+    if config.model.config is not None:
+        return _filled(config)
+    return replace(config, model=_chosen(config)) if config.model.is_open else config
+
+
+def with_file(config: RunConfig) -> RunConfig:
+    """Return settings that hold the content of the file that ``model.config`` names, if any.
+
+    Raises:
+        ConfigError: It is missing or malformed, or has another dropout than ``model.dropout``.
+        StorageError: It is no JSON.
+    """
+    model = config.model
+    if model.config is None or model.network is not None:
+        return config
+    network = read_network(model.config)
+    dropout = network.pop("dropout")
+    if model.dropout and dropout and model.dropout != dropout:
+        raise ConfigError(
+            f"model.dropout must be {dropout} or 0 for model.config {model.config}, which has "
+            f"that, got {model.dropout}."
+        )
+    return replace(config, model=replace(model, network=network, dropout=model.dropout or dropout))
+
+
+def _filled(config: RunConfig) -> RunConfig:
+    """Read the file of ``model.config``; one without a size takes that of the data."""
+    config = with_file(config)
+    model = config.model
+    if model.network is None or model.network["sample_size"] is not None:
+        return config
+    size = input_shape(config.data)[1]
+    return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
+
+
+def _chosen(config: RunConfig) -> ModelConfig:
+    """Choose the network of architecture auto."""
+    model = config.model
+    channels, height, width = input_shape(config.data)
+    num_images = len(load_dataset(config.data))
+    network = auto_unet(
+        height=height,
+        width=width,
+        channels=channels,
+        num_images=num_images,
+        learned_sigma=config.diffusion.learned_sigma,
+        scale=model.width,
+        depth=model.depth,
+    )
+    structure = network_structure(network)
+    logger.info(
+        "model.architecture auto: %s channels, %d residual blocks a level; %.2f M parameters and "
+        "%.2f M macs for %d images of %dx%dx%d",
+        ", ".join(map(str, network["block_out_channels"])),
+        network["layers_per_block"],
+        structure.num_params / 1e6,
+        structure.macs / 1e6,
+        num_images,
+        height,
+        width,
+        channels,
+    )
+    return replace(model, network=json.loads(json.dumps(network)))
+
+
+def _with_recorded(config: RunConfig, recorded: Path) -> RunConfig:
+    """Return settings with the network of an earlier call that was asked for the same one."""
+    try:
+        before = from_json(read_json(recorded)).model
+    except ConfigError:  # of another version: what compares the settings says so
+        return config
+    model = config.model
+    if before.network is None or model.base is not None:
+        return config
+    kept = replace(model, network=before.network)
+    if model.config is None:
+        asked = ("architecture", "width", "depth", "config")
+        is_same = all(getattr(model, name) == getattr(before, name) for name in asked)
+        return replace(config, model=kept) if is_same else config
+    if before.config is None:
+        return config
+    try:
+        now = _filled(config).model
+    except TdcError as error:
+        logger.warning("%s The run keeps the network that it began with.", error)
+        return replace(config, model=replace(kept, dropout=model.dropout or before.dropout))
+    if changed := named_differences(before.network, now.network or {}):
+        logger.warning(
+            "%s is not what it was at the first start (%s): the run keeps the network that it "
+            "began with. For the new one choose another run directory.",
+            model.name,
+            "; ".join(changed),
+        )
+    return replace(config, model=replace(now, network=before.network))
