@@ -12,7 +12,7 @@ from tdc_ray.errors import ConfigError, TdcError
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
-from tdc_ray.models.unet2d.config_file import read_network
+from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
 
 logger = logging.getLogger(__name__)
@@ -39,32 +39,11 @@ def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
     return replace(config, model=_chosen(config)) if config.model.is_open else config
 
 
-def with_file(config: RunConfig) -> RunConfig:
-    """Return settings that hold the content of the file that ``model.config`` names, if any.
-
-    Raises:
-        ConfigError: It is missing or malformed, or has another dropout than ``model.dropout``.
-        StorageError: It is no JSON.
-    """
-    model = config.model
-    if model.config is None or model.network is not None:
-        return config
-    network = read_network(model.config)
-    dropout = network.pop("dropout")
-    if model.dropout and dropout and model.dropout != dropout:
-        raise ConfigError(
-            f"model.dropout must be {dropout} or 0 for model.config {model.config}, which has "
-            f"that, got {model.dropout}."
-        )
-    return replace(config, model=replace(model, network=network, dropout=model.dropout or dropout))
-
-
 def _filled(config: RunConfig) -> RunConfig:
     """Read the file of ``model.config``; one without a size takes that of the data."""
-    config = with_file(config)
-    model = config.model
+    model = with_file(config.model)
     if model.network is None or model.network["sample_size"] is not None:
-        return config
+        return replace(config, model=model)
     size = input_shape(config.data)[1]
     return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
 

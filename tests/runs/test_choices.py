@@ -19,7 +19,8 @@ from tdc_ray.config.run import (
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError, DataError
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
-from tdc_ray.runs.choices import with_choices, with_file
+from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.preflight import check, refuse_other_settings
 from tdc_ray.runs.stages.base import base_inputs
 from tdc_ray.storage.digest import json_digest
@@ -173,7 +174,8 @@ def test_a_run_resumes_with_the_network_it_began_with(tmp_path, caplog, fate):
 
 def test_a_file_without_a_size_takes_that_of_the_images(tmp_path):
     path, recorded = config_file(tmp_path, sample_size=None), tmp_path / "config.json"
-    config = with_choices(with_file(with_config_file(path)))
+    config = with_config_file(path)
+    config = with_choices(replace(config, model=with_file(config.model)))
     assert config.model.network["sample_size"] == 8
     write_json(recorded, to_json(config))
     assert with_choices(with_config_file(path), recorded) == config

@@ -1,6 +1,6 @@
 """``tdc-ray run``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -10,6 +10,8 @@ from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
+from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.storage.files import exists
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -39,10 +41,8 @@ class RunCommand:
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
         config = self.config
-        if self.run_dir is None and config.model.config is not None:  # its content names the run
-            from tdc_ray.runs.choices import with_file  # imports torch
-
-            config = with_file(config)
+        if not self._has_begun:  # what a run of a config file is called follows from its content
+            config = replace(config, model=with_file(config.model))
         folder = resolve_path(self.run_dir or default_run_dir(config))
         name = display_path(folder)
         check_output_folder("--run-dir", folder)
@@ -80,3 +80,8 @@ class RunCommand:
             f"curves: tensorboard --logdir {quote(f'{name}/tensorboard')}",
             soft_wrap=True,
         )
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the run directory, where one is named, has settings of an earlier call."""
+        return self.run_dir is not None and exists(RunDir(resolve_path(self.run_dir)).config)

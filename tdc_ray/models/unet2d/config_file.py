@@ -3,10 +3,12 @@
 Such a file comes from anywhere: its types, ranges and size are checked before anything is built.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.validation import PositiveInt, Share, config_error
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.structure import STRUCTURES
@@ -63,6 +65,25 @@ class UNetConfigFile(BaseModel):
     num_train_timesteps: PositiveInt | None = None
     num_heads: Width | None = None
     """No argument of diffusers', but in a file of its own beside the config where it counts."""
+
+
+def with_file(model: ModelConfig) -> ModelConfig:
+    """Return settings that hold the content of the file that ``model.config`` names, if any.
+
+    Raises:
+        ConfigError: It is missing or malformed, or has another dropout than ``model.dropout``.
+        StorageError: It is no JSON.
+    """
+    if model.config is None or model.network is not None:
+        return model
+    network = read_network(model.config)
+    dropout = network.pop("dropout")
+    if model.dropout and dropout and model.dropout != dropout:
+        raise ConfigError(
+            f"model.dropout must be {dropout} or 0 for model.config {model.config}, which has "
+            f"that, got {model.dropout}."
+        )
+    return replace(model, network=network, dropout=model.dropout or dropout)
 
 
 def read_network(source: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
+from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
-from tdc_ray.runs.choices import with_choices, with_file
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
@@ -98,7 +100,8 @@ def sweep(
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
-    config = with_file(with_first_stage(config, pretrained))
+    config = with_first_stage(config, pretrained)
+    config = replace(config, model=with_file(config.model))  # once for all trials
     check_space(space, config, sweep_config, points)
     if points is None and sweep_config.search == "grid":
         points = grid(space)
