@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
@@ -44,6 +45,7 @@ class RunConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -103,7 +105,7 @@ class RunConfig:
         enough = most is None or workers <= most
         require("compute", self.compute, "workers_per_finetune", rule, ok=enough)
         rule = "whole, or 0, with compute.workers_per_finetune above 1 (NCCL shares no GPU)"
-        whole = workers == 1 or gpus == int(gpus)
+        whole = workers == 1 or gpus is None or gpus == int(gpus)
         require("compute", self.compute, "gpus_per_actor", rule, ok=whole)
 
     def _check_comparison_workers(self) -> None:
@@ -142,7 +144,10 @@ PATHS = (
 )
 """Settings that are paths, or may be."""
 
-LATER_FIELDS = {"model": ("width", "depth", "network")}
+LATER_FIELDS = {
+    "model": ("width", "depth", "network"),
+    "budget": ("hours", "train_macs", "epochs"),
+}
 """Settings that came after the first run directories were named by their digest."""
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -175,6 +180,8 @@ def digest(config: RunConfig) -> str:
         for name in names:
             if document[stage][name] == defaults[stage][name]:
                 del document[stage][name]
+        if not document[stage]:
+            del document[stage]
     return json_digest(document)[:8]
 
 

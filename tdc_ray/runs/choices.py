@@ -1,10 +1,11 @@
-"""What a run chooses once, so that later calls keep it: the network of ``--model``."""
+"""What a run chooses once, so that later calls keep it: its network, and its steps by a budget."""
 
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
+from tdc_ray.config.budget import STEP_FIELDS
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, named_differences
 from tdc_ray.data.load import load_dataset
@@ -23,8 +24,9 @@ def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
 
     Args:
         config: The settings.
-        recorded: Settings of an earlier call, if there was one: what that chose is kept, whatever
-            became of the images and of ``model.config``.
+        recorded: Settings of an earlier call, if there was one: the network that it chose and the
+            steps that its budget bought are kept, whatever became of the images, of the file of
+            ``model.config`` and of the workers' speed.
 
     Raises:
         ConfigError: The file of ``model.config`` is missing or malformed, or there is no network
@@ -79,11 +81,28 @@ def _chosen(config: RunConfig) -> ModelConfig:
 
 
 def _with_recorded(config: RunConfig, recorded: Path) -> RunConfig:
-    """Return settings with the network of an earlier call that was asked for the same one."""
+    """Return settings with what an earlier call chose that was asked for the same."""
     try:
-        before = from_json(read_json(recorded)).model
+        before = from_json(read_json(recorded))
     except ConfigError:  # of another version: what compares the settings says so
         return config
+    return _with_recorded_network(with_steps_of(config, before), before.model)
+
+
+def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:
+    """Return settings with the steps that the same budget bought before, if there is one."""
+    if before.budget != config.budget or config.budget.flag is None:
+        return config
+    for stage in ("base", "finetune"):
+        asked, bought = getattr(config, stage), getattr(before, stage)
+        if bool(asked.num_steps) == bool(bought.num_steps):
+            steps = {name: getattr(bought, name) for name in STEP_FIELDS}
+            config = replace(config, **{stage: replace(asked, **steps)})
+    return config
+
+
+def _with_recorded_network(config: RunConfig, before: ModelConfig) -> RunConfig:
+    """Return settings with the network that was asked for in the same way."""
     model = config.model
     if before.network is None or model.base is not None:
         return config

@@ -111,6 +111,7 @@ def test_auto_and_files_do_not_change_what_older_runs_are_called():
     document = _deciding(RunConfig())
     for name in ("width", "depth", "network"):
         del document["model"][name]
+    del document["budget"]
     assert digest(RunConfig()) == json_digest(document)[:8]
     assert digest(small_config(model={**AUTO, "depth": 1})) != digest(small_config(model=AUTO))
 

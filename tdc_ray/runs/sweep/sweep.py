@@ -26,7 +26,7 @@ from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.execution.events import EventSink, listening
 from tdc_ray.execution.ray.cache_session import start_claim_registry
-from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.cluster import connected, with_gpus
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
 from tdc_ray.models.unet2d.config_file import with_file
@@ -116,8 +116,9 @@ def sweep(
         connected(local_cpus(config.compute), dashboard=True),
         listening(sinks) as events,
     ):
-        check_cluster(config.compute)
-        check_capacity(config.compute)
+        compute = with_gpus(config.compute)
+        check_cluster(compute)
+        check_capacity(compute)
         results = open_results(folder, config, space, sweep_config)
         table = SweepTable(folder, config, results, events)
         spec = TrialSpec(
