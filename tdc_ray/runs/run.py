@@ -195,11 +195,11 @@ def _time(
     """Time steps of the base, alone, and of an expert on all workers; estimate the whole run."""
     num_experts = workers.num_workers(actor_resources(config.compute))
     share = mean_limit(config, plan)
-    (base, *experts) = step_times(run_dir, config, network, share, num_experts)
+    base, experts = step_times(run_dir, config, network, share, num_experts)
     began = time.perf_counter()
-    alone = workers.run(dict([base]), "step times")["base"]
+    alone = workers.run({"base": base}, "step times")["base"]
     start_seconds = time.perf_counter() - began - alone.seconds
-    together = workers.run(dict(experts), "step times")
+    together = workers.run(experts, "step times")
     return timing_of(
         config,
         network,

@@ -52,6 +52,7 @@ class RunCommand:
             check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
+        from tdc_ray.runs.budget import steps_by_count
         from tdc_ray.runs.choices import with_choices
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
@@ -61,10 +62,14 @@ class RunCommand:
             base = pretrained_base(config.model)
             config = with_first_stage(with_absolute_paths(config), base)
             config = with_choices(config, RunDir(folder).config)
-            check(config, base)
+            _, space, plan = check(config, base)
+            if not exists(RunDir(folder).config):
+                config = steps_by_count(config, plan, space.macs_base)
             check_local_ray()
             console.print(config)
             show_plan(config, base, console)
+            if config.budget.hours is not None:
+                console.print("--hours: the steps are set once they have been timed")
             console.print(f"would run in {name}", soft_wrap=True)
             return
         console.print(

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -27,6 +26,7 @@ from tdc_ray.models.families import build_network, family_of
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.timing import time_passes
 from tdc_ray.pruning.space import fit_to_limit, space_of
+from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 
 MIN_STEPS, MAX_STEPS, MIN_SECONDS = 4, 100, 5.0
@@ -61,8 +61,8 @@ class StepTimesResult:
 
 def step_times(
     run_dir: RunDir, config: RunConfig, network: NetworkConfig, limit_share: float, workers: int
-) -> Sequence[tuple[str, Chain[StepTimesResult]]]:
-    """Return chains that time the base on one worker, and an expert on all workers at once.
+) -> tuple[Chain[StepTimesResult], dict[str, Chain[StepTimesResult]]]:
+    """Return chains that time the base, which is alone, and an expert, on all workers at once.
 
     Args:
         run_dir: The run.
@@ -72,12 +72,15 @@ def step_times(
         workers: How many train experts side by side.
     """
     expert = actor_resources(config.compute)
-    names = [("base", base_resources(config.compute), None)]
-    names += [(f"expert-{index}", expert, limit_share) for index in range(workers)]
-    return [
-        (name, _chain(run_dir, name, StepTimesJob(config, network, share), resources))
-        for name, resources, share in names
-    ]
+    alone = StepTimesJob(config, network, None)
+    pruned = StepTimesJob(config, network, limit_share)
+    remove(run_dir.step_times)  # of an earlier call, which may have had other settings
+    base = _chain(run_dir, "base", alone, base_resources(config.compute))
+    experts = {
+        (name := f"expert-{index}"): _chain(run_dir, name, pruned, expert)
+        for index in range(workers)
+    }
+    return base, experts
 
 
 def _chain(
@@ -87,7 +90,7 @@ def _chain(
         key=f"step-times/{name}",
         function=measure_steps,
         job=job,
-        result_path=run_dir.root / "step_times" / f"{name}.json",
+        result_path=run_dir.step_times / f"{name}.json",
         cost=0.0,
         resources=resources,
         result_type=StepTimesResult,
@@ -146,9 +149,10 @@ def _step_seconds(
         world_size=workers,
         num_workers=config.data.num_workers,
     )
+    state = start_state(network, timed)
     train(
-        start_state(network, timed),
-        network,
+        state,
+        state.unet,
         takewhile(go_on, images),
         noise_schedule(config.diffusion).to(network.device),
         timed,
