@@ -41,6 +41,7 @@ from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
+from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
@@ -59,6 +60,8 @@ tdc-ray --version shows the version."""
 
 REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 """Placeholder for a required argument where ``--help`` or an error follows."""
+
+BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
 
 UNCHECKED = ConstructorRegistry()
 """Reads settings whose checks need the right defaults: a plain namespace holds them."""
@@ -103,7 +106,35 @@ def parse(arguments: Sequence[str]) -> Command:
     )
     if isinstance(command, RunCommand | SweepCommand):
         _check_shape(command.config, arguments)
+    _check_budget(command, arguments)
     return _with_own_run_dir(command, arguments)
+
+
+def _check_budget(command: Command, arguments: Sequence[str]) -> None:
+    """Refuse a budget beside steps that are given, and of other commands than ``run``.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    flags = _flags(arguments)
+    given = [flag for flag in BUDGET_FLAGS if flags & {flag, f"--budget.{flag[2:]}"}]
+    if not given:
+        return
+    if not isinstance(command, RunCommand):
+        raise ConfigError(f"{given[0]} goes with tdc-ray run alone. Leave it out.")
+    # No fine-tune at all is a choice that a budget leaves.
+    if "--base.num-steps" in flags or (
+        "--finetune.num-steps" in flags and command.config.finetune.num_steps
+    ):
+        raise ConfigError(
+            f"{given[0]} sets the steps of base and fine-tunes: leave out --base.num-steps and "
+            f"--finetune.num-steps (but for 0), or {given[0]}."
+        )
+
+
+def _flags(arguments: Sequence[str]) -> set[str]:
+    """Return the flags of a command line, as they are documented."""
+    return {argument.partition("=")[0].replace("_", "-") for argument in arguments}
 
 
 def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:
@@ -284,7 +315,9 @@ def _of_base(
             "by --preset."
         )
     config = trained or config
-    config = replace(config, model=replace(config.model, base=source, num_heads=None))
+    model = replace(config.model, width=1.0, depth=None, config=None, network=None)
+    model = replace(model, base=source, num_heads=None)
+    config = replace(config, model=model, budget=BudgetConfig())
     return apply_settings(base.settings, config, with_data=not has_preset)
 
 

@@ -28,11 +28,11 @@ class ComputeConfig:
     cpus_per_actor: PositiveInt = 1
     """CPUs, and so threads, of an actor."""
 
-    gpus_per_base_worker: NonNegativeFloat = 0.0
-    """GPUs of a base worker."""
+    gpus_per_base_worker: NonNegativeFloat | None = None
+    """GPUs of a base worker; None means one where there are as many, else none."""
 
-    gpus_per_actor: NonNegativeFloat = 0.0
-    """GPUs of an actor; fractions share one."""
+    gpus_per_actor: NonNegativeFloat | None = None
+    """GPUs of an actor, fractions share one; None means one where there is any, else none."""
 
     gpus_per_measurement: NonNegativeFloat | None = None
     """GPUs of an actor that measures, samples or encodes but trains nothing; None means as many as

@@ -1,16 +1,18 @@
 """The base: its architecture, or where it comes from: ``--model.*``."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import Fixed, Suppress, arg
 
-from tdc_ray.config.validation import PositiveInt, Share, settings
+from tdc_ray.config.validation import PositiveFloat, PositiveInt, Share, require, settings
 from tdc_ray.errors import ConfigError
 
 FILE_KINDS = ("openai", "compvis")
 """Prefixes of bases that are checkpoint files of other projects."""
 
+AUTO = "auto"
+"""The architecture that is chosen by the images."""
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Owner and name of a repository on the Hugging Face hub."""
@@ -21,7 +23,22 @@ class ModelConfig:
     """The base denoiser."""
 
     architecture: str = "digits"
-    """A name from `tdc_ray.models.unet2d.architectures`."""
+    """A name from `tdc_ray.models.unet2d.architectures`, or auto: chosen by size, channels and
+    number of images from the family in `tdc_ray.models.unet2d.auto`, once a run."""
+
+    width: PositiveFloat = 1.0
+    """Factor of the channels of architecture auto."""
+
+    depth: PositiveInt | None = None
+    """Residual blocks per level of architecture auto; None means the family's."""
+
+    config: str | None = None
+    """The config.json of a diffusers UNet2DModel, or its folder, in place of `architecture`: that
+    network is trained from scratch. Its content counts for a run, wherever the file lies."""
+
+    network: Annotated[dict[str, Any] | None, Fixed, Suppress] = None
+    """The network's settings once a run has chosen them (architecture auto) or read them
+    (`config`); no flag."""
 
     dropout: Share = 0.0
     """Dropout inside the residual blocks, in [0, 1)."""
@@ -36,8 +53,27 @@ class ModelConfig:
     means as many as `architecture` has, if the base is of that."""
 
     def __post_init__(self) -> None:
+        rule = "left at its default without model.architecture auto"
+        scaled = self.architecture == AUTO and self.config is None
+        require("model", self, "width", rule, ok=scaled or self.width == 1)
+        require("model", self, "depth", rule, ok=scaled or self.depth is None)
+        rule = "None with model.base, which has its own"
+        require("model", self, "config", rule, ok=self.config is None or self.base is None)
         if self.num_heads is not None and self.base is None:
             raise ConfigError(
                 f"model.num_heads goes with model.base, got {self.num_heads} without one: "
                 "model.architecture has its own."
             )
+
+    @property
+    def name(self) -> str:
+        """What errors and logs call the network that is trained."""
+        if self.config is not None:
+            return f"model.config {self.config}"
+        return f"model.architecture {self.architecture}"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the network that is trained is yet to be chosen, or read from its file."""
+        asked = self.config is not None or self.architecture == AUTO
+        return asked and self.base is None and self.network is None

@@ -142,7 +142,9 @@ def images(side: int = 32) -> RunConfig:
         full,
         preset="images",
         data=DataConfig(source="folder", path="images", image_size=side, num_channels=3),
-        model=ModelConfig(architecture="ddpm-cifar10"),
+        model=ModelConfig(architecture="auto"),
+        # Images differ in overall colour, which networks that predict epsilon learn slowly.
+        diffusion=DiffusionConfig(prediction_type="v_prediction"),
         base=base,
         finetune=finetune,
         evaluate=replace(full.evaluate, features="auto", batch_size=250 if side <= 32 else 50),

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
@@ -45,6 +46,7 @@ class RunConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -104,7 +106,7 @@ class RunConfig:
         enough = most is None or workers <= most
         require("compute", self.compute, "workers_per_finetune", rule, ok=enough)
         rule = "whole, or 0, with compute.workers_per_finetune above 1 (NCCL shares no GPU)"
-        whole = workers == 1 or gpus == int(gpus)
+        whole = workers == 1 or gpus is None or gpus == int(gpus)
         require("compute", self.compute, "gpus_per_actor", rule, ok=whole)
 
     def _check_comparison_workers(self) -> None:
@@ -136,11 +138,19 @@ PATHS = (
     "data.cache_dir",
     "data.first_stage",
     "model.base",
+    "model.config",
     "proxy.replay",
     "evaluate.cache_dir",
     "evaluate.inception_path",
 )
 """Settings that are paths, or may be."""
+
+LATER_FIELDS = {
+    "diffusion": ("prediction_type",),
+    "model": ("width", "depth", "network"),
+    "budget": ("hours", "train_macs", "epochs"),
+}
+"""Settings that came after the first run directories were named by their digest."""
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
@@ -165,14 +175,22 @@ def from_json(document: object) -> RunConfig:
 def digest(config: RunConfig, but: Collection[str] = ()) -> str:
     """Return eight hexadecimal digits that name all settings that decide what is computed.
 
+    Settings that came later are left out at their defaults: older runs keep their names.
+
     Args:
         config: The settings.
         but: Dotted names of settings that are left out.
     """
-    document = _deciding(config)
+    document, defaults = _deciding(config), _deciding(RunConfig())
+    for stage, names in LATER_FIELDS.items():
+        for name in names:
+            if document[stage][name] == defaults[stage][name]:
+                del document[stage][name]
+        if not document[stage]:
+            del document[stage]
     for name in but:
         stage, _, field_name = name.partition(".")
-        del document[stage][field_name]
+        document.get(stage, {}).pop(field_name, None)
     return json_digest(document)[:8]
 
 
@@ -198,6 +216,9 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped resumes with others
         del document["data"][name]
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
+    model = document["model"]  # of a file the content decides, of architecture auto what it is for
+    del model["config"]
+    model["network"] = config.model.config and model["network"] and json_digest(model["network"])
     del document["compare"]  # comes after all else, and may be asked for later
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 

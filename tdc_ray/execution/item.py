@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageError
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.object_store import display_path
@@ -41,6 +42,16 @@ class Resources:
 
     gpus: float = 0.0
     """GPUs; fractions share one."""
+
+
+def base_resources(compute: ComputeConfig) -> Resources:
+    """Return what a worker of the base takes."""
+    return Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker or 0.0)
+
+
+def actor_resources(compute: ComputeConfig) -> Resources:
+    """Return what an actor that trains takes."""
+    return Resources(compute.cpus_per_actor, compute.gpus_per_actor or 0.0)
 
 
 @dataclass(frozen=True, slots=True)

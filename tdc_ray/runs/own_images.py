@@ -25,7 +25,6 @@ DETECTED = (
     "data.num_channels",
     "data.labels_from_folders",
     "conditioning.num_classes",
-    "model.architecture",
 )
 """Settings that are found out, each unless its flag is given; ``data.path`` follows the flag."""
 
@@ -43,9 +42,6 @@ BY_SIDE = (
     "evaluate.batch_size",
 )
 """Settings of the preset ``images`` that follow from the images' side."""
-
-NEAREST = {1: {8: "digits", 16: "mnist16", 32: "mnist32"}, 3: {16: "photos16", 32: "ddpm-cifar10"}}
-"""Architectures by the images' channels and side."""
 
 
 def undetected(path: str) -> RunConfig:
@@ -87,7 +83,7 @@ def own_images(
     """
     before = None if run_dir is None else _recorded(run_dir, path)
     if before is None:
-        data, num_classes, architecture = _found(asked.data, path, given)
+        data, num_classes = _found(asked.data, path, given)
     else:
         data = replace(
             asked.data,
@@ -97,13 +93,12 @@ def own_images(
             num_channels=before.data.num_channels,
             labels_from_folders=before.data.labels_from_folders,
         )
-        num_classes, architecture = before.conditioning.num_classes, before.model.architecture
+        num_classes = before.conditioning.num_classes
     full = images(data.image_size)
     return replace(
         full,
         data=data,
         conditioning=replace(full.conditioning, num_classes=num_classes),
-        model=replace(full.model, architecture=architecture),
     )
 
 
@@ -121,10 +116,8 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
     return None
 
 
-def _found(
-    data: DataConfig, path: str, given: Collection[str]
-) -> tuple[DataConfig, int | None, str]:
-    """Find out what images at a path are; return their settings, classes and architecture."""
+def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataConfig, int | None]:
+    """Find out what images at a path are; return their settings and number of classes."""
     root = Path(path).expanduser()
     if "data.source" not in given:
         # "./digits" is a path, which a Path would write as the name of a bundled source.
@@ -141,23 +134,9 @@ def _found(
     channels, height, width = shape
     if "data.num_channels" in given:
         channels = data.num_channels
-    if "data.image_size" in given:
-        height = width = data.image_size
-    architecture, side = _architecture(channels, min(height, width))
-    if "data.image_size" in given:
-        side = data.image_size
+    side = data.image_size if "data.image_size" in given else min(height, width)
     data = replace(data, image_size=side, num_channels=1 if channels == 1 else 3)
-    return data, found.num_classes, architecture
-
-
-def _architecture(channels: int, side: int) -> tuple[str, int]:
-    """Return the architecture for images, and the largest side up to theirs that it takes.
-
-    ``auto`` takes the place of all of this, with any height and width.
-    """
-    of_side = NEAREST[channels]
-    nearest = max((known for known in of_side if known <= side), default=min(of_side))
-    return of_side[nearest], nearest
+    return data, found.num_classes
 
 
 def _are_classes(root: Path) -> bool:

@@ -13,6 +13,7 @@ from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
+from tdc_ray.models.unet2d.unet import check_buildable
 from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_inception, check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
@@ -42,8 +43,10 @@ def check(
         UnsupportedModelError: The base has a block of an unknown kind, or cannot halve its images.
     """
     if pretrained is None:
-        unet, named = base_unet(config.model, config.conditioning), config.model.architecture
-        name, is_latent = f"model.architecture {named}", named in LATENT
+        unet, name = base_unet(config.model, config.conditioning), config.model.name
+        is_latent = config.model.network is None and config.model.architecture in LATENT
+        if config.model.config is not None:
+            check_buildable(unet, name)
     else:
         unet, name = check_compatible(pretrained, config), f"the base {pretrained.source}"
         check_weights(pretrained)
@@ -92,7 +95,10 @@ def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
         ("data.num_channels", data.num_channels, network["in_channels"]),
     ):
         if data.first_stage is None and value != expected:
-            raise ConfigError(f"{setting} must be {expected} for {name}, got {value}.")
+            raise ConfigError(
+                f"{setting} must be {expected} for {name}, got {value}. Set --"
+                f"{setting.replace('_', '-')} to that, or use another model."
+            )
 
 
 def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Plan]:

@@ -17,13 +17,15 @@ from tdc_ray.diffusion.plan import to_json as plan_to_json
 from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.events import EventSink
+from tdc_ray.execution.item import actor_resources
 from tdc_ray.execution.ray.cache_session import CacheSession
-from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.cluster import connected, with_gpus
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.first_stage import copy_first_stage
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
@@ -31,6 +33,8 @@ from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
+from tdc_ray.runs.budget import Timing, mean_limit, steps_by_count, steps_by_time, timing_of
+from tdc_ray.runs.choices import with_choices, with_steps_of
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.comparison import (
     LongerBase,
@@ -52,6 +56,7 @@ from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
 from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
+from tdc_ray.runs.stages.step_times import step_times
 from tdc_ray.runs.stages.timing import expert_times
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.lease import hold_lease
@@ -87,7 +92,7 @@ def run(
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
-    config = with_first_stage(config, pretrained)
+    config = with_choices(with_first_stage(config, pretrained), run_dir.config)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
     earlier = load_results(run_dir.results) if exists(run_dir.results) else None
     if earlier is not None:
@@ -101,12 +106,16 @@ def run(
     if pretrained is not None:
         for note in base_notes(pretrained, config.diffusion, config.sampler):
             logger.warning("%s", note)
-    with hold_lease(run_dir.root):
-        _save_settings(run_dir, config, plan)
+    with hold_lease(run_dir.root), connected(local_cpus(config.compute)):
+        is_timed = config.budget.hours is not None and not exists(run_dir.config)
+        if not is_timed:
+            if not exists(run_dir.config):
+                config = steps_by_count(config, plan, space.macs_base)
+            _save_settings(run_dir, config, plan)
+        asked, config = config, replace(config, compute=with_gpus(config.compute))
         spec = choose_features(config.data, config.evaluate, run_dir.features)
         timeline, cache = Timeline(run_dir.timeline), _open_cache(store, run_dir)
         with (
-            connected(local_cpus(config.compute)),
             collecting(sinks) as events,
             CacheSession(cache) as session,
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
@@ -121,6 +130,10 @@ def run(
                 stages = STAGES if trains_base else STAGES[1:]
                 precision = resolve_auto_precision(run_dir, config, network, stages)
                 config = workers.run({"precision": precision}, "precision")["precision"]
+                if is_timed:
+                    timing = _time(run_dir, config, network, space, plan, spec, workers)
+                    config = steps_by_time(config, timing, time.perf_counter() - started)
+                    _save_settings(run_dir, with_steps_of(asked, config), plan)
                 if config.prune.objective == "latency" and config.prune.method != "none":
                     size = config.prune.latency_batch_size
                     timed = timed_space(run_dir.latency, network, space, size)
@@ -168,6 +181,35 @@ def run(
         results = collect_results(run_dir, config, outcome, seconds)
         save_results(run_dir.results, results)
         return results
+
+
+def _time(
+    run_dir: RunDir,
+    config: RunConfig,
+    network: NetworkConfig,
+    space: Space,
+    plan: Plan,
+    spec: FeatureSpec,
+    workers: Pool,
+) -> Timing:
+    """Time steps of the base, alone, and of an expert on all workers; estimate the whole run."""
+    num_experts = workers.num_workers(actor_resources(config.compute))
+    share = mean_limit(config, plan)
+    base, experts = step_times(run_dir, config, network, share, num_experts)
+    began = time.perf_counter()
+    alone = workers.run({"base": base}, "step times")["base"]
+    start_seconds = time.perf_counter() - began - alone.seconds
+    together = workers.run(experts, "step times")
+    return timing_of(
+        config,
+        network,
+        plan,
+        spec,
+        alone,
+        list(together.values()),
+        space.macs_base,
+        start_seconds,
+    )
 
 
 def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from tdc_ray.execution.chain import Barrier, Chain
 from tdc_ray.execution.item import AnyItem
 from tdc_ray.execution.simulator import FailureModel, Simulation, SimulationResult
 from tdc_ray.execution.timeline import load_history
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
@@ -26,6 +27,7 @@ from tdc_ray.pruning.tasks.candidates import CandidateResult
 from tdc_ray.pruning.tasks.scores import ScoreResult
 from tdc_ray.pruning.tasks.second_order import SecondOrderResult
 from tdc_ray.pruning.tasks.sensitivities import SensitivityResult, StreamResult
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.preflight import space_and_plan
 from tdc_ray.runs.stages.budgets import finetunes
 from tdc_ray.runs.stages.expert import make_expert, pruning_context
@@ -45,7 +47,9 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         LimitError: A group's limit is below the smallest pruned model.
         StorageError: The run whose costs are used has no timeline, or other settings.
     """
-    seconds_of, searches = _costs(config, simulation), _searches(config)
+    config = with_choices(config)
+    network = base_unet(config.model, config.conditioning)
+    seconds_of, searches = _costs(config, simulation), _searches(config, network)
     failures = FailureModel(
         failures_per_hour=simulation.failures_per_hour,
         joins_per_hour=simulation.joins_per_hour,
@@ -73,6 +77,22 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         ).run()
         for num_workers in simulation.workers
     ]
+
+
+def search_seconds(
+    config: RunConfig, network: NetworkConfig, num_workers: int, macs_per_second: float
+) -> float:
+    """Return how long the search of a run would take, without its fine-tunes."""
+    config = replace(config, finetune=replace(config.finetune, num_steps=0))
+    chains = {
+        search.name: _dry_run(search, stages, "") for search, stages in _searches(config, network)
+    }
+    simulation = Simulation(
+        chains,
+        lambda item: item.cost / (macs_per_second * item.num_workers),
+        num_workers=num_workers,
+    )
+    return simulation.run().makespan_seconds
 
 
 def _costs(config: RunConfig, simulation: SimulationConfig) -> Callable[[AnyItem], float]:
@@ -108,13 +128,12 @@ def _kind(key: str) -> str:
 _Stage = Sequence[AnyItem] | Barrier
 
 
-def _searches(config: RunConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
+def _searches(config: RunConfig, network: NetworkConfig) -> list[tuple[GroupSearch, list[_Stage]]]:
     """Return every group's search with the stages of its chain.
 
     The chain is the one of a run, on assumed results. Items of services are left out: they use no
     worker.
     """
-    network = base_unet(config.model, config.conditioning)
     space, plan = space_and_plan(config, network)
     by_macs = replace(config, prune=replace(config.prune, objective="macs"))
     with TemporaryDirectory() as folder:

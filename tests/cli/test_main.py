@@ -80,6 +80,8 @@ def test_bad_input_is_one_line_with_setting_rule_and_value(
     [
         ["run", "--data.source", "folder", "--data.path", "nowhere"],
         ["run", "--base", "./nowhere"],
+        ["run", "--model.config", "nowhere"],
+        ["run", "--model.config", "nowhere", "--run-dir", "run"],
         ["run", "--evaluate.features", "auto", "--evaluate.inception-path", "nowhere"],
         ["run", "--data.first-stage", "nowhere", "--sampler.no-clip-sample"],
         ["sweep", "--base", "openai:nowhere.pt", "--vary", "k=0.5"],

@@ -63,13 +63,9 @@ def test_subfolders_are_classes_if_all_images_lie_in_several(names):
     assert settings_of("--data", "img").conditioning.num_classes is None
 
 
-@pytest.mark.parametrize(
-    ("side", "channels", "architecture"),
-    [(8, (), "digits"), (16, (), "mnist16"), (16, (3,), "photos16"), (32, (3,), "ddpm-cifar10")],
-)
-def test_the_nearest_architecture_is_taken(side, channels, architecture):
-    fill(Path("img"), "1.png", size=(side, side), channels=channels)
-    assert settings_of("--data", "img").model.architecture == architecture
+def test_the_architecture_is_chosen_by_the_images_that_there_are():
+    fill(Path("img"), "1.png", size=(16, 16))
+    assert settings_of("--data", "img").model.architecture == "auto"
 
 
 def test_every_flag_overrides_what_was_found():

@@ -44,6 +44,10 @@ class PlanCommand:
         folder = resolve_path(self.out_dir or default_run_dir(config))
         check_output_folder("--out-dir", folder)
         base = None
+        if config.model.is_open:
+            from tdc_ray.runs.choices import with_choices  # imports torch
+
+            config = with_choices(with_absolute_paths(config))
         if config.model.base is not None:
             from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
 

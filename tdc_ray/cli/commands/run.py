@@ -1,6 +1,6 @@
 """``tdc-ray run``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -10,6 +10,8 @@ from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
+from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.storage.files import exists
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -43,6 +45,8 @@ class RunCommand:
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
         config = self.config
+        if not self._has_begun:  # what a run of a config file is called follows from its content
+            config = replace(config, model=with_file(config.model))
         folder = resolve_path(self.run_dir or default_run_dir(config))
         name = display_path(folder)
         check_output_folder("--run-dir", folder)
@@ -52,16 +56,24 @@ class RunCommand:
             check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
+        from tdc_ray.runs.budget import steps_by_count
+        from tdc_ray.runs.choices import with_choices
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base
 
         if self.dry_run:
             base = pretrained_base(config.model)
-            check(with_first_stage(with_absolute_paths(config), base), base)
+            config = with_first_stage(with_absolute_paths(config), base)
+            config = with_choices(config, RunDir(folder).config)
+            _, space, plan = check(config, base)
+            if not exists(RunDir(folder).config):
+                config = steps_by_count(config, plan, space.macs_base)
             check_local_ray()
             console.print(config)
             show_plan(config, base, console)
+            if config.budget.hours is not None:
+                console.print("--hours: the steps are set once they have been timed")
             console.print(f"would run in {name}", soft_wrap=True)
             return
         console.print(
@@ -79,3 +91,8 @@ class RunCommand:
             f"curves: tensorboard --logdir {quote(f'{name}/tensorboard')}",
             soft_wrap=True,
         )
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the run directory, where one is named, has settings of an earlier call."""
+        return self.run_dir is not None and exists(RunDir(resolve_path(self.run_dir)).config)

@@ -2,21 +2,29 @@
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
 from tdc_ray.execution.scheduler import num_fitting
 
+logger = logging.getLogger(__name__)
+
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Bytes of a local Ray's object store; items carry paths and small values, so little is in it."""
+
+KIND = "accelerator_type:"
+"""How Ray's resources that name a node's kind of GPU begin."""
 
 LOCAL = "tdc-ray-local"
 """Ray's namespace of a local Ray."""
@@ -86,6 +94,34 @@ def check_local_ray() -> None:
 def node_resources() -> list[dict[str, float]]:
     """Return the resources of every node that is alive, in use or not."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def with_gpus(compute: ComputeConfig) -> ComputeConfig:
+    """Return settings that say how many GPUs workers have, by what is there; log what they use.
+
+    Where it is not said workers have one each, if there are enough for those that work together.
+    """
+    nodes = node_resources()
+    num_gpus = sum(math.floor(node.get("GPU", 0.0)) for node in nodes)
+    base, actor = compute.gpus_per_base_worker, compute.gpus_per_actor
+    if base is None:
+        base = float(num_gpus >= compute.num_base_workers)
+    if actor is None:
+        actor = float(num_gpus >= compute.workers_per_finetune)
+    kinds = {name[len(KIND) :] for node in nodes for name in node if name.startswith(KIND)}
+    logger.info(
+        "devices: %d GPUs%s; a base worker takes %s, an actor %s",
+        num_gpus,
+        f" ({', '.join(sorted(kinds))})" if kinds else "",
+        _device_text(base, compute.cpus_per_base_worker),
+        _device_text(actor, compute.cpus_per_actor),
+    )
+    return replace(compute, gpus_per_base_worker=base, gpus_per_actor=actor)
+
+
+def _device_text(gpus: float, cpus: int) -> str:
+    threads = f"{cpus} CPU thread{'s' if cpus > 1 else ''}"
+    return f"{gpus:g} GPU and {threads}" if gpus else f"{threads} and no GPU"
 
 
 def check_room(number: int, needed: Mapping[str, float], settings: str, most: int = 0) -> bool:

@@ -13,6 +13,7 @@ from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
 from tdc_ray.execution.chain import Chain
 from tdc_ray.execution.events import Finished, Started
+from tdc_ray.execution.item import Resources
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
@@ -144,6 +145,10 @@ class Pool:
         if scheduler.failed:
             raise WorkFailedError(scheduler.failed)
         return scheduler.values
+
+    def num_workers(self, resources: Resources) -> int:
+        """Return how many workers of a kind there can be at once on the nodes that there are."""
+        return max(1, self._workers.most(resources))
 
     def _note_failed(self, scheduler: Scheduler[T], noted: set[str]) -> None:
         """Add the chains that failed to the timeline, unless they are in it."""

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
 from tdc_ray.execution.events import EventSink, ignore, reporter
-from tdc_ray.execution.item import AnyItem, Resources, Runner
+from tdc_ray.execution.item import AnyItem, Resources, Runner, actor_resources
 from tdc_ray.execution.ray.cluster import check_room, is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
@@ -121,7 +121,7 @@ class WorkerGroup:
         for resources, number in wanted.items():
             have = sum(worker.resources == resources for worker in self._workers.values())
             room = (self._compute.num_actors or MAX_ACTORS) - len(self._workers)
-            for _ in range(min(number - have, self._most(resources) - have, room)):
+            for _ in range(min(number - have, self.most(resources) - have, room)):
                 self._start_worker(resources)
 
     def removable(
@@ -137,7 +137,7 @@ class WorkerGroup:
         present = (one for one in self._workers.values() if one.node or one.started > latest)
         counts = Counter(worker.resources for worker in present)
         missing = {
-            kind: min(number, self._most(kind)) - counts[kind] for kind, number in wanted.items()
+            kind: min(number, self.most(kind)) - counts[kind] for kind, number in wanted.items()
         }
         removable = []
         for name, resources in spare.items():
@@ -220,7 +220,7 @@ class WorkerGroup:
     def _idle_seconds(self, name: str) -> float:
         return time.monotonic() - self._workers[name].idle_since
 
-    def _most(self, resources: Resources) -> int:
+    def most(self, resources: Resources) -> int:
         """Return how many actors of a kind to ask for.
 
         A cluster that others started may grow: there those that do not fit wait for room.
@@ -248,7 +248,8 @@ class WorkerGroup:
 def default_resources(compute: ComputeConfig) -> Resources:
     """Return the resources of a worker for items that name none."""
     gpus = compute.gpus_per_measurement
-    return Resources(compute.cpus_per_actor, compute.gpus_per_actor if gpus is None else gpus)
+    training = actor_resources(compute)
+    return training if gpus is None else Resources(compute.cpus_per_actor, gpus)
 
 
 def check_capacity(compute: ComputeConfig) -> None:
@@ -257,7 +258,7 @@ def check_capacity(compute: ComputeConfig) -> None:
     Raises:
         ClusterError: They have no room, and no node will join.
     """
-    training = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
+    training = actor_resources(compute)
     kinds = (default_resources(compute), 1), (training, compute.workers_per_finetune)
     names = ("cpus_per_actor", "gpus_per_actor", "workers_per_finetune", "num_actors")
     settings = ", ".join(f"compute.{name}" for name in names)

@@ -5,7 +5,7 @@ CompVis/latent-diffusion; their parameters and macs are the paper's.
 """
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Unpack, cast
 
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.model import ModelConfig
@@ -16,7 +16,7 @@ DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
 
 
-def _iddpm(**changes: Unpack[NetworkConfig]) -> NetworkConfig:
+def iddpm_unet(**changes: Unpack[NetworkConfig]) -> NetworkConfig:
     """UNet of improved-diffusion: scale_shift, a norm in the middle attention, eps 1e-5."""
     return {
         "in_channels": 3,
@@ -53,7 +53,7 @@ def _small(
 ) -> NetworkConfig:
     """UNet for small grey images: attention at the lowest resolution, heads of 16, 8 groups."""
     depth = len(channels)
-    return _iddpm(
+    return iddpm_unet(
         sample_size=sample_size,
         in_channels=in_channels,
         out_channels=in_channels,
@@ -75,14 +75,14 @@ ARCHITECTURES: Mapping[str, NetworkConfig] = {
     "photos16": _small(sample_size=16, channels=(16, 32), layers_per_block=1, in_channels=3),
     "mnist32": _small(sample_size=32, channels=(32, 64, 64), layers_per_block=2),
     "mnist32-ldm": _small(sample_size=8, channels=(48, 96), layers_per_block=2, in_channels=4),
-    "iddpm-cifar10": _iddpm(
+    "iddpm-cifar10": iddpm_unet(
         sample_size=32,
         layers_per_block=3,
         block_out_channels=(128, 256, 256, 256),
         down_block_types=(DOWN, ATTN_DOWN, ATTN_DOWN, DOWN),
         up_block_types=(UP, ATTN_UP, ATTN_UP, UP),
     ),
-    "iddpm-imagenet64": _iddpm(
+    "iddpm-imagenet64": iddpm_unet(
         sample_size=64,
         layers_per_block=3,
         block_out_channels=(128, 256, 384, 512),
@@ -126,19 +126,24 @@ def architecture(name: str) -> NetworkConfig:
     """
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"model.architecture must be one of {', '.join(ARCHITECTURES)}, got {name}."
+            f"model.architecture must be auto or one of {', '.join(ARCHITECTURES)}, got {name}."
         )
     return ARCHITECTURES[name]
 
 
 def base_unet(model: ModelConfig, conditioning: ConditioningConfig) -> NetworkConfig:
-    """Return the settings of a run's base: the named UNet, and the classes that it embeds.
+    """Return the settings of a run's base, and the classes that it embeds.
+
+    They are those that the run chose or read from a file, else the named UNet's.
 
     Raises:
-        ConfigError: No architecture has this name.
+        ConfigError: No architecture has this name; what ``auto`` is has to be chosen first.
     """
-    settings, num_classes = architecture(model.architecture), conditioning.num_class_embeds
-    return settings if num_classes is None else {**settings, "num_class_embeds": num_classes}
+    chosen, num_classes = model.network, conditioning.num_class_embeds
+    settings = architecture(model.architecture) if chosen is None else cast(NetworkConfig, chosen)
+    if num_classes is None or settings.get("num_class_embeds") is not None:
+        return settings
+    return {**settings, "num_class_embeds": num_classes}
 
 
 def with_heads(config: NetworkConfig, num_heads: int) -> NetworkConfig:

@@ -11,11 +11,9 @@ from diffusers.models.attention_processor import Attention
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.config_file import HEADS_FILE
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
-
-HEADS_FILE = "tdc_heads.json"
-"""File beside the weights, where ``attention_head_dim`` cannot express the number of heads."""
 
 _DEFAULTS = {
     name: parameter.default
@@ -94,14 +92,32 @@ def given_unet_config(folder: Path) -> NetworkConfig:
         )
     try:
         config = cast("NetworkConfig", {**_DEFAULTS, **unet_config(folder)})
-        with torch.device("meta"):
-            build_unet(config)
+        _build_on_meta(config)
     except _MALFORMED as error:
         raise CheckpointError(
             f"diffusers can build no UNet2DModel of {display_path(path)}: {type(error).__name__}: "
             f"{error}"
         ) from error
     return config
+
+
+def check_buildable(config: NetworkConfig, name: str) -> None:
+    """Check that diffusers can build a UNet of a config.
+
+    Raises:
+        ConfigError: It cannot: values contradict each other.
+    """
+    try:
+        _build_on_meta(config)
+    except _MALFORMED as error:
+        raise ConfigError(
+            f"diffusers can build no UNet2DModel of {name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _build_on_meta(config: NetworkConfig) -> None:
+    with torch.device("meta"):
+        build_unet(config)
 
 
 def unet_config(folder: Path) -> NetworkConfig:

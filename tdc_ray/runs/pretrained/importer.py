@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, VQModel
 
+from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.finite import check_finite
@@ -123,6 +124,11 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         if isinstance(base.first_stage, PackedFirstStage):
             size //= downsampling(base.first_stage.config()["block_out_channels"])
         return {**with_heads(base.unet, model.num_heads), "sample_size": size}
+    if model.architecture == AUTO:
+        raise ConfigError(
+            f"{base.source} does not say how many heads its attentions have: set "
+            "--model.num-heads, or name the preset that it was trained with by --preset."
+        )
     named = architecture(model.architecture)
     shape, expected = _shape(base.unet), _shape(named)
     for name, value in shape.items():

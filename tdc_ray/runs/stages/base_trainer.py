@@ -62,7 +62,7 @@ def train_base_on_ray(
         train_loop_config={"job": BaseJob(run_dir, config, key, events.remote)},
         scaling_config=ScalingConfig(
             num_workers=config.compute.num_base_workers,
-            use_gpu=config.compute.gpus_per_base_worker > 0,
+            use_gpu="GPU" in resources,
             resources_per_worker=resources,
         ),
         run_config=TrainRunConfig(
@@ -127,7 +127,7 @@ def storage_of(folder: Path) -> dict[str, Any]:
 
 def _resources(compute: ComputeConfig) -> dict[str, float]:
     resources = {"CPU": float(compute.cpus_per_base_worker)}
-    if compute.gpus_per_base_worker > 0:
+    if compute.gpus_per_base_worker:
         resources["GPU"] = compute.gpus_per_base_worker
     return resources
 

@@ -19,7 +19,7 @@ from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, StorageFailedError
 from tdc_ray.execution.device import all_gather, worker_rank
-from tdc_ray.execution.item import Inputs, R, Report, Resources, WorkItem
+from tdc_ray.execution.item import Inputs, R, Report, WorkItem, actor_resources
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import family_of, load_config
 from tdc_ray.models.saved_expert import save_expert
@@ -241,7 +241,7 @@ def _item(
         cost=each * job.num_images,
         cost_behind=search.cost_behind(),
         num_steps=job.train.num_steps,
-        resources=Resources(compute.cpus_per_actor, compute.gpus_per_actor),
+        resources=actor_resources(compute),
         num_workers=compute.workers_per_finetune,
         reduce_memory=smaller_micro_batch,
     )

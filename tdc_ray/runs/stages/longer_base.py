@@ -22,7 +22,7 @@ from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, StorageFailedError
 from tdc_ray.execution.device import WorkerRank, all_gather, worker_rank
-from tdc_ray.execution.item import Inputs, Report, Resources, WorkItem
+from tdc_ray.execution.item import Inputs, Report, WorkItem, base_resources
 from tdc_ray.models.families import load_config, load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
@@ -105,7 +105,7 @@ def longer_base_item(job: LongerBaseJob) -> WorkItem[LongerBaseJob, LongerBaseRe
         result_type=LongerBaseResult,
         cost=macs,
         num_steps=job.train.num_steps,
-        resources=Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker),
+        resources=base_resources(compute),
         num_workers=compute.num_base_workers,
         reduce_memory=smaller_micro_batch,
         inputs=longer_base_inputs,

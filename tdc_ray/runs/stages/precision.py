@@ -14,7 +14,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Report, Resources, WorkItem
+from tdc_ray.execution.item import Report, WorkItem, actor_resources, base_resources
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.storage.run_dir import RunDir
@@ -68,9 +68,7 @@ def resolve_auto_precision(
     Returns:
         Settings without ``auto`` in these stages.
     """
-    compute = config.compute
-    base_resources = Resources(compute.cpus_per_base_worker, compute.gpus_per_base_worker)
-    actor_resources = Resources(compute.cpus_per_actor, compute.gpus_per_actor)
+    base, actor = base_resources(config.compute), actor_resources(config.compute)
     for stage in stages:
         if getattr(config, stage).precision != "auto":
             continue
@@ -85,7 +83,7 @@ def resolve_auto_precision(
             job=job,
             result_path=run_dir.root / "precision" / f"{stage}.json",
             cost=0.0,
-            resources=base_resources if stage == "base" else actor_resources,
+            resources=base if stage == "base" else actor,
             result_type=PrecisionResult,
         )
         result = yield from result_of(item)

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,18 @@ from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.execution.events import EventSink, listening
 from tdc_ray.execution.ray.cache_session import start_claim_registry
-from tdc_ray.execution.ray.cluster import connected
+from tdc_ray.execution.ray.cluster import connected, with_gpus
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
+from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
-from tdc_ray.runs.pretrained.sources import pretrained_base
+from tdc_ray.runs.pretrained.sources import pretrained_base, resolve_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import SweepResults, open_results
@@ -98,6 +101,7 @@ def sweep(
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
     config = with_first_stage(config, pretrained)
+    config = replace(config, model=with_file(config.model))  # once for all trials
     check_space(space, config, sweep_config, points)
     if points is None and sweep_config.search == "grid":
         points = grid(space)
@@ -112,8 +116,9 @@ def sweep(
         connected(local_cpus(config.compute), dashboard=True),
         listening(sinks) as events,
     ):
-        check_cluster(config.compute)
-        check_capacity(config.compute)
+        compute = with_gpus(config.compute)
+        check_cluster(compute)
+        check_capacity(compute)
         results = open_results(folder, config, space, sweep_config)
         table = SweepTable(folder, config, results, events)
         spec = TrialSpec(
@@ -150,7 +155,7 @@ def _check_trials(
     Raises:
         TdcError: A run could not work.
     """
-    base_of = functools.cache(pretrained_base)  # its checkpoint is mapped once for all trials
+    base_of = functools.cache(resolve_base)  # its checkpoint is mapped once for all trials
     bounds = [{name: value} for name, domain in space.items() for value in domain.values]
     for params in bounds if points is None else points:
         try:
@@ -158,7 +163,8 @@ def _check_trials(
             if trial_config != with_absolute_paths(trial_config):
                 # Trials have working directories of their own.
                 raise ConfigError("paths that are varied must be absolute.")
-            check(trial_config, base_of(trial_config.model))
+            source = trial_config.model.base
+            check(with_choices(trial_config), None if source is None else base_of(source))
         except TdcError as error:
             raise type(error)(f"{setting_name(params)}: {error}") from error
 

@@ -1,0 +1,259 @@
+"""How many steps a run takes by its budget: ``--hours``, ``--train-macs`` or ``--epochs``."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import TrainConfig
+from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.plan import Plan
+from tdc_ray.errors import ConfigError
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.runs.evaluation.features import FeatureSpec
+from tdc_ray.runs.simulation import search_seconds
+from tdc_ray.runs.stages.budgets import finetunes
+from tdc_ray.runs.stages.finetune import macs_per_image
+from tdc_ray.runs.stages.step_times import StepTimesResult
+from tdc_ray.runs.stages.timing import MIN_REPEATS
+from tdc_ray.storage.files import exists
+
+logger = logging.getLogger(__name__)
+
+Train = TypeVar("Train", bound=TrainConfig)
+
+EMA_SPANS = 5
+"""How many times 1 / (1 - decay) steps a moving average needs to forget where it started."""
+
+WARMUP_SHARE = 0.1
+"""Longest warm-up, as a share of the steps."""
+
+MARGIN = 0.15
+"""Share of the hours that is left: machines are not always as fast as when they were timed."""
+
+SEARCH_FACTOR = 2.0
+"""Seconds of a search in those of its forward passes: there are refits and waiting, too."""
+
+NUM_STARTS, MIN_START_SECONDS = 3, 10.0
+"""How often workers start after the measurement (twice, one of them by Ray Train, which takes
+longer), and how long a start takes at least."""
+
+GRID_IMAGES = 16
+"""Images that stage 1 samples at every checkpoint."""
+
+INCEPTION_MACS = 5.7e9
+"""Of Inception's features of an image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """What a run takes on its workers."""
+
+    training_seconds: float
+    """Base, fine-tunes and what follows from their steps, at the steps of the settings."""
+
+    other_seconds: float
+    """Search, evaluation, and starting the workers of all stages."""
+
+
+def trains_base(config: RunConfig) -> bool:
+    """Whether the run trains a base."""
+    return config.model.base is None
+
+
+def steps_by_count(config: RunConfig, plan: Plan, macs_base: int) -> RunConfig:
+    """Return settings with the steps that ``--train-macs`` or ``--epochs`` buys, if one is given.
+
+    Args:
+        config: The settings.
+        plan: The groups and their limits.
+        macs_base: Of a forward pass of the base.
+
+    Raises:
+        ConfigError: It buys not a single step, or there is no base to count epochs of.
+    """
+    budget, base = config.budget, config.base
+    if budget.flag is not None and trains_base(config) and base.num_steps == 0:
+        raise ConfigError(f"base.num_steps must be above 0 with {budget.flag}, got 0.")
+    if budget.epochs is not None:
+        if not trains_base(config):
+            raise ConfigError(
+                "--epochs counts those of the base, which --base brings: use --hours or "
+                "--train-macs, or set --finetune.num-steps."
+            )
+        num_images = len(load_dataset(config.data))
+        num_steps = math.ceil(budget.epochs * num_images / base.batch_size)
+        logger.info("--epochs %g: %d images", budget.epochs, num_images)
+        return with_scaled_steps(config, num_steps / base.num_steps)
+    if budget.train_macs is None:
+        return config
+    macs = training_macs(config, plan, macs_base)
+    if macs == 0:
+        raise ConfigError("--train-macs must be left out where nothing is trained.")
+    scale = budget.train_macs / macs
+    if scale * _fewest_steps(config) < 1:
+        least = macs / _fewest_steps(config)
+        raise ConfigError(
+            f"--train-macs must be at least {least:.2g} for one step of everything that is "
+            f"trained, got {budget.train_macs:g}."
+        )
+    return with_scaled_steps(config, scale)
+
+
+def training_macs(config: RunConfig, plan: Plan, macs_base: int) -> float:
+    """Return the macs of base and fine-tunes; experts have what their limits allow."""
+    base = config.base
+    macs = 3.0 * macs_base * base.num_steps * base.batch_size if trains_base(config) else 0.0
+    return macs + finetune_macs(config, plan, macs_base)
+
+
+def finetune_macs(config: RunConfig, plan: Plan, macs_base: int) -> float:
+    """Return the macs of the fine-tunes."""
+    macs = 0.0
+    for group, train in zip(plan.groups, finetunes(config.finetune, plan.groups), strict=True):
+        share = 1.0 if config.prune.method == "none" else group.limit_share
+        each = macs_per_image(train, share * macs_base, macs_base)
+        macs += each * train.num_steps * train.batch_size
+    return macs
+
+
+def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> RunConfig:
+    """Return settings with as many steps as the rest of ``--hours`` has room for.
+
+    Args:
+        config: The settings, and so the ratio of the steps.
+        timing: What these take.
+        elapsed: Seconds since the run started.
+
+    Raises:
+        ConfigError: There is no room for a single step of each.
+    """
+    hours = config.budget.hours
+    assert hours is not None
+    fixed = elapsed + timing.other_seconds
+    room = (1 - MARGIN) * 3600 * hours - fixed
+    least = fixed + timing.training_seconds / _fewest_steps(config)
+    if timing.training_seconds == 0 or room * _fewest_steps(config) < timing.training_seconds:
+        raise ConfigError(
+            f"--hours must be at least {least / 3600 / (1 - MARGIN):.2g} here, got {hours:g}: all "
+            f"but training takes about {fixed / 60:.1f} minutes. Give more, or take fewer images "
+            f"of --evaluate.num-images {config.evaluate.num_images} or fewer of "
+            f"--plan.num-groups {config.plan.num_groups}."
+        )
+    logger.info(
+        "--hours %g: %.1f minutes for training, %.1f for search, evaluation and start",
+        hours,
+        room / 60,
+        fixed / 60,
+    )
+    return with_scaled_steps(config, room / timing.training_seconds)
+
+
+def timing_of(
+    config: RunConfig,
+    network: NetworkConfig,
+    plan: Plan,
+    spec: FeatureSpec,
+    base: StepTimesResult,
+    experts: Sequence[StepTimesResult],
+    macs_base: int,
+    start_seconds: float,
+) -> Timing:
+    """Estimate what a run takes from what was measured.
+
+    Args:
+        config: The settings.
+        network: The base's config.
+        plan: The groups and their limits.
+        spec: The features that images are scored by.
+        base: The times of the base, alone.
+        experts: The times of an expert of the mean limit, on all workers at once.
+        macs_base: Of a forward pass of the base.
+        start_seconds: Of the start of the worker that measured.
+    """
+    workers, finetune = len(experts), config.finetune
+    mean_share = mean_limit(config, plan)
+    step = max(one.step_seconds for one in experts)
+    expert_pass = max(one.pass_seconds for one in experts)
+    base_pass = max(base.pass_seconds, expert_pass)
+    macs_per_second = min(macs_base / base_pass, mean_share * macs_base / expert_pass)
+    passes = len(plan.sampling_timesteps) * (1 if config.sampler.guidance_scale == 1 else 2)
+    training = 0.0
+    if trains_base(config):
+        grid = GRID_IMAGES * passes * base_pass / config.base.checkpoint_every
+        training += config.base.num_steps * (base.step_seconds + grid)
+    seconds = [
+        train.num_steps * step * (1.0 if mean_share == 1 else group.limit_share / mean_share)
+        for group, train in zip(plan.groups, finetunes(finetune, plan.groups), strict=True)
+    ]
+    training += makespan(seconds, max(1, workers // config.compute.workers_per_finetune))
+    images, num_passes = config.evaluate.num_images, base_pass + expert_pass
+    if config.compare.kind != "none":  # the base trained on costs as much as the fine-tunes
+        rate = base.step_seconds / (3.0 * macs_base * config.base.batch_size)
+        training += rate * finetune_macs(config, plan, macs_base)
+        num_passes += base_pass * (1 + len(plan.groups) * config.compare.swaps)
+    scoring = images * passes * num_passes / workers
+    if spec.num_classes is None:
+        known = config.evaluate.reference is not None or exists(spec.moments_path)
+        num_features = 2 * images + (0 if known else len(load_dataset(config.data)))
+        scoring += num_features * INCEPTION_MACS / macs_per_second / workers
+    timed = config.prune.latency_batch_size * (base_pass + expert_pass)
+    search = SEARCH_FACTOR * search_seconds(config, network, workers, macs_per_second)
+    return Timing(
+        training_seconds=training,
+        other_seconds=search
+        + scoring
+        + len(plan.groups) * MIN_REPEATS * timed
+        + NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
+    )
+
+
+def mean_limit(config: RunConfig, plan: Plan) -> float:
+    """Return the mean over the groups of an expert's limit, as a share of the base."""
+    if config.prune.method == "none":
+        return 1.0
+    return math.fsum(group.limit_share for group in plan.groups) / len(plan.groups)
+
+
+def makespan(seconds: Sequence[float], workers: int) -> float:
+    """Return how long pieces of work take, the longest first, each on the worker free first."""
+    loads = [0.0] * workers
+    for each in sorted(seconds, reverse=True):
+        loads[loads.index(min(loads))] += each
+    return max(loads)
+
+
+def with_scaled_steps(config: RunConfig, scale: float) -> RunConfig:
+    """Return settings whose base and fine-tunes have so many times as many steps; log them."""
+    config = replace(config, finetune=_scaled(config.finetune, scale))
+    base = ""
+    if trains_base(config):
+        config = replace(config, base=_scaled(config.base, scale))
+        base = f"base.num_steps {config.base.num_steps}, "
+    logger.info("%s: %sfinetune.num_steps %d", config.budget.flag, base, config.finetune.num_steps)
+    return config
+
+
+def _scaled(train: Train, scale: float) -> Train:
+    """Scale the steps; shorten a warm-up and a moving average that are too long for fewer."""
+    if train.num_steps == 0:
+        return train
+    num_steps = max(1, round(scale * train.num_steps))
+    if num_steps >= train.num_steps:
+        return replace(train, num_steps=num_steps)
+    return replace(
+        train,
+        num_steps=num_steps,
+        num_warmup_steps=min(train.num_warmup_steps, math.ceil(WARMUP_SHARE * num_steps)),
+        ema_warmup=train.ema_warmup or num_steps * (1 - train.ema_decay) < EMA_SPANS,
+    )
+
+
+def _fewest_steps(config: RunConfig) -> int:
+    """Return the steps of what trains for the fewest, of base and fine-tunes that train at all."""
+    steps = [config.finetune.num_steps]
+    if trains_base(config):
+        steps.append(config.base.num_steps)
+    return min(filter(None, steps), default=1)

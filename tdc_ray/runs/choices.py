@@ -1,0 +1,128 @@
+"""What a run chooses once, so that later calls keep it: its network, and its steps by a budget."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from tdc_ray.config.budget import STEP_FIELDS
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.run import RunConfig, from_json, named_differences
+from tdc_ray.data.load import load_dataset
+from tdc_ray.errors import ConfigError, TdcError
+from tdc_ray.models.first_stage import input_shape
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.auto import auto_unet
+from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.storage.files import exists, read_json
+
+logger = logging.getLogger(__name__)
+
+
+def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
+    """Return settings that hold the network which ``--model`` asks for, chosen or read if need be.
+
+    Args:
+        config: The settings.
+        recorded: Settings of an earlier call, if there was one: the network that it chose and the
+            steps that its budget bought are kept, whatever became of the images, of the file of
+            ``model.config`` and of the workers' speed.
+
+    Raises:
+        ConfigError: The file of ``model.config`` is missing or malformed, or there is no network
+            for images of this size.
+        StorageError: That file is no JSON.
+        DataError: The images are missing or malformed.
+    """
+    if recorded is not None and exists(recorded):
+        config = _with_recorded(config, recorded)
+    if config.model.config is not None:
+        return _filled(config)
+    return replace(config, model=_chosen(config)) if config.model.is_open else config
+
+
+def _filled(config: RunConfig) -> RunConfig:
+    """Read the file of ``model.config``; one without a size takes that of the data."""
+    model = with_file(config.model)
+    if model.network is None or model.network["sample_size"] is not None:
+        return replace(config, model=model)
+    size = input_shape(config.data)[1]
+    return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
+
+
+def _chosen(config: RunConfig) -> ModelConfig:
+    """Choose the network of architecture auto."""
+    model = config.model
+    channels, height, width = input_shape(config.data)
+    num_images = len(load_dataset(config.data))
+    network = auto_unet(
+        height=height,
+        width=width,
+        channels=channels,
+        num_images=num_images,
+        learned_sigma=config.diffusion.learned_sigma,
+        scale=model.width,
+        depth=model.depth,
+    )
+    structure = network_structure(network)
+    logger.info(
+        "model.architecture auto: %s channels, %d residual blocks a level; %.2f M parameters and "
+        "%.2f M macs for %d images of %dx%dx%d",
+        ", ".join(map(str, network["block_out_channels"])),
+        network["layers_per_block"],
+        structure.num_params / 1e6,
+        structure.macs / 1e6,
+        num_images,
+        height,
+        width,
+        channels,
+    )
+    return replace(model, network=json.loads(json.dumps(network)))
+
+
+def _with_recorded(config: RunConfig, recorded: Path) -> RunConfig:
+    """Return settings with what an earlier call chose that was asked for the same."""
+    try:
+        before = from_json(read_json(recorded))
+    except ConfigError:  # of another version: what compares the settings says so
+        return config
+    return _with_recorded_network(with_steps_of(config, before), before.model)
+
+
+def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:
+    """Return settings with the steps that the same budget bought before, if there is one."""
+    if before.budget != config.budget or config.budget.flag is None:
+        return config
+    for stage in ("base", "finetune"):
+        asked, bought = getattr(config, stage), getattr(before, stage)
+        if bool(asked.num_steps) == bool(bought.num_steps):
+            steps = {name: getattr(bought, name) for name in STEP_FIELDS}
+            config = replace(config, **{stage: replace(asked, **steps)})
+    return config
+
+
+def _with_recorded_network(config: RunConfig, before: ModelConfig) -> RunConfig:
+    """Return settings with the network that was asked for in the same way."""
+    model = config.model
+    if before.network is None or model.base is not None:
+        return config
+    kept = replace(model, network=before.network)
+    if model.config is None:
+        asked = ("architecture", "width", "depth", "config")
+        is_same = all(getattr(model, name) == getattr(before, name) for name in asked)
+        return replace(config, model=kept) if is_same else config
+    if before.config is None:
+        return config
+    try:
+        now = _filled(config).model
+    except TdcError as error:
+        logger.warning("%s The run keeps the network that it began with.", error)
+        return replace(config, model=replace(kept, dropout=model.dropout or before.dropout))
+    if changed := named_differences(before.network, now.network or {}):
+        logger.warning(
+            "%s is not what it was at the first start (%s): the run keeps the network that it "
+            "began with. For the new one choose another run directory.",
+            model.name,
+            "; ".join(changed),
+        )
+    return replace(config, model=replace(now, network=before.network))

@@ -1,0 +1,245 @@
+import logging
+from dataclasses import replace
+
+import pytest
+
+from tdc_ray.cli.parse import parse
+from tdc_ray.config.budget import BudgetConfig
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import default_run_dir, differences, from_json, to_json
+from tdc_ray.errors import ConfigError
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.architectures import base_unet
+from tdc_ray.runs.budget import (
+    MARGIN,
+    Timing,
+    makespan,
+    mean_limit,
+    steps_by_count,
+    steps_by_time,
+    timing_of,
+    training_macs,
+)
+from tdc_ray.runs.choices import with_choices
+from tdc_ray.runs.evaluation.features import find_features
+from tdc_ray.runs.preflight import space_and_plan
+from tdc_ray.runs.stages.step_times import StepTimesJob, StepTimesResult, measure_steps
+from tdc_ray.storage.files import write_json
+from tests.small import TINY, small_config
+
+
+def counted(config):
+    network = base_unet(config.model, config.conditioning)
+    _, plan = space_and_plan(config, network)
+    return steps_by_count(config, plan, network_structure(network).macs)
+
+
+def with_budget(name="digits", **budget):
+    return replace(preset(name), budget=BudgetConfig(**budget))
+
+
+# --- epochs and macs -----------------------------------------------------------------------------
+
+
+def test_without_a_budget_steps_are_as_they_are_set():
+    assert counted(preset("digits")) == preset("digits")
+
+
+def test_epochs_are_those_of_the_base_and_fine_tunes_keep_the_ratio():
+    config = counted(with_budget(epochs=50))
+    assert config.base.num_steps == -(-50 * 1797 // 64)
+    assert config.finetune.num_steps == round(config.base.num_steps / 5)
+    assert counted(with_budget(epochs=1e-6)).base.num_steps == 1
+
+
+def test_macs_are_spent_on_base_and_fine_tunes():
+    config = counted(with_budget(train_macs=1e14))
+    network = base_unet(config.model, config.conditioning)
+    _, plan = space_and_plan(config, network)
+    macs = training_macs(config, plan, network_structure(network).macs)
+    assert macs == pytest.approx(1e14, rel=1e-3)
+    assert config.finetune.num_steps == pytest.approx(config.base.num_steps / 5, abs=1)
+
+
+def test_no_fine_tune_stays_none():
+    none = replace(preset("digits").finetune, num_steps=0)
+    config = counted(replace(with_budget(train_macs=1e14), finetune=none))
+    assert config.finetune.num_steps == 0
+    each = 3 * network_structure(base_unet(config.model, config.conditioning)).macs
+    assert config.base.num_steps * config.base.batch_size * each == pytest.approx(1e14, rel=1e-3)
+
+
+def test_of_a_base_that_is_given_all_macs_are_the_fine_tunes():
+    config = with_budget(train_macs=1e14)
+    config = replace(config, model=replace(config.model, base="somewhere"))
+    found = counted(config)
+    assert found.base == config.base
+    assert found.finetune.num_steps > counted(with_budget(train_macs=1e14)).finetune.num_steps
+    with pytest.raises(ConfigError, match=r"--epochs counts those of the base, which --base"):
+        counted(replace(config, budget=BudgetConfig(epochs=1)))
+
+
+def test_few_steps_have_a_short_warm_up_and_an_average_that_keeps_up():
+    full, config = preset("ddpm-cifar10"), with_budget("ddpm-cifar10", train_macs=1e15)
+    found = counted(config)
+    assert found.base.num_steps < 1000
+    assert found.base.num_warmup_steps == -(-found.base.num_steps // 10)
+    assert (full.base.ema_warmup, found.base.ema_warmup) == (False, True)
+    longer = counted(replace(config, budget=BudgetConfig(train_macs=1e25)))
+    assert longer.base.num_steps > full.base.num_steps
+    assert longer.base == replace(full.base, num_steps=longer.base.num_steps)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"hours": 0}, r"budget\.hours must be greater than 0, got 0"),
+        ({"epochs": -1}, r"budget\.epochs must be greater than 0"),
+        (
+            {"hours": 1, "epochs": 2},
+            r"only one of --hours, --train-macs and --epochs may be given, got --hours and --ep",
+        ),
+    ],
+)
+def test_what_is_no_budget_is_refused(budget, message):
+    with pytest.raises(ConfigError, match=message):
+        BudgetConfig(**budget)
+
+
+def test_too_few_macs_for_a_step_are_refused_with_the_least():
+    with pytest.raises(ConfigError, match=r"--train-macs must be at least .*, got 1000"):
+        counted(with_budget(train_macs=1e3))
+
+
+# --- hours ---------------------------------------------------------------------------------------
+
+TIMING = Timing(training_seconds=1000.0, other_seconds=100.0)
+
+
+def test_the_rest_of_the_hours_is_for_training(caplog):
+    caplog.set_level(logging.INFO)
+    config = with_budget(hours=2)
+    found = steps_by_time(config, TIMING, elapsed=20.0)
+    room = (1 - MARGIN) * 7200 - 120
+    assert found.base.num_steps == round(config.base.num_steps * room / 1000)
+    assert found.finetune.num_steps == round(config.finetune.num_steps * room / 1000)
+    assert f"base.num_steps {found.base.num_steps}" in caplog.text
+    assert f"finetune.num_steps {found.finetune.num_steps}" in caplog.text
+
+
+def test_hours_that_search_and_evaluation_take_are_refused_with_the_least():
+    with pytest.raises(ConfigError, match=r"--hours must be at least 0\.0\d+ here, got 0\.01"):
+        steps_by_time(with_budget(hours=0.01), TIMING, elapsed=20.0)
+    steps_by_time(with_budget(hours=0.05), TIMING, elapsed=20.0)
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 10.0), (2, 6.0), (3, 4.0), (9, 4.0)])
+def test_work_is_shared_by_the_workers(workers, seconds):
+    assert makespan([1.0, 4.0, 3.0, 2.0], workers) == pytest.approx(max(seconds, 4.0), abs=1.0)
+
+
+def timing(config, *, workers=2, step=0.1):
+    network = base_unet(config.model, config.conditioning)
+    space, plan = space_and_plan(config, network)
+    one = StepTimesResult(step_seconds=step, pass_seconds=1e-4, seconds=6.0)
+    spec = find_features(config.data, config.evaluate, "classifier")
+    return timing_of(config, network, plan, spec, one, [one] * workers, space.macs_base, 5.0)
+
+
+def test_training_takes_the_steps_of_base_and_fine_tunes():
+    config = small_config()
+    found, twice = timing(config), timing(config, step=0.2)
+    grids = 60 / 20 * 16 * 10 * 1e-4
+    _, plan = space_and_plan(config, TINY)
+    shares = [group.limit_share / mean_limit(config, plan) for group in plan.groups]
+    experts = makespan([20 * 0.1 * share for share in shares], 2)
+    assert found.training_seconds == pytest.approx(60 * 0.1 + grids + experts)
+    assert twice.training_seconds - found.training_seconds == pytest.approx(6.0 + experts)
+    assert timing(config, workers=4).training_seconds < found.training_seconds
+
+
+def test_search_and_evaluation_are_allowed_for():
+    config = small_config()
+    found = timing(config).other_seconds
+    more = small_config(evaluate={"num_images": 400})
+    assert timing(more).other_seconds - found == pytest.approx(200 * 10 * 2e-4 / 2)
+    unpruned = small_config(prune={"method": "none"})
+    assert timing(unpruned).other_seconds < found
+
+
+def test_what_a_comparison_trains_on_is_allowed_for():
+    config = small_config()
+    compared = small_config(compare={"kind": "equal-macs"})
+    assert timing(compared).training_seconds > timing(config).training_seconds
+    assert timing(compared).other_seconds > timing(config).other_seconds
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir):
+    config = small_config(evaluate={"cache_dir": str(cache_dir)})
+    found = measure_steps(StepTimesJob(config, TINY, share), lambda *_: None)
+    assert 0 < found.step_seconds < 5
+    assert 0 < found.pass_seconds < 1
+    assert found.seconds > 4 * found.step_seconds
+
+
+# --- what a later call keeps ---------------------------------------------------------------------
+
+
+def test_a_resumed_run_keeps_the_steps_that_its_budget_bought(tmp_path):
+    path, asked = tmp_path / "config.json", with_budget(hours=2)
+    first = steps_by_time(asked, TIMING, elapsed=0.0)
+    write_json(path, to_json(first))
+    again = with_choices(asked, path)
+    assert differences(first, again) == []
+    assert again.base.num_steps == first.base.num_steps != asked.base.num_steps
+    assert default_run_dir(again) != default_run_dir(preset("digits"))
+    longer = with_choices(with_budget(hours=3), path)
+    assert "budget.hours 2.0 -> 3.0" in differences(first, longer)
+    none = replace(asked, finetune=replace(asked.finetune, num_steps=0))
+    changed = differences(first, with_choices(none, path))
+    assert any("finetune.num_steps" in text for text in changed)
+
+
+def test_settings_from_before_there_were_budgets_have_none():
+    document = to_json(preset("digits"))
+    del document["budget"]
+    assert differences(from_json(document), preset("digits")) == []
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--hours", "2"], BudgetConfig(hours=2)),
+        (["--budget.hours=2"], BudgetConfig(hours=2)),
+        (["--train-macs", "1e15"], BudgetConfig(train_macs=1e15)),
+        (["--epochs", "50", "--finetune.num-steps", "0"], BudgetConfig(epochs=50)),
+    ],
+)
+def test_a_budget_is_a_flag_of_run(flags, expected):
+    assert parse(["run", *flags]).config.budget == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["run", "--hours", "2", "--base.num-steps", "9"],
+            r"--hours sets the steps of base and fine-tunes: leave out --base\.num-steps",
+        ),
+        (["run", "--epochs=2", "--base.num_steps=9"], r"--epochs sets the steps"),
+        (
+            ["run", "--train-macs", "1", "--finetune.num-steps", "9"],
+            r"--train-macs sets the steps",
+        ),
+        (["run", "--hours", "2", "--epochs", "9"], r"only one of --hours"),
+        (["plan", "--hours", "2"], r"--hours goes with tdc-ray run alone"),
+        (["simulate", "--budget.epochs", "2"], r"--epochs goes with tdc-ray run alone"),
+    ],
+)
+def test_a_budget_beside_steps_or_elsewhere_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(arguments)
