@@ -29,18 +29,28 @@ SECONDS_TO_ANSWER = 2.0
 
 
 @contextlib.contextmanager
-def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterator[None]:
-    """Use the cluster that ``RAY_ADDRESS`` names, or the one already joined, or a local one.
+def connected(
+    num_cpus: int | None = None, *, dashboard: bool = False, address: str | None = None
+) -> Iterator[None]:
+    """Use the cluster already joined, or that of an address or ``RAY_ADDRESS``, or a local one.
 
     Args:
         num_cpus: Logical CPUs of a local Ray; None means as many as the machine has.
         dashboard: Whether a local Ray has one, on loopback: without it Ray Train never finds out
             that the process which leads a training was killed, and keeps its CPUs.
+        address: Of the cluster, ``auto`` for the one that runs here, or ``local``; None means that
+            ``RAY_ADDRESS`` decides.
+
+    Raises:
+        ClusterError: No cluster answers, or a local Ray cannot make its sockets.
     """
     if ray.is_initialized():
         yield
         return
-    check_local_ray()
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        address = "local"
+    if address == "local":
+        check_local_ray()
     # Ray Train's controller looks at its workers this often; a report waits for the next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -52,12 +62,19 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         "namespace": LOCAL,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    ray.init(
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        **({} if "RAY_ADDRESS" in os.environ else local),
-    )
+    try:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **(local if address == "local" else {"address": address}),
+        )
+    except ConnectionError as error:
+        named = address or os.environ["RAY_ADDRESS"]
+        raise ClusterError(
+            f"no Ray cluster answers at {named}: start one by ray start --head, give the address "
+            "of another, or use local."
+        ) from error
     try:
         yield
     finally:
