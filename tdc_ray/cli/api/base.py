@@ -27,7 +27,7 @@ from tdc_ray.runs.pretrained.importer import (
 )
 from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
-from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
+from tdc_ray.runs.pretrained.sources import PretrainedBase, images_of, resolve_base
 from tdc_ray.runs.prune_model import run_config_of
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,9 @@ def base_of(
             f"num_classes must be {config.conditioning.num_classes}, as {found.source} says, got "
             f"{num_classes}."
         )
+    if isinstance(found.first_stage, Path):
+        images = images_of(found.first_stage, found.unet["sample_size"])
+        config = replace(config, data=replace(config.data, **images))
     config = with_absolute_paths(with_first_stage(config, found))
     check_compatible(found, config)
     check_weights(found)

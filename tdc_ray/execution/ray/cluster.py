@@ -24,6 +24,11 @@ LOCAL = "tdc-ray-local"
 MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a socket, by macOS and by Linux."""
 
+NO_CLUSTER = (
+    "no Ray cluster answers at {}: start one by ray start --head, give the address of another, or "
+    "use local."
+)
+
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""
 
@@ -45,12 +50,14 @@ def connected(
         ClusterError: No cluster answers, or a local Ray cannot make its sockets.
     """
     if ray.is_initialized():
+        _check_joined(address)
         yield
         return
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        address = "local"
+    address = address or os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         check_local_ray()
+    else:
+        _check_answers(address)
     # Ray Train's controller looks at its workers this often; a report waits for the next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -70,15 +77,31 @@ def connected(
             **(local if address == "local" else {"address": address}),
         )
     except ConnectionError as error:
-        named = address or os.environ["RAY_ADDRESS"]
-        raise ClusterError(
-            f"no Ray cluster answers at {named}: start one by ray start --head, give the address "
-            "of another, or use local."
-        ) from error
+        raise ClusterError(NO_CLUSTER.format(address)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_joined(address: str | None) -> None:
+    """Refuse the address of another cluster than the one that this process joined."""
+    joined = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", "local", joined):
+        raise ClusterError(
+            f"this process uses the Ray cluster at {joined} already, got {address}: call "
+            "ray.shutdown() first, or use auto."
+        )
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody listens, which Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+        except OSError as error:
+            raise ClusterError(NO_CLUSTER.format(address)) from error
 
 
 def check_local_ray() -> None:
