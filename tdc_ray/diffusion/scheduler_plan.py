@@ -95,10 +95,10 @@ def _steps(scheduler: "SchedulerMixin", process: NoiseProcess) -> tuple[int, ...
             f"of a {type(scheduler).__name__} from {steps[0]} to {steps[-1]}: experts are chosen "
             "by timesteps. Use DDIMScheduler, for example."
         )
-    if not begins_near_the_end(total, len(steps), int(steps[0])):
+    count = scheduler.num_inference_steps or len(steps)  # pndm makes one of them twice
+    if not begins_near_the_end(total, count, int(steps[0])):
         raise ConfigError(
-            f"set_timesteps of the scheduler must be {nearest_steps(total, len(steps))}, got "
-            f"{len(steps)}: of {total} timesteps it would begin at {int(steps[0])}, with pure "
-            "noise."
+            f"set_timesteps of the scheduler must be {nearest_steps(total, count)}, got {count}: "
+            f"of {total} timesteps it would begin at {int(steps[0])}, with pure noise."
         )
     return tuple(map(int, steps))

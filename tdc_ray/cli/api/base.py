@@ -13,7 +13,8 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
-from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler
+from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import load_network
 from tdc_ray.models.network_config import NetworkConfig
@@ -170,6 +171,12 @@ def base_of(
     config = with_absolute_paths(with_first_stage(config, found))
     check_compatible(found, config)
     check_weights(found)
+    try:
+        checked_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} The settings of tdc_ray.load_base have the sampler."
+        ) from error
     return Base(found, config, temporary)
 
 
