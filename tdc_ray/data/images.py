@@ -120,7 +120,8 @@ class Images:
                 f"images must lie in value_range ({low}, {high}), got {image.min()} to "
                 f"{image.max()}."
             )
-        return np.round(255 * share).clip(0, 255).astype(np.uint8)
+        pixels: Pixels = np.round(255 * share).clip(0, 255).astype(np.uint8)
+        return pixels
 
     def _classes(self, found: list[int], count: int) -> NDArray[np.int64] | None:
         """Return the labels of all images; None where one has none."""
@@ -193,7 +194,6 @@ def _parts(element: Any) -> tuple[Any, int | None]:
         element, label = element[key], element.get("label")
     elif isinstance(element, tuple | list) and element:
         element, label = element[0], element[1] if len(element) > 1 else None
-    is_whole = isinstance(label, int | np.integer) or (
-        isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point()
-    )
-    return element, int(label) if is_whole else None
+    if isinstance(label, Tensor) and label.ndim == 0:
+        label = label.item()
+    return element, int(label) if isinstance(label, int | np.integer) else None

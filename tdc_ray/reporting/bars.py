@@ -21,9 +21,9 @@ class Bars:
             match event:
                 case Started(key, num_steps, number):
                     self._bars[key, number] = tqdm(desc=key, total=num_steps, leave=False)
-                case Reported() if bar := self._bars.get((event.key, event.number)):
+                case Reported() if (bar := self._bars.get((event.key, event.number))) is not None:
                     if "loss" in event.metrics:
                         bar.set_postfix(loss=f"{event.metrics['loss']:.4f}", refresh=False)
                     bar.update(event.step - bar.n)
-                case Finished(key, number) if bar := self._bars.pop((key, number), None):
-                    bar.close()
+                case Finished(key, number) if (key, number) in self._bars:
+                    self._bars.pop((key, number)).close()

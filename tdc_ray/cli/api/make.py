@@ -85,7 +85,7 @@ def prune(
         config,
         base.pretrained,
         plan,
-        workers(config, _sinks(progress=progress), cluster, temporary and temporary.path),
+        workers(config, _sinks(progress=progress), cluster, _only_here(temporary)),
     )
     return _experts(base, made, run_dir, temporary)
 
@@ -136,7 +136,7 @@ def finetune(
         base.pretrained,
         experts.plan,
         list(zip(experts.groups, kept, strict=True)),
-        workers(config, _sinks(progress=progress), cluster, temporary and temporary.path),
+        workers(config, _sinks(progress=progress), cluster, _only_here(temporary)),
     )
     return _experts(base, made, run_dir, temporary)
 
@@ -163,6 +163,11 @@ def _root(folder: str | Path | None) -> tuple[Path, TemporaryFolder | None]:
         return resolve_path(folder).resolve(), None
     temporary = TemporaryFolder()
     return temporary.path, temporary
+
+
+def _only_here(temporary: TemporaryFolder | None) -> Path | None:
+    """Return a folder of this machine alone."""
+    return None if temporary is None else temporary.path
 
 
 def _with_images(config: RunConfig, images: Any, root: Path) -> RunConfig:
