@@ -7,32 +7,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tdc_ray.cli.api.base import Base, load_base
+    from tdc_ray.cli.api.experts import Experts, load_experts
+    from tdc_ray.cli.api.make import finetune, prune
     from tdc_ray.cli.run import run
     from tdc_ray.config.presets import preset
     from tdc_ray.config.run import RunConfig
+    from tdc_ray.data.images import Images
     from tdc_ray.diffusion.pipeline import ProgressivePipeline
-    from tdc_ray.diffusion.plan import Plan, plan_groups
+    from tdc_ray.diffusion.plan import Plan
+    from tdc_ray.diffusion.scheduler_plan import plan_groups
     from tdc_ray.runs.results import Results, load_results
 
 __all__ = [
+    "Base",
+    "Experts",
+    "Images",
     "Plan",
     "ProgressivePipeline",
     "Results",
     "RunConfig",
+    "finetune",
+    "load_base",
+    "load_experts",
     "load_results",
     "plan_groups",
     "preset",
+    "prune",
     "run",
 ]
 
 _MODULES = {
+    "Base": "cli.api.base",
+    "Experts": "cli.api.experts",
+    "Images": "data.images",
     "Plan": "diffusion.plan",
     "ProgressivePipeline": "diffusion.pipeline",
     "Results": "runs.results",
     "RunConfig": "config.run",
+    "finetune": "cli.api.make",
+    "load_base": "cli.api.base",
+    "load_experts": "cli.api.experts",
     "load_results": "runs.results",
-    "plan_groups": "diffusion.plan",
+    "plan_groups": "diffusion.scheduler_plan",
     "preset": "config.presets",
+    "prune": "cli.api.make",
     "run": "cli.run",
 }
 

@@ -1,6 +1,7 @@
 """What a fresh process imports: ``--help`` and ``plan`` start at once."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def packages_after_importing(module: str) -> set[str]:
         "tdc_ray",
         "tdc_ray.diffusion.plan",
         "tdc_ray.diffusion.samplers",
+        "tdc_ray.diffusion.scheduler_plan",
         "tdc_ray.diffusion.schedule",
         "tdc_ray.config.run",
         "tdc_ray.config.presets",
@@ -73,6 +75,27 @@ def test_the_packages_names_are_loaded_when_they_are_first_used():
 def test_every_public_name_is_that_of_its_module(name):
     found = getattr(tdc_ray, name)
     assert found is getattr(sys.modules[found.__module__], name)
+
+
+def test_the_packages_names_are_what_they_were_after_they_are_used():
+    code = (
+        "import tdc_ray, types;"
+        "first = {name: getattr(tdc_ray, name) for name in tdc_ray.__all__};"
+        "import tdc_ray.cli.run, tdc_ray.runs.run, tdc_ray.cli.commands.run, tdc_ray.cli.main;"
+        "assert all(getattr(tdc_ray, name) is first[name] for name in first);"
+        "assert isinstance(tdc_ray.run, types.FunctionType)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_public_name_is_that_of_a_submodule():
+    below = {module.name for module in pkgutil.iter_modules(tdc_ray.__path__)}
+    assert {"cli", "runs"} <= below
+    assert not below & set(tdc_ray.__all__)
+
+
+def test_experts_are_made_in_process_without_ray():
+    assert "ray" not in packages_after_importing("tdc_ray.cli.api.make")
 
 
 def test_other_names_are_no_attributes():

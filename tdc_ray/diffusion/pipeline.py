@@ -1,9 +1,10 @@
 """The experts as one diffusers pipeline, which switches experts as t falls. Needs no Ray."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -21,8 +22,8 @@ from tdc_ray.diffusion.sampling import (
 )
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
-from tdc_ray.models.saved_expert import load_expert
-from tdc_ray.storage.files import exists
+from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
+from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -73,6 +74,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.winograd = False
+        self._loaded: _Loaded | None = None
         self.register_to_config(  # by which diffusers tells settings from components
             shape=shape,
             num_inference_steps=num_inference_steps,
@@ -231,16 +233,69 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 raise ConfigError(f"class_labels must be in [0, {self.num_classes}), got {label}.")
         return labels
 
-    def save_pretrained(self, *_: object, **__: object) -> NoReturn:
-        """Refuse, as diffusers keeps no widths of pruned UNets.
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
+        """Save the experts as they are, into a folder that :meth:`from_pretrained` loads.
+
+        What it loads draws the same images, bit for bit, unless it is told to differ there
+        (``winograd``). ``tdc-ray export`` writes folders that diffusers itself loads.
+
+        Args:
+            save_directory: A new or empty folder, or one of experts, which is replaced.
+            options: None: diffusers' are refused.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: The pipeline was not loaded by :meth:`from_pretrained`, or the folder
+                cannot hold what was changed since: the scheduler, the first stage, the precision,
+                or the widths of an expert.
         """
-        raise ConfigError(
-            "diffusers' save_pretrained cannot save the experts: tdc-ray export writes those of a "
-            "run into a folder that diffusers loads."
+        if self._loaded is None or options:
+            reason = ", ".join(options) or "a pipeline that from_pretrained did not load"
+            raise ConfigError(
+                f"save_pretrained cannot save {reason}: tdc-ray export writes the experts of a "
+                "run into a folder that diffusers loads."
+            )
+        self._check_unchanged(self._loaded)
+        folder, index = resolve_path(save_directory), self._loaded.index
+        if listing(folder, "*") and not exists(folder / INDEX_FILE):
+            raise ConfigError(
+                f"save_pretrained needs a new folder, or one of experts, got "
+                f"{display_path(folder)}, which has other things in it. Name another."
+            )
+        sampler = replace(
+            index.sampler,
+            num_inference_steps=self.num_inference_steps,
+            eta=self.eta,
+            guidance_scale=self.guidance_scale,
         )
+        with atomic_path(folder) as temporary:
+            for entry, place in zip(index.experts, self._loaded.folders, strict=True):
+                unet = self.experts.for_timestep(entry.first)
+                saved = SavedExpert.load(fetch(place))
+                if _shapes(unet) != _shapes(saved.build()):
+                    raise ConfigError(
+                        f"{entry.folder} has other widths than when it was loaded: "
+                        "models.saved_expert.save_expert saves it with those that are kept."
+                    )
+                save_expert(temporary / entry.folder, unet, saved.unet, saved.kept)
+            index.model_copy(update={"sampler": sampler}).save(temporary)
+
+    def _check_unchanged(self, loaded: "_Loaded") -> None:
+        """Refuse what the index cannot describe."""
+        index = loaded.index
+        planned = make_scheduler(index.diffusion, index.sampler)
+        for what, fits in (
+            ("precision", self.experts.dtype == torch.float32),
+            ("scheduler", _settings(self.scheduler) == _settings(planned)),
+            ("first_stage", self.first_stage is loaded.first_stage),
+            ("shape", tuple(self.shape) == index.shape),
+            ("timestep_scale", self.timestep_scale == index.diffusion.timestep_scale),
+            ("num_classes", self.num_classes == index.num_classes),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"save_pretrained cannot save another {what} than that of the folder which "
+                    "was loaded, in float32: save before it is changed."
+                )
 
     @classmethod
     def from_pretrained(
@@ -281,7 +336,37 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         )
         pipeline = _assemble(experts.to(torch_dtype), index, folder)
         pipeline.winograd = winograd
+        stage = index.first_stage
+        named = None if stage is None else display_path(folder / stage)
+        pipeline._loaded = _Loaded(
+            index.model_copy(update={"first_stage": named}),
+            folders,
+            pipeline.first_stage,
+        )
         return pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a pipeline was loaded from."""
+
+    index: PipelineIndex
+    """With the path of its first stage."""
+
+    folders: Sequence[Path]
+    """Where the expert of each range of timesteps is."""
+
+    first_stage: FirstStage | None
+
+
+def _shapes(unet: UNet2DModel) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in unet.state_dict().items()}
+
+
+def _settings(scheduler: SchedulerMixin) -> tuple[str, dict[str, object]]:
+    """Return all that decides how a scheduler steps."""
+    public = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
+    return type(scheduler).__name__, public
 
 
 def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:

@@ -188,7 +188,21 @@ def plan_groups(
     """
     process = NoiseProcess.of(diffusion)
     timesteps_of = checked_timesteps if check_start else sampling_timesteps
-    snr, steps = process.snr_db, timesteps_of(process, sampler)
+    return plan_of(process, config, timesteps_of(process, sampler))
+
+
+def plan_of(process: NoiseProcess, config: PlanConfig, steps: tuple[int, ...]) -> Plan:
+    """Group the timesteps of a noise process; see :func:`plan_groups`.
+
+    Args:
+        process: The noise process.
+        config: How the timesteps are grouped.
+        steps: The timesteps at which images are sampled, noisiest first.
+
+    Raises:
+        ConfigError: A mean limit was asked for that the schedule cannot have.
+    """
+    snr = process.snr_db
     notes: list[str] = []
     by_snr, empty = _snr_groups(snr, config)
     before = by_snr

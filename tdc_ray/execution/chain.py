@@ -149,20 +149,28 @@ class Chains(Generic[T]):
 
 
 def run_chain(chain: Chain[T], sink: EventSink = ignore) -> T:
-    """Run a chain without barriers in this process, one item after the other.
+    """Run one chain in this process; see :func:`run_chains`."""
+    return run_chains({"": chain}, sink)[""]
+
+
+def run_chains(chains: Mapping[str, Chain[T]], sink: EventSink = ignore) -> dict[str, T]:
+    """Run chains in this process, one item after the other; the first error ends them all.
 
     Args:
-        chain: The chain.
-        sink: Takes the events of its items.
+        chains: By their names.
+        sink: Takes the events of their items.
+
+    Returns:
+        What each chain returned, by its name.
     """
-    chains = Chains({"": chain})
-    while missing := chains.advance():
+    state = Chains(chains)
+    while missing := state.advance():
         for name, item in missing:
             sink(Started(item.key, item.num_steps))
             try:
-                chains.deliver(name, item, run_item(item, reporter(sink, item.key)))
+                state.deliver(name, item, run_item(item, reporter(sink, item.key)))
             finally:
                 sink(Finished(item.key))
-    for error in chains.errors.values():
+    for error in state.errors.values():
         raise error
-    return chains.values[""]
+    return state.values

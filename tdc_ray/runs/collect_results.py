@@ -17,7 +17,6 @@ from tdc_ray.runs.pretrained.sources import BASE_FILE
 from tdc_ray.runs.results import (
     ComparisonResult,
     EvaluationResult,
-    GroupResult,
     ModelResult,
     PlanResult,
     PretrainedBaseResult,
@@ -28,7 +27,7 @@ from tdc_ray.runs.results import (
     TimesResult,
 )
 from tdc_ray.runs.stages.base_worker import BaseResult
-from tdc_ray.runs.stages.expert import Expert
+from tdc_ray.runs.stages.expert import Expert, group_result
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.provenance import commit, versions
 from tdc_ray.storage.run_dir import RunDir
@@ -103,7 +102,7 @@ def collect_results(
             mean_macs_limit=plan.mean_limit_share * base.macs,
             notes=plan.notes,
         ),
-        groups=tuple(_group_result(expert, base.macs) for expert in experts),
+        groups=tuple(group_result(expert, base.macs) for expert in experts),
         prune=PruneResult(
             method=prune.method,
             rounds=rounds.get(prune.method, 1),
@@ -192,26 +191,6 @@ def _pretrained_base(run_dir: RunDir) -> PretrainedBaseResult | None:
     document = read_json(path)
     return PretrainedBaseResult(
         source=document["source"], files=document["files"], weights=document["weights"]
-    )
-
-
-def _group_result(expert: Expert, macs_base: int) -> GroupResult:
-    limit, nanoseconds = expert.max_nanoseconds, expert.nanoseconds
-    return GroupResult(
-        index=expert.group.index,
-        timesteps=(expert.group.first, expert.group.last),
-        macs_limit=expert.max_macs if limit is None else macs_base,
-        macs=expert.macs,
-        num_params=expert.num_params,
-        widths=expert.search_result.widths,
-        loss_base=expert.search_result.loss_base,
-        loss_cut=expert.search_result.loss_cut,
-        loss_refit=expert.search_result.loss_refit,
-        loss_finetuned=expert.loss_finetuned,
-        source="base" if expert.search_result.entry is None else expert.search_result.entry.source,
-        milliseconds_limit=None if limit is None else limit / 1e6,
-        milliseconds=None if nanoseconds is None else nanoseconds / 1e6,
-        train_steps=expert.train_steps,
     )
 
 

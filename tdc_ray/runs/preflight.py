@@ -42,6 +42,27 @@ def check(
         EvaluationError: The file of Inception is damaged.
         UnsupportedModelError: The base has a block of an unknown kind, or cannot halve its images.
     """
+    unet = check_network(config, pretrained)
+    space, plan = space_and_plan(config, unet)
+    if config.prune.objective == "macs":
+        check_limits(config.prune, space, plan)
+    check_data(config, unet)
+    check_labels(config.data, config.evaluate)
+    check_inception(config.evaluate)
+    return unet, space, plan
+
+
+def check_network(config: RunConfig, pretrained: PretrainedBase | None) -> NetworkConfig:
+    """Check that the base denoises what the settings of data and noise process say.
+
+    Args:
+        config: The settings.
+        pretrained: The base that the run starts from. None means that it trains one.
+
+    Raises:
+        ConfigError: Settings disagree with the architecture, or with the pretrained base.
+        CheckpointError: The first stage, or the pretrained base, is missing or malformed.
+    """
     if pretrained is None:
         unet, name = base_unet(config.model, config.conditioning), config.model.name
         is_latent = config.model.network is None and config.model.architecture in LATENT
@@ -66,20 +87,24 @@ def check(
             f"diffusion.learned_sigma must be {learned_sigma} for {name}, got "
             f"{diffusion.learned_sigma}."
         )
-    space, plan = space_and_plan(config, unet)
-    if config.prune.objective == "macs":
-        check_limits(config.prune, space, plan)
-    dataset = load_dataset(data)
-    log_summary(data)
+    return unet
+
+
+def check_data(config: RunConfig, network: NetworkConfig) -> None:
+    """Check that the data can be read, and have the classes that the base takes.
+
+    Raises:
+        DataError: The data is missing or malformed.
+        ConfigError: Model, labels and guidance are not compatible.
+    """
+    dataset = load_dataset(config.data)
+    log_summary(config.data)
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
-        num_class_embeds=unet.get("num_class_embeds"),
+        num_class_embeds=network.get("num_class_embeds"),
         num_data_classes=dataset.num_classes,
     )
-    check_labels(data, config.evaluate)
-    check_inception(config.evaluate)
-    return unet, space, plan
 
 
 def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:

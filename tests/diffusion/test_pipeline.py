@@ -24,7 +24,15 @@ from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.pipelines import pipeline_index
-from tests.small import TINY, assert_same, random_kept, random_unet, small_config
+from tests.small import (
+    TINY,
+    assert_same,
+    latent_config,
+    make_first_stage,
+    random_kept,
+    random_unet,
+    small_config,
+)
 
 UNITS = units_of(TINY)
 CONFIG = small_config()
@@ -326,10 +334,76 @@ def test_steps_of_a_call_begin_near_the_last_timestep(saved):
         pipeline(1, num_inference_steps=600)
 
 
-def test_diffusers_does_not_save_a_pipeline_without_its_experts(saved, tmp_path):
-    with pytest.raises(ConfigError, match="tdc-ray export"):
-        ProgressivePipeline.from_pretrained(saved).save_pretrained(tmp_path / "out")
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_saved_pipeline_draws_the_same_images(saved, tmp_path, offload):
+    pipeline = ProgressivePipeline.from_pretrained(saved, offload=offload)
+    pipeline.num_inference_steps, pipeline.eta = 5, 0.5
+    if not offload:
+        with torch.no_grad():
+            pipeline.experts[1].conv_in.weight.mul_(1.5)
+    expected = images_of(pipeline)
+    for _ in range(2):  # the second time over itself
+        pipeline.save_pretrained(tmp_path / "out")
+        pipeline = ProgressivePipeline.from_pretrained(tmp_path / "out", offload=offload)
+        assert_same(images_of(pipeline), expected)
+    assert not torch.equal(images_of(ProgressivePipeline.from_pretrained(saved)), expected)
+
+
+def test_a_saved_pipeline_of_latents_brings_its_first_stage(tmp_path):
+    unet, groups = random_unet(), groups_of(CONFIG)
+    config = latent_config(make_first_stage(tmp_path / "stage"), tmp_path)
+    names = [str(group.index) for group in groups]
+    for name in names:
+        save_expert(tmp_path / "experts" / name, unet, TINY, keep_everything(UNITS))
+    index = pipeline_index(config, dict(zip(names, groups, strict=True)))
+    index.save(tmp_path / "experts")
+    pipeline = ProgressivePipeline.from_pretrained(tmp_path / "experts")
+    pipeline.save_pretrained(tmp_path / "out")
+    (tmp_path / "experts").rename(tmp_path / "elsewhere")
+    loaded = ProgressivePipeline.from_pretrained(tmp_path / "out")
+    assert_same(images_of(loaded), images_of(pipeline))
+
+
+def swap_the_scheduler(pipeline: ProgressivePipeline) -> None:
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+def halve(pipeline: ProgressivePipeline) -> None:
+    pipeline.to(torch.bfloat16)
+
+
+def replace_an_expert(pipeline: ProgressivePipeline) -> None:
+    pipeline.experts[0] = random_unet()
+
+
+def forget_where_it_came_from(pipeline: ProgressivePipeline) -> None:
+    pipeline._loaded = None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (swap_the_scheduler, "another scheduler"),
+        (halve, "another precision"),
+        (replace_an_expert, "expert-00 has other widths"),
+        (forget_where_it_came_from, "tdc-ray export"),
+    ],
+)
+def test_a_pipeline_that_could_not_be_loaded_the_same_is_not_saved(saved, tmp_path, change, words):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    change(pipeline)
+    with pytest.raises(ConfigError, match=words):
+        pipeline.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_is_saved_over_nothing_else_and_with_no_options_of_diffusers(saved, tmp_path):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="has other things in it"):
+        pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot save push_to_hub"):
+        pipeline.save_pretrained(tmp_path / "out", push_to_hub=True)
 
 
 def test_a_pipeline_moves_as_a_whole(saved):

@@ -11,7 +11,7 @@ import pytest
 
 import tdc_ray
 from tdc_ray.errors import LimitError, StorageError
-from tdc_ray.execution.chain import Barrier, Chains, result_of, run_chain
+from tdc_ray.execution.chain import Barrier, Chains, result_of, run_chain, run_chains
 from tdc_ray.execution.item import WorkItem, finished, run_item
 from tdc_ray.storage.files import append_json_line, read_json, read_json_lines, write_json
 from tests.small import reporting_to
@@ -137,6 +137,22 @@ def test_what_a_chain_raises_between_its_items_is_raised(tmp_path):
 
     with pytest.raises(LimitError, match="too small"):
         run_chain(chain())
+
+
+def test_chains_in_one_process_wait_for_each_other_at_barriers(tmp_path):
+    names = frozenset("abc")
+    before = {"a": 1, "b": 3, "c": 2}
+
+    def chain(name):
+        for number in range(before[name]):
+            yield from result_of(item(tmp_path, f"{name}{number}"))
+        yield Barrier("round", names)
+        behind = len(calls(tmp_path))
+        yield from result_of(item(tmp_path, f"{name}-after"))
+        return behind
+
+    assert run_chains({name: chain(name) for name in names}) == dict.fromkeys(names, 6)
+    assert sorted(calls(tmp_path)[6:]) == ["a-after", "b-after", "c-after"]
 
 
 def test_an_item_whose_result_is_empty_is_finished_too(tmp_path):

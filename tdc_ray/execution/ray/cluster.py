@@ -32,23 +32,40 @@ LOCAL = "tdc-ray-local"
 MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a socket, by macOS and by Linux."""
 
+NO_CLUSTER = (
+    "no Ray cluster answers at {}: start one by ray start --head, give the address of another, or "
+    "use local."
+)
+
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""
 
 
 @contextlib.contextmanager
-def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterator[None]:
-    """Use the cluster that ``RAY_ADDRESS`` names, or the one already joined, or a local one.
+def connected(
+    num_cpus: int | None = None, *, dashboard: bool = False, address: str | None = None
+) -> Iterator[None]:
+    """Use the cluster already joined, or that of an address or ``RAY_ADDRESS``, or a local one.
 
     Args:
         num_cpus: Logical CPUs of a local Ray; None means as many as the machine has.
         dashboard: Whether a local Ray has one, on loopback: without it Ray Train never finds out
             that the process which leads a training was killed, and keeps its CPUs.
+        address: Of the cluster, ``auto`` for the one that runs here, or ``local``; None means that
+            ``RAY_ADDRESS`` decides.
+
+    Raises:
+        ClusterError: No cluster answers, or a local Ray cannot make its sockets.
     """
     if ray.is_initialized():
+        _check_joined(address)
         yield
         return
-    check_local_ray()
+    address = address or os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        check_local_ray()
+    else:
+        _check_answers(address)
     # Ray Train's controller looks at its workers this often; a report waits for the next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -60,16 +77,39 @@ def connected(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         "namespace": LOCAL,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
-    ray.init(
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        **({} if "RAY_ADDRESS" in os.environ else local),
-    )
+    try:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **(local if address == "local" else {"address": address}),
+        )
+    except ConnectionError as error:
+        raise ClusterError(NO_CLUSTER.format(address)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_joined(address: str | None) -> None:
+    """Refuse the address of another cluster than the one that this process joined."""
+    joined = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", "local", joined):
+        raise ClusterError(
+            f"this process uses the Ray cluster at {joined} already, got {address}: call "
+            "ray.shutdown() first, or use auto."
+        )
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody listens, which Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+        except OSError as error:
+            raise ClusterError(NO_CLUSTER.format(address)) from error
 
 
 def check_local_ray() -> None:

@@ -157,7 +157,7 @@ def noise_settings(unet: Path) -> PretrainedSettings:
         exclude_unset=True,
     )
     if isinstance(base.first_stage, Path):
-        stages["data"] |= _images_of(base.first_stage, base.unet["sample_size"])
+        stages["data"] |= images_of(base.first_stage, base.unet["sample_size"])
     return read_settings(base.source, stages)
 
 
@@ -456,7 +456,7 @@ def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
     return dict(zip(NOISE, (len(betas), *schedule), strict=False))
 
 
-def _images_of(first_stage: Path, size: object) -> dict[str, Any]:
+def images_of(first_stage: Path, size: object) -> dict[str, Any]:
     """Return the images of latents of a size; nothing if a config lacks it: refused later."""
     config = json_object(first_stage / "config.json")
     channels, levels = config.get("in_channels"), config.get("block_out_channels")

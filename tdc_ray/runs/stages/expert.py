@@ -10,12 +10,14 @@ from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.latents import TrainingData, training_data
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.execution.chain import Chain, result_of, results_of
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
-from tdc_ray.runs.stages.finetune import finetune_item, short_finetune_item
+from tdc_ray.runs.results import GroupResult
+from tdc_ray.runs.stages.finetune import FinetuneResult, finetune_item, short_finetune_item
 from tdc_ray.storage.files import listing, remove
 from tdc_ray.storage.run_dir import RunDir
 
@@ -79,12 +81,7 @@ def make_expert(
     result = yield from search_submodel(search, memory)
     if search.context.prune.halving_steps and result.candidates:
         result = yield from _successive_halving(search, result, memory, train, compute)
-    item = finetune_item(search, result.kept, train, compute)
-    for other in listing(item.result_path.parent, "finetune-*.json"):
-        if other != item.result_path:  # of another sub-model, whose expert this one will replace
-            remove(other)
-    tuned = yield from result_of(item)
-    remove(item.job.checkpoint)  # its result exists now
+    tuned = yield from finetune_and_save(search, result.kept, train, compute)
     return Expert(
         group=search.group,
         max_macs=search.max_macs,
@@ -97,6 +94,45 @@ def make_expert(
         seconds=tuned.seconds,
         nanoseconds=search.space.nanoseconds(result.widths),
         max_nanoseconds=search.limit if search.space.quantity == "time" else None,
+    )
+
+
+def finetune_and_save(
+    search: GroupSearch, kept: KeptIndices, train: FinetuneConfig, compute: ComputeConfig
+) -> Chain[FinetuneResult]:
+    """Fine-tune a group's sub-model, for any number of steps, and save it as the expert."""
+    item = finetune_item(search, kept, train, compute)
+    for other in listing(item.result_path.parent, "finetune-*.json"):
+        if other != item.result_path:  # of another sub-model, whose expert this one will replace
+            remove(other)
+    tuned = yield from result_of(item)
+    remove(item.job.checkpoint)  # its result exists now
+    return tuned
+
+
+def group_result(expert: Expert, macs_base: int) -> GroupResult:
+    """Return what results say of an expert.
+
+    Args:
+        expert: The expert.
+        macs_base: Macs of the base.
+    """
+    limit, nanoseconds = expert.max_nanoseconds, expert.nanoseconds
+    return GroupResult(
+        index=expert.group.index,
+        timesteps=(expert.group.first, expert.group.last),
+        macs_limit=expert.max_macs if limit is None else macs_base,
+        macs=expert.macs,
+        num_params=expert.num_params,
+        widths=expert.search_result.widths,
+        loss_base=expert.search_result.loss_base,
+        loss_cut=expert.search_result.loss_cut,
+        loss_refit=expert.search_result.loss_refit,
+        loss_finetuned=expert.loss_finetuned,
+        source="base" if expert.search_result.entry is None else expert.search_result.entry.source,
+        milliseconds_limit=None if limit is None else limit / 1e6,
+        milliseconds=None if nanoseconds is None else nanoseconds / 1e6,
+        train_steps=expert.train_steps,
     )
 
 
