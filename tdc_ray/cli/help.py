@@ -53,6 +53,7 @@ SEED = {"--seed N": "seed of everything random"}
 RUN = {
     "--run-dir DIR": "folder or URI of all results; default: named after the settings",
     "--store DIR": "cache of results that runs share",
+    "--log-to NAME ...": "trackers beside TensorBoard",
     "--dry-run": "show settings and plan, check the data, and stop",
 }
 BUDGET = "Compute budget and steps"
@@ -78,6 +79,7 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "Where it runs": {
             "--name NAME": "name of the sweep's folder",
             "--storage DIR": "folder or URI that it lies in",
+            "--log-to NAME ...": RUN["--log-to NAME ..."],
             "--max-concurrent N": "trials at once",
             **WORKERS,
         },

@@ -40,7 +40,13 @@ from tdc_ray.runs.comparison import (
 )
 from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
-from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
+from tdc_ray.runs.events import (
+    CandidateMeasured,
+    ImagesSampled,
+    PlanMade,
+    RunFinished,
+    WorkersUsed,
+)
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
@@ -159,14 +165,15 @@ def run(
             history = load_history(run_dir.timeline)
             used = usage(history)
             events(WorkersUsed(history, used))
-        has_cache = store is not None
-        outcome = RunOutcome(
-            plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
-        )
-        # A comparison that is added later is no part of how long the run took.
-        seconds = earlier.seconds.wall if earlier else time.perf_counter() - started
-        results = collect_results(run_dir, config, outcome, seconds)
-        save_results(run_dir.results, results)
+            has_cache = store is not None
+            outcome = RunOutcome(
+                plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
+            )
+            # A comparison that is added later is no part of how long the run took.
+            seconds = earlier.seconds.wall if earlier else time.perf_counter() - started
+            results = collect_results(run_dir, config, outcome, seconds)
+            save_results(run_dir.results, results)
+            events(RunFinished(results))
         return results
 
 

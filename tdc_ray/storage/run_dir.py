@@ -80,6 +80,9 @@ class RunDir:
     tensorboard = _Below("tensorboard")
     """Event files."""
 
+    loggers = _Below("loggers.json")
+    """Ids of the runs that trackers keep of this one, by the trackers' names."""
+
     timeline = _Below("timeline.jsonl")
     """The timeline: which worker ran which item, when."""
 

@@ -7,9 +7,10 @@ from shlex import quote
 from rich.console import Console
 
 from tdc_ray.cli.commands.plan import show_plan
-from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
+from tdc_ray.reporting.loggers.names import check_loggers
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -31,6 +32,7 @@ class RunCommand:
     store: Path | None = None
     """Folder or URI of a cache that runs share: what another run computed from the same inputs is
     reused. It may be deleted."""
+    log_to: LogTo = ()
     dry_run: bool = False
     """Show the settings and the plan, check the data, and stop."""
     verbose: bool = False
@@ -38,7 +40,8 @@ class RunCommand:
 
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
-        config = self.config
+        config, trackers = self.config, sum(self.log_to, ())
+        check_loggers(trackers)
         folder = resolve_path(self.run_dir or default_run_dir(config))
         name = display_path(folder)
         check_output_folder("--run-dir", folder)
@@ -66,7 +69,7 @@ class RunCommand:
         from tdc_ray.reporting.console import print_results
 
         with log_to(folder / "run.log"):
-            results = run(config, folder, console, self.store)
+            results = run(config, folder, console, self.store, trackers)
         print_results(console, results)
         console.print(
             f"results: {name}/results.json\nimages: tdc-ray sample {quote(name)}\n"
