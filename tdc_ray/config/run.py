@@ -137,6 +137,7 @@ PATHS = (
     "model.base",
     "proxy.replay",
     "evaluate.cache_dir",
+    "evaluate.features_model",
     "evaluate.inception_path",
 )
 """Settings that are paths, or may be."""
@@ -163,7 +164,11 @@ def from_json(document: object) -> RunConfig:
 
 def digest(config: RunConfig) -> str:
     """Return eight hexadecimal digits that name all settings that decide what is computed."""
-    return json_digest(_deciding(config))[:8]
+    document, default = _deciding(config), dataclasses.asdict(EvaluateConfig())
+    for name in ("metrics", "features_model"):  # digests are those from before there was a choice
+        if document["evaluate"][name] == default[name]:
+            del document["evaluate"][name]
+    return json_digest(document)[:8]
 
 
 def differences(one: RunConfig, other: RunConfig) -> list[str]:
@@ -200,7 +205,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         settings_of_stage = changes.get(stage, getattr(config, stage))
         value = getattr(settings_of_stage, field_name)
         if value is not None:
-            path = _absolute_base(value) if name == "model.base" else _absolute(value)
+            is_base = name in ("model.base", "evaluate.features_model")
+            path = _absolute_base(value) if is_base else _absolute(value)
             changes[stage] = replace(settings_of_stage, **{field_name: path})
     return replace(config, **changes)
 

@@ -14,7 +14,7 @@ from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
-from tdc_ray.runs.evaluation.features import check_inception, check_labels
+from tdc_ray.runs.evaluation.features import check_labels, check_network
 from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
@@ -75,7 +75,7 @@ def check(
         num_data_classes=dataset.num_classes,
     )
     check_labels(data, config.evaluate)
-    check_inception(config.evaluate)
+    check_network(config.evaluate)
     return unet, space, plan
 
 

@@ -275,8 +275,8 @@ def _evaluate(
         chains["longer-base"] = longer
     done = pool.run(chains, "evaluation")
     return (
-        score(run_dir, [done[name] for name in base]),
-        score(run_dir, [done[name] for name in tdc]),
+        score(run_dir, [done[name] for name in base], spec, config.evaluate.metrics),
+        score(run_dir, [done[name] for name in tdc], spec, config.evaluate.metrics),
         done.get("longer-base"),
     )
 
