@@ -156,7 +156,7 @@ def _metrics_table(rows: Sequence[ModelRow], names: Sequence[str]) -> Table:
     return table_of(
         rows,
         [("model", lambda row: row.label), *columns],
-        title="other scores (distances: lower is better; precision and recall: higher)",
+        title="other scores: distances lower, precision and recall higher is better",
         left=("model",),
     )
 

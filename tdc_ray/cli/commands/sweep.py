@@ -63,6 +63,7 @@ class SweepCommand:
         )
         from tdc_ray.reporting.console import print_sweep
         from tdc_ray.reporting.hparams import HParams
+        from tdc_ray.reporting.progress import SweepLine
         from tdc_ray.reporting.sinks import trial_sinks
         from tdc_ray.runs.sweep.results import load_sweep
         from tdc_ray.runs.sweep.sweep import sweep  # imports ray
@@ -73,7 +74,7 @@ class SweepCommand:
                 space,
                 self.sweep,
                 folder,
-                sinks=[HParams(folder)],
+                sinks=[HParams(folder), SweepLine(console)],
                 sinks_for=partial(trial_sinks, log_to=trackers),
             )
         except WorkFailedError:
