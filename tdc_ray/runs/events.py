@@ -41,7 +41,7 @@ class ImagesSampled:
     """A model's images were scored."""
 
     model: str
-    """``base``, ``tdc`` or ``longer-base``."""
+    """``base``, ``tdc`` or ``longer-base``; ``real`` are training images."""
 
     path: Path
     """The first of their files."""

@@ -38,7 +38,13 @@ from tdc_ray.runs.comparison import (
     is_compared,
     train_and_measure,
 )
-from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
+from tdc_ray.runs.evaluation.evaluate import (
+    Score,
+    evaluate,
+    prepare_features,
+    save_real_images,
+    score,
+)
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
 from tdc_ray.runs.events import (
     CandidateMeasured,
@@ -109,6 +115,8 @@ def run(
             logger.warning("%s", note)
     with hold_lease(run_dir.root):
         _save_settings(run_dir, config, plan)
+        if not exists(run_dir.real_images):
+            save_real_images(run_dir.real_images, config.data)
         spec = choose_features(config.data, config.evaluate, run_dir.features)
         timeline, cache = Timeline(run_dir.timeline), _open_cache(store, run_dir)
         with (
@@ -159,6 +167,7 @@ def run(
             if longer_base is not None:
                 comparison = finish_comparison(run_dir, config, spec, experts, longer_base, pool)
             timeline.flush()
+            events(ImagesSampled("real", run_dir.real_images))
             for model in ("base", "tdc", "longer-base"):
                 if exists(path := run_dir.samples / model / "0000000.npz"):
                     events(ImagesSampled(model, path))

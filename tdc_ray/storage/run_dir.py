@@ -68,6 +68,9 @@ class RunDir:
     features = _Below("evaluation/features.json")
     """The features that the run is scored on: chosen once, at its first start."""
 
+    real_images = _Below("evaluation/real.npz")
+    """Some of the training images, to be shown beside samples."""
+
     reference = _Below("evaluation/reference.npz")
     """Mean and covariance of the features that the images are compared with."""
 

@@ -56,6 +56,9 @@ VERSION = 1
 MAX_SHARDS = 64
 """Most shards that the images of one model are sampled in."""
 
+NUM_REAL_IMAGES = 64
+"""Training images that are shown beside samples."""
+
 REFERENCE_SHARD = 10_000
 """Training images whose features one item extracts."""
 
@@ -458,6 +461,15 @@ def features_of(
         parts.append(features[inside].astype(np.float32))
     assert total is not None
     return total, np.concatenate(parts)
+
+
+def save_real_images(path: Path, data: DataConfig) -> None:
+    """Write some training images as samples are written, drawn at random from all."""
+    dataset = load_dataset(data)
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:NUM_REAL_IMAGES]
+    images = dataset.__getitems__(chosen.tolist()).images.permute(0, 2, 3, 1)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images.numpy())
 
 
 def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:

@@ -7,7 +7,7 @@ from tdc_ray.execution.events import EventSink
 from tdc_ray.runs.sweep.results import SweepProgress
 from tdc_ray.runs.sweep.table import SweepTable
 
-SECONDS_BETWEEN_EVENTS = 8.0
+SECONDS_BETWEEN_EVENTS = 6.0
 """Below the 10 s within which a console is to say something."""
 
 

@@ -29,6 +29,7 @@ from tdc_ray.runs.evaluation.evaluate import (
     named_metrics,
     prepare_features,
     sample_inputs,
+    save_real_images,
     score,
     train_classifier_item,
 )
@@ -280,6 +281,15 @@ def test_shares_whose_moments_alone_are_known_are_measured_again(scored, config,
     assert (again.score, again.metrics) == (scored[1].score, scored[1].metrics)
     after = written(run_dir.samples / "base")
     assert all(after[path] == at for path, at in samples.items() if "moments" not in path.name)
+
+
+def test_real_images_are_some_of_the_training_images_as_samples_are_kept(config, tmp_path):
+    save_real_images(tmp_path / "evaluation" / "real.npz", config.data)
+    images = np.load(tmp_path / "evaluation" / "real.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((64, 8, 8, 1), np.uint8)
+    training, _ = load_dataset(config.data).__getitems__(range(1797))
+    known = {image.tobytes() for image in training.permute(0, 2, 3, 1).numpy()}
+    assert {image.tobytes() for image in images} <= known
 
 
 def test_progress_is_reported_in_images(config, spec, tmp_path):
