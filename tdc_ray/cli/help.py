@@ -15,7 +15,7 @@ COLUMN = 36
 
 IMAGES = {
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
-    "--data.source NAME": "where images come from",
+    "--data.source NAME": "kind of images",
     "--data.path PATH": "the folder or file of the images",
     "--data.image-size PIXELS": "height and width that images are brought to",
     "--data.num-channels N": "grey or colour",
@@ -43,7 +43,8 @@ SAMPLING = {
     "--sampler.sampler NAME": "how images are drawn",
     "--sampler.num-inference-steps N": "denoising steps",
     "--evaluate.num-images N": "images of each model that scores are of",
-    "--compare KIND": "what is compared with TDC at equal macs, too",
+    "--evaluate.features NAME": "features",
+    "--compare KIND": "what TDC is compared with, too",
 }
 WORKERS = {
     "--compute.num-actors N": "most workers side by side; default: as many as fit",

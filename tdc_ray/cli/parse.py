@@ -145,8 +145,8 @@ def _refuse_foreign(arguments: Sequence[str]) -> None:
     name, commands = next(iter(arguments), "-"), _commands(preset("digits"))
     if name not in commands and not name.startswith("-"):
         close = get_close_matches(name, commands, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"there is no command {name}: {meant}Commands: {', '.join(commands)}.")
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"there is no command {name}: {hint}Commands: {', '.join(commands)}.")
     if name not in SHORT:
         return
     for argument in arguments[1:]:

@@ -170,7 +170,7 @@ def prepare_features(
         yield from result_of(item)
     if config.metrics and not exists(spec.features_path):
         job = FeatureJob(data, config, spec, (0, 0), spec.features_path)
-        item = WorkItem(
+        drawing = WorkItem(
             key="reference/features",
             function=extract_reference,
             job=job,
@@ -180,8 +180,8 @@ def prepare_features(
             files=(spec.features_path,),
             result_type=FeatureResult,
         )
-        remove(item.result_path)
-        yield from result_of(item)
+        remove(drawing.result_path)
+        yield from result_of(drawing)
     if exists(run_dir.reference):
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])

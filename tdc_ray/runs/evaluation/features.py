@@ -30,13 +30,14 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
 from tdc_ray.runs.evaluation.hub_features import (
+    HubKind,
     check_folder,
     hub_extractor_name,
     hub_folder,
@@ -156,12 +157,13 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
     check_labels(data, evaluate)
     dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
     fingerprint, moments = dataset.fingerprint(), cache / "moments"
-    if wanted == "clip" or wanted == "dinov2":  # narrows the type
-        folder = hub_folder(wanted, evaluate)
-        extractor = hub_extractor_name(wanted, folder)
+    if wanted in HUB_MODELS:
+        kind: HubKind = "clip" if wanted == "clip" else "dinov2"
+        network = hub_folder(kind, evaluate)
+        extractor = hub_extractor_name(kind, network)
         key = f"{fingerprint}-{hashlib.sha256(extractor.encode()).hexdigest()[:16]}"
         paths = (moments / f"{key}.npz", moments / f"{key}.features.npz")
-        return FeatureSpec(f"fd_{wanted}", extractor, folder, *paths, wanted)
+        return FeatureSpec(f"fd_{kind}", extractor, network, *paths, kind)
     if wanted != "classifier":
         folder = _inception_folder(evaluate.inception_path, cache)
         if folder is not None:
