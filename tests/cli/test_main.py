@@ -161,7 +161,7 @@ def test_version_is_one_line(capsys):
     [
         (["run", "--data.pth", "x"], "--data.path"),
         (["run", "--base.num-step", "3"], "--base.num-steps"),
-        (["run", "--prune.methodd", "llm"], "--prune.method"),
+        (["run", "--prune.metho", "llm"], "--prune.method"),
         (["run", "--num-groups", "3"], "--plan.num-groups"),
         (["run", "--lr", "3"], "did you mean --base.learning-rate or --finetune.learning-rate?"),
         (["run", "--finetune.lr=3"], "did you mean --finetune.learning-rate?"),
