@@ -384,6 +384,9 @@ def test_ls_and_compare_show_runs_finished_or_not_side_by_side(finished_run, tmp
     assert "12345" in printed
     assert "prune.method" not in printed  # the same in both
     assert f"{results['base']['score']:.3f}" in printed
+    for name, value in results["tdc"]["metrics"].items():
+        assert f"{name} of TDC" in printed
+        assert f"{value:.4g}" in printed
 
 
 def test_ls_and_compare_refuse_what_holds_no_runs(tmp_path, capsys):
