@@ -52,8 +52,8 @@ def models_table(results: Results) -> Table:
         [
             ("model", "text", lambda label: label),
             (results.metric, "score", of(lambda model: model.score)),
-            *others,
             ("the paper's FID", "number", theirs(lambda row: row.fid)),
+            *others,
             ("FLOPs (MACs)", "macs", of(lambda model: model.macs)),
             ("the paper's FLOPs (MACs)", "macs", theirs(lambda row: row.macs)),
             ("params", "millions", of(lambda model: model.num_params)),

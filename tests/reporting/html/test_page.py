@@ -83,9 +83,10 @@ def test_a_finished_runs_page_is_whole_and_its_tables_hold_its_results(finished_
     assert all(place.startswith(("data:", "#")) for place in page.loaded)
     assert {link for link in page.linked if not link.startswith("#")} == {PAPER_URL}
     assert all(link[1:] in page.ids for link in page.linked if link.startswith("#"))
-    assert sum(place.startswith("data:image/png") for place in page.loaded) == 2
+    assert sum(place.startswith("data:image/png") for place in page.loaded) == 3  # one real
     (base, _, tdc) = rows_of(tmp_path, "models")
     assert float(base[results.metric]) == results.base.score
+    assert float(tdc["kd_digits_cnn"]) == results.tdc.metrics["kd_digits_cnn"]
     assert float(tdc["FLOPs (MACs)"]) == results.tdc.macs
     assert (tdc["the paper's FID"], tdc["the paper's data"]) == ("3.76", "CIFAR-10")
     groups = rows_of(tmp_path, "groups")
