@@ -48,7 +48,7 @@ def main() -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; return the exit code: 0, 1 for an error, 130 for an interrupt."""
     from tdc_ray.cli.output import PlainConsole, configure_logging
-    from tdc_ray.cli.parse import parse
+    from tdc_ray.cli.parse import help_text, parse
     from tdc_ray.storage.provenance import versions
 
     console = PlainConsole()
@@ -56,6 +56,9 @@ def run_command(arguments: Sequence[str]) -> int:
         console.print(f"tdc-ray {versions()['tdc-ray']}", highlight=False)
         return 0
     try:
+        if (text := help_text(arguments)) is not None:
+            console.print(text, highlight=False, soft_wrap=True)
+            return 0
         command = parse(arguments)
     except TdcError as error:
         return _fail(error, verbose="--verbose" in arguments)

@@ -6,6 +6,7 @@ arguments are read twice: at first for what decides the defaults, with no check 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Protocol, get_type_hints
 import tyro
 from rich.console import Console
 from tyro import MISSING
-from tyro.conf import OmitSubcommandPrefixes, subcommand
+from tyro.conf import subcommand
 from tyro.constructors import (
     ConstructorRegistry,
     StructConstructorSpec,
@@ -39,6 +40,7 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
+from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.budget import BudgetConfig
@@ -62,6 +64,20 @@ REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 """Placeholder for a required argument where ``--help`` or an error follows."""
 
 BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
+HELP_ALL = "--help-all"
+
+FOREIGN = {
+    "lr": ("--base.learning-rate", "--finetune.learning-rate"),
+    "steps": ("--base.num-steps", "--finetune.num-steps", "--sampler.num-inference-steps"),
+    "max-train-steps": ("--base.num-steps", "--finetune.num-steps"),
+    "train-batch-size": ("--base.batch-size", "--finetune.batch-size"),
+    "train-data-dir": ("--data",),
+    "resolution": ("--data.image-size",),
+    "output-dir": ("--run-dir", "--storage", "--out-dir", "--out"),
+    "random-flip": ("--data.horizontal-flip",),
+    "gpus": ("--compute.gpus-per-base-worker", "--compute.gpus-per-actor"),
+}
+"""What other tools call a flag, that tyro does not find by its letters."""
 
 UNCHECKED = ConstructorRegistry()
 """Reads settings whose checks need the right defaults: a plain namespace holds them."""
@@ -95,15 +111,17 @@ def parse(arguments: Sequence[str]) -> Command:
         ConfigError: A setting is out of its range, or two settings disagree.
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
-    commands = _commands(_defaults(arguments)).items()
-    choices: Any = reduce(or_, (Annotated[type(c), subcommand(n, default=c)] for n, c in commands))
-    command: Command = tyro.cli(
-        choices,
-        args=list(arguments),
-        prog="tdc-ray",
-        description=DESCRIPTION,
-        config=(OmitSubcommandPrefixes,),
-    )
+    _refuse_foreign(arguments)
+    commands = _commands(_defaults(arguments))
+    flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
+    command: Command
+    if named := commands.get(next(iter(arguments), "")):
+        name = arguments[0]
+        command = tyro.cli(type(named), args=flags[1:], prog=f"tdc-ray {name}", default=named)
+    else:
+        kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
+        union: Any = reduce(or_, kinds)
+        command = tyro.cli(union, args=flags, prog="tdc-ray", description=DESCRIPTION)
     if isinstance(command, RunCommand | SweepCommand):
         _check_shape(command.config, arguments)
     _check_budget(command, arguments)
@@ -135,6 +153,43 @@ def _check_budget(command: Command, arguments: Sequence[str]) -> None:
 def _flags(arguments: Sequence[str]) -> set[str]:
     """Return the flags of a command line, as they are documented."""
     return {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+
+
+def help_text(arguments: Sequence[str]) -> str | None:
+    """Return the help of the flags that people use, or None where tyro's is meant.
+
+    Raises:
+        TdcError: A base, a model or a preset is named that does not exist.
+    """
+    if not {"-h", "--help"} & set(arguments) or arguments[0] not in SHORT:
+        return None
+    return short_help(arguments[0], _commands(_defaults(arguments))[arguments[0]])
+
+
+def _refuse_foreign(arguments: Sequence[str]) -> None:
+    """Refuse a command that there is not, and flags that other tools have, by the right ones.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    name, commands = next(iter(arguments), "-"), _commands(preset("digits"))
+    if name not in commands and not name.startswith("-"):
+        close = get_close_matches(name, commands, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"there is no command {name}: {hint}Commands: {', '.join(commands)}.")
+    if name not in SHORT:
+        return
+    for argument in arguments[1:]:
+        flag = argument.partition("=")[0].replace("_", "-")
+        stage, _, last = flag.removeprefix("--").rpartition(".")
+        meant = [
+            one
+            for one in FOREIGN.get(last, ())
+            if one.startswith(f"--{stage}")
+            and ("." in one or hasattr(commands[name], one.strip("-").replace("-", "_")))
+        ]
+        if flag.startswith("--") and meant:
+            raise ConfigError(f"there is no flag {flag}: did you mean {' or '.join(meant)}?")
 
 
 def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:
@@ -276,7 +331,7 @@ def _first_reading(
     required = {key: value for key, value in REQUIRED.items() if hasattr(command, key)}
     return tyro.cli(
         type(command),
-        args=[argument for argument in arguments[1:] if argument not in ("-h", "--help")],
+        args=[one for one in arguments[1:] if one not in ("-h", "--help", HELP_ALL)],
         prog=f"tdc-ray {name}",
         default=replace(command, **required),
         registry=registry,

@@ -1,11 +1,13 @@
 """Refuses paths that are not there, or of another kind, before anything heavy is imported."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, HUB_NAME
 from tdc_ray.config.run import RunConfig
-from tdc_ray.errors import CheckpointError, DataError, EvaluationError, StorageError
+from tdc_ray.errors import CheckpointError, ConfigError, DataError, EvaluationError, StorageError
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
@@ -78,7 +80,27 @@ def check_settings(config: RunConfig) -> None:
             f"evaluate.inception_path {evaluate.inception_path} does not exist. Name the folder "
             "that holds inception-2015-12-05.pt."
         )
+    check_features_model(evaluate)
     check_output_folder("--evaluate.cache-dir", evaluate.cache_dir)
+
+
+def check_features_model(evaluate: EvaluateConfig) -> None:
+    """Refuse features whose library is not installed, or whose network is not there.
+
+    Raises:
+        TdcError: There are such.
+    """
+    if evaluate.features in HUB_MODELS and find_spec("transformers") is None:
+        raise ConfigError(
+            f"evaluate.features {evaluate.features} needs transformers, which is not installed: "
+            "pip install 'tdc-ray[features]', or take other features."
+        )
+    model = evaluate.features_model
+    if model is not None and not _exists(model) and HUB_NAME.fullmatch(model) is None:
+        raise EvaluationError(
+            f"evaluate.features_model {model} does not exist, and is no name on the hub "
+            "(owner/name)."
+        )
 
 
 def check_named_data(flag: str, source: str | None) -> None:

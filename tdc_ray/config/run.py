@@ -141,6 +141,7 @@ PATHS = (
     "model.config",
     "proxy.replay",
     "evaluate.cache_dir",
+    "evaluate.features_model",
     "evaluate.inception_path",
 )
 """Settings that are paths, or may be."""
@@ -149,6 +150,7 @@ LATER_FIELDS = {
     "diffusion": ("prediction_type",),
     "model": ("width", "depth", "network"),
     "budget": ("hours", "train_macs", "epochs"),
+    "evaluate": ("metrics", "features_model"),
 }
 """Settings that came after the first run directories were named by their digest."""
 
@@ -231,7 +233,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         settings_of_stage = changes.get(stage, getattr(config, stage))
         value = getattr(settings_of_stage, field_name)
         if value is not None:
-            path = _absolute_base(value) if name == "model.base" else _absolute(value)
+            is_base = name in ("model.base", "evaluate.features_model")
+            path = _absolute_base(value) if is_base else _absolute(value)
             changes[stage] = replace(settings_of_stage, **{field_name: path})
     return replace(config, **changes)
 

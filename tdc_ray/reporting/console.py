@@ -115,6 +115,8 @@ def print_results(console: Console, results: Results) -> None:
         left=("model",),
     )
     console.print(models)
+    if results.tdc.metrics:
+        console.print(_metrics_table(rows, list(results.tdc.metrics)))
     console.print(_costs_table(rows))
     steps: list[TextColumn[GroupResult]] = []
     if len({group.train_steps for group in results.groups}) > 1:
@@ -146,6 +148,21 @@ def print_results(console: Console, results: Results) -> None:
 
 def _rate(images_per_second: float | None) -> str:
     return "-" if images_per_second is None else f"{images_per_second:.1f}"
+
+
+def _metrics_table(rows: Sequence[ModelRow], names: Sequence[str]) -> Table:
+    """Return the scores beside the metric."""
+
+    def value_of(name: str) -> Callable[[ModelRow], str]:
+        return lambda row: f"{row.metrics[name]:.4g}" if name in row.metrics else "-"
+
+    columns = [(name, value_of(name)) for name in names]
+    return table_of(
+        rows,
+        [("model", lambda row: row.label), *columns],
+        title="other scores: distances lower, precision and recall higher is better",
+        left=("model",),
+    )
 
 
 def _costs_table(rows: Sequence[ModelRow]) -> Table:

@@ -1,5 +1,6 @@
 """The models of a run side by side: base, TDC, and what TDC was compared with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tdc_ray.reporting.paper import NO_PRUNING
@@ -23,6 +24,9 @@ class ModelRow:
     images_per_second: float | None
     """None means that it was not measured apart."""
 
+    metrics: Mapping[str, float]
+    """Scores beside the metric."""
+
     @property
     def macs_spent(self) -> float:
         """What training and search took together."""
@@ -42,6 +46,7 @@ def model_rows(results: Results) -> list[ModelRow]:
             train_macs=base.train_macs,
             search_macs=0.0,
             images_per_second=base.images_per_second,
+            metrics=base.metrics,
         )
     ]
     if comparison is not None:
@@ -55,6 +60,7 @@ def model_rows(results: Results) -> list[ModelRow]:
                 train_macs=comparison.train_macs,
                 search_macs=0.0,
                 images_per_second=None,
+                metrics=comparison.metrics,
             )
         )
     rows.append(
@@ -67,6 +73,7 @@ def model_rows(results: Results) -> list[ModelRow]:
             train_macs=tdc.train_macs,
             search_macs=results.prune.search_macs,
             images_per_second=tdc.images_per_second,
+            metrics=tdc.metrics,
         )
     )
     return rows

@@ -48,14 +48,25 @@ def print_comparison(console: Console, runs: Sequence[RunOverview]) -> None:
         print_rows("settings that differ", settings)
     else:
         console.print("all settings are the same")
+    found = [run.results.tdc.metrics for run in runs if run.results is not None]
+    names_of_others = dict.fromkeys(name for metrics in found for name in metrics)
+    others = [(f"{name} of TDC", _other_score(name)) for name in names_of_others]
     print_rows(
         "results",
-        [(label, [text(run) for run in runs]) for label, text in _RESULTS],
+        [(label, [text(run) for run in runs]) for label, text in (*_RESULTS, *others)],
     )
 
 
 def _of_results(text: Callable[[Results], str]) -> Callable[[RunOverview], str]:
     return lambda run: "" if run.results is None else text(run.results)
+
+
+def _other_score(name: str) -> Callable[[RunOverview], str]:
+    def text(results: Results) -> str:
+        value = results.tdc.metrics.get(name)
+        return "" if value is None else f"{value:.4g}"
+
+    return _of_results(text)
 
 
 def _of_comparison(results: Results) -> str:

@@ -3,6 +3,8 @@
 import logging
 import math
 import threading
+from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -14,8 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from tdc_ray.execution.events import Finished, Reported, Started
+from tdc_ray.reporting.text import duration
+from tdc_ray.runs.sweep.results import SweepProgress, TrialRow
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +83,44 @@ class ProgressBars:
                     else f", {seconds:.0f} s left"
                 )
             logger.info("%s step %d/%d%s%s", event.key, event.step, task.total, note, left)
+
+
+class SweepLine:
+    """A sink that says how far a sweep is: in a line that stays in a terminal, else in the log."""
+
+    def __init__(self, console: Console) -> None:
+        self._status = console.status("starting") if console.is_terminal else None
+
+    def __enter__(self) -> "SweepLine":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: object) -> None:
+        """Say it."""
+        match event:
+            case SweepProgress(rows, num_runs, seconds):
+                text = sweep_text(rows, num_runs, seconds)
+                if self._status is None:
+                    logger.info("%s", text)
+                else:
+                    self._status.update(Text(text))
+
+
+def sweep_text(rows: Sequence[TrialRow], num_runs: int, seconds: float) -> str:
+    """Write how many runs are done, running, failed and stopped, the best score, and the time."""
+    counts = Counter(row.status for row in rows)
+    parts = [f"{counts['done']} of {num_runs} runs done", f"{counts['running']} running"]
+    parts += [f"{counts[name]} {name}" for name in ("failed", "stopped") if counts[name]]
+    scored = [(row.score, row) for row in rows if row.status == "done" and row.score is not None]
+    if scored:
+        score, row = min(scored, key=lambda one: one[0])
+        parts.append(f"best {row.metric} {score:.4g} of {row.name}")
+    return ", ".join([*parts, f"{duration(seconds)} so far"])
 
 
 def _name(event: Started | Reported | Finished) -> int | str:

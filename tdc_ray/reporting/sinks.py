@@ -8,6 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from tdc_ray.execution.events import EventSink
+from tdc_ray.reporting.loggers.clients import CLIENTS
+from tdc_ray.reporting.loggers.names import LoggerName
+from tdc_ray.reporting.loggers.sink import LoggerSink
 from tdc_ray.reporting.progress import ProgressBars
 from tdc_ray.reporting.tensorboard import TensorBoard
 from tdc_ray.reporting.trace import chrome_trace
@@ -48,17 +51,26 @@ def write_trace(run_dir: RunDir, event: object) -> None:
         write_text(run_dir.trace, json.dumps(chrome_trace(event.history)))
 
 
-def default_sinks(run_dir: RunDir, console: Console) -> Sequence[EventSink]:
-    """Return bars or log lines, pictures, a trace, and TensorBoard, which shows the plots."""
+def default_sinks(
+    run_dir: RunDir, console: Console, log_to: Sequence[LoggerName] = ()
+) -> Sequence[EventSink]:
+    """Return bars or log lines, pictures, a trace, and TensorBoard, which shows the plots.
+
+    Args:
+        run_dir: The run directory.
+        console: Where progress is shown.
+        log_to: Trackers beside TensorBoard.
+    """
     return (
         ProgressBars(console),
         partial(draw_plots, run_dir),
         partial(draw_samples, run_dir),
         partial(write_trace, run_dir),
         TensorBoard(run_dir),
+        *(LoggerSink(run_dir, name) for name in dict.fromkeys(log_to) if name in CLIENTS),
     )
 
 
-def trial_sinks(run_dir: RunDir) -> Sequence[EventSink]:
+def trial_sinks(run_dir: RunDir, log_to: Sequence[LoggerName] = ()) -> Sequence[EventSink]:
     """Return the sinks of a run that has no terminal."""
-    return default_sinks(run_dir, Console(quiet=True))
+    return default_sinks(run_dir, Console(quiet=True), log_to)

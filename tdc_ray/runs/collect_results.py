@@ -13,6 +13,7 @@ from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.models.first_stage import first_stage_digest
 from tdc_ray.runs.evaluation.evaluate import Score
 from tdc_ray.runs.evaluation.features import FeatureSpec
+from tdc_ray.runs.evaluation.metrics import metrics_text
 from tdc_ray.runs.pretrained.sources import BASE_FILE
 from tdc_ray.runs.results import (
     ComparisonResult,
@@ -86,6 +87,7 @@ def collect_results(
             train_steps=base.train_steps,
             train_macs=base.train_macs,
             images_per_second=outcome.base.images_per_second,
+            metrics=outcome.base.metrics,
         ),
         tdc=ModelResult(
             score=outcome.tdc.score,
@@ -94,6 +96,7 @@ def collect_results(
             train_steps=base.train_steps + sum(expert.train_steps for expert in experts),
             train_macs=base.train_macs + sum(expert.train_macs for expert in experts),
             images_per_second=outcome.tdc.images_per_second,
+            metrics=outcome.tdc.metrics,
         ),
         plan=PlanResult(
             k=config.plan.min_macs_share,
@@ -133,6 +136,9 @@ def collect_results(
             num_classes=num_classes,
             labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
             guidance_scale=sampler.guidance_scale,
+            other_metrics=metrics_text(config.evaluate.num_images)
+            if outcome.tdc.metrics
+            else None,
             first_stage=None if first_stage is None else first_stage_digest(Path(first_stage)),
         ),
         seconds=StageSeconds(

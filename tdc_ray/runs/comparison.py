@@ -104,11 +104,14 @@ def finish_comparison(
         for swapped in (None, *swaps)
     ]
     shards = pool.run(dict(ChainMap(*map(dict, models))), "comparison")
-    own, *others = (score(run_dir, [shards[name] for name in model]).score for model in models)
+    first, *swapped_models = ([shards[name] for name in model] for model in models)
+    own = score(run_dir, first, spec, config.evaluate.metrics)
+    others = [score(run_dir, model).score for model in swapped_models]
     paths = [_losses_path(run_dir, config, group) for group in groups]
     return ComparisonResult(
         kind=config.compare.kind,
-        score=own,
+        score=own.score,
+        metrics=own.metrics,
         train_macs=base.train_macs + longer.trained.macs_spent,
         steps=base.train_steps + longer.trained.steps,
         continued=longer.trained.continued,

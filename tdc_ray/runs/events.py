@@ -8,6 +8,7 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.events import EventSink
 from tdc_ray.execution.timeline import History, WorkerUsage
 from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.runs.results import Results
 from tdc_ray.storage.run_dir import RunDir
 
 SinksFor = Callable[[RunDir], Sequence[EventSink]]
@@ -40,7 +41,7 @@ class ImagesSampled:
     """A model's images were scored."""
 
     model: str
-    """``base``, ``tdc`` or ``longer-base``."""
+    """``base``, ``tdc`` or ``longer-base``; ``real`` are training images."""
 
     path: Path
     """The first of their files."""
@@ -52,3 +53,10 @@ class WorkersUsed:
 
     history: History
     usage: Sequence[WorkerUsage]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The results are written."""
+
+    results: Results

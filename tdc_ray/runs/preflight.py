@@ -15,7 +15,7 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.models.unet2d.unet import check_buildable
 from tdc_ray.pruning.space import REMEDY, Space, space_of
-from tdc_ray.runs.evaluation.features import check_inception, check_labels
+from tdc_ray.runs.evaluation.features import check_features, check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
@@ -48,7 +48,7 @@ def check(
         check_limits(config.prune, space, plan)
     check_data(config, unet)
     check_labels(config.data, config.evaluate)
-    check_inception(config.evaluate)
+    check_features(config.evaluate)
     return unet, space, plan
 
 

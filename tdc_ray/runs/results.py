@@ -4,7 +4,7 @@ Pydantic checks values that are read, not new ones: it would write 0.0 where an 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,10 @@ class ModelResult:
 
     images_per_second: float
     """Images sampled per second by one worker."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Scores beside the metric, by their names: ``kid`` or ``kd_...`` (lower is better), and
+    ``precision...`` and ``recall...`` (higher)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +183,9 @@ class EvaluationResult:
     guidance_scale: float = 1.0
     """Weight of classifier-free guidance; other than 1, every step takes two forward passes."""
 
+    other_metrics: str | None = None
+    """How the scores beside the metric are computed; None where there are none."""
+
     first_stage: str | None = None
     """Digest of the frozen first stage that decoded the images; None in pixel space."""
 
@@ -266,6 +273,9 @@ class ComparisonResult:
 
     score: float
     """As of base and TDC: of images from the same noise."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As of base and TDC."""
 
     train_macs: float
     """Of all its training, that of stage 1 included: what training and search of TDC took, rounded

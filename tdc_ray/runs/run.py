@@ -42,9 +42,21 @@ from tdc_ray.runs.comparison import (
     is_compared,
     train_and_measure,
 )
-from tdc_ray.runs.evaluation.evaluate import Score, evaluate, prepare_features, score
+from tdc_ray.runs.evaluation.evaluate import (
+    Score,
+    evaluate,
+    prepare_features,
+    save_real_images,
+    score,
+)
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
-from tdc_ray.runs.events import CandidateMeasured, ImagesSampled, PlanMade, WorkersUsed
+from tdc_ray.runs.events import (
+    CandidateMeasured,
+    ImagesSampled,
+    PlanMade,
+    RunFinished,
+    WorkersUsed,
+)
 from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
@@ -113,6 +125,8 @@ def run(
                 config = steps_by_count(config, plan, space.macs_base)
             _save_settings(run_dir, config, plan)
         asked, config = config, replace(config, compute=with_gpus(config.compute))
+        if not exists(run_dir.real_images):
+            save_real_images(run_dir.real_images, config.data)
         spec = choose_features(config.data, config.evaluate, run_dir.features)
         timeline, cache = Timeline(run_dir.timeline), _open_cache(store, run_dir)
         with (
@@ -166,20 +180,22 @@ def run(
             if longer_base is not None:
                 comparison = finish_comparison(run_dir, config, spec, experts, longer_base, pool)
             timeline.flush()
+            events(ImagesSampled("real", run_dir.real_images))
             for model in ("base", "tdc", "longer-base"):
                 if exists(path := run_dir.samples / model / "0000000.npz"):
                     events(ImagesSampled(model, path))
             history = load_history(run_dir.timeline)
             used = usage(history)
             events(WorkersUsed(history, used))
-        has_cache = store is not None
-        outcome = RunOutcome(
-            plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
-        )
-        # A comparison that is added later is no part of how long the run took.
-        seconds = earlier.seconds.wall if earlier else time.perf_counter() - started
-        results = collect_results(run_dir, config, outcome, seconds)
-        save_results(run_dir.results, results)
+            has_cache = store is not None
+            outcome = RunOutcome(
+                plan, experts, measured, base, tdc, spec, reference, used, has_cache, comparison
+            )
+            # A comparison that is added later is no part of how long the run took.
+            seconds = earlier.seconds.wall if earlier else time.perf_counter() - started
+            results = collect_results(run_dir, config, outcome, seconds)
+            save_results(run_dir.results, results)
+            events(RunFinished(results))
         return results
 
 
@@ -310,8 +326,8 @@ def _evaluate(
         chains["longer-base"] = longer
     done = pool.run(chains, "evaluation")
     return (
-        score(run_dir, [done[name] for name in base]),
-        score(run_dir, [done[name] for name in tdc]),
+        score(run_dir, [done[name] for name in base], spec, config.evaluate.metrics),
+        score(run_dir, [done[name] for name in tdc], spec, config.evaluate.metrics),
         done.get("longer-base"),
     )
 

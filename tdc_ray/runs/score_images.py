@@ -1,7 +1,7 @@
 """The score of any images, as a run's evaluation would give it: ``tdc-ray score``."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.data.shapes import stored_shapes
 from tdc_ray.errors import ConfigError, DataError, EvaluationError
 from tdc_ray.execution.chain import run_chain
-from tdc_ray.runs.evaluation.evaluate import feature_moments, prepare_features
+from tdc_ray.runs.evaluation.evaluate import features_of, named_metrics, prepare_features
 from tdc_ray.runs.evaluation.features import find_features
-from tdc_ray.runs.evaluation.metrics import distance
+from tdc_ray.runs.evaluation.metrics import distance, drawn
 from tdc_ray.storage.files import exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -52,6 +52,9 @@ class ImageScore:
 
     score: float
     """Lower is better."""
+
+    metrics: Mapping[str, float]
+    """Scores beside it, by their names in a run's results."""
 
     reference: str
     """What the images are compared with."""
@@ -129,21 +132,23 @@ def score_images(path: Path, reference: Reference) -> ImageScore:
             f"{path} must hold at least 2 images, got {len(images)}: their features have no "
             "covariance otherwise, and a score that says something takes thousands."
         )
-    spec = find_features(reference.data, reference.evaluate, reference.features)
+    evaluate = reference.evaluate
+    spec = find_features(reference.data, evaluate, reference.features)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = reference.run_dir
         if run_dir is None or not exists(run_dir.reference):  # a run that is not finished
             run_dir = RunDir(Path(folder))
-        source = run_chain(prepare_features(run_dir, reference.data, reference.evaluate, spec))
+        source = run_chain(prepare_features(run_dir, reference.data, evaluate, spec))
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             expected = (file["mean"], file["covariance"])
-    batch_size = reference.evaluate.batch_size
-    moments = feature_moments(images, range(len(images)), spec, batch_size)
+    indices, kept = range(len(images)), drawn(len(images))
+    moments, features = features_of(images, indices, spec, evaluate.batch_size, kept)
     return ImageScore(
         images=display_path(path),
         num_images=len(images),
         metric=spec.metric,
         score=distance(moments.mean_and_covariance(), expected),
+        metrics=named_metrics(features, spec, evaluate.metrics),
         reference=source,
         features=spec.extractor,
         notes=tuple(_notes(len(images), len(expected[0]), reference)),

@@ -71,6 +71,9 @@ class RunDir:
     features = _Below("evaluation/features.json")
     """The features that the run is scored on: chosen once, at its first start."""
 
+    real_images = _Below("evaluation/real.npz")
+    """Some of the training images, to be shown beside samples."""
+
     reference = _Below("evaluation/reference.npz")
     """Mean and covariance of the features that the images are compared with."""
 
@@ -82,6 +85,9 @@ class RunDir:
 
     tensorboard = _Below("tensorboard")
     """Event files."""
+
+    loggers = _Below("loggers.json")
+    """Ids of the runs that trackers keep of this one, by the trackers' names."""
 
     timeline = _Below("timeline.jsonl")
     """The timeline: which worker ran which item, when."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tdc_ray.cli.help import SHORT
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
@@ -157,10 +158,48 @@ def test_version_is_one_line(capsys):
     assert re.fullmatch(r"tdc-ray \S.*\n", capsys.readouterr().out)
 
 
-def test_a_misspelt_flag_gets_the_right_one(tmp_path):
-    done = tdc_ray("run", "--data.pth", "x", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--data.path" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        (["run", "--data.pth", "x"], "--data.path"),
+        (["run", "--base.num-step", "3"], "--base.num-steps"),
+        (["run", "--prune.metho", "llm"], "--prune.method"),
+        (["run", "--num-groups", "3"], "--plan.num-groups"),
+        (["run", "--lr", "3"], "did you mean --base.learning-rate or --finetune.learning-rate?"),
+        (["run", "--finetune.lr=3"], "did you mean --finetune.learning-rate?"),
+        (["run", "--train_data_dir", "x"], "did you mean --data.path?"),
+        (["plan", "--output-dir", "x"], "did you mean --out-dir?"),
+        (["sweep", "--vary", "k=1", "--max-concurent", "3"], "--max-concurrent"),
+        (["prune", ".", "--out", "x", "--mac", "0.5"], "--macs"),
+        (["sample", "x", "--num-image", "4"], "--num-images"),
+        (["rum"], "there is no command rum: did you mean run?"),
+        (["colour"], "there is no command colour: Commands: run, sweep, plan"),
+    ],
+)
+def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):
+    done = tdc_ray(*arguments, cwd=tmp_path)
+    assert done.returncode in (1, 2)  # 2 is tyro's
+    assert right in done.stderr
+    assert "in tdc-ray" not in done.stderr  # flags of this command alone
+
+
+@pytest.mark.parametrize("name", list(SHORT))
+def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
+    assert run_command([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == f"All flags: tdc-ray {name} --help-all"
+    with pytest.raises(SystemExit):
+        run_command([name, "--help-all"])
+    known = re.findall(r"--[^ ,]+", capsys.readouterr().out)
+    named = {flag.split()[0] for flags in SHORT[name].values() for flag in flags}
+    assert {flag for flag in named if flag.startswith("--")} <= set(known)
+
+
+def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
+    assert run_command(["run", "--preset", "cifar10", "-h"]) == 0
+    assert re.search(r"--plan.num-groups N .*\[10\]", capsys.readouterr().out)
 
 
 def test_a_refused_dry_run_prints_the_refusal_alone(tmp_path, capsys, monkeypatch):
@@ -347,6 +386,9 @@ def test_ls_and_compare_show_runs_finished_or_not_side_by_side(finished_run, tmp
     assert "12345" in printed
     assert "prune.method" not in printed  # the same in both
     assert f"{results['base']['score']:.3f}" in printed
+    for name, value in results["tdc"]["metrics"].items():
+        assert f"{name} of TDC" in printed
+        assert f"{value:.4g}" in printed
 
 
 def test_ls_and_compare_refuse_what_holds_no_runs(tmp_path, capsys):

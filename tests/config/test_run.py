@@ -538,6 +538,18 @@ def test_a_run_that_corrupt_files_or_a_full_cache_stopped_goes_on_with_other_set
     assert default_run_dir(other) == default_run_dir(RunConfig())
 
 
+def test_settings_that_are_new_leave_the_digests_of_old_runs_as_they_are(monkeypatch):
+    hashed = []
+    monkeypatch.setattr("tdc_ray.config.run.json_digest", lambda one: hashed.append(one) or "")
+    other = changed(RunConfig(), "evaluate.metrics", ("kid",))
+    for config in (RunConfig(), other):
+        digest(config)
+    assert not {"metrics", "features_model"} & set(hashed[0]["evaluate"])
+    assert hashed[1]["evaluate"]["metrics"] == ("kid",)
+    [difference] = differences(RunConfig(), other)
+    assert difference == "evaluate.metrics ('kid', 'precision-recall') -> ('kid',)"
+
+
 def test_the_digest_is_eight_hexadecimal_digits():
     assert len(digest(RunConfig())) == 8
     assert int(digest(RunConfig()), 16) >= 0

@@ -94,6 +94,14 @@ def test_the_score_is_named_after_its_classifier_and_never_fid(results):
     assert results.base.score > 0
 
 
+def test_other_scores_stand_beside_it_under_names_of_their_own(results):
+    names = {f"{name}_digits_cnn" for name in ("kd", "precision", "recall")}
+    for model in (results.base, results.tdc):
+        assert set(model.metrics) == names
+        assert 0 <= model.metrics["recall_digits_cnn"] <= 1
+    assert "200 images" in results.evaluation.other_metrics
+
+
 def test_the_scored_images_are_those_that_the_saved_models_sample(finished_run, smoke_config):
     base = UNet2DModel.from_pretrained(RunDir(finished_run).base_unet).eval()
     models = {
@@ -125,7 +133,8 @@ def test_tensorboard_reads_plan_memory_bank_and_what_was_scored(finished_run):
         for name in ("plan", "memory", "samples")
     }
     assert shown["plan"].Tags()["images"] == ["plan"]
-    assert {tag.partition("/")[0] for tag in shown["samples"].Tags()["images"]} == {"base", "tdc"}
+    tags = shown["samples"].Tags()["images"]
+    assert {tag.partition("/")[0] for tag in tags} == {"base", "tdc", "real"}
     entries = MemoryBank(RunDir(finished_run).memory).all()
     group = [entry for entry in entries if entry.group == 0]
     losses = [event.value for event in shown["memory"].Scalars("group-00/loss")]

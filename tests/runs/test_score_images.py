@@ -28,6 +28,7 @@ def test_a_runs_own_images_get_the_runs_own_score(finished_run, tmp_path, capsys
     for score in scored.values():
         assert score["score"] == pytest.approx(results["tdc"]["score"], rel=1e-6)
         assert score["metric"] == results["metric"]
+        assert score["metrics"] == pytest.approx(results["tdc"]["metrics"], rel=1e-4)
         assert score["num_images"] == len(images) == results["evaluation"]["num_images"]
         assert score["reference"] == results["evaluation"]["reference"]
         assert score["features"] == results["evaluation"]["features"]

@@ -7,10 +7,11 @@ from shlex import quote
 from rich.console import Console
 
 from tdc_ray.cli.commands.plan import show_plan
-from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
 from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.reporting.loggers.names import check_loggers
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.logs import log_to
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
@@ -37,6 +38,7 @@ class RunCommand:
     store: Path | None = None
     """Folder or URI of a cache that runs share: what another run computed from the same inputs is
     reused. It may be deleted."""
+    log_to: LogTo = ()
     dry_run: bool = False
     """Show the settings and the plan, check the data, and stop."""
     verbose: bool = False
@@ -44,7 +46,8 @@ class RunCommand:
 
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
-        config = self.config
+        config, trackers = self.config, sum(self.log_to, ())
+        check_loggers(trackers)
         if not self._has_begun:  # what a run of a config file is called follows from its content
             config = replace(config, model=with_file(config.model))
         folder = resolve_path(self.run_dir or default_run_dir(config))
@@ -82,7 +85,7 @@ class RunCommand:
         from tdc_ray.reporting.console import print_results
 
         with log_to(folder / "run.log"):
-            results = run(config, folder, console, self.store)
+            results = run(config, folder, console, self.store, trackers)
         print_results(console, results)
         console.print(
             f"results: {name}/results.json\n"

@@ -2,13 +2,13 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from tdc_ray.cli.paths import check_named_data, check_output_file
-from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.cli.paths import check_features_model, check_named_data, check_output_file
+from tdc_ray.config.evaluate import EvaluateConfig, Features, Metric
 from tdc_ray.errors import ConfigError
 
 
@@ -33,11 +33,15 @@ class ScoreCommand:
     """Size that training images are brought to, as by a run; default: their own."""
     labels_from_folders: Annotated[bool, arg(name="data.labels-from-folders")] = False
     """The subfolders of training images are their classes, which a classifier needs."""
-    features: Annotated[
-        Literal["auto", "inception", "classifier"] | None, arg(name="evaluate.features")
-    ] = None
+    features: Annotated[Features | None, arg(name="evaluate.features")] = None
     """What measures the distance to training images. auto: Inception where its weights are to be
-    had, else a small classifier trained on their labels; default: auto."""
+    had, else a small classifier trained on their labels; clip, dinov2: transformers' networks;
+    default: auto."""
+    features_model: Annotated[str | None, arg(name="evaluate.features-model")] = None
+    """Folder or hub name of the network of clip or dinov2; default: the run's, or a ViT-L/14 from
+    the hub."""
+    metrics: Annotated[tuple[Metric, ...] | None, arg(name="evaluate.metrics")] = None
+    """Scores beside the Frechet distance; default: the run's, or both."""
     inception_path: Annotated[str | None, arg(name="evaluate.inception-path")] = None
     """The folder that holds inception-2015-12-05.pt; default: the run's, the cache, the
     network."""
@@ -61,7 +65,14 @@ class ScoreCommand:
 
         changes = {
             name: getattr(self, name)
-            for name in ("features", "inception_path", "cache_dir", "batch_size")
+            for name in (
+                "features",
+                "features_model",
+                "metrics",
+                "inception_path",
+                "cache_dir",
+                "batch_size",
+            )
             if getattr(self, name) is not None
         }
         reference = run_reference(self.reference)
@@ -75,12 +86,16 @@ class ScoreCommand:
         else:
             self._refuse_for_a_run()
             reference = replace(reference, evaluate=replace(reference.evaluate, **changes))
+        check_features_model(reference.evaluate)
         score = score_images(self.images, reference)
         console.print(
             f"{score.metric} {score.score:.4g} (lower is better): {score.num_images} images in "
             f"{score.images} against {score.reference}",
             soft_wrap=True,
         )
+        for name, value in score.metrics.items():
+            better = "higher" if name.startswith(("precision", "recall")) else "lower"
+            console.print(f"{name} {value:.4g} ({better} is better)", soft_wrap=True)
         console.print(f"features: {score.features}", soft_wrap=True)
         for note in score.notes:
             console.print(f"note: {note}", soft_wrap=True)
@@ -98,6 +113,7 @@ class ScoreCommand:
             ("data.image-size", self.image_size),
             ("data.labels-from-folders", self.labels_from_folders or None),
             ("evaluate.features", self.features),
+            ("evaluate.features-model", self.features_model),
         ):
             if value is not None:
                 raise ConfigError(

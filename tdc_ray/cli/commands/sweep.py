@@ -1,6 +1,7 @@
 """``tdc-ray sweep``."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -8,11 +9,12 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import arg
 
-from tdc_ray.cli.commands.settings import Settings
+from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
+from tdc_ray.reporting.loggers.names import check_loggers
 from tdc_ray.runs.sweep.space import check_space, parse_space
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -41,6 +43,7 @@ class SweepCommand:
     """Name of the sweep, and of its folder."""
     storage: Path = Path("runs")
     """Folder or URI that the sweep's folder lies in."""
+    log_to: LogTo = ()
     verbose: bool = False
     """Log more, and show where an error came from."""
 
@@ -48,6 +51,8 @@ class SweepCommand:
         """Start or resume the sweep, and print its results."""
         if self.config.seed != RunConfig().seed:
             raise ConfigError("a sweep does not use seed: set its training seeds by --seeds.")
+        trackers = sum(self.log_to, ())
+        check_loggers(trackers)
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
         folder = resolve_path(self.storage) / self.name
@@ -64,6 +69,7 @@ class SweepCommand:
             log_summary(with_absolute_paths(self.config).data)
         from tdc_ray.reporting.console import print_sweep
         from tdc_ray.reporting.hparams import HParams
+        from tdc_ray.reporting.progress import SweepLine
         from tdc_ray.reporting.sinks import trial_sinks
         from tdc_ray.runs.sweep.results import load_sweep
         from tdc_ray.runs.sweep.sweep import sweep  # imports ray
@@ -74,8 +80,8 @@ class SweepCommand:
                 space,
                 self.sweep,
                 folder,
-                sinks=[HParams(folder)],
-                sinks_for=trial_sinks,
+                sinks=[HParams(folder), SweepLine(console)],
+                sinks_for=partial(trial_sinks, log_to=trackers),
             )
         except WorkFailedError:
             print_sweep(console, load_sweep(folder))

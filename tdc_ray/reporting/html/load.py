@@ -50,6 +50,9 @@ class RunData:
     """The first images that were scored, of ``base``, ``longer-base`` and ``tdc``, from the same
     noise."""
 
+    real: Pixels | None
+    """Some of the training images; None of runs of older versions."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepData:
@@ -128,6 +131,7 @@ def load_run(root: Path, name: str) -> RunData:
             for which in ("base", "longer-base", "tdc")
             if (shards := listing(run_dir.samples / which, "*[0-9].npz"))
         },
+        real=_images(run_dir.real_images) if exists(run_dir.real_images) else None,
     )
 
 

@@ -77,7 +77,7 @@ def run_parts(run: RunData, key: str) -> Iterator[tuple[str, str, list[Block]]]:
 
 
 def _samples(run: RunData) -> list[Samples]:
-    return [samples_block(run.samples)] if run.samples else []
+    return [samples_block(run.samples, run.real)] if run.samples else []
 
 
 def _comparison(results: Results, comparison: ComparisonResult, key: str) -> list[Block]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.reporting.html.blocks import Column, Table, Value, table_of
+from tdc_ray.reporting.html.blocks import Column, Kind, Table, Value, table_of
 from tdc_ray.reporting.html.load import RunData
 from tdc_ray.reporting.models import LONGER_BASE, ModelRow, model_rows
 from tdc_ray.reporting.paper import (
@@ -35,6 +35,10 @@ def models_table(results: Results) -> Table:
     def theirs(value: Callable[[PaperRow], Value]) -> Callable[[str], Value]:
         return lambda label: value(paper[label]) if label in paper else None
 
+    def other(name: str) -> tuple[str, Kind, Callable[[str], Value]]:
+        return name, "loss", of(lambda model: model.metrics.get(name))
+
+    others = [other(name) for name in results.tdc.metrics]
     note = "The paper's TDC rows are for k = 0.5 and N = 10."
     if not is_of_the_paper(results.preset):
         note += (
@@ -49,6 +53,7 @@ def models_table(results: Results) -> Table:
             ("model", "text", lambda label: label),
             (results.metric, "score", of(lambda model: model.score)),
             ("the paper's FID", "number", theirs(lambda row: row.fid)),
+            *others,
             ("FLOPs (MACs)", "macs", of(lambda model: model.macs)),
             ("the paper's FLOPs (MACs)", "macs", theirs(lambda row: row.macs)),
             ("params", "millions", of(lambda model: model.num_params)),

@@ -19,15 +19,21 @@ MAX_PIXELS = 512
 
 MAX_COLUMNS = 8
 
+REAL = "training images"
+
 _TITLES = {"base": "base", "tdc": "experts (TDC)", "longer-base": LONGER_BASE}
 
 
-def samples_block(samples: Mapping[str, Pixels]) -> Samples:
-    """Return a grid of the images of each model, in the same order."""
+def samples_block(samples: Mapping[str, Pixels], real: Pixels | None = None) -> Samples:
+    """Return a grid of the images of each model, in the same order, and one of real images."""
+    is_pair = len(samples) > 1
+    caption = ""
+    if real is not None:
+        samples = {**samples, REAL: real}
+        caption = " Training images are drawn at random."
     size = max(max(images.shape[1:3]) for images in samples.values())
     columns = max(2, min(MAX_COLUMNS, MAX_PIXELS // size))
     columns = min(columns, max(1, int(min(map(len, samples.values())) ** 0.5)))
-    is_pair = len(samples) > 1
     return Samples(
         grids=[
             (_TITLES.get(name, name), _data_uri(images[: columns**2], columns))
@@ -35,7 +41,7 @@ def samples_block(samples: Mapping[str, Pixels]) -> Samples:
         ],
         is_small=size <= SMALL,
         title="Samples, place by place from the same noise" if is_pair else "Samples",
-        caption=f"The first {columns**2} of the images that were scored, unselected.",
+        caption=f"The first {columns**2} of the images that were scored, unselected.{caption}",
     )
 
 

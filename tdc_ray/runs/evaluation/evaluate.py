@@ -7,7 +7,7 @@ noise, take the same steps and are compared with the same training images.
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.config.evaluate import EvaluateConfig, Metric
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import images_key
@@ -41,7 +42,7 @@ from tdc_ray.runs.evaluation.features import (
     ready_statistics,
     train_classifier,
 )
-from tdc_ray.runs.evaluation.metrics import Moments, distance, moments_of
+from tdc_ray.runs.evaluation.metrics import Moments, distance, drawn, moments_of, other_metrics
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
@@ -55,6 +56,9 @@ VERSION = 1
 MAX_SHARDS = 64
 """Most shards that the images of one model are sampled in."""
 
+NUM_REAL_IMAGES = 64
+"""Training images that are shown beside samples."""
+
 REFERENCE_SHARD = 10_000
 """Training images whose features one item extracts."""
 
@@ -66,6 +70,8 @@ class Score:
     score: float
     images_per_second: float
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Scores beside the Frechet distance, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,7 @@ class Shard(NamedTuple):
 
     sampled: SampleResult
     moments_path: Path
+    features_path: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +136,20 @@ class FeatureJob:
     digest: str | None = None
     """SHA-256 of sampled images, where it is known."""
 
+    features_path: Path | None = None
+    """Where features themselves go, of the images of the whole set that are drawn."""
+
+    first: int = 0
+    total: int = 0
+    """Which of the whole set these images begin with, and how many it has."""
+
 
 def prepare_features(
     run_dir: RunDir, data: DataConfig, config: EvaluateConfig, spec: FeatureSpec
 ) -> Chain[str]:
-    """Train the classifier if one is needed, then compute the moments of the training images.
+    """Train the classifier if one is needed, then compute the training images' features.
 
-    Both are kept in the cache for other runs.
+    Classifier, features and moments are kept in the cache for other runs.
 
     Returns:
         Where the reference comes from, in words.
@@ -154,11 +168,25 @@ def prepare_features(
             result_type=ClassifierResult,
         )
         yield from result_of(item)
+    if config.metrics and not exists(spec.features_path):
+        job = FeatureJob(data, config, spec, (0, 0), spec.features_path)
+        drawing = WorkItem(
+            key="reference/features",
+            function=extract_reference,
+            job=job,
+            result_path=spec.features_path.with_suffix(".json"),
+            cost=0.0,
+            inputs=reference_inputs,
+            files=(spec.features_path,),
+            result_type=FeatureResult,
+        )
+        remove(drawing.result_path)
+        yield from result_of(drawing)
     if exists(run_dir.reference):
         with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
             return str(file["source"])
     named = config.reference  # of clean-fid's own statistics, which are of Inception's
-    if named is not None and spec.num_classes is None:
+    if named is not None and spec.kind == "inception":
         moments = ready_statistics(named, data.image_size)
         if moments is not None:
             source = f"clean-fid's statistics of {named}, training split"
@@ -206,8 +234,20 @@ def evaluate(
     return {f"{job.name}/{job.first:07d}": _shard(job, spec, macs) for job in jobs}
 
 
-def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
-    """Compute one model's Frechet distance, and how fast it samples."""
+def score(
+    run_dir: RunDir,
+    shards: Sequence[Shard],
+    spec: FeatureSpec | None = None,
+    metrics: Sequence[Metric] = (),
+) -> Score:
+    """Compute one model's scores, and how fast it samples.
+
+    Args:
+        run_dir: The run directory.
+        shards: The model's images.
+        spec: The features, for scores beside the Frechet distance.
+        metrics: Which these are.
+    """
     moments = reduce(add, (Moments.load(shard.moments_path) for shard in shards))
     with np.load(fetch(run_dir.reference), allow_pickle=False) as file:
         reference = (file["mean"], file["covariance"])
@@ -216,7 +256,33 @@ def score(run_dir: RunDir, shards: Sequence[Shard]) -> Score:
         distance(moments.mean_and_covariance(), reference),
         sum(shard.sampled.num_images for shard in shards) / seconds,
         seconds,
+        {} if spec is None else _other_metrics(shards, spec, metrics),
     )
+
+
+def _other_metrics(
+    shards: Sequence[Shard], spec: FeatureSpec, metrics: Sequence[Metric]
+) -> dict[str, float]:
+    paths = [shard.features_path for shard in shards if shard.features_path is not None]
+    if not metrics or len(paths) < len(shards):
+        return {}
+    features = np.concatenate([load_features(path) for path in paths])
+    return named_metrics(features, spec, metrics)
+
+
+def named_metrics(
+    features: NDArray[np.float32], spec: FeatureSpec, metrics: Sequence[Metric]
+) -> dict[str, float]:
+    """Compute scores beside the Frechet distance, by their names; ``(N, D)`` features."""
+    found = other_metrics(features, load_features(spec.features_path), metrics)
+    return {spec.name_of(name): value for name, value in found.items()}
+
+
+def load_features(path: Path) -> NDArray[np.float32]:
+    """Load features, ``(N, D)``."""
+    with np.load(fetch(path), allow_pickle=False) as file:
+        features: NDArray[np.float32] = file["features"]
+    return features
 
 
 def load_pipeline(
@@ -301,11 +367,24 @@ def feature_inputs(job: FeatureJob) -> Inputs | None:
         images = [job.digest]
     else:
         return None
+    kept: Inputs = {} if job.features_path is None else {"kept": [job.first, job.total]}
     return {
+        **kept,
         "stage": "features",
         "version": VERSION,
         "extractor": job.spec.extractor,
         "images": images,
+        "batch_size": job.evaluate.batch_size,
+    }
+
+
+def reference_inputs(job: FeatureJob) -> Inputs:
+    """Return the cache inputs of :func:`extract_reference`."""
+    return {
+        "stage": "reference features",
+        "version": VERSION,
+        "extractor": job.spec.extractor,
+        "images": images_key(training_data(job.data, job.evaluate.cache_dir)),
         "batch_size": job.evaluate.batch_size,
     }
 
@@ -325,21 +404,72 @@ def extract_features(job: FeatureJob, report: Report) -> FeatureResult:
     else:
         dataset, (first, count) = load_dataset(job.data), job.samples
     indices = range(first, first + count)
-    feature_moments(dataset, indices, job.spec, job.evaluate.batch_size).save(job.moments_path)
+    among = drawn(job.total) - job.first if job.features_path else np.arange(0)
+    moments, features = features_of(dataset, indices, job.spec, job.evaluate.batch_size, among)
+    if job.features_path is not None:
+        _save_features(job.features_path, features)
+    moments.save(job.moments_path)
     report({}, 1)
     return FeatureResult(count)
 
 
-def feature_moments(
-    dataset: ImageDataset, indices: range, spec: FeatureSpec, batch_size: int
-) -> Moments:
-    """Compute the moments of the features of some images of a dataset."""
-    batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+def extract_reference(job: FeatureJob, report: Report) -> FeatureResult:
+    """Extract features of training images that are drawn."""
+    dataset = load_dataset(job.data)
+    indices = drawn(len(dataset)).tolist()
+    whole = np.arange(len(indices))
+    _, features = features_of(dataset, indices, job.spec, job.evaluate.batch_size, whole)
+    _save_features(job.spec.features_path, features)
+    report({}, 1)
+    return FeatureResult(len(indices))
+
+
+def _save_features(path: Path, features: NDArray[np.float32]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, features=features)
+
+
+def features_of(
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    spec: FeatureSpec,
+    batch_size: int,
+    kept: NDArray[np.int64],
+) -> tuple[Moments, NDArray[np.float32]]:
+    """Compute features of some images of a dataset.
+
+    Args:
+        dataset: The images.
+        indices: Which of them.
+        spec: The features.
+        batch_size: How many images at once.
+        kept: Of which of these, counted from the first of the indices, features are returned;
+            numbers beyond them count for nothing.
+
+    Returns:
+        The moments of all, and the kept ones' features, ``(K, D)``.
+    """
     num_channels = dataset.__getitems__(indices[:1]).images.shape[1]
     extractor = load_extractor(spec, num_channels, worker_device())
+    total, parts = None, []
     # Moments of 2,048 features take 34 MB: they are added up one batch at a time.
-    moments = (moments_of(extractor(dataset.__getitems__(batch).images)) for batch in batches)
-    return reduce(add, moments)
+    for start in range(0, len(indices), batch_size):
+        features = extractor(dataset.__getitems__(indices[start : start + batch_size]).images)
+        moments = moments_of(features)
+        total = moments if total is None else total + moments
+        inside = kept[(kept >= start) & (kept < start + len(features))] - start
+        parts.append(features[inside].astype(np.float32))
+    assert total is not None
+    return total, np.concatenate(parts)
+
+
+def save_real_images(path: Path, data: DataConfig) -> None:
+    """Write some training images as samples are written, drawn at random from all."""
+    dataset = load_dataset(data)
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:NUM_REAL_IMAGES]
+    images = dataset.__getitems__(chosen.tolist()).images.permute(0, 2, 3, 1)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images.numpy())
 
 
 def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
@@ -367,9 +497,20 @@ def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
     )
     sampled = yield from result_of(item)
     moments_path, config = path.with_suffix(".moments.npz"), job.config
-    features = FeatureJob(config.data, config.evaluate, spec, path, moments_path, sampled.digest)
+    features_path = path.with_suffix(".features.npz") if config.evaluate.metrics else None
+    features = FeatureJob(
+        config.data,
+        config.evaluate,
+        spec,
+        path,
+        moments_path,
+        sampled.digest,
+        features_path,
+        job.first,
+        config.evaluate.num_images,
+    )
     yield from result_of(_feature_item(f"{item.key}-features", features))
-    return Shard(sampled, moments_path)
+    return Shard(sampled, moments_path, features_path)
 
 
 def _feature_item(key: str, job: FeatureJob) -> WorkItem[FeatureJob, FeatureResult]:
@@ -377,10 +518,11 @@ def _feature_item(key: str, job: FeatureJob) -> WorkItem[FeatureJob, FeatureResu
         key=key,
         function=extract_features,
         job=job,
-        result_path=job.moments_path.with_suffix(".json"),
+        # A result of moments alone, as of an older version, does not count for both.
+        result_path=(job.features_path or job.moments_path).with_suffix(".json"),
         cost=0.0,
         inputs=feature_inputs,
-        files=(job.moments_path,),
+        files=(job.moments_path, *([job.features_path] if job.features_path else [])),
         result_type=FeatureResult,
     )
 

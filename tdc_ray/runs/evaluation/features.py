@@ -1,4 +1,4 @@
-"""Feature extractors for a Frechet distance: Inception, or a small classifier.
+"""Feature extractors for scores: Inception, a small classifier, CLIP or DINOv2.
 
 The distance is clean-fid's. It is called FID only with Inception's features; with those of a small
 classifier it is named after the classifier and can be compared with nothing else.
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -29,12 +30,19 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import ConfigError, EvaluationError, StorageError
+from tdc_ray.runs.evaluation.hub_features import (
+    HubKind,
+    check_folder,
+    hub_extractor_name,
+    hub_folder,
+    load_hub_extractor,
+)
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -66,8 +74,22 @@ class FeatureSpec:
     moments_path: Path
     """File of the moments of the training images' features."""
 
-    num_classes: int | None
-    """Classes of the classifier. None means Inception."""
+    features_path: Path
+    """File of these features themselves, of up to 10,000 of the images."""
+
+    kind: Literal["inception", "classifier", "clip", "dinov2"]
+    num_classes: int | None = None
+    """Classes of the classifier; None of others."""
+
+    def name_of(self, metric: str) -> str:
+        """Return the name of a metric on these features: ``kid`` is Inception's, as ``fid`` is.
+
+        Args:
+            metric: ``kd``, ``precision`` or ``recall``.
+        """
+        if self.kind == "inception":
+            return "kid" if metric == "kd" else metric
+        return f"{metric}_{self.metric.removeprefix('fd_')}"
 
 
 Extractor = Callable[[Tensor], FloatArray]
@@ -88,7 +110,7 @@ def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> F
     """
     wanted = read_json(path)["features"] if exists(path) else evaluate.features
     spec = find_features(data, evaluate, wanted)
-    write_json(path, {"features": "inception" if spec.num_classes is None else "classifier"})
+    write_json(path, {"features": spec.kind})
     return spec
 
 
@@ -106,13 +128,15 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def check_inception(evaluate: EvaluateConfig) -> None:
-    """Check the file of Inception that is named or in the cache, if features may be its.
+def check_features(evaluate: EvaluateConfig) -> None:
+    """Check the network that is named or in the cache, if features may be its.
 
     Raises:
-        EvaluationError: It is not there where it is named, or it is damaged.
+        EvaluationError: It is not there where it is named, or it is damaged or another one.
     """
-    if evaluate.features != "classifier":
+    if evaluate.features in ("clip", "dinov2"):
+        check_folder(evaluate.features, evaluate)
+    elif evaluate.features != "classifier":
         named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir).expanduser()
         if named is not None or exists(cache / INCEPTION_FILE):
             _inception_folder(named, cache)
@@ -124,7 +148,7 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
     Args:
         data: The training images.
         evaluate: Where Inception and classifiers may be.
-        wanted: ``inception``, ``classifier`` or ``auto``.
+        wanted: ``auto``, or what is measured by.
 
     Raises:
         ConfigError: A classifier is asked for, and there are no labels.
@@ -132,12 +156,21 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
     """
     check_labels(data, evaluate)
     dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
-    fingerprint = dataset.fingerprint()
+    fingerprint, moments = dataset.fingerprint(), cache / "moments"
+    if wanted in HUB_MODELS:
+        kind: HubKind = "clip" if wanted == "clip" else "dinov2"
+        network = hub_folder(kind, evaluate)
+        extractor = hub_extractor_name(kind, network)
+        key = f"{fingerprint}-{hashlib.sha256(extractor.encode()).hexdigest()[:16]}"
+        paths = (moments / f"{key}.npz", moments / f"{key}.features.npz")
+        return FeatureSpec(f"fd_{kind}", extractor, network, *paths, kind)
     if wanted != "classifier":
         folder = _inception_folder(evaluate.inception_path, cache)
         if folder is not None:
-            moments = cache / "moments" / f"{fingerprint}-inception.npz"
-            return FeatureSpec("fid", "Inception-v3 (clean-fid, clean)", folder, moments, None)
+            key = f"{fingerprint}-inception"
+            paths = (moments / f"{key}.npz", moments / f"{key}.features.npz")
+            extractor = "Inception-v3 (clean-fid, clean)"
+            return FeatureSpec("fid", extractor, folder, *paths, "inception")
         if wanted == "inception":
             raise EvaluationError(
                 f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "
@@ -154,13 +187,17 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
         f"fd_{data.name}_cnn",
         f"CNN of this project, {NUM_FEATURES} features, trained on the labels ({key})",
         cache / "classifiers" / f"{key}.safetensors",
-        cache / "moments" / f"{key}-cnn.npz",
+        moments / f"{key}-cnn.npz",
+        moments / f"{key}-cnn.features.npz",
+        "classifier",
         dataset.num_classes,
     )
 
 
 def load_extractor(spec: FeatureSpec, num_channels: int, device: torch.device) -> Extractor:
     """Load the extractor that a spec names; a classifier must be trained already."""
+    if spec.kind in ("clip", "dinov2"):
+        return load_hub_extractor(spec.kind, spec.path, device)
     if spec.num_classes is None:
         folder = fetch(spec.path / INCEPTION_FILE).parent
         inception = InceptionV3W(str(folder), download=False).to(device).eval()

@@ -82,6 +82,18 @@ class TrialFinished:
     row: TrialRow
 
 
+@dataclass(frozen=True, slots=True)
+class SweepProgress:
+    """An event: how far a sweep is."""
+
+    rows: Sequence[TrialRow]
+    num_runs: int
+    """Runs that the sweep has in all."""
+
+    seconds: float
+    """Since this call of it began."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingSummary:
     """The results of a setting, over its seeds."""

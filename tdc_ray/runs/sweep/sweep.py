@@ -44,6 +44,7 @@ from tdc_ray.runs.sweep.results import SweepResults, open_results
 from tdc_ray.runs.sweep.space import Domain, Params, check_space, grid, setting_name, with_params
 from tdc_ray.runs.sweep.study import distribution, open_storage, reconcile
 from tdc_ray.runs.sweep.table import SweepTable
+from tdc_ray.runs.sweep.ticker import Ticker
 from tdc_ray.runs.sweep.trial import TrialSpec, point_of, run_trial
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -89,7 +90,7 @@ def sweep(
         points: Settings of a grid, if not all combinations.
         store: The cache that trials share, also with other runs. None means a folder in the
             sweep's.
-        sinks: Called with the sweep's events: ``TrialFinished``.
+        sinks: Called with the sweep's events: ``TrialFinished`` and ``SweepProgress``.
         sinks_for: Creates the sinks of a trial's events, in the trial's process.
 
     Raises:
@@ -111,16 +112,18 @@ def sweep(
             logger.warning("%s", note)
     for name, value in TUNE_VARIABLES.items():
         os.environ.setdefault(name, value)
+    num_settings = sweep_config.num_trials if points is None else len(points)
     with (
         hold_lease(folder),
-        connected(local_cpus(config.compute), dashboard=True),
         listening(sinks) as events,
+        Ticker(events, num_settings * len(sweep_config.seeds)) as ticker,
+        connected(local_cpus(config.compute), dashboard=True),
     ):
         compute = with_gpus(config.compute)
         check_cluster(compute)
         check_capacity(compute)
         results = open_results(folder, config, space, sweep_config)
-        table = SweepTable(folder, config, results, events)
+        table = ticker.table = SweepTable(folder, config, results, events)
         spec = TrialSpec(
             folder=folder,
             config=config,

@@ -1,4 +1,6 @@
+import base64
 import csv
+import io
 import re
 import shutil
 from dataclasses import replace
@@ -6,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
@@ -80,9 +83,10 @@ def test_a_finished_runs_page_is_whole_and_its_tables_hold_its_results(finished_
     assert all(place.startswith(("data:", "#")) for place in page.loaded)
     assert {link for link in page.linked if not link.startswith("#")} == {PAPER_URL}
     assert all(link[1:] in page.ids for link in page.linked if link.startswith("#"))
-    assert sum(place.startswith("data:image/png") for place in page.loaded) == 2
+    assert sum(place.startswith("data:image/png") for place in page.loaded) == 3  # one real
     (base, _, tdc) = rows_of(tmp_path, "models")
     assert float(base[results.metric]) == results.base.score
+    assert float(tdc["kd_digits_cnn"]) == results.tdc.metrics["kd_digits_cnn"]
     assert float(tdc["FLOPs (MACs)"]) == results.tdc.macs
     assert (tdc["the paper's FID"], tdc["the paper's data"]) == ("3.76", "CIFAR-10")
     groups = rows_of(tmp_path, "groups")
@@ -124,6 +128,24 @@ def test_macs_stand_against_the_time_that_was_measured(tmp_path):
     assert {(row["ms by the table"], row["limit in ms"]) for row in experts} == {("7.25", "7.5")}
     assert rows_of(tmp_path / "out", "groups")[0]["limit in ms"] == "7.5"
     assert "Time against macs" not in Page(write_report([finished(tmp_path / "old")])).text
+
+
+def test_training_images_stand_beside_the_samples(tmp_path):
+    run = finished(tmp_path / "run")
+    for name in ("base/0000000", "tdc/0000000"):
+        path = run / "evaluation" / f"{name}.npz"
+        path.parent.mkdir(parents=True)
+        np.savez(path, arr_0=np.full((9, 8, 8, 1), 50, np.uint8))
+    assert "drawn at random" not in Page(write_report([run], tmp_path / "old")).text
+    np.savez(run / "evaluation" / "real.npz", arr_0=np.full((64, 8, 8, 1), 200, np.uint8))
+    page = Page(write_report([run], tmp_path / "out"))
+    assert "Training images are drawn at random" in page.text
+    grids = [one for one in page.loaded if one.startswith("data:image/png")]
+    brightest = [
+        int(np.asarray(Image.open(io.BytesIO(base64.b64decode(one.split(",")[1]))))[..., 0].max())
+        for one in grids
+    ]
+    assert brightest == [50, 50, 200]
 
 
 def test_names_from_files_stay_text(tmp_path):

@@ -18,14 +18,18 @@ from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, keep_everything
+from tdc_ray.runs.evaluation import metrics
 from tdc_ray.runs.evaluation.evaluate import (
     SampleJob,
     Score,
     Which,
     evaluate,
+    load_features,
     load_pipeline,
+    named_metrics,
     prepare_features,
     sample_inputs,
+    save_real_images,
     score,
     train_classifier_item,
 )
@@ -70,7 +74,7 @@ def score_of(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, which: Which
     chains = evaluate(run_dir, config, spec, which, macs=1.0)
     results = [run_chain(chain) for chain in chains.values()]
     run_chain(prepare_features(run_dir, config.data, config.evaluate, spec))
-    return score(run_dir, results)
+    return score(run_dir, results, spec, config.evaluate.metrics)
 
 
 def written(folder: Path) -> dict[Path, int]:
@@ -178,7 +182,7 @@ def test_a_finished_evaluation_is_not_done_again(scored, config, spec):
     assert written(run_dir.samples / "base") == before
 
 
-@pytest.mark.parametrize("pattern", ["0000020*", "0000020.json", "*.moments.*"])
+@pytest.mark.parametrize("pattern", ["0000020*", "0000020.json", "*.features.*"])
 def test_what_was_lost_is_made_again_and_the_score_stays(scored, config, spec, tmp_path, pattern):
     run_dir = RunDir(tmp_path)
     run_dir.base_unet.parent.mkdir(parents=True)
@@ -193,7 +197,7 @@ def test_what_was_lost_is_made_again_and_the_score_stays(scored, config, spec, t
     assert after.keys() == before.keys()
     changed = {path for path in after if after[path] != before[path]}
     assert changed >= set(lost)
-    assert all(path.name.startswith("0000020") or pattern == "*.moments.*" for path in changed)
+    assert all(path.name.startswith("0000020") or pattern == "*.features.*" for path in changed)
 
 
 def items_of(chain) -> list[WorkItem]:
@@ -230,11 +234,69 @@ def test_moments_of_the_shares_are_those_of_all_samples(scored, spec):
     np.testing.assert_allclose(total.outer, whole.outer, rtol=1e-5, atol=1e-6)
 
 
+def test_features_of_the_shares_are_those_of_all_samples(scored, config, spec):
+    run_dir, base = scored
+    paths = sorted((run_dir.samples / "base").glob("*.features.npz"))
+    kept = np.concatenate([load_features(path) for path in paths])
+    extractor = load_extractor(spec, 1, torch.device("cpu"))
+    images = torch.from_numpy(samples_of(run_dir, "base")).permute(0, 3, 1, 2)
+    np.testing.assert_allclose(kept, extractor(images), rtol=1e-4, atol=1e-4)
+    training, _ = load_dataset(config.data).__getitems__(range(1797))
+    whole = extractor(training).astype(np.float32)
+    np.testing.assert_allclose(load_features(spec.features_path), whole, rtol=1e-4, atol=1e-4)
+    names = {f"{name}_digits_cnn" for name in ("kd", "precision", "recall")}
+    assert set(base.metrics) == names
+    assert named_metrics(kept, spec, ("kid",)) == {"kd_digits_cnn": base.metrics["kd_digits_cnn"]}
+
+
+def test_of_many_images_a_random_few_are_kept_whatever_the_shares(
+    scored, config, spec, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metrics, "MAX_FEATURES", 20)
+    few = RunDir(tmp_path)
+    few.base_unet.parent.mkdir(parents=True)
+    few.base_unet.symlink_to(scored[0].base_unet)
+    score_of(few, config, spec, "base")
+    for run_dir, places in ((few, metrics.drawn(44)), (scored[0], range(44))):
+        paths = sorted((run_dir.samples / "base").glob("*.features.npz"))
+        kept = np.concatenate([load_features(path) for path in paths])
+        if run_dir is few:
+            found, chosen = kept, np.array(places)
+    assert len(set(chosen)) == 20
+    assert chosen.tolist() == sorted(chosen)
+    np.testing.assert_allclose(found, kept[chosen], rtol=1e-5, atol=1e-5)
+
+
+def test_shares_whose_moments_alone_are_known_are_measured_again(scored, config, spec, tmp_path):
+    """As a run of an older version left them, and as one is that asks for no other score."""
+    run_dir = RunDir(tmp_path)
+    run_dir.base_unet.parent.mkdir(parents=True)
+    run_dir.base_unet.symlink_to(scored[0].base_unet)
+    plain = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, metrics=()))
+    first = score_of(run_dir, plain, spec, "base")
+    assert first.metrics == {}
+    assert not list(run_dir.samples.rglob("*.features.*"))
+    samples = written(run_dir.samples / "base")
+    again = score_of(run_dir, config, spec, "base")
+    assert (again.score, again.metrics) == (scored[1].score, scored[1].metrics)
+    after = written(run_dir.samples / "base")
+    assert all(after[path] == at for path, at in samples.items() if "moments" not in path.name)
+
+
+def test_real_images_are_some_of_the_training_images_as_samples_are_kept(config, tmp_path):
+    save_real_images(tmp_path / "evaluation" / "real.npz", config.data)
+    images = np.load(tmp_path / "evaluation" / "real.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((64, 8, 8, 1), np.uint8)
+    training, _ = load_dataset(config.data).__getitems__(range(1797))
+    known = {image.tobytes() for image in training.permute(0, 2, 3, 1).numpy()}
+    assert {image.tobytes() for image in images} <= known
+
+
 def test_progress_is_reported_in_images(config, spec, tmp_path):
     run_dir, seen = make_run_dir(tmp_path), []
     (chain, *_) = evaluate(run_dir, config, spec, "base", macs=1.0).values()
     watch = reporting_to(lambda metrics, step: seen.append((dict(metrics), step)))
-    sampled, _ = run_chain(chain, watch)
+    sampled, *_ = run_chain(chain, watch)
     assert seen == [({}, 20), ({}, 1)]  # a share's images, then its features
     assert sampled.num_images == 20
     assert sampled.seconds > 0

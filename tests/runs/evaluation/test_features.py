@@ -21,7 +21,7 @@ from tdc_ray.runs.evaluation.features import (
     NUM_FEATURES,
     Classifier,
     FeatureSpec,
-    check_inception,
+    check_features,
     choose_features,
     load_extractor,
     ready_statistics,
@@ -275,7 +275,7 @@ def inception(tmp_path_factory) -> Path:
 def test_inception_is_taken_from_the_given_folder_and_called_fid(inception, tmp_path):
     config = digits(tmp_path, features="auto", inception_path=str(inception))
     spec = choose(config)
-    assert (spec.metric, spec.path, spec.num_classes) == ("fid", inception, None)
+    assert (spec.metric, spec.path, spec.kind) == ("fid", inception, "inception")
     assert choose(digits(tmp_path, features="inception", inception_path=str(inception))) == spec
 
 
@@ -317,9 +317,9 @@ def test_inception_that_is_cut_short_is_refused_by_its_file(inception, tmp_path,
     evaluate = digits(tmp_path / "none", features="auto").evaluate
     evaluate = dataclasses.replace(evaluate, **{place: str(tmp_path)})
     with pytest.raises(EvaluationError, match=rf"{tmp_path}/{INCEPTION_FILE} is damaged or cut"):
-        check_inception(evaluate)
+        check_features(evaluate)
     (tmp_path / INCEPTION_FILE).write_bytes(whole)
-    check_inception(evaluate)
+    check_features(evaluate)
 
 
 def test_the_features_of_a_run_are_decided_once(inception, tmp_path, cache_dir):

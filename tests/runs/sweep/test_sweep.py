@@ -1,6 +1,7 @@
 """A sweep whose driver is killed: the same command ends with the results of uninterrupted,
 separate runs."""
 
+import re
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ def test_the_table_has_a_row_a_run_and_the_log_says_what_was_shared(swept):
     best = min(sweep.rows, key=lambda row: row.score)
     assert sweep.pareto == (best.setting,)
     assert f"{sweep.computed_share:.0%}" in printed
+    assert re.search(r"[012] of 2 runs done, [12] running.* s so far", printed)
 
 
 @pytest.mark.slow

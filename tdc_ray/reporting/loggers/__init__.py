@@ -1,0 +1,1 @@
+"""Experiment trackers beside TensorBoard, through their own clients: ``--log-to``."""
