@@ -155,13 +155,13 @@ def load_experts(folder: str | Path) -> Experts:
     run_dir = RunDir(root if is_remote(root) else root.absolute())
     if exists(run_dir.root / EXPERTS_FILE):
         saved = load_checked(run_dir.root / EXPERTS_FILE, _SAVED, "format", FORMAT)
-        found, config = resolve_base(display_path(run_dir.base)), from_json(saved.config)
-        return Experts(base_of(found, config), saved.plan, saved.groups, config, run_dir.root)
+        base = base_of(resolve_base(display_path(run_dir.base)), from_json(saved.config))
+        return Experts(base, saved.plan, saved.groups, base.config, run_dir.root)
     if exists(run_dir.results):
-        found = resolve_base(display_path(run_dir.root))
         config, groups = from_json(read_json(run_dir.config)), load_results(run_dir.results).groups
+        base = base_of(resolve_base(display_path(run_dir.root)), config)
         plan = _PLAN.validate_python(read_json(run_dir.plan))
-        return Experts(base_of(found, config), plan, groups, config, run_dir.experts)
+        return Experts(base, plan, groups, base.config, run_dir.experts)
     raise CheckpointError(
         f"{display_path(root)} holds no experts and their base: neither {EXPERTS_FILE}, of "
         f"save_pretrained, nor {run_dir.results.name}, of a finished run, is there. "

@@ -88,6 +88,15 @@ def test_a_cluster_computes_what_this_process_does(ray_cluster, base, plan):
     assert_same(weights(tuned[0]), weights(tuned[1]))
 
 
+@pytest.mark.ray
+def test_several_nodes_need_a_folder_that_all_see(ray_cluster, base, plan, monkeypatch):
+    monkeypatch.setattr("tdc_ray.execution.ray.cluster.node_resources", lambda: [{}, {}])
+    with pytest.raises(ConfigError, match="folder must be one that all nodes of the cluster auto"):
+        tdc.prune(base, plan, "digits", cluster="auto", **SEARCH)
+    with pytest.raises(ClusterError, match=r"uses the Ray cluster at .* got 127\.0\.0\.1:1"):
+        tdc.prune(base, plan, "digits", cluster="127.0.0.1:1", **SEARCH)
+
+
 def test_a_base_and_images_in_memory_come_to_the_same_as_files(pipeline, base, plan, tmp_path):
     loaded = DDPMPipeline.from_pretrained(pipeline)
     in_memory = tdc.load_base(loaded.unet, scheduler=loaded.scheduler, settings=small_config())
