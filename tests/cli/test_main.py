@@ -167,7 +167,7 @@ def test_version_is_one_line(capsys):
         (["run", "--num-groups", "3"], "--plan.num-groups"),
         (["run", "--lr", "3"], "did you mean --base.learning-rate or --finetune.learning-rate?"),
         (["run", "--finetune.lr=3"], "did you mean --finetune.learning-rate?"),
-        (["run", "--train_data_dir", "x"], "did you mean --data.path?"),
+        (["run", "--train_data_dir", "x"], "did you mean --data?"),
         (["plan", "--output-dir", "x"], "did you mean --out-dir?"),
         (["sweep", "--vary", "k=1", "--max-concurent", "3"], "--max-concurrent"),
         (["prune", ".", "--out", "x", "--mac", "0.5"], "--macs"),

@@ -4,12 +4,14 @@ from collections import Counter
 import pytest
 import torch
 
+from tdc_ray.config.model import AUTO
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, LATENT, architecture, base_unet
+from tdc_ray.models.unet2d.auto import auto_unet
 from tdc_ray.models.unet2d.layers import blocks, layers
 from tdc_ray.models.unet2d.shapes import AttentionBlock, ResidualBlock
 from tdc_ray.models.unet2d.unet import build_unet
@@ -31,7 +33,11 @@ def test_a_preset_is_a_whole_config_under_its_own_name(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_settings_fit_its_architecture(name):
     config = preset(name)
-    unet = architecture(config.model.architecture)
+    if config.model.architecture == AUTO:
+        side, channels = config.data.image_size, config.data.num_channels
+        unet = auto_unet(height=side, width=side, channels=channels, num_images=100)
+    else:
+        unet = architecture(config.model.architecture)
     channels = config.data.num_channels
     if config.model.architecture in LATENT:  # the first stage decides the channels
         channels = unet["in_channels"]
