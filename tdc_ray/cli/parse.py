@@ -43,7 +43,6 @@ from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
@@ -344,14 +343,16 @@ def _of_base(
     """Return settings with what a base says of them.
 
     A preset that was named, or a flag, says what the data are; otherwise their resolution and
-    channels are the base's, and of a run directory all settings come along.
+    channels are the base's, and of a run directory all settings come along. What preset ``images``
+    predicts is for bases that it trains: one that does not say what it predicts is taken to
+    predict epsilon.
 
     Raises:
         ConfigError: The base does not say its noise process, and nothing was named that has it.
         CheckpointError: There is no such base.
     """
     check_base(source)
-    from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+    from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
     from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
@@ -369,10 +370,9 @@ def _of_base(
             f"{source} does not say what it was trained on: name the data by --data, or a preset "
             "by --preset."
         )
-    config = trained or config
-    model = replace(config.model, width=1.0, depth=None, config=None, network=None)
-    model = replace(model, base=source, num_heads=None)
-    config = replace(config, model=model, budget=BudgetConfig())
+    if trained is None and not has_preset:
+        config = replace(config, diffusion=replace(config.diffusion, prediction_type="epsilon"))
+    config = with_base(trained or config, source)
     return apply_settings(base.settings, config, with_data=not has_preset)
 
 

@@ -192,7 +192,11 @@ def prune(base: tdc.Base, plan: tdc.Plan, **changes: object) -> tdc.Experts:
         ({"halving_steps": 5}, ConfigError, "prune.halving_steps must be 0 for tdc_ray.prune"),
         ({"num_image": 5}, ConfigError, "prune.num_image"),
         ({"num_images": 0}, ConfigError, "prune.num_images must be at least 1, got 0"),
-        ({"images": "nowhere"}, ConfigError, "images must be digits or photos, an npz file"),
+        (
+            {"images": "nowhere"},
+            ConfigError,
+            "images must be digits or photos, a folder of images, an npz",
+        ),
         ({"images": random_pixels(4, 9, 9)}, DataError, r"must be \(H, W, C\) = \(8, 8, 1\)"),
         ({"cluster": "127.0.0.1:1"}, ClusterError, "127.0.0.1:1"),
     ],
