@@ -40,6 +40,7 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
+from tdc_ray.cli.foreign import FOREIGN
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
@@ -64,19 +65,6 @@ REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 
 BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
 HELP_ALL = "--help-all"
-
-FOREIGN = {
-    "lr": ("--base.learning-rate", "--finetune.learning-rate"),
-    "steps": ("--base.num-steps", "--finetune.num-steps", "--sampler.num-inference-steps"),
-    "max-train-steps": ("--base.num-steps", "--finetune.num-steps"),
-    "train-batch-size": ("--base.batch-size", "--finetune.batch-size"),
-    "train-data-dir": ("--data",),
-    "resolution": ("--data.image-size",),
-    "output-dir": ("--run-dir", "--storage", "--out-dir", "--out"),
-    "random-flip": ("--data.horizontal-flip",),
-    "gpus": ("--compute.gpus-per-base-worker", "--compute.gpus-per-actor"),
-}
-"""What other tools call a flag, that tyro does not find by its letters."""
 
 UNCHECKED = ConstructorRegistry()
 """Reads settings whose checks need the right defaults: a plain namespace holds them."""
