@@ -260,8 +260,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if exists(folder / EXPERTS_FILE):
             raise ConfigError(
                 "save_pretrained needs a new folder, or one of experts alone, got "
-                f"{display_path(folder)}, which has their base and {EXPERTS_FILE}, too: they would "
-                "be lost. Name another."
+                f"{display_path(folder)}, which has their base and {EXPERTS_FILE}, too, and would "
+                "lose them. Name another."
             )
         if listing(folder, "*") and not exists(folder / INDEX_FILE):
             raise ConfigError(
