@@ -201,7 +201,7 @@ def prune(base: tdc.Base, plan: tdc.Plan, **changes: object) -> tdc.Experts:
     ("changes", "error", "words"),
     [
         ({"halving_steps": 5}, ConfigError, "prune.halving_steps must be 0 for tdc_ray.prune"),
-        ({"methd": "taylor"}, ConfigError, r"no setting prune\.methd: did you mean method\?"),
+        ({"methods": "taylor"}, ConfigError, r"no setting prune\.methods: did you mean method\?"),
         ({"num_images": 0}, ConfigError, "prune.num_images must be at least 1, got 0"),
         (
             {"images": "nowhere"},
