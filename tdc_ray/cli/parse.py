@@ -40,10 +40,10 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
+from tdc_ray.cli.foreign import FOREIGN
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
@@ -65,19 +65,6 @@ REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 
 BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
 HELP_ALL = "--help-all"
-
-FOREIGN = {
-    "lr": ("--base.learning-rate", "--finetune.learning-rate"),
-    "steps": ("--base.num-steps", "--finetune.num-steps", "--sampler.num-inference-steps"),
-    "max-train-steps": ("--base.num-steps", "--finetune.num-steps"),
-    "train-batch-size": ("--base.batch-size", "--finetune.batch-size"),
-    "train-data-dir": ("--data",),
-    "resolution": ("--data.image-size",),
-    "output-dir": ("--run-dir", "--storage", "--out-dir", "--out"),
-    "random-flip": ("--data.horizontal-flip",),
-    "gpus": ("--compute.gpus-per-base-worker", "--compute.gpus-per-actor"),
-}
-"""What other tools call a flag, that tyro does not find by its letters."""
 
 UNCHECKED = ConstructorRegistry()
 """Reads settings whose checks need the right defaults: a plain namespace holds them."""
@@ -344,14 +331,16 @@ def _of_base(
     """Return settings with what a base says of them.
 
     A preset that was named, or a flag, says what the data are; otherwise their resolution and
-    channels are the base's, and of a run directory all settings come along.
+    channels are the base's, and of a run directory all settings come along. What preset ``images``
+    predicts is for bases that it trains: one that does not say what it predicts is taken to
+    predict epsilon.
 
     Raises:
         ConfigError: The base does not say its noise process, and nothing was named that has it.
         CheckpointError: There is no such base.
     """
     check_base(source)
-    from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+    from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
     from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
@@ -369,10 +358,9 @@ def _of_base(
             f"{source} does not say what it was trained on: name the data by --data, or a preset "
             "by --preset."
         )
-    config = trained or config
-    model = replace(config.model, width=1.0, depth=None, config=None, network=None)
-    model = replace(model, base=source, num_heads=None)
-    config = replace(config, model=model, budget=BudgetConfig())
+    if trained is None and not has_preset:
+        config = replace(config, diffusion=replace(config.diffusion, prediction_type="epsilon"))
+    config = with_base(trained or config, source)
     return apply_settings(base.settings, config, with_data=not has_preset)
 
 

@@ -40,10 +40,20 @@ def data_key(
         "seed": seed,
         "images": images_key(data),
         "data": without(asdict(data.data), LOCATION_FIELDS),
-        "diffusion": asdict(diffusion),
+        "diffusion": diffusion_key(diffusion),
         "conditioning": asdict(conditioning),
         "tf32": tf32,
     }
+
+
+def diffusion_key(diffusion: DiffusionConfig) -> Inputs:
+    """Return the noise process, and what is predicted of it.
+
+    The latter came after the first caches, whose networks predict epsilon: a key holds other
+    values alone.
+    """
+    is_as_before = diffusion.prediction_type == "epsilon"
+    return without(asdict(diffusion), ("prediction_type",) if is_as_before else ())
 
 
 def images_key(data: TrainingData) -> str:

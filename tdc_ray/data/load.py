@@ -55,6 +55,17 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     return SOURCES[config.source](config)
 
 
+def current_fingerprint(config: DataConfig) -> str:
+    """Return a name for the content of a dataset as it is now, and open it anew where it is used.
+
+    Raises:
+        DataError: It is missing, malformed, or empty, or too many of its files are corrupt.
+    """
+    load_dataset.cache_clear()
+    images_fingerprint.cache_clear()
+    return images_fingerprint(config)
+
+
 @functools.lru_cache(maxsize=8)  # it may look at every file
 def images_fingerprint(config: DataConfig) -> str:
     """Return a name for the content of a dataset."""

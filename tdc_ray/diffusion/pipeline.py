@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
-from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
+from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE, INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import begins_near_the_end, make_scheduler, nearest_steps
 from tdc_ray.diffusion.sampling import (
     SamplingSpec,
@@ -240,7 +240,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         (``winograd``). ``tdc-ray export`` writes folders that diffusers itself loads.
 
         Args:
-            save_directory: A new or empty folder, or one of experts, which is replaced.
+            save_directory: A new or empty folder, or one of experts without their base, which is
+                replaced.
             options: None: diffusers' are refused.
 
         Raises:
@@ -256,6 +257,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         self._check_unchanged(self._loaded)
         folder, index = resolve_path(save_directory), self._loaded.index
+        if exists(folder / EXPERTS_FILE):
+            raise ConfigError(
+                "save_pretrained needs a new folder, or one of experts alone, got "
+                f"{display_path(folder)}, which has their base and {EXPERTS_FILE}, too, and would "
+                "lose them. Name another."
+            )
         if listing(folder, "*") and not exists(folder / INDEX_FILE):
             raise ConfigError(
                 f"save_pretrained needs a new folder, or one of experts, got "

@@ -20,6 +20,9 @@ from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
 
 INDEX_FILE = "progressive.json"
 
+EXPERTS_FILE = "experts.json"
+"""File of a folder of experts that has their base, too, which a pipeline does not hold."""
+
 
 class ExpertEntry(BaseModel, frozen=True):
     """One expert, and the timesteps that it serves."""

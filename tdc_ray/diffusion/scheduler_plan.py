@@ -74,7 +74,7 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
     if not hasattr(scheduler, "betas"):
         raise ConfigError(
             f"the scheduler must have betas, got a {type(scheduler).__name__}: give one of a base "
-            "that predicts epsilon, such as DDPMScheduler."
+            "that predicts epsilon or v_prediction, such as DDPMScheduler."
         )
     config = scheduler.config
     trained, schedule = config.get("trained_betas"), config.get("beta_schedule")

@@ -45,7 +45,7 @@ def workers(
         with listening(sinks) as events, torch.random.fork_rng():
             yield partial(run_chains, sink=events)
         return
-    from tdc_ray.execution.ray.cluster import connected, node_resources
+    from tdc_ray.execution.ray.cluster import connected, node_resources, with_gpus
     from tdc_ray.execution.ray.event_collector import collecting
     from tdc_ray.execution.ray.pool import Pool
     from tdc_ray.runs.run import local_cpus, services_of
@@ -58,6 +58,6 @@ def workers(
             )
         with (
             collecting(sinks) as collector,
-            Pool(config.compute, collector, services=services_of(config)) as pool,
+            Pool(with_gpus(config.compute), collector, services=services_of(config)) as pool,
         ):
             yield pool.run

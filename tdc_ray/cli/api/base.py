@@ -27,7 +27,7 @@ from tdc_ray.runs.pretrained.importer import (
     with_first_stage,
 )
 from tdc_ray.runs.pretrained.notes import base_notes
-from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase, images_of, resolve_base
 from tdc_ray.runs.prune_model import run_config_of
 
@@ -143,7 +143,7 @@ def base_of(
 ) -> Base:
     """Return a base with some settings, changed to what it says of its own.
 
-    Its optimizer is gone: fine-tunes begin with a new one.
+    What trained a base of its own is left out; heads count for a file that does not say its own.
 
     Raises:
         ConfigError: The settings cannot be changed to the base's.
@@ -152,13 +152,9 @@ def base_of(
     conditioning = settings.conditioning
     if num_classes is not None:
         conditioning = replace(conditioning, num_classes=num_classes)
-    config = replace(
-        settings,
-        model=replace(settings.model, base=found.source),
-        conditioning=conditioning,
-        finetune=replace(settings.finetune, optimizer_state="new"),
-        compare=CompareConfig(),
-    )
+    num_heads = None if found.folder is not None else settings.model.num_heads
+    config = with_base(settings, found.source, num_heads)
+    config = replace(config, conditioning=conditioning, compare=CompareConfig())
     config = apply_settings(found.settings, config, with_data=True)
     if num_classes is not None and config.conditioning.num_classes != num_classes:
         raise ConfigError(

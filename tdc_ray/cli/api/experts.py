@@ -12,7 +12,7 @@ from tdc_ray.cli.api.base import Base, base_of
 from tdc_ray.cli.api.folder import TemporaryFolder
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
-from tdc_ray.diffusion.pipeline_index import PipelineIndex
+from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.saved_expert import load_expert
@@ -23,9 +23,6 @@ from tdc_ray.runs.results import GroupResult, load_checked, load_results
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing, read_json, write_json
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.run_dir import RunDir
-
-EXPERTS_FILE = "experts.json"
-"""File that is in a folder of experts beside what makes it a pipeline."""
 
 BASE_DIR = "base"
 """Folder of the base in it."""

@@ -1,19 +1,23 @@
 """``tdc_ray.prune`` and ``tdc_ray.finetune``: experts of a base, made here or on a cluster."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tdc_ray.cli.api.base import Base
 from tdc_ray.cli.api.experts import Experts
 from tdc_ray.cli.api.folder import TemporaryFolder
+from tdc_ray.cli.foreign import nearest
 from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, digest, with_absolute_paths
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.config.validation import require
 from tdc_ray.data.images import images_config
+from tdc_ray.data.load import current_fingerprint
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
@@ -27,6 +31,8 @@ from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import fetch
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
+
+Stage = TypeVar("Stage", PruneConfig, FinetuneConfig)
 
 SNR_TOLERANCE_DB = 0.01
 """By how much the float32 betas of schedulers may move a plan's signal-to-noise ratios."""
@@ -66,7 +72,7 @@ def prune(
         TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
     _check_plan(plan, base)
-    pruning = replace(base.config.prune, **({"halving_steps": 0} | settings))
+    pruning = _changed("prune", base.config.prune, {"halving_steps": 0} | settings)
     rule = "0 for tdc_ray.prune, which takes no gradient step"
     require("prune", pruning, "halving_steps", rule, ok=not pruning.halving_steps)
     measured = AFTER_STAGE_1 in plan.notes
@@ -123,7 +129,7 @@ def finetune(
             "the pruned ones with more num_steps."
         )
     base = experts.base
-    train = replace(experts.config.finetune, **settings, num_steps=num_steps)
+    train = _changed("finetune", experts.config.finetune, settings | {"num_steps": num_steps})
     require("finetune", train, "num_steps", "at least 1", ok=num_steps > 0)
     root, temporary = _root(folder)
     config = _with_images(replace(experts.config, finetune=train), images, root)
@@ -139,6 +145,23 @@ def finetune(
         workers(config, _sinks(progress=progress), cluster, _only_here(temporary)),
     )
     return _experts(base, made, run_dir, temporary)
+
+
+def _changed(stage: str, config: Stage, changes: Mapping[str, Any]) -> Stage:
+    """Return a stage's settings with others.
+
+    Raises:
+        ConfigError: There is no such setting, or it is out of its range.
+    """
+    known = [field.name for field in fields(config)]
+    for name in changes:
+        if name not in known:
+            near = nearest(stage, name, known)
+            hint = f"did you mean {near}? " if near else ""
+            raise ConfigError(
+                f"there is no setting {stage}.{name}: {hint}Settings: {', '.join(known)}."
+            )
+    return replace(config, **changes)
 
 
 def _check_plan(plan: Plan, base: Base) -> None:
@@ -186,7 +209,10 @@ def _run_dir(
 ) -> RunDir:
     """Return a folder below the root, named by all that a job's results follow from."""
     weights = [cached_file_digest(fetch(path)) for path in base.pretrained.files]
-    document = [digest(config), weights, asdict(plan), [kept_digest(one) for one in kept]]
+    # In a notebook, files may have changed since a call before.
+    images = current_fingerprint(config.data)
+    pruned = [kept_digest(one) for one in kept]
+    document = [digest(config), images, weights, asdict(plan), pruned]
     return RunDir(root / f"{job}-{json_digest(document)[:8]}")
 
 

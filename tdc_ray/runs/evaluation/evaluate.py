@@ -21,7 +21,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig, Metric
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
-from tdc_ray.data.fingerprint import images_key
+from tdc_ray.data.fingerprint import diffusion_key, images_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
@@ -347,7 +347,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
         "model": weights_digest(_folder_of(run_dir, job.which)),
         "first_stage": None if stage is None else first_stage_digest(Path(stage)),
         "shape": input_shape(config.data),
-        "diffusion": asdict(config.diffusion),
+        "diffusion": diffusion_key(config.diffusion),
         "conditioning": asdict(config.conditioning),
         "sampler": asdict(config.sampler),
         "seed": config.evaluate.seed,

@@ -19,7 +19,7 @@ from torch import Tensor
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.errors import EvaluationError
-from tdc_ray.storage.digest import cached_file_digest
+from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -85,7 +85,7 @@ def hub_folder(kind: HubKind, evaluate: EvaluateConfig) -> Path:
 
 def hub_extractor_name(kind: HubKind, folder: Path) -> str:
     """Return the extractor in words; equal words are equal features."""
-    digest = cached_file_digest(fetch(folder / "model.safetensors"))[:16]
+    digest = json_digest([cached_file_digest(fetch(folder / file)) for file in FILES])[:16]
     return f"{kind} of transformers ({folder.name}, {digest}; clean, bicubic)"
 
 

@@ -1,11 +1,14 @@
 """The settings that a pretrained base was trained with, and how a run's settings follow them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
+from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
@@ -102,6 +105,30 @@ def apply_settings(
     for stage, setting in (("sampler", "num_inference_steps"), ("plan", "num_groups")):
         document[stage][setting] = min(document[stage][setting], timesteps)
     return from_json(document)
+
+
+def with_base(config: RunConfig, source: str, num_heads: int | None = None) -> RunConfig:
+    """Return a run's settings for a base that is given.
+
+    What trained a base of its own is left out: its network, its budget and its optimizer's state.
+
+    Args:
+        config: The settings, such as those of the run that trained the base.
+        source: The base.
+        num_heads: Heads of a base that does not say.
+    """
+    default = ModelConfig()
+    model = replace(
+        config.model,
+        base=source,
+        num_heads=num_heads,
+        width=default.width,
+        depth=default.depth,
+        config=default.config,
+        network=default.network,
+    )
+    finetune = replace(config.finetune, optimizer_state="new")
+    return replace(config, model=model, finetune=finetune, budget=BudgetConfig())
 
 
 def missing_settings(settings: PretrainedSettings) -> list[str]:

@@ -162,16 +162,18 @@ def noise_settings(unet: Path) -> PretrainedSettings:
 
 
 def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
-    """Read a checkpoint of improved-diffusion, which says nothing of its noise process."""
+    """Read a checkpoint of improved-diffusion: of its noise process only epsilon is known."""
     unet = openai.config_from_state_dict(state)
     load = partial(openai.to_diffusers, state)
-    return PretrainedBase(source, unet, _settings(source, unet), "as given", (file,), load)
+    settings = _settings(source, unet, stages={"diffusion": {PREDICTION: "epsilon"}})
+    return PretrainedBase(source, unet, settings, "as given", (file,), load)
 
 
 def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     """Read a checkpoint of latent diffusion.
 
-    Its sampler does not clip, starts its steps at 1 and ends them at ``betas[0]``.
+    It predicts epsilon, which is latent diffusion's default: the file does not say. Its sampler
+    does not clip, starts its steps at 1 and ends them at ``betas[0]``.
     """
     parts = compvis.split(state)
     unet = openai.config_from_state_dict(parts.unet)
@@ -181,7 +183,7 @@ def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
         first_stage = PackedFirstStage(config, partial(compvis.to_vq_model, parts.first_stage))
     noise = {} if parts.betas is None else _noise_of_betas(source, parts.betas.tolist())
     stages = {
-        "diffusion": noise | {"rescale_timesteps": False},
+        "diffusion": noise | {PREDICTION: "epsilon", "rescale_timesteps": False},
         "sampler": {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False},
     }
     return PretrainedBase(

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import tdc_ray as tdc
+from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.run import to_json
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
@@ -57,6 +58,24 @@ def test_a_run_brings_the_settings_of_its_training(tmp_path):
     assert (config.seed, config.prune, config.diffusion) == (4, settings.prune, settings.diffusion)
     other = tdc.load_base(tmp_path, settings=small_config(seed=6)).config
     assert (other.seed, other.diffusion) == (6, settings.diffusion)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"config": "unet/config.json", "network": dict(TINY)},
+        {"architecture": "auto", "width": 0.5, "depth": 1, "network": dict(TINY)},
+        {"base": "openai:model.pt", "num_heads": 2},
+    ],
+)
+def test_a_run_of_another_network_than_a_named_one_is_a_base(tmp_path, model):
+    run_dir = make_run_dir(tmp_path)
+    write_json(run_dir.base_result, {})
+    write_json(run_dir.config, to_json(small_config(model=model, budget=BudgetConfig(epochs=2))))
+    base = tdc.load_base(tmp_path)
+    assert base.macs == sizes(TINY)[1]
+    assert (base.config.model.base, base.config.model.network) == (str(tmp_path), None)
+    assert base.config.budget == BudgetConfig()
 
 
 def test_how_a_base_samples_otherwise_is_said(caplog):

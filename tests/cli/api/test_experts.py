@@ -6,7 +6,7 @@ import pytest
 from diffusers import DDPMScheduler
 
 import tdc_ray as tdc
-from tdc_ray.cli.api.experts import EXPERTS_FILE
+from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError, UnsupportedModelError
 from tests.small import assert_same, random_unet, small_config
@@ -57,6 +57,13 @@ def test_experts_are_saved_over_nothing_else(experts, tmp_path):
         with pytest.raises(ConfigError, match="needs a new folder"):
             experts.save_pretrained(place)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipeline_is_not_saved_over_experts_and_their_base(experts, tmp_path):
+    experts.save_pretrained(tmp_path / "experts")
+    with pytest.raises(ConfigError, match=r"has their base and experts\.json"):
+        experts.to_pipeline().save_pretrained(tmp_path / "experts")
+    assert tdc.load_experts(tmp_path / "experts").groups == experts.groups
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,17 @@ def test_the_same_call_in_a_folder_computes_nothing_again(base, plan, tmp_path):
     assert other.folder != first.folder
 
 
+def test_the_same_call_after_the_images_changed_makes_other_experts(base, plan, tmp_path):
+    path = tmp_path / "images.npz"
+    made = []
+    for seed in (0, 1):
+        np.savez(path, images=random_pixels(40, 8, 8, 1, seed=seed))
+        pruned = tdc.prune(base, plan, path, folder=tmp_path / "made", **SEARCH)
+        made.append(tdc.finetune(pruned, path, folder=tmp_path / "made", **TRAIN))
+    assert made[0].folder != made[1].folder
+    assert made[0].groups[0].loss_base != made[1].groups[0].loss_base
+
+
 def test_temporary_work_goes_with_the_last_object_that_needs_it(base, plan):
     pipeline = tdc.prune(base, plan, "digits", **SEARCH).to_pipeline(offload=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -190,9 +201,13 @@ def prune(base: tdc.Base, plan: tdc.Plan, **changes: object) -> tdc.Experts:
     ("changes", "error", "words"),
     [
         ({"halving_steps": 5}, ConfigError, "prune.halving_steps must be 0 for tdc_ray.prune"),
-        ({"num_image": 5}, ConfigError, "prune.num_image"),
+        ({"methods": "taylor"}, ConfigError, r"no setting prune\.methods: did you mean method\?"),
         ({"num_images": 0}, ConfigError, "prune.num_images must be at least 1, got 0"),
-        ({"images": "nowhere"}, ConfigError, "images must be digits or photos, an npz file"),
+        (
+            {"images": "nowhere"},
+            ConfigError,
+            "images must be digits or photos, a folder of images, an npz",
+        ),
         ({"images": random_pixels(4, 9, 9)}, DataError, r"must be \(H, W, C\) = \(8, 8, 1\)"),
         ({"cluster": "127.0.0.1:1"}, ClusterError, "127.0.0.1:1"),
     ],
@@ -201,6 +216,20 @@ def test_bad_input_is_one_clear_error_before_work(base, plan, tmp_path, changes,
     with pytest.raises(error, match=words):
         prune(base, plan, folder=tmp_path, **changes)
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": 1}, r"no setting finetune\.lr: did you mean learning_rate\? Settings: num_steps,"),
+        ({"batch_sise": 8}, r"no setting finetune\.batch_sise: did you mean batch_size\?"),
+        ({"batch_size": 0}, "finetune.batch_size must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_setting_of_fine_tuning_is_one_clear_error(base, plan, settings, words):
+    pruned = prune(base, plan, method="magnitude")
+    with pytest.raises(ConfigError, match=words):
+        tdc.finetune(pruned, "digits", num_steps=1, **settings)
 
 
 def test_a_plan_of_another_noise_process_or_below_the_space_is_refused(base):

@@ -13,7 +13,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.errors import ConfigError, EvaluationError
 from tdc_ray.runs.evaluation.features import check_features, find_features, load_extractor
-from tdc_ray.runs.evaluation.hub_features import FILES
+from tdc_ray.runs.evaluation.hub_features import FILES, hub_extractor_name
 from tests.images import random_pixels
 from tests.small import small_config
 
@@ -85,6 +85,17 @@ def test_other_weights_have_other_names_and_other_files(networks, tmp_path):
         specs.append(find_features(config.data, config.evaluate, "dinov2"))
     for name in ("extractor", "moments_path", "features_path"):
         assert getattr(specs[0], name) != getattr(specs[1], name)
+
+
+def test_the_same_weights_in_another_network_have_another_name(tmp_path):
+    names = set()
+    for function in ("gelu", "relu"):
+        folder = tmp_path / function / "dinov2"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"the same")
+        (folder / "config.json").write_text(json.dumps({"hidden_act": function}))
+        names.add(hub_extractor_name("dinov2", folder))
+    assert len(names) == 2
 
 
 def test_images_are_scored_by_them_under_their_names(networks, tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,7 @@ from diffusers import (
 )
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
+from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import to_json
@@ -170,6 +172,32 @@ def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(
         ConfigError, match=r"learned_range in its scheduler.*1 channels: expected 2"
     ):
         resolve_base(save_pipeline(tmp_path / "q", learned))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "predicts"),
+    [
+        ("openai", [], "epsilon"),
+        ("openai", ["--preset", "images"], "epsilon"),
+        ("compvis", [], "epsilon"),
+        ("unet", [], "epsilon"),
+        ("unet", ["--preset", "images"], "v_prediction"),
+        ("unet", ["--diffusion.prediction-type", "v_prediction"], "v_prediction"),
+    ],
+)
+def test_a_base_that_does_not_say_predicts_epsilon_with_images_of_ones_own(
+    tmp_path, kind, flags, predicts
+):
+    save_unet(random_unet(), tmp_path / "unet")
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8, 1), np.uint8))
+    base = {
+        "openai": lambda: openai_file(tmp_path),
+        "compvis": lambda: compvis_file(tmp_path),
+        "unet": lambda: str(tmp_path / "unet"),
+    }[kind]()
+    command = ["run", "--base", base, "--data", str(tmp_path / "data.npz"), *flags]
+    config = parse([*command, "--diffusion.num-train-timesteps", "1000"]).config
+    assert config.diffusion.prediction_type == predicts
 
 
 def test_values_of_another_type_are_refused_by_name(tmp_path):
@@ -631,7 +659,11 @@ def test_a_compvis_checkpoint_with_other_betas_than_the_settings_is_refused(tmp_
 
 def test_an_openai_file_tells_its_shapes_and_asks_for_the_rest(tmp_path):
     base = resolve_base(openai_file(tmp_path, num_classes=3))
-    assert base.settings.by_name() == {"diffusion.learned_sigma": True, "data.num_channels": 3}
+    assert base.settings.by_name() == {
+        "diffusion.prediction_type": "epsilon",
+        "diffusion.learned_sigma": True,
+        "data.num_channels": 3,
+    }
     assert base.unet["num_class_embeds"] == 3
     assert len(missing_settings(base.settings)) == 5
     config = apply_settings(base.settings, CONFIG, with_data=True)
@@ -667,7 +699,8 @@ def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
     x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
     assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
     document = read_json(tmp_path / "base/base.json")
-    assert document["told"] == ["data.num_channels", "diffusion.learned_sigma"]
+    told = ["data.num_channels", "diffusion.learned_sigma", "diffusion.prediction_type"]
+    assert document["told"] == told
     assert list(document["files"]) == [str(tmp_path / "model.pt")]
 
 
