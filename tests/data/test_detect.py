@@ -92,3 +92,18 @@ def test_what_holds_no_data_is_refused_with_a_way_out(tmp_path, name, message):
     (folder / name).touch()
     with pytest.raises(ConfigError, match=message):
         data_config(str(folder), DataConfig())
+
+
+def test_of_folders_that_are_splits_train_is_taken_and_that_is_said(tmp_path, caplog):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            put_folder(tmp_path / split / name)
+    config = data_config(
+        str(tmp_path), DataConfig(labels_from_folders=True, source="folder", path="x")
+    )
+    assert config.path == str(tmp_path / "train")
+    assert (len(load_dataset(config)), load_dataset(config).num_classes) == (2, 2)
+    assert caplog.messages == [f"{tmp_path} holds splits: the images of train are taken"]
+    put_folder(tmp_path / "test")
+    assert data_config(str(tmp_path / "test"), DataConfig()).path == str(tmp_path / "test")

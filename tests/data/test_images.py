@@ -113,7 +113,7 @@ def test_a_path_is_read_as_the_command_line_reads_it(tmp_path):
         assert found == expected
     assert images_config("digits", data, tmp_path, classes=True).source == "digits"
     assert not (tmp_path / "unused").exists()
-    with pytest.raises(ConfigError, match="images must be digits or photos, an npz file"):
+    with pytest.raises(ConfigError, match="images must be digits or photos, a folder of images"):
         images_config("nowhere", data, tmp_path, classes=False)
 
 
