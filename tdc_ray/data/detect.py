@@ -81,13 +81,14 @@ def _kinds(path: Path) -> list[Source]:
         if suffix == ".npz":
             return ["npz"]
         return [SHARDS[suffix]] if suffix in SHARDS else []
-    if npz_in(path):
-        return ["npz"]
     if (path / "cifar-10-batches-py").is_dir():
         return ["cifar10"]
-    if metadata_files(path):
-        return ["imagefolder"]
-    kinds: list[Source] = ["folder"] if next(image_paths(path), None) is not None else []
+    kinds: list[Source] = ["npz"] if npz_in(path) else []
+    is_imagefolder = bool(metadata_files(path))
+    if next(image_paths(path), None) is not None:
+        kinds.append("imagefolder" if is_imagefolder else "folder")
+    if is_imagefolder:
+        return kinds or ["imagefolder"]
     return kinds + [kind for suffix, kind in SHARDS.items() if shard_paths(path, suffix)]
 
 

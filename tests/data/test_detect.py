@@ -74,6 +74,11 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
     message = rf"--data {tmp_path} holds data of several kinds, folder and parquet: .*--data\.so"
     with pytest.raises(ConfigError, match=message):
         data_config(str(tmp_path), DataConfig())
+    (tmp_path / "images").mkdir()
+    put_folder(tmp_path / "images")
+    put_npz(tmp_path / "images")
+    with pytest.raises(ConfigError, match="holds data of several kinds, npz and folder: "):
+        data_config(str(tmp_path / "images"), DataConfig())
     (tmp_path / "metadata.parquet").touch()
     assert data_config(str(tmp_path / "data"), DataConfig()).source == "parquet"
 
