@@ -83,9 +83,10 @@ def _kinds(path: Path) -> list[Source]:
         return [SHARDS[suffix]] if suffix in SHARDS else []
     if (path / "cifar-10-batches-py").is_dir():
         return ["cifar10"]
-    kinds: list[Source] = ["npz"] if npz_in(path) else []
-    is_imagefolder = bool(metadata_files(path))
-    if next(image_paths(path), None) is not None:
+    arrays, is_imagefolder = npz_in(path), bool(metadata_files(path))
+    kinds: list[Source] = ["npz"] if arrays else []
+    previews = {file.stem for file in arrays}  # such as samples.png beside samples.npz
+    if any(Path(image).stem not in previews for image in image_paths(path)):
         kinds.append("imagefolder" if is_imagefolder else "folder")
     if is_imagefolder:
         return kinds or ["imagefolder"]

@@ -75,8 +75,10 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=message):
         data_config(str(tmp_path), DataConfig())
     (tmp_path / "images").mkdir()
-    put_folder(tmp_path / "images")
     put_npz(tmp_path / "images")
+    put_folder(tmp_path / "images")  # a.png is the grid of a.npz
+    assert data_config(str(tmp_path / "images"), DataConfig()).source == "npz"
+    Image.new("L", (8, 8)).save(tmp_path / "images/b.png")
     with pytest.raises(ConfigError, match="holds data of several kinds, npz and folder: "):
         data_config(str(tmp_path / "images"), DataConfig())
     (tmp_path / "metadata.parquet").touch()

@@ -126,12 +126,21 @@ def read_pixels(file: Encoded, num_channels: int) -> NDArray[np.uint8]:
     try:
         with _opened(file) as image:
             _load_upright(image)
-            plain = _opaque(_eight_bits(image, file))
-            return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
+            return shown_pixels(image, num_channels, str(file))
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:  # it was not even read
             raise DataError(f"{file} cannot be opened: {error}. Mend or remove it.") from error
         raise CorruptFileError(f"{file} is no readable image: {error}.") from error
+
+
+def shown_pixels(image: Image.Image, num_channels: int, name: str) -> NDArray[np.uint8]:
+    """Return the pixels of a decoded image as :func:`read_pixels` does.
+
+    Raises:
+        DataError: It has grey values whose white is unknown; ``name`` is what the error calls it.
+    """
+    plain = _opaque(_eight_bits(image, name))
+    return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
 
 
 def read_header(file: Encoded) -> Header | None:
@@ -217,7 +226,7 @@ def _load_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _eight_bits(image: Image.Image, file: Encoded) -> Image.Image:
+def _eight_bits(image: Image.Image, file: str) -> Image.Image:
     """Scale grey of more than 8 bits to 8.
 
     Raises:
@@ -239,7 +248,7 @@ def _eight_bits(image: Image.Image, file: Encoded) -> Image.Image:
     return grey
 
 
-def _white(image: Image.Image, file: Encoded) -> float:
+def _white(image: Image.Image, file: str) -> float:
     """Return the value of white in grey of more than 8 bits.
 
     Raises:
