@@ -1,5 +1,6 @@
 """What data a path holds."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -9,15 +10,19 @@ from tdc_ray.data.sources import parquet, webdataset
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
-from tdc_ray.data.sources.walk import image_paths
+from tdc_ray.data.sources.walk import image_paths, train_folder
 from tdc_ray.errors import ConfigError
 
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
 """By the suffix of the files."""
 
+logger = logging.getLogger(__name__)
+
 
 def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
     """Return settings of the data that a path, ``digits`` or ``photos``, holds; others stay.
+
+    Of a folder of images whose folders are splits it is that of the split train.
 
     Args:
         source: The path, or the name of a bundled source.
@@ -49,8 +54,24 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
             f"{name} {source} holds data of several kinds, {' and '.join(kinds)}: name the files "
             f"or the subfolder to take{', or set --data.source' if name == '--data' else ''}."
         )
-    labels = data.labels_from_folders and kinds[0] == "folder"
-    return replace(data, source=kinds[0], path=source, labels_from_folders=labels)
+    if kinds[0] != "folder":
+        return replace(data, source=kinds[0], path=source, labels_from_folders=False)
+    return replace(data, source="folder", path=train_split(source))
+
+
+def train_split(folder: str) -> str:
+    """Return the split train of a folder of images, and log that others are left out.
+
+    It is the folder itself where its folders are no splits.
+
+    Raises:
+        DataError: The folder cannot be listed, or a link leads to nothing.
+    """
+    train = train_folder(Path(folder).expanduser())
+    if train is None:
+        return folder
+    logger.warning("%s holds splits: the images of %s are taken", folder, train.name)
+    return str(train)
 
 
 def _kinds(path: Path) -> list[Source]:
@@ -60,13 +81,15 @@ def _kinds(path: Path) -> list[Source]:
         if suffix == ".npz":
             return ["npz"]
         return [SHARDS[suffix]] if suffix in SHARDS else []
-    if npz_in(path):
-        return ["npz"]
     if (path / "cifar-10-batches-py").is_dir():
         return ["cifar10"]
-    if metadata_files(path):
-        return ["imagefolder"]
-    kinds: list[Source] = ["folder"] if next(image_paths(path), None) is not None else []
+    arrays, is_imagefolder = npz_in(path), bool(metadata_files(path))
+    kinds: list[Source] = ["npz"] if arrays else []
+    previews = {file.stem for file in arrays}  # such as samples.png beside samples.npz
+    if any(Path(image).stem not in previews for image in image_paths(path)):
+        kinds.append("imagefolder" if is_imagefolder else "folder")
+    if is_imagefolder:
+        return kinds or ["imagefolder"]
     return kinds + [kind for suffix, kind in SHARDS.items() if shard_paths(path, suffix)]
 
 

@@ -4,6 +4,7 @@ Work items carry where images are, and not the images, so that they run in any p
 """
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,6 +21,7 @@ from torch.utils.data import IterableDataset
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.detect import data_config
+from tdc_ray.data.sources.image_file import GREY_MODES, shown_pixels
 from tdc_ray.errors import DataError
 from tdc_ray.storage.object_store import temporary_path
 
@@ -28,8 +31,13 @@ IMAGE_KEYS = ("image", "img", "input", "pixel_values")
 TOLERANCE = 1e-4
 """How far floating-point images may leave their range, as a share of it: rounding does."""
 
+PLAIN_MODES = ("L", "RGB", "LA", "RGBA", "F")
+"""Pillow's names of images whose numbers are taken as those of an array are."""
+
 Pixels = NDArray[np.uint8]
 """An image, ``(H, W, C)``."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,7 +51,8 @@ class Images:
     once, so what it draws at random stays as drawn."""
 
     labels: Any = None
-    """Classes of the images, whole numbers from 0, ``(N,)``; None means those of a data set."""
+    """Classes of the images, whole numbers from 0, ``(N,)``; None means those of a data set, if
+    all its images have one."""
 
     value_range: tuple[float, float] | None = None
     """Black and white in floating-point images, such as (-1, 1) or (0, 1); they are rounded to 8
@@ -63,7 +72,7 @@ class Images:
         _check_kind(source)
         channels, height, width = shape
         stored = (len(source), height, width, channels)
-        labels, digest = list[int](), hashlib.sha256(str(stored).encode())
+        labels, num_labels, digest = list[int](), 0, hashlib.sha256(str(stored).encode())
         folder.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(folder / "images.npz")
         try:
@@ -75,7 +84,15 @@ class Images:
                         content = self._pixels(image, stored[1:]).tobytes()
                         file.write(content)
                         digest.update(content)
-                        labels += [] if label is None else [label]
+                        num_labels += label is not None
+                        labels += [int(label)] if isinstance(label, int | np.integer) else []
+                if self.labels is None and num_labels and len(labels) < len(source):
+                    logger.warning(
+                        "labels of the images are left out: %d of %d have none, or one that is no "
+                        "whole number",
+                        len(source) - len(labels),
+                        len(source),
+                    )
                 classes = self._classes(labels, len(source))
                 if classes is not None:
                     digest.update(classes.tobytes())
@@ -88,9 +105,10 @@ class Images:
     def _pixels(self, image: Any, shape: tuple[int, ...]) -> Pixels:
         """Convert one image to uint8, ``(H, W, C)``."""
         if isinstance(image, Image.Image):
-            image = np.asarray(image)
+            image = _pillows(image)
         if isinstance(image, Tensor):
             image = image.detach().cpu()
+            image = image.float() if image.dtype == torch.bfloat16 else image  # NumPy has none
             image = (image.movedim(0, -1) if image.ndim == 3 else image).numpy()
         if not isinstance(image, np.ndarray):
             raise DataError(
@@ -181,8 +199,20 @@ def _elements(source: Any) -> Iterator[Any]:
     return (source[index] for index in range(len(source)))
 
 
-def _parts(element: Any) -> tuple[Any, int | None]:
-    """Split an element of a data set into its image and its label, if it has one."""
+def _pillows(image: Image.Image) -> NDArray[Any]:
+    """Return a Pillow image's numbers; those of a palette, or such, as the colours they stand for.
+
+    Raises:
+        DataError: It has grey values whose white is unknown.
+    """
+    if image.mode in PLAIN_MODES:
+        return np.asarray(image)
+    channels = 1 if image.mode in GREY_MODES else 3
+    return shown_pixels(image, channels, f"an image of Pillow's mode {image.mode}")
+
+
+def _parts(element: Any) -> tuple[Any, Any]:
+    """Split an element of a data set into its image and its label; None where it has none."""
     label = None
     if isinstance(element, Mapping):
         key = next((key for key in IMAGE_KEYS if key in element), None)
@@ -196,4 +226,4 @@ def _parts(element: Any) -> tuple[Any, int | None]:
         element, label = element[0], element[1] if len(element) > 1 else None
     if isinstance(label, Tensor) and label.ndim == 0:
         label = label.item()
-    return element, int(label) if isinstance(label, int | np.integer) else None
+    return element, label

@@ -15,10 +15,11 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import ENCODED, load_dataset
 from tdc_ray.data.shapes import learnt_shape, stored_shapes
-from tdc_ray.data.sources.encoded import MAX_NAMED, EncodedImages
+from tdc_ray.data.sources.encoded import MAX_NAMED, EncodedImages, corrupt_advice
 from tdc_ray.data.sources.image_file import Header, read_header
 from tdc_ray.data.sources.walk import OTHER_SPLITS, TRAIN, subfolders
 from tdc_ray.data.summary import ImagesSummary, Shape, summary_lines
+from tdc_ray.errors import CorruptFileError
 
 MOST_HEADERS = 10_000
 """Images that are looked at, evenly spread; of more it is said how many were."""
@@ -56,14 +57,33 @@ class Survey:
 
 
 def survey(data: DataConfig) -> Survey:
-    """Look at the headers of images.
+    """Look at the headers of images as they are now; :func:`images_summary` takes it from here.
 
     Raises:
         DataError: The data is missing or malformed.
     """
+    cached_survey.cache_clear()
+    return cached_survey(_as_stored(data))
+
+
+@functools.lru_cache(maxsize=1)  # of encoded images it opens every file
+def cached_survey(data: DataConfig) -> Survey:
+    """Look at the headers of images."""
     if data.source in ENCODED:
         return _survey_encoded(ENCODED[data.source](data))
     return _survey_arrays(data, load_dataset(data))
+
+
+def _as_stored(data: DataConfig) -> DataConfig:
+    """Return settings that are equal for the same encoded images, whatever is done to them."""
+    if data.source not in ENCODED or data.path is None:
+        return data
+    return DataConfig(
+        source=data.source,
+        path=str(Path(data.path).expanduser().resolve()),
+        labels_from_folders=data.labels_from_folders,
+        cache_dir=data.cache_dir,
+    )
 
 
 def _survey_encoded(images: EncodedImages) -> Survey:
@@ -132,13 +152,15 @@ def images_summary(data: DataConfig) -> ImagesSummary:
     """Return which images of a dataset are taken, and what is done to them.
 
     Raises:
-        DataError: The data is missing or malformed.
+        DataError: The data is missing or malformed, or more of the images that are looked at are
+            unreadable than may be.
     """
-    dataset = load_dataset(data)
-    if isinstance(dataset, EncodedImages):
-        found = _survey_encoded(dataset)
-    else:
-        found = _survey_arrays(data, dataset)
+    load_dataset(data)  # refuses what headers do not tell
+    found = cached_survey(_as_stored(data))
+    if len(found.unreadable) > data.max_corrupt:
+        raise CorruptFileError(
+            f"{found.unreadable[0]} is no readable image. {corrupt_advice(data, found.unreadable)}"
+        )
     return _summarize(found, data)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tdc_ray.config.data import BUNDLED, DataConfig
 from tdc_ray.config.presets import images
 from tdc_ray.config.run import RunConfig, default_run_dir, from_json, with_absolute_paths
-from tdc_ray.data.detect import data_config
+from tdc_ray.data.detect import data_config, train_split
 from tdc_ray.data.sources.walk import image_paths, train_folder
 from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
 from tdc_ray.errors import ConfigError, DataError
@@ -111,9 +111,15 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
         before = from_json(read_json(file))
         data = with_absolute_paths(before).data.path
         root = Path(path).expanduser().resolve()
-        if data is not None and root in (Path(data), Path(data).parent):
+        if data is not None and Path(data) in (root, _train_folder(root)):
             return before
     return None
+
+
+def _train_folder(root: Path) -> Path | None:
+    """Return the folder that images are taken from where the folders of a path are splits."""
+    train = train_folder(root) if root.is_dir() else None
+    return None if train is None else train.resolve()
 
 
 def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataConfig, int | None]:
@@ -122,11 +128,11 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
     if "data.source" not in given:
         # "./digits" is a path, which a Path would write as the name of a bundled source.
         data = data_config(str(root) if path.startswith("~") else path, data)
-    if data.source == "folder":
-        root = train_folder(root) or root
-        is_given = "data.labels_from_folders" in given
-        labels = data.labels_from_folders if is_given else _are_classes(root)
-        data = replace(data, path=str(root), labels_from_folders=labels)
+    elif data.source == "folder":
+        data = replace(data, path=train_split(str(root)))
+    if data.source == "folder" and "data.labels_from_folders" not in given:
+        assert data.path is not None  # DataConfig's own rule
+        data = replace(data, labels_from_folders=_are_classes(Path(data.path)))
     found = survey(data)
     shape = fitting_shape(found)
     if shape is None:

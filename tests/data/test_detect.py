@@ -74,6 +74,13 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
     message = rf"--data {tmp_path} holds data of several kinds, folder and parquet: .*--data\.so"
     with pytest.raises(ConfigError, match=message):
         data_config(str(tmp_path), DataConfig())
+    (tmp_path / "images").mkdir()
+    put_npz(tmp_path / "images")
+    put_folder(tmp_path / "images")  # a.png is the grid of a.npz
+    assert data_config(str(tmp_path / "images"), DataConfig()).source == "npz"
+    Image.new("L", (8, 8)).save(tmp_path / "images/b.png")
+    with pytest.raises(ConfigError, match="holds data of several kinds, npz and folder: "):
+        data_config(str(tmp_path / "images"), DataConfig())
     (tmp_path / "metadata.parquet").touch()
     assert data_config(str(tmp_path / "data"), DataConfig()).source == "parquet"
 
@@ -92,3 +99,18 @@ def test_what_holds_no_data_is_refused_with_a_way_out(tmp_path, name, message):
     (folder / name).touch()
     with pytest.raises(ConfigError, match=message):
         data_config(str(folder), DataConfig())
+
+
+def test_of_folders_that_are_splits_train_is_taken_and_that_is_said(tmp_path, caplog):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            put_folder(tmp_path / split / name)
+    config = data_config(
+        str(tmp_path), DataConfig(labels_from_folders=True, source="folder", path="x")
+    )
+    assert config.path == str(tmp_path / "train")
+    assert (len(load_dataset(config)), load_dataset(config).num_classes) == (2, 2)
+    assert caplog.messages == [f"{tmp_path} holds splits: the images of train are taken"]
+    put_folder(tmp_path / "test")
+    assert data_config(str(tmp_path / "test"), DataConfig()).path == str(tmp_path / "test")

@@ -52,6 +52,7 @@ def read(images, folder: Path, data: DataConfig = COLOUR):
         TensorDataset(tensor()),
         list(PIXELS),
         Listed([(Image.fromarray(image), "no label") for image in PIXELS]),
+        Listed([(Image.fromarray(image), None) for image in PIXELS]),
         Listed([{"image": image} for image in tensor()]),
         Images(tensor() / 255, value_range=(0, 1)),
         Images(tensor() / 127.5 - 1, value_range=(-1, 1)),
@@ -77,6 +78,31 @@ def test_images_of_every_kind_are_read_as_their_pixels(tmp_path, images):
 )
 def test_labels_come_along(tmp_path, images):
     assert read(images, tmp_path)[1] == LABELS
+
+
+@pytest.mark.parametrize("labels", [["cat"] * 5, [0, 1, None, 1, 0], [0, 1, 0, 1, 0.5]])
+def test_labels_that_are_left_out_are_said(tmp_path, caplog, labels):
+    assert read(Listed(list(zip(PIXELS, labels, strict=True))), tmp_path)[1] == [-1] * 5
+    num_others = sum(not isinstance(label, int) for label in labels)
+    assert f"labels of the images are left out: {num_others} of 5" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["P", "HSV", "YCbCr", "CMYK"])
+def test_pillows_numbers_of_other_kinds_than_colours_are_shown_as_colours(tmp_path, mode):
+    pictures = [Image.new("RGB", (6, 6), colour).convert(mode) for colour in ("red", "blue")]
+    found, _ = read(pictures, tmp_path)
+    np.testing.assert_allclose(found[:, 0, 0].astype(int), [[255, 0, 0], [0, 0, 255]], atol=2)
+
+
+def test_pillows_grey_of_1_or_16_bits_is_brought_to_8(tmp_path):
+    pictures = [Image.fromarray(np.full((6, 6), 257 * 9, np.uint16)), Image.new("1", (6, 6), 1)]
+    found, _ = read(pictures, tmp_path, DataConfig(image_size=6))
+    assert found[:, 0, 0, 0].tolist() == [9, 255]
+
+
+def test_a_tensor_of_bfloat16_is_read(tmp_path):
+    images = Images((tensor() / 255).bfloat16(), value_range=(0, 1))
+    np.testing.assert_allclose(read(images, tmp_path)[0].astype(int), PIXELS, atol=1)
 
 
 def test_grey_images_need_no_channels(tmp_path):
@@ -113,7 +139,7 @@ def test_a_path_is_read_as_the_command_line_reads_it(tmp_path):
         assert found == expected
     assert images_config("digits", data, tmp_path, classes=True).source == "digits"
     assert not (tmp_path / "unused").exists()
-    with pytest.raises(ConfigError, match="images must be digits or photos, a folder of images, an npz"):
+    with pytest.raises(ConfigError, match="images must be digits or photos, a folder of images"):
         images_config("nowhere", data, tmp_path, classes=False)
 
 

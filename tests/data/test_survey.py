@@ -8,13 +8,15 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data import survey as survey_module
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.summary import summary_lines
-from tdc_ray.data.survey import fitting_shape, images_summary, log_summary, survey
+from tdc_ray.data.survey import cached_survey, fitting_shape, images_summary, log_summary, survey
+from tdc_ray.errors import CorruptFileError
 from tests.images import folder_config, npz_config, random_pixels
 
 
 @pytest.fixture(autouse=True)
 def no_cache():
     images_summary.cache_clear()
+    cached_survey.cache_clear()
     load_dataset.cache_clear()
 
 
@@ -63,6 +65,22 @@ def test_what_is_done_to_images_is_counted(tmp_path):
     assert re.fullmatch(r"left out: 1 hidden, 1 \.txt", lines[1])
     assert "2 cropped to the middle" in lines[2]
     assert lines[3].endswith("place: 1, bad.png")
+
+
+def test_files_are_read_once_for_the_settings_and_the_summary(tmp_path, monkeypatch):
+    of_sizes(tmp_path, (8, 8), (8, 8))
+    monkeypatch.setattr(survey_module, "read_header", lambda _: pytest.fail("it was read again"))
+    assert images_summary(folder_config(tmp_path, num_channels=1)).changed == {"made grey": 2}
+
+
+def test_more_unreadable_images_than_may_be_are_refused_before_work(tmp_path):
+    for index in range(3):
+        (tmp_path / f"bad{index}.png").write_bytes(b"no image")
+    of_sizes(tmp_path, (8, 8))
+    assert images_summary(folder_config(tmp_path, max_corrupt=3)).num_unreadable == 3
+    message = r"bad0\.png .* 3 of the files .*data\.max_corrupt is 2: bad0\.png, .*Mend or remove"
+    with pytest.raises(CorruptFileError, match=message):
+        images_summary(folder_config(tmp_path, max_corrupt=2))
 
 
 def test_each_image_is_counted_once_for_each_thing_done_to_it(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.survey import images_summary
+from tdc_ray.data.survey import cached_survey, images_summary
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.storage.run_dir import RunDir
 from tests.images import random_pixels
@@ -86,7 +86,7 @@ def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
 
     # An image that is added is noticed, and the same command remains the same run.
     save(folder / "dog/new.png", random_pixels(90, 90, 3))
-    for function in (load_dataset, images_fingerprint, images_summary):
+    for function in (load_dataset, images_fingerprint, images_summary, cached_survey):
         function.cache_clear()  # as in a later process
     assert run_command(arguments) == 0
     printed = capsys.readouterr().out

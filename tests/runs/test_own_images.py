@@ -221,6 +221,28 @@ def test_other_data_flags_or_seeds_go_elsewhere():
     assert parse(["plan", "--data", "img"]).out_dir == before.run_dir
 
 
+def test_a_folder_above_that_of_a_run_is_other_data():
+    fill(Path("data/a"), "1.png")
+    started("--data", "data/a", "--run-dir", "run")
+    fill(Path("data"), *(f"b/{i}.png" for i in range(30)), size=(32, 32))
+    config = parse(["run", "--data", "data", "--run-dir", "run"]).config
+    assert (config.data.path, config.data.image_size) == ("data", 32)
+
+
+def test_a_run_on_a_split_is_resumed_by_the_folder_above_it():
+    fill(Path("img"), "train/a/1.png", "train/b/1.png", "test/a/2.png")
+    before = started("--data", "img", "--run-dir", "run")
+    fill(Path("img"), "train/c/1.png", size=(32, 32))
+    assert parse(["run", "--data", "img", "--run-dir", "run"]) == before
+
+
+@pytest.mark.parametrize("flags", [["--preset", "photos"], ["--base", "base"]])
+def test_the_split_to_train_on_is_taken_whatever_the_settings_come_from(flags):
+    fill(Path("img"), "train/1.png", "test/1.png")
+    DDPMPipeline(build_unet(TINY), DDPMScheduler()).save_pretrained("base")
+    assert settings_of("--data", "img", *flags).data.path == "img/train"
+
+
 def test_a_run_directory_of_other_data_decides_nothing(capsys):
     fill(Path("img"), "1.png")
     fill(Path("other"), "1.png", size=(8, 8), channels=())

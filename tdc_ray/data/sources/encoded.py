@@ -156,16 +156,22 @@ class EncodedImages(ABC):
                 self._corrupt[0] += 1
                 logger.warning("%s The next image takes its place.", reason)
                 return
-        names = [self.name(other) for other in [*corrupt[: MAX_NAMED - 1], index]]
-        raise CorruptFileError(
-            f"{reason} With it {count + 1} of the files in {self.root} are corrupt, and "
-            f"data.max_corrupt is {limit}: {', '.join(names)}. Mend or remove them, or raise "
-            "--data.max-corrupt."
-        )
+        names = [self.name(other) for other in [index, *corrupt]]
+        raise CorruptFileError(f"{reason} {corrupt_advice(self.config, names)}")
 
     def _decode(self, file: Encoded) -> Tensor:
         pixels = read_pixels(file, self.config.num_channels)
         return to_size(channels_first(pixels[None]), self.config)[0]
+
+
+def corrupt_advice(config: DataConfig, names: Sequence[str]) -> str:
+    """Return what an error says of corrupt files, the first of which was just named."""
+    more = ", ..." if len(names) > MAX_NAMED else ""
+    return (
+        f"With it {len(names)} of the files in {config.path} are corrupt, and data.max_corrupt is "
+        f"{config.max_corrupt}: {', '.join(names[:MAX_NAMED])}{more}. Mend or remove them, or "
+        "raise --data.max-corrupt."
+    )
 
 
 def class_labels(values: Sequence[int | str | None], path: Path) -> tuple[Tensor, int | None]:

@@ -90,9 +90,10 @@ class Header:
         return not (self.is_turned or self.is_transparent or self.is_deep)
 
 
-# Pixels need no text: by default, comments of more than a megabyte make a PNG unreadable.
-PngImagePlugin.MAX_TEXT_CHUNK = 2**28
-PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+# Pixels need no text: by default, comments of more than a megabyte make a PNG unreadable. What is
+# compressed stays below 16, as a few kilobytes unpack to that.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
+PngImagePlugin.MAX_TEXT_MEMORY = 2**27
 
 
 @cache
@@ -125,19 +126,28 @@ def read_pixels(file: Encoded, num_channels: int) -> NDArray[np.uint8]:
     try:
         with _opened(file) as image:
             _load_upright(image)
-            plain = _opaque(_eight_bits(image, file))
-            return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
+            return shown_pixels(image, num_channels, str(file))
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:  # it was not even read
             raise DataError(f"{file} cannot be opened: {error}. Mend or remove it.") from error
         raise CorruptFileError(f"{file} is no readable image: {error}.") from error
 
 
+def shown_pixels(image: Image.Image, num_channels: int, name: str) -> NDArray[np.uint8]:
+    """Return the pixels of a decoded image as :func:`read_pixels` does.
+
+    Raises:
+        DataError: It has grey values whose white is unknown; ``name`` is what the error calls it.
+    """
+    plain = _opaque(_eight_bits(image, name))
+    return np.array(plain.convert("RGB" if num_channels == 3 else "L"))
+
+
 def read_header(file: Encoded) -> Header | None:
     """Return what an image file says of itself; None where it is no readable one."""
     try:
         with _opened(file) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _orientation(image)
             # Pillow gives the size of a TIFF file as it is shown.
             lies = orientation in (5, 6, 7, 8) and image.format != "TIFF"
             return Header(
@@ -179,6 +189,36 @@ def _opened(file: Encoded) -> Image.Image:
     return Image.open(source, formats=_formats())
 
 
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation without decoding pixels; 1 where it has none that can be read."""
+    with contextlib.suppress(*UNREADABLE):
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            _read_trailer(image)
+        # A PNG's own getexif decodes the image, to find what lies behind the pixels.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _read_trailer(image: PngImagePlugin.PngImageFile) -> None:
+    """Read the metadata behind a PNG's pixels, where ExifTool writes it, into ``image.info``.
+
+    Of an animation it is what lies before the second picture, as when the first is decoded.
+    """
+    assert image.fp is not None
+    assert image.png is not None  # until pixels are decoded
+    image.fp.seek(8)  # behind the signature
+    is_behind = False
+    while len(start := image.fp.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", start)
+        begin = image.fp.tell()
+        is_behind = is_behind or kind == b"IDAT"
+        if is_behind and kind == b"fcTL" and image.is_animated:
+            return
+        if is_behind and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            image.png.call(kind, begin, length)
+        image.fp.seek(begin + length + 4)  # and the checksum
+
+
 def _load_upright(image: Image.Image) -> None:
     """Decode the pixels, and turn them by EXIF's orientation, unless EXIF cannot be read."""
     image.load()
@@ -186,7 +226,7 @@ def _load_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _eight_bits(image: Image.Image, file: Encoded) -> Image.Image:
+def _eight_bits(image: Image.Image, file: str) -> Image.Image:
     """Scale grey of more than 8 bits to 8.
 
     Raises:
@@ -208,7 +248,7 @@ def _eight_bits(image: Image.Image, file: Encoded) -> Image.Image:
     return grey
 
 
-def _white(image: Image.Image, file: Encoded) -> float:
+def _white(image: Image.Image, file: str) -> float:
     """Return the value of white in grey of more than 8 bits.
 
     Raises:

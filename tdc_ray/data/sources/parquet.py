@@ -1,7 +1,7 @@
 """Parquet files with a column of encoded images, as the Hugging Face hub has them.
 
 The column holds bytes, or structs of ``bytes`` and ``path``, of which the path is never opened. A
-row is only to be had with the hundreds around it, so that the images are copied into the cache.
+row is only available with the hundreds around it, so that the images are copied into the cache.
 """
 
 import json

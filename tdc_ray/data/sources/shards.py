@@ -28,7 +28,7 @@ from tdc_ray.errors import DataError, StorageFailedError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
 
-VERSION = 1
+VERSION = 2
 """Rises with what is in an index, so that older ones are made again."""
 
 logger = logging.getLogger(__name__)
@@ -213,8 +213,8 @@ def _load(path: Path, index: Path) -> Shard | None:
         with np.load(index, allow_pickle=False) as arrays:
             offsets, sizes = arrays["offsets"], arrays["sizes"]
             document = json.loads(arrays["document"].tobytes())
-        is_copied = document["copied"]
-        if is_copied and copy.stat().st_size != int(sizes.sum()):
+        is_copied = document["copied"] > 0
+        if is_copied and copy.stat().st_size != document["copied"]:
             return None
         return Shard(
             path=path,
@@ -229,17 +229,22 @@ def _load(path: Path, index: Path) -> Shard | None:
 
 
 def _make(path: Path, index: Path, entries: Entries) -> None:
-    """Walk through a shard; write its index, and the copy of its images if it yields them."""
+    """Walk through a shard; write its index, and the copy of its images if it yields them.
+
+    Equal images are copied once: a small file may repeat one until no disk could take them.
+    """
     logger.info("reading through %s, once", path)
     offsets, sizes, labels, name_ends, names = [], [], [], [], bytearray()
-    left_out, end = Counter[str](), 0
+    left_out, end, copied = Counter[str](), 0, dict[bytes, int]()
     with atomic_path(index.with_suffix(".images")) as temporary, temporary.open("wb") as copy:
         for entry in entries(path, left_out):
             if entry.content is not None:
-                copy.write(entry.content)
-                offsets.append(end)
+                content_digest = hashlib.sha256(entry.content).digest()
+                offset = copied.setdefault(content_digest, end)
+                if offset == end:
+                    end += copy.write(entry.content)
+                offsets.append(offset)
                 sizes.append(len(entry.content))
-                end += len(entry.content)
             else:
                 offsets.append(entry.offset)
                 sizes.append(entry.size)
@@ -248,7 +253,7 @@ def _make(path: Path, index: Path, entries: Entries) -> None:
             name_ends.append(len(names))
         copy.flush()
         os.fsync(copy.fileno())
-    document = {"copied": end > 0, "labels": labels, "left_out": left_out}
+    document = {"copied": end, "labels": labels, "left_out": left_out}
     with atomic_path(index) as temporary, temporary.open("wb") as file:
         np.savez(
             file,

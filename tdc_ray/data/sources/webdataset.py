@@ -1,6 +1,7 @@
 """WebDataset: tar files in which neighbours of one name are a sample, such as a.jpg and a.cls."""
 
 import json
+import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ LABELS_KEYS = ("label", "cls")
 MAX_LABEL_BYTES = 2**20
 """Files of labels that are larger are not read."""
 
+FURTHER = "another image of its sample"
+"""Reason why an image is left out."""
+
+logger = logging.getLogger(__name__)
+
 
 def open(config: DataConfig) -> ShardImages:
     """Open a tar file, or all below a folder.
@@ -38,7 +44,17 @@ def list_images(config: DataConfig) -> ShardImages:
     Raises:
         DataError: There is none, or one is damaged.
     """
-    return list_shards(config, SUFFIX, entries)
+    images = list_shards(config, SUFFIX, entries)
+    if num_further := images.left_out[FURTHER]:
+        logger.warning(
+            "%d images of %s are left out, %d are taken: of the images of a sample the first is, "
+            "and a sample's name ends at its first dot (a of a.1.png). If each is a sample of its "
+            "own, write the tar file with other characters for these dots (a-1.png)",
+            num_further,
+            images.root,
+            len(images),
+        )
+    return images
 
 
 def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
@@ -59,7 +75,7 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember all
                 key, suffix = _key_and_suffix(member.name)
-                if not member.isfile() or member.issparse() or is_hidden(Path(key).name):
+                if not member.isfile() or member.issparse() or _is_hidden(key):
                     if not member.isdir():
                         left_out[HIDDEN if member.isfile() else "no plain file"] += 1
                     continue
@@ -73,7 +89,7 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
                     if image is None:
                         image = member
                     else:
-                        left_out["another image of its sample"] += 1
+                        left_out[FURTHER] += 1
                 elif suffix in (".cls", ".json"):
                     found = _label(tar, member, suffix, path)
                     label = found if label is None else label
@@ -99,6 +115,11 @@ def _check_end(path: Path, offset: int) -> None:
         file.seek(offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"there is no file at byte {offset}")
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether a file, or a folder that it lies in, is nobody's data."""
+    return any(is_hidden(part) for part in PurePosixPath(key).parts if part != "..")
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -3,9 +3,15 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, features
+from PIL import EpsImagePlugin, ExifTags, Image, ImageFile, ImageOps, features
 
-from tdc_ray.data.sources.image_file import Member, is_plain, read_pixels, stored_shape
+from tdc_ray.data.sources.image_file import (
+    Member,
+    is_plain,
+    read_header,
+    read_pixels,
+    stored_shape,
+)
 from tdc_ray.errors import CorruptFileError, DataError
 
 DEEP = (np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)  # up to 65,520
@@ -186,14 +192,54 @@ def test_a_progressive_jpeg_is_read(tmp_path):
     assert np.all(read_pixels(path, 1) == 77)
 
 
-@pytest.mark.parametrize("kind", [b"zTXt", b"tEXt"])
-def test_a_long_comment_is_no_damage(tmp_path, kind):
-    path, text = saved(tmp_path / "a.png", GREY), b"a" * 80_000_000
-    body = b"Comment\0" + (b"\0" + zlib.compress(text, 1) if kind == b"zTXt" else text)
-    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind, body):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def put_chunk(path, kind, body, *, at=33):
+    """Put a chunk behind the header."""
     content = path.read_bytes()
-    path.write_bytes(content[:33] + chunk + content[33:])  # behind the header
+    path.write_bytes(content[:at] + chunk(kind, body) + content[at:])
+
+
+@pytest.mark.parametrize(("kind", "length"), [(b"zTXt", 16_000_000), (b"tEXt", 80_000_000)])
+def test_a_long_comment_is_no_damage(tmp_path, kind, length):
+    path, text = saved(tmp_path / "a.png", GREY), b"a" * length
+    body = b"Comment\0" + (b"\0" + zlib.compress(text, 1) if kind == b"zTXt" else text)
+    put_chunk(path, kind, body)
     assert np.array_equal(read_pixels(path, 1), GREY)
+
+
+def test_a_few_kilobytes_do_not_unpack_to_a_comment_that_takes_the_memory(tmp_path):
+    path = saved(tmp_path / "a.png", GREY)
+    put_chunk(path, b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 50_000_000, 9))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(CorruptFileError, match="no readable image"):
+        read_pixels(path, 1)
+
+
+@pytest.mark.parametrize("has_exif", [False, True])
+@pytest.mark.parametrize("is_animated", [False, True])
+def test_a_header_is_read_without_decoding_a_pixel(tmp_path, monkeypatch, has_exif, is_animated):
+    path, picture = tmp_path / "a.png", Image.fromarray(np.zeros((8, 6), np.uint8))
+    others = [Image.new("L", (6, 8), 9)] if is_animated else []
+    picture.save(path, save_all=is_animated, append_images=others)
+    if has_exif:  # where ExifTool writes it
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        put_chunk(path, b"eXIf", exif.tobytes()[6:], at=-12)
+        assert read_pixels(path, 1).shape == ((8, 6) if is_animated else (6, 8))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    header = read_header(path)
+    is_turned = has_exif and not is_animated
+    assert (header.is_turned, header.is_animated) == (is_turned, is_animated)
+    assert (header.height, header.width) == ((6, 8) if is_turned else (8, 6))
+
+
+def test_damaged_exif_leaves_a_header_readable(tmp_path):
+    path = saved(tmp_path / "a.jpg", np.full((8, 8, 3), 9, np.uint8), exif=b"Exif\0\0no exif")
+    assert read_header(path).is_plain
 
 
 def test_plain_images_are_told_by_their_headers(tmp_path):

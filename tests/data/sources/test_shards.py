@@ -83,6 +83,24 @@ def test_samples_of_tar_files_are_images_with_their_labels(tmp_path, config_of):
     assert dataset.left_out == {".txt": 1, "hidden": 1}
 
 
+def test_what_lies_in_hidden_and_system_folders_of_tar_files_is_no_data(tmp_path, config_of):
+    folders = ("__MACOSX/", ".git/", "x/@eaDir/y/")
+    members = [(f"{folder}{i}.png", encoded(9)) for i, folder in enumerate(folders)]
+    write_tar(tmp_path / "a.tar", [*members, ("./x/a.png", encoded(1))])
+    dataset = load_dataset(config_of("webdataset", tmp_path / "a.tar"))
+    assert values(dataset) == [(1, -1)]
+    assert dataset.left_out == {"hidden": 3}
+
+
+def test_further_images_of_a_sample_are_said_with_what_to_do(tmp_path, config_of, caplog):
+    write_tar(tmp_path / "a.tar", [(f"2024.01.{i}.png", encoded(i)) for i in range(5)])
+    dataset = load_dataset(config_of("webdataset", tmp_path / "a.tar"))
+    assert (len(dataset), dataset.left_out) == (1, {"another image of its sample": 4})
+    (message,) = caplog.messages
+    assert message.startswith(f"4 images of {tmp_path}/a.tar are left out, 1 are taken: ")
+    assert "ends at its first dot" in message
+
+
 def test_a_single_tar_file_and_names_as_labels(tmp_path, config_of):
     samples = [(f"{i}.{end}", content) for i in range(3) for end, content in (
         ("png", encoded(i)), ("cls", b"dog" if i % 2 else b"cat"),
@@ -352,3 +370,11 @@ def test_the_images_of_parquet_files_alone_are_copied(tmp_path, config_of):
         load_dataset(config_of(source, tmp_path / source))
         (copy,) = (tmp_path / "cache/shards").glob(f"{source}-*.images")
         assert copy.stat().st_size == num_copied * len(encoded(0))
+
+
+def test_an_image_that_a_parquet_file_repeats_takes_the_disk_once(tmp_path, config_of):
+    contents = [encoded(1), encoded(2)] * 50
+    write_shard("parquet", tmp_path / "data/a", contents)
+    assert values(load_dataset(config_of("parquet", tmp_path / "data"))) == [(1, -1), (2, -1)] * 50
+    (copy,) = (tmp_path / "cache/shards").glob("*.images")
+    assert copy.stat().st_size == len(encoded(1)) + len(encoded(2))
