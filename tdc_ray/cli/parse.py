@@ -48,6 +48,7 @@ from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -273,7 +274,7 @@ def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
     if isinstance(asked, SweepCommand):
         return own_images(asked.config, data, given)
     folder = asked.run_dir if isinstance(asked, RunCommand) else asked.out_dir
-    folder = resolve_path(folder or own_run_dir(asked.config, data, given))
+    folder = resolve_path(folder or own_run_dir(_with_file(asked.config), data, given))
     return own_images(asked.config, data, given, folder)
 
 
@@ -290,12 +291,23 @@ def _with_own_run_dir(command: Command, arguments: Sequence[str]) -> Command:
         return command
     if command.config.preset != "images" or command.config.model.base:
         return command
+    if (command.out_dir if isinstance(command, PlanCommand) else command.run_dir) is not None:
+        return command
     from tdc_ray.runs.own_images import own_run_dir
 
-    folder = own_run_dir(command.config, command.data, _given(arguments))
+    folder = own_run_dir(_with_file(command.config), command.data, _given(arguments))
     if isinstance(command, PlanCommand):
-        return replace(command, out_dir=command.out_dir or folder)
-    return replace(command, run_dir=command.run_dir or folder)
+        return replace(command, out_dir=folder)
+    return replace(command, run_dir=folder)
+
+
+def _with_file(config: RunConfig) -> RunConfig:
+    """Return settings with the content of ``model.config``, by which a run is named.
+
+    Raises:
+        ConfigError: There is no such file, or it is malformed.
+    """
+    return replace(config, model=with_file(config.model))
 
 
 def _first_reading(

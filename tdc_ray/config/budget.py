@@ -7,7 +7,7 @@ from tyro.conf import arg
 from tdc_ray.config.validation import PositiveFloat, settings
 from tdc_ray.errors import ConfigError
 
-STEP_FIELDS = ("num_steps", "num_warmup_steps", "ema_warmup")
+STEP_FIELDS = ("num_steps", "num_warmup_steps", "ema_warmup", "checkpoint_every")
 """Settings of training that a budget decides."""
 
 

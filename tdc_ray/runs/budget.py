@@ -30,6 +30,9 @@ EMA_SPANS = 5
 WARMUP_SHARE = 0.1
 """Longest warm-up, as a share of the steps."""
 
+NUM_CHECKPOINTS = 10
+"""Checkpoints of a training that has fewer steps than the preset's."""
+
 MARGIN = 0.15
 """Share of the hours that is left: machines are not always as fast as when they were timed."""
 
@@ -180,10 +183,13 @@ def timing_of(
     base_pass = max(base.pass_seconds, expert_pass)
     macs_per_second = min(macs_base / base_pass, mean_share * macs_base / expert_pass)
     passes = len(plan.sampling_timesteps) * (1 if config.sampler.guidance_scale == 1 else 2)
-    training = 0.0
+    training = grids = 0.0
     if trains_base(config):
-        grid = GRID_IMAGES * passes * base_pass / config.base.checkpoint_every
-        training += config.base.num_steps * (base.step_seconds + grid)
+        grid = GRID_IMAGES * passes * base_pass
+        training += config.base.num_steps * (
+            base.step_seconds + grid / config.base.checkpoint_every
+        )
+        grids = NUM_CHECKPOINTS * grid  # however few steps there will be
     seconds = [
         train.num_steps * step * (1.0 if mean_share == 1 else group.limit_share / mean_share)
         for group, train in zip(plan.groups, finetunes(finetune, plan.groups), strict=True)
@@ -205,6 +211,7 @@ def timing_of(
         training_seconds=training,
         other_seconds=search
         + scoring
+        + grids
         + len(plan.groups) * MIN_REPEATS * timed
         + NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
     )
@@ -237,7 +244,7 @@ def with_scaled_steps(config: RunConfig, scale: float) -> RunConfig:
 
 
 def _scaled(train: Train, scale: float) -> Train:
-    """Scale the steps; shorten a warm-up and a moving average that are too long for fewer."""
+    """Scale the steps; shorten warm-up, moving average and checkpoints too long for fewer."""
     if train.num_steps == 0:
         return train
     num_steps = max(1, round(scale * train.num_steps))
@@ -248,6 +255,7 @@ def _scaled(train: Train, scale: float) -> Train:
         num_steps=num_steps,
         num_warmup_steps=min(train.num_warmup_steps, math.ceil(WARMUP_SHARE * num_steps)),
         ema_warmup=train.ema_warmup or num_steps * (1 - train.ema_decay) < EMA_SPANS,
+        checkpoint_every=min(train.checkpoint_every, max(1, num_steps // NUM_CHECKPOINTS)),
     )
 
 

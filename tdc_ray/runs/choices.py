@@ -9,11 +9,11 @@ from tdc_ray.config.budget import STEP_FIELDS
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, named_differences
 from tdc_ray.data.load import load_dataset
-from tdc_ray.errors import ConfigError, TdcError
+from tdc_ray.errors import ConfigError
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
-from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.models.unet2d.config_file import config_path, with_file
 from tdc_ray.storage.files import exists, read_json
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,12 @@ def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
     Args:
         config: The settings.
         recorded: Settings of an earlier call, if there was one: the network that it chose and the
-            steps that its budget bought are kept, whatever became of the images, of the file of
-            ``model.config`` and of the workers' speed.
+            steps that its budget bought are kept, whatever became of the images and of the
+            workers' speed, and if the file of ``model.config`` moved or is gone.
 
     Raises:
-        ConfigError: The file of ``model.config`` is missing or malformed, or there is no network
-            for images of this size.
+        ConfigError: The file of ``model.config`` is missing or malformed, or holds another network
+            than at the first start, or there is no network for images of this size.
         StorageError: That file is no JSON.
         DataError: The images are missing or malformed.
     """
@@ -113,16 +113,16 @@ def _with_recorded_network(config: RunConfig, before: ModelConfig) -> RunConfig:
         return replace(config, model=kept) if is_same else config
     if before.config is None:
         return config
-    try:
-        now = _filled(config).model
-    except TdcError as error:
-        logger.warning("%s The run keeps the network that it began with.", error)
-        return replace(config, model=replace(kept, dropout=model.dropout or before.dropout))
-    if changed := named_differences(before.network, now.network or {}):
+    if model.network is None and not exists(config_path(model.config)):
         logger.warning(
-            "%s is not what it was at the first start (%s): the run keeps the network that it "
-            "began with. For the new one choose another run directory.",
-            model.name,
-            "; ".join(changed),
+            "%s does not exist: the run keeps the network that it began with.", model.name
+        )
+        return replace(config, model=replace(kept, dropout=model.dropout or before.dropout))
+    now = _filled(config).model
+    if changed := named_differences(before.network, now.network or {}):
+        raise ConfigError(
+            f"{model.name} is not what it was at the first start ({'; '.join(changed)}). Restore "
+            "the file, or remove it, to resume the run with the network that it began with; for "
+            "the new network choose another --run-dir."
         )
     return replace(config, model=replace(now, network=before.network))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.events import EventSink
 from tdc_ray.execution.timeline import History, WorkerUsage
@@ -18,6 +19,13 @@ SinksFor = Callable[[RunDir], Sequence[EventSink]]
 def no_sinks(_run_dir: RunDir) -> Sequence[EventSink]:
     """Return no sinks."""
     return ()
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsSaved:
+    """The settings are written, of ``--hours`` once steps were timed; emitted at every start."""
+
+    config: RunConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class MadeExperts:
-    """Experts in a run directory's ``experts``, and what they came to."""
+    """Experts in a run directory's ``experts``, and their results."""
 
     config: RunConfig
     """The settings, without ``auto`` where a precision was measured."""

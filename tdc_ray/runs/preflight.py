@@ -39,7 +39,7 @@ def check(
         CheckpointError: The first stage, or the pretrained base, is missing or malformed.
         DataError: The data is missing or malformed.
         LimitError: A group's limit is below the smallest pruned model.
-        EvaluationError: The file of Inception is damaged.
+        EvaluationError: The file of Inception is damaged, or is needed and not available.
         UnsupportedModelError: The base has a block of an unknown kind, or cannot halve its images.
     """
     unet = check_network(config, pretrained)
@@ -48,7 +48,7 @@ def check(
         check_limits(config.prune, space, plan)
     check_data(config, unet)
     check_labels(config.data, config.evaluate)
-    check_features(config.evaluate)
+    check_features(config.data, config.evaluate)
     return unet, space, plan
 
 

@@ -55,6 +55,7 @@ from tdc_ray.runs.events import (
     ImagesSampled,
     PlanMade,
     RunFinished,
+    SettingsSaved,
     WorkersUsed,
 )
 from tdc_ray.runs.pipelines import save_index
@@ -70,7 +71,7 @@ from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
 from tdc_ray.runs.stages.step_times import step_times
 from tdc_ray.runs.stages.timing import expert_times
-from tdc_ray.storage.files import exists, read_json, write_json
+from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
@@ -119,10 +120,12 @@ def run(
         for note in base_notes(pretrained, config.diffusion, config.sampler):
             logger.warning("%s", note)
     with hold_lease(run_dir.root), connected(local_cpus(config.compute)):
-        is_timed = config.budget.hours is not None and not exists(run_dir.config)
+        is_first = not exists(run_dir.config)
+        is_timed = config.budget.hours is not None and is_first
+        if is_first:
+            _remove_leftovers(run_dir)
+            config = steps_by_count(config, plan, space.macs_base)
         if not is_timed:
-            if not exists(run_dir.config):
-                config = steps_by_count(config, plan, space.macs_base)
             _save_settings(run_dir, config, plan)
         asked, config = config, replace(config, compute=with_gpus(config.compute))
         if not exists(run_dir.real_images):
@@ -134,6 +137,8 @@ def run(
             CacheSession(cache) as session,
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
         ):
+            if not is_timed:
+                events(SettingsSaved(asked))
             if not config.measures_limits:
                 events(PlanMade(plan))
             # These workers end before stage 1, which may need the whole cluster.
@@ -147,7 +152,9 @@ def run(
                 if is_timed:
                     timing = _time(run_dir, config, network, space, plan, spec, workers)
                     config = steps_by_time(config, timing, time.perf_counter() - started)
-                    _save_settings(run_dir, with_steps_of(asked, config), plan)
+                    asked = with_steps_of(asked, config)
+                    _save_settings(run_dir, asked, plan)
+                    events(SettingsSaved(asked))
                 if config.prune.objective == "latency" and config.prune.method != "none":
                     size = config.prune.latency_batch_size
                     timed = timed_space(run_dir.latency, network, space, size)
@@ -226,6 +233,14 @@ def _time(
         space.macs_base,
         start_seconds,
     )
+
+
+def _remove_leftovers(run_dir: RunDir) -> None:
+    """Remove what decides or shows a run of a call that ended before its settings were written."""
+    precisions = (run_dir.precision / f"{stage}.json" for stage in STAGES)
+    shown = (run_dir.plan_plot, run_dir.timeline, run_dir.loggers)
+    for path in (run_dir.features, run_dir.real_images, *shown, *precisions):
+        remove(path)
 
 
 def _save_settings(run_dir: RunDir, config: RunConfig, plan: Plan) -> None:

@@ -53,6 +53,9 @@ class RunDir:
     times = _Below("times.json")
     """Times of base and experts; measured once."""
 
+    precision = _Below("precision")
+    """What was measured for precisions that are auto, by stage."""
+
     step_times = _Below("step_times")
     """Times of training steps, by which ``--hours`` chose how many there are."""
 

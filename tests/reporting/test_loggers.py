@@ -12,7 +12,6 @@ from rich.console import Console
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
-from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.events import Reported, listening
 from tdc_ray.pruning.memory import MemoryBank
@@ -21,26 +20,31 @@ from tdc_ray.reporting.loggers.clients import CLIENTS
 from tdc_ray.reporting.loggers.names import MODULES
 from tdc_ray.reporting.loggers.sink import LoggerSink
 from tdc_ray.reporting.sinks import default_sinks
-from tdc_ray.runs.events import CandidateMeasured, PlanMade, RunFinished
-from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.runs.events import CandidateMeasured, PlanMade, RunFinished, SettingsSaved
+from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.reporting.test_sinks import IMAGES, PLAN, entry
 from tests.runs.test_results import RESULTS
 
+SETTINGS = SettingsSaved(preset("digits-smoke"))
+
 
 @pytest.fixture
 def run_dir(tmp_path):
-    run_dir = RunDir(tmp_path / "a run")
-    write_json(run_dir.config, to_json(preset("digits-smoke")))
-    return run_dir
+    return RunDir(tmp_path / "a run")
 
 
 def log_twice(run_dir, name):
     """Log the first half of a run, and all of it in a second call, as a resumed run does."""
     bank = MemoryBank(run_dir.memory)
     for events_of_call in (
-        [PlanMade(PLAN), Reported("base", 1, {"loss": 0.5}), Reported("base", 1, {}, IMAGES)],
-        [Reported("base", 2, {"loss": 0.25}), RunFinished(RESULTS)],
+        [
+            SETTINGS,
+            PlanMade(PLAN),
+            Reported("base", 1, {"loss": 0.5}),
+            Reported("base", 1, {}, IMAGES),
+        ],
+        [SETTINGS, Reported("base", 2, {"loss": 0.25}), RunFinished(RESULTS)],
     ):
         with listening(default_sinks(run_dir, Console(quiet=True), [name, name])) as events:
             for one in bank.all():  # as every start does
@@ -166,6 +170,7 @@ class Broken:
 def test_a_failure_in_the_middle_is_one_warning_without_a_password(run_dir, monkeypatch, caplog):
     monkeypatch.setitem(CLIENTS, "wandb", Broken)
     with listening([LoggerSink(run_dir, "wandb")]) as events:
+        events(SETTINGS)
         events(Reported("base", 1, {"loss": 0.5}))
         events(RunFinished(RESULTS))
     [record] = caplog.records
@@ -184,7 +189,7 @@ def test_a_server_that_hangs_delays_no_event_and_not_the_end_for_ever(
     monkeypatch.setattr(sink, "SECONDS_TO_END", 0.1)
     monkeypatch.setitem(CLIENTS, "wandb", Hanging)
     with listening([LoggerSink(run_dir, "wandb")]) as events:
-        events(Reported("base", 1, {"loss": 0.5}))
+        events(SETTINGS)
     assert not answered.is_set()
     assert "took too long to end" in caplog.text
     answered.set()

@@ -85,6 +85,7 @@ def test_few_steps_have_a_short_warm_up_and_an_average_that_keeps_up():
     assert found.base.num_steps < 1000
     assert found.base.num_warmup_steps == -(-found.base.num_steps // 10)
     assert (full.base.ema_warmup, found.base.ema_warmup) == (False, True)
+    assert found.base.checkpoint_every == found.base.num_steps // 10
     longer = counted(replace(config, budget=BudgetConfig(train_macs=1e25)))
     assert longer.base.num_steps > full.base.num_steps
     assert longer.base == replace(full.base, num_steps=longer.base.num_steps)
@@ -165,6 +166,8 @@ def test_search_and_evaluation_are_allowed_for():
     assert timing(more).other_seconds - found == pytest.approx(200 * 10 * 2e-4 / 2)
     unpruned = small_config(prune={"method": "none"})
     assert timing(unpruned).other_seconds < found
+    given = small_config(model={"base": "somewhere"})
+    assert found - timing(given).other_seconds == pytest.approx(10 * 16 * 10 * 1e-4)
 
 
 def test_what_a_comparison_trains_on_is_allowed_for():
@@ -193,6 +196,11 @@ def test_a_resumed_run_keeps_the_steps_that_its_budget_bought(tmp_path):
     again = with_choices(asked, path)
     assert differences(first, again) == []
     assert again.base.num_steps == first.base.num_steps != asked.base.num_steps
+    fewer = with_budget(hours=0.05)
+    write_json(path, to_json(bought := steps_by_time(fewer, TIMING, elapsed=0.0)))
+    assert with_choices(fewer, path) == bought
+    assert bought.base.checkpoint_every < fewer.base.checkpoint_every
+    write_json(path, to_json(first))
     assert default_run_dir(again) != default_run_dir(preset("digits"))
     longer = with_choices(with_budget(hours=3), path)
     assert "budget.hours 2.0 -> 3.0" in differences(first, longer)

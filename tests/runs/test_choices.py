@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -7,6 +8,7 @@ from PIL import Image
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.presets import preset
 from tdc_ray.config.run import (
     RunConfig,
     _deciding,
@@ -17,7 +19,7 @@ from tdc_ray.config.run import (
     to_json,
 )
 from tdc_ray.data.load import load_dataset
-from tdc_ray.errors import ConfigError, DataError
+from tdc_ray.errors import ConfigError, DataError, StorageError
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.runs.choices import with_choices
@@ -111,7 +113,9 @@ def test_auto_and_files_do_not_change_what_older_runs_are_called():
     document = _deciding(RunConfig())
     for name in ("width", "depth", "network"):
         del document["model"][name]
-    del document["budget"]
+    for name in ("metrics", "features_model"):
+        del document["evaluate"][name]
+    del document["budget"], document["diffusion"]["prediction_type"]
     assert digest(RunConfig()) == json_digest(document)[:8]
     assert digest(small_config(model={**AUTO, "depth": 1})) != digest(small_config(model=AUTO))
 
@@ -156,21 +160,39 @@ def test_the_content_of_the_file_counts_and_not_its_path(tmp_path):
     assert change.startswith("model.network ")
 
 
-@pytest.mark.parametrize("fate", ["moved", "changed", "gone"])
+@pytest.mark.parametrize("fate", ["moved", "gone"])
 def test_a_run_resumes_with_the_network_it_began_with(tmp_path, caplog, fate):
     path, recorded = config_file(tmp_path), tmp_path / "config.json"
     first = with_choices(with_config_file(path), recorded)
     write_json(recorded, to_json(first))
     if fate == "moved":
         path = path.rename(tmp_path / "moved.json")
-    elif fate == "changed":
-        config_file(tmp_path, layers_per_block=2)
     else:
         path.unlink()
     again = with_choices(with_config_file(path), recorded)
     assert differences(first, again) == []
-    said = {"moved": None, "changed": "layers_per_block 1 -> 2", "gone": "does not exist"}[fate]
-    assert [said in text for text in caplog.messages] == ([] if said is None else [True])
+    assert ["does not exist" in text for text in caplog.messages] == [True] * (fate == "gone")
+
+
+def test_another_network_in_the_file_is_refused_with_the_ways_out(tmp_path):
+    recorded = tmp_path / "config.json"
+    write_json(recorded, to_json(with_choices(with_config_file(config_file(tmp_path)))))
+    path = config_file(tmp_path, layers_per_block=2)
+    with pytest.raises(ConfigError, match=r"\(layers_per_block 1 -> 2\)\. Restore .* --run-dir"):
+        with_choices(with_config_file(path), recorded)
+    path.write_text("{}[")
+    with pytest.raises(StorageError, match=r"unet\.json"):
+        with_choices(with_config_file(path), recorded)
+
+
+def test_plan_goes_where_the_run_of_the_file_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = config_file(tmp_path, sample_size=None)
+    assert run_command(["plan", "--preset", "digits-smoke", "--model.config", str(path)]) == 0
+    config = preset("digits-smoke")
+    model = with_file(replace(config.model, config=str(path)))
+    named = default_run_dir(replace(config, model=model))
+    assert [one.parent for one in Path().rglob("plan.json")] == [named]
 
 
 def test_a_file_without_a_size_takes_that_of_the_images(tmp_path):

@@ -35,7 +35,7 @@ from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.evaluation.evaluate import SampleJob, sample_images
 from tdc_ray.runs.pipelines import pipeline_index, save_index
-from tdc_ray.runs.preflight import check, check_conditioning
+from tdc_ray.runs.preflight import check, check_conditioning, check_data
 from tdc_ray.runs.stages.base_worker import sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.run_dir import RunDir
@@ -150,7 +150,7 @@ def test_images_without_a_label_among_others_are_refused_where_labels_are_needed
     with pytest.raises(ConfigError, match=r"data must have a label .*put labels into the npz"):
         check(replace(config_of(), data=some))
     assert f"labels of {some.path} are left out: 1 of 4 are below 0" in caplog.text
-    check(replace(small_config(evaluate={"features": "auto"}), data=some))  # none are needed
+    check_data(replace(small_config(), data=some), TINY)  # none are needed
 
 
 @pytest.mark.parametrize(("label_dropout", "embeds", "null"), [(0.0, 10, None), (0.1, 11, 10)])

@@ -243,6 +243,23 @@ def test_the_split_to_train_on_is_taken_whatever_the_settings_come_from(flags):
     assert settings_of("--data", "img", *flags).data.path == "img/train"
 
 
+def test_another_network_in_a_file_is_another_run():
+    fill(Path("img"), "a/1.png", "b/1.png", size=(8, 8))
+    for name, layers in (("one", 1), ("two", 2)):
+        network = {**TINY, "in_channels": 3, "out_channels": 3, "layers_per_block": layers}
+        Path(f"{name}.json").write_text(json.dumps(network))
+    of_file = ("--data", "img", "--model.config")
+    before = started(*of_file, "one.json")
+    assert parse(["run", *of_file, "two.json"]).run_dir != before.run_dir
+    assert parse(["run", "--data", "img"]).run_dir != before.run_dir
+    assert parse(["plan", *of_file, "one.json"]).out_dir == before.run_dir
+    fill(Path("img"), *(f"c/{i}.png" for i in range(3)))
+    Path("one.json").rename("same.json")
+    again = parse(["run", *of_file, "same.json"])
+    assert again.run_dir == before.run_dir
+    assert again.config.conditioning.num_classes == 2  # as was recorded
+
+
 def test_a_run_directory_of_other_data_decides_nothing(capsys):
     fill(Path("img"), "1.png")
     fill(Path("other"), "1.png", size=(8, 8), channels=())

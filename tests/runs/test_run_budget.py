@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -10,14 +11,27 @@ from tdc_ray.cli.run import run
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.run import from_json
 from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.reporting.loggers.clients import CLIENTS
+from tdc_ray.reporting.sinks import default_sinks
 from tdc_ray.runs import run as run_module
 from tdc_ray.runs.budget import with_scaled_steps
 from tdc_ray.runs.results import comparable
-from tdc_ray.storage.files import read_json
+from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, sizes
 
 pytestmark = pytest.mark.ray
+
+
+class Client:
+    """A tracker that keeps settings alone."""
+
+    run_id = "1"
+
+    def __init__(self, kept, *_):
+        self.settings = kept.append
+
+    scalars = image = text = summary = close = lambda *_: None
 
 
 @pytest.fixture
@@ -44,7 +58,13 @@ def test_steps_are_timed_before_settings_are_written_and_kept_by_a_resume(
         return with_scaled_steps(config, 0.2)
 
     monkeypatch.setattr(run_module, "steps_by_time", few)
-    results = run(config, run_dir.root, Console(quiet=True))
+    write_json(run_dir.features, {"features": "inception"})  # of a call that was cut, too
+    settings = []
+    monkeypatch.setitem(CLIENTS, "wandb", partial(Client, settings))
+    sinks = default_sinks(run_dir, Console(quiet=True), ["wandb"])
+    results = run_module.run(config, run_dir.root, sinks)
+    assert [found["base.num_steps"] for found in settings] == [12]
+    assert read_json(run_dir.features) == {"features": "classifier"}
     ((timing, elapsed),) = calls
     assert timing.training_seconds > 0
     assert timing.other_seconds > 30

@@ -51,6 +51,16 @@ def test_training_images_alone_are_a_reference_and_are_at_no_distance_from_thems
     assert float(words[1]) == pytest.approx(0, abs=1e-6)
 
 
+def test_without_further_metrics_the_distance_is_all(tmp_path, capsys):
+    write(tmp_path / "images.npz", 20, 8, 8, 1)
+    own = ["--evaluate.cache-dir", str(tmp_path / "cache"), "--evaluate.features", "classifier"]
+    out = tmp_path / "score.json"
+    arguments = [str(tmp_path / "images.npz"), "--reference", "digits", *own, "--out", str(out)]
+    assert run_command(["score", *arguments, "--evaluate.metrics"]) == 0
+    score = json.loads(out.read_text())
+    assert (score["metric"], score["metrics"]) == ("fd_digits_cnn", {})
+
+
 def write(path, *shape):
     np.savez(path, images=random_pixels(*shape))
 

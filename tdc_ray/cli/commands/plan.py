@@ -1,6 +1,6 @@
 """``tdc-ray plan``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder
 from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.diffusion.plan import Plan
+from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ class PlanCommand:
             from tdc_ray.data.survey import log_summary
 
             log_summary(with_absolute_paths(config).data)
-        folder = resolve_path(self.out_dir or default_run_dir(config))
+        # What a run of a config file is called follows from its content.
+        named = replace(config, model=with_file(config.model))
+        folder = resolve_path(self.out_dir or default_run_dir(named))
         check_output_folder("--out-dir", folder)
         base = None
         if config.model.is_open:

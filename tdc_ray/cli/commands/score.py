@@ -34,9 +34,9 @@ class ScoreCommand:
     labels_from_folders: Annotated[bool, arg(name="data.labels-from-folders")] = False
     """The subfolders of training images are their classes, which a classifier needs."""
     features: Annotated[Features | None, arg(name="evaluate.features")] = None
-    """What measures the distance to training images. auto: Inception where its weights are to be
-    had, else a small classifier trained on their labels; clip, dinov2: transformers' networks;
-    default: auto."""
+    """What measures the distance to training images. auto: Inception where its weights are
+    available, else a small classifier trained on their labels; clip, dinov2: transformers'
+    networks; default: auto."""
     features_model: Annotated[str | None, arg(name="evaluate.features-model")] = None
     """Folder or hub name of the network of clip or dinov2; default: the run's, or a ViT-L/14 from
     the hub."""

@@ -4,6 +4,7 @@ Such a file comes from anywhere: its types, ranges and size are checked before a
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -86,14 +87,19 @@ def with_file(model: ModelConfig) -> ModelConfig:
     return replace(model, network=network, dropout=model.dropout or dropout)
 
 
+def config_path(source: str) -> Path:
+    """Return the path of the file that ``model.config`` names itself, or by its folder."""
+    path = resolve_path(source).expanduser()
+    return path if path.suffix == ".json" else path / "config.json"
+
+
 def read_network(source: str) -> dict[str, Any]:
     """Return all settings of the UNet that a file, or a folder with a config.json, describes.
 
     Raises:
         ConfigError: It is missing, of another class, or has unknown or malformed settings.
     """
-    path = resolve_path(source).expanduser()
-    path = path if path.suffix == ".json" else path / "config.json"
+    path = config_path(source)
     name = f"model.config {display_path(path)}"
     if not exists(path):
         raise ConfigError(

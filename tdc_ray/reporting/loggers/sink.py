@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.reporting.event_writer import EventWriter
 from tdc_ray.reporting.loggers.clients import CLIENTS, Status
 from tdc_ray.reporting.loggers.names import LoggerName
-from tdc_ray.runs.events import RunFinished
+from tdc_ray.runs.events import RunFinished, SettingsSaved
 from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.object_store import is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -71,7 +72,6 @@ class LoggerSink(EventWriter):
             self._written = frozenset((entry.key, entry.loss) for entry in entries)
         write_json(run_dir.loggers, ids | {self._name: client.run_id})
         self._client = client
-        self._calls.put(partial(client.settings, flat(read_json(run_dir.config), ".")))
         self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         self._thread.start()
         return self
@@ -85,14 +85,19 @@ class LoggerSink(EventWriter):
                 logger.warning("%s took too long to end; what it had not sent is lost", self._name)
 
     def __call__(self, event: object) -> None:
-        """Write the parts of an event that are shown, and the final results."""
+        """Write the settings, the parts of an event that are shown, and the final results."""
         super().__call__(event)
-        if isinstance(event, RunFinished):
-            self._status = "finished"
-            results = asdict(event.results)
-            values = flat({name: results[name] for name in SUMMARY}, "/", "results/")
-            plain = {n: v for n, v in values.items() if isinstance(v, int | float | str)}
-            self._calls.put(partial(self._client.summary, plain))
+        match event:
+            case SettingsSaved(config):
+                self._calls.put(partial(self._client.settings, flat(to_json(config), ".")))
+            case RunFinished(results):
+                self._status = "finished"
+                summary = {
+                    name: value for name, value in asdict(results).items() if name in SUMMARY
+                }
+                values = flat(summary, "/", "results/")
+                plain = {n: v for n, v in values.items() if isinstance(v, int | float | str)}
+                self._calls.put(partial(self._client.summary, plain))
 
     def _add_scalars(self, series: str, values: Mapping[str, float], step: int) -> None:
         self._calls.put(partial(self._client.scalars, series, values, step))

@@ -264,7 +264,7 @@ def _other_metrics(
     shards: Sequence[Shard], spec: FeatureSpec, metrics: Sequence[Metric]
 ) -> dict[str, float]:
     paths = [shard.features_path for shard in shards if shard.features_path is not None]
-    if not metrics or len(paths) < len(shards):
+    if len(paths) < len(shards):
         return {}
     features = np.concatenate([load_features(path) for path in paths])
     return named_metrics(features, spec, metrics)
@@ -274,6 +274,8 @@ def named_metrics(
     features: NDArray[np.float32], spec: FeatureSpec, metrics: Sequence[Metric]
 ) -> dict[str, float]:
     """Compute scores beside the Frechet distance, by their names; ``(N, D)`` features."""
+    if not metrics:  # there is no file of the training images' features then
+        return {}
     found = other_metrics(features, load_features(spec.features_path), metrics)
     return {spec.name_of(name): value for name, value in found.items()}
 

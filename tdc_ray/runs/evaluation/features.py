@@ -128,11 +128,15 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
         )
 
 
-def check_features(evaluate: EvaluateConfig) -> None:
+def check_features(data: DataConfig, evaluate: EvaluateConfig) -> None:
     """Check the network that is named or in the cache, if features may be its.
 
+    Inception is fetched into the cache where nothing else can measure: images without labels
+    have no classifier.
+
     Raises:
-        EvaluationError: It is not there where it is named, or it is damaged or another one.
+        EvaluationError: It is not there where it is named, or it is damaged or another one, or
+            Inception is needed and not available.
     """
     if evaluate.features in ("clip", "dinov2"):
         check_folder(evaluate.features, evaluate)
@@ -140,6 +144,8 @@ def check_features(evaluate: EvaluateConfig) -> None:
         named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir).expanduser()
         if named is not None or exists(cache / INCEPTION_FILE):
             _inception_folder(named, cache)
+        elif evaluate.features == "inception" or load_dataset(data).num_classes is None:
+            find_features(data, evaluate, evaluate.features)
 
 
 def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:

@@ -69,7 +69,7 @@ def hub_folder(kind: HubKind, evaluate: EvaluateConfig) -> Path:
     """Return the folder of a network: the one that is named, or the cache's, filled from the hub.
 
     Raises:
-        EvaluationError: It is not to be had, or is another network.
+        EvaluationError: It is not available, or is another network.
     """
     name = evaluate.features_model or HUB_MODELS[kind]
     folder = resolve_path(name)
@@ -136,7 +136,7 @@ def _download(name: str, folder: Path) -> None:
                 shutil.copyfile(downloaded / file, temporary)
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            f"{name} is neither a folder here nor to be had from the Hugging Face hub with "
+            f"{name} is neither a folder here nor available from the Hugging Face hub with "
             f"{' and '.join(FILES)}: {str(error).splitlines()[0].rstrip('.')}. Name a folder by "
             "--evaluate.features-model."
         ) from error

@@ -81,7 +81,7 @@ def resolve_auto_precision(
             key=f"precision/{stage}",
             function=benchmark_precision,
             job=job,
-            result_path=run_dir.root / "precision" / f"{stage}.json",
+            result_path=run_dir.precision / f"{stage}.json",
             cost=0.0,
             resources=base if stage == "base" else actor,
             result_type=PrecisionResult,

@@ -156,7 +156,8 @@ def value_of(config: RunConfig, name: str) -> Value:
     """Return a field's value by its dotted name.
 
     Raises:
-        ConfigError: There is no such field; the message names those that are like it.
+        ConfigError: There is no such field (the message names those that are like it), or it
+            cannot be varied.
     """
     known = {
         f"{stage}.{field}": value
@@ -166,6 +167,11 @@ def value_of(config: RunConfig, name: str) -> Value:
     }
     if name in FIXED:
         raise ConfigError(f"{name} cannot be varied; use the sweep's seeds for repeats.")
+    if name.startswith("budget."):
+        raise ConfigError(
+            f"{name} cannot be varied: a budget goes with tdc-ray run alone. Vary base.num_steps "
+            "or finetune.num_steps."
+        )
     if name not in known:
         endings = [field for field in known if field.rpartition(".")[2] == name]
         near = endings or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -182,6 +188,8 @@ def with_params(config: RunConfig, params: Params, seed: int) -> RunConfig:
         ConfigError: A value is out of its range, or two settings disagree.
     """
     document = to_json(replace(config, seed=seed))
+    if any(name.startswith("model.") for name in params):
+        document["model"]["network"] = None  # is read, or chosen, by what is asked for here
     for name, value in params.items():
         stage, field = name.split(".")
         document[stage][field] = value

@@ -102,7 +102,8 @@ def sweep(
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
     config = with_first_stage(config, pretrained)
-    config = replace(config, model=with_file(config.model))  # once for all trials
+    if not any(name.startswith("model.") for name in space):
+        config = replace(config, model=with_file(config.model))  # once for all trials
     check_space(space, config, sweep_config, points)
     if points is None and sweep_config.search == "grid":
         points = grid(space)

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.run import RunConfig
@@ -182,6 +184,27 @@ def test_neither_inception_nor_labels_is_an_error(tmp_path):
     config = dataclasses.replace(digits(tmp_path, features="auto"), data=data)
     with pytest.raises(EvaluationError, match="inception-path"):
         choose(config)
+    with pytest.raises(EvaluationError, match="inception-path"):
+        check(config)
+    with pytest.raises(EvaluationError, match="inception-path"):
+        check(digits(tmp_path, features="inception"))
+
+
+@pytest.mark.usefixtures("without_network")
+def test_without_inception_and_labels_a_dry_run_and_a_run_are_refused_before_work(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "img").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "img" / "1.png")
+    for more in (["--dry-run"], []):
+        own = ["--data", "img", "--evaluate.cache-dir", "cache", *more]
+        assert run_command(["run", *own]) == 1
+        printed = capsys.readouterr()
+        assert f"{INCEPTION_FILE} is not available" in printed.err
+        assert "would run" not in printed.out
+        written = [path.name for path in Path("runs").rglob("*.*")]
+        assert written == ([] if more else ["run.log"])  # the log alone
 
 
 @pytest.mark.usefixtures("without_network")
@@ -317,9 +340,9 @@ def test_inception_that_is_cut_short_is_refused_by_its_file(inception, tmp_path,
     evaluate = digits(tmp_path / "none", features="auto").evaluate
     evaluate = dataclasses.replace(evaluate, **{place: str(tmp_path)})
     with pytest.raises(EvaluationError, match=rf"{tmp_path}/{INCEPTION_FILE} is damaged or cut"):
-        check_features(evaluate)
+        check_features(DataConfig(), evaluate)
     (tmp_path / INCEPTION_FILE).write_bytes(whole)
-    check_features(evaluate)
+    check_features(DataConfig(), evaluate)
 
 
 def test_the_features_of_a_run_are_decided_once(inception, tmp_path, cache_dir):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.cli.main import run_command
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.errors import ConfigError, EvaluationError
 from tdc_ray.runs.evaluation.features import check_features, find_features, load_extractor
@@ -121,12 +122,12 @@ def test_a_folder_that_lacks_a_file_is_refused_by_it(networks, tmp_path, file):
     shutil.copytree(networks / "clip", tmp_path / "clip")
     (tmp_path / "clip" / file).unlink()
     with pytest.raises(EvaluationError, match=f"has no {file}"):
-        check_features(evaluate_by("clip", tmp_path / "clip", tmp_path).evaluate)
+        check_features(DataConfig(), evaluate_by("clip", tmp_path / "clip", tmp_path).evaluate)
 
 
 def test_another_kind_of_network_is_refused(networks, tmp_path):
     with pytest.raises(EvaluationError, match=r"of model_type dinov2 .* got clip_vision_model"):
-        check_features(evaluate_by("dinov2", networks / "clip", tmp_path).evaluate)
+        check_features(DataConfig(), evaluate_by("dinov2", networks / "clip", tmp_path).evaluate)
 
 
 def test_a_name_that_the_hub_has_not_is_one_error(tmp_path, monkeypatch):

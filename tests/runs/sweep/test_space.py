@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError
+from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.sweep.results import SettingSummary, pareto
 from tdc_ray.runs.sweep.space import (
     Choices,
@@ -19,6 +22,7 @@ from tdc_ray.runs.sweep.space import (
     value_of,
     with_params,
 )
+from tests.small import TINY, small_config
 
 CONFIG = RunConfig()
 
@@ -52,6 +56,7 @@ def test_fields_are_varied_by_name_over_values_and_ranges():
         ("min_macs_share=0.3", r"Did you mean plan\.min_macs_share\?"),
         ("plan=0.3", "no setting is called 'plan'"),
         ("seed=1,2", "use the sweep's seeds"),
+        ("budget.hours=1,2", r"budget\.hours cannot be varied: .* Vary base\.num_steps"),
         ("plan.min_macs_share", "must be NAME=VALUE"),
         ("plan.min_macs_share=0.3..0.5", "a grid needs values"),
         ("plan.min_macs_share=0.3,1.5", r"min_macs_share must be at most 1, got 1\.5"),
@@ -118,6 +123,18 @@ def test_a_trial_has_the_values_and_the_seed():
     config = with_params(CONFIG, {"plan.num_groups": 3, "base.max_grad_norm": None}, 7)
     assert (config.plan.num_groups, config.base.max_grad_norm, config.seed) == (3, None, 7)
     assert value_of(config, "plan.num_groups") == 3
+
+
+def test_trials_of_other_files_have_other_networks(tmp_path):
+    paths = []
+    for layers in (1, 2):
+        paths.append(str(tmp_path / f"{layers}.json"))
+        Path(paths[-1]).write_text(json.dumps({**TINY, "layers_per_block": layers}))
+    config = with_choices(small_config(model={"config": paths[0]}))
+    for number, path in enumerate(paths):
+        trial = with_choices(with_params(config, {"model.config": path}, 0))
+        assert trial.model.network["layers_per_block"] == number + 1
+    assert with_params(config, {"plan.num_groups": 3}, 0).model == config.model
 
 
 points = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8)
