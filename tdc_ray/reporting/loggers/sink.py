@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.reporting.event_writer import EventWriter
@@ -89,7 +88,7 @@ class LoggerSink(EventWriter):
         super().__call__(event)
         match event:
             case SettingsSaved(config):
-                self._calls.put(partial(self._client.settings, flat(to_json(config), ".")))
+                self._calls.put(partial(self._client.settings, flat(asdict(config), ".")))
             case RunFinished(results):
                 self._status = "finished"
                 summary = {
