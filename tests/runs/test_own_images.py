@@ -181,10 +181,12 @@ def test_what_is_taken_and_done_is_printed(capsys, command):
 
 
 def test_help_looks_at_no_image(capsys):
-    Path("img").mkdir()
-    with pytest.raises(SystemExit):
-        run_command(["run", "--data", "img", "--help"])
+    Path("img").mkdir()  # it has none
+    assert run_command(["run", "--data", "img", "--help"]) == 0
     assert "--data.image-size" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_command(["run", "--data", "img", "--help-all"])
+    assert "--data.crop-padding" in capsys.readouterr().out
 
 
 # --- the same command again ------------------------------------------------------------------
