@@ -183,7 +183,7 @@ def test_what_is_taken_and_done_is_printed(capsys, command):
 def test_help_looks_at_no_image(capsys):
     Path("img").mkdir()
     with pytest.raises(SystemExit):
-        run_command(["run", "--data", "img", "--help"])
+        run_command(["run", "--data", "img", "--help-all"])
     assert "--data.image-size" in capsys.readouterr().out
 
 

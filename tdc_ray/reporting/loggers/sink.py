@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.reporting.event_writer import EventWriter
@@ -88,8 +87,8 @@ class LoggerSink(EventWriter):
         """Write the settings, the parts of an event that are shown, and the final results."""
         super().__call__(event)
         match event:
-            case SettingsSaved(config):
-                self._calls.put(partial(self._client.settings, flat(to_json(config), ".")))
+            case SettingsSaved(document):
+                self._calls.put(partial(self._client.settings, flat(document, ".")))
             case RunFinished(results):
                 self._status = "finished"
                 summary = {
