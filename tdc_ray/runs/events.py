@@ -1,10 +1,10 @@
 """Events of a run beside those of its work; see ``tdc_ray.execution.events``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.events import EventSink
 from tdc_ray.execution.timeline import History, WorkerUsage
@@ -25,7 +25,8 @@ def no_sinks(_run_dir: RunDir) -> Sequence[EventSink]:
 class SettingsSaved:
     """The settings are written, of ``--hours`` once steps were timed; emitted at every start."""
 
-    config: RunConfig
+    document: Mapping[str, Any]
+    """As plain JSON values."""
 
 
 @dataclass(frozen=True, slots=True)

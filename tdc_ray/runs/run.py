@@ -138,7 +138,7 @@ def run(
             Pool(config.compute, events, timeline, session, services_of(config)) as pool,
         ):
             if not is_timed:
-                events(SettingsSaved(asked))
+                events(SettingsSaved(to_json(asked)))
             if not config.measures_limits:
                 events(PlanMade(plan))
             # These workers end before stage 1, which may need the whole cluster.
@@ -154,7 +154,7 @@ def run(
                     config = steps_by_time(config, timing, time.perf_counter() - started)
                     asked = with_steps_of(asked, config)
                     _save_settings(run_dir, asked, plan)
-                    events(SettingsSaved(asked))
+                    events(SettingsSaved(to_json(asked)))
                 if config.prune.objective == "latency" and config.prune.method != "none":
                     size = config.prune.latency_batch_size
                     timed = timed_space(run_dir.latency, network, space, size)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.presets import preset
+from tdc_ray.config.run import to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.events import Reported, listening
 from tdc_ray.pruning.memory import MemoryBank
@@ -26,7 +27,7 @@ from tdc_ray.storage.run_dir import RunDir
 from tests.reporting.test_sinks import IMAGES, PLAN, entry
 from tests.runs.test_results import RESULTS
 
-SETTINGS = SettingsSaved(preset("digits-smoke"))
+SETTINGS = SettingsSaved(to_json(preset("digits-smoke")))
 
 
 @pytest.fixture

@@ -87,8 +87,8 @@ class LoggerSink(EventWriter):
         """Write the settings, the parts of an event that are shown, and the final results."""
         super().__call__(event)
         match event:
-            case SettingsSaved(config):
-                self._calls.put(partial(self._client.settings, flat(asdict(config), ".")))
+            case SettingsSaved(document):
+                self._calls.put(partial(self._client.settings, flat(document, ".")))
             case RunFinished(results):
                 self._status = "finished"
                 summary = {
