@@ -37,7 +37,7 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
     assert done.returncode == 0, done.stdout + done.stderr
     printed = " ".join(done.stdout.split())
     assert f"run directory {uri};" in printed
-    assert f"images: tdc-ray sample {uri}" in printed
+    assert f"more by tdc-ray sample {uri}" in printed
     assert "tdc_ray-mirror" not in printed
 
     monkeypatch.setenv("TDC_RAY_MIRROR", str(tmp_path / "another node"))
