@@ -32,6 +32,7 @@ def made(tmp_path_factory) -> tuple[Path, dict]:
     return folder, run_cells("make_experts.ipynb", folder)
 
 
+@pytest.mark.slow
 def test_experts_are_made_of_a_base_and_a_folder_of_images(made):
     folder, variables = made
     experts = variables["experts"]
@@ -43,6 +44,7 @@ def test_experts_are_made_of_a_base_and_a_folder_of_images(made):
     assert tdc.load_experts(folder / "experts").groups == experts.groups
 
 
+@pytest.mark.slow
 def test_what_was_pruned_is_looked_at(made, capsys):
     folder, variables = made
     looked = run_cells("look_at_experts.ipynb", folder)

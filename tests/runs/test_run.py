@@ -184,6 +184,7 @@ def test_without_pruning_a_limit_below_the_smallest_model_does_not_matter(smoke_
     assert plan.groups[0].limit(space.macs_base) < space.macs(space.smallest)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_conditioned_on_classes_guided_weighted_and_sampled_by_pndm(
     ray_cluster, smoke_config, tmp_path
 ):

@@ -45,6 +45,7 @@ def quick(smoke_config):
     )
 
 
+@pytest.mark.slow
 def test_steps_are_timed_before_settings_are_written_and_kept_by_a_resume(
     quick, tmp_path, monkeypatch
 ):
@@ -83,6 +84,7 @@ def test_steps_are_timed_before_settings_are_written_and_kept_by_a_resume(
     assert comparable(again) == comparable(results)
 
 
+@pytest.mark.slow
 def test_a_network_from_a_file_is_trained_for_epochs(quick, tmp_path):
     path = tmp_path / "unet.json"
     path.write_text(json.dumps({**TINY, "layers_per_block": 2}))
@@ -99,6 +101,7 @@ def test_a_network_from_a_file_is_trained_for_epochs(quick, tmp_path):
     assert run(config, run_dir.root, Console(quiet=True)) == results
 
 
+@pytest.mark.slow
 def test_the_architecture_that_is_chosen_is_trained(quick, tmp_path):
     config = replace(
         quick,

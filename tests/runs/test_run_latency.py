@@ -11,6 +11,7 @@ from tdc_ray.storage.run_dir import RunDir
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_groups_keep_to_limits_of_time_that_is_measured_once(finished_run, smoke_config, tmp_path):
     config = replace(
         smoke_config,

@@ -22,6 +22,7 @@ from tests.small import assert_same, latent_config, training_of
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_a_latent_run_ends_with_results_and_decoded_images(ray_cluster, cache_dir, tmp_path):
     autoencoder = AutoencoderConfig(
         data=DataConfig(),

@@ -76,6 +76,7 @@ def test_the_results_are_those_of_the_command_line(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_computes_what_this_process_does(ray_cluster, base, plan):
     here = tdc.prune(base, plan, "digits", **SEARCH)
     there = tdc.prune(base, plan, "digits", cluster="auto", **SEARCH)
