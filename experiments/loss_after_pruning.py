@@ -29,7 +29,6 @@ from output import write_record, write_table
 
 from tdc_ray.config.prune import PruneMethod, Sensitivity
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import fixed_indices
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
 from tdc_ray.models.families import family_of
 from tdc_ray.models.unet2d.unet import unet_config
@@ -37,13 +36,12 @@ from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
-from tdc_ray.pruning.noised import images_for, run_all
+from tdc_ray.pruning.noised import noised_indices, run_all
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
-from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, exists, fetch
 from tdc_ray.storage.run_dir import RunDir
 
@@ -143,9 +141,7 @@ def saved(path: Path, search: GroupSearch, schemes: Mapping[str, KeptIndices], n
 
 def by_image(losses: Losses, search: GroupSearch, num_images: int) -> Losses:
     """Average what :func:`judged` finds over the noise of every image."""
-    context, group = search.context, search.group
-    seed = derive_seed(context.seed, "judge", group.first, group.last)
-    images = fixed_indices(images_for(context, "judge"), num_images, seed)
+    images = noised_indices(search.context, search.group, purpose="judge", count=num_images)
     return {name: mean_by_image(values, images) for name, values in losses.items()}
 
 

@@ -129,7 +129,7 @@ def _survey_arrays(data: DataConfig, dataset: ImageDataset) -> Survey:
 
 
 def _summarize(found: Survey, data: DataConfig) -> ImagesSummary:
-    """Say what bringing images to the shape asked for does to them."""
+    """Count what bringing images to the shape asked for does to them."""
     changed, shape = Counter[str](), learnt_shape(data)
     for header, count in found.headers.items():
         for change, is_done in _changes(header, shape).items():

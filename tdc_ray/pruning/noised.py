@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.train import Precision
-from tdc_ray.data.batches import fixed_batches, halves, held_out_split, to_minus_one_one
+from tdc_ray.data.batches import (
+    fixed_batches,
+    fixed_indices,
+    halves,
+    held_out_split,
+    to_minus_one_one,
+)
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
@@ -56,10 +62,10 @@ def noised_batches(
     """
     prune, timesteps = context.prune, group.timesteps
     count = prune.num_refit_images if purpose == "refit" else prune.num_images
-    seed = derive_seed(context.seed, purpose, group.first, group.last)
+    seed = _seed(context, group, purpose)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randperm(count, generator=generator) * len(timesteps) // count
-    dataset, indices = context.data.open(), images_for(context, purpose)
+    dataset, indices = context.data.open(), _images(context, purpose)
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
     few = max(1, round(share * count))
@@ -75,7 +81,19 @@ def noised_batches(
         yield NoisedBatch(*(tensor.to(network.device) for tensor in tensors))
 
 
-def images_for(context: PruningContext, purpose: Purpose) -> Sequence[int]:
+def noised_indices(
+    context: PruningContext, group: TimestepGroup, *, purpose: Purpose, count: int
+) -> list[int]:
+    """Return the index of the image behind each of the first noised images for a purpose."""
+    seed = _seed(context, group, purpose)
+    return fixed_indices(_images(context, purpose), count, seed)
+
+
+def _seed(context: PruningContext, group: TimestepGroup, purpose: Purpose) -> int:
+    return derive_seed(context.seed, purpose, group.first, group.last)
+
+
+def _images(context: PruningContext, purpose: Purpose) -> Sequence[int]:
     """Return the indices of the images that there are for a purpose."""
     dataset = context.data.open()
     rest, held_out = held_out_split(dataset, context.prune.held_out_share, context.seed)

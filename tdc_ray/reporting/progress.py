@@ -101,7 +101,7 @@ class SweepLine:
             self._status.stop()
 
     def __call__(self, event: object) -> None:
-        """Say it."""
+        """Show the line, or log it."""
         match event:
             case SweepProgress(rows, num_runs, seconds):
                 text = sweep_text(rows, num_runs, seconds)
