@@ -5,11 +5,12 @@
 
 Bases are pruned to 0.7 F on all timesteps, and on groups 0, 3, 4 and 6 of 10: by every score as a
 uniform ratio, as a global ranking and as a global ranking per mac, and by the offline proxy with
-sensitivities that a quadratic model predicts and with measured ones. All losses are means over 4 x
-1,024 noised images, of the half of the held-out images that no choice is made by. Of each search
-its best is held against the best refitted baseline, by the paired difference with Student's 95 %
-interval over the images, the noise of one image being averaged before; that baseline is the best
-on these very images, which favours it.
+sensitivities that a quadratic model predicts, also beside rivals (global rankings by Taylor and
+Diff-Pruning), and with measured ones. All losses are means over 4 x 1,024 noised images, of the
+half of the held-out images that no choice is made by. The best of each search is held against two
+refitted baselines, by the paired difference with Student's 95 % interval over the images, the
+noise of each averaged before: the one that is chosen as the search chooses, on the other half of
+the held-out images, and the one that turns out best on these very images, which favours it.
 
 Hardware and hours: `digits` about 1 on 2 CPU cores; interrupted, it resumes.
 
@@ -21,13 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, Literal
 
 import numpy as np
 from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from numpy.typing import NDArray
 from output import write_record, write_table
 
-from tdc_ray.config.prune import PruneMethod, Sensitivity
+from tdc_ray.config.prune import ScoreMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
 from tdc_ray.models.families import family_of
@@ -47,7 +49,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 MACS_SHARE = 0.7
 SETTINGS = ("all", "group 0", "group 3", "group 4", "group 6")
-SCORES: tuple[PruneMethod, ...] = ("random", "magnitude", "lamp", "taylor", "diff-pruning")
+SCORES: tuple[ScoreMethod, ...] = ("random", "magnitude", "lamp", "taylor", "diff-pruning")
 NUM_IMAGES, SMOKE_IMAGES = 4096, 64
 AIMS = (
     "a search's best after the refit: below the best refitted baseline by a 95 % interval of the "
@@ -55,6 +57,11 @@ AIMS = (
 )
 
 LossArray = NDArray[np.float64]
+
+Search = Literal["second-order", "second-order with rivals", "measured"]
+"""A search by the offline proxy."""
+
+RIVALS: tuple[ScoreMethod, ...] = ("taylor", "diff-pruning")
 
 Losses = dict[str, LossArray]
 """Losses above the base's of every noised image, or of every image, by names such as
@@ -70,7 +77,7 @@ class LossFlags(Flags):
 
     settings: tuple[str, ...] = SETTINGS
     """Which timesteps to prune on."""
-    searches: tuple[Sensitivity, ...] = ("second-order", "measured")
+    searches: tuple[Search, ...] = ("second-order", "second-order with rivals", "measured")
     """How the offline proxy knows what pruning a unit costs: a search for each."""
 
 
@@ -84,14 +91,21 @@ def groups_of(config: RunConfig) -> dict[str, TimestepGroup]:
 
 
 def search_of(
-    config: RunConfig, base: Path, folder: Path, setting: str, name: PruneMethod | Sensitivity
+    config: RunConfig, base: Path, folder: Path, setting: str, name: ScoreMethod | Search
 ) -> GroupSearch:
     """Return the search by a score, or by the offline proxy with some kind of sensitivity."""
-    if name == "second-order" or name == "measured":
-        prune = replace(config.prune, method="offline", sensitivity=name)
-    else:
-        prune = replace(config.prune, method=name)
-    run_dir = RunDir((folder / setting.replace(" ", "-") / name).resolve(), base)
+    match name:
+        case "measured":
+            prune = replace(config.prune, method="offline", sensitivity="measured")
+        case "second-order" | "second-order with rivals":
+            rivals = RIVALS if name == "second-order with rivals" else ()
+            prune = replace(
+                config.prune, method="offline", sensitivity="second-order", rivals=rivals
+            )
+        case _:
+            prune = replace(config.prune, method=name)
+    place = folder / setting.replace(" ", "-") / name.replace(" ", "-")
+    run_dir = RunDir(place.resolve(), base)
     space = space_of(unet_config(base), prune.space)
     context = pruning_context(run_dir, replace(config, prune=prune))
     return GroupSearch(context, space, groups_of(config)[setting])
@@ -145,17 +159,33 @@ def by_image(losses: Losses, search: GroupSearch, num_images: int) -> Losses:
     return {name: mean_by_image(values, images) for name, values in losses.items()}
 
 
-def compared(losses: Losses, name: str) -> dict[str, object]:
-    """Compare a search's best with the best refitted baseline, by losses of every image."""
+def chosen_baseline(searched: Mapping[str, SearchResult]) -> str:
+    """Return the baseline that is best on the images and noise that finalists are chosen by."""
+    entries = [searched[name].candidates[0].entry for name in SCORES]
+    return min(entries, key=lambda entry: (entry.final or entry).rank).source
+
+
+def compared(losses: Losses, name: str, chosen: str) -> dict[str, Any]:
+    """Compare a search's best with two refitted baselines, by losses of every image.
+
+    Args:
+        losses: Of every image.
+        name: The search.
+        chosen: The baseline that is chosen as the search chooses; the other is the best of
+            ``losses``.
+    """
     baselines = [other for other in losses if "/" in other and other.endswith(", refit")]
     best = min(baselines, key=lambda other: losses[other].mean())
-    found = difference_of(np.stack([losses[f"{name}, refit"], losses[best]]))
-    return {
-        "baseline": best,
-        "difference": found.difference,
-        "low": found.low,
-        "high": found.high,
-    }
+    found: dict[str, Any] = {}
+    for kind, baseline in (("chosen", f"{chosen}, refit"), ("best", best)):
+        difference = difference_of(np.stack([losses[f"{name}, refit"], losses[baseline]]))
+        found[kind] = {
+            "baseline": baseline,
+            "difference": difference.difference,
+            "low": difference.low,
+            "high": difference.high,
+        }
+    return found
 
 
 def main(flags: LossFlags) -> None:
@@ -180,7 +210,7 @@ def main(flags: LossFlags) -> None:
         }
         found: dict[str, SearchResult] = pool.run(chains)
     tables: dict[Cell, Losses] = {}
-    costs: dict[str, dict[str, object]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     num_images = SMOKE_IMAGES if flags.smoke else NUM_IMAGES
     for cell, by_name in tasks.items():
         searched = {name: found[f"{cell}|{name}"] for name in by_name}
@@ -190,7 +220,7 @@ def main(flags: LossFlags) -> None:
         tables[cell] = by_image(losses, search, num_images)
         for name in flags.searches:
             cost, key = searched[name].cost, f"seed {cell[0]}, {cell[1]}, {name}"
-            costs[key] = compared(tables[cell], name)
+            costs[key] = compared(tables[cell], name, chosen_baseline(searched))
             costs[key] |= {"search_macs": cost.macs, "search_seconds": cost.seconds}
         write_all(folder, flags, tables, costs, num_images)
 
@@ -199,7 +229,7 @@ def write_all(
     folder: Path,
     flags: LossFlags,
     tables: Mapping[Cell, Losses],
-    costs: Mapping[str, Mapping[str, object]],
+    costs: Mapping[str, Mapping[str, Any]],
     num_images: int,
 ) -> None:
     """Write what there is so far: a table, what the aims came to, and every seed's numbers."""
@@ -218,11 +248,13 @@ def write_all(
         rows.append(row)
     write_table(folder, "loss_after_pruning", ["loss above the base's (seeds)", *settings], rows)
     for key, found in costs.items():
-        print(
-            f"{key}: {found['difference']:+.3g} [{found['low']:.3g}, {found['high']:.3g}] from "
-            f"{found['baseline']}; {found['search_macs']:.3g} macs, {found['search_seconds']:.0f} "
-            "s"
-        )
+        print(f"{key}: {found['search_macs']:.3g} macs, {found['search_seconds']:.0f} s")
+        for kind in ("chosen", "best"):
+            one = found[kind]
+            print(
+                f"  {one['difference']:+.3g} [{one['low']:.3g}, {one['high']:.3g}] from "
+                f"{one['baseline']}, the baseline that is {kind}"
+            )
     excess = {
         f"seed {seed}, {setting}": {
             name: {

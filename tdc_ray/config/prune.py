@@ -1,6 +1,6 @@
 """How the base is pruned: ``--prune.*``."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -58,6 +58,10 @@ class PruneConfig:
     num_candidates: PositiveInt = 3
     """Pruning schemes per round."""
 
+    rivals: tuple[ScoreMethod, ...] = ()
+    """Criteria whose schemes compete with those of the offline proxy or the language model: the
+    lowest scores of all units go first, until the limit is met. Each is a candidate more."""
+
     halving_steps: NonNegativeInt = 0
     """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
     many steps, then the best half of those for twice as many, until one is left; 0: the lowest
@@ -101,12 +105,21 @@ class PruneConfig:
     size of the model's activations."""
 
     @property
+    def max_candidates(self) -> int:
+        """Candidates of a search by a proxy, at most."""
+        return self.num_rounds * self.num_candidates + len(self.rivals)
+
+    @property
     def models_loss(self) -> bool:
         """Whether a quadratic model of the loss stands in for measured sensitivities."""
         fits = self.refit == "least-squares" and self.space == "inner"
         return fits and self.sensitivity == "second-order"
 
     def __post_init__(self) -> None:
+        distinct = len(set(self.rivals)) == len(self.rivals)
+        require("prune", self, "rivals", "names of criteria, each once", ok=distinct)
+        rivalled = not self.rivals or self.method in get_args(ProxyMethod)
+        require("prune", self, "rivals", f"empty with prune.method {self.method}", ok=rivalled)
         searches = self.objective == "macs" or self.method != "none"
         require("prune", self, "objective", "macs with prune.method none", ok=searches)
         if self.objective == "latency" and self.space != "inner":

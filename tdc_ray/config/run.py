@@ -150,6 +150,7 @@ LATER_FIELDS = {
     "diffusion": ("prediction_type",),
     "model": ("width", "depth", "network"),
     "budget": ("hours", "train_macs", "epochs"),
+    "prune": ("rivals",),
     "evaluate": ("metrics", "features_model"),
 }
 """Settings that came after the first run directories were named by their digest."""

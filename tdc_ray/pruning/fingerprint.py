@@ -16,6 +16,7 @@ SEARCH_FIELDS = (
     "memory",
     "num_rounds",
     "num_candidates",
+    "rivals",
     "halving_steps",
     "sensitivity",
     "num_probes",

@@ -79,9 +79,9 @@ def _measured(
     search: GroupSearch, cost: SearchCost, candidates: Sequence[Candidate], heat: Heat
 ) -> Chain[dict[tuple[int, int, int], CandidateResult]]:
     """Measure candidates in a heat; return what came out by their entries' keys."""
-    prune, keys = search.context.prune, [one.entry.key for one in candidates]
+    keys = [one.entry.key for one in candidates]
     names = [f"round-{number}-candidate-{index}" for _, number, index in keys]
-    last = prune.num_rounds * prune.num_candidates
+    last = search.context.prune.max_candidates
     items = [
         candidate_item(search, name, one.kept, last + place, heat)
         for place, (name, one) in enumerate(zip(names, candidates, strict=True), start=1)

@@ -10,7 +10,7 @@ from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
-from tdc_ray.pruning.proxies.by_score import baseline_schemes
+from tdc_ray.pruning.proxies.by_score import baseline_schemes, global_scheme, sorted_scores
 from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Sensitivities
 from tdc_ray.pruning.quadratic_model import QuadraticModel
@@ -69,12 +69,13 @@ class _Rounds:
         scores = yield from self._scores(method)
         schemes = baseline_schemes(self._space, scores, self._search.limit)
         proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
-        return (yield from self._measure(0, proposals, scores, first_heat(len(proposals))))
+        choices, heat = self._kept(proposals, scores), first_heat(len(proposals))
+        return (yield from self._measure(0, proposals, choices, heat))
 
     def by_proxy(self, method: ProxyMethod) -> Chain[list[Candidate]]:
         """Learn what cuts cost, then let the proxy propose, round by round."""
         search, prune, group = self._search, self._prune, self._search.group
-        heat = first_heat(prune.num_rounds * prune.num_candidates)
+        heat = first_heat(prune.max_candidates)
         loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
         scores, sensitivities, model = yield from (
             self._modelled() if prune.models_loss else self._measured()
@@ -106,12 +107,29 @@ class _Rounds:
                 if len(proposals) < prune.num_candidates:
                     schemes = yield from PROXIES[name](search, request, visible, self.cost)
                     proposals += _new_proposals(request, visible, name, schemes, proposals)
-            candidates += yield from self._measure(number, proposals, scores, heat)
+            choices = self._kept(proposals, scores)
+            candidates += yield from self._measure(number, proposals, choices, heat)
+        candidates += yield from self._rivals(heat)
         return candidates
 
-    def _scores(self, method: ScoreMethod) -> Chain[Scores]:
-        """Score the base's units."""
-        result = yield from result_of(score_item(self._search, method))
+    def _rivals(self, heat: Heat) -> Chain[list[Candidate]]:
+        """Measure a scheme of each rival criterion, of the channels that it ranks highest."""
+        proposals: list[Proposal] = []
+        choices: list[KeptIndices] = []
+        for method in self._prune.rivals:
+            scores = yield from self._scores(method, f"scores-{method}")
+            scheme = global_scheme(self._space, self._search.limit, sorted_scores(scores))
+            proposals.append(Proposal(f"{method}/global", scheme))
+            choices += self._kept(proposals[-1:], scores)
+        return (yield from self._measure(self._prune.num_rounds, proposals, choices, heat))
+
+    def _kept(self, proposals: Sequence[Proposal], scores: Scores) -> list[KeptIndices]:
+        """Return what each scheme keeps: the highest scores."""
+        return [select_top(self._space.units, scores, one.scheme) for one in proposals]
+
+    def _scores(self, method: ScoreMethod, name: str = "scores") -> Chain[Scores]:
+        """Score the base's units, in an item of some name."""
+        result = yield from result_of(score_item(self._search, method, name))
         self.cost.add(result.macs, result.seconds)
         return result.scores
 
@@ -177,11 +195,14 @@ class _Rounds:
         return result.loss
 
     def _measure(
-        self, number: int, proposals: Sequence[Proposal], scores: Scores, heat: Heat
+        self,
+        number: int,
+        proposals: Sequence[Proposal],
+        choices: Sequence[KeptIndices],
+        heat: Heat,
     ) -> Chain[list[Candidate]]:
         """Prune, refit and measure the schemes of a round, and remember them."""
         search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
-        choices = [select_top(space.units, scores, proposal.scheme) for proposal in proposals]
         items = [
             candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index, heat)
             for index, kept in enumerate(choices)

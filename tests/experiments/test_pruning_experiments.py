@@ -79,11 +79,13 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         assert name in names
     record = json.loads((folder / "loss_after_pruning.json").read_text())
     assert list(record["excess_loss"]) == ["seed 0, group 6"]
-    for name in ("second-order", "measured"):
-        against = record["against_baselines"][f"seed 0, group 6, {name}"]
-        assert against["low"] < against["difference"] < against["high"]
-        assert against["baseline"].endswith(", refit")
-        assert against["search_macs"] > 0
+    for name in ("second-order", "second-order with rivals", "measured"):
+        found = record["against_baselines"][f"seed 0, group 6, {name}"]
+        for against in (found["chosen"], found["best"]):
+            assert against["low"] <= against["difference"] <= against["high"]
+            assert against["baseline"].endswith(", refit")
+        assert found["best"]["difference"] >= found["chosen"]["difference"]
+        assert found["search_macs"] > 0
     judged = (storage / "loss_after_pruning-digits-smoke").glob("seed-0/group-6/judged.npz")
     assert len(list(judged)) == 1
 

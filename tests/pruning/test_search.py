@@ -11,7 +11,7 @@ import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
-from tdc_ray.errors import LimitError
+from tdc_ray.errors import ConfigError, LimitError
 from tdc_ray.execution.chain import Chains, run_chain
 from tdc_ray.execution.item import AnyItem, ItemResult, run_item
 from tdc_ray.models.units import keep_everything
@@ -158,6 +158,25 @@ def test_a_baseline_measures_its_schemes_in_one_round(found, method):
     assert [entry.key for entry in entries] == [(0, 0, c) for c in range(3)]
     uses = ("uniform", "global", "global-per-mac")
     assert [entry.source for entry in entries] == [f"{method}/{use}" for use in uses]
+
+
+def test_a_rivals_scheme_is_that_of_its_criterion_and_wins_where_it_is_better(run_dir, found):
+    task = task_of(run_dir, config_of("offline", rivals=("diff-pruning", "magnitude")))
+    result, (_, alone) = find(task), found("offline")
+    _, by_criterion = found("magnitude")
+    schemes = {one.entry.source: one for one in by_criterion.candidates}
+    rival = next(c for c in result.candidates if c.entry.source == "magnitude/global")
+    assert rival.kept == schemes["magnitude/global"].kept
+    assert rival.entry.key == (task.group.index, 2, 1)
+    own = [one.entry.widths for one in result.candidates if one.entry.source == "offline"]
+    assert sorted(map(str, own)) == sorted(str(one.entry.widths) for one in alone.candidates)
+    finals = [one.entry for one in result.candidates if one.entry.final]
+    assert result.entry == min(finals, key=lambda entry: entry.final.distance)
+
+
+def test_a_criterion_has_no_rivals():
+    with pytest.raises(ConfigError, match=r"prune\.rivals must be"):
+        config_of("magnitude", rivals=("taylor",))
 
 
 def test_rounds_choose_on_few_images_and_finalists_are_measured_on_held_out_ones(found):

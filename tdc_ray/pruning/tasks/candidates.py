@@ -111,7 +111,7 @@ def candidate_item(
         result_path=search.result_path(name, kept),
         result_type=CandidateResult,
         cost=float(images * macs),
-        cost_behind=search.cost_behind(prune.num_rounds * prune.num_candidates - number),
+        cost_behind=search.cost_behind(prune.max_candidates - number),
         num_steps=max(number, 1),
         inputs=cache_inputs,
     )

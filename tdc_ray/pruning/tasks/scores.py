@@ -63,13 +63,15 @@ def score_units(job: ScoreJob, report: Report) -> ScoreResult:
     return ScoreResult(scores, macs, time.perf_counter() - started)
 
 
-def score_item(search: GroupSearch, method: ScoreMethod) -> WorkItem[ScoreJob, ScoreResult]:
-    """Create the item that scores all units by a criterion."""
+def score_item(
+    search: GroupSearch, method: ScoreMethod, name: str
+) -> WorkItem[ScoreJob, ScoreResult]:
+    """Create the item of some name that scores all units by a criterion."""
     return WorkItem(
-        key=search.key("scores"),
+        key=search.key(name),
         function=score_units,
         job=ScoreJob(search.context, search.group, method),
-        result_path=search.result_path("scores"),
+        result_path=search.result_path(name),
         result_type=ScoreResult,
         cost=3.0 * search.context.prune.num_images * search.space.macs_base,
         cost_behind=search.cost_behind(),

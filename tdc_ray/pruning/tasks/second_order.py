@@ -78,7 +78,7 @@ def second_order_item(search: GroupSearch) -> WorkItem[SecondOrderJob, SecondOrd
         result_path=search.result_path("second-order"),
         result_type=SecondOrderResult,
         cost=float(passes * search.space.macs_base),
-        cost_behind=search.cost_behind(prune.num_rounds * prune.num_candidates),
+        cost_behind=search.cost_behind(prune.max_candidates),
         inputs=cache_inputs,
     )
 

@@ -175,7 +175,7 @@ def sensitivity_items(
     inner = [unit.name for unit in units if unit.kind != "stream"]
     streams = [unit.name for unit in units if unit.kind == "stream"]
     macs, refitting = search.space.macs(widths_of(kept)), 3 * prune.num_refit_images
-    behind = search.cost_behind(prune.num_rounds * prune.num_candidates)
+    behind = search.cost_behind(prune.max_candidates)
     items: list[SensitivityItem] = []
     for share in range(num_shares):
         if names := tuple(inner[share::num_shares]):
