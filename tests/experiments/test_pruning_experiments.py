@@ -12,7 +12,6 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.results import LossDifference
-from tests.experiments.conftest import EXPERIMENTS
 from tests.small import latent_config, make_first_stage, small_config, training_of
 
 
@@ -42,8 +41,7 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     assert (folder / "proxy_stability.png").stat().st_size > 1000
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("storage")
+@pytest.mark.usefixtures("importable")
 def test_a_language_model_is_asked_as_its_flags_say():
     from common import ProxyFlags
     from tdc_pruners import PrunerFlags
@@ -90,31 +88,20 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
     assert len(list(judged)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "folder", "flags", "column"),
     [
-        pytest.param("pruning_methods", "digits-smoke", "Flags", "row", marks=pytest.mark.slow),
-        pytest.param(
-            "time_cost", "digits-smoke-offline", "ProxyFlags", "stage", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "training_free", "digits-smoke", "FreeFlags", "experts", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "samplers", "digits-smoke", "SamplerFlags", "sampler", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "finetune_ways", "digits-smoke", "WaysFlags", "model", marks=pytest.mark.slow
-        ),
-        pytest.param("equal_compute", "digits-smoke", "EqualFlags", "row", marks=pytest.mark.slow),
-        pytest.param(
-            "step_schedules", "digits-smoke", "StepFlags", "schedule", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "two_stage", "digits-smoke", "StagesFlags", "strategy, share", marks=pytest.mark.slow
-        ),
+        ("pruning_methods", "digits-smoke", "Flags", "row"),
+        ("time_cost", "digits-smoke-offline", "ProxyFlags", "stage"),
+        ("training_free", "digits-smoke", "FreeFlags", "experts"),
+        ("samplers", "digits-smoke", "SamplerFlags", "sampler"),
+        ("finetune_ways", "digits-smoke", "WaysFlags", "model"),
+        ("equal_compute", "digits-smoke", "EqualFlags", "row"),
+        ("step_schedules", "digits-smoke", "StepFlags", "schedule"),
+        ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(
@@ -148,15 +135,15 @@ def test_smoke_writes_table_plot_and_what_made_them(
         ("training_free", "FreeFlags"),
     ],
 )
-def test_scores_are_of_as_many_images_as_a_flag_says(monkeypatch, name, kind):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+@pytest.mark.usefixtures("importable")
+def test_scores_are_of_as_many_images_as_a_flag_says(name, kind):
     flags = getattr(importlib.import_module(name), kind)
     assert flags(num_images=96).config(0).evaluate.num_images == 96
     assert flags().config(0).evaluate == preset("digits").evaluate
 
 
-def test_no_two_ways_are_the_same(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+@pytest.mark.usefixtures("importable")
+def test_no_two_ways_are_the_same():
     from finetune_ways import WAYS
 
     start = preset("digits").finetune
@@ -165,8 +152,8 @@ def test_no_two_ways_are_the_same(monkeypatch):
     assert {way.lr_schedule for way in ways} == {"constant", "linear", "cosine"}
 
 
-def test_the_table_of_losses_names_the_training_seeds_and_the_reference(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+@pytest.mark.usefixtures("importable")
+def test_the_table_of_losses_names_the_training_seeds_and_the_reference():
     from finetune_ways import table_of_losses
 
     same = LossDifference(loss_tdc=0.5, loss_base=0.5, difference=0.0, low=-0.05, high=0.05)
@@ -178,18 +165,20 @@ def test_the_table_of_losses_names_the_training_seeds_and_the_reference(monkeypa
     assert [row[:2] for row in rows[2:]] == [["base trained on, cosine", seed] for seed in "37"]
 
 
-@pytest.mark.ray
-def test_a_storage_of_other_settings_is_refused(storage):
+@pytest.mark.usefixtures("importable")
+def test_a_storage_of_other_settings_is_refused(tmp_path):
     from common import claim
 
-    claim(storage / "claimed", small_config())
-    claim(storage / "claimed", small_config())
+    claim(tmp_path, small_config())
+    claim(tmp_path, small_config())
     with pytest.raises(StorageError, match=r"finetune.num_steps 20 -> 7\. .*another --storage"):
-        claim(storage / "claimed", small_config(finetune={"num_steps": 7}))
+        claim(tmp_path, small_config(finetune={"num_steps": 7}))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-def test_latents_are_ready_before_all_else(storage, tmp_path):
+@pytest.mark.usefixtures("importable", "ray_cluster")
+def test_latents_are_ready_before_all_else(tmp_path):
     from common import workers
 
     stage = make_first_stage(tmp_path / "first_stage")
@@ -198,8 +187,8 @@ def test_latents_are_ready_before_all_else(storage, tmp_path):
         assert len(list(training_of(config).latents.glob("*.safetensors"))) == 2  # of 1,797 digits
 
 
-@pytest.mark.ray
-def test_a_preset_of_latents_asks_for_its_first_stage(storage, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("importable")
+def test_a_preset_of_latents_asks_for_its_first_stage(tmp_path, monkeypatch):
     from common import parse_flags, trained_base
 
     arguments = ["x.py", "--preset", "mnist-32-ldm", "--data", str(tmp_path / "mnist.npz")]

@@ -13,10 +13,9 @@ from tdc_ray.runs.sweep.results import load_sweep, open_results, with_rows
 from tdc_ray.runs.sweep.space import Range
 from tdc_ray.runs.sweep.table import started_row
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-
-def test_rows_of_other_flags_are_left_out_whatever_the_search(storage, tmp_path):
+@pytest.mark.usefixtures("importable")
+def test_rows_of_other_flags_are_left_out_whatever_the_search(tmp_path):
     from common import asked_for
 
     params = [{"plan.min_macs_share": k} for k in (0.3, 0.4)]
@@ -27,31 +26,21 @@ def test_rows_of_other_flags_are_left_out_whatever_the_search(storage, tmp_path)
     assert [row.name for row in asked_for(results, params[1:]).rows] == ["k=0.4,seed=0"]
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "kind", "folder", "rows"),
     [
         ("ablate_k", "KFlags", "ablate_k-digits-smoke-grid", ["k = 0.3", "k = 0.7"]),
-        pytest.param(
-            "ablate_groups",
-            "GroupsFlags",
-            "ablate_groups-digits-smoke",
-            ["N = 4", "N = 8"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        ("ablate_groups", "GroupsFlags", "ablate_groups-digits-smoke", ["N = 4", "N = 8"]),
+        (
             "tdc_pruners",
             "PrunerFlags",
             "tdc_pruners-digits-smoke-offline",
             ["magnitude", "proxy with refit"],
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "ablate_schedule",
-            "ScheduleFlags",
-            "ablate_schedule-digits-smoke",
-            ["snr", "constant"],
-            marks=pytest.mark.slow,
-        ),
+        ("ablate_schedule", "ScheduleFlags", "ablate_schedule-digits-smoke", ["snr", "constant"]),
     ],
 )
 def test_the_sweep_runs_and_tells_its_costs(storage, monkeypatch, name, kind, folder, rows):

@@ -35,6 +35,7 @@ def compared(finished_run, smoke_config, tmp_path_factory):
     return folder, config, run(config, folder, Console(quiet=True))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_finished_run_is_compared_later_and_nothing_else_of_it_changes(compared, finished_run):
     folder, config, results = compared
@@ -56,6 +57,7 @@ def test_a_finished_run_is_compared_later_and_nothing_else_of_it_changes(compare
     assert run(plain, folder, Console(quiet=True)) == results
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_base_is_trained_on_by_all_that_tdc_spent(compared, smoke_config):
     _, _, results = compared
@@ -69,6 +71,7 @@ def test_the_base_is_trained_on_by_all_that_tdc_spent(compared, smoke_config):
     assert found.score < base.score
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_its_losses_and_swaps_are_of_every_group(compared):
     folder, _, results = compared
@@ -89,6 +92,7 @@ def test_its_losses_and_swaps_are_of_every_group(compared):
     assert not any(np.array_equal(images[0], other) for other in images[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_it_is_shown_with_all_costs_in_console_and_report(compared, tmp_path, capsys):
     folder, _, results = compared
@@ -161,6 +165,7 @@ def test_settings_that_cannot_be_compared_are_refused():
     assert small_config(compute=workers).compare.kind == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_results_that_lack_what_is_asked_for_are_not_taken_for_it(compared):
     _, _, results = compared

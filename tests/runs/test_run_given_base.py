@@ -103,6 +103,7 @@ def test_a_run_from_a_pipeline_trains_no_base_and_says_where_it_came_from(
     assert f"model.base {pipeline} -> {other}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_from_a_base_of_classes_asks_how_many_and_its_experts_are_told_them(
     ray_cluster, cache_dir, tmp_path, capsys

@@ -46,6 +46,7 @@ def narrow_first_unit(handler: Handler) -> None:
     says(json.dumps({"schemes": [[{"unit": unit, "keep": 1}]]}))(handler)
 
 
+@pytest.mark.slow
 def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, ray_dir, tmp_path):
     script = [fails(429, Retry_After="0"), says("I would cut a lot."), echoes_key(401)]
     with serving(*script, narrow_first_unit) as server:

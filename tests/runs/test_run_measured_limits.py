@@ -16,6 +16,7 @@ from tdc_ray.storage.run_dir import RunDir
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_the_budget_goes_where_cuts_cost_most_and_a_resume_ends_the_same(
     finished_run, smoke_config, tmp_path
 ):

@@ -81,6 +81,7 @@ def test_two_workers_take_the_mean_of_their_gradients(ray_cluster, smoke_config,
         torch.testing.assert_close(trained[name], value, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_base_that_diverges_is_reported_as_what_it_is(ray_cluster, smoke_config, tmp_path):
     config = short(smoke_config, learning_rate=1e30, num_warmup_steps=0, max_grad_norm=None)
     with pytest.raises(NonFiniteLossError, match="at step"):
