@@ -323,9 +323,9 @@ def _class_of(sampler: SamplerConfig) -> Any:
             f"{' '.join(missing)}."
         )
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        known = [one for one in dir(diffusers) if one.endswith("Scheduler")]
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        stems = [one[:-9] for one in dir(diffusers) if one.endswith("Scheduler")]
+        close = get_close_matches(name.removesuffix("Scheduler"), stems, n=1)
+        hint = f"did you mean {close[0]}Scheduler? " if close else ""
         raise ConfigError(
             f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
             "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."
