@@ -11,6 +11,7 @@ FOREIGN = {
     "resolution": ("--data.image-size",),
     "output-dir": ("--run-dir", "--storage", "--out-dir", "--out"),
     "random-flip": ("--data.horizontal-flip",),
+    "scheduler": ("--sampler.scheduler",),
     "gpus": ("--compute.gpus-per-base-worker", "--compute.gpus-per-actor"),
 }
 """What other tools call a flag, that tyro does not find by its letters."""

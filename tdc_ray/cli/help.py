@@ -40,6 +40,7 @@ PRUNING = {
 }
 SAMPLING = {
     "--sampler.sampler NAME": "how images are drawn",
+    "--sampler.scheduler NAME": "any scheduler of diffusers in its place, or base: the base's own",
     "--sampler.num-inference-steps N": "denoising steps",
     "--evaluate.num-images N": "images of each model that scores are of",
     "--evaluate.features NAME": "features",

@@ -19,7 +19,7 @@ from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.prune import PruneConfig
-from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.sampler import LATER_SAMPLER_FIELDS, SamplerConfig
 from tdc_ray.config.train import FinetuneConfig, TrainConfig
 from tdc_ray.config.validation import config_error, require, settings
 from tdc_ray.errors import ConfigError
@@ -62,7 +62,7 @@ class RunConfig:
         require("plan", self.plan, "num_groups", rule, ok=self.plan.num_groups <= timesteps)
         rule = f"a multiple of compute.num_base_workers = {workers}"
         require("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
-        if self.sampler.sampler != "ddim" and self.sampler.eta:
+        if self.sampler.scheduler is None and self.sampler.sampler != "ddim" and self.sampler.eta:
             raise ConfigError(
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
@@ -151,6 +151,7 @@ LATER_FIELDS = {
     "model": ("width", "depth", "network"),
     "budget": ("hours", "train_macs", "epochs"),
     "prune": ("rivals",),
+    "sampler": LATER_SAMPLER_FIELDS,
     "evaluate": ("metrics", "features_model"),
 }
 """Settings that came after the first run directories were named by their digest."""
@@ -222,6 +223,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     model = document["model"]  # of a file the content decides, of architecture auto what it is for
     del model["config"]
     model["network"] = config.model.config and model["network"] and json_digest(model["network"])
+    if config.sampler.scheduler is None:
+        document["sampler"]["of_base"] = None  # nothing starts from it
     del document["compare"]  # comes after all else, and may be asked for later
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from tdc_ray.diffusion.schedule import nearest_timestep
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert
 
@@ -33,7 +34,7 @@ class ExpertSet(nn.ModuleList):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def for_timestep(self, timestep: int) -> UNet2DModel:
+    def for_timestep(self, timestep: float) -> UNet2DModel:
         """Return the expert that serves a timestep.
 
         Raises:
@@ -68,7 +69,7 @@ class OffloadedExperts(nn.Module):
         """Where the weights are."""
         return self.get_buffer("_anchor").device
 
-    def for_timestep(self, timestep: int) -> UNet2DModel:
+    def for_timestep(self, timestep: float) -> UNet2DModel:
         """Return the expert that serves a timestep, and start to read the one below it.
 
         Raises:
@@ -103,9 +104,11 @@ class OffloadedExperts(nn.Module):
         return unet
 
 
-def _index_of(spans: Sequence[Span], timestep: int) -> int:
+def _index_of(spans: Sequence[Span], timestep: float) -> int:
+    """Return which span serves a timestep: that of the nearest one of training."""
+    nearest = nearest_timestep(timestep)
     for index, (first, last) in enumerate(spans):
-        if first <= timestep <= last:
+        if first <= nearest <= last:
             return index
     raise ConfigError(
         f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "

@@ -1,10 +1,10 @@
 """The experts as one diffusers pipeline, which switches experts as t falls. Needs no Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
@@ -12,7 +12,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
 from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE, INDEX_FILE, PipelineIndex
-from tdc_ray.diffusion.samplers import begins_near_the_end, make_scheduler, nearest_steps
+from tdc_ray.diffusion.samplers import (
+    begins_near_the_end,
+    checked_timesteps,
+    make_scheduler,
+    nearest_steps,
+    set_timesteps,
+    timesteps_of,
+)
 from tdc_ray.diffusion.sampling import (
     SamplingSpec,
     image_generators,
@@ -32,9 +39,8 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
     """Image generation, unconditional or by classes, with one expert per group of timesteps.
 
-    ``pipeline.scheduler`` may be any diffusers scheduler of the experts' prediction type whose
-    timesteps are integers of the training schedule;
-    ``DDPMScheduler.from_config(pipeline.scheduler.config)`` makes one.
+    ``pipeline.scheduler`` may be any diffusers scheduler of the experts' prediction type and noise
+    process; ``DDPMScheduler.from_config(pipeline.scheduler.config)`` makes one.
     """
 
     _optional_components: ClassVar[list[str]] = ["first_stage"]
@@ -52,6 +58,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         timestep_scale: float = 1.0,
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
+        use_clipped_model_output: bool = False,
     ) -> None:
         """Create a pipeline.
 
@@ -67,12 +74,15 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 means unconditional.
             guidance_scale: Weight of classifier-free guidance when a call names none; 1 means
                 none.
+            use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image when
+                a call does not say.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
         self.shape, self.timestep_scale = shape, timestep_scale
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
+        self.use_clipped_model_output = use_clipped_model_output
         self.winograd = False
         self._loaded: _Loaded | None = None
         self.register_to_config(  # by which diffusers tells settings from components
@@ -82,6 +92,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             timestep_scale=timestep_scale,
             num_classes=num_classes,
             guidance_scale=guidance_scale,
+            use_clipped_model_output=use_clipped_model_output,
         )
 
     @cached_property
@@ -102,6 +113,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         seed: int = 0,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
+        use_clipped_model_output: bool | None = None,
     ) -> ImagePipelineOutput:
         """Sample images.
 
@@ -117,6 +129,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 classes; None means that image ``i`` is of class ``i`` modulo their number.
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
+            use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image;
+                None means as planned.
 
         Returns:
             An object with ``images``.
@@ -131,7 +145,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
-        self.scheduler.set_timesteps(spec.num_inference_steps)
+        if use_clipped_model_output is not None:
+            spec = replace(spec, use_clipped_model_output=use_clipped_model_output)
+        set_timesteps(self.scheduler, spec.num_inference_steps)
         if num_inference_steps is not None:
             self._check_start(spec.num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
@@ -190,6 +206,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             shape=self.shape,
             num_inference_steps=steps,
             eta=self.eta if eta is None else eta,
+            use_clipped_model_output=self.use_clipped_model_output,
             timestep_scale=self.timestep_scale,
             guidance_scale=scale,
             null_class=null,
@@ -203,11 +220,15 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
         Those of the plan are checked there.
         """
-        total, first = self.scheduler.config["num_train_timesteps"], self.scheduler.timesteps[0]
-        if not begins_near_the_end(total, steps, int(first)):
+        config, first = self.scheduler.config, timesteps_of(self.scheduler)[0]
+        if config.get("timestep_spacing") == "quadratic":
+            return
+        total = config["num_train_timesteps"]
+        if not begins_near_the_end(total, steps, first):
             raise ConfigError(
                 f"num_inference_steps must be {nearest_steps(total, steps)}, got {steps}: of "
-                f"{total} timesteps it would begin at {int(first)}, with pure noise."
+                f"{total} timesteps it would begin at {first:g}, with pure noise. Or give the "
+                "scheduler the spacing trailing."
             )
 
     def _labels(
@@ -274,6 +295,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             eta=self.eta,
             guidance_scale=self.guidance_scale,
         )
+        if self.use_clipped_model_output != sampler.clips_epsilon:
+            clips = self.use_clipped_model_output
+            sampler = replace(sampler, use_clipped_model_output=clips)
         with atomic_path(folder) as temporary:
             for entry, place in zip(index.experts, self._loaded.folders, strict=True):
                 unet = self.experts.for_timestep(entry.first)
@@ -312,6 +336,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         torch_dtype: torch.dtype = torch.float32,
         offload: bool = False,
         winograd: bool = False,
+        sampler: Mapping[str, Any] | None = None,
     ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
 
@@ -323,9 +348,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm. Wide experts
                 take less time by it, and their images differ by rounding; a first stage's own
                 convolutions stay. The attribute ``winograd`` may be set later, too.
+            sampler: Fields of ``SamplerConfig`` in place of the run's own, such as
+                ``{"scheduler": "EulerDiscreteScheduler"}``.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
+            ConfigError: There is no such sampler.
         """
         folder = resolve_path(path)
         folder = folder if exists(folder / INDEX_FILE) else folder / "experts"
@@ -335,6 +363,10 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 "first."
             )
         index = PipelineIndex.load(folder)
+        if sampler:
+            own = replace(index.sampler, **sampler)
+            checked_timesteps(index.diffusion, own)
+            index = index.model_copy(update={"sampler": own})
         folders = [folder / expert.folder for expert in index.experts]
         experts = (
             OffloadedExperts(folders, index.spans)
@@ -413,4 +445,5 @@ def _assemble(
         timestep_scale=index.diffusion.timestep_scale,
         num_classes=index.num_classes,
         guidance_scale=index.sampler.guidance_scale,
+        use_clipped_model_output=index.sampler.clips_epsilon,
     )

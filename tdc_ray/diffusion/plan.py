@@ -12,7 +12,12 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.samplers import checked_timesteps, sampling_timesteps
-from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.diffusion.schedule import (
+    FloatArray,
+    NoiseProcess,
+    nearest_timestep,
+    nearest_timesteps,
+)
 from tdc_ray.errors import ConfigError
 
 AFTER_STAGE_1 = (
@@ -64,8 +69,9 @@ class Plan:
 
     num_train_timesteps: int
     groups: tuple[TimestepGroup, ...]
-    sampling_timesteps: tuple[int, ...]
-    """Timesteps of the planned sampler, from the noisiest on."""
+    sampling_timesteps: tuple[float, ...]
+    """Timesteps of the planned sampler, from the noisiest on, one for each evaluation of the
+    network; one between two of training counts for the group of the nearer."""
 
     mean_limit_share: float
     """Mean over the sampling steps of the limit, as a share of the base's macs."""
@@ -74,14 +80,14 @@ class Plan:
     """Notes for the reader: groups that are empty, that were joined, that no sampling step falls
     into."""
 
-    def group_of(self, timestep: int) -> TimestepGroup:
-        """Return the group that holds a timestep.
+    def group_of(self, timestep: float) -> TimestepGroup:
+        """Return the group that holds a timestep, or the nearest one to it.
 
         Raises:
             ConfigError: The timestep is outside the plan.
         """
         for group in self.groups:
-            if group.first <= timestep <= group.last:
+            if nearest_timestep(timestep) in group.timesteps:
                 return group
         raise ConfigError(f"timestep must be in [0, {self.num_train_timesteps}), got {timestep}.")
 
@@ -155,13 +161,11 @@ def one_group(
         ConfigError: There are no such timesteps.
     """
     first, last = timesteps
-    process = NoiseProcess.of(diffusion)
-    snr = process.snr_db
+    snr = NoiseProcess.of(diffusion).snr_db
     if not 0 <= first <= last < len(snr):
         raise ConfigError(f"timesteps must rise within 0 and {len(snr) - 1}, got {first} {last}.")
-    return _group(
-        0, _Draft(first, last + 1, limit_share), snr, sampling_timesteps(process, sampler)
-    )
+    steps = nearest_timesteps(sampling_timesteps(diffusion, sampler))
+    return _group(0, _Draft(first, last + 1, limit_share), snr, steps)
 
 
 def plan_groups(
@@ -186,23 +190,22 @@ def plan_groups(
         ConfigError: A mean limit was asked for that the schedule cannot have, or the sampler
             steps outside the timesteps.
     """
-    process = NoiseProcess.of(diffusion)
     timesteps_of = checked_timesteps if check_start else sampling_timesteps
-    return plan_of(process, config, timesteps_of(process, sampler))
+    return plan_of(NoiseProcess.of(diffusion), config, timesteps_of(diffusion, sampler))
 
 
-def plan_of(process: NoiseProcess, config: PlanConfig, steps: tuple[int, ...]) -> Plan:
+def plan_of(process: NoiseProcess, config: PlanConfig, visited: tuple[float, ...]) -> Plan:
     """Group the timesteps of a noise process; see :func:`plan_groups`.
 
     Args:
         process: The noise process.
         config: How the timesteps are grouped.
-        steps: The timesteps at which images are sampled, noisiest first.
+        visited: The timesteps at which images are sampled, noisiest first.
 
     Raises:
         ConfigError: A mean limit was asked for that the schedule cannot have.
     """
-    snr = process.snr_db
+    snr, steps = process.snr_db, nearest_timesteps(visited)
     notes: list[str] = []
     by_snr, empty = _snr_groups(snr, config)
     before = by_snr
@@ -236,7 +239,7 @@ def plan_of(process: NoiseProcess, config: PlanConfig, steps: tuple[int, ...]) -
     return Plan(
         num_train_timesteps=len(snr),
         groups=groups,
-        sampling_timesteps=steps,
+        sampling_timesteps=visited,
         mean_limit_share=_mean_share(drafts, steps),
         notes=tuple(notes),
     )

@@ -1,16 +1,22 @@
-"""The samplers: one row for each, with the timesteps it visits and its diffusers scheduler.
+"""The samplers: any scheduler of diffusers, and a row for each of the short names.
 
-A plan reads the timesteps, so frameworks are imported where a scheduler is made, not here.
+A plan reads the timesteps. Those of the short names are computed here, so that such a plan needs
+no framework; all others are asked of the scheduler, and diffusers is imported where one is made.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.config.sampler import Sampler, SamplerConfig
+from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -21,6 +27,34 @@ if TYPE_CHECKING:
 KARRAS_RHO = 7.0
 """EDM's, and diffusers'."""
 
+QUADRATIC_SHARE = 0.8
+"""Share of the timesteps that DDIM's code spaces quadratically (ermongroup/ddim)."""
+
+SETTING_OF = {
+    "num_train_timesteps": "--diffusion.num-train-timesteps",
+    "beta_start": "--diffusion.beta-start",
+    "beta_end": "--diffusion.beta-end",
+    "beta_schedule": "--diffusion.beta-schedule",
+    "trained_betas": "--diffusion.beta-schedule",
+    "prediction_type": "--diffusion.prediction-type",
+    "timestep_spacing": "--sampler.spacing",
+    "steps_offset": "--sampler.steps-offset",
+    "clip_sample": "--sampler.clip-sample",
+    "set_alpha_to_one": "--sampler.set-alpha-to-one",
+}
+"""Flags of what schedulers have as settings, too."""
+
+NEEDED = {
+    "rescale_betas_zero_snr": False,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+}
+"""Settings of a diffusers scheduler that decide the noise process, or what the network takes, and
+have one supported value."""
+
+_LITERALS = {"True": True, "False": False, "None": None}
+"""Python's words for what JSON writes otherwise."""
+
 
 def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
@@ -29,7 +63,18 @@ def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     return [step * stride + sampler.steps_offset for step in steps]
 
 
-def begins_near_the_end(num_train_timesteps: int, num_steps: int, first: int) -> bool:
+def quadratic(num_train_timesteps: int, num_steps: int, offset: int = 0) -> list[int]:
+    """Space the timesteps as DDIM's code does: squares of evenly spaced numbers, noisiest first.
+
+    From 0.8 T down (arXiv:2010.02502, appendix D.2). Those that come twice, where steps are less
+    than one timestep apart, are there once: DDIM's second step there changes nothing.
+    """
+    roots = np.linspace(0, np.sqrt(num_train_timesteps * QUADRATIC_SHARE), num_steps)
+    timesteps: list[int] = (np.unique((roots**2).astype(int)) + offset).tolist()
+    return timesteps[::-1]
+
+
+def begins_near_the_end(num_train_timesteps: int, num_steps: int, first: float) -> bool:
     """Whether steps begin within one stride of the last timestep, as those do that divide T."""
     return num_train_timesteps - 1 - first <= num_train_timesteps / num_steps
 
@@ -106,46 +151,94 @@ SAMPLERS: Mapping[Sampler, SamplerRow] = {
     ),
     "dpmsolver++": SamplerRow(
         "DPMSolverMultistepScheduler",
-        lambda _diffusion, _sampler: {
+        lambda _, sampler: {
             "algorithm_type": "dpmsolver++",
             "solver_order": 2,
-            "use_karras_sigmas": True,
+            "use_karras_sigmas": sampler.spacing is None,  # another spacing is in place of it
         },
         _karras,
     ),
 }
 
 
-def sampling_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[int, ...]:
-    """Compute the timesteps at which a sampler evaluates the network, noisiest first.
+def sampling_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tuple[float, ...]:
+    """Return the timesteps at which a sampler evaluates the network, noisiest first.
+
+    Whole numbers are ints; schedulers that space by sigmas visit others, too.
 
     Raises:
-        ConfigError: The sampler cannot take so many steps.
+        ScheduleError: The betas are no noise schedule.
+        ConfigError: The sampler cannot take so many steps, or there is none with these settings.
     """
-    return tuple(SAMPLERS[sampler.sampler].timesteps(process, sampler))
+    if _is_short(sampler):
+        row = SAMPLERS[sampler.sampler]
+        return tuple(row.timesteps(NoiseProcess.of(diffusion), sampler))
+    scheduler = make_scheduler(diffusion, sampler)
+    set_timesteps(scheduler, sampler.num_inference_steps)
+    return timesteps_of(scheduler)
 
 
-def checked_timesteps(process: NoiseProcess, sampler: SamplerConfig) -> tuple[int, ...]:
-    """Compute the timesteps of a sampler by which images are drawn, noisiest first.
+def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tuple[float, ...]:
+    """Return the timesteps of a sampler by which images are drawn, noisiest first.
 
     Raises:
+        ScheduleError: The betas are no noise schedule.
         ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
             below it, though it begins with noise.
     """
-    timesteps = sampling_timesteps(process, sampler)
-    total, steps, first = len(process.betas), sampler.num_inference_steps, timesteps[0]
+    timesteps = sampling_timesteps(diffusion, sampler)
+    total, steps, first = diffusion.num_train_timesteps, sampler.num_inference_steps, timesteps[0]
     if first >= total:
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
             f"{first}, past the last timestep {total - 1}. Use 0, or fewer steps."
         )
-    if not begins_near_the_end(total, steps, first):
+    if sampler.spacing != "quadratic" and not begins_near_the_end(total, steps, first):
         raise ConfigError(
             f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
-            f"{sampler.sampler}, got {steps}: of {total} timesteps it would begin at {first}, "
-            "with pure noise."
+            f"{sampler.name}, got {steps}: of {total} timesteps it would begin at {first:g}, "
+            "with pure noise. Or space them by --sampler.spacing trailing."
         )
     return timesteps
+
+
+def timesteps_of(scheduler: "SchedulerMixin") -> tuple[float, ...]:
+    """Return the timesteps that a scheduler is set to, as it visits them; whole ones are ints.
+
+    Raises:
+        ConfigError: They are no way from noise to an image, or the first comes twice, which
+            schedulers that look their step up by the timestep would begin with the second of.
+    """
+    timesteps, name = scheduler.timesteps.tolist(), type(scheduler).__name__
+    if not all(map(math.isfinite, timesteps)) or timesteps[-1] > timesteps[0]:
+        raise ConfigError(
+            f"the scheduler must go from noise to an image, got a {name} that goes from timestep "
+            f"{timesteps[0]} to {timesteps[-1]}. Use DDIMScheduler, for example."
+        )
+    if len(timesteps) > 1 and timesteps[0] == timesteps[1] and hasattr(scheduler, "step_index"):
+        raise ConfigError(
+            f"sampler.num_inference_steps must be less for {name} with these betas, got "
+            f"{len(timesteps)}: it would begin with timestep {timesteps[0]:g} twice. Use another "
+            "spacing, or DDIMScheduler."
+        )
+    return tuple(int(step) if step == int(step) else step for step in timesteps)
+
+
+def set_timesteps(scheduler: "SchedulerMixin", num_steps: int) -> None:
+    """Set a scheduler to a number of steps, spaced quadratically if its settings say so.
+
+    Raises:
+        ConfigError: It cannot take so many.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    with _refused_by(f"{name} cannot take {num_steps} steps"):
+        if config.get("timestep_spacing") != "quadratic":
+            scheduler.set_timesteps(num_steps)
+            return
+        offset = config.get("steps_offset", 0)
+        scheduler.set_timesteps(
+            timesteps=quadratic(config["num_train_timesteps"], num_steps, offset)
+        )
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
@@ -153,16 +246,204 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
 
     Raises:
         ScheduleError: The betas are no noise schedule.
+        ConfigError: There is no such scheduler, it is for networks of another kind, or lacks a
+            setting that is asked for.
     """
     import diffusers
 
-    row = SAMPLERS[sampler.sampler]
-    arguments = {
+    process, row = NoiseProcess.of(diffusion), SAMPLERS[sampler.sampler]
+    arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": NoiseProcess.of(diffusion).betas.tolist(),  # diffusers' own are float32
+        "trained_betas": process.betas.tolist(),  # diffusers' own are float32
         "prediction_type": diffusion.prediction_type,
-        "timestep_spacing": "leading",
         "steps_offset": sampler.steps_offset,
-        **row.arguments(diffusion, sampler),
     }
-    return getattr(diffusers, row.scheduler)(**arguments)
+    if sampler.scheduler is None:
+        arguments |= {"timestep_spacing": "leading", **row.arguments(diffusion, sampler)}
+        kind = getattr(diffusers, row.scheduler)
+    else:
+        kind = _class_of(sampler)
+        taken = inspect.signature(kind).parameters
+        ours = arguments | {
+            "clip_sample": sampler.clip_sample,
+            "set_alpha_to_one": sampler.set_alpha_to_one,
+        }
+        learns = diffusion.learned_sigma and reads_variance(kind)
+        variance = {"variance_type": "learned_range"} if learns else {}
+        started = variance | (sampler.of_base or {}) | ours
+        arguments = {name: value for name, value in started.items() if name in taken}
+        if not reads_variance(kind):
+            arguments.pop("variance_type", None)
+    if _is_short(sampler):
+        return kind(**arguments)
+    arguments |= _asked(kind, sampler)
+    with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
+        scheduler = kind(**arguments)
+    _check_steps(scheduler, diffusion, sampler)
+    _check_noise(scheduler, process)
+    return scheduler
+
+
+def reads_variance(kind: type) -> bool:
+    """Whether schedulers of a class draw noise whose variance a network may have learned.
+
+    Others may have the setting all the same, without a default: they cut such outputs to the first
+    three channels, whatever the images have.
+    """
+    setting = inspect.signature(kind).parameters.get("variance_type")
+    return setting is not None and isinstance(setting.default, str)
+
+
+def _is_short(sampler: SamplerConfig) -> bool:
+    """Whether a short name says all of a scheduler that the other flags do not."""
+    changed = sampler.spacing is not None or sampler.karras_sigmas or sampler.options
+    return sampler.scheduler is None and not changed
+
+
+def _class_of(sampler: SamplerConfig) -> Any:
+    """Return the class of the scheduler that is named.
+
+    Raises:
+        ConfigError: There is none, or it is for networks of another kind.
+    """
+    import diffusers
+
+    name = str(sampler.scheduler)
+    if name == BASE:
+        if sampler.of_base is None:
+            raise ConfigError(
+                "sampler.scheduler base needs a base that comes with a scheduler of diffusers "
+                "(--base). Name the scheduler's class, such as DDIMScheduler."
+            )
+        name = sampler.of_base["_class_name"]
+    kind: Any = getattr(diffusers, name, None)
+    if missing := getattr(kind, "_backends", None):  # a stand-in
+        raise ConfigError(
+            f"sampler.scheduler {name} needs {' and '.join(missing)}: pip install "
+            f"{' '.join(missing)}."
+        )
+    if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
+        stems = [one[:-9] for one in dir(diffusers) if one.endswith("Scheduler")]
+        close = get_close_matches(name.removesuffix("Scheduler"), stems, n=1)
+        hint = f"did you mean {close[0]}Scheduler? " if close else ""
+        raise ConfigError(
+            f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
+            "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."
+        )
+    if not {"trained_betas", "prediction_type"} <= set(inspect.signature(kind).parameters):
+        raise ConfigError(
+            f"sampler.scheduler {name} cannot sample a network that predicts epsilon or the "
+            "velocity at timesteps of a beta schedule: it takes none (those of flow matching, of "
+            "EDM's and consistency models and of tokens do not). Use DDIMScheduler, for example."
+        )
+    return kind
+
+
+def _asked(kind: Any, sampler: SamplerConfig) -> dict[str, Any]:
+    """Return the settings of a scheduler's class that flags ask for.
+
+    Raises:
+        ConfigError: It has none of a name, or none of such a type, or another flag is meant.
+    """
+    asked: dict[str, tuple[str, Any]] = {}
+    if sampler.spacing is not None:
+        asked["timestep_spacing"] = f"sampler.spacing {sampler.spacing}", sampler.spacing
+    if sampler.karras_sigmas:
+        asked["use_karras_sigmas"] = "sampler.karras_sigmas", True
+    for option in sampler.options:
+        setting, _, text = option.partition("=")
+        if setting in SETTING_OF:
+            raise ConfigError(f"sampler.options cannot set {setting}: {SETTING_OF[setting]} does.")
+        asked[setting] = f"sampler.options {option}", _value(text)
+    taken, name = inspect.signature(kind).parameters, kind.__name__
+    for setting, (flag, value) in asked.items():
+        if setting not in taken:
+            raise ConfigError(f"{flag} does not go with {name}, which has no {setting}.")
+        if not _fits(value, taken[setting].default):
+            raise ConfigError(
+                f"{flag} must be like diffusers' default {taken[setting].default!r} of {name}."
+            )
+    if sampler.spacing == "quadratic" and (
+        "timesteps" not in inspect.signature(kind.set_timesteps).parameters
+    ):
+        raise ConfigError(
+            f"sampler.spacing quadratic does not go with {name}, which takes no timesteps. DDIM's "
+            "steps are those of DPMSolverMultistepScheduler with --sampler.options solver_order=1."
+        )
+    return {setting: value for setting, (_, value) in asked.items()}
+
+
+def _value(text: str) -> Any:
+    """Read a value of an option: JSON, or else a text."""
+    if text in _LITERALS:
+        return _LITERALS[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _fits(value: object, default: object) -> bool:
+    """Whether a value is of the type of a default, where that says one."""
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number or not isinstance(default, int | float)
+
+
+def _check_steps(
+    scheduler: "SchedulerMixin", diffusion: DiffusionConfig, sampler: SamplerConfig
+) -> None:
+    """Check that a scheduler steps by what a network of images outputs, and by what is set.
+
+    Raises:
+        ConfigError: It needs more, lacks a setting, or reads a variance that is not learned.
+    """
+    name, step = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
+    needed = {key for key, one in step.items() if one.default is inspect.Parameter.empty}
+    if more := needed - {"model_output", "timestep", "sample"}:
+        raise ConfigError(
+            f"sampler.scheduler {name} needs {', '.join(sorted(more))} beside what the network "
+            "outputs. Use DDIMScheduler, for example."
+        )
+    for setting, is_set in (
+        ("eta", sampler.eta > 0),
+        ("use_clipped_model_output", bool(sampler.use_clipped_model_output)),
+    ):
+        if is_set and setting not in step:
+            raise ConfigError(
+                f"sampler.{setting} does not go with {name}, which has none. Leave it out."
+            )
+    variance = scheduler.config.get("variance_type")
+    if str(variance).startswith("learned") and not diffusion.learned_sigma:
+        raise ConfigError(
+            f"sampler.options variance_type={variance} needs diffusion.learned_sigma: the network "
+            "predicts no variance."
+        )
+
+
+def _check_noise(scheduler: "SchedulerMixin", process: NoiseProcess) -> None:
+    """Check that a scheduler keeps to the noise process that the network was trained on.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    others = [one for one, known in NEEDED.items() if config.get(one, known) != known]
+    is_same = np.allclose(scheduler.alphas_cumprod, process.alphas_cumprod, rtol=1e-2, atol=1e-6)
+    if others or not is_same:
+        raise ConfigError(
+            f"sampler.scheduler {name} has another noise process than the network was trained on"
+            f"{' by ' if others else ''}{', '.join(others)}. Leave that out, or use another "
+            "scheduler."
+        )
+
+
+@contextmanager
+def _refused_by(what: str) -> Iterator[None]:
+    """Turn what diffusers raises for settings that disagree into one error."""
+    try:
+        yield
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{what}: {reason}") from error

@@ -11,14 +11,15 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from tdc_ray.diffusion.samplers import reads_variance, set_timesteps
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
-DenoiserFor = Callable[[int], Denoiser]
-"""Returns the denoiser that serves a timestep."""
+DenoiserFor = Callable[[float], Denoiser]
+"""Returns the denoiser that serves a timestep, which may lie between two of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,10 @@ class SamplingSpec:
 
     eta: float = 0.0
     """Stochasticity, in [0, 1], for schedulers that have it (DDIM)."""
+
+    use_clipped_model_output: bool = False
+    """Derive epsilon anew from the clipped image, as improved-diffusion does, for schedulers that
+    can (DDIM)."""
 
     timestep_scale: float = 1.0
     """What a timestep is multiplied with before the network sees it."""
@@ -87,12 +92,13 @@ def sample(
 ) -> Tensor:
     """Sample one image per generator.
 
-    The denoiser is chosen by the discrete timestep, not by the step's index, so that any spacing
-    of steps gets the expert that was trained for it.
+    The denoiser is chosen by the timestep, not by the step's index, so that any spacing of steps
+    gets the expert that was trained for it. Scheduler and network get the timestep as from
+    diffusers' own pipelines: with its fraction, where the scheduler has them.
 
     Args:
         denoiser_for: Returns the ``UNet2DModel`` that serves a timestep.
-        scheduler: Any diffusers scheduler of the network's prediction type with integer timesteps.
+        scheduler: Any diffusers scheduler of the network's prediction type and noise process.
         spec: Shape, steps, guidance, precision.
         generators: One per image.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
@@ -102,14 +108,14 @@ def sample(
         ``(B, C, H, W)`` in about [-1, 1], float32, on the spec's device.
 
     Raises:
-        ConfigError: In fp16 numbers left its range.
+        ConfigError: In fp16 numbers left its range, or the scheduler cannot take so many steps.
     """
     device, channels = torch.device(spec.device), spec.shape[0]
     shape = (len(generators), *spec.shape)
     x: Tensor = randn_tensor(shape, generator=list(generators), device=device)
-    scheduler.set_timesteps(spec.num_inference_steps)
+    set_timesteps(scheduler, spec.num_inference_steps)
     x = x * scheduler.init_noise_sigma
-    extra = _step_arguments(scheduler, eta=spec.eta, generators=generators)
+    extra = _step_arguments(scheduler, spec, generators)
     num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
     winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
     channels_last = winograd or device.type == "cuda"
@@ -119,8 +125,9 @@ def sample(
         assert spec.null_class is not None
         labels = torch.cat([labels, torch.full_like(labels, spec.null_class)])  # -> (2B,)
     finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
-    for timestep in scheduler.timesteps.tolist():
-        x_t = scheduler.scale_model_input(x, timestep).to(spec.dtype)
+    for step in scheduler.timesteps:
+        timestep = step.item()
+        x_t = scheduler.scale_model_input(x, step).to(spec.dtype)
         x_t = torch.cat([x_t, x_t]) if guided else x_t  # (B, ...) -> (2B, ...)
         if channels_last:
             x_t = x_t.to(memory_format=torch.channels_last)
@@ -133,7 +140,7 @@ def sample(
             finite &= output.isfinite().all()
         if guided:
             output = _guide(output, spec.guidance_scale, channels)  # (2B, ...) -> (B, ...)
-        x = scheduler.step(output, timestep, x, **extra).prev_sample
+        x = scheduler.step(output, step, x, **extra).prev_sample
         on_step()
     if not finite:  # clipped samples would not show it
         raise ConfigError(
@@ -164,18 +171,21 @@ def _reads_variance(scheduler: SchedulerMixin) -> bool:
     Others may have the setting all the same: they keep what the config that they were made from
     said, and never read it.
     """
-    has_setting = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    return has_setting and str(scheduler.config["variance_type"]).startswith("learned")
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    return learned and reads_variance(type(scheduler))
 
 
 def _step_arguments(
-    scheduler: SchedulerMixin, *, eta: float, generators: Sequence[torch.Generator]
+    scheduler: SchedulerMixin, spec: SamplingSpec, generators: Sequence[torch.Generator]
 ) -> dict[str, Any]:
     """Return what the scheduler's step accepts of eta, clipped outputs and the noise's generators.
 
     Its signature says so, not the sampler's row: a pipeline's scheduler may be any of diffusers'.
-    Epsilon is derived anew from the clipped image as in improved-diffusion.
     """
-    wanted = {"eta": eta, "use_clipped_model_output": True, "generator": list(generators)}
+    wanted = {
+        "eta": spec.eta,
+        "use_clipped_model_output": spec.use_clipped_model_output,
+        "generator": list(generators),
+    }
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in wanted.items() if name in accepted}

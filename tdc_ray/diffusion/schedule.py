@@ -1,5 +1,7 @@
 """The noise process in float64 NumPy: betas, alphas_cumprod and the signal-to-noise ratio."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -113,6 +115,19 @@ def snr(alphas_cumprod: FloatArray) -> FloatArray:
     if not np.all(np.diff(alphas_cumprod) < 0):
         raise ScheduleError("alphas_cumprod must strictly decrease with the timestep.")
     return np.asarray(alphas_cumprod / (1.0 - alphas_cumprod))
+
+
+def nearest_timestep(timestep: float) -> int:
+    """Return the timestep of training that is nearest to one that a sampler visits.
+
+    Of two that are equally near it is the noisier one.
+    """
+    return math.floor(timestep + 0.5)
+
+
+def nearest_timesteps(timesteps: Sequence[float]) -> list[int]:
+    """Return the timestep of training that is nearest to each."""
+    return [nearest_timestep(timestep) for timestep in timesteps]
 
 
 def recognise(values: FloatArray) -> tuple[BetaSchedule, float, float] | None:

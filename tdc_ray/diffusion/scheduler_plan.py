@@ -9,8 +9,8 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.diffusion.samplers import begins_near_the_end, nearest_steps
-from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.diffusion.samplers import begins_near_the_end, nearest_steps, timesteps_of
+from tdc_ray.diffusion.schedule import NoiseProcess, nearest_timesteps
 from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def plan_groups(
     Raises:
         ScheduleError: The betas are no noise schedule.
         ConfigError: A setting is unknown or out of its range, or the scheduler has no betas, or
-            steps that are no whole timesteps or begin far below the last one.
+            steps outside the timesteps or that begin far below the last one.
     """
     if isinstance(diffusion, DiffusionConfig):
         if config is None or sampler is None:
@@ -86,19 +86,22 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
     return NoiseProcess.from_betas(np.asarray(values, dtype=np.float64))
 
 
-def _steps(scheduler: "SchedulerMixin", process: NoiseProcess) -> tuple[int, ...]:
+def _steps(scheduler: "SchedulerMixin", process: NoiseProcess) -> tuple[float, ...]:
     """Return the timesteps that a scheduler is set to, noisiest first."""
-    total, steps = len(process.betas), scheduler.timesteps.tolist()
-    if any(step != int(step) or not 0 <= step < total for step in steps):
+    total, steps = len(process.betas), timesteps_of(scheduler)
+    if not all(0 <= step < total for step in nearest_timesteps(steps)):
         raise ConfigError(
-            f"the steps of the scheduler must be whole numbers from 0 to {total - 1}, got those "
-            f"of a {type(scheduler).__name__} from {steps[0]} to {steps[-1]}: experts are chosen "
-            "by timesteps. Use DDIMScheduler, for example."
+            f"the steps of the scheduler must be within 0 and {total - 1}, got those of a "
+            f"{type(scheduler).__name__} from {steps[0]} to {steps[-1]}: experts are chosen by "
+            "timesteps. Use DDIMScheduler, for example."
         )
-    count = scheduler.num_inference_steps or len(steps)  # pndm makes one of them twice
-    if not begins_near_the_end(total, count, int(steps[0])):
+    # pndm makes one of them twice, Heun's nearly all
+    count = getattr(scheduler, "num_inference_steps", None) or len(steps)
+    is_quadratic = scheduler.config.get("timestep_spacing") == "quadratic"
+    if not is_quadratic and not begins_near_the_end(total, count, steps[0]):
         raise ConfigError(
             f"set_timesteps of the scheduler must be {nearest_steps(total, count)}, got {count}: "
-            f"of {total} timesteps it would begin at {int(steps[0])}, with pure noise."
+            f"of {total} timesteps it would begin at {steps[0]:g}, with pure noise. Or give it "
+            "timestep_spacing trailing."
         )
-    return tuple(map(int, steps))
+    return steps

@@ -124,7 +124,7 @@ def collect_results(
             notes=tuple(note for cost in costs for note in cost.notes),
         ),
         evaluation=EvaluationResult(
-            sampler=sampler.sampler,
+            sampler=sampler.name,
             num_inference_steps=sampler.num_inference_steps,
             eta=sampler.eta,
             seed=config.evaluate.seed,

@@ -13,6 +13,7 @@ from tdc_ray.cli.help import SHORT
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
+from tdc_ray.storage.files import read_json
 
 
 def tdc_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -219,6 +220,9 @@ def test_steps_that_begin_far_below_the_last_timestep_are_refused(
     steps = ["--sampler.sampler", "ddim", "--sampler.num-inference-steps", "600"]
     assert run_command([command, *steps]) == 1
     assert "must be 500 or 1000 for ddim, got 600" in capsys.readouterr().err
+    if command == "plan":
+        assert run_command([command, *steps, "--sampler.spacing", "trailing"]) == 0
+        assert read_json(next(tmp_path.glob("**/plan.json")))["sampling_timesteps"][0] == 999
 
 
 def test_a_temporary_folder_too_long_for_rays_sockets_is_refused(tmp_path, capsys, monkeypatch):
@@ -334,6 +338,21 @@ def test_sample_writes_a_grid_and_an_npz_that_a_seed_decides(finished_run, tmp_p
     with Image.open(tmp_path / "one" / "samples.png") as grid:
         assert max(grid.size) >= 512
         assert grid.mode == "L"
+
+
+@pytest.mark.ray
+def test_sample_draws_by_another_scheduler_where_one_is_named(finished_run, tmp_path, capsys):
+    euler = ["--scheduler", "EulerDiscreteScheduler", "--karras-sigmas"]
+    images = {}
+    for name, more in (("own", []), ("euler", euler), ("trailing", ["--spacing", "trailing"])):
+        out = ["--out-dir", str(tmp_path / name), "--num-inference-steps", "5"]
+        assert run_command(["sample", str(finished_run), "--num-images", "2", *out, *more]) == 0
+        images[name] = np.load(tmp_path / name / "samples.npz")["arr_0"]
+    for name in ("euler", "trailing"):
+        assert np.abs(images[name].astype(int) - images["own"]).max() > 10
+    flow = ["--scheduler", "FlowMatchHeunDiscreteScheduler"]
+    assert run_command(["sample", str(finished_run), *flow]) == 1
+    assert "flow matching" in capsys.readouterr().err
 
 
 @pytest.mark.ray

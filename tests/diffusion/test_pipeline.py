@@ -51,6 +51,7 @@ def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> Progressiv
         shape=(1, 8, 8),
         num_inference_steps=config.sampler.num_inference_steps,
         eta=config.sampler.eta,
+        use_clipped_model_output=config.sampler.clips_epsilon,
         timestep_scale=config.diffusion.timestep_scale,
     )
 
@@ -108,6 +109,32 @@ def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_pat
         save_expert(tmp_path / name, base, TINY, keep_everything(UNITS))
     pipeline_index(config, dict(zip(names, groups, strict=True))).save(tmp_path)
     assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_epsilon_follows_the_clipped_image_as_the_settings_or_the_call_say(saved, tmp_path):
+    pipeline = ProgressivePipeline.from_pretrained(saved)
+    expected = images_of(pipeline)
+    plain = images_of(pipeline, use_clipped_model_output=False)
+    assert not torch.equal(plain, expected)
+    by_class = {"scheduler": "DDIMScheduler"}  # as diffusers' own pipeline does
+    named = ProgressivePipeline.from_pretrained(saved, sampler=by_class)
+    assert_same(images_of(named), plain)
+    asked = {"scheduler": "DDIMScheduler", "use_clipped_model_output": True}
+    assert_same(images_of(ProgressivePipeline.from_pretrained(saved, sampler=asked)), expected)
+    pipeline.use_clipped_model_output = False
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path / "saved")), plain)
+
+
+def test_experts_are_loaded_with_another_sampler_and_saved_with_it(saved, tmp_path):
+    how = {"scheduler": "EulerDiscreteScheduler", "spacing": "trailing", "num_inference_steps": 7}
+    pipeline = ProgressivePipeline.from_pretrained(saved, sampler=how)
+    images = images_of(pipeline)
+    assert len(pipeline.scheduler.timesteps) == 7
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path / "saved")), images)
+    with pytest.raises(ConfigError, match="did you mean EulerDiscreteScheduler"):
+        ProgressivePipeline.from_pretrained(saved, sampler={"scheduler": "EulerDiscrete"})
 
 
 def test_saved_experts_draw_the_images_of_the_live_ones(saved):

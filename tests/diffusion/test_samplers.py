@@ -18,7 +18,10 @@ from tdc_ray.diffusion.samplers import (
     SAMPLERS,
     checked_timesteps,
     make_scheduler,
+    quadratic,
     sampling_timesteps,
+    set_timesteps,
+    timesteps_of,
 )
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
@@ -36,8 +39,8 @@ COSINE = DiffusionConfig(
 LATENT = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
 
 
-def process_of(num_timesteps: int) -> NoiseProcess:
-    return NoiseProcess.of(DiffusionConfig(num_train_timesteps=num_timesteps))
+def diffusion_of(num_timesteps: int) -> DiffusionConfig:
+    return DiffusionConfig(num_train_timesteps=num_timesteps)
 
 
 def test_every_sampler_of_the_settings_has_its_row():
@@ -62,9 +65,7 @@ def test_the_sampler_visits_the_timesteps_of_the_plan(num_steps, offset, name):
     sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps, steps_offset=offset)
     scheduler = make_scheduler(LINEAR, sampler)
     scheduler.set_timesteps(num_steps)
-    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(
-        NoiseProcess.of(LINEAR), sampler
-    )
+    assert tuple(scheduler.timesteps.tolist()) == sampling_timesteps(LINEAR, sampler)
 
 
 def test_settings_reach_the_scheduler():
@@ -88,7 +89,7 @@ def test_sampling_timesteps_are_diffusers_leading_spacing(num_timesteps, num_ste
     scheduler.set_timesteps(num_steps)
     sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=steps_offset)
     assert (
-        list(sampling_timesteps(process_of(num_timesteps), sampler))
+        list(sampling_timesteps(diffusion_of(num_timesteps), sampler))
         == scheduler.timesteps.tolist()
     )
 
@@ -98,7 +99,7 @@ def test_any_number_of_steps_is_spaced_as_in_diffusers(num_timesteps, data):
     num_steps = data.draw(st.integers(1, num_timesteps))
     offset = data.draw(st.integers(0, 1))
     sampler = SamplerConfig(num_inference_steps=num_steps, steps_offset=offset)
-    ours = sampling_timesteps(process_of(num_timesteps), sampler)
+    ours = sampling_timesteps(diffusion_of(num_timesteps), sampler)
     assume(ours[0] < num_timesteps)
     scheduler = DDIMScheduler(num_timesteps, timestep_spacing="leading", steps_offset=offset)
     scheduler.set_timesteps(num_steps)
@@ -116,9 +117,9 @@ def test_steps_that_would_begin_far_below_the_last_timestep_are_refused(
     sampler = SamplerConfig(sampler=name, num_inference_steps=num_steps)
     words = rf"num_inference_steps must be {nearest} for {name}, got {num_steps}.* at {first},"
     with pytest.raises(ConfigError, match=words):
-        checked_timesteps(NoiseProcess.of(LINEAR), sampler)
+        checked_timesteps(LINEAR, sampler)
     solver = SamplerConfig(sampler="dpmsolver++", num_inference_steps=21)
-    assert checked_timesteps(NoiseProcess.of(LINEAR), solver)[0] == 999
+    assert checked_timesteps(LINEAR, solver)[0] == 999
 
 
 @pytest.mark.parametrize("num_steps", [5, 12, 20, 25, 50, 100])
@@ -127,7 +128,7 @@ def test_the_solver_of_second_order_visits_the_timesteps_of_the_plan(diffusion, 
     sampler = SamplerConfig(sampler="dpmsolver++", num_inference_steps=num_steps)
     scheduler = make_scheduler(diffusion, sampler)
     scheduler.set_timesteps(num_steps)
-    visited = sampling_timesteps(NoiseProcess.of(diffusion), sampler)
+    visited = sampling_timesteps(diffusion, sampler)
     assert visited == tuple(scheduler.timesteps.tolist())
     assert (visited[0], visited[-1]) == (999, 0)
 
@@ -135,7 +136,7 @@ def test_the_solver_of_second_order_visits_the_timesteps_of_the_plan(diffusion, 
 def test_the_solver_of_second_order_refuses_a_first_timestep_that_comes_twice():
     sampler = SamplerConfig(sampler="dpmsolver++", num_inference_steps=20)
     with pytest.raises(ConfigError, match=r"^sampler\.num_inference_steps .* timestep 3999 twice"):
-        sampling_timesteps(NoiseProcess.of(COSINE), sampler)
+        sampling_timesteps(COSINE, sampler)
 
 
 def test_the_solver_of_second_order_finds_a_point_in_fewer_steps():
@@ -156,3 +157,127 @@ def test_the_solver_of_second_order_finds_a_point_in_fewer_steps():
     exact = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
     errors = {name: (end - exact).abs().max().item() for name, end in ends.items()}
     assert errors["dpmsolver++"] < 0.5 * errors["ddim"]
+
+
+def scheduler_of(name: str | None = None, **settings):
+    return make_scheduler(LINEAR, SamplerConfig(scheduler=name, **settings))
+
+
+def test_a_scheduler_by_its_class_is_diffusers_own_with_what_is_asked_for():
+    options = ("solver_order=3", "algorithm_type=sde-dpmsolver++", "lower_order_final=False")
+    name = "DPMSolverMultistepScheduler"
+    scheduler = scheduler_of(name, spacing="trailing", karras_sigmas=True, options=options)
+    config = scheduler.config
+    assert type(scheduler) is DPMSolverMultistepScheduler
+    assert config["timestep_spacing"] == "trailing"
+    assert config["use_karras_sigmas"] is True
+    assert (config["solver_order"], config["lower_order_final"]) == (3, False)
+    assert config["algorithm_type"] == "sde-dpmsolver++"
+    default = DPMSolverMultistepScheduler().config
+    assert scheduler_of(name).config["timestep_spacing"] == default["timestep_spacing"]
+    assert not scheduler_of(name).config["use_karras_sigmas"]
+
+
+def test_a_short_name_takes_another_spacing_of_the_timesteps():
+    trailing = SamplerConfig(spacing="trailing", num_inference_steps=600)
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(600)
+    assert checked_timesteps(LINEAR, trailing) == tuple(scheduler.timesteps.tolist())
+    assert make_scheduler(LINEAR, SamplerConfig(sampler="pndm", spacing="linspace")).config[
+        "skip_prk_steps"
+    ]
+    solver = make_scheduler(LINEAR, SamplerConfig(sampler="dpmsolver++", spacing="linspace"))
+    assert not solver.config["use_karras_sigmas"]  # by which the spacing would not count
+
+
+def test_quadratic_spacing_is_that_of_ddims_code():
+    roots = np.linspace(0, np.sqrt(1000 * 0.8), 20) ** 2  # ermongroup/ddim, skip_type "quad"
+    expected = [int(root) for root in roots][::-1]
+    for name, options in (
+        ("DDPMScheduler", ()),
+        ("DPMSolverMultistepScheduler", ("solver_order=1",)),
+    ):
+        how = {"scheduler": name, "options": options, "num_inference_steps": 20}
+        sampler = SamplerConfig(**how, spacing="quadratic")
+        assert list(checked_timesteps(LINEAR, sampler)) == expected
+        later = SamplerConfig(**how, spacing="quadratic", steps_offset=1)
+        assert list(checked_timesteps(LINEAR, later)) == [step + 1 for step in expected]
+    many = quadratic(100, 50)
+    assert (many[0], many[-1], len(many)) == (80, 0, len(set(many)))
+
+
+@torch.no_grad()
+def test_the_solver_of_first_order_steps_quadratically_as_ddim_does():
+    """DDIM (arXiv:2010.02502, equation 12, sigma 0) from each timestep to the next below."""
+    sampler = SamplerConfig(
+        scheduler="DPMSolverMultistepScheduler", options=("solver_order=1",), spacing="quadratic"
+    )
+    scheduler = make_scheduler(LINEAR, sampler)
+    set_timesteps(scheduler, 10)
+    left, visited = NoiseProcess.of(LINEAR).alphas_cumprod, timesteps_of(scheduler)
+    x = expected = torch.linspace(-2, 2, 7, dtype=torch.float64)
+    for step, below in zip(visited, [*visited[1:], None], strict=True):
+        now, then = left[step], 1.0 if below is None else left[below]
+        x = scheduler.step(torch.sin(x), step, x).prev_sample
+        x_0 = (expected - (1 - now) ** 0.5 * torch.sin(expected)) / now**0.5
+        expected = then**0.5 * x_0 + (1 - then) ** 0.5 * torch.sin(expected)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduler_starts_from_that_of_the_base():
+    theirs = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "thresholding": True}
+    same = scheduler_of("base", of_base=theirs)
+    assert type(same) is DDPMScheduler
+    assert (same.config["variance_type"], same.config["thresholding"]) == ("fixed_large", True)
+    other = scheduler_of("DPMSolverMultistepScheduler", of_base=theirs)
+    assert (other.config["variance_type"], other.config["thresholding"]) == (None, True)
+    assert not scheduler_of("DDPMScheduler").config["thresholding"]
+    assert not scheduler_of(of_base=theirs).config["thresholding"]  # a short name says all
+    learned = make_scheduler(
+        DiffusionConfig(learned_sigma=True), SamplerConfig(scheduler="DDPMScheduler")
+    )
+    assert learned.config["variance_type"] == "learned_range"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"scheduler": "DDIM"},
+            "must be a scheduler of diffusers, got DDIM: did you mean DDIMSch",
+        ),
+        ({"scheduler": "UNet2DModel"}, "must be a scheduler of diffusers, got UNet2DModel"),
+        ({"scheduler": "base"}, "base needs a base that comes with a scheduler"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "those of flow matching"),
+        (
+            {"karras_sigmas": True},
+            "karras_sigmas does not go with DDIMScheduler, which has no use",
+        ),
+        ({"spacing": "quadratic"}, "DDIMScheduler, which takes no timesteps.*solver_order=1"),
+        (
+            {"scheduler": "DPMSolverSinglestepScheduler", "spacing": "trailing"},
+            "spacing trailing does not go with DPMSolverSinglestepScheduler",
+        ),
+        ({"options": ("order=3",)}, "options order=3 does not go with DDIMScheduler"),
+        ({"options": ("thresholding=yes",)}, "thresholding=yes must be like .* False of DDIMSch"),
+        ({"options": ("beta_start=1",)}, "cannot set beta_start: --diffusion.beta-start does"),
+        ({"options": ("variance_type=learned",), "sampler": "ddpm"}, "needs diffusion.learned_si"),
+        (
+            {"options": ("rescale_betas_zero_snr=true",)},
+            "another noise process .*by rescale_betas",
+        ),
+        (
+            {"scheduler": "UniPCMultistepScheduler", "options": ("solver_type=none",)},
+            "UniPCMultistepScheduler cannot have these settings: none is not implemented",
+        ),
+        ({"scheduler": "EulerDiscreteScheduler", "eta": 0.5}, "eta does not go with EulerDiscre"),
+        (
+            {"scheduler": "DDPMScheduler", "use_clipped_model_output": True},
+            "use_clipped_model_output does not go with DDPMScheduler",
+        ),
+        ({"scheduler": "LCMScheduler"}, "LCMScheduler cannot take 100 steps"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_had_is_one_clear_error(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        checked_timesteps(LINEAR, SamplerConfig(**settings))

@@ -42,6 +42,7 @@ def draw(
     spec = spec_of(
         sampler.num_inference_steps,
         eta=sampler.eta,
+        use_clipped_model_output=sampler.clips_epsilon,
         dtype=dtype,
         timestep_scale=diffusion.timestep_scale,
     )

@@ -62,6 +62,7 @@ def ours(original: OpenAIUNet, **diffusion: object) -> Tensor:
         shape=SHAPE,
         num_inference_steps=CONFIG.sampler.num_inference_steps,
         eta=CONFIG.sampler.eta,
+        use_clipped_model_output=CONFIG.sampler.clips_epsilon,
         timestep_scale=changed.timestep_scale,
     )
     generators = image_generators(0, 0, NUM_IMAGES)

@@ -5,6 +5,7 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 
 from tdc_ray.config.diffusion import DiffusionConfig
@@ -53,6 +54,30 @@ def test_schedulers_of_peoples_own_say_betas_by_name_or_one_by_one():
     np.testing.assert_allclose(process_of(sigmoid).betas, sigmoid.betas)
 
 
+def set_to(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_steps_between_timesteps_count_for_the_group_of_the_nearer():
+    scheduler = set_to(HeunDiscreteScheduler(use_karras_sigmas=True), 6)
+    found = plan_groups(scheduler, num_groups=3)
+    steps = found.sampling_timesteps
+    assert len(steps) == 11  # every step but the last evaluates the network twice
+    assert any(step != int(step) for step in steps)
+    for group in found.groups:
+        ours = [step for step in steps if group.first - 0.5 <= step < group.last + 0.5]
+        assert (len(ours), [found.group_of(step) for step in ours]) == (
+            group.num_sampling_steps,
+            [group] * len(ours),
+        )
+    boundary = found.groups[1].first - 0.5
+    assert found.group_of(boundary) is found.groups[1]
+    assert found.group_of(boundary - 1e-3) is found.groups[0]
+    total = sum(group.num_sampling_steps * group.limit_share for group in found.groups)
+    assert found.mean_limit_share == pytest.approx(total / 11)
+
+
 def test_a_scheduler_that_was_not_set_visits_all_timesteps():
     found = plan_groups(DDPMScheduler(100), num_groups=2)
     assert found.sampling_timesteps == tuple(range(99, -1, -1))
@@ -61,20 +86,15 @@ def test_a_scheduler_that_was_not_set_visits_all_timesteps():
     ]
 
 
-def set_to(scheduler, steps):
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
 @pytest.mark.parametrize(
     ("scheduler", "settings", "error", "words"),
     [
         (FlowMatchEulerDiscreteScheduler(), {}, ConfigError, "must have betas, got a FlowMatch"),
         (
-            set_to(EulerDiscreteScheduler(timestep_spacing="linspace"), 7),
+            set_to(EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1), 1000),
             {},
             ConfigError,
-            "whole numbers from 0 to 999, got those of a EulerDiscreteScheduler",
+            "within 0 and 999, got those of a EulerDiscreteScheduler from 1000",
         ),
         (set_to(DDIMScheduler(), 600), {}, ConfigError, "be 500 or 1000, got 600"),
         (DDIMScheduler(rescale_betas_zero_snr=True), {}, ScheduleError, "alphas_cumprod"),

@@ -13,8 +13,7 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
-from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler
-from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler, set_timesteps
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import load_network
 from tdc_ray.models.network_config import NetworkConfig
@@ -58,7 +57,7 @@ class Base:
         """The scheduler that its experts are sampled with, set to the planned steps."""
         sampler = self.config.sampler
         scheduler = make_scheduler(self.config.diffusion, sampler)
-        scheduler.set_timesteps(sampler.num_inference_steps)
+        set_timesteps(scheduler, sampler.num_inference_steps)
         return scheduler
 
     @property
@@ -168,7 +167,7 @@ def base_of(
     check_compatible(found, config)
     check_weights(found)
     try:
-        checked_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
+        checked_timesteps(config.diffusion, config.sampler)
     except ConfigError as error:
         raise ConfigError(
             f"{error} The settings of tdc_ray.load_base have the sampler."

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.paths import check_input, check_output_folder
+from tdc_ray.config.sampler import Spacing
 from tdc_ray.config.train import Precision
 from tdc_ray.config.validation import require
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -24,6 +26,15 @@ class SampleCommand:
     """Image i of a seed is always the same."""
     num_inference_steps: int | None = None
     """Denoising steps; default: as the run was planned."""
+    scheduler: str | None = None
+    """A scheduler of diffusers, by its class's name, or base: that of the base's own pipeline;
+    default: as the run was planned."""
+    spacing: Spacing | None = None
+    """How it spaces the timesteps; default: as it does."""
+    karras_sigmas: bool = False
+    """Space by EDM's sigmas, where the scheduler can."""
+    options: tuple[str, ...] = ()
+    """Other settings of the scheduler, NAME=VALUE under diffusers' names."""
     labels: tuple[int, ...] | None = None
     """Classes, which take turns over the images; default: all that a conditioned model knows."""
     guidance_scale: float | None = None
@@ -65,8 +76,19 @@ class SampleCommand:
         from tdc_ray.runs.stages.precision import ProbeJob, benchmark_precision
         from tdc_ray.storage.files import atomic_path
 
+        asked: dict[str, Any] = {
+            "scheduler": self.scheduler,
+            "spacing": self.spacing,
+            "karras_sigmas": self.karras_sigmas,
+            "options": self.options,
+        }
+        changes = {name: value for name, value in asked.items() if value}
+        if self.scheduler is not None:  # the settings of the run's are another's
+            changes = {**asked, "eta": 0.0, "use_clipped_model_output": None}
+        if changes and self.num_inference_steps is not None:
+            changes["num_inference_steps"] = self.num_inference_steps
         pipeline = ProgressivePipeline.from_pretrained(
-            self.run, offload=self.offload, winograd=self.winograd
+            self.run, offload=self.offload, winograd=self.winograd, sampler=changes
         )
         precision = self.precision
         if precision == "auto":

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig, Metric
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import diffusion_key, images_key
 from tdc_ray.data.latents import training_data
@@ -351,7 +352,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
         "shape": input_shape(config.data),
         "diffusion": diffusion_key(config.diffusion),
         "conditioning": asdict(config.conditioning),
-        "sampler": asdict(config.sampler),
+        "sampler": sampler_key(config.sampler),
         "seed": config.evaluate.seed,
         "batch_size": config.evaluate.batch_size,
         "images": [job.first, job.count],

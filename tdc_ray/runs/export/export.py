@@ -125,4 +125,5 @@ def _model_index(pipeline: ProgressivePipeline) -> Mapping[str, Any]:
         "num_classes": pipeline.num_classes,
         "null_class": pipeline.null_class,
         "guidance_scale": pipeline.guidance_scale,
+        "use_clipped_model_output": pipeline.use_clipped_model_output,
     }

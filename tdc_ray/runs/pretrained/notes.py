@@ -79,8 +79,8 @@ def _other_sampling(
         here["clip_sample"] = True
     return (
         f"the pipeline of {base.source} samples by {name}{_listed(other)}, a run by "
-        f"{sampler.sampler}{_listed(here)}: its scores are not the released pipeline's "
-        "(--sampler.* sets how a run samples)"
+        f"{sampler.name}{_listed(here)}: its scores are not the released pipeline's "
+        "(--sampler.scheduler base samples as it does)"
     )
 
 

@@ -38,6 +38,7 @@ class _Sampler(_Some):
     steps_offset: int | None = None
     clip_sample: bool | None = None
     set_alpha_to_one: bool | None = None
+    of_base: dict[str, Any] | None = None
 
 
 class _Conditioning(_Some):
@@ -50,8 +51,8 @@ class _Data(_Some):
     first_stage: str | None = None
 
 
-SAMPLER = tuple(_Sampler.model_fields)
-"""Fields of ``SamplerConfig`` that belong to a network."""
+SAMPLER = ("steps_offset", "clip_sample", "set_alpha_to_one")
+"""Fields of ``SamplerConfig`` that belong to a network, whatever its pipeline's scheduler."""
 
 
 class PretrainedSettings(_Some):

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
 from tdc_ray.config.model import HUB_NAME, ModelConfig
 from tdc_ray.config.run import from_json
+from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
@@ -35,15 +36,6 @@ BASE_FILE = "base.json"
 """File that makes a folder an imported base."""
 
 FORMAT = 1
-
-_NEEDED = {
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
-    "timestep_type": "discrete",
-}
-"""Settings of a diffusers scheduler that decide the noise process, or what the network takes, and
-have one supported value. For those that only decide how images are drawn see
-``notes``."""
 
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
@@ -214,7 +206,8 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
                 # which 0.1.0 did not write
                 PREDICTION: document["diffusion"].get(PREDICTION, "epsilon"),
             },
-            "sampler": {name: document["sampler"][name] for name in SAMPLER},
+            "sampler": {name: document["sampler"][name] for name in SAMPLER}
+            | _own_scheduler(document.get("scheduler")),
         }
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
@@ -402,7 +395,7 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
         ConfigError: It has another noise process, or predicts something else, than is known here.
     """
     name = config["_class_name"]
-    for setting, needed in _NEEDED.items():
+    for setting, needed in NEEDED.items():
         if config.get(setting, needed) != needed:
             raise ConfigError(
                 f"{source} has {setting} {config[setting]} in its {name}: only {needed} is "
@@ -433,8 +426,18 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
     return {
         # no pipeline of diffusers rescales
         "diffusion": noise | {PREDICTION: predicts, "rescale_timesteps": False},
-        "sampler": {setting: config[setting] for setting in SAMPLER if setting in config},
+        "sampler": {setting: config[setting] for setting in SAMPLER if setting in config}
+        | _own_scheduler(config),
     }
+
+
+def _own_scheduler(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a scheduler's settings say beyond its noise process and its class's defaults."""
+    if config is None:
+        return {}
+    known = {*SETTING_OF, *config.get("_use_default_values", ())} - {"timestep_spacing"}
+    kept = {name: value for name, value in config.items() if name not in known and name[0] != "_"}
+    return {"of_base": {"_class_name": config["_class_name"], **kept}}
 
 
 def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import one_group
 from tdc_ray.diffusion.samplers import checked_timesteps
-from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.diffusion.schedule import FloatArray, nearest_timesteps
 from tdc_ray.diffusion.step_schedule import BoolArray
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import worker_device
@@ -91,7 +91,8 @@ class Problem:
     """K of them, the base first."""
 
     timesteps: Sequence[int]
-    """S sampled timesteps; one that a sampler visits twice is there once."""
+    """S sampled timesteps, those of training that are nearest; one that a sampler visits twice is
+    there once."""
 
     macs: FloatArray
     """What a network takes at a step, for all visits to it."""
@@ -257,8 +258,8 @@ def _macs_of(folder: Path) -> int:
 
 def problem_of(config: RunConfig, networks: Sequence[Network]) -> Problem:
     """Lay out the networks over the steps of the settings' sampler."""
-    visited = checked_timesteps(NoiseProcess.of(config.diffusion), config.sampler)
-    timesteps = list(dict.fromkeys(visited))
+    visited = nearest_timesteps(checked_timesteps(config.diffusion, config.sampler))
+    timesteps = sorted(set(visited), reverse=True)
     visits = np.array([visited.count(timestep) for timestep in timesteps])
     spans = np.array([network.span for network in networks])  # (K, 2)
     at = np.array(timesteps)[:, None]  # (S, 1)

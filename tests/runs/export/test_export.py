@@ -108,6 +108,17 @@ def latent(tmp_path: Path) -> tuple[RunConfig, None]:
     return latent_config(make_first_stage(tmp_path / "stage"), tmp_path / "cache"), None
 
 
+def heun(tmp_path: Path) -> tuple[RunConfig, None]:
+    """Steps between timesteps, and two evaluations for a step."""
+    return small_config(sampler={**FEW, "scheduler": "HeunDiscreteScheduler"}), None
+
+
+def quadratic(tmp_path: Path) -> tuple[RunConfig, None]:
+    return small_config(
+        sampler={**FEW, "scheduler": "DDPMScheduler", "spacing": "quadratic", "steps_offset": 1}
+    ), None
+
+
 def plain(tmp_path: Path) -> tuple[RunConfig, None]:
     return small_config(sampler=FEW), None
 
@@ -118,6 +129,8 @@ def plain(tmp_path: Path) -> tuple[RunConfig, None]:
         (plain, "full"),
         pytest.param(plain, "inner", marks=pytest.mark.slow),
         pytest.param(conditional, "inner", marks=pytest.mark.slow),
+        pytest.param(heun, "inner", marks=pytest.mark.slow),
+        pytest.param(quadratic, "inner", marks=pytest.mark.slow),
         pytest.param(latent, "full", marks=pytest.mark.slow),
     ],
 )

@@ -27,7 +27,8 @@ from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
-from tdc_ray.config.run import to_json
+from tdc_ray.config.run import from_json, to_json
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.schedule import betas
 from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
@@ -335,6 +336,32 @@ def test_what_a_run_samples_otherwise_than_the_pipeline_is_said(tmp_path, schedu
     imported = resolve_base(str(tmp_path / "base"))
     (again,) = base_notes(imported, config.diffusion, config.sampler)
     assert again == note.replace(str(tmp_path / "p"), str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(timestep_spacing="trailing", clip_sample=False),
+        DDPMScheduler(variance_type="fixed_large"),
+        DPMSolverMultistepScheduler(use_karras_sigmas=True, solver_order=3),
+        EulerDiscreteScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_run_samples_by_the_scheduler_of_the_base_where_that_is_asked_for(tmp_path, scheduler):
+    base = resolve_base(save_pipeline(tmp_path / "p", scheduler))
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    for found in (base, resolve_base(str(tmp_path / "base"))):
+        config = apply_settings(found.settings, CONFIG, with_data=True)
+        how = replace(config.sampler, scheduler="base")
+        ours = make_scheduler(config.diffusion, how)
+        assert type(ours) is type(scheduler)
+        noise = {"trained_betas", "beta_schedule", "beta_start", "beta_end"}
+        for name in scheduler.config.keys() - noise:
+            if name[0] != "_":
+                assert ours.config[name] == scheduler.config[name], name
+        assert base_notes(found, config.diffusion, how) == []
+    assert from_json(to_json(config)) == config
 
 
 def test_nothing_is_said_where_a_run_samples_as_the_pipeline(tmp_path):

@@ -41,7 +41,7 @@ def main() -> None:
     betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     num_timesteps, steps = len(betas), flags.steps or index["num_inference_steps"]
-    stride, offset = num_timesteps // steps, scheduler["steps_offset"]
+    stride, offset = num_timesteps // steps, scheduler.get("steps_offset", 0)
     last = 1.0 if scheduler.get("set_alpha_to_one", True) else float(alpha_bar[0])
 
     shape = (flags.num_images, index["channels"], index["height"], index["width"])

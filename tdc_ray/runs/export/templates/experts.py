@@ -4,6 +4,7 @@ From tdc_ray (Apache-2.0), which is not needed to run this.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,11 @@ class Experts(nn.ModuleList):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def for_timestep(self, timestep: int) -> nn.Module:
-        """Return the expert that serves a timestep."""
+    def for_timestep(self, timestep: float) -> nn.Module:
+        """Return the expert that serves the timestep of training nearest to one."""
+        nearest = math.floor(timestep + 0.5)
         for unet, (first, last) in zip(self, self.spans, strict=True):
-            if first <= timestep <= last:
+            if first <= nearest <= last:
                 return unet
         raise ValueError(f"no expert serves timestep {timestep}, but {self.spans} are served.")
 

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -33,6 +34,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         num_classes: int | None = None,
         null_class: int | None = None,
         guidance_scale: float = 1.0,
+        use_clipped_model_output: bool = False,
     ) -> None:
         """Create a pipeline; channels, height and width are those of the experts."""
         super().__init__()
@@ -47,6 +49,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             "num_classes": num_classes,
             "null_class": null_class,
             "guidance_scale": guidance_scale,
+            "use_clipped_model_output": use_clipped_model_output,
         }
         self.register_to_config(**settings)
         self.settings = settings
@@ -93,16 +96,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         channels = config["channels"]
         shape = (batch_size, channels, config["height"], config["width"])
         x = randn_tensor(shape, generator=generators, device=device)
-        self.scheduler.set_timesteps(steps)
+        self._set_timesteps(steps)
         self._check_start(num_inference_steps)
         x = x * self.scheduler.init_noise_sigma
         extra = self._step_arguments(config["eta"] if eta is None else eta, generators)
-        for timestep in self.progress_bar(self.scheduler.timesteps.tolist()):
+        for step in self.progress_bar(list(self.scheduler.timesteps)):
+            timestep = step.item()
             unet = self.experts.for_timestep(timestep)
-            inputs = self.scheduler.scale_model_input(x, timestep).to(self.experts.dtype)
-            seen = torch.full((copies * len(x),), timestep * config["timestep_scale"])
-            if config["timestep_scale"] == 1.0:
-                seen = seen.long()
+            inputs = self.scheduler.scale_model_input(x, step).to(self.experts.dtype)
+            if config["timestep_scale"] != 1.0:
+                timestep *= config["timestep_scale"]
+            seen = torch.full((copies * len(x),), timestep)
             inputs = torch.cat([inputs] * copies)
             output = unet(inputs, seen.to(device), **told).sample.float()
             if copies == 2:
@@ -111,7 +115,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 output = torch.cat([guided[:, :channels], given[:, channels:]], dim=1)
             if not self._learns_variance():
                 output = output[:, :channels]
-            x = self.scheduler.step(output, timestep, x, **extra).prev_sample
+            x = self.scheduler.step(output, step, x, **extra).prev_sample
         if self.first_stage is not None:
             stage = self.first_stage.config
             x = x / stage["scaling_factor"] + (stage.get("shift_factor") or 0.0)
@@ -135,13 +139,25 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             raise ValueError(f"class_labels must be {batch_size} of [0, {classes}), got {labels}.")
         return found.to(self.experts.device)
 
+    def _set_timesteps(self, steps: int) -> None:
+        """Set the scheduler, which by itself cannot space quadratically (as DDIM's code does)."""
+        config = self.scheduler.config
+        if config.get("timestep_spacing") != "quadratic":
+            self.scheduler.set_timesteps(steps)
+            return
+        roots = np.linspace(0, np.sqrt(config["num_train_timesteps"] * 0.8), steps)
+        squares = np.unique((roots**2).astype(int)) + config.get("steps_offset", 0)
+        self.scheduler.set_timesteps(timesteps=squares[::-1].tolist())
+
     def _check_start(self, steps: int | None) -> None:
         """Refuse a call's steps that begin with noise where the scheduler expects an image."""
+        if self.scheduler.config.get("timestep_spacing") == "quadratic":
+            return
         total, first = self.scheduler.config["num_train_timesteps"], self.scheduler.timesteps[0]
-        if steps is not None and total - 1 - int(first) > total / steps:
+        if steps is not None and total - 1 - float(first) > total / steps:
             raise ValueError(
                 f"num_inference_steps must divide {total}, got {steps}: it would begin at "
-                f"{int(first)}, with pure noise."
+                f"{float(first):g}, with pure noise."
             )
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
@@ -149,10 +165,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         raise ValueError("diffusers cannot save these experts: copy the folder that has them.")
 
     def _learns_variance(self) -> bool:
-        heeded = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        return heeded and str(self.scheduler.config["variance_type"]).startswith("learned")
+        setting = inspect.signature(type(self.scheduler)).parameters.get("variance_type")
+        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        return learned and setting is not None and isinstance(setting.default, str)
 
     def _step_arguments(self, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
-        wanted = {"eta": eta, "use_clipped_model_output": True, "generator": generators}
+        clips = self.settings["use_clipped_model_output"]
+        wanted = {"eta": eta, "use_clipped_model_output": clips, "generator": generators}
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in wanted.items() if name in accepted}
