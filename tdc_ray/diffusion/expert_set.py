@@ -11,7 +11,7 @@ from torch import nn
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert
 
-Span = tuple[int, int]
+Span = tuple[float, float]
 """First and last timestep, both included."""
 
 
@@ -33,8 +33,8 @@ class ExpertSet(nn.ModuleList):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def for_timestep(self, timestep: int) -> UNet2DModel:
-        """Return the expert that serves a timestep.
+    def for_timestep(self, timestep: float) -> UNet2DModel:
+        """Return the expert that serves a timestep: that of the nearest one, if it is no whole number.
 
         Raises:
             ConfigError: None does.
@@ -68,7 +68,7 @@ class OffloadedExperts(nn.Module):
         """Where the weights are."""
         return self.get_buffer("_anchor").device
 
-    def for_timestep(self, timestep: int) -> UNet2DModel:
+    def for_timestep(self, timestep: float) -> UNet2DModel:
         """Return the expert that serves a timestep, and start to read the one below it.
 
         Raises:
@@ -103,11 +103,18 @@ class OffloadedExperts(nn.Module):
         return unet
 
 
-def _index_of(spans: Sequence[Span], timestep: int) -> int:
-    for index, (first, last) in enumerate(spans):
-        if first <= timestep <= last:
-            return index
-    raise ConfigError(
-        f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
-        "Use a scheduler with the number of timesteps that the experts were trained for."
+def _index_of(spans: Sequence[Span], timestep: float) -> int:
+    """Return the place of the span nearest to a timestep.
+
+    Between spans, and up to 1 outside of all, fall timesteps that are no whole numbers: of a
+    scheduler that interpolates them, of one that counts to T, or rounded in half precision.
+    """
+    distance, index = min(
+        (max(first - timestep, timestep - last, 0), i) for i, (first, last) in enumerate(spans)
     )
+    if not distance <= (1 if isinstance(timestep, float) else 0):  # NaN, too
+        raise ConfigError(
+            f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
+            "Use a scheduler with the number of timesteps that the experts were trained for."
+        )
+    return index
