@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_ray.diffusion.expert_set import ExpertSet, Span
 from tdc_ray.diffusion.pipeline import load_each_once
@@ -42,7 +42,7 @@ _OF_CLASS = (
 """What diffusers notes at the classes of its models and reads there."""
 
 _LOADING = ("low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "disable_mmap")
-"""Options of diffusers' ``from_pretrained`` about how files are read, which change nothing here."""
+"""Options of diffusers' ``from_pretrained`` about how files are read: nothing changes by them."""
 
 
 class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
@@ -167,7 +167,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         return torch.func.functional_call(expert, moved, args, kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        """Convert all tensors, as ``to`` and ``half`` do; offloaded experts stay where they are."""
+        """Convert all tensors, as ``to`` does; offloaded experts stay where they are."""
         if not self.offload:
             return cast("Self", super()._apply(fn, recurse))
         self._moved = {}
@@ -289,6 +289,11 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         denoiser = cls(
             experts, spans, kept=kept, base=base, timestep_scale=scale, offload=offload
         ).eval()
+        if (
+            not offload
+        ):  # mapped files are not aligned: sums of their numbers may differ by rounding
+            for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+                tensor.data = tensor.data.clone()
         if torch_dtype is not None:
             cast_weights(denoiser, torch_dtype, denoiser._keep_in_fp32_modules or ())
         denoiser.register_to_config(_name_or_path=display_path(folder))
@@ -308,7 +313,7 @@ def _rows_of(value: Any, *, rows: list[int], batch_size: int) -> Any:
 
 
 def _joined(parts: Sequence[Any], order: Tensor) -> Any:
-    """Join outputs of diffusers' networks, and bring their rows, in the parts' order, to another."""
+    """Join outputs of diffusers' networks; ``order`` has the place of each row in them."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))[order.to(parts[0].device)]
     if isinstance(parts[0], dict):  # diffusers' outputs are dicts, too

@@ -34,7 +34,7 @@ class ExpertSet(nn.ModuleList):
         return next(self.parameters()).device
 
     def for_timestep(self, timestep: float) -> UNet2DModel:
-        """Return the expert that serves a timestep: that of the nearest one, if it is no whole number.
+        """Return the expert that serves a timestep, or the nearest one to a fraction.
 
         Raises:
             ConfigError: None does.
@@ -104,17 +104,17 @@ class OffloadedExperts(nn.Module):
 
 
 def _index_of(spans: Sequence[Span], timestep: float) -> int:
-    """Return the place of the span nearest to a timestep.
+    """Return the place of the span that is nearest to a timestep; of two, the later one.
 
-    Between spans, and up to 1 outside of all, fall timesteps that are no whole numbers: of a
-    scheduler that interpolates them, of one that counts to T, or rounded in half precision.
+    Fractions fall between spans, or up to 1 outside of all: flow matching counts to T, and half
+    precision rounds to it.
     """
-    distance, index = min(
-        (max(first - timestep, timestep - last, 0), i) for i, (first, last) in enumerate(spans)
+    distance, place = min(
+        (max(first - timestep, timestep - last, 0), -i) for i, (first, last) in enumerate(spans)
     )
     if not distance <= (1 if isinstance(timestep, float) else 0):  # NaN, too
         raise ConfigError(
             f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
             "Use a scheduler with the number of timesteps that the experts were trained for."
         )
-    return index
+    return -place

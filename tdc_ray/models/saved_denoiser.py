@@ -131,7 +131,9 @@ def save_denoiser(
         ConfigError: The folder holds something else, or the description builds other networks.
     """
     ours = {CONFIG_FILE, *(path.name for path in listing(folder, "experts*.safetensors*"))}
-    others = {path.name for path in listing(folder, "*")} - (ours if is_denoiser(folder) else set())
+    others = {path.name for path in listing(folder, "*")} - (
+        ours if is_denoiser(folder) else set()
+    )
     if others:
         raise ConfigError(
             f"save_pretrained needs a new folder, or one of a denoiser alone, got "
