@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tdc_ray.diffusion.expert_set import ExpertSet, Span
 from tdc_ray.diffusion.pipeline import load_each_once
 from tdc_ray.diffusion.pipeline_index import PipelineIndex, experts_folder
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.saved_denoiser import (
     SavedDenoiser,
@@ -28,7 +28,7 @@ from tdc_ray.models.saved_denoiser import (
 from tdc_ray.models.saved_expert import SavedExpert
 from tdc_ray.models.shared_weights import share_equal_weights
 from tdc_ray.models.units import KeptIndices
-from tdc_ray.storage.files import fetch
+from tdc_ray.storage.files import exists, fetch
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 _OF_CLASS = (
@@ -44,6 +44,9 @@ _OF_CLASS = (
 _LOADING = ("low_cpu_mem_usage", "offload_state_dict", "use_safetensors", "disable_mmap")
 """Options of diffusers' ``from_pretrained`` about how files are read: nothing changes by them."""
 
+_SAVING = ("is_main_process", "safe_serialization")
+"""Options of diffusers' ``save_pretrained`` that are on by default."""
+
 
 class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
     """Experts behind the interface of the network that they were made of.
@@ -57,6 +60,8 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     Experts may share parameters (``from_pretrained`` makes them); one that is shared is trained
     for all of them.
     """
+
+    _anchor: Tensor
 
     def __init__(
         self,
@@ -147,7 +152,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         for row, value in enumerate(timestep.tolist()):
             rows.setdefault(self.experts.for_timestep(value), []).append(row)
         if len(rows) == 1:
-            return self._run(*rows, args, kwargs)
+            return self._run(next(iter(rows)), args, kwargs)
         parts = []
         for expert, places in rows.items():
             of_expert = functools.partial(_rows_of, rows=places, batch_size=batch_size)
@@ -172,7 +177,9 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             return cast("Self", super()._apply(fn, recurse))
         self._moved = {}
         self._anchor = fn(self._anchor)
-        self.experts._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
+        self.experts._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype)
+        )
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -209,8 +216,9 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Enter the context of this name of every expert, which pipelines of transformers name."""
+        experts: Iterable[Any] = dict.fromkeys(self.experts)
         with contextlib.ExitStack() as stack:
-            for expert in dict.fromkeys(self.experts):
+            for expert in experts:
                 stack.enter_context(expert.cache_context(name))
             yield
 
@@ -224,14 +232,15 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         Args:
             save_directory: A new or empty folder, or one that this wrote; or its URI.
             max_shard_size: Weights are split into files of at most this size, such as ``"5GB"``.
-            options: None: diffusers' others are refused.
+            options: diffusers' others, which must be at their defaults.
 
         Raises:
-            ConfigError: The folder holds something else, or an expert is another network than its
-                config and what is kept describe.
+            ConfigError: An option is not, the folder holds something else, or an expert is
+                another network than its config and what is kept describe.
         """
-        if options:
-            raise ConfigError(f"save_pretrained of experts has no option {min(options)}.")
+        for name, value in options.items():
+            if bool(value) != (name in _SAVING):
+                raise ConfigError(f"save_pretrained of experts has no option {name}={value}.")
         groups = [
             SavedGroup(first=first, last=last, kept=dict(kept))
             for (first, last), kept in zip(self.experts.spans, self.kept, strict=True)
@@ -265,18 +274,23 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             options: Those that diffusers' pipelines hand on, which must be at their defaults.
 
         Raises:
-            CheckpointError: The folder holds no experts, or they are malformed.
+            CheckpointError: There is no such folder, or no experts in it, or they are malformed.
             ConfigError: An option is not supported.
         """
         for name, value in options.items():
             if value and name not in _LOADING:
                 raise ConfigError(f"from_pretrained of experts has no option {name}.")
         folder = resolve_path(path) / (subfolder or "")
+        if not exists(folder):
+            raise CheckpointError(
+                f"{display_path(folder)} does not exist. What is on the Hugging Face hub is "
+                "downloaded by huggingface_hub.snapshot_download(NAME), which returns its folder."
+            )
         if is_denoiser(folder):
             saved, experts = load_denoiser(folder)
-            spans = [(group.first, group.last) for group in saved.experts]
+            spans: Sequence[Span] = [(group.first, group.last) for group in saved.experts]
             kept: list[KeptIndices] = [group.kept for group in saved.experts]
-            base, scale = cast("NetworkConfig", saved.base), saved.timestep_scale
+            base, scale = saved.network, saved.timestep_scale
         else:
             folder = experts_folder(folder)
             index = PipelineIndex.load(folder)
@@ -286,9 +300,8 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             described = [SavedExpert.load(fetch(place)) for place in folders]
             kept, base = [one.kept for one in described], described[0].unet
             scale = index.diffusion.timestep_scale
-        denoiser = cls(
-            experts, spans, kept=kept, base=base, timestep_scale=scale, offload=offload
-        ).eval()
+        denoiser = cls(experts, spans, kept=kept, base=base, timestep_scale=scale, offload=offload)
+        denoiser.eval()
         if (
             not offload
         ):  # mapped files are not aligned: sums of their numbers may differ by rounding

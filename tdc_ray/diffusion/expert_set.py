@@ -112,7 +112,7 @@ def _index_of(spans: Sequence[Span], timestep: float) -> int:
     distance, place = min(
         (max(first - timestep, timestep - last, 0), -i) for i, (first, last) in enumerate(spans)
     )
-    if not distance <= (1 if isinstance(timestep, float) else 0):  # NaN, too
+    if not distance <= (0 if isinstance(timestep, int) else 1):  # NaN, too
         raise ConfigError(
             f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
             "Use a scheduler with the number of timesteps that the experts were trained for."

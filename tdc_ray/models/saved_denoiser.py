@@ -39,6 +39,19 @@ CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "experts{suffix}.safetensors"
 """Names of the files of weights, by huggingface_hub's pattern: the suffix is a shard's number."""
 
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""Errors of diffusers for configs that contradict themselves, and of files that are damaged."""
+
 
 class SavedGroup(BaseModel, frozen=True, extra="forbid"):
     """One expert: the timesteps that it serves, and what is kept of the base."""
@@ -56,14 +69,19 @@ class SavedDenoiser(BaseModel, frozen=True, extra="forbid"):
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
-    class_name: Literal["ExpertDenoiser"] = Field("ExpertDenoiser", alias="_class_name")
-    diffusers_version: str = Field(diffusers.__version__, alias="_diffusers_version")
+    class_name: Literal["ExpertDenoiser"] = Field(default="ExpertDenoiser", alias="_class_name")
+    diffusers_version: str = Field(default=diffusers.__version__, alias="_diffusers_version")
     format: Literal[1] = 1
     base: dict[str, Any]
     """Config of the network that the experts are made of, with its ``_class_name``."""
 
     timestep_scale: float = 1.0
     experts: tuple[SavedGroup, ...] = Field(min_length=1)
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The base's config, as the functions of ``models`` take it."""
+        return cast("NetworkConfig", self.base)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -100,16 +118,15 @@ def build_expert(base: NetworkConfig, kept: KeptIndices) -> nn.Module:
         UnsupportedModelError: The class is unknown, or one that cannot be pruned is.
     """
     if kept:
-        return SavedExpert(base, kept).build()
+        return cast("nn.Module", SavedExpert(base, kept).build())
     name = class_name(base)
     with no_init_weights():
         if name in FAMILIES:
-            return build_network(base)
+            return cast("nn.Module", build_network(base))
         kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
             raise UnsupportedModelError(f"diffusers {diffusers.__version__} has no model {name}.")
-        network: nn.Module = kind.from_config(base)
-        return network
+        return cast("nn.Module", cast("Any", kind).from_config(base))
 
 
 def save_denoiser(
@@ -140,7 +157,7 @@ def save_denoiser(
             f"{display_path(folder)}, which has {min(others)} in it. Name another."
         )
     for expert, group in zip(experts, saved.experts, strict=True):
-        _check_described(expert, saved.base, group)
+        _check_described(expert, saved.network, group)
     tensors = packed_weights(experts)
     shards = split_torch_state_dict_into_shards(
         tensors, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size
@@ -167,11 +184,11 @@ def load_denoiser(folder: Path) -> tuple[SavedDenoiser, list[nn.Module]]:
         for file in files:
             tensors |= load_file(file)  # mapped, not copied
         states = unpacked_weights(tensors, len(saved.experts))
-        experts = [build_expert(saved.base, group.kept) for group in saved.experts]
+        experts = [build_expert(saved.network, group.kept) for group in saved.experts]
         for expert, state in zip(experts, states, strict=True):
             expert.load_state_dict(state, assign=True)
             expert.eval()
-    except (LookupError, ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except _MALFORMED as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(

@@ -15,8 +15,10 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     ModelMixin,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -79,6 +81,7 @@ def autoencoder() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
+        shift_factor=0.0,
     ).eval()
 
 
@@ -154,6 +157,21 @@ def large() -> tuple[ModelMixin, dict[str, Any], dict[str, Any]]:
     return unet, parts, {**GUIDED, **pooled}
 
 
+def flow() -> tuple[ModelMixin, dict[str, Any], dict[str, Any]]:
+    """Stable Diffusion 3, whose network takes the timestep as its fourth, beginning with T."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "sample_size": 8}
+    widths = ("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim")
+    channels = {"in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
+    network = SD3Transformer2DModel(**sizes, **channels, **dict.fromkeys(widths, 8))
+    names = [
+        f"{name}{place}" for name in ("text_encoder", "tokenizer") for place in ("", "_2", "_3")
+    ]
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": autoencoder()}
+    pooled = {"pooled_prompt_embeds": noise(1, 8), "negative_pooled_prompt_embeds": noise(1, 8)}
+    return randomised(network), {**dict.fromkeys(names), **parts}, {**GUIDED, **pooled}
+
+
 def of_classes() -> tuple[ModelMixin, dict[str, Any], dict[str, Any]]:
     parts = {"vae": autoencoder(), "scheduler": DDIMScheduler()}
     return transformer(), parts, {"class_labels": [1, 2]}
@@ -175,6 +193,7 @@ def unconditional() -> tuple[ModelMixin, dict[str, Any], dict[str, Any]]:
         ("StableDiffusionControlNetPipeline", controlled),
         ("LatentConsistencyModelPipeline", consistency),
         ("StableDiffusionXLPipeline", large),
+        ("StableDiffusion3Pipeline", flow),
     ],
 )
 def test_copies_draw_the_images_of_the_network_in_any_pipeline(
@@ -183,7 +202,7 @@ def test_copies_draw_the_images_of_the_network_in_any_pipeline(
     if make not in (unconditional, of_classes):
         pytest.importorskip("transformers")
     network, parts, arguments = make()
-    place = "transformer" if make is of_classes else "unet"
+    place = "transformer" if make in (of_classes, flow) else "unet"
     pipeline = getattr(diffusers, kind)(**parts, **{place: network})
     expected = images_of(pipeline, **arguments)
     denoiser, used = copies(network), set()
@@ -314,10 +333,17 @@ def test_a_run_s_experts_load_as_a_denoiser(tmp_path):
     loaded = ExpertDenoiser.from_pretrained(tmp_path, subfolder="out", offload=True)
     x = noise(2, 1, 8, 8)
     with torch.no_grad():
-        for timestep in range(0, 1000, 99):
+        for timestep in (0, 450, 999):
             expected = experts.for_timestep(timestep)(x, timestep).sample
             torch.testing.assert_close(denoiser(x, timestep).sample, expected)
             torch.testing.assert_close(loaded(x, timestep).sample, expected)
+
+
+def test_a_denoiser_lies_in_a_store(bucket):
+    denoiser = pruned()
+    denoiser.save_pretrained(f"{bucket}/pipe/unet")
+    loaded = ExpertDenoiser.from_pretrained(f"{bucket}/pipe", subfolder="unet")
+    assert_same(loaded.state_dict(), denoiser.state_dict())
 
 
 def test_offloaded_experts_stay_where_they_are_but_for_the_one_in_use(tmp_path):
@@ -363,8 +389,9 @@ def test_what_could_not_be_loaded_the_same_is_not_saved(tmp_path):
     set_num_heads(denoiser.experts[1], 4)
     with pytest.raises(ConfigError, match=r"timesteps 250 to 599 .*attentions\.0\.scale differs"):
         denoiser.save_pretrained(tmp_path / "out")
-    with pytest.raises(ConfigError, match="no option push_to_hub"):
-        denoiser.save_pretrained(tmp_path / "out", push_to_hub=True)
+    for option in ({"push_to_hub": True}, {"safe_serialization": False}, {"variant": "fp16"}):
+        with pytest.raises(ConfigError, match=f"no option {next(iter(option))}="):
+            denoiser.save_pretrained(tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"which has notes\.txt in it"):
@@ -407,7 +434,14 @@ def test_a_malformed_folder_is_a_checkpoint_error(tmp_path, harm, message):
         ExpertDenoiser.from_pretrained(tmp_path)
 
 
+def test_only_folders_that_exist_are_loaded_and_only_with_options_that_count(tmp_path):
+    with pytest.raises(CheckpointError, match=r"owner/name does not exist\. .*snapshot_download"):
+        ExpertDenoiser.from_pretrained("owner/name")
+    with pytest.raises(ConfigError, match="no option device_map"):
+        ExpertDenoiser.from_pretrained(tmp_path, device_map="auto", low_cpu_mem_usage=True)
+
+
 def test_no_class_of_diffusers_takes_the_folder_for_its_own(tmp_path):
-    copies(random_unet()).save_pretrained(tmp_path)
+    copies(random_unet()).save_pretrained(tmp_path, safe_serialization=True, variant=None)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         UNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
