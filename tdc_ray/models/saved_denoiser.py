@@ -233,12 +233,16 @@ def _description(network: nn.Module) -> dict[str, object]:
 
 
 def _changed_numbers(built: nn.Module, live: nn.Module) -> list[str]:
-    """Return the attributes of modules that are numbers, and others than when they were built."""
+    """Return the attributes of modules that are numbers, and others than when they were built.
+
+    Dropout is left out: it takes no part in inference, and ``models.families`` may set it.
+    """
     return [
         f"{name}.{key}"
         for (name, before), after in zip(built.named_modules(), live.modules(), strict=True)
         for key, value in vars(before).items()
-        if _is_number(value) and _is_number(now := vars(after).get(key)) and now != value
+        if "dropout" not in key and _is_number(value)
+        if _is_number(now := vars(after).get(key)) and now != value
     ]
 
 
