@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tdc_ray.config.presets import preset
     from tdc_ray.config.run import RunConfig
     from tdc_ray.data.images import Images
+    from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
     from tdc_ray.diffusion.pipeline import ProgressivePipeline
     from tdc_ray.diffusion.plan import Plan
     from tdc_ray.diffusion.scheduler_plan import plan_groups
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Base",
+    "ExpertDenoiser",
     "Experts",
     "Images",
     "Plan",
@@ -39,6 +41,7 @@ __all__ = [
 
 _MODULES = {
     "Base": "cli.api.base",
+    "ExpertDenoiser": "diffusion.expert_denoiser",
     "Experts": "cli.api.experts",
     "Images": "data.images",
     "Plan": "diffusion.plan",

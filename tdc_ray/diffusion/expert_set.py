@@ -8,11 +8,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdc_ray.diffusion.schedule import nearest_timestep
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.saved_expert import load_expert
 
-Span = tuple[int, int]
+Span = tuple[float, float]
 """First and last timestep, both included."""
 
 
@@ -35,7 +34,7 @@ class ExpertSet(nn.ModuleList):
         return next(self.parameters()).device
 
     def for_timestep(self, timestep: float) -> UNet2DModel:
-        """Return the expert that serves a timestep.
+        """Return the expert that serves a timestep, or the nearest one to a fraction.
 
         Raises:
             ConfigError: None does.
@@ -105,12 +104,17 @@ class OffloadedExperts(nn.Module):
 
 
 def _index_of(spans: Sequence[Span], timestep: float) -> int:
-    """Return which span serves a timestep: that of the nearest one of training."""
-    nearest = nearest_timestep(timestep)
-    for index, (first, last) in enumerate(spans):
-        if first <= nearest <= last:
-            return index
-    raise ConfigError(
-        f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
-        "Use a scheduler with the number of timesteps that the experts were trained for."
+    """Return the place of the span that is nearest to a timestep; of two, the noisier one.
+
+    Fractions fall between spans, or up to 1 outside of all: flow matching counts to T, and half
+    precision rounds to it.
+    """
+    distance, place = min(
+        (max(first - timestep, timestep - last, 0), -i) for i, (first, last) in enumerate(spans)
     )
+    if not distance <= (0 if isinstance(timestep, int) else 1):  # NaN, too
+        raise ConfigError(
+            f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
+            "Use a scheduler with the number of timesteps that the experts were trained for."
+        )
+    return -place

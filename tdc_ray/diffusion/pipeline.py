@@ -11,7 +11,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
-from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE, INDEX_FILE, PipelineIndex
+from tdc_ray.diffusion.pipeline_index import (
+    EXPERTS_FILE,
+    INDEX_FILE,
+    PipelineIndex,
+    experts_folder,
+)
 from tdc_ray.diffusion.samplers import (
     begins_near_the_end,
     checked_timesteps,
@@ -27,7 +32,7 @@ from tdc_ray.diffusion.sampling import (
     sample,
     to_uint8,
 )
-from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.errors import ConfigError
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
@@ -355,13 +360,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             CheckpointError: The folder holds no experts, or one of another format.
             ConfigError: There is no such sampler.
         """
-        folder = resolve_path(path)
-        folder = folder if exists(folder / INDEX_FILE) else folder / "experts"
-        if not exists(folder / INDEX_FILE):
-            raise CheckpointError(
-                f"{display_path(path)} holds no experts: {INDEX_FILE} is missing. Finish the run "
-                "first."
-            )
+        folder = experts_folder(resolve_path(path))
         index = PipelineIndex.load(folder)
         if sampler:
             own = replace(index.sampler, **sampler)

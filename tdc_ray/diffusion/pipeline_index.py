@@ -14,7 +14,7 @@ from tdc_ray.config.validation import config_error
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError, is_from_outside
 from tdc_ray.models.first_stage import copy_first_stage, input_shape
-from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.storage.files import exists, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
 
@@ -115,3 +115,17 @@ class PipelineIndex(BaseModel, frozen=True):
                 raise
             reason = config_error(error) if isinstance(error, ValidationError) else error
             raise CheckpointError(f"{display_path(path)} is malformed: {reason}") from error
+
+
+def experts_folder(path: Path) -> Path:
+    """Return the folder of a pipeline's experts: that itself, or the one in a run or an export.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    for folder in (path, path / "experts"):
+        if exists(folder / INDEX_FILE):
+            return folder
+    raise CheckpointError(
+        f"{display_path(path)} holds no experts: {INDEX_FILE} is missing. Finish the run first."
+    )

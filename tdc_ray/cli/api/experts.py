@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from tdc_ray.cli.api.base import Base, base_of
 from tdc_ray.cli.api.folder import TemporaryFolder
 from tdc_ray.config.run import RunConfig, from_json, to_json
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import Plan
@@ -92,6 +93,13 @@ class Experts:
         pipeline = ProgressivePipeline.from_pretrained(self.folder, **options)
         pipeline.holds = self.temporary  # reads experts later with offload, and when it is saved
         return pipeline
+
+    def to_denoiser(self, **options: Any) -> ExpertDenoiser:
+        """Load them as one network that takes the base's place in any pipeline of diffusers.
+
+        ``options`` are those of ``ExpertDenoiser.from_pretrained``.
+        """
+        return ExpertDenoiser.from_pretrained(self.folder, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save experts and base, which :func:`load_experts` loads.

@@ -21,6 +21,9 @@ class ExportCommand:
     """The run directory, or its URI."""
     out: Positional[Path]
     """A new folder."""
+    denoiser: bool = False
+    """Export them as one network for any pipeline of diffusers (tdc_ray.ExpertDenoiser), what
+    they have in common once, in place of a pipeline of their own with its code."""
     verbose: bool = False
     """Log more, and show where an error came from."""
 
@@ -30,7 +33,7 @@ class ExportCommand:
         check_output_folder("OUT", self.out)
         from tdc_ray.runs.export.export import export_run
 
-        export_run(self.run, self.out)
+        export_run(self.run, self.out, denoiser=self.denoiser)
         console.print(
             f"written: {display_path(self.out)} (README.md says how to sample)", soft_wrap=True
         )

@@ -12,8 +12,10 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from tdc_ray.config.run import from_json
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.runs.export.model_card import model_card
@@ -33,12 +35,14 @@ EXPERTS_DIR, SCHEDULER_DIR = "experts", "scheduler"
 MODULES_FILE = "modules.json"
 
 
-def export_run(run: Path, folder: Path) -> None:
+def export_run(run: Path, folder: Path, *, denoiser: bool = False) -> None:
     """Export the experts of a finished run into a new folder, atomically.
 
     Args:
         run: The run directory.
         folder: A new folder.
+        denoiser: Export them as one network for any pipeline of diffusers, which
+            ``ExpertDenoiser.from_pretrained`` loads, with what they have in common once.
 
     Raises:
         CheckpointError: The run's experts are missing or malformed.
@@ -52,27 +56,39 @@ def export_run(run: Path, folder: Path) -> None:
         raise StorageError(
             f"{display_path(run)} is not finished: {run_dir.results.name} is missing."
         )
-    pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
+    export = _export_denoiser if denoiser else _export_pipeline
     config, results = from_json(read_json(run_dir.config)), load_results(run_dir.results)
     with atomic_path(folder) as temporary:
-        (temporary / EXPERTS_DIR).mkdir(parents=True)
-        index = PipelineIndex.load(run_dir.experts)
-        for expert in index.experts:
-            _export_expert(
-                run_dir.experts / expert.folder, temporary / EXPERTS_DIR / expert.folder
-            )
-        document = index.to_json()
-        if index.first_stage is not None:
-            stage = fetch(run_dir.experts / index.first_stage)
-            shutil.copytree(stage, temporary / FIRST_STAGE_DIR)
-            document["first_stage"] = f"../{FIRST_STAGE_DIR}"
-        write_json(temporary / EXPERTS_DIR / INDEX_FILE, document)
-        pipeline.scheduler.save_pretrained(temporary / SCHEDULER_DIR)
-        write_json(temporary / "model_index.json", _model_index(pipeline))
-        for name, place in (("pipeline", "."), ("experts", EXPERTS_DIR), ("example", ".")):
-            source = importlib.resources.files("tdc_ray.runs.export.templates") / f"{name}.py"
-            write_text(temporary / place / f"{name}.py", source.read_text())
-        write_text(temporary / "README.md", model_card(results, config))
+        export(run_dir, temporary)
+        write_text(temporary / "README.md", model_card(results, config, denoiser=denoiser))
+
+
+def _export_denoiser(run_dir: RunDir, folder: Path) -> None:
+    ExpertDenoiser.from_pretrained(run_dir.experts).save_pretrained(folder)
+    index = PipelineIndex.load(run_dir.experts)
+    scheduler = make_scheduler(index.diffusion, index.sampler)
+    scheduler.save_pretrained(folder / SCHEDULER_DIR)
+    if index.first_stage is not None:
+        shutil.copytree(fetch(run_dir.experts / index.first_stage), folder / FIRST_STAGE_DIR)
+
+
+def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
+    pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
+    (folder / EXPERTS_DIR).mkdir(parents=True)
+    index = PipelineIndex.load(run_dir.experts)
+    for expert in index.experts:
+        _export_expert(run_dir.experts / expert.folder, folder / EXPERTS_DIR / expert.folder)
+    document = index.to_json()
+    if index.first_stage is not None:
+        stage = fetch(run_dir.experts / index.first_stage)
+        shutil.copytree(stage, folder / FIRST_STAGE_DIR)
+        document["first_stage"] = f"../{FIRST_STAGE_DIR}"
+    write_json(folder / EXPERTS_DIR / INDEX_FILE, document)
+    pipeline.scheduler.save_pretrained(folder / SCHEDULER_DIR)
+    write_json(folder / "model_index.json", _model_index(pipeline))
+    for name, place in (("pipeline", "."), ("experts", EXPERTS_DIR), ("example", ".")):
+        source = importlib.resources.files("tdc_ray.runs.export.templates") / f"{name}.py"
+        write_text(folder / place / f"{name}.py", source.read_text())
 
 
 def _export_expert(source: Path, folder: Path) -> None:

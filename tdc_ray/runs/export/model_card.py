@@ -44,6 +44,9 @@ eta {scored.eta:g}, seed {scored.seed},
 features: {scored.features}.
 {not_fid}One training seed and one sampling seed: no spread is known.
 
+"""
+
+PIPELINE = """\
 ## How to sample
 
 With diffusers, running the code of this folder (read `pipeline.py` and `experts/experts.py`
@@ -64,10 +67,28 @@ from tdc_ray import ProgressivePipeline
 images = ProgressivePipeline.from_pretrained(DIR)(16, seed=0{labels}).images
 ```
 """
+"""How an export is sampled from as a pipeline of its own."""
+
+DENOISER = """\
+## How to sample
+
+In any pipeline of diffusers, in place of the network that these experts were made of:
+
+```python
+from diffusers import DiffusionPipeline
+from tdc_ray import ExpertDenoiser
+
+pipeline = DiffusionPipeline.from_pretrained(BASE)
+pipeline.unet = ExpertDenoiser.from_pretrained(DIR)
+```
+
+`scheduler/` has the noise process and the sampler that the scores are of{first_stage}.
+"""
+"""How an export is sampled from as a network."""
 
 
-def model_card(results: Results, config: RunConfig) -> str:
-    """Write the card of a finished run's experts, in Markdown."""
+def model_card(results: Results, config: RunConfig, *, denoiser: bool = False) -> str:
+    """Write the card of a finished run's experts, in Markdown: as a pipeline or as a network."""
     base, given = results.base, results.given_base
     groups = [
         f"| {group.timesteps[0]} to {group.timesteps[1]} | {group.macs:,} | "
@@ -77,7 +98,7 @@ def model_card(results: Results, config: RunConfig) -> str:
     origin = f"a base trained on {results.dataset} for {base.train_steps} steps"
     if given is not None:
         origin = f"the base `{given.source}` ({given.weights} weights)"
-    return CARD.format(
+    return (CARD + (DENOISER if denoiser else PIPELINE)).format(
         results=results,
         plan=results.plan,
         prune=results.prune,
@@ -88,5 +109,6 @@ def model_card(results: Results, config: RunConfig) -> str:
         groups="\n".join(groups),
         base=f"{origin}, {base.macs:,.0f} macs, {base.num_params:,.0f} parameters.",
         not_fid="" if results.metric == "fid" else f"{results.metric} is no FID. ",
+        first_stage=", `first_stage/` what decodes latents" if config.data.first_stage else "",
         labels="" if results.evaluation.num_classes is None else ", class_labels=[0] * 16",
     )

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from diffusers import DDPMScheduler
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 import tdc_ray as tdc
 from tdc_ray.diffusion.pipeline_index import EXPERTS_FILE
@@ -41,6 +42,20 @@ def test_what_is_saved_loads_the_same(experts, tmp_path):
         assert_same(loaded[index].state_dict(), experts[index].state_dict())
     moved = place.rename(tmp_path / "elsewhere")
     assert_same(images_of(tdc.load_experts(moved).to_pipeline()), expected)
+
+
+def test_as_a_denoiser_they_draw_in_a_pipeline_of_diffusers(experts):
+    ours = experts.to_pipeline()
+    pipeline = DDPMPipeline(
+        experts.to_denoiser(), DDPMScheduler.from_config(ours.scheduler.config)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, torch.manual_seed(0), num_inference_steps=4, output_type="np").images
+    assert drawn.shape == (2, 8, 8, 1)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.manual_seed(0))
+    for timestep in (0, 599):
+        expected = ours.experts.for_timestep(timestep)(noise, timestep).sample
+        torch.testing.assert_close(pipeline.unet(noise, timestep).sample, expected)
 
 
 def test_a_single_expert_is_saved_whole_or_refused(experts, tmp_path):

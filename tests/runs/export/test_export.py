@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from torchvision.utils import make_grid
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.run import RunConfig, to_json
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
@@ -223,6 +225,19 @@ def test_the_card_tells_what_from_what_and_how(tmp_path):
         RESULTS.groups
     )
     assert ("is no FID" in card) == (RESULTS.metric != "fid")
+
+
+def test_as_a_denoiser_it_goes_into_a_pipeline_of_diffusers(tmp_path):
+    run_dir = make_run(tmp_path / "run", small_config(sampler=FEW))
+    out = tmp_path / "out"
+    assert run_command(["export", str(run_dir.root), str(out), "--denoiser"]) == 0
+    shutil.move(run_dir.root, tmp_path / "gone")
+    scheduler = DDIMScheduler.from_pretrained(out, subfolder="scheduler")
+    pipeline = DDIMPipeline(ExpertDenoiser.from_pretrained(out), scheduler)
+    assert pipeline(num_inference_steps=4, output_type="np").images.shape == (1, 8, 8, 1)
+    parts = sum(path.stat().st_size for path in (tmp_path / "gone").rglob("*.safetensors"))
+    assert (out / "experts.safetensors").stat().st_size < 0.9 * parts
+    assert "ExpertDenoiser.from_pretrained(DIR)" in (out / "README.md").read_text()
 
 
 def test_an_unfinished_run_or_a_folder_that_exists_is_refused(tmp_path, capsys):
