@@ -81,8 +81,9 @@ class PretrainedBase:
     files: tuple[Path, ...]
     """Files of the weights."""
 
-    load_weights: Callable[[NetworkConfig], StateDict]
-    """Loads the UNet's weights, given all of its settings."""
+    load_weights: Callable[[NetworkConfig, bool], StateDict]
+    """Loads the UNet's weights, given all of its settings, and whether q, k and v come before
+    heads (``use_new_attention_order``)."""
 
     folder: Path | None = None
     """Folder of the UNet in diffusers' format. None means a checkpoint file."""
@@ -338,7 +339,7 @@ def _diffusers(
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
 
-    def load(_: NetworkConfig) -> StateDict:
+    def load(_settings: NetworkConfig, _new_order: bool) -> StateDict:  # noqa: FBT001
         weights: StateDict = load_unet(folder).float().state_dict()
         return weights
 

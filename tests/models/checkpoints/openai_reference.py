@@ -39,9 +39,9 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, *, new_order: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.new_order = heads, new_order
         self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -49,7 +49,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
         flat = x.reshape(batch, channels, -1)
-        qkv = self.qkv(self.norm(flat)).reshape(batch, self.heads, 3, channels // self.heads, -1)
+        qkv, width = self.qkv(self.norm(flat)), channels // self.heads
+        if self.new_order:  # guided-diffusion's QKVAttention
+            qkv = qkv.reshape(batch, 3, self.heads, width, -1).transpose(1, 2)
+        else:
+            qkv = qkv.reshape(batch, self.heads, 3, width, -1)
         q, k, v = qkv.unbind(dim=2)  # (B, heads, C / heads, pixels)
         weights = torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(channels // self.heads)
         mixed = torch.einsum("bhts,bhcs->bhct", weights.softmax(dim=-1), v)
@@ -89,6 +93,9 @@ class OpenAIUNet(nn.Module):
         layers: int = 2,
         attention_at: tuple[int, ...] = (1,),
         heads: int = 4,
+        head_channels: int | None = None,
+        heads_upsample: int | None = None,
+        new_order: bool = False,
         in_channels: int = 3,
         out_channels: int = 6,
         scale_shift: bool = True,
@@ -105,11 +112,16 @@ class OpenAIUNet(nn.Module):
         def residual(inputs: int, outputs: int) -> Residual:
             return Residual(inputs, outputs, time, scale_shift=scale_shift)
 
+        def attend(width: int, heads: int) -> Attention:
+            return Attention(
+                width, width // (head_channels or width // heads), new_order=new_order
+            )
+
         now, skips = channels[0], [channels[0]]
         blocks: list[list[nn.Module]] = [[First(in_channels, now, 3, padding=1)]]
         for level, width in enumerate(channels):
             for _ in range(layers):
-                attention = [Attention(width, heads)] if level in attention_at else []
+                attention = [attend(width, heads)] if level in attention_at else []
                 blocks.append([residual(now, width), *attention])
                 now = width
                 skips.append(now)
@@ -118,12 +130,14 @@ class OpenAIUNet(nn.Module):
                 skips.append(now)
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, blocks))
         self.middle_block = nn.ModuleList(
-            [residual(now, now), Attention(now, heads), residual(now, now)]
+            [residual(now, now), attend(now, heads), residual(now, now)]
         )
         blocks = []
         for level, width in reversed(list(enumerate(channels))):
             for layer in range(layers + 1):
-                attention = [Attention(width, heads)] if level in attention_at else []
+                attention = (
+                    [attend(width, heads_upsample or heads)] if level in attention_at else []
+                )
                 last = [Up(width)] if level and layer == layers else []
                 blocks.append([residual(now + skips.pop(), width), *attention, *last])
                 now = width

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
 from tdc_ray.cli.parse import parse
@@ -29,12 +30,18 @@ from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.schedule import betas
-from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
+from tdc_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    StorageFailedError,
+    UnsupportedModelError,
+)
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
+from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
 from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
@@ -704,6 +711,30 @@ def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
     assert list(document["files"]) == [str(tmp_path / "model.pt")]
 
 
+@torch.inference_mode()
+def test_the_flags_of_an_openai_file_reach_its_import(tmp_path):
+    wide = {"channels": (32, 64, 96), "layers": 1, "attention_at": (1, 2), "new_order": True}
+    for number, heads in enumerate(({"head_channels": 32}, {"heads": 2, "heads_upsample": 4})):
+        base = resolve_base(openai_file(tmp_path, **wide, **heads))
+        said = {
+            "num_heads": heads.get("heads"),
+            "num_head_channels": heads.get("head_channels"),
+            "num_heads_upsample": heads.get("heads_upsample"),
+            "use_new_attention_order": True,
+        }
+        config = with_heads()
+        config = replace(config, model=replace(config.model, **said))
+        config = apply_settings(base.settings, config, with_data=True)
+        import_base(base, config, tmp_path / f"base{number}")
+        unet = load_unet(tmp_path / f"base{number}/unet")
+        torch.manual_seed(0)
+        original = randomise(OpenAIUNet(**wide, **heads), 0)
+        x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
+        assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
+        (note,) = base_notes(base, config.diffusion, config.sampler)
+        assert "does not say what it predicts (epsilon is taken)" in note
+
+
 def randomised() -> OpenAIUNet:
     torch.manual_seed(0)
     return randomise(OpenAIUNet(), 0)
@@ -726,6 +757,33 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
         import_base(base, config, tmp_path / "base")
     assert not (tmp_path / "base").exists()
+
+
+def test_an_import_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    base = resolve_base(save_latent_pipeline(tmp_path / "p"))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+
+    def no_space(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VQModel, "save_pretrained", no_space)  # the unet is saved before
+    with pytest.raises(StorageFailedError):
+        import_base(base, config, tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@torch.inference_mode()
+def test_a_base_that_predicts_something_else_than_it_says_is_doubted():
+    unet = random_unet()
+    unet.conv_out.weight.zero_()  # its output is noise of its own, as far as the input goes
+    doubt = prediction_doubt(unet, CONFIG.diffusion)
+    assert re.search(r"at timestep 999 correlates .* by (?:nan|0\.00), and .* epsilon this is near 1", doubt)
+    velocity = replace(CONFIG.diffusion, prediction_type="v_prediction")
+    assert prediction_doubt(unet, velocity) is None
+
+    unet.forward = lambda x, timesteps, class_labels: UNet2DOutput(sample=0.9 * x)
+    assert prediction_doubt(unet, CONFIG.diffusion) is None
+    assert "by 1.00, and" in prediction_doubt(unet, velocity)
 
 
 # --- nothing there ---------------------------------------------------------------------------
