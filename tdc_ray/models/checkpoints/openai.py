@@ -59,7 +59,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     Raises:
         CheckpointError: The tensors are not those of such a network.
     """
-    width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight")
+    width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight", 4)
     levels: list[list[tuple[int, bool]]] = [[]]  # channels of residual blocks, with attention?
     number = 1
     while True:
@@ -83,11 +83,11 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
             f"its channels must be multiples of {COMMON['norm_num_groups']}, and as many in "
             f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
         )
-    embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight")
+    embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight", 2)
     settings: NetworkConfig = {
         **COMMON,
         "in_channels": in_channels,
-        "out_channels": shape_of(state, "out.2.weight")[0],
+        "out_channels": shape_of(state, "out.2.weight", 4)[0],
         "layers_per_block": len(levels[0]),
         "block_out_channels": channels,
         "down_block_types": tuple(ATTN_DOWN if a else DOWN for a in attends),

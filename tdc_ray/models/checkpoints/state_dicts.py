@@ -148,15 +148,18 @@ def check_tensors(state: StateDict, expected: Shapes) -> None:
         raise CheckpointError(f"it holds {shapes}, unknown in this architecture.")
 
 
-def shape_of(state: StateDict, name: str) -> tuple[int, ...]:
-    """Return the shape of a tensor.
+def shape_of(state: StateDict, name: str, dims: int) -> tuple[int, ...]:
+    """Return the shape of a tensor of so many dimensions.
 
     Raises:
         CheckpointError: There is no such tensor.
     """
     if name not in state:
         raise CheckpointError(f"it lacks {name}; it holds {_listed(list(state))}.")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if len(shape) != dims:
+        raise CheckpointError(f"{name} has the shape {shape}, expected {dims} dimensions.")
+    return shape
 
 
 def _listed(names: list[str]) -> str:

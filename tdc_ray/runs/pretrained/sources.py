@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import diffusers
 import numpy as np
-from diffusers import SchedulerMixin, VQModel
+from diffusers import AutoencoderKL, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
@@ -59,7 +59,7 @@ class PackedFirstStage:
     config: Callable[[], FirstStageConfig]
     """Reads its settings, all but ``sample_size``; fails if it is of an unknown kind."""
 
-    load: Callable[[FirstStageConfig], VQModel]
+    load: Callable[[FirstStageConfig], VQModel | AutoencoderKL]
     """Converts it, given all of its settings."""
 
 
@@ -181,7 +181,7 @@ def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     first_stage = None
     if parts.first_stage:
         config = partial(compvis.config_from_state_dict, parts)
-        first_stage = PackedFirstStage(config, partial(compvis.to_vq_model, parts.first_stage))
+        first_stage = PackedFirstStage(config, partial(compvis.to_first_stage, parts.first_stage))
     noise = {} if parts.betas is None else _noise_of_betas(source, parts.betas.tolist())
     stages = {
         "diffusion": noise | {PREDICTION: "epsilon", "rescale_timesteps": False},
@@ -304,10 +304,11 @@ def _unet_in_place(source: str, folder: Path) -> PretrainedBase | None:
     """Read a UNet with the noise process of the pipeline, the import or the run that it lies in.
 
     That is one folder up, or two, as what training scripts of diffusers leave in
-    ``checkpoint-500/unet``. None means that it is alone.
+    ``checkpoint-500/unet``, of a link first and then of what it leads to. None means that it is
+    alone.
     """
     folder = folder.absolute()
-    for place in (folder, folder.parent, folder.parent.parent):
+    for place in (p for end in (folder, folder.resolve()) for p in (end, *end.parents[:2])):
         for opened in (_imported, _pipeline, _run):
             if (base := opened(source, place, folder)) is not None:
                 return base

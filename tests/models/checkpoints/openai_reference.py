@@ -213,10 +213,11 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    def __init__(self, inputs: int, outputs: int, layers: int) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: int, *, attends: bool) -> None:
         super().__init__()
         widths = [inputs, *[outputs] * layers]
         self.block = nn.ModuleList(ResidualVQ(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionVQ(outputs) for _ in range(layers if attends else 0))
 
 
 def middle(channels: int) -> nn.Module:
@@ -230,7 +231,14 @@ class Coder(nn.Module):
     """The encoder, or with ``decodes`` the decoder."""
 
     def __init__(
-        self, inputs: int, outputs: int, channels: tuple[int, ...], layers: int, *, decodes: bool
+        self,
+        inputs: int,
+        outputs: int,
+        channels: tuple[int, ...],
+        layers: int,
+        attention_at: tuple[int, ...],
+        *,
+        decodes: bool,
     ) -> None:
         super().__init__()
         self.decodes, deep, wide = decodes, channels[-1], channels[0]
@@ -238,13 +246,15 @@ class Coder(nn.Module):
         self.mid = middle(deep)
         levels = []
         for level, width in enumerate(channels):
+            attends = level in attention_at
             if decodes:
                 before = channels[min(level + 1, len(channels) - 1)]
-                levels.append(Level(before, width, layers + 1))
+                levels.append(Level(before, width, layers + 1, attends=attends))
                 if level > 0:
                     levels[-1].upsample = Resample(width, 1)
             else:
-                levels.append(Level(channels[max(level - 1, 0)], width, layers))
+                before = channels[max(level - 1, 0)]
+                levels.append(Level(before, width, layers, attends=attends))
                 if level < len(channels) - 1:
                     levels[-1].downsample = Resample(width, 2)
         setattr(self, "up" if decodes else "down", nn.ModuleList(levels))
@@ -256,8 +266,10 @@ class Coder(nn.Module):
         if self.decodes:
             x = self.through_the_middle(x)
         for level in reversed(self.up) if self.decodes else self.down:
-            for block in level.block:
+            for number, block in enumerate(level.block):
                 x = block(x)
+                if level.attn:
+                    x = level.attn[number](x)
             for name in ("upsample", "downsample"):
                 x = getattr(level, name, nn.Identity())(x)
         if not self.decodes:
@@ -269,10 +281,15 @@ class Coder(nn.Module):
 
 
 class FirstStageVQ(nn.Module):
-    def __init__(self, channels: tuple[int, ...] = (32, 64), layers: int = 1) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (32, 64),
+        layers: int = 1,
+        attention_at: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.encoder = Coder(3, 3, channels, layers, decodes=False)
-        self.decoder = Coder(3, 3, channels, layers, decodes=True)
+        self.encoder = Coder(3, 3, channels, layers, attention_at, decodes=False)
+        self.decoder = Coder(3, 3, channels, layers, attention_at, decodes=True)
         self.quantize = nn.Module()
         self.quantize.embedding = nn.Embedding(64, 3)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
@@ -285,6 +302,28 @@ class FirstStageVQ(nn.Module):
         distances = (z.movedim(1, -1)[..., None, :] - codes).square().sum(dim=-1)
         nearest = codes[distances.argmin(dim=-1)].movedim(-1, 1)
         return self.decoder(self.post_quant_conv(nearest))
+
+
+class FirstStageKL(nn.Module):
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (32, 64),
+        layers: int = 1,
+        attention_at: tuple[int, ...] = (),
+        latents: int = 3,
+    ) -> None:
+        super().__init__()
+        self.encoder = Coder(3, 2 * latents, channels, layers, attention_at, decodes=False)
+        self.decoder = Coder(latents, 3, channels, layers, attention_at, decodes=True)
+        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The posterior's mean."""
+        return self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
 
 
 def compvis_checkpoint(

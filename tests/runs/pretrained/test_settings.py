@@ -47,6 +47,7 @@ from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (
+    FirstStageKL,
     FirstStageVQ,
     OpenAIUNet,
     compvis_checkpoint,
@@ -284,6 +285,13 @@ def test_a_unet_that_is_named_is_used_with_the_settings_of_its_pipeline(tmp_path
     assert base.settings.diffusion.num_train_timesteps == 500
     import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
     assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(named))
+
+
+def test_a_link_to_a_unet_has_the_noise_process_of_where_it_leads_to(tmp_path):
+    save_pipeline(tmp_path / "p")
+    (tmp_path / "link").symlink_to(tmp_path / "p/unet")
+    base = resolve_base(f"{tmp_path / 'link'}/")
+    assert base.settings.diffusion.num_train_timesteps == 500
 
 
 @pytest.mark.parametrize("place", ["checkpoint-5/unet", "unet"])
@@ -602,13 +610,13 @@ def compvis_unets() -> list[OpenAIUNet]:
     return [randomise(OpenAIUNet(**settings), seed) for seed in (0, 1)]
 
 
-def compvis_file(folder: Path, *, averaged: bool = True) -> str:
+def compvis_file(folder: Path, *, averaged: bool = True, first_stage=FirstStageVQ) -> str:
     plain, ema = compvis_unets()
     values = betas("scaled_linear", 1000, beta_start=0.0015, beta_end=0.0195)
     saved = compvis_checkpoint(
         plain,
         ema if averaged else None,
-        randomise(FirstStageVQ(), 2),
+        randomise(first_stage(), 2),
         torch.tensor(values, dtype=torch.float32),
     )
     torch.save(saved | {"epoch": 3, "global_step": 7}, folder / "model.ckpt")
@@ -632,6 +640,18 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
     assert (unet(x, timesteps).sample - plain).abs().max() > 1e-2
     stage = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert (stage.config["scaling_factor"], stage.config["sample_size"]) == (1.0, 32)
+
+
+def test_a_kl_first_stage_of_a_compvis_checkpoint_comes_along(tmp_path):
+    base = resolve_base(compvis_file(tmp_path, first_stage=FirstStageKL))
+    config = apply_settings(base.settings, with_heads(heads=2, size=32), with_data=True)
+    import_base(base, config, tmp_path / "base")
+    stage = load_first_stage(tmp_path / "base/first_stage")
+    assert isinstance(stage.model, AutoencoderKL)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = randomise(FirstStageKL(), 2).encode(images)
+    assert expected.shape == stage.encode(images).shape
 
 
 def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
@@ -777,7 +797,9 @@ def test_a_base_that_predicts_something_else_than_it_says_is_doubted():
     unet = random_unet()
     unet.conv_out.weight.zero_()  # its output is noise of its own, as far as the input goes
     doubt = prediction_doubt(unet, CONFIG.diffusion)
-    assert re.search(r"at timestep 999 correlates .* by (?:nan|0\.00), and .* epsilon this is near 1", doubt)
+    assert re.search(
+        r"at timestep 999 correlates .* by (?:nan|0\.00), and .* epsilon this is near 1", doubt
+    )
     velocity = replace(CONFIG.diffusion, prediction_type="v_prediction")
     assert prediction_doubt(unet, velocity) is None
 
