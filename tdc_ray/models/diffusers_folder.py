@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, is_from_outside
+from tdc_ray.models.checkpoints.state_dicts import listed
 from tdc_ray.storage.files import exists, fetch, listing
 from tdc_ray.storage.object_store import display_path
 
@@ -82,5 +83,10 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
             f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error}"
         ) from error
     if missing := info["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{place} lacks the weights {', '.join(sorted(missing))}.")
+        raise CheckpointError(f"{place} lacks the weights {listed(sorted(missing))}.")
+    if unknown := info["unexpected_keys"]:  # and these out
+        raise CheckpointError(
+            f"{place} holds the weights {listed(sorted(unknown))}, which the network of its "
+            "config.json does not have: mend that, or remove them."
+        )
     return model.eval()

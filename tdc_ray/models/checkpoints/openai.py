@@ -57,7 +57,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     """Derive the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
 
     Raises:
-        CheckpointError: The tensors are not those of such a network.
+        CheckpointError: The tensors are not those of such a network; the first is named.
     """
     width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight", 4)
     levels: list[list[tuple[int, bool]]] = [[]]  # channels of residual blocks, with attention?
@@ -96,6 +96,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     }
     if "label_emb.weight" in state:
         settings["num_class_embeds"] = len(state["label_emb.weight"])
+    check_tensors(state, original_shapes(settings))
     return settings
 
 

@@ -100,6 +100,13 @@ def load_state_dict(path: Path) -> StateDict:
         raise CheckpointError(
             f"{path} must hold tensors by name (a state dict), and {_content(state)}. {_WAY_OUT}"
         )
+    for name, tensor in state.items():
+        is_plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+        if not is_plain or tensor.is_complex() or not isinstance(name, str):
+            raise CheckpointError(
+                f"{path} must hold plain tensors of real numbers by name, and {name} is a "
+                f"{tensor.layout} {tensor.dtype} on {tensor.device}. {_WAY_OUT}"
+            )
     return state
 
 
@@ -113,7 +120,7 @@ _WAY_OUT = (
 
 
 def _named(objects: list[str]) -> str:
-    return f", having {_listed(objects)} in it" if objects else ""
+    return f", having {listed(objects)} in it" if objects else ""
 
 
 def _content(loaded: object) -> str:
@@ -126,7 +133,7 @@ def _content(loaded: object) -> str:
         if isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
     ]
     if states:
-        return f"has such under {_listed(states)}"
+        return f"has such under {listed(states)}"
     other = next(name for name, value in loaded.items() if not isinstance(value, Tensor))
     return f"holds something else as {other}"
 
@@ -135,16 +142,18 @@ def check_tensors(state: StateDict, expected: Shapes) -> None:
     """Check that a state dict holds the tensors expected and no others.
 
     Raises:
-        CheckpointError: One is missing, has another shape, or is too many; it is named.
+        CheckpointError: One is missing, has another shape or no floats, or is too many.
     """
     if missing := [name for name in expected if name not in state]:
-        shapes = _listed([f"{name} {expected[name]}" for name in missing])
+        shapes = listed([f"{name} {expected[name]}" for name in missing])
         raise CheckpointError(f"it lacks {shapes}, expected of this architecture.")
     for name, shape in expected.items():
         if (actual := tuple(state[name].shape)) != shape:
             raise CheckpointError(f"{name} has the shape {actual}, expected {shape}.")
+        if shape and not state[name].is_floating_point():  # counters have no dimensions
+            raise CheckpointError(f"{name} is {state[name].dtype}, expected floats.")
     if extra := [name for name in state if name not in expected]:
-        shapes = _listed([f"{name} {tuple(state[name].shape)}" for name in extra])
+        shapes = listed([f"{name} {tuple(state[name].shape)}" for name in extra])
         raise CheckpointError(f"it holds {shapes}, unknown in this architecture.")
 
 
@@ -155,13 +164,14 @@ def shape_of(state: StateDict, name: str, dims: int) -> tuple[int, ...]:
         CheckpointError: There is no such tensor.
     """
     if name not in state:
-        raise CheckpointError(f"it lacks {name}; it holds {_listed(list(state))}.")
+        raise CheckpointError(f"it lacks {name}; it holds {listed(list(state))}.")
     shape = tuple(state[name].shape)
     if len(shape) != dims:
         raise CheckpointError(f"{name} has the shape {shape}, expected {dims} dimensions.")
     return shape
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+    return ", ".join(names[:MAX_NAMED]) + more or "nothing"

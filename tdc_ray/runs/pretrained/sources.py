@@ -243,6 +243,11 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "pipelines of a unet and a scheduler (and a vqvae or vae) can be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
+    if not exists((unet or folders["unet"]) / "config.json"):
+        raise CheckpointError(
+            f"{source} is incomplete: {display_path(folder / 'unet')}, which has its network, is "
+            "missing."
+        )
     first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
     path = folders["scheduler"] / SCHEDULER_FILE
     if not exists(path):

@@ -170,6 +170,10 @@ def add(state: dict[str, Tensor]) -> None:
     state["middle_block.1.rel_pos"] = torch.zeros(3)
 
 
+def round_off(state: dict[str, Tensor]) -> None:
+    state["out.0.bias"] = state["out.0.bias"].int()
+
+
 def widen(state: dict[str, Tensor]) -> None:
     state["input_blocks.1.0.in_layers.2.bias"] = torch.zeros(33)
 
@@ -179,6 +183,7 @@ def widen(state: dict[str, Tensor]) -> None:
     [
         (lose, r"lacks middle_block\.1\.norm\.bias \(64,\), expected"),
         (add, r"holds middle_block\.1\.rel_pos \(3,\), unknown"),
+        (round_off, r"out\.0\.bias is torch\.int32, expected floats"),
         (widen, r"input_blocks\.1\.0\.in_layers\.2\.bias has the shape \(33,\), expected \(32,\)"),
     ],
 )

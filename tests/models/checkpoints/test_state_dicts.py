@@ -113,6 +113,9 @@ def test_an_object_that_cannot_be_left_out_is_named_with_the_way_out(tmp_path):
         ({"model": STATE, "ema": STATE, "step": 3}, "has such under model, ema"),
         (STATE | {"step": np.int64(3)}, "holds something else as step"),
         ([STATE], "holds a list"),
+        ({1: torch.zeros(1)}, "by name, and 1 is a"),
+        (STATE | {"c": torch.zeros(1, device="meta")}, "c is a .*on meta"),
+        (STATE | {"c": torch.zeros(1, dtype=torch.complex64)}, "c is a .*complex64"),
     ],
 )
 def test_what_a_file_holds_in_place_of_tensors_is_said(tmp_path, saved, words):

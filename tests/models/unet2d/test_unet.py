@@ -152,6 +152,24 @@ def test_weights_that_lack_a_tensor_are_a_checkpoint_error(tmp_path):
         load_unet(tmp_path / "unet")
 
 
+def test_weights_that_the_config_knows_nothing_of_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet({**TINY, "num_class_embeds": 3}), tmp_path / "unet")
+    config = json.loads((tmp_path / "unet/config.json").read_text())
+    (tmp_path / "unet/config.json").write_text(json.dumps(config | {"num_class_embeds": None}))
+    words = r"unet holds the weights class_embedding\.weight, which the network"
+    with pytest.raises(CheckpointError, match=words):
+        load_unet(tmp_path / "unet")
+
+
+def test_weights_that_git_lfs_has_not_fetched_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet(), tmp_path / "unet")
+    (tmp_path / "unet" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    with pytest.raises(
+        CheckpointError, match=r"is a pointer of Git LFS: fetch it by git lfs pull"
+    ):
+        check_finite([tmp_path / "unet"])
+
+
 class WritesWhenUnpickled:
     def __init__(self, path: Path) -> None:
         self.path = path

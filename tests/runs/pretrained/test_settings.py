@@ -222,6 +222,13 @@ def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
         resolve_base(source)
 
 
+def test_a_pipeline_without_its_unet_is_incomplete(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    (tmp_path / "p/unet").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"p is incomplete: .*p/unet, which has its network"):
+        resolve_base(source)
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "words"),
     [
@@ -772,11 +779,9 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     del state["out.0.bias"]
     torch.save(state, tmp_path / "model.pt")
-    base = resolve_base(source)
-    config = apply_settings(base.settings, with_heads(), with_data=True)
-    with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
-        import_base(base, config, tmp_path / "base")
-    assert not (tmp_path / "base").exists()
+    words = r"model\.pt is no such checkpoint: it lacks out\.0\.bias \(32,\)"
+    with pytest.raises(CheckpointError, match=words):
+        resolve_base(source)
 
 
 def test_an_import_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
