@@ -82,9 +82,8 @@ def _export_expert(source: Path, folder: Path) -> None:
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
-    arguments = SavedExpert.load(source).unet
-    for name in HEADS:
-        arguments.pop(name, None)
+    unet = SavedExpert.load(source).unet
+    arguments = {name: value for name, value in unet.items() if name not in HEADS}
     with torch.device("meta"):
         whole = UNet2DModel(**arguments)
     document = {"unet": arguments, "attributes": _differences(whole, load_expert(source))}

@@ -122,9 +122,9 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Return the settings of a base's UNet; what a checkpoint file does not say is the run's."""
     model, size = config.model, config.data.image_size
     if base.folder is not None:
-        for name, value in model.attentions.items():
+        for name, given in model.attentions.items():
             raise ConfigError(
-                f"model.{name} goes with openai: and compvis: alone, got {value}: "
+                f"model.{name} goes with openai: and compvis: alone, got {given}: "
                 f"{base.source} has its own. Leave it out."
             )
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
