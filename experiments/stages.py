@@ -41,7 +41,7 @@ def untrained_like(base: Path, folder: Path, seed: int) -> Path:
     if not exists(folder / "config.json"):
         torch.manual_seed(seed)
         config = unet_config(base)
-        save_unet(build_unet(config), folder, num_heads=config.get("num_heads"))
+        save_unet(build_unet(config), folder)
     return folder
 
 

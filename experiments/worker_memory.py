@@ -71,7 +71,7 @@ class Worker:
 def measured(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Return the figures in MB."""
     unet = base_unet(config.model, config.conditioning)
-    save_unet(build_unet(unet), folder / "unet", num_heads=unet.get("num_heads"))
+    save_unet(build_unet(unet), folder / "unet")
     run_dir = RunDir(folder, folder / "unet")
     weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6
     size, channels = unet["sample_size"], unet["in_channels"]

@@ -18,6 +18,10 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Owner and name of a repository on the Hugging Face hub."""
 
 
+ATTENTIONS = ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order")
+"""Fields of ``ModelConfig`` that describe the attentions of a checkpoint file."""
+
+
 @settings("model")
 class ModelConfig:
     """The base denoiser."""
@@ -52,6 +56,15 @@ class ModelConfig:
     """Heads of every attention of a base from openai: or compvis:, whose file does not say; None
     means as many as `architecture` has, if the base is of that."""
 
+    num_head_channels: PositiveInt | None = None
+    """Channels of each head of such a base, in place of num_heads."""
+
+    num_heads_upsample: PositiveInt | None = None
+    """Heads of such a base on the way up; None means num_heads."""
+
+    use_new_attention_order: bool = False
+    """Such a base was trained with use_new_attention_order: q, k and v are split before heads."""
+
     def __post_init__(self) -> None:
         rule = "left at its default without model.architecture auto"
         scaled = self.architecture == AUTO and self.config is None
@@ -59,11 +72,26 @@ class ModelConfig:
         require("model", self, "depth", rule, ok=scaled or self.depth is None)
         rule = "None with model.base, which has its own"
         require("model", self, "config", rule, ok=self.config is None or self.base is None)
-        if self.num_heads is not None and self.base is None:
+        if self.attentions and self.base is None:
+            name, value = next(iter(self.attentions.items()))
             raise ConfigError(
-                f"model.num_heads goes with model.base, got {self.num_heads} without one: "
+                f"model.{name} goes with model.base, got {value} without one: "
                 "model.architecture has its own."
             )
+        rule = "None with model.num_heads, in place of which it is given"
+        alone = self.num_heads is None and self.num_heads_upsample is None
+        require(
+            "model", self, "num_head_channels", rule, ok=alone or self.num_head_channels is None
+        )
+        rule = "given together with model.num_heads"
+        ok = self.num_heads is not None or self.num_heads_upsample is None
+        require("model", self, "num_heads_upsample", rule, ok=ok)
+
+    @property
+    def attentions(self) -> dict[str, int]:
+        """What is said of the attentions of a checkpoint file, which does not say it, by name."""
+        values = {name: getattr(self, name) for name in ATTENTIONS}
+        return {name: value for name, value in values.items() if value}
 
     @property
     def name(self) -> str:

@@ -148,7 +148,14 @@ PATHS = (
 
 LATER_FIELDS = {
     "diffusion": ("prediction_type",),
-    "model": ("width", "depth", "network"),
+    "model": (
+        "width",
+        "depth",
+        "network",
+        "num_head_channels",
+        "num_heads_upsample",
+        "use_new_attention_order",
+    ),
     "budget": ("hours", "train_macs", "epochs"),
     "prune": ("rivals",),
     "sampler": LATER_SAMPLER_FIELDS,

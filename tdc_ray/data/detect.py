@@ -98,6 +98,7 @@ def _hint(path: Path) -> str:
     names = [path] if not path.is_dir() else sorted(path.iterdir())
     if any(one.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")) for one in names):
         return ", with a compressed tar file: uncompress it"
-    if any(one.suffix.lower() == ".arrow" for one in names):
+    is_saved = any(one.name == "dataset_dict.json" for one in names)  # by datasets' save_to_disk
+    if is_saved or any(one.suffix.lower() == ".arrow" for one in names):
         return ", with Arrow files: write them as parquet, by the dataset's to_parquet"
     return ""

@@ -7,7 +7,8 @@ from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, is_from_outside
-from tdc_ray.storage.files import fetch, listing
+from tdc_ray.models.checkpoints.state_dicts import listed
+from tdc_ray.storage.files import exists, fetch, listing
 from tdc_ray.storage.object_store import display_path
 
 diffusers_logging.disable_progress_bar()
@@ -19,8 +20,13 @@ _WEIGHTS = re.compile(
 """Names of files of weights; a group is the variant, such as fp16, before or after the shard."""
 
 
+OWN_WEIGHTS_FILE = "tdc_unet.safetensors"
+"""Weights of a network that diffusers would build otherwise of its config: under a name that
+diffusers refuses to load."""
+
+
 def weight_files(folder: Path, kind: str = "model") -> list[Path]:
-    """Return the safetensors that diffusers loads.
+    """Return the safetensors that diffusers loads, or those that are for this package alone.
 
     Args:
         folder: The folder of a model.
@@ -29,6 +35,8 @@ def weight_files(folder: Path, kind: str = "model") -> list[Path]:
     Raises:
         CheckpointError: There are none, or all are of variants, which are loaded by name alone.
     """
+    if exists(own := folder / OWN_WEIGHTS_FILE):
+        return [own]
     files, variants = [], set()
     for path in listing(folder, "*.safetensors"):
         if (name := _WEIGHTS.fullmatch(path.name)) is not None:
@@ -75,5 +83,10 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
             f"{place} holds no {kind.__name__} in safetensors, or a damaged one: {error}"
         ) from error
     if missing := info["missing_keys"]:  # diffusers leaves these random
-        raise CheckpointError(f"{place} lacks the weights {', '.join(sorted(missing))}.")
+        raise CheckpointError(f"{place} lacks the weights {listed(sorted(missing))}.")
+    if unknown := info["unexpected_keys"]:  # and these out
+        raise CheckpointError(
+            f"{place} holds the weights {listed(sorted(unknown))}, which the network of its "
+            "config.json does not have: mend that, or remove them."
+        )
     return model.eval()

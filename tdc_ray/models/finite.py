@@ -12,6 +12,9 @@ from tdc_ray.models.diffusers_folder import weight_files
 from tdc_ray.storage.files import fetch
 from tdc_ray.storage.object_store import display_path
 
+_LFS = b"version https://git-lfs"
+"""How a file begins that Git LFS has not fetched."""
+
 
 def check_finite(paths: Iterable[Path]) -> None:
     """Check that weights are numbers; a file that has not changed is read once.
@@ -44,7 +47,10 @@ def _first_not_finite(file: Path, _size: int, _mtime_ns: int) -> str | None:
             names = (name for name in tensors.keys())  # noqa: SIM118
             return next((n for n in names if _not_finite({n: tensors.get_tensor(n)})), None)
     except SafetensorError as error:
-        raise CheckpointError(f"{display_path(file)} is damaged: {error}.") from error
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(_LFS)) == _LFS
+        reason = "a pointer of Git LFS: fetch it by git lfs pull" if is_pointer else "damaged"
+        raise CheckpointError(f"{display_path(file)} is {reason} ({error}).") from error
 
 
 def _not_finite(state: StateDict) -> str | None:

@@ -44,6 +44,9 @@ class NetworkConfig(TypedDict, total=False):
     """Heads of every attention, whatever its width, which ``attention_head_dim`` cannot express;
     no argument of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
 
+    num_heads_upsample: int | None
+    """Heads of the attentions on the way up, where they are not ``num_heads``."""
+
     _class_name: str
 
 
@@ -64,6 +67,18 @@ class FirstStageConfig(TypedDict, total=False):
     scaling_factor: float
     shift_factor: float | None
     _class_name: str
+
+
+HEADS = ("num_heads", "num_heads_upsample")
+"""Settings of ``NetworkConfig`` that are no arguments of diffusers'."""
+
+
+def num_heads_of(config: NetworkConfig, module: str, channels: int) -> int:
+    """Return how many heads the attention of a name and a width has, rounded down."""
+    upsample = config.get("num_heads_upsample")
+    if upsample is not None and module.startswith("up_blocks."):
+        return upsample
+    return config.get("num_heads") or channels // (config.get("attention_head_dim") or channels)
 
 
 def class_name(config: NetworkConfig) -> str:

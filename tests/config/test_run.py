@@ -580,3 +580,10 @@ def test_a_number_of_heads_without_a_base_is_refused():
     with pytest.raises(ConfigError, match=r"model\.num_heads goes with model\.base, got 4"):
         ModelConfig(num_heads=4)
     assert ModelConfig(num_heads=4, base="openai:a.pt").num_heads == 4
+    for flags, words in (
+        ({"use_new_attention_order": True}, "use_new_attention_order goes with model.base"),
+        ({"num_heads": 4, "num_head_channels": 8, "base": "x"}, "num_head_channels must be None"),
+        ({"num_heads_upsample": 4, "base": "x"}, "given together with model.num_heads, got 4"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ModelConfig(**flags)

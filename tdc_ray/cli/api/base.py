@@ -142,7 +142,8 @@ def base_of(
 ) -> Base:
     """Return a base with some settings, changed to what it says of its own.
 
-    What trained a base of its own is left out; heads count for a file that does not say its own.
+    What trained a base of its own is left out; attentions count for a file, which does not say its
+    own.
 
     Raises:
         ConfigError: The settings cannot be changed to the base's.
@@ -151,8 +152,7 @@ def base_of(
     conditioning = settings.conditioning
     if num_classes is not None:
         conditioning = replace(conditioning, num_classes=num_classes)
-    num_heads = None if found.folder is not None else settings.model.num_heads
-    config = with_base(settings, found.source, num_heads)
+    config = with_base(settings, found.source, is_file=found.folder is None)
     config = replace(config, conditioning=conditioning, compare=CompareConfig())
     config = apply_settings(found.settings, config, with_data=True)
     if num_classes is not None and config.conditioning.num_classes != num_classes:

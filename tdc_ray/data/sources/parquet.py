@@ -40,9 +40,10 @@ def list_images(config: DataConfig) -> ShardImages:
     """List the images of a parquet file, or of all below a folder.
 
     Raises:
-        DataError: There is none, or one is damaged or has no column of images.
+        DataError: There is none, one is damaged or has no column of images, or the cache's disk
+            cannot take copies of the images.
     """
-    return list_shards(config, SUFFIX, entries)
+    return list_shards(config, SUFFIX, entries, copies=True)
 
 
 def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -145,16 +146,20 @@ class ShardImages(EncodedImages):
         return shard, index - int(self._ends[number]) + len(shard.sizes)
 
 
-def list_shards(config: DataConfig, suffix: str, entries: Entries) -> ShardImages:
+def list_shards(
+    config: DataConfig, suffix: str, entries: Entries, *, copies: bool = False
+) -> ShardImages:
     """Open a shard, or all below a folder that are to train on, in the order of their paths.
 
     Args:
         config: The path, and where indices are kept.
         suffix: Of the shards of a folder.
         entries: Walks through a shard.
+        copies: Whether it yields the images' content, which is copied into the cache.
 
     Raises:
-        DataError: There is none, one cannot be read, or the cache cannot take the index.
+        DataError: There is none, one cannot be read, or the cache cannot take the index, or the
+            copies.
     """
     assert config.path is not None  # DataConfig's own rule
     path, cache_dir = Path(config.path), Path(config.cache_dir).expanduser()
@@ -162,6 +167,8 @@ def list_shards(config: DataConfig, suffix: str, entries: Entries) -> ShardImage
     if not paths:
         raise DataError(f"data.path {path} holds no {suffix} file (data.source {config.source}).")
     chosen = [name for name in paths if in_train(name)] if is_split(paths) else paths
+    if copies:
+        _check_space([path / name for name in chosen], entries, cache_dir)
     shards = [_open(path / name, entries, cache_dir) for name in chosen]
     return ShardImages(path, config, shards, len(paths) - len(chosen))
 
@@ -177,18 +184,46 @@ def shard_paths(path: Path, suffix: str) -> list[str]:
     return [name for name in file_paths(path, {suffix}) if Path(name).name != "metadata.parquet"]
 
 
-def _open(path: Path, entries: Entries, cache_dir: Path) -> Shard:
-    """Read a shard's index, which is made before if there is none.
+def _index(path: Path, entries: Entries, cache_dir: Path) -> Path:
+    """Return the path of a shard's index.
 
     Raises:
-        DataError: The shard cannot be read.
+        DataError: There is no such shard.
     """
     try:
         state = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
     document = [VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns, entries.__module__]
-    index = cache_dir / "shards" / f"{path.stem}-{json_digest(document)[:16]}.npz"
+    return cache_dir / "shards" / f"{path.stem}-{json_digest(document)[:16]}.npz"
+
+
+def _check_space(paths: Sequence[Path], entries: Entries, cache_dir: Path) -> None:
+    """Check that the disk of the cache can take copies of the images of shards without any.
+
+    Encoded images are as large inside their shards as outside of them.
+
+    Raises:
+        DataError: It cannot.
+    """
+    sizes = [p.stat().st_size for p in paths if not _index(p, entries, cache_dir).exists()]
+    places = [place for place in (cache_dir, *cache_dir.absolute().parents) if place.is_dir()]
+    needed, free = sum(sizes), shutil.disk_usage(places[0]).free
+    if needed > free:
+        raise DataError(
+            f"data.cache_dir {cache_dir} needs about {needed / 1e6:.0f} MB for copies of the "
+            f"images of {len(sizes)} files, and its disk has {free / 1e6:.0f} MB free. Set "
+            "--data.cache-dir to a place that has them."
+        )
+
+
+def _open(path: Path, entries: Entries, cache_dir: Path) -> Shard:
+    """Read a shard's index, which is made before if there is none.
+
+    Raises:
+        DataError: The shard cannot be read.
+    """
+    index = _index(path, entries, cache_dir)
     try:
         shard = _load(path, index)
         if shard is None:

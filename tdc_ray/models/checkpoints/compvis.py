@@ -1,4 +1,4 @@
-"""Checkpoints of CompVis/latent-diffusion: UNet with EMA, VQ first stage, noise schedule.
+"""Checkpoints of CompVis/latent-diffusion: UNet with EMA, VQ or KL first stage, noise schedule.
 
 ``state_dict`` holds the UNet under ``model.diffusion_model.``, its moving averages under
 ``model_ema.`` with the dots dropped from the names (ldm/modules/ema.py), the first stage under
@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass
 
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
+from tdc_ray.models.first_stage import KINDS
 from tdc_ray.models.network_config import FirstStageConfig
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
@@ -25,6 +26,7 @@ _NAMES = (
     (r"mid_block\.resnets\.1", "mid.block_2"),
     (r"mid_block\.attentions\.0", "mid.attn_1"),
     (r"resnets", "block"),
+    (r"attentions", "attn"),
     (r"(down|up)samplers\.0", r"\1sample"),
     (r"conv_shortcut", "nin_shortcut"),
     (r"group_norm", "norm"),
@@ -32,8 +34,8 @@ _NAMES = (
     (r"to_([qkv])\.", r"\1."),
     (r"to_out\.0", "proj_out"),
 )
-"""Names in a ``VQModel`` and in ldm/modules/diffusionmodules/model.py, without the decoder's
-levels, which are counted in reverse there."""
+"""Names in an autoencoder of diffusers and in ldm/modules/diffusionmodules/model.py, without the
+decoder's levels, which are counted in reverse there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,12 @@ def split(state: StateDict) -> Checkpoint:
             f"{', '.join(f'{name}*' for name in known)} alone."
         )
     averaged = _with_prefix(state, EMA)
-    first_stage, betas = _with_prefix(state, FIRST_STAGE), state.get("betas")
+    first_stage = {
+        name: tensor
+        for name, tensor in _with_prefix(state, FIRST_STAGE).items()
+        if not name.startswith("loss.")  # its discriminator, which training alone needs
+    }
+    betas = state.get("betas")
     scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
     if averaged:
         plain = {name: f"diffusion_model.{name}".replace(".", "") for name in unet}
@@ -87,36 +94,43 @@ _COUNTERS = ("decay", "num_updates")
 
 
 def config_from_state_dict(checkpoint: Checkpoint) -> FirstStageConfig:
-    """Derive the settings of the first stage's ``VQModel`` from shapes: all but ``sample_size``.
+    """Derive the settings of the first stage from shapes: all but ``sample_size``.
+
+    It is a ``VQModel`` where it has a codebook, else an ``AutoencoderKL``.
 
     Raises:
-        CheckpointError: The tensors are not those of a VQ first stage.
+        CheckpointError: The tensors are those of neither.
     """
     state = checkpoint.first_stage
-    num_vq_embeddings, vq_embed_dim = shape_of(state, "quantize.embedding.weight")
+    shape_of(state, "encoder.down.0.block.0.conv1.weight", 4)
     channels: list[int] = []
     while (name := f"encoder.down.{len(channels)}.block.0.conv1.weight") in state:
         channels.append(len(state[name]))
     layers = 0
     while f"encoder.down.0.block.{layers}.conv1.weight" in state:
         layers += 1
-    return {
-        "in_channels": shape_of(state, "encoder.conv_in.weight")[1],
-        "out_channels": shape_of(state, "decoder.conv_out.weight")[0],
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+    attends = [f"encoder.down.{level}.attn.0.q.weight" in state for level in range(len(channels))]
+    config: FirstStageConfig = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": shape_of(state, "encoder.conv_in.weight", 4)[1],
+        "out_channels": shape_of(state, "decoder.conv_out.weight", 4)[0],
+        "down_block_types": tuple("Attn" * a + "DownEncoderBlock2D" for a in attends),
+        "up_block_types": tuple("Attn" * a + "UpDecoderBlock2D" for a in reversed(attends)),
         "block_out_channels": tuple(channels),
         "layers_per_block": layers,
-        "latent_channels": shape_of(state, "post_quant_conv.weight")[0],
-        "num_vq_embeddings": num_vq_embeddings,
-        "vq_embed_dim": vq_embed_dim,
+        "latent_channels": shape_of(state, "post_quant_conv.weight", 4)[0],
         "scaling_factor": checkpoint.scaling_factor,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
     }
+    if "quantize.embedding.weight" in state:
+        config["_class_name"] = "VQModel"
+        codes = shape_of(state, "quantize.embedding.weight", 2)
+        config["num_vq_embeddings"], config["vq_embed_dim"] = codes
+    return config
 
 
-def to_vq_model(state: StateDict, config: FirstStageConfig) -> VQModel:
-    """Convert a first stage to a ``VQModel``, float32, in eval mode.
+def to_first_stage(state: StateDict, config: FirstStageConfig) -> VQModel | AutoencoderKL:
+    """Convert a first stage to a model of diffusers, float32, in eval mode.
 
     Args:
         state: The first stage's tensors.
@@ -126,7 +140,8 @@ def to_vq_model(state: StateDict, config: FirstStageConfig) -> VQModel:
         CheckpointError: A tensor is missing, has another shape, or is too many.
     """
     with torch.device("meta"):
-        model = VQModel(**config)
+        arguments = {name: value for name, value in config.items() if name[0] != "_"}
+        model: VQModel | AutoencoderKL = KINDS[config["_class_name"]](**arguments)
     targets = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     names = {name: _original_name(name, len(config["block_out_channels"])) for name in targets}
     check_tensors(state, _original_shapes(targets, names))

@@ -1,8 +1,8 @@
 """Checkpoints of openai/improved-diffusion: their architecture, and where each tensor goes.
 
 A checkpoint is the plain state dict of ``UNetModel`` (improved_diffusion/unet.py). CompVis' latent
-diffusion has the same network under the same names. Two things do not show in the shapes: the
-number of attention heads, and the size of the images.
+diffusion has the same network under the same names. Some things do not show in the shapes: the
+attentions' heads and the order of their q, k and v, and the size of the images.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, num_heads_of
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
 from tdc_ray.models.unet2d.unet import build_unet
 
@@ -57,9 +57,9 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     """Derive the architecture from the tensors' shapes: all but ``sample_size`` and the heads.
 
     Raises:
-        CheckpointError: The tensors are not those of such a network.
+        CheckpointError: The tensors are not those of such a network; the first is named.
     """
-    width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight")
+    width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight", 4)
     levels: list[list[tuple[int, bool]]] = [[]]  # channels of residual blocks, with attention?
     number = 1
     while True:
@@ -83,11 +83,11 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
             f"its channels must be multiples of {COMMON['norm_num_groups']}, and as many in "
             f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
         )
-    embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight")
+    embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight", 2)
     settings: NetworkConfig = {
         **COMMON,
         "in_channels": in_channels,
-        "out_channels": shape_of(state, "out.2.weight")[0],
+        "out_channels": shape_of(state, "out.2.weight", 4)[0],
         "layers_per_block": len(levels[0]),
         "block_out_channels": channels,
         "down_block_types": tuple(ATTN_DOWN if a else DOWN for a in attends),
@@ -96,6 +96,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     }
     if "label_emb.weight" in state:
         settings["num_class_embeds"] = len(state["label_emb.weight"])
+    check_tensors(state, original_shapes(settings))
     return settings
 
 
@@ -137,15 +138,21 @@ def original_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
+def to_diffusers(
+    state: StateDict,
+    config: NetworkConfig,
+    new_order: bool = False,  # noqa: FBT001, FBT002
+) -> dict[str, Tensor]:
     """Convert a checkpoint to the state dict of a ``UNet2DModel``, float32.
 
     The output of ``qkv`` reshapes to (heads, 3, C / heads): improved-diffusion splits the heads
-    first, and so does CompVis (QKVAttentionLegacy).
+    first, and so do CompVis and guided-diffusion unless they were told otherwise
+    (QKVAttentionLegacy).
 
     Args:
         state: The checkpoint.
         config: What :func:`config_from_state_dict` returned, with heads.
+        new_order: Whether ``qkv`` reshapes to (3, heads, C / heads) (QKVAttention).
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or is too many.
@@ -155,9 +162,7 @@ def to_diffusers(state: StateDict, config: NetworkConfig) -> dict[str, Tensor]:
     for name, original in original_names(config).items():
         tensor, shape = state[original].float(), targets[name]
         if ".qkv." in original:
-            heads = config.get("num_heads") or shape[0] // (
-                config["attention_head_dim"] or shape[0]
-            )
+            heads = 1 if new_order else num_heads_of(config, name, shape[0])
             part = "qkv".index(name.removesuffix(".weight").removesuffix(".bias")[-1])
             tensor = tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, part]
         converted[name] = tensor.reshape(shape)

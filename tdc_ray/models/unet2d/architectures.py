@@ -146,17 +146,44 @@ def base_unet(model: ModelConfig, conditioning: ConditioningConfig) -> NetworkCo
     return {**settings, "num_class_embeds": num_classes}
 
 
-def with_heads(config: NetworkConfig, num_heads: int) -> NetworkConfig:
+def with_heads(
+    config: NetworkConfig, num_heads: int, upsample: int | None = None
+) -> NetworkConfig:
     """Return a config whose attentions all have the same number of heads.
+
+    Args:
+        config: The config.
+        num_heads: Their number.
+        upsample: That on the way up; None means the same.
 
     Raises:
         CheckpointError: An attention's channels are no multiple of it.
     """
-    kinds = zip(config["block_out_channels"], config["down_block_types"], strict=True)
-    widths = {width for width, kind in kinds if kind == ATTN_DOWN}
-    widths.add(config["block_out_channels"][-1])  # that of the middle
-    if odd := [width for width in sorted(widths) if width % num_heads]:
-        raise CheckpointError(f"{num_heads} heads do not divide attention of {odd[0]} channels.")
-    if len(widths) == 1:
+    widths = _attention_widths(config)
+    for heads in (num_heads, upsample or num_heads):
+        if odd := [width for width in sorted(widths) if width % heads]:
+            raise CheckpointError(f"{heads} heads do not divide attention of {odd[0]} channels.")
+    if upsample not in (None, num_heads):
+        config = {**config, "num_heads_upsample": upsample}
+    elif len(widths) == 1:
         return {**config, "attention_head_dim": widths.pop() // num_heads}
     return {**config, "attention_head_dim": None, "num_heads": num_heads}
+
+
+def with_head_channels(config: NetworkConfig, num_channels: int) -> NetworkConfig:
+    """Return a config whose attentions all have heads of the same number of channels.
+
+    Raises:
+        CheckpointError: An attention's channels are no multiple of it.
+    """
+    if odd := [width for width in sorted(_attention_widths(config)) if width % num_channels]:
+        raise CheckpointError(
+            f"heads of {num_channels} channels do not divide attention of {odd[0]} channels."
+        )
+    return {**config, "attention_head_dim": num_channels}
+
+
+def _attention_widths(config: NetworkConfig) -> set[int]:
+    kinds = zip(config["block_out_channels"], config["down_block_types"], strict=True)
+    widths = {width for width, kind in kinds if kind == ATTN_DOWN}
+    return widths | {config["block_out_channels"][-1]}  # that of the middle

@@ -67,6 +67,9 @@ class UNetConfigFile(BaseModel):
     num_heads: Width | None = None
     """No argument of diffusers', but in a file of its own beside the config where it counts."""
 
+    num_heads_upsample: Width | None = None
+    """As ``num_heads``."""
+
 
 def with_file(model: ModelConfig) -> ModelConfig:
     """Return settings that hold the content of the file that ``model.config`` names, if any.
@@ -126,6 +129,8 @@ def read_network(source: str) -> dict[str, Any]:
     except (TypeError, ValidationError) as error:
         text = str(config_error(error) if isinstance(error, ValidationError) else error)
         raise ConfigError(f"{name} is no config of a {kind}: {text}") from error
+    if network["num_heads_upsample"] is None:
+        del network["num_heads_upsample"]  # settings of before it was known stay the same
     size = network["sample_size"]
     if isinstance(size, list) and size[0] == size[1]:
         network["sample_size"] = size[0]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Channels, Layer, total
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, num_heads_of
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
 from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, conv, linear, norm
 
@@ -206,7 +206,7 @@ class _UNetWalker:
     def _attention(self, name: str, num_groups: int | None) -> AttentionBlock:
         channels = self.stream.count
         head_dim = self.config["attention_head_dim"] or channels
-        num_heads = self.config.get("num_heads") or channels // head_dim
+        num_heads = num_heads_of(self.config, name, channels)
         if channels % head_dim or channels % num_heads:
             raise UnsupportedModelError(
                 f"{name} has {channels} channels, which its heads do not divide evenly."

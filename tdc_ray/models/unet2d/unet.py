@@ -1,4 +1,7 @@
-"""Builds, saves and loads ``UNet2DModel``; a folder that exists here loads in diffusers too."""
+"""Builds, saves and loads ``UNet2DModel``.
+
+A folder that is saved here loads in diffusers as the same network, or not at all.
+"""
 
 import inspect
 from pathlib import Path
@@ -7,10 +10,12 @@ from typing import cast
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.diffusers_folder import load_pretrained
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError, is_from_outside
+from tdc_ray.models.diffusers_folder import OWN_WEIGHTS_FILE, load_pretrained
+from tdc_ray.models.network_config import HEADS, NetworkConfig, num_heads_of
 from tdc_ray.models.unet2d.config_file import HEADS_FILE
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
@@ -34,29 +39,64 @@ _MALFORMED = (
 
 def build_unet(config: NetworkConfig) -> UNet2DModel:
     """Build a UNet with random weights on the current default device."""
-    unet = UNet2DModel(**{name: value for name, value in config.items() if name != "num_heads"})
-    if (num_heads := config.get("num_heads")) is not None:
-        set_num_heads(unet, num_heads)
+    unet = UNet2DModel(**{name: value for name, value in config.items() if name not in HEADS})
+    _set_heads(unet, config)
     return unet
 
 
-def set_num_heads(unet: UNet2DModel, num_heads: int) -> None:
-    """Set the same number of heads in every attention, whatever its width; weights stay."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.heads = num_heads
-            module.sliceable_head_dim = num_heads
-            module.scale = (module.inner_dim // num_heads) ** -0.5
+def _set_heads(unet: UNet2DModel, config: NetworkConfig) -> None:
+    """Set the heads that are no argument of diffusers', if any; weights stay."""
+    if config.get("num_heads") is None:
+        return
+    for name, module in _attentions(unet).items():
+        heads = num_heads_of(config, name, module.inner_dim)
+        module.heads = module.sliceable_head_dim = heads
+        module.scale = (module.inner_dim // heads) ** -0.5
 
 
-def save_unet(unet: UNet2DModel, folder: Path, *, num_heads: int | None = None) -> None:
-    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
+def _attentions(unet: UNet2DModel) -> dict[str, Attention]:
+    return {name: part for name, part in unet.named_modules() if isinstance(part, Attention)}
+
+
+def _heads(unet: UNet2DModel) -> dict[str, int]:
+    """Return the settings of heads that diffusers would build otherwise of the config alone."""
+    with torch.device("meta"):
+        plain = _attentions(UNet2DModel.from_config(unet.config))
+    found = {name: part.heads for name, part in _attentions(unet).items()}
+    if found == {name: part.heads for name, part in plain.items()}:
+        return {}
+    upsample = {count for name, count in found.items() if name.startswith("up_blocks.")}
+    others = {count for name, count in found.items() if not name.startswith("up_blocks.")}
+    if len(upsample) > 1 or len(others) != 1:
+        raise UnsupportedModelError(
+            f"a UNet2DModel whose attentions have {found} heads cannot be saved: those on the way "
+            "down and in the middle must have the same number, and so must those on the way up."
+        )
+    settings = {"num_heads": others.pop()}
+    if upsample - set(settings.values()):
+        settings["num_heads_upsample"] = upsample.pop()
+    return settings
+
+
+def save_unet(unet: UNet2DModel, folder: Path) -> None:
+    """Save config and weights (safetensors) as diffusers does; the folder appears when whole.
+
+    Where diffusers would build other heads of the config, they are in a file of their own, and
+    the weights under a name that diffusers does not load.
+
+    Raises:
+        UnsupportedModelError: Heads differ in a way that cannot be written down.
+    """
     # Safetensors cannot hold weights that lie channels last.
     unet.to(memory_format=torch.contiguous_format)
+    heads = _heads(unet)
     with atomic_path(folder) as temporary:
-        unet.save_pretrained(temporary)
-        if num_heads is not None:
-            write_json(temporary / HEADS_FILE, {"num_heads": num_heads})
+        if not heads:
+            unet.save_pretrained(temporary)
+            return
+        unet.save_config(temporary)
+        save_file(unet.state_dict(), temporary / OWN_WEIGHTS_FILE)
+        write_json(temporary / HEADS_FILE, heads)
 
 
 def load_unet(folder: Path) -> UNet2DModel:
@@ -67,10 +107,25 @@ def load_unet(folder: Path) -> UNet2DModel:
     """
     if not (fetch(folder) / "config.json").exists():
         raise CheckpointError(f"{display_path(folder)} holds no model: config.json is missing.")
+    if (weights := folder / OWN_WEIGHTS_FILE).exists():
+        return _load_own(folder, weights)
     unet: UNet2DModel = load_pretrained(UNet2DModel, folder)
-    if (folder / HEADS_FILE).exists():
-        set_num_heads(unet, read_json(folder / HEADS_FILE)["num_heads"])
+    _set_heads(unet, unet_config(folder))  # of a folder that an earlier version saved
     return unet
+
+
+def _load_own(folder: Path, weights: Path) -> UNet2DModel:
+    """Load a UNet that diffusers does not load."""
+    try:
+        unet = build_unet(unet_config(folder))
+        unet.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, *_MALFORMED) as error:
+        if is_from_outside(error):
+            raise
+        raise CheckpointError(
+            f"{display_path(folder)} holds a damaged UNet2DModel: {error}"
+        ) from error
+    return unet.eval()
 
 
 def given_unet_config(folder: Path) -> NetworkConfig:
@@ -129,5 +184,5 @@ def unet_config(folder: Path) -> NetworkConfig:
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         config["sample_size"] = size[0]
     if (folder / HEADS_FILE).exists():
-        config["num_heads"] = read_json(folder / HEADS_FILE)["num_heads"]
+        config |= read_json(folder / HEADS_FILE)
     return cast("NetworkConfig", config)

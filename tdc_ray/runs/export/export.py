@@ -17,6 +17,7 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.models.network_config import HEADS
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.results import load_results
@@ -97,8 +98,8 @@ def _export_expert(source: Path, folder: Path) -> None:
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
-    arguments = SavedExpert.load(source).unet
-    arguments.pop("num_heads", None)
+    unet = SavedExpert.load(source).unet
+    arguments = {name: value for name, value in unet.items() if name not in HEADS}
     with torch.device("meta"):
         whole = UNet2DModel(**arguments)
     document = {"unet": arguments, "attributes": _differences(whole, load_expert(source))}

@@ -19,8 +19,14 @@ from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.structure import network_structure
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
+from tdc_ray.models.unet2d.architectures import (
+    ARCHITECTURES,
+    architecture,
+    with_head_channels,
+    with_heads,
+)
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
+from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
@@ -72,7 +78,7 @@ def check_weights(base: PretrainedBase) -> None:
 
 
 def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> NetworkConfig:
-    """Write a base into a folder, ``base.json`` last; return its UNet's settings.
+    """Write a base into a folder, which appears when it is whole; return its UNet's settings.
 
     Raises:
         ConfigError: The settings are not those of its training.
@@ -83,16 +89,14 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
     network_structure(settings)
     try:
         check_weights(base)
-        weights = base.load_weights(settings)
+        weights = base.load_weights(settings, config.model.use_new_attention_order)
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
     unet = build_unet({**settings, "dropout": config.model.dropout})
     unet.load_state_dict(weights)
-    save_unet(unet, folder / "unet", num_heads=settings.get("num_heads"))
-    if first_stage is not None:
-        with atomic_path(folder / FIRST_STAGE_DIR) as temporary:
-            first_stage.save_pretrained(temporary)
+    if (doubt := prediction_doubt(unet.eval(), config.diffusion)) is not None:
+        logger.warning("%s: %s", base.source, doubt)
     sampler = asdict(config.sampler)
     document = {
         "format": FORMAT,
@@ -106,7 +110,11 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         "sampler": {name: sampler[name] for name in SAMPLER},
         "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
     }
-    write_json(folder / BASE_FILE, document)
+    with atomic_path(folder.absolute()) as temporary:
+        save_unet(unet, temporary / "unet")
+        if first_stage is not None:
+            first_stage.save_pretrained(temporary / FIRST_STAGE_DIR)
+        write_json(temporary / BASE_FILE, document)
     return settings
 
 
@@ -114,20 +122,26 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Return the settings of a base's UNet; what a checkpoint file does not say is the run's."""
     model, size = config.model, config.data.image_size
     if base.folder is not None:
-        if model.num_heads is not None:
+        for name, given in model.attentions.items():
             raise ConfigError(
-                f"model.num_heads goes with openai: and compvis: alone, got {model.num_heads}: "
+                f"model.{name} goes with openai: and compvis: alone, got {given}: "
                 f"{base.source} has its own. Leave it out."
             )
         return {**base.unet, "sample_size": base.unet["sample_size"] or size}
-    if model.num_heads is not None:
+    if model.num_heads is not None or model.num_head_channels is not None:
         if isinstance(base.first_stage, PackedFirstStage):
             size //= downsampling(base.first_stage.config()["block_out_channels"])
-        return {**with_heads(base.unet, model.num_heads), "sample_size": size}
+        if model.num_head_channels is not None:
+            unet = with_head_channels(base.unet, model.num_head_channels)
+        else:
+            assert model.num_heads is not None
+            unet = with_heads(base.unet, model.num_heads, model.num_heads_upsample)
+        return {**unet, "sample_size": size}
     if model.architecture == AUTO:
         raise ConfigError(
             f"{base.source} does not say how many heads its attentions have: set "
-            "--model.num-heads, or name the preset that it was trained with by --preset."
+            "--model.num-heads or --model.num-head-channels, or name the preset that it was "
+            "trained with by --preset."
         )
     named = architecture(model.architecture)
     shape, expected = _shape(base.unet), _shape(named)
@@ -139,7 +153,7 @@ def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
                 f"the base {base.source} is not of model.architecture {model.architecture}: found "
                 f"{name} {value}, expected {expected[name]}{presets}. Name the preset that "
                 "it was trained with by --preset, or how many heads its attentions have, which it "
-                "does not say, by --model.num-heads."
+                "does not say, by --model.num-heads or --model.num-head-channels."
             )
     settings: NetworkConfig = {**base.unet, "attention_head_dim": named["attention_head_dim"]}
     if "num_heads" in named:

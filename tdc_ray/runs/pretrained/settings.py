@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
-from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.model import ATTENTIONS, ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
@@ -108,7 +108,7 @@ def apply_settings(
     return from_json(document)
 
 
-def with_base(config: RunConfig, source: str, num_heads: int | None = None) -> RunConfig:
+def with_base(config: RunConfig, source: str, *, is_file: bool = False) -> RunConfig:
     """Return a run's settings for a base that is given.
 
     What trained a base of its own is left out: its network, its budget and its optimizer's state.
@@ -116,17 +116,17 @@ def with_base(config: RunConfig, source: str, num_heads: int | None = None) -> R
     Args:
         config: The settings, such as those of the run that trained the base.
         source: The base.
-        num_heads: Heads of a base that does not say.
+        is_file: Whether it is a checkpoint file, which does not say its attentions.
     """
     default = ModelConfig()
     model = replace(
         config.model,
         base=source,
-        num_heads=num_heads,
         width=default.width,
         depth=default.depth,
         config=default.config,
         network=default.network,
+        **({} if is_file else {name: getattr(default, name) for name in ATTENTIONS}),
     )
     finetune = replace(config.finetune, optimizer_state="new")
     return replace(config, model=model, finetune=finetune, budget=BudgetConfig())

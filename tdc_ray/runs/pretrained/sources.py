@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import diffusers
 import numpy as np
-from diffusers import SchedulerMixin, VQModel
+from diffusers import AutoencoderKL, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
@@ -51,7 +51,7 @@ class PackedFirstStage:
     config: Callable[[], FirstStageConfig]
     """Reads its settings, all but ``sample_size``; fails if it is of an unknown kind."""
 
-    load: Callable[[FirstStageConfig], VQModel]
+    load: Callable[[FirstStageConfig], VQModel | AutoencoderKL]
     """Converts it, given all of its settings."""
 
 
@@ -73,8 +73,9 @@ class PretrainedBase:
     files: tuple[Path, ...]
     """Files of the weights."""
 
-    load_weights: Callable[[NetworkConfig], StateDict]
-    """Loads the UNet's weights, given all of its settings."""
+    load_weights: Callable[[NetworkConfig, bool], StateDict]
+    """Loads the UNet's weights, given all of its settings, and whether q, k and v come before
+    heads (``use_new_attention_order``)."""
 
     folder: Path | None = None
     """Folder of the UNet in diffusers' format. None means a checkpoint file."""
@@ -172,7 +173,7 @@ def _compvis(source: str, file: Path, state: StateDict) -> PretrainedBase:
     first_stage = None
     if parts.first_stage:
         config = partial(compvis.config_from_state_dict, parts)
-        first_stage = PackedFirstStage(config, partial(compvis.to_vq_model, parts.first_stage))
+        first_stage = PackedFirstStage(config, partial(compvis.to_first_stage, parts.first_stage))
     noise = {} if parts.betas is None else _noise_of_betas(source, parts.betas.tolist())
     stages = {
         "diffusion": noise | {PREDICTION: "epsilon", "rescale_timesteps": False},
@@ -235,6 +236,11 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "pipelines of a unet and a scheduler (and a vqvae or vae) can be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
+    if not exists((unet or folders["unet"]) / "config.json"):
+        raise CheckpointError(
+            f"{source} is incomplete: {display_path(folder / 'unet')}, which has its network, is "
+            "missing."
+        )
     first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
     path = folders["scheduler"] / SCHEDULER_FILE
     if not exists(path):
@@ -296,10 +302,11 @@ def _unet_in_place(source: str, folder: Path) -> PretrainedBase | None:
     """Read a UNet with the noise process of the pipeline, the import or the run that it lies in.
 
     That is one folder up, or two, as what training scripts of diffusers leave in
-    ``checkpoint-500/unet``. None means that it is alone.
+    ``checkpoint-500/unet``, of a link first and then of what it leads to. None means that it is
+    alone.
     """
     folder = folder.absolute()
-    for place in (folder, folder.parent, folder.parent.parent):
+    for place in (p for end in (folder, folder.resolve()) for p in (end, *end.parents[:2])):
         for opened in (_imported, _pipeline, _run):
             if (base := opened(source, place, folder)) is not None:
                 return base
@@ -331,7 +338,7 @@ def _diffusers(
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
 
-    def load(_: NetworkConfig) -> StateDict:
+    def load(_settings: NetworkConfig, _new_order: bool) -> StateDict:  # noqa: FBT001
         weights: StateDict = load_unet(folder).float().state_dict()
         return weights
 

@@ -88,7 +88,7 @@ def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: floa
     """Save the averaged weights, then the result: a base that has one is finished."""
     unet_config = base_unet(config.model, config.conditioning)
     with state.ema_weights() as unet:
-        save_unet(unet, run_dir.base_unet, num_heads=unet_config.get("num_heads"))
+        save_unet(unet, run_dir.base_unet)
     structure = network_structure(unet_config)
     train_macs = 3.0 * structure.macs * state.step * config.base.batch_size
     result = BaseResult(structure.macs, structure.num_params, state.step, train_macs, seconds)

@@ -153,9 +153,8 @@ def train_longer_base(job: LongerBaseJob, report: Report) -> LongerBaseResult | 
     _train(state, job, rank, report)
     if rank.rank != 0:
         return None
-    num_heads = load_config(job.run_dir.base_unet).get("num_heads")
     with state.ema_weights(job.config.finetune.average_with_start) as averaged:
-        save_unet(averaged, job.run_dir.longer_base, num_heads=num_heads)
+        save_unet(averaged, job.run_dir.longer_base)
     return LongerBaseResult(
         steps=job.num_steps,
         macs_spent=_macs_of(job),

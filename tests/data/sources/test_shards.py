@@ -1,6 +1,8 @@
 import io
 import json
+import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -278,6 +280,23 @@ def test_corrupt_images_of_shards_are_named_and_counted(tmp_path, config_of, cap
     assert any(message.startswith(start) for message in caplog.messages)
     with pytest.raises(CorruptFileError, match=r"1 of the files in .* data\.max_corrupt is 0"):
         everything(load_dataset(config_of(source, tmp_path / "data", max_corrupt=0)))
+
+
+def test_a_disk_without_room_for_copies_is_refused_before_they_are_made(
+    tmp_path, config_of, monkeypatch
+):
+    write_parquet(tmp_path / "data/0.parquet", {"image": structs(encoded(1))})
+    config = config_of("parquet", tmp_path / "data")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(
+        DataError, match=r"cache needs about 0 MB for copies .* of 1 files.*--data"
+    ):
+        load_dataset(config)
+    monkeypatch.undo()
+    assert len(load_dataset(config)) == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    load_dataset.cache_clear()
+    assert len(load_dataset(config)) == 1  # they are there
 
 
 @BOTH

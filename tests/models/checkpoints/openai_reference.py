@@ -39,9 +39,9 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, *, new_order: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.new_order = heads, new_order
         self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -49,7 +49,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
         batch, channels = x.shape[:2]
         flat = x.reshape(batch, channels, -1)
-        qkv = self.qkv(self.norm(flat)).reshape(batch, self.heads, 3, channels // self.heads, -1)
+        qkv, width = self.qkv(self.norm(flat)), channels // self.heads
+        if self.new_order:  # guided-diffusion's QKVAttention
+            qkv = qkv.reshape(batch, 3, self.heads, width, -1).transpose(1, 2)
+        else:
+            qkv = qkv.reshape(batch, self.heads, 3, width, -1)
         q, k, v = qkv.unbind(dim=2)  # (B, heads, C / heads, pixels)
         weights = torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(channels // self.heads)
         mixed = torch.einsum("bhts,bhcs->bhct", weights.softmax(dim=-1), v)
@@ -89,6 +93,9 @@ class OpenAIUNet(nn.Module):
         layers: int = 2,
         attention_at: tuple[int, ...] = (1,),
         heads: int = 4,
+        head_channels: int | None = None,
+        heads_upsample: int | None = None,
+        new_order: bool = False,
         in_channels: int = 3,
         out_channels: int = 6,
         scale_shift: bool = True,
@@ -105,11 +112,16 @@ class OpenAIUNet(nn.Module):
         def residual(inputs: int, outputs: int) -> Residual:
             return Residual(inputs, outputs, time, scale_shift=scale_shift)
 
+        def attend(width: int, heads: int) -> Attention:
+            return Attention(
+                width, width // (head_channels or width // heads), new_order=new_order
+            )
+
         now, skips = channels[0], [channels[0]]
         blocks: list[list[nn.Module]] = [[First(in_channels, now, 3, padding=1)]]
         for level, width in enumerate(channels):
             for _ in range(layers):
-                attention = [Attention(width, heads)] if level in attention_at else []
+                attention = [attend(width, heads)] if level in attention_at else []
                 blocks.append([residual(now, width), *attention])
                 now = width
                 skips.append(now)
@@ -118,12 +130,14 @@ class OpenAIUNet(nn.Module):
                 skips.append(now)
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, blocks))
         self.middle_block = nn.ModuleList(
-            [residual(now, now), Attention(now, heads), residual(now, now)]
+            [residual(now, now), attend(now, heads), residual(now, now)]
         )
         blocks = []
         for level, width in reversed(list(enumerate(channels))):
             for layer in range(layers + 1):
-                attention = [Attention(width, heads)] if level in attention_at else []
+                attention = (
+                    [attend(width, heads_upsample or heads)] if level in attention_at else []
+                )
                 last = [Up(width)] if level and layer == layers else []
                 blocks.append([residual(now + skips.pop(), width), *attention, *last])
                 now = width
@@ -199,10 +213,11 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    def __init__(self, inputs: int, outputs: int, layers: int) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: int, *, attends: bool) -> None:
         super().__init__()
         widths = [inputs, *[outputs] * layers]
         self.block = nn.ModuleList(ResidualVQ(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionVQ(outputs) for _ in range(layers if attends else 0))
 
 
 def middle(channels: int) -> nn.Module:
@@ -216,7 +231,14 @@ class Coder(nn.Module):
     """The encoder, or with ``decodes`` the decoder."""
 
     def __init__(
-        self, inputs: int, outputs: int, channels: tuple[int, ...], layers: int, *, decodes: bool
+        self,
+        inputs: int,
+        outputs: int,
+        channels: tuple[int, ...],
+        layers: int,
+        attention_at: tuple[int, ...],
+        *,
+        decodes: bool,
     ) -> None:
         super().__init__()
         self.decodes, deep, wide = decodes, channels[-1], channels[0]
@@ -224,13 +246,15 @@ class Coder(nn.Module):
         self.mid = middle(deep)
         levels = []
         for level, width in enumerate(channels):
+            attends = level in attention_at
             if decodes:
                 before = channels[min(level + 1, len(channels) - 1)]
-                levels.append(Level(before, width, layers + 1))
+                levels.append(Level(before, width, layers + 1, attends=attends))
                 if level > 0:
                     levels[-1].upsample = Resample(width, 1)
             else:
-                levels.append(Level(channels[max(level - 1, 0)], width, layers))
+                before = channels[max(level - 1, 0)]
+                levels.append(Level(before, width, layers, attends=attends))
                 if level < len(channels) - 1:
                     levels[-1].downsample = Resample(width, 2)
         setattr(self, "up" if decodes else "down", nn.ModuleList(levels))
@@ -242,8 +266,10 @@ class Coder(nn.Module):
         if self.decodes:
             x = self.through_the_middle(x)
         for level in reversed(self.up) if self.decodes else self.down:
-            for block in level.block:
+            for number, block in enumerate(level.block):
                 x = block(x)
+                if level.attn:
+                    x = level.attn[number](x)
             for name in ("upsample", "downsample"):
                 x = getattr(level, name, nn.Identity())(x)
         if not self.decodes:
@@ -255,10 +281,15 @@ class Coder(nn.Module):
 
 
 class FirstStageVQ(nn.Module):
-    def __init__(self, channels: tuple[int, ...] = (32, 64), layers: int = 1) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (32, 64),
+        layers: int = 1,
+        attention_at: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.encoder = Coder(3, 3, channels, layers, decodes=False)
-        self.decoder = Coder(3, 3, channels, layers, decodes=True)
+        self.encoder = Coder(3, 3, channels, layers, attention_at, decodes=False)
+        self.decoder = Coder(3, 3, channels, layers, attention_at, decodes=True)
         self.quantize = nn.Module()
         self.quantize.embedding = nn.Embedding(64, 3)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
@@ -271,6 +302,28 @@ class FirstStageVQ(nn.Module):
         distances = (z.movedim(1, -1)[..., None, :] - codes).square().sum(dim=-1)
         nearest = codes[distances.argmin(dim=-1)].movedim(-1, 1)
         return self.decoder(self.post_quant_conv(nearest))
+
+
+class FirstStageKL(nn.Module):
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (32, 64),
+        layers: int = 1,
+        attention_at: tuple[int, ...] = (),
+        latents: int = 3,
+    ) -> None:
+        super().__init__()
+        self.encoder = Coder(3, 2 * latents, channels, layers, attention_at, decodes=False)
+        self.decoder = Coder(latents, 3, channels, layers, attention_at, decodes=True)
+        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The posterior's mean."""
+        return self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
 
 
 def compvis_checkpoint(

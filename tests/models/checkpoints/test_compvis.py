@@ -1,17 +1,19 @@
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.compvis import (
     Checkpoint,
     config_from_state_dict,
     split,
-    to_vq_model,
+    to_first_stage,
 )
 from tdc_ray.models.checkpoints.openai import config_from_state_dict as unet_told_by_shapes
 from tdc_ray.models.checkpoints.openai import original_shapes
 from tdc_ray.models.unet2d.architectures import architecture
 from tests.models.checkpoints.openai_reference import (
+    FirstStageKL,
     FirstStageVQ,
     OpenAIUNet,
     compvis_checkpoint,
@@ -59,7 +61,7 @@ def test_a_measured_scaling_factor_comes_along():
 def test_a_converted_first_stage_encodes_and_decodes_as_the_original():
     original = blocks()[2]
     config = config_from_state_dict(first_stage_alone(original.state_dict()))
-    model = to_vq_model(original.state_dict(), config)
+    model = to_first_stage(original.state_dict(), config)
     assert not model.training
     assert (model.config.scaling_factor, model.config.vq_embed_dim) == (1.0, 3)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -69,6 +71,30 @@ def test_a_converted_first_stage_encodes_and_decodes_as_the_original():
     decoded = original.decode(latents)
     assert decoded.std() > 0.1
     assert (model.decode(latents).sample - decoded).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [FirstStageVQ, FirstStageKL])
+def test_a_first_stage_with_attention_inside_its_levels_is_converted(kind):
+    torch.manual_seed(0)
+    original = randomise(kind(attention_at=(1,)), 2)
+    state = original.state_dict()
+    model = to_first_stage(state, config_from_state_dict(first_stage_alone(state)))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents, encoded = original.encode(images), model.encode(images)
+    if kind is FirstStageKL:
+        assert isinstance(model, AutoencoderKL)
+        assert (encoded.latent_dist.mode() - latents).abs().max() < 1e-4
+    else:
+        assert (encoded.latents - latents).abs().max() < 1e-4
+    decoded = original.decode(latents)
+    assert decoded.std() > 0.1
+    assert (model.decode(latents).sample - decoded).abs().max() < 1e-4
+
+
+def test_a_discriminator_is_no_part_of_a_first_stage():
+    state = state_dict() | {"first_stage_model.loss.discriminator.0.bias": torch.zeros(1)}
+    assert "loss.discriminator.0.bias" not in split(state).first_stage
 
 
 def test_vq_f4_is_told_by_its_shapes():
@@ -120,6 +146,9 @@ def test_a_wrong_tensor_of_the_first_stage_is_named():
     config = config_from_state_dict(first_stage_alone(original))
     del original["decoder.up.0.block.1.norm2.bias"]
     with pytest.raises(CheckpointError, match=r"lacks decoder\.up\.0\.block\.1\.norm2\.bias"):
-        to_vq_model(original, config)
-    with pytest.raises(CheckpointError, match=r"lacks quantize\.embedding\.weight"):
-        config_from_state_dict(first_stage_alone({"encoder.conv_in.weight": torch.zeros(1)}))
+        to_first_stage(original, config)
+    with pytest.raises(CheckpointError, match=r"lacks encoder\.down\.0.*it holds encoder\.model"):
+        config_from_state_dict(first_stage_alone({"encoder.model": torch.zeros(1)}))
+    original["decoder.conv_out.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"has the shape \(1,\), expected 4 dimensions"):
+        config_from_state_dict(first_stage_alone(original))

@@ -1,11 +1,17 @@
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.openai import config_from_state_dict, original_shapes, to_diffusers
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
+from tdc_ray.models.unet2d.architectures import (
+    ARCHITECTURES,
+    architecture,
+    with_head_channels,
+    with_heads,
+)
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
 
@@ -18,17 +24,27 @@ def reference(seed: int = 0, **changes) -> OpenAIUNet:
     return randomise(OpenAIUNet(**changes), seed)
 
 
-def converted(original: OpenAIUNet, heads: int):
-    state = original.state_dict()
-    config = with_heads(config_from_state_dict(state), heads)
+def converted(original: OpenAIUNet, heads: int, **how):
+    return converted_by(original, with_heads(told(original), heads, **how))
+
+
+def told(original: OpenAIUNet) -> NetworkConfig:
+    return config_from_state_dict(original.state_dict())
+
+
+def converted_by(original: OpenAIUNet, config: NetworkConfig, *, new_order: bool = False):
     unet = build_unet({**config, "sample_size": 8}).eval()
-    unet.load_state_dict(to_diffusers(state, config))
+    unet.load_state_dict(to_diffusers(original.state_dict(), config, new_order))
     return unet
 
 
-@torch.inference_mode()
 def largest_difference(original: OpenAIUNet, heads: int) -> float:
-    unet, generator = converted(original, heads), torch.Generator().manual_seed(1)
+    return difference_of(original, converted(original, heads))
+
+
+@torch.inference_mode()
+def difference_of(original: OpenAIUNet, unet: UNet2DModel) -> float:
+    generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, unet.config["in_channels"], 8, 8, generator=generator)
     timesteps = torch.tensor([0.0, 123.25, 999.75])  # rescaled ones are no integers
     labels = torch.tensor([0, 2, 1]) if hasattr(original, "label_emb") else None
@@ -54,6 +70,31 @@ def test_a_converted_unet_gives_what_the_original_gives(changes):
     assert largest_difference(reference(**changes), changes.get("heads", 4)) < 1e-4
 
 
+TWO_WIDTHS = {"channels": (32, 64, 96), "layers": 1, "attention_at": (1, 2)}
+
+
+def test_other_heads_on_the_way_up_are_heard():
+    original = reference(**TWO_WIDTHS, heads=2, heads_upsample=4)
+    assert difference_of(original, converted(original, 2, upsample=4)) < 1e-4
+    assert difference_of(original, converted(original, 2)) > 1e-2
+
+
+def test_heads_of_as_many_channels_in_every_width_are_heard():
+    original = reference(**TWO_WIDTHS, head_channels=32)
+    config = with_head_channels(told(original), 32)
+    assert difference_of(original, converted_by(original, config)) < 1e-4
+    assert difference_of(original, converted(original, 2)) > 1e-2
+    with pytest.raises(CheckpointError, match="heads of 40 channels do not divide attention of 6"):
+        with_head_channels(told(original), 40)
+
+
+def test_the_new_order_of_attention_is_heard():
+    original = reference(new_order=True)
+    config = with_heads(told(original), 4)
+    assert difference_of(original, converted_by(original, config, new_order=True)) < 1e-4
+    assert difference_of(original, converted_by(original, config)) > 1e-2
+
+
 def test_the_number_of_heads_decides_the_output():
     assert largest_difference(reference(heads=4), heads=2) > 1e-2
 
@@ -74,16 +115,16 @@ def test_a_named_architecture_has_as_many_tensors_and_is_told_by_their_shapes(na
     shapes = original_shapes(config)
     assert len(shapes) == count
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    told = config_from_state_dict(state)
+    found = config_from_state_dict(state)
     for key in TOLD:
-        assert told[key] == config[key]
+        assert found[key] == config[key]
     scale_shift = config.get("resnet_time_scale_shift", "default")
-    assert told["resnet_time_scale_shift"] == scale_shift
+    assert found["resnet_time_scale_shift"] == scale_shift
     weights = to_diffusers(state, config)
     with torch.device("meta"):
         unet = build_unet(config)
-    found = {name: value.shape for name, value in weights.items()}
-    assert found == {name: value.shape for name, value in unet.state_dict().items()}
+    shapes = {name: value.shape for name, value in weights.items()}
+    assert shapes == {name: value.shape for name, value in unet.state_dict().items()}
 
 
 def test_the_keys_are_those_of_improved_diffusion():
@@ -129,6 +170,10 @@ def add(state: dict[str, Tensor]) -> None:
     state["middle_block.1.rel_pos"] = torch.zeros(3)
 
 
+def round_off(state: dict[str, Tensor]) -> None:
+    state["out.0.bias"] = state["out.0.bias"].int()
+
+
 def widen(state: dict[str, Tensor]) -> None:
     state["input_blocks.1.0.in_layers.2.bias"] = torch.zeros(33)
 
@@ -138,6 +183,7 @@ def widen(state: dict[str, Tensor]) -> None:
     [
         (lose, r"lacks middle_block\.1\.norm\.bias \(64,\), expected"),
         (add, r"holds middle_block\.1\.rel_pos \(3,\), unknown"),
+        (round_off, r"out\.0\.bias is torch\.int32, expected floats"),
         (widen, r"input_blocks\.1\.0\.in_layers\.2\.bias has the shape \(33,\), expected \(32,\)"),
     ],
 )

@@ -1,6 +1,13 @@
+import argparse
+import datetime
+import enum
 import pickle
+import random
+from collections import defaultdict, deque
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +63,65 @@ def test_objects_beside_the_tensors_are_left_out_and_never_unpickled(tmp_path, i
         ):
             load_state_dict(path)
     assert not trace.exists()
+
+
+class Phase(enum.Enum):
+    FIT = "fit"
+
+
+class Steps(list):
+    """No list, but filled like one."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.float64(0.5),
+        np.arange(3),
+        np.array([{}, None], dtype=object),
+        np.zeros(2, dtype=[("a", "f4")]),
+        np.dtype("float32"),
+        np.random.default_rng(0),
+        np.random.RandomState(0).get_state(),
+        random.Random(0),
+        Phase.FIT,
+        {Phase.FIT: 1, np.int64(3): 2, Path("a"): 3},
+        {Path("a/b")},
+        argparse.Namespace(rate=np.float32(1)),
+        defaultdict(list, {"a": [1]}),
+        deque([1.0, 2.0], maxlen=3),
+        datetime.timedelta(1),
+        partial(int, base=2),
+        partial(int, base=2).__call__,
+    ],
+    ids=str,
+)
+def test_every_kind_of_object_beside_the_weights_is_left_out(tmp_path, kind):
+    torch.save({"before": kind, "state_dict": STATE, "after": [kind]}, tmp_path / "model.pt")
+    assert_same(dict(load_state_dict(tmp_path / "model.pt")), STATE)
+
+
+def test_an_object_that_cannot_be_left_out_is_named_with_the_way_out(tmp_path):
+    torch.save({"state_dict": STATE, "steps": Steps([1])}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"having .*Steps in it.*torch\.save\(torch\.load"):
+        load_state_dict(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"model": STATE, "ema": STATE, "step": 3}, "has such under model, ema"),
+        (STATE | {"step": np.int64(3)}, "holds something else as step"),
+        ([STATE], "holds a list"),
+        ({1: torch.zeros(1)}, "by name, and 1 is a"),
+        (STATE | {"c": torch.zeros(1, device="meta")}, "c is a .*on meta"),
+        (STATE | {"c": torch.zeros(1, dtype=torch.complex64)}, "c is a .*complex64"),
+    ],
+)
+def test_what_a_file_holds_in_place_of_tensors_is_said(tmp_path, saved, words):
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_state_dict(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from diffusers import UNet2DModel
 
 from tdc_ray.errors import ConfigError, StorageError, UnsupportedModelError
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import HEADS, NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.config_file import UNetConfigFile, read_network
@@ -25,8 +25,8 @@ def test_settings_that_a_file_leaves_out_are_diffusers_defaults():
         name: list(p.default) if isinstance(p.default, tuple) else p.default
         for name, p in parameters
     }
-    assert UNetConfigFile().model_dump() == expected | {"num_heads": None}
-    assert set(expected) | {"num_heads", "_class_name"} == set(NetworkConfig.__annotations__)
+    assert UNetConfigFile().model_dump() == expected | dict.fromkeys(HEADS)
+    assert set(expected) | {*HEADS, "_class_name"} == set(NetworkConfig.__annotations__)
 
 
 def test_what_diffusers_saves_is_read_as_it_was_built(tmp_path):
@@ -39,7 +39,7 @@ def test_what_diffusers_saves_is_read_as_it_was_built(tmp_path):
 
 def test_a_number_of_heads_beside_the_file_counts(tmp_path):
     config = {**TINY, "num_heads": 4}
-    save_unet(build_unet(config), tmp_path / "unet", num_heads=4)
+    save_unet(build_unet(config), tmp_path / "unet")
     assert read_network(str(tmp_path / "unet"))["num_heads"] == 4
 
 

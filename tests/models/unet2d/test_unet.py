@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.denoiser import count_params
+from tdc_ray.models.finite import check_finite
 from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet, unet_config
+from tdc_ray.storage.files import write_json
 from tests.models.counting import count_macs
 from tests.small import TINY, assert_same, output_of, random_unet, sizes
 
@@ -39,7 +41,7 @@ def test_a_saved_unet_loads_in_diffusers(tmp_path):
 
 
 def test_saving_again_replaces_what_was_there(tmp_path):
-    save_unet(build_unet(FOUR_HEADS), tmp_path / "unet", num_heads=4)
+    save_unet(build_unet(FOUR_HEADS), tmp_path / "unet")
     unet = random_unet(seed=1)
     save_unet(unet, tmp_path / "unet")
     assert_same(output_of(load_unet(tmp_path / "unet")), output_of(unet))
@@ -49,7 +51,7 @@ def test_saving_again_replaces_what_was_there(tmp_path):
 def test_num_heads_survives_saving_and_decides_the_output(tmp_path):
     unet = random_unet(FOUR_HEADS)
     assert heads_of(unet) == {4}
-    save_unet(unet, tmp_path / "unet", num_heads=4)
+    save_unet(unet, tmp_path / "unet")
     loaded = load_unet(tmp_path / "unet")
     assert heads_of(loaded) == {4}
     assert unet_config(tmp_path / "unet")["num_heads"] == 4
@@ -59,6 +61,42 @@ def test_num_heads_survives_saving_and_decides_the_output(tmp_path):
     assert heads_of(by_head_dim) == {2}
     assert_same(by_head_dim.state_dict(), unet.state_dict())
     assert not torch.allclose(output_of(by_head_dim), output_of(unet), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "heads", [{"num_heads": 4}, {"num_heads": 4, "num_heads_upsample": 2}], ids=str
+)
+def test_a_unet_that_diffusers_would_build_otherwise_is_refused_by_it(tmp_path, heads):
+    unet = random_unet({**TINY, **heads})
+    save_unet(unet, tmp_path / "unet")
+    config = unet_config(tmp_path / "unet")
+    assert {name: config.get(name) for name in heads} == heads
+    assert_same(output_of(load_unet(tmp_path / "unet")), output_of(unet))
+    check_finite([tmp_path / "unet"])
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
+
+
+def test_heads_that_are_those_of_the_config_load_in_diffusers(tmp_path):
+    unet = random_unet({**TINY, "num_heads": 2})  # of 16 channels, as TINY says
+    save_unet(unet, tmp_path / "unet")
+    loaded = UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
+    assert_same(output_of(loaded.eval()), output_of(unet))
+
+
+def test_heads_that_an_earlier_version_saved_beside_diffusers_weights_count(tmp_path):
+    unet = random_unet(FOUR_HEADS)
+    unet.save_pretrained(tmp_path / "unet")
+    write_json(tmp_path / "unet/tdc_heads.json", {"num_heads": 4})
+    assert_same(output_of(load_unet(tmp_path / "unet")), output_of(unet))
+
+
+def test_own_weights_that_are_cut_short_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet(FOUR_HEADS), tmp_path / "unet")
+    file = tmp_path / "unet/tdc_unet.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="unet holds a damaged UNet2DModel"):
+        load_unet(tmp_path / "unet")
 
 
 def test_a_saved_config_tells_layers_and_cost_without_the_weights(tmp_path):
@@ -112,6 +150,24 @@ def test_weights_that_lack_a_tensor_are_a_checkpoint_error(tmp_path):
     save_file(tensors, tmp_path / "unet" / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"unet lacks the weights conv_out\.weight"):
         load_unet(tmp_path / "unet")
+
+
+def test_weights_that_the_config_knows_nothing_of_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet({**TINY, "num_class_embeds": 3}), tmp_path / "unet")
+    config = json.loads((tmp_path / "unet/config.json").read_text())
+    (tmp_path / "unet/config.json").write_text(json.dumps(config | {"num_class_embeds": None}))
+    words = r"unet holds the weights class_embedding\.weight, which the network"
+    with pytest.raises(CheckpointError, match=words):
+        load_unet(tmp_path / "unet")
+
+
+def test_weights_that_git_lfs_has_not_fetched_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet(), tmp_path / "unet")
+    (tmp_path / "unet" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    with pytest.raises(
+        CheckpointError, match=r"is a pointer of Git LFS: fetch it by git lfs pull"
+    ):
+        check_finite([tmp_path / "unet"])
 
 
 class WritesWhenUnpickled:

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
 from tdc_ray.cli.parse import parse
@@ -30,17 +31,24 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import from_json, to_json
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.schedule import betas
-from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
+from tdc_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    StorageFailedError,
+    UnsupportedModelError,
+)
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
+from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
 from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (
+    FirstStageKL,
     FirstStageVQ,
     OpenAIUNet,
     compvis_checkpoint,
@@ -215,6 +223,13 @@ def test_a_pipeline_without_its_schedulers_file_is_incomplete(tmp_path):
         resolve_base(source)
 
 
+def test_a_pipeline_without_its_unet_is_incomplete(tmp_path):
+    source = save_pipeline(tmp_path / "p")
+    (tmp_path / "p/unet").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"p is incomplete: .*p/unet, which has its network"):
+        resolve_base(source)
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "words"),
     [
@@ -278,6 +293,13 @@ def test_a_unet_that_is_named_is_used_with_the_settings_of_its_pipeline(tmp_path
     assert base.settings.diffusion.num_train_timesteps == 500
     import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
     assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(named))
+
+
+def test_a_link_to_a_unet_has_the_noise_process_of_where_it_leads_to(tmp_path):
+    save_pipeline(tmp_path / "p")
+    (tmp_path / "link").symlink_to(tmp_path / "p/unet")
+    base = resolve_base(f"{tmp_path / 'link'}/")
+    assert base.settings.diffusion.num_train_timesteps == 500
 
 
 @pytest.mark.parametrize("place", ["checkpoint-5/unet", "unet"])
@@ -622,13 +644,13 @@ def compvis_unets() -> list[OpenAIUNet]:
     return [randomise(OpenAIUNet(**settings), seed) for seed in (0, 1)]
 
 
-def compvis_file(folder: Path, *, averaged: bool = True) -> str:
+def compvis_file(folder: Path, *, averaged: bool = True, first_stage=FirstStageVQ) -> str:
     plain, ema = compvis_unets()
     values = betas("scaled_linear", 1000, beta_start=0.0015, beta_end=0.0195)
     saved = compvis_checkpoint(
         plain,
         ema if averaged else None,
-        randomise(FirstStageVQ(), 2),
+        randomise(first_stage(), 2),
         torch.tensor(values, dtype=torch.float32),
     )
     torch.save(saved | {"epoch": 3, "global_step": 7}, folder / "model.ckpt")
@@ -652,6 +674,18 @@ def test_a_compvis_checkpoint_is_imported_with_ema_first_stage_and_betas(tmp_pat
     assert (unet(x, timesteps).sample - plain).abs().max() > 1e-2
     stage = VQModel.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     assert (stage.config["scaling_factor"], stage.config["sample_size"]) == (1.0, 32)
+
+
+def test_a_kl_first_stage_of_a_compvis_checkpoint_comes_along(tmp_path):
+    base = resolve_base(compvis_file(tmp_path, first_stage=FirstStageKL))
+    config = apply_settings(base.settings, with_heads(heads=2, size=32), with_data=True)
+    import_base(base, config, tmp_path / "base")
+    stage = load_first_stage(tmp_path / "base/first_stage")
+    assert isinstance(stage.model, AutoencoderKL)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = randomise(FirstStageKL(), 2).encode(images)
+    assert expected.shape == stage.encode(images).shape
 
 
 def test_the_first_stage_of_a_compvis_checkpoint_is_taken_out_once(tmp_path):
@@ -731,6 +765,30 @@ def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
     assert list(document["files"]) == [str(tmp_path / "model.pt")]
 
 
+@torch.inference_mode()
+def test_the_flags_of_an_openai_file_reach_its_import(tmp_path):
+    wide = {"channels": (32, 64, 96), "layers": 1, "attention_at": (1, 2), "new_order": True}
+    for number, heads in enumerate(({"head_channels": 32}, {"heads": 2, "heads_upsample": 4})):
+        base = resolve_base(openai_file(tmp_path, **wide, **heads))
+        said = {
+            "num_heads": heads.get("heads"),
+            "num_head_channels": heads.get("head_channels"),
+            "num_heads_upsample": heads.get("heads_upsample"),
+            "use_new_attention_order": True,
+        }
+        config = with_heads()
+        config = replace(config, model=replace(config.model, **said))
+        config = apply_settings(base.settings, config, with_data=True)
+        import_base(base, config, tmp_path / f"base{number}")
+        unet = load_unet(tmp_path / f"base{number}/unet")
+        torch.manual_seed(0)
+        original = randomise(OpenAIUNet(**wide, **heads), 0)
+        x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
+        assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
+        (note,) = base_notes(base, config.diffusion, config.sampler)
+        assert "does not say what it predicts (epsilon is taken)" in note
+
+
 def randomised() -> OpenAIUNet:
     torch.manual_seed(0)
     return randomise(OpenAIUNet(), 0)
@@ -748,11 +806,38 @@ def test_a_wrong_tensor_is_named_with_the_file(tmp_path):
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     del state["out.0.bias"]
     torch.save(state, tmp_path / "model.pt")
-    base = resolve_base(source)
-    config = apply_settings(base.settings, with_heads(), with_data=True)
-    with pytest.raises(CheckpointError, match=r"model\.pt cannot.*lacks out\.0\.bias \(32,\)"):
+    words = r"model\.pt is no such checkpoint: it lacks out\.0\.bias \(32,\)"
+    with pytest.raises(CheckpointError, match=words):
+        resolve_base(source)
+
+
+def test_an_import_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    base = resolve_base(save_latent_pipeline(tmp_path / "p"))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+
+    def no_space(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VQModel, "save_pretrained", no_space)  # the unet is saved before
+    with pytest.raises(StorageFailedError):
         import_base(base, config, tmp_path / "base")
-    assert not (tmp_path / "base").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@torch.inference_mode()
+def test_a_base_that_predicts_something_else_than_it_says_is_doubted():
+    unet = random_unet()
+    unet.conv_out.weight.zero_()  # its output is noise of its own, as far as the input goes
+    doubt = prediction_doubt(unet, CONFIG.diffusion)
+    assert re.search(
+        r"at timestep 999 correlates .* by (?:nan|0\.00), and .* epsilon this is near 1", doubt
+    )
+    velocity = replace(CONFIG.diffusion, prediction_type="v_prediction")
+    assert prediction_doubt(unet, velocity) is None
+
+    unet.forward = lambda x, timesteps, class_labels: UNet2DOutput(sample=0.9 * x)
+    assert prediction_doubt(unet, CONFIG.diffusion) is None
+    assert "by 1.00, and" in prediction_doubt(unet, velocity)
 
 
 # --- nothing there ---------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Whether a base predicts what it is said to: no file of weights says so."""
+
+import math
+
+import torch
+from diffusers import UNet2DModel
+
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.models.denoiser import has_classes
+from tdc_ray.models.network_config import image_size
+
+_NUMBERS = 2048
+"""Least numbers of noise that are looked at: a chance correlation of them is below 0.1."""
+
+_LEAST = 0.5
+"""Of epsilon. A trained network's is above 0.9, that of one that predicts the image near 0."""
+
+
+@torch.inference_mode()
+def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | None:
+    """Compare what a network outputs for pure noise with the noise; return a doubt in words.
+
+    At the last timestep there is nothing but noise: a network that predicts epsilon outputs its
+    input again, and one that predicts the image or the velocity outputs something else.
+
+    Args:
+        unet: The network, in eval mode.
+        diffusion: What it is said to predict, and its timesteps.
+    """
+    channels, last = unet.config["in_channels"], diffusion.num_train_timesteps - 1
+    shape = (channels, *image_size(unet.config))
+    count = math.ceil(_NUMBERS / math.prod(shape))
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((count,), last * diffusion.timestep_scale)
+    labels = torch.zeros(count, dtype=torch.long) if has_classes(unet) else None
+    output = unet(noise, timesteps, class_labels=labels).sample[:, :channels]
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
+    is_epsilon = correlation >= _LEAST
+    if is_epsilon == (diffusion.prediction_type == "epsilon"):
+        return None
+    return (
+        f"its output for pure noise at timestep {last} correlates with that noise by "
+        f"{correlation:.2f}, and of a trained network that predicts {diffusion.prediction_type} "
+        f"this is {'near 1' if diffusion.prediction_type == 'epsilon' else 'far below 1'}. Check "
+        "--diffusion.prediction-type (networks that predict the image, x0, cannot be a base), "
+        "timesteps, heads and --model.use-new-attention-order, if its samples are no images"
+    )
