@@ -29,7 +29,6 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.saved_expert import save_expert
 from tdc_ray.models.unet2d.surgery import cut
-from tdc_ray.models.unet2d.unet import set_num_heads
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.runs.pipelines import pipeline_index
 from tests.diffusion.test_pipeline import groups_of
@@ -386,8 +385,9 @@ def test_what_could_not_be_loaded_the_same_is_not_saved(tmp_path):
     with pytest.raises(ConfigError, match=r"0 to 249 is not the network .* \(kept=\.\.\.\)"):
         ExpertDenoiser(experts, SPANS).save_pretrained(tmp_path / "out")
     denoiser = copies(random_unet())
-    set_num_heads(denoiser.experts[1], 4)
-    with pytest.raises(ConfigError, match=r"timesteps 250 to 599 .*attentions\.0\.scale differs"):
+    attention = denoiser.experts[1].mid_block.attentions[0]
+    attention.heads = attention.sliceable_head_dim = 4
+    with pytest.raises(ConfigError, match=r"timesteps 250 to 599 .*attentions\.0\.heads differs"):
         denoiser.save_pretrained(tmp_path / "out")
     for option in ({"push_to_hub": True}, {"safe_serialization": False}, {"variant": "fp16"}):
         with pytest.raises(ConfigError, match=f"no option {next(iter(option))}="):
