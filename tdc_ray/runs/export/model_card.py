@@ -79,7 +79,7 @@ from diffusers import DiffusionPipeline
 from tdc_ray import ExpertDenoiser
 
 pipeline = DiffusionPipeline.from_pretrained(BASE)
-pipeline.unet = ExpertDenoiser.from_pretrained(DIR)
+pipeline.unet = ExpertDenoiser.from_pretrained(DIR)  # or pipeline.transformer
 ```
 
 `scheduler/` has the noise process and the sampler that the scores are of{first_stage}.
