@@ -406,6 +406,12 @@ def _check_steps(
             f"sampler.scheduler {name} needs {', '.join(sorted(more))} beside what the network "
             "outputs. Use DDIMScheduler, for example."
         )
+    if "noise_sampler_seed" in scheduler.config:
+        raise ConfigError(
+            f"sampler.scheduler {name} draws noise by no generator: an image would not be that of "
+            "its seed. Use DPMSolverMultistepScheduler with --sampler.options "
+            "algorithm_type=sde-dpmsolver++."
+        )
     for setting, is_set in (
         ("eta", sampler.eta > 0),
         ("use_clipped_model_output", bool(sampler.use_clipped_model_output)),

@@ -34,7 +34,7 @@ EXCLUDED = {
     "DDIMInverseScheduler": "it goes from an image to noise",
     "DDPMWuerstchenScheduler": "it has a cosine in continuous time of its own",
     "DPMSolverMultistepInverseScheduler": "it goes from an image to noise",
-    "DPMSolverSDEScheduler": "it needs torchsde",
+    "DPMSolverSDEScheduler": "its noise has no generator; it needs torchsde, too",
     "DiscreteDDIMScheduler": TOKENS,
     "EDMDPMSolverMultistepScheduler": "it is for EDM's networks",
     "EDMEulerScheduler": "it is for EDM's networks",

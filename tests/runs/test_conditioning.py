@@ -344,10 +344,12 @@ def draw(
     class_labels: Tensor | None = None,
     **guidance: Any,
 ) -> Tensor:
-    scheduler = make_scheduler(
-        DiffusionConfig(learned_sigma=learned), SamplerConfig(sampler=sampler)
+    how = SamplerConfig(sampler=sampler)
+    scheduler = make_scheduler(DiffusionConfig(learned_sigma=learned), how)
+    clips = how.clips_epsilon
+    spec = SamplingSpec(
+        shape=SHAPE, num_inference_steps=5, use_clipped_model_output=clips, **guidance
     )
-    spec = SamplingSpec(shape=SHAPE, num_inference_steps=5, **guidance)
     generators = image_generators(0, first, 3)
     return sample(lambda _: unet, scheduler, spec, generators, class_labels=class_labels)
 
