@@ -57,7 +57,7 @@ class FirstStageConfig(TypedDict, total=False):
     block_out_channels: Sequence[int]
     layers_per_block: int
     latent_channels: int
-    sample_size: int
+    sample_size: int | tuple[int, int]
     num_vq_embeddings: int
     vq_embed_dim: int | None
     mid_block_add_attention: bool
@@ -89,7 +89,16 @@ def image_size(config: NetworkConfig) -> tuple[int, int]:
         UnsupportedModelError: The config does not have them.
     """
     size = config.get("sample_size")
-    if size is None:
-        raise UnsupportedModelError("the model's config must name a sample_size.")
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UnsupportedModelError(
+            "the model's config must name a sample_size: one number, or height and width, got "
+            f"{size}."
+        )
+    height, width = sides
     return height, width
+
+
+def sample_size(height: int, width: int) -> int | tuple[int, int]:
+    """Return the ``sample_size`` of a config: one number for a square."""
+    return height if height == width else (height, width)

@@ -46,7 +46,8 @@ def _filled(config: RunConfig) -> RunConfig:
     model = with_file(config.model)
     if model.network is None or model.network["sample_size"] is not None:
         return replace(config, model=model)
-    size = input_shape(config.data)[1]
+    _, height, width = input_shape(config.data)
+    size = height if height == width else [height, width]
     return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
 
 
