@@ -63,5 +63,7 @@ def test_padding_is_below_the_shorter_side():
 
 def test_ready_statistics_are_of_squares():
     config = replace(preset("images"), evaluate=EvaluateConfig(reference="cifar10"))
-    with pytest.raises(ConfigError, match=r"evaluate\.reference must be None where images are not"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.reference must be None where images are not"
+    ):
         replace(config, data=replace(config.data, image_size=(8, 16)))

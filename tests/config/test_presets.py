@@ -238,7 +238,10 @@ def test_blocks_know_their_resolution_and_heads():
             {"resnet_time_scale_shift": "spatial"},
             "resnet_time_scale_shift spatial is not supported",
         ),
-        ({"sample_size": (16, 18)}, r"sample_size's width of 18 cannot be halved .*: 16 or 20 can"),
+        (
+            {"sample_size": (16, 18)},
+            r"sample_size's width of 18 cannot be halved .*: 16 or 20 can",
+        ),
         ({"sample_size": (16, 8, 8)}, r"sample_size: one number, or .*, got \(16, 8, 8\)"),
     ],
 )

@@ -242,7 +242,11 @@ def test_a_pipeline_of_latents_brings_its_first_stage_and_the_size_of_its_images
 @pytest.mark.parametrize(
     ("part", "setting", "message"),
     [
-        ("unet", "sample_size", "sample_size in the model's config.json must be the size of its images"),
+        (
+            "unet",
+            "sample_size",
+            "sample_size in the model's config.json must be the size of its images",
+        ),
         ("vqvae", "in_channels", "must name in_channels"),
         ("vqvae", "block_out_channels", "must name block_out_channels"),
     ],
