@@ -81,8 +81,11 @@ class Timing:
     evaluation: float
     """Sampling and features, in proportion to the images of the evaluation."""
 
+    reference: float
+    """A classifier, or the features of the training images."""
+
     other: float
-    """Starts of workers, checkpoints, a classifier, times of the experts."""
+    """Starts of workers, checkpoints, times of the experts."""
 
     @property
     def training(self) -> float:
@@ -92,7 +95,21 @@ class Timing:
     @property
     def rest(self) -> float:
         """All that is not."""
-        return self.search + self.evaluation + self.other
+        return self.search + self.evaluation + self.reference + self.other
+
+    def split(self, elapsed: float) -> str:
+        """Write in minutes what a run takes that got so far in so many seconds."""
+        parts = {
+            "until here": elapsed,
+            "base": self.base,
+            "search": self.search,
+            "fine-tunes": self.finetunes,
+            "comparison": self.comparison,
+            "sampling and scores": self.evaluation,
+            "their reference": self.reference,
+            "starting workers and so on": self.other,
+        }
+        return ", ".join(f"{name} {part / 60:.1f}" for name, part in parts.items() if part)
 
 
 def trains_base(config: RunConfig) -> bool:
@@ -175,16 +192,18 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
     hours = config.budget.hours
     assert hours is not None
     room = (1 - MARGIN) * 3600 * hours - elapsed
-    config, timing = _with_fewer_images(config, timing, room - timing.other)
+    config, timing = _with_fewer_images(config, timing, room - timing.reference - timing.other)
     room -= timing.rest
     if timing.training == 0 or room * _fewest_steps(config) < timing.training:
         fixed = elapsed + timing.rest
         least = fixed + timing.training / _fewest_steps(config)
+        untrained = replace(timing, base=0.0, finetunes=0.0, comparison=0.0)
         raise ConfigError(
             f"--hours must be at least {least / 3600 / (1 - MARGIN):.2g} here, got {hours:g}: all "
-            f"but training takes about {fixed / 60:.1f} minutes. Give more, or take fewer images "
-            f"of --evaluate.num-images {config.evaluate.num_images} or fewer of "
-            f"--plan.num-groups {config.plan.num_groups}."
+            f"but training takes about {fixed / 60:.1f} minutes ({untrained.split(elapsed)}). "
+            "Give more, or take fewer images of --evaluate.num-images "
+            f"{config.evaluate.num_images}, fewer of --plan.num-groups {config.plan.num_groups}, "
+            "or smaller ones by --data.image-size."
         )
     scale = room / timing.training
     timing = replace(
@@ -193,18 +212,13 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
         finetunes=scale * timing.finetunes,
         comparison=scale * timing.comparison,
     )
-    parts = {
-        "until here": elapsed,
-        "base": timing.base,
-        "search": timing.search,
-        "fine-tunes": timing.finetunes,
-        "comparison": timing.comparison,
-        "sampling and scores": timing.evaluation,
-        "starting workers and so on": timing.other,
-        "in reserve": 3600 * hours * MARGIN,
-    }
-    split = ", ".join(f"{name} {part / 60:.1f}" for name, part in parts.items() if part)
-    logger.info("--hours %g is %.1f minutes: %s", hours, 60 * hours, split)
+    logger.info(
+        "--hours %g is %.1f minutes: %s, in reserve %.1f",
+        hours,
+        60 * hours,
+        timing.split(elapsed),
+        60 * hours * MARGIN,
+    )
     return with_scaled_steps(config, scale), timing
 
 
@@ -223,11 +237,12 @@ def with_time_left(
     """
     assert config.budget.hours is not None
     slower = stage_1_seconds / (timing.base + timing.other)
+    after = timing.search + timing.evaluation + timing.reference
     training = timing.finetunes + timing.comparison
     if slower <= 1 or config.finetune.num_steps == 0:
         return config
     room = (1 - MARGIN) * 3600 * config.budget.hours - elapsed
-    scale = (room / slower - timing.search - timing.evaluation) / training
+    scale = (room / slower - after) / training
     if scale >= 1:
         return config
     finetune = _scaled(config.finetune, max(0.0, scale))
@@ -338,10 +353,9 @@ def timing_of(
         comparison=comparison,
         search=search,
         evaluation=images * (passes * num_passes + 2 * features) / workers,
+        reference=classifier + num_features * features / workers,
         other=grids
         + compared
-        + classifier
-        + num_features * features / workers
         + saved
         + len(groups) * MIN_REPEATS * timed
         + NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
