@@ -89,14 +89,14 @@ def image_size(config: NetworkConfig) -> tuple[int, int]:
         UnsupportedModelError: The config does not have them.
     """
     size = config.get("sample_size")
-    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = [*size] if isinstance(size, list | tuple) else [size, size]
+    whole = [side for side in sides if isinstance(side, int) and side > 0]
+    if len(sides) != 2 or len(whole) != 2:
         raise UnsupportedModelError(
             "the model's config must name a sample_size: one number, or height and width, got "
             f"{size}."
         )
-    height, width = sides
-    return height, width
+    return whole[0], whole[1]
 
 
 def sample_size(height: int, width: int) -> int | tuple[int, int]:
