@@ -48,8 +48,8 @@ def test_images_keep_their_shape_from_the_folder_to_the_export_and_the_score(
     subprocess.run(example, check=True, cwd=tmp_path)
     with Image.open("images.png") as image:
         assert image.size == (16, 8)
-    custom = {"custom_pipeline": "exported", "trust_remote_code": True}
-    pipeline = DiffusionPipeline.from_pretrained("exported", **custom)
+    custom = {"custom_pipeline": "./exported", "trust_remote_code": True}
+    pipeline = DiffusionPipeline.from_pretrained("./exported", **custom)
     images = pipeline(2, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 8, 16, 3)
 
