@@ -17,7 +17,7 @@ from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.events import EventSink, Reported
 from tdc_ray.execution.item import Report
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -174,8 +174,8 @@ def widths_of(kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
 def output_of(unet: UNet2DModel, *, seed: int = 0, batch_size: int = 3) -> Tensor:
     """A UNet's output for some noise at some timesteps."""
     generator = torch.Generator().manual_seed(seed)
-    size = unet.config["sample_size"]
-    noise = torch.randn(batch_size, unet.config["in_channels"], size, size, generator=generator)
+    shape = (batch_size, unet.config["in_channels"], *image_size(unet.config))
+    noise = torch.randn(shape, generator=generator)
     timesteps = torch.randint(0, 1000, (batch_size,), generator=generator)
     classes = unet.config["num_class_embeds"]
     labels = None if classes is None else timesteps % classes

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from typing import NoReturn
 
 from rich.console import Console
@@ -14,6 +15,8 @@ class PlainConsole(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         """Create it for the standard output, or the standard error."""
         super().__init__(stderr=stderr, markup=False, emoji=False)
+        self.began = time.perf_counter()
+        """When the command line began that prints here."""
 
     def on_broken_pipe(self) -> NoReturn:
         """Let ``main`` end the command, where rich would exit with 1."""

@@ -20,6 +20,7 @@ def run(
     console: Console,
     store: Path | None = None,
     log_to: Sequence[LoggerName] = (),
+    began: float | None = None,
 ) -> Results:
     """Start or resume a whole run, as ``runs.run`` does, with the default sinks.
 
@@ -29,10 +30,11 @@ def run(
         console: Where progress is shown.
         store: The cache that runs share, a folder or a URI; None means that all is computed here.
         log_to: Trackers that the run is logged to beside TensorBoard.
+        began: When ``--hours`` began, by ``time.perf_counter``; None means now.
 
     Raises:
         TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
     check_loggers(log_to)
     sinks = default_sinks(RunDir(resolve_path(folder).resolve()), console, log_to)
-    return run_module.run(config, folder, sinks, store)
+    return run_module.run(config, folder, sinks, store, began)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.config.image_size import size_text
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
@@ -67,10 +68,10 @@ class AutoencoderConfig:
         )
         require("train", self.train, "compile", "none for an autoencoder", ok=plain)
         factor = self.downsampling
-        if self.data.image_size % factor:
+        if self.data.height % factor or self.data.width % factor:
             raise ConfigError(
                 f"data.image_size must be a multiple of {factor} for block_out_channels "
-                f"{self.block_out_channels}, got {self.data.image_size}."
+                f"{self.block_out_channels}, got {size_text(self.data.image_size)}."
             )
         if self.data.first_stage is not None:
             raise ConfigError(

@@ -10,6 +10,12 @@ from tdc_ray.errors import ConfigError
 STEP_FIELDS = ("num_steps", "num_warmup_steps", "ema_warmup", "checkpoint_every")
 """Settings of training that a budget decides."""
 
+LEAST_IMAGES = {
+    "prune": {"num_images": 60, "num_refit_images": 60},
+    "evaluate": {"num_images": 200},
+}
+"""Numbers of images that ``--hours`` lowers, down to these, where they are the preset's."""
+
 
 @settings("budget")
 class BudgetConfig:
@@ -17,7 +23,8 @@ class BudgetConfig:
 
     hours: Annotated[PositiveFloat | None, arg(aliases=("--hours",))] = None
     """Hours after which the whole run is to be finished, search and evaluation included. Steps are
-    timed on the workers first."""
+    timed on the workers first. Where the preset's images of search and evaluation would take more
+    than half of it, there are fewer."""
 
     train_macs: Annotated[PositiveFloat | None, arg(aliases=("--train-macs",))] = None
     """Multiply-accumulates of base and fine-tunes together, three forward passes per image and

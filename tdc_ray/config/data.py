@@ -1,10 +1,9 @@
 """Which images are learnt, and how they are brought into shape: ``--data.*``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
+from tdc_ray.config.image_size import ImageSize, size_text
 from tdc_ray.config.validation import NonNegativeInt, require, settings
 from tdc_ray.errors import ConfigError
 
@@ -32,8 +31,9 @@ class DataConfig:
     path: str | None = None
     """Where the images are; every source but digits and photos needs it."""
 
-    image_size: Annotated[int, Field(ge=4)] = 8
-    """Height and width that images are brought to, in pixels."""
+    image_size: ImageSize = 8
+    """What images are brought to, in pixels: 64 for a square, or HEIGHTxWIDTH such as 48x64 (in
+    files of settings also `[48, 64]`)."""
 
     num_channels: Literal[1, 3] = 1
     """Grey (1) or colour (3)."""
@@ -65,8 +65,9 @@ class DataConfig:
     """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
 
     def __post_init__(self) -> None:
-        rule = f"below data.image_size = {self.image_size}"
-        require("data", self, "crop_padding", rule, ok=self.crop_padding < self.image_size)
+        rule = f"below data.image_size = {size_text(self.image_size)}"
+        fits = self.crop_padding < min(self.height, self.width)
+        require("data", self, "crop_padding", rule, ok=fits)
         if self.source not in BUNDLED and self.path is None:
             raise ConfigError(
                 f"data.path must be given for data.source {self.source}: where are the images? "
@@ -82,6 +83,21 @@ class DataConfig:
             raise ConfigError(
                 f"data.labels_from_folders goes with data.source folder, got {self.source}."
             )
+
+    @property
+    def height(self) -> int:
+        """Pixels from top to bottom that images are brought to."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels from left to right that images are brought to."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` that images are brought to."""
+        return (self.num_channels, self.height, self.width)
 
     @property
     def name(self) -> str:

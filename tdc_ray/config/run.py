@@ -73,6 +73,9 @@ class RunConfig:
         self._check_models_of_all_groups()
         self._check_finetune_workers()
         self._check_comparison_workers()
+        rule = "None where images are not square, as clean-fid's statistics are of squares"
+        square = self.data.height == self.data.width or self.evaluate.reference is None
+        require("evaluate", self.evaluate, "reference", rule, ok=square)
         self._check_latents()
 
     @property

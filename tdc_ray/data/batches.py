@@ -27,12 +27,12 @@ def augment(images: Tensor, config: DataConfig, generator: torch.Generator) -> T
         flip = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     if config.crop_padding:
-        padding, size = config.crop_padding, images.shape[-1]
+        padding, (height, width) = config.crop_padding, images.shape[-2:]
         padded = transforms.pad(images, [padding], padding_mode="reflect")
         corners = torch.randint(0, 2 * padding + 1, (len(images), 2), generator=generator)
         images = torch.stack(
             [
-                image[:, top : top + size, left : left + size]
+                image[:, top : top + height, left : left + width]
                 for image, (top, left) in zip(padded, corners.tolist(), strict=True)
             ]
         )

@@ -173,7 +173,7 @@ def images_config(images: Any, data: DataConfig, folder: Path, *, classes: bool)
         by_folders = classes and named.source == "folder"
         return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
     images = images if isinstance(images, Images) else Images(images)
-    path = images.save(folder, (data.num_channels, data.image_size, data.image_size))
+    path = images.save(folder, data.shape)
     return replace(data, source="npz", path=str(path), labels_from_folders=False)
 
 

@@ -20,26 +20,41 @@ def channels_first(pixels: NDArray[np.uint8]) -> Tensor:
     return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
 
+def covering_size(stored: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the least height and width of an image's own aspect that cover others.
+
+    Args:
+        stored: Height and width of the image.
+        size: Those to cover, of which one is met exactly.
+    """
+    (stored_height, stored_width), (height, width) = stored, size
+    if height * stored_width >= width * stored_height:
+        return (height, int(height * stored_width / stored_height))
+    return (int(width * stored_height / stored_width), width)
+
+
 def to_size(images: Tensor, config: DataConfig) -> Tensor:
-    """Resize uint8 images to the size (shorter side, then a square from the middle) and colours.
+    """Bring uint8 images to size and colours: resized to cover the size, cropped to the middle.
 
     Args:
         images: ``(N, C, H, W)``, of 1 or 3 channels.
         config: The size and the number of channels.
 
     Returns:
-        ``(N, config.num_channels, config.image_size, config.image_size)``.
+        ``(N, *config.shape)``.
     """
-    channels, size = images.shape[1], config.image_size
+    channels, size = images.shape[1], (config.height, config.width)
     if channels == 3 and config.num_channels == 1:
         weights = torch.tensor(GREY_WEIGHTS)[:, None, None]
         images = (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
     elif channels == 1 and config.num_channels == 3:
         images = images.expand(-1, 3, -1, -1).contiguous()
-    if images.shape[-2:] != (size, size):
+    height, width = images.shape[-2:]
+    if (height, width) != size:
         bicubic = transforms.InterpolationMode.BICUBIC
-        images = transforms.resize(images, [size], interpolation=bicubic, antialias=True)
-        images = transforms.center_crop(images, [size, size])
+        covering = covering_size((height, width), size)
+        images = transforms.resize(images, [*covering], interpolation=bicubic, antialias=True)
+        images = transforms.center_crop(images, [*size])
     return images
 
 

@@ -70,12 +70,7 @@ def check_given(data: DataConfig, *, has_size: bool, has_channels: bool) -> None
     if not (size_fits and channels_fit):
         raise ConfigError(
             f"images in {data.path} are {shape_text(shape)}, and without flags that say so they "
-            f"would be learnt as {shape_text(learnt_shape(data))}. Set --data.image-size "
+            f"would be learnt as {shape_text(data.shape)}. Set --data.image-size "
             f"{min(height, width)} --data.num-channels {channels}, or what they are to be brought "
             f"to, or give --data {data.path} without a preset, which finds it out."
         )
-
-
-def learnt_shape(data: DataConfig) -> Shape:
-    """Return the shape that images are brought to."""
-    return (data.num_channels, data.image_size, data.image_size)

@@ -7,14 +7,16 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import ENCODED, load_dataset
-from tdc_ray.data.shapes import learnt_shape, stored_shapes
+from tdc_ray.data.pixels import covering_size
+from tdc_ray.data.shapes import stored_shapes
 from tdc_ray.data.sources.encoded import MAX_NAMED, EncodedImages, corrupt_advice
 from tdc_ray.data.sources.image_file import Header, read_header
 from tdc_ray.data.sources.walk import OTHER_SPLITS, TRAIN, subfolders
@@ -26,6 +28,9 @@ MOST_HEADERS = 10_000
 
 ALIKE = 0.9
 """Share of the images that decides about the shape of all."""
+
+ASPECT_TOLERANCE = math.log(1.05)
+"""How far images' width over height may be from one that they have in common, as a logarithm."""
 
 LARGEST_ALIKE, LARGEST_MIXED = 256, 64
 """Most pixels a side of images that stay as they are, and of those brought to one size."""
@@ -130,7 +135,7 @@ def _survey_arrays(data: DataConfig, dataset: ImageDataset) -> Survey:
 
 def _summarize(found: Survey, data: DataConfig) -> ImagesSummary:
     """Count what bringing images to the shape asked for does to them."""
-    changed, shape = Counter[str](), learnt_shape(data)
+    changed, shape = Counter[str](), data.shape
     for header, count in found.headers.items():
         for change, is_done in _changes(header, shape).items():
             changed[change] += count * is_done
@@ -179,8 +184,8 @@ def log_summary(data: DataConfig) -> None:
 def _changes(header: Header, shape: Shape) -> dict[str, bool]:
     """Return what may be done to an image, in the order in which it is done, and whether it is."""
     channels, height, width = shape
-    scale = max(height / header.height, width / header.width)  # it covers the shape
-    covered = (round(header.height * scale), round(header.width * scale))
+    stored = (header.height, header.width)
+    covering = covering_size(stored, (height, width))
     return {
         "turned upright": header.is_turned,
         "the first of several pictures": header.is_animated,
@@ -188,9 +193,9 @@ def _changes(header: Header, shape: Shape) -> dict[str, bool]:
         "put on white": header.is_transparent,
         "made grey": channels == 1 and not header.is_grey,
         "grey made colour": channels == 3 and header.is_grey,
-        "enlarged": scale > 1,
-        "reduced": scale < 1,
-        "cropped to the middle": covered != (height, width),
+        "enlarged": covering > stored,
+        "reduced": covering < stored,
+        "cropped to the middle": covering != (height, width),
     }
 
 
@@ -198,8 +203,9 @@ def fitting_shape(found: Survey) -> Shape | None:
     """Return the shape to learn images in; None where no image can be read.
 
     It is that of nine images in ten, if they are alike and of at most ``LARGEST_ALIKE`` pixels a
-    side; otherwise a square that nine in ten are at least as large as, of at most
-    ``LARGEST_MIXED``. Sides are rounded down to what a UNet can halve. Grey if all images are.
+    side; otherwise one of their aspect, or a square if nine in ten have none in common, that nine
+    in ten are at least as large as, of at most ``LARGEST_MIXED`` pixels a side. Sides are rounded
+    down to what a UNet can halve. Grey if all images are.
     """
     if not found.headers:
         return None
@@ -208,17 +214,27 @@ def fitting_shape(found: Survey) -> Shape | None:
     for header, count in found.headers.items():
         sizes[header.height, header.width] += count
     (height, width), count = sizes.most_common(1)[0]
-    total = sizes.total()
-    if count < ALIKE * total or max(height, width) > LARGEST_ALIKE:
-        sides = sorted(min(size) for size in sizes.elements())
-        height = width = min(LARGEST_MIXED, sides[math.floor((1 - ALIKE) * (total - 1))])
-    return (channels, _halvable(height), _halvable(width))
+    if count < ALIKE * sizes.total() or max(height, width) > LARGEST_ALIKE:
+        height, width = _size_of_mixed(sizes)
+    # A UNet halves both sides until the shorter one is at most 16.
+    factor = max(2, 1 << math.ceil(math.log2(max(min(height, width), 16) / 16)))
+    return (channels, max(8, height // factor * factor), max(8, width // factor * factor))
 
 
-def _halvable(side: int) -> int:
-    """Round a side down so that a UNet can halve it until it is at most 16."""
-    factor = max(2, 1 << math.ceil(math.log2(max(side, 16) / 16)))
-    return max(8, side // factor * factor)
+def _size_of_mixed(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """Return height and width that images of several sizes, or large ones, are brought to."""
+    aspects = [width / height for height, width in sizes.elements()]
+    shared = (one for one in (1.0, median(aspects)) if _are_alike(aspects, one))
+    aspect = next(shared, 1.0)
+    widths = sorted(min(width, height * aspect) for height, width in sizes.elements())
+    width = widths[math.floor((1 - ALIKE) * (len(widths) - 1))]
+    width *= min(1, LARGEST_MIXED / max(width, width / aspect))
+    return (round(width / aspect), round(width))
+
+
+def _are_alike(aspects: Sequence[float], aspect: float) -> bool:
+    alike = [abs(math.log(one / aspect)) <= ASPECT_TOLERANCE for one in aspects]
+    return sum(alike) >= ALIKE * len(alike)
 
 
 def _other_splits(root: Path) -> list[str]:

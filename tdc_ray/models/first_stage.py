@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.config.image_size import size_text
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
 from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.finite import check_finite
@@ -168,21 +169,20 @@ def input_shape(data: DataConfig) -> Shape:
         CheckpointError: The first stage is missing or malformed.
         ConfigError: The first stage does not take the images.
     """
-    shape = (data.num_channels, data.image_size, data.image_size)
     if data.first_stage is None:
-        return shape
+        return data.shape
     config = _config(Path(data.first_stage))
     factor = downsampling(config["block_out_channels"])
-    if config["in_channels"] != data.num_channels or data.image_size % factor:
+    if config["in_channels"] != data.num_channels or data.height % factor or data.width % factor:
         raise ConfigError(
             f"data.first_stage {data.first_stage} takes images of {config['in_channels']} "
             f"channels and a size that {factor} divides, got data.num_channels "
-            f"{data.num_channels} and data.image_size {data.image_size}."
+            f"{data.num_channels} and data.image_size {size_text(data.image_size)}."
         )
     channels = config["latent_channels"]
     if config["_class_name"] == "VQModel":
         channels = config.get("vq_embed_dim") or channels
-    return (channels, data.image_size // factor, data.image_size // factor)
+    return (channels, data.height // factor, data.width // factor)
 
 
 def downsampling(block_out_channels: Sequence[int]) -> int:
@@ -208,8 +208,8 @@ def check_latents(data: DataConfig, unet: NetworkConfig, model: str) -> None:
     expected = (unet["in_channels"], *image_size(unet))
     if latents != expected:
         raise ConfigError(
-            f"data.first_stage {data.first_stage} turns images of {data.image_size}x"
-            f"{data.image_size} into latents of {_text(latents)}, and {model} takes "
+            f"data.first_stage {data.first_stage} turns images of {data.height}x{data.width} "
+            f"into latents of {_text(latents)}, and {model} takes "
             f"{_text(expected)} (channels x height x width). Choose another data.image_size, "
             "first stage or architecture."
         )

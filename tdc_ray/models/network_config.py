@@ -60,7 +60,7 @@ class FirstStageConfig(TypedDict, total=False):
     block_out_channels: Sequence[int]
     layers_per_block: int
     latent_channels: int
-    sample_size: int
+    sample_size: int | tuple[int, int]
     num_vq_embeddings: int
     vq_embed_dim: int | None
     mid_block_add_attention: bool
@@ -104,7 +104,16 @@ def image_size(config: NetworkConfig) -> tuple[int, int]:
         UnsupportedModelError: The config does not have them.
     """
     size = config.get("sample_size")
-    if size is None:
-        raise UnsupportedModelError("the model's config must name a sample_size.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    sides = [*size] if isinstance(size, list | tuple) else [size, size]
+    whole = [side for side in sides if isinstance(side, int) and side > 0]
+    if len(sides) != 2 or len(whole) != 2:
+        raise UnsupportedModelError(
+            "the model's config must name a sample_size: one number, or height and width, got "
+            f"{size}."
+        )
+    return whole[0], whole[1]
+
+
+def sample_size(height: int, width: int) -> int | tuple[int, int]:
+    """Return the ``sample_size`` of a config: one number for a square."""
+    return height if height == width else (height, width)

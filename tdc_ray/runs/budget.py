@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from tdc_ray.config.budget import LEAST_IMAGES
+from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.network_config import NetworkConfig
-from tdc_ray.runs.evaluation.features import FeatureSpec
+from tdc_ray.models.structure import network_structure
+from tdc_ray.runs.evaluation.features import (
+    CLASSIFIER_BATCH,
+    CLASSIFIER_STEPS,
+    FeatureSpec,
+    classifier_macs,
+)
 from tdc_ray.runs.simulation import search_seconds
 from tdc_ray.runs.stages.budgets import finetunes
 from tdc_ray.runs.stages.finetune import macs_per_image
@@ -39,26 +47,69 @@ MARGIN = 0.15
 SEARCH_FACTOR = 2.0
 """Seconds of a search in those of its forward passes: there are refits and waiting, too."""
 
-NUM_STARTS, MIN_START_SECONDS = 3, 10.0
-"""How often workers start after the measurement (twice, one of them by Ray Train, which takes
-longer), and how long a start takes at least."""
+NUM_STARTS, MIN_START_SECONDS = 5, 8.0
+"""Starts of a worker that come after the measurement, and how long one takes at least: Ray Train's
+processes, one after another, take about three, those of stage 2 one, results and pictures one."""
 
 GRID_IMAGES = 16
 """Images that stage 1 samples at every checkpoint."""
 
-INCEPTION_MACS = 5.7e9
-"""Of Inception's features of an image."""
+CHECKPOINT_BYTES, BYTES_PER_SECOND = 16, 1e8
+"""Of a parameter (itself, its average, two moments), and how fast a disk takes them at least."""
+
+FEATURE_MACS = {"inception": 5.7e9, "clip": 8e10, "dinov2": 8e10}
+"""Of the features of an image."""
+
+IMAGES_SHARE = 0.5
+"""Most of the time left that search and evaluation may take: of fewer images, if need be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """What a run takes on its workers."""
+    """Seconds that the parts of a run take on its workers, at the steps of the settings."""
 
-    training_seconds: float
-    """Base, fine-tunes and what follows from their steps, at the steps of the settings."""
+    base: float
+    """Stage 1, with the pictures at its checkpoints."""
 
-    other_seconds: float
-    """Search, evaluation, and starting the workers of all stages."""
+    finetunes: float
+    comparison: float
+    """Training the base on for ``--compare``."""
+
+    search: float
+    """In proportion to the images of pruning."""
+
+    evaluation: float
+    """Sampling and features, in proportion to the images of the evaluation."""
+
+    reference: float
+    """A classifier, or the features of the training images."""
+
+    other: float
+    """Starts of workers, checkpoints, times of the experts."""
+
+    @property
+    def training(self) -> float:
+        """All that is in proportion to the steps."""
+        return self.base + self.finetunes + self.comparison
+
+    @property
+    def rest(self) -> float:
+        """All that is not."""
+        return self.search + self.evaluation + self.reference + self.other
+
+    def split(self, elapsed: float) -> str:
+        """Write in minutes what a run takes that got so far in so many seconds."""
+        parts = {
+            "until here": elapsed,
+            "base": self.base,
+            "search": self.search,
+            "fine-tunes": self.finetunes,
+            "comparison": self.comparison,
+            "sampling and scores": self.evaluation,
+            "their reference": self.reference,
+            "starting workers and so on": self.other,
+        }
+        return ", ".join(f"{name} {part / 60:.1f}" for name, part in parts.items() if part)
 
 
 def trains_base(config: RunConfig) -> bool:
@@ -122,36 +173,119 @@ def finetune_macs(config: RunConfig, plan: Plan, macs_base: int) -> float:
     return macs
 
 
-def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> RunConfig:
-    """Return settings with as many steps as the rest of ``--hours`` has room for.
+def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[RunConfig, Timing]:
+    """Return settings with as many steps as the rest of ``--hours`` has room for; log the split.
+
+    Where search and evaluation would take most of it, they get fewer images than the preset says.
 
     Args:
         config: The settings, and so the ratio of the steps.
         timing: What these take.
         elapsed: Seconds since the run started.
 
+    Returns:
+        The settings, and what they take.
+
     Raises:
         ConfigError: There is no room for a single step of each.
     """
     hours = config.budget.hours
     assert hours is not None
-    fixed = elapsed + timing.other_seconds
-    room = (1 - MARGIN) * 3600 * hours - fixed
-    least = fixed + timing.training_seconds / _fewest_steps(config)
-    if timing.training_seconds == 0 or room * _fewest_steps(config) < timing.training_seconds:
+    room = (1 - MARGIN) * 3600 * hours - elapsed
+    config, timing = _with_fewer_images(config, timing, room - timing.reference - timing.other)
+    room -= timing.rest
+    if timing.training == 0 or room * _fewest_steps(config) < timing.training:
+        fixed = elapsed + timing.rest
+        least = fixed + timing.training / _fewest_steps(config)
+        untrained = replace(timing, base=0.0, finetunes=0.0, comparison=0.0)
         raise ConfigError(
             f"--hours must be at least {least / 3600 / (1 - MARGIN):.2g} here, got {hours:g}: all "
-            f"but training takes about {fixed / 60:.1f} minutes. Give more, or take fewer images "
-            f"of --evaluate.num-images {config.evaluate.num_images} or fewer of "
-            f"--plan.num-groups {config.plan.num_groups}."
+            f"but training takes about {fixed / 60:.1f} minutes ({untrained.split(elapsed)}). "
+            "Give more, or take fewer images of --evaluate.num-images "
+            f"{config.evaluate.num_images}, fewer of --plan.num-groups {config.plan.num_groups}, "
+            "or smaller ones by --data.image-size."
         )
-    logger.info(
-        "--hours %g: %.1f minutes for training, %.1f for search, evaluation and start",
-        hours,
-        room / 60,
-        fixed / 60,
+    scale = room / timing.training
+    timing = replace(
+        timing,
+        base=scale * timing.base,
+        finetunes=scale * timing.finetunes,
+        comparison=scale * timing.comparison,
     )
-    return with_scaled_steps(config, room / timing.training_seconds)
+    logger.info(
+        "--hours %g is %.1f minutes: %s, in reserve %.1f",
+        hours,
+        60 * hours,
+        timing.split(elapsed),
+        60 * hours * MARGIN,
+    )
+    return with_scaled_steps(config, scale), timing
+
+
+def with_time_left(
+    config: RunConfig, timing: Timing, stage_1_seconds: float, elapsed: float
+) -> RunConfig:
+    """Return settings with fewer steps of the fine-tunes where stage 1 took longer than planned.
+
+    What is left is then taken to be as much slower.
+
+    Args:
+        config: The settings that :func:`steps_by_time` returned.
+        timing: What they were to take.
+        stage_1_seconds: What stage 1 took.
+        elapsed: Seconds since the run started.
+    """
+    assert config.budget.hours is not None
+    slower = stage_1_seconds / (timing.base + timing.other)
+    after = timing.search + timing.evaluation + timing.reference
+    training = timing.finetunes + timing.comparison
+    if slower <= 1 or config.finetune.num_steps == 0:
+        return config
+    room = (1 - MARGIN) * 3600 * config.budget.hours - elapsed
+    scale = (room / slower - after) / training
+    if scale >= 1:
+        return config
+    finetune = _scaled(config.finetune, max(0.0, scale))
+    logger.warning(
+        "stage 1 took %.1f times as long as planned: finetune.num_steps %d in place of %d",
+        slower,
+        finetune.num_steps,
+        config.finetune.num_steps,
+    )
+    return replace(config, finetune=finetune)
+
+
+def _with_fewer_images(config: RunConfig, timing: Timing, room: float) -> tuple[RunConfig, Timing]:
+    """Lower the images of search and evaluation, if need be, to their share of the seconds left.
+
+    Returns:
+        The settings, and what they take.
+    """
+    share = IMAGES_SHARE * max(0.0, room) / max(timing.search + timing.evaluation, 1e-9)
+    usual, ratios = preset(config.preset), {}
+    for stage, least in LEAST_IMAGES.items():
+        asked = getattr(config, stage)
+        fewer = {
+            name: max(lowest, math.floor(share * number))
+            for name, lowest in least.items()
+            if (number := getattr(asked, name)) == getattr(getattr(usual, stage), name)
+            and number > lowest
+        }
+        ratios[stage] = 1.0
+        if share >= 1 or not fewer:
+            continue
+        ratios[stage] = max(number / getattr(asked, name) for name, number in fewer.items())
+        config = replace(config, **{stage: replace(asked, **fewer)})
+        logger.info(
+            "--hours %g: %s",
+            config.budget.hours,
+            ", ".join(
+                f"{stage}.{name} {number} in place of {getattr(asked, name)}"
+                for name, number in fewer.items()
+            ),
+        )
+    search, evaluation = ratios["prune"] * timing.search, ratios["evaluate"] * timing.evaluation
+    return config, replace(timing, search=search, evaluation=evaluation)
 
 
 def timing_of(
@@ -174,45 +308,56 @@ def timing_of(
         base: The times of the base, alone.
         experts: The times of an expert of the mean limit, on all workers at once.
         macs_base: Of a forward pass of the base.
-        start_seconds: Of the start of the worker that measured.
+        start_seconds: Of the start of a worker.
     """
-    workers, finetune = len(experts), config.finetune
+    workers, finetune, groups = len(experts), config.finetune, plan.groups
     mean_share = mean_limit(config, plan)
     step = max(one.step_seconds for one in experts)
     expert_pass = max(one.pass_seconds for one in experts)
     base_pass = max(base.pass_seconds, expert_pass)
     macs_per_second = min(macs_base / base_pass, mean_share * macs_base / expert_pass)
     passes = len(plan.sampling_timesteps) * (1 if config.sampler.guidance_scale == 1 else 2)
-    training = grids = 0.0
+    stage_1 = grids = 0.0
     if trains_base(config):
         grid = GRID_IMAGES * passes * base_pass
-        training += config.base.num_steps * (
-            base.step_seconds + grid / config.base.checkpoint_every
-        )
+        stage_1 = config.base.num_steps * (base.step_seconds + grid / config.base.checkpoint_every)
         grids = NUM_CHECKPOINTS * grid  # however few steps there will be
     seconds = [
         train.num_steps * step * (1.0 if mean_share == 1 else group.limit_share / mean_share)
-        for group, train in zip(plan.groups, finetunes(finetune, plan.groups), strict=True)
+        for group, train in zip(groups, finetunes(finetune, groups), strict=True)
     ]
-    training += makespan(seconds, max(1, workers // config.compute.workers_per_finetune))
+    tuning = makespan(seconds, max(1, workers // config.compute.workers_per_finetune))
+    search = SEARCH_FACTOR * search_seconds(config, network, workers, macs_per_second)
     images, num_passes = config.evaluate.num_images, base_pass + expert_pass
+    comparison = compared = 0.0
     if config.compare.kind != "none":  # the base trained on costs as much as the fine-tunes
         rate = base.step_seconds / (3.0 * macs_base * config.base.batch_size)
-        training += rate * finetune_macs(config, plan, macs_base)
-        num_passes += base_pass * (1 + len(plan.groups) * config.compare.swaps)
-    scoring = images * passes * num_passes / workers
-    if spec.num_classes is None:
-        known = config.evaluate.reference is not None or exists(spec.moments_path)
-        num_features = 2 * images + (0 if known else len(load_dataset(config.data)))
-        scoring += num_features * INCEPTION_MACS / macs_per_second / workers
+        comparison = rate * finetune_macs(config, plan, macs_base)
+        losses = len(groups) * config.compare.num_images * num_passes / workers
+        compared = losses + workers * search  # it trains by as many macs, on one worker
+        num_passes += base_pass * (1 + len(groups) * config.compare.swaps)
+    known = config.evaluate.reference is not None or exists(spec.moments_path)
+    num_features = 0 if known else len(load_dataset(config.data))
+    features = classifier = 0.0
+    if spec.kind != "classifier":
+        features = FEATURE_MACS[spec.kind] / macs_per_second
+    elif not exists(spec.path):
+        seen = 3 * CLASSIFIER_STEPS * CLASSIFIER_BATCH
+        classifier = seen * classifier_macs(config.data.shape) / macs_per_second
+    saves = NUM_CHECKPOINTS * (trains_base(config) + -(-len(groups) // workers))
+    saved = saves * CHECKPOINT_BYTES * network_structure(network).num_params / BYTES_PER_SECOND
     timed = config.prune.latency_batch_size * (base_pass + expert_pass)
-    search = SEARCH_FACTOR * search_seconds(config, network, workers, macs_per_second)
     return Timing(
-        training_seconds=training,
-        other_seconds=search
-        + scoring
-        + grids
-        + len(plan.groups) * MIN_REPEATS * timed
+        base=stage_1,
+        finetunes=tuning,
+        comparison=comparison,
+        search=search,
+        evaluation=images * (passes * num_passes + 2 * features) / workers,
+        reference=classifier + num_features * features / workers,
+        other=grids
+        + compared
+        + saved
+        + len(groups) * MIN_REPEATS * timed
         + NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
     )
 

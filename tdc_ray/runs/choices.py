@@ -5,8 +5,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from tdc_ray.config.budget import STEP_FIELDS
+from tdc_ray.config.budget import LEAST_IMAGES, STEP_FIELDS
 from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, from_json, named_differences
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError
@@ -46,7 +47,8 @@ def _filled(config: RunConfig) -> RunConfig:
     model = with_file(config.model)
     if model.network is None or model.network["sample_size"] is not None:
         return replace(config, model=model)
-    size = input_shape(config.data)[1]
+    _, height, width = input_shape(config.data)
+    size = height if height == width else [height, width]
     return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
 
 
@@ -98,6 +100,17 @@ def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:
         if bool(asked.num_steps) == bool(bought.num_steps):
             steps = {name: getattr(bought, name) for name in STEP_FIELDS}
             config = replace(config, **{stage: replace(asked, **steps)})
+    if config.budget.hours is None:
+        return config
+    usual = preset(config.preset)
+    for stage, names in LEAST_IMAGES.items():
+        asked = getattr(config, stage)
+        chosen = {
+            name: getattr(getattr(before, stage), name)
+            for name in names
+            if getattr(asked, name) == getattr(getattr(usual, stage), name)
+        }
+        config = replace(config, **{stage: replace(asked, **chosen)})
     return config
 
 

@@ -94,7 +94,7 @@ def own_images(
             labels_from_folders=before.data.labels_from_folders,
         )
         num_classes = before.conditioning.num_classes
-    full = images(data.image_size)
+    full = images(max(data.height, data.width))
     return replace(
         full,
         data=data,
@@ -140,8 +140,8 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
     channels, height, width = shape
     if "data.num_channels" in given:
         channels = data.num_channels
-    side = data.image_size if "data.image_size" in given else min(height, width)
-    data = replace(data, image_size=side, num_channels=1 if channels == 1 else 3)
+    size = data.image_size if "data.image_size" in given else (height, width)
+    data = replace(data, image_size=size, num_channels=1 if channels == 1 else 3)
     return data, found.num_classes
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
 from tdc_ray.config.data import DataConfig
+from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.data.load import load_dataset
@@ -11,7 +12,7 @@ from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.models.unet2d.unet import check_buildable
 from tdc_ray.pruning.space import REMEDY, Space, space_of
@@ -115,11 +116,14 @@ def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
         ConfigError: They have another shape.
     """
     check_latents(data, network, name)
+    if data.first_stage is not None:
+        return
+    size = size_text(image_size_of(image_size(network)))
     for setting, value, expected in (
-        ("data.image_size", data.image_size, network["sample_size"]),
+        ("data.image_size", size_text(data.image_size), size),
         ("data.num_channels", data.num_channels, network["in_channels"]),
     ):
-        if data.first_stage is None and value != expected:
+        if value != expected:
             raise ConfigError(
                 f"{setting} must be {expected} for {name}, got {value}. Set --"
                 f"{setting.replace('_', '-')} to that, or use another model."

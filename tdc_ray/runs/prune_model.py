@@ -268,10 +268,10 @@ def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunCon
     Raises:
         ConfigError: The data is of no known kind, or the model has no image size.
     """
-    if not isinstance(size := unet.get("sample_size"), int):
+    if unet.get("sample_size") is None:
         raise ConfigError(
-            f"sample_size in the model's config.json must be one whole number, got {size}: write "
-            "the height and width of its images there."
+            "sample_size in the model's config.json must be the size of its images, got None: "
+            "write a number there, or height and width."
         )
     learned = unet["out_channels"] == 2 * unet["in_channels"]
     config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
@@ -291,9 +291,7 @@ def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConf
                 f"the model must take images of 1 or 3 channels, got {channels}: it denoises "
                 "something else. If it is latents, name --data.first-stage."
             )
-        data = replace(
-            data, image_size=image_size(unet)[0], num_channels=1 if channels == 1 else 3
-        )
+        data = replace(data, image_size=image_size(unet), num_channels=1 if channels == 1 else 3)
     named = data_config(source, data)
     by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)

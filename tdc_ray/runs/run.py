@@ -33,7 +33,14 @@ from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
-from tdc_ray.runs.budget import Timing, mean_limit, steps_by_count, steps_by_time, timing_of
+from tdc_ray.runs.budget import (
+    Timing,
+    mean_limit,
+    steps_by_count,
+    steps_by_time,
+    timing_of,
+    with_time_left,
+)
 from tdc_ray.runs.choices import with_choices, with_steps_of
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.comparison import (
@@ -84,7 +91,11 @@ STAGES: tuple[Stage, ...] = ("base", "prune", "finetune")
 
 
 def run(
-    config: RunConfig, folder: Path, sinks: Sequence[EventSink] = (), store: Path | None = None
+    config: RunConfig,
+    folder: Path,
+    sinks: Sequence[EventSink] = (),
+    store: Path | None = None,
+    began: float | None = None,
 ) -> Results:
     """Run algorithm 1, or the rest of it that an earlier call did not finish.
 
@@ -94,6 +105,7 @@ def run(
         sinks: Called with the run's events: those of ``execution.events`` and ``runs.events``.
         store: Folder or URI of a cache (see ``execution.cache``) that runs share: results that are
             in it are reused, others are added. None means that all is computed here.
+        began: When ``--hours`` began, by ``time.perf_counter``; None means now.
 
     Returns:
         The content of ``results.json``.
@@ -102,6 +114,7 @@ def run(
         TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
     started = time.perf_counter()
+    began = started if began is None else began
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config.model)
@@ -147,11 +160,23 @@ def run(
                 workers.run({"latents": prepare_latents(training)}, "latents")
                 trains_base = pretrained is None or config.compare.kind != "none"
                 stages = STAGES if trains_base else STAGES[1:]
+                hired = time.perf_counter()
                 precision = resolve_auto_precision(run_dir, config, network, stages)
                 config = workers.run({"precision": precision}, "precision")["precision"]
+                timing = None
                 if is_timed:
-                    timing = _time(run_dir, config, network, space, plan, spec, workers)
-                    config = steps_by_time(config, timing, time.perf_counter() - started)
+                    timing = _time(
+                        run_dir,
+                        config,
+                        network,
+                        space,
+                        plan,
+                        spec,
+                        workers,
+                        time.perf_counter() - hired,
+                    )
+                    elapsed = time.perf_counter() - began
+                    config, timing = steps_by_time(config, timing, elapsed)
                     asked = with_steps_of(asked, config)
                     _save_settings(run_dir, asked, plan)
                     events(SettingsSaved(to_json(asked)))
@@ -160,7 +185,13 @@ def run(
                     timed = timed_space(run_dir.latency, network, space, size)
                     space = workers.run({"latency": timed}, "latency")["latency"]
                     check_limits(config.prune, space, plan)
+            stage_1 = time.perf_counter()
             make_base(run_dir, config, pretrained, events, session)
+            if timing is not None:
+                now = time.perf_counter()
+                config = with_time_left(config, timing, now - stage_1, now - began)
+                # Trackers that take settings once keep those from before.
+                write_json(run_dir.config, to_json(with_steps_of(asked, config)))
             checkpoint = checkpoint_of_moments(run_dir, config, plan.groups, cache)
             context = pruning_context(
                 run_dir,
@@ -203,6 +234,13 @@ def run(
             results = collect_results(run_dir, config, outcome, seconds)
             save_results(run_dir.results, results)
             events(RunFinished(results))
+            if timing is not None:
+                logger.info(
+                    "--hours %g: took %.1f of %.1f minutes",
+                    config.budget.hours,
+                    (time.perf_counter() - began) / 60,
+                    60 * (config.budget.hours or 0),
+                )
         return results
 
 
@@ -214,15 +252,26 @@ def _time(
     plan: Plan,
     spec: FeatureSpec,
     workers: Pool,
+    hiring_seconds: float,
 ) -> Timing:
-    """Time steps of the base, alone, and of an expert on all workers; estimate the whole run."""
+    """Time steps of the base, alone, and of an expert on all workers; estimate the whole run.
+
+    A worker starts before the first of these, or before what came before them and took
+    ``hiring_seconds``; the others start before the experts are timed.
+    """
     num_experts = workers.num_workers(actor_resources(config.compute))
     share = mean_limit(config, plan)
     base, experts = step_times(run_dir, config, network, share, num_experts)
     began = time.perf_counter()
     alone = workers.run({"base": base}, "step times")["base"]
-    start_seconds = time.perf_counter() - began - alone.seconds
+    between = time.perf_counter()
     together = workers.run(experts, "step times")
+    done = time.perf_counter()
+    start_seconds = max(
+        hiring_seconds,
+        between - began - alone.seconds,
+        done - between - max(one.seconds for one in together.values()),
+    )
     return timing_of(
         config,
         network,

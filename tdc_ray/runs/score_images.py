@@ -85,7 +85,11 @@ def run_reference(name: str) -> Reference | None:
 
 
 def data_reference(
-    name: str, evaluate: EvaluateConfig, *, image_size: int | None, labels_from_folders: bool
+    name: str,
+    evaluate: EvaluateConfig,
+    *,
+    image_size: int | tuple[int, int] | None,
+    labels_from_folders: bool,
 ) -> Reference:
     """Return training images to compare with.
 
@@ -97,17 +101,13 @@ def data_reference(
 
     Raises:
         ConfigError: It is none of these.
-        DataError: It holds no image, or one that is not square.
+        DataError: It holds no image.
     """
     found = _named(name, DataConfig(cache_dir=evaluate.cache_dir), "--reference")
     found = replace(found, labels_from_folders=labels_from_folders)
     _, (channels, height, width) = next(stored_shapes(found))
-    if image_size is None and height != width:
-        raise DataError(
-            f"--reference {name} must hold square images, got {height} x {width}. Say what they "
-            "are brought to, as a run does, by --data.image-size."
-        )
-    data = replace(found, image_size=image_size or height, num_channels=1 if channels == 1 else 3)
+    size = (height, width) if image_size is None else image_size
+    data = replace(found, image_size=size, num_channels=1 if channels == 1 else 3)
     return Reference(data=data, evaluate=evaluate, features=evaluate.features)
 
 
@@ -186,11 +186,10 @@ def open_images(path: Path, like: DataConfig) -> ImageDataset:
         cache_dir=like.cache_dir,
     )
     data = _named(str(fetch(resolve_path(path))), shape, "IMAGES")
-    expected = (like.num_channels, like.image_size, like.image_size)
     for name, stored in stored_shapes(data):
-        if stored != expected:
+        if stored != like.shape:
             raise DataError(
-                f"{name} must have the reference's channels, height and width {expected}, got "
+                f"{name} must have the reference's channels, height and width {like.shape}, got "
                 f"{stored}. Score images as they were sampled, against a reference of their size."
             )
     return load_dataset(data)

@@ -238,7 +238,11 @@ def test_blocks_know_their_resolution_and_heads():
             {"resnet_time_scale_shift": "spatial"},
             "resnet_time_scale_shift spatial is not supported",
         ),
-        ({"sample_size": (16, 8)}, r"only square samples .* got \(16, 8\)"),
+        (
+            {"sample_size": (16, 18)},
+            r"sample_size's width of 18 cannot be halved .*: 16 or 20 can",
+        ),
+        ({"sample_size": (16, 8, 8)}, r"sample_size: one number, or .*, got \(16, 8, 8\)"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes, message):

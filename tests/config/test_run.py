@@ -198,7 +198,10 @@ def test_a_value_out_of_its_range_is_refused_when_read(document, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataConfig(image_size=3), r"data\.image_size must be at least 4, got 3"),
+        (
+            lambda: DataConfig(image_size=3),
+            r"data\.image_size must be at least 4 pixels, .* got 3",
+        ),
         (lambda: DataConfig(crop_padding=-1), r"data\.crop_padding must be at least 0, got -1"),
         (
             lambda: DataConfig(image_size=8, crop_padding=8),

@@ -51,6 +51,12 @@ def test_horizontal_flip_mirrors_about_half_of_the_images_from_left_to_right():
     assert 60 < mirrored.sum() < 140
 
 
+def test_crops_keep_height_and_width():
+    images = torch.arange(2 * 6 * 10, dtype=torch.uint8).view(2, 1, 6, 10)
+    config = DataConfig(image_size=(6, 10), crop_padding=1)
+    assert augment(images, config, generator()).shape == images.shape
+
+
 def test_crops_come_from_the_reflected_image():
     images, padding = some_images(40, 1, 8, 8), 2
     cropped = augment(images, DataConfig(crop_padding=padding), generator())

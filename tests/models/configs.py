@@ -36,6 +36,7 @@ CONFIGS: dict[str, NetworkConfig] = {
     "three-levels-colour-learned-sigma": {
         **TINY,
         **THREE_LEVELS,
+        "sample_size": [8, 12],
         "in_channels": 3,
         "out_channels": 6,
         "layers_per_block": 2,

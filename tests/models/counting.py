@@ -3,6 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdc_ray.models.network_config import image_size
+
 COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
 """Convolutions and linear layers; not the two products inside attention."""
 
@@ -11,7 +13,7 @@ COUNTED = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
 def count_macs(unet) -> int:
     """Macs of one forward pass for one image; on the meta device too."""
     config, weight = unet.config, next(unet.parameters())
-    sample = weight.new_zeros(1, config["in_channels"], *[config["sample_size"]] * 2)
+    sample = weight.new_zeros(1, config["in_channels"], *image_size(config))
     timestep = torch.zeros(1, dtype=torch.long, device=weight.device)
     labels = None if config["num_class_embeds"] is None else timestep
     with FlopCounterMode(display=False) as counter:

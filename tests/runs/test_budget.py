@@ -11,6 +11,7 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.budget import (
+    IMAGES_SHARE,
     MARGIN,
     Timing,
     makespan,
@@ -19,6 +20,7 @@ from tdc_ray.runs.budget import (
     steps_by_time,
     timing_of,
     training_macs,
+    with_time_left,
 )
 from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.evaluation.features import find_features
@@ -114,22 +116,76 @@ def test_too_few_macs_for_a_step_are_refused_with_the_least():
 
 # --- hours ---------------------------------------------------------------------------------------
 
-TIMING = Timing(training_seconds=1000.0, other_seconds=100.0)
+TIMING = Timing(
+    base=600.0,
+    finetunes=300.0,
+    comparison=100.0,
+    search=30.0,
+    evaluation=40.0,
+    reference=0.0,
+    other=30.0,
+)
 
 
 def test_the_rest_of_the_hours_is_for_training(caplog):
     caplog.set_level(logging.INFO)
     config = with_budget(hours=2)
-    found = steps_by_time(config, TIMING, elapsed=20.0)
+    found, taken = steps_by_time(config, TIMING, elapsed=20.0)
     room = (1 - MARGIN) * 7200 - 120
     assert found.base.num_steps == round(config.base.num_steps * room / 1000)
     assert found.finetune.num_steps == round(config.finetune.num_steps * room / 1000)
+    assert found.evaluate == config.evaluate
+    assert found.prune == config.prune
+    assert taken.training + taken.rest + 20 == pytest.approx((1 - MARGIN) * 7200)
     assert f"base.num_steps {found.base.num_steps}" in caplog.text
     assert f"finetune.num_steps {found.finetune.num_steps}" in caplog.text
+    assert caplog.messages[0] == (
+        "--hours 2 is 120.0 minutes: until here 0.3, base 60.0, search 0.5, fine-tunes 30.0, "
+        "comparison 10.0, sampling and scores 0.7, starting workers and so on 0.5, in reserve 18.0"
+    )
+
+
+def test_few_hours_lower_the_images_of_search_and_evaluation_where_no_flag_set_them(caplog):
+    caplog.set_level(logging.INFO)
+    config, slow = with_budget(hours=0.1), replace(TIMING, search=200.0, evaluation=600.0)
+    found, taken = steps_by_time(config, slow, elapsed=20.0)
+    room = (1 - MARGIN) * 360 - 20 - slow.other
+    assert taken.evaluation == pytest.approx(IMAGES_SHARE * room * 600 / 800, rel=0.01)
+    share = found.evaluate.num_images / config.evaluate.num_images
+    assert taken.evaluation == pytest.approx(600 * share)
+    assert found.prune.num_images == found.prune.num_refit_images == 60  # the least
+    assert taken.search == pytest.approx(200 * 60 / 180)
+    assert f"evaluate.num_images {found.evaluate.num_images} in place of 2000" in caplog.text
+    assert "prune.num_images 60 in place of 180" in caplog.text
+    asked = replace(config, evaluate=replace(config.evaluate, num_images=1000))
+    kept, _ = steps_by_time(asked, replace(slow, evaluation=100.0), elapsed=20.0)
+    assert kept.evaluate.num_images == 1000
+
+
+def test_stage_1_that_took_longer_than_planned_leaves_fewer_steps_of_fine_tunes(caplog):
+    config, timing = steps_by_time(with_budget(hours=1), TIMING, elapsed=20.0)
+    stage_1 = timing.base + timing.other
+    assert with_time_left(config, timing, stage_1, 20.0 + stage_1) == config
+    fewer = with_time_left(config, timing, 1.2 * stage_1, 20.0 + 1.2 * stage_1)
+    rest = 1.2 * (timing.search + timing.evaluation)
+    training = 1.2 * (timing.finetunes + timing.comparison)
+    scale = fewer.finetune.num_steps / config.finetune.num_steps
+    ends = 20 + 1.2 * stage_1 + rest + scale * training
+    assert ends == pytest.approx((1 - MARGIN) * 3600, rel=0.01)
+    assert replace(fewer, finetune=config.finetune) == config
+    assert "stage 1 took 1.2 times as long as planned: finetune.num_steps" in caplog.text
+    much_later = with_time_left(config, timing, 3 * stage_1, 3600.0)
+    assert much_later.finetune.num_steps == 1
+    none = replace(config, finetune=replace(config.finetune, num_steps=0))
+    assert with_time_left(none, timing, 3 * stage_1, 3600.0) == none
 
 
 def test_hours_that_search_and_evaluation_take_are_refused_with_the_least():
-    with pytest.raises(ConfigError, match=r"--hours must be at least 0\.0\d+ here, got 0\.01"):
+    message = (
+        r"--hours must be at least 0\.0\d+ here, got 0\.01: all but training takes about 1\.1 "
+        r"minutes \(until here 0\.3, search 0\.\d, sampling and scores 0\.\d, starting"
+    )
+    with pytest.raises(ConfigError, match=message):
         steps_by_time(with_budget(hours=0.01), TIMING, elapsed=20.0)
     steps_by_time(with_budget(hours=0.05), TIMING, elapsed=20.0)
 
@@ -154,27 +210,44 @@ def test_training_takes_the_steps_of_base_and_fine_tunes():
     _, plan = space_and_plan(config, TINY)
     shares = [group.limit_share / mean_limit(config, plan) for group in plan.groups]
     experts = makespan([20 * 0.1 * share for share in shares], 2)
-    assert found.training_seconds == pytest.approx(60 * 0.1 + grids + experts)
-    assert twice.training_seconds - found.training_seconds == pytest.approx(6.0 + experts)
-    assert timing(config, workers=4).training_seconds < found.training_seconds
+    assert found.training == pytest.approx(60 * 0.1 + grids + experts)
+    assert twice.training - found.training == pytest.approx(6.0 + experts)
+    assert timing(config, workers=4).training < found.training
 
 
 def test_search_and_evaluation_are_allowed_for():
     config = small_config()
-    found = timing(config).other_seconds
+    found = timing(config)
+    assert found.evaluation == pytest.approx(200 * 10 * 2e-4 / 2)
     more = small_config(evaluate={"num_images": 400})
-    assert timing(more).other_seconds - found == pytest.approx(200 * 10 * 2e-4 / 2)
+    assert timing(more).evaluation == pytest.approx(2 * found.evaluation)
     unpruned = small_config(prune={"method": "none"})
-    assert timing(unpruned).other_seconds < found
+    assert timing(unpruned).search < found.search
     given = small_config(model={"base": "somewhere"})
-    assert found - timing(given).other_seconds == pytest.approx(10 * 16 * 10 * 1e-4)
+    saved = 10 * 16 * network_structure(TINY).num_params / 1e8
+    grids = 10 * 16 * 10 * 1e-4
+    assert found.other - timing(given).other == pytest.approx(grids + saved)
+
+
+def test_a_classifier_that_is_not_in_the_cache_is_allowed_for(tmp_path):
+    config = small_config(evaluate={"cache_dir": str(tmp_path)})
+    fresh = timing(config).reference
+    spec = find_features(config.data, config.evaluate, "classifier")
+    spec.path.parent.mkdir(parents=True)
+    spec.path.touch()
+    _, plan = space_and_plan(config, TINY)
+    macs_per_second = mean_limit(config, plan) * network_structure(TINY).macs / 1e-4
+    macs = 3 * 600 * 64 * 9 * 32 * (1 + 64) * 8 * 8
+    assert fresh == pytest.approx(macs / macs_per_second)
+    assert timing(config).reference == 0
 
 
 def test_what_a_comparison_trains_on_is_allowed_for():
     config = small_config()
     compared = small_config(compare={"kind": "equal-macs"})
-    assert timing(compared).training_seconds > timing(config).training_seconds
-    assert timing(compared).other_seconds > timing(config).other_seconds
+    assert timing(compared).comparison > timing(config).comparison == 0
+    assert timing(compared).evaluation > timing(config).evaluation
+    assert timing(compared).other > timing(config).other
 
 
 @pytest.mark.parametrize("share", [None, 0.6])
@@ -191,13 +264,15 @@ def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir
 
 def test_a_resumed_run_keeps_the_steps_that_its_budget_bought(tmp_path):
     path, asked = tmp_path / "config.json", with_budget(hours=2)
-    first = steps_by_time(asked, TIMING, elapsed=0.0)
+    first, _ = steps_by_time(asked, TIMING, elapsed=0.0)
     write_json(path, to_json(first))
     again = with_choices(asked, path)
     assert differences(first, again) == []
     assert again.base.num_steps == first.base.num_steps != asked.base.num_steps
     fewer = with_budget(hours=0.05)
-    write_json(path, to_json(bought := steps_by_time(fewer, TIMING, elapsed=0.0)))
+    bought, _ = steps_by_time(fewer, replace(TIMING, evaluation=300.0), elapsed=0.0)
+    assert bought.evaluate.num_images < fewer.evaluate.num_images
+    write_json(path, to_json(bought))
     assert with_choices(fewer, path) == bought
     assert bought.base.checkpoint_every < fewer.base.checkpoint_every
     write_json(path, to_json(first))

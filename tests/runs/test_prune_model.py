@@ -176,7 +176,7 @@ def test_a_config_of_another_diffusers_is_read_as_far_as_it_is_known(model, tmp_
     assert output_of(load_expert(tmp_path / "out")).shape[-1] == 8
 
 
-@pytest.mark.parametrize("size", [None, [8, 16]])
+@pytest.mark.parametrize("size", [None, [8, 16, 8]])
 def test_a_model_without_a_size_is_refused(model, tmp_path, capsys, size):
     other = with_config(model, tmp_path / "model", sample_size=size)
     command = ["prune", str(other), "--out", str(tmp_path / "out"), "--data", "digits"]
@@ -242,7 +242,11 @@ def test_a_pipeline_of_latents_brings_its_first_stage_and_the_size_of_its_images
 @pytest.mark.parametrize(
     ("part", "setting", "message"),
     [
-        ("unet", "sample_size", "sample_size in the model's config.json must be one whole number"),
+        (
+            "unet",
+            "sample_size",
+            "sample_size in the model's config.json must be the size of its images",
+        ),
         ("vqvae", "in_channels", "must name in_channels"),
         ("vqvae", "block_out_channels", "must name block_out_channels"),
     ],

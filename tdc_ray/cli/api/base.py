@@ -46,9 +46,8 @@ class Base:
 
     def __repr__(self) -> str:
         data, noise = self.config.data, self.config.diffusion
-        shape = (data.num_channels, data.image_size, data.image_size)
         return (
-            f"Base({self.pretrained.source!r}, images of {shape}, {self.macs} macs, "
+            f"Base({self.pretrained.source!r}, images of {data.shape}, {self.macs} macs, "
             f"{noise.num_train_timesteps} timesteps of {noise.beta_schedule} betas)"
         )
 

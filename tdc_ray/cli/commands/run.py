@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import LogTo, Settings
+from tdc_ray.cli.output import PlainConsole
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
 from tdc_ray.models.unet2d.config_file import with_file
@@ -85,7 +86,8 @@ class RunCommand:
         from tdc_ray.reporting.console import print_results
 
         with log_to(folder / "run.log"):
-            results = run(config, folder, console, self.store, trackers)
+            began = console.began if isinstance(console, PlainConsole) else None
+            results = run(config, folder, console, self.store, trackers, began)
         print_results(console, results)
         console.print(
             f"results: {name}/results.json\n"

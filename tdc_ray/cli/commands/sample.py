@@ -93,7 +93,7 @@ class SampleCommand:
         precision = self.precision
         if precision == "auto":
             channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
-            job = ProbeJob(channels=channels, size=pipeline.shape[-1], trains=False)
+            job = ProbeJob(channels=channels, size=pipeline.shape[1:], trains=False)
             precision = benchmark_precision(job, lambda *_: None).precision
             console.print(f"precision auto is {precision} here")
         pipeline.experts.to(DTYPES[precision])

@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 
 from tdc_ray.cli.paths import check_features_model, check_named_data, check_output_file
 from tdc_ray.config.evaluate import EvaluateConfig, Features, Metric
+from tdc_ray.config.image_size import ImageSize
 from tdc_ray.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ class ScoreCommand:
     CIFAR-10's."""
     out: Path | None = None
     """JSON file that the score, and all that it depends on, is written to; or its URI."""
-    image_size: Annotated[int | None, arg(name="data.image-size")] = None
+    image_size: Annotated[ImageSize | None, arg(name="data.image-size")] = None
     """Size that training images are brought to, as by a run; default: their own."""
     labels_from_folders: Annotated[bool, arg(name="data.labels-from-folders")] = False
     """The subfolders of training images are their classes, which a classifier needs."""

@@ -50,7 +50,7 @@ def open(config: DataConfig) -> ImageDataset:
     files = [file for file in files if len(file)]
     if not files:
         raise DataError(f"data.path {path} holds no image.")
-    count, resized = sum(len(file) for file in files), config.num_channels * config.image_size**2
+    count, resized = sum(len(file) for file in files), math.prod(config.shape)
     if count * max(math.prod(files[0].image_shape), resized) > IN_MEMORY_BYTES:
         cache_dir = Path(config.cache_dir).expanduser()
         unpacked = readable(lambda file: unpack(file, cache_dir), files)

@@ -143,8 +143,7 @@ class NpzImages:
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         chosen, config = np.asarray(indices), self.config
-        shape = (len(chosen), config.num_channels, config.image_size, config.image_size)
-        images = torch.empty(shape, dtype=torch.uint8)
+        images = torch.empty((len(chosen), *config.shape), dtype=torch.uint8)
         of_file = np.searchsorted(self.ends, chosen, side="right")
         for number in np.unique(of_file):
             file, rows = self.files[number], np.flatnonzero(of_file == number)

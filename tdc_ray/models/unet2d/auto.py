@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, sample_size
 from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP, iddpm_unet
 
 FEW, MANY = 30_000, 100_000
@@ -99,7 +99,7 @@ def auto_unet(
         depth = 1 if row == 16 and size == 0 else 2
     attends = [index > 0 and side >> index <= LARGEST_ATTENTION for index in range(len(multiples))]
     return iddpm_unet(
-        sample_size=height if height == width else (height, width),
+        sample_size=sample_size(height, width),
         in_channels=channels,
         out_channels=channels * (2 if learned_sigma else 1),
         layers_per_block=depth,

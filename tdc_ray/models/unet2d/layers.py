@@ -85,10 +85,7 @@ class _UNetWalker:
         self.config: NetworkConfig = {**_DEFAULTS, **config}
         self.channels: tuple[int, ...] = tuple(self.config["block_out_channels"])
         self.time_channels: int = self.config.get("time_embedding_dim") or self.channels[0] * 4
-        self.size, width = image_size(config)
-        if self.size != width:
-            size = (self.size, width)
-            raise UnsupportedModelError(f"only square samples are supported, got {size}.")
+        self.height, self.width = image_size(config)
         for kind in (*self.config["down_block_types"], *self.config["up_block_types"]):
             if kind not in _BLOCK_KINDS:
                 raise UnsupportedModelError(
@@ -103,21 +100,28 @@ class _UNetWalker:
         self.stream = Channels(self.channels[0], f"{STREAM}conv_in")
         self.skips = [self.stream]
 
+    @property
+    def _pixels(self) -> int:
+        """Pixels at the current level."""
+        return self.height * self.width
+
     def _check_halving(self) -> None:
-        """Refuse a size that a level cannot halve: upsampled, it would not meet its skip."""
+        """Refuse sides that a level cannot halve: upsampled, they would not meet their skips."""
         times = len(self.channels) - 1
         factor = 2**times
-        if self.size % factor:
-            below = self.size // factor * factor
-            sizes = " or ".join(str(size) for size in (below, below + factor) if size)
-            raise UnsupportedModelError(
-                f"a sample_size of {self.size} cannot be halved {times} times, as the model's "
-                f"levels do: {sizes} can. Set that in its config.json, if it has one, and as the "
-                "size of the images, or use another model."
-            )
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % factor:
+                below = side // factor * factor
+                sides = " or ".join(str(one) for one in (below, below + factor) if one)
+                name = "sample_size" if self.height == self.width else f"sample_size's {name}"
+                raise UnsupportedModelError(
+                    f"a {name} of {side} cannot be halved {times} times, as the model's levels "
+                    f"do: {sides} can. Set that in its config.json, if it has one, and as the "
+                    "size of the images, or use another model."
+                )
 
     def walk(self) -> Iterator[Block]:
-        config, pixels = self.config, self.size**2
+        config, pixels = self.config, self._pixels
         time = Channels(self.time_channels)
         yield conv("conv_in", (Channels(config["in_channels"]),), self.stream, 3, pixels)
         yield linear("time_embedding.linear_1", Channels(self.channels[0]), time)
@@ -142,7 +146,7 @@ class _UNetWalker:
             if index == len(self.channels) - 1:
                 continue
             by_resnet = self._samples_by_resnet(kind, ATTN_DOWN, "downsample_type")
-            self.size //= 2
+            self.height, self.width = self.height // 2, self.width // 2
             yield self._resample(f"{name}.downsamplers.0", by_resnet=by_resnet)
             self.skips.append(self.stream)
 
@@ -169,7 +173,7 @@ class _UNetWalker:
                     yield self._attention(f"{name}.attentions.{layer}", groups)
             if index < len(self.channels) - 1:
                 by_resnet = self._samples_by_resnet(kind, ATTN_UP, "upsample_type")
-                self.size *= 2
+                self.height, self.width = 2 * self.height, 2 * self.width
                 yield self._resample(f"{name}.upsamplers.0", by_resnet=by_resnet)
 
     def _samples_by_resnet(
@@ -188,7 +192,7 @@ class _UNetWalker:
         if by_resnet:
             return self._residual(name, (before,), before.count)
         self.stream = Channels(before.count, f"{STREAM}{name}")
-        return conv(f"{name}.conv", (before,), self.stream, 3, self.size**2)
+        return conv(f"{name}.conv", (before,), self.stream, 3, self._pixels)
 
     def _residual(self, name: str, inputs: tuple[Channels, ...], width: int) -> ResidualBlock:
         if total(inputs) != width:  # its shortcut is a convolution: nothing is added to the stream
@@ -200,7 +204,7 @@ class _UNetWalker:
             self.time_channels,
             self.config["norm_num_groups"],
             self.config["resnet_time_scale_shift"] == "scale_shift",
-            self.size**2,
+            self._pixels,
         )
 
     def _attention(self, name: str, num_groups: int | None) -> AttentionBlock:
@@ -211,4 +215,4 @@ class _UNetWalker:
             raise UnsupportedModelError(
                 f"{name} has {channels} channels, which its heads do not divide evenly."
             )
-        return AttentionBlock(name, self.stream, num_heads, num_groups, self.size**2)
+        return AttentionBlock(name, self.stream, num_heads, num_groups, self._pixels)

@@ -188,7 +188,7 @@ def prepare_features(
             return str(file["source"])
     named = config.reference  # of clean-fid's own statistics, which are of Inception's
     if named is not None and spec.kind == "inception":
-        moments = ready_statistics(named, data.image_size)
+        moments = ready_statistics(named, data.height)
         if moments is not None:
             source = f"clean-fid's statistics of {named}, training split"
             return _save_reference(run_dir, moments, source)

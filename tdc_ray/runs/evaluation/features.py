@@ -249,6 +249,12 @@ class Classifier(nn.Module):
         return logits
 
 
+def classifier_macs(shape: tuple[int, int, int]) -> float:
+    """Return the macs of the classifier's convolutions for an image ``(C, H, W)``."""
+    channels, height, width = shape
+    return 9.0 * 32 * (channels + 64) * height * width
+
+
 def train_classifier(
     dataset: ImageDataset, num_channels: int, num_classes: int, path: Path
 ) -> float:

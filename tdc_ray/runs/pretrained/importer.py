@@ -17,7 +17,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, sample_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import (
     ARCHITECTURES,
@@ -120,23 +120,24 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
 
 def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Return the settings of a base's UNet; what a checkpoint file does not say is the run's."""
-    model, size = config.model, config.data.image_size
+    model, (height, width) = config.model, (config.data.height, config.data.width)
     if base.folder is not None:
         for name, given in model.attentions.items():
             raise ConfigError(
                 f"model.{name} goes with openai: and compvis: alone, got {given}: "
                 f"{base.source} has its own. Leave it out."
             )
-        return {**base.unet, "sample_size": base.unet["sample_size"] or size}
+        return {**base.unet, "sample_size": base.unet["sample_size"] or sample_size(height, width)}
     if model.num_heads is not None or model.num_head_channels is not None:
         if isinstance(base.first_stage, PackedFirstStage):
-            size //= downsampling(base.first_stage.config()["block_out_channels"])
+            factor = downsampling(base.first_stage.config()["block_out_channels"])
+            height, width = height // factor, width // factor
         if model.num_head_channels is not None:
             unet = with_head_channels(base.unet, model.num_head_channels)
         else:
             assert model.num_heads is not None
             unet = with_heads(base.unet, model.num_heads, model.num_heads_upsample)
-        return {**unet, "sample_size": size}
+        return {**unet, "sample_size": sample_size(height, width)}
     if model.architecture == AUTO:
         raise ConfigError(
             f"{base.source} does not say how many heads its attentions have: set "
@@ -177,7 +178,7 @@ def _first_stage(
     stage = base.first_stage if named is None else resolve_path(named)
     if isinstance(stage, PackedFirstStage):
         config = stage.config()
-        size = image_size(settings)[0] * downsampling(config["block_out_channels"])
+        size = max(image_size(settings)) * downsampling(config["block_out_channels"])
         return stage.load({**config, "sample_size": size})
     if stage is None:
         return None

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
+from tdc_ray.config.image_size import ImageSize
 from tdc_ray.config.model import ATTENTIONS, ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, to_json
 from tdc_ray.config.validation import config_error
@@ -47,7 +48,7 @@ class _Conditioning(_Some):
 
 class _Data(_Some):
     num_channels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     first_stage: str | None = None
 
 

@@ -25,7 +25,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.first_stage import downsampling
-from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig
+from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
 from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -468,13 +468,14 @@ def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
     return dict(zip(NOISE, (len(betas), *schedule), strict=False))
 
 
-def images_of(first_stage: Path, size: object) -> dict[str, Any]:
+def images_of(first_stage: Path, size: int | tuple[int, int] | None) -> dict[str, Any]:
     """Return the images of latents of a size; nothing if a config lacks it: refused later."""
     config = json_object(first_stage / "config.json")
     channels, levels = config.get("in_channels"), config.get("block_out_channels")
-    if not isinstance(size, int) or not isinstance(channels, int) or not isinstance(levels, list):
+    if size is None or not isinstance(channels, int) or not isinstance(levels, list):
         return {}
-    return {"num_channels": channels, "image_size": size * downsampling(levels)}
+    factor, (height, width) = downsampling(levels), image_size({"sample_size": size})
+    return {"num_channels": channels, "image_size": (factor * height, factor * width)}
 
 
 def _from_hub(name: str) -> Path:

@@ -38,7 +38,7 @@ class ProbeJob:
     """Time a denoiser's widest and most frequent kind of layer in fp32 and in bf16."""
 
     channels: int
-    size: int
+    size: tuple[int, int]
     """Height and width, in pixels."""
 
     trains: bool
@@ -74,7 +74,7 @@ def resolve_auto_precision(
             continue
         job = ProbeJob(
             channels=unet["block_out_channels"][0],
-            size=image_size(unet)[0],
+            size=image_size(unet),
             trains=stage != "prune",
         )
         item = WorkItem(
@@ -103,7 +103,7 @@ def benchmark_precision(job: ProbeJob, report: Report) -> PrecisionResult:
     device = worker_device()
     conv = nn.Conv2d(job.channels, job.channels, 3, padding=1)
     layer = nn.Sequential(conv, nn.SiLU(), conv).to(device)
-    x = torch.randn(NUM_IMAGES, job.channels, job.size, job.size, device=device)
+    x = torch.randn(NUM_IMAGES, job.channels, *job.size, device=device)
     seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(REPEATS + 1):
         for precision, times in seconds.items():

@@ -29,8 +29,14 @@ from tdc_ray.pruning.space import fit_to_limit, space_of
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 
-MIN_STEPS, MAX_STEPS, MIN_SECONDS = 4, 100, 5.0
-"""Least and most steps that are timed, after one that is not, and the least seconds otherwise."""
+MIN_STEPS, MAX_STEPS = 2, 100
+"""Least and most steps that are timed, after one that is not."""
+
+MAX_SECONDS, SHARE = 5.0, 0.01
+"""Seconds of further steps, and most of the hours that they may take."""
+
+PASS_IMAGES = 64
+"""Most images of a forward pass that is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,8 @@ class StepTimesResult:
     """Of an optimizer step with this worker's share of the batch, its images loaded."""
 
     pass_seconds: float
-    """Of a forward pass of the network for one image, at the batch size of the evaluation."""
+    """Of a forward pass of the network for one image, at the batch size of the evaluation or
+    ``PASS_IMAGES``."""
 
     seconds: float
     """Of the whole measurement."""
@@ -111,8 +118,8 @@ def measure_steps(job: StepTimesJob, report: Report) -> StepTimesResult:
             teacher = Teacher(base.eval(), share)
     seconds = _step_seconds(config, network, settings, workers, teacher)
     report({"milliseconds": 1e3 * seconds}, 1)
-    batch_size = config.evaluate.batch_size
-    (times,) = time_passes([network.eval()], batch_size, min_repeats=2, min_seconds=1.0)
+    batch_size = min(config.evaluate.batch_size, PASS_IMAGES)
+    (times,) = time_passes([network.eval()], batch_size, min_repeats=2, min_seconds=0.5)
     each = times.total / batch_size
     return StepTimesResult(seconds, each, time.perf_counter() - started)
 
@@ -138,8 +145,10 @@ def _step_seconds(
     timed = replace(settings, num_steps=MAX_STEPS + 2, checkpoint_every=2 * MAX_STEPS, log_every=1)
     marks: list[float] = []
 
+    enough = min(MAX_SECONDS, SHARE * 3600 * (config.budget.hours or math.inf))
+
     def go_on(_batch: object) -> bool:
-        return len(marks) <= MIN_STEPS or marks[-1] - marks[0] < MIN_SECONDS
+        return len(marks) <= MIN_STEPS or marks[-1] - marks[0] < enough
 
     images = batches(
         training_data(config.data, config.evaluate.cache_dir).open(),

@@ -77,6 +77,16 @@ def test_width_scales_all_channels_in_whole_groups(side, scale):
     space_of(config)
 
 
+def test_the_shorter_side_gives_the_levels_of_other_shapes():
+    wide = auto_unet(height=16, width=48, channels=1, num_images=99)
+    assert wide["sample_size"] == (16, 48)
+    assert wide["block_out_channels"] == unet_for(16, 1)["block_out_channels"]
+    assert sizes(wide)[1] > 2.9 * sizes(unet_for(16, 1))[1]
+    space_of(wide)
+    with pytest.raises(ConfigError, match=r"multiples of 4 .*, got 64x50: 48 and 52 are nearest"):
+        auto_unet(height=64, width=50, channels=1, num_images=99)
+
+
 def test_depth_is_the_number_of_residual_blocks():
     assert unet_for(16)["layers_per_block"] == 1
     assert unet_for(16, depth=3)["layers_per_block"] == 3

@@ -3,6 +3,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from tdc_ray.models.network_config import image_size
 from tdc_ray.models.step import State, Step
 from tdc_ray.models.unet2d.steps import start, steps
 from tdc_ray.models.unet2d.surgery import cut
@@ -13,8 +14,9 @@ from tests.small import TINY, random_kept, random_unet
 
 def sample_of(unet: UNet2DModel) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
-    size, classes = unet.config["sample_size"], unet.config["num_class_embeds"]
-    x_t = torch.randn(3, unet.config["in_channels"], size, size, generator=generator)
+    classes = unet.config["num_class_embeds"]
+    shape = (3, unet.config["in_channels"], *image_size(unet.config))
+    x_t = torch.randn(shape, generator=generator)
     timesteps = torch.randint(0, 1000, (3,), generator=generator)
     return x_t, timesteps, None if classes is None else timesteps % classes
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import count_params
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
 from tdc_ray.models.unet2d.surgery import coupled_parameters, cut
 from tdc_ray.models.unet2d.unet import build_unet
@@ -144,8 +144,8 @@ def test_the_model_that_is_cut_is_left_as_it_was(config, kind):
 def test_every_parameter_of_a_cut_model_gets_a_gradient(config, kind):
     units = units_of(config, kind)
     pruned = cut(random_unet(config), units, random_kept(units, seed=2)).train()
-    size, classes = config["sample_size"], config.get("num_class_embeds")
-    x = torch.randn(4, config["in_channels"], size, size)
+    classes = config.get("num_class_embeds")
+    x = torch.randn(4, config["in_channels"], *image_size(config))
     labels = None if classes is None else torch.arange(4)
     pruned(
         x, torch.tensor([0, 10, 500, 999]), class_labels=labels
@@ -191,7 +191,6 @@ def test_a_unit_that_a_unet_does_not_have_is_refused(name, kind):
         ({"time_embedding_type": "fourier"}, "time_embedding_type fourier"),
         ({"class_embed_type": "timestep"}, "class_embed_type timestep"),
         ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift spatial"),
-        ({"sample_size": (8, 16)}, "only square samples"),
         ({"attention_head_dim": 12}, "32 channels, which its heads do not divide"),
         ({"attention_head_dim": 12, "num_heads": 4}, "32 channels, which its heads do not divide"),
         ({"num_heads": 3}, "32 channels, which its heads do not divide"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.step import State
 from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.steps import steps
@@ -28,7 +28,7 @@ def noised(config: NetworkConfig, *sizes: int, seed: int = 0) -> list[NoisedBatc
     generator = torch.Generator().manual_seed(seed)
 
     def batch(size: int) -> NoisedBatch:
-        shape = (size, config["in_channels"], config["sample_size"], config["sample_size"])
+        shape = (size, config["in_channels"], *image_size(config))
         x_0 = torch.rand(shape, generator=generator) * 2 - 1
         epsilon = torch.randn(shape, generator=generator)
         timesteps = torch.randint(0, 1000, (size,), generator=generator)
