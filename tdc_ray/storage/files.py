@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.storage import mirror, object_store
+from tdc_ray.storage.fence import check_fences
 from tdc_ray.storage.object_store import display_path, is_remote, temporary_path, writer_id
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there.
 
     Raises:
-        StorageError: The store of a URI fails.
+        StorageError: The store of a URI fails, or another driver took the run directory over.
     """
+    check_fences(path)
     if is_remote(path):
         mirror.remove(path)
     else:
@@ -89,7 +91,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     appears when it is complete, those of a directory one by one, ``config.json`` last.
 
     Raises:
-        StorageError: The block wrote nothing.
+        StorageError: The block wrote nothing, or another driver took the run directory over.
         StorageFailedError: The disk or the store does not take it.
     """
     temporary = temporary_path(path)
@@ -101,6 +103,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if not temporary.exists():
             raise StorageError(f"nothing was written for {display_path(path)}.")
         _let_others_read(temporary)
+        check_fences(path)
         if is_remote(path):
             mirror.upload(temporary, path)
             return
@@ -175,9 +178,11 @@ def append_json_line(path: Path, value: Any) -> None:
     Of a URI, where a store cannot append, a line is an object of its own below the path.
 
     Raises:
+        StorageError: Another driver took the run directory over.
         StorageFailedError: The disk or the store does not take it.
     """
     line = (json.dumps(value) + "\n").encode()
+    check_fences(path)
     if is_remote(path):
         object_store.append(path, line)
         return
