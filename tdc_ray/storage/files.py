@@ -173,7 +173,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON document as a line; a torn last line, left by a kill, is dropped first.
+    """Append one JSON document as a line; a torn last line, left by a kill, is first set aside.
 
     Of a URI, where a store cannot append, a line is an object of its own below the path.
 
@@ -193,7 +193,12 @@ def append_json_line(path: Path, value: Any) -> None:
             content = file.read()
             end = content.rfind(b"\n") + 1
             if end != len(content):
-                logger.warning("the last line of %s is torn: dropped", display_path(path))
+                aside = _set_aside(path, content[end:])
+                logger.warning(
+                    "the last line of %s is torn: set aside in %s",
+                    display_path(path),
+                    display_path(aside),
+                )
                 file.truncate(end)
             try:
                 while line:
@@ -250,15 +255,22 @@ def cut_at_torn_line(path: Path) -> None:
         end += len(line)
     if end == len(content):
         return
-    aside = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
-    for place, part in ((aside, content[end:]), (path, content[:end])):
-        with atomic_path(place) as temporary:
-            temporary.write_bytes(part)
+    aside = _set_aside(path, content[end:])
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content[:end])
     logger.warning(
         "%s holds a torn line: it and what comes after it is set aside in %s",
         display_path(path),
         display_path(aside),
     )
+
+
+def _set_aside(path: Path, part: bytes) -> Path:
+    """Write a part of a file into another beside it, and return its path."""
+    aside = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
+    with atomic_path(aside) as temporary:
+        temporary.write_bytes(part)
+    return aside
 
 
 def _is_whole(line: bytes) -> bool:
