@@ -39,6 +39,10 @@ def probe_storage(folder: str, shared: str | None = None) -> dict[str, str]:
         write_text(file, text)
         return True
 
+    def removed() -> bool:
+        remove(place)
+        return not exists(place)
+
     def reads(text: str, path: Path = file) -> bool:
         return read_bytes(path) == text.encode()
 
@@ -54,7 +58,7 @@ def probe_storage(folder: str, shared: str | None = None) -> dict[str, str]:
             ),
             "two drivers could hold one run directory: it lets both create the same file",
         )
-    attempt("remove", lambda: remove(place) is None and not exists(place), "it is still there")
+    attempt("remove", removed, "it is still there")
     if shared is not None:
         attempt(
             "see what another node wrote",
