@@ -53,7 +53,8 @@ class ExampleTraining:
         """Run one step; return the loss."""
         noise = torch.randn(clean_images.shape, device=clean_images.device)
         num_timesteps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, num_timesteps, (len(clean_images),)).long()
+        shape = (len(clean_images),)
+        timesteps = torch.randint(0, num_timesteps, shape, device=clean_images.device)
         noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
         output = self.unet(noisy_images, timesteps).sample
         loss = torch.nn.functional.mse_loss(output.float(), noise.float())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from tdc_ray.errors import TdcError
+from tdc_ray.execution.interrupts import handle_interrupts, received_signal
 
 BROKEN_PIPE = 141
 """Exit code of a command whose output is no longer read, as of one that SIGPIPE ends."""
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Run the command line and exit."""
+    handle_interrupts(_say_interrupted)
+    code = 1
     try:
         if sys.stdout is None or sys.stderr is None:  # closed by >&-
             _replace_closed_streams()
@@ -37,12 +40,29 @@ def main() -> None:
         code = _fail(error, verbose=False)
     except KeyboardInterrupt:
         code = INTERRUPTED
-        os.write(2, b"interrupted\n")
+        if received_signal() is None:
+            os.write(2, b"interrupted\n")
+    finally:
+        if (number := received_signal()) is not None:
+            # Whatever it was turned into on its way; and libraries that it cut crash as they end.
+            os._exit(128 + number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends the process at once
     if code == BROKEN_PIPE:
         for stream in (sys.stdout, sys.stderr):  # what they hold back is lost
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _say_interrupted(number: int) -> None:
+    """Say in a line, in a signal's handler, what is kept and how to go on."""
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    os.write(2, f"{word}{_how_to_resume(sys.argv[1:])}\n".encode())
+
+
+def _how_to_resume(arguments: Sequence[str]) -> str:
+    if not set(arguments[:1]) & set(RESUMABLE):
+        return ""
+    return ": what is finished is kept; run the same command again to resume"
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -70,8 +90,9 @@ def run_command(arguments: Sequence[str]) -> int:
     except (TdcError, OSError) as error:  # a full disk, a folder that cannot be written
         return _fail(error, verbose=command.verbose)
     except KeyboardInterrupt:
-        again = "; run the same command again to resume" if arguments[0] in RESUMABLE else ""
-        PlainConsole(stderr=True).print(f"interrupted{again}", soft_wrap=True)
+        if received_signal() is None:
+            text = f"interrupted{_how_to_resume(arguments)}"
+            PlainConsole(stderr=True).print(text, soft_wrap=True)
         return INTERRUPTED
     return 0
 
@@ -92,6 +113,8 @@ def _replace_closed_streams() -> None:
 def _fail(error: TdcError | OSError, *, verbose: bool) -> int:
     from tdc_ray.cli.output import PlainConsole
 
+    if received_signal() is not None:  # that is why
+        return INTERRUPTED
     if verbose:
         logger.error("", exc_info=error)
     PlainConsole(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False)

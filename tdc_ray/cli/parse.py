@@ -25,6 +25,7 @@ from tyro.constructors import (
 )
 
 from tdc_ray.cli.commands.compare import CompareCommand
+from tdc_ray.cli.commands.doctor import DoctorCommand
 from tdc_ray.cli.commands.export import ExportCommand
 from tdc_ray.cli.commands.import_base import ImportCommand
 from tdc_ray.cli.commands.ls import LsCommand
@@ -221,6 +222,7 @@ def _commands(config: RunConfig) -> dict[str, Command]:
         "ls": LsCommand(),
         "compare": CompareCommand(runs=missing),
         "status": StatusCommand(run=missing),
+        "doctor": DoctorCommand(),
         "simulate": SimulateCommand(config=config),
         "memory": MemoryCommand(run=missing),
         "train-autoencoder": TrainAutoencoderCommand(config=AutoencoderConfig(), out=missing),

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from tdc_ray.errors import StorageError, StorageFailedError
 from tdc_ray.storage import mirror, object_store
+from tdc_ray.storage.fence import check_fences
 from tdc_ray.storage.object_store import display_path, is_remote, temporary_path, writer_id
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there.
 
     Raises:
-        StorageError: The store of a URI fails.
+        StorageError: The store of a URI fails, or another driver took the run directory over.
     """
+    check_fences(path)
     if is_remote(path):
         mirror.remove(path)
     else:
@@ -89,7 +91,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     appears when it is complete, those of a directory one by one, ``config.json`` last.
 
     Raises:
-        StorageError: The block wrote nothing.
+        StorageError: The block wrote nothing, or another driver took the run directory over.
         StorageFailedError: The disk or the store does not take it.
     """
     temporary = temporary_path(path)
@@ -101,6 +103,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if not temporary.exists():
             raise StorageError(f"nothing was written for {display_path(path)}.")
         _let_others_read(temporary)
+        check_fences(path)
         if is_remote(path):
             mirror.upload(temporary, path)
             return
@@ -170,14 +173,16 @@ def read_json(path: Path) -> Any:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON document as a line; a torn last line, left by a kill, is dropped first.
+    """Append one JSON document as a line; a torn last line, left by a kill, is first set aside.
 
     Of a URI, where a store cannot append, a line is an object of its own below the path.
 
     Raises:
+        StorageError: Another driver took the run directory over.
         StorageFailedError: The disk or the store does not take it.
     """
     line = (json.dumps(value) + "\n").encode()
+    check_fences(path)
     if is_remote(path):
         object_store.append(path, line)
         return
@@ -188,7 +193,12 @@ def append_json_line(path: Path, value: Any) -> None:
             content = file.read()
             end = content.rfind(b"\n") + 1
             if end != len(content):
-                logger.warning("the last line of %s is torn: dropped", display_path(path))
+                aside = _set_aside(path, content[end:])
+                logger.warning(
+                    "the last line of %s is torn: set aside in %s",
+                    display_path(path),
+                    display_path(aside),
+                )
                 file.truncate(end)
             try:
                 while line:
@@ -245,15 +255,22 @@ def cut_at_torn_line(path: Path) -> None:
         end += len(line)
     if end == len(content):
         return
-    aside = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
-    for place, part in ((aside, content[end:]), (path, content[:end])):
-        with atomic_path(place) as temporary:
-            temporary.write_bytes(part)
+    aside = _set_aside(path, content[end:])
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content[:end])
     logger.warning(
         "%s holds a torn line: it and what comes after it is set aside in %s",
         display_path(path),
         display_path(aside),
     )
+
+
+def _set_aside(path: Path, part: bytes) -> Path:
+    """Write a part of a file into another beside it, and return its path."""
+    aside = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
+    with atomic_path(aside) as temporary:
+        temporary.write_bytes(part)
+    return aside
 
 
 def _is_whole(line: bytes) -> bool:

@@ -1,7 +1,13 @@
 """One driver per run directory: a lock on this machine, and a lease for drivers elsewhere.
 
-A lease is a file that its holder writes again every few seconds. One that no longer changes was
-left by a driver that was killed, and is taken over.
+A lease is a numbered file, which of several drivers one alone can create, and which its holder
+writes again every few seconds. One that no longer changes was left by a driver that was killed:
+it is taken over by creating the next number. So its number is a fencing token: whoever finds the
+next one stops (see ``storage.fence``). Lease files stay, so that no number is given twice.
+
+No two drivers hold a lease at once if the store shows what was written, clocks agree in their
+rates to within ``MARGIN_S`` of ``STALE_AFTER_S``, and nothing takes longer than ``MARGIN_S``
+between a check and the appearance of the file it was for. What the clocks show does not matter.
 """
 
 import contextlib
@@ -14,26 +20,41 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
-from tdc_ray.storage.files import read_bytes, remove
+from tdc_ray.storage.fence import fenced
+from tdc_ray.storage.files import listing, read_bytes
 from tdc_ray.storage.object_store import display_path, is_remote
 
 LOCK_FILE = ".lock"
-LEASE_FILE = ".lease.json"
+LEASE_DIR = ".lease"
+
+OLD_LEASE_FILE = ".lease.json"
+"""The lease of 0.1.0, which counts as number 0."""
 
 RENEWED_EVERY_S = 2.0
 STALE_AFTER_S = 8.0
 """A lease that did not change for so long is taken over."""
 
+MARGIN_S = 1.0
+"""How much earlier its holder believes that it ran out."""
+
+POLLED_EVERY_S = 1.0
+"""Time between two looks at another driver's lease."""
+
 SETTLED_AFTER_S = 1.0
-"""Time after which the last of several drivers that write a lease at once holds it."""
+"""Time after which the last of several drivers that create a lease at once holds it, where the
+store lets them all."""
+
+PATIENCE_S = 90.0
+"""Longest time for a driver whose lease was taken over to notice: NFS clients show the new file
+of another client after up to a minute."""
 
 RESENT_EVERY_S = 0.5
 """Time between two signals to the main thread, until it is interrupted."""
@@ -58,10 +79,11 @@ def hold_lease(run_dir: Path) -> Iterator[None]:
             without access to the storage for long.
     """
     with nullcontext() if is_remote(run_dir) else _locked_here(run_dir):
-        lease = _Lease(run_dir)
+        lease = Lease(run_dir.resolve(), LeaseFiles(run_dir))
         lease.acquire()
-        with lease.interrupts_main_thread():
-            thread = threading.Thread(target=lease.renew, name="lease", daemon=True)
+        keeper = _Keeper(lease)
+        with keeper.interrupts_main_thread(), fenced(lease):
+            thread = threading.Thread(target=keeper.renew, name="lease", daemon=True)
             thread.start()
             try:
                 yield
@@ -69,7 +91,7 @@ def hold_lease(run_dir: Path) -> Iterator[None]:
                 if lease.lost_to is None:
                     raise
             finally:
-                lease.over.set()
+                keeper.over.set()
                 thread.join()
                 lease.release()
 
@@ -80,8 +102,9 @@ def lease_holder(run_dir: Path) -> str | None:
     Raises:
         StorageError: The store of a URI fails.
     """
-    document = _read(run_dir / LEASE_FILE)
-    if not document:
+    files = LeaseFiles(run_dir)
+    document = files.read(files.last())
+    if not document or document.get("released"):
         return None
     return f"{_name(document)}, which is gone" if _is_gone(document) else _name(document)
 
@@ -102,81 +125,265 @@ def _locked_here(run_dir: Path) -> Iterator[None]:
         yield
 
 
-class _Lease:
-    """This process's lease of a run directory."""
+class Files(Protocol):
+    """The lease files of a run directory, by their numbers."""
+
+    is_exclusive: bool
+    """Whether of several drivers that create a file at once one alone can."""
+
+    def last(self) -> int:
+        """Return the highest number, 0 if there is none."""
+
+    def create(self, number: int, content: bytes) -> bool:
+        """Create a file; return whether this call did, and not another driver."""
+
+    def read(self, number: int) -> Document | None:
+        """Read a file; None means that there is none, empty that it is just being written."""
+
+    def write(self, number: int, content: bytes) -> None:
+        """Replace the content of a file."""
+
+
+class LeaseFiles:
+    """Lease files on a disk, on NFS or in an object store."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.path = run_dir, run_dir / LEASE_FILE
-        self.over = threading.Event()
+        self._run_dir = run_dir
+        self.is_exclusive = not is_remote(run_dir) or object_store.creates_exclusively(run_dir)
+
+    def last(self) -> int:
+        """Return the highest number, 0 if there is none."""
+        paths = listing(self._run_dir / LEASE_DIR, "*.json")
+        return max((int(path.stem) for path in paths if path.stem.isdecimal()), default=0)
+
+    def create(self, number: int, content: bytes) -> bool:
+        """Create a file; return whether this call did, and not another driver."""
+        path = self._path(number)
+        if is_remote(path):
+            return object_store.create(path, content)
+        path.parent.mkdir(exist_ok=True)
+        try:
+            file = path.open("xb")  # O_EXCL: NFS, too, lets one client alone create it
+        except FileExistsError:
+            return False
+        with file:
+            file.write(content)
+        return True
+
+    def read(self, number: int) -> Document | None:
+        """Read a file; None means that there is none, empty that it is just being written."""
+        try:
+            document = json.loads(read_bytes(self._path(number)))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return document if isinstance(document, dict) else {}
+
+    def write(self, number: int, content: bytes) -> None:
+        """Replace the content of a file."""
+        path = self._path(number)
+        if is_remote(path):
+            object_store.write(path, content)
+            return
+        # In place: NFS clients may cache a name's file for longer than a file's content.
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY), "wb") as file:
+            file.write(content)
+
+    def _path(self, number: int) -> Path:
+        if number == 0:
+            return self._run_dir / OLD_LEASE_FILE
+        return self._run_dir / LEASE_DIR / f"{number:06d}.json"
+
+
+def _boot_time() -> float:
+    """Return seconds of a clock that is never set, and goes on while the machine is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Lease:
+    """This process's lease of a run directory, and its fence."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        files: Files,
+        now: Callable[[], float] = _boot_time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.run_dir, self._files, self._now, self._sleep = run_dir, files, now, sleep
+        self.number = 0
         self.lost_to: str | None = None
-        """The driver that took it over."""
+        self._valid_until = 0.0
+        self._lock = threading.Lock()
         self._document: Document = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "processes": _pid_namespace(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "id": secrets.token_hex(8),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "processes": _pid_namespace(),
+            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             "count": 0,
         }
-        self._main_thread: int | None = None
-        self._interrupted = False
 
     def acquire(self) -> None:
-        """Write the lease where there is none, or a stale one.
+        """Create the lease after the last one, once that is released or stale.
 
         Raises:
             StorageError: It is another driver's.
         """
-        if not is_remote(self.path):
-            with contextlib.suppress(FileExistsError):  # of several drivers one creates the file
-                self.path.touch(exist_ok=False)
-                self._write()
-                return
-        before = _read(self.path)
-        deadline = time.monotonic() + STALE_AFTER_S
-        while before is not None and not _is_gone(before) and time.monotonic() < deadline:
-            time.sleep(SETTLED_AFTER_S)
-            if (now := _read(self.path)) != before:
-                if now is None:  # it was released
-                    break
-                raise _in_use(self.run_dir, _name(now))
-        self._write()
-        if before is not None and _is_gone(before) and not is_remote(self.path):
-            return  # the lock keeps others on this machine out
-        time.sleep(SETTLED_AFTER_S)
-        now = _read(self.path) or {}
-        if not self._owns(now):
-            raise _in_use(self.run_dir, _name(now))
+        last = self._files.last()
+        before = self._wait_until_quiet(last, self._files.read(last), patience_s=0.0)
+        if not self._begin(last + 1):
+            raise _in_use(self.run_dir, _name(self._files.read(last + 1) or {}))
+        # The holder before may have renewed its own just before: it still believes in it.
+        self._wait_until_quiet(last, before, patience_s=PATIENCE_S, quiet_s=STALE_AFTER_S)
+        self.renew()
+
+    def _wait_until_quiet(
+        self, number: int, seen: Document | None, *, patience_s: float, quiet_s: float = 0.0
+    ) -> Document | None:
+        """Wait until a lease is over, or did not change for long enough; return it.
+
+        Args:
+            number: Its number.
+            seen: Its content some time ago.
+            patience_s: How long it may change; then it is in use.
+            quiet_s: For how long it did not change before.
+        """
+        began = self._now()
+        quiet_since = began - quiet_s
+        while not _is_over(seen):
+            if self._now() - quiet_since < STALE_AFTER_S:
+                self._sleep(POLLED_EVERY_S)
+            if (found := self._files.read(number)) != seen:
+                seen, quiet_since = found, self._now()
+                if not _is_over(seen) and quiet_since - began >= patience_s:
+                    raise _in_use(self.run_dir, _name(seen or {}))
+            elif self._now() - quiet_since >= STALE_AFTER_S:
+                break
+        return seen
+
+    def _begin(self, number: int) -> bool:
+        """Create a lease; return whether it is this driver's."""
+        began = self._now()
+        if not self._files.create(number, self._content()):
+            if not self._owns(self._files.read(number) or {}):
+                return False
+            self.number = number  # of an earlier call whose reply was lost: it may have run out
+            return True
+        if not self._files.is_exclusive or self._files.create(number, self._content()):
+            logger.warning(
+                "the storage of %s lets several drivers create the same file: two that start at "
+                "the same moment may both go on. Start one only.",
+                display_path(self.run_dir),
+            )
+            self._sleep(SETTLED_AFTER_S)
+            if not self._owns(self._files.read(number) or {}):
+                return False
+        self.number, self._valid_until = number, began + STALE_AFTER_S - MARGIN_S
+        return True
+
+    def renew(self) -> None:
+        """Renew it; one that ran out, as while this process was suspended, is begun anew.
+
+        Raises:
+            StorageError: Another driver took it over, or the store fails.
+        """
+        with self._lock:
+            self._check_next()
+            if (began := self._now()) < self._valid_until:
+                self._files.write(self.number, self._content())
+                self._check_next()
+                self._valid_until = began + STALE_AFTER_S - MARGIN_S
+            elif not self._begin(self.number + 1):
+                self._check_next()
+
+    def check(self) -> None:
+        """Check that it is held at this moment.
+
+        Raises:
+            StorageError: Another driver took it over, or the store fails.
+        """
+        self._check_next()
+        while self._now() >= self._valid_until:
+            self.renew()
+
+    def _check_next(self) -> None:
+        """Raise an error if another driver has the next number."""
+        if self.lost_to is None:
+            document = self._files.read(self.number + 1)
+            if document is not None and not self._owns(document):
+                self.lost_to = _name(document)
+        if self.lost_to is not None:
+            raise _lost_error(self.run_dir, self.lost_to)
+
+    def release(self) -> None:
+        """Let the next driver have it at once.
+
+        Raises:
+            StorageError: Another driver took it over.
+        """
+        with self._lock, contextlib.suppress(StorageError, OSError):  # it will be stale soon
+            self._check_next()
+            self._files.write(self.number, self._content(released=True))
+        if self.lost_to is not None:
+            raise _lost_error(self.run_dir, self.lost_to)
+
+    def _owns(self, document: Document) -> bool:
+        return bool(document.get("id") == self._document["id"])
+
+    def _content(self, *, released: bool = False) -> bytes:
+        self._document["count"] += 1
+        document = {**self._document, "released": True} if released else self._document
+        return json.dumps(document).encode().ljust(_SIZE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WorkersFence, (self.run_dir, self.number, self._document["id"])
+
+
+class _WorkersFence:
+    """A driver's lease, as its workers see it."""
+
+    def __init__(self, run_dir: Path, number: int, holder: str) -> None:
+        self.run_dir, self._number, self._holder = run_dir, number, holder
+
+    def check(self) -> None:
+        """Check that no other driver has a later one.
+
+        Raises:
+            StorageError: One has.
+        """
+        files = LeaseFiles(self.run_dir)
+        while (document := files.read(self._number + 1)) is not None:
+            if document.get("id") != self._holder:
+                raise _lost_error(self.run_dir, _name(document))
+            self._number += 1  # the driver began it anew
+
+
+class _Keeper:
+    """Renews a lease in a thread, and interrupts the main one if it is lost."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.over = threading.Event()
+        self._lease = lease
+        self._main_thread: int | None = None
+        self._interrupted = False
 
     def renew(self) -> None:
         """Renew it periodically; stop the process if another driver took it over."""
         failing = False
         while not self.over.wait(RENEWED_EVERY_S):
             try:
-                document = _read(self.path)
-                if document and not self._owns(document):
-                    self.lost_to = _name(document)
-                    logger.error("%s", self._lost_error())
-                    self._interrupt_main_thread()
-                    return
-                self._write()
+                self._lease.renew()
                 failing = False
             except (StorageError, OSError) as error:  # it may come back before the lease is stale
+                if self._lease.lost_to is not None:
+                    logger.error("%s", error)  # noqa: TRY400  the text says it all
+                    self._interrupt_main_thread()
+                    return
                 if not failing:
-                    logger.warning("the lease of %s: %s", display_path(self.run_dir), error)
+                    logger.warning("the lease of %s: %s", display_path(self._lease.run_dir), error)
                 failing = True
-
-    def release(self) -> None:
-        """Remove it.
-
-        Raises:
-            StorageError: Another driver took it over.
-        """
-        if self.lost_to is not None:
-            raise self._lost_error()
-        with contextlib.suppress(StorageError, OSError):  # it will be stale soon
-            if self._owns(_read(self.path) or {}):
-                remove(self.path)
 
     @contextmanager
     def interrupts_main_thread(self) -> Iterator[None]:
@@ -203,36 +410,14 @@ class _Lease:
             signal.pthread_kill(self._main_thread, _STOP)
             self.over.wait(RESENT_EVERY_S)
 
-    def _owns(self, document: Document) -> bool:
-        return bool(document.get("id") == self._document["id"])
 
-    def _write(self) -> None:
-        self._document["count"] += 1
-        content = json.dumps(self._document).encode().ljust(_SIZE)
-        if is_remote(self.path):
-            object_store.write(self.path, content)
-            return
-        # In place: NFS clients may cache a name's file for longer than a file's content.
-        with os.fdopen(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
-            file.write(content)
-
-    def _lost_error(self) -> StorageError:
-        return StorageError(
-            f"run directory {display_path(self.run_dir)} was taken over by {self.lost_to}: this "
-            "process was suspended, or cut off from the storage, for too long. It stops here and "
-            "the other one continues."
-        )
-
-
-def _read(path: Path) -> Document | None:
-    """Read a lease; None means that there is none, empty that it is just being written."""
-    try:
-        document = json.loads(read_bytes(path))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}
+def _lost_error(run_dir: Path, other: str) -> StorageError:
+    """Return the error of a driver whose lease another one took over."""
+    return StorageError(
+        f"run directory {display_path(run_dir)} was taken over by {other}: this process was "
+        "suspended, or cut off from the storage, for too long. It stops here and the other one "
+        "continues."
+    )
 
 
 def _name(document: Document) -> str:
@@ -245,6 +430,11 @@ def _in_use(run_dir: Path, holder: str) -> StorageError:
         f"run directory {display_path(run_dir)} is in use by {holder}: wait for it, stop it, or "
         "choose another --run-dir."
     )
+
+
+def _is_over(document: Document | None) -> bool:
+    """Whether a lease is released, or its holder is gone."""
+    return document is None or bool(document.get("released")) or _is_gone(document)
 
 
 def _is_gone(document: Document) -> bool:

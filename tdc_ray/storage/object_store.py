@@ -45,15 +45,21 @@ class Backend(NamedTuple):
     options: Mapping[str, Any] = {}
     """Options of its fsspec file system."""
 
+    is_exclusive: bool = False
+    """Whether of several processes that create an object at once one alone can: by
+    ``If-None-Match`` on S3, by ``ifGenerationMatch`` on GCS."""
 
-_S3 = Backend("s3", {"config_kwargs": {"connect_timeout": 5, "read_timeout": 20}})
+
+_S3 = Backend(
+    "s3", {"config_kwargs": {"connect_timeout": 5, "read_timeout": 20}}, is_exclusive=True
+)
 """The default, a minute, is longer than a lease is valid."""
 
 BACKENDS = {
     "s3": _S3,
     "s3a": _S3,
-    "gs": Backend("gcs"),
-    "gcs": Backend("gcs"),
+    "gs": Backend("gcs", is_exclusive=True),
+    "gcs": Backend("gcs", is_exclusive=True),
     "abfs": Backend(None),
     "abfss": Backend(None),
     "az": Backend(None),
@@ -191,6 +197,30 @@ def write(path: Path, content: bytes) -> None:
     """Write a small file directly to the store, without the mirror."""
     with opened_store(path, "written") as (store, key):
         store.pipe_file(key, content)
+
+
+def creates_exclusively(path: Path) -> bool:
+    """Whether of several processes that :func:`create` a file at once one alone can."""
+    backend = BACKENDS.get(display_path(path).partition(":")[0])
+    return backend is not None and backend.is_exclusive
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Create a small file unless there is one; return whether this content is there.
+
+    Raises:
+        StorageError: The store fails.
+    """
+    with opened_store(path, "written") as (store, key):
+        try:
+            store.pipe_file(key, content, mode="create")
+        except Exception:  # each store has its own refusal; or it was done, and the reply is lost
+            try:
+                return bool(store.cat_file(key) == content)
+            except FileNotFoundError:
+                pass
+            raise
+        return True
 
 
 def put(source: Path, path: Path) -> None:

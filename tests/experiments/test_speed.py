@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.storage.files import write_json
+from tdc_ray.storage.files import read_json_lines, write_json
 from tdc_ray.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,22 @@ def test_speed_holds_us_against_diffusers_and_against_the_aims(tmp_path):
     assert largest < 1e-4 < rows["sampling", same["against"]]["median"]
     assert len(record["verdicts"]) == 11
     assert sum("aim at" in verdict for verdict in record["verdicts"]) == 11
+
+
+@pytest.mark.slow
+def test_the_gpus_measurements_are_kept_one_by_one(tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    sections = ["experts", "training", "sampling", "search"]
+    command = [sys.executable, "experiments/gpu.py", "--smoke", "--out", str(path), "--sections"]
+    for seconds in ("0", "300"):  # the first call begins nothing new
+        subprocess.run([*command, *sections, "--seconds", seconds], check=False, cwd=ROOT)
+    rows = read_json_lines(path)
+    assert [row.get("error") for row in rows] == [None] * len(rows)
+    assert {row["section"] for row in rows} == set(sections)
+    assert len({(row["section"], row["name"]) for row in rows}) == len(rows) == 11
+    assert all(row["seconds"] > 0 for row in rows)
+    subprocess.run([*command, *sections], check=True, cwd=ROOT)
+    assert read_json_lines(path) == rows
 
 
 @pytest.mark.slow

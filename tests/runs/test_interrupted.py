@@ -2,6 +2,7 @@
 run."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.runs.results import comparable, load_results
+from tests.interrupts import commands, is_right, one_try
 from tests.processes import children
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -77,3 +79,14 @@ def test_ctrl_c_ends_everything_and_says_how_to_go_on(cache_dir, tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "Ray processes outlived their driver"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_an_interrupt_at_a_random_moment_ends_all_and_says_how_to_go_on(seed, cache_dir, tmp_path):
+    draw = random.Random(seed)
+    named = commands(tmp_path, cache_dir)
+    arguments = named["sweep" if seed % 3 == 0 else "run"]
+    number = draw.choice([signal.SIGINT, signal.SIGTERM])
+    outcome = one_try(arguments, draw.uniform(1.0, 40.0), number, twice=seed % 2 == 0)
+    assert is_right(outcome), outcome

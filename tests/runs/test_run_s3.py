@@ -11,6 +11,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import exists, fetch, listing
+from tdc_ray.storage.lease import lease_holder
 from tdc_ray.storage.object_store import resolve_path
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
@@ -60,7 +61,7 @@ def test_a_run_in_a_store_ends_as_one_on_a_disk(
         # A run from Python, as the fixture's, keeps no log; only paths have a lock.
         hidden = {path for path in expected | found if path.name.startswith(".")}
         assert found - hidden - {Path("run.log")} == expected - hidden
-    assert not exists(run_dir / ".lease.json")
+    assert lease_holder(run_dir) is None
     assert list(tmp_path.rglob("*.tmp")) == []
 
     events = EventAccumulator(str(fetch(run_dir / "tensorboard") / "base"))

@@ -198,7 +198,7 @@ def test_json_lines_read_back_in_the_order_they_were_appended(tmp_path_factory, 
 
 
 @pytest.mark.parametrize("torn", ['{"round": 2, "lo', '{"round": 2}', "x" * 5000])
-def test_a_torn_last_line_does_not_count_and_is_dropped_by_the_next(tmp_path, torn):
+def test_a_torn_last_line_does_not_count_and_is_set_aside_by_the_next(tmp_path, torn, caplog):
     path = tmp_path / "lines.jsonl"
     append_json_line(path, {"round": 1})
     with path.open("a") as file:
@@ -206,6 +206,9 @@ def test_a_torn_last_line_does_not_count_and_is_dropped_by_the_next(tmp_path, to
     assert read_json_lines(path) == [{"round": 1}]
     append_json_line(path, {"round": 2})
     assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+    (aside,) = tmp_path.glob("lines.jsonl.torn-*")
+    assert aside.read_text() == torn
+    assert str(aside) in caplog.text
 
 
 def test_a_file_of_nothing_but_a_torn_line_is_empty(tmp_path):

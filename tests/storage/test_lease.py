@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,10 +13,18 @@ import pytest
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import lease, object_store
-from tdc_ray.storage.lease import LEASE_FILE, hold_lease
+from tdc_ray.storage.fence import adopt, fences
+from tdc_ray.storage.files import (
+    append_json_line,
+    read_bytes,
+    read_json_lines,
+    remove,
+    write_text,
+)
+from tdc_ray.storage.lease import LeaseFiles, hold_lease
 from tdc_ray.storage.object_store import resolve_path
 
-TIMES = {"RENEWED_EVERY_S": 0.5, "SETTLED_AFTER_S": 0.3}
+TIMES = {"RENEWED_EVERY_S": 0.5, "POLLED_EVERY_S": 0.3}
 """Of all drivers here, so that tests wait less for clocks."""
 
 
@@ -125,22 +134,19 @@ def other_host(monkeypatch):
 @pytest.fixture
 def stale_soon(monkeypatch):
     monkeypatch.setattr(lease, "STALE_AFTER_S", 2.0)
+    monkeypatch.setattr(lease, "MARGIN_S", 0.2)
 
 
 def lease_of(run_dir: Path) -> dict:
-    path = run_dir / LEASE_FILE
-    return json.loads(
-        object_store.read(path) if object_store.is_remote(path) else path.read_bytes()
-    )
+    files = LeaseFiles(run_dir)
+    return files.read(files.last())
 
 
-def write_lease(run_dir: Path, document: dict) -> None:
-    content = json.dumps(document).encode()
-    if object_store.is_remote(run_dir):
-        object_store.write(run_dir / LEASE_FILE, content)
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / LEASE_FILE).write_bytes(content)
+def create_lease(run_dir: Path, document: dict) -> None:
+    """Create the next one, as another driver does."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files = LeaseFiles(run_dir)
+    assert files.create(files.last() + 1, json.dumps(document).encode())
 
 
 def test_a_driver_on_another_host_is_refused_and_told_host_and_process(run_dir, other_host):
@@ -187,7 +193,7 @@ def test_a_lease_is_released(run_dir, other_host):
 
 
 def test_a_torn_lease_runs_out_too(run_dir, stale_soon):
-    write_lease(run_dir, {})
+    create_lease(run_dir, {})
     assert hold(run_dir) == "held"
 
 
@@ -207,7 +213,7 @@ def test_the_loss_of_a_lease_interrupts_the_block(run_dir, monkeypatch):
 
     def lose():
         with hold_lease(run_dir):
-            write_lease(run_dir, {"id": "x", "pid": 1, "host": "thief"})
+            create_lease(run_dir, {"id": "x", "pid": 1, "host": "thief"})
             threading.Event().wait(30)
             pytest.fail("it went on")
 
@@ -238,7 +244,7 @@ def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(bucket, monkeypatch
 
 
 def test_of_drivers_that_start_at_once_one_holds(bucket):
-    command = hold_command(f"{bucket}/run", SETTLED_AFTER_S=1.0)  # a busy machine is slow to write
+    command = hold_command(f"{bucket}/run")
     pipe = subprocess.PIPE
     started = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -249,6 +255,76 @@ def test_of_drivers_that_start_at_once_one_holds(bucket):
     for process in started:
         _, errors = process.communicate()
         assert process.returncode == 0 or "is in use by process" in errors
+
+
+def test_numbers_rise_and_one_driver_alone_creates_each(run_dir):
+    for number in (1, 2, 3):
+        with hold_lease(run_dir):
+            assert LeaseFiles(run_dir).last() == number
+            assert not LeaseFiles(run_dir).create(number, b"{}")
+
+
+def test_a_lease_of_another_version_is_waited_for(run_dir, stale_soon):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    LeaseFiles(run_dir).write(0, json.dumps({"id": "x", "pid": 1, "host": "old"}).encode())
+    started = time.monotonic()
+    assert hold(run_dir) == "held"
+    assert time.monotonic() - started >= lease.STALE_AFTER_S
+
+
+def test_a_store_that_lets_all_create_is_told_of_and_its_last_writer_holds(
+    bucket, monkeypatch, caplog
+):
+    run_dir = resolve_path(f"{bucket}/run")
+    monkeypatch.setattr(
+        object_store, "create", lambda path, content: object_store.write(path, content) is None
+    )
+    assert hold(run_dir) == "held"
+    assert "lets several drivers create the same file" in caplog.text
+    caplog.clear()
+
+    def overtake(_seconds):
+        LeaseFiles(run_dir).write(2, json.dumps({"id": "x", "pid": 1, "host": "thief"}).encode())
+
+    monkeypatch.setattr(lease, "SETTLED_AFTER_S", 0.0)
+    other = lease.Lease(run_dir, LeaseFiles(run_dir), sleep=overtake)
+    with pytest.raises(StorageError, match="in use by process 1 on host thief"):
+        other.acquire()
+
+
+# --- the fence ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", ["driver", "worker"])
+def test_a_process_whose_lease_was_taken_publishes_nothing_more(run_dir, process):
+    held = lease.Lease(run_dir, LeaseFiles(run_dir))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held.acquire()
+    adopt([held if process == "driver" else pickle.loads(pickle.dumps(held))])
+    try:
+        write_text(run_dir / "a", "kept")
+        held._valid_until = 0.0  # suspended: the driver begins it anew
+        held.check()
+        append_json_line(run_dir / "lines.jsonl", 1)
+        create_lease(run_dir, {"id": "x", "pid": 1, "host": "thief"})
+        for write in (
+            lambda: write_text(run_dir / "a", "lost"),
+            lambda: append_json_line(run_dir / "lines.jsonl", 2),
+            lambda: remove(run_dir / "a"),
+        ):
+            with pytest.raises(StorageError, match="taken over by process 1 on host thief"):
+                write()
+        write_text(run_dir.parent / "elsewhere", "free")
+    finally:
+        adopt([])
+    assert read_bytes(run_dir / "a") == b"kept"
+    assert read_json_lines(run_dir / "lines.jsonl") == [1]
+
+
+def test_a_fence_stands_while_the_lease_is_held(run_dir):
+    with hold_lease(run_dir):
+        assert [fence.run_dir for fence in fences()] == [run_dir]
+    assert fences() == ()
 
 
 def test_ctrl_c_is_still_ctrl_c(run_dir):

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
+from tdc_ray.execution.interrupts import interrupts_deferred
 from tdc_ray.execution.scheduler import num_fitting
 
 logger = logging.getLogger(__name__)
@@ -78,18 +79,20 @@ def connected(
         "object_store_memory": OBJECT_STORE_BYTES,
     }
     try:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            **(local if address == "local" else {"address": address}),
-        )
-    except ConnectionError as error:
-        raise ClusterError(NO_CLUSTER.format(address)) from error
-    try:
+        try:
+            with interrupts_deferred():
+                ray.init(
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                    **(local if address == "local" else {"address": address}),
+                )
+        except ConnectionError as error:
+            raise ClusterError(NO_CLUSTER.format(address)) from error
         yield
     finally:
-        ray.shutdown()
+        with interrupts_deferred():
+            ray.shutdown()
 
 
 def _check_joined(address: str | None) -> None:

@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from tdc_ray.execution.ray.cluster import check_room, is_local, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank, as_rank
 from tdc_ray.execution.scheduler import num_fitting
 from tdc_ray.execution.timeline import Timeline
+from tdc_ray.storage.fence import Fence, adopt, fences
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ removed."""
 class _Worker:
     """A process that runs items, one at a time."""
 
-    def __init__(self, num_threads: int, events: EventSink, *, tf32: bool) -> None:
+    def __init__(
+        self, num_threads: int, events: EventSink, fences: Sequence[Fence], *, tf32: bool
+    ) -> None:
+        adopt(fences)
         # Imports torch, which the driver of a pool may do without.
         from tdc_ray.execution.device import configure_worker
 
@@ -239,7 +243,7 @@ class WorkerGroup:
             scheduling_strategy="SPREAD",
         )(_Worker)
         num_threads = max(1, int(resources.cpus))
-        actor = remote.remote(num_threads, self._events, tf32=self._compute.tf32)
+        actor = remote.remote(num_threads, self._events, fences(), tf32=self._compute.tf32)
         name = f"worker-{next(self._numbers)}"
         self._workers[name] = _WorkerHandle(actor, resources)
         self._starting[actor.node.remote()] = name

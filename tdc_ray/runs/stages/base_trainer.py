@@ -4,6 +4,7 @@ Train's controller imports this module, so it must not import torch.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError
 from tdc_ray.execution.events import EventSink, Finished, Started
 from tdc_ray.execution.ray.cluster import check_room
 from tdc_ray.execution.ray.event_collector import EventCollector
+from tdc_ray.storage.fence import Fence, adopt, fences
 from tdc_ray.storage.files import exists, read_json, remove, write_json
 from tdc_ray.storage.object_store import filesystem, is_remote
 from tdc_ray.storage.run_dir import RunDir
@@ -39,6 +41,7 @@ class BaseJob:
     """Its name in events."""
 
     events: EventSink
+    fences: Sequence[Fence]
 
 
 def train_base_on_ray(
@@ -59,7 +62,7 @@ def train_base_on_ray(
     resources = _resources(config.compute)
     trainer = _Trainer(
         _work,
-        train_loop_config={"job": BaseJob(run_dir, config, key, events.remote)},
+        train_loop_config={"job": BaseJob(run_dir, config, key, events.remote, fences())},
         scaling_config=ScalingConfig(
             num_workers=config.compute.num_base_workers,
             use_gpu="GPU" in resources,
@@ -101,6 +104,7 @@ def _error_path(run_dir: RunDir) -> Path:
 def _work(settings: dict[str, Any]) -> None:
     """Train as one worker; Ray Train calls it again after any failure."""
     job: BaseJob = settings["job"]
+    adopt(job.fences)
     if exists(_error_path(job.run_dir)):
         return  # an error raised by this package would only recur
     # The controller must not import it: it needs torch.

@@ -1,0 +1,93 @@
+"""Ctrl-C and SIGTERM: the first one unwinds the work, wherever that is; a second ends the process.
+
+Python raises an exception where a signal meets it, which is lost where a library catches all, or
+calls back into Python from C. So it is raised again each second until it is on its way up.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+RAISED_AGAIN_EVERY_S = 1.0
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _State:
+    """Of this process."""
+
+    say: Callable[[int], None] | None = None
+    """Says what an interrupt leads to; None means that signals are not handled here."""
+
+    received: int | None = None
+    """The first signal."""
+
+    deferring = False
+
+
+_state = _State()
+
+
+def handle_interrupts(say: Callable[[int], None]) -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt in the main thread from now on.
+
+    Args:
+        say: Is called with the first signal's number, at once.
+    """
+    _state.say, _state.received = say, None
+    signal.signal(signal.SIGALRM, _raise_unless_unwinding)
+    for number in SIGNALS:
+        signal.signal(number, _receive)
+
+
+def received_signal() -> int | None:
+    """Return the number of the signal that interrupted this process, or None."""
+    return _state.received
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let an interrupt wait for the end of the block, and nobody else handle it meanwhile.
+
+    For Ray's start and end: cut in between, it leaves processes, or crashes.
+    """
+    if _state.say is None or _state.deferring:
+        yield
+        return
+    original = signal.signal
+
+    def signal_of_others(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in SIGNALS else original(number, handler)
+
+    _state.deferring = True
+    signal.signal = signal_of_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = original
+        _state.deferring = False
+    if _state.received is not None:
+        _raise_unless_unwinding()
+
+
+def _receive(number: int, _frame: object) -> None:
+    if _state.received is not None:
+        os._exit(128 + number)
+    _state.received = number
+    if _state.say is not None:
+        _state.say(number)
+    signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_EVERY_S, RAISED_AGAIN_EVERY_S)
+    _raise_unless_unwinding()
+
+
+def _raise_unless_unwinding(*_: object) -> None:
+    if _state.deferring:
+        return
+    error = sys.exc_info()[1]  # what is handled in the frames that the signal interrupted
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:
+        raise KeyboardInterrupt

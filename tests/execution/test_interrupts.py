@@ -1,0 +1,93 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import os, signal, time
+from tdc_ray.execution import interrupts
+from tdc_ray.execution.interrupts import interrupts_deferred, received_signal
+interrupts.RAISED_AGAIN_EVERY_S = 0.1
+interrupts.handle_interrupts(lambda number: print("said", flush=True))
+
+def send(number=signal.SIGINT):
+    os.kill(os.getpid(), number)
+"""
+
+
+def outcome(code: str) -> tuple[int, list[str]]:
+    command = [sys.executable, "-c", START + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout.split() + done.stderr.splitlines()[-1:]
+
+
+def test_an_interrupt_that_a_library_swallows_is_raised_again():
+    code = """
+try:
+    send()
+except BaseException:
+    pass
+print("on")
+try:
+    time.sleep(50)
+except KeyboardInterrupt:
+    print("stopped", received_signal())
+"""
+    assert outcome(code) == (0, ["said", "on", "stopped", "2"])
+
+
+def test_what_cleans_up_after_an_interrupt_is_not_interrupted():
+    code = """
+try:
+    try:
+        send()
+    finally:
+        time.sleep(0.5)
+        print("clean")
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("stopped")
+    os._exit(0)
+"""
+    assert outcome(code) == (0, ["said", "clean", "stopped"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_one_ends_the_process_at_once(number):
+    code = f"""
+try:
+    send()
+finally:
+    send({int(number)})
+    print("never")
+"""
+    assert outcome(code) == (128 + number, ["said"])
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block_that_must_not_be_cut():
+    code = """
+def ours(): return signal.getsignal(signal.SIGTERM)
+before = ours()
+try:
+    with interrupts_deferred():
+        signal.signal(signal.SIGTERM, lambda *_: print("another's"))
+        send(signal.SIGTERM)
+        time.sleep(0.3)
+        print("whole", ours() is before)
+    print("never")
+except KeyboardInterrupt:
+    print("stopped")
+    os._exit(0)
+"""
+    assert outcome(code) == (0, ["said", "whole", "True", "stopped"])
+
+
+def test_who_handles_no_interrupts_sees_no_change():
+    code = """
+interrupts._state.say = None
+with interrupts_deferred():
+    signal.signal(signal.SIGTERM, lambda *_: print("another's"))
+    send(signal.SIGTERM)
+"""
+    assert outcome(code) == (0, ["another's"])
