@@ -151,6 +151,7 @@ LATER_FIELDS = {
     "model": ("width", "depth", "network"),
     "budget": ("hours", "train_macs", "epochs"),
     "prune": ("rivals",),
+    "proxy": ("base_url", "max_predictions"),
     "evaluate": ("metrics", "features_model"),
 }
 """Settings that came after the first run directories were named by their digest."""
