@@ -52,12 +52,11 @@ def format_fields(form: Form) -> dict[str, Any]:
     from openai import pydantic_function_tool
 
     if form == "tools":
-        return {
-            "tools": [
-                pydantic_function_tool(Change, name=name, description=text)
-                for name, text in DESCRIPTIONS.items()
-            ]
-        }
+        tools = [
+            pydantic_function_tool(Change, name=name, description=text)["function"]
+            for name, text in DESCRIPTIONS.items()
+        ]
+        return {"tools": [{"type": "function", "function": dict(tool)} for tool in tools]}
     if form == "schema":
         schema = pydantic_function_tool(Turn)["function"]["parameters"]
         wanted = {"name": "turn", "strict": True, "schema": schema}
