@@ -73,7 +73,6 @@ class Round(Protocol):
     memory: Sequence[MemoryEntry]
     """Entries that the group sees of earlier rounds."""
 
-
     @property
     def measured(self) -> list[MemoryEntry]:
         """Entries of this round so far."""

@@ -67,11 +67,7 @@ loss is modelled, the best joint scheme."""
 def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
     """Let a language model have schemes measured; without a usable reply the reason is noted."""
     context, request = search.context, round_.request
-    if request.round == 0 and request.num_rounds * request.num_candidates > 1:
-        guesses = propose_offline(request, round_.memory)[
-            : max(1, min(NUM_GUESSES, request.num_candidates - 1))
-        ]
-        yield from round_.measure([Proposal("offline", scheme) for scheme in guesses])
+    yield from measure_first_guesses(round_)
     conversation, measured = Conversation(), list[MemoryEntry]()
     while round_.left:
         asking = replace(request, num_candidates=round_.left)
@@ -109,6 +105,15 @@ def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -
         if not measured:
             return
         conversation = reply.conversation
+
+
+def measure_first_guesses(round_: Round) -> Chain[None]:
+    """Measure the offline proxy's best guesses, in the first round of a search."""
+    request = round_.request
+    if request.round == 0 and request.num_rounds * request.num_candidates > 1:
+        number = max(1, min(NUM_GUESSES, request.num_candidates - 1))
+        guesses = propose_offline(request, round_.memory)[:number]
+        yield from round_.measure([Proposal("offline", scheme) for scheme in guesses])
 
 
 def _proposals(request: ProposalRequest, reply: "ProposalReply") -> list[Proposal]:

@@ -6,8 +6,8 @@ import pytest
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.answer import TokenUsage
+from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import (
     LLMExchange,
     append_exchange,

@@ -27,7 +27,7 @@ json_values = st.recursive(
 )
 turns = st.fixed_dictionaries(
     {"action": st.just("measure")},
-    optional={key: json_values for key in ("bounds", "distrust", "moves", "hypothesis")},
+    optional=dict.fromkeys(("bounds", "distrust", "moves", "hypothesis"), json_values),
 )
 
 

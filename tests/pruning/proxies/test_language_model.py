@@ -19,8 +19,8 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.execution.item import checked_result
 from tdc_ray.pruning.changes import Bound, Change, Planner
-from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.answer import TokenUsage
+from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import LLMExchange, append_exchange, transcript_path
 from tdc_ray.pruning.proxies.language_model import (
     AskJob,

@@ -16,8 +16,8 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.service import Service, start_service
-from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.answer import TokenUsage
+from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import (
     VERSION,
     LLMExchange,
