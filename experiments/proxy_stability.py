@@ -5,7 +5,9 @@
 
 Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and standard deviation of
 the loss in every round, after pruning and after the refit, over the candidates of all seeds.
-`--proxy llm --llm.model NAME` asks a language model instead of the offline proxy.
+`--proxy llm --llm.model NAME` asks a language model instead of the offline proxy; the table's note
+then has its tokens, their price, and what its best scheme gains over the offline proxy's at equal
+measurements, on held-out images and noise. What any model could gain: partner_bound.py.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.
 
@@ -17,8 +19,10 @@ from dataclasses import replace
 
 from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
+from proxy_cost import proxy_cost, proxy_note
 from stages import all_timesteps
 
+from tdc_ray.config.prune import ProxyMethod
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
@@ -31,15 +35,21 @@ def main(flags: ProxyFlags) -> None:
     """Search with all seeds; write table and plot."""
     folder = flags.storage / f"proxy_stability-{flags.preset}-{flags.proxy}"
     chains = {}
+    methods: list[ProxyMethod] = ["offline"] if flags.proxy == "offline" else ["llm", "offline"]
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
         prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
-        root = folder / f"seed-{seed}"
-        task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
-        chains[str(seed)] = search_submodel(task, MemoryBank(task.context.run_dir.memory))
+        for method in methods:
+            root = folder / f"seed-{seed}" / ("" if method == flags.proxy else method)
+            config = replace(config, prune=replace(prune, method=method))
+            task = all_timesteps(config, base, root, MACS_SHARE)
+            memory = MemoryBank(task.context.run_dir.memory)
+            chains[f"{method} {seed}"] = search_submodel(task, memory)
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
-        found: dict[str, SearchResult] = pool.run(chains)
+        all_found: dict[str, SearchResult] = pool.run(chains)
+    found = {seed: all_found[f"{flags.proxy} {seed}"] for seed in flags.seeds}
+    offline = [all_found[f"offline {seed}"] for seed in flags.seeds]
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}
     for choice in found.values():
         for candidate in choice.candidates:
@@ -52,7 +62,9 @@ def main(flags: ProxyFlags) -> None:
         for number in range(1, NUM_ROUNDS + 1)
     ]
     columns = ["round", *(f"loss above the base's {name}" for name, by in losses.items() if by)]
-    write_table(folder, "proxy_stability", columns, rows)
+    cost = proxy_cost(list(found.values()), offline)
+    note = "" if flags.proxy == "offline" else proxy_note(cost)
+    write_table(folder, "proxy_stability", columns, rows, note)
     plot_lines(
         folder,
         "proxy_stability",
@@ -61,7 +73,7 @@ def main(flags: ProxyFlags) -> None:
         ylabel="loss above the base's",
     )
     notes = [note for choice in found.values() for note in choice.cost.notes]
-    record = {"method": flags.proxy, "excess_loss": losses, "notes": notes}
+    record = {"method": flags.proxy, "excess_loss": losses, "notes": notes, "proxy": cost}
     write_record(folder, "proxy_stability", flags, commits_of(folder), record)
 
 

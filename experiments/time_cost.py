@@ -5,7 +5,8 @@
 
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
 measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
---llm.model NAME` asks a language model. Two rows more: what it takes to choose a network for every
+--llm.model NAME` asks a language model; the table's note then has its tokens, their price, and
+what its experts gain over the offline proxy's before the fine-tune, at equal measurements. Two rows more: what it takes to choose a network for every
 sampling step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner of
 OMS-DPM (`step_schedules.py`), with the score of each.
 
@@ -15,7 +16,7 @@ The paper (thousands of seconds, CIFAR-10): GPT-4 inference 0.078, fine-tuning 1
 OMS-DPM, which trains a predictor, more than 3800.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
@@ -23,7 +24,7 @@ from common import ProxyFlags, parse_flags, run_once
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
 from step_schedules import Row, StepFlags, in_little, rows_of_run
 
-from tdc_ray.runs.results import Results
+from tdc_ray.runs.results import GroupResult, Results
 
 PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"}}
 
@@ -45,6 +46,19 @@ def seconds_of(results: Results) -> dict[str, float]:
     return stages | {"total": sum(stages.values())}
 
 
+def gain_over_offline(flags: ProxyFlags, folder: Path, seed: int, results: Results) -> float:
+    """Return the mean excess loss of a run's refitted experts less that of the offline proxy's."""
+    config = replace(flags, proxy="offline").config(seed)
+    offline = run_once(config, folder / f"seed-{seed}-offline", flags.store)
+
+    def excess(group: GroupResult) -> float:
+        loss = group.loss_cut if group.loss_refit is None else group.loss_refit
+        return loss - group.loss_base
+
+    pairs = zip(results.groups, offline.groups, strict=True)
+    return mean(excess(one) - excess(other) for one, other in pairs)
+
+
 def steps_of(flags: ProxyFlags, folder: Path, seed: int) -> dict[str, Row]:
     """Choose a network for every sampling step of a run, in two ways."""
     how = StepFlags(budgets=(BUDGET,))
@@ -60,7 +74,19 @@ def main(flags: ProxyFlags) -> None:
     for seed in flags.seeds:
         config = flags.config(seed)
         found.append(run_once(config, folder / f"seed-{seed}", flags.store))
-    seconds = [seconds_of(results) for results in found]
+    seconds, note, gain = [seconds_of(results) for results in found], "", None
+    if flags.proxy == "llm":
+        gain = mean(
+            gain_over_offline(flags, folder, seed, one)
+            for seed, one in zip(flags.seeds, found, strict=True)
+        )
+        prunes = [results.prune for results in found]
+        note = (
+            f"{sum(one.prompt_tokens for one in prunes):,} tokens of prompts, "
+            f"{sum(one.completion_tokens for one in prunes):,} of replies, price "
+            f"{sum(one.proxy_cost for one in prunes):.4g}. Mean excess loss of the experts before "
+            f"the fine-tune, against the offline proxy's at equal measurements: {gain:+.3g}."
+        )
     paper = paper_column(PAPER, flags.preset)
     rows = [
         [row, f"{mean(by[row] for by in seconds):,.2f}", paper.get(row, "-"), "-"]
@@ -72,12 +98,13 @@ def main(flags: ProxyFlags) -> None:
         scores = mean_and_spread([by[name].score for by in searched])
         rows.append([f"steps at {name}", took, "-", scores])
     columns = ["stage", "seconds", paper[""], found[0].metric]
-    write_table(folder, "time_cost", columns, rows)
+    write_table(folder, "time_cost", columns, rows, note)
     bars = {row: [by[row] for by in seconds] for row in seconds[0]}
     plot_bars(folder, "time_cost", bars, "seconds")
     record = {
         "method": flags.proxy,
         "seconds": seconds,
+        "difference_from_offline": gain,
         "prune": [asdict(results.prune) for results in found],
         "steps": [{name: asdict(row) for name, row in by.items()} for by in searched],
     }

@@ -16,16 +16,22 @@ from tdc_ray.errors import ConfigError
 class ProxyConfig:
     """The language model that proposes schemes where `prune.method` is llm.
 
-    The key and the address come from OPENAI_API_KEY and OPENAI_BASE_URL in the environment of the
-    driver's node, never from a setting.
+    The key comes from OPENAI_API_KEY in the environment of the driver's node, never from a
+    setting.
     """
 
     model: str = "gpt-4.1"
     """The model's name as its server knows it."""
 
-    reply_format: Literal["auto", "schema", "json"] = "auto"
-    """schema: structured output by a JSON schema; json: the form of the answer is described in the
-    prompt only; auto: schema, and json once the server has refused the schema."""
+    base_url: str | None = None
+    """Address of a server that speaks OpenAI's chat protocol, such as http://localhost:8000/v1; it
+    needs no key then, unless the server wants one. None means OPENAI_BASE_URL of the environment,
+    or OpenAI's own."""
+
+    reply_format: Literal["auto", "tools", "schema", "json"] = "auto"
+    """How the model predicts and measures. tools: by calls of tools; schema: by structured output
+    of a JSON schema; json: the form of the answer is described in the prompt only; auto: tools,
+    schema once the server has refused these, and then json."""
 
     temperature: NonNegativeFloat | None = None
     """Sampling temperature, at least 0; None means the server's default."""
@@ -41,11 +47,15 @@ class ProxyConfig:
     minutes is used."""
 
     max_replies: PositiveInt = 3
-    """Replies per proposal: a bad one is answered with what was wrong with it. After the last the
-    offline proxy takes over."""
+    """Replies of which nothing can be used before the offline proxy takes over, for each time that
+    the model is asked: a bad one is answered with what was wrong with it."""
+
+    max_predictions: PositiveInt = 12
+    """Replies that only predict before the model has to have something measured."""
 
     max_seconds: PositiveFloat = 900.0
-    """Longest time of one proposal in all before the offline proxy takes over."""
+    """Longest time that the model is asked until it has something measured; then the offline proxy
+    takes over."""
 
     max_concurrent: PositiveInt = 4
     """Most concurrent calls, over the whole cluster."""

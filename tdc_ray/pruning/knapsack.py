@@ -83,7 +83,7 @@ def knapsack(
     Raises:
         LimitError: No scheme is within the limit.
     """
-    return fit_to_limit(space, space.full, limit, step_worth(space, curves, factors))
+    return fit_to_limit(space, space.widest, limit, step_worth(space, curves, factors))
 
 
 def step_worth(

@@ -34,7 +34,8 @@ class MemoryEntry(Ranked):
     candidate: int
 
     source: str
-    """Who proposed it: ``offline``, ``llm``, or a score and its use, such as ``taylor/global``."""
+    """Who proposed it: ``offline``, ``llm``, ``llm/repaired`` where some of the language model's
+    changes did not count, or a score and its use, such as ``taylor/global``."""
 
     widths: Mapping[str, int]
     """The scheme."""
@@ -73,6 +74,13 @@ class MemoryEntry(Ranked):
 
     distance: float | None = None
     """Mean square of how far the prediction is from the base's."""
+
+    predicted: float | None = None
+    """What `increase` was predicted to be before it was measured; None where nothing was, and in
+    entries of 0.1.0."""
+
+    hypothesis: str | None = None
+    """What a language model meant to show by it."""
 
     final: FinalLosses | None = None
     """Its losses as a finalist; None where it was none."""

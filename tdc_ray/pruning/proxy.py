@@ -1,7 +1,8 @@
 """What a proxy is: anything that proposes pruning schemes for one group (TDC Eq. 7 and 11)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch
@@ -49,6 +50,9 @@ class ProposalRequest:
     model: QuadraticModel | None = None
     """Predicts the growth of the loss with any scheme; None where sensitivities were measured."""
 
+    pruned_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    """For units the widest width whose sensitivity was measured on a pruned model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -58,13 +62,36 @@ class Proposal:
     """Who proposed it; see :class:`MemoryEntry`."""
 
     scheme: Scheme
-    overshoot: int = 0
-    """By how much it was above the limit before it was fitted."""
+    hypothesis: str | None = None
+    """What it is meant to show."""
 
 
-Proxy = Callable[
-    [GroupSearch, ProposalRequest, Sequence[MemoryEntry], SearchCost], Chain[list[Scheme]]
-]
-"""A chain that returns schemes for a request and entries of the memory bank, best guess first, and
-adds its own cost to that of the search, which fits the schemes to the limit. A proxy that waits
-for something outside yields an item."""
+class Round(Protocol):
+    """One round of a group's search: what a proxy is asked, and its measurements."""
+
+    request: ProposalRequest
+    memory: Sequence[MemoryEntry]
+    """Entries that the group sees of earlier rounds."""
+
+    @property
+    def measured(self) -> list[MemoryEntry]:
+        """Entries of this round so far."""
+        ...
+
+    @property
+    def left(self) -> int:
+        """How many more schemes may be measured."""
+        ...
+
+    def measure(self, proposals: Sequence[Proposal]) -> Chain[list[MemoryEntry]]:
+        """Measure schemes within the limit and return their entries.
+
+        Those that the group has tried, and those for which no measurement is left, are left out.
+        """
+        ...
+
+
+Proxy = Callable[[GroupSearch, Round, SearchCost], Chain[None]]
+"""A chain that has schemes measured, the best guess first, until nothing is left of the round, or
+it has no more, and adds its own cost to that of the search. A proxy that waits for something
+outside yields an item."""

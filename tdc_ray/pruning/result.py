@@ -1,5 +1,7 @@
 """The result of a group's search, and its cost."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tdc_ray.models.units import KeptIndices, widths_of
@@ -28,6 +30,9 @@ class SearchCost:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    proxy_cost: float = 0.0
+    """Price of the language model's calls, in the currency of ``proxy``'s prices."""
+
     notes: list[str] = field(default_factory=list)
     """Deviations from the settings."""
 
@@ -70,3 +75,25 @@ class SearchResult:
         """The loss after the refit; None without one."""
         entry = self.entry
         return None if entry is None else (entry.final or entry).loss_refit
+
+
+def schemes_by_source(results: Sequence[SearchResult]) -> dict[str, int]:
+    """Count the schemes that searches measured by who proposed them."""
+    sources = (one.entry.source for result in results for one in result.candidates)
+    return dict(sorted(Counter(sources).items()))
+
+
+def contribution_notes(results: Sequence[SearchResult]) -> tuple[str, ...]:
+    """Return what searches by a language model should say about its part in them."""
+    found = schemes_by_source(results)
+    asked = sum(number for source, number in found.items() if source.startswith("llm"))
+    if not asked:
+        return ("the language model contributed nothing: no scheme that was measured is its own",)
+    chosen = [result.entry.source for result in results if result.entry is not None]
+    own = sum(source.startswith("llm") for source in chosen)
+    if not own:
+        return (
+            f"no expert is the language model's: {asked} of its schemes were measured, and others "
+            "were better",
+        )
+    return (f"{own} of {len(chosen)} pruned experts are the language model's",)

@@ -1,6 +1,6 @@
 """A group's search for its sub-model: propose, fit, prune, refit, measure, remember."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tdc_ray.config.prune import ProxyMethod, ScoreMethod
 from tdc_ray.execution.chain import Barrier, Chain, result_of, results_of
@@ -8,15 +8,15 @@ from tdc_ray.models.units import KeptIndices, keep_everything
 from tdc_ray.pruning.criteria.scores import Scores, select_top
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_increase import JointIncrease
-from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves, step_worth
+from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
+from tdc_ray.pruning.predictor import Predictor
 from tdc_ray.pruning.proxies.by_score import baseline_schemes, global_scheme, sorted_scores
 from tdc_ray.pruning.proxies.registry import PROXIES
-from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Sensitivities
+from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Proxy, Sensitivities
 from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.race import first_heat, race
 from tdc_ray.pruning.result import Candidate, SearchCost, SearchResult
-from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.pruning.tasks.candidates import WHOLE, Heat, base_item, candidate_item
 from tdc_ray.pruning.tasks.scores import score_item
 from tdc_ray.pruning.tasks.second_order import second_order_item
@@ -29,10 +29,17 @@ from tdc_ray.pruning.tasks.sensitivities import (
 from tdc_ray.seeds import derive_seed
 
 
-def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResult]:
+def search_submodel(
+    search: GroupSearch, memory: MemoryBank, proxies: Mapping[ProxyMethod, Proxy] = PROXIES
+) -> Chain[SearchResult]:
     """Find the sub-model of a group, as a chain of work items.
 
     Without pruning (``prune.method`` none) it is the base itself.
+
+    Args:
+        search: The group's search.
+        memory: The memory bank of the run.
+        proxies: What proposes, by the names of ``prune.method``.
     """
     search.check_space()
     rounds, method = _Rounds(search, memory), search.context.prune.method
@@ -45,7 +52,7 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
         kept = keep_everything(search.space.units)
         return SearchResult(kept, None, base.loss_cut, (), rounds.cost)
     if method == "offline" or method == "llm":
-        candidates = yield from rounds.by_proxy(method)
+        candidates = yield from rounds.by_proxy(method, proxies)
     else:
         candidates = yield from rounds.by_score(method)
     candidates = yield from race(search, memory, rounds.cost, candidates)
@@ -53,8 +60,9 @@ def search_submodel(search: GroupSearch, memory: MemoryBank) -> Chain[SearchResu
     return SearchResult(best.kept, best.entry, base.loss_cut, tuple(candidates), rounds.cost)
 
 
-Predictions = tuple[Scores, Sensitivities, QuadraticModel | None]
-"""The order in which the steps of units go, and what the increase of the loss is predicted by."""
+Predictions = tuple[Scores, Sensitivities, QuadraticModel | None, Mapping[str, int]]
+"""The order in which the steps of units go, and what the increase of the loss is predicted by; the
+last is `ProposalRequest.pruned_elsewhere`."""
 
 
 class _Rounds:
@@ -69,15 +77,17 @@ class _Rounds:
         scores = yield from self._scores(method)
         schemes = baseline_schemes(self._space, scores, self._search.limit)
         proposals = [Proposal(f"{method}/{name}", scheme) for name, scheme in schemes]
-        choices, heat = self._kept(proposals, scores), first_heat(len(proposals))
-        return (yield from self._measure(0, proposals, choices, heat))
+        choices, heat = self.kept(proposals, scores), first_heat(len(proposals))
+        return (yield from self.measure(0, proposals, choices, heat))
 
-    def by_proxy(self, method: ProxyMethod) -> Chain[list[Candidate]]:
+    def by_proxy(
+        self, method: ProxyMethod, proxies: Mapping[ProxyMethod, Proxy]
+    ) -> Chain[list[Candidate]]:
         """Learn what cuts cost, then let the proxy propose, round by round."""
         search, prune, group = self._search, self._prune, self._search.group
         heat = first_heat(prune.max_candidates)
         loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
-        scores, sensitivities, model = yield from (
+        scores, sensitivities, model, pruned_elsewhere = yield from (
             self._modelled() if prune.models_loss else self._measured()
         )
         shared = prune.memory == "shared" and len(search.participants) > 1
@@ -100,15 +110,14 @@ class _Rounds:
                 num_rounds=prune.num_rounds,
                 seed=derive_seed(search.context.seed, "propose", group.index, number),
                 model=model,
+                pruned_elsewhere=pruned_elsewhere,
             )
-            proposals: list[Proposal] = []
+            round_ = _Round(self, request, visible, scores, heat)
             names: tuple[ProxyMethod, ...] = (method, "offline")  # which adds what others lack
             for name in dict.fromkeys(names):
-                if len(proposals) < prune.num_candidates:
-                    schemes = yield from PROXIES[name](search, request, visible, self.cost)
-                    proposals += _new_proposals(request, visible, name, schemes, proposals)
-            choices = self._kept(proposals, scores)
-            candidates += yield from self._measure(number, proposals, choices, heat)
+                if round_.left:
+                    yield from proxies[name](search, round_, self.cost)
+            candidates += round_.candidates
         candidates += yield from self._rivals(heat)
         return candidates
 
@@ -120,10 +129,10 @@ class _Rounds:
             scores = yield from self._scores(method, f"scores-{method}")
             scheme = global_scheme(self._space, self._search.limit, sorted_scores(scores))
             proposals.append(Proposal(f"{method}/global", scheme))
-            choices += self._kept(proposals[-1:], scores)
-        return (yield from self._measure(self._prune.num_rounds, proposals, choices, heat))
+            choices += self.kept(proposals[-1:], scores)
+        return (yield from self.measure(self._prune.num_rounds, proposals, choices, heat))
 
-    def _kept(self, proposals: Sequence[Proposal], scores: Scores) -> list[KeptIndices]:
+    def kept(self, proposals: Sequence[Proposal], scores: Scores) -> list[KeptIndices]:
         """Return what each scheme keeps: the highest scores."""
         return [select_top(self._space.units, scores, one.scheme) for one in proposals]
 
@@ -139,7 +148,7 @@ class _Rounds:
         if not self._search.context.models_all_groups:
             self.cost.add(result.macs, result.seconds)
         increase = JointIncrease(self._space, result.model)
-        return self._with_single(result.scores), increase.sensitivities(), result.model
+        return self._with_single(result.scores), increase.sensitivities(), result.model, {}
 
     def _measured(self) -> Chain[Predictions]:
         """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
@@ -166,6 +175,7 @@ class _Rounds:
                 scores |= result.scores
             sensitivities = {**sensitivities, **result.sensitivities}
         scores = self._with_single(scores)
+        pruned_elsewhere: dict[str, int] = {}
         for number in range(1, prune.num_passes):
             excess = space.cost_base - search.limit
             limit = space.cost_base - excess * number // (prune.num_passes - 1)
@@ -181,7 +191,10 @@ class _Rounds:
                 self.cost.add(result.macs, result.seconds)
                 further |= result.sensitivities
             sensitivities = extend_sensitivities(sensitivities, curves, start, further)
-        return scores, sensitivities, None
+            for name, below in further.items():
+                widest = max(below, default=0)
+                pruned_elsewhere[name] = max(widest, pruned_elsewhere.get(name, 0))
+        return scores, sensitivities, None, pruned_elsewhere
 
     def _with_single(self, scores: Scores) -> Scores:
         """Add scores of units of a single step, which are not ranked."""
@@ -194,22 +207,33 @@ class _Rounds:
         self.cost.add(result.macs, result.seconds)
         return result.loss
 
-    def _measure(
+    def measure(
         self,
         number: int,
         proposals: Sequence[Proposal],
         choices: Sequence[KeptIndices],
         heat: Heat,
+        predictor: Predictor | None = None,
+        start: int = 0,
     ) -> Chain[list[Candidate]]:
-        """Prune, refit and measure the schemes of a round, and remember them."""
+        """Prune, refit and measure schemes of a round, and remember them.
+
+        Args:
+            number: The round.
+            proposals: The schemes.
+            choices: What each keeps of the units.
+            heat: What they are measured on.
+            predictor: What would have been predicted of them; None means nothing.
+            start: Schemes of the round that were measured before.
+        """
         search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
         items = [
             candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index, heat)
-            for index, kept in enumerate(choices)
+            for index, kept in enumerate(choices, start)
         ]
         results = yield from results_of(items)
         candidates = []
-        for index, (proposal, result) in enumerate(zip(proposals, results, strict=True)):
+        for index, (proposal, result) in enumerate(zip(proposals, results, strict=True), start):
             entry = MemoryEntry(
                 group=search.group.index,
                 round=number,
@@ -220,44 +244,60 @@ class _Rounds:
                 num_params=space.num_params(proposal.scheme),
                 loss_cut=result.loss_cut,
                 loss_refit=result.loss_refit,
-                overshoot=proposal.overshoot,
                 nanoseconds=space.nanoseconds(proposal.scheme),
                 num_images=result.num_images,
                 noise=heat.purpose,
                 standard_error=result.standard_error,
                 loss_base=result.loss_base,
                 distance=result.distance,
+                predicted=None if predictor is None else predictor.increase(proposal.scheme),
+                hypothesis=proposal.hypothesis,
             )
             self._memory.add(entry)
             self.cost.add(result.macs, result.seconds)
-            candidates.append(Candidate(entry, choices[index]))
+            candidates.append(Candidate(entry, choices[index - start]))
         return candidates
 
 
-def _new_proposals(
-    request: ProposalRequest,
-    visible: Sequence[MemoryEntry],
-    source: str,
-    schemes: Sequence[Scheme],
-    proposals: Sequence[Proposal],
-) -> list[Proposal]:
-    """Fit schemes to the limit: at most the requested number, and none that the group has tried.
+class _Round:
+    """One round: a `Round` of the proxies."""
 
-    Args:
-        request: The request.
-        visible: Entries of the memory bank.
-        source: Who proposed them.
-        schemes: The schemes.
-        proposals: Those of the round so far.
-    """
-    space = request.space
-    tried = [dict(entry.widths) for entry in visible if entry.group == request.group]
-    tried += [dict(proposal.scheme) for proposal in proposals]
-    worth, fresh = step_worth(space, loss_curves(space, request.sensitivities)), []
-    for scheme in schemes:
-        fitted = fit_to_limit(space, scheme, request.limit, worth)
-        if fitted not in tried:
-            overshoot = max(0, space.cost(scheme) - request.limit)
-            fresh.append(Proposal(source, fitted, overshoot))
-            tried.append(fitted)
-    return fresh[: request.num_candidates - len(proposals)]
+    def __init__(
+        self,
+        rounds: _Rounds,
+        request: ProposalRequest,
+        memory: Sequence[MemoryEntry],
+        scores: Scores,
+        heat: Heat,
+    ) -> None:
+        self.request, self.memory = request, memory
+        self.candidates: list[Candidate] = []
+        self._rounds, self._scores, self._heat = rounds, scores, heat
+
+    @property
+    def measured(self) -> list[MemoryEntry]:
+        """Entries of this round so far."""
+        return [candidate.entry for candidate in self.candidates]
+
+    @property
+    def left(self) -> int:
+        """How many more schemes may be measured."""
+        return self.request.num_candidates - len(self.candidates)
+
+    def measure(self, proposals: Sequence[Proposal]) -> Chain[list[MemoryEntry]]:
+        """Measure the first schemes that the group has not tried."""
+        request, known = self.request, [*self.memory, *self.measured]
+        tried = [dict(entry.widths) for entry in known if entry.group == request.group]
+        fresh: list[Proposal] = []
+        for proposal in proposals:
+            assert request.space.cost(proposal.scheme) <= request.limit
+            if proposal.scheme not in tried:
+                tried.append(dict(proposal.scheme))
+                fresh.append(proposal)
+        fresh, start = fresh[: self.left], len(self.candidates)
+        choices = self._rounds.kept(fresh, self._scores)
+        candidates = yield from self._rounds.measure(
+            request.round, fresh, choices, self._heat, Predictor.of(request, known), start
+        )
+        self.candidates += candidates
+        return [candidate.entry for candidate in candidates]

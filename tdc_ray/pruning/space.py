@@ -40,7 +40,7 @@ class Space:
 
     quantity: Quantity
     legal: Mapping[str, tuple[int, ...]]
-    """For every unit the widths that it may keep, rising; the last is its own."""
+    """For every unit the widths that it may keep, rising; the last is its own, unless bounded."""
 
     @property
     def full(self) -> dict[str, int]:
@@ -59,6 +59,11 @@ class Space:
     def smallest(self) -> dict[str, int]:
         """The scheme that prunes as much as possible."""
         return {name: widths[0] for name, widths in self.legal.items()}
+
+    @property
+    def widest(self) -> dict[str, int]:
+        """The scheme that prunes as little as possible: the full one, unless bounded."""
+        return {name: widths[-1] for name, widths in self.legal.items()}
 
     def cost(self, scheme: Scheme) -> int:
         """Return a scheme's cost, in the limited quantity."""
@@ -175,7 +180,7 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
     def gain(name: str) -> float:
         return -value_per_cost(name, widths[name], space.next_wider(name, widths[name]))
 
-    least, most = space.smallest, space.full
+    least, most = space.smallest, space.widest
     cheapest = _Queue(loss, [name for name, width in widths.items() if width > least[name]])
     while cost > limit:
         name = cheapest.pop()

@@ -2,8 +2,8 @@
 
 One *series* for each group and for other work, with its metrics; ``plan`` has the plan's plot,
 ``memory`` the losses of the search (tags by group, a step for every candidate), ``proxy`` the
-transcripts of a language model (a step for every round), ``samples`` the first of the images that
-base and experts were scored on, ``workers`` the timeline and the utilisation of workers.
+transcripts of a language model (a step for every candidate), ``samples`` the first of the images
+that base and experts were scored on, ``workers`` the timeline and the utilisation of workers.
 """
 
 import threading
@@ -100,8 +100,8 @@ class EventWriter(ABC):
         losses = {f"{name}/loss": entry.loss, f"{name}/best_loss": best(earlier).loss}
         self._add_scalars("memory", losses, step)
         transcript = transcript_path(self._run_dir.transcripts, entry.group, entry.round)
-        if entry.candidate == 0 and exists(transcript):
-            self._add_text("proxy", name, transcript_text(transcript), 1 + entry.round)
+        if exists(transcript):
+            self._add_text("proxy", name, transcript_text(transcript), step)
 
     def _add_picture(self, series: str, tag: str, path: Path) -> None:
         with Image.open(fetch(path)) as image:

@@ -11,6 +11,7 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.models.first_stage import first_stage_digest
+from tdc_ray.pruning.result import contribution_notes, schemes_by_source
 from tdc_ray.runs.evaluation.evaluate import Score
 from tdc_ray.runs.evaluation.features import FeatureSpec
 from tdc_ray.runs.evaluation.metrics import metrics_text
@@ -71,7 +72,8 @@ def collect_results(
     """
     plan, experts, prune, sampler = outcome.plan, outcome.experts, config.prune, config.sampler
     base = load_result(run_dir.base_result, BaseResult).value
-    costs = [expert.search_result.cost for expert in experts]
+    searched = [expert.search_result for expert in experts]
+    costs = [result.cost for result in searched]
     pretrained = _pretrained_base(run_dir)
     num_classes, first_stage = config.conditioning.num_classes, config.data.first_stage
     rounds = {"none": 0, "offline": prune.num_rounds, "llm": prune.num_rounds}
@@ -117,11 +119,16 @@ def collect_results(
             search_macs=sum(cost.macs for cost in costs),
             prompt_tokens=sum(cost.prompt_tokens for cost in costs),
             completion_tokens=sum(cost.completion_tokens for cost in costs),
+            proxy_cost=sum(cost.proxy_cost for cost in costs),
+            schemes=schemes_by_source(searched),
             proxy_seconds=sum(cost.proxy_seconds for cost in costs),
             refit=prune.refit,
             space=prune.space,
             objective=prune.objective,
-            notes=tuple(note for cost in costs for note in cost.notes),
+            notes=(
+                *(contribution_notes(searched) if prune.method == "llm" else ()),
+                *(note for cost in costs for note in cost.notes),
+            ),
         ),
         evaluation=EvaluationResult(
             sampler=sampler.name,

@@ -27,6 +27,7 @@ from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import check_proxy
+from tdc_ray.pruning.result import contribution_notes, schemes_by_source
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
@@ -178,7 +179,12 @@ def prune_model(
             "search_macs": result.cost.macs,
             "prompt_tokens": result.cost.prompt_tokens,
             "completion_tokens": result.cost.completion_tokens,
-            "notes": result.cost.notes,
+            "proxy_cost": result.cost.proxy_cost,
+            "schemes": schemes_by_source([result]),
+            "notes": [
+                *(contribution_notes([result]) if config.prune.method == "llm" else ()),
+                *result.cost.notes,
+            ],
             "proxy_seconds": result.cost.proxy_seconds,
             "search_seconds": result.cost.seconds,
             "seconds": result.cost.seconds

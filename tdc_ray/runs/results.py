@@ -106,8 +106,8 @@ class GroupResult:
     loss_finetuned: float
 
     source: str = "unknown"
-    """Who proposed the scheme: ``offline``, ``llm``, a score and its use, or ``base`` (not
-    pruned)."""
+    """Who proposed the scheme: ``offline``, ``llm``, ``llm/repaired`` where some of the language
+    model's changes did not count, a score and its use, or ``base`` (not pruned)."""
 
     milliseconds_limit: float | None = None
     """Limit of a forward pass's time. None means that macs are limited."""
@@ -139,6 +139,13 @@ class PruneResult:
     prompt_tokens: int
     completion_tokens: int
 
+    proxy_cost: float = 0.0
+    """Price of the language model's calls, in the currency of ``proxy``'s prices."""
+
+    schemes: Mapping[str, int] = field(default_factory=dict)
+    """How many schemes were measured by who proposed them, as ``source`` of a group; empty in
+    results of older versions."""
+
     proxy_seconds: float = 0.0
     """Time of proposing schemes, or of waiting for a language model, summed over groups."""
 
@@ -148,7 +155,8 @@ class PruneResult:
     """What is limited: ``macs``, or ``latency``."""
 
     notes: tuple[str, ...] = ()
-    """Deviations from the settings, such as an offline proxy that replaced another."""
+    """Deviations from the settings, such as an offline proxy that replaced another, and what a
+    language model contributed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

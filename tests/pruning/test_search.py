@@ -17,15 +17,16 @@ from tdc_ray.execution.item import AnyItem, ItemResult, run_item
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.registry import CRITERIA
 from tdc_ray.pruning.group import GroupSearch, group_searches
+from tdc_ray.pruning.llm.answer import TokenUsage
 from tdc_ray.pruning.llm.transcripts import (
+    VERSION,
     LLMExchange,
-    TokenUsage,
     append_exchange,
     transcript_path,
 )
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import AskJob
-from tdc_ray.pruning.result import SearchResult
+from tdc_ray.pruning.result import SearchResult, contribution_notes, schemes_by_source
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import is_tight, space_of
 from tdc_ray.storage.run_dir import RunDir
@@ -441,10 +442,13 @@ def test_a_round_sees_what_all_groups_or_its_own_had_found_by_the_end_of_the_one
     loop.run(chains_of(tasks_in(run_dir, config), bank), random.Random(seed).choice)
     assert len(loop.asked) == 3 * 2
     for job in loop.asked:
-        expected = bank.visible_to(
-            job.request.group, before_round=job.request.round, shared=memory == "shared"
-        )
-        assert list(job.memory) == expected
+        group, number = job.request.group, job.request.round
+        expected = bank.visible_to(group, before_round=number, shared=memory == "shared")
+        guess = [entry.key for entry in bank.all() if entry.key == (group, 0, 0)]
+        assert [entry.key for entry in job.memory] == [
+            *(entry.key for entry in expected),
+            *(guess if number == 0 else ()),
+        ]
         groups = {entry.group for entry in expected}
         assert len(groups) == job.request.round * (3 if memory == "shared" else 1)
 
@@ -503,13 +507,18 @@ def test_a_group_alone_shares_with_nobody(loop, run_dir):
 # --- the language model ----------------------------------------------------------------------
 
 
+def unpredicted(choice: SearchResult) -> list[MemoryEntry]:
+    """Its entries, best first, without what was predicted in the light of a first guess."""
+    return [dataclasses.replace(one.entry, predicted=None) for one in choice.candidates]
+
+
 def test_where_the_language_model_fails_the_offline_proxy_takes_over_and_it_is_noted(
     found, run_dir, tmp_path
 ):
     _, offline = found("offline")
     task = task_of(run_dir, config_of("llm", replay=tmp_path / "nothing"))
     choice = find(task)
-    assert choice.candidates == offline.candidates
+    assert unpredicted(choice) == unpredicted(offline)
     assert {candidate.entry.source for candidate in choice.candidates} == {"offline"}
     assert len(choice.cost.notes) == 2
     for number, note in enumerate(choice.cost.notes):
@@ -518,44 +527,74 @@ def test_where_the_language_model_fails_the_offline_proxy_takes_over_and_it_is_n
     assert timeless(find(task)) == timeless(choice)  # the notes too
 
 
-def reply_of(schemes: list[dict[str, int]]) -> str:
-    rows = [[{"unit": name, "keep": width} for name, width in s.items()] for s in schemes]
-    return json.dumps({"schemes": rows})
+def answer_of(*bounds: tuple[int, int, int], hypothesis: str = "h", **more: Any) -> str:
+    """An answer that has the knapsack's scheme within some bounds measured."""
+    rows = [{"unit": unit, "least": least, "most": most} for unit, least, most in bounds]
+    return json.dumps({"hypothesis": hypothesis, "bounds": rows, "action": "measure", **more})
 
 
-def record(folder: Path, number: int, schemes: list[dict[str, int]]) -> None:
+def record(folder: Path, number: int, *replies: str) -> None:
+    """A transcript of one turn for each of some replies."""
     path = transcript_path(folder / "proxy", 0, number)
-    append_exchange(path, LLMExchange({}, reply_of(schemes), None, TokenUsage(), 0.0))
+    for turn, reply in enumerate(replies):
+        exchange = LLMExchange({}, reply, None, TokenUsage(), 0.0, turn=turn, version=VERSION)
+        append_exchange(path, exchange)
 
 
-def test_schemes_of_the_language_model_are_brought_to_the_limit_and_measured(
+def test_changes_of_the_language_model_are_measured_beside_the_offline_proxys_first_guess(
     found, run_dir, tmp_path
 ):
-    offline, _ = found("offline")
-    space, limit = offline.space, offline.max_macs
-    names = list(space.full)
-    above = dict.fromkeys(names[:2], 1)
-    below = dict.fromkeys(names, 1) | dict.fromkeys(names[:2], 8)
-    record(tmp_path, 0, [above, below])
-    record(tmp_path, 1, [above, below | {names[3]: 8}])  # the first is known by now
+    offline, alone = found("offline")
+    limit = offline.max_macs
+    record(tmp_path, 0, answer_of((1, 3, 3)))
+    record(tmp_path, 1, answer_of((1, 7, 7), (99, 1, 1)), answer_of((1, 6, 6), hypothesis="i"))
     choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
     entries = entries_of(task_of(run_dir, config_of("llm")))
-    assert [entry.source for entry in entries] == ["llm", "llm", "llm", "offline"]
-    assert all(is_tight(space, entry.widths, limit) for entry in entries)
-    assert entries[0].overshoot == space.macs({**space.full, **above}) - limit > 0
-    assert entries[1].overshoot == 0
-    assert len({tuple(sorted(entry.widths.items())) for entry in entries}) == 4
-    assert choice.cost.notes == []
+    assert [entry.source for entry in entries] == ["offline", "llm", "llm/repaired", "llm"]
+    assert [entry.hypothesis for entry in entries] == [None, "h", "h", "i"]
+    assert entries[0].widths == entries_of(offline)[0].widths
+    names = list(offline.space.full)
+    assert [entry.widths[names[1]] for entry in entries[1:]] == [3, 7, 6]
+    assert all(entry.macs <= limit and entry.overshoot == 0 for entry in entries)
+    assert all(entry.predicted > 0 for entry in entries)
+    assert len(entries) == len(alone.candidates)  # as many as the offline proxy has
+    (note,) = choice.cost.notes
+    assert "unit 99 within 1 to 1: there is no such unit" in note
 
 
-def test_schemes_that_come_to_the_same_within_the_limit_are_measured_once(
-    found, run_dir, tmp_path
-):
-    task, _ = found("offline")
-    known = entries_of(task)[0].widths
-    record(tmp_path, 0, [dict(known), dict(known)])
-    find(task_of(run_dir, config_of("llm", replay=tmp_path, num_rounds=1)))
-    entries = entries_of(task_of(run_dir, config_of("llm")))
-    assert [entry.source for entry in entries] == ["llm", "offline"]
-    assert entries[0].widths == known
-    assert entries[1].widths != known
+def test_what_a_language_model_contributed_is_said(found, run_dir, tmp_path):
+    _, offline = found("offline")
+    assert schemes_by_source([offline, offline]) == {"offline": 8}
+    (note,) = contribution_notes([offline])
+    assert "the language model contributed nothing" in note
+    record(tmp_path, 0, answer_of((1, 3, 3)))
+    choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
+    assert schemes_by_source([choice]) == {"llm": 1, "offline": 3}
+    (note,) = contribution_notes([choice])
+    chosen = choice.entry.source == "llm"
+    assert ("1 of 1 pruned experts" in note) is chosen
+    assert ("no expert is the language model's: 1 of its" in note) is not chosen
+
+
+NONSENSE = {
+    "prose": "Cut everything!",
+    "a whole table, as once was asked for": '{"schemes": [[{"unit": "mid", "keep": 1}]]}',
+    "the knapsack's own scheme": answer_of(),
+    "contradictions": answer_of(*((number, 9, 3) for number in range(12))),
+    "all units at random widths": answer_of(*((n, 1 + n % 2, 1 + n % 2) for n in range(5, 12))),
+    "names of nothing": answer_of(
+        distrust=[{"where": "the mid", "factor": 3}],
+        moves=[{"from_block": "a", "to_block": "b", "points": 4}],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_ends_where_the_offline_proxy_would(case, found, run_dir, tmp_path):
+    _, offline = found("offline")
+    for number in range(2):
+        record(tmp_path, number, NONSENSE[case], NONSENSE[case])
+    choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
+    assert len(choice.candidates) == len(offline.candidates)
+    assert choice.entry.final.rank <= offline.entry.final.rank
+    assert any("the offline proxy took over" in note for note in choice.cost.notes)

@@ -26,6 +26,8 @@ from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.counting import count_macs
 from tests.pruning.llm.openai_server import (
+    Handler,
+    calling,
     echoes_key,
     fails,
     hangs_up,
@@ -383,9 +385,17 @@ def test_without_a_key_or_a_transcript_nothing_is_begun(
     assert not list(tmp_path.iterdir())
 
 
-def schemes(*rows: dict[str, int]) -> str:
-    listed = [[{"unit": unit, "keep": keep} for unit, keep in row.items()] for row in rows]
-    return json.dumps({"schemes": listed})
+def pins(unit: int, width: int) -> str:
+    bounds = [{"unit": unit, "least": width, "most": width}]
+    return json.dumps({"hypothesis": "h", "bounds": bounds, "action": "measure"})
+
+
+def doubts(handler: Handler) -> None:
+    """Calls a tool, each time with another doubt."""
+    factor = 1.2 + len(handler.server.requests) / 4
+    calling(("measure", {"hypothesis": "h", "distrust": [{"where": "1", "factor": factor}]}))(
+        handler
+    )
 
 
 def everything_below(folder: Path) -> str:
@@ -396,11 +406,11 @@ def everything_below(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("script", "source"),
     [
-        ([says(schemes({NAMES[0]: 2}, {NAMES[1]: 1})), says(schemes({NAMES[2]: 1}))], "llm"),
-        ([refuses_format(says(schemes({NAMES[0]: 2})))], "llm"),
-        ([fails(500), fails(429, Retry_After="0"), says(schemes({NAMES[0]: 2}))], "llm"),
-        ([says("I would cut a lot."), says(schemes({"nothing": 1})), says_key], "offline"),
-        ([says(schemes({NAMES[0]: 99})), says(None, refusal="No."), hangs_up], "offline"),
+        ([doubts], "llm"),
+        ([refuses_format(says(pins(1, 6)))], "llm"),
+        ([fails(500), fails(429, Retry_After="0"), says(pins(1, 6))], "llm"),
+        ([says("I would cut a lot."), says('{"action": "cut"}'), says_key], "offline"),
+        ([says("[]"), says(None, refusal="No."), hangs_up], "offline"),
         ([echoes_key(401)], "offline"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from tdc_ray.cli.run import run
 from tdc_ray.errors import ProxyError
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.run_dir import RunDir
-from tests.pruning.llm.openai_server import Handler, echoes_key, fails, says, serving
+from tests.pruning.llm.openai_server import Handler, calling, echoes_key, fails, says, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -39,17 +38,17 @@ def ray_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def narrow_first_unit(handler: Handler) -> None:
-    """A good reply, made from the prompt's own schema."""
-    request = handler.server.requests[-1]
-    (unit, *_) = re.findall(r"^0 \| (\S+) \|", json.dumps(request).replace("\\n", "\n"), re.M)
-    says(json.dumps({"schemes": [[{"unit": unit, "keep": 1}]]}))(handler)
+def doubt_the_first_unit(handler: Handler) -> None:
+    """Predicts once, then has something measured that is new as often as it is asked."""
+    asked = len(handler.server.requests)
+    change = {"hypothesis": "h", "distrust": [{"where": "0", "factor": 1.5 + asked % 7}]}
+    calling(("measure" if asked % 2 else "predict", change))(handler)
 
 
 @pytest.mark.slow
 def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, ray_dir, tmp_path):
     script = [fails(429, Retry_After="0"), says("I would cut a lot."), echoes_key(401)]
-    with serving(*script, narrow_first_unit) as server:
+    with serving(*script, doubt_the_first_unit) as server:
         environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         environment |= {"RAY_TMPDIR": str(ray_dir), "OMP_NUM_THREADS": "1"}
         flags = ["--run-dir", str(tmp_path / "run"), "--evaluate.cache-dir", str(cache_dir)]
@@ -60,12 +59,18 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, 
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         asked = len(server.requests)
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "proxy")).Reload()
-    told = [shown.Tensors(tag)[0].tensor_proto.string_val[0] for tag in shown.Tags()["tensors"]]
+    told = [
+        one.tensor_proto.string_val[0]
+        for tag in shown.Tags()["tensors"]
+        for one in shown.Tensors(tag)
+    ]
     assert any(b"I would cut a lot." in text for text in told)
-    assert any(b"its schemes were taken" in text for text in told)
+    assert any(b"its answer was taken" in text for text in told)
     results = load_results(tmp_path / "run" / "results.json")
     memory = (tmp_path / "run" / "memory.jsonl").read_text().splitlines()
     assert {json.loads(line)["source"] for line in memory} == {"llm", "offline"}
+    assert results.prune.schemes["llm"] > 0
+    assert "the language model" in results.prune.notes[0]
     assert all(group.macs <= group.macs_limit for group in results.groups)
     assert any("the offline proxy took over" in note for note in results.prune.notes)
     assert 0 < results.prune.prompt_tokens <= 1000 * asked

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.transcripts import TokenUsage, total_usage
+from tdc_ray.pruning.llm.answer import TokenUsage
+from tdc_ray.pruning.llm.transcripts import total_usage
 
 
 class Budget:

@@ -5,11 +5,12 @@ this module are a bound on all of a request's time, the attempts that a server m
 a check of the answer: the client fills its types with whatever a server sends, and its strict
 mode refuses what lenient servers leave out.
 
-The key and the address come from the environment alone. A server's text that could hold the key is
-left out, and nothing is raised from within an ``except``, so that no traceback has it.
+The key comes from the environment alone. A server's text that could hold the key is left out, and
+nothing is raised from within an ``except``, so that no traceback has it.
 """
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -18,10 +19,17 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import (
+    AliasPath,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+)
 
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.transcripts import TokenUsage
+from tdc_ray.pruning.llm.answer import Answer, TokenUsage, ToolCall
 
 logger = logging.getLogger(__name__)
 
@@ -35,33 +43,32 @@ SECONDS_TO_CHECK = 10.0
 MAX_PROBLEM_CHARS = 500
 """Most characters of a server's text that are kept."""
 
+NO_KEY = "none"
+"""Stands for the key of a server that needs none."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """The outcome of a request."""
 
-    text: str = ""
-    """The model's text, as far as it was received."""
-
-    problem: str | None = None
-    """Why the text is unusable; None means that it may be usable."""
-
-    usage: TokenUsage | None = None
-    """Usage of the last attempt; None means that the server did not say."""
-
-    unanswered: int = 0
-    """Attempts without an answer, for which the server may charge all the same."""
-
-    status: int = 200
-    """HTTP status; 0 means that there was no answer."""
+def _as_text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict) else value or ""
 
 
 class _Part(BaseModel):
     text: str | None = None
 
 
+class _Function(BaseModel):
+    name: str = ""
+    arguments: Annotated[str, BeforeValidator(_as_text)] = ""
+    """Some servers send an object in place of its JSON."""
+
+
+class _ToolCall(BaseModel):
+    id: str | None = None
+    function: _Function
+
+
 class _Message(BaseModel):
     content: str | list[_Part] | None = None
+    tool_calls: list[_ToolCall] | None = None
     refusal: str | None = None
 
 
@@ -79,32 +86,43 @@ class _Completion(BaseModel):
     """A reply is good whatever its server counts."""
 
 
-def server_host() -> str:
-    """Return the host of the server that the environment names.
+def server_host(base_url: str | None) -> str:
+    """Return the host of a server, or of the one that the environment names.
 
     Raises:
-        ProxyError: The environment holds no key, or a key or an address that cannot be used.
+        ProxyError: The environment holds no key that is needed, or a key or an address that cannot
+            be used.
     """
-    key = os.environ.get(KEY, "")
+    key = _key(base_url)
     if not key:
         raise ProxyError(
-            f"{KEY} is not set on the driver's node. Set it there (servers of your own, such as "
-            f"vLLM or Ollama, take any value; {BASE_URL} names them), or use prune.method offline."
+            f"{KEY} is not set on the driver's node. Set it there, name a server of your own that "
+            "needs none, such as vLLM or Ollama, by proxy.base_url (--proxy.base-url), or use "
+            "prune.method offline."
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise ProxyError(f"{KEY} holds a blank, a line break or a character beyond ASCII.")
-    url = os.environ.get(BASE_URL) or "https://api.openai.com/v1"
+    url = _address(base_url)
     try:
         parts = urlsplit(url)
         host = parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname
     except ValueError:  # of the port
         host = None
     if not host or not url.isascii() or not url.isprintable():
-        raise ProxyError(f"{BASE_URL} must be an address such as http://localhost:8000/v1.")
+        name = BASE_URL if base_url is None else "proxy.base_url"
+        raise ProxyError(f"{name} must be an address such as http://localhost:8000/v1.")
     return host
 
 
-def check_server() -> None:
+def _address(base_url: str | None) -> str:
+    return base_url or os.environ.get(BASE_URL) or "https://api.openai.com/v1"
+
+
+def _key(base_url: str | None) -> str:
+    return os.environ.get(KEY, "") or (NO_KEY if base_url else "")
+
+
+def check_server(base_url: str | None) -> None:
     """Check by the list of its models that the server accepts the key.
 
     One that cannot be reached, or has no such list, passes: a run that resumes may need no more.
@@ -116,16 +134,22 @@ def check_server() -> None:
 
     refused = False
     try:
-        with openai.OpenAI(timeout=SECONDS_TO_CHECK, max_retries=0) as client:
+        with openai.OpenAI(
+            timeout=SECONDS_TO_CHECK,
+            max_retries=0,
+            base_url=_address(base_url),
+            api_key=_key(base_url),
+        ) as client:
             client.models.with_raw_response.list()
     except openai.AuthenticationError:
         refused = True
     except openai.APIConnectionError:
-        logger.warning("the server that %s names cannot be reached", BASE_URL)
+        name = BASE_URL if base_url is None else "proxy.base_url"
+        logger.warning("the server that %s names cannot be reached", name)
     except (openai.OpenAIError, OSError, ValueError, ImportError):
-        pass  # asking for schemes will tell
+        pass  # asking will tell
     if refused:
-        raise ProxyError(f"the server refuses the key: check {KEY} and {BASE_URL}.")
+        raise ProxyError(f"the server refuses the key: check {KEY} and the server's address.")
 
 
 def token_limit_field(host: str) -> str:
@@ -139,12 +163,18 @@ def token_limit_field(host: str) -> str:
 
 
 def send(
-    request: Mapping[str, Any], *, timeout_s: float, max_retries: int, max_seconds: float
+    request: Mapping[str, Any],
+    *,
+    base_url: str | None,
+    timeout_s: float,
+    max_retries: int,
+    max_seconds: float,
 ) -> Answer:
     """Send a request and read the response.
 
     Args:
         request: Its body.
+        base_url: Address of the server; None means the one that the environment names.
         timeout_s: Longest silence of the server before the client tries again.
         max_retries: How often it does, then and after 429 and 5xx.
         max_seconds: Longest time of all of this.
@@ -159,7 +189,11 @@ def send(
             asyncio.timeout(max_seconds),  # ends the client's waits, too, as no thread could
             openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
             openai.AsyncOpenAI(
-                timeout=min(timeout_s, max_seconds), max_retries=max_retries, http_client=http
+                base_url=_address(base_url),
+                api_key=_key(base_url),
+                timeout=min(timeout_s, max_seconds),
+                max_retries=max_retries,
+                http_client=http,
             ) as client,
         ):
             response = await client.chat.completions.with_raw_response.create(**request)
@@ -182,7 +216,7 @@ def send(
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
         return replace(_read(body), unanswered=attempts.unanswered - 1)
-    problem = _without_address(redact(problem))[:MAX_PROBLEM_CHARS]
+    problem = _without_address(redact(problem), _address(base_url))[:MAX_PROBLEM_CHARS]
     return Answer(problem=problem, usage=usage, unanswered=attempts.unanswered, status=status)
 
 
@@ -216,22 +250,29 @@ def _read(body: str) -> Answer:
     counted, message = completion.usage, completion.message
     usage = TokenUsage(calls=1, **dict(counted)) if isinstance(counted, _Tokens) else None
     text, problem = message.content or "", None
+    calls = tuple(
+        ToolCall(
+            id=call.id or f"call_{number}",
+            name=call.function.name,
+            arguments=redact(call.function.arguments),
+        )
+        for number, call in enumerate(message.tool_calls or ())
+    )
     if isinstance(text, list):
         text = "".join(part.text or "" for part in text)
     if message.refusal:
-        text, problem = message.refusal, "it is a refusal, but schemes were asked for."
+        text, problem = message.refusal, "it is a refusal, but changes were asked for."
     elif completion.finish_reason == "length":
         problem = "it was cut off at the most tokens that a reply may have."
     elif completion.finish_reason == "content_filter":
         problem = "it was withheld by a content filter."
-    elif not text.strip():
+    elif not text.strip() and not calls:
         problem = "it is empty."
-    return Answer(text=redact(text), problem=problem, usage=usage)
+    return Answer(text=redact(text), calls=calls, problem=problem, usage=usage)
 
 
-def _without_address(text: str) -> str:
+def _without_address(text: str, url: str) -> str:
     """Replace the server's address in an error's text."""
-    url = os.environ.get(BASE_URL, "")
     parts = urlsplit(url)
     for words in filter(None, (url.rstrip("/"), parts.netloc, parts.hostname)):
         text = re.sub(rf"(?<![\w.-]){re.escape(words)}(?![\w-])", "[server]", text)

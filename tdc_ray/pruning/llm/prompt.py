@@ -1,206 +1,335 @@
-"""The prompt: the task, the units, the measurements, the memory bank."""
+"""The prompt: the task, the knapsack's scheme, what cuts cost, what was measured."""
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tdc_ray.models.units import Unit
-from tdc_ray.pruning.costs import Quantity
-from tdc_ray.pruning.llm.reply import widths_text
-from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxy import ProposalRequest
-from tdc_ray.pruning.space import Space
-
-Message = Mapping[str, str]
-"""Role and content."""
-
-SYSTEM = (
-    "You decide how the units of a neural network are narrowed. "
-    "You answer with one JSON object and nothing else."
+from tdc_ray.pruning.changes import (
+    LEAST_FACTOR,
+    MOST_FACTOR,
+    MOST_WORSE,
+    Planned,
+    Planner,
+    block_of,
 )
+from tdc_ray.pruning.costs import Quantity
+from tdc_ray.pruning.llm.answer import Answer
+from tdc_ray.pruning.memory import MemoryEntry, best
+from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.space import Scheme, Space
+
+Message = Mapping[str, Any]
+"""A message of OpenAI's chat protocol."""
+
+SYSTEM = "You find out where the predictions of a pruning search are wrong."
 
 TASK = """\
 # Task
 A diffusion model's UNet denoises images in many timesteps; timestep 0 is the least noisy. The
-timesteps are split into groups, and each group gets an expert of its own: the UNet with some
-units cut to a smaller width, then fitted and trained on the group's timesteps alone. A scheme
-gives every unit the width that it keeps.
+timesteps are split into groups, and each group gets an expert of its own: the UNet with some units
+cut to a smaller width. A scheme gives every unit its width. A knapsack chooses the scheme: within
+the group's limit of {name} it keeps what costs most to cut by the predictions below. Those are
+noisy, add up what each unit costs alone, and know nothing of other groups. It is your part to
+doubt them: look for structure (blocks, resolutions, neighbouring groups, earlier rounds, predicted
+against measured) and say where and why the knapsack errs.
 
-Propose {request.num_candidates} different schemes for group {request.group}, \
-best guess first, none of them in the
-memory bank below. Each must have {meaning} of at most the
-limit, as close to it as it gets, and a loss on the group's timesteps that is as low as possible.
-A scheme above the limit is cut further by a plain rule, so its overshoot is lost; one below it
-is widened by that rule until it is full.
+You give changes with a hypothesis. The knapsack then makes the best scheme under them, which
+always meets the limit, and it is measured. The aim is the least measured increase of the group.
 
 # Group {request.group}
 timesteps: {request.timesteps[0]} to {request.timesteps[1]}, \
 signal-to-noise ratio {request.snr_db[0]:.4g} to {request.snr_db[1]:.4g} dB
-{name} of the uncut base: {base}
-limit: {limit} {unit} = {share} % of the base's
-loss of the uncut base: {request.loss_base:.4g}
-round: {round} of {request.num_rounds}; the memory bank grows with every round
+limit: {share} % of the {name} of the uncut base
+loss of the uncut base: {request.loss_base:.6g}
+round: {round} of {request.num_rounds}; measurements left in this round: \
+{request.num_candidates}; later rounds see what this one measured
 
-# Units, in the order of the forward pass
+# The knapsack's scheme
+It is predicted to cost an increase of {increase}.
+
+{columns}
 """
+
+COLUMNS = (
+    "unit | block | kind | resolution | legal widths | width | next down | next up | factor | "
+    "best of group {groups}"
+)
+
+LEGEND = """
+unit: its number, in the order of the forward pass. kind: residual = inner width of a block;
+  attention = heads; stream = width of the residual stream, which many blocks share.
+width: the knapsack's. next down, next up: the next legal width: what it adds to the {name}, in
+  points (% of the base's), and to the increase, with the standard error of that.{mark}
+  An increase of 0 means that the prediction did not rise above its noise, not that it is free.
+factor: measured over predicted cost of the unit, as far as this group's measurements tell.
+best of group: the unit's width in the best measured scheme of this and the nearest other groups.
+increase: {increase}.
+Cuts were predicted {how}.{scale}
+
+# Blocks, with their {name} in the knapsack's scheme in points
+{blocks}
+"""
+
+MARK = (
+    "\n  * marks steps whose cost was measured on models that were cut elsewhere too, the others "
+    "on the uncut base."
+)
+
+MEASURED = """
+# Measured schemes of this group, oldest first
+round | proposed by | images | predicted | measured | measured / predicted | loss above the \
+base's | {name} | widths other than the knapsack's above | hypothesis
+"""
+
+OTHERS = """
+# Measured schemes of other groups: of their own timesteps and limits
+group | round | proposed by | images | predicted | measured | measured / predicted | loss above \
+the base's | {name} | widths other than the knapsack's above | hypothesis
+"""
+
+WORDS: Mapping[Quantity, str] = {"macs": "macs", "time": "time"}
+"""The prompt's word for the limited quantity."""
+
+FORM = """
+# Answer
+predict is free (up to {predictions} replies between two measurements): it tells what the
+knapsack makes of changes, and what that is predicted to cost, without distrust. measure takes one
+of the measurements left. Not measured are schemes that this group has measured, and those
+predicted to cost more than {worse:g} times the knapsack's. Without any change the knapsack's own
+scheme is made.
+Changes:
+- bounds: a unit (by number) keeps at least and at most some width; the same twice pins it.
+- distrust: a factor ({least:g} to {most:g}) on what cuts of a unit (by number) or of a block (by
+  name) are predicted to cost; above 1: they cost more than predicted.
+- moves: points of {name} from one block to another (by name), as against the knapsack's scheme.
+Changes that contradict earlier ones, or the limit, are dropped, and you are told which.
+Call the tools predict and measure. If you have none, answer with one JSON object (letters stand
+for your values, lists may be empty):
+{example}
+"""
+
+EXAMPLE = (
+    '{"reasoning": "...", "hypothesis": "...", "bounds": [{"unit": N, "least": W, "most": W}], '
+    '"distrust": [{"where": "N or block", "factor": F}], "moves": [{"from_block": "block", '
+    '"to_block": "block", "points": P}], "action": "predict or measure"}'
+)
 
 MAX_QUOTED_CHARS = 20_000
 """Most characters of a bad reply that are sent back with its problems."""
 
-COLUMNS = (
-    "number | unit | kind | place | resolution | channels | widths | {name} | step | score | low"
-)
-
-LEGEND = """
-kind: residual = a block's inner width in GroupNorm groups; attention = heads; stream = the
-  residual stream's width, which many blocks share.
-place: down, mid or up with the number of its block, or the first convolution; resolution: of the
-  feature maps there.
-channels: of one step of width.
-widths: the legal ones, all whole numbers from the first to the last; the last is uncut.{listed}
-{held}
-  {rule}
-score: importance for this group's timesteps, mean over the unit's steps, as a z-score over the
-  units; higher means that more is lost. The least important steps of a unit are cut first.
-low: share of the unit's score, in %, that its less important half holds; far below 50 means that
-  half of the unit is nearly free.
-{times}
-# Sensitivities
-By how much the loss grows when a unit is cut, in % of the base's loss, as width: growth. The
-smallest widths may be measured on models whose other units are narrower too.
-Growths of small cuts roughly add up; what counts is growth per {name} saved.
-"""
-
-LISTED = " Where they are\n  listed, no others are legal."
-
-TIMES = """
-# Times
-What the units' blocks take at their legal widths, in % of the base's time, as width: time.
-{rows}
-"""
-
-ADDS_UP = "Macs add up: macs % of a scheme = 100 - sum of (uncut width - width) * step."
-
-MULTIPLIES = (
-    "It holds while all else is uncut: a stream's width multiplies with those of what reads it,\n"
-    "  so that cuts of both save less than the sum of their steps."
-)
-
-TIMES_ADD_UP = (
-    "Times add up: time % of a scheme = 100 - sum of (time uncut - time at the width kept), see\n"
-    "  Times; a step is no more than the mean."
-)
-
-
-WORDS: Mapping[Quantity, Mapping[str, str]] = {
-    "macs": {
-        "name": "macs",
-        "meaning": "macs (multiply-accumulates of one forward pass)",
-        "unit": "macs",
-        "held": "macs: those that the unit's steps hold, all else uncut, in % of the base's.\n"
-        "step: those that go with one step of width, in % of the base's.",
-    },
-    "time": {
-        "name": "time",
-        "meaning": "a time (of one forward pass of a batch, as measured)",
-        "unit": "microseconds",
-        "held": "time: of the unit's block, uncut, in % of the base's.\n"
-        "step: what goes with one step of width on average, in % of the base's.",
-    },
-}
-"""The prompt's words for the limited quantity."""
-
-FORM = """
-# Answer
-One JSON object of this form, a list of schemes, each a list of units and the widths they keep:
-{example}
-Units that are left out keep their full width. No unit twice in a scheme, no other keys, no text.
-"""
-
 
 def messages_for(
-    request: ProposalRequest, memory: Sequence[MemoryEntry], *, max_entries: int
+    request: ProposalRequest,
+    memory: Sequence[MemoryEntry],
+    planner: Planner,
+    *,
+    max_entries: int,
+    max_predictions: int,
 ) -> list[Message]:
-    """Return the messages that ask for schemes.
+    """Return the messages that ask for changes.
 
     Args:
-        request: The group, its limit, and measurements of the base.
-        memory: Entries of the memory bank.
+        request: The group, its limit, and how many schemes may be measured.
+        memory: Entries of the memory bank, those of this round too.
+        planner: What makes the schemes.
         max_entries: Most entries in the prompt.
+        max_predictions: Replies that may only predict.
     """
-    space, divisor = request.space, 1000 if request.space.quantity == "time" else 1
-    head = TASK.format(
-        **WORDS[space.quantity],
+    space, name = request.space, WORDS[request.space.quantity]
+    start = planner.start
+    nearest = _best_of(request, memory)
+    content = TASK.format(
         request=request,
+        name=name,
+        share=_points(request.limit, space),
         round=request.round + 1,
-        base=space.cost_base // divisor,
-        limit=request.limit // divisor,
-        share=_percent(request.limit, space),
+        increase=f"{start.increase:.5g} ± {start.standard_error:.2g}",
+        columns=COLUMNS.format(groups=", ".join(map(str, nearest))),
     )
-    half = [
-        {"unit": u.name, "keep": space.floor_width(u.name, u.width // 2)} for u in space.units[:2]
-    ]
-    form = FORM.format(example=json.dumps({"schemes": [half]}))
-    parts = [_units(request), _sensitivities(request), _memory(request, memory, max_entries)]
-    content = "".join([head, *parts, form])
+    content += _units(request, planner, nearest)
+    content += _legend(request, memory, planner)
+    content += _memory(request, memory, start.scheme, max_entries)
+    content += FORM.format(
+        predictions=max_predictions,
+        worse=MOST_WORSE,
+        least=LEAST_FACTOR,
+        most=MOST_FACTOR,
+        name=name,
+        example=EXAMPLE,
+    )
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
-def retry_messages(reply: str, problem: str) -> list[Message]:
+def assistant_message(answer: Answer) -> Message:
+    """Return an answer as the message that precedes what is said to it."""
+    text = answer.text
+    if len(text) > MAX_QUOTED_CHARS:
+        text = f"{text[:MAX_QUOTED_CHARS]} [...]"
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if answer.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                # Servers read it as JSON, and fail where it is none.
+                "function": {"name": call.name, "arguments": _json_or_empty(call.arguments)},
+            }
+            for call in answer.calls
+        ]
+    return message
+
+
+def retry_messages(answer: Answer, problem: str) -> list[Message]:
     """Return the messages after a bad reply: the reply and its problems.
 
     An empty reply is requested again, unchanged.
     """
-    if not reply:
+    if not answer.text and not answer.calls:
         return []
-    if len(reply) > MAX_QUOTED_CHARS:
-        reply = f"{reply[:MAX_QUOTED_CHARS]} [...]"
-    content = (
-        f"Your answer cannot be used:\n{problem}\nAnswer again, with the whole JSON object of the "
-        "form described above and nothing else."
-    )
-    return [{"role": "assistant", "content": reply}, {"role": "user", "content": content}]
+    content = f"Your answer cannot be used:\n{problem}\nAnswer again, in the form described above."
+    told = [result_message(call.id, {"error": problem}) for call in answer.calls]
+    return [assistant_message(answer), *(told or [{"role": "user", "content": content}])]
 
 
-def _units(request: ProposalRequest) -> str:
-    space, words = request.space, WORDS[request.space.quantity]
-    means = [statistics.fmean(request.scores[unit.name]) for unit in space.units]
-    mean, spread = statistics.fmean(means), statistics.pstdev(means)
-    lines = [COLUMNS.format(**words)]
+def result_message(call: str | None, result: Mapping[str, Any]) -> Message:
+    """Return the message that answers one request: a tool's, or the user's without tools."""
+    content = json.dumps(result)
+    if call is None:
+        return {"role": "user", "content": content}
+    return {"role": "tool", "tool_call_id": call, "content": content}
+
+
+def planned_result(request: ProposalRequest, planner: Planner, planned: Planned) -> dict[str, Any]:
+    """Return what is told of a scheme that was predicted, without regard to distrust."""
+    space, start = request.space, planner.start
+    changed = {
+        str(number): [start.scheme[unit.name], planned.scheme[unit.name]]
+        for number, unit in enumerate(space.units)
+        if planned.scheme[unit.name] != start.scheme[unit.name]
+    }
+    result: dict[str, Any] = {
+        "predicted_increase": _rounded(planned.increase),
+        "standard_error": _rounded(planned.standard_error, 2),
+        "knapsack_increase": _rounded(start.increase),
+        "cost_in_percent": float(_points(space.cost(planned.scheme), space)),
+        "limit_in_percent": float(_points(request.limit, space)),
+        "widths_changed": changed,
+    }
+    if planned.dropped:
+        result["dropped"] = list(planned.dropped)
+    return result
+
+
+def measured_result(request: ProposalRequest, entry: MemoryEntry) -> dict[str, Any]:
+    """Return what is told of a scheme that was measured."""
+    result = {
+        "measured_increase": _rounded(entry.increase(request.loss_base)),
+        "predicted_increase": None if entry.predicted is None else _rounded(entry.predicted),
+        "measurements_left_in_round": request.num_candidates,
+        "images": entry.num_images,
+    }
+    if entry.loss_base is not None:
+        result["loss_above_base"] = _rounded(entry.loss - entry.loss_base)
+        result["standard_error_of_loss"] = entry.standard_error and _rounded(entry.standard_error)
+    return result
+
+
+def _rounded(value: float, digits: int = 5) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _json_or_empty(text: str) -> str:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return "{}"
+    return text
+
+
+def _best_of(
+    request: ProposalRequest, memory: Sequence[MemoryEntry]
+) -> dict[int, MemoryEntry | None]:
+    """Return the best entries of the group and of the nearest ones below and above it."""
+    by_group: dict[int, list[MemoryEntry]] = {}
+    for entry in memory:
+        by_group.setdefault(entry.group, []).append(entry)
+    own = request.group
+    below = max((group for group in by_group if group < own), default=None)
+    above = min((group for group in by_group if group > own), default=None)
+    found: dict[int, MemoryEntry | None] = {own: None}
+    for group in (own, below, above):
+        if group in by_group:
+            found[group] = best(by_group[group])
+    return found
+
+
+def _units(
+    request: ProposalRequest, planner: Planner, nearest: Mapping[int, MemoryEntry | None]
+) -> str:
+    space, scheme, predictor = request.space, planner.start.scheme, planner.predictor
+    lines = []
     for number, unit in enumerate(space.units):
+        width = scheme[unit.name]
+        others = space.next_narrower(unit.name, width), space.next_wider(unit.name, width)
+        steps = [_step(request, planner, number, other) for other in others]
+        kept = [str(entry.widths[unit.name]) if entry else "-" for entry in nearest.values()]
+        factor = f"{predictor.positive[number]:.2f} ± {predictor.spreads[number]:.2f}"
         cells = [
             str(number),
-            unit.name,
+            block_of(unit),
             unit.kind,
-            _place(unit),
             _resolution(unit),
-            str(unit.channels),
-            widths_text(space.legal[unit.name], "-"),
-            _percent(space.costs.marginal_cost(unit.name, 0, unit.width, space.full), space),
-            _percent(statistics.fmean(space.step_costs(unit.name)), space),
-            f"{(means[number] - mean) / spread if spread else 0.0:+.2f}",
-            _low(request.scores[unit.name]),
+            _widths_text(space.legal[unit.name]),
+            str(width),
+            *steps,
+            factor,
+            ", ".join(kept),
         ]
         lines.append(" | ".join(cells))
-    are_all_legal = all(len(legal) == legal[-1] for legal in space.legal.values())
-    is_time = space.quantity == "time"
-    adds_up = all(unit.kind != "stream" for unit in space.units)
-    legend = LEGEND.format(
-        **words,
-        listed="" if are_all_legal else LISTED,
-        rule=TIMES_ADD_UP if is_time else ADDS_UP if adds_up else MULTIPLIES,
-        times=TIMES.format(rows=_times(space)) if is_time else "",
+    return "\n".join(lines)
+
+
+def _step(request: ProposalRequest, planner: Planner, number: int, other: int) -> str:
+    """Write what another width of a unit does to the cost and to the increase."""
+    space, scheme, unit = request.space, planner.start.scheme, request.space.units[number]
+    width = scheme[unit.name]
+    if other == width:
+        return "-"
+    cost = space.cost({**scheme, unit.name: other}) - space.cost(scheme)
+    change, error = planner.predictor.change(number, width, other)
+    mark = "*" if min(other, width) <= request.pruned_elsewhere.get(unit.name, 0) else ""
+    return f"{other}: {100 * cost / space.cost_base:+.4g}, {change:+.4g} ± {error:.2g}{mark}"
+
+
+def _legend(request: ProposalRequest, memory: Sequence[MemoryEntry], planner: Planner) -> str:
+    space, scale = request.space, planner.predictor.scale
+    own = [entry for entry in memory if entry.group == request.group]
+    blocks = []
+    for name, units in planner.blocks.items():
+        cost = sum(
+            space.costs.marginal_cost(u, 0, planner.start.scheme[u], planner.start.scheme)
+            for u in units
+        )
+        blocks.append(f"{name}: {_points(cost, space)}")
+    by_distance = any(e.loss_refit is not None and e.distance is not None for e in own)
+    return LEGEND.format(
+        name=WORDS[space.quantity],
+        mark=MARK if request.pruned_elsewhere else "",
+        increase="mean square of how far a model's prediction is from the uncut base's, by which "
+        "schemes are ranked"
+        if by_distance or request.model is not None
+        else "loss above the uncut base's, by which schemes are ranked",
+        how="by a quadratic model of the loss, from gradients"
+        if request.model is not None
+        else "by measuring each unit alone",
+        scale=f" All of them were multiplied by {scale:.4g}, as measurements tell."
+        if scale != 1
+        else " No measurement has corrected them yet: the standard errors are assumed.",
+        blocks="; ".join(blocks),
     )
-    return "\n".join([*lines, legend])
-
-
-def _place(unit: Unit) -> str:
-    match = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
-    if match is None:
-        return "first"
-    return f"{match[1]} {match[2]}" if match[1] else "mid"
 
 
 def _resolution(unit: Unit) -> str:
@@ -208,76 +337,75 @@ def _resolution(unit: Unit) -> str:
     return f"{side}x{side}" if side * side == unit.pixels else f"{unit.pixels} pixels"
 
 
-def _low(scores: Sequence[float]) -> str:
-    total = sum(scores)
-    return f"{100 * sum(sorted(scores)[: len(scores) // 2]) / total:.0f}" if total else "0"
+def _widths_text(legal: Sequence[int]) -> str:
+    """Format a unit's legal widths: from the first to the last, or one by one."""
+    if len(legal) == legal[-1]:
+        return f"{legal[0]}-{legal[-1]}"
+    return ", ".join(map(str, legal))
 
 
-def _times(space: Space) -> str:
-    """List every unit's cost at its legal widths, the widest first."""
-    lines = []
-    for number, (name, legal) in enumerate(space.legal.items()):
-        times = [(w, space.costs.marginal_cost(name, 0, w, space.full)) for w in reversed(legal)]
-        lines.append(_row(number, [(width, _percent(time, space)) for width, time in times]))
-    return "\n".join(lines)
-
-
-def _sensitivities(request: ProposalRequest) -> str:
-    lines = []
-    for number, unit in enumerate(request.space.units):
-        measured = sorted(request.sensitivities.get(unit.name, {}).items(), reverse=True)
-        if measured:
-            growths = [(w, f"{100 * loss / request.loss_base:+.2g}") for w, loss in measured]
-            lines.append(_row(number, growths))
-    return "\n".join(lines or ["None were measured."])
-
-
-def _row(number: int, values: Sequence[tuple[int, str]]) -> str:
-    """Format a unit's values at some of its widths."""
-    return f"{number} | " + ", ".join(f"{width}: {value}" for width, value in values)
-
-
-def _memory(request: ProposalRequest, memory: Sequence[MemoryEntry], max_entries: int) -> str:
-    """List entries, the group's own before its neighbours', and the best first."""
+def _memory(
+    request: ProposalRequest, memory: Sequence[MemoryEntry], scheme: Scheme, max_entries: int
+) -> str:
+    """List the group's own entries, and what room is left of the nearest groups' best."""
 
     def order(entry: MemoryEntry) -> tuple[int, int, bool, float]:
         distance = abs(entry.group - request.group)
-        return (distance, entry.group, math.isnan(entry.loss), entry.loss)
+        return (distance, entry.group, math.isnan(entry.rank), entry.rank)
 
-    chosen: dict[tuple[tuple[str, int], ...], MemoryEntry] = {}
-    for entry in sorted(memory, key=order):
-        chosen.setdefault(tuple(sorted(entry.widths.items())), entry)
-    entries = list(chosen.values())[:max_entries]
-    title = "\n\n# Memory bank: schemes that were measured, best of this group last\n"
-    if not entries:
-        return f"{title}It is empty.\n"
-    legend = (
-        "Units are given by their number, as number: width; those left out are uncut.\n"
-        "Losses of other groups are of their timesteps and compare only within one group.\n"
-    )
-    return title + legend + "\n".join(_entry(request, e) for e in reversed(entries)) + "\n"
+    entries = sorted(memory, key=order)[:max_entries]
+    own = sorted((e for e in entries if e.group == request.group), key=lambda e: e.key)
+    others = [entry for entry in entries if entry.group != request.group]
+    name = WORDS[request.space.quantity]
+    text = MEASURED.format(name=name)
+    text += "\n".join(_entry(request, e, scheme) for e in own) or "None so far."
+    ratios = [r for e in own if (r := _ratio(request, e)) is not None]
+    if len(ratios) > 1:
+        spread = statistics.stdev(ratios)
+        text += f"\nmeasured / predicted: {statistics.fmean(ratios):.3f}, deviation {spread:.2g}"
+    if others:
+        text += "\n" + OTHERS.format(name=name)
+        text += "\n".join(f"{e.group} | {_entry(request, e, scheme)}" for e in others)
+    return text + "\n"
 
 
-def _entry(request: ProposalRequest, entry: MemoryEntry) -> str:
-    space, is_own = request.space, entry.group == request.group
-    cost = space.cost(entry.widths)
-    loss = f"loss {entry.loss:.4g}"
-    if is_own:
-        loss += f" ({100 * (entry.loss / request.loss_base - 1):+.3g} % of the base's)"
-    share = f"{WORDS[space.quantity]['name']} {_percent(cost, space)} %"
-    if is_own and entry.overshoot:
-        share += f" (cut to it from {_percent(entry.overshoot, space)} points above the limit)"
-    elif cost > request.limit:
-        over = _percent(cost - request.limit, space)
-        share += f" (overshoots this group's limit by {over} points)"
+def _increase(request: ProposalRequest, entry: MemoryEntry) -> float:
+    base = request.loss_base if entry.group == request.group else entry.loss_base
+    return entry.increase(math.nan if base is None else base)
+
+
+def _ratio(request: ProposalRequest, entry: MemoryEntry) -> float | None:
+    increase = _increase(request, entry)
+    if not entry.predicted or not math.isfinite(increase):
+        return None
+    return increase / entry.predicted
+
+
+def _entry(request: ProposalRequest, entry: MemoryEntry, scheme: Scheme) -> str:
+    space, ratio, loss = request.space, _ratio(request, entry), "-"
+    if entry.loss_base is not None:
+        error = "" if entry.standard_error is None else f" ± {entry.standard_error:.2g}"
+        loss = f"{entry.loss - entry.loss_base:+.4g}{error}"
     widths = [
         f"{number}: {entry.widths[unit.name]}"
         for number, unit in enumerate(space.units)
-        if entry.widths[unit.name] < unit.width
+        if entry.widths[unit.name] != scheme[unit.name]
     ]
-    group = "this group" if is_own else f"group {entry.group}"
-    return f"{group} | {share} | {loss} | {', '.join(widths) or 'uncut'}"
+    images = "-" if entry.num_images is None else f"{entry.num_images} of {entry.noise}"
+    cells = [
+        str(entry.round + 1),
+        entry.source,
+        images,
+        "-" if entry.predicted is None else f"{entry.predicted:.5g}",
+        f"{_increase(request, entry):.5g}",
+        "-" if ratio is None else f"{ratio:.3f}",
+        loss,
+        _points(space.cost(entry.widths), space),
+        ", ".join(widths) or "none",
+        entry.hypothesis or "-",
+    ]
+    return " | ".join(cells)
 
 
-def _percent(cost: float, space: Space) -> str:
+def _points(cost: float, space: Space) -> str:
     return f"{100 * cost / space.cost_base:.4g}"

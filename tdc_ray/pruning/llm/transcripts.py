@@ -12,29 +12,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tdc_ray.errors import ProxyError, StorageError
+from tdc_ray.pruning.llm.answer import Answer, TokenUsage, ToolCall
 from tdc_ray.storage.files import append_json_line, listing, read_json_lines
 from tdc_ray.storage.object_store import display_path, resolve_path
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenUsage:
-    """Usage of calls."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompts and replies."""
-        return self.prompt_tokens + self.completion_tokens
-
-    def __add__(self, other: "TokenUsage") -> "TokenUsage":
-        return TokenUsage(
-            calls=self.calls + other.calls,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +28,31 @@ class LLMExchange:
     """The model's reply, empty if there was none."""
 
     error: str | None
-    """Why the reply is unusable; None means that its schemes were used."""
+    """Why the reply is unusable; None means that what it asks for was done."""
 
     usage: TokenUsage
     """As the server counted; where it did not, the most that it can be."""
 
     seconds: float
+
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of tools in the reply."""
+
+    status: int = 200
+    """As of `Answer`."""
+
+    turn: int = 0
+    """How often the model had been asked in the round before, measurements between them."""
+
+    number: int = 0
+    """Which reply of its turn it is, counted from 0: a resume begins its turn again."""
+
+    version: int = 1
+    """Of the question: 1 asked for whole schemes."""
+
+
+VERSION = 2
+"""Of the question that is asked now."""
 
 
 _ADAPTER = TypeAdapter(LLMExchange)
@@ -68,7 +67,8 @@ def find_transcripts(folder: Path) -> Path:
     """Find the transcripts of a run, or of what ``tdc-ray prune`` wrote.
 
     Raises:
-        ProxyError: There are none, or those of several searches.
+        ProxyError: There are none, those of several searches, or those of an older question.
+        StorageError: A file holds a line that is no exchange.
     """
     folder = resolve_path(folder)
     patterns = ("proxy/group-*.jsonl", "search/*/proxy/group-*.jsonl")
@@ -78,7 +78,18 @@ def find_transcripts(folder: Path) -> Path:
             f"proxy.replay must be a run directory with transcripts of one search in its folder "
             f"proxy, got {display_path(folder)} with {len(folders)}. Set --proxy.replay."
         )
-    return folders.pop()
+    (found,) = folders
+    for path in listing(found, "group-*.jsonl"):
+        exchanges = _read(path)
+        if exchanges and exchanges[0].version != VERSION:
+            raise ProxyError(
+                f"proxy.replay cannot be {display_path(folder)}: its model was asked for whole "
+                f"schemes (version {exchanges[0].version} of the question), and is asked for "
+                f"changes of the knapsack's now (version {VERSION}), to which those replies are "
+                "no answer. Replay it with the commit in its results.json, or ask again without "
+                "--proxy.replay."
+            )
+    return found
 
 
 def append_exchange(path: Path, exchange: LLMExchange) -> None:
@@ -95,30 +106,35 @@ def transcript_text(path: Path) -> str:
     parts = []
     for number, exchange in enumerate(_read(path), 1):
         parts.append(
-            f"## Call {number}: {exchange.error or 'its schemes were taken'}\n\n"
+            f"## Call {number}: {exchange.error or 'its answer was taken'}\n\n"
             f"{exchange.usage.tokens:,} tokens, {exchange.seconds:.1f} s"
         )
         messages = [*exchange.request["messages"], {"role": "reply", "content": exchange.reply}]
+        for call in exchange.calls:
+            messages.append({"role": f"calls {call.name}", "content": call.arguments})
         for message in messages:
-            quoted = message["content"].replace("\n", "\n    ")
+            quoted = (message.get("content") or "").replace("\n", "\n    ")
             parts.append(f"**{message['role']}**\n\n    {quoted}")
     return "\n\n".join(parts)
 
 
-def recorded_reply(path: Path) -> str:
-    """Return the reply whose schemes were used: the last one of all attempts.
+def recorded_answers(path: Path, turn: int) -> list[Answer]:
+    """Return the answers of a turn's last attempt, as they came.
 
     Raises:
-        ProxyError: There is no transcript, or it ends in a failure.
+        ProxyError: There is no transcript, or not of this turn.
         StorageError: The file holds a line that is no exchange.
     """
-    exchanges = _read(path)
+    exchanges = [exchange for exchange in _read(path) if exchange.turn == turn]
     if not exchanges:
-        raise ProxyError(f"proxy.replay: there is no transcript {display_path(path)}.")
-    last = exchanges[-1]
-    if last.error is not None:
-        raise ProxyError(f"proxy.replay: {path.name} ends in a failure: {last.error}")
-    return last.reply
+        raise ProxyError(
+            f"proxy.replay: {display_path(path)} has no replies after {turn} measurements."
+        )
+    starts = [place for place, exchange in enumerate(exchanges) if exchange.number == 0]
+    return [
+        Answer(text=one.reply, calls=one.calls, problem=one.error, status=one.status)
+        for one in exchanges[starts[-1] if starts else 0 :]
+    ]
 
 
 def total_usage(folder: Path) -> TokenUsage:

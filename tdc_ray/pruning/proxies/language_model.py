@@ -1,74 +1,136 @@
-"""The proxy that asks a language model, validates its replies, and asks again after bad ones."""
+"""The proxy that asks a language model for changes of the knapsack's scheme.
+
+It predicts as often as it likes and has schemes measured until the round's measurements are
+spent: as many as the offline proxy has. The first of a search are the offline proxy's best
+guesses, so that a model that answers nonsense leaves the search where that one would be.
+"""
 
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.pruning.changes import Planned, Planner
 from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.knapsack import step_worth
+from tdc_ray.pruning.llm.answer import Answer, TokenUsage
 from tdc_ray.pruning.llm.budget import Budget
-from tdc_ray.pruning.llm.chat import Answer, check_server, send, server_host, token_limit_field
-from tdc_ray.pruning.llm.prompt import messages_for, retry_messages
-from tdc_ray.pruning.llm.reply import parse_reply, response_format
+from tdc_ray.pruning.llm.chat import (
+    check_server,
+    send,
+    server_host,
+    token_limit_field,
+)
+from tdc_ray.pruning.llm.prompt import (
+    Message,
+    assistant_message,
+    measured_result,
+    messages_for,
+    planned_result,
+    result_message,
+    retry_messages,
+)
+from tdc_ray.pruning.llm.reply import Form, Request, format_fields, read_reply
 from tdc_ray.pruning.llm.transcripts import (
+    VERSION,
     LLMExchange,
-    TokenUsage,
     append_exchange,
     find_transcripts,
-    recorded_reply,
+    recorded_answers,
     transcript_path,
 )
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.proxies.offline import propose_offline
+from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Round
 from tdc_ray.pruning.result import SearchCost
-from tdc_ray.pruning.space import Scheme
+from tdc_ray.pruning.space import Scheme, fit_to_limit
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN_FORMAT = (400, 404, 422)
-"""HTTP statuses of servers that do not support structured output."""
-
+"""HTTP statuses of servers that do not know tools, or structured output."""
 
 LLM_SERVICE = "llm"
 """Name of the pool's service that makes the calls; see `LLMGateway`."""
 
+NUM_GUESSES = 2
+"""The offline proxy's best guesses that a search begins with, at most: its knapsack and, where the
+loss is modelled, the best joint scheme."""
 
-def language_model_proxy(
-    search: GroupSearch,
-    request: ProposalRequest,
-    memory: Sequence[MemoryEntry],
-    cost: SearchCost,
-) -> Chain[list[Scheme]]:
-    """Ask a language model; without a usable reply the reason is noted."""
-    context = search.context
-    name = f"round-{request.round}-ask"
-    item = WorkItem(
-        key=search.key(name),
-        function=propose_by_llm,
-        job=AskJob(context.proxy, request, tuple(memory), context.run_dir.transcripts),
-        result_path=search.result_path(name),
-        result_type=ProposalReply,
-        cost=0.0,
-        cost_behind=search.cost_behind(),
-        service=LLM_SERVICE,
-        fallback_result=NO_REPLY,
-    )
-    reply = yield from result_of(item)
-    cost.proxy_seconds += reply.seconds
-    cost.prompt_tokens += reply.prompt_tokens
-    cost.completion_tokens += reply.completion_tokens
-    if reply.error is not None:
-        cost.notes.append(
-            f"{search.name}, round {request.round}: the offline proxy took over: {reply.error}"
+
+def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
+    """Let a language model have schemes measured; without a usable reply the reason is noted."""
+    context, request = search.context, round_.request
+    yield from measure_first_guesses(round_)
+    conversation, measured = Conversation(), list[MemoryEntry]()
+    while round_.left:
+        asking = replace(request, num_candidates=round_.left)
+        job = AskJob(
+            context.proxy,
+            asking,
+            (*round_.memory, *round_.measured),
+            context.run_dir.transcripts,
+            conversation,
+            tuple(measured),
         )
-    return list(reply.schemes)
+        name = f"round-{request.round}-ask" + f"-{conversation.turn}" * (conversation.turn > 0)
+        item = WorkItem(
+            key=search.key(name),
+            function=propose_by_llm,
+            job=job,
+            result_path=search.result_path(name),
+            result_type=ProposalReply,
+            cost=0.0,
+            cost_behind=search.cost_behind(),
+            service=LLM_SERVICE,
+            fallback_result=NO_REPLY,
+        )
+        reply = yield from result_of(item)
+        cost.proxy_seconds += reply.seconds
+        cost.prompt_tokens += reply.prompt_tokens
+        cost.completion_tokens += reply.completion_tokens
+        cost.proxy_cost += reply.cost
+        where = f"{search.name}, round {request.round}"
+        cost.notes += [f"{where}: a change of the language model: {note}" for note in reply.notes]
+        if reply.error is not None:
+            cost.notes.append(f"{where}: the offline proxy took over: {reply.error}")
+            return
+        measured = yield from round_.measure(_proposals(request, reply))
+        if not measured:
+            return
+        conversation = reply.conversation
+
+
+def measure_first_guesses(round_: Round) -> Chain[None]:
+    """Measure the offline proxy's best guesses, in the first round of a search."""
+    request = round_.request
+    if request.round == 0 and request.num_rounds * request.num_candidates > 1:
+        number = max(1, min(NUM_GUESSES, request.num_candidates - 1))
+        guesses = propose_offline(request, round_.memory)[:number]
+        yield from round_.measure([Proposal("offline", scheme) for scheme in guesses])
+
+
+def _proposals(request: ProposalRequest, reply: "ProposalReply") -> list[Proposal]:
+    """Return a reply's proposals; those of 0.1.0 may be above the limit, or below it."""
+    proposals = []
+    for place, scheme in enumerate(reply.schemes):
+        hypothesis, repaired = "", False
+        if reply.hypotheses:
+            hypothesis, repaired = reply.hypotheses[place], reply.repaired[place]
+        else:
+            predicted = Planner(request, ()).predictor
+            worth = step_worth(request.space, predicted.curves)
+            fitted = fit_to_limit(request.space, scheme, request.limit, worth)
+            scheme, repaired = fitted, fitted != dict(scheme)
+        source = "llm/repaired" if repaired else "llm"
+        proposals.append(Proposal(source, scheme, hypothesis or None))
+    return proposals
 
 
 def check_proxy(config: ProxyConfig) -> None:
@@ -76,31 +138,57 @@ def check_proxy(config: ProxyConfig) -> None:
 
     Raises:
         ProxyError: There is none in this process's environment, or in ``proxy.replay``, or the
-            server refuses it.
+            server refuses it, or the transcripts are of an older question.
     """
     if config.replay is None:
-        server_host()
-        check_server()
+        server_host(config.base_url)
+        check_server(config.base_url)
     else:
         find_transcripts(Path(config.replay))
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """What was said in a round so far."""
+
+    messages: tuple[Message, ...] = ()
+    """Empty at its start."""
+
+    pending: tuple[str | None, ...] = ()
+    """For every scheme of the last turn the id of the tool call that waits for its losses; None
+    without tools."""
+
+    form: Form | None = None
+    """The form that the server takes; None: not known."""
+
+    turn: int = 0
+    """How often the model has had schemes measured."""
+
+
+@dataclass(frozen=True, slots=True)
 class AskJob:
-    """A request for one group's schemes of one round."""
+    """A request for one group's next schemes of one round."""
 
     config: ProxyConfig
     request: ProposalRequest
+    """As many schemes as it asks for may be measured."""
+
     memory: tuple[MemoryEntry, ...]
+    """What the group sees, of this round too."""
+
     transcripts: Path
     """The run's folder of transcripts."""
+
+    conversation: Conversation = field(default_factory=Conversation)
+    measured: tuple[MemoryEntry, ...] = ()
+    """What the schemes of the last turn came to."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposalReply:
-    """The schemes, or the error, and the usage."""
+    """The schemes that are to be measured, or the error, and the usage."""
 
-    schemes: Sequence[Scheme] = ()
+    schemes: tuple[Scheme, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
     calls: int = 0
@@ -109,6 +197,16 @@ class ProposalReply:
     """Why there are no schemes."""
 
     seconds: float = 0.0
+    hypotheses: tuple[str, ...] = ()
+    """Behind each scheme; empty in replies of 0.1.0."""
+
+    repaired: tuple[bool, ...] = ()
+    """Whether some of the changes behind a scheme were dropped."""
+
+    notes: tuple[str, ...] = ()
+    """What was dropped, and why."""
+
+    conversation: Conversation = field(default_factory=Conversation)
 
 
 NO_REPLY = ProposalReply(error="whoever makes the calls died")
@@ -116,57 +214,163 @@ NO_REPLY = ProposalReply(error="whoever makes the calls died")
 
 
 class LanguageModel:
-    """Asks a language model, or the transcripts of an earlier run, for the schemes of a job.
-
-    They are valid, but may be above the limit or in the memory bank.
-    """
+    """Asks a language model, or the transcripts of an earlier run, what to measure next."""
 
     def __init__(self, job: AskJob, budget: Budget) -> None:
         self._job, self._budget = job, budget
         self._deadline = time.monotonic() + job.config.max_seconds
+        self._recorded: list[Answer] | None = None
+        self._number = 0
         self.usage = TokenUsage()
         """Usage of its calls."""
 
-    def propose(self) -> list[Scheme]:
-        """Return the schemes of the first reply that is valid.
+    def propose(self) -> ProposalReply:
+        """Let it predict until it has schemes measured, and return these.
 
         Raises:
             ProxyError: No key, no answer, no usable reply, or no budget for one.
         """
-        config, request, folder = self._job.config, self._job.request, self._job.transcripts
-        if config.replay is not None:
-            folder = find_transcripts(Path(config.replay))
-            path = transcript_path(folder, request.group, request.round)
-            return parse_reply(recorded_reply(path), request)
-        limit = token_limit_field(server_host())
-        self._budget.count_earlier(folder)
-        path = transcript_path(folder, request.group, request.round)
-        messages = messages_for(request, self._job.memory, max_entries=config.max_memory_entries)
-        schema = None if config.reply_format == "json" else response_format(request.space)
-        num_replies = 0
+        config, request, said = self._job.config, self._job.request, self._job.conversation
+        limit = self._begin()
+        planner = Planner(request, self._job.memory)
+        messages = [*said.messages, *self._told()] or messages_for(
+            request,
+            self._job.memory,
+            planner,
+            max_entries=config.max_memory_entries,
+            max_predictions=config.max_predictions,
+        )
+        forms = list(get_args(Form)) if config.reply_format == "auto" else [config.reply_format]
+        form = said.form or forms[0]
+        answered, num_bad, num_predictions = bool(said.messages), 0, 0
         while True:
             fields = {
                 "model": config.model,
                 "messages": messages,
                 limit: config.max_completion_tokens,
                 "temperature": config.temperature,
-                "response_format": schema,
             }
             body = {name: value for name, value in fields.items() if value is not None}
-            started = time.monotonic()
-            answer, used = self._call(body)
-            schemes, problem = _validate(answer, request)
-            seconds = time.monotonic() - started
-            append_exchange(path, LLMExchange(body, answer.text, problem, used, seconds))
-            if problem is None:
-                return schemes
-            if schema and config.reply_format == "auto" and answer.status in UNKNOWN_FORMAT:
-                schema = None
+            answer, asked, problem = self._ask(body | format_fields(form))
+            if problem is not None:
+                is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]
+                if is_unknown and config.reply_format == "auto" and not answered:
+                    form = forms[forms.index(form) + 1]
+                    continue
+                num_bad += 1
+                if answer.status != 200 or num_bad == config.max_replies:
+                    raise ProxyError(f"{config.model}, reply {num_bad}: {problem}")
+                messages = [*messages, *retry_messages(answer, problem)]
                 continue
-            num_replies += 1
-            if answer.status != 200 or num_replies == config.max_replies:
-                raise ProxyError(f"{config.model}, reply {num_replies}: {problem}")
-            messages = [*messages, *retry_messages(answer.text, problem)]
+            answered = True
+            left = config.max_predictions - num_predictions
+            chosen, told = self._decide(planner, asked, left - 1)
+            messages = [*messages, assistant_message(answer), *told, *_unread(answer, asked)]
+            if chosen:
+                pending = tuple(one.call for one, _ in chosen)
+                said = Conversation(tuple(messages), pending, form, said.turn + 1)
+                return self._reply(chosen, said)
+            if left == 0:
+                raise ProxyError(
+                    f"{config.model} had nothing measured in {config.max_predictions + 1} "
+                    "replies: proxy.max_predictions."
+                )
+            num_predictions += 1
+
+    def _begin(self) -> str:
+        """Open the transcript that answers, or check the server; return its field of a limit."""
+        config, folder = self._job.config, self._job.transcripts
+        if config.replay is not None:
+            path = self._transcript(find_transcripts(Path(config.replay)))
+            self._recorded = recorded_answers(path, self._job.conversation.turn)
+            return token_limit_field("")
+        field_name = token_limit_field(server_host(config.base_url))
+        self._budget.count_earlier(folder)
+        return field_name
+
+    def _transcript(self, folder: Path) -> Path:
+        return transcript_path(folder, self._job.request.group, self._job.request.round)
+
+    def _told(self) -> list[Message]:
+        """Return the messages that tell what the schemes of the last turn came to."""
+        job = self._job
+        pairs = zip(job.conversation.pending, job.measured, strict=False)
+        return [result_message(call, measured_result(job.request, e)) for call, e in pairs]
+
+    def _decide(
+        self, planner: Planner, asked: list[Request], left: int
+    ) -> tuple[list[tuple[Request, Planned]], list[Message]]:
+        """Plan what was asked for: return what is to be measured, and the answers to the rest.
+
+        Args:
+            planner: Makes the schemes.
+            asked: What the reply asks for.
+            left: Replies that may still only predict.
+        """
+        request = self._job.request
+        tried = {_key(e.widths) for e in self._job.memory if e.group == request.group}
+        chosen: list[tuple[Request, Planned]] = []
+        told: list[Message] = []
+        for one in asked:
+            planned = planner.plan(one.change, one.dropped)
+            result = planned_result(request, planner, planned)
+            if _key(planned.scheme) in tried:
+                result["not_measured"] = "this group has measured this scheme already"
+            elif one.action == "measure" and not planner.is_worth_measuring(planned):
+                result["not_measured"] = "it is predicted to be far worse than the knapsack's"
+            elif one.action == "measure" and len(chosen) == request.num_candidates:
+                result["not_measured"] = "no measurement is left in this round"
+            elif one.action == "measure":
+                chosen.append((one, planned))
+                tried.add(_key(planned.scheme))
+                continue
+            result["replies_that_may_only_predict"] = left
+            told.append(result_message(one.call, result))
+        return chosen, told
+
+    def _reply(
+        self, chosen: list[tuple[Request, Planned]], conversation: Conversation
+    ) -> ProposalReply:
+        return ProposalReply(
+            schemes=tuple(planned.scheme for _, planned in chosen),
+            hypotheses=tuple(one.hypothesis for one, _ in chosen),
+            repaired=tuple(bool(planned.dropped) for _, planned in chosen),
+            notes=tuple(note for _, planned in chosen for note in planned.dropped),
+            conversation=conversation,
+        )
+
+    def _ask(self, body: dict[str, Any]) -> tuple[Answer, list[Request], str | None]:
+        """Get the next answer, and read and note it; the last is why it cannot be used."""
+        started = time.monotonic()
+        if self._recorded is None:
+            answer, used = self._call(body)
+        elif self._recorded:
+            answer, used = self._recorded.pop(0), TokenUsage()
+        else:
+            raise ProxyError("proxy.replay: the transcript has no more replies.")
+        asked: list[Request] = []
+        problem = answer.problem
+        if problem is None:
+            try:
+                asked = read_reply(answer)
+            except ProxyReplyError as error:
+                problem = str(error)
+        if self._recorded is None:
+            exchange = LLMExchange(
+                request=body,
+                reply=answer.text,
+                error=problem,
+                usage=used,
+                seconds=time.monotonic() - started,
+                calls=answer.calls,
+                status=answer.status,
+                turn=self._job.conversation.turn,
+                number=self._number,
+                version=VERSION,
+            )
+            append_exchange(self._transcript(self._job.transcripts), exchange)
+            self._number += 1
+        return answer, asked, problem
 
     def _call(self, body: dict[str, Any]) -> tuple[Answer, TokenUsage]:
         """Make a call within the budget; unknown usage counts as the most that it can be."""
@@ -181,6 +385,7 @@ class LanguageModel:
         try:
             answer = send(
                 body,
+                base_url=config.base_url,
                 timeout_s=config.timeout_s,
                 max_retries=config.max_retries,
                 max_seconds=self._deadline - time.monotonic(),
@@ -193,14 +398,15 @@ class LanguageModel:
         return answer, used
 
 
-def _validate(answer: Answer, request: ProposalRequest) -> tuple[list[Scheme], str | None]:
-    """Return the schemes of an answer, or the problem with it."""
-    if answer.problem is not None:
-        return [], answer.problem
-    try:
-        return parse_reply(answer.text, request), None
-    except ProxyReplyError as error:
-        return [], str(error)
+def _key(scheme: Scheme) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(scheme.items()))
+
+
+def _unread(answer: Answer, asked: list[Request]) -> list[Message]:
+    """Return the answers to calls that could not be read, for each has to have one."""
+    known = {one.call for one in asked}
+    problem = {"error": "these are no changes, or it is no tool"}
+    return [result_message(call.id, problem) for call in answer.calls if call.id not in known]
 
 
 def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> ProposalReply:
@@ -213,22 +419,19 @@ def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) ->
     """
     started = time.perf_counter()
     budget = budget or Budget(job.config)
-    model = LanguageModel(job, budget)
-    schemes: list[Scheme] = []
-    error = None
+    model, reply = LanguageModel(job, budget), ProposalReply()
     try:
-        schemes = model.propose()
+        reply = model.propose()
     except ProxyError as failure:
-        error = str(failure)
-        logger.warning("group %d, round %d: %s", job.request.group, job.request.round, error)
+        reply = ProposalReply(error=str(failure))
+        logger.warning("group %d, round %d: %s", job.request.group, job.request.round, reply.error)
     used, seconds = model.usage, time.perf_counter() - started
     report({"proxy_tokens": used.tokens, "proxy_seconds": seconds}, job.request.round + 1)
-    return ProposalReply(
-        schemes=schemes,
+    return replace(
+        reply,
         prompt_tokens=used.prompt_tokens,
         completion_tokens=used.completion_tokens,
         calls=used.calls,
         cost=budget.cost(used),
-        error=error,
         seconds=seconds,
     )

@@ -1,50 +1,41 @@
 """The offline proxy: a knapsack over sensitivities that learns from the memory bank.
 
-It predicts that the increase of the loss adds up over the units, each unit's own increase
-times a factor of its own. The factors are 1 at first; every measured scheme is a linear equation
-for them, and new schemes follow from draws of their posterior (Bayesian linear regression,
-Thompson sampling). The best scheme of a draw under a limit is a knapsack problem, which is solved
+What cuts cost is predicted by `Predictor`; new schemes follow from draws of its factors' posterior
+(Thompson sampling). The best scheme of a draw under a limit is a knapsack problem, which is solved
 greedily.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from tdc_ray.execution.chain import Chain
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.joint_increase import JointIncrease
-from tdc_ray.pruning.knapsack import FactorArray, knapsack, loss_curves, step_worth
+from tdc_ray.pruning.knapsack import knapsack, step_worth
 from tdc_ray.pruning.memory import MemoryEntry, best
-from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.predictor import Predictor
+from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Round
 from tdc_ray.pruning.result import SearchCost
-from tdc_ray.pruning.space import Scheme, Space, fit_to_limit
+from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.seeds import derive_seed
-
-FACTOR_SPREAD = 0.3
-"""Prior standard deviation of a unit's factor."""
-
-PREDICTION_ERROR = 0.1
-"""Standard deviation of a prediction with the right factors, as a share of the mean increase."""
 
 MAX_TRIES = 50
 """Most draws for a new scheme; in a tiny space there may be none."""
 
 
-def offline_proxy(
-    search: GroupSearch,
-    request: ProposalRequest,
-    memory: Sequence[MemoryEntry],
-    cost: SearchCost,
-) -> Chain[list[Scheme]]:
-    """Propose schemes on the driver, without an item: it takes milliseconds."""
+def offline_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
+    """Propose schemes on the driver, without an item: it takes milliseconds.
+
+    What others had measured in the same round does not change what it proposes: where they
+    measured nothing the round is what it would have been without them.
+    """
     del search
-    yield from ()
     started = time.perf_counter()
-    schemes = propose_offline(request, memory)
+    schemes = propose_offline(round_.request, round_.memory)
     cost.proxy_seconds += time.perf_counter() - started
-    return schemes
+    yield from round_.measure([Proposal("offline", scheme) for scheme in schemes])
 
 
 def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> list[Scheme]:
@@ -59,7 +50,6 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
         LimitError: No scheme is within the limit.
     """
     space = request.space
-    curves = loss_curves(space, request.sensitivities)
     group_entries = [entry for entry in memory if entry.group == request.group]
     tried = [dict(entry.widths) for entry in group_entries]
     schemes: list[Scheme] = []
@@ -68,10 +58,12 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
         if scheme not in tried and scheme not in schemes:
             schemes.append(scheme)
 
-    mean, factor = _posterior(space, curves, group_entries, request.loss_base)
+    predictor = Predictor.of(request, group_entries)
+    curves, mean, root = predictor.curves, predictor.factors, predictor.root
     add(knapsack(space, curves, request.limit, mean))
     if request.model is not None:
-        add(JointIncrease(space, request.model).best_scheme(request.limit))
+        joint = JointIncrease(space, request.model).best_scheme(request.limit)
+        add(fit_to_limit(space, joint, request.limit, step_worth(space, curves)))
     nearest = _nearest_group(memory, request.group)
     if nearest:
         values = step_worth(space, curves, mean)
@@ -81,34 +73,9 @@ def propose_offline(request: ProposalRequest, memory: Sequence[MemoryEntry]) -> 
         if len(schemes) >= request.num_candidates:
             break
         spread = 1 + number / MAX_TRIES  # repeated schemes widen the draws
-        factors = mean + spread * (factor @ draw.standard_normal(len(mean)))
+        factors = mean + spread * (root @ draw.standard_normal(len(mean)))
         add(knapsack(space, curves, request.limit, factors))
     return schemes[: request.num_candidates]
-
-
-def _posterior(
-    space: Space,
-    curves: Mapping[str, FactorArray],
-    entries: Sequence[MemoryEntry],
-    loss_base: float,
-) -> tuple[FactorArray, FactorArray]:
-    """Return the mean of the units' factors, ``(U,)``, and a root of their covariance."""
-    size = len(space.units)
-    pieces = np.array(
-        [[curves[u.name][e.widths[u.name] - 1] for u in space.units] for e in entries]
-    ).reshape(-1, size)  # (entries, U)
-    increases = np.array([entry.increase(loss_base) for entry in entries])
-    usable = np.isfinite(increases)
-    pieces, increases = pieces[usable], increases[usable]
-    if not len(increases) or pieces.sum() <= 0 or increases.mean() <= 0:
-        return np.ones(size), FACTOR_SPREAD * np.eye(size)
-    scale = increases.sum() / pieces.sum()  # units affect each other: all increase alike
-    pieces = pieces * scale / (PREDICTION_ERROR * increases.mean())
-    target = increases / (PREDICTION_ERROR * increases.mean())
-    precision = np.eye(size) / FACTOR_SPREAD**2
-    covariance = np.linalg.inv(precision + pieces.T @ pieces)
-    mean = covariance @ (precision @ np.ones(size) + pieces.T @ target)
-    return mean, np.linalg.cholesky(covariance)
 
 
 def _nearest_group(memory: Sequence[MemoryEntry], group: int) -> list[MemoryEntry]:

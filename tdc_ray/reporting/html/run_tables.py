@@ -233,7 +233,8 @@ def time_table(results: Results) -> Table:
     tokens = ""
     if prune.prompt_tokens or prune.completion_tokens:
         sent, got = prune.prompt_tokens, prune.completion_tokens
-        tokens = f" {sent:,} tokens of prompts, {got:,} of replies."
+        price = f", at a price of {prune.proxy_cost:.4g}" if prune.proxy_cost else ""
+        tokens = f" {sent:,} tokens of prompts, {got:,} of replies{price}."
     return Table(
         name="time",
         title="Time and macs of each stage",

@@ -172,11 +172,45 @@ def hangs_up(handler: Handler) -> None:
 
 
 def refuses_format(then: Step, status: int = 400) -> Step:
-    """Knows no structured output."""
+    """Knows neither tools nor structured output."""
 
     def step(handler: Handler) -> None:
-        if "response_format" in handler.server.requests[-1]:
+        if {"tools", "response_format"} & handler.server.requests[-1].keys():
             handler.answer(status, '{"error": {"message": "unknown field response_format"}}')
+        else:
+            then(handler)
+
+    return step
+
+
+def calling(*calls: tuple[str, object], text: str | None = None, ids: bool = True) -> Step:
+    """Calls tools, each with a dict of arguments or their text."""
+    made = [
+        {
+            **({"id": f"call_{name}_{number}"} if ids else {}),
+            "type": "function",
+            "function": {
+                "name": name,
+                "arguments": wanted if isinstance(wanted, str) else json.dumps(wanted),
+            },
+        }
+        for number, (name, wanted) in enumerate(calls)
+    ]
+
+    def step(handler: Handler) -> None:
+        body = json.loads(completion(text, finish_reason="tool_calls"))
+        body["choices"][0]["message"]["tool_calls"] = made
+        handler.answer(200, json.dumps(body))
+
+    return step
+
+
+def refuses_tools(then: Step, status: int = 400) -> Step:
+    """Knows no tools."""
+
+    def step(handler: Handler) -> None:
+        if "tools" in handler.server.requests[-1]:
+            handler.answer(status, '{"error": {"message": "this model does not support tools"}}')
         else:
             then(handler)
 

@@ -6,10 +6,10 @@ import pytest
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
+from tdc_ray.pruning.llm.answer import TokenUsage
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import (
     LLMExchange,
-    TokenUsage,
     append_exchange,
     transcript_path,
 )

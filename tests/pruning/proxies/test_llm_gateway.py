@@ -4,22 +4,23 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from pydantic_core import to_jsonable_python
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.service import Service, start_service
+from tdc_ray.pruning.llm.answer import TokenUsage
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.transcripts import (
+    VERSION,
     LLMExchange,
-    TokenUsage,
     append_exchange,
     transcript_path,
 )
@@ -30,7 +31,7 @@ from tests.pruning.llm.openai_server import says, serving
 from tests.pruning.requests import NAMES, TASK
 
 CONFIG = ProxyConfig(model="test-model", max_concurrent=2, max_replies=1)
-GOOD = f'{{"schemes": [[{{"unit": "{NAMES[0]}", "keep": 3}}]]}}'
+GOOD = '{"hypothesis": "h", "bounds": [{"unit": 0, "least": 7, "most": 7}], "action": "measure"}'
 KEY = "sk-proj-Zx81-secretSECRET-47pq"
 
 
@@ -61,7 +62,7 @@ def test_all_that_ask_share_one_budget(tmp_path, monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         results = list(threads.map(call, range(6)))
     assert all(result.error is None for result in results)
-    assert asdict(results[3]) == read_json(tmp_path / "3.json")
+    assert to_jsonable_python(results[3]) == read_json(tmp_path / "3.json")
     assert (tmp_path / "3" / "proxy" / "group-02-round-1.jsonl").exists()
     assert gateway.run(item(tmp_path, "spent", spent), ignore)["calls"] == 6
 
@@ -89,7 +90,8 @@ def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monk
     ):
         # replayed transcripts need no key before the actor has one
         path = transcript_path(tmp_path / "earlier" / "proxy", 0, 0)
-        append_exchange(path, LLMExchange({}, "hello", None, TokenUsage(), 1.0))
+        exchange = LLMExchange({}, "hello", None, TokenUsage(), 1.0, version=VERSION)
+        append_exchange(path, exchange)
         replay = ProxyConfig(replay=str(tmp_path / "earlier"))
         actor = start_service("llm-test", Service(partial(LLMGateway, replay), 2))
         environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
@@ -102,7 +104,7 @@ def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monk
         result = ray.get(actor.run.remote(asking, events))
         ray.kill(actor)
     assert pid != os.getpid()
-    assert asdict(result) == read_json(tmp_path / "ask.json")
+    assert to_jsonable_python(result) == read_json(tmp_path / "ask.json")
     assert result.error is None
-    assert result.schemes[0][NAMES[0]] == 3
+    assert result.schemes[0][NAMES[0]] == 7
     assert (tmp_path / "proxy" / "group-02-round-1.jsonl").exists()

@@ -1,0 +1,255 @@
+"""Changes to the knapsack's scheme, and what the knapsack makes of them.
+
+Whoever doubts the predictions says where: a unit's width within bounds, a predicted cost times a
+factor, cost moved from one block to another. The knapsack makes the best scheme under them, which
+is legal and within the limit whatever was said: a change that contradicts an earlier one, or with
+which no scheme is near the limit, is dropped, and every one that is dropped is named.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
+from pydantic import ValidationInfo as Info
+
+from tdc_ray.models.units import Unit
+from tdc_ray.pruning.knapsack import knapsack, step_worth
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.predictor import Predictor
+from tdc_ray.pruning.proxy import ProposalRequest
+from tdc_ray.pruning.space import Scheme
+
+LEAST_FACTOR, MOST_FACTOR = 0.1, 10.0
+"""Range of a distrust factor."""
+
+MOST_WORSE = 1.5
+"""A scheme is not worth a measurement where it is predicted to cost this many times as much as
+the knapsack's: predictions are seldom so far off (`FACTOR_SPREAD`)."""
+
+MAX_CHANGES = 200
+"""Most changes of a kind that are looked at."""
+
+MAX_HYPOTHESIS = 300
+"""Most characters of a hypothesis that are kept."""
+
+
+def _each(kind: type[BaseModel]) -> BeforeValidator:
+    """Validate the items of a list one by one; a bad one is dropped and named in the context."""
+
+    def valid(values: Any, info: Info) -> list[BaseModel]:
+        dropped: list[str] = info.context if isinstance(info.context, list) else []
+        kept = []
+        values = values if isinstance(values, list) else [values] * (values is not None)
+        if len(values) > MAX_CHANGES:
+            dropped.append(f"{len(values) - MAX_CHANGES} of {len(values)} changes are too many")
+        for value in values[:MAX_CHANGES]:
+            try:
+                kept.append(kind.model_validate(value))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                dropped.append(f"{str(value)[:80]} is none: {where}: {first['msg']}")
+        return kept
+
+    return BeforeValidator(valid)
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) else value
+
+
+Name = Annotated[str, BeforeValidator(_text)]
+
+
+class Bound(BaseModel):
+    """The least and the most width that a unit keeps; equal ones pin it."""
+
+    unit: int = Field(description="number of the unit")
+    least: int = Field(description="least width")
+    most: int = Field(description="most width; the same as least pins the unit")
+
+    def __str__(self) -> str:
+        return f"unit {self.unit} within {self.least} to {self.most}"
+
+
+class Distrust(BaseModel):
+    """A factor on what cuts of a unit, or of all units of a block, are predicted to cost."""
+
+    where: Name = Field(description="number of a unit, or name of a block")
+    factor: FiniteFloat = Field(
+        description="above 1: it costs more than predicted; below 1: less; within 0.1 to 10"
+    )
+
+    def __str__(self) -> str:
+        return f"factor {self.factor:g} on {self.where}"
+
+
+class Move(BaseModel):
+    """Cost moved from one block to another, as against the knapsack's scheme."""
+
+    from_block: Name = Field(description="name of the block that gets narrower")
+    to_block: Name = Field(description="name of the block that gets wider")
+    points: FiniteFloat = Field(description="how much, in % of the base's cost; above 0")
+
+    def __str__(self) -> str:
+        return f"{self.points:g} points from {self.from_block} to {self.to_block}"
+
+
+class Change(BaseModel):
+    """Changes to the knapsack's scheme, and the hypothesis behind them."""
+
+    reasoning: str = Field(
+        default_factory=str, description="what the numbers suggest, in a few sentences"
+    )
+    hypothesis: str = Field(
+        default_factory=str, description="one sentence that the measurement can prove wrong"
+    )
+    bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)
+    distrust: Annotated[list[Distrust], _each(Distrust)] = Field(default_factory=list)
+    moves: Annotated[list[Move], _each(Move)] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the knapsack makes of changes."""
+
+    scheme: Scheme
+    increase: float
+    """Predicted by `Predictor`, whatever was distrusted."""
+
+    standard_error: float
+    dropped: tuple[str, ...]
+    """Changes that did not count, and why."""
+
+
+class Planner:
+    """Makes schemes of one group within its limit.
+
+    Args:
+        request: The group, its limit, and what cuts cost.
+        memory: Entries of the memory bank; those of the group correct the predictions.
+
+    Raises:
+        LimitError: No scheme is within the limit.
+    """
+
+    def __init__(self, request: ProposalRequest, memory: Sequence[MemoryEntry]) -> None:
+        self.predictor = Predictor.of(request, memory)
+        self._space, self._limit = request.space, request.limit
+        self.blocks: dict[str, list[str]] = {}
+        """Names of the units of every block, both in the order of the forward pass."""
+        for unit in request.space.units:
+            self.blocks.setdefault(block_of(unit), []).append(unit.name)
+        self.start = self.plan(Change())
+        """The knapsack's own scheme."""
+
+    def plan(self, change: Change, dropped: Sequence[str] = ()) -> Planned:
+        """Make the best scheme under changes.
+
+        Args:
+            change: The changes; earlier ones win, bounds before moves.
+            dropped: What was dropped of them already.
+        """
+        notes, curves = list(dropped), dict(self.predictor.curves)
+        for doubt in change.distrust:
+            names = self._units(doubt.where)
+            if not names:
+                notes.append(f"{doubt}: there is no such unit or block")
+            elif not LEAST_FACTOR <= doubt.factor <= MOST_FACTOR:
+                notes.append(f"{doubt}: it must be within {LEAST_FACTOR:g} to {MOST_FACTOR:g}")
+            else:
+                curves |= {name: doubt.factor * curves[name] for name in names}
+        space = self._space
+        for text, bounds in self._bounds(change, notes):
+            legal = dict(space.legal)
+            for name, (least, most) in bounds.items():
+                legal[name] = tuple(width for width in legal[name] if least <= width <= most)
+            tighter = replace(space, legal=legal)
+            if not all(legal.values()):
+                notes.append(f"{text}: no legal width is left, or it contradicts an earlier one")
+            elif space.cost(tighter.smallest) > self._limit:
+                notes.append(f"{text}: no scheme would be within the limit")
+            elif space.cost(tighter.widest) < min(self._limit, space.cost(space.widest)):
+                notes.append(f"{text}: a part of the limit would be left over")
+            else:
+                space = tighter
+        scheme = knapsack(space, curves, self._limit, self.predictor.factors)
+        predicted = self.predictor
+        return Planned(
+            scheme, predicted.increase(scheme), predicted.standard_error(scheme), tuple(notes)
+        )
+
+    def is_worth_measuring(self, planned: Planned) -> bool:
+        """Whether a scheme is not predicted to be far worse than the knapsack's."""
+        return planned.increase <= MOST_WORSE * self.start.increase or self.start.increase <= 0
+
+    def _units(self, where: str) -> list[str]:
+        """Return the names of a block's units, or of the unit of a number."""
+        units = self._space.units
+        if where.isdecimal():  # not "²"
+            number = int(where[:9])
+            return [units[number].name] if number < len(units) else []
+        return self.blocks.get(where.strip(), [])
+
+    def _bounds(
+        self, change: Change, notes: list[str]
+    ) -> Iterator[tuple[str, Mapping[str, tuple[int, int]]]]:
+        """Yield what each bound and move comes to: least and most widths of units."""
+        for bound in change.bounds:
+            if 0 <= bound.unit < len(self._space.units):
+                yield str(bound), {self._space.units[bound.unit].name: (bound.least, bound.most)}
+            else:
+                notes.append(f"{bound}: there is no such unit")
+        for move in change.moves:
+            giving, taking = (self.blocks.get(b, []) for b in (move.from_block, move.to_block))
+            if not giving or not taking or giving == taking:
+                notes.append(f"{move}: there are no two such blocks")
+            elif move.points <= 0:
+                notes.append(f"{move}: it must be above 0")
+            else:
+                cost = move.points / 100 * self._space.cost_base
+                narrower, saved = self._walk(giving, cost, wider=False)
+                wider, spent = self._walk(taking, min(cost, saved), wider=True)
+                if spent < 0.5 * cost:
+                    moved = f"{100 * spent / self._space.cost_base:.3g}"
+                    notes.append(f"{move}: only {moved} points could be moved")
+                bounds = {name: (1, width) for name, width in narrower.items()}
+                yield str(move), bounds | {name: (width, 10**9) for name, width in wider.items()}
+
+    def _walk(
+        self, names: Sequence[str], cost: float, *, wider: bool
+    ) -> tuple[dict[str, int], float]:
+        """Widen, or narrow, units of the knapsack's scheme by about some cost.
+
+        Returns:
+            Their widths, and the cost that it came to.
+        """
+        space, scheme = self._space, dict(self.start.scheme)
+        worth = step_worth(space, self.predictor.curves, self.predictor.factors)
+        step, sign, done = space.next_wider if wider else space.next_narrower, 1 - 2 * wider, 0.0
+        while done < cost:
+            options = []
+            for name in names:
+                width = step(name, scheme[name])
+                low, high = sorted((scheme[name], width))
+                marginal = space.costs.marginal_cost(name, low, high, scheme)
+                if marginal:
+                    value = sum(worth[name][low:high]) / marginal
+                    options.append((sign * value, name, width, marginal))
+            if not options:
+                break
+            _, name, width, marginal = min(options)
+            if done and done + marginal / 2 > cost:  # further off than without it
+                break
+            scheme[name], done = width, done + marginal
+        return {name: scheme[name] for name in names}, done
+
+
+def block_of(unit: Unit) -> str:
+    """Return the name of a unit's block: down, mid or up with its number, or the first layer."""
+    match = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
+    if match is None:
+        return "first"
+    return f"{match[1]} {match[2]}" if match[1] else "mid"
