@@ -6,7 +6,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 
 class DenoiserOutput(Protocol):
@@ -57,7 +57,7 @@ class Denoiser(Protocol):
 
 def has_classes(network: Denoiser) -> bool:
     """Whether a network is conditioned on classes."""
-    return network.config.get("num_class_embeds") is not None
+    return num_class_embeds(network.config) is not None
 
 
 def count_params(module: nn.Module) -> int:

@@ -7,16 +7,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.network_config import NetworkConfig, class_name, row_of
+from tdc_ray.models.network_config import DEFAULT_CLASS, NetworkConfig, class_name, row_of
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.unet2d.steps import ends, start, steps
-from tdc_ray.models.unet2d.surgery import CoupledParameter, coupled_parameters, cut, kept_outputs
-from tdc_ray.models.unet2d.unet import build_unet, load_unet, unet_config
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import (
+    build_unet,
+    given_unet_config,
+    load_unet,
+    save_unet,
+    unet_config,
+)
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
+from tdc_ray.storage.object_store import display_path
+
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors of diffusers for values of a wrong type or that contradict each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +50,36 @@ class Family:
     load: Callable[[Path], Denoiser]
     """Loads a saved one, in eval mode, on the CPU."""
 
+    save: Callable[[Denoiser, Path, NetworkConfig], None]
+    """Saves an unpruned one and its config as diffusers does."""
+
     load_config: Callable[[Path], NetworkConfig]
+    """Loads the config of what ``save`` saved."""
+
+    given_config: Callable[[Path], NetworkConfig]
+    """Loads the config of one from outside; diffusers' defaults fill what it lacks."""
+
     cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser]
-    kept_outputs: Callable[[Denoiser, Sequence[Unit], KeptIndices], dict[str, Tensor]]
-    coupled_parameters: Callable[[Denoiser, Unit], list[CoupledParameter]]
+    """Returns a pruned copy, given all units and what of each is kept."""
+
     ends: Callable[[Denoiser], Ends]
     start: Callable[[Denoiser, Tensor, Tensor, Tensor | None], State]
+    """Returns the state before the first step, of noised images, timesteps and classes."""
+
     steps: Callable[[Denoiser], list[Step]]
+    """Splits the forward pass so that every inner unit lies within a step of its name."""
 
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(
         build=build_unet,
         load=load_unet,
+        save=lambda unet, folder, config: save_unet(
+            unet, folder, num_heads=config.get("num_heads")
+        ),
         load_config=unet_config,
+        given_config=given_unet_config,
         cut=cut,
-        kept_outputs=kept_outputs,
-        coupled_parameters=coupled_parameters,
         ends=ends,
         start=start,
         steps=steps,
@@ -78,6 +112,17 @@ def load_network(folder: Path) -> Denoiser:
     return _family_in(folder).load(folder)
 
 
+def save_network(network: Denoiser, folder: Path, config: NetworkConfig) -> None:
+    """Save an unpruned network as diffusers does; the folder appears when it is whole.
+
+    Args:
+        network: The network.
+        folder: Where to.
+        config: What it was built with.
+    """
+    family_of(network).save(network, folder, config)
+
+
 def load_config(folder: Path) -> NetworkConfig:
     """Load the config of a saved network without its weights.
 
@@ -85,6 +130,54 @@ def load_config(folder: Path) -> NetworkConfig:
         StorageError: There is none, or it is malformed.
     """
     return _family_in(folder).load_config(folder)
+
+
+def given_config(folder: Path) -> NetworkConfig:
+    """Load the config of a network that comes from outside, and check it.
+
+    Raises:
+        ConfigError: It is of another class.
+        CheckpointError: diffusers cannot build a network of it.
+    """
+    path = folder / "config.json"
+    document = read_json(fetch(folder) / "config.json")
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
+    kind = document.get("_class_name", DEFAULT_CLASS)
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"{display_path(folder)} holds a {kind}: only a {' or '.join(FAMILIES)} can be a base "
+            "or be pruned (none that is conditioned on text)."
+        )
+    try:
+        config = FAMILIES[kind].given_config(folder)
+        _build_on_meta(config)
+    except _MALFORMED as error:
+        raise CheckpointError(
+            f"diffusers can build no {kind} of {display_path(path)}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    return config
+
+
+def check_buildable(config: NetworkConfig, name: str) -> None:
+    """Check that diffusers can build a network of a config.
+
+    Raises:
+        ConfigError: It cannot: values contradict each other.
+    """
+    try:
+        _build_on_meta(config)
+    except _MALFORMED as error:
+        raise ConfigError(
+            f"diffusers can build no {class_name(config)} of {name}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
+def _build_on_meta(config: NetworkConfig) -> None:
+    with torch.device("meta"):
+        build_network(config)
 
 
 def _family_in(folder: Path) -> Family:

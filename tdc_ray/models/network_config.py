@@ -1,11 +1,14 @@
 """Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tdc_ray.errors import UnsupportedModelError
 
 Row = TypeVar("Row")
+
+DEFAULT_CLASS = "UNet2DModel"
+"""The class of a network whose config names none."""
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -68,7 +71,7 @@ class FirstStageConfig(TypedDict, total=False):
 
 def class_name(config: NetworkConfig) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``."""
-    return config.get("_class_name", "UNet2DModel")
+    return config.get("_class_name", DEFAULT_CLASS)
 
 
 def row_of(table: Mapping[str, Row], name: str) -> Row:
@@ -80,6 +83,17 @@ def row_of(table: Mapping[str, Row], name: str) -> Row:
     if name not in table:
         raise UnsupportedModelError(f"a {name} is not supported; known are {', '.join(table)}.")
     return table[name]
+
+
+def num_class_embeds(config: Mapping[str, Any]) -> int | None:
+    """Return how many classes a network embeds, a null class among them; None means none.
+
+    Transformers embed one more than ``num_embeds_ada_norm``, which is the null class.
+    """
+    if (given := config.get("num_embeds_ada_norm")) is not None:
+        return int(given) + 1
+    embeds: int | None = config.get("num_class_embeds")
+    return embeds
 
 
 def image_size(config: NetworkConfig) -> tuple[int, int]:

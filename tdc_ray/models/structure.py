@@ -24,8 +24,9 @@ class NetworkStructure:
     def macs(self) -> int:
         """Macs of one forward pass for one image.
 
-        They are those of convolutions and linear layers, without the two products inside
-        attention, as the paper counts them (it calls them FLOPs).
+        They are those of convolutions and linear layers; a UNet's are without the two products
+        inside attention, as the paper counts them (it calls them FLOPs), a transformer's with
+        them, as is usual there.
         """
         return sum(layer.macs for layer in self.layers)
 
@@ -53,6 +54,15 @@ def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> Netwo
     """
     layers, units = row_of(STRUCTURES, class_name(config))
     return NetworkStructure(layers(config), units(config, kind))
+
+
+def layers_of(name: str, config: NetworkConfig) -> Sequence[Layer]:
+    """Return the layers of a network of a class, in the order of the forward pass.
+
+    Raises:
+        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
+    """
+    return row_of(STRUCTURES, name)[0](config)
 
 
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:

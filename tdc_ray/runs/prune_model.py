@@ -17,11 +17,11 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.events import listening
 from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import given_config
 from tdc_ray.models.finite import check_finite
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
@@ -119,7 +119,7 @@ def prune_model(
     Raises:
         TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
-    out, config, network = resolve_path(out), with_absolute_paths(config), given_unet_config(unet)
+    out, config, network = resolve_path(out), with_absolute_paths(config), given_config(unet)
     allow_tf32(allowed=config.compute.tf32)
     _check_settings(config, milliseconds)
     check_out(out)
@@ -225,7 +225,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: It is missing or malformed.
     """
     check_shape(config.data, network, "this model")
-    dataset, embeds = load_dataset(config.data), network.get("num_class_embeds")
+    dataset, embeds = load_dataset(config.data), num_class_embeds(network)
     log_summary(config.data)
     if embeds and not dataset.num_classes:
         raise ConfigError(
@@ -295,7 +295,7 @@ def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConf
             data, image_size=image_size(unet)[0], num_channels=1 if channels == 1 else 3
         )
     named = data_config(source, data)
-    by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
+    by_folders = named.source == "folder" and num_class_embeds(unet) is not None
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 
 

@@ -67,7 +67,7 @@ class PruneCommand:
         if self.data is None:
             check_settings(self.config)
         from tdc_ray.diffusion.plan import one_group, plan_groups
-        from tdc_ray.models.unet2d.unet import given_unet_config
+        from tdc_ray.models.families import given_config
         from tdc_ray.reporting.console import print_pruned
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.pretrained.settings import missing_settings
@@ -87,7 +87,7 @@ class PruneCommand:
                 f"{display_path(self.model_dir)} is in no run directory and does not say what it "
                 "was trained on: set --data to digits, an npz file or a folder of images."
             )
-        config = for_unet(self.config, given_unet_config(unet), self.data)
+        config = for_unet(self.config, given_config(unet), self.data)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:

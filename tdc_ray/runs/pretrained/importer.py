@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL, VQModel
 from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture, with_heads
-from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (
     BASE_FILE,
@@ -87,9 +87,9 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
-    unet = build_unet({**settings, "dropout": config.model.dropout})
+    unet = build_network({**settings, "dropout": config.model.dropout})
     unet.load_state_dict(weights)
-    save_unet(unet, folder / "unet", num_heads=settings.get("num_heads"))
+    save_network(unet, folder / "unet", settings)
     if first_stage is not None:
         with atomic_path(folder / FIRST_STAGE_DIR) as temporary:
             first_stage.save_pretrained(temporary)

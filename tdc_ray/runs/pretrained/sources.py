@@ -23,9 +23,9 @@ from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
+from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig
-from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -332,14 +332,14 @@ def _diffusers(
     origin: Mapping[str, Any] | None = None,
 ) -> PretrainedBase:
     """Read a UNet in diffusers' format, with its known settings."""
-    unet = given_unet_config(folder)
+    unet = given_config(folder)
     unet.pop("dropout", None)  # it is a setting of training, not of the network
     settings = _settings(source, unet, first_stage, stages)
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
 
     def load(_: NetworkConfig) -> StateDict:
-        weights: StateDict = load_unet(folder).float().state_dict()
+        weights: StateDict = load_network(folder).float().state_dict()
         return weights
 
     return PretrainedBase(

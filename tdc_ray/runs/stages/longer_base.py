@@ -23,10 +23,9 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, StorageFailedError
 from tdc_ray.execution.device import WorkerRank, all_gather, worker_rank
 from tdc_ray.execution.item import Inputs, Report, WorkItem, base_resources
-from tdc_ray.models.families import load_config, load_network
+from tdc_ray.models.families import load_config, load_network, save_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
-from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.runs.stages.data_key import run_data_key
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
@@ -153,9 +152,9 @@ def train_longer_base(job: LongerBaseJob, report: Report) -> LongerBaseResult | 
     _train(state, job, rank, report)
     if rank.rank != 0:
         return None
-    num_heads = load_config(job.run_dir.base_unet).get("num_heads")
+    network = load_config(job.run_dir.base_unet)
     with state.ema_weights(job.config.finetune.average_with_start) as averaged:
-        save_unet(averaged, job.run_dir.longer_base, num_heads=num_heads)
+        save_network(averaged, job.run_dir.longer_base, network)
     return LongerBaseResult(
         steps=job.num_steps,
         macs_spent=_macs_of(job),
