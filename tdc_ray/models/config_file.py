@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.network_config import DEFAULT_CLASS
+from tdc_ray.models.dit.config_file import DiTConfigFile
+from tdc_ray.models.network_config import DEFAULT_CLASS, DIT_CLASS, class_name
 from tdc_ray.models.unet2d.config_file import HEADS_FILE, UNetConfigFile
 from tdc_ray.storage.files import exists, read_bytes, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -21,7 +22,10 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 LARGEST_FILE = 1_000_000
 """Most bytes of a config; those of diffusers have about a thousand."""
 
-FILES: Mapping[str, type[BaseModel]] = {"UNet2DModel": UNetConfigFile}
+FILES: Mapping[str, type[BaseModel]] = {
+    "UNet2DModel": UNetConfigFile,
+    DIT_CLASS: DiTConfigFile,
+}
 """By the network's class, the types and ranges of its settings."""
 
 
@@ -68,7 +72,7 @@ def read_network(source: str) -> dict[str, Any]:
     document = read_json(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{name} must hold a JSON object.")
-    kind = str(document.get("_class_name", DEFAULT_CLASS))
+    kind = str(class_name(document))
     if kind not in FILES:
         raise ConfigError(
             f"{name} is of a {kind}; only a {' or '.join(FILES)} can be trained here, which "
@@ -88,7 +92,8 @@ def read_network(source: str) -> dict[str, Any]:
         network["sample_size"] = size[0]
     if kind != DEFAULT_CLASS:
         network["_class_name"] = kind
-    inputs, outputs = network["in_channels"], network["out_channels"]
+    inputs = network["in_channels"]
+    outputs = network["out_channels"] = network["out_channels"] or inputs
     if outputs not in (inputs, 2 * inputs):
         raise ConfigError(
             f"{name} must predict as many channels as it takes, or twice as many with a learned "

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.network_config import DEFAULT_CLASS, NetworkConfig, class_name, row_of
+from tdc_ray.models.dit import network as dit
+from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, class_name, row_of
 from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import (
@@ -83,7 +85,18 @@ FAMILIES: Mapping[str, Family] = {
         ends=ends,
         start=start,
         steps=steps,
-    )
+    ),
+    DIT_CLASS: Family(
+        build=dit.build_dit,
+        load=dit.load_dit,
+        save=lambda network, folder, _: dit.save_dit(network, folder),
+        load_config=dit.dit_config,
+        given_config=dit.given_dit_config,
+        cut=cut_units,
+        ends=dit.ends,
+        start=dit.start,
+        steps=dit.steps,
+    ),
 }
 """Rows by the network's class."""
 
@@ -143,7 +156,7 @@ def given_config(folder: Path) -> NetworkConfig:
     document = read_json(fetch(folder) / "config.json")
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
-    kind = document.get("_class_name", DEFAULT_CLASS)
+    kind = class_name(document)
     if kind not in FAMILIES:
         raise ConfigError(
             f"{display_path(folder)} holds a {kind}: only a {' or '.join(FAMILIES)} can be a base "

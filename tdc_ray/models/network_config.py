@@ -10,9 +10,11 @@ Row = TypeVar("Row")
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
+DIT_CLASS = "DiTTransformer2DModel"
+
 
 class NetworkConfig(TypedDict, total=False):
-    """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out."""
+    """Keyword arguments of a class of ``families``, which has defaults for those left out."""
 
     sample_size: int | tuple[int, int] | None
     in_channels: int
@@ -47,6 +49,17 @@ class NetworkConfig(TypedDict, total=False):
     """Heads of every attention, whatever its width, which ``attention_head_dim`` cannot express;
     no argument of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
 
+    # of a DiTTransformer2DModel
+    num_attention_heads: int
+    num_layers: int
+    patch_size: int
+    activation_fn: str
+    attention_bias: bool
+    num_embeds_ada_norm: int
+    norm_type: str
+    norm_elementwise_affine: bool
+    upcast_attention: bool
+
     _class_name: str
 
 
@@ -70,8 +83,13 @@ class FirstStageConfig(TypedDict, total=False):
 
 
 def class_name(config: NetworkConfig) -> str:
-    """Return the name of the network's class; configs without one are of a ``UNet2DModel``."""
-    return config.get("_class_name", DEFAULT_CLASS)
+    """Return the name of the network's class; configs without one are of a ``UNet2DModel``.
+
+    Released DiTs name the class that all transformers had once.
+    """
+    name = config.get("_class_name", DEFAULT_CLASS)
+    is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    return DIT_CLASS if is_dit else name
 
 
 def row_of(table: Mapping[str, Row], name: str) -> Row:

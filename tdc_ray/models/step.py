@@ -16,8 +16,7 @@ class State:
     """``(B, C, H, W)``; a transformer's patches lie where they are in the image."""
 
     embedding: Tensor
-    """Embedding of timestep and class, ``(B, E)``; of a transformer one for each block and its
-    end, ``(B, L, E)``."""
+    """Embedding of timestep and class, ``(B, E)``; where every block has one, ``(B, L, E)``."""
 
     skips: tuple[Tensor, ...] = ()
     """Outputs of the encoder that the decoder has not read yet."""

@@ -1,8 +1,9 @@
 """Which tensors of a network have a unit's channels, and how they are cut, whatever its class."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -101,6 +102,27 @@ def kept_outputs(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) ->
                 if coupled.dim == 0 and isinstance(coupled.module, nn.Conv2d | nn.Linear):
                     outputs[coupled.layer] = coupled.indices(channels)
     return outputs
+
+
+def cut_units(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) -> Denoiser:
+    """Return a copy of a network, all of whose units are inner ones, without what is not kept.
+
+    diffusers' ``save_pretrained``, which would write a config without its widths, refuses it.
+
+    Args:
+        network: An unpruned network, which is not changed. It may be on the meta device.
+        units: Its units.
+        kept: What stays of each of them; at least one step.
+    """
+    pruned: Any = copy.deepcopy(network)
+    narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
+    for unit in narrower:
+        cut_inner(pruned, unit, kept[unit.name])
+    for module in pruned.modules():
+        update_attributes(module)
+    if narrower:
+        pruned.save_pretrained = refuse_to_save
+    return pruned
 
 
 def cut_inner(network: Denoiser, unit: Unit, kept: tuple[int, ...]) -> nn.Module:

@@ -31,7 +31,7 @@ from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check_shape
-from tdc_ray.runs.pretrained.sources import is_unet
+from tdc_ray.runs.pretrained.sources import TRANSFORMERS, is_unet
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
@@ -53,12 +53,13 @@ def unet_dir(path: Path) -> Path:
         CheckpointError: There is none.
     """
     path = resolve_path(path)
-    for folder in (path, path / "unet", path / "base" / "unet"):
+    for folder in (path, path / "unet", path / "transformer", path / "base" / "unet"):
         if is_unet(folder):
             return folder if is_remote(folder) else folder.absolute()  # links stay
     raise CheckpointError(
         f"{display_path(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: "
-        "neither it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray "
+        "neither it nor its unet or base/unet has a config.json with block_out_channels, nor is "
+        f"it or its transformer a {' or '.join(TRANSFORMERS)}. (tdc-ray "
         "import BASE DIR makes such a folder of a model on the hub and of a file of openai: or "
         "compvis:. A model that was pruned before cannot be pruned again.)"
     )

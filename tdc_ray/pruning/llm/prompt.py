@@ -94,6 +94,11 @@ TIMES_ADD_UP = (
 )
 
 
+TRANSFORMER_LEGEND = """
+kind: attention = heads; feed-forward = the inner channels between its two layers.
+place: the number of the block; resolution: of the grid of patches.
+"""
+
 WORDS: Mapping[Quantity, Mapping[str, str]] = {
     "macs": {
         "name": "macs",
@@ -193,10 +198,14 @@ def _units(request: ProposalRequest) -> str:
         rule=TIMES_ADD_UP if is_time else ADDS_UP if adds_up else MULTIPLIES,
         times=TIMES.format(rows=_times(space)) if is_time else "",
     )
+    if any(unit.kind == "feed-forward" for unit in space.units):
+        legend = TRANSFORMER_LEGEND + legend[legend.index("channels:") :]
     return "\n".join([*lines, legend])
 
 
 def _place(unit: Unit) -> str:
+    if (block := re.match(r"transformer_blocks\.(\d+)", unit.name)) is not None:
+        return block[1]
     match = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
     if match is None:
         return "first"

@@ -8,13 +8,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from tdc_ray.config.run import from_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.models.network_config import DEFAULT_CLASS
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.results import load_results
@@ -76,16 +76,21 @@ def export_run(run: Path, folder: Path) -> None:
 
 
 def _export_expert(source: Path, folder: Path) -> None:
-    """Copy an expert, and describe it as a whole UNet and the numbers that pruning has changed."""
+    """Copy an expert, and describe it as a whole network and the numbers that pruning changed."""
     folder.mkdir()
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
-    arguments = SavedExpert.load(source).unet
+    arguments = dict(SavedExpert.load(source).unet)
     arguments.pop("num_heads", None)
+    kind = str(arguments.pop("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
-        whole = UNet2DModel(**arguments)
-    document = {"unet": arguments, "attributes": _differences(whole, load_expert(source))}
+        whole = getattr(diffusers, kind)(**arguments)
+    document = {
+        "class": kind,
+        "unet": arguments,
+        "attributes": _differences(whole, load_expert(source)),
+    }
     write_json(folder / MODULES_FILE, document)
 
 

@@ -25,7 +25,12 @@ from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
-from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig
+from tdc_ray.models.network_config import (
+    DIT_CLASS,
+    FirstStageConfig,
+    NetworkConfig,
+    class_name,
+)
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -47,6 +52,9 @@ have one supported value. For those that only decide how images are drawn see
 
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
+
+TRANSFORMERS = (DIT_CLASS,)
+"""Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -134,12 +142,13 @@ def resolve_base(source: str) -> PretrainedBase:
 
 
 def is_unet(folder: Path) -> bool:
-    """Whether a folder holds the config of a UNet of diffusers.
+    """Whether a folder holds the config of a UNet of diffusers, or of another known denoiser.
 
     Raises:
         CheckpointError: The config is no JSON object.
     """
-    return "block_out_channels" in json_object(folder / "config.json")
+    document = json_object(folder / "config.json")
+    return "block_out_channels" in document or class_name(document) in TRANSFORMERS
 
 
 def noise_settings(unet: Path) -> PretrainedSettings:
@@ -236,10 +245,12 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
-    if not {"unet", "scheduler"} <= parts:
+    denoiser = "transformer" if "transformer" in parts else "unet"
+    if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            "pipelines of a unet and a scheduler (and a vqvae or vae) can be a base."
+            "pipelines of a unet or transformer and a scheduler (and a vqvae or vae) can be a "
+            "base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
@@ -250,7 +261,7 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "missing."
         )
     kind = index["scheduler"][-1]
-    return _with_scheduler(source, unet or folders["unet"], path, first_stage, kind)
+    return _with_scheduler(source, unet or folders[denoiser], path, first_stage, kind)
 
 
 def _with_scheduler(

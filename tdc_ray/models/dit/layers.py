@@ -1,0 +1,100 @@
+"""The layers and units of any ``DiTTransformer2DModel``, derived from its config without torch."""
+
+from collections.abc import Iterator, Sequence
+
+from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.dit.config_file import DiTConfigFile
+from tdc_ray.models.layer import Channels, Layer
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.transformers.layers import (
+    attention_layers,
+    attention_unit,
+    feed_forward_layers,
+    feed_forward_unit,
+    linear,
+)
+from tdc_ray.models.units import SpaceKind, Unit
+
+FREQUENCIES = 256
+"""Channels of a timestep before it is embedded."""
+
+ACTIVATIONS = (
+    "gelu",
+    "gelu-approximate",
+    "geglu",
+    "geglu-approximate",
+    "swiglu",
+    "linear-silu",
+)
+
+
+def settings_of(config: NetworkConfig) -> DiTConfigFile:
+    """Return a network's settings, with diffusers' defaults for those left out.
+
+    Raises:
+        UnsupportedModelError: Its patches do not tile its images, or its activation is unknown.
+    """
+    known = DiTConfigFile.model_fields
+    dit = DiTConfigFile(**{name: value for name, value in config.items() if name in known})
+    if dit.sample_size % dit.patch_size:
+        raise UnsupportedModelError(
+            f"a sample_size of {dit.sample_size} is no multiple of the patch_size "
+            f"{dit.patch_size}: set one that is in the model's config.json."
+        )
+    if dit.activation_fn not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"activation_fn {dit.activation_fn} is not supported; known are "
+            f"{', '.join(ACTIVATIONS)}."
+        )
+    return dit
+
+
+def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
+    """Return the heads and the feed-forward's width of every block, in forward order.
+
+    The stream is as wide in all blocks, whose norms read all of it: no unit of any kind of space.
+    """
+    del kind
+    dit = settings_of(config)
+    tokens = (dit.sample_size // dit.patch_size) ** 2
+    heads, size = dit.num_attention_heads, dit.attention_head_dim
+    return tuple(
+        unit
+        for block in _block_names(dit)
+        for unit in (
+            attention_unit(f"{block}.attn1", heads, size, tokens),
+            feed_forward_unit(f"{block}.ff", 4 * heads * size, tokens),
+        )
+    )
+
+
+def all_layers(config: NetworkConfig) -> Sequence[Layer]:
+    """Return the layers that have parameters, and products, in the order of the forward pass."""
+    return list(_walk(settings_of(config), units_of(config)))
+
+
+def _block_names(dit: DiTConfigFile) -> list[str]:
+    return [f"transformer_blocks.{index}" for index in range(dit.num_layers)]
+
+
+def _walk(dit: DiTConfigFile, units: Sequence[Unit]) -> Iterator[Layer]:
+    stream, tokens = Channels(dit.num_attention_heads * dit.attention_head_dim), units[0].pixels
+    area, inputs = dit.patch_size**2, dit.in_channels
+    outputs = inputs if dit.out_channels is None else dit.out_channels
+    yield Layer("pos_embed.proj", (Channels(inputs),), (stream,), area, tokens)
+    for index, block in enumerate(_block_names(dit)):
+        heads, feed_forward = units[2 * index : 2 * index + 2]
+        times = 2 if index == 0 else 1  # the first block's embedding serves the end, too
+        embedder = f"{block}.norm1.emb.timestep_embedder"
+        yield linear(f"{embedder}.linear_1", Channels(FREQUENCIES), stream, tokens=times)
+        yield linear(f"{embedder}.linear_2", stream, stream, tokens=times)
+        table = f"{block}.norm1.emb.class_embedder.embedding_table"
+        classes = Channels(dit.num_embeds_ada_norm + 1)
+        yield Layer(table, (classes,), (stream,), has_bias=False)
+        yield linear(f"{block}.norm1.linear", stream, Channels(6 * stream.count))
+        yield from attention_layers(heads, stream, has_bias=dit.attention_bias)
+        if dit.norm_elementwise_affine:
+            yield Layer(f"{block}.norm3", (Channels(1),), (stream,))
+        yield from feed_forward_layers(feed_forward, stream, dit.activation_fn)
+    yield linear("proj_out_1", stream, Channels(2 * stream.count))
+    yield linear("proj_out_2", stream, Channels(area * outputs), tokens=tokens)

@@ -1,0 +1,171 @@
+"""Builds, saves, loads and runs ``DiTTransformer2DModel``."""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding, get_2d_sincos_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tdc_ray.models.diffusers_folder import load_pretrained
+from tdc_ray.models.dit.layers import settings_of
+from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.transformers.steps import GatedStep, PatchStep, UnpatchStep
+from tdc_ray.storage.files import atomic_path, fetch, read_json
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(DiTTransformer2DModel).parameters.items()
+}
+
+
+def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
+    """Build a DiT with random weights on the current default device, as adaLN-Zero begins.
+
+    All gates are 0, so that every block passes on what it reads, and so is the output
+    (arXiv:2212.09748).
+    """
+    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+    dit = _completed(DiTTransformer2DModel(**arguments))
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for layer in (*(block.norm1.linear for block in dit.transformer_blocks), dit.proj_out_1):
+        nn.init.zeros_(layer.weight)
+    nn.init.zeros_(dit.proj_out_2.weight)
+    return dit
+
+
+def _completed(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """Say what its config leaves open, and leave the dropout of labels to the training loop."""
+    dit.register_to_config(out_channels=dit.out_channels)
+    embedded = dit.pos_embed
+    if embedded.pos_embed.is_meta:  # it is computed, not loaded
+        size = embedded.height
+        positions = get_2d_sincos_pos_embed(
+            dit.inner_dim, size, base_size=size, output_type="pt", device=torch.device("cpu")
+        )
+        embedded.pos_embed = positions.float()[None]
+    for module in dit.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # every block would draw other labels
+    return dit
+
+
+def save_dit(dit: DiTTransformer2DModel, folder: Path) -> None:
+    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
+    dit.to(memory_format=torch.contiguous_format)
+    with atomic_path(folder) as temporary:
+        dit.save_pretrained(temporary)
+
+
+def load_dit(folder: Path) -> DiTTransformer2DModel:
+    """Load what :func:`save_dit` or diffusers saved, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: The folder holds no ``DiTTransformer2DModel`` in safetensors.
+    """
+    return _completed(load_pretrained(DiTTransformer2DModel, folder))
+
+
+def dit_config(folder: Path) -> NetworkConfig:
+    """Load a saved DiT's config without its weights; diffusers' defaults fill what it lacks."""
+    document = read_json(fetch(folder) / "config.json")
+    config = _DEFAULTS | {name: value for name, value in document.items() if name in _DEFAULTS}
+    if config["out_channels"] is None:
+        config["out_channels"] = config["in_channels"]
+    return cast("NetworkConfig", {"_class_name": DiTTransformer2DModel.__name__, **config})
+
+
+def given_dit_config(folder: Path) -> NetworkConfig:
+    """Load the config of a DiT from outside.
+
+    Raises:
+        ValueError: A setting has a wrong type or is out of its range.
+        UnsupportedModelError: A setting has an unknown value.
+    """
+    config = dit_config(folder)
+    settings_of(config)
+    return config
+
+
+def ends(dit: DiTTransformer2DModel) -> Ends:
+    """Return the layers at both ends."""
+    return Ends(dit.pos_embed.proj, dit.norm_out, dit.proj_out_2)
+
+
+def start(
+    dit: DiTTransformer2DModel, x_t: Tensor, timesteps: Tensor, class_labels: Tensor | None
+) -> State:
+    """Return the state before the first step.
+
+    Args:
+        dit: The network.
+        x_t: Noised images, ``(B, C, H, W)``.
+        timesteps: As the network sees them, ``(B,)``.
+        class_labels: ``(B,)``
+    """
+    embeddings = [
+        block.norm1.emb(timesteps, class_labels, hidden_dtype=dit.dtype)
+        for block in dit.transformer_blocks
+    ]
+    return State(x_t, torch.stack(embeddings, dim=1))
+
+
+def steps(dit: DiTTransformer2DModel) -> list[Step]:
+    """Split the forward pass into steps; one after the other they return the network's output."""
+    size = dit.config["patch_size"]
+    sequence: list[Step] = [
+        PatchStep(name="pos_embed", module=dit.pos_embed, output_layer="proj", patch_size=size)
+    ]
+    for index, block in enumerate(dit.transformer_blocks):
+        name, layer = f"transformer_blocks.{index}", block.norm1.linear
+        sequence += [
+            GatedStep(
+                name=f"{name}.attn1",
+                module=block.attn1,
+                output_layer="to_out.0",
+                norm=block.norm1.norm,
+                modulation=partial(_modulation, layer, index, 0),
+            ),
+            GatedStep(
+                name=f"{name}.ff",
+                module=block.ff,
+                output_layer="net.2",
+                norm=block.norm3,
+                modulation=partial(_modulation, layer, index, 1),
+            ),
+        ]
+    end = UnpatchStep(
+        name="proj_out_2",
+        module=dit.proj_out_2,
+        output_layer="",
+        norm=dit.norm_out,
+        modulation=partial(_end_modulation, dit.proj_out_1),
+        patch_size=size,
+    )
+    return [*sequence, end]
+
+
+def _modulation(
+    layer: nn.Linear, block: int, half: int, embeddings: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shift, scale and gate of a block's attention (0) or feed-forward (1)."""
+    weight, bias = layer.weight.chunk(2)[half], layer.bias.chunk(2)[half]
+    shift, scale, gate = functional.linear(
+        functional.silu(embeddings[:, block]), weight, bias
+    ).chunk(3, dim=1)
+    return shift, scale, gate
+
+
+def _end_modulation(layer: nn.Linear, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shift and scale before the last layer, by the first block's embedding."""
+    shift, scale = layer(functional.silu(embeddings[:, 0])).chunk(2, dim=1)
+    return shift, scale

@@ -1,0 +1,58 @@
+"""Attentions and feed-forwards of transformers as layers, and what can be pruned of them."""
+
+from tdc_ray.models.layer import Channels, Layer
+from tdc_ray.models.units import Unit
+
+TWO_HALVES = ("geglu", "swiglu")
+"""Activations that multiply one half of the first layer's outputs by the other."""
+
+
+def linear(
+    name: str, inputs: Channels, *outputs: Channels, tokens: int = 1, has_bias: bool = True
+) -> Layer:
+    """Describe a ``Linear`` that is applied to every token, or once."""
+    return Layer(name, (inputs,), outputs, pixels=tokens, has_bias=has_bias)
+
+
+def attention_layers(
+    unit: Unit, stream: Channels, *, has_bias: bool, context: tuple[Channels, int] | None = None
+) -> list[Layer]:
+    """Split an ``Attention`` into its layers and the two products inside it.
+
+    Args:
+        unit: Its heads.
+        stream: What it reads and adds to.
+        has_bias: Whether queries, keys and values have a bias.
+        context: Channels and number of the tokens that keys and values are of; None means those
+            of the stream.
+    """
+    name, tokens = unit.name, unit.pixels
+    inner = Channels(unit.width * unit.channels, name)
+    source, length = (stream, tokens) if context is None else context
+    return [
+        linear(f"{name}.to_q", stream, inner, tokens=tokens, has_bias=has_bias),
+        linear(f"{name}.to_k", source, inner, tokens=length, has_bias=has_bias),
+        linear(f"{name}.to_v", source, inner, tokens=length, has_bias=has_bias),
+        Layer(f"{name}.products", (Channels(2 * length),), (inner,), 1, tokens, has_weight=False),
+        linear(f"{name}.to_out.0", inner, stream, tokens=tokens),
+    ]
+
+
+def feed_forward_layers(unit: Unit, stream: Channels, activation: str) -> list[Layer]:
+    """Split a ``FeedForward`` into its layers."""
+    name, inner = unit.name, Channels(unit.width * unit.channels, unit.name)
+    outputs = (inner, inner) if activation in TWO_HALVES else (inner,)
+    return [
+        linear(f"{name}.net.0.proj", stream, *outputs, tokens=unit.pixels),
+        linear(f"{name}.net.2", inner, stream, tokens=unit.pixels),
+    ]
+
+
+def attention_unit(name: str, num_heads: int, head_dim: int, tokens: int) -> Unit:
+    """Describe the heads of an ``Attention``."""
+    return Unit(name, "attention", num_heads, head_dim, tokens)
+
+
+def feed_forward_unit(name: str, width: int, tokens: int) -> Unit:
+    """Describe the inner channels of a ``FeedForward``, each a step: they have no order."""
+    return Unit(name, "feed-forward", width, 1, tokens)
