@@ -1,4 +1,4 @@
-"""Prunes any saved ``UNet2DModel`` to a limit, in this process: ``tdc-ray prune``."""
+"""Prunes any saved denoiser to a limit, in this process: ``tdc-ray prune``."""
 
 import logging
 import time

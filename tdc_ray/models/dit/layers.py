@@ -52,9 +52,14 @@ def settings_of(config: NetworkConfig) -> DiTConfigFile:
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """Return the heads and the feed-forward's width of every block, in forward order.
 
-    The stream is as wide in all blocks, whose norms read all of it: no unit of any kind of space.
+    Raises:
+        UnsupportedModelError: The stream is to be pruned, too, or a setting is not supported.
     """
-    del kind
+    if kind == "full":
+        raise UnsupportedModelError(
+            "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
+            "heads and feed-forwards."
+        )
     dit = settings_of(config)
     tokens = (dit.sample_size // dit.patch_size) ** 2
     heads, size = dit.num_attention_heads, dit.attention_head_dim
