@@ -46,8 +46,8 @@ class ModelConfig:
 
     base: Annotated[str | None, arg(aliases=("--base",))] = None
     """A base to start from in place of training one: a diffusers folder (pipeline, UNet2DModel or
-    DiTTransformer2DModel), a name on the Hugging Face hub, a run directory, what tdc-ray import wrote, openai:FILE.pt or
-    compvis:FILE.ckpt. Then its own architecture counts."""
+    DiTTransformer2DModel), a name on the Hugging Face hub, a run directory, what tdc-ray import
+    wrote, openai:FILE.pt or compvis:FILE.ckpt. Then its own architecture counts."""
 
     num_heads: PositiveInt | None = None
     """Heads of every attention of a base from openai: or compvis:, whose file does not say; None

@@ -82,12 +82,12 @@ class FirstStageConfig(TypedDict, total=False):
     _class_name: str
 
 
-def class_name(config: NetworkConfig) -> str:
+def class_name(config: Mapping[str, Any]) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``.
 
     Released DiTs name the class that all transformers had once.
     """
-    name = config.get("_class_name", DEFAULT_CLASS)
+    name = str(config.get("_class_name", DEFAULT_CLASS))
     is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
     return DIT_CLASS if is_dit else name
 

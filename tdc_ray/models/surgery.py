@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -114,14 +114,14 @@ def cut_units(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) -> De
         units: Its units.
         kept: What stays of each of them; at least one step.
     """
-    pruned: Any = copy.deepcopy(network)
+    pruned = copy.deepcopy(network)
     narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
     for unit in narrower:
         cut_inner(pruned, unit, kept[unit.name])
     for module in pruned.modules():
         update_attributes(module)
     if narrower:
-        pruned.save_pretrained = refuse_to_save
+        vars(pruned)["save_pretrained"] = refuse_to_save
     return pruned
 
 

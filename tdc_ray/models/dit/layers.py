@@ -1,6 +1,7 @@
 """The layers and units of any ``DiTTransformer2DModel``, derived from its config without torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.dit.config_file import DiTConfigFile
@@ -28,14 +29,14 @@ ACTIVATIONS = (
 )
 
 
-def settings_of(config: NetworkConfig) -> DiTConfigFile:
+def settings_of(config: Mapping[str, Any]) -> DiTConfigFile:
     """Return a network's settings, with diffusers' defaults for those left out.
 
     Raises:
         UnsupportedModelError: Its patches do not tile its images, or its activation is unknown.
     """
-    known = DiTConfigFile.model_fields
-    dit = DiTConfigFile(**{name: value for name, value in config.items() if name in known})
+    known: Any = {key: config[key] for key in DiTConfigFile.model_fields if key in config}
+    dit = DiTConfigFile(**known)
     if dit.sample_size % dit.patch_size:
         raise UnsupportedModelError(
             f"a sample_size of {dit.sample_size} is no multiple of the patch_size "

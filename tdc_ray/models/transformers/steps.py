@@ -18,7 +18,8 @@ def to_tokens(hidden: Tensor) -> Tensor:
 
 def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
     """Bring ``(B, h * w, C)`` to ``(B, C, h, w)``."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,5 +77,6 @@ class UnpatchStep(Step):
     def in_layer(self, values: Tensor) -> Tensor:
         """Bring ``(B, C, H, W)`` into the layout of the layer's output: ``(B, N, p * q * C)``."""
         size = self.patch_size
-        patches = values.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, h, p, w, q)
+        # (B, C, h, p, w, q)
+        patches: Tensor = values.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -26,7 +26,7 @@ def load_expert(folder: str | Path) -> nn.Module:
     tensors = load_file(Path(folder) / "model.safetensors")
     kind = getattr(diffusers, document["class"])
     with torch.device("meta"):
-        unet = kind(**document["unet"])
+        unet: Any = kind(**document["unet"])
     for name, module in unet.named_modules():
         for key in PARAMETERS:
             if f"{name}.{key}" in tensors:
@@ -41,7 +41,8 @@ def load_expert(folder: str | Path) -> nn.Module:
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(unet.get_submodule(name), key, buffer)
     unet.save_pretrained = _refuse_to_save
-    return unet.eval()
+    network: nn.Module = unet.eval()
+    return network
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
