@@ -5,17 +5,34 @@ A class without a row is an ``UnsupportedModelError`` everywhere here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.dit import network as dit
-from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, class_name, row_of
+from tdc_ray.models.network_config import (
+    DIT_CLASS,
+    PIXART_CLASS,
+    NetworkConfig,
+    class_name,
+    row_of,
+)
+from tdc_ray.models.pixart import network as pixart
 from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.surgery import cut_units
+from tdc_ray.models.transformers.network import (
+    build_transformer,
+    load_transformer,
+    save_transformer,
+    transformer_config,
+)
 from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import (
@@ -40,6 +57,9 @@ _MALFORMED = (
     ValueError,
 )
 """Errors of diffusers for values of a wrong type or that contradict each other."""
+
+
+Conditioning = Literal["classes", "captions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +91,39 @@ class Family:
     steps: Callable[[Denoiser], list[Step]]
     """Splits the forward pass so that every inner unit lies within a step of its name."""
 
+    takes: Conditioning = "classes"
+    """What it is conditioned on, if on anything beside the timestep. No command has captions
+    yet: ``start`` takes their states, ``(B, S, C)``, in place of classes."""
+
+
+def _transformer(
+    kind: type[ModelMixin],
+    module: Any,
+    *,
+    takes: Conditioning = "classes",
+    build: Callable[[NetworkConfig], Denoiser] | None = None,
+    load: Callable[[Path], Denoiser] | None = None,
+) -> Family:
+    """Make the row of a class of transformers, whose module has ends, start and steps."""
+
+    def given_config(folder: Path) -> NetworkConfig:
+        config = transformer_config(kind, folder)
+        network_structure(config)  # checks types, ranges and known values
+        return config
+
+    return Family(
+        build=build or partial(build_transformer, kind),
+        load=load or partial(load_transformer, kind),
+        save=lambda network, folder, _: save_transformer(network, folder),
+        load_config=partial(transformer_config, kind),
+        given_config=given_config,
+        cut=cut_units,
+        ends=module.ends,
+        start=module.start,
+        steps=module.steps,
+        takes=takes,
+    )
+
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(
@@ -86,17 +139,8 @@ FAMILIES: Mapping[str, Family] = {
         start=start,
         steps=steps,
     ),
-    DIT_CLASS: Family(
-        build=dit.build_dit,
-        load=dit.load_dit,
-        save=lambda network, folder, _: dit.save_dit(network, folder),
-        load_config=dit.dit_config,
-        given_config=dit.given_dit_config,
-        cut=cut_units,
-        ends=dit.ends,
-        start=dit.start,
-        steps=dit.steps,
-    ),
+    DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
+    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart, takes="captions"),
 }
 """Rows by the network's class."""
 
@@ -157,9 +201,10 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    if kind not in FAMILIES:
+    known = [name for name, family in FAMILIES.items() if family.takes == "classes"]
+    if kind not in known:
         raise ConfigError(
-            f"{display_path(folder)} holds a {kind}: only a {' or '.join(FAMILIES)} can be a base "
+            f"{display_path(folder)} holds a {kind}: only a {' or '.join(known)} can be a base "
             "or be pruned (none that is conditioned on text)."
         )
     try:

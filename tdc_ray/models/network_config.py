@@ -10,7 +10,7 @@ Row = TypeVar("Row")
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
-DIT_CLASS = "DiTTransformer2DModel"
+DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -58,6 +58,8 @@ class NetworkConfig(TypedDict, total=False):
     num_embeds_ada_norm: int
     norm_type: str
     norm_elementwise_affine: bool
+    cross_attention_dim: int | None
+    caption_channels: int | None
     upcast_attention: bool
 
     _class_name: str
@@ -106,9 +108,10 @@ def row_of(table: Mapping[str, Row], name: str) -> Row:
 def num_class_embeds(config: Mapping[str, Any]) -> int | None:
     """Return how many classes a network embeds, a null class among them; None means none.
 
-    Transformers embed one more than ``num_embeds_ada_norm``, which is the null class.
+    Transformers with adaLN-Zero embed one more than ``num_embeds_ada_norm``: the null class.
     """
-    if (given := config.get("num_embeds_ada_norm")) is not None:
+    given = config.get("num_embeds_ada_norm")
+    if given is not None and config.get("norm_type", "ada_norm_zero") == "ada_norm_zero":
         return int(given) + 1
     embeds: int | None = config.get("num_class_embeds")
     return embeds

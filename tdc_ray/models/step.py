@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ class State:
 
     skips: tuple[Tensor, ...] = ()
     """Outputs of the encoder that the decoder has not read yet."""
+
+    context: Tensor | None = None
+    """What cross-attentions read, such as states of a caption: ``(B, S, C)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Step:
             hidden = self.module(hidden)
         if self.leaves_skip:
             skips = (*skips, hidden)
-        return State(hidden, state.embedding, skips)
+        return replace(state, hidden=hidden, skips=skips)
 
     def gate(self, state: State) -> Tensor | None:
         """Return what the output layer's channels are multiplied with, ``(B, C)``, if anything."""

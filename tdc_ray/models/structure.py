@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from tdc_ray.models.dit import layers as dit
 from tdc_ray.models.layer import STREAM, Layer
-from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, class_name, row_of
+from tdc_ray.models.network_config import (
+    DIT_CLASS,
+    PIXART_CLASS,
+    NetworkConfig,
+    class_name,
+    row_of,
+)
+from tdc_ray.models.pixart import layers as pixart
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
@@ -43,7 +50,11 @@ STRUCTURES: Mapping[
         Callable[[NetworkConfig], Sequence[Layer]],
         Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
     ],
-] = {"UNet2DModel": (all_layers, units_of), DIT_CLASS: (dit.all_layers, dit.units_of)}
+] = {
+    "UNet2DModel": (all_layers, units_of),
+    DIT_CLASS: (dit.all_layers, dit.units_of),
+    PIXART_CLASS: (pixart.all_layers, pixart.units_of),
+}
 """By the network's class: the functions that derive its layers and its units from a config."""
 
 

@@ -10,14 +10,12 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     attention_unit,
+    embedder_layers,
     feed_forward_layers,
     feed_forward_unit,
     linear,
 )
 from tdc_ray.models.units import SpaceKind, Unit
-
-FREQUENCIES = 256
-"""Channels of a timestep before it is embedded."""
 
 ACTIVATIONS = (
     "gelu",
@@ -92,8 +90,7 @@ def _walk(dit: DiTConfigFile, units: Sequence[Unit]) -> Iterator[Layer]:
         heads, feed_forward = units[2 * index : 2 * index + 2]
         times = 2 if index == 0 else 1  # the first block's embedding serves the end, too
         embedder = f"{block}.norm1.emb.timestep_embedder"
-        yield linear(f"{embedder}.linear_1", Channels(FREQUENCIES), stream, tokens=times)
-        yield linear(f"{embedder}.linear_2", stream, stream, tokens=times)
+        yield from embedder_layers(embedder, stream.count, times=times)
         table = f"{block}.norm1.emb.class_embedder.embedding_table"
         classes = Channels(dit.num_embeds_ada_norm + 1)
         yield Layer(table, (classes,), (stream,), has_bias=False)

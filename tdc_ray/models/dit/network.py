@@ -1,27 +1,18 @@
-"""Builds, saves, loads and runs ``DiTTransformer2DModel``."""
+"""Builds, loads and runs ``DiTTransformer2DModel``."""
 
-import inspect
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import LabelEmbedding, get_2d_sincos_pos_embed
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tdc_ray.models.diffusers_folder import load_pretrained
-from tdc_ray.models.dit.layers import settings_of
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.transformers.network import build_transformer, load_transformer
 from tdc_ray.models.transformers.steps import GatedStep, PatchStep, UnpatchStep
-from tdc_ray.storage.files import atomic_path, fetch, read_json
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(DiTTransformer2DModel).parameters.items()
-}
 
 
 def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
@@ -30,8 +21,7 @@ def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
     All gates are 0, so that every block passes on what it reads, and so is the output
     (arXiv:2212.09748).
     """
-    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-    dit = _completed(DiTTransformer2DModel(**arguments))
+    dit = _without_dropout(build_transformer(DiTTransformer2DModel, config))
     for module in dit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -43,57 +33,21 @@ def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
     return dit
 
 
-def _completed(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Say what its config leaves open, and leave the dropout of labels to the training loop."""
-    dit.register_to_config(out_channels=dit.out_channels)
-    embedded = dit.pos_embed
-    if embedded.pos_embed.is_meta:  # it is computed, not loaded
-        size = embedded.height
-        positions = get_2d_sincos_pos_embed(
-            dit.inner_dim, size, base_size=size, output_type="pt", device=torch.device("cpu")
-        )
-        embedded.pos_embed = positions.float()[None]
+def _without_dropout(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """Leave the dropout of labels to the training loop: every block would draw other ones."""
     for module in dit.modules():
         if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # every block would draw other labels
+            module.dropout_prob = 0.0
     return dit
 
 
-def save_dit(dit: DiTTransformer2DModel, folder: Path) -> None:
-    """Save config and weights (safetensors) as diffusers does; the folder appears when whole."""
-    dit.to(memory_format=torch.contiguous_format)
-    with atomic_path(folder) as temporary:
-        dit.save_pretrained(temporary)
-
-
 def load_dit(folder: Path) -> DiTTransformer2DModel:
-    """Load what :func:`save_dit` or diffusers saved, in eval mode, on the CPU.
+    """Load a saved DiT, in eval mode, on the CPU.
 
     Raises:
         CheckpointError: The folder holds no ``DiTTransformer2DModel`` in safetensors.
     """
-    return _completed(load_pretrained(DiTTransformer2DModel, folder))
-
-
-def dit_config(folder: Path) -> NetworkConfig:
-    """Load a saved DiT's config without its weights; diffusers' defaults fill what it lacks."""
-    document = read_json(fetch(folder) / "config.json")
-    config = _DEFAULTS | {name: value for name, value in document.items() if name in _DEFAULTS}
-    if config["out_channels"] is None:
-        config["out_channels"] = config["in_channels"]
-    return cast("NetworkConfig", {"_class_name": DiTTransformer2DModel.__name__, **config})
-
-
-def given_dit_config(folder: Path) -> NetworkConfig:
-    """Load the config of a DiT from outside.
-
-    Raises:
-        ValueError: A setting has a wrong type or is out of its range.
-        UnsupportedModelError: A setting has an unknown value.
-    """
-    config = dit_config(folder)
-    settings_of(config)
-    return config
+    return _without_dropout(load_transformer(DiTTransformer2DModel, folder))
 
 
 def ends(dit: DiTTransformer2DModel) -> Ends:

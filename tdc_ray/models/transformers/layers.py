@@ -3,6 +3,9 @@
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.units import Unit
 
+FREQUENCIES = 256
+"""Channels of a timestep before it is embedded."""
+
 TWO_HALVES = ("geglu", "swiglu")
 """Activations that multiply one half of the first layer's outputs by the other."""
 
@@ -12,6 +15,16 @@ def linear(
 ) -> Layer:
     """Describe a ``Linear`` that is applied to every token, or once."""
     return Layer(name, (inputs,), outputs, pixels=tokens, has_bias=has_bias)
+
+
+def embedder_layers(name: str, width: int, *, times: int = 1) -> list[Layer]:
+    """Split a ``TimestepEmbedding`` into its layers; it may serve an image several times."""
+    first = Channels(FREQUENCIES)
+    wide = Channels(width)
+    return [
+        linear(f"{name}.linear_1", first, wide, tokens=times),
+        linear(f"{name}.linear_2", wide, wide, tokens=times),
+    ]
 
 
 def attention_layers(

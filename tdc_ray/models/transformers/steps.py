@@ -1,7 +1,7 @@
 """The forward pass of transformers with adaptive norms as steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -35,11 +35,22 @@ class GatedStep(Step):
         tokens = to_tokens(state.hidden)
         normed = self.norm(tokens) * (1 + scale[:, None]) + shift[:, None]
         tokens = gate[:, None] * self.module(normed) + tokens
-        return State(to_grid(tokens, *state.hidden.shape[2:]), state.embedding)
+        return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
 
     def gate(self, state: State) -> Tensor:
         """Return what the output layer's channels are multiplied with, ``(B, C)``."""
         return self.modulation(state.embedding)[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossStep(Step):
+    """An attention to the context, without norm and gate."""
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        tokens = to_tokens(state.hidden)
+        tokens = self.module(tokens, encoder_hidden_states=state.context) + tokens
+        return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +64,7 @@ class PatchStep(Step):
         height, width = state.hidden.shape[2:]
         tokens = self.module(state.hidden)
         grid = to_grid(tokens, height // self.patch_size, width // self.patch_size)
-        return State(grid, state.embedding)
+        return replace(state, hidden=grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +83,7 @@ class UnpatchStep(Step):
         patches = self.module(normed).unflatten(2, (size, size, -1))
         patches = patches.unflatten(1, state.hidden.shape[2:])  # (B, h, w, p, q, C)
         images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-        return State(images, state.embedding)
+        return replace(state, hidden=images)
 
     def in_layer(self, values: Tensor) -> Tensor:
         """Bring ``(B, C, H, W)`` into the layout of the layer's output: ``(B, N, p * q * C)``."""

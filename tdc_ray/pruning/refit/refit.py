@@ -8,6 +8,7 @@ what the base's does. No gradient step is taken.
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class SpillBuffer:
         if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
             kept = _in_file(hidden)
             skips = tuple(kept if skip is hidden else skip for skip in state.skips)
-            return State(kept, state.embedding, skips)
+            return replace(state, hidden=kept, skips=skips)
         self._bytes[id(hidden)] = size
         weakref.finalize(hidden, self._bytes.pop, id(hidden), None)
         return state
@@ -111,7 +112,7 @@ class SpillBuffer:
 def _on(state: State, device: torch.device) -> State:
     """Copy a state to a device."""
     skips = tuple(skip.to(device) for skip in state.skips)
-    return State(state.hidden.to(device), state.embedding, skips)
+    return replace(state, hidden=state.hidden.to(device), skips=skips)
 
 
 def _after(step: Step, state: State, device: torch.device) -> State:
@@ -120,7 +121,7 @@ def _after(step: Step, state: State, device: torch.device) -> State:
     after = step(copied)
     kept = {id(copy): skip for copy, skip in zip(copied.skips, state.skips, strict=True)}
     skips = tuple(kept.get(id(skip), skip) for skip in after.skips)
-    return State(after.hidden, after.embedding, skips)
+    return replace(after, skips=skips)
 
 
 def _in_file(tensor: Tensor) -> Tensor:
