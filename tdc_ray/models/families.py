@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.dit import network as dit
 from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
     NetworkConfig,
@@ -42,6 +48,7 @@ from tdc_ray.models.unet2d.unet import (
     save_unet,
     unet_config,
 )
+from tdc_ray.models.unet2d_condition import network as condition
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.storage.object_store import display_path
@@ -103,8 +110,9 @@ def _transformer(
     takes: Conditioning = "classes",
     build: Callable[[NetworkConfig], Denoiser] | None = None,
     load: Callable[[Path], Denoiser] | None = None,
+    cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser] = cut_units,
 ) -> Family:
-    """Make the row of a class of transformers, whose module has ends, start and steps."""
+    """Make the row of a class with transformers, whose module has ends, start and steps."""
 
     def given_config(folder: Path) -> NetworkConfig:
         config = transformer_config(kind, folder)
@@ -117,7 +125,7 @@ def _transformer(
         save=lambda network, folder, _: save_transformer(network, folder),
         load_config=partial(transformer_config, kind),
         given_config=given_config,
-        cut=cut_units,
+        cut=cut,
         ends=module.ends,
         start=module.start,
         steps=module.steps,
@@ -141,6 +149,14 @@ FAMILIES: Mapping[str, Family] = {
     ),
     DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
     PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart, takes="captions"),
+    CONDITION_CLASS: _transformer(
+        UNet2DConditionModel,
+        condition,
+        takes="captions",
+        build=condition.build_unet,
+        load=condition.load_unet,
+        cut=cut,
+    ),
 }
 """Rows by the network's class."""
 

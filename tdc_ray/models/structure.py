@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tdc_ray.models.dit import layers as dit
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
     NetworkConfig,
@@ -15,6 +16,7 @@ from tdc_ray.models.network_config import (
 from tdc_ray.models.pixart import layers as pixart
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.unet2d_condition import layers as condition
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
 
 
@@ -54,6 +56,7 @@ STRUCTURES: Mapping[
     "UNet2DModel": (all_layers, units_of),
     DIT_CLASS: (dit.all_layers, dit.units_of),
     PIXART_CLASS: (pixart.all_layers, pixart.units_of),
+    CONDITION_CLASS: (condition.all_layers, condition.units_of),
 }
 """By the network's class: the functions that derive its layers and its units from a config."""
 

@@ -100,7 +100,14 @@ def count_macs(network: PixArtTransformer2DModel, config: NetworkConfig) -> floa
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("config", [TINY, ALPHA_512, ALPHA_1024], ids=["tiny", "512", "1024"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(TINY, id="tiny"),
+        pytest.param(ALPHA_512, id="512", marks=pytest.mark.slow),
+        pytest.param(ALPHA_1024, id="1024", marks=pytest.mark.slow),
+    ],
+)
 def test_macs_and_parameters_are_those_that_torch_counts(config):
     with torch.device("meta"):
         network = build_network(config)

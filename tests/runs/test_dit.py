@@ -80,6 +80,7 @@ def test_a_dit_goes_through_the_whole_method(ray_cluster, cache_dir, tmp_path):
     arguments = ("--model.config", str(tmp_path / "dit_config.json"))
     arguments += ("--conditioning.num-classes", "10", "--conditioning.label-dropout", "0.1")
     arguments += ("--sampler.guidance-scale", "1.5", "--evaluate.cache-dir", str(cache_dir))
+    arguments += ("--base.num-steps", "200")  # before, there is no prediction to keep
     command = ["run", "--preset", "digits-smoke", *arguments, "--run-dir", str(run)]
     assert run_command(command) == 0
     results = json.loads((run / "results.json").read_text())
