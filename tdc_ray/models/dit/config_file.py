@@ -1,31 +1,11 @@
 """The types and ranges of the settings of a ``DiTTransformer2DModel``'s ``config.json``."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from tdc_ray.config.validation import PositiveInt, Share
-from tdc_ray.models.config_types import Size, Width
+from tdc_ray.models.transformers.settings import TransformerSettings
 
 
-class DiTConfigFile(BaseModel):
+class DiTConfigFile(TransformerSettings):
     """The arguments of ``diffusers.DiTTransformer2DModel``, with its defaults."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    num_attention_heads: Annotated[int, Field(ge=1, le=256)] = 16
-    attention_head_dim: Width = 72
-    in_channels: Width = 4
-    out_channels: Width | None = None
-    num_layers: Annotated[int, Field(ge=1, le=256)] = 28
-    dropout: Share = 0.0
-    norm_num_groups: int = 32
-    attention_bias: bool = True
-    sample_size: Size = 32
-    patch_size: Annotated[int, Field(ge=1, le=64)] = 2
-    activation_fn: str = "gelu-approximate"
-    num_embeds_ada_norm: PositiveInt = 1000
-    upcast_attention: bool = False
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
-    norm_elementwise_affine: bool = False
-    norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5

@@ -9,10 +9,9 @@ from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.transformers.layers import (
     attention_layers,
-    attention_unit,
+    block_units,
     embedder_layers,
     feed_forward_layers,
-    feed_forward_unit,
     linear,
 )
 from tdc_ray.models.units import SpaceKind, Unit
@@ -31,15 +30,10 @@ def settings_of(config: Mapping[str, Any]) -> DiTConfigFile:
     """Return a network's settings, with diffusers' defaults for those left out.
 
     Raises:
-        UnsupportedModelError: Its patches do not tile its images, or its activation is unknown.
+        UnsupportedModelError: Its activation is unknown.
     """
     known: Any = {key: config[key] for key in DiTConfigFile.model_fields if key in config}
     dit = DiTConfigFile(**known)
-    if dit.sample_size % dit.patch_size:
-        raise UnsupportedModelError(
-            f"a sample_size of {dit.sample_size} is no multiple of the patch_size "
-            f"{dit.patch_size}: set one that is in the model's config.json."
-        )
     if dit.activation_fn not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"activation_fn {dit.activation_fn} is not supported; known are "
@@ -54,22 +48,7 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
     Raises:
         UnsupportedModelError: The stream is to be pruned, too, or a setting is not supported.
     """
-    if kind == "full":
-        raise UnsupportedModelError(
-            "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
-            "heads and feed-forwards."
-        )
-    dit = settings_of(config)
-    tokens = (dit.sample_size // dit.patch_size) ** 2
-    heads, size = dit.num_attention_heads, dit.attention_head_dim
-    return tuple(
-        unit
-        for block in _block_names(dit)
-        for unit in (
-            attention_unit(f"{block}.attn1", heads, size, tokens),
-            feed_forward_unit(f"{block}.ff", 4 * heads * size, tokens),
-        )
-    )
+    return block_units(settings_of(config), kind, "attn1")
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:
@@ -77,18 +56,14 @@ def all_layers(config: NetworkConfig) -> Sequence[Layer]:
     return list(_walk(settings_of(config), units_of(config)))
 
 
-def _block_names(dit: DiTConfigFile) -> list[str]:
-    return [f"transformer_blocks.{index}" for index in range(dit.num_layers)]
-
-
 def _walk(dit: DiTConfigFile, units: Sequence[Unit]) -> Iterator[Layer]:
     stream, tokens = Channels(dit.num_attention_heads * dit.attention_head_dim), units[0].pixels
     area, inputs = dit.patch_size**2, dit.in_channels
     outputs = inputs if dit.out_channels is None else dit.out_channels
     yield Layer("pos_embed.proj", (Channels(inputs),), (stream,), area, tokens)
-    for index, block in enumerate(_block_names(dit)):
-        heads, feed_forward = units[2 * index : 2 * index + 2]
-        times = 2 if index == 0 else 1  # the first block's embedding serves the end, too
+    for heads, feed_forward in zip(units[::2], units[1::2], strict=True):
+        block = heads.name.removesuffix(".attn1")
+        times = 2 if heads is units[0] else 1  # the first block's embedding serves the end, too
         embedder = f"{block}.norm1.emb.timestep_embedder"
         yield from embedder_layers(embedder, stream.count, times=times)
         table = f"{block}.norm1.emb.class_embedder.embedding_table"

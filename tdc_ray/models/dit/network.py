@@ -12,7 +12,7 @@ from torch.nn import functional
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.network import build_transformer, load_transformer
-from tdc_ray.models.transformers.steps import GatedStep, PatchStep, UnpatchStep
+from tdc_ray.models.transformers.steps import PatchStep, UnpatchStep, gated_step
 
 
 def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
@@ -80,22 +80,10 @@ def steps(dit: DiTTransformer2DModel) -> list[Step]:
         PatchStep(name="pos_embed", module=dit.pos_embed, output_layer="proj", patch_size=size)
     ]
     for index, block in enumerate(dit.transformer_blocks):
-        name, layer = f"transformer_blocks.{index}", block.norm1.linear
+        name, told = f"transformer_blocks.{index}", partial(_modulation, block.norm1.linear, index)
         sequence += [
-            GatedStep(
-                name=f"{name}.attn1",
-                module=block.attn1,
-                output_layer="to_out.0",
-                norm=block.norm1.norm,
-                modulation=partial(_modulation, layer, index, 0),
-            ),
-            GatedStep(
-                name=f"{name}.ff",
-                module=block.ff,
-                output_layer="net.2",
-                norm=block.norm3,
-                modulation=partial(_modulation, layer, index, 1),
-            ),
+            gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, partial(told, 0)),
+            gated_step(f"{name}.ff", block.ff, block.norm3, partial(told, 1)),
         ]
     end = UnpatchStep(
         name="proj_out_2",

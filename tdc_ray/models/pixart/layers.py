@@ -3,29 +3,27 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.config_types import Width
-from tdc_ray.models.dit.config_file import DiTConfigFile
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.transformers.layers import (
     attention_layers,
-    attention_unit,
+    block_units,
     embedder_layers,
     feed_forward_layers,
-    feed_forward_unit,
     linear,
 )
+from tdc_ray.models.transformers.settings import TransformerSettings
 from tdc_ray.models.units import SpaceKind, Unit
 
 CAPTION_TOKENS = 120
 """Tokens of a caption that macs are counted for, as PixArt-alpha has them."""
 
 
-class PixArtSettings(DiTConfigFile):
+class PixArtSettings(TransformerSettings):
     """The arguments of ``diffusers.PixArtTransformer2DModel``, with its defaults."""
 
-    norm_type: Literal["ada_norm_single"] = "ada_norm_single"  # type: ignore[assignment]
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
     out_channels: Width | None = 8
     sample_size: Width = 128
     norm_eps: float = 1e-6
@@ -39,28 +37,12 @@ class PixArtSettings(DiTConfigFile):
 def settings_of(config: NetworkConfig) -> PixArtSettings:
     """Return a network's settings, with diffusers' defaults for those left out."""
     known: Any = {key: value for key, value in config.items() if not key.startswith("_")}
-    pixart = PixArtSettings(**known)
-    if pixart.sample_size % pixart.patch_size:
-        raise UnsupportedModelError(f"sample_size {pixart.sample_size} is no multiple of patches.")
-    return pixart
+    return PixArtSettings(**known)
 
 
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """Return the heads of both attentions and the feed-forward's width of every block."""
-    if kind == "full":
-        raise UnsupportedModelError("a transformer's stream cannot be pruned: set prune.space.")
-    pixart = settings_of(config)
-    heads, size = pixart.num_attention_heads, pixart.attention_head_dim
-    tokens = (pixart.sample_size // pixart.patch_size) ** 2
-    return tuple(
-        unit
-        for index in range(pixart.num_layers)
-        for unit in (
-            attention_unit(f"transformer_blocks.{index}.attn1", heads, size, tokens),
-            attention_unit(f"transformer_blocks.{index}.attn2", heads, size, tokens),
-            feed_forward_unit(f"transformer_blocks.{index}.ff", 4 * heads * size, tokens),
-        )
-    )
+    return block_units(settings_of(config), kind, "attn1", "attn2")
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:

@@ -7,7 +7,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.transformers.steps import CrossStep, GatedStep, PatchStep, UnpatchStep
+from tdc_ray.models.transformers.steps import CrossStep, PatchStep, UnpatchStep, gated_step
 
 PIXELS_OF_LATENT = 8
 """Side of the square of pixels that a latent stands for, by which it is told its image's size."""
@@ -34,24 +34,26 @@ def start(
 
 def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
     """Split the forward pass into steps; one after the other they return the network's output."""
-    size, embedded, last = pixart.config["patch_size"], pixart.pos_embed, pixart.proj_out
+    size, embedded = pixart.config["patch_size"], pixart.pos_embed
     all_steps: list[Step] = [
         PatchStep(name="pos_embed", module=embedded, output_layer="proj", patch_size=size)
     ]
     for index, block in enumerate(pixart.transformer_blocks):
         name, told = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
-        attention = {"name": f"{name}.attn1", "module": block.attn1, "output_layer": "to_out.0"}
-        cross = {"name": f"{name}.attn2", "module": block.attn2, "output_layer": "to_out.0"}
-        feed_forward = {"name": f"{name}.ff", "module": block.ff, "output_layer": "net.2"}
         all_steps += [
-            GatedStep(**attention, norm=block.norm1, modulation=partial(told, 0)),
-            CrossStep(**cross),
-            GatedStep(**feed_forward, norm=block.norm2, modulation=partial(told, 1)),
+            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(told, 0)),
+            CrossStep(name=f"{name}.attn2", module=block.attn2, output_layer="to_out.0"),
+            gated_step(f"{name}.ff", block.ff, block.norm2, partial(told, 1)),
         ]
-    end = partial(_end_modulation, pixart.scale_shift_table)
-    norm = pixart.norm_out
-    unpatch = {"name": "proj_out", "module": last, "output_layer": "", "patch_size": size}
-    return [*all_steps, UnpatchStep(**unpatch, norm=norm, modulation=end)]
+    end = UnpatchStep(
+        name="proj_out",
+        module=pixart.proj_out,
+        output_layer="",
+        norm=pixart.norm_out,
+        modulation=partial(_end_modulation, pixart.scale_shift_table),
+        patch_size=size,
+    )
+    return [*all_steps, end]
 
 
 def _modulation(table: Tensor, half: int, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Attentions and feed-forwards of transformers as layers, and what can be pruned of them."""
 
+from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.units import Unit
+from tdc_ray.models.transformers.settings import TransformerSettings
+from tdc_ray.models.units import SpaceKind, Unit
 
 FREQUENCIES = 256
 """Channels of a timestep before it is embedded."""
@@ -69,3 +71,35 @@ def attention_unit(name: str, num_heads: int, head_dim: int, tokens: int) -> Uni
 def feed_forward_unit(name: str, width: int, tokens: int) -> Unit:
     """Describe the inner channels of a ``FeedForward``, each a step: they have no order."""
     return Unit(name, "feed-forward", width, 1, tokens)
+
+
+def block_units(
+    settings: TransformerSettings, kind: SpaceKind, *attentions: str
+) -> tuple[Unit, ...]:
+    """Return the units of blocks that are alike, in the order of the forward pass.
+
+    Args:
+        settings: Of the network.
+        kind: What is to be pruned.
+        attentions: Names of a block's attentions; a feed-forward ``ff`` follows them.
+
+    Raises:
+        UnsupportedModelError: The stream is to be pruned, too, or patches do not tile the images.
+    """
+    if kind == "full":
+        raise UnsupportedModelError(
+            "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
+            "heads and feed-forwards."
+        )
+    sample_size, patch_size = settings.sample_size, settings.patch_size
+    if sample_size % patch_size:
+        raise UnsupportedModelError(
+            f"a sample_size of {sample_size} is no multiple of the patch_size {patch_size}: set "
+            "one that is in the model's config.json."
+        )
+    heads, size = settings.num_attention_heads, settings.attention_head_dim
+    tokens, units = (sample_size // patch_size) ** 2, []
+    for name in (f"transformer_blocks.{index}" for index in range(settings.num_layers)):
+        units += [attention_unit(f"{name}.{one}", heads, size, tokens) for one in attentions]
+        units.append(feed_forward_unit(f"{name}.ff", 4 * heads * size, tokens))
+    return tuple(units)

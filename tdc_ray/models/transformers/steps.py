@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tdc_ray.models.step import State, Step
@@ -40,6 +41,14 @@ class GatedStep(Step):
     def gate(self, state: State) -> Tensor:
         """Return what the output layer's channels are multiplied with, ``(B, C)``."""
         return self.modulation(state.embedding)[2]
+
+
+def gated_step(name: str, module: nn.Module, norm: nn.Module, modulation: Modulation) -> GatedStep:
+    """Make the step of an ``Attention`` or a ``FeedForward``."""
+    layer = "to_out.0" if isinstance(module, Attention) else "net.2"
+    return GatedStep(
+        name=name, module=module, output_layer=layer, norm=norm, modulation=modulation
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
