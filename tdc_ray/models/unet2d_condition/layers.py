@@ -29,20 +29,24 @@ _KNOWN: Mapping[str, tuple[object, ...]] = {
     "attention_type": ("default",),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-} | dict.fromkeys(("only_cross_attention", "dual_cross_attention"), (False,))
-_KNOWN |= dict.fromkeys(
-    (
-        "class_embed_type",
-        "num_class_embeds",
-        "encoder_hid_dim",
-        "time_cond_proj_dim",
-        "cross_attention_norm",
-        "reverse_transformer_layers_per_block",
-    ),
-    (None,),
-)
+    "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
+    "time_cond_proj_dim": (None,),
+    "timestep_post_act": (None,),
+    "time_embedding_act_fn": (None,),
+    "resnet_skip_time_act": (False,),
+    "cross_attention_norm": (None,),
+    "reverse_transformer_layers_per_block": (None,),
+}
+"""Settings that change layers or what flows between them, and their values that are known; the
+first is diffusers' default."""
 
 _DEFAULTS: Mapping[str, Any] = {
     "in_channels": 4,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -89,7 +90,7 @@ def _step(
     )
 
 
-def _pairs(name: str, block: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+def _pairs(name: str, block: Any) -> Iterator[list[tuple[str, nn.Module]]]:
     """Yield every residual block of a level with the transformer behind it, if any, by name."""
     for index, resnet in enumerate(block.resnets):
         pair = [(f"{name}.resnets.{index}", resnet)]
@@ -106,20 +107,16 @@ def _parts(name: str, module: nn.Module) -> list[Step]:
     parts: list[Step] = [_EnterStep(name=f"{name}.proj_in", module=entry, output_layer="1")]
     for index, block in enumerate(module.transformer_blocks):
         inner = f"{name}.transformer_blocks.{index}"
-        attend = {"output_layer": "to_out.0"}
-        parts += [
-            _NormedStep(name=f"{inner}.attn1", module=block.attn1, norm=block.norm1, **attend),
-            _NormedStep(
-                name=f"{inner}.attn2",
-                module=block.attn2,
-                norm=block.norm2,
-                reads_context=True,
-                **attend,
-            ),
-            _NormedStep(
-                name=f"{inner}.ff", module=block.ff, norm=block.norm3, output_layer="net.2"
-            ),
-        ]
+        own = _NormedStep(
+            name=f"{inner}.attn1", module=block.attn1, norm=block.norm1, output_layer="to_out.0"
+        )
+        cross = replace(
+            own, name=f"{inner}.attn2", module=block.attn2, norm=block.norm2, reads_context=True
+        )
+        feed_forward = replace(
+            own, name=f"{inner}.ff", module=block.ff, norm=block.norm3, output_layer="net.2"
+        )
+        parts += [own, cross, feed_forward]
     exit_step = _ExitStep(name=f"{name}.proj_out", module=module.proj_out, output_layer="")
     return [*parts, exit_step]
 
