@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel, VQModel
 from torch import Tensor
 
 from tdc_ray.config.presets import preset
@@ -17,7 +17,8 @@ from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.events import EventSink, Reported
 from tdc_ray.execution.item import Report
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.families import build_network
+from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, image_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -30,6 +31,17 @@ from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.storage.run_dir import RunDir
 
 TINY: NetworkConfig = architecture("tiny")
+
+TINY_DIT: NetworkConfig = {
+    "_class_name": DIT_CLASS,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}
 
 
 def small_config(**changes: Mapping[str, Any] | int) -> RunConfig:
@@ -56,6 +68,16 @@ def random_unet(
         for parameter in unet.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return unet.eval()
+
+
+def random_dit(config: NetworkConfig = TINY_DIT, *, seed: int = 0) -> DiTTransformer2DModel:
+    """A DiT in eval mode, none of whose parameters is at its initial 0 or 1."""
+    torch.manual_seed(seed)
+    dit = build_network(config)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dit.eval()
 
 
 def sizes(config: NetworkConfig) -> tuple[int, int]:

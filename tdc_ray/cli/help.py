@@ -99,7 +99,7 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
     "prune": {
         "Model and images": {
-            "MODEL-DIR": "folder of a UNet2DModel or a pipeline, or a run directory (required)",
+            "MODEL-DIR": "folder of a UNet or DiT or a pipeline, or a run directory (required)",
             "--data DATA": "digits, photos, an npz file, or a folder; default: the run's",
             "--preset NAME": "settings to start from, where the model has no run",
         },

@@ -49,7 +49,7 @@ from tdc_ray.config.data import BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.models.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir

@@ -37,8 +37,9 @@ class ModelConfig:
     """Residual blocks per level of architecture auto; None means the family's."""
 
     config: str | None = None
-    """The config.json of a diffusers UNet2DModel, or its folder, in place of `architecture`: that
-    network is trained from scratch. Its content counts for a run, wherever the file lies."""
+    """The config.json of a diffusers UNet2DModel or DiTTransformer2DModel, or its folder, in place
+    of `architecture`: that network is trained from scratch. Its content counts for a run, wherever
+    the file lies."""
 
     network: Annotated[dict[str, Any] | None, Fixed, Suppress] = None
     """The network's settings once a run has chosen them (architecture auto) or read them
@@ -48,9 +49,9 @@ class ModelConfig:
     """Dropout inside the residual blocks, in [0, 1)."""
 
     base: Annotated[str | None, arg(aliases=("--base",))] = None
-    """A base to start from in place of training one: a diffusers folder (pipeline or UNet2DModel),
-    a name on the Hugging Face hub, a run directory, what tdc-ray import wrote, openai:FILE.pt or
-    compvis:FILE.ckpt. Then its own architecture counts."""
+    """A base to start from in place of training one: a diffusers folder (pipeline, UNet2DModel or
+    DiTTransformer2DModel), a name on the Hugging Face hub, a run directory, what tdc-ray import
+    wrote, openai:FILE.pt or compvis:FILE.ckpt. Then its own architecture counts."""
 
     num_heads: PositiveInt | None = None
     """Heads of every attention of a base from openai: or compvis:, whose file does not say; None

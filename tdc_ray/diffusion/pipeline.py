@@ -34,6 +34,7 @@ from tdc_ray.diffusion.sampling import (
 )
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
+from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -104,7 +105,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     def null_class(self) -> int | None:
         """The class that stands for none, where the experts embed one."""
         first_used = self.experts.for_timestep(self.experts.spans[-1][1])
-        return null_class(first_used.config["num_class_embeds"], self.num_classes)
+        return null_class(num_class_embeds(first_used.config), self.num_classes)
 
     @torch.inference_mode()
     def __call__(

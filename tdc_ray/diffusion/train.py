@@ -23,6 +23,7 @@ from tdc_ray.diffusion.loss import Teacher, denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
+from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
@@ -258,12 +259,12 @@ def _class_labels(
     unet: UNet2DModel, labels: Tensor, label_dropout: float, seed_parts: tuple[int, int, int]
 ) -> Tensor | None:
     """Replace some labels, at random, by the null class; None for a UNet that takes none."""
-    if unet.class_embedding is None:
+    if (num_classes := num_class_embeds(unet.config)) is None:
         return None
     if label_dropout:
         generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
         dropped = torch.rand(len(labels), generator=generator) < label_dropout
-        labels = labels.masked_fill(dropped, unet.class_embedding.num_embeddings - 1)
+        labels = labels.masked_fill(dropped, num_classes - 1)
     return labels.to(unet.device)
 
 

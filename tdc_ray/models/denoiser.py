@@ -1,12 +1,12 @@
 """What the rest of the package needs of a network, whatever its class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 
 class DenoiserOutput(Protocol):
@@ -45,11 +45,20 @@ class Denoiser(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """Return its weights by name."""
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
+        """Take weights by name; all must be there, in their shapes."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over its modules."""
+
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
         """Clear the gradients."""
 
     def eval(self) -> Self:
         """Switch to inference: no dropout."""
+
+    def float(self) -> Self:
+        """Bring the weights to float32."""
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
@@ -57,7 +66,7 @@ class Denoiser(Protocol):
 
 def has_classes(network: Denoiser) -> bool:
     """Whether a network is conditioned on classes."""
-    return network.config.get("num_class_embeds") is not None
+    return num_class_embeds(network.config) is not None
 
 
 def count_params(module: nn.Module) -> int:

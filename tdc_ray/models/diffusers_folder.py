@@ -13,6 +13,18 @@ from tdc_ray.storage.object_store import display_path
 
 diffusers_logging.disable_progress_bar()
 
+MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors of diffusers for values of a wrong type or that contradict each other."""
+
 
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.safetensors"

@@ -5,18 +5,56 @@ A class without a row is an ``UnsupportedModelError`` everywhere here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
+from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.network_config import NetworkConfig, class_name, row_of
+from tdc_ray.models.diffusers_folder import MALFORMED
+from tdc_ray.models.dit import network as dit
+from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
+    DIT_CLASS,
+    PIXART_CLASS,
+    NetworkConfig,
+    class_name,
+    row_of,
+)
+from tdc_ray.models.pixart import network as pixart
 from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.surgery import cut_units
+from tdc_ray.models.transformers.network import (
+    build_transformer,
+    load_transformer,
+    save_transformer,
+    transformer_config,
+)
 from tdc_ray.models.unet2d.steps import ends, start, steps
-from tdc_ray.models.unet2d.surgery import CoupledParameter, coupled_parameters, cut, kept_outputs
-from tdc_ray.models.unet2d.unet import build_unet, load_unet, unet_config
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.unet import (
+    build_unet,
+    given_unet_config,
+    load_unet,
+    save_unet,
+    unet_config,
+)
+from tdc_ray.models.unet2d_condition import network as condition
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
+from tdc_ray.storage.object_store import display_path
+
+Conditioning = Literal["classes", "captions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,27 +67,82 @@ class Family:
     load: Callable[[Path], Denoiser]
     """Loads a saved one, in eval mode, on the CPU."""
 
+    save: Callable[[Denoiser, Path], None]
+    """Saves an unpruned one and its config as diffusers does."""
+
     load_config: Callable[[Path], NetworkConfig]
+    """Loads the config of what ``save`` saved."""
+
+    given_config: Callable[[Path], NetworkConfig]
+    """Loads the config of one from outside; diffusers' defaults fill what it lacks."""
+
     cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser]
-    kept_outputs: Callable[[Denoiser, Sequence[Unit], KeptIndices], dict[str, Tensor]]
-    coupled_parameters: Callable[[Denoiser, Unit], list[CoupledParameter]]
+    """Returns a pruned copy, given all units and what of each is kept."""
+
     ends: Callable[[Denoiser], Ends]
     start: Callable[[Denoiser, Tensor, Tensor, Tensor | None], State]
+    """Returns the state before the first step, of noised images, timesteps and classes."""
+
     steps: Callable[[Denoiser], list[Step]]
+    """Splits the forward pass so that every inner unit lies within a step of its name."""
+
+    takes: Conditioning = "classes"
+    """What it is conditioned on, if on anything beside the timestep. No command has captions
+    yet: ``start`` takes their states, ``(B, S, C)``, in place of classes."""
+
+
+def _transformer(
+    kind: type[ModelMixin],
+    module: Any,
+    *,
+    takes: Conditioning = "classes",
+    build: Callable[[NetworkConfig], Denoiser] | None = None,
+    load: Callable[[Path], Denoiser] | None = None,
+    cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser] = cut_units,
+) -> Family:
+    """Make the row of a class with transformers, whose module has ends, start and steps."""
+
+    def given_config(folder: Path) -> NetworkConfig:
+        config = transformer_config(kind, folder)
+        network_structure(config)  # checks types, ranges and known values
+        return config
+
+    return Family(
+        build=build or partial(build_transformer, kind),
+        load=load or partial(load_transformer, kind),
+        save=save_transformer,
+        load_config=partial(transformer_config, kind),
+        given_config=given_config,
+        cut=cut,
+        ends=module.ends,
+        start=module.start,
+        steps=module.steps,
+        takes=takes,
+    )
 
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(
         build=build_unet,
         load=load_unet,
+        save=save_unet,
         load_config=unet_config,
+        given_config=given_unet_config,
         cut=cut,
-        kept_outputs=kept_outputs,
-        coupled_parameters=coupled_parameters,
         ends=ends,
         start=start,
         steps=steps,
-    )
+    ),
+    DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
+    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart, takes="captions"),
+    CONDITION_CLASS: _transformer(
+        UNet2DConditionModel,
+        condition,
+        takes="captions",
+        build=condition.build_unet,
+        load=condition.load_unet,
+        cut=cut,
+    ),
 }
 """Rows by the network's class."""
 
@@ -78,6 +171,11 @@ def load_network(folder: Path) -> Denoiser:
     return _family_in(folder).load(folder)
 
 
+def save_network(network: Denoiser, folder: Path) -> None:
+    """Save an unpruned network as diffusers does; the folder appears when it is whole."""
+    family_of(network).save(network, folder)
+
+
 def load_config(folder: Path) -> NetworkConfig:
     """Load the config of a saved network without its weights.
 
@@ -85,6 +183,55 @@ def load_config(folder: Path) -> NetworkConfig:
         StorageError: There is none, or it is malformed.
     """
     return _family_in(folder).load_config(folder)
+
+
+def given_config(folder: Path) -> NetworkConfig:
+    """Load the config of a network that comes from outside, and check it.
+
+    Raises:
+        ConfigError: It is of another class.
+        CheckpointError: diffusers cannot build a network of it.
+    """
+    path = folder / "config.json"
+    document = read_json(fetch(folder) / "config.json")
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
+    kind = class_name(document)
+    known = [name for name, family in FAMILIES.items() if family.takes == "classes"]
+    if kind not in known:
+        raise ConfigError(
+            f"{display_path(folder)} holds a {kind}: only a {' or '.join(known)} can be a base "
+            "or be pruned (none that is conditioned on text)."
+        )
+    try:
+        config = FAMILIES[kind].given_config(folder)
+        _build_on_meta(config)
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"diffusers can build no {kind} of {display_path(path)}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    return config
+
+
+def check_buildable(config: NetworkConfig, name: str) -> None:
+    """Check that diffusers can build a network of a config.
+
+    Raises:
+        ConfigError: It cannot: values contradict each other.
+    """
+    try:
+        _build_on_meta(config)
+    except MALFORMED as error:
+        raise ConfigError(
+            f"diffusers can build no {class_name(config)} of {name}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
+def _build_on_meta(config: NetworkConfig) -> None:
+    with torch.device("meta"):
+        build_network(config)
 
 
 def _family_in(folder: Path) -> Family:

@@ -81,7 +81,9 @@ def predict(
                 x_t[first : first + size],
                 timesteps[first : first + size],
                 class_labels=None if class_labels is None else class_labels[first : first + size],
-            ).sample.float()
+            )
+            .sample[:, :num_channels]
+            .float()
             for first in range(0, len(x_t), size)
         ]
     return torch.cat(chunks)
@@ -93,23 +95,26 @@ def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterat
 
     Args:
         network: The network.
-        num_channels: The channels; None means all.
+        num_channels: The channels, if a convolution outputs them; None means all.
     """
     ends = family_of(network).ends(network)
     norm, last = ends.last_norm, ends.last
     assert last.bias is not None
-    weight, bias = last.weight.data[:num_channels].float(), last.bias.data[:num_channels].float()
-    with (
-        norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)),
-        swapped_weights(norm, norm.weight.data.float(), norm.bias.data.float()),
-        swapped_weights(last, weight, bias),
-    ):
+    few = num_channels if isinstance(last, nn.Conv2d) else None
+    weight, bias = last.weight.data[:few].float(), last.bias.data[:few].float()
+    with contextlib.ExitStack() as stack:
+        to_float = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        stack.callback(to_float.remove)
+        if norm.weight is not None:  # a transformer's has none
+            affine = norm.weight.data.float(), norm.bias.data.float()
+            stack.enter_context(swapped_weights(norm, *affine))
+        stack.enter_context(swapped_weights(last, weight, bias))
         yield
 
 
 @contextlib.contextmanager
 def swapped_weights(
-    layer: nn.Conv2d | nn.Linear | nn.GroupNorm, weight: Tensor, bias: Tensor
+    layer: nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm, weight: Tensor, bias: Tensor
 ) -> Iterator[None]:
     """Replace the weights of a layer, which has a bias, within the context."""
     assert layer.bias is not None

@@ -1,5 +1,6 @@
 """The layers of a network, and which of their channels are pruned together."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 STREAM = "stream:"
@@ -37,9 +38,14 @@ class Layer:
 
     has_bias: bool = True
 
+    has_weight: bool = True
+    """False for products of activations, as inside attention, which cost macs alone."""
+
     @property
     def num_params(self) -> int:
         """Parameters of the unpruned layer."""
+        if not self.has_weight:
+            return 0
         bias = total(self.outputs) if self.has_bias else 0
         return self._num_weights + bias
 
@@ -51,6 +57,15 @@ class Layer:
     @property
     def _num_weights(self) -> int:
         return total(self.inputs) * total(self.outputs) * self.kernel_area
+
+
+def channel_offsets(unit: str, channels: tuple[Channels, ...]) -> Iterator[int]:
+    """Yield where a unit's channels begin along a dimension."""
+    offset = 0
+    for run in channels:
+        if run.unit == unit:
+            yield offset
+        offset += run.count
 
 
 def total(channels: tuple[Channels, ...]) -> int:

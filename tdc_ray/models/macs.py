@@ -80,10 +80,10 @@ def macs_polynomials(
     for layer in layers:
         inputs, outputs = form(layer.inputs), form(layer.outputs)
         for written, rows in outputs.items():
-            num_params[written] += rows * layer.has_bias
+            num_params[written] += rows * (layer.has_bias and layer.has_weight)
             for read, columns in inputs.items():
                 weights = rows * columns * layer.kernel_area
                 both = tuple(sorted(written + read))
-                num_params[both] += weights
+                num_params[both] += weights * layer.has_weight
                 macs[both] += weights * layer.pixels
     return Polynomial.of(num_params, units), Polynomial.of(macs, units)

@@ -1,15 +1,21 @@
 """Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tdc_ray.errors import UnsupportedModelError
 
 Row = TypeVar("Row")
 
+DEFAULT_CLASS = "UNet2DModel"
+"""The class of a network whose config names none."""
+
+DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+CONDITION_CLASS = "UNet2DConditionModel"
+
 
 class NetworkConfig(TypedDict, total=False):
-    """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out."""
+    """Keyword arguments of a class of ``families``, which has defaults for those left out."""
 
     sample_size: int | tuple[int, int] | None
     in_channels: int
@@ -47,6 +53,19 @@ class NetworkConfig(TypedDict, total=False):
     num_heads_upsample: int | None
     """Heads of the attentions on the way up, where they are not ``num_heads``."""
 
+    # of a DiTTransformer2DModel
+    num_attention_heads: int
+    num_layers: int
+    patch_size: int
+    activation_fn: str
+    attention_bias: bool
+    num_embeds_ada_norm: int
+    norm_type: str
+    norm_elementwise_affine: bool
+    cross_attention_dim: int | None
+    caption_channels: int | None
+    upcast_attention: bool
+
     _class_name: str
 
 
@@ -81,9 +100,14 @@ def num_heads_of(config: NetworkConfig, module: str, channels: int) -> int:
     return config.get("num_heads") or channels // (config.get("attention_head_dim") or channels)
 
 
-def class_name(config: NetworkConfig) -> str:
-    """Return the name of the network's class; configs without one are of a ``UNet2DModel``."""
-    return config.get("_class_name", "UNet2DModel")
+def class_name(config: Mapping[str, Any]) -> str:
+    """Return the name of the network's class; configs without one are of a ``UNet2DModel``.
+
+    Released DiTs name the class that all transformers had once.
+    """
+    name = str(config.get("_class_name", DEFAULT_CLASS))
+    is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    return DIT_CLASS if is_dit else name
 
 
 def row_of(table: Mapping[str, Row], name: str) -> Row:
@@ -95,6 +119,18 @@ def row_of(table: Mapping[str, Row], name: str) -> Row:
     if name not in table:
         raise UnsupportedModelError(f"a {name} is not supported; known are {', '.join(table)}.")
     return table[name]
+
+
+def num_class_embeds(config: Mapping[str, Any]) -> int | None:
+    """Return how many classes a network embeds, a null class among them; None means none.
+
+    Transformers with adaLN-Zero embed one more than ``num_embeds_ada_norm``: the null class.
+    """
+    given = config.get("num_embeds_ada_norm")
+    if given is not None and config.get("norm_type", "ada_norm_zero") == "ada_norm_zero":
+        return int(given) + 1
+    embeds: int | None = config.get("num_class_embeds")
+    return embeds
 
 
 def image_size(config: NetworkConfig) -> tuple[int, int]:

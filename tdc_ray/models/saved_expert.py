@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import build_network, family_of
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import DEFAULT_CLASS, NetworkConfig, class_name
 from tdc_ray.models.structure import units_for
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.storage.files import atomic_path, fetch, read_json, remove, write_json
@@ -75,6 +75,8 @@ def save_expert_into(
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    if (kind := class_name(config)) != DEFAULT_CLASS:
+        plain["_class_name"] = kind
     write_json(folder / CONFIG_FILE, {"unet": plain, "kept": dict(kept)})
 
 

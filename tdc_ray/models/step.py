@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,16 @@ class State:
     """What flows between two steps, for one batch."""
 
     hidden: Tensor
-    """``(B, C, H, W)``"""
+    """``(B, C, H, W)``; a transformer's patches lie where they are in the image."""
 
     embedding: Tensor
-    """Embedding of timestep and class, ``(B, E)``."""
+    """Embedding of timestep and class, ``(B, E)``; where every block has one, ``(B, L, E)``."""
 
     skips: tuple[Tensor, ...] = ()
     """Outputs of the encoder that the decoder has not read yet."""
+
+    context: Tensor | None = None
+    """What cross-attentions read, such as states of a caption: ``(B, S, C)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,14 @@ class Ends:
     """The layers at both ends of a network."""
 
     first: nn.Conv2d
-    last_norm: nn.GroupNorm
-    last: nn.Conv2d
+    last_norm: nn.GroupNorm | nn.LayerNorm
+    last: nn.Conv2d | nn.Linear
+    """A convolution has an output for each channel, a linear layer for each pixel of a patch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One residual block, attention or sampler, or the convolutions at both ends."""
+    """One residual block, attention, feed-forward or sampler, or the layers at both ends."""
 
     name: str
     """Dotted name of the module in the network."""
@@ -65,7 +69,19 @@ class Step:
             hidden = self.module(hidden)
         if self.leaves_skip:
             skips = (*skips, hidden)
-        return State(hidden, state.embedding, skips)
+        return replace(state, hidden=hidden, skips=skips)
+
+    def gate(self, state: State) -> Tensor | None:
+        """Return what the output layer's channels are multiplied with, ``(B, C)``, if anything."""
+        del state
+        return None
+
+    def in_layer(self, values: Tensor) -> Tensor:
+        """Bring a difference of the step's output into the layout of the output layer's."""
+        missing = values * self.residual_scale
+        if isinstance(self.module.get_submodule(self.output_layer), nn.Linear):
+            missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+        return missing
 
 
 def run(steps: Sequence[Step], state: State) -> State:

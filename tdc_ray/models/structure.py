@@ -3,10 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tdc_ray.models.dit import layers as dit
 from tdc_ray.models.layer import STREAM, Layer
-from tdc_ray.models.network_config import NetworkConfig, class_name, row_of
+from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
+    DIT_CLASS,
+    PIXART_CLASS,
+    NetworkConfig,
+    class_name,
+    row_of,
+)
+from tdc_ray.models.pixart import layers as pixart
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.models.unet2d_condition import layers as condition
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit
 
 
@@ -24,8 +34,9 @@ class NetworkStructure:
     def macs(self) -> int:
         """Macs of one forward pass for one image.
 
-        They are those of convolutions and linear layers, without the two products inside
-        attention, as the paper counts them (it calls them FLOPs).
+        They are those of convolutions and linear layers; a UNet's are without the two products
+        inside attention, as the paper counts them (it calls them FLOPs), a transformer's with
+        them, as is usual there.
         """
         return sum(layer.macs for layer in self.layers)
 
@@ -41,7 +52,12 @@ STRUCTURES: Mapping[
         Callable[[NetworkConfig], Sequence[Layer]],
         Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
     ],
-] = {"UNet2DModel": (all_layers, units_of)}
+] = {
+    "UNet2DModel": (all_layers, units_of),
+    DIT_CLASS: (dit.all_layers, dit.units_of),
+    PIXART_CLASS: (pixart.all_layers, pixart.units_of),
+    CONDITION_CLASS: (condition.all_layers, condition.units_of),
+}
 """By the network's class: the functions that derive its layers and its units from a config."""
 
 
@@ -53,6 +69,15 @@ def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> Netwo
     """
     layers, units = row_of(STRUCTURES, class_name(config))
     return NetworkStructure(layers(config), units(config, kind))
+
+
+def layers_of(name: str, config: NetworkConfig) -> Sequence[Layer]:
+    """Return the layers of a network of a class, in the order of the forward pass.
+
+    Raises:
+        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
+    """
+    return row_of(STRUCTURES, name)[0](config)
 
 
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:

@@ -1,8 +1,9 @@
 """The units of a network: what can be pruned as a whole.
 
-Inner units are the inner width of a residual block, in whole GroupNorm groups, and an attention's
-heads. Pruning them leaves the residual stream, the skip connections and the statistics of the
-groups that are kept as they were, so macs and parameters add up over them.
+Inner units are the inner width of a residual block, in whole GroupNorm groups, an attention's
+heads, and the inner width of a transformer's feed-forward. Pruning them leaves the residual
+stream, the skip connections and the statistics of the groups that are kept as they were, so macs
+and parameters add up over them.
 
 Stream units are the width of the residual stream itself, from where a convolution starts it to
 where the next one does; whatever adds to it or reads it, skip connections too, is pruned with it.
@@ -25,22 +26,23 @@ SpaceKind = Literal["inner", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A residual block's inner width, an attention's heads or the width of the stream."""
+    """A block's inner width, an attention's heads or the width of the stream."""
 
     name: str
-    """Dotted name of the block in the ``UNet2DModel``; for a stream, of the module that starts it,
-    after ``stream:``."""
+    """Dotted name of the block in the network; for a stream, of the module that starts it, after
+    ``stream:``."""
 
-    kind: Literal["residual", "attention", "stream"]
+    kind: Literal["residual", "attention", "feed-forward", "stream"]
 
     width: int
-    """How many steps there are: GroupNorm groups, heads, or slices of the stream."""
+    """How many steps there are: GroupNorm groups, heads, channels of a feed-forward, or slices of
+    the stream."""
 
     channels: int
     """Channels of one step."""
 
     pixels: int
-    """Height times width of the block's output."""
+    """Height times width of the block's output; of a transformer the tokens."""
 
     multiple: int = 1
     """The number of channels that are kept should be a multiple of it."""

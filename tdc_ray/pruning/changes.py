@@ -248,8 +248,11 @@ class Planner:
 
 
 def block_of(unit: Unit) -> str:
-    """Return the name of a unit's block: down, mid or up with its number, or the first layer."""
-    match = re.search(r"(down|up)_blocks\.(\d+)|mid_block", unit.name)
+    """Return the name of a unit's block: down, mid or up with its number, or the first layer.
+
+    Blocks of transformers are numbered from 0.
+    """
+    match = re.search(r"(down|up|transformer)_blocks\.(\d+)|mid_block", unit.name)
     if match is None:
         return "first"
     return f"{match[1]} {match[2]}" if match[1] else "mid"

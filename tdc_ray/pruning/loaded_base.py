@@ -13,6 +13,7 @@ from tdc_ray.models.layer import Layer
 from tdc_ray.models.macs import macs_polynomials
 from tdc_ray.models.step import num_untouched
 from tdc_ray.models.structure import network_structure
+from tdc_ray.models.surgery import kept_outputs
 from tdc_ray.models.units import KeptIndices, keep_everything, widths_of
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.noised import Purpose, noised_batches, run_all
@@ -117,13 +118,13 @@ def prune_and_refit(base: LoadedBase, kept: KeptIndices, share: float = 1.0) -> 
         kept: What of each unit is kept.
         share: Share of the refit's images to use.
     """
-    network, space, family = base.network, base.space, family_of(base.network)
-    pruned = family.cut(network, space.units, kept)
+    network, space = base.network, base.space
+    pruned = family_of(network).cut(network, space.units, kept)
     if base.context.prune.refit == "none" or kept == base.whole.kept:
         return PrunedModel(pruned, kept, 0.0)
     batches = list(base.batches("refit", share))
     weights, weighing = refit_weights(base, base.whole, batches)
-    outputs = family.kept_outputs(network, space.units, kept)
+    outputs = kept_outputs(network, space.units, kept)
     macs = refit(network, pruned, outputs, batches, base.schedule, weights)
     passes = space.macs_base + 2 * space.macs(widths_of(kept))
     spent = macs + weighing + float(_count(batches) * passes)

@@ -11,10 +11,10 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, from_json, named_differences
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.config_file import config_path, with_file
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
-from tdc_ray.models.unet2d.config_file import config_path, with_file
 from tdc_ray.storage.files import exists, read_json
 
 logger = logging.getLogger(__name__)

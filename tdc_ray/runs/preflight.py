@@ -11,10 +11,10 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
-from tdc_ray.models.unet2d.unet import check_buildable
 from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_features, check_labels
 from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
@@ -103,7 +103,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
-        num_class_embeds=network.get("num_class_embeds"),
+        num_class_embeds=num_class_embeds(network),
         num_data_classes=dataset.num_classes,
     )
 

@@ -1,4 +1,4 @@
-"""Prunes any saved ``UNet2DModel`` to a limit, in this process: ``tdc-ray prune``."""
+"""Prunes any saved denoiser to a limit, in this process: ``tdc-ray prune``."""
 
 import logging
 import time
@@ -17,11 +17,11 @@ from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.device import allow_tf32, worker_device
 from tdc_ray.execution.events import listening
 from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import given_config
 from tdc_ray.models.finite import check_finite
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
-from tdc_ray.models.unet2d.unet import given_unet_config
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
@@ -32,7 +32,7 @@ from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check_shape
-from tdc_ray.runs.pretrained.sources import is_unet
+from tdc_ray.runs.pretrained.sources import TRANSFORMERS, is_unet
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
@@ -54,12 +54,13 @@ def unet_dir(path: Path) -> Path:
         CheckpointError: There is none.
     """
     path = resolve_path(path)
-    for folder in (path, path / "unet", path / "base" / "unet"):
+    for folder in (path, path / "unet", path / "transformer", path / "base" / "unet"):
         if is_unet(folder):
             return folder if is_remote(folder) else folder.absolute()  # links stay
     raise CheckpointError(
         f"{display_path(path)} {'holds no UNet2DModel' if exists(path) else 'does not exist'}: "
-        "neither it nor its unet or base/unet has a config.json with block_out_channels. (tdc-ray "
+        "neither it nor its unet or base/unet has a config.json with block_out_channels, nor is "
+        f"it or its transformer a {' or '.join(TRANSFORMERS)}. (tdc-ray "
         "import BASE DIR makes such a folder of a model on the hub and of a file of openai: or "
         "compvis:. A model that was pruned before cannot be pruned again.)"
     )
@@ -120,7 +121,7 @@ def prune_model(
     Raises:
         TdcError: Something went wrong; raised before work starts wherever that can be known.
     """
-    out, config, network = resolve_path(out), with_absolute_paths(config), given_unet_config(unet)
+    out, config, network = resolve_path(out), with_absolute_paths(config), given_config(unet)
     allow_tf32(allowed=config.compute.tf32)
     _check_settings(config, milliseconds)
     check_out(out)
@@ -231,7 +232,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: It is missing or malformed.
     """
     check_shape(config.data, network, "this model")
-    dataset, embeds = load_dataset(config.data), network.get("num_class_embeds")
+    dataset, embeds = load_dataset(config.data), num_class_embeds(network)
     log_summary(config.data)
     if embeds and not dataset.num_classes:
         raise ConfigError(
@@ -299,7 +300,7 @@ def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConf
             )
         data = replace(data, image_size=image_size(unet), num_channels=1 if channels == 1 else 3)
     named = data_config(source, data)
-    by_folders = named.source == "folder" and unet.get("num_class_embeds") is not None
+    by_folders = named.source == "folder" and num_class_embeds(unet) is not None
     return replace(named, labels_from_folders=named.labels_from_folders or by_folders)
 
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
+from tdc_ray.models.surgery import kept_outputs
 from tdc_ray.models.unet2d.blocks import output_layer
-from tdc_ray.models.unet2d.surgery import cut, kept_outputs
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything
 from tdc_ray.pruning.criteria.magnitude import magnitude_scores

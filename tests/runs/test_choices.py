@@ -19,8 +19,8 @@ from tdc_ray.config.run import (
 )
 from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError, DataError, StorageError
+from tdc_ray.models.config_file import with_file
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
-from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.preflight import check, refuse_other_settings
 from tdc_ray.runs.stages.base import base_inputs

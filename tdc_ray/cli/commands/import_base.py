@@ -30,6 +30,7 @@ class ImportCommand:
     def execute(self, console: Console) -> None:
         """Write the base, and print the settings that it leaves open."""
         check_output_folder("OUT", self.out)
+        from tdc_ray.models.network_config import num_class_embeds
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base
         from tdc_ray.runs.pretrained.notes import base_notes
@@ -55,7 +56,7 @@ class ImportCommand:
             stage, _, setting = name.partition(".")
             value = getattr(getattr(self.config, stage), setting)
             console.print(f"from the settings, not the base: {name} {value}", soft_wrap=True)
-        if (embeds := base.unet.get("num_class_embeds")) is not None:
+        if (embeds := num_class_embeds(base.unet)) is not None:
             console.print(
                 f"it embeds {embeds} classes: run it with --conditioning.num-classes {embeds}, or "
                 f"{embeds - 1} if the last one stands for no class",

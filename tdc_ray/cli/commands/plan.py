@@ -10,7 +10,7 @@ from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_output_folder
 from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.models.config_file import with_file
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 if TYPE_CHECKING:

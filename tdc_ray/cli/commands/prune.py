@@ -18,7 +18,9 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True)
 class PruneCommand:
-    """Prune any saved UNet2DModel to a share of its macs, or to a time, and refit it.
+    """Prune any saved UNet2DModel or DiTTransformer2DModel to a share of its macs, or to a time.
+
+    What was pruned is refitted.
 
     No gradient step, no Ray.
 
@@ -27,8 +29,8 @@ class PruneCommand:
     """
 
     model_dir: Positional[Path]
-    """Folder of a diffusers UNet2DModel or of a pipeline with one, or a run directory; or its
-    URI."""
+    """Folder of a diffusers UNet2DModel or DiTTransformer2DModel or of a pipeline with one, or a
+    run directory; or its URI."""
     config: Settings
     out: Path
     """Where the pruned model and report.json go."""
@@ -67,7 +69,7 @@ class PruneCommand:
         if self.data is None:
             check_settings(self.config)
         from tdc_ray.diffusion.plan import one_group, plan_groups
-        from tdc_ray.models.unet2d.unet import given_unet_config
+        from tdc_ray.models.families import given_config
         from tdc_ray.reporting.console import print_pruned
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.pretrained.settings import missing_settings
@@ -87,7 +89,7 @@ class PruneCommand:
                 f"{display_path(self.model_dir)} is in no run directory and does not say what it "
                 "was trained on: set --data to digits, an npz file or a folder of images."
             )
-        config = for_unet(self.config, given_unet_config(unet), self.data)
+        config = for_unet(self.config, given_config(unet), self.data)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:

@@ -11,7 +11,7 @@ from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.output import PlainConsole
 from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.run import default_run_dir, with_absolute_paths
-from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.models.config_file import with_file
 from tdc_ray.reporting.loggers.names import check_loggers
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.logs import log_to

@@ -71,6 +71,7 @@ class SampleCommand:
 
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
+        from tdc_ray.models.families import family_of
         from tdc_ray.models.precision import DTYPES
         from tdc_ray.reporting.grid import save_grid
         from tdc_ray.runs.stages.precision import ProbeJob, benchmark_precision
@@ -92,7 +93,8 @@ class SampleCommand:
         )
         precision = self.precision
         if precision == "auto":
-            channels = len(pipeline.experts.for_timestep(0).conv_in.weight)
+            network = pipeline.experts.for_timestep(0)
+            channels = len(family_of(network).ends(network).first.weight)
             job = ProbeJob(channels=channels, size=pipeline.shape[1:], trains=False)
             precision = benchmark_precision(job, lambda *_: None).precision
             console.print(f"precision auto is {precision} here")

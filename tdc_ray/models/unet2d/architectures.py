@@ -10,7 +10,7 @@ from typing import Unpack, cast
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
@@ -141,7 +141,7 @@ def base_unet(model: ModelConfig, conditioning: ConditioningConfig) -> NetworkCo
     """
     chosen, num_classes = model.network, conditioning.num_class_embeds
     settings = architecture(model.architecture) if chosen is None else cast(NetworkConfig, chosen)
-    if num_classes is None or settings.get("num_class_embeds") is not None:
+    if num_classes is None or num_class_embeds(settings) is not None:
         return settings
     return {**settings, "num_class_embeds": num_classes}
 

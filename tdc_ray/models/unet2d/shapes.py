@@ -1,6 +1,5 @@
 """The blocks of a UNet2DModel as layers, with the channels that each reads and writes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tdc_ray.models.layer import Channels, Layer, total
@@ -65,15 +64,6 @@ class AttentionBlock:
 
 
 Block = Layer | ResidualBlock | AttentionBlock
-
-
-def channel_offsets(unit: str, channels: tuple[Channels, ...]) -> Iterator[int]:
-    """Yield where a unit's channels begin along a dimension."""
-    offset = 0
-    for run in channels:
-        if run.unit == unit:
-            yield offset
-        offset += run.count
 
 
 def norm(name: str, *channels: Channels) -> Layer:

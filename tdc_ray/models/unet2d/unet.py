@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError, is_from_outside
-from tdc_ray.models.diffusers_folder import OWN_WEIGHTS_FILE, load_pretrained
+from tdc_ray.errors import CheckpointError, UnsupportedModelError, is_from_outside
+from tdc_ray.models.diffusers_folder import MALFORMED, OWN_WEIGHTS_FILE, load_pretrained
 from tdc_ray.models.network_config import HEADS, NetworkConfig, num_heads_of
 from tdc_ray.models.unet2d.config_file import HEADS_FILE
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
@@ -24,17 +24,6 @@ _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(UNet2DModel).parameters.items()
 } | {"num_heads": None}
-
-_MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors of diffusers for values of a wrong type or that contradict each other."""
 
 
 def build_unet(config: NetworkConfig) -> UNet2DModel:
@@ -119,7 +108,7 @@ def _load_own(folder: Path, weights: Path) -> UNet2DModel:
     try:
         unet = build_unet(unet_config(folder))
         unet.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, *_MALFORMED) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(
@@ -129,50 +118,8 @@ def _load_own(folder: Path, weights: Path) -> UNet2DModel:
 
 
 def given_unet_config(folder: Path) -> NetworkConfig:
-    """Load the config of a UNet that comes from outside; diffusers' defaults fill what it lacks.
-
-    Raises:
-        ConfigError: It is of another class.
-        CheckpointError: diffusers cannot build a UNet of it.
-    """
-    path = folder / "config.json"
-    document = read_json(fetch(folder) / "config.json")
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
-    kind = document.get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
-        raise ConfigError(
-            f"{display_path(folder)} holds a {kind}: only a UNet2DModel can be a base or be "
-            "pruned (none that is conditioned on text, and no transformer)."
-        )
-    try:
-        config = cast("NetworkConfig", {**_DEFAULTS, **unet_config(folder)})
-        _build_on_meta(config)
-    except _MALFORMED as error:
-        raise CheckpointError(
-            f"diffusers can build no UNet2DModel of {display_path(path)}: {type(error).__name__}: "
-            f"{error}"
-        ) from error
-    return config
-
-
-def check_buildable(config: NetworkConfig, name: str) -> None:
-    """Check that diffusers can build a UNet of a config.
-
-    Raises:
-        ConfigError: It cannot: values contradict each other.
-    """
-    try:
-        _build_on_meta(config)
-    except _MALFORMED as error:
-        raise ConfigError(
-            f"diffusers can build no UNet2DModel of {name}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _build_on_meta(config: NetworkConfig) -> None:
-    with torch.device("meta"):
-        build_unet(config)
+    """Load the config of a UNet from outside; diffusers' defaults fill what it lacks."""
+    return cast("NetworkConfig", {**_DEFAULTS, **unet_config(folder)})
 
 
 def unet_config(folder: Path) -> NetworkConfig:

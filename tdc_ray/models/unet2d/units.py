@@ -28,7 +28,7 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
     units: dict[str, Unit] = {}
     for block in all_blocks:
         if not isinstance(block, Layer):
-            units[block.name] = _inner_unit(block)
+            units[block.name] = inner_unit(block)
         stream = block.outputs[0] if isinstance(block, Layer) else block.stream
         step = groups[stream.unit]
         if kind == "full" and stream.unit is not None and stream.count > step:
@@ -37,7 +37,8 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
     return tuple(units.values())
 
 
-def _inner_unit(block: ResidualBlock | AttentionBlock) -> Unit:
+def inner_unit(block: ResidualBlock | AttentionBlock) -> Unit:
+    """Return the inner width of a block, or its heads."""
     kind: Literal["residual", "attention"]
     if isinstance(block, AttentionBlock):
         kind, width = "attention", block.num_heads

@@ -31,6 +31,8 @@ def reconstruction_scores(unit: Unit, squares: LeastSquares, channels: Tensor) -
     size = len(gram) // unit.width
     remaining = {step: slice(step * size, (step + 1) * size) for step in range(unit.width)}
     scores, error = [0.0] * unit.width, 0.0
+    if size == 1:
+        return _one_by_one(weights, inverse)
     while remaining:
         increase = {
             step: float(
@@ -49,6 +51,24 @@ def reconstruction_scores(unit: Unit, squares: LeastSquares, channels: Tensor) -
         weights = weights - change[:, : weights.shape[1]]
         inverse = inverse - change[:, weights.shape[1] :]
     return scores
+
+
+def _one_by_one(weights: Tensor, inverse: Tensor) -> list[float]:
+    """Score groups of a single input each, of which there may be thousands: the same, at once."""
+    scores, error = torch.zeros(len(inverse), dtype=torch.float64), 0.0
+    left = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    weights, inverse = weights.clone(), inverse.clone()
+    for _ in range(len(inverse)):
+        diagonal = inverse.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+        increase = (weights.square().sum(1) / diagonal).masked_fill(~left, torch.inf)
+        index = int(increase.argmin())
+        error += max(float(increase[index]), 0.0)
+        scores[index], left[index] = error, False
+        column = inverse[:, index] / diagonal[index]
+        weights -= torch.outer(column, weights[index])
+        inverse -= torch.outer(column, inverse[index].clone())
+    values: list[float] = scores.tolist()
+    return values
 
 
 def _root(matrix: Tensor) -> Tensor:

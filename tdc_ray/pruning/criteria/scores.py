@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.families import family_of
+from tdc_ray.models.surgery import coupled_parameters
 from tdc_ray.models.units import KeptIndices, Unit
 
 Scores = dict[str, list[float]]
@@ -63,7 +63,7 @@ def channel_sums(
     """
     return [
         coupled.by_channel(values(coupled.parameter)).sum(1)
-        for coupled in family_of(network).coupled_parameters(network, unit)
+        for coupled in coupled_parameters(network, unit)
     ]
 
 

@@ -60,7 +60,8 @@ COLUMNS = (
 
 LEGEND = """
 unit: its number, in the order of the forward pass. kind: residual = inner width of a block;
-  attention = heads; stream = width of the residual stream, which many blocks share.
+  attention = heads; feed-forward = a transformer's inner channels; stream = width of the residual
+  stream, which many blocks share.
 width: the knapsack's. next down, next up: the next legal width: what it adds to the {name}, in
   points (% of the base's), and to the increase, with the standard error of that.{mark}
   An increase of 0 means that the prediction did not rise above its noise, not that it is free.

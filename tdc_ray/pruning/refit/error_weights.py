@@ -22,7 +22,7 @@ CHANNELS = "|channels"
 
 @dataclass(frozen=True, slots=True)
 class ErrorWeights:
-    """How much an error in the output of a step changes the network's."""
+    """How much an error in the output of a step, before its gate, changes the network's."""
 
     images: Mapping[str, Sequence[Tensor]]
     """For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""
@@ -67,7 +67,9 @@ def error_weights(
                     state = step(state)
                     hidden.append(state.hidden)
                 gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
-            for step, gradient in zip(all_steps, gradients, strict=True):
+            for step, of_output in zip(all_steps, gradients, strict=True):
+                gate = step.gate(state)
+                gradient = of_output if gate is None else of_output * gate[:, :, None, None]
                 norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
                 if step.name in units:
                     of_channels = gradient.movedim(1, 0).flatten(1)  # (M, images * positions)

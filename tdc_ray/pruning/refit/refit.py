@@ -8,6 +8,7 @@ what the base's does. No gradient step is taken.
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
 from tdc_ray.seeds import derive_seed
+
+GATE_RIDGE = 0.1
+"""Least squared gate of a channel, as a share of its mean over the images, that is divided by."""
 
 BYTES_IN_MEMORY = 2 * 2**30
 """Most bytes in memory of the images' activations between two blocks."""
@@ -99,7 +103,7 @@ class SpillBuffer:
         if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
             kept = _in_file(hidden)
             skips = tuple(kept if skip is hidden else skip for skip in state.skips)
-            return State(kept, state.embedding, skips)
+            return replace(state, hidden=kept, skips=skips)
         self._bytes[id(hidden)] = size
         weakref.finalize(hidden, self._bytes.pop, id(hidden), None)
         return state
@@ -108,7 +112,7 @@ class SpillBuffer:
 def _on(state: State, device: torch.device) -> State:
     """Copy a state to a device."""
     skips = tuple(skip.to(device) for skip in state.skips)
-    return State(state.hidden.to(device), state.embedding, skips)
+    return replace(state, hidden=state.hidden.to(device), skips=skips)
 
 
 def _after(step: Step, state: State, device: torch.device) -> State:
@@ -117,7 +121,7 @@ def _after(step: Step, state: State, device: torch.device) -> State:
     after = step(copied)
     kept = {id(copy): skip for copy, skip in zip(copied.skips, state.skips, strict=True)}
     skips = tuple(kept.get(id(skip), skip) for skip in after.skips)
-    return State(after.hidden, after.embedding, skips)
+    return replace(after, skips=skips)
 
 
 def _in_file(tensor: Tensor) -> Tensor:
@@ -156,7 +160,8 @@ def _solve(
         pruned_states: Input of the pruned one.
         base_after: Output of the base's step, where the layer is the step's output layer: the
             step's output is fitted then, so that its other errors are compensated too. None means
-            that the layer's own output is.
+            that the layer's own output is. A gated layer's own output is, and errors of the
+            step's input are compensated.
         kept: Which of the base's outputs the layer has; None means all.
         weights: Weight of every image of each batch.
     """
@@ -165,16 +170,17 @@ def _solve(
     for index, state in enumerate(pruned_states):
         with ActivationHook(layer) as hook:
             output = step(_on(state, device)).hidden
-        if base_after is None:
+        gate = None if base_after is None else step.gate(state)
+        if base_after is None or gate is not None:
             with ActivationHook(base_step.module.get_submodule(name)) as base_hook:
                 base_step(_on(base_states[index], device))
             target = _select(base_hook.output, kept, dim=2 if is_linear else 1)
+            if gate is not None:
+                before = base_states[index].hidden.to(device) - state.hidden.to(device)
+                target = target + _ungated(step.in_layer(before), gate)
         else:
             base_output = _select(base_after[index].hidden.to(device), kept, dim=1)
-            missing = (base_output - output) * step.residual_scale
-            if is_linear:
-                missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
-            target = hook.output + missing
+            target = hook.output + step.in_layer(base_output - output)
         if squares is None:
             num_rows = num_images * (target[0].numel() // len(layer.weight))
             squares = LeastSquares(layer, num_rows=num_rows, seed=derive_seed(step.name, name))
@@ -185,6 +191,20 @@ def _solve(
     if layer.bias is not None:
         layer.bias.copy_(bias)
     return squares.macs
+
+
+def _ungated(missing: Tensor, gate: Tensor) -> Tensor:
+    """Return what added to a gated layer's output makes up for an error behind the gate.
+
+    Where an image's gate nearly shuts a channel, which is open for other images, it is less.
+
+    Args:
+        missing: The error, ``(B, N, C)``.
+        gate: ``(B, C)``
+    """
+    square = gate.square()
+    floor = (GATE_RIDGE * square.mean(0)).clamp(min=torch.finfo(gate.dtype).tiny)
+    return missing * (gate / (square + floor))[:, None]
 
 
 def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:

@@ -183,8 +183,8 @@ def widths_table(results: Results) -> Table:
         ),
         rows=[(unit, *(group.widths.get(unit) for group in results.groups)) for unit in units],
         heat=True,
-        note="GroupNorm groups of a residual block, heads of an attention. The colour is the "
-        "share of the widest that any group keeps.",
+        note="GroupNorm groups of a residual block, heads of an attention, channels of a "
+        "feed-forward. The colour is the share of the widest that any group keeps.",
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from tdc_ray.config.run import from_json
@@ -17,7 +16,7 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.models.network_config import HEADS
+from tdc_ray.models.network_config import DEFAULT_CLASS, HEADS
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.results import load_results
@@ -93,16 +92,21 @@ def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
 
 
 def _export_expert(source: Path, folder: Path) -> None:
-    """Copy an expert, and describe it as a whole UNet and the numbers that pruning has changed."""
+    """Copy an expert, and describe it as a whole network and the numbers that pruning changed."""
     folder.mkdir()
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
     unet = SavedExpert.load(source).unet
     arguments = {name: value for name, value in unet.items() if name not in HEADS}
+    kind = str(arguments.pop("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
-        whole = UNet2DModel(**arguments)
-    document = {"unet": arguments, "attributes": _differences(whole, load_expert(source))}
+        whole = getattr(diffusers, kind)(**arguments)
+    document = {
+        "class": kind,
+        "unet": arguments,
+        "attributes": _differences(whole, load_expert(source)),
+    }
     write_json(folder / MODULES_FILE, document)
 
 

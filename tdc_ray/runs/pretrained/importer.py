@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, VQModel
 from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
 from tdc_ray.models.network_config import NetworkConfig, image_size, sample_size
@@ -25,7 +26,6 @@ from tdc_ray.models.unet2d.architectures import (
     with_head_channels,
     with_heads,
 )
-from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import SAMPLER
 from tdc_ray.runs.pretrained.sources import (
@@ -93,7 +93,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
-    unet = build_unet({**settings, "dropout": config.model.dropout})
+    unet = build_network({**settings, "dropout": config.model.dropout})
     unet.load_state_dict(weights)
     if (doubt := prediction_doubt(unet.eval(), config.diffusion)) is not None:
         logger.warning("%s: %s", base.source, doubt)
@@ -111,7 +111,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
     }
     with atomic_path(folder.absolute()) as temporary:
-        save_unet(unet, temporary / "unet")
+        save_network(unet, temporary / "unet")
         if first_stage is not None:
             first_stage.save_pretrained(temporary / FIRST_STAGE_DIR)
         write_json(temporary / BASE_FILE, document)

@@ -24,9 +24,15 @@ from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
+from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
-from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
-from tdc_ray.models.unet2d.unet import given_unet_config, load_unet
+from tdc_ray.models.network_config import (
+    DIT_CLASS,
+    FirstStageConfig,
+    NetworkConfig,
+    class_name,
+    image_size,
+)
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -39,6 +45,9 @@ FORMAT = 1
 
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
+
+TRANSFORMERS = (DIT_CLASS,)
+"""Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -127,12 +136,13 @@ def resolve_base(source: str) -> PretrainedBase:
 
 
 def is_unet(folder: Path) -> bool:
-    """Whether a folder holds the config of a UNet of diffusers.
+    """Whether a folder holds the config of a UNet of diffusers, or of another known denoiser.
 
     Raises:
         CheckpointError: The config is no JSON object.
     """
-    return "block_out_channels" in json_object(folder / "config.json")
+    document = json_object(folder / "config.json")
+    return "block_out_channels" in document or class_name(document) in TRANSFORMERS
 
 
 def noise_settings(unet: Path) -> PretrainedSettings:
@@ -230,10 +240,12 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
-    if not {"unet", "scheduler"} <= parts:
+    denoiser = "transformer" if "transformer" in parts else "unet"
+    if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            "pipelines of a unet and a scheduler (and a vqvae or vae) can be a base."
+            "pipelines of a unet or transformer and a scheduler (and a vqvae or vae) can be a "
+            "base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     if not exists((unet or folders["unet"]) / "config.json"):
@@ -249,7 +261,7 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "missing."
         )
     kind = index["scheduler"][-1]
-    return _with_scheduler(source, unet or folders["unet"], path, first_stage, kind)
+    return _with_scheduler(source, unet or folders[denoiser], path, first_stage, kind)
 
 
 def _with_scheduler(
@@ -332,14 +344,14 @@ def _diffusers(
     origin: Mapping[str, Any] | None = None,
 ) -> PretrainedBase:
     """Read a UNet in diffusers' format, with its known settings."""
-    unet = given_unet_config(folder)
+    unet = given_config(folder)
     unet.pop("dropout", None)  # it is a setting of training, not of the network
     settings = _settings(source, unet, first_stage, stages)
     folders = [folder] if first_stage is None else [folder, first_stage]
     files = tuple(file for place in folders for file in listing(place, "*.safetensors"))
 
     def load(_settings: NetworkConfig, _new_order: bool) -> StateDict:  # noqa: FBT001
-        weights: StateDict = load_unet(folder).float().state_dict()
+        weights: StateDict = load_network(folder).float().state_dict()
         return weights
 
     return PretrainedBase(

@@ -22,9 +22,9 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.execution.device import WorkerRank, configure_worker
 from tdc_ray.execution.events import EventSink, Reported, ignore, reporter
 from tdc_ray.execution.item import ItemResult, Report
+from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
@@ -88,7 +88,7 @@ def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: floa
     """Save the averaged weights, then the result: a base that has one is finished."""
     unet_config = base_unet(config.model, config.conditioning)
     with state.ema_weights() as unet:
-        save_unet(unet, run_dir.base_unet)
+        save_network(unet, run_dir.base_unet)
     structure = network_structure(unet_config)
     train_macs = 3.0 * structure.macs * state.step * config.base.batch_size
     result = BaseResult(structure.macs, structure.num_params, state.step, train_macs, seconds)
@@ -120,7 +120,7 @@ def train_base(
         DataError: The dataset is missing or malformed.
     """
     torch.manual_seed(derive_seed(config.seed, "init"))
-    unet = build_unet(
+    unet = build_network(
         {**base_unet(config.model, config.conditioning), "dropout": config.model.dropout}
     )
     state = start_state(unet.to(worker.device), config.base)

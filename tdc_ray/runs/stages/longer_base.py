@@ -23,10 +23,9 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, StorageFailedError
 from tdc_ray.execution.device import WorkerRank, all_gather, worker_rank
 from tdc_ray.execution.item import Inputs, Report, WorkItem, base_resources
-from tdc_ray.models.families import load_config, load_network
+from tdc_ray.models.families import load_config, load_network, save_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
-from tdc_ray.models.unet2d.unet import save_unet
 from tdc_ray.runs.stages.data_key import run_data_key
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
@@ -154,7 +153,7 @@ def train_longer_base(job: LongerBaseJob, report: Report) -> LongerBaseResult | 
     if rank.rank != 0:
         return None
     with state.ema_weights(job.config.finetune.average_with_start) as averaged:
-        save_unet(averaged, job.run_dir.longer_base)
+        save_network(averaged, job.run_dir.longer_base)
     return LongerBaseResult(
         steps=job.num_steps,
         macs_spent=_macs_of(job),

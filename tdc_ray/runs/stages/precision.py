@@ -15,8 +15,10 @@ from tdc_ray.config.train import Precision
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem, actor_resources, base_resources
+from tdc_ray.models.layer import total
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.precision import autocast, in_layout
+from tdc_ray.models.structure import network_structure
 from tdc_ray.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ def resolve_auto_precision(
         if getattr(config, stage).precision != "auto":
             continue
         job = ProbeJob(
-            channels=unet["block_out_channels"][0],
+            channels=total(network_structure(unet).layers[0].outputs),
             size=image_size(unet),
             trains=stage != "prune",
         )

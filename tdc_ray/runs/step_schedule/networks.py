@@ -240,7 +240,8 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
             f"{display_path(folder)}."
         )
     unet = SavedExpert.load(folder).unet
-    for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds"):
+    keys = "sample_size", "in_channels", "out_channels", "num_class_embeds", "num_embeds_ada_norm"
+    for key in keys:
         if unet.get(key) != base.get(key):
             raise ConfigError(
                 f"--networks {display_path(folder)} must have the run's {key} {base.get(key)}, "

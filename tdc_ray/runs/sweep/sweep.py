@@ -29,7 +29,7 @@ from tdc_ray.execution.ray.cache_session import start_claim_registry
 from tdc_ray.execution.ray.cluster import connected, with_gpus
 from tdc_ray.execution.ray.service import Service, start_service
 from tdc_ray.execution.ray.workers import check_capacity
-from tdc_ray.models.unet2d.config_file import with_file
+from tdc_ray.models.config_file import with_file
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.runs.choices import with_choices

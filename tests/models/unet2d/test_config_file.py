@@ -5,11 +5,13 @@ import pytest
 from diffusers import UNet2DModel
 
 from tdc_ray.errors import ConfigError, StorageError, UnsupportedModelError
+from tdc_ray.models.config_file import read_network
+from tdc_ray.models.families import check_buildable
 from tdc_ray.models.network_config import HEADS, NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.models.unet2d.config_file import UNetConfigFile, read_network
-from tdc_ray.models.unet2d.unet import build_unet, check_buildable, save_unet
+from tdc_ray.models.unet2d.config_file import UNetConfigFile
+from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tests.small import TINY, random_unet, sizes
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.structure import units_for
+from tdc_ray.models.surgery import coupled_parameters, kept_outputs
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.streams import dependency_graph, root_of
-from tdc_ray.models.unet2d.surgery import coupled_parameters, cut, kept_outputs
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import Unit, keep_everything

@@ -8,8 +8,9 @@ from torch import Tensor
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.surgery import coupled_parameters
 from tdc_ray.models.unet2d.architectures import ARCHITECTURES, architecture
-from tdc_ray.models.unet2d.surgery import coupled_parameters, cut
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind, Unit, keep_everything
@@ -178,7 +179,7 @@ def test_a_cut_model_is_as_frozen_and_as_much_in_training_as_its_base(kind):
 )
 def test_a_unit_that_a_unet_does_not_have_is_refused(name, kind):
     unit = Unit(name, kind, width=8, channels=2, pixels=64)
-    with pytest.raises(UnsupportedModelError, match=f"this UNet has no {kind} unit {name}"):
+    with pytest.raises(UnsupportedModelError, match=f"this network has no {kind} unit {name}"):
         coupled_parameters(random_unet(), unit)
 
 

@@ -9,13 +9,16 @@ from tdc_ray.pruning.criteria.reconstruction import reconstruction_scores
 from tdc_ray.pruning.refit.least_squares import LeastSquares
 
 
-def unit_and_squares(seed: int, *, linear: bool, width: int = 4) -> tuple[Unit, LeastSquares]:
+def unit_and_squares(
+    seed: int, *, linear: bool, width: int = 4, channels: int = 2
+) -> tuple[Unit, LeastSquares]:
     """A unit of four steps of two channels whose channels can make up for each other."""
     torch.manual_seed(seed)
-    unit = Unit("block", "attention" if linear else "residual", width, 2, pixels=36)
-    layer = nn.Linear(2 * width, 5) if linear else nn.Conv2d(2 * width, 5, 3, padding=1)
-    mixed = torch.randn(20, 36, 2 * width) @ torch.randn(2 * width, 2 * width)
-    inputs = mixed if linear else mixed.transpose(1, 2).reshape(20, 2 * width, 6, 6)
+    unit = Unit("block", "attention" if linear else "residual", width, channels, pixels=36)
+    size = channels * width
+    layer = nn.Linear(size, 5) if linear else nn.Conv2d(size, 5, 3, padding=1)
+    mixed = torch.randn(20, 36, size) @ torch.randn(size, size)
+    inputs = mixed if linear else mixed.transpose(1, 2).reshape(20, size, 6, 6)
     squares = LeastSquares(layer, num_rows=1, seed=0)
     squares.add(inputs, layer(inputs).detach() + 0.1)
     return unit, squares
@@ -28,11 +31,15 @@ def least_error(squares: LeastSquares, columns: list[int]) -> float:
     return -float((cross[columns] * solved).sum())
 
 
-@pytest.mark.parametrize("linear", [True, False], ids=["attention", "residual"])
+@pytest.mark.parametrize(
+    ("linear", "channels"),
+    [(True, 2), (False, 2), (True, 1)],
+    ids=["attention", "residual", "feed-forward"],
+)
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10**6))
-def test_reconstruction_eliminates_as_brute_force_does(linear, seed):
-    unit, squares = unit_and_squares(seed, linear=linear)
+def test_reconstruction_eliminates_as_brute_force_does(linear, channels, seed):
+    unit, squares = unit_and_squares(seed, linear=linear, channels=channels)
     taps = 1 if linear else 9
 
     def columns(steps: set[int]) -> list[int]:

@@ -10,9 +10,10 @@ from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.step import State
+from tdc_ray.models.surgery import kept_outputs
 from tdc_ray.models.unet2d.blocks import output_layer
 from tdc_ray.models.unet2d.steps import steps
-from tdc_ray.models.unet2d.surgery import cut, kept_outputs
+from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import KeptIndices, SpaceKind, Unit, keep_everything
 from tdc_ray.pruning.noised import first_state

@@ -9,24 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
 PARAMETERS = ("weight", "bias")
 
 
-def load_expert(folder: str | Path) -> UNet2DModel:
-    """Load one pruned UNet, in eval mode, on the CPU.
+def load_expert(folder: str | Path) -> nn.Module:
+    """Load one pruned denoiser of a class of diffusers, in eval mode, on the CPU.
 
     It is built with the base's widths; then every layer gets its pruned weights, and every module
     the numbers that say how wide it is.
     """
     document = json.loads((Path(folder) / "modules.json").read_text())
     tensors = load_file(Path(folder) / "model.safetensors")
+    kind = getattr(diffusers, document["class"])
     with torch.device("meta"):
-        unet = UNet2DModel(**document["unet"])
+        unet: Any = kind(**document["unet"])
     for name, module in unet.named_modules():
         for key in PARAMETERS:
             if f"{name}.{key}" in tensors:
@@ -36,11 +37,13 @@ def load_expert(folder: str | Path) -> UNet2DModel:
     left = [*tensors, *(name for name, value in unet.named_parameters() if value.is_meta)]
     if left:
         raise ValueError(f"{folder}: weights and modules.json do not fit: {', '.join(left)}.")
-    for module in unet.modules():  # what has no weights but a buffer of its own
-        for key, buffer in module.named_buffers(recurse=False):
-            assert not buffer.is_meta, key
+    if any(buffer.is_meta for buffer in unet.buffers()):  # such as positions: computed, not saved
+        for name, module in kind(**document["unet"]).named_modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(unet.get_submodule(name), key, buffer)
     unet.save_pretrained = _refuse_to_save
-    return unet.eval()
+    network: nn.Module = unet.eval()
+    return network
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -53,8 +56,8 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
 class Experts(nn.ModuleList):
     """Denoisers, each for a range of timesteps; together they serve every timestep."""
 
-    def __init__(self, unets: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]]) -> None:
-        """Wrap UNets with one span ``(first, last)`` of timesteps, last included, for each."""
+    def __init__(self, unets: Sequence[nn.Module], spans: Sequence[tuple[int, int]]) -> None:
+        """Wrap denoisers with one span ``(first, last)`` of timesteps, last included, for each."""
         super().__init__(unets)
         self.spans = tuple(spans)
 

@@ -1,0 +1,68 @@
+"""Runs ``PixArtTransformer2DModel`` as steps, on given states of captions."""
+
+from functools import partial
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from tdc_ray.models.step import Ends, State, Step
+from tdc_ray.models.transformers.steps import CrossStep, PatchStep, UnpatchStep, gated_step
+
+PIXELS_OF_LATENT = 8
+"""Side of the square of pixels that a latent stands for, by which it is told its image's size."""
+
+
+def ends(pixart: PixArtTransformer2DModel) -> Ends:
+    """Return the layers at both ends."""
+    return Ends(pixart.pos_embed.proj, pixart.norm_out, pixart.proj_out)
+
+
+def start(
+    pixart: PixArtTransformer2DModel, x_t: Tensor, timesteps: Tensor, captions: Tensor | None
+) -> State:
+    """Return the state before the first step, of ``captions``' states, ``(B, S, C)``."""
+    count, _, height, width = x_t.shape
+    sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
+    told = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    blocks, end = pixart.adaln_single(timesteps, told, batch_size=count, hidden_dtype=pixart.dtype)
+    embedding = torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
+    if pixart.caption_projection is not None:
+        captions = pixart.caption_projection(captions)
+    return State(x_t, embedding, context=captions)
+
+
+def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
+    """Split the forward pass into steps; one after the other they return the network's output."""
+    size, embedded = pixart.config["patch_size"], pixart.pos_embed
+    all_steps: list[Step] = [
+        PatchStep(name="pos_embed", module=embedded, output_layer="proj", patch_size=size)
+    ]
+    for index, block in enumerate(pixart.transformer_blocks):
+        name, told = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
+        all_steps += [
+            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(told, 0)),
+            CrossStep(name=f"{name}.attn2", module=block.attn2, output_layer="to_out.0"),
+            gated_step(f"{name}.ff", block.ff, block.norm2, partial(told, 1)),
+        ]
+    end = UnpatchStep(
+        name="proj_out",
+        module=pixart.proj_out,
+        output_layer="",
+        norm=pixart.norm_out,
+        modulation=partial(_end_modulation, pixart.scale_shift_table),
+        patch_size=size,
+    )
+    return [*all_steps, end]
+
+
+def _modulation(table: Tensor, half: int, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shift, scale and gate of a block's attention (0) or feed-forward (1)."""
+    shift, scale, gate = (table + embedding[:, :6]).chunk(2, dim=1)[half].unbind(1)
+    return shift, scale, gate
+
+
+def _end_modulation(table: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shift and scale before the last layer."""
+    shift, scale = (table + embedding[:, 6:]).unbind(1)
+    return shift, scale

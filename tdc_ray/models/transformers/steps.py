@@ -1,0 +1,102 @@
+"""The forward pass of transformers with adaptive norms as steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from tdc_ray.models.step import State, Step
+
+Modulation = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From the embeddings of a batch, ``(B, L, E)``: shift, scale and gate, each ``(B, C)``."""
+
+
+def to_tokens(hidden: Tensor) -> Tensor:
+    """Bring ``(B, C, h, w)`` to ``(B, h * w, C)``."""
+    return hidden.flatten(2).transpose(1, 2)
+
+
+def to_grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Bring ``(B, h * w, C)`` to ``(B, C, h, w)``."""
+    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedStep(Step):
+    """An attention or a feed-forward behind a norm that is scaled and shifted, and its gate."""
+
+    norm: nn.Module
+    modulation: Modulation
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        shift, scale, gate = self.modulation(state.embedding)
+        tokens = to_tokens(state.hidden)
+        normed = self.norm(tokens) * (1 + scale[:, None]) + shift[:, None]
+        tokens = gate[:, None] * self.module(normed) + tokens
+        return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
+
+    def gate(self, state: State) -> Tensor:
+        """Return what the output layer's channels are multiplied with, ``(B, C)``."""
+        return self.modulation(state.embedding)[2]
+
+
+def gated_step(name: str, module: nn.Module, norm: nn.Module, modulation: Modulation) -> GatedStep:
+    """Make the step of an ``Attention`` or a ``FeedForward``."""
+    layer = "to_out.0" if isinstance(module, Attention) else "net.2"
+    return GatedStep(
+        name=name, module=module, output_layer=layer, norm=norm, modulation=modulation
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossStep(Step):
+    """An attention to the context, without norm and gate."""
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        tokens = to_tokens(state.hidden)
+        tokens = self.module(tokens, encoder_hidden_states=state.context) + tokens
+        return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchStep(Step):
+    """The embedding of patches and of where they are: the first step."""
+
+    patch_size: int
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        height, width = state.hidden.shape[2:]
+        tokens = self.module(state.hidden)
+        grid = to_grid(tokens, height // self.patch_size, width // self.patch_size)
+        return replace(state, hidden=grid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpatchStep(Step):
+    """The last norm, which is scaled and shifted, and the linear layer to pixels of patches."""
+
+    norm: nn.Module
+    modulation: Callable[[Tensor], tuple[Tensor, Tensor]]
+    patch_size: int
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        shift, scale = self.modulation(state.embedding)
+        normed = self.norm(to_tokens(state.hidden)) * (1 + scale[:, None]) + shift[:, None]
+        size = self.patch_size
+        patches = self.module(normed).unflatten(2, (size, size, -1))
+        patches = patches.unflatten(1, state.hidden.shape[2:])  # (B, h, w, p, q, C)
+        images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return replace(state, hidden=images)
+
+    def in_layer(self, values: Tensor) -> Tensor:
+        """Bring ``(B, C, H, W)`` into the layout of the layer's output: ``(B, N, p * q * C)``."""
+        size = self.patch_size
+        # (B, C, h, p, w, q)
+        patches: Tensor = values.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
