@@ -67,7 +67,8 @@ def weight_files(folder: Path, kind: str = "model") -> list[Path]:
         raise CheckpointError(
             f"{display_path(folder)} holds no {kind} in safetensors. (Weights in a .bin file that "
             "you trust are brought over by diffusers' from_pretrained(FOLDER, "
-            "use_safetensors=False).save_pretrained(OTHER).)"
+            "use_safetensors=False).save_pretrained(OTHER); variants such as fp16 are not fetched "
+            "from the hub, and brought over by variant=NAME.)"
         )
     return files
 

@@ -46,6 +46,7 @@ from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
 from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
+from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import (
     FirstStageKL,
@@ -822,6 +823,15 @@ def test_an_import_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(StorageFailedError):
         import_base(base, config, tmp_path / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_an_import_into_a_store_is_a_base_there(tmp_path, bucket):
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    import_base(base, config, resolve_path(f"{bucket}/base"))
+    there = resolve_base(f"{bucket}/base")
+    assert there.settings.diffusion == base.settings.diffusion
+    assert_same(there.load_weights(there.unet, False), base.load_weights(base.unet, False))
 
 
 @torch.inference_mode()
