@@ -94,7 +94,7 @@ class Steps(list):
         partial(int, base=2),
         partial(int, base=2).__call__,
     ],
-    ids=str,
+    ids=lambda kind: type(kind).__name__,
 )
 def test_every_kind_of_object_beside_the_weights_is_left_out(tmp_path, kind):
     torch.save({"before": kind, "state_dict": STATE, "after": [kind]}, tmp_path / "model.pt")
