@@ -5,11 +5,11 @@
 
 The base is pruned to 0.7 F on all timesteps by partners that answer as a language model does, with
 changes of the knapsack's scheme, and have as many schemes measured as the offline proxy has. They
-follow a script: `random` pins units a step beside the knapsack's, `greedy` exchanges steps that the
-table of predicted costs has side by side, and the `oracle` knows the true loss of every scheme: it
-adds the pin that lowers it most. No model that pins a unit at a time can do better than that one,
-whose choices and result are of the very same images, so that what it gains bounds what any could.
-All are judged on images and noise that no search has seen (but for the oracle).
+follow a script: `random` pins units a step beside the knapsack's, `greedy` exchanges the steps
+that the table of predicted costs would exchange next, and the `oracle` knows the true loss of
+every scheme: it adds the pin that lowers it most. It chooses and is judged on the very same
+images, so that what it gains bounds what a model that changes one unit after the other could. The
+others are judged on images and noise that they have not seen.
 
 Hardware and hours: `digits` about half an hour a seed on 2 CPU cores, nearly all of it the oracle.
 

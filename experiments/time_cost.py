@@ -6,9 +6,10 @@
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
 measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
 --llm.model NAME` asks a language model; the table's note then has its tokens, their price, and
-what its experts gain over the offline proxy's before the fine-tune, at equal measurements. Two rows more: what it takes to choose a network for every
-sampling step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner of
-OMS-DPM (`step_schedules.py`), with the score of each.
+what its experts gain over the offline proxy's before the fine-tune, at equal measurements. Two
+rows more: what it takes to choose a network for every sampling step at 0.6 F, by `tdc-ray
+schedule` and by a predictor and evolution in the manner of OMS-DPM (`step_schedules.py`), with the
+score of each.
 
 Hardware and hours: `digits` takes about 30 minutes a seed on 2 CPU cores.
 

@@ -80,6 +80,11 @@ class ProxyConfig:
     """A run directory whose transcripts answer in place of the server; no call is made."""
 
     def __post_init__(self) -> None:
+        if self.base_url is not None and "@" in self.base_url:
+            raise ConfigError(
+                "proxy.base_url must have no user or password, for settings are saved with a run: "
+                "set OPENAI_API_KEY, or OPENAI_BASE_URL, in the environment."
+            )
         prices = (self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
         if self.max_cost is not None and not any(prices):
             raise ConfigError(

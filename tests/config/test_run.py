@@ -394,9 +394,14 @@ def test_by_default_the_offline_proxy_prunes_the_inner_widths_and_what_is_left_i
     assert found == ("offline", "inner", "least-squares", "shared", 0)
 
 
-def test_no_setting_holds_a_key_or_an_address():
+def test_no_setting_holds_a_key():
     names = {field.name for field in dataclasses.fields(ProxyConfig)}
-    assert not any("key" in name or "url" in name for name in names)
+    assert not any("key" in name for name in names)
+    with pytest.raises(
+        ConfigError, match=r"proxy\.base_url must have no user or password"
+    ) as told:
+        ProxyConfig(base_url="http://me:secret@localhost:8000/v1")
+    assert "secret" not in str(told.value)
 
 
 def test_configs_are_frozen():

@@ -547,14 +547,14 @@ def test_changes_of_the_language_model_are_measured_beside_the_offline_proxys_fi
     offline, alone = found("offline")
     limit = offline.max_macs
     record(tmp_path, 0, answer_of((1, 3, 3)))
-    record(tmp_path, 1, answer_of((1, 7, 7), (99, 1, 1)), answer_of((1, 6, 6), hypothesis="i"))
+    record(tmp_path, 1, answer_of((1, 5, 5), (99, 1, 1)), answer_of((1, 6, 6), hypothesis="i"))
     choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
     entries = entries_of(task_of(run_dir, config_of("llm")))
     assert [entry.source for entry in entries] == ["offline", "llm", "llm/repaired", "llm"]
     assert [entry.hypothesis for entry in entries] == [None, "h", "h", "i"]
     assert entries[0].widths == entries_of(offline)[0].widths
     names = list(offline.space.full)
-    assert [entry.widths[names[1]] for entry in entries[1:]] == [3, 7, 6]
+    assert [entry.widths[names[1]] for entry in entries[1:]] == [3, 5, 6]
     assert all(entry.macs <= limit and entry.overshoot == 0 for entry in entries)
     assert all(entry.predicted > 0 for entry in entries)
     assert len(entries) == len(alone.candidates)  # as many as the offline proxy has
