@@ -1,26 +1,24 @@
 """Widths in multiples of channels, and limits of time, over random schemes."""
 
-import json
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdc_ray.config.prune import PruneConfig
-from tdc_ray.errors import ConfigError, LimitError, ProxyReplyError
+from tdc_ray.errors import ConfigError, LimitError
 from tdc_ray.models.unet2d.architectures import architecture
+from tdc_ray.pruning.changes import Bound, Change, Planner
 from tdc_ray.pruning.costs import LatencyTable
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
 from tdc_ray.pruning.latency import LatencyResult, latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
-from tdc_ray.pruning.llm.reply import parse_reply, response_format
 from tdc_ray.pruning.proxies.by_score import BASELINES, sorted_scores
 from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, fit_to_limit, is_tight, space_of
-from tests.pruning.requests import entry, task
+from tests.pruning.requests import task
 
 
 def timed(space: Space, seed: int) -> Space:
@@ -104,27 +102,12 @@ def test_a_language_model_is_told_legal_widths_and_kept_to_them():
     space = space_of(architecture("tiny"), "inner", 8)
     asked, (first, *_) = task_of(space, 0), space.units
     assert space.legal[first.name] == (4, 8)
-    text = messages_for(asked, [], max_entries=0)[1]["content"]
-    assert f"0 | {first.name} | residual | down 0 | 8x8 | 2 | 4, 8 | " in text
-    example = next(line for line in text.splitlines() if line.startswith('{"schemes"'))
-    assert parse_reply(example, asked)
-    schema = response_format(space)["json_schema"]["schema"]["properties"]["schemes"]
-    assert 3 not in schema["items"]["items"]["properties"]["keep"]["enum"]
-    with pytest.raises(ProxyReplyError, match="can keep 4, 8, not 3"):
-        parse_reply(json.dumps({"schemes": [[{"unit": first.name, "keep": 3}]]}), asked)
-
-
-def test_a_language_model_is_told_of_time_where_time_is_limited():
-    space = timed(space_of(architecture("tiny")), 3)
-    asked, known = task_of(space, 0), entry(2, 0.07, u0=4)
-    text = messages_for(asked, [replace(known, overshoot=1500)], max_entries=9)[1]["content"]
-    assert f"limit: {asked.limit // 1000} microseconds = " in text
-    assert "macs" not in text
-    share = 100 * space.cost(known.widths) / space.cost_base
-    assert f"this group | time {share:.4g} % (cut to it from" in text
-    name, rows = space.units[0].name, text[text.index("# Times") :].splitlines()
-    row = next(row for row in rows if row.startswith("0 | "))
-    assert row.count(":") == len(space.legal[name])
+    planner = Planner(asked, [])
+    text = messages_for(asked, [], planner, max_entries=0, max_predictions=0)[1]["content"]
+    assert "\n0 | down 0 | residual | 8x8 | 4, 8 | " in text
+    planned = planner.plan(Change(bounds=[Bound(unit=0, least=3, most=3)]))
+    assert "no legal width is left" in planned.dropped[0]
+    assert_legal_and_tight(space, planned.scheme, asked.limit)
 
 
 def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
