@@ -15,7 +15,10 @@ CONDITION_CLASS = "UNet2DConditionModel"
 
 
 class NetworkConfig(TypedDict, total=False):
-    """Keyword arguments of a class of ``families``, which has defaults for those left out."""
+    """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out.
+
+    Those of other classes are read by their own types (``transformers.settings``).
+    """
 
     sample_size: int | tuple[int, int] | None
     in_channels: int
@@ -52,19 +55,6 @@ class NetworkConfig(TypedDict, total=False):
 
     num_heads_upsample: int | None
     """Heads of the attentions on the way up, where they are not ``num_heads``."""
-
-    # of a DiTTransformer2DModel
-    num_attention_heads: int
-    num_layers: int
-    patch_size: int
-    activation_fn: str
-    attention_bias: bool
-    num_embeds_ada_norm: int
-    norm_type: str
-    norm_elementwise_affine: bool
-    cross_attention_dim: int | None
-    caption_channels: int | None
-    upcast_attention: bool
 
     _class_name: str
 

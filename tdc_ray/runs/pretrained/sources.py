@@ -240,12 +240,13 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
-    denoiser = "transformer" if "transformer" in parts else "unet"
+    is_known = (index.get("transformer") or [None])[-1] in (*TRANSFORMERS, "Transformer2DModel")
+    denoiser = "transformer" if is_known else "unet"
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            "pipelines of a unet or transformer and a scheduler (and a vqvae or vae) can be a "
-            "base."
+            f"pipelines of a unet or {TRANSFORMERS[0]} and a scheduler (and a vqvae or vae) can "
+            "be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     if not exists((unet or folders["unet"]) / "config.json"):

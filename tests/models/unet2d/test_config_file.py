@@ -54,7 +54,10 @@ def test_a_pair_of_equal_sides_is_one(tmp_path):
     ("document", "message"),
     [
         ({"_class_name": "UNet2DConditionModel"}, r"UNet2DConditionModel; only a UNet2DModel"),
-        ({"_class_name": ["UNet2DModel"]}, r"only a UNet2DModel can be trained"),
+        (
+            {"_class_name": ["UNet2DModel"]},
+            r"only a UNet2DModel or DiTTransformer2DModel can be trained",
+        ),
         ({"cross_attention_dim": 8}, r"no config of a UNet2DModel: cross_attention_dim: Extra"),
         ({"layers_per_block": 2.5}, r"layers_per_block .*integer.*got 2\.5"),
         ({"layers_per_block": 10**9}, r"layers_per_block must be at most 64"),
