@@ -100,6 +100,7 @@ def one_try(
         "left": len(left),
         "said": lines,
         "traceback": "Traceback" in errors,
+        "errors": errors[-2000:],
     }
 
 

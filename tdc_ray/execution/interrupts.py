@@ -68,6 +68,8 @@ def interrupts_deferred() -> Iterator[None]:
         yield
     finally:
         signal.signal = original
+        for number in SIGNALS:  # Ray's C++ replaces SIGTERM's by one that aborts (ray#37288)
+            signal.signal(number, _receive)
         _state.deferring = False
     if _state.received is not None:
         _raise_unless_unwinding()

@@ -83,6 +83,20 @@ except KeyboardInterrupt:
     assert outcome(code) == (0, ["said", "whole", "True", "stopped"])
 
 
+def test_a_handler_that_c_code_puts_in_place_meanwhile_is_replaced():
+    code = """
+import ctypes
+with interrupts_deferred():
+    ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(0))  # as Ray's does: it ends all
+try:
+    send(signal.SIGTERM)
+except KeyboardInterrupt:
+    print("stopped")
+    os._exit(0)
+"""
+    assert outcome(code) == (0, ["said", "stopped"])
+
+
 def test_who_handles_no_interrupts_sees_no_change():
     code = """
 interrupts._state.say = None
