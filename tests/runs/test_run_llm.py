@@ -38,17 +38,18 @@ def ray_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def doubt_the_first_unit(handler: Handler) -> None:
-    """Predicts once, then has something measured that is new as often as it is asked."""
+def doubt_unit_by_unit(handler: Handler) -> None:
+    """Predicts and measures in turn, each time with a doubt of another unit."""
     asked = len(handler.server.requests)
-    change = {"hypothesis": "h", "distrust": [{"where": "0", "factor": 1.5 + asked % 7}]}
+    doubt = {"where": str(asked % 12), "factor": 0.4 + asked % 3}
+    change = {"hypothesis": "h", "distrust": [doubt]}
     calling(("measure" if asked % 2 else "predict", change))(handler)
 
 
 @pytest.mark.slow
 def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, ray_dir, tmp_path):
     script = [fails(429, Retry_After="0"), says("I would cut a lot."), echoes_key(401)]
-    with serving(*script, doubt_the_first_unit) as server:
+    with serving(*script, doubt_unit_by_unit) as server:
         environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
         environment |= {"RAY_TMPDIR": str(ray_dir), "OMP_NUM_THREADS": "1"}
         flags = ["--run-dir", str(tmp_path / "run"), "--evaluate.cache-dir", str(cache_dir)]
