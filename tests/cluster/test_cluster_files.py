@@ -529,4 +529,4 @@ def test_an_upload_is_small_and_holds_what_experiments_need(tmp_path):
     assert not names & set(left_behind)
     assert names >= {"tdc_ray/cli/main.py", "tdc_ray/py.typed", "experiments/main_results.py"}
     assert names >= {"pyproject.toml", "constraints.txt"}
-    assert (tmp_path / "upload.zip").stat().st_size < 2_000_000
+    assert (tmp_path / "upload.zip").stat().st_size < 3_000_000

@@ -107,7 +107,7 @@ def test_a_dit_goes_through_the_whole_method(ray_cluster, cache_dir, tmp_path):
 
 def test_a_dit_needs_classes(tmp_path, capsys):
     write_json(tmp_path / "dit_config.json", TINY_DIT)
-    command = ["plan", "--preset", "digits-smoke", "--out", str(tmp_path / "plan")]
+    command = ["plan", "--preset", "digits-smoke", "--out-dir", str(tmp_path / "plan")]
     command += ["--model.config", str(tmp_path / "dit_config.json")]
     assert run_command([*command]) == 0
     command = ["run", "--preset", "digits-smoke", "--dry-run", "--run-dir", str(tmp_path / "run")]
