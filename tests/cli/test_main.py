@@ -184,6 +184,14 @@ def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):
     assert "in tdc-ray" not in done.stderr  # flags of this command alone
 
 
+@pytest.mark.parametrize("command", ["run", "sample"])
+def test_a_scheduler_is_named_by_the_flag_that_errors_name(tmp_path, command):
+    flags = ["--sampler.scheduler=ddim", "--sampler.spacing", "trailing"]
+    done = tdc_ray(command, *([] if command == "run" else ["x"]), *flags, cwd=tmp_path)
+    right = "did you mean DDIMScheduler?" if command == "run" else "x does not exist"
+    assert right in done.stderr
+
+
 @pytest.mark.parametrize("name", list(SHORT))
 def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
     assert run_command([name, "--help"]) == 0
