@@ -17,6 +17,7 @@ import numpy as np
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
+from tdc_ray.config.validation import require
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -186,8 +187,11 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
         ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
             below it, though it begins with noise, or ends below timestep 0.
     """
+    total, steps = diffusion.num_train_timesteps, sampler.num_inference_steps
+    rule = f"at most diffusion.num_train_timesteps = {total}"
+    require("sampler", sampler, "num_inference_steps", rule, ok=steps <= total)
     timesteps = sampling_timesteps(diffusion, sampler)
-    total, steps, first = diffusion.num_train_timesteps, sampler.num_inference_steps, timesteps[0]
+    first = timesteps[0]
     if first >= total:
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "

@@ -3,14 +3,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tdc_ray.cli.help import SHORT
+from tdc_ray.cli.commands.run import RunCommand
+from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.presets import preset
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
 from tdc_ray.storage.files import read_json
@@ -204,6 +208,11 @@ def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
     known = re.findall(r"--[^ ,]+", capsys.readouterr().out)
     named = {flag.split()[0] for flags in SHORT[name].values() for flag in flags}
     assert {flag for flag in named if flag.startswith("--")} <= set(known)
+
+
+def test_help_writes_a_size_as_its_flag_takes_it():
+    config = replace(preset("digits"), data=DataConfig(image_size=(16, 8)))
+    assert "48x64 [16x8]" in str(short_help("run", RunCommand(config=config)))
 
 
 def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):

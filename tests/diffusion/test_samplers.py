@@ -278,6 +278,10 @@ def test_a_scheduler_starts_from_that_of_the_base():
         ),
         ({"scheduler": "LCMScheduler"}, "LCMScheduler cannot take 100 steps"),
         (
+            {"spacing": "leading", "num_inference_steps": 5_000},
+            r"num_inference_steps must be at most .*num_train_timesteps = \d+, got 5000",
+        ),
+        (
             {"spacing": "trailing", "num_inference_steps": 61},
             r"must be another number for ddim \(trailing\), got 61: .* at timestep -1",
         ),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, VQModel
 
+from tdc_ray.config.image_size import size_text
 from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -60,6 +61,8 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         value = getattr(getattr(config, stage), setting)
         same = math.isclose(value, expected) if isinstance(expected, float) else value == expected
         if not same:
+            if setting == "image_size":
+                expected, value = size_text(expected), size_text(value)
             raise ConfigError(
                 f"{name} must be {expected}, as was found in the base {base.source}, got {value}. "
                 f"Set --{name.replace('_', '-')} to that, or give another base."
