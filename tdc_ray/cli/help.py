@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tdc_ray.config.image_size import size_text
+
 WIDTH = 100
 """Most columns of a line."""
 
@@ -16,7 +18,7 @@ COLUMN = 36
 IMAGES = {
     "--data PATH": "images of your own: a folder or a file; what they are is found out",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
-    "--data.image-size PIXELS": "height and width that images are brought to",
+    "--data.image-size PIXELS": "what images are brought to: 64 for a square, or 48x64",
     "--data.num-channels N": "grey or colour",
 }
 MODEL = {
@@ -198,6 +200,8 @@ def _values(flag: str, command: Any) -> str:
     choices = _choices(get_type_hints(type(owner), include_extras=True)[name])
     value = getattr(owner, name)
     default = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    if name == "image_size":
+        default = size_text(value)
     has_default = not flag.isupper() and value is not None and not isinstance(value, bool)
     is_given = has_default and "MISSING" not in repr(value) and value != ()
     return (f": {', '.join(choices)}" if choices else "") + (f" [{default}]" if is_given else "")

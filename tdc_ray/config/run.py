@@ -67,6 +67,12 @@ class RunConfig:
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
+        clips, sampler = self.sampler.use_clipped_model_output, self.sampler.sampler
+        if self.sampler.scheduler is None and sampler != "ddim" and clips:
+            raise ConfigError(
+                "sampler.use_clipped_model_output goes with sampler.sampler ddim, got it with "
+                f"{sampler}. Leave it out."
+            )
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)

@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -257,7 +257,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         path: str | Path,
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
         offload: bool = False,
         **options: Any,
     ) -> Self:
@@ -268,7 +268,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         Args:
             path: The folder, or its URI.
             subfolder: A folder in it.
-            torch_dtype: Precision of the weights; None means as they were saved.
+            torch_dtype: Precision of the weights; None and ``"auto"`` mean as they were saved.
             offload: Leave the experts on the CPU, and move the weights of the one in use to the
                 device; for inference.
             options: Those that diffusers' pipelines hand on, which must be at their defaults.
@@ -307,7 +307,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         ):  # mapped files are not aligned: sums of their numbers may differ by rounding
             for tensor in (*denoiser.parameters(), *denoiser.buffers()):
                 tensor.data = tensor.data.clone()
-        if torch_dtype is not None:
+        if isinstance(torch_dtype, torch.dtype):
             cast_weights(denoiser, torch_dtype, denoiser._keep_in_fp32_modules or ())
         denoiser.register_to_config(_name_or_path=display_path(folder))
         return denoiser

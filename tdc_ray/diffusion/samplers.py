@@ -17,6 +17,7 @@ import numpy as np
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
+from tdc_ray.config.validation import require
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
 
@@ -184,20 +185,33 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
     Raises:
         ScheduleError: The betas are no noise schedule.
         ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
-            below it, though it begins with noise.
+            below it, though it begins with noise, or ends below timestep 0.
     """
+    total, steps = diffusion.num_train_timesteps, sampler.num_inference_steps
+    rule = f"at most diffusion.num_train_timesteps = {total}"
+    require("sampler", sampler, "num_inference_steps", rule, ok=steps <= total)
     timesteps = sampling_timesteps(diffusion, sampler)
-    total, steps, first = diffusion.num_train_timesteps, sampler.num_inference_steps, timesteps[0]
+    first = timesteps[0]
     if first >= total:
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
             f"{first}, past the last timestep {total - 1}. Use 0, or fewer steps."
         )
+    if timesteps[-1] < 0:  # trailing, of 61 steps for example
+        raise ConfigError(
+            f"sampler.num_inference_steps must be another number for {sampler.name}, got {steps}: "
+            f"by a rounding of diffusers it would end at timestep {timesteps[-1]:g}."
+        )
     if sampler.spacing != "quadratic" and not begins_near_the_end(total, steps, first):
+        begins = f"of {total} timesteps it would begin at {first:g}, with pure noise."
+        if total % steps == 0:
+            raise ConfigError(
+                f"sampler.options must let {sampler.name} begin near timestep {total - 1}: "
+                f"{begins} Leave out those that bound its noise."
+            )
         raise ConfigError(
             f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
-            f"{sampler.name}, got {steps}: of {total} timesteps it would begin at {first:g}, "
-            "with pure noise. Or space them by --sampler.spacing trailing."
+            f"{sampler.name}, got {steps}: {begins} Or space them by --sampler.spacing trailing."
         )
     return timesteps
 
@@ -323,9 +337,9 @@ def _class_of(sampler: SamplerConfig) -> Any:
             f"{' '.join(missing)}."
         )
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        stems = [one[:-9] for one in dir(diffusers) if one.endswith("Scheduler")]
-        close = get_close_matches(name.removesuffix("Scheduler"), stems, n=1)
-        hint = f"did you mean {close[0]}Scheduler? " if close else ""
+        known = {one[:-9].lower(): one for one in dir(diffusers) if one.endswith("Scheduler")}
+        close = get_close_matches(name.removesuffix("Scheduler").lower(), known, n=1)
+        hint = f"did you mean {known[close[0]]}? " if close else ""
         raise ConfigError(
             f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
             "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."

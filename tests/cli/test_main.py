@@ -3,14 +3,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tdc_ray.cli.help import SHORT
+from tdc_ray.cli.commands.run import RunCommand
+from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.presets import preset
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
 from tdc_ray.storage.files import read_json
@@ -184,6 +188,14 @@ def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):
     assert "in tdc-ray" not in done.stderr  # flags of this command alone
 
 
+@pytest.mark.parametrize("command", ["run", "sample"])
+def test_a_scheduler_is_named_by_the_flag_that_errors_name(tmp_path, command):
+    flags = ["--sampler.scheduler=ddim", "--sampler.spacing", "trailing"]
+    done = tdc_ray(command, *([] if command == "run" else ["x"]), *flags, cwd=tmp_path)
+    right = "did you mean DDIMScheduler?" if command == "run" else "x does not exist"
+    assert right in done.stderr
+
+
 @pytest.mark.parametrize("name", list(SHORT))
 def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
     assert run_command([name, "--help"]) == 0
@@ -196,6 +208,11 @@ def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
     known = re.findall(r"--[^ ,]+", capsys.readouterr().out)
     named = {flag.split()[0] for flags in SHORT[name].values() for flag in flags}
     assert {flag for flag in named if flag.startswith("--")} <= set(known)
+
+
+def test_help_writes_a_size_as_its_flag_takes_it():
+    config = replace(preset("digits"), data=DataConfig(image_size=(16, 8)))
+    assert "48x64 [16x8]" in str(short_help("run", RunCommand(config=config)))
 
 
 def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):

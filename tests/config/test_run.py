@@ -463,6 +463,10 @@ def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
 def test_eta_is_for_ddim(sampler):
     with pytest.raises(ConfigError, match=rf"sampler\.eta .* got 0\.5 with {re.escape(sampler)}"):
         RunConfig(sampler=SamplerConfig(sampler=sampler, eta=0.5))
+    with pytest.raises(
+        ConfigError, match=rf"use_clipped_.* ddim, got it with {re.escape(sampler)}"
+    ):
+        RunConfig(sampler=SamplerConfig(sampler=sampler, use_clipped_model_output=True))
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0])

@@ -246,6 +246,7 @@ def test_a_scheduler_starts_from_that_of_the_base():
             {"scheduler": "DDIM"},
             "must be a scheduler of diffusers, got DDIM: did you mean DDIMSch",
         ),
+        ({"scheduler": "ddim"}, "got ddim: did you mean DDIMScheduler"),
         ({"scheduler": "UNet2DModel"}, "must be a scheduler of diffusers, got UNet2DModel"),
         ({"scheduler": "base"}, "base needs a base that comes with a scheduler"),
         ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "those of flow matching"),
@@ -276,6 +277,19 @@ def test_a_scheduler_starts_from_that_of_the_base():
             "use_clipped_model_output does not go with DDPMScheduler",
         ),
         ({"scheduler": "LCMScheduler"}, "LCMScheduler cannot take 100 steps"),
+        (
+            {"spacing": "leading", "num_inference_steps": 5_000},
+            r"num_inference_steps must be at most .*num_train_timesteps = \d+, got 5000",
+        ),
+        (
+            {"spacing": "trailing", "num_inference_steps": 61},
+            r"must be another number for ddim \(trailing\), got 61: .* at timestep -1",
+        ),
+        (
+            {"scheduler": "EulerDiscreteScheduler", "karras_sigmas": True}
+            | {"options": ("sigma_max=1",)},
+            "must let EulerDiscreteScheduler .* begin near timestep 999: .* at 258",
+        ),
     ],
 )
 def test_a_scheduler_that_cannot_be_had_is_one_clear_error(settings, words):

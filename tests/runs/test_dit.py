@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.errors import CheckpointError
 from tdc_ray.models.families import save_network
 from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.storage.files import write_json
 from tests.small import TINY_DIT, random_dit
 
@@ -38,6 +41,16 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_json(folder / "model_index.json", {"_class_name": "DiTPipeline", **parts})
     return folder
+
+
+def test_a_pipeline_with_a_dit_is_a_base(pipeline_folder, tmp_path):
+    base = resolve_base(str(pipeline_folder))
+    assert base.folder == pipeline_folder / "transformer"
+    assert base.settings.diffusion.beta_schedule == "linear"
+    copytree(pipeline_folder, tmp_path / "p")
+    (tmp_path / "p/transformer/config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"p is incomplete: .*p/transformer, which has its"):
+        resolve_base(str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("method", ["offline", "taylor"])

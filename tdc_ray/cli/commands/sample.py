@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.sampler import Spacing
@@ -26,14 +26,14 @@ class SampleCommand:
     """Image i of a seed is always the same."""
     num_inference_steps: int | None = None
     """Denoising steps; default: as the run was planned."""
-    scheduler: str | None = None
+    scheduler: Annotated[str | None, arg(aliases=("--sampler.scheduler",))] = None
     """A scheduler of diffusers, by its class's name, or base: that of the base's own pipeline;
     default: as the run was planned."""
-    spacing: Spacing | None = None
+    spacing: Annotated[Spacing | None, arg(aliases=("--sampler.spacing",))] = None
     """How it spaces the timesteps; default: as it does."""
-    karras_sigmas: bool = False
+    karras_sigmas: Annotated[bool, arg(aliases=("--sampler.karras-sigmas",))] = False
     """Space by EDM's sigmas, where the scheduler can."""
-    options: tuple[str, ...] = ()
+    options: Annotated[tuple[str, ...], arg(aliases=("--sampler.options",))] = ()
     """Other settings of the scheduler, NAME=VALUE under diffusers' names."""
     labels: tuple[int, ...] | None = None
     """Classes, which take turns over the images; default: all that a conditioned model knows."""

@@ -61,7 +61,7 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         value = getattr(getattr(config, stage), setting)
         same = math.isclose(value, expected) if isinstance(expected, float) else value == expected
         if not same:
-            if name == "data.image_size":
+            if setting == "image_size":
                 expected, value = size_text(expected), size_text(value)
             raise ConfigError(
                 f"{name} must be {expected}, as was found in the base {base.source}, got {value}. "

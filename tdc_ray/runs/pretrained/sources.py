@@ -223,7 +223,7 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{display_path(folder / BASE_FILE)} is malformed: {error!r}."
         ) from error
@@ -249,10 +249,11 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
-    if not exists((unet or folders["unet"]) / "config.json"):
+    network = unet or folders[denoiser]
+    if not exists(network / "config.json"):
+        missing = display_path(folder / denoiser)
         raise CheckpointError(
-            f"{source} is incomplete: {display_path(folder / 'unet')}, which has its network, is "
-            "missing."
+            f"{source} is incomplete: {missing}, which has its network, is missing."
         )
     first_stage = next((folders[name] for name in ("vqvae", "vae") if name in parts), None)
     path = folders["scheduler"] / SCHEDULER_FILE
@@ -262,7 +263,7 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "missing."
         )
     kind = index["scheduler"][-1]
-    return _with_scheduler(source, unet or folders[denoiser], path, first_stage, kind)
+    return _with_scheduler(source, network, path, first_stage, kind)
 
 
 def _with_scheduler(

@@ -565,6 +565,7 @@ def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_p
         ("diffusion", {"rescale_timesteps": True}, "rescale_timesteps must be False.*got True"),
         ("diffusion", {"learned_sigma": True}, "learned_sigma must be False.*got True"),
         ("data", {"image_size": 16}, "data.image_size must be 8.*got 16.*--data.image-size"),
+        ("data", {"image_size": (8, 16)}, "data.image_size must be 8.*got 8x16"),
         ("data", {"num_channels": 3}, "data.num_channels must be 1.*got 3"),
     ):
         changed = replace(config, **{stage: replace(getattr(config, stage), **change)})
@@ -877,6 +878,9 @@ def test_the_hub_is_asked_and_out_of_reach_is_one_clear_error(tmp_path, monkeypa
 def test_an_imported_base_that_is_torn_is_named(tmp_path):
     base = resolve_base(save_pipeline(tmp_path / "p"))
     import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    edit(tmp_path / "base/base.json", scheduler=["DDIMScheduler"])
+    with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
+        resolve_base(str(tmp_path / "base"))
     edit(tmp_path / "base/base.json", diffusion={})
     with pytest.raises(CheckpointError, match=r"base\.json is malformed"):
         resolve_base(str(tmp_path / "base"))

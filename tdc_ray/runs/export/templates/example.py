@@ -42,6 +42,9 @@ def main() -> None:
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     num_timesteps, steps = len(betas), flags.steps or index["num_inference_steps"]
     stride, offset = num_timesteps // steps, scheduler.get("steps_offset", 0)
+    times = [step * stride + offset for step in range(steps)]
+    if scheduler.get("timestep_spacing") == "trailing" or num_timesteps % steps:
+        times = [round((step + 1) * num_timesteps / steps) - 1 for step in range(steps)]
     last = 1.0 if scheduler.get("set_alpha_to_one", True) else float(alpha_bar[0])
 
     shape = (flags.num_images, index["channels"], index["height"], index["width"])
@@ -49,8 +52,7 @@ def main() -> None:
     labels = None
     if index["num_classes"] is not None:
         labels = torch.arange(flags.num_images) % index["num_classes"]
-    for step in reversed(range(steps)):
-        t = step * stride + offset
+    for t in reversed(times):
         now = float(alpha_bar[t])
         before = float(alpha_bar[t - stride]) if t >= stride else last
         seen = torch.full((len(x),), t * index["timestep_scale"])
@@ -59,10 +61,10 @@ def main() -> None:
             x_0 = (x - (1 - now) ** 0.5 * output) / now**0.5
         else:  # v_prediction
             x_0 = now**0.5 * x - (1 - now) ** 0.5 * output
-        if scheduler.get("clip_sample", False):
-            x_0 = x_0.clamp(-1, 1)
-        epsilon = (x - now**0.5 * x_0) / (1 - now) ** 0.5
-        x = before**0.5 * x_0 + (1 - before) ** 0.5 * epsilon
+        clipped = x_0.clamp(-1, 1) if scheduler.get("clip_sample", False) else x_0
+        known = clipped if index["use_clipped_model_output"] else x_0
+        epsilon = (x - now**0.5 * known) / (1 - now) ** 0.5
+        x = before**0.5 * clipped + (1 - before) ** 0.5 * epsilon
     if index["first_stage"][0] is not None:
         import diffusers
 
