@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 RAISED_AGAIN_EVERY_S = 1.0
@@ -80,7 +80,8 @@ def _receive(number: int, _frame: object) -> None:
         os._exit(128 + number)
     _state.received = number
     if _state.say is not None:
-        _state.say(number)
+        with suppress(OSError):  # nobody listens: | head has ended, too
+            _state.say(number)
     signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_EVERY_S, RAISED_AGAIN_EVERY_S)
     _raise_unless_unwinding()
 

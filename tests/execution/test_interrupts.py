@@ -37,6 +37,19 @@ except KeyboardInterrupt:
     assert outcome(code) == (0, ["said", "on", "stopped", "2"])
 
 
+def test_an_interrupt_is_one_though_nobody_listens_any_more():
+    code = """
+def fail(_number): raise BrokenPipeError
+interrupts.handle_interrupts(fail)
+try:
+    send()
+except KeyboardInterrupt:
+    print("stopped")
+    os._exit(0)
+"""
+    assert outcome(code) == (0, ["stopped"])
+
+
 def test_what_cleans_up_after_an_interrupt_is_not_interrupted():
     code = """
 try:
