@@ -327,7 +327,8 @@ def main(flags: GpuFlags) -> None:
     """Measure what is not yet in the file, and print it."""
     began = time.monotonic()
     rows = read_json_lines(flags.out)
-    done = {(row["section"], row["name"]) for row in rows if "error" not in row}
+    failed = ("error", "code")
+    done = {(row["section"], row["name"]) for row in rows if not any(map(row.get, failed))}
     about = {"device": str(DEVICE), "commit": commit(), "versions": versions()}
     if DEVICE.type == "cuda":
         about["device"] = torch.cuda.get_device_name()

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 RAISED_AGAIN_EVERY_S = 1.0
@@ -25,6 +25,7 @@ class _State:
     received: int | None = None
     """The first signal."""
 
+    handled: tuple[signal.Signals, ...] = ()
     deferring = False
 
 
@@ -34,13 +35,22 @@ _state = _State()
 def handle_interrupts(say: Callable[[int], None]) -> None:
     """Let SIGINT and SIGTERM raise KeyboardInterrupt in the main thread from now on.
 
+    One that is ignored, as Ctrl-C is by background jobs of a shell's script, stays so.
+
     Args:
         say: Is called with the first signal's number, at once.
     """
     _state.say, _state.received = say, None
+    _state.handled = tuple(n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _raise_unless_unwinding)
-    for number in SIGNALS:
+    for number in _state.handled:
         signal.signal(number, _receive)
+
+
+def end_at_interrupts() -> None:
+    """Let SIGINT and SIGTERM end the process at once from now on."""
+    for number in _state.handled:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def received_signal() -> int | None:
@@ -68,7 +78,9 @@ def interrupts_deferred() -> Iterator[None]:
         yield
     finally:
         signal.signal = original
-        for number in SIGNALS:  # Ray's C++ replaces SIGTERM's by one that aborts (ray#37288)
+        for (
+            number
+        ) in _state.handled:  # Ray's C++ replaces SIGTERM's by one that aborts (ray#37288)
             signal.signal(number, _receive)
         _state.deferring = False
     if _state.received is not None:
@@ -80,7 +92,8 @@ def _receive(number: int, _frame: object) -> None:
         os._exit(128 + number)
     _state.received = number
     if _state.say is not None:
-        _state.say(number)
+        with suppress(OSError):  # nobody listens: | head has ended, too
+            _state.say(number)
     signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_EVERY_S, RAISED_AGAIN_EVERY_S)
     _raise_unless_unwinding()
 

@@ -61,6 +61,7 @@ def _text(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(_text)]
+Words = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 
 
 class Bound(BaseModel):
@@ -100,10 +101,10 @@ class Move(BaseModel):
 class Change(BaseModel):
     """Changes to the knapsack's scheme, and the hypothesis behind them."""
 
-    reasoning: str = Field(
+    reasoning: Words = Field(
         default_factory=str, description="what the numbers suggest, in a few sentences"
     )
-    hypothesis: str = Field(
+    hypothesis: Words = Field(
         default_factory=str, description="one sentence that the measurement can prove wrong"
     )
     bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)
@@ -191,7 +192,10 @@ class Planner:
         if where.isdecimal():  # not "²"
             number = int(where[:9])
             return [units[number].name] if number < len(units) else []
-        return self.blocks.get(where.strip(), [])
+        return self._block(where)
+
+    def _block(self, name: str) -> list[str]:
+        return self.blocks.get(name.strip(), [])
 
     def _bounds(
         self, change: Change, notes: list[str]
@@ -203,7 +207,7 @@ class Planner:
             else:
                 notes.append(f"{bound}: there is no such unit")
         for move in change.moves:
-            giving, taking = (self.blocks.get(b, []) for b in (move.from_block, move.to_block))
+            giving, taking = map(self._block, (move.from_block, move.to_block))
             if not giving or not taking or giving == taking:
                 notes.append(f"{move}: there are no two such blocks")
             elif move.points <= 0:

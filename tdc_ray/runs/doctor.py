@@ -75,7 +75,7 @@ def diagnose(
 
 def _cluster_checks(here: Machine, storage: str | None, paths: Sequence[str]) -> Iterator[Check]:
     names = node_names()
-    yield Check(THIS, f"Ray answers, with {len(names)} nodes")
+    yield Check(THIS, f"Ray answers, with {len(names)} node{'s' * (len(names) != 1)}")
     machines = on_nodes(look_at_machine, {node: (tuple(paths),) for node in names})
     alive = []
     for node, machine in machines.items():
@@ -89,7 +89,7 @@ def _cluster_checks(here: Machine, storage: str | None, paths: Sequence[str]) ->
         alive.append(node)
         yield from _checks_of(names[node], machine, here)
     for node, seconds in clock_differences().items():
-        if seconds > MOST_SECONDS_APART:
+        if seconds > MOST_SECONDS_APART and node in names:  # not one that joined since
             text = f"its clock differs from this machine's by {seconds:.0f} s or more"
             yield Check(names[node], text, "synchronize the clocks (chrony, ntpd)")
     yield from _gpu_checks(names, alive, machines)

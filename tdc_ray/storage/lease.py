@@ -56,10 +56,13 @@ PATIENCE_S = 90.0
 """Longest time for a driver whose lease was taken over to notice: NFS clients show the new file
 of another client after up to a minute."""
 
+WRITTEN_WITHIN_S = 0.5
+"""Time in which the content of a file that was created is there."""
+
 RESENT_EVERY_S = 0.5
 """Time between two signals to the main thread, until it is interrupted."""
 
-_STOP = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + 11
+_STOP = signal.SIGRTMIN + 11 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2  # on macOS
 """Signal by which the thread that renews a lease interrupts the main one; unused otherwise."""
 
 _SIZE = 512
@@ -196,6 +199,17 @@ class LeaseFiles:
         return self._run_dir / LEASE_DIR / f"{number:06d}.json"
 
 
+def _read_begun(
+    files: Files, number: int, sleep: Callable[[float], None] = time.sleep
+) -> Document | None:
+    """Read a lease that may be in the making, perhaps by this driver itself, which has it then."""
+    document = files.read(number)
+    if document == {}:
+        sleep(WRITTEN_WITHIN_S)
+        document = files.read(number)
+    return document
+
+
 def _boot_time() -> float:
     """Return seconds of a clock that is never set, and goes on while the machine is suspended."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -311,7 +325,7 @@ class Lease:
     def _check_next(self) -> None:
         """Raise an error if another driver has the next number."""
         if self.lost_to is None:
-            document = self._files.read(self.number + 1)
+            document = _read_begun(self._files, self.number + 1, self._sleep)
             if document is not None and not self._owns(document):
                 self.lost_to = _name(document)
         if self.lost_to is not None:
@@ -354,7 +368,7 @@ class _WorkersFence:
             StorageError: One has.
         """
         files = LeaseFiles(self.run_dir)
-        while (document := files.read(self._number + 1)) is not None:
+        while (document := _read_begun(files, self._number + 1)) is not None:
             if document.get("id") != self._holder:
                 raise _lost_error(self.run_dir, _name(document))
             self._number += 1  # the driver began it anew

@@ -9,6 +9,7 @@ import os, signal, time
 from tdc_ray.execution import interrupts
 from tdc_ray.execution.interrupts import interrupts_deferred, received_signal
 interrupts.RAISED_AGAIN_EVERY_S = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's inherits another
 interrupts.handle_interrupts(lambda number: print("said", flush=True))
 
 def send(number=signal.SIGINT):
@@ -35,6 +36,19 @@ except KeyboardInterrupt:
     print("stopped", received_signal())
 """
     assert outcome(code) == (0, ["said", "on", "stopped", "2"])
+
+
+def test_an_interrupt_is_one_though_nobody_listens_any_more():
+    code = """
+def fail(_number): raise BrokenPipeError
+interrupts.handle_interrupts(fail)
+try:
+    send()
+except KeyboardInterrupt:
+    print("stopped")
+    os._exit(0)
+"""
+    assert outcome(code) == (0, ["stopped"])
 
 
 def test_what_cleans_up_after_an_interrupt_is_not_interrupted():
@@ -95,6 +109,27 @@ except KeyboardInterrupt:
     os._exit(0)
 """
     assert outcome(code) == (0, ["said", "stopped"])
+
+
+def test_what_is_ignored_stays_so():
+    code = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+interrupts.handle_interrupts(lambda number: print("said"))
+with interrupts_deferred():
+    send()
+interrupts.end_at_interrupts()
+send()
+print("on")
+"""
+    assert outcome(code) == (0, ["on"])
+
+
+def test_at_the_end_an_interrupt_ends_the_process():
+    code = """
+interrupts.end_at_interrupts()
+send(signal.SIGTERM)
+"""
+    assert outcome(code) == (-signal.SIGTERM, [])
 
 
 def test_who_handles_no_interrupts_sees_no_change():

@@ -100,7 +100,7 @@ def test_distrust_of_a_block_makes_it_wider_and_of_a_unit_it_alone():
 
 
 def test_a_move_takes_points_from_one_block_to_another():
-    planned = PLANNER.plan(Change(moves=[Move(from_block="mid", to_block="up 1", points=4)]))
+    planned = PLANNER.plan(Change(moves=[Move(from_block=" mid", to_block="up 1", points=4)]))
     assert planned.dropped == ()
     for block, expected in (("mid", -4), ("up 1", 4)):
         before, after = (
@@ -114,13 +114,15 @@ def test_a_move_takes_points_from_one_block_to_another():
 
 def test_a_change_that_cannot_be_read_discards_itself_alone():
     document = {
-        "hypothesis": "h",
+        "reasoning": None,
+        "hypothesis": None,
         "bounds": [{"unit": "mid", "least": 1, "most": 1}, {"unit": 3, "least": 2, "most": 2}],
         "distrust": [{"where": 4, "factor": "NaN"}, {"where": 4, "factor": 2}, "all"],
         "moves": None,
     }
     dropped: list[str] = []
     change = Change.model_validate_json(json.dumps(document), context=dropped)
+    assert (change.reasoning, change.hypothesis) == ("", "")
     assert change.bounds == [Bound(unit=3, least=2, most=2)]
     assert change.distrust == [Distrust(where="4", factor=2)]
     assert len(dropped) == 3

@@ -5,6 +5,7 @@ import pytest
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.execution.machine import look_at_machine
+from tdc_ray.execution.ray import cluster
 from tdc_ray.runs import doctor
 from tdc_ray.storage import object_store
 from tdc_ray.storage.object_store import resolve_path
@@ -81,7 +82,7 @@ def test_the_command_looks_at_this_machine_its_ray_and_a_storage(
     command = ["doctor", "--storage", str(tmp_path)]
     assert run_command(command) == 0, capsys.readouterr()
     printed = capsys.readouterr().out
-    assert "Ray answers, with 1 nodes" in printed
+    assert "Ray answers, with 1 node\n" in printed
     assert printed.count("storage: files are written") == 2
     assert "nothing is wrong" in printed
     assert list(tmp_path.iterdir()) == []
@@ -95,3 +96,13 @@ def test_a_ray_that_cannot_be_reached_is_a_problem_too(capsys):
     assert run_command(["doctor", "--address", "127.0.0.1:1"]) == 1
     (problem,) = re.findall(r"PROBLEM this machine: (.*)", capsys.readouterr().out)
     assert "127.0.0.1:1: " in problem  # nobody answers, or this process has joined another
+
+
+def test_a_cluster_of_another_version_is_a_problem_too(monkeypatch, capsys):
+    def init(**_):
+        raise RuntimeError("Version mismatch: the cluster was started with Ray 0.1")
+
+    for name, function in (("init", init), ("shutdown", bool), ("is_initialized", bool)):
+        monkeypatch.setattr(cluster.ray, name, function)
+    assert run_command(["doctor", "--address", "local"]) == 1
+    assert "Ray cannot be used at local: Version mismatch" in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pickle
@@ -319,6 +320,29 @@ def test_a_process_whose_lease_was_taken_publishes_nothing_more(run_dir, process
         adopt([])
     assert read_bytes(run_dir / "a") == b"kept"
     assert read_json_lines(run_dir / "lines.jsonl") == [1]
+
+
+@pytest.mark.parametrize("process", ["driver", "worker"])
+def test_a_lease_that_is_just_begun_anew_is_not_taken_for_anothers(tmp_path, process, monkeypatch):
+    held = lease.Lease(tmp_path, LeaseFiles(tmp_path))
+    held.acquire()
+    worker = pickle.loads(pickle.dumps(held))
+    own, read = LeaseFiles(tmp_path).read(1), LeaseFiles.read
+    answers = iter([{}, own, None])
+    monkeypatch.setattr(lease, "WRITTEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(
+        LeaseFiles, "read", lambda *args: read(*args) if args[1] == 1 else next(answers)
+    )
+    (held if process == "driver" else worker).check()
+    assert held.lost_to is None
+
+
+def test_systems_without_realtime_signals_have_another(monkeypatch):
+    monkeypatch.delattr(signal, "SIGRTMIN")  # as macOS
+    spec = importlib.util.find_spec("tdc_ray.storage.lease")
+    there = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(there)
+    assert there._STOP == signal.SIGUSR2
 
 
 def test_a_fence_stands_while_the_lease_is_held(run_dir):

@@ -89,6 +89,8 @@ def connected(
                 )
         except ConnectionError as error:
             raise ClusterError(NO_CLUSTER.format(address)) from error
+        except RuntimeError as error:  # the cluster has another version of Ray or of Python
+            raise ClusterError(f"Ray cannot be used at {address}: {error}") from error
         yield
     finally:
         with interrupts_deferred():

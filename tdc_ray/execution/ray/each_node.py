@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,12 +26,14 @@ def node_names() -> dict[str, str]:
 
 
 def node_gpus() -> dict[str, int]:
-    """Return how many GPUs Ray knows of on each node, by the nodes' ids."""
-    return {
-        node["NodeID"]: int(node["Resources"].get("GPU", 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    """Return how many GPUs Ray knows of, by the nodes' ids; 0 for a node that is gone."""
+    return Counter(
+        {
+            node["NodeID"]: int(node["Resources"].get("GPU", 0))
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+    )
 
 
 def on_nodes(

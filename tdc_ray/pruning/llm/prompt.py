@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.changes import (
     LEAST_FACTOR,
@@ -28,11 +30,11 @@ SYSTEM = "You find out where the predictions of a pruning search are wrong."
 
 TASK = """\
 # Task
-A diffusion model's UNet denoises images in many timesteps; timestep 0 is the least noisy. The
-timesteps are split into groups, and each group gets an expert of its own: the UNet with some units
-cut to a smaller width. A scheme gives every unit its width. A knapsack chooses the scheme: within
-the group's limit of {name} it keeps what costs most to cut by the predictions below. Those are
-noisy, add up what each unit costs alone, and know nothing of other groups. It is your part to
+A diffusion model's network denoises images in many timesteps; timestep 0 is the least noisy. The
+timesteps are split into groups, and each group gets an expert of its own: the network with some
+units cut to a smaller width. A scheme gives every unit its width. A knapsack chooses the scheme:
+within the group's limit of {name} it keeps what costs most to cut by the predictions below. Those
+are noisy, add up what each unit costs alone, and know nothing of other groups. It is your part to
 doubt them: look for structure (blocks, resolutions, neighbouring groups, earlier rounds, predicted
 against measured) and say where and why the knapsack errs.
 
@@ -118,6 +120,9 @@ EXAMPLE = (
     '"to_block": "block", "points": P}], "action": "predict or measure"}'
 )
 
+MIN_RANGE = 4
+"""Least number of widths more than 1 apart that are written as a range."""
+
 MAX_QUOTED_CHARS = 20_000
 """Most characters of a bad reply that are sent back with its problems."""
 
@@ -175,8 +180,8 @@ def assistant_message(answer: Answer) -> Message:
             {
                 "id": call.id,
                 "type": "function",
-                # Servers read it as JSON, and fail where it is none.
-                "function": {"name": call.name, "arguments": _json_or_empty(call.arguments)},
+                # Servers read it as a JSON object, and fail where it is none.
+                "function": {"name": call.name, "arguments": _object_or_empty(call.arguments)},
             }
             for call in answer.calls
         ]
@@ -242,12 +247,12 @@ def _rounded(value: float, digits: int = 5) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def _json_or_empty(text: str) -> str:
+def _object_or_empty(text: str) -> str:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        from_json(text, allow_inf_nan=False)
+        return text if text.lstrip().startswith("{") else "{}"
+    except ValueError:
         return "{}"
-    return text
 
 
 def _best_of(
@@ -339,10 +344,21 @@ def _resolution(unit: Unit) -> str:
 
 
 def _widths_text(legal: Sequence[int]) -> str:
-    """Format a unit's legal widths: from the first to the last, or one by one."""
-    if len(legal) == legal[-1]:
-        return f"{legal[0]}-{legal[-1]}"
-    return ", ".join(map(str, legal))
+    """Format a unit's legal widths: equal steps, of which there may be hundreds, as a range."""
+    parts, first = [], 0
+    while first < len(legal):
+        last = min(first + 1, len(legal) - 1)
+        step = legal[last] - legal[first]
+        while last + 1 < len(legal) and legal[last + 1] - legal[last] == step:
+            last += 1
+        if step > 1 and last - first < MIN_RANGE - 1:
+            parts.append(str(legal[first]))
+            first += 1
+            continue
+        text = f"{legal[first]}-{legal[last]}" if last > first else str(legal[first])
+        parts.append(f"{text} by {step}" if step > 1 else text)
+        first = last + 1
+    return ", ".join(parts)
 
 
 def _memory(

@@ -305,12 +305,12 @@ class LanguageModel:
         Args:
             planner: Makes the schemes.
             asked: What the reply asks for.
-            left: Replies that may still only predict.
+            left: Replies that may still only predict, unless one is measured.
         """
         request = self._job.request
         tried = {_key(e.widths) for e in self._job.memory if e.group == request.group}
         chosen: list[tuple[Request, Planned]] = []
-        told: list[Message] = []
+        results: list[tuple[str | None, dict[str, Any]]] = []
         for one in asked:
             planned = planner.plan(one.change, one.dropped)
             result = planned_result(request, planner, planned)
@@ -324,8 +324,13 @@ class LanguageModel:
                 chosen.append((one, planned))
                 tried.add(_key(planned.scheme))
                 continue
-            result["replies_that_may_only_predict"] = left
-            told.append(result_message(one.call, result))
+            results.append((one.call, result))
+        # A measurement begins the count anew.
+        left = self._job.config.max_predictions if chosen else left
+        told = [
+            result_message(call, {**result, "replies_that_may_only_predict": left})
+            for call, result in results
+        ]
         return chosen, told
 
     def _reply(

@@ -2,11 +2,15 @@ import json
 import re
 from dataclasses import replace
 
+import pytest
+
+from tdc_ray.models.network_config import DIT_CLASS
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.changes import Planner
 from tdc_ray.pruning.llm.answer import Answer, ToolCall
 from tdc_ray.pruning.llm.prompt import (
     MAX_QUOTED_CHARS,
+    _widths_text,
     assistant_message,
     measured_result,
     messages_for,
@@ -140,8 +144,49 @@ def test_a_bad_reply_is_quoted_and_answered():
     assert assistant_message(Answer(text="hm"))["content"] == "hm"
 
 
+@pytest.mark.parametrize("arguments", ["{", "[]", "NaN", '{"points": NaN}', "[" * 10_000])
+def test_servers_are_sent_objects_as_arguments(arguments):
+    message = assistant_message(Answer(calls=(ToolCall(id="a", name="x", arguments=arguments),)))
+    assert message["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
 def test_the_prompt_for_a_large_unet_is_short():
     space = space_of(architecture("iddpm-cifar10"))
     levels = {u.name: dict.fromkeys(range(1, u.width, 8), 0.0123) for u in space.units}
     text = content(space=space, sensitivities=levels, limit=round(0.7 * space.macs_base))
     assert len(text) < 10_000
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_feed_forwards_hundreds_of_widths_are_ranges(multiple):
+    space = space_of(
+        {
+            "_class_name": DIT_CLASS,
+            "num_attention_heads": 4,
+            "attention_head_dim": 64,
+            "num_layers": 2,
+            "sample_size": 8,
+            "num_embeds_ada_norm": 10,
+        },
+        channel_multiple=multiple,
+    )
+    text = content(space=space, sensitivities={}, limit=round(0.7 * space.macs_base))
+    assert [row[4] for row in unit_rows(text)[:2]] == [
+        "1-4",
+        {1: "1-1024", 8: "8-1024 by 8"}[multiple],
+    ]
+    assert "UNet" not in text
+
+
+@pytest.mark.parametrize(
+    ("legal", "text"),
+    [
+        ((5,), "5"),
+        ((1, 2), "1-2"),
+        ((2, 4, 6), "2, 4, 6"),
+        ((3, 8, 16, 24, 32, 33), "3, 8-32 by 8, 33"),
+        ((1, 2, 3, 4, 8, 12, 16), "1-4, 8, 12, 16"),
+    ],
+)
+def test_widths_are_ranges_where_these_are_shorter(legal, text):
+    assert _widths_text(legal) == text

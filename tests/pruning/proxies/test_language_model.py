@@ -355,6 +355,15 @@ def test_who_only_predicts_is_left_alone(tmp_path, monkeypatch):
     assert left == [1, 0]
 
 
+def test_a_measurement_begins_the_count_of_predictions_anew(tmp_path, monkeypatch):
+    predicts = calling(("predict", pin(0, 6)))
+    both = calling(("predict", pin(0, 5)), ("measure", pin(0, 7)))
+    result, _ = run(job_in(tmp_path, max_predictions=1), monkeypatch, predicts, both)
+    assert result.error is None
+    told = json.loads(result.conversation.messages[-1]["content"])
+    assert told["replies_that_may_only_predict"] == 1
+
+
 def test_an_address_among_the_settings_needs_no_key(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
