@@ -7,7 +7,7 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeFloat, require, settings
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 @settings("diffusion")
@@ -27,9 +27,9 @@ class DiffusionConfig:
     """Last beta of the linear schedules."""
 
     prediction_type: PredictionType = "epsilon"
-    """What the network's output estimates, under diffusers' name: the noise, or the velocity
-    of Salimans and Ho (arXiv:2202.00512), which suits images that differ in overall colour: near
-    pure noise epsilon says little about the image."""
+    """What the network's output estimates, under diffusers' name: the noise, the velocity of
+    Salimans and Ho (arXiv:2202.00512), which suits images that differ in overall colour (near
+    pure noise epsilon says little about the image), or the image itself (sample)."""
 
     learned_sigma: bool = False
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""

@@ -64,9 +64,26 @@ class Velocity:
         return snr / (1 + snr)
 
 
+class Sample:
+    """The image, x_0."""
+
+    def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the image."""
+        return x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the output."""
+        return output
+
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Return the SNR: an error of epsilon is ``signal / noise`` times that of x_0."""
+        return snr
+
+
 PREDICTIONS: Mapping[PredictionType, Prediction] = {
     "epsilon": Epsilon(),
     "v_prediction": Velocity(),
+    "sample": Sample(),
 }
 """By ``diffusion.prediction_type``."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
@@ -279,6 +279,8 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     arguments |= _asked(kind, sampler)
     with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
         scheduler = kind(**arguments)
+        trial = kind(**arguments)
+    _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
     _check_steps(scheduler, diffusion, sampler)
     _check_noise(scheduler, process)
     return scheduler
@@ -332,9 +334,9 @@ def _class_of(sampler: SamplerConfig) -> Any:
         )
     if not {"trained_betas", "prediction_type"} <= set(inspect.signature(kind).parameters):
         raise ConfigError(
-            f"sampler.scheduler {name} cannot sample a network that predicts epsilon or the "
-            "velocity at timesteps of a beta schedule: it takes none (those of flow matching, of "
-            "EDM's and consistency models and of tokens do not). Use DDIMScheduler, for example."
+            f"sampler.scheduler {name} cannot sample a network that denoises at timesteps of a "
+            "beta schedule: it takes none (those of flow matching, of EDM's and consistency "
+            "models and of tokens do not). Use DDIMScheduler, for example."
         )
     return kind
 
@@ -389,6 +391,27 @@ def _fits(value: object, default: object) -> bool:
         return isinstance(value, type(default))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number or not isinstance(default, int | float)
+
+
+def _check_prediction(trial: "SchedulerMixin", predicts: PredictionType, num_steps: int) -> None:
+    """Check by one step that a scheduler converts what a network predicts.
+
+    Raises:
+        ConfigError: It does not, or cannot take so many steps.
+    """
+    if predicts == "epsilon":  # all do
+        return
+    import torch
+
+    set_timesteps(trial, num_steps)
+    generator, x_t = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
+    takes = inspect.signature(trial.step).parameters
+    noise = {"generator": generator} if "generator" in takes else {}
+    with _refused_by(
+        f"sampler.scheduler {type(trial).__name__} cannot sample a network that predicts "
+        f"{predicts}, use DDIMScheduler, for example"
+    ):
+        trial.step(x_t, trial.timesteps[0], x_t, **noise)
 
 
 def _check_steps(

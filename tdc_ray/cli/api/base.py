@@ -106,17 +106,19 @@ def load_base(
         CheckpointError: There is none, or it is malformed.
     """
     temporary = None
+    predicts = None if settings is None else settings.diffusion.prediction_type
     if isinstance(source, str | Path):
         if scheduler is not None:
             raise ConfigError(
                 "scheduler goes with a UNet2DModel in memory: load it by diffusers, and give both."
             )
-        found = resolve_base(str(source))
+        found = resolve_base(str(source), predicts)
     else:
         temporary = TemporaryFolder()
         _save(source, scheduler, temporary.path)
         found = replace(
-            resolve_base(str(temporary.path)), source=f"{type(source).__name__} in memory"
+            resolve_base(str(temporary.path), predicts),
+            source=f"{type(source).__name__} in memory",
         )
     if settings is None and (missing := missing_settings(found.settings)):
         raise ConfigError(

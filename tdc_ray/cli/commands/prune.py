@@ -92,8 +92,10 @@ class PruneCommand:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if not trained and (missing := missing_settings(noise_settings(unet))):
-            noise, names = config.diffusion, ", ".join(missing)
+        noise = config.diffusion
+        known = None if trained else noise_settings(unet, noise.prediction_type)
+        if known is not None and (missing := missing_settings(known)):
+            names = ", ".join(missing)
             console.print(
                 f"{display_path(self.model_dir)} does not say {names}: {noise.beta_schedule} "
                 f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "

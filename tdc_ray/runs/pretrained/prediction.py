@@ -42,6 +42,6 @@ def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | Non
         f"its output for pure noise at timestep {last} correlates with that noise by "
         f"{correlation:.2f}, and of a trained network that predicts {diffusion.prediction_type} "
         f"this is {'near 1' if diffusion.prediction_type == 'epsilon' else 'far below 1'}. Check "
-        "--diffusion.prediction-type (networks that predict the image, x0, cannot be a base), "
-        "timesteps, heads and --model.use-new-attention-order, if its samples are no images"
+        "--diffusion.prediction-type, timesteps, heads and --model.use-new-attention-order, if "
+        "its samples are no images"
     )

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
-from tdc_ray.config.model import HUB_NAME, ModelConfig
-from tdc_ray.config.run import from_json
+from tdc_ray.config.model import HUB_NAME
+from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -90,19 +90,35 @@ class PretrainedBase:
     scheduler: Mapping[str, Any] | None = None
     """All settings of its pipeline's scheduler, and ``_class_name``. None means it has none."""
 
+    by_scheduler: str | None = None
+    """Its source and the scheduler's file, in words, where that alone says what it predicts."""
 
-def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
+
+def pretrained_base(config: RunConfig) -> PretrainedBase | None:
     """Return the base that a run starts from, or None where it trains its own."""
-    return None if model.base is None else resolve_base(model.base)
+    base = config.model.base
+    return None if base is None else resolve_base(base, config.diffusion.prediction_type)
 
 
-def resolve_base(source: str) -> PretrainedBase:
+def resolve_base(source: str, predicts: PredictionType | None = None) -> PretrainedBase:
     """Find the base that a user names.
+
+    Args:
+        source: The base.
+        predicts: What the user says that it predicts: one whose scheduler says sample is taken
+            only if the user does, too.
 
     Raises:
         CheckpointError: There is none, or it is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
+    base = _opened(source)
+    _check_prediction(base, predicts)
+    return base
+
+
+def _opened(source: str) -> PretrainedBase:
+    """Find the base that a user names, whatever it predicts."""
     kind, colon, path = source.partition(":")
     if kind in FILES and colon:
         file = Path(path).expanduser()
@@ -135,8 +151,29 @@ def is_unet(folder: Path) -> bool:
     return "block_out_channels" in json_object(folder / "config.json")
 
 
-def noise_settings(unet: Path) -> PretrainedSettings:
+def _check_prediction(base: PretrainedBase, predicts: PredictionType | None) -> None:
+    """Check that a user says so, too, of a base that predicts the image by its scheduler.
+
+    Schedulers say so of networks that predict something else, too, and weights do not tell.
+
+    Raises:
+        ConfigError: The user does not.
+    """
+    found = base.settings.diffusion.prediction_type
+    if base.by_scheduler is not None and found == "sample" and predicts != "sample":
+        raise ConfigError(
+            f"{base.by_scheduler} has {PREDICTION} sample: a base that predicts the image is "
+            "taken only if you say so, too, by --diffusion.prediction-type sample (or by settings "
+            "with it, in Python). Otherwise give another base."
+        )
+
+
+def noise_settings(unet: Path, predicts: PredictionType | None = None) -> PretrainedSettings:
     """Return the noise process and the first stage of a UNet's folder.
+
+    Args:
+        unet: The folder.
+        predicts: As for :func:`resolve_base`.
 
     Raises:
         CheckpointError: It is malformed.
@@ -145,6 +182,7 @@ def noise_settings(unet: Path) -> PretrainedSettings:
     base = _unet_in_place(display_path(unet), unet)
     if base is None:
         return PretrainedSettings()
+    _check_prediction(base, predicts)
     stages = base.settings.model_dump(
         include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
         exclude_unset=True,
@@ -270,7 +308,7 @@ def _with_scheduler(
             f"{named} has variance_type learned_range in its scheduler, and its unet outputs "
             f"{base.unet['out_channels']} channels: expected {2 * base.unet['in_channels']}."
         )
-    return replace(base, scheduler=scheduler)
+    return replace(base, scheduler=scheduler, by_scheduler=named)
 
 
 def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase | None:
@@ -417,7 +455,7 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
     if predicts not in get_args(PredictionType):
         raise ConfigError(
             f"{source} has {PREDICTION} {predicts} in its {name}: only "
-            f"{' and '.join(get_args(PredictionType))} are supported. Give another base."
+            f"{', '.join(get_args(PredictionType))} are supported. Give another base."
         )
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")

@@ -189,7 +189,13 @@ def velocity(tmp_path: Path) -> tuple[RunConfig, None]:
     return small_config(diffusion={"prediction_type": "v_prediction"}, sampler=FEW), None
 
 
-@pytest.mark.parametrize("make", [plain, velocity, pytest.param(latent, marks=pytest.mark.slow)])
+def image(tmp_path: Path) -> tuple[RunConfig, None]:
+    return small_config(diffusion={"prediction_type": "sample"}, sampler=FEW), None
+
+
+@pytest.mark.parametrize(
+    "make", [plain, velocity, image, pytest.param(latent, marks=pytest.mark.slow)]
+)
 def test_the_plain_example_gives_the_pipelines_images_for_the_same_noise(tmp_path, make):
     config, base = make(tmp_path)
     run_dir, noise_path = make_run(tmp_path / "run", config, base), tmp_path / "noise.pt"

@@ -25,6 +25,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
+from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
@@ -157,7 +158,7 @@ def test_what_a_base_predicts_comes_along_and_stays_when_it_is_imported(tmp_path
     [
         (
             DDPMScheduler(prediction_type="sample"),
-            "prediction_type sample.*only epsilon and v_pred",
+            "prediction_type sample: .* by --diffusion.prediction-type sample",
         ),
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
@@ -207,6 +208,30 @@ def test_a_base_that_does_not_say_predicts_epsilon_with_images_of_ones_own(
     command = ["run", "--base", base, "--data", str(tmp_path / "data.npz"), *flags]
     config = parse([*command, "--diffusion.num-train-timesteps", "1000"]).config
     assert config.diffusion.prediction_type == predicts
+
+
+@pytest.mark.parametrize("command", ["import", "prune", "plan"])
+def test_a_base_that_says_it_predicts_the_image_is_taken_where_that_is_said_again(
+    tmp_path, capsys, command
+):
+    DDPMScheduler(500, prediction_type="sample").save_pretrained(tmp_path / "scheduler")
+    save_unet(random_unet(), tmp_path / "unet")
+    source, out = str(tmp_path / "unet"), str(tmp_path / "out")
+    words = {
+        "import": ["import", source, out],
+        "prune": ["prune", source, "--data", "digits", "--out", out],
+        "plan": ["plan", "--base", source, "--data", "digits", "--out-dir", out],
+    }[command]
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json\) has prediction_type sample"):
+        parse(words)
+    said = ["--diffusion.prediction-type", "sample"]
+    assert parse([*words, *said]).config.diffusion.prediction_type == "sample"
+    with pytest.raises(ConfigError, match="has prediction_type sample"):
+        parse([*words, "--diffusion.prediction-type", "v_prediction"])
+    if command == "import":
+        assert run_command([*words, *said]) == 0
+        base = resolve_base(out)  # needs no word any more
+        assert base.settings.diffusion.prediction_type == "sample"
 
 
 def test_values_of_another_type_are_refused_by_name(tmp_path):

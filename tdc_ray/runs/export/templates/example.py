@@ -57,6 +57,8 @@ def main() -> None:
         output = experts.for_timestep(t)(x, seen, class_labels=labels).sample[:, : shape[1]]
         if scheduler["prediction_type"] == "epsilon":
             x_0 = (x - (1 - now) ** 0.5 * output) / now**0.5
+        elif scheduler["prediction_type"] == "sample":
+            x_0 = output
         else:  # v_prediction
             x_0 = now**0.5 * x - (1 - now) ** 0.5 * output
         if scheduler.get("clip_sample", False):

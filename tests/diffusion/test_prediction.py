@@ -1,0 +1,169 @@
+"""What networks predict, held against data whose best prediction is known in closed form."""
+
+from types import SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.diffusion.loss import loss_per_image, loss_weights
+from tdc_ray.diffusion.prediction import PREDICTIONS
+from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
+from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample
+from tdc_ray.errors import ConfigError
+
+MEAN, DEVIATION = 0.3, 0.25
+"""Of every pixel of the data, which are Gaussian."""
+
+SHAPE = (1, 4, 4)
+KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
+"""Of networks on the betas' process."""
+
+
+class Best:
+    """The best denoiser of the Gaussian data: what it outputs implies E[x_0 | x_t]."""
+
+    def __init__(self, diffusion: DiffusionConfig) -> None:
+        schedule = noise_schedule(diffusion)
+        self.signal, self.noise = schedule.signal.double(), schedule.noise.double()
+        self.prediction = schedule.prediction
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor) -> SimpleNamespace:
+        signal, noise = (rates[timesteps.long()][:, None, None, None] for rates in self.rates())
+        x_t = x_t.double()
+        variance = DEVIATION**2
+        gain = signal * variance / (signal**2 * variance + noise**2)
+        x_0 = MEAN + gain * (x_t - signal * MEAN)
+        output = self.prediction.target(x_0, (x_t - signal * x_0) / noise, signal, noise)
+        return SimpleNamespace(sample=output.float())
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        return self.signal, self.noise
+
+
+def draw(diffusion: DiffusionConfig, sampler: SamplerConfig, count: int = 4) -> Tensor:
+    spec = SamplingSpec(
+        shape=SHAPE,
+        num_inference_steps=sampler.num_inference_steps,
+        use_clipped_model_output=sampler.clips_epsilon,
+    )
+    scheduler, best = make_scheduler(diffusion, sampler), Best(diffusion)
+    return sample(lambda _: best, scheduler, spec, image_generators(0, 0, count))
+
+
+def exact(signal: float, noise: float, count: int = 4) -> Tensor:
+    """Where the probability flow from the sampler's noise ends, at the data."""
+    x = torch.stack([torch.randn(SHAPE, generator=g) for g in image_generators(0, 0, count)])
+    deviation = np.sqrt(signal**2 * DEVIATION**2 + noise**2)
+    return MEAN + DEVIATION * (x - signal * MEAN) / deviation
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig(clip_sample=False, num_inference_steps=20),
+        SamplerConfig(sampler="ddpm", clip_sample=False, num_inference_steps=20),
+        SamplerConfig(sampler="dpmsolver++", spacing="leading", num_inference_steps=20),
+        SamplerConfig(
+            scheduler="UniPCMultistepScheduler", spacing="leading", num_inference_steps=20
+        ),
+        SamplerConfig(
+            scheduler="EulerDiscreteScheduler", spacing="leading", num_inference_steps=20
+        ),
+    ],
+    ids=lambda sampler: sampler.name,
+)
+def test_the_best_denoiser_draws_the_same_images_whatever_it_predicts(sampler):
+    images = [draw(DiffusionConfig(prediction_type=kind), sampler) for kind in KINDS]
+    for others in images[1:]:
+        torch.testing.assert_close(others, images[0], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_images_are_those_of_the_probability_flow(kind):
+    diffusion = DiffusionConfig(prediction_type=kind)
+    images = draw(
+        diffusion,
+        SamplerConfig(sampler="dpmsolver++", spacing="trailing", num_inference_steps=100),
+    )
+    schedule = noise_schedule(diffusion)
+    expected = exact(float(schedule.signal[-1]), float(schedule.noise[-1]))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", get_args(PredictionType))
+@pytest.mark.parametrize("weight", ["constant", "min-snr", "p2"])
+def test_gradients_of_the_loss_are_those_of_the_formula(kind, weight):
+    diffusion = DiffusionConfig(prediction_type=kind)
+    schedule, generator = noise_schedule(diffusion), torch.Generator().manual_seed(0)
+    x_0, epsilon, output = torch.randn(3, 5, *SHAPE, generator=generator)
+    timesteps = torch.tensor([0, 10, 300, 700, 999])
+    signal, noise = schedule.rates(timesteps)
+    target = {
+        "epsilon": epsilon,
+        "v_prediction": signal * epsilon - noise * x_0,
+        "sample": x_0,
+        "flow_prediction": epsilon - x_0,
+    }[kind]
+    snr = (signal / noise).square()
+    of_epsilon = {
+        "constant": torch.ones_like(snr),
+        "min-snr": (5 / snr).clamp(max=1),
+        "p2": 1 / (1 + snr),
+    }[weight]
+    error_of_epsilon = {
+        "epsilon": torch.ones_like(snr),
+        "v_prediction": signal,
+        "sample": signal / noise,
+        "flow_prediction": signal,
+    }[kind]
+    factor = of_epsilon * (1 if weight == "constant" else error_of_epsilon.square())
+    output.requires_grad_()
+    weights = loss_weights(schedule, weight, None)
+    losses = loss_per_image(
+        schedule, output, NoisedBatch(x_0, epsilon, timesteps), weights=weights
+    )
+    torch.testing.assert_close(
+        losses, (factor * (output - target).square()).mean((1, 2, 3)), rtol=1e-4, atol=1e-9
+    )
+    losses.sum().backward()
+    expected = 2 * factor * (output.detach() - target) / output[0].numel()
+    torch.testing.assert_close(output.grad, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", get_args(PredictionType))
+def test_an_error_of_epsilon_is_told_by_that_of_the_output(kind):
+    schedule = noise_schedule(DiffusionConfig(prediction_type=kind))
+    timesteps = torch.tensor([5, 300, 900])
+    signal, noise = (rates.double() for rates in schedule.rates(timesteps))
+    x_t, output, error = torch.randn(
+        3, 3, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+
+    def epsilon_of(output: Tensor) -> Tensor:
+        x_0 = PREDICTIONS[kind].to_x_0(output, x_t, signal, noise)
+        epsilon = (x_t - signal * x_0) / noise
+        again = PREDICTIONS[kind].target(x_0, epsilon, signal, noise)
+        torch.testing.assert_close(again, output, rtol=0, atol=1e-4)  # rates are of float32
+        return epsilon
+
+    found = (epsilon_of(output + error) - epsilon_of(output)).square()
+    factor = PREDICTIONS[kind].per_epsilon(schedule.snr)[timesteps][:, None, None, None]
+    torch.testing.assert_close(found, factor * error.square(), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        ({"sampler": "pndm", "spacing": "linspace"}, "PNDMScheduler cannot sample a network that"),
+        ({"scheduler": "PNDMScheduler"}, "cannot sample a network that predicts sample, use DDIM"),
+    ],
+)
+def test_schedulers_that_cannot_convert_an_image_are_refused_before_work_starts(sampler, words):
+    with pytest.raises(ConfigError, match=words):
+        make_scheduler(DiffusionConfig(prediction_type="sample"), SamplerConfig(**sampler))
