@@ -9,6 +9,9 @@ from tdc_ray.config.validation import NonNegativeFloat, require, settings
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
+LATER_DIFFUSION_FIELDS = ("prediction_type", "rescale_betas_zero_snr")
+"""Settings that came after the first run directories and caches were named."""
+
 
 @settings("diffusion")
 class DiffusionConfig:
@@ -25,6 +28,11 @@ class DiffusionConfig:
 
     beta_end: float = 0.02
     """Last beta of the linear schedules."""
+
+    rescale_betas_zero_snr: bool = False
+    """Rescale the betas so that nothing of the image is left at the last timestep
+    (arXiv:2305.08891, algorithm 1; diffusers' name), where samplers begin; needs a network that
+    predicts something else than epsilon, which says nothing there."""
 
     prediction_type: PredictionType = "epsilon"
     """What the network's output estimates, under diffusers' name: the noise, the velocity of
@@ -43,6 +51,11 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
         require("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
+        rule = (
+            "v_prediction or sample with diffusion.rescale_betas_zero_snr (epsilon is the input)"
+        )
+        tells = not self.rescale_betas_zero_snr or self.prediction_type != "epsilon"
+        require("diffusion", self, "prediction_type", rule, ok=tells)
 
     @property
     def timestep_scale(self) -> float:

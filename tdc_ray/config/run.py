@@ -13,7 +13,7 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import LATER_DIFFUSION_FIELDS, DiffusionConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.plan import PlanConfig
@@ -155,7 +155,7 @@ PATHS = (
 """Settings that are paths, or may be."""
 
 LATER_FIELDS = {
-    "diffusion": ("prediction_type",),
+    "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",
         "depth",

@@ -17,7 +17,7 @@ import numpy as np
 
 from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
-from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.diffusion.schedule import NoiseProcess, betas_of, nearest_timestep
 from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ SETTING_OF = {
     "beta_end": "--diffusion.beta-end",
     "beta_schedule": "--diffusion.beta-schedule",
     "trained_betas": "--diffusion.beta-schedule",
+    "rescale_betas_zero_snr": "--diffusion.rescale-betas-zero-snr",
     "prediction_type": "--diffusion.prediction-type",
     "timestep_spacing": "--sampler.spacing",
     "steps_offset": "--sampler.steps-offset",
@@ -45,7 +46,6 @@ SETTING_OF = {
 """Flags of what schedulers have as settings, too."""
 
 NEEDED = {
-    "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
     "timestep_type": "discrete",
 }
@@ -98,8 +98,14 @@ def _karras(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     EDM, arXiv:2206.00364, equation 5. In float32, as in diffusers: timesteps are rounded.
 
     Raises:
-        ConfigError: The first two are the same, where diffusers would leave out the first.
+        ConfigError: The first two are the same, where diffusers would leave out the first, or the
+            first sigma is infinite.
     """
+    if not process.has_signal:
+        raise ConfigError(
+            f"sampler.spacing must be trailing for {sampler.sampler} with "
+            "diffusion.rescale_betas_zero_snr, whose first sigma is infinite, got None."
+        )
     alphas_cumprod = np.cumprod(1 - process.betas.astype(np.float32), dtype=np.float32)
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
     low, high = (float(sigma) ** (1 / KARRAS_RHO) for sigma in (sigmas[0], sigmas[-1]))
@@ -193,6 +199,12 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
             f"{first}, past the last timestep {total - 1}. Use 0, or fewer steps."
         )
+    if diffusion.rescale_betas_zero_snr and nearest_timestep(first) != total - 1:
+        raise ConfigError(
+            f"sampler.spacing must be trailing for {sampler.name} with "
+            f"diffusion.rescale_betas_zero_snr, got steps that begin at {first:g}: images begin "
+            f"with pure noise, which is what networks saw at timestep {total - 1} alone."
+        )
     if sampler.spacing != "quadratic" and not begins_near_the_end(total, steps, first):
         raise ConfigError(
             f"sampler.num_inference_steps must be {nearest_steps(total, steps)} for "
@@ -254,10 +266,12 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     process, row = NoiseProcess.of(diffusion), SAMPLERS[sampler.sampler]
     arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": process.betas.tolist(),  # diffusers' own are float32
+        "trained_betas": betas_of(diffusion).tolist(),  # diffusers' own are float32
         "prediction_type": diffusion.prediction_type,
         "steps_offset": sampler.steps_offset,
     }
+    if diffusion.rescale_betas_zero_snr:
+        arguments["rescale_betas_zero_snr"] = True
     if sampler.scheduler is None:
         arguments |= {"timestep_spacing": "leading", **row.arguments(diffusion, sampler)}
         kind = getattr(diffusers, row.scheduler)
@@ -274,6 +288,13 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
         arguments = {name: value for name, value in started.items() if name in taken}
         if not reads_variance(kind):
             arguments.pop("variance_type", None)
+    if diffusion.rescale_betas_zero_snr and (
+        "rescale_betas_zero_snr" not in inspect.signature(kind).parameters
+    ):
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} has no rescale_betas_zero_snr: it cannot begin "
+            "without signal. Use DDIMScheduler, for example."
+        )
     if _is_short(sampler):
         return kind(**arguments)
     arguments |= _asked(kind, sampler)

@@ -1,5 +1,7 @@
 """What networks predict, held against data whose best prediction is known in closed form."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
@@ -9,11 +11,13 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
+from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.loss import loss_per_image, loss_weights
+from tdc_ray.diffusion.plan import plan_groups, to_json
 from tdc_ray.diffusion.prediction import PREDICTIONS
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
-from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler
 from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample
 from tdc_ray.errors import ConfigError
 
@@ -94,6 +98,61 @@ def test_the_images_are_those_of_the_probability_flow(kind):
     schedule = noise_schedule(diffusion)
     expected = exact(float(schedule.signal[-1]), float(schedule.noise[-1]))
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-2)
+
+
+NO_SIGNAL = DiffusionConfig(prediction_type="sample", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+def test_without_signal_at_the_end_the_best_denoisers_draw_the_same_images(scheduler):
+    how = SamplerConfig(
+        scheduler=scheduler, spacing="trailing", clip_sample=False, num_inference_steps=200
+    )
+    images, others = (
+        draw(replace(NO_SIGNAL, prediction_type=kind), how) for kind in ("sample", "v_prediction")
+    )
+    torch.testing.assert_close(others, images, rtol=0, atol=2e-3)
+    if scheduler == "DDIMScheduler":
+        torch.testing.assert_close(images, exact(0.0, 1.0), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "spacing must be trailing for ddim .* begin at 990"),
+        ({"scheduler": "HeunDiscreteScheduler"}, "has no rescale_betas_zero_snr"),
+        ({"scheduler": "DDIMScheduler"}, "spacing must be trailing"),
+        ({"sampler": "dpmsolver++"}, "spacing must be trailing"),
+    ],
+)
+def test_samplers_that_do_not_begin_without_signal_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        checked_timesteps(NO_SIGNAL, SamplerConfig(**settings))
+
+
+def test_epsilon_says_nothing_where_there_is_no_signal():
+    with pytest.raises(ConfigError, match="prediction_type must be v_prediction or sample with"):
+        DiffusionConfig(rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])
+def test_a_plan_without_signal_at_the_end_is_finite_json(sampler):
+    how = SamplerConfig(sampler=sampler, spacing="trailing", num_inference_steps=10)
+    plan = plan_groups(NO_SIGNAL, PlanConfig(num_groups=5), how)
+    assert json.loads(json.dumps(to_json(plan), allow_nan=False))["groups"]
+    assert plan.group_of(999) is plan.groups[-1]
+    assert plan.sampling_timesteps[0] == 999
+
+
+@pytest.mark.parametrize("weight", ["min-snr", "p2"])
+def test_weights_without_signal_are_numbers(weight):
+    for kind in ("sample", "v_prediction"):
+        schedule = noise_schedule(replace(NO_SIGNAL, prediction_type=kind, learned_sigma=True))
+        weights = loss_weights(schedule, weight, None)
+        assert weights.isfinite().all()
+        output = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        batch = NoisedBatch(output[:, :1], output[:, 1:], torch.tensor([998, 999]))
+        assert loss_per_image(schedule, output, batch, weights=weights).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", get_args(PredictionType))

@@ -17,6 +17,7 @@ _NOISE = (
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "rescale_betas_zero_snr",
 )
 """Settings of a scheduler that come along with the base, or are refused."""
 

@@ -31,6 +31,7 @@ class _Diffusion(_Some):
     beta_start: float | None = None
     beta_end: float | None = None
     rescale_timesteps: bool | None = None
+    rescale_betas_zero_snr: bool | None = None
     prediction_type: PredictionType | None = None
     learned_sigma: bool | None = None
 

@@ -39,6 +39,7 @@ FORMAT = 1
 
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
+ZERO_SNR = "rescale_betas_zero_snr"
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -244,6 +245,7 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
                 **{name: document["diffusion"][name] for name in NOISE},
                 # which 0.1.0 did not write
                 PREDICTION: document["diffusion"].get(PREDICTION, "epsilon"),
+                ZERO_SNR: document["diffusion"].get(ZERO_SNR, False),
             },
             "sampler": {name: document["sampler"][name] for name in SAMPLER}
             | _own_scheduler(document.get("scheduler")),
@@ -319,8 +321,9 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
     if (imported := _imported(source, run_dir.base, unet)) is not None:
         return imported
     config = from_json(read_json(run_dir.config))
+    noise = (*NOISE, PREDICTION, ZERO_SNR)
     stages = {
-        "diffusion": {name: getattr(config.diffusion, name) for name in (*NOISE, PREDICTION)},
+        "diffusion": {name: getattr(config.diffusion, name) for name in noise},
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
@@ -470,7 +473,12 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
         )
     return {
         # no pipeline of diffusers rescales
-        "diffusion": noise | {PREDICTION: predicts, "rescale_timesteps": False},
+        "diffusion": noise
+        | {
+            PREDICTION: predicts,
+            ZERO_SNR: config.get(ZERO_SNR, False),
+            "rescale_timesteps": False,
+        },
         "sampler": {setting: config[setting] for setting in SAMPLER if setting in config}
         | _own_scheduler(config),
     }

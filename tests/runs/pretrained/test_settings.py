@@ -162,7 +162,6 @@ def test_what_a_base_predicts_comes_along_and_stays_when_it_is_imported(tmp_path
         ),
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
-        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),
         (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True"),
         (DDPMScheduler(variance_type="learned"), "variance_type learned: only learned_range"),
         (ScoreSdeVeScheduler(), "beta_schedule None in its ScoreSdeVeScheduler"),
@@ -232,6 +231,24 @@ def test_a_base_that_says_it_predicts_the_image_is_taken_where_that_is_said_agai
         assert run_command([*words, *said]) == 0
         base = resolve_base(out)  # needs no word any more
         assert base.settings.diffusion.prediction_type == "sample"
+
+
+def test_a_base_without_signal_at_the_end_is_imported_as_such(tmp_path):
+    noise = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    base = resolve_base(save_pipeline(tmp_path / "p", noise, DDIMPipeline))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    assert config.diffusion.rescale_betas_zero_snr
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr must be True, as was found"):
+        check_compatible(
+            base,
+            replace(config, diffusion=replace(config.diffusion, rescale_betas_zero_snr=False)),
+        )
+    import_base(base, config, tmp_path / "base")
+    again = apply_settings(resolve_base(str(tmp_path / "base")).settings, CONFIG, with_data=True)
+    assert again.diffusion == config.diffusion
+    epsilon = save_pipeline(tmp_path / "q", DDIMScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(ConfigError, match="v_prediction or sample with"):
+        apply_settings(resolve_base(epsilon).settings, CONFIG, with_data=True)
 
 
 def test_values_of_another_type_are_refused_by_name(tmp_path):

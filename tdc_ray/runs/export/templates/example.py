@@ -40,6 +40,9 @@ def main() -> None:
     scheduler = json.loads((HERE / "scheduler" / "scheduler_config.json").read_text())
     betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if scheduler.get("rescale_betas_zero_snr", False):  # arXiv:2305.08891, algorithm 1
+        roots = alpha_bar.sqrt()
+        alpha_bar = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
     num_timesteps, steps = len(betas), flags.steps or index["num_inference_steps"]
     stride, offset = num_timesteps // steps, scheduler.get("steps_offset", 0)
     last = 1.0 if scheduler.get("set_alpha_to_one", True) else float(alpha_bar[0])
@@ -49,8 +52,10 @@ def main() -> None:
     labels = None
     if index["num_classes"] is not None:
         labels = torch.arange(flags.num_images) % index["num_classes"]
-    for step in reversed(range(steps)):
-        t = step * stride + offset
+    visited = [step * stride + offset for step in reversed(range(steps))]
+    if scheduler.get("timestep_spacing") == "trailing":
+        visited = [round(num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
+    for t in visited:
         now = float(alpha_bar[t])
         before = float(alpha_bar[t - stride]) if t >= stride else last
         seen = torch.full((len(x),), t * index["timestep_scale"])
