@@ -37,6 +37,7 @@ SETTING_OF = {
     "beta_schedule": "--diffusion.beta-schedule",
     "trained_betas": "--diffusion.beta-schedule",
     "rescale_betas_zero_snr": "--diffusion.rescale-betas-zero-snr",
+    "use_flow_sigmas": "--diffusion.prediction-type flow_prediction",
     "prediction_type": "--diffusion.prediction-type",
     "timestep_spacing": "--sampler.spacing",
     "steps_offset": "--sampler.steps-offset",
@@ -46,7 +47,6 @@ SETTING_OF = {
 """Flags of what schedulers have as settings, too."""
 
 NEEDED = {
-    "use_flow_sigmas": False,
     "timestep_type": "discrete",
 }
 """Settings of a diffusers scheduler that decide the noise process, or what the network takes, and
@@ -58,7 +58,7 @@ _LITERALS = {"True": True, "False": False, "None": None}
 
 def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
-    stride = len(process.betas) // sampler.num_inference_steps
+    stride = len(process.snr) // sampler.num_inference_steps
     steps = reversed(range(sampler.num_inference_steps))
     return [step * stride + sampler.steps_offset for step in steps]
 
@@ -101,7 +101,7 @@ def _karras(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
         ConfigError: The first two are the same, where diffusers would leave out the first, or the
             first sigma is infinite.
     """
-    if not process.has_signal:
+    if process.betas is None or not process.has_signal:
         raise ConfigError(
             f"sampler.spacing must be trailing for {sampler.sampler} with "
             "diffusion.rescale_betas_zero_snr, whose first sigma is infinite, got None."
@@ -176,7 +176,7 @@ def sampling_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tu
         ScheduleError: The betas are no noise schedule.
         ConfigError: The sampler cannot take so many steps, or there is none with these settings.
     """
-    if _is_short(sampler):
+    if _is_short(sampler) and not diffusion.is_flow:
         row = SAMPLERS[sampler.sampler]
         return tuple(row.timesteps(NoiseProcess.of(diffusion), sampler))
     scheduler = make_scheduler(diffusion, sampler)
@@ -193,7 +193,7 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
             below it, though it begins with noise.
     """
     timesteps = sampling_timesteps(diffusion, sampler)
-    total, steps, first = diffusion.num_train_timesteps, sampler.num_inference_steps, timesteps[0]
+    total, steps, first = diffusion.num_timesteps, sampler.num_inference_steps, timesteps[0]
     if first >= total:
         raise ConfigError(
             f"sampler.steps_offset {sampler.steps_offset} moves the first sampling step to "
@@ -263,6 +263,8 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     """
     import diffusers
 
+    if diffusion.is_flow:
+        return _flow_scheduler(diffusion, sampler)
     process, row = NoiseProcess.of(diffusion), SAMPLERS[sampler.sampler]
     arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_train_timesteps,
@@ -277,6 +279,7 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
         kind = getattr(diffusers, row.scheduler)
     else:
         kind = _class_of(sampler)
+        _check_betas(kind)
         taken = inspect.signature(kind).parameters
         ours = arguments | {
             "clip_sample": sampler.clip_sample,
@@ -305,6 +308,46 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     _check_steps(scheduler, diffusion, sampler)
     _check_noise(scheduler, process)
     return scheduler
+
+
+def _flow_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
+    """Build the diffusers scheduler of the settings for rectified flow.
+
+    Raises:
+        ConfigError: There is none, or it lacks a setting that is asked for.
+    """
+    if sampler.scheduler is None:
+        raise ConfigError(
+            "sampler.scheduler must be one of rectified flow with diffusion.prediction_type "
+            "flow_prediction, such as FlowMatchEulerDiscreteScheduler or "
+            f"DPMSolverMultistepScheduler, got None ({sampler.name} steps by betas)."
+        )
+    kind = _class_of(sampler)
+    taken = inspect.signature(kind).parameters
+    if "use_flow_sigmas" not in taken and not is_flow_class(kind):
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} cannot sample rectified flow: it has no "
+            "use_flow_sigmas. Use FlowMatchEulerDiscreteScheduler, for example."
+        )
+    started = (sampler.of_base or {}) | {
+        "num_train_timesteps": diffusion.num_train_timesteps,
+        "prediction_type": diffusion.prediction_type,
+        "use_flow_sigmas": True,
+    }
+    arguments = {name: value for name, value in started.items() if name in taken}
+    arguments |= _asked(kind, sampler)
+    with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
+        scheduler, trial = kind(**arguments), kind(**arguments)
+    _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
+    _check_steps(scheduler, diffusion, sampler)
+    return scheduler
+
+
+def is_flow_class(kind: type) -> bool:
+    """Whether schedulers of a class are of rectified flow alone (FlowMatchEulerDiscrete...)."""
+    taken = inspect.signature(kind).parameters
+    is_of_betas = "trained_betas" in taken or hasattr(kind, "add_noise")
+    return "num_train_timesteps" in taken and hasattr(kind, "scale_noise") and not is_of_betas
 
 
 def reads_variance(kind: type) -> bool:
@@ -353,13 +396,22 @@ def _class_of(sampler: SamplerConfig) -> Any:
             f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
             "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."
         )
+    return kind
+
+
+def _check_betas(kind: Any) -> None:
+    """Check that schedulers of a class step by betas.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    name = kind.__name__
     if not {"trained_betas", "prediction_type"} <= set(inspect.signature(kind).parameters):
         raise ConfigError(
             f"sampler.scheduler {name} cannot sample a network that denoises at timesteps of a "
             "beta schedule: it takes none (those of flow matching, of EDM's and consistency "
             "models and of tokens do not). Use DDIMScheduler, for example."
         )
-    return kind
 
 
 def _asked(kind: Any, sampler: SamplerConfig) -> dict[str, Any]:

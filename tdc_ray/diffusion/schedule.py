@@ -24,8 +24,9 @@ COSINE_OFFSET = 0.008
 class NoiseProcess:
     """How noise is added to images, which plan, samplers and losses read: arrays ``(T,)``."""
 
-    betas: FloatArray
-    """Variance of the noise that each timestep adds, unitless, inside (0, 1) (1 at the end)."""
+    betas: FloatArray | None
+    """Variance of the noise that each timestep adds, unitless, inside (0, 1) (1 at the end); None
+    for rectified flow."""
 
     alphas_cumprod: FloatArray
     """Share of an image's variance that is left at each timestep (DDPM's alpha-bar), unitless,
@@ -34,6 +35,12 @@ class NoiseProcess:
     snr: FloatArray
     """Signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod): a ratio of variances."""
 
+    signal: FloatArray
+    """What images are multiplied with."""
+
+    noise: FloatArray
+    """What standard normal noise is multiplied with before it is added."""
+
     @classmethod
     def of(cls, config: DiffusionConfig) -> "NoiseProcess":
         """Compute the noise process of the settings.
@@ -41,6 +48,8 @@ class NoiseProcess:
         Raises:
             ScheduleError: The betas are no noise schedule.
         """
+        if config.is_flow:
+            return cls.flow(config.num_train_timesteps)
         values = betas_of(config)
         return cls.from_betas(zero_terminal(values) if config.rescale_betas_zero_snr else values)
 
@@ -52,7 +61,24 @@ class NoiseProcess:
             ScheduleError: The signal is used up, or does not decrease with every timestep.
         """
         alphas_cumprod = np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
-        return cls(betas, alphas_cumprod, snr(alphas_cumprod))
+        ratio = snr(alphas_cumprod)
+        return cls(
+            betas, alphas_cumprod, ratio, np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+        )
+
+    @classmethod
+    def flow(cls, num_train_timesteps: int) -> "NoiseProcess":
+        """Compute the process of rectified flow (arXiv:2209.03003).
+
+        At the timesteps t = 0 to T the noise's rate is s = t / T and the signal's 1 - s. The first
+        of diffusers is 1; 0 serves what samplers visit below a half, and is learnt at a quarter.
+
+        Args:
+            num_train_timesteps: T.
+        """
+        s = np.maximum(np.arange(num_train_timesteps + 1), 0.25) / num_train_timesteps
+        ratio = ((1 - s) / s) ** 2
+        return cls(None, ratio / (1 + ratio), ratio, 1 - s, s)
 
     @property
     def snr_db(self) -> FloatArray:

@@ -9,7 +9,12 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.diffusion.samplers import begins_near_the_end, nearest_steps, timesteps_of
+from tdc_ray.diffusion.samplers import (
+    begins_near_the_end,
+    is_flow_class,
+    nearest_steps,
+    timesteps_of,
+)
 from tdc_ray.diffusion.schedule import (
     NoiseProcess,
     betas_of,
@@ -77,6 +82,8 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
         ScheduleError: The betas are no noise schedule.
         ConfigError: It has none.
     """
+    if is_flow_class(type(scheduler)) or scheduler.config.get("use_flow_sigmas"):
+        return NoiseProcess.flow(scheduler.config["num_train_timesteps"])
     if not hasattr(scheduler, "betas"):
         raise ConfigError(
             f"the scheduler must have betas, got a {type(scheduler).__name__}: give one of a base "
@@ -97,14 +104,18 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
 
 def _steps(scheduler: "SchedulerMixin", process: NoiseProcess) -> tuple[float, ...]:
     """Return the timesteps that a scheduler is set to, noisiest first."""
-    total, steps = len(process.betas), timesteps_of(scheduler)
+    total, steps = len(process.snr), timesteps_of(scheduler)
     if not all(0 <= step < total for step in nearest_timesteps(steps)):
         raise ConfigError(
             f"the steps of the scheduler must be within 0 and {total - 1}, got those of a "
             f"{type(scheduler).__name__} from {steps[0]} to {steps[-1]}: experts are chosen by "
             "timesteps. Use DDIMScheduler, for example."
         )
-    if not process.has_signal and nearest_timestep(steps[0]) != total - 1:
+    if (
+        process.betas is not None
+        and not process.has_signal
+        and nearest_timestep(steps[0]) != total - 1
+    ):
         raise ConfigError(
             f"the steps of the scheduler must begin at {total - 1}, where nothing of the image is "
             f"left (rescale_betas_zero_snr), got {steps[0]:g}: give it timestep_spacing trailing."

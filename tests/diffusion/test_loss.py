@@ -102,7 +102,8 @@ def test_the_target_of_v_prediction_is_diffusers_velocity():
 
 @pytest.mark.parametrize("kind", get_args(PredictionType))
 def test_what_a_true_output_implies_is_the_image(kind):
-    schedule, prediction = noise_schedule(DiffusionConfig()), PREDICTIONS[kind]
+    schedule = noise_schedule(DiffusionConfig(prediction_type=kind))
+    prediction = PREDICTIONS[kind]
     x_0, epsilon, rates = pixels(6, 3, 4, 4), gaussian(6, 3, 4, 4), schedule.rates(TIMESTEPS)
     output = prediction.target(x_0, epsilon, *rates)
     x_t = schedule.add_noise(x_0, epsilon, TIMESTEPS)

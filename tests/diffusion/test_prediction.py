@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
@@ -19,6 +20,8 @@ from tdc_ray.diffusion.prediction import PREDICTIONS
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler
 from tdc_ray.diffusion.sampling import SamplingSpec, image_generators, sample
+from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.diffusion.scheduler_plan import plan_groups as plan_of_scheduler
 from tdc_ray.errors import ConfigError
 
 MEAN, DEVIATION = 0.3, 0.25
@@ -35,19 +38,21 @@ class Best:
     def __init__(self, diffusion: DiffusionConfig) -> None:
         schedule = noise_schedule(diffusion)
         self.signal, self.noise = schedule.signal.double(), schedule.noise.double()
-        self.prediction = schedule.prediction
+        self.prediction, self.diffusion = schedule.prediction, diffusion
 
     def __call__(self, x_t: Tensor, timesteps: Tensor) -> SimpleNamespace:
-        signal, noise = (rates[timesteps.long()][:, None, None, None] for rates in self.rates())
+        if self.diffusion.is_flow:
+            noise = timesteps.double() / self.diffusion.num_train_timesteps
+            signal = 1 - noise
+        else:
+            signal, noise = self.signal[timesteps.long()], self.noise[timesteps.long()]
+        signal, noise = signal[:, None, None, None], noise[:, None, None, None]
         x_t = x_t.double()
         variance = DEVIATION**2
         gain = signal * variance / (signal**2 * variance + noise**2)
         x_0 = MEAN + gain * (x_t - signal * MEAN)
         output = self.prediction.target(x_0, (x_t - signal * x_0) / noise, signal, noise)
         return SimpleNamespace(sample=output.float())
-
-    def rates(self) -> tuple[Tensor, Tensor]:
-        return self.signal, self.noise
 
 
 def draw(diffusion: DiffusionConfig, sampler: SamplerConfig, count: int = 4) -> Tensor:
@@ -98,6 +103,76 @@ def test_the_images_are_those_of_the_probability_flow(kind):
     schedule = noise_schedule(diffusion)
     expected = exact(float(schedule.signal[-1]), float(schedule.noise[-1]))
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-2)
+
+
+FLOW = DiffusionConfig(prediction_type="flow_prediction")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "atol"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", (), 2e-2),
+        ("FlowMatchEulerDiscreteScheduler", ("shift=3",), 4e-2),
+        ("FlowMatchHeunDiscreteScheduler", (), 5e-3),
+        ("DPMSolverMultistepScheduler", (), 2e-2),
+        ("UniPCMultistepScheduler", ("flow_shift=3",), 2e-2),
+    ],
+)
+def test_rectified_flow_draws_the_images_of_the_probability_flow(scheduler, options, atol):
+    how = SamplerConfig(scheduler=scheduler, options=options, num_inference_steps=100)
+    torch.testing.assert_close(draw(FLOW, how), exact(0.0, 1.0), rtol=0, atol=atol)
+
+
+def test_rectified_flow_mixes_as_diffusers_at_its_timesteps():
+    scheduler, schedule = FlowMatchEulerDiscreteScheduler(), noise_schedule(FLOW)
+    x_0, epsilon = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1, 400, 1000])
+    expected = scheduler.scale_noise(x_0, timesteps.float(), epsilon)
+    torch.testing.assert_close(schedule.add_noise(x_0, epsilon, timesteps), expected)
+    s = np.arange(1, 1001) / 1000
+    np.testing.assert_allclose(NoiseProcess.of(FLOW).snr[1:], ((1 - s) / s) ** 2)
+    assert NoiseProcess.of(FLOW).snr[0] < np.inf
+
+
+@pytest.mark.parametrize("options", [(), ("shift=3",)])
+def test_a_plan_of_rectified_flow_serves_every_timestep_that_is_visited(options):
+    how = SamplerConfig(
+        scheduler="FlowMatchEulerDiscreteScheduler", options=options, num_inference_steps=30
+    )
+    plan = plan_groups(FLOW, PlanConfig(num_groups=4), how)
+    json.dumps(to_json(plan), allow_nan=False)
+    assert plan.num_train_timesteps == 1001
+    assert plan.groups[-1].last == plan.sampling_timesteps[0] == 1000
+    assert sum(group.num_sampling_steps for group in plan.groups) == 30
+    scheduler = make_scheduler(FLOW, how)
+    scheduler.set_timesteps(30)
+    assert plan == plan_of_scheduler(scheduler, num_groups=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {},
+            "must be one of rectified flow with .* such as FlowMatchEulerDiscrete.*got None .ddim",
+        ),
+        ({"scheduler": "DDIMScheduler"}, "DDIMScheduler cannot sample rectified flow"),
+        (
+            {
+                "scheduler": "FlowMatchEulerDiscreteScheduler",
+                "options": ("use_dynamic_shifting=true",),
+            },
+            "cannot take 100 steps: `mu` must be passed",
+        ),
+        (
+            {"scheduler": "FlowMatchEulerDiscreteScheduler", "spacing": "trailing"},
+            "trailing does not go with FlowMatchEulerDiscreteScheduler",
+        ),
+    ],
+)
+def test_samplers_of_other_processes_are_refused_for_rectified_flow(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        checked_timesteps(FLOW, SamplerConfig(**settings))
 
 
 NO_SIGNAL = DiffusionConfig(prediction_type="sample", rescale_betas_zero_snr=True)

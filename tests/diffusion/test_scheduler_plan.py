@@ -3,8 +3,8 @@ import pytest
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 
@@ -89,7 +89,7 @@ def test_a_scheduler_that_was_not_set_visits_all_timesteps():
 @pytest.mark.parametrize(
     ("scheduler", "settings", "error", "words"),
     [
-        (FlowMatchEulerDiscreteScheduler(), {}, ConfigError, "must have betas, got a FlowMatch"),
+        (EDMEulerScheduler(), {}, ConfigError, "must have betas, got a EDMEuler"),
         (
             set_to(EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1), 1000),
             {},

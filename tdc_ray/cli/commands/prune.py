@@ -104,7 +104,7 @@ class PruneCommand:
             )
         share = 0.7 if self.macs is None else self.macs
         if self.group is None:
-            span = self.timesteps or (0, config.diffusion.num_train_timesteps - 1)
+            span = self.timesteps or (0, config.diffusion.num_timesteps - 1)
             group = one_group(config.diffusion, config.sampler, span, share)
         else:
             groups = plan_groups(config.diffusion, config.plan, config.sampler).groups

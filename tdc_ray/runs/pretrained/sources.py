@@ -19,7 +19,8 @@ from huggingface_hub import snapshot_download
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
 from tdc_ray.config.model import HUB_NAME
 from tdc_ray.config.run import RunConfig, from_json
-from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF
+from tdc_ray.config.sampler import BASE
+from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF, is_flow_class
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
@@ -40,6 +41,7 @@ FORMAT = 1
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
 ZERO_SNR = "rescale_betas_zero_snr"
+FLOW: PredictionType = "flow_prediction"
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -250,6 +252,8 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "sampler": {name: document["sampler"][name] for name in SAMPLER}
             | _own_scheduler(document.get("scheduler")),
         }
+        if stages["diffusion"][PREDICTION] == FLOW and "of_base" in stages["sampler"]:
+            stages["sampler"]["scheduler"] = BASE
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
@@ -449,6 +453,8 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
                 f"{source} has {setting} {config[setting]} in its {name}: only {needed} is "
                 "supported. Give another base."
             )
+    if is_flow_class(getattr(diffusers, name)):
+        return _flow_settings(config)
     if config.get("variance_type") == "learned":
         raise ConfigError(
             f"{source} has variance_type learned: only learned_range is supported. Give another "
@@ -460,6 +466,14 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
             f"{source} has {PREDICTION} {predicts} in its {name}: only "
             f"{', '.join(get_args(PredictionType))} are supported. Give another base."
         )
+    mixes = config.get("use_flow_sigmas", False)
+    if mixes != (predicts == FLOW):
+        raise ConfigError(
+            f"{source} has use_flow_sigmas {mixes} and {PREDICTION} {predicts} in its {name}: "
+            f"rectified flow has True and {FLOW}, others neither. Give another base."
+        )
+    if predicts == FLOW:
+        return _flow_settings(config)
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
@@ -481,6 +495,18 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
         },
         "sampler": {setting: config[setting] for setting in SAMPLER if setting in config}
         | _own_scheduler(config),
+    }
+
+
+def _flow_settings(config: Mapping[str, Any]) -> Stages:
+    """Read the settings of a scheduler of rectified flow, which alone can sample its base."""
+    return {
+        "diffusion": {
+            "num_train_timesteps": config["num_train_timesteps"],
+            PREDICTION: FLOW,
+            "rescale_timesteps": False,
+        },
+        "sampler": {"scheduler": BASE} | _own_scheduler(config),
     }
 
 

@@ -17,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -162,7 +163,7 @@ def test_what_a_base_predicts_comes_along_and_stays_when_it_is_imported(tmp_path
         ),
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
-        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True and .* epsilon"),
         (DDPMScheduler(variance_type="learned"), "variance_type learned: only learned_range"),
         (ScoreSdeVeScheduler(), "beta_schedule None in its ScoreSdeVeScheduler"),
     ],
@@ -231,6 +232,29 @@ def test_a_base_that_says_it_predicts_the_image_is_taken_where_that_is_said_agai
         assert run_command([*words, *said]) == 0
         base = resolve_base(out)  # needs no word any more
         assert base.settings.diffusion.prediction_type == "sample"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_base_of_rectified_flow_comes_with_its_scheduler(tmp_path, scheduler):
+    source, out = save_pipeline(tmp_path / "p", scheduler), str(tmp_path / "base")
+    assert run_command(["import", source, out]) == 0
+    for named in (source, out):
+        assert missing_settings(resolve_base(named).settings) == []
+        config = parse(["plan", "--base", named, "--data", "digits"]).config
+        assert config.diffusion.prediction_type == "flow_prediction"
+        made = make_scheduler(config.diffusion, config.sampler)
+        assert type(made) is type(scheduler)
+        name = "shift" if hasattr(scheduler, "shift") else "flow_shift"
+        assert made.config[name] == 3.0
 
 
 def test_a_base_without_signal_at_the_end_is_imported_as_such(tmp_path):

@@ -38,6 +38,8 @@ def main() -> None:
     experts = load_experts()
     index = json.loads((HERE / "model_index.json").read_text())
     scheduler = json.loads((HERE / "scheduler" / "scheduler_config.json").read_text())
+    if "trained_betas" not in scheduler or scheduler.get("use_flow_sigmas", False):
+        parser.error("this is DDIM, which needs betas: rectified flow is sampled by pipeline.py")
     betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     if scheduler.get("rescale_betas_zero_snr", False):  # arXiv:2305.08891, algorithm 1
