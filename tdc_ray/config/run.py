@@ -68,9 +68,8 @@ class RunConfig:
                 f"{self.sampler.sampler}. Leave it at 0."
             )
         if self.sampler.scheduler is None and self.sampler.sampler == "pndm":
-            predicts = self.diffusion.prediction_type
-            rule = f"ddim, ddpm or dpmsolver++ with diffusion.prediction_type {predicts}"
-            fits = predicts in ("epsilon", "v_prediction")
+            rule = "ddim, ddpm or dpmsolver++ with diffusion.prediction_type sample"
+            fits = self.diffusion.prediction_type != "sample"
             require("sampler", self.sampler, "sampler", rule, ok=fits)
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"

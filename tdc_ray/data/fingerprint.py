@@ -52,9 +52,9 @@ def diffusion_key(diffusion: DiffusionConfig) -> Inputs:
     A key holds settings that came after the first caches only where they are no defaults.
     """
     document, default = asdict(diffusion), DiffusionConfig()
-    as_before = [
+    as_before = tuple(
         name for name in LATER_DIFFUSION_FIELDS if document[name] == getattr(default, name)
-    ]
+    )
     return without(document, as_before)
 
 

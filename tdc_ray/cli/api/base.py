@@ -46,9 +46,10 @@ class Base:
 
     def __repr__(self) -> str:
         data, noise = self.config.data, self.config.diffusion
+        process = "rectified flow" if noise.is_flow else f"{noise.beta_schedule} betas"
         return (
             f"Base({self.pretrained.source!r}, images of {data.shape}, {self.macs} macs, "
-            f"{noise.num_train_timesteps} timesteps of {noise.beta_schedule} betas)"
+            f"{noise.num_train_timesteps} timesteps of {process})"
         )
 
     @cached_property

@@ -137,7 +137,8 @@ def with_base(config: RunConfig, source: str, *, is_file: bool = False) -> RunCo
 
 def missing_settings(settings: PretrainedSettings) -> list[str]:
     """Return the names of the settings of the noise process that a base does not have."""
-    diffusion, unused = settings.diffusion, ()
+    diffusion = settings.diffusion
+    unused: tuple[str, ...] = ()
     if diffusion.prediction_type == "flow_prediction":
         unused = ("beta_schedule", "beta_start", "beta_end")
     elif diffusion.beta_schedule == "squaredcos_cap_v2":
