@@ -46,6 +46,7 @@ from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BUNDLED
+from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -239,15 +240,16 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     data = getattr(command, "data", None)
     config = preset(named or "digits")
     if isinstance(command, PruneCommand):
-        return _without_shared_budgets(
-            _of_model(command.model_dir, config, has_preset=bool(named))
-        )
+        return _without_shared_budgets(_of_model(command, config, has_preset=bool(named)))
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
+    predicts = command.config.diffusion.prediction_type
     if data is None:
         return (
-            config if not source else _of_base(source, config, arguments, has_preset=bool(named))
+            _of_base(source, config, arguments, predicts, has_preset=bool(named))
+            if source
+            else config
         )
     check_named_data("--data", data)
     if "data.path" in _given(arguments):
@@ -256,7 +258,7 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
         return _of_own_images(data, arguments)
     if source:
         config = preset(named or "images")
-        config = _of_base(source, config, arguments, has_preset=bool(named))
+        config = _of_base(source, config, arguments, predicts, has_preset=bool(named))
     return _with_data(data, config)
 
 
@@ -340,14 +342,19 @@ def _first_reading(
 
 
 def _of_base(
-    source: str, config: RunConfig, arguments: Sequence[str], *, has_preset: bool
+    source: str,
+    config: RunConfig,
+    arguments: Sequence[str],
+    predicts: PredictionType,
+    *,
+    has_preset: bool,
 ) -> RunConfig:
     """Return settings with what a base says of them.
 
     A preset that was named, or a flag, says what the data are; otherwise their resolution and
     channels are the base's, and of a run directory all settings come along. What preset ``images``
     predicts is for bases that it trains: one that does not say what it predicts is taken to
-    predict epsilon.
+    predict epsilon. ``predicts`` is what flags say of it.
 
     Raises:
         ConfigError: The base does not say its noise process, and nothing was named that has it.
@@ -358,7 +365,7 @@ def _of_base(
     from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
-    base = resolve_base(source)
+    base = resolve_base(source, predicts)
     missing = missing_settings(base.settings)
     if missing and not has_preset and not any(a.startswith("--diffusion.") for a in arguments):
         raise ConfigError(
@@ -390,7 +397,7 @@ def _without_shared_budgets(config: RunConfig) -> RunConfig:
     return replace(config, plan=plan, finetune=replace(config.finetune, allocation="equal"))
 
 
-def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
+def _of_model(command: PruneCommand, config: RunConfig, *, has_preset: bool) -> RunConfig:
     """Return the settings of the run that trained a model, or with the model's noise process.
 
     Raises:
@@ -398,6 +405,7 @@ def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
         CheckpointError: It is malformed.
         StorageError: There is none.
     """
+    model, predicts = command.model_dir, command.config.diffusion.prediction_type
     check_input(
         model,
         "the folder of a UNet2DModel, or a run directory (tdc-ray import BASE DIR makes such a "
@@ -413,7 +421,7 @@ def _of_model(model: Path, config: RunConfig, *, has_preset: bool) -> RunConfig:
         return config
     trained = run_config_of(unet)
     if trained is None:
-        return apply_settings(noise_settings(unet), config, with_data=True)
+        return apply_settings(noise_settings(unet, predicts), config, with_data=True)
     if has_preset:
         return config
     method = "offline" if trained.prune.method == "none" else trained.prune.method

@@ -7,7 +7,10 @@ from pydantic import Field
 from tdc_ray.config.validation import NonNegativeFloat, require, settings
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+LATER_DIFFUSION_FIELDS = ("prediction_type", "rescale_betas_zero_snr")
+"""Settings that came after the first run directories and caches were named."""
 
 
 @settings("diffusion")
@@ -26,10 +29,17 @@ class DiffusionConfig:
     beta_end: float = 0.02
     """Last beta of the linear schedules."""
 
+    rescale_betas_zero_snr: bool = False
+    """Rescale the betas so that nothing of the image is left at the last timestep
+    (arXiv:2305.08891, algorithm 1; diffusers' name), where samplers begin; needs a network that
+    predicts something else than epsilon, which says nothing there."""
+
     prediction_type: PredictionType = "epsilon"
-    """What the network's output estimates, under diffusers' name: the noise, or the velocity
-    of Salimans and Ho (arXiv:2202.00512), which suits images that differ in overall colour: near
-    pure noise epsilon says little about the image."""
+    """What the network's output estimates, under diffusers' name: the noise, the velocity of
+    Salimans and Ho (arXiv:2202.00512), which suits images that differ in overall colour (near
+    pure noise epsilon says little about the image), the image itself (sample), or the velocity
+    of rectified flow (arXiv:2209.03003), noise minus image, whose process has no betas: images and
+    noise are mixed linearly."""
 
     learned_sigma: bool = False
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
@@ -43,6 +53,25 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         rule = f"in [diffusion.beta_start = {self.beta_start}, 1)"
         require("diffusion", self, "beta_end", rule, ok=self.beta_start <= self.beta_end < 1)
+        rule = "False with diffusion.prediction_type flow_prediction, which has no betas"
+        for name in ("rescale_betas_zero_snr", "learned_sigma"):
+            ok = not (self.is_flow and getattr(self, name))
+            require("diffusion", self, name, rule, ok=ok)
+        rule = (
+            "v_prediction or sample with diffusion.rescale_betas_zero_snr (epsilon is the input)"
+        )
+        tells = not self.rescale_betas_zero_snr or self.prediction_type != "epsilon"
+        require("diffusion", self, "prediction_type", rule, ok=tells)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether images and noise are mixed linearly: rectified flow, which has no betas."""
+        return self.prediction_type == "flow_prediction"
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps from 0 on: T, and T + 1 for rectified flow, whose last is T."""
+        return self.num_train_timesteps + self.is_flow
 
     @property
     def timestep_scale(self) -> float:

@@ -13,7 +13,7 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import LATER_DIFFUSION_FIELDS, DiffusionConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.plan import PlanConfig
@@ -73,6 +73,10 @@ class RunConfig:
                 "sampler.use_clipped_model_output goes with sampler.sampler ddim, got it with "
                 f"{sampler}. Leave it out."
             )
+        if self.sampler.scheduler is None and self.sampler.sampler == "pndm":
+            rule = "ddim, ddpm or dpmsolver++ with diffusion.prediction_type sample"
+            fits = self.diffusion.prediction_type != "sample"
+            require("sampler", self.sampler, "sampler", rule, ok=fits)
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)
@@ -156,7 +160,7 @@ PATHS = (
 """Settings that are paths, or may be."""
 
 LATER_FIELDS = {
-    "diffusion": ("prediction_type",),
+    "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",
         "depth",

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tdc_ray.config.conditioning import ConditioningConfig
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import LATER_DIFFUSION_FIELDS, DiffusionConfig
 from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.latents import TrainingData
 from tdc_ray.data.load import images_fingerprint
@@ -49,11 +49,13 @@ def data_key(
 def diffusion_key(diffusion: DiffusionConfig) -> Inputs:
     """Return the noise process, and what is predicted of it.
 
-    The latter came after the first caches, whose networks predict epsilon: a key holds other
-    values alone.
+    A key holds settings that came after the first caches only where they are no defaults.
     """
-    is_as_before = diffusion.prediction_type == "epsilon"
-    return without(asdict(diffusion), ("prediction_type",) if is_as_before else ())
+    document, default = asdict(diffusion), DiffusionConfig()
+    as_before = tuple(
+        name for name in LATER_DIFFUSION_FIELDS if document[name] == getattr(default, name)
+    )
+    return without(document, as_before)
 
 
 def images_key(data: TrainingData) -> str:

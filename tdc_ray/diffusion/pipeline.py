@@ -416,7 +416,7 @@ def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:
 
 def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:
     """Create a pipeline whose only expert is the base, which serves every timestep."""
-    experts = ExpertSet([unet], [(0, index.diffusion.num_train_timesteps - 1)])
+    experts = ExpertSet([unet], [(0, index.diffusion.num_timesteps - 1)])
     return _assemble(experts, index, Path())
 
 
@@ -424,7 +424,7 @@ def swapped_pipeline(
     unet: UNet2DModel, expert: UNet2DModel, span: Span, index: PipelineIndex
 ) -> ProgressivePipeline:
     """Create a pipeline of a base that an expert replaces on its timesteps."""
-    (first, last), end = span, index.diffusion.num_train_timesteps - 1
+    (first, last), end = span, index.diffusion.num_timesteps - 1
     parts = [(unet, (0, first - 1)), (expert, span), (unet, (last + 1, end))]
     serving = [part for part in parts if part[1][0] <= part[1][1]]
     experts = ExpertSet([network for network, _ in serving], [one for _, one in serving])

@@ -15,8 +15,8 @@ from tdc_ray.config.train import LossWeight
 class Prediction(Protocol):
     """What a network was taught to output for ``x_t = signal * x_0 + noise * epsilon``.
 
-    ``signal`` and ``noise`` are the rates of the timesteps, ``(B, 1, 1, 1)``, whose squares add up
-    to 1; images, noise and outputs are ``(B, C, H, W)``.
+    ``signal`` and ``noise`` are the rates of the timesteps, ``(B, 1, 1, 1)``; images, noise and
+    outputs are ``(B, C, H, W)``.
     """
 
     def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
@@ -49,7 +49,10 @@ class Epsilon:
 
 
 class Velocity:
-    """The velocity ``signal * epsilon - noise * x_0`` (arXiv:2202.00512, appendix D)."""
+    """The velocity ``signal * epsilon - noise * x_0`` (arXiv:2202.00512, appendix D).
+
+    The squares of the rates add up to 1.
+    """
 
     def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         """Compute the velocity."""
@@ -64,9 +67,43 @@ class Velocity:
         return snr / (1 + snr)
 
 
+class Sample:
+    """The image, x_0."""
+
+    def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the image."""
+        return x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the output."""
+        return output
+
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Return the SNR: an error of epsilon is ``signal / noise`` times that of x_0."""
+        return snr
+
+
+class Flow:
+    """Rectified flow's velocity ``epsilon - x_0`` (arXiv:2209.03003); the rates add up to 1."""
+
+    def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Compute the velocity."""
+        return epsilon - x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        """Compute x_0 from x_t and the velocity."""
+        return x_t - noise * output
+
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Compute ``signal^2``: an error of epsilon is ``signal`` times that of the velocity."""
+        return snr / (1 + snr.sqrt()).square()
+
+
 PREDICTIONS: Mapping[PredictionType, Prediction] = {
     "epsilon": Epsilon(),
     "v_prediction": Velocity(),
+    "sample": Sample(),
+    "flow_prediction": Flow(),
 }
 """By ``diffusion.prediction_type``."""
 

@@ -20,16 +20,18 @@ class NoiseSchedule:
     """What noising and the losses need of every timestep; tensors of shape ``(T,)``, float32."""
 
     signal: Tensor
-    """sqrt(alphas_cumprod)"""
+    """The signal's rate: sqrt(alphas_cumprod), or 1 - s of rectified flow."""
 
     noise: Tensor
-    """sqrt(1 - alphas_cumprod)"""
+    """The noise's rate: sqrt(1 - alphas_cumprod), or s."""
 
     snr: Tensor
-    """alphas_cumprod / (1 - alphas_cumprod)"""
+    """(signal / noise)^2"""
 
     posterior_signal: Tensor
-    """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equation 7)."""
+    """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equation 7).
+
+    This and the next three are empty for rectified flow, which learns no variance."""
 
     posterior_sample: Tensor
     """Weight of x_t in that mean."""
@@ -90,12 +92,14 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """
     process = NoiseProcess.of(config)
     beta, alpha_bar = process.betas, process.alphas_cumprod
-    before = np.append(1.0, alpha_bar[:-1])
+    if beta is None:
+        beta = alpha_bar = np.ones(0)
+    before = np.append(1.0, alpha_bar)[:-1]
     posterior_variance = beta * (1 - before) / (1 - alpha_bar)
-    posterior_variance[0] = posterior_variance[1]
+    posterior_variance[:1] = posterior_variance[1:2]
     return NoiseSchedule(
-        signal=_tensor(np.sqrt(alpha_bar)),
-        noise=_tensor(np.sqrt(1 - alpha_bar)),
+        signal=_tensor(process.signal),
+        noise=_tensor(process.noise),
         snr=_tensor(process.snr),
         posterior_signal=_tensor(beta * np.sqrt(before) / (1 - alpha_bar)),
         posterior_sample=_tensor((1 - before) * np.sqrt(1 - beta) / (1 - alpha_bar)),

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
 from tdc_ray.config.validation import require
-from tdc_ray.diffusion.schedule import NoiseProcess
+from tdc_ray.diffusion.schedule import NoiseProcess, betas_of, nearest_timestep
 from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ SETTING_OF = {
     "beta_end": "--diffusion.beta-end",
     "beta_schedule": "--diffusion.beta-schedule",
     "trained_betas": "--diffusion.beta-schedule",
+    "rescale_betas_zero_snr": "--diffusion.rescale-betas-zero-snr",
+    "use_flow_sigmas": "--diffusion.prediction-type flow_prediction",
     "prediction_type": "--diffusion.prediction-type",
     "timestep_spacing": "--sampler.spacing",
     "steps_offset": "--sampler.steps-offset",
@@ -46,8 +48,6 @@ SETTING_OF = {
 """Flags of what schedulers have as settings, too."""
 
 NEEDED = {
-    "rescale_betas_zero_snr": False,
-    "use_flow_sigmas": False,
     "timestep_type": "discrete",
 }
 """Settings of a diffusers scheduler that decide the noise process, or what the network takes, and
@@ -59,7 +59,7 @@ _LITERALS = {"True": True, "False": False, "None": None}
 
 def _leading(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     """Space the timesteps as diffusers' ``leading``: evenly, the last at the offset."""
-    stride = len(process.betas) // sampler.num_inference_steps
+    stride = len(process.snr) // sampler.num_inference_steps
     steps = reversed(range(sampler.num_inference_steps))
     return [step * stride + sampler.steps_offset for step in steps]
 
@@ -99,8 +99,14 @@ def _karras(process: NoiseProcess, sampler: SamplerConfig) -> list[int]:
     EDM, arXiv:2206.00364, equation 5. In float32, as in diffusers: timesteps are rounded.
 
     Raises:
-        ConfigError: The first two are the same, where diffusers would leave out the first.
+        ConfigError: The first two are the same, where diffusers would leave out the first, or the
+            first sigma is infinite.
     """
+    if process.betas is None or not process.has_signal:
+        raise ConfigError(
+            f"sampler.spacing must be trailing for {sampler.sampler} with "
+            "diffusion.rescale_betas_zero_snr, whose first sigma is infinite, got None."
+        )
     alphas_cumprod = np.cumprod(1 - process.betas.astype(np.float32), dtype=np.float32)
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
     low, high = (float(sigma) ** (1 / KARRAS_RHO) for sigma in (sigmas[0], sigmas[-1]))
@@ -171,7 +177,7 @@ def sampling_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tu
         ScheduleError: The betas are no noise schedule.
         ConfigError: The sampler cannot take so many steps, or there is none with these settings.
     """
-    if _is_short(sampler):
+    if _is_short(sampler) and not diffusion.is_flow:
         row = SAMPLERS[sampler.sampler]
         return tuple(row.timesteps(NoiseProcess.of(diffusion), sampler))
     scheduler = make_scheduler(diffusion, sampler)
@@ -187,9 +193,10 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
         ConfigError: The sampler cannot take so many steps, begins past the last timestep, or far
             below it, though it begins with noise, or ends below timestep 0.
     """
-    total, steps = diffusion.num_train_timesteps, sampler.num_inference_steps
-    rule = f"at most diffusion.num_train_timesteps = {total}"
-    require("sampler", sampler, "num_inference_steps", rule, ok=steps <= total)
+    total, steps = diffusion.num_timesteps, sampler.num_inference_steps
+    rule = f"at most diffusion.num_train_timesteps = {diffusion.num_train_timesteps}"
+    fits = steps <= diffusion.num_train_timesteps
+    require("sampler", sampler, "num_inference_steps", rule, ok=fits)
     timesteps = sampling_timesteps(diffusion, sampler)
     first = timesteps[0]
     if first >= total:
@@ -201,6 +208,12 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
         raise ConfigError(
             f"sampler.num_inference_steps must be another number for {sampler.name}, got {steps}: "
             f"by a rounding of diffusers it would end at timestep {timesteps[-1]:g}."
+        )
+    if diffusion.rescale_betas_zero_snr and nearest_timestep(first) != total - 1:
+        raise ConfigError(
+            f"sampler.spacing must be trailing for {sampler.name} with "
+            f"diffusion.rescale_betas_zero_snr, got steps that begin at {first:g}: images begin "
+            f"with pure noise, which is what networks saw at timestep {total - 1} alone."
         )
     if sampler.spacing != "quadratic" and not begins_near_the_end(total, steps, first):
         begins = f"of {total} timesteps it would begin at {first:g}, with pure noise."
@@ -265,18 +278,23 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
     """
     import diffusers
 
+    if diffusion.is_flow:
+        return _flow_scheduler(diffusion, sampler)
     process, row = NoiseProcess.of(diffusion), SAMPLERS[sampler.sampler]
     arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_train_timesteps,
-        "trained_betas": process.betas.tolist(),  # diffusers' own are float32
+        "trained_betas": betas_of(diffusion).tolist(),  # diffusers' own are float32
         "prediction_type": diffusion.prediction_type,
         "steps_offset": sampler.steps_offset,
     }
+    if diffusion.rescale_betas_zero_snr:
+        arguments["rescale_betas_zero_snr"] = True
     if sampler.scheduler is None:
         arguments |= {"timestep_spacing": "leading", **row.arguments(diffusion, sampler)}
         kind = getattr(diffusers, row.scheduler)
     else:
         kind = _class_of(sampler)
+        _check_betas(kind)
         taken = inspect.signature(kind).parameters
         ours = arguments | {
             "clip_sample": sampler.clip_sample,
@@ -288,14 +306,63 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
         arguments = {name: value for name, value in started.items() if name in taken}
         if not reads_variance(kind):
             arguments.pop("variance_type", None)
+    if diffusion.rescale_betas_zero_snr and (
+        "rescale_betas_zero_snr" not in inspect.signature(kind).parameters
+    ):
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} has no rescale_betas_zero_snr: it cannot begin "
+            "without signal. Use DDIMScheduler, for example."
+        )
     if _is_short(sampler):
         return kind(**arguments)
     arguments |= _asked(kind, sampler)
     with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
         scheduler = kind(**arguments)
+        trial = kind(**arguments)
+    _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
     _check_steps(scheduler, diffusion, sampler)
     _check_noise(scheduler, process)
     return scheduler
+
+
+def _flow_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
+    """Build the diffusers scheduler of the settings for rectified flow.
+
+    Raises:
+        ConfigError: There is none, or it lacks a setting that is asked for.
+    """
+    if sampler.scheduler is None:
+        raise ConfigError(
+            "sampler.scheduler must be one of rectified flow with diffusion.prediction_type "
+            "flow_prediction, such as FlowMatchEulerDiscreteScheduler or "
+            f"DPMSolverMultistepScheduler, got None ({sampler.name} steps by betas)."
+        )
+    kind = _class_of(sampler)
+    taken = inspect.signature(kind).parameters
+    if "use_flow_sigmas" not in taken and not is_flow_class(kind):
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} cannot sample rectified flow: it has no "
+            "use_flow_sigmas. Use FlowMatchEulerDiscreteScheduler, for example."
+        )
+    started = (sampler.of_base or {}) | {
+        "num_train_timesteps": diffusion.num_train_timesteps,
+        "prediction_type": diffusion.prediction_type,
+        "use_flow_sigmas": True,
+    }
+    arguments = {name: value for name, value in started.items() if name in taken}
+    arguments |= _asked(kind, sampler)
+    with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
+        scheduler, trial = kind(**arguments), kind(**arguments)
+    _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
+    _check_steps(scheduler, diffusion, sampler)
+    return scheduler
+
+
+def is_flow_class(kind: type) -> bool:
+    """Whether schedulers of a class are of rectified flow alone (FlowMatchEulerDiscrete...)."""
+    taken = inspect.signature(kind).parameters
+    is_of_betas = "trained_betas" in taken or hasattr(kind, "add_noise")
+    return "num_train_timesteps" in taken and hasattr(kind, "scale_noise") and not is_of_betas
 
 
 def reads_variance(kind: type) -> bool:
@@ -344,13 +411,22 @@ def _class_of(sampler: SamplerConfig) -> Any:
             f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
             "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."
         )
+    return kind
+
+
+def _check_betas(kind: Any) -> None:
+    """Check that schedulers of a class step by betas.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    name = kind.__name__
     if not {"trained_betas", "prediction_type"} <= set(inspect.signature(kind).parameters):
         raise ConfigError(
-            f"sampler.scheduler {name} cannot sample a network that predicts epsilon or the "
-            "velocity at timesteps of a beta schedule: it takes none (those of flow matching, of "
-            "EDM's and consistency models and of tokens do not). Use DDIMScheduler, for example."
+            f"sampler.scheduler {name} cannot sample a network that denoises at timesteps of a "
+            "beta schedule: it takes none (those of flow matching, of EDM's and consistency "
+            "models and of tokens do not). Use DDIMScheduler, for example."
         )
-    return kind
 
 
 def _asked(kind: Any, sampler: SamplerConfig) -> dict[str, Any]:
@@ -403,6 +479,27 @@ def _fits(value: object, default: object) -> bool:
         return isinstance(value, type(default))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number or not isinstance(default, int | float)
+
+
+def _check_prediction(trial: "SchedulerMixin", predicts: PredictionType, num_steps: int) -> None:
+    """Check by one step that a scheduler converts what a network predicts.
+
+    Raises:
+        ConfigError: It does not, or cannot take so many steps.
+    """
+    if predicts == "epsilon":  # all do
+        return
+    import torch
+
+    set_timesteps(trial, num_steps)
+    generator, x_t = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
+    takes = inspect.signature(trial.step).parameters
+    noise = {"generator": generator} if "generator" in takes else {}
+    with _refused_by(
+        f"sampler.scheduler {type(trial).__name__} cannot sample a network that predicts "
+        f"{predicts}, use DDIMScheduler, for example"
+    ):
+        trial.step(x_t, trial.timesteps[0], x_t, **noise)
 
 
 def _check_steps(

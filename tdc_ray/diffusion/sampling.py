@@ -114,7 +114,8 @@ def sample(
     shape = (len(generators), *spec.shape)
     x: Tensor = randn_tensor(shape, generator=list(generators), device=device)
     set_timesteps(scheduler, spec.num_inference_steps)
-    x = x * scheduler.init_noise_sigma
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # those of flow matching have none
+    scaled_input = getattr(scheduler, "scale_model_input", lambda x, _: x)
     extra = _step_arguments(scheduler, spec, generators)
     num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
     winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
@@ -127,7 +128,7 @@ def sample(
     finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
     for step in scheduler.timesteps:
         timestep = step.item()
-        x_t = scheduler.scale_model_input(x, step).to(spec.dtype)
+        x_t = scaled_input(x, step).to(spec.dtype)
         x_t = torch.cat([x_t, x_t]) if guided else x_t  # (B, ...) -> (2B, ...)
         if channels_last:
             x_t = x_t.to(memory_format=torch.channels_last)

@@ -24,15 +24,22 @@ COSINE_OFFSET = 0.008
 class NoiseProcess:
     """How noise is added to images, which plan, samplers and losses read: arrays ``(T,)``."""
 
-    betas: FloatArray
-    """Variance of the noise that each timestep adds, unitless, inside (0, 1)."""
+    betas: FloatArray | None
+    """Variance of the noise that each timestep adds, unitless, inside (0, 1) (1 at the end); None
+    for rectified flow."""
 
     alphas_cumprod: FloatArray
     """Share of an image's variance that is left at each timestep (DDPM's alpha-bar), unitless,
-    strictly decreasing inside (0, 1)."""
+    strictly decreasing inside (0, 1); the last may be 0."""
 
     snr: FloatArray
     """Signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod): a ratio of variances."""
+
+    signal: FloatArray
+    """What images are multiplied with."""
+
+    noise: FloatArray
+    """What standard normal noise is multiplied with before it is added."""
 
     @classmethod
     def of(cls, config: DiffusionConfig) -> "NoiseProcess":
@@ -41,10 +48,10 @@ class NoiseProcess:
         Raises:
             ScheduleError: The betas are no noise schedule.
         """
-        start, end = config.beta_start, config.beta_end
-        return cls.from_betas(
-            betas(config.beta_schedule, config.num_train_timesteps, beta_start=start, beta_end=end)
-        )
+        if config.is_flow:
+            return cls.flow(config.num_train_timesteps)
+        values = betas_of(config)
+        return cls.from_betas(zero_terminal(values) if config.rescale_betas_zero_snr else values)
 
     @classmethod
     def from_betas(cls, betas: FloatArray) -> "NoiseProcess":
@@ -54,17 +61,45 @@ class NoiseProcess:
             ScheduleError: The signal is used up, or does not decrease with every timestep.
         """
         alphas_cumprod = np.asarray(np.cumprod(1.0 - betas), dtype=np.float64)
-        return cls(betas, alphas_cumprod, snr(alphas_cumprod))
+        ratio = snr(alphas_cumprod)
+        return cls(
+            betas, alphas_cumprod, ratio, np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+        )
+
+    @classmethod
+    def flow(cls, num_train_timesteps: int) -> "NoiseProcess":
+        """Compute the process of rectified flow (arXiv:2209.03003).
+
+        At the timesteps t = 0 to T the noise's rate is s = t / T and the signal's 1 - s. The first
+        of diffusers is 1; 0 serves what samplers visit below a half, and is learnt at a quarter.
+
+        Args:
+            num_train_timesteps: T.
+        """
+        s = np.maximum(np.arange(num_train_timesteps + 1), 0.25) / num_train_timesteps
+        ratio = ((1 - s) / s) ** 2
+        return cls(None, ratio / (1 + ratio), ratio, 1 - s, s)
 
     @property
     def snr_db(self) -> FloatArray:
-        """Signal-to-noise ratio of every timestep, in dB, strictly decreasing.
+        """Signal-to-noise ratio of every timestep, in dB, strictly decreasing and finite.
 
-        TDC (arXiv:2312.13307) Eq. 2::
+        A last timestep without signal counts as far below the one before as that is below its own:
+        plans stay finite, and so does their JSON. TDC (arXiv:2312.13307) Eq. 2::
 
             SNR(t) = 10 log10(alphas_cumprod[t] / (1 - alphas_cumprod[t]))
         """
-        return np.asarray(10.0 * np.log10(self.snr))
+        ratios = self.snr if self.has_signal else self.snr[:-1]
+        decibels = 10.0 * np.log10(ratios)
+        if not self.has_signal:
+            below = 2 * decibels[-1] - decibels[-2] if len(decibels) > 1 else decibels[-1] - 10
+            decibels = np.append(decibels, below)
+        return np.asarray(decibels)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether something of the image is left at the last timestep."""
+        return bool(self.snr[-1] > 0)
 
 
 def betas(
@@ -97,11 +132,44 @@ def betas(
     return np.asarray(values, dtype=np.float64)
 
 
+def betas_of(config: DiffusionConfig) -> FloatArray:
+    """Compute the betas of the settings' schedule, ``(T,)``, before they are rescaled.
+
+    Raises:
+        ScheduleError: They are no noise schedule.
+    """
+    return betas(
+        config.beta_schedule,
+        config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+    )
+
+
+def zero_terminal(betas: FloatArray) -> FloatArray:
+    """Rescale betas so that no signal is left at the last timestep.
+
+    arXiv:2305.08891, algorithm 1: the root of alphas_cumprod is shifted to end at 0, and scaled to
+    begin where it began.
+
+    Args:
+        betas: Shape ``(T,)``, inside (0, 1).
+
+    Returns:
+        Shape ``(T,)``; the last is 1.
+    """
+    roots = np.sqrt(np.cumprod(1.0 - betas))
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    alphas_cumprod = roots**2
+    return np.asarray(1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]))
+
+
 def snr(alphas_cumprod: FloatArray) -> FloatArray:
     """Compute the signal-to-noise ratio: ``alphas_cumprod / (1 - alphas_cumprod)``.
 
     Args:
-        alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1).
+        alphas_cumprod: Shape ``(T,)``, unitless, strictly decreasing inside (0, 1), or 0 for the
+            last.
 
     Returns:
         Shape ``(T,)``, a ratio of variances, strictly decreasing.
@@ -109,9 +177,11 @@ def snr(alphas_cumprod: FloatArray) -> FloatArray:
     Raises:
         ScheduleError: A value is outside (0, 1), or the values do not decrease.
     """
-    if not np.all((alphas_cumprod > 0) & (alphas_cumprod < 1)):
+    if not (np.all((alphas_cumprod >= 0) & (alphas_cumprod < 1)) and np.all(alphas_cumprod[:-1])):
         low, high = alphas_cumprod.min(), alphas_cumprod.max()
-        raise ScheduleError(f"alphas_cumprod must lie inside (0, 1), got [{low}, {high}].")
+        raise ScheduleError(
+            f"alphas_cumprod must lie inside (0, 1), the last may be 0, got [{low}, {high}]."
+        )
     if not np.all(np.diff(alphas_cumprod) < 0):
         raise ScheduleError("alphas_cumprod must strictly decrease with the timestep.")
     return np.asarray(alphas_cumprod / (1.0 - alphas_cumprod))

@@ -9,8 +9,19 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.plan import Plan
-from tdc_ray.diffusion.samplers import begins_near_the_end, nearest_steps, timesteps_of
-from tdc_ray.diffusion.schedule import NoiseProcess, nearest_timesteps
+from tdc_ray.diffusion.samplers import (
+    begins_near_the_end,
+    is_flow_class,
+    nearest_steps,
+    timesteps_of,
+)
+from tdc_ray.diffusion.schedule import (
+    NoiseProcess,
+    betas_of,
+    nearest_timestep,
+    nearest_timesteps,
+    zero_terminal,
+)
 from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +82,8 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
         ScheduleError: The betas are no noise schedule.
         ConfigError: It has none.
     """
+    if is_flow_class(type(scheduler)) or scheduler.config.get("use_flow_sigmas"):
+        return NoiseProcess.flow(scheduler.config["num_train_timesteps"])
     if not hasattr(scheduler, "betas"):
         raise ConfigError(
             f"the scheduler must have betas, got a {type(scheduler).__name__}: give one of a base "
@@ -78,22 +91,34 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
         )
     config = scheduler.config
     trained, schedule = config.get("trained_betas"), config.get("beta_schedule")
-    is_named = schedule in get_args(BetaSchedule) and not config.get("rescale_betas_zero_snr")
-    if trained is None and is_named:
+    if trained is not None:
+        values = np.asarray(trained, dtype=np.float64)
+    elif schedule in get_args(BetaSchedule):
         names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-        return NoiseProcess.of(DiffusionConfig(**{name: config[name] for name in names}))
-    values = scheduler.betas if trained is None else trained
-    return NoiseProcess.from_betas(np.asarray(values, dtype=np.float64))
+        values = betas_of(DiffusionConfig(**{name: config[name] for name in names}))
+    else:
+        return NoiseProcess.from_betas(np.asarray(scheduler.betas, dtype=np.float64))
+    rescaled = config.get("rescale_betas_zero_snr", False)
+    return NoiseProcess.from_betas(zero_terminal(values) if rescaled else values)
 
 
 def _steps(scheduler: "SchedulerMixin", process: NoiseProcess) -> tuple[float, ...]:
     """Return the timesteps that a scheduler is set to, noisiest first."""
-    total, steps = len(process.betas), timesteps_of(scheduler)
+    total, steps = len(process.snr), timesteps_of(scheduler)
     if not all(0 <= step < total for step in nearest_timesteps(steps)):
         raise ConfigError(
             f"the steps of the scheduler must be within 0 and {total - 1}, got those of a "
             f"{type(scheduler).__name__} from {steps[0]} to {steps[-1]}: experts are chosen by "
             "timesteps. Use DDIMScheduler, for example."
+        )
+    if (
+        process.betas is not None
+        and not process.has_signal
+        and nearest_timestep(steps[0]) != total - 1
+    ):
+        raise ConfigError(
+            f"the steps of the scheduler must begin at {total - 1}, where nothing of the image is "
+            f"left (rescale_betas_zero_snr), got {steps[0]:g}: give it timestep_spacing trailing."
         )
     # pndm makes one of them twice, Heun's nearly all
     count = getattr(scheduler, "num_inference_steps", None) or len(steps)

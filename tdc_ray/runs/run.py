@@ -117,7 +117,7 @@ def run(
     began = started if began is None else began
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
-    pretrained = pretrained_base(config.model)
+    pretrained = pretrained_base(config)
     config = with_choices(with_first_stage(config, pretrained), run_dir.config)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
     earlier = load_results(run_dir.results) if exists(run_dir.results) else None

@@ -469,6 +469,12 @@ def test_eta_is_for_ddim(sampler):
         RunConfig(sampler=SamplerConfig(sampler=sampler, use_clipped_model_output=True))
 
 
+def test_pndm_cannot_sample_networks_that_predict_the_image():
+    image, pndm = DiffusionConfig(prediction_type="sample"), SamplerConfig(sampler="pndm")
+    with pytest.raises(ConfigError, match=r"sampler\.sampler must be ddim, ddpm or dpmsolver"):
+        RunConfig(diffusion=image, sampler=pndm)
+
+
 @pytest.mark.parametrize("gamma", [0.0, -1.0])
 def test_gamma_is_above_0(gamma):
     train = FinetuneConfig(loss_weight="p2", loss_weight_gamma=gamma)

@@ -265,7 +265,7 @@ def test_a_scheduler_starts_from_that_of_the_base():
         ({"options": ("variance_type=learned",), "sampler": "ddpm"}, "needs diffusion.learned_si"),
         (
             {"options": ("rescale_betas_zero_snr=true",)},
-            "another noise process .*by rescale_betas",
+            "cannot set rescale_betas_zero_snr: --diffusion.rescale-betas-zero-snr does",
         ),
         (
             {"scheduler": "UniPCMultistepScheduler", "options": ("solver_type=none",)},

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.schedule import MAX_BETA, NoiseProcess, betas, recognise, snr
 from tdc_ray.errors import ScheduleError
 
@@ -78,7 +81,7 @@ def test_betas_outside_zero_to_one_are_refused_with_their_range(start, end):
         betas("linear", 10, beta_start=start, beta_end=end)
 
 
-@pytest.mark.parametrize("values", [[1.0, 0.5], [0.5, 0.0], [1.5, 0.5], [0.5, float("nan")]])
+@pytest.mark.parametrize("values", [[1.0, 0.5], [0.0, 0.5], [1.5, 0.5], [0.5, float("nan")]])
 def test_alphas_cumprod_outside_zero_to_one_have_no_snr(values):
     with pytest.raises(ScheduleError, match=r"alphas_cumprod must lie inside \(0, 1\)"):
         snr(np.array(values))
@@ -112,3 +115,32 @@ def test_betas_tell_their_schedule(name, num_timesteps, start, end, dtype):
 )
 def test_other_betas_are_of_no_schedule(values):
     assert recognise(np.asarray(values)) is None
+
+
+# --- zero terminal SNR -----------------------------------------------------------------------
+
+NO_SIGNAL = DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_rescaled_betas_are_those_of_the_paper_and_of_diffusers(name):
+    process = NoiseProcess.of(replace(NO_SIGNAL, beta_schedule=name))
+    ours = process.alphas_cumprod
+    theirs = DDIMScheduler(beta_schedule=name, rescale_betas_zero_snr=True).alphas_cumprod
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    plain = NoiseProcess.of(DiffusionConfig(beta_schedule=name)).alphas_cumprod
+    assert ours[-1] == 0
+    assert ours[0] == pytest.approx(plain[0])
+    steps = np.diff(np.sqrt(ours)) / np.diff(np.sqrt(plain))
+    np.testing.assert_allclose(steps, np.full(999, steps[0]), rtol=1e-6)  # shifted and scaled
+
+
+def test_a_timestep_without_signal_has_an_snr_of_0_and_finite_decibels():
+    process = NoiseProcess.of(NO_SIGNAL)
+    assert process.snr[-1] == 0
+    assert not process.has_signal
+    assert np.isfinite(process.snr_db).all()
+    assert (np.diff(process.snr_db) < 0).all()
+    known = NoiseProcess.of(DiffusionConfig()).snr_db
+    assert NoiseProcess.of(DiffusionConfig()).has_signal
+    np.testing.assert_array_equal(known, 10 * np.log10(NoiseProcess.of(DiffusionConfig()).snr))

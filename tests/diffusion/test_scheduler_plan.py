@@ -3,8 +3,8 @@ import pytest
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 
@@ -14,7 +14,7 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.scheduler_plan import plan_groups, process_of
-from tdc_ray.errors import ConfigError, ScheduleError
+from tdc_ray.errors import ConfigError
 
 COSINE = DiffusionConfig(num_train_timesteps=400, beta_schedule="squaredcos_cap_v2")
 LATENT = DiffusionConfig(num_train_timesteps=400, beta_schedule="scaled_linear")
@@ -89,7 +89,7 @@ def test_a_scheduler_that_was_not_set_visits_all_timesteps():
 @pytest.mark.parametrize(
     ("scheduler", "settings", "error", "words"),
     [
-        (FlowMatchEulerDiscreteScheduler(), {}, ConfigError, "must have betas, got a FlowMatch"),
+        (EDMEulerScheduler(), {}, ConfigError, "must have betas, got a EDMEuler"),
         (
             set_to(EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1), 1000),
             {},
@@ -97,7 +97,7 @@ def test_a_scheduler_that_was_not_set_visits_all_timesteps():
             "within 0 and 999, got those of a EulerDiscreteScheduler from 1000",
         ),
         (set_to(DDIMScheduler(), 600), {}, ConfigError, "be 500 or 1000, got 600"),
-        (DDIMScheduler(rescale_betas_zero_snr=True), {}, ScheduleError, "alphas_cumprod"),
+        (set_to(DDIMScheduler(rescale_betas_zero_snr=True), 50), {}, ConfigError, "begin at 999"),
         (DDIMScheduler(), {"num_groups": 0}, ConfigError, "plan.num_groups must be at least 1"),
         (DDIMScheduler(), {"groups": 4}, ConfigError, "plan.groups"),
     ],

@@ -46,9 +46,10 @@ class Base:
 
     def __repr__(self) -> str:
         data, noise = self.config.data, self.config.diffusion
+        process = "rectified flow" if noise.is_flow else f"{noise.beta_schedule} betas"
         return (
             f"Base({self.pretrained.source!r}, images of {data.shape}, {self.macs} macs, "
-            f"{noise.num_train_timesteps} timesteps of {noise.beta_schedule} betas)"
+            f"{noise.num_train_timesteps} timesteps of {process})"
         )
 
     @cached_property
@@ -106,17 +107,19 @@ def load_base(
         CheckpointError: There is none, or it is malformed.
     """
     temporary = None
+    predicts = None if settings is None else settings.diffusion.prediction_type
     if isinstance(source, str | Path):
         if scheduler is not None:
             raise ConfigError(
                 "scheduler goes with a UNet2DModel in memory: load it by diffusers, and give both."
             )
-        found = resolve_base(str(source))
+        found = resolve_base(str(source), predicts)
     else:
         temporary = TemporaryFolder()
         _save(source, scheduler, temporary.path)
         found = replace(
-            resolve_base(str(temporary.path)), source=f"{type(source).__name__} in memory"
+            resolve_base(str(temporary.path), predicts),
+            source=f"{type(source).__name__} in memory",
         )
     if settings is None and (missing := missing_settings(found.settings)):
         raise ConfigError(

@@ -43,7 +43,7 @@ class ImportCommand:
             raise StorageError(
                 f"{display_path(out)} must be a new or an empty folder: choose another."
             )
-        base = resolve_base(self.source)
+        base = resolve_base(self.source, self.config.diffusion.prediction_type)
         structure = network_structure(import_base(base, self.config, out))
         console.print(
             f"written: {display_path(out)} ({base.weights} weights, "

@@ -94,8 +94,10 @@ class PruneCommand:
             config = replace(config, prune=replace(config.prune, method=self.method))
         if self.milliseconds is not None:
             config = replace(config, prune=replace(config.prune, objective="latency"))
-        if not trained and (missing := missing_settings(noise_settings(unet))):
-            noise, names = config.diffusion, ", ".join(missing)
+        noise = config.diffusion
+        known = None if trained else noise_settings(unet, noise.prediction_type)
+        if known is not None and (missing := missing_settings(known)):
+            names = ", ".join(missing)
             console.print(
                 f"{display_path(self.model_dir)} does not say {names}: {noise.beta_schedule} "
                 f"betas over {noise.num_train_timesteps} timesteps are taken (--preset, "
@@ -104,7 +106,7 @@ class PruneCommand:
             )
         share = 0.7 if self.macs is None else self.macs
         if self.group is None:
-            span = self.timesteps or (0, config.diffusion.num_train_timesteps - 1)
+            span = self.timesteps or (0, config.diffusion.num_timesteps - 1)
             group = one_group(config.diffusion, config.sampler, span, share)
         else:
             groups = plan_groups(config.diffusion, config.plan, config.sampler).groups

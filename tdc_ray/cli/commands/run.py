@@ -67,7 +67,7 @@ class RunCommand:
         from tdc_ray.runs.pretrained.sources import pretrained_base
 
         if self.dry_run:
-            base = pretrained_base(config.model)
+            base = pretrained_base(config)
             config = with_first_stage(with_absolute_paths(config), base)
             config = with_choices(config, RunDir(folder).config)
             _, space, plan = check(config, base)

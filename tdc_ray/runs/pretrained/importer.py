@@ -51,8 +51,8 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         ConfigError: They are not, or the number of heads is not known.
         CheckpointError: The number of heads does not fit the channels.
     """
-    is_cosine = config.diffusion.beta_schedule == "squaredcos_cap_v2"
-    unused = ("diffusion.beta_start", "diffusion.beta_end") if is_cosine else ()
+    is_unused = config.diffusion.beta_schedule == "squaredcos_cap_v2" or config.diffusion.is_flow
+    unused = ("diffusion.beta_start", "diffusion.beta_end") if is_unused else ()
     for name, expected in base.settings.by_name().items():
         stage, _, setting = name.partition(".")
         # Another first stage may be named, and another sampler.

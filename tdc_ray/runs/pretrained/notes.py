@@ -17,6 +17,8 @@ _NOISE = (
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
 )
 """Settings of a scheduler that come along with the base, or are refused."""
 

@@ -21,13 +21,13 @@ def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | Non
     """Compare what a network outputs for pure noise with the noise; return a doubt in words.
 
     At the last timestep there is nothing but noise: a network that predicts epsilon outputs its
-    input again, and one that predicts the image or the velocity outputs something else.
+    input again, rectified flow's something near it, and others something else.
 
     Args:
         unet: The network, in eval mode.
         diffusion: What it is said to predict, and its timesteps.
     """
-    channels, last = unet.config["in_channels"], diffusion.num_train_timesteps - 1
+    channels, last = unet.config["in_channels"], diffusion.num_timesteps - 1
     shape = (channels, *image_size(unet.config))
     count = math.ceil(_NUMBERS / math.prod(shape))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
@@ -35,13 +35,13 @@ def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | Non
     labels = torch.zeros(count, dtype=torch.long) if has_classes(unet) else None
     output = unet(noise, timesteps, class_labels=labels).sample[:, :channels]
     correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
-    is_epsilon = correlation >= _LEAST
-    if is_epsilon == (diffusion.prediction_type == "epsilon"):
+    has_noise = diffusion.prediction_type in ("epsilon", "flow_prediction")
+    if (correlation >= _LEAST) == has_noise:
         return None
     return (
         f"its output for pure noise at timestep {last} correlates with that noise by "
         f"{correlation:.2f}, and of a trained network that predicts {diffusion.prediction_type} "
-        f"this is {'near 1' if diffusion.prediction_type == 'epsilon' else 'far below 1'}. Check "
-        "--diffusion.prediction-type (networks that predict the image, x0, cannot be a base), "
-        "timesteps, heads and --model.use-new-attention-order, if its samples are no images"
+        f"this is {'near 1' if has_noise else 'far below 1'}. Check "
+        "--diffusion.prediction-type, timesteps, heads and --model.use-new-attention-order, if "
+        "its samples are no images"
     )

@@ -31,11 +31,13 @@ class _Diffusion(_Some):
     beta_start: float | None = None
     beta_end: float | None = None
     rescale_timesteps: bool | None = None
+    rescale_betas_zero_snr: bool | None = None
     prediction_type: PredictionType | None = None
     learned_sigma: bool | None = None
 
 
 class _Sampler(_Some):
+    scheduler: str | None = None
     steps_offset: int | None = None
     clip_sample: bool | None = None
     set_alpha_to_one: bool | None = None
@@ -135,7 +137,12 @@ def with_base(config: RunConfig, source: str, *, is_file: bool = False) -> RunCo
 
 def missing_settings(settings: PretrainedSettings) -> list[str]:
     """Return the names of the settings of the noise process that a base does not have."""
-    is_cosine = settings.diffusion.beta_schedule == "squaredcos_cap_v2"
-    needed = [name for name in NOISE if not (is_cosine and name in ("beta_start", "beta_end"))]
+    diffusion = settings.diffusion
+    unused: tuple[str, ...] = ()
+    if diffusion.prediction_type == "flow_prediction":
+        unused = ("beta_schedule", "beta_start", "beta_end")
+    elif diffusion.beta_schedule == "squaredcos_cap_v2":
+        unused = ("beta_start", "beta_end")
+    needed = [name for name in NOISE if name not in unused]
     known = settings.diffusion.model_fields_set
     return [f"diffusion.{name}" for name in needed if name not in known]

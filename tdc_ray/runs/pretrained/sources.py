@@ -17,9 +17,10 @@ from diffusers import AutoencoderKL, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
-from tdc_ray.config.model import HUB_NAME, ModelConfig
-from tdc_ray.config.run import from_json
-from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF
+from tdc_ray.config.model import HUB_NAME
+from tdc_ray.config.run import RunConfig, from_json
+from tdc_ray.config.sampler import BASE
+from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF, is_flow_class
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
@@ -45,6 +46,8 @@ FORMAT = 1
 
 SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
+ZERO_SNR = "rescale_betas_zero_snr"
+FLOW: PredictionType = "flow_prediction"
 
 TRANSFORMERS = (DIT_CLASS,)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
@@ -99,19 +102,35 @@ class PretrainedBase:
     scheduler: Mapping[str, Any] | None = None
     """All settings of its pipeline's scheduler, and ``_class_name``. None means it has none."""
 
+    by_scheduler: str | None = None
+    """Its source and the scheduler's file, in words, where that alone says what it predicts."""
 
-def pretrained_base(model: ModelConfig) -> PretrainedBase | None:
+
+def pretrained_base(config: RunConfig) -> PretrainedBase | None:
     """Return the base that a run starts from, or None where it trains its own."""
-    return None if model.base is None else resolve_base(model.base)
+    base = config.model.base
+    return None if base is None else resolve_base(base, config.diffusion.prediction_type)
 
 
-def resolve_base(source: str) -> PretrainedBase:
+def resolve_base(source: str, predicts: PredictionType | None = None) -> PretrainedBase:
     """Find the base that a user names.
+
+    Args:
+        source: The base.
+        predicts: What the user says that it predicts: one whose scheduler says sample is taken
+            only if the user does, too.
 
     Raises:
         CheckpointError: There is none, or it is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
+    base = _opened(source)
+    _check_prediction(base, predicts)
+    return base
+
+
+def _opened(source: str) -> PretrainedBase:
+    """Find the base that a user names, whatever it predicts."""
     kind, colon, path = source.partition(":")
     if kind in FILES and colon:
         file = Path(path).expanduser()
@@ -145,8 +164,29 @@ def is_unet(folder: Path) -> bool:
     return "block_out_channels" in document or class_name(document) in TRANSFORMERS
 
 
-def noise_settings(unet: Path) -> PretrainedSettings:
+def _check_prediction(base: PretrainedBase, predicts: PredictionType | None) -> None:
+    """Check that a user says so, too, of a base that predicts the image by its scheduler.
+
+    Schedulers say so of networks that predict something else, too, and weights do not tell.
+
+    Raises:
+        ConfigError: The user does not.
+    """
+    found = base.settings.diffusion.prediction_type
+    if base.by_scheduler is not None and found == "sample" and predicts != "sample":
+        raise ConfigError(
+            f"{base.by_scheduler} has {PREDICTION} sample: a base that predicts the image is "
+            "taken only if you say so, too, by --diffusion.prediction-type sample (or by settings "
+            "with it, in Python). Otherwise give another base."
+        )
+
+
+def noise_settings(unet: Path, predicts: PredictionType | None = None) -> PretrainedSettings:
     """Return the noise process and the first stage of a UNet's folder.
+
+    Args:
+        unet: The folder.
+        predicts: As for :func:`resolve_base`.
 
     Raises:
         CheckpointError: It is malformed.
@@ -155,6 +195,7 @@ def noise_settings(unet: Path) -> PretrainedSettings:
     base = _unet_in_place(display_path(unet), unet)
     if base is None:
         return PretrainedSettings()
+    _check_prediction(base, predicts)
     stages = base.settings.model_dump(
         include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
         exclude_unset=True,
@@ -216,10 +257,13 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
                 **{name: document["diffusion"][name] for name in NOISE},
                 # which 0.1.0 did not write
                 PREDICTION: document["diffusion"].get(PREDICTION, "epsilon"),
+                ZERO_SNR: document["diffusion"].get(ZERO_SNR, False),
             },
             "sampler": {name: document["sampler"][name] for name in SAMPLER}
             | _own_scheduler(document.get("scheduler")),
         }
+        if stages["diffusion"][PREDICTION] == FLOW and "of_base" in stages["sampler"]:
+            stages["sampler"]["scheduler"] = BASE
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
         weights = document["weights"]
@@ -284,7 +328,7 @@ def _with_scheduler(
             f"{named} has variance_type learned_range in its scheduler, and its unet outputs "
             f"{base.unet['out_channels']} channels: expected {2 * base.unet['in_channels']}."
         )
-    return replace(base, scheduler=scheduler)
+    return replace(base, scheduler=scheduler, by_scheduler=named)
 
 
 def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase | None:
@@ -295,8 +339,9 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
     if (imported := _imported(source, run_dir.base, unet)) is not None:
         return imported
     config = from_json(read_json(run_dir.config))
+    noise = (*NOISE, PREDICTION, ZERO_SNR)
     stages = {
-        "diffusion": {name: getattr(config.diffusion, name) for name in (*NOISE, PREDICTION)},
+        "diffusion": {name: getattr(config.diffusion, name) for name in noise},
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
@@ -422,6 +467,8 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
                 f"{source} has {setting} {config[setting]} in its {name}: only {needed} is "
                 "supported. Give another base."
             )
+    if is_flow_class(getattr(diffusers, name)):
+        return _flow_settings(config)
     if config.get("variance_type") == "learned":
         raise ConfigError(
             f"{source} has variance_type learned: only learned_range is supported. Give another "
@@ -431,8 +478,16 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
     if predicts not in get_args(PredictionType):
         raise ConfigError(
             f"{source} has {PREDICTION} {predicts} in its {name}: only "
-            f"{' and '.join(get_args(PredictionType))} are supported. Give another base."
+            f"{', '.join(get_args(PredictionType))} are supported. Give another base."
         )
+    mixes = config.get("use_flow_sigmas", False)
+    if mixes != (predicts == FLOW):
+        raise ConfigError(
+            f"{source} has use_flow_sigmas {mixes} and {PREDICTION} {predicts} in its {name}: "
+            f"rectified flow has True and {FLOW}, others neither. Give another base."
+        )
+    if predicts == FLOW:
+        return _flow_settings(config)
     known = get_args(BetaSchedule)
     betas, schedule = config.get("trained_betas"), config.get("beta_schedule")
     if betas is not None:
@@ -446,9 +501,26 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
         )
     return {
         # no pipeline of diffusers rescales
-        "diffusion": noise | {PREDICTION: predicts, "rescale_timesteps": False},
+        "diffusion": noise
+        | {
+            PREDICTION: predicts,
+            ZERO_SNR: config.get(ZERO_SNR, False),
+            "rescale_timesteps": False,
+        },
         "sampler": {setting: config[setting] for setting in SAMPLER if setting in config}
         | _own_scheduler(config),
+    }
+
+
+def _flow_settings(config: Mapping[str, Any]) -> Stages:
+    """Read the settings of a scheduler of rectified flow, which alone can sample its base."""
+    return {
+        "diffusion": {
+            "num_train_timesteps": config["num_train_timesteps"],
+            PREDICTION: FLOW,
+            "rescale_timesteps": False,
+        },
+        "sampler": {"scheduler": BASE} | _own_scheduler(config),
     }
 
 

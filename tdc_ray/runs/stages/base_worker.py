@@ -143,7 +143,7 @@ def train_base(
         noise_schedule(config.diffusion).to(worker.device),
         config.base,
         config.data,
-        timesteps=range(config.diffusion.num_train_timesteps),
+        timesteps=range(config.diffusion.num_timesteps),
         seed=derive_seed(config.seed, "base"),
         rank=worker.rank,
         label_dropout=config.conditioning.label_dropout,

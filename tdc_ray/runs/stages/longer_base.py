@@ -219,7 +219,7 @@ def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Repo
         noise_schedule(config.diffusion).to(device),
         longer,
         config.data,
-        timesteps=range(config.diffusion.num_train_timesteps),
+        timesteps=range(config.diffusion.num_timesteps),
         seed=derive_seed(config.seed, "longer-base"),
         rank=rank.rank,
         label_dropout=config.conditioning.label_dropout,

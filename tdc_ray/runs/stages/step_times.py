@@ -166,7 +166,7 @@ def _step_seconds(
         noise_schedule(config.diffusion).to(network.device),
         timed,
         config.data,
-        timesteps=range(config.diffusion.num_train_timesteps),
+        timesteps=range(config.diffusion.num_timesteps),
         seed=config.seed,
         label_dropout=config.conditioning.label_dropout,
         teacher=teacher,

@@ -140,7 +140,7 @@ def networks_of(
             name, or one does not take the run's images; raised before anything is pruned.
     """
     unet = load_config(run_dir.base_unet)
-    span = (0, config.diffusion.num_train_timesteps - 1)
+    span = (0, config.diffusion.num_timesteps - 1)
     macs = network_structure(unet).macs
     networks = [Network("base", run_dir.base_unet, macs, span, is_base=True)]
     index = PipelineIndex.load(run_dir.experts)

@@ -186,7 +186,7 @@ def write_pipeline(
             (folder / network.name).mkdir()
             for file in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(fetch(network.folder) / file, folder / network.name / file)
-        last = config.diffusion.num_train_timesteps
+        last = config.diffusion.num_timesteps
         entries = entries_of(problem.timesteps, names, last)
         pipeline_index(config).model_copy(update={"experts": entries}).save(folder)
 

@@ -100,7 +100,7 @@ def sweep(
     folder = resolve_path(folder).resolve()
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
     config = with_absolute_paths(config)
-    pretrained = pretrained_base(config.model)
+    pretrained = pretrained_base(config)
     config = with_first_stage(config, pretrained)
     if not any(name.startswith("model.") for name in space):
         config = replace(config, model=with_file(config.model))  # once for all trials

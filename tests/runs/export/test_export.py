@@ -194,7 +194,19 @@ def velocity(tmp_path: Path) -> tuple[RunConfig, None]:
     return small_config(diffusion={"prediction_type": "v_prediction"}, sampler=sampler), None
 
 
-@pytest.mark.parametrize("make", [plain, velocity, pytest.param(latent, marks=pytest.mark.slow)])
+def image(tmp_path: Path) -> tuple[RunConfig, None]:
+    return small_config(diffusion={"prediction_type": "sample"}, sampler=FEW), None
+
+
+def without_signal(tmp_path: Path) -> tuple[RunConfig, None]:
+    noise = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    return small_config(diffusion=noise, sampler=FEW | {"spacing": "trailing"}), None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [plain, velocity, image, without_signal, pytest.param(latent, marks=pytest.mark.slow)],
+)
 def test_the_plain_example_gives_the_pipelines_images_for_the_same_noise(tmp_path, make):
     config, base = make(tmp_path)
     run_dir, noise_path = make_run(tmp_path / "run", config, base), tmp_path / "noise.pt"

@@ -17,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -25,6 +26,7 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
 
+from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
@@ -158,12 +160,11 @@ def test_what_a_base_predicts_comes_along_and_stays_when_it_is_imported(tmp_path
     [
         (
             DDPMScheduler(prediction_type="sample"),
-            "prediction_type sample.*only epsilon and v_pred",
+            "prediction_type sample: .* by --diffusion.prediction-type sample",
         ),
         (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule sigmoid.*linear, scaled_linear"),
         (DDPMScheduler(3, trained_betas=[0.1, 0.5, 0.2]), "betas of its own, 0.1 to 0.2 in 3"),
-        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),
-        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True and .* epsilon"),
         (DDPMScheduler(variance_type="learned"), "variance_type learned: only learned_range"),
         (ScoreSdeVeScheduler(), "beta_schedule None in its ScoreSdeVeScheduler"),
     ],
@@ -208,6 +209,71 @@ def test_a_base_that_does_not_say_predicts_epsilon_with_images_of_ones_own(
     command = ["run", "--base", base, "--data", str(tmp_path / "data.npz"), *flags]
     config = parse([*command, "--diffusion.num-train-timesteps", "1000"]).config
     assert config.diffusion.prediction_type == predicts
+
+
+@pytest.mark.parametrize("command", ["import", "prune", "plan"])
+def test_a_base_that_says_it_predicts_the_image_is_taken_where_that_is_said_again(
+    tmp_path, capsys, command
+):
+    DDPMScheduler(500, prediction_type="sample").save_pretrained(tmp_path / "scheduler")
+    save_unet(random_unet(), tmp_path / "unet")
+    source, out = str(tmp_path / "unet"), str(tmp_path / "out")
+    words = {
+        "import": ["import", source, out],
+        "prune": ["prune", source, "--data", "digits", "--out", out],
+        "plan": ["plan", "--base", source, "--data", "digits", "--out-dir", out],
+    }[command]
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json\) has prediction_type sample"):
+        parse(words)
+    said = ["--diffusion.prediction-type", "sample"]
+    assert parse([*words, *said]).config.diffusion.prediction_type == "sample"
+    with pytest.raises(ConfigError, match="has prediction_type sample"):
+        parse([*words, "--diffusion.prediction-type", "v_prediction"])
+    if command == "import":
+        assert run_command([*words, *said]) == 0
+        base = resolve_base(out)  # needs no word any more
+        assert base.settings.diffusion.prediction_type == "sample"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_base_of_rectified_flow_comes_with_its_scheduler(tmp_path, scheduler):
+    source, out = save_pipeline(tmp_path / "p", scheduler), str(tmp_path / "base")
+    assert run_command(["import", source, out]) == 0
+    for named in (source, out):
+        assert missing_settings(resolve_base(named).settings) == []
+        config = parse(["plan", "--base", named, "--data", "digits"]).config
+        assert config.diffusion.prediction_type == "flow_prediction"
+        made = make_scheduler(config.diffusion, config.sampler)
+        assert type(made) is type(scheduler)
+        name = "shift" if hasattr(scheduler, "shift") else "flow_shift"
+        assert made.config[name] == 3.0
+
+
+def test_a_base_without_signal_at_the_end_is_imported_as_such(tmp_path):
+    noise = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    base = resolve_base(save_pipeline(tmp_path / "p", noise, DDIMPipeline))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    assert config.diffusion.rescale_betas_zero_snr
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr must be True, as was found"):
+        check_compatible(
+            base,
+            replace(config, diffusion=replace(config.diffusion, rescale_betas_zero_snr=False)),
+        )
+    import_base(base, config, tmp_path / "base")
+    again = apply_settings(resolve_base(str(tmp_path / "base")).settings, CONFIG, with_data=True)
+    assert again.diffusion == config.diffusion
+    epsilon = save_pipeline(tmp_path / "q", DDIMScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(ConfigError, match="v_prediction or sample with"):
+        apply_settings(resolve_base(epsilon).settings, CONFIG, with_data=True)
 
 
 def test_values_of_another_type_are_refused_by_name(tmp_path):

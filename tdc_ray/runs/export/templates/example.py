@@ -38,8 +38,13 @@ def main() -> None:
     experts = load_experts()
     index = json.loads((HERE / "model_index.json").read_text())
     scheduler = json.loads((HERE / "scheduler" / "scheduler_config.json").read_text())
+    if "trained_betas" not in scheduler or scheduler.get("use_flow_sigmas", False):
+        parser.error("this is DDIM, which needs betas: rectified flow is sampled by pipeline.py")
     betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if scheduler.get("rescale_betas_zero_snr", False):  # arXiv:2305.08891, algorithm 1
+        roots = alpha_bar.sqrt()
+        alpha_bar = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
     num_timesteps, steps = len(betas), flags.steps or index["num_inference_steps"]
     stride, offset = num_timesteps // steps, scheduler.get("steps_offset", 0)
     times = [step * stride + offset for step in range(steps)]
@@ -59,6 +64,8 @@ def main() -> None:
         output = experts.for_timestep(t)(x, seen, class_labels=labels).sample[:, : shape[1]]
         if scheduler["prediction_type"] == "epsilon":
             x_0 = (x - (1 - now) ** 0.5 * output) / now**0.5
+        elif scheduler["prediction_type"] == "sample":
+            x_0 = output
         else:  # v_prediction
             x_0 = now**0.5 * x - (1 - now) ** 0.5 * output
         clipped = x_0.clamp(-1, 1) if scheduler.get("clip_sample", False) else x_0

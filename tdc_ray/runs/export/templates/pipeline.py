@@ -98,12 +98,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         x = randn_tensor(shape, generator=generators, device=device)
         self._set_timesteps(steps)
         self._check_start(num_inference_steps)
-        x = x * self.scheduler.init_noise_sigma
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching has none
+        scaled_input = getattr(self.scheduler, "scale_model_input", lambda x, _: x)
         extra = self._step_arguments(config["eta"] if eta is None else eta, generators)
         for step in self.progress_bar(list(self.scheduler.timesteps)):
             timestep = step.item()
             unet = self.experts.for_timestep(timestep)
-            inputs = self.scheduler.scale_model_input(x, step).to(self.experts.dtype)
+            inputs = scaled_input(x, step).to(self.experts.dtype)
             if config["timestep_scale"] != 1.0:
                 timestep *= config["timestep_scale"]
             seen = torch.full((copies * len(x),), timestep)
