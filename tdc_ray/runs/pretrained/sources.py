@@ -135,8 +135,8 @@ def is_unet(folder: Path) -> bool:
     return "block_out_channels" in json_object(folder / "config.json")
 
 
-def noise_settings(unet: Path) -> PretrainedSettings:
-    """Return the noise process and the first stage of a UNet's folder.
+def noise_settings(unet: Path, *, with_sampler: bool = False) -> PretrainedSettings:
+    """Return the noise process and the first stage of a UNet's folder, and its sampler if asked.
 
     Raises:
         CheckpointError: It is malformed.
@@ -146,7 +146,11 @@ def noise_settings(unet: Path) -> PretrainedSettings:
     if base is None:
         return PretrainedSettings()
     stages = base.settings.model_dump(
-        include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
+        include={
+            "diffusion": True,
+            "sampler": True if with_sampler else {"clip_sample"},
+            "data": {"first_stage"},
+        },
         exclude_unset=True,
     )
     if isinstance(base.first_stage, Path):
