@@ -176,7 +176,7 @@ def _refuse_foreign(arguments: Sequence[str]) -> None:
             if one.startswith(f"--{stage}")
             and ("." in one or hasattr(commands[name], one.strip("-").replace("-", "_")))
         ]
-        if flag.startswith("--") and meant:
+        if flag.startswith("--") and meant and flag not in meant:
             raise ConfigError(f"there is no flag {flag}: did you mean {' or '.join(meant)}?")
 
 
