@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from output import mean_and_spread, plot_bars, write_record, write_table
 from stages import Model, experts_of, scores_of
 
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.run import RunConfig, with_data
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.families import load_network
@@ -71,7 +71,7 @@ def without_data(config: RunConfig, base: Path, num_samples: int | None) -> RunC
     """Return the same settings by images that are drawn from the base."""
     data = replace(config.data, source="digits", path=None)  # in two steps, as each is checked
     data = replace(data, source="base", num_images=num_samples)
-    return with_base_samples(replace(config, data=data), base.resolve())
+    return with_base_samples(with_data(config, data), base.resolve())
 
 
 def losses_of(

@@ -46,7 +46,7 @@ from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.presets import PRESETS, preset
-from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.unet2d.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
@@ -289,9 +289,7 @@ def _with_data(data: str, config: RunConfig) -> RunConfig:
     """Return settings with other images, in the shape of the settings' own."""
     from tdc_ray.data.detect import data_config  # imports torch
 
-    if data == BASE_SAMPLES:  # which statistics of a preset's data set are not of
-        config = replace(config, evaluate=replace(config.evaluate, reference=None))
-    return replace(config, data=data_config(data, config.data))
+    return with_data(config, data_config(data, config.data))
 
 
 def _with_own_run_dir(command: Command, arguments: Sequence[str]) -> Command:

@@ -253,6 +253,17 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
 
 
+def with_data(config: RunConfig, data: DataConfig) -> RunConfig:
+    """Return settings with other images; what asks for a data set is left out where there is none.
+
+    That are statistics of the data set to score against, and the base trained on.
+    """
+    if data.source != BASE_SAMPLES:
+        return replace(config, data=data)
+    evaluate = replace(config.evaluate, reference=None)
+    return replace(config, data=data, evaluate=evaluate, compare=CompareConfig())
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make every path absolute: processes on a cluster have working directories of their own."""
     changes: dict[str, Any] = {}

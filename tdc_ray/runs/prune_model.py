@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdc_ray.config.data import BASE_SAMPLES, DataConfig
-from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths, with_data
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
@@ -282,7 +282,7 @@ def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunCon
     config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
     if data is None:
         return config
-    config = replace(config, data=_named_data(data, config, unet))
+    config = with_data(config, _named_data(data, config, unet))
     if data == BASE_SAMPLES and config.conditioning.num_classes is None:
         # All that the network embeds are drawn, a class that stands for none among them.
         conditioning = replace(config.conditioning, num_classes=unet.get("num_class_embeds"))

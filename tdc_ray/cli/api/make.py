@@ -13,7 +13,7 @@ from tdc_ray.cli.api.folder import TemporaryFolder
 from tdc_ray.cli.foreign import nearest
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
-from tdc_ray.config.run import RunConfig, digest, with_absolute_paths
+from tdc_ray.config.run import RunConfig, digest, with_absolute_paths, with_data
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.config.validation import require
 from tdc_ray.data.images import images_config
@@ -197,7 +197,7 @@ def _only_here(temporary: TemporaryFolder | None) -> Path | None:
 def _with_images(config: RunConfig, images: Any, base: Base, root: Path) -> RunConfig:
     classes = config.conditioning.num_classes is not None
     data = images_config(images, config.data, root / "images", classes=classes)
-    config = with_absolute_paths(replace(config, data=data))
+    config = with_absolute_paths(with_data(config, data))
     return with_base_samples(config, base.pretrained)
 
 
