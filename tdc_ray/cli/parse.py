@@ -241,7 +241,7 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
         config = _of_model(
             command.model_dir, config, has_preset=bool(named), with_sampler=is_drawn
         )
-        return _without_shared_budgets(_with_data(data, config) if is_drawn else config)
+        return _without_shared_budgets(_with_data(BASE_SAMPLES, config) if is_drawn else config)
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
