@@ -16,7 +16,7 @@ COLUMN = 36
 """Column in which texts begin."""
 
 IMAGES = {
-    "--data PATH": "images of your own: a folder or a file; what they are is found out",
+    "--data PATH": "images of your own, a folder or a file; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
     "--data.image-size PIXELS": "what images are brought to: 64 for a square, or 48x64",
     "--data.num-channels N": "grey or colour",
@@ -102,7 +102,7 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "prune": {
         "Model and images": {
             "MODEL-DIR": "folder of a UNet or DiT or a pipeline, or a run directory (required)",
-            "--data DATA": "digits, photos, an npz file, or a folder; default: the run's",
+            "--data DATA": "digits, photos, an npz file, a folder, or base; default: the run's",
             "--preset NAME": "settings to start from, where the model has no run",
         },
         "Limit": {

@@ -45,10 +45,10 @@ from tdc_ray.cli.foreign import FOREIGN
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
-from tdc_ray.config.data import BUNDLED
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.presets import PRESETS, preset
-from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths
+from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
@@ -240,7 +240,9 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     data = getattr(command, "data", None)
     config = preset(named or "digits")
     if isinstance(command, PruneCommand):
-        return _without_shared_budgets(_of_model(command, config, has_preset=bool(named)))
+        is_drawn = data == BASE_SAMPLES
+        config = _of_model(command, config, has_preset=bool(named), with_sampler=is_drawn)
+        return _without_shared_budgets(_with_data(BASE_SAMPLES, config) if is_drawn else config)
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
@@ -254,11 +256,16 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     check_named_data("--data", data)
     if "data.path" in _given(arguments):
         raise ConfigError("give --data or --data.path, not both.")
+    if data == BASE_SAMPLES and not source:
+        raise ConfigError(
+            "--data base draws images from a base that is given: name it by --base, or name "
+            "images by --data."
+        )
     if not source and named in ("", "images"):
         return _of_own_images(data, arguments)
     if source:
         config = preset(named or "images")
-        config = _of_base(source, config, arguments, predicts, has_preset=bool(named))
+        config = _of_base(source, config, arguments, predicts, has_preset=bool(named), data=data)
     return _with_data(data, config)
 
 
@@ -286,7 +293,7 @@ def _with_data(data: str, config: RunConfig) -> RunConfig:
     """Return settings with other images, in the shape of the settings' own."""
     from tdc_ray.data.detect import data_config  # imports torch
 
-    return replace(config, data=data_config(data, config.data))
+    return with_data(config, data_config(data, config.data))
 
 
 def _with_own_run_dir(command: Command, arguments: Sequence[str]) -> Command:
@@ -348,13 +355,14 @@ def _of_base(
     predicts: PredictionType,
     *,
     has_preset: bool,
+    data: str | None = None,
 ) -> RunConfig:
     """Return settings with what a base says of them.
 
-    A preset that was named, or a flag, says what the data are; otherwise their resolution and
-    channels are the base's, and of a run directory all settings come along. What preset ``images``
-    predicts is for bases that it trains: one that does not say what it predicts is taken to
-    predict epsilon. ``predicts`` is what flags say of it.
+    A preset that was named, or a flag, says what the data are; otherwise, and for images that are
+    drawn from the base, their resolution and channels are the base's, and of a run directory all
+    settings come along. What preset ``images`` predicts is for bases that it trains: one that does
+    not say what it predicts is taken to predict epsilon. ``predicts`` is what flags say of it.
 
     Raises:
         ConfigError: The base does not say its noise process, and nothing was named that has it.
@@ -362,7 +370,7 @@ def _of_base(
     """
     check_base(source)
     from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
-    from tdc_ray.runs.pretrained.sources import resolve_base  # imports torch
+    from tdc_ray.runs.pretrained.sources import images_of, resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
 
     base = resolve_base(source, predicts)
@@ -382,7 +390,12 @@ def _of_base(
     if trained is None and not has_preset:
         config = replace(config, diffusion=replace(config.diffusion, prediction_type="epsilon"))
     config = with_base(trained or config, source)
-    return apply_settings(base.settings, config, with_data=not has_preset)
+    is_drawn = data == BASE_SAMPLES
+    config = apply_settings(base.settings, config, with_data=is_drawn or not has_preset)
+    if is_drawn and isinstance(base.first_stage, Path):
+        images = images_of(base.first_stage, base.unet["sample_size"])
+        config = replace(config, data=replace(config.data, **images))
+    return config
 
 
 def _of_costs(run: Path | None, config: RunConfig) -> RunConfig:
@@ -397,8 +410,12 @@ def _without_shared_budgets(config: RunConfig) -> RunConfig:
     return replace(config, plan=plan, finetune=replace(config.finetune, allocation="equal"))
 
 
-def _of_model(command: PruneCommand, config: RunConfig, *, has_preset: bool) -> RunConfig:
+def _of_model(
+    command: PruneCommand, config: RunConfig, *, has_preset: bool, with_sampler: bool
+) -> RunConfig:
     """Return the settings of the run that trained a model, or with the model's noise process.
+
+    With ``with_sampler`` also with the sampler of the pipeline that it lies in.
 
     Raises:
         ConfigError: The model is of a kind that cannot be pruned here.
@@ -421,7 +438,8 @@ def _of_model(command: PruneCommand, config: RunConfig, *, has_preset: bool) -> 
         return config
     trained = run_config_of(unet)
     if trained is None:
-        return apply_settings(noise_settings(unet, predicts), config, with_data=True)
+        found = noise_settings(unet, predicts, with_sampler=with_sampler)
+        return apply_settings(found, config, with_data=True)
     if has_preset:
         return config
     method = "offline" if trained.prune.method == "none" else trained.prune.method

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, HUB_NAME
 from tdc_ray.config.run import RunConfig
@@ -109,8 +109,9 @@ def check_named_data(flag: str, source: str | None) -> None:
     Raises:
         DataError: It does not exist.
     """
-    if source is not None and source not in BUNDLED and not _exists(source):
-        raise DataError(f"{flag} {source} does not exist, and is none of {', '.join(BUNDLED)}.")
+    known = (*BUNDLED, BASE_SAMPLES)
+    if source is not None and source not in known and not _exists(source):
+        raise DataError(f"{flag} {source} does not exist, and is none of {', '.join(known)}.")
 
 
 def check_data(data: DataConfig) -> None:
@@ -119,7 +120,8 @@ def check_data(data: DataConfig) -> None:
     Raises:
         TdcError: There is one.
     """
-    if data.path is not None and not _exists(data.path):
+    is_drawn = data.source == BASE_SAMPLES  # again, if need be
+    if data.path is not None and not is_drawn and not _exists(data.path):
         raise DataError(
             f"data.path {data.path} does not exist (data.source {data.source}). Set --data.path "
             "to where the images are."

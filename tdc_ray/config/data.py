@@ -4,12 +4,23 @@ from pathlib import Path
 from typing import Literal
 
 from tdc_ray.config.image_size import ImageSize, size_text
-from tdc_ray.config.validation import NonNegativeInt, require, settings
+from tdc_ray.config.validation import NonNegativeInt, PositiveInt, require, settings
 from tdc_ray.errors import ConfigError
 
 Source = Literal[
-    "digits", "photos", "folder", "npz", "cifar10", "imagefolder", "parquet", "webdataset"
+    "digits",
+    "photos",
+    "folder",
+    "npz",
+    "cifar10",
+    "imagefolder",
+    "parquet",
+    "webdataset",
+    "base",
 ]
+
+BASE_SAMPLES: Source = "base"
+"""Images that are drawn from the base itself."""
 
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
@@ -26,10 +37,14 @@ class DataConfig:
     torchvision unpacks it; imagefolder: the images that a Hugging Face `metadata.jsonl` or
     `metadata.csv` below `path` names, with its labels; parquet: a file or a folder of files with a
     column of encoded images; webdataset: a tar file or a folder of them. Of the last three the
-    split train, if there are splits."""
+    split train, if there are splits. base: no images are needed, they are drawn from the base."""
 
     path: str | None = None
-    """Where the images are; every source but digits and photos needs it."""
+    """Where the images are; every source but digits, photos and base needs it."""
+
+    num_images: PositiveInt | None = None
+    """How many images are drawn from the base (source base). None means as many as the search and
+    the refit of a group ask for, each once, and those that are held out for losses."""
 
     image_size: ImageSize = 8
     """What images are brought to, in pixels: 64 for a square, or HEIGHTxWIDTH such as 48x64 (in
@@ -68,7 +83,7 @@ class DataConfig:
         rule = f"below data.image_size = {size_text(self.image_size)}"
         fits = self.crop_padding < min(self.height, self.width)
         require("data", self, "crop_padding", rule, ok=fits)
-        if self.source not in BUNDLED and self.path is None:
+        if self.source not in (*BUNDLED, BASE_SAMPLES) and self.path is None:
             raise ConfigError(
                 f"data.path must be given for data.source {self.source}: where are the images? "
                 "Set --data.path."
@@ -78,6 +93,11 @@ class DataConfig:
                 f"data.path goes with data.source npz, folder, cifar10, imagefolder, parquet or "
                 f"webdataset, got {self.path} with {self.source}. Set --data.source, or give the "
                 "path by --data alone, which finds it out."
+            )
+        if self.num_images is not None and self.source != BASE_SAMPLES:
+            raise ConfigError(
+                f"data.num_images goes with data.source base, got {self.num_images} with "
+                f"{self.source}, of which all images are taken. Leave it out, or set --data base."
             )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(
@@ -102,6 +122,8 @@ class DataConfig:
     @property
     def name(self) -> str:
         """What results call the dataset: its source, or the name of its file or folder."""
+        if self.source == BASE_SAMPLES:
+            return "base_samples"
         if self.path is None or self.source == "cifar10":
             return self.source
         stem = Path(self.path).resolve().stem

@@ -12,7 +12,7 @@ from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.compute import RESULT_FIELDS, ComputeConfig
 from tdc_ray.config.conditioning import ConditioningConfig
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.diffusion import LATER_DIFFUSION_FIELDS, DiffusionConfig
 from tdc_ray.config.evaluate import EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
@@ -86,6 +86,7 @@ class RunConfig:
         rule = "None where images are not square, as clean-fid's statistics are of squares"
         square = self.data.height == self.data.width or self.evaluate.reference is None
         require("evaluate", self.evaluate, "reference", rule, ok=square)
+        self._check_base_samples()
         self._check_latents()
 
     @property
@@ -129,6 +130,16 @@ class RunConfig:
         enough = self.compare.kind == "none" or most is None or workers <= most
         require("compute", self.compute, "num_base_workers", rule, ok=enough)
 
+    def _check_base_samples(self) -> None:
+        """Refuse what images of a data set alone can be used for."""
+        if self.data.source != BASE_SAMPLES:
+            return
+        rule = "none with data.source base, as no base is trained on by its own samples"
+        require("compare", self.compare, "kind", rule, ok=self.compare.kind == "none")
+        rule = "None with data.source base, where scores are against the base's own samples"
+        named = self.evaluate.reference is not None
+        require("evaluate", self.evaluate, "reference", rule, ok=not named)
+
     def _check_latents(self) -> None:
         """Refuse what is right for pixels and wrong for latents."""
         if self.data.first_stage is None:
@@ -160,6 +171,7 @@ PATHS = (
 """Settings that are paths, or may be."""
 
 LATER_FIELDS = {
+    "data": ("num_images",),
     "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",
@@ -240,6 +252,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     document = to_json(with_absolute_paths(config))
     for name in ("max_corrupt", "cache_dir"):  # a run that they stopped resumes with others
         del document["data"][name]
+    if config.data.source == BASE_SAMPLES:  # where they lie follows from the cache, too
+        document["data"]["path"] = config.data.path and Path(config.data.path).name
     del document["prune"]["batch_size"]  # results depend on it by rounding alone
     model = document["model"]  # of a file the content decides, of architecture auto what it is for
     del model["config"]
@@ -248,6 +262,17 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
         document["sampler"]["of_base"] = None  # nothing starts from it
     del document["compare"]  # comes after all else, and may be asked for later
     return document | {"compute": {name: document["compute"][name] for name in RESULT_FIELDS}}
+
+
+def with_data(config: RunConfig, data: DataConfig) -> RunConfig:
+    """Return settings with other images; what asks for a data set is left out where there is none.
+
+    That are statistics of the data set to score against, and the base trained on.
+    """
+    if data.source != BASE_SAMPLES:
+        return replace(config, data=data)
+    evaluate = replace(config.evaluate, reference=None)
+    return replace(config, data=data, evaluate=evaluate, compare=CompareConfig())
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from tdc_ray.config.data import BUNDLED, DataConfig, Source
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig, Source
 from tdc_ray.data.sources import parquet, webdataset
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
-    """Return settings of the data that a path, ``digits`` or ``photos``, holds; others stay.
+    """Return settings of the data that a path, or a name without one, stands for; others stay.
 
     Of a folder of images whose folders are splits it is that of the split train.
 
     Args:
-        source: The path, or the name of a bundled source.
+        source: The path, the name of a bundled source, or ``base``, whose samples are drawn later.
         data: Whose other settings are taken.
         name: Of the argument that named the source, for the error.
 
@@ -34,14 +34,19 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
     path = Path(source).expanduser()
-    if source in BUNDLED:
+    if source in (*BUNDLED, BASE_SAMPLES):
         if path.exists():
             raise ConfigError(
-                f"{name} {source} is the name of a bundled source and of a path that exists: "
+                f"{name} {source} is the name of a source without a path and of one that exists: "
                 f"write ./{source} for the path, or remove it."
             )
-        bundled = replace(data, source="digits", path=None, labels_from_folders=False)
-        return replace(bundled, source=cast(Source, source))
+        count = data.num_images if source == BASE_SAMPLES else None
+        # In two steps, as each is checked.
+        bundled = replace(
+            data, source="digits", path=None, labels_from_folders=False, num_images=None
+        )
+        return replace(bundled, source=cast(Source, source), num_images=count)
+    data = replace(data, num_images=None)
     kinds = _kinds(path)
     if not kinds:
         raise ConfigError(

@@ -16,7 +16,15 @@ from tdc_ray.data.latents import TrainingData
 from tdc_ray.data.load import images_fingerprint
 from tdc_ray.execution.item import Inputs
 
-LOCATION_FIELDS = ("source", "path", "num_workers", "max_corrupt", "cache_dir", "first_stage")
+LOCATION_FIELDS = (
+    "source",
+    "path",
+    "num_images",
+    "num_workers",
+    "max_corrupt",
+    "cache_dir",
+    "first_stage",
+)
 """Settings of the data that no key holds: the fingerprint of the images replaces them."""
 
 LOGGING_FIELDS = ("log_every", "checkpoint_every", "keep_checkpoints")

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
+from tdc_ray.data.sources.base import BASE_SHARD, BaseSamples
+from tdc_ray.data.tensor_shards import missing_shards, read_rows, shard_path
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
 from tdc_ray.storage.digest import json_digest
-from tdc_ray.storage.files import atomic_path, fetch, listing, remove
+from tdc_ray.storage.files import atomic_path, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 VERSION = 1
@@ -73,27 +73,17 @@ class EncodeResult:
 class LatentImages:
     """Latents and labels of a dataset, in shards of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, dataset: ImageDataset) -> None:
-        """Wrap the folder of the shards and the dataset of the images."""
+    def __init__(self, folder: Path, dataset: ImageDataset, shard: int = SHARD) -> None:
+        """Wrap the folder of the shards, of so many images each, and the dataset of the images."""
         self.num_classes = dataset.num_classes
-        self._folder, self._length = folder, len(dataset)
+        self._folder, self._length, self._shard = folder, len(dataset), shard
 
     def __len__(self) -> int:
         return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
-        rows: dict[int, tuple[Tensor, Tensor]] = {}
-        for shard in {index // SHARD for index in indices}:
-            path = shard_path(self._folder, shard * SHARD)
-            with safe_open(path, framework="pt") as file:  # memory-mapped
-                latents, labels = file.get_slice("latents"), file.get_slice("labels")
-                for index in indices:
-                    if index // SHARD == shard:
-                        row = index % SHARD
-                        rows[index] = (latents[row].clone(), labels[row : row + 1].clone())
-        latents, labels = zip(*(rows[index] for index in indices), strict=True)
-        return ImageBatch(torch.stack(latents), torch.cat(labels))
+        return read_rows(self._folder, "latents", indices, self._shard)
 
     def fingerprint(self) -> str:
         """Return a name for the content, by first stage and images."""
@@ -111,6 +101,9 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
     """
     if data.first_stage is None:
         return TrainingData(data)
+    if data.source == BASE_SAMPLES:
+        assert data.path is not None  # the base was drawn from: its latents lie with the images
+        return TrainingData(data, resolve_path(data.path))
     digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
     document = [VERSION, SHARD, digest, images_fingerprint(data), data.image_size, shape]
     key = json_digest(document)[:16]
@@ -120,10 +113,10 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
 def prepare_latents(training: TrainingData) -> Chain[None]:
     """Compute the latents that are missing, if any are learnt, shard by shard."""
     data, folder = training.data, training.latents
-    if folder is None:
+    if folder is None or data.source == BASE_SAMPLES:
         return
     count, items = len(load_dataset(data)), []
-    for first in _missing(folder, count):
+    for first in missing_shards(folder, count, SHARD):
         path = shard_path(folder, first)
         result_path = path.with_suffix(".json")
         remove(result_path)  # without its shard it is no result
@@ -178,24 +171,16 @@ def shard_inputs(job: EncodeJob) -> Inputs:
     return {"stage": "latents", "of": job.path.parent.name, "images": [job.first, job.count]}
 
 
-def shard_path(folder: Path, first: int) -> Path:
-    """Return the path of the shard that begins with an image."""
-    return folder / f"{first:09d}.safetensors"
-
-
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data
 def _open_latents(data: DataConfig, folder: Path) -> LatentImages:
     images = load_dataset(data)
-    if missing := _missing(folder, len(images)):
+    if isinstance(images, BaseSamples):
+        images.check()
+        return LatentImages(fetch(folder), images, BASE_SHARD)
+    if missing := missing_shards(folder, len(images), SHARD):
         raise DataError(
             f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
             f"missing in {display_path(folder)}: tdc-ray run computes them. evaluate.cache_dir "
             "must lie where all nodes see it."
         )
     return LatentImages(fetch(folder), images)
-
-
-def _missing(folder: Path, count: int) -> list[int]:
-    """Return the first image of every shard that is not there."""
-    shards = set(listing(folder, "*.safetensors"))
-    return [first for first in range(0, count, SHARD) if shard_path(folder, first) not in shards]

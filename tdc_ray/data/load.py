@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.sources import (
+    base,
     cifar10,
     digits,
     folder,
@@ -18,6 +18,8 @@ from tdc_ray.data.sources import (
 )
 from tdc_ray.data.sources.encoded import EncodedImages
 from tdc_ray.errors import DataError
+from tdc_ray.storage.files import exists
+from tdc_ray.storage.object_store import resolve_path
 
 SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
     "digits": digits.open,
@@ -28,6 +30,7 @@ SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
     "imagefolder": imagefolder.open,
     "parquet": parquet.open,
     "webdataset": webdataset.open,
+    "base": base.open,
 }
 """By ``data.source``."""
 
@@ -47,7 +50,7 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     Raises:
         DataError: It is missing, malformed, or empty, or too many of its files are corrupt.
     """
-    if config.path is not None and not Path(config.path).exists():
+    if config.path is not None and not exists(resolve_path(config.path)):
         raise DataError(
             f"data.path {config.path} does not exist (data.source {config.source}). "
             "Set --data.path to where the images are."

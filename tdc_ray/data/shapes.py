@@ -5,7 +5,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
 from tdc_ray.data.load import ENCODED
 from tdc_ray.data.sources.image_file import stored_shape
 from tdc_ray.data.sources.npz import npz_paths
@@ -23,6 +23,9 @@ def stored_shapes(data: DataConfig) -> Iterator[tuple[str, Shape]]:
     Raises:
         DataError: One cannot be read.
     """
+    if data.source == BASE_SAMPLES:
+        yield data.source, data.shape
+        return
     if data.path is None:
         yield data.source, BUNDLED[data.source]
         return

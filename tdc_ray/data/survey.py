@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.load import ENCODED, load_dataset
 from tdc_ray.data.pixels import covering_size
@@ -175,7 +175,8 @@ def log_summary(data: DataConfig) -> None:
     Raises:
         DataError: The data is missing or malformed.
     """
-    if data.path is None and not images_summary(data).changed:
+    is_drawn = data.source == BASE_SAMPLES  # of what the drawing says
+    if data.path is None and (is_drawn or not images_summary(data).changed):
         return  # a bundled source as it is
     for line in summary_lines(data.path or data.source, images_summary(data)):
         logger.info("%s", line)

@@ -42,6 +42,11 @@ def conclusions(results: Results) -> list[str]:
             f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is "
             "no FID and can be compared only with runs on the same data."
         )
+    if results.prune.drawing_macs:
+        lines.append(
+            "No data set was used: scores say how near the images are to the base's own, not to "
+            "what it was trained on."
+        )
     return lines + [f"Note: {note}" for note in results.prune.notes]
 
 
@@ -62,6 +67,8 @@ def _cost(results: Results) -> str:
         f"and counts 0 here. The experts took {tdc.train_macs:.2e} macs of training and "
         f"{searched:.2e} of search beyond it"
     )
+    if drawing := results.prune.drawing_macs:
+        text += f" ({drawing:.2e} of it to draw images from the base in place of a data set)"
     shown = "whether the base would have gained as much from these is not shown here (--compare "
     shown += "equal-macs shows it)"
     return f"{text}; {shown}." if is_open else f"{text}."

@@ -28,6 +28,7 @@ from tdc_ray.runs.results import (
     StageSeconds,
     TimesResult,
 )
+from tdc_ray.runs.stages.base_samples import drawing_macs
 from tdc_ray.runs.stages.base_worker import BaseResult
 from tdc_ray.runs.stages.expert import Expert, group_result
 from tdc_ray.storage.files import exists, listing, read_json
@@ -76,6 +77,7 @@ def collect_results(
     costs = [result.cost for result in searched]
     pretrained = _pretrained_base(run_dir)
     num_classes, first_stage = config.conditioning.num_classes, config.data.first_stage
+    drawing = drawing_macs(config, base.macs)
     rounds = {"none": 0, "offline": prune.num_rounds, "llm": prune.num_rounds}
     return Results(
         preset=config.preset,
@@ -116,7 +118,8 @@ def collect_results(
                 default=0,
             ),
             seconds=sum(cost.seconds for cost in costs),
-            search_macs=sum(cost.macs for cost in costs),
+            search_macs=sum(cost.macs for cost in costs) + drawing,
+            drawing_macs=drawing,
             prompt_tokens=sum(cost.prompt_tokens for cost in costs),
             completion_tokens=sum(cost.completion_tokens for cost in costs),
             proxy_cost=sum(cost.proxy_cost for cost in costs),

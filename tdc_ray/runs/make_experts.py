@@ -23,6 +23,7 @@ from tdc_ray.runs.preflight import check_data, check_limits, check_network
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import BASE_FILE, PretrainedBase
 from tdc_ray.runs.results import GroupResult
+from tdc_ray.runs.stages.base_samples import draw_base_samples
 from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
 from tdc_ray.runs.stages.expert import (
     finetune_and_save,
@@ -167,7 +168,8 @@ def _prepare(
     space: Space,
     stages: Sequence[Stage],
 ) -> Chain[tuple[RunConfig, Space]]:
-    """Compute what all groups need: latents, the precision that is faster, times of the units."""
+    """Compute what all groups need: images or latents, the faster precision, times of units."""
+    yield from draw_base_samples(config, run_dir.base_unet)
     yield from prepare_latents(training_data(config.data, config.evaluate.cache_dir))
     config = yield from resolve_auto_precision(run_dir, config, network, stages)
     if config.prune.objective == "latency" and config.prune.method != "none":

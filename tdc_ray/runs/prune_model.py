@@ -5,8 +5,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tdc_ray.config.data import DataConfig
-from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
+from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths, with_data
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.data.load import load_dataset
@@ -33,6 +33,7 @@ from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check_shape
 from tdc_ray.runs.pretrained.sources import TRANSFORMERS, is_unet
+from tdc_ray.runs.stages.base_samples import draw_base_samples, drawing_macs, with_base_samples
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision
 from tdc_ray.storage.digest import json_digest
@@ -125,6 +126,7 @@ def prune_model(
     allow_tf32(allowed=config.compute.tf32)
     _check_settings(config, milliseconds)
     check_out(out)
+    config = with_base_samples(config, unet)
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     _check_data(config, network)
     check_finite([unet])
@@ -136,6 +138,7 @@ def prune_model(
         search_dir = out / SEARCH_DIR / _search_name(unet, config, group, limit_name)
         run_dir = RunDir(search_dir.resolve(), unet)
         with listening(sinks_for(run_dir)) as events:
+            run_chain(draw_base_samples(config, unet), events)
             precision = resolve_auto_precision(run_dir, config, network, ["prune"])
             config = run_chain(precision, events)
             if milliseconds is not None:
@@ -161,6 +164,7 @@ def prune_model(
         base = load_base(search.context, group)
         pruned = prune_and_refit(base, result.kept).network
         save_expert_into(out, pruned, network, result.kept)
+        drawing = drawing_macs(config, space.macs_base)
         report: dict[str, object] = {
             "macs_base": space.macs_base,
             "macs": space.macs(result.widths),
@@ -177,7 +181,8 @@ def prune_model(
             "objective": config.prune.objective,
             "timesteps": [group.first, group.last],
             "widths": dict(result.widths),
-            "search_macs": result.cost.macs,
+            "search_macs": result.cost.macs + drawing,
+            "drawing_macs": drawing,
             "prompt_tokens": result.cost.prompt_tokens,
             "completion_tokens": result.cost.completion_tokens,
             "proxy_cost": result.cost.proxy_cost,
@@ -282,7 +287,14 @@ def for_unet(config: RunConfig, unet: NetworkConfig, data: str | None) -> RunCon
         )
     learned = unet["out_channels"] == 2 * unet["in_channels"]
     config = replace(config, diffusion=replace(config.diffusion, learned_sigma=learned))
-    return config if data is None else replace(config, data=_named_data(data, config, unet))
+    if data is None:
+        return config
+    config = with_data(config, _named_data(data, config, unet))
+    if data == BASE_SAMPLES and config.conditioning.num_classes is None:
+        # All that the network embeds are drawn, a class that stands for none among them.
+        conditioning = replace(config.conditioning, num_classes=unet.get("num_class_embeds"))
+        config = replace(config, conditioning=conditioning)
+    return config
 
 
 def _named_data(source: str, config: RunConfig, unet: NetworkConfig) -> DataConfig:

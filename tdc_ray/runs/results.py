@@ -134,7 +134,8 @@ class PruneResult:
     """Time of computing, summed over workers."""
 
     search_macs: float
-    """Macs of scores, sensitivities, refits and measurements; not part of ``train_macs``."""
+    """Macs of scores, sensitivities, refits, measurements and drawing; not part of
+    ``train_macs``."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -145,6 +146,10 @@ class PruneResult:
     schemes: Mapping[str, int] = field(default_factory=dict)
     """How many schemes were measured by who proposed them, as ``source`` of a group; empty in
     results of older versions."""
+
+    drawing_macs: float = 0.0
+    """Macs of the images that were drawn from the base in place of a data set, a part of
+    ``search_macs``; counted also where they were in the cache."""
 
     proxy_seconds: float = 0.0
     """Time of proposing schemes, or of waiting for a language model, summed over groups."""

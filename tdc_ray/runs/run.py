@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.config.data import BASE_SAMPLES
 from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.diffusion.plan import Plan
@@ -73,6 +74,7 @@ from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
 from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
+from tdc_ray.runs.stages.base_samples import draw_base_samples, with_base_samples
 from tdc_ray.runs.stages.budgets import finetunes, finetunes_by_excess, measured_plan
 from tdc_ray.runs.stages.expert import Expert, make_expert, pruning_context
 from tdc_ray.runs.stages.precision import Stage, resolve_auto_precision
@@ -118,7 +120,8 @@ def run(
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
     pretrained = pretrained_base(config)
-    config = with_choices(with_first_stage(config, pretrained), run_dir.config)
+    config = with_base_samples(with_first_stage(config, pretrained), pretrained)
+    config = with_choices(config, run_dir.config)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")
     earlier = load_results(run_dir.results) if exists(run_dir.results) else None
     if earlier is not None:
@@ -141,8 +144,6 @@ def run(
         if not is_timed:
             _save_settings(run_dir, config, plan)
         asked, config = config, replace(config, compute=with_gpus(config.compute))
-        if not exists(run_dir.real_images):
-            save_real_images(run_dir.real_images, config.data)
         spec = choose_features(config.data, config.evaluate, run_dir.features)
         timeline, cache = Timeline(run_dir.timeline), _open_cache(store, run_dir)
         with (
@@ -156,6 +157,12 @@ def run(
                 events(PlanMade(plan))
             # These workers end before stage 1, which may need the whole cluster.
             with Pool(config.compute, events, timeline, session) as workers:
+                if config.data.source == BASE_SAMPLES:
+                    make_base(run_dir, config, pretrained, events, session)
+                    drawing = draw_base_samples(config, run_dir.base_unet)
+                    workers.run({"base samples": drawing}, "base samples")
+                elif not exists(run_dir.real_images):
+                    save_real_images(run_dir.real_images, config.data)
                 training = training_data(config.data, config.evaluate.cache_dir)
                 workers.run({"latents": prepare_latents(training)}, "latents")
                 trains_base = pretrained is None or config.compare.kind != "none"
@@ -218,7 +225,8 @@ def run(
             if longer_base is not None:
                 comparison = finish_comparison(run_dir, config, spec, experts, longer_base, pool)
             timeline.flush()
-            events(ImagesSampled("real", run_dir.real_images))
+            if exists(run_dir.real_images):
+                events(ImagesSampled("real", run_dir.real_images))
             for model in ("base", "tdc", "longer-base"):
                 if exists(path := run_dir.samples / model / "0000000.npz"):
                     events(ImagesSampled(model, path))
@@ -288,7 +296,8 @@ def _remove_leftovers(run_dir: RunDir) -> None:
     """Remove what decides or shows a run of a call that ended before its settings were written."""
     precisions = (run_dir.precision / f"{stage}.json" for stage in STAGES)
     shown = (run_dir.plan_plot, run_dir.timeline, run_dir.loggers)
-    for path in (run_dir.features, run_dir.real_images, *shown, *precisions):
+    decided = (run_dir.features, run_dir.real_images, run_dir.base_result)
+    for path in (*decided, *shown, *precisions):
         remove(path)
 
 

@@ -18,7 +18,7 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.pretrained.sources import resolve_base
-from tdc_ray.runs.results import load_results
+from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
@@ -136,6 +136,38 @@ def test_a_run_from_a_base_of_classes_asks_how_many_and_its_experts_are_told_the
     config = parsed("plan", "--preset", "digits-smoke", "--base", out)
     assert config.conditioning.num_classes is None  # an imported base does not tell
     assert parsed("plan", "--base", out).conditioning.num_classes == 10
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_pipeline_becomes_progressive_without_its_data_set(ray_cluster, tmp_path, capsys):
+    folder, out, cache = (tmp_path / name for name in ("p", "run", "cache"))
+    unet = random_unet({**TINY, "num_class_embeds": 10})
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(600)).save_pretrained(folder)
+    command = ["run", "--preset", "digits-smoke", *FEW[4:], "--run-dir", str(out)]
+    command += ["--evaluate.cache-dir", str(cache), "--base", str(folder), "--data", "base"]
+    command += ["--finetune.num-steps", "0", "--conditioning.num-classes", "10"]
+    command += ["--plan.num-groups", "2", "--sampler.scheduler", "base"]
+    command += ["--data.num-images", "100", "--evaluate.features", "classifier"]
+    assert run_command(command) == 0
+    printed = capsys.readouterr().out
+    assert "against 100 samples of the base, no data set" in printed
+    assert "of it to draw images from the base in place of a data set" in printed
+    assert "No data set was used: scores say how near the images are to the base's own" in printed
+    results = load_results(out / "results.json")
+    assert results.metric == "fd_base_samples_cnn"
+    assert results.dataset == "base_samples"
+    assert results.prune.drawing_macs == 100 * 4 * results.base.macs < results.prune.search_macs
+    assert results.images.num_images == 100
+    assert not RunDir(out).real_images.exists()
+    drawn = next(cache.glob("base_samples/*"))
+    before = {path: path.stat().st_mtime_ns for path in drawn.iterdir()}
+    assert run_command(command) == 0  # is finished
+    again = [str(tmp_path / "again") if one == str(out) else one for one in command]
+    assert run_command(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in drawn.iterdir()} == before
+    other = load_results(tmp_path / "again" / "results.json")
+    assert comparable(other) == comparable(results)
 
 
 def test_import_says_how_many_classes_a_base_embeds(tmp_path, capsys):

@@ -13,7 +13,7 @@ from tdc_ray.cli.api.folder import TemporaryFolder
 from tdc_ray.cli.foreign import nearest
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
-from tdc_ray.config.run import RunConfig, digest, with_absolute_paths
+from tdc_ray.config.run import RunConfig, digest, with_absolute_paths, with_data
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.config.validation import require
 from tdc_ray.data.images import images_config
@@ -26,6 +26,7 @@ from tdc_ray.models.saved_expert import SavedExpert
 from tdc_ray.models.units import KeptIndices, kept_digest
 from tdc_ray.reporting.bars import Bars
 from tdc_ray.runs.make_experts import MadeExperts, finetune_pruned, prune_to_plan
+from tdc_ray.runs.stages.base_samples import with_base_samples
 from tdc_ray.runs.workers import workers
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import fetch
@@ -58,7 +59,7 @@ def prune(
         plan: The groups, of ``tdc_ray.plan_groups(base.scheduler, ...)``.
         images: What the base denoises: a tensor, an array, a data set, or :class:`tdc_ray.Images`
             of these, which must have the base's size; or a path, whose images are brought to it,
-            or the name of a bundled source.
+            or the name of a bundled source; or ``"base"``: they are drawn from the base.
         seed: Of everything random; None means the base's settings'.
         folder: Where measurements and experts go: the same call resumes there after an
             interruption. None means a temporary folder, which goes with what is returned.
@@ -84,7 +85,7 @@ def prune(
         finetune=replace(base.config.finetune, num_steps=0),
     )
     root, temporary = _root(folder)
-    config = _with_images(config, images, root)
+    config = _with_images(config, images, base, root)
     run_dir = _run_dir(root, "prune", config, base, plan, [])
     made = prune_to_plan(
         run_dir,
@@ -132,7 +133,7 @@ def finetune(
     train = _changed("finetune", experts.config.finetune, settings | {"num_steps": num_steps})
     require("finetune", train, "num_steps", "at least 1", ok=num_steps > 0)
     root, temporary = _root(folder)
-    config = _with_images(replace(experts.config, finetune=train), images, root)
+    config = _with_images(replace(experts.config, finetune=train), images, base, root)
     saved = [SavedExpert.load(fetch(place)) for place in experts.folders]
     kept = [one.kept for one in saved]
     run_dir = _run_dir(root, "finetune", config, base, experts.plan, kept)
@@ -193,10 +194,11 @@ def _only_here(temporary: TemporaryFolder | None) -> Path | None:
     return None if temporary is None else temporary.path
 
 
-def _with_images(config: RunConfig, images: Any, root: Path) -> RunConfig:
+def _with_images(config: RunConfig, images: Any, base: Base, root: Path) -> RunConfig:
     classes = config.conditioning.num_classes is not None
     data = images_config(images, config.data, root / "images", classes=classes)
-    return with_absolute_paths(replace(config, data=data))
+    config = with_absolute_paths(with_data(config, data))
+    return with_base_samples(config, base.pretrained)
 
 
 def _run_dir(

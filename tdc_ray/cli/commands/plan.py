@@ -25,7 +25,8 @@ class PlanCommand:
     data: str | None = None
     """Images of your own: a folder of them (its subfolders are classes), an npz file, a Hugging
     Face image folder, parquet or WebDataset shards. Size, channels and classes are found out, and
-    so are model and steps; a flag overrides each, --preset or --base all but where images are."""
+    so are model and steps; a flag overrides each, --preset or --base all but where images are.
+    base, with --base: no images are needed, they are drawn from it (--data.num-images)."""
     out_dir: Path | None = None
     """Where plan.json and plan.png go; default: the default run directory."""
     verbose: bool = False

@@ -43,8 +43,8 @@ class PruneCommand:
     method: SearchMethod | None = None
     """Who proposes what is pruned; default: prune.method, which is that of the model's run."""
     data: str | None = None
-    """digits, photos, or a path of images, as of tdc-ray run --data; default: what the model's run
-    was trained on."""
+    """digits, photos, or a path of images, as of tdc-ray run --data; base: they are drawn from the
+    model itself; default: what the model's run was trained on."""
     timesteps: tuple[int, int] | None = None
     """First and last timestep to prune for; default: all."""
     group: int | None = None
@@ -87,7 +87,8 @@ class PruneCommand:
         if not trained and self.data is None and self.config.data.source == "digits":
             raise ConfigError(
                 f"{display_path(self.model_dir)} is in no run directory and does not say what it "
-                "was trained on: set --data to digits, an npz file or a folder of images."
+                "was trained on: set --data to digits, an npz file or a folder of images, or to "
+                "base, which draws them from the model."
             )
         config = for_unet(self.config, given_config(unet), self.data)
         if self.method is not None:

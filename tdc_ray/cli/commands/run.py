@@ -32,7 +32,8 @@ class RunCommand:
     data: str | None = None
     """Images of your own: a folder of them (its subfolders are classes), an npz file, a Hugging
     Face image folder, parquet or WebDataset shards. Size, channels and classes are found out, and
-    so are model and steps; a flag overrides each, --preset or --base all but where images are."""
+    so are model and steps; a flag overrides each, --preset or --base all but where images are.
+    base, with --base: no images are needed, they are drawn from it (--data.num-images)."""
     run_dir: Path | None = None
     """Where everything goes: a path or a URI such as s3://bucket/run; default:
     runs/<preset>-seed<seed>-<digest of the settings>."""
@@ -65,11 +66,12 @@ class RunCommand:
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
         from tdc_ray.runs.pretrained.sources import pretrained_base
+        from tdc_ray.runs.stages.base_samples import with_base_samples
 
         if self.dry_run:
             base = pretrained_base(config)
             config = with_first_stage(with_absolute_paths(config), base)
-            config = with_choices(config, RunDir(folder).config)
+            config = with_choices(with_base_samples(config, base), RunDir(folder).config)
             _, space, plan = check(config, base)
             if not exists(RunDir(folder).config):
                 config = steps_by_count(config, plan, space.macs_base)

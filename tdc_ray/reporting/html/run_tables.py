@@ -219,9 +219,11 @@ def time_table(results: Results) -> Table:
     """Return the time of each stage, beside the paper's Table IV."""
     seconds, prune = results.seconds, results.prune
     experts = results.tdc.train_macs - results.base.train_macs
+    drawing = prune.drawing_macs
     rows: list[tuple[Value, ...]] = [
         ("base", seconds.base, results.base.train_macs, None),
         ("pruning: search", seconds.prune, prune.search_macs, None),
+        *([("of it: images of the base", None, drawing, None)] if drawing else []),
         ("pruning: proposals", prune.proxy_seconds, None, TABLE_4["prune"]),
         ("fine-tunes", seconds.finetune, experts, TABLE_4["finetune"]),
         ("evaluation", seconds.evaluate, None, None),

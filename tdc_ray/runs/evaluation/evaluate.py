@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.evaluate import EvaluateConfig, Metric
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import sampler_key
@@ -205,7 +205,11 @@ def prepare_features(
         ]
         reduce(add, map(Moments.load, paths)).save(spec.moments_path)
     moments = Moments.load(spec.moments_path).mean_and_covariance()
-    return _save_reference(run_dir, moments, f"the {count} training images")
+    is_drawn = data.source == BASE_SAMPLES
+    source = (
+        f"{count} samples of the base, no data set" if is_drawn else f"the {count} training images"
+    )
+    return _save_reference(run_dir, moments, source)
 
 
 def evaluate(

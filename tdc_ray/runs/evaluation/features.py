@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.data.batches import batches, to_minus_one_one
 from tdc_ray.data.dataset import ImageDataset
@@ -63,7 +63,8 @@ class FeatureSpec:
     """The features that a run is scored on, and the path of their extractor."""
 
     metric: str
-    """Name of the score: ``fid``, or ``fd_<dataset>_cnn``."""
+    """Name of the score: ``fid``, or ``fd_<dataset>_cnn``; ``fd_base_samples_...`` of any features
+    where images are compared with the base's own."""
 
     extractor: str
     """The extractor, in words."""
@@ -87,7 +88,7 @@ class FeatureSpec:
         Args:
             metric: ``kd``, ``precision`` or ``recall``.
         """
-        if self.kind == "inception":
+        if self.metric == "fid":
             return "kid" if metric == "kd" else metric
         return f"{metric}_{self.metric.removeprefix('fd_')}"
 
@@ -162,6 +163,7 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
     """
     check_labels(data, evaluate)
     dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
+    is_drawn = data.source == BASE_SAMPLES  # a score against the base's own samples is no FID
     fingerprint, moments = dataset.fingerprint(), cache / "moments"
     if wanted in HUB_MODELS:
         kind: HubKind = "clip" if wanted == "clip" else "dinov2"
@@ -169,14 +171,16 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
         extractor = hub_extractor_name(kind, network)
         key = f"{fingerprint}-{hashlib.sha256(extractor.encode()).hexdigest()[:16]}"
         paths = (moments / f"{key}.npz", moments / f"{key}.features.npz")
-        return FeatureSpec(f"fd_{kind}", extractor, network, *paths, kind)
+        metric = f"fd_{data.name}_{kind}" if is_drawn else f"fd_{kind}"
+        return FeatureSpec(metric, extractor, network, *paths, kind)
     if wanted != "classifier":
         folder = _inception_folder(evaluate.inception_path, cache)
         if folder is not None:
             key = f"{fingerprint}-inception"
             paths = (moments / f"{key}.npz", moments / f"{key}.features.npz")
             extractor = "Inception-v3 (clean-fid, clean)"
-            return FeatureSpec("fid", extractor, folder, *paths, "inception")
+            metric = f"fd_{data.name}_inception" if is_drawn else "fid"
+            return FeatureSpec(metric, extractor, folder, *paths, "inception")
         if wanted == "inception":
             raise EvaluationError(
                 f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "

@@ -181,12 +181,15 @@ def _check_prediction(base: PretrainedBase, predicts: PredictionType | None) -> 
         )
 
 
-def noise_settings(unet: Path, predicts: PredictionType | None = None) -> PretrainedSettings:
-    """Return the noise process and the first stage of a UNet's folder.
+def noise_settings(
+    unet: Path, predicts: PredictionType | None = None, *, with_sampler: bool = False
+) -> PretrainedSettings:
+    """Return the noise process and the first stage of a UNet's folder, and its sampler if asked.
 
     Args:
         unet: The folder.
         predicts: As for :func:`resolve_base`.
+        with_sampler: Whether the sampler is asked for.
 
     Raises:
         CheckpointError: It is malformed.
@@ -197,7 +200,11 @@ def noise_settings(unet: Path, predicts: PredictionType | None = None) -> Pretra
         return PretrainedSettings()
     _check_prediction(base, predicts)
     stages = base.settings.model_dump(
-        include={"diffusion": True, "sampler": {"clip_sample"}, "data": {"first_stage"}},
+        include={
+            "diffusion": True,
+            "sampler": True if with_sampler else {"clip_sample"},
+            "data": {"first_stage"},
+        },
         exclude_unset=True,
     )
     if isinstance(base.first_stage, Path):

@@ -39,6 +39,7 @@ from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.sources import pretrained_base, resolve_base
 from tdc_ray.runs.run import local_cpus
+from tdc_ray.runs.stages.base_samples import with_base_samples
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
 from tdc_ray.runs.sweep.results import SweepResults, open_results
 from tdc_ray.runs.sweep.space import Domain, Params, check_space, grid, setting_name, with_params
@@ -168,7 +169,8 @@ def _check_trials(
                 # Trials have working directories of their own.
                 raise ConfigError("paths that are varied must be absolute.")
             source = trial_config.model.base
-            check(with_choices(trial_config), None if source is None else base_of(source))
+            base = None if source is None else base_of(source)
+            check(with_choices(with_base_samples(trial_config, base)), base)
         except TdcError as error:
             raise type(error)(f"{setting_name(params)}: {error}") from error
 
