@@ -65,7 +65,9 @@ def test_noising_keeps_the_variance(num_timesteps):
 def test_betas_that_are_no_schedule_are_refused():
     with pytest.raises(ScheduleError, match="num_train_timesteps"):
         # The config refuses this too; the schedule does not count on it.
-        noise_schedule(SimpleNamespace(**vars_of(LINEAR) | {"num_train_timesteps": 1}))
+        noise_schedule(
+            SimpleNamespace(**vars_of(LINEAR) | {"num_train_timesteps": 1, "is_flow": False})
+        )
 
 
 def vars_of(config):
