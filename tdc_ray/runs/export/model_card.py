@@ -11,8 +11,8 @@ tags: [diffusion, tdc-training, progressive-experts]
 
 # {results.dataset}: {num_experts} experts by timestep
 
-A diffusion model of {num_experts} pruned networks, each for a range of timesteps; sampling switches
-between them as t falls (TDC Training, [arXiv:2312.13307](https://arxiv.org/abs/2312.13307)).
+A diffusion model of {num_experts} pruned networks, each for a range of timesteps; sampling
+switches between them as t falls (TDC Training, [arXiv:2312.13307](https://arxiv.org/abs/2312.13307)).
 Made with tdc_ray {version}.
 
 | timesteps | macs | of the base | parameters |

@@ -245,8 +245,8 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            f"pipelines of a unet or a {' or '.join(TRANSFORMERS)} and a scheduler (and a vqvae or "
-            "vae) can be a base."
+            f"pipelines of a unet or a {' or '.join(TRANSFORMERS)} and a scheduler (and a vqvae "
+            "or vae) can be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     network = unet or folders[denoiser]
