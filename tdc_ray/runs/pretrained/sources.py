@@ -240,7 +240,7 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
-    is_transformer = index.get("transformer", [None])[-1] in TRANSFORMERS
+    is_transformer = "transformer" in parts and index["transformer"][-1] in TRANSFORMERS
     denoiser = "transformer" if is_transformer else "unet"
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
