@@ -304,7 +304,7 @@ def test_copies_are_saved_once_and_load_the_same(tmp_path, make, dtype):
 def test_pruned_experts_share_what_no_group_cut_and_load_the_same(tmp_path):
     denoiser = pruned()
     denoiser.save_pretrained(tmp_path)
-    loaded = ExpertDenoiser.from_pretrained(tmp_path)
+    loaded = ExpertDenoiser.from_pretrained(tmp_path, torch_dtype="auto")
     assert_same(loaded.state_dict(), denoiser.state_dict())
     first, second, third = loaded.experts
     assert first.conv_in.weight is second.conv_in.weight is third.conv_in.weight
@@ -341,7 +341,7 @@ def test_a_run_s_experts_load_as_a_denoiser(tmp_path):
 def test_a_denoiser_lies_in_a_store(bucket):
     denoiser = pruned()
     denoiser.save_pretrained(f"{bucket}/pipe/unet")
-    loaded = ExpertDenoiser.from_pretrained(f"{bucket}/pipe", subfolder="unet", torch_dtype="auto")
+    loaded = ExpertDenoiser.from_pretrained(f"{bucket}/pipe", subfolder="unet")
     assert_same(loaded.state_dict(), denoiser.state_dict())
 
 
