@@ -31,6 +31,9 @@ the knapsack's: predictions are seldom so far off (`FACTOR_SPREAD`)."""
 MAX_CHANGES = 200
 """Most changes of a kind that are looked at."""
 
+MAX_NOTE = 300
+"""Most characters that are said of a change that is dropped: a number may have thousands."""
+
 MAX_HYPOTHESIS = 300
 """Most characters of a hypothesis that are kept."""
 
@@ -179,7 +182,10 @@ class Planner:
         scheme = knapsack(space, curves, self._limit, self.predictor.factors)
         predicted = self.predictor
         return Planned(
-            scheme, predicted.increase(scheme), predicted.standard_error(scheme), tuple(notes)
+            scheme,
+            predicted.increase(scheme),
+            predicted.standard_error(scheme),
+            tuple(note[:MAX_NOTE] for note in notes),
         )
 
     def is_worth_measuring(self, planned: Planned) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.changes import Bound, Change, Distrust, Move, Planner
+from tdc_ray.pruning.changes import MAX_NOTE, Bound, Change, Distrust, Move, Planner
 from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.space import Space, space_of
 from tests.pruning.requests import NAMES, SPACE, entry, task
@@ -127,6 +127,11 @@ def test_a_change_that_cannot_be_read_discards_itself_alone():
     assert change.distrust == [Distrust(where="4", factor=2)]
     assert len(dropped) == 3
     assert PLANNER.plan(change, dropped).dropped == tuple(dropped)
+
+
+def test_what_is_said_of_a_huge_number_is_short():
+    planned = PLANNER.plan(Change(bounds=[Bound(unit=3, least=10**4000, most=1)]))
+    assert [len(note) for note in planned.dropped] == [MAX_NOTE]
 
 
 def test_measurements_correct_what_is_predicted():
