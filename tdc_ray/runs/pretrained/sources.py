@@ -291,7 +291,8 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         return None
     index = json_object(fetch(folder) / "model_index.json")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
-    is_known = (index.get("transformer") or [None])[-1] in (*TRANSFORMERS, "Transformer2DModel")
+    kind = index["transformer"][-1] if "transformer" in parts else None
+    is_known = kind in (*TRANSFORMERS, "Transformer2DModel")
     denoiser = "transformer" if is_known else "unet"
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
