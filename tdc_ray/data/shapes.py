@@ -72,7 +72,7 @@ def check_given(data: DataConfig, *, has_size: bool, has_channels: bool) -> None
     channels_fit = has_channels or data.num_channels == channels
     if not (size_fits and channels_fit):
         raise ConfigError(
-            f"images in {data.path} are {shape_text(shape)}, and without flags that say so they "
+            f"the first image in {data.path} is {shape_text(shape)}, and without flags images "
             f"would be learnt as {shape_text(data.shape)}. Set --data.image-size "
             f"{min(height, width)} --data.num-channels {channels}, or what they are to be brought "
             f"to, or give --data {data.path} without a preset, which finds it out."

@@ -39,7 +39,7 @@ def test_images_that_a_shape_nobody_gave_does_not_fit_are_refused(tmp_path):
     Image.fromarray(random_pixels(24, 24, 3)).save(tmp_path / "a.png")
     data = folder_config(tmp_path, image_size=8, num_channels=1)
     message = (
-        rf"images in {tmp_path} are 24x24 in colour, .* learnt as 8x8 in grey\. "
+        rf"the first image in {tmp_path} is 24x24 in colour, .* learnt as 8x8 in grey\. "
         "Set --data.image-size 24 --data.num-channels 3"
     )
     for given in ((False, False), (True, False), (False, True)):

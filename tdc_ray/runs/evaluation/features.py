@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from cleanfid.downloads_helper import check_download_inception
+from cleanfid.downloads_helper import check_download_inception, inception_url
 from cleanfid.features import get_reference_statistics
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
@@ -49,6 +49,10 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 logger = logging.getLogger(__name__)
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_REMEDY = (
+    f"Download {inception_url} where there is a network, and name its folder by "
+    "--evaluate.inception-path."
+)
 DOWNLOAD_TIMEOUT_S = 20.0
 CLASSIFIER_VERSION = 1
 """Rises whenever the classifier or its training changes, so that cached ones are trained again."""
@@ -123,7 +127,7 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
     """
     if evaluate.features == "classifier" and load_dataset(data).num_classes is None:
         raise ConfigError(
-            "evaluate.features must be inception or auto where not all images have labels, got "
+            "evaluate.features must not be classifier where not all images have labels, got "
             f"classifier (data.source {data.source}). Inception's weights are looked for "
             "in --evaluate.inception-path, in the cache and on the network."
         )
@@ -184,13 +188,13 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
         if wanted == "inception":
             raise EvaluationError(
                 f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "
-                "on the network. Put it somewhere and name its folder by "
-                "--evaluate.inception-path."
+                f"on the network. {INCEPTION_REMEDY}"
             )
     if dataset.num_classes is None:
         raise EvaluationError(
             f"{INCEPTION_FILE} is not available and data.source {data.source} has no "
-            "labels to train a classifier on. Name its folder by --evaluate.inception-path."
+            f"labels to train a classifier on. {INCEPTION_REMEDY} Images in a subfolder for each "
+            "class have labels (--data.labels-from-folders)."
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
     return FeatureSpec(
