@@ -251,6 +251,10 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         is_time = entry.nanoseconds is not None
         return f"{entry.overshoot / 1e6:.4g} ms" if is_time else macs_text(entry.overshoot)
 
+    def distance(entry: MemoryEntry) -> str:
+        value = (entry.final or entry).distance
+        return "-" if value is None else f"{value:.2e}"
+
     columns: list[TextColumn[MemoryEntry]] = [
         ("group", lambda entry: str(entry.group)),
         ("round", lambda entry: f"{entry.round}.{entry.candidate}"),
@@ -264,6 +268,8 @@ def print_memory(console: Console, entries: Sequence[MemoryEntry], path: Path) -
         columns.append(("refit", lambda entry: loss_text((entry.final or entry).loss_refit)))
     if any(entry.loss_tuned is not None for entry in entries):
         columns.append(("tuned", lambda entry: loss_text(entry.loss_tuned)))
+    if any(entry.distance is not None for entry in entries):
+        columns.append(("distance", distance))
     if any(entry.overshoot for entry in entries):
         columns.append(("overshoot", overshoot))
     columns.append(("widths", lambda entry: " ".join(map(str, entry.widths.values()))))

@@ -1,5 +1,6 @@
 """The progress of a run, by its directory alone: from any machine that sees the storage."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class GroupStatus:
     """Schemes that were measured."""
 
     best_loss: float | None
-    """Least loss of these, on held-out noise."""
+    """Loss of the best finalist, which results report; while there is none, of the best scheme,
+    on fewer images."""
 
     loss_finetuned: float | None
     """None means that its expert is not finished."""
@@ -108,7 +110,15 @@ def _group(
         index=group.index,
         timesteps=(group.first, group.last),
         num_candidates=len(group_entries),
-        best_loss=best(group_entries).loss if group_entries else None,
+        best_loss=_best_loss(group_entries),
         loss_finetuned=tuned[0]["loss_finetuned"] if tuned else None,
         failed=history.failed.get(group_name(group)),
     )
+
+
+def _best_loss(entries: Sequence[MemoryEntry]) -> float | None:
+    """Return the loss of the best finalist, or of the best candidate while there is none."""
+    finalists = [entry.final for entry in entries if entry.final is not None]
+    if finalists:
+        return min(finalists, key=lambda final: (math.isnan(final.rank), final.rank)).loss
+    return best(list(entries)).loss if entries else None

@@ -113,7 +113,9 @@ def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
     report = prune(model, tmp_path, "--method", "taylor")
     capsys.readouterr()
     assert run_command(["memory", str(tmp_path)]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "taylor/" in line]
+    shown = capsys.readouterr().out
+    assert "distance" in shown
+    rows = [line for line in shown.splitlines() if "taylor/" in line]
     assert f"{report['loss_refit']:.5f}" in rows[-1]
     command = ["memory", str(tmp_path), "--group", "9"]
     assert run_command(command) == 1

@@ -20,6 +20,8 @@ def test_a_finished_run_is_told_with_its_groups_workers_and_scores(finished_run,
     assert all(group.failed is None for group in found.groups)
     assert [part.phase for part in found.usage] == ["experts", "times", "evaluation"]
     assert found.usage == list(found.results.workers)
+    for group, reported in zip(found.groups, found.results.groups, strict=True):
+        assert group.best_loss == (reported.loss_refit if group.num_candidates else None)
     for part in found.usage:
         assert 0 < part.utilisation <= 1
         assert part.makespan_seconds >= part.lower_bound_seconds > 0

@@ -13,7 +13,11 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCommand:
-    """Show the memory bank: every pruning scheme that was measured, and its losses, best last."""
+    """Show the memory bank: every pruning scheme that was measured, and its losses, best last.
+
+    After a refit schemes rank by how far their prediction is from the base's (distance); losses
+    on fewer images, of schemes that left the race early, compare with no others.
+    """
 
     run: Positional[Path]
     """A run directory, or what tdc-ray prune wrote, or its URI."""
