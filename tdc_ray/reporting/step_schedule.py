@@ -19,7 +19,7 @@ def print_step_schedule(console: Console, schedule: StepSchedule) -> None:
         share = schedule.networks[network] / schedule.macs_base
         loss, of_base = sum(step.loss for step in steps), sum(step.loss_base for step in steps)
         table.add_row(
-            f"{steps[0].timestep} to {steps[-1].timestep}",
+            " to ".join(dict.fromkeys(str(steps[i].timestep) for i in (0, -1))),
             network,
             str(len(steps)),
             f"{share:.2f} F",
@@ -31,7 +31,7 @@ def print_step_schedule(console: Console, schedule: StepSchedule) -> None:
         judged.add_column(column, justify="left" if column == "schedule" else "right")
     judged.add_row(*_cells("chosen", schedule.chosen))
     judged.add_row(*_cells("the run's experts", schedule.experts))
-    judged.add_row(*_cells("cheap first, then dear", schedule.stitched))
+    judged.add_row(*_cells("T-Stitch: cheapest first", schedule.stitched))
     console.print(judged)
     if schedule.score is not None:
         console.print(f"{schedule.metric} {schedule.score:.4g} (lower is better)")

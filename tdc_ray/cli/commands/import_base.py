@@ -16,7 +16,7 @@ from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 class ImportCommand:
     """Bring a base into diffusers' format, with the noise process that it was trained with.
 
-    ``tdc-ray run --base DIR`` starts from it, and so it does from the base itself.
+    tdc-ray run --base DIR starts from it, and so it does from the base itself.
     """
 
     source: Positional[str]

@@ -102,7 +102,7 @@ def judge(
     wanted[:, 0] = True
     for choice in choices:
         wanted[steps, choice] = True
-    logger.info("judging by other images and noise")
+    logger.info("comparing the schedules on other images and noise")
     errors = _squared_errors(config, data, problem, wanted, JUDGE, num_images)
     images = _chosen(config, len(data.open()), JUDGE, num_images)
     of_base = measured.weights @ mean_by_image(errors[:, 0], images)  # (images,)
