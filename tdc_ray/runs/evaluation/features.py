@@ -128,8 +128,8 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
     if evaluate.features == "classifier" and load_dataset(data).num_classes is None:
         raise ConfigError(
             "evaluate.features must not be classifier where not all images have labels, got "
-            f"classifier (data.source {data.source}). Inception's weights are looked for "
-            "in --evaluate.inception-path, in the cache and on the network."
+            f"classifier (data.source {data.source}). Give --evaluate.features auto: Inception's "
+            "weights are looked for in --evaluate.inception-path, in the cache and on the network."
         )
 
 
