@@ -191,10 +191,11 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
                 f"on the network. {INCEPTION_REMEDY}"
             )
     if dataset.num_classes is None:
+        by_folder = " Subfolders may be labels: --data.labels-from-folders."
         raise EvaluationError(
-            f"{INCEPTION_FILE} is not available and data.source {data.source} has no "
-            f"labels to train a classifier on. {INCEPTION_REMEDY} Images in a subfolder for each "
-            "class have labels (--data.labels-from-folders)."
+            f"{INCEPTION_FILE} is not available and data.source {data.source} has no labels to "
+            f"train a classifier on. {INCEPTION_REMEDY}"
+            f"{by_folder if data.source == 'folder' else ''}"
         )
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
     return FeatureSpec(
