@@ -277,7 +277,7 @@ def test_images_that_the_demos_shape_does_not_fit_are_refused(tmp_path, capsys, 
     data = ["--data.source", "folder", "--data.path", str(tmp_path), "--data.labels-from-folders"]
     assert run_command(["run", *preset, *data, "--dry-run"]) == 1
     printed = capsys.readouterr().err
-    assert f"error: images in {tmp_path} are 24x24 in colour" in printed
+    assert f"error: the first image in {tmp_path} is 24x24 in colour" in printed
     assert "Set --data.image-size 24 --data.num-channels 3" in printed
     given = ["--data.image_size=8", "--data.num-channels", "1"]
     assert run_command(["run", *preset, *data, *given, "--dry-run"]) == 0

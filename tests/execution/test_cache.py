@@ -72,9 +72,20 @@ def test_a_change_of_any_setting_changes_the_keys_of_what_follows_from_it(
     for name in numbers(settings):
         if name in ("num_train_timesteps", "batch_size") and stage != "prune":
             continue  # they change the groups, or are tied to others
+        if name == "rescale_betas_zero_snr":
+            continue  # of networks that predict something else
         after = keys(tmp_path, replace(config, **{stage: changed(settings, name)}))
         expected = set() if name in indifferent else decides
         assert {key for key in before if before[key] != after[key]} == expected, name
+
+
+def test_keys_change_with_zero_terminal_snr(tmp_path):
+    config = small_config(
+        diffusion={"prediction_type": "v_prediction"}, sampler={"spacing": "trailing"}
+    )
+    rescaled = replace(config, diffusion=changed(config.diffusion, "rescale_betas_zero_snr"))
+    before, after = keys(tmp_path, config), keys(tmp_path, rescaled)
+    assert all(before[key] != after[key] for key in before)
 
 
 def test_keys_change_with_weights_seed_timesteps_kept_channels_precision_and_data(tmp_path):
