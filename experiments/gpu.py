@@ -5,7 +5,7 @@
     python experiments/gpu.py --smoke
 
 It ends after `--seconds` (480), and every measurement is a line of `--out` as soon as it is there:
-the same command goes on with those that are missing or failed. The sections, most important first:
+the same command runs those that are missing or failed. The sections, most important first:
 `works`: the tests marked gpu, a run of `digits-smoke` whose two actors share the GPU, and `tdc-ray
 doctor`. `training`: a step of ours and of diffusers' unconditional example in fp32, TF32 and bf16,
 with peak memory. `sampling`: DDIM steps of our pipeline and of diffusers'. `search`: seconds and
@@ -337,7 +337,7 @@ def main(flags: GpuFlags) -> None:
             if (section, name) in done:
                 continue
             if time.monotonic() - began > flags.seconds:
-                sys.exit(f"{flags.seconds:g} s are over; the same command goes on")
+                sys.exit(f"{flags.seconds:g} s are over; the same command resumes")
             try:
                 found = measure()
             except Exception as error:  # noqa: BLE001  the other measurements count, too

@@ -164,7 +164,7 @@ def main(flags: DataFlags) -> None:
 
 
 def _cells(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """Write means over the seeds, and in how many of them the difference is told from 0."""
+    """Write means over the seeds, and in how many of them the interval excludes 0."""
     names = (f"{REAL}, above the base's", f"{DRAWN}, above the base's", "difference")
     means = [f"{np.mean([found[name] for found in by_seed.values()]):.2e}" for name in names]
     above = sum(found["low"] > 0 for found in by_seed.values())

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _say_interrupted(number: int) -> None:
-    """Say in a line, in a signal's handler, what is kept and how to go on."""
+    """Print in a line, in a signal's handler, what is kept and how to resume."""
     word = "interrupted" if number == signal.SIGINT else "terminated"
     os.write(2, f"{word}{_how_to_resume(sys.argv[1:])}\n".encode())
 

@@ -20,7 +20,7 @@ class _State:
     """Of this process."""
 
     say: Callable[[int], None] | None = None
-    """Says what an interrupt leads to; None means that signals are not handled here."""
+    """What an interrupt leads to; None means that signals are not handled here."""
 
     received: int | None = None
     """The first signal."""

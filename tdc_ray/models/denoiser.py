@@ -46,7 +46,7 @@ class Denoiser(Protocol):
         """Return its weights by name."""
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
-        """Take weights by name; all must be there, in their shapes."""
+        """Load weights by name; all must be there, in their shapes."""
 
     def modules(self) -> Iterator[nn.Module]:
         """Iterate over its modules."""

@@ -146,7 +146,7 @@ def to_diffusers(
     """Convert a checkpoint to the state dict of a ``UNet2DModel``, float32.
 
     The output of ``qkv`` reshapes to (heads, 3, C / heads): improved-diffusion splits the heads
-    first, and so do CompVis and guided-diffusion unless they were told otherwise
+    first, and so do CompVis and guided-diffusion unless their flags say otherwise
     (QKVAttentionLegacy).
 
     Args:

@@ -124,7 +124,7 @@ def _named(objects: list[str]) -> str:
 
 
 def _content(loaded: object) -> str:
-    """Say what is in a checkpoint in place of tensors by name."""
+    """Describe what is in a checkpoint in place of tensors by name."""
     if not isinstance(loaded, dict):
         return f"holds a {type(loaded).__name__}"
     states = [

@@ -80,10 +80,10 @@ def steps(dit: DiTTransformer2DModel) -> list[Step]:
         PatchStep(name="pos_embed", module=dit.pos_embed, output_layer="proj", patch_size=size)
     ]
     for index, block in enumerate(dit.transformer_blocks):
-        name, told = f"transformer_blocks.{index}", partial(_modulation, block.norm1.linear, index)
+        name, gate = f"transformer_blocks.{index}", partial(_modulation, block.norm1.linear, index)
         sequence += [
-            gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, partial(told, 0)),
-            gated_step(f"{name}.ff", block.ff, block.norm3, partial(told, 1)),
+            gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, partial(gate, 0)),
+            gated_step(f"{name}.ff", block.ff, block.norm3, partial(gate, 1)),
         ]
     end = UnpatchStep(
         name="proj_out_2",

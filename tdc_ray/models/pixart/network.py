@@ -10,7 +10,7 @@ from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.steps import CrossStep, PatchStep, UnpatchStep, gated_step
 
 PIXELS_OF_LATENT = 8
-"""Side of the square of pixels that a latent stands for, by which it is told its image's size."""
+"""Side of the square of pixels that a latent stands for, in which its image is measured."""
 
 
 def ends(pixart: PixArtTransformer2DModel) -> Ends:
@@ -24,8 +24,8 @@ def start(
     """Return the state before the first step, of ``captions``' states, ``(B, S, C)``."""
     count, _, height, width = x_t.shape
     sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
-    told = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
-    blocks, end = pixart.adaln_single(timesteps, told, batch_size=count, hidden_dtype=pixart.dtype)
+    size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    blocks, end = pixart.adaln_single(timesteps, size, batch_size=count, hidden_dtype=pixart.dtype)
     embedding = torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
     if pixart.caption_projection is not None:
         captions = pixart.caption_projection(captions)
@@ -39,11 +39,11 @@ def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
         PatchStep(name="pos_embed", module=embedded, output_layer="proj", patch_size=size)
     ]
     for index, block in enumerate(pixart.transformer_blocks):
-        name, told = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
+        name, gate = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
         all_steps += [
-            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(told, 0)),
+            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
             CrossStep(name=f"{name}.attn2", module=block.attn2, output_layer="to_out.0"),
-            gated_step(f"{name}.ff", block.ff, block.norm2, partial(told, 1)),
+            gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
         ]
     end = UnpatchStep(
         name="proj_out",
