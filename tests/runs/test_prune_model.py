@@ -113,6 +113,9 @@ def test_memory_shows_every_scheme_best_last(model, tmp_path, capsys):
     report = prune(model, tmp_path, "--method", "taylor")
     capsys.readouterr()
     assert run_command(["memory", str(tmp_path)]) == 0
+    assert "taylor/" in capsys.readouterr().out
+    (path,) = tmp_path.rglob("memory.jsonl")
+    print_memory(Console(width=200), MemoryBank(path).all(), path)
     shown = capsys.readouterr().out
     assert "distance" in shown
     rows = [line for line in shown.splitlines() if "taylor/" in line]
