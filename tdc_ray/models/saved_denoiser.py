@@ -27,6 +27,7 @@ from tdc_ray.errors import (
     UnsupportedModelError,
     is_from_outside,
 )
+from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.families import FAMILIES, build_network
 from tdc_ray.models.network_config import NetworkConfig, class_name
 from tdc_ray.models.saved_expert import SavedExpert
@@ -38,19 +39,6 @@ from tdc_ray.storage.object_store import display_path
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERN = "experts{suffix}.safetensors"
 """Names of the files of weights, by huggingface_hub's pattern: the suffix is a shard's number."""
-
-_MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
-"""Errors of diffusers for configs that contradict themselves, and of files that are damaged."""
 
 
 class SavedGroup(BaseModel, frozen=True, extra="forbid"):
@@ -188,7 +176,7 @@ def load_denoiser(folder: Path) -> tuple[SavedDenoiser, list[nn.Module]]:
         for expert, state in zip(experts, states, strict=True):
             expert.load_state_dict(state, assign=True)
             expert.eval()
-    except _MALFORMED as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(

@@ -206,7 +206,7 @@ class Planner:
     def _bounds(
         self, change: Change, notes: list[str]
     ) -> Iterator[tuple[str, Mapping[str, tuple[int, int]]]]:
-        """Yield what each bound and move comes to: least and most widths of units."""
+        """Yield the least and most widths of units that each bound and move implies."""
         for bound in change.bounds:
             if 0 <= bound.unit < len(self._space.units):
                 yield str(bound), {self._space.units[bound.unit].name: (bound.least, bound.most)}

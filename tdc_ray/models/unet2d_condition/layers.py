@@ -116,8 +116,8 @@ class _Walker:
         yield linear("time_embedding.linear_1", self.stream, time)
         yield linear("time_embedding.linear_2", time, time)
         if config["addition_embed_type"] is not None:
-            told = Channels(config["projection_class_embeddings_input_dim"])
-            yield linear("add_embedding.linear_1", told, time)
+            embedded = Channels(config["projection_class_embeddings_input_dim"])
+            yield linear("add_embedding.linear_1", embedded, time)
             yield linear("add_embedding.linear_2", time, time)
         last = len(self.widths) - 1
         for level, kind in enumerate(config["down_block_types"]):

@@ -42,7 +42,7 @@ def start(
     """Return the state before the first step, of ``captions``' states, ``(B, S, C)``.
 
     Raises:
-        UnsupportedModelError: The UNet is told more than these: a caption as a whole, and sizes.
+        UnsupportedModelError: The UNet takes more than these: a caption as a whole, and sizes.
     """
     if unet.config["addition_embed_type"] is not None:
         raise UnsupportedModelError("a UNet with an addition_embed_type cannot run in steps yet.")
@@ -147,8 +147,8 @@ class _NormedStep(Step):
 
     def __call__(self, state: State) -> State:
         tokens = to_tokens(state.hidden)
-        told = {"encoder_hidden_states": state.context} if self.reads_context else {}
-        tokens = self.module(self.norm(tokens), **told) + tokens
+        conditions = {"encoder_hidden_states": state.context} if self.reads_context else {}
+        tokens = self.module(self.norm(tokens), **conditions) + tokens
         return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
 
 

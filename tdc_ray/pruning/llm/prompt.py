@@ -196,8 +196,8 @@ def retry_messages(answer: Answer, problem: str) -> list[Message]:
     if not answer.text and not answer.calls:
         return []
     content = f"Your answer cannot be used:\n{problem}\nAnswer again, in the form described above."
-    told = [result_message(call.id, {"error": problem}) for call in answer.calls]
-    return [assistant_message(answer), *(told or [{"role": "user", "content": content}])]
+    results = [result_message(call.id, {"error": problem}) for call in answer.calls]
+    return [assistant_message(answer), *(results or [{"role": "user", "content": content}])]
 
 
 def result_message(call: str | None, result: Mapping[str, Any]) -> Message:
@@ -209,7 +209,7 @@ def result_message(call: str | None, result: Mapping[str, Any]) -> Message:
 
 
 def planned_result(request: ProposalRequest, planner: Planner, planned: Planned) -> dict[str, Any]:
-    """Return what is told of a scheme that was predicted, without regard to distrust."""
+    """Return the result of predict, without regard to distrust."""
     space, start = request.space, planner.start
     changed = {
         str(number): [start.scheme[unit.name], planned.scheme[unit.name]]
@@ -230,7 +230,7 @@ def planned_result(request: ProposalRequest, planner: Planner, planned: Planned)
 
 
 def measured_result(request: ProposalRequest, entry: MemoryEntry) -> dict[str, Any]:
-    """Return what is told of a scheme that was measured."""
+    """Return the result of measure."""
     result = {
         "measured_increase": _rounded(entry.increase(request.loss_base)),
         "predicted_increase": None if entry.predicted is None else _rounded(entry.predicted),

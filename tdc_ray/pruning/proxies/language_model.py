@@ -233,7 +233,7 @@ class LanguageModel:
         config, request, said = self._job.config, self._job.request, self._job.conversation
         limit = self._begin()
         planner = Planner(request, self._job.memory)
-        messages = [*said.messages, *self._told()] or messages_for(
+        messages = [*said.messages, *self._results_so_far()] or messages_for(
             request,
             self._job.memory,
             planner,
@@ -264,8 +264,8 @@ class LanguageModel:
                 continue
             answered = True
             left = config.max_predictions - num_predictions
-            chosen, told = self._decide(planner, asked, left - 1)
-            messages = [*messages, assistant_message(answer), *told, *_unread(answer, asked)]
+            chosen, results = self._decide(planner, asked, left - 1)
+            messages = [*messages, assistant_message(answer), *results, *_unread(answer, asked)]
             if chosen:
                 pending = tuple(one.call for one, _ in chosen)
                 said = Conversation(tuple(messages), pending, form, said.turn + 1)
@@ -291,8 +291,8 @@ class LanguageModel:
     def _transcript(self, folder: Path) -> Path:
         return transcript_path(folder, self._job.request.group, self._job.request.round)
 
-    def _told(self) -> list[Message]:
-        """Return the messages that tell what the schemes of the last turn came to."""
+    def _results_so_far(self) -> list[Message]:
+        """Return the messages that tell how the schemes of the last turn measured."""
         job = self._job
         pairs = zip(job.conversation.pending, job.measured, strict=False)
         return [result_message(call, measured_result(job.request, e)) for call, e in pairs]
@@ -327,11 +327,11 @@ class LanguageModel:
             results.append((one.call, result))
         # A measurement begins the count anew.
         left = self._job.config.max_predictions if chosen else left
-        told = [
+        messages = [
             result_message(call, {**result, "replies_that_may_only_predict": left})
             for call, result in results
         ]
-        return chosen, told
+        return chosen, messages
 
     def _reply(
         self, chosen: list[tuple[Request, Planned]], conversation: Conversation
