@@ -233,9 +233,7 @@ def search_by_all(
         What :func:`judged` finds of each, and how many schemes each had measured.
     """
     config, base = flags.config(seed), base_of(flags, seed)
-    prune = replace(
-        config.prune, num_rounds=flags.num_rounds, num_candidates=flags.num_candidates
-    )
+    prune = replace(config.prune, num_rounds=flags.num_rounds, num_candidates=flags.num_candidates)
     config = replace(config, prune=prune)
     place = flags.storage / f"partner_bound-{flags.variant}" / f"seed-{seed}"
     claim(place, config)
@@ -273,7 +271,9 @@ def compared(one: Sequence[ByImage], offline: Sequence[ByImage]) -> list[dict[st
     """Compare loss and distance with the offline proxy's, over the images of all seeds."""
     rows = []
     for which in range(2):
-        pair = np.stack([np.concatenate([seed[which] for seed in all_]) for all_ in (one, offline)])
+        pair = np.stack(
+            [np.concatenate([seed[which] for seed in all_]) for all_ in (one, offline)]
+        )
         found = difference_of(pair)
         rows.append(
             {
