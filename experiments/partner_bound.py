@@ -29,8 +29,8 @@ The paper has no such table.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 from common import Flags, base_of, claim, commits_of, parse_flags
@@ -301,7 +301,7 @@ def main(flags: PartnerFlags) -> None:
 
 
 def write_all(
-    folder: Any,
+    folder: Path,
     flags: PartnerFlags,
     found: Mapping[str, Mapping[str, Sequence[ByImage]]],
     counts: Mapping[str, Mapping[str, Sequence[int]]],
