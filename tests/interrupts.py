@@ -55,6 +55,7 @@ def one_try(
 ) -> dict[str, Any]:
     """Start a command, interrupt it after a while, and return what became of it."""
     mark = uuid.uuid4().hex
+    moment = {"command": arguments[0], "after_s": round(after_s, 3), "load": os.getloadavg()[0]}
     process = subprocess.Popen(
         [sys.executable, "-m", "tdc_ray", *arguments],
         stdout=subprocess.PIPE,
@@ -75,7 +76,7 @@ def one_try(
             process.send_signal(number)
     else:
         process.communicate()
-        return {"finished": process.returncode == 0, "code": process.returncode}
+        return {**moment, "finished": process.returncode == 0, "code": process.returncode}
     try:
         _, errors = process.communicate(timeout=SECONDS_TO_END)
     except subprocess.TimeoutExpired:
@@ -91,8 +92,7 @@ def one_try(
         line for line in errors.splitlines() if line.startswith(("interrupted", "terminated"))
     ]
     return {
-        "command": arguments[0],
-        "after_s": round(after_s, 3),
+        **moment,
         "signal": number.name,
         "twice": twice,
         "code": process.returncode,

@@ -67,11 +67,11 @@ def unet_dir(path: Path) -> Path:
     )
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, unet: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        ConfigError: It is a file, or a folder with other content.
+        ConfigError: It is a file, or a folder with other content or another model pruned.
     """
     is_file = exists(out) and not is_remote(out) and not out.is_dir()
     files = [path for path in listing(out, "*") if not path.name.startswith(".")]
@@ -79,6 +79,14 @@ def check_out(out: Path) -> None:
         raise ConfigError(
             f"--out must be a new folder, or one that tdc-ray prune wrote before, got "
             f"{display_path(out)}, which is something else. Name another."
+        )
+    before = read_json(out / REPORT_FILE) if exists(out / REPORT_FILE) else {}
+    source = display_path(resolve_path(unet).resolve())
+    # Reports of older versions do not say of which model they are.
+    if before.get("model", source) != source:
+        raise ConfigError(
+            f"--out {display_path(out)} holds what was pruned of {before['model']} and must be of "
+            f"{source} to be written anew. Name another folder, or delete this one."
         )
 
 
@@ -125,7 +133,7 @@ def prune_model(
     out, config, network = resolve_path(out), with_absolute_paths(config), given_config(unet)
     allow_tf32(allowed=config.compute.tf32)
     _check_settings(config, milliseconds)
-    check_out(out)
+    check_out(out, unet)
     config = with_base_samples(config, unet)
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     _check_data(config, network)
@@ -166,6 +174,7 @@ def prune_model(
         save_expert_into(out, pruned, network, result.kept)
         drawing = drawing_macs(config, space.macs_base)
         report: dict[str, object] = {
+            "model": display_path(resolve_path(unet).resolve()),
             "macs_base": space.macs_base,
             "macs": space.macs(result.widths),
             "macs_limit": search.limit if milliseconds is None else space.macs_base,

@@ -285,6 +285,17 @@ def test_nothing_that_something_else_wrote_is_written_over(model, tmp_path, caps
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.safetensors"]
 
 
+def test_what_was_pruned_of_another_model_is_not_written_over(model, tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    report = json.dumps({"model": "/models/another"})
+    (tmp_path / "report.json").write_text(report)
+    assert run_command(["prune", str(model), "--data", "digits", "--out", str(tmp_path)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds what was pruned of /models/another" in said
+    assert "Name another folder" in said
+    assert (tmp_path / "report.json").read_text() == report
+
+
 def test_a_model_of_no_run_asks_for_its_data(model, tmp_path, capsys):
     assert run_command(["prune", str(model), "--out", str(tmp_path / "out")]) == 1
     assert "does not say what it was trained on: set --data" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.network import build_transformer, load_transformer
-from tdc_ray.models.transformers.steps import PatchStep, UnpatchStep, gated_step
+from tdc_ray.models.transformers.steps import gated_step, transformer_steps
 
 
 def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
@@ -75,25 +75,14 @@ def start(
 
 def steps(dit: DiTTransformer2DModel) -> list[Step]:
     """Split the forward pass into steps; one after the other they return the network's output."""
-    size = dit.config["patch_size"]
-    sequence: list[Step] = [
-        PatchStep(name="pos_embed", module=dit.pos_embed, output_layer="proj", patch_size=size)
-    ]
+    blocks: list[Step] = []
     for index, block in enumerate(dit.transformer_blocks):
         name, gate = f"transformer_blocks.{index}", partial(_modulation, block.norm1.linear, index)
-        sequence += [
+        blocks += [
             gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, partial(gate, 0)),
             gated_step(f"{name}.ff", block.ff, block.norm3, partial(gate, 1)),
         ]
-    end = UnpatchStep(
-        name="proj_out_2",
-        module=dit.proj_out_2,
-        output_layer="",
-        norm=dit.norm_out,
-        modulation=partial(_end_modulation, dit.proj_out_1),
-        patch_size=size,
-    )
-    return [*sequence, end]
+    return transformer_steps(dit, blocks, "proj_out_2", partial(_end_modulation, dit.proj_out_1))
 
 
 def _modulation(

@@ -7,7 +7,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.transformers.steps import CrossStep, PatchStep, UnpatchStep, gated_step
+from tdc_ray.models.transformers.steps import CrossStep, gated_step, transformer_steps
 
 PIXELS_OF_LATENT = 8
 """Side of the square of pixels that a latent stands for, in which its image is measured."""
@@ -34,26 +34,16 @@ def start(
 
 def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
     """Split the forward pass into steps; one after the other they return the network's output."""
-    size, embedded = pixart.config["patch_size"], pixart.pos_embed
-    all_steps: list[Step] = [
-        PatchStep(name="pos_embed", module=embedded, output_layer="proj", patch_size=size)
-    ]
+    blocks: list[Step] = []
     for index, block in enumerate(pixart.transformer_blocks):
         name, gate = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
-        all_steps += [
+        blocks += [
             gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
             CrossStep(name=f"{name}.attn2", module=block.attn2, output_layer="to_out.0"),
             gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
         ]
-    end = UnpatchStep(
-        name="proj_out",
-        module=pixart.proj_out,
-        output_layer="",
-        norm=pixart.norm_out,
-        modulation=partial(_end_modulation, pixart.scale_shift_table),
-        patch_size=size,
-    )
-    return [*all_steps, end]
+    modulation = partial(_end_modulation, pixart.scale_shift_table)
+    return transformer_steps(pixart, blocks, "proj_out", modulation)
 
 
 def _modulation(table: Tensor, half: int, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:

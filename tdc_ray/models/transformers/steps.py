@@ -1,7 +1,8 @@
 """The forward pass of transformers with adaptive norms as steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -100,3 +101,32 @@ class UnpatchStep(Step):
         # (B, C, h, p, w, q)
         patches: Tensor = values.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def transformer_steps(
+    network: Any,
+    blocks: Sequence[Step],
+    last: str,
+    modulation: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> list[Step]:
+    """Put the steps of a transformer's blocks between those from and to patches.
+
+    Args:
+        network: The transformer.
+        blocks: Steps of its blocks, in order.
+        last: Name of the linear layer to pixels of patches.
+        modulation: Shift and scale before that layer, of the embeddings of a batch.
+    """
+    size = network.config["patch_size"]
+    first = PatchStep(
+        name="pos_embed", module=network.pos_embed, output_layer="proj", patch_size=size
+    )
+    end = UnpatchStep(
+        name=last,
+        module=network.get_submodule(last),
+        output_layer="",
+        norm=network.norm_out,
+        modulation=modulation,
+        patch_size=size,
+    )
+    return [first, *blocks, end]
