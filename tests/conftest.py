@@ -27,6 +27,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.storage.files import locked
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=50_000)
 hypothesis.settings.load_profile("tests")
 
 

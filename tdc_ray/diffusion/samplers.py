@@ -469,7 +469,7 @@ def _value(text: str) -> Any:
         return _LITERALS[text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -18,6 +18,7 @@ MALFORMED = (
     AssertionError,
     AttributeError,
     LookupError,
+    NameError,  # UNet2DModel leaves a variable unset for an unknown time_embedding_type
     NotImplementedError,
     RuntimeError,
     TypeError,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tdc_ray.errors import CheckpointError, TdcError, is_from_outside
 from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.families import build_network, family_of
 from tdc_ray.models.network_config import DEFAULT_CLASS, NetworkConfig, class_name
 from tdc_ray.models.structure import units_for
@@ -93,7 +94,7 @@ def load_expert(folder: Path | str) -> UNet2DModel:
     try:
         unet: UNet2DModel = SavedExpert.load(folder).build()
         unet.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)  # mapped, not copied
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError, TdcError) as error:
+    except (OSError, SafetensorError, TdcError, *MALFORMED) as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(f"{display_path(folder)} holds no whole expert: {error}") from error

@@ -168,7 +168,7 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise StorageError(f"{display_path(path)} does not exist.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{display_path(path)} is not JSON: {error}.") from error
 
 
@@ -229,7 +229,7 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(lines, start=1):
         try:
             documents.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             logger.warning(
                 "line %d of %s is torn: left out (%s)", number, display_path(path), error
             )
@@ -276,7 +276,7 @@ def _set_aside(path: Path, part: bytes) -> Path:
 def _is_whole(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return line.endswith(b"\n")
 

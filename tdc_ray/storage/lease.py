@@ -179,7 +179,7 @@ class LeaseFiles:
             document = json.loads(read_bytes(self._path(number)))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return document if isinstance(document, dict) else {}
 

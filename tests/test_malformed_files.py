@@ -1,0 +1,179 @@
+"""Files from outside that are malformed in any way end in one of our errors, and in no other.
+
+`pytest tests/test_malformed_files.py --hypothesis-profile fuzz` tries 10,000 of each kind.
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import from_json, to_json
+from tdc_ray.data.detect import data_config
+from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
+from tdc_ray.errors import TdcError
+from tdc_ray.models.config_file import read_network
+from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.runs.pretrained.sources import resolve_base
+from tdc_ray.storage.files import read_json
+from tests.small import TINY, random_kept, random_unet, small_config
+
+ODD: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, 1e308, float("nan"), float("inf"), "", "x", "../..", "\0",
+    [], {}, [[]], [None], {"a": 1}, [64, 64], {"_class_name": []},
+)  # fmt: skip
+SMALL = st.integers(-100, 100)
+"""A config may ask for a network as large as it likes, and building that takes as long."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every value inside a document, the document's own first."""
+    found = [path]
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value if isinstance(value, list) else ())
+    )
+    for key, inner in items:
+        found += places(inner, (*path, key))
+    return found
+
+
+@st.composite
+def malformed(draw: st.DrawFn, document: Any) -> str:
+    """Replace, delete or nest some values of a document."""
+    changed = deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(changed)))
+        odd = draw(st.sampled_from(ODD) | st.text(max_size=3) | SMALL)
+        if not path:
+            changed = odd if draw(st.integers(0, 9)) == 0 else changed
+            continue
+        parent = changed
+        for key in path[:-1]:
+            parent = parent[key]
+        if draw(st.integers(0, 4)) == 0:
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = odd
+    if draw(st.integers(0, 19)) == 0:
+        return "[" * 200_000
+    return json.dumps(changed)
+
+
+def make_expert(folder: Path) -> None:
+    kept = random_kept(units_of(TINY), seed=0)
+    save_expert(folder, cut(random_unet(), units_of(TINY), kept), TINY, kept)
+
+
+def make_pipeline(folder: Path) -> None:
+    DDPMPipeline(unet=random_unet(), scheduler=DDPMScheduler(500)).save_pretrained(folder)
+
+
+def make_index(folder: Path) -> None:
+    config = small_config()
+    index = PipelineIndex.of(config.data, config.diffusion, config.sampler, config.conditioning)
+    index.save(folder)
+
+
+def make_settings(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_json(preset("digits"))))
+
+
+READERS: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], object]]] = {
+    "expert": (make_expert, CONFIG_FILE, load_expert),
+    "pipeline's index": (make_pipeline, "model_index.json", lambda path: resolve_base(str(path))),
+    "scheduler": (
+        make_pipeline,
+        "scheduler/scheduler_config.json",
+        lambda path: resolve_base(str(path)),
+    ),
+    "unet": (make_pipeline, "unet/config.json", lambda path: resolve_base(str(path))),
+    "network": (make_pipeline, "unet/config.json", lambda path: read_network(str(path / "unet"))),
+    "experts' index": (make_index, INDEX_FILE, PipelineIndex.load),
+    "settings": (
+        make_settings,
+        "config.json",
+        lambda path: from_json(read_json(path / "config.json")),
+    ),
+}
+
+
+def refusal(read: Callable[[Path], object], folder: Path) -> TdcError | None:
+    """Return our error for the files of a folder; any other is raised."""
+    try:
+        read(folder)
+    except TdcError as error:
+        return error
+    return None
+
+
+@pytest.fixture(scope="module", params=READERS)
+def reader(request, tmp_path_factory):
+    make, name, read = READERS[request.param]
+    folder = tmp_path_factory.mktemp("outside") / "files"
+    make(folder)
+    return folder, folder / name, json.loads((folder / name).read_text()), read
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(data=st.data())
+def test_documents_are_read_or_refused_by_an_error_of_ours(reader, data):
+    folder, path, document, read = reader
+    path.write_text(data.draw(malformed(document)))
+    error = refusal(read, folder)
+    assert error is None or str(error).strip()
+
+
+def make_npz(folder: Path) -> None:
+    folder.mkdir()
+    images = np.arange(12 * 8 * 8 * 3, dtype=np.uint8).reshape(12, 8, 8, 3)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 3)
+
+
+def read_npz(folder: Path) -> None:
+    dataset = load_dataset(data_config(str(folder / "images.npz"), DataConfig()))
+    dataset.__getitems__(range(len(dataset)))
+
+
+FILES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], object]]] = {
+    "weights": (make_expert, WEIGHTS_FILE, load_expert),
+    "npz": (make_npz, "images.npz", read_npz),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def file_reader(request, tmp_path_factory):
+    make, name, read = FILES[request.param]
+    folder = tmp_path_factory.mktemp("outside") / "files"
+    make(folder)
+    return folder, folder / name, (folder / name).read_bytes(), read
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(data=st.data())
+def test_damaged_files_are_read_or_refused_by_an_error_of_ours(file_reader, data):
+    folder, path, content, read = file_reader
+    damaged = bytearray(content)
+    ends = st.integers(0, 400) | st.integers(1, 400).map(lambda back: len(content) - back)
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(ends | st.integers(0, len(content) - 1)) % len(content)
+        damaged[place] = data.draw(st.integers(0, 255))
+    # Another file: the one that is read before may still be mapped.
+    path.unlink()
+    path.write_bytes(damaged[: data.draw(st.just(len(content)) | ends)])
+    error = refusal(read, folder)
+    assert error is None or str(error).strip()
