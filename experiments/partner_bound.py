@@ -54,7 +54,7 @@ from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 
-MAX_TRIES = 50
+MAX_TRIES, ORACLE_TRIES = 50, 3
 """Changes that a partner suggests in a round, at most."""
 
 NUM_TRUE, NUM_JUDGED = 512, 4096
@@ -169,7 +169,8 @@ def scripted(partner: Partner, seed: int) -> Proxy:
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
         yield from measure_first_guesses(round_)
-        for _ in range(MAX_TRIES if partner in (randomly, greedily, nonsensically) else 3):
+        knows_losses = partner not in (randomly, greedily, nonsensically)
+        for _ in range(ORACLE_TRIES if knows_losses else MAX_TRIES):
             if not round_.left:
                 return
             planner = Planner(round_.request, [*round_.memory, *round_.measured])

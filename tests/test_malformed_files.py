@@ -34,6 +34,7 @@ ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 1e308, float("nan"), float("inf"), "", "x", "../..", "\0",
     [], {}, [[]], [None], {"a": 1}, [64, 64], {"_class_name": []},
 )  # fmt: skip
+
 SMALL = st.integers(-100, 100)
 """A config may ask for a network as large as it likes, and building that takes as long."""
 
@@ -57,7 +58,7 @@ def malformed(draw: st.DrawFn, document: Any) -> str:
     changed = deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(changed)))
-        odd = draw(st.sampled_from(ODD) | st.text(max_size=3) | SMALL)
+        odd = deepcopy(draw(st.sampled_from(ODD) | st.text(max_size=3) | SMALL))
         if not path:
             changed = odd if draw(st.integers(0, 9)) == 0 else changed
             continue
@@ -129,6 +130,7 @@ def reader(request, tmp_path_factory):
     return folder, folder / name, json.loads((folder / name).read_text()), read
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, about such values
 @settings(max_examples=settings.default.max_examples // 5)
 @given(data=st.data())
 def test_documents_are_read_or_refused_by_an_error_of_ours(reader, data):
@@ -163,6 +165,7 @@ def file_reader(request, tmp_path_factory):
     return folder, folder / name, (folder / name).read_bytes(), read
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, about such values
 @settings(max_examples=settings.default.max_examples // 5)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused_by_an_error_of_ours(file_reader, data):
