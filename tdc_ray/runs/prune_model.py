@@ -71,7 +71,7 @@ def check_out(out: Path, unet: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        ConfigError: It is a file, or a folder with other content or another model pruned.
+        ConfigError: It is a file, or a folder with other content or of another model.
     """
     is_file = exists(out) and not is_remote(out) and not out.is_dir()
     files = [path for path in listing(out, "*") if not path.name.startswith(".")]
@@ -81,13 +81,17 @@ def check_out(out: Path, unet: Path) -> None:
             f"{display_path(out)}, which is something else. Name another."
         )
     before = read_json(out / REPORT_FILE) if exists(out / REPORT_FILE) else {}
-    source = display_path(resolve_path(unet).resolve())
+    source = _real_path(unet)
     # Reports of older versions do not say of which model they are.
     if before.get("model", source) != source:
         raise ConfigError(
             f"--out {display_path(out)} holds what was pruned of {before['model']} and must be of "
             f"{source} to be written anew. Name another folder, or delete this one."
         )
+
+
+def _real_path(unet: Path) -> str:
+    return display_path(resolve_path(unet).resolve())
 
 
 def run_config_of(unet: Path) -> RunConfig | None:
@@ -174,7 +178,7 @@ def prune_model(
         save_expert_into(out, pruned, network, result.kept)
         drawing = drawing_macs(config, space.macs_base)
         report: dict[str, object] = {
-            "model": display_path(resolve_path(unet).resolve()),
+            "model": _real_path(unet),
             "macs_base": space.macs_base,
             "macs": space.macs(result.widths),
             "macs_limit": search.limit if milliseconds is None else space.macs_base,
