@@ -14,6 +14,7 @@ from tdc_ray.runs.sweep.space import Range
 from tdc_ray.runs.sweep.table import started_row
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("importable")
 def test_rows_of_other_flags_are_left_out_whatever_the_search(tmp_path):
     from common import asked_for
