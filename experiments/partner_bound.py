@@ -117,7 +117,7 @@ def greedily(round_: Round, planner: Planner, draw: np.random.Generator) -> Chan
 
 
 def nonsensically(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
-    """Say anything of units and blocks, some of which there are."""
+    """Suggest random changes of units and blocks, some of which exist."""
     count, blocks = len(round_.request.space.units), [*planner.blocks, "nowhere"]
     low, high = np.sort(draw.integers(0, 100, 2))
     return Change(
