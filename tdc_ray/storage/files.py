@@ -26,6 +26,9 @@ from tdc_ray.storage.object_store import display_path, is_remote, temporary_path
 
 logger = logging.getLogger(__name__)
 
+NOT_JSON = (ValueError, RecursionError)
+"""Errors of ``json.loads`` for text that is no JSON, or that is nested too deep."""
+
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors of Python, torch and safetensors where a write to a disk fails."""
 
@@ -168,7 +171,7 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise StorageError(f"{display_path(path)} does not exist.") from error
-    except (ValueError, RecursionError) as error:
+    except NOT_JSON as error:
         raise StorageError(f"{display_path(path)} is not JSON: {error}.") from error
 
 
@@ -229,7 +232,7 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(lines, start=1):
         try:
             documents.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+        except NOT_JSON as error:
             logger.warning(
                 "line %d of %s is torn: left out (%s)", number, display_path(path), error
             )
@@ -276,7 +279,7 @@ def _set_aside(path: Path, part: bytes) -> Path:
 def _is_whole(line: bytes) -> bool:
     try:
         json.loads(line)
-    except (ValueError, RecursionError):
+    except NOT_JSON:
         return False
     return line.endswith(b"\n")
 

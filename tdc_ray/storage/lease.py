@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from tdc_ray.errors import StorageError
 from tdc_ray.storage import object_store
 from tdc_ray.storage.fence import fenced
-from tdc_ray.storage.files import listing, read_bytes
+from tdc_ray.storage.files import NOT_JSON, listing, read_bytes
 from tdc_ray.storage.object_store import display_path, is_remote
 
 LOCK_FILE = ".lock"
@@ -179,7 +179,7 @@ class LeaseFiles:
             document = json.loads(read_bytes(self._path(number)))
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
+        except NOT_JSON:
             return {}
         return document if isinstance(document, dict) else {}
 
