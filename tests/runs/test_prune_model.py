@@ -96,6 +96,7 @@ def test_the_same_command_again_measures_nothing_again(model, tmp_path):
     assert len(list(tmp_path.glob("search/*"))) == 2
 
 
+@pytest.mark.slow
 def test_the_full_space_goes_below_what_inner_widths_can_reach(model, tmp_path):
     report = prune(
         model, tmp_path, "--macs", "0.2", "--prune.space", "full", "--method", "offline"
@@ -423,10 +424,12 @@ def everything_below(folder: Path) -> str:
     ("script", "source"),
     [
         ([doubts], "llm"),
-        ([refuses_format(says(pins(1, 6)))], "llm"),
+        pytest.param([refuses_format(says(pins(1, 6)))], "llm", marks=pytest.mark.slow),
         ([fails(500), fails(429, Retry_After="0"), says(pins(1, 6))], "llm"),
         ([says("I would cut a lot."), says('{"action": "cut"}'), says_key], "offline"),
-        ([says("[]"), says(None, refusal="No."), hangs_up], "offline"),
+        pytest.param(
+            [says("[]"), says(None, refusal="No."), hangs_up], "offline", marks=pytest.mark.slow
+        ),
         ([echoes_key(401)], "offline"),
     ],
 )

@@ -49,7 +49,13 @@ def test_more_images_of_a_size_never_get_a_smaller_network():
         assert numbers == sorted(numbers)
 
 
-@pytest.mark.parametrize("side", [4, 5, 7, 8, 12, 14, 20, 28, 36, 48, 96, 160, 224, 384, 512])
+@pytest.mark.parametrize(
+    "side",
+    [
+        pytest.param(side, marks=pytest.mark.slow if side > 48 else ())
+        for side in (4, 5, 7, 8, 12, 14, 20, 28, 36, 48, 96, 160, 224, 384, 512)
+    ],
+)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_every_size_has_a_network_that_can_be_built_counted_and_pruned(side, channels):
     import torch

@@ -75,7 +75,17 @@ def test_the_smallest_scheme_is_the_smallest_model(config, kind):
     assert count_macs(pruned) == space.macs(space.smallest)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "tiny"])
+QUICK = ("tiny16", "iddpm-cifar10", "ldm-ffhq256")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in ARCHITECTURES
+        if name != "tiny"
+    ],
+)
 def test_the_table_holds_for_the_named_architectures(name, kind):
     config = architecture(name)
     units, space = units_of(config, kind), space_of(config, kind)

@@ -205,7 +205,13 @@ def without_signal(tmp_path: Path) -> tuple[RunConfig, None]:
 
 @pytest.mark.parametrize(
     "make",
-    [plain, velocity, image, without_signal, pytest.param(latent, marks=pytest.mark.slow)],
+    [
+        plain,
+        image,
+        without_signal,
+        pytest.param(velocity, marks=pytest.mark.slow),
+        pytest.param(latent, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plain_example_gives_the_pipelines_images_for_the_same_noise(tmp_path, make):
     config, base = make(tmp_path)
