@@ -80,15 +80,15 @@ class Family:
     """Returns a pruned copy, given all units and what of each is kept."""
 
     ends: Callable[[Denoiser], Ends]
-    start: Callable[[Denoiser, Tensor, Tensor, Tensor | None], State]
-    """Returns the state before the first step, of noised images, timesteps and classes."""
+    start: Callable[[Denoiser, Tensor, Tensor, Any], State]
+    """Returns the state before the first step, of noised images, timesteps and what it takes."""
 
     steps: Callable[[Denoiser], list[Step]]
     """Splits the forward pass so that every inner unit lies within a step of its name."""
 
     takes: Conditioning = "classes"
-    """What it is conditioned on, if on anything beside the timestep. No command has captions
-    yet: ``start`` takes their states, ``(B, S, C)``, in place of classes."""
+    """What it is conditioned on, if on anything beside the timestep: classes, ``(B,)``, or
+    :class:`Captions`, which no command has yet."""
 
 
 def _transformer(

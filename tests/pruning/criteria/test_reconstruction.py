@@ -57,7 +57,7 @@ def test_reconstruction_eliminates_as_brute_force_does(linear, channels, seed):
         expected[gone] = errors[gone]
         left.remove(gone)
     alike = torch.eye(len(squares.layer.weight))
-    assert reconstruction_scores(unit, squares, alike) == pytest.approx(expected, rel=1e-6)
+    assert reconstruction_scores(unit, [(squares, alike)]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
@@ -67,7 +67,7 @@ def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
     inputs[..., 4:] = inputs[..., :2]
     squares = LeastSquares(layer, num_rows=1, seed=0)
     squares.add(inputs, layer(inputs).detach())
-    scores = reconstruction_scores(unit, squares, torch.eye(5))
+    scores = reconstruction_scores(unit, [(squares, torch.eye(5))])
     assert min(scores[0], scores[2]) < 1e-3 * min(scores[1], max(scores[0], scores[2]))
 
 
@@ -78,7 +78,7 @@ def test_a_step_that_nothing_reads_costs_nothing():
     inputs = torch.randn(20, 36, 8)
     silent = LeastSquares(squares.layer, num_rows=1, seed=0)
     silent.add(inputs, squares.layer(inputs).detach())
-    scores = reconstruction_scores(unit, silent, torch.eye(len(squares.layer.weight)))
+    scores = reconstruction_scores(unit, [(silent, torch.eye(len(squares.layer.weight)))])
     assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
 
 
@@ -92,10 +92,10 @@ def test_an_error_in_outputs_that_change_nothing_costs_nothing():
     read.add(inputs, squares.layer(inputs).detach())
     weights = torch.eye(outputs)
     weights[-1, -1] = 0.0
-    scores = reconstruction_scores(unit, read, weights)
+    scores = reconstruction_scores(unit, [(read, weights)])
     assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
-    alike = reconstruction_scores(unit, read, torch.zeros(outputs, outputs))
-    assert alike == reconstruction_scores(unit, read, torch.eye(outputs))
+    alike = reconstruction_scores(unit, [(read, torch.zeros(outputs, outputs))])
+    assert alike == reconstruction_scores(unit, [(read, torch.eye(outputs))])
 
 
 def test_errors_in_two_outputs_that_cancel_cost_nothing():
@@ -106,5 +106,5 @@ def test_errors_in_two_outputs_that_cancel_cost_nothing():
     inputs = torch.randn(20, 36, 6)
     squares = LeastSquares(layer, num_rows=1, seed=0)
     squares.add(inputs, layer(inputs).detach())
-    scores = reconstruction_scores(unit, squares, torch.ones(2, 2))
+    scores = reconstruction_scores(unit, [(squares, torch.ones(2, 2))])
     assert scores[0] < 1e-6 * min(scores[1:])
