@@ -32,32 +32,36 @@ def least_error(squares: LeastSquares, columns: list[int]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("linear", "channels"),
-    [(True, 2), (False, 2), (True, 1)],
-    ids=["attention", "residual", "feed-forward"],
+    ("linear", "channels", "num_readers"),
+    [(True, 2, 1), (False, 2, 1), (True, 1, 1), (True, 2, 2)],
+    ids=["attention", "residual", "feed-forward", "joint-attention"],
 )
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10**6))
-def test_reconstruction_eliminates_as_brute_force_does(linear, channels, seed):
-    unit, squares = unit_and_squares(seed, linear=linear, channels=channels)
+def test_reconstruction_eliminates_as_brute_force_does(linear, channels, num_readers, seed):
+    made = [
+        unit_and_squares(seed + number, linear=linear, channels=channels)
+        for number in range(num_readers)
+    ]
+    unit, readers = made[0][0], [squares for _, squares in made]
     taps = 1 if linear else 9
 
     def columns(steps: set[int]) -> list[int]:
         size = unit.channels * taps
         return [step * size + place for step in sorted(steps) for place in range(size)]
 
+    def least(steps: set[int]) -> float:
+        return sum(least_error(squares, columns(steps)) for squares in readers) if steps else 0.0
+
     left, expected = set(range(unit.width)), [0.0] * unit.width
-    start = least_error(squares, columns(left))
+    start = least(left)
     while left:
-        errors = {
-            step: (least_error(squares, columns(left - {step})) if len(left) > 1 else 0.0) - start
-            for step in left
-        }
+        errors = {step: least(left - {step}) - start for step in left}
         gone = min(errors, key=errors.__getitem__)
         expected[gone] = errors[gone]
         left.remove(gone)
-    alike = torch.eye(len(squares.layer.weight))
-    assert reconstruction_scores(unit, [(squares, alike)]) == pytest.approx(expected, rel=1e-6)
+    pairs = [(squares, torch.eye(len(squares.layer.weight))) for squares in readers]
+    assert reconstruction_scores(unit, pairs) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
