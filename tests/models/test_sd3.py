@@ -1,5 +1,7 @@
 """A transformer of two streams, image and caption, whose captions the tests draw at random."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.captions import Captions
@@ -38,6 +41,7 @@ from tdc_ray.pruning.sensitivity import (
     swapped_readers,
 )
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tests.small import assert_same, random_kept, widths_of
 
 SD3: NetworkConfig = {  # the kind of Stable Diffusion 3
@@ -278,5 +282,20 @@ def test_no_command_takes_one_yet(tmp_path):
     assert_same(load_network(tmp_path).state_dict(), network.state_dict())
     plain = SD3Transformer2DModel.from_pretrained(tmp_path)
     assert_same(plain.state_dict(), network.state_dict())
-    with pytest.raises(ConfigError, match="conditioned on text"):
-        given_config(tmp_path)
+    for refused in (lambda: given_config(tmp_path), lambda: resolve_base(str(tmp_path))):
+        with pytest.raises(ConfigError, match=r"SD3Transformer2DModel: .*conditioned on text"):
+            refused()
+
+
+def test_pruned_experts_stand_in_for_it_and_load_again(tmp_path):
+    base, units, batch = random_sd3(SD35), space_of(SD35).units, noised(2)
+    kept = [random_kept(units, seed) for seed in (1, 2)]
+    experts = [family_of(base).cut(base, units, one) for one in kept]
+    denoiser = ExpertDenoiser(experts, [(0, 499), (500, 1000)], kept=kept, base=SD35)
+    denoiser.save_pretrained(tmp_path / "experts")
+    loaded = ExpertDenoiser.from_pretrained(tmp_path / "experts")
+    for offset, expert in zip((0, 400), experts, strict=True):
+        at = replace(batch, timesteps=batch.timesteps + offset)
+        expected = by_diffusers(expert, at)
+        assert torch.equal(by_diffusers(denoiser, at), expected)
+        assert torch.equal(by_diffusers(loaded, at), expected)
