@@ -12,6 +12,7 @@ from torch import Tensor
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.prediction import PREDICTIONS, Prediction
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import DenoiserOutput
 
 
@@ -125,8 +126,8 @@ class NoisedBatch:
     timesteps: Tensor
     """Integers in [0, T), ``(B,)``."""
 
-    labels: Tensor | None = None
-    """Classes, ``(B,)``; None for networks that are not conditioned on them."""
+    labels: Tensor | Captions | None = None
+    """Classes, ``(B,)``, or captions; None for networks that are conditioned on neither."""
 
     perturbation: Tensor | None = None
     """Added to the noise that the network sees, and not to its target (arXiv:2301.11706),
@@ -143,12 +144,13 @@ class NoisedBatch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         """Apply a function to each of the tensors."""
+        labels = self.labels
         return NoisedBatch(
             function(self.x_0),
             function(self.epsilon),
             function(self.timesteps),
-            None if self.labels is None else function(self.labels),
-            None if self.perturbation is None else function(self.perturbation),
+            labels.map(function) if isinstance(labels, Captions) else _apply(function, labels),
+            _apply(function, self.perturbation),
         )
 
     @staticmethod
@@ -158,7 +160,7 @@ class NoisedBatch:
             torch.cat([batch.x_0 for batch in batches]),
             torch.cat([batch.epsilon for batch in batches]),
             torch.cat([batch.timesteps for batch in batches]),
-            _join([batch.labels for batch in batches]),
+            _join_labels([batch.labels for batch in batches]),
             _join([batch.perturbation for batch in batches]),
         )
 
@@ -175,7 +177,7 @@ class NoisedBatch:
         return schedule.prediction.target(self.x_0, self.epsilon, *rates)
 
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
-        """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
+        """Compute the output of a ``Denoiser`` that takes no captions, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
         labels = {} if self.labels is None else {"class_labels": self.labels}
         output: Tensor = model(self.x_t(schedule), timesteps, **labels).sample
@@ -185,6 +187,17 @@ class NoisedBatch:
 def at(values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the values ``(T,)`` of timesteps ``(B,)``, to broadcast: ``(B, 1, 1, 1)``."""
     return values[timesteps][:, None, None, None]
+
+
+def _apply(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else function(tensor)
+
+
+def _join_labels(parts: Sequence[Tensor | Captions | None]) -> Tensor | Captions | None:
+    captions = [part for part in parts if isinstance(part, Captions)]
+    if captions:
+        return Captions.join(captions)
+    return _join([part for part in parts if isinstance(part, Tensor)])
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -14,6 +14,7 @@ from diffusers import (
     DiTTransformer2DModel,
     ModelMixin,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import Tensor
@@ -26,11 +27,13 @@ from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
+    SD3_CLASS,
     NetworkConfig,
     class_name,
     row_of,
 )
 from tdc_ray.models.pixart import network as pixart
+from tdc_ray.models.sd3 import network as sd3
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.surgery import cut_units
@@ -80,15 +83,15 @@ class Family:
     """Returns a pruned copy, given all units and what of each is kept."""
 
     ends: Callable[[Denoiser], Ends]
-    start: Callable[[Denoiser, Tensor, Tensor, Tensor | None], State]
-    """Returns the state before the first step, of noised images, timesteps and classes."""
+    start: Callable[[Denoiser, Tensor, Tensor, Any], State]
+    """Returns the state before the first step, of noised images, timesteps and what it takes."""
 
     steps: Callable[[Denoiser], list[Step]]
     """Splits the forward pass so that every inner unit lies within a step of its name."""
 
     takes: Conditioning = "classes"
-    """What it is conditioned on, if on anything beside the timestep. No command has captions
-    yet: ``start`` takes their states, ``(B, S, C)``, in place of classes."""
+    """What it is conditioned on, if on anything beside the timestep: classes, ``(B,)``, or
+    :class:`Captions`, which no command has yet."""
 
 
 def _transformer(
@@ -135,6 +138,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
     PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart, takes="captions"),
+    SD3_CLASS: _transformer(SD3Transformer2DModel, sd3, takes="captions"),
     CONDITION_CLASS: _transformer(
         UNet2DConditionModel,
         condition,

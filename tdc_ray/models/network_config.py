@@ -11,7 +11,7 @@ DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
 DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
-CONDITION_CLASS = "UNet2DConditionModel"
+SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
 
 
 class NetworkConfig(TypedDict, total=False):

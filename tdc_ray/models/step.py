@@ -1,11 +1,15 @@
 """A network as a sequence of steps, so that a pruned one can be run from where it differs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Stream = Literal["hidden", "context"]
+"""A field of :class:`State` that steps add to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class State:
     """Outputs of the encoder that the decoder has not read yet."""
 
     context: Tensor | None = None
-    """What cross-attentions read, such as states of a caption: ``(B, S, C)``."""
+    """What cross-attentions read, such as states of a caption, and joint attentions change:
+    ``(B, S, C)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,9 @@ class Step:
 
     module: nn.Module
 
-    output_layer: str
-    """Name within the module of the layer whose output is added to the stream, or is the step's
-    output."""
+    output_layers: Mapping[Stream, str]
+    """By the streams that it adds to, the name within the module of the layer whose output is
+    added, or is the step's output."""
 
     residual_scale: float = 1.0
     """What the sum of the output layer and the shortcut is divided by."""
@@ -71,15 +76,20 @@ class Step:
             skips = (*skips, hidden)
         return replace(state, hidden=hidden, skips=skips)
 
-    def gate(self, state: State) -> Tensor | None:
-        """Return what the output layer's channels are multiplied with, ``(B, C)``, if anything."""
-        del state
+    def key(self, stream: Stream) -> str:
+        """Return a name of its output to a stream: to ``hidden`` that of the step."""
+        return self.name if stream == "hidden" else f"{self.name}|{stream}"
+
+    def gate(self, state: State, stream: Stream) -> Tensor | None:
+        """Return what an output layer's channels are multiplied with, ``(B, C)``, if anything."""
+        del state, stream
         return None
 
-    def in_layer(self, values: Tensor) -> Tensor:
-        """Bring a difference of the step's output into the layout of the output layer's."""
+    def in_layer(self, values: Tensor, stream: Stream) -> Tensor:
+        """Bring a difference of a stream behind the step into the layout of its output layer's."""
         missing = values * self.residual_scale
-        if isinstance(self.module.get_submodule(self.output_layer), nn.Linear):
+        layer = self.module.get_submodule(self.output_layers[stream])
+        if stream == "hidden" and isinstance(layer, nn.Linear):
             missing = missing.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
         return missing
 

@@ -9,11 +9,13 @@ from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
+    SD3_CLASS,
     NetworkConfig,
     class_name,
     row_of,
 )
 from tdc_ray.models.pixart import layers as pixart
+from tdc_ray.models.sd3 import layers as sd3
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.unet2d_condition import layers as condition
@@ -56,6 +58,7 @@ STRUCTURES: Mapping[
     "UNet2DModel": (all_layers, units_of),
     DIT_CLASS: (dit.all_layers, dit.units_of),
     PIXART_CLASS: (pixart.all_layers, pixart.units_of),
+    SD3_CLASS: (sd3.all_layers, sd3.units_of),
     CONDITION_CLASS: (condition.all_layers, condition.units_of),
 }
 """By the network's class: the functions that derive its layers and its units from a config."""

@@ -164,8 +164,13 @@ def _weigh(
     units = [unit.name for unit in base.space.units if unit.kind != "stream"]
     weights = error_weights(model.network, batches, base.schedule, units)
     passes = ERROR_WEIGHT_PASSES * base.space.macs(widths_of(model.kept))
+    keys = {
+        step.name: step.key(stream)
+        for step in steps_of(model.network)
+        for stream in step.output_layers  # which are as wide
+    }
     products = sum(
-        unit.pixels * len(weights.channels[unit.name]) ** 2
+        unit.pixels * len(weights.channels[keys[unit.name]]) ** 2
         for unit in base.space.units
         if unit.kind != "stream"
     )

@@ -18,7 +18,7 @@ What is predicted is that of the layers solved one by one; a refit, in which lat
 for earlier cuts too, leaves less, and other interactions between units.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -85,7 +85,14 @@ def cut_responses(
         mean square of a cut's column is that of the prediction's change, the loss's increase.
     """
     layers, size = reader_layers(steps_of(base)), max_batch_size(base, gradients=True)
-    changes = {name: _changes(layers[name], cuts) for name, cuts in solutions.items() if cuts}
+    changes = [
+        [
+            _changes(layer, of_layer)
+            for layer, *of_layer in zip(layers[name].values(), *cuts.values(), strict=True)
+        ]
+        for name, cuts in solutions.items()
+        if cuts
+    ]
     rows = []
     for batch, all_along in zip(batches, directions, strict=True):
         parts = zip(batch.split(size), all_along.to(base.device).split(size, 1), strict=True)
@@ -93,34 +100,40 @@ def cut_responses(
     return torch.cat(rows).div(batches[0].x_0[0].numel() ** 0.5)
 
 
-def _changes(layer: ReadLayer, cuts: Mapping[int, Weights]) -> tuple[ReadLayer, Weights]:
+def _changes(layer: ReadLayer, cuts: Sequence[Weights]) -> tuple[ReadLayer, Weights]:
     """Return a layer with what its cuts add to its weights, one below the other."""
-    weights = torch.cat([weight - layer.weight.detach() for weight, _ in cuts.values()])
+    weights = torch.cat([weight - layer.weight.detach() for weight, _ in cuts])
     assert layer.bias is not None  # as every layer that reads a unit has
-    return layer, (weights, torch.cat([bias - layer.bias.detach() for _, bias in cuts.values()]))
+    return layer, (weights, torch.cat([bias - layer.bias.detach() for _, bias in cuts]))
 
 
 def _responses(
     base: Denoiser,
-    changes: Mapping[str, tuple[ReadLayer, Weights]],
+    changes: Sequence[Sequence[tuple[ReadLayer, Weights]]],
     batch: NoisedBatch,
     schedule: NoiseSchedule,
     directions: Tensor,
 ) -> Tensor:
-    """Return those of a batch along directions ``(P, B, C, H, W)``: ``(P * B, cuts)``."""
+    """Return those of a batch along directions ``(P, B, C, H, W)``: ``(P * B, cuts)``.
+
+    ``changes`` are, for every unit, those of each layer that reads it.
+    """
+    readers = [reader for of_unit in changes for reader in of_unit]
     with ExitStack() as stack, torch.enable_grad():
-        hooks = [stack.enter_context(ActivationHook(layer)) for layer, _ in changes.values()]
+        hooks = [stack.enter_context(ActivationHook(layer)) for layer, _ in readers]
         output = run(steps_of(base), first_state(base, batch, schedule)).hidden
         predicted = output[:, : batch.x_0.shape[1]]  # without the variances, where it has them
         along = [(predicted * direction).sum() for direction in directions]
     outputs, columns = [hook.output for hook in hooks], []
     by_probe = [torch.autograd.grad(one, outputs, retain_graph=True) for one in along]
     gradients = zip(*by_probe, strict=True)
-    for hook, (layer, weights), of_probes in zip(hooks, changes.values(), gradients, strict=True):
+    for hook, (layer, weights), of_probes in zip(hooks, readers, gradients, strict=True):
         with swapped_weights(layer, *weights), torch.no_grad():
             changed = layer(hook.input)  # (B, cuts * M, H, W), or (B, N, cuts * M)
         axis = 1 if changed.ndim == 4 else 2
         by_cut = changed.unflatten(axis, (-1, len(layer.weight))).movedim(axis, 1).flatten(2)
         gradient = torch.stack(of_probes).flatten(2)
         columns.append(torch.einsum("bcv,pbv->pbc", by_cut, gradient).flatten(0, 1))
-    return torch.cat(columns, dim=1).double()
+    of_readers = iter(columns)
+    by_unit = [torch.stack([next(of_readers) for _ in of_unit]).sum(0) for of_unit in changes]
+    return torch.cat(by_unit, dim=1).double()

@@ -1,6 +1,7 @@
 """Sensitivities: the increase of the loss when one unit alone is pruned, after the refit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -28,11 +29,10 @@ from tdc_ray.pruning.refit.least_squares import (
 from tdc_ray.seeds import derive_seed
 
 Weights = tuple[Tensor, Tensor]
-"""Weights of the layer that reads a unit, in its shape, with 0 for what is pruned, and the
-bias."""
+"""Weights of a layer that reads a unit, in its shape, with 0 for what is pruned, and the bias."""
 
-Solutions = dict[str, dict[int, Weights]]
-"""For every unit, the weights for each width."""
+Solutions = dict[str, dict[int, list[Weights]]]
+"""For every unit and width, the weights of each layer that reads the unit."""
 
 
 def levels(unit: Unit, num_levels: int) -> list[int]:
@@ -70,12 +70,16 @@ def solve_units(
         weights, and the macs of the statistics.
     """
     scores, solutions, macs = dict(scores), {}, 0
-    for unit, squares in _statistics(base, units, batches, schedule, weights):
-        macs += squares.macs
+    for unit, readers in _statistics(base, units, batches, schedule, weights):
+        macs += sum(squares.macs for squares in readers.values())
         if unit.name not in scores:
-            scores[unit.name] = reconstruction_scores(unit, squares, weights.channels[unit.name])
+            pairs = [(squares, weights.channels[key]) for key, squares in readers.items()]
+            scores[unit.name] = reconstruction_scores(unit, pairs)
         solutions[unit.name] = {
-            width: squares.solve(_columns(unit, scores, width, squares.layer))
+            width: [
+                squares.solve(_columns(unit, scores, width, squares.layer))
+                for squares in readers.values()
+            ]
             for width in levels(unit, num_levels)
         }
     return scores, solutions, macs
@@ -85,18 +89,25 @@ def masked_units(
     base: Denoiser, units: Sequence[Unit], scores: Scores, num_levels: int
 ) -> Solutions:
     """Return the weights after inner units at each of their levels, without a refit."""
-    solutions: Solutions = {}
     layers = reader_layers(steps_of(base))
-    for unit in units:
-        layer = layers[unit.name]
-        solutions[unit.name] = {}
-        for width in levels(unit, num_levels):
-            kept = _columns(unit, scores, width, layer)
-            matrix = torch.zeros_like(layer_matrix(layer))
-            matrix[kept] = layer_matrix(layer)[kept]
-            weights = matrix.T.reshape(layer.weight.shape).to(layer.weight.dtype)
-            solutions[unit.name][width] = (weights, _bias(layer).detach().clone())
-    return solutions
+    return {
+        unit.name: {
+            width: [
+                _masked(layer, _columns(unit, scores, width, layer))
+                for layer in layers[unit.name].values()
+            ]
+            for width in levels(unit, num_levels)
+        }
+        for unit in units
+    }
+
+
+def _masked(layer: ReadLayer, kept: Tensor) -> Weights:
+    """Return a layer's weights with 0 for the rows of its matrix that are not kept."""
+    matrix = torch.zeros_like(layer_matrix(layer))
+    matrix[kept] = layer_matrix(layer)[kept]
+    weights = matrix.T.reshape(layer.weight.shape).to(layer.weight.dtype)
+    return weights, _bias(layer).detach().clone()
 
 
 @torch.inference_mode()
@@ -122,6 +133,7 @@ def measure_units(
         The increase over the base's loss for every unit and width.
     """
     all_steps = steps_of(base)
+    layers = reader_layers(all_steps)
     last = max(i for i, step in enumerate(all_steps) if step.name in solutions)
     increases = {name: dict.fromkeys(widths, 0.0) for name, widths in solutions.items()}
     num_images = sum(len(batch.x_0) for batch in batches)
@@ -138,9 +150,10 @@ def measure_units(
         unchanged = total(state, all_steps)
         for index, step in enumerate(all_steps[: last + 1]):
             for width, weights in solutions.get(step.name, {}).items():
-                layer = step.module.get_submodule(step.output_layer)
-                assert isinstance(layer, ReadLayer)
-                with swapped_weights(layer, *weights), autocast(precision, base.device):
+                with (
+                    swapped_readers(layers[step.name].values(), weights),
+                    autocast(precision, base.device),
+                ):
                     changed = step(state)
                 increase = total(changed, all_steps[index + 1 :]) - unchanged
                 increases[step.name][width] += increase / num_images
@@ -156,35 +169,54 @@ def _statistics(
     batches: Sequence[NoisedBatch],
     schedule: NoiseSchedule,
     weights: ErrorWeights,
-) -> Iterator[tuple[Unit, LeastSquares]]:
-    """Yield every unit with the normal equations of the layer that reads it, on base states."""
+) -> Iterator[tuple[Unit, dict[str, LeastSquares]]]:
+    """Yield every unit with the normal equations of layers that read it, on base states."""
     num_images = sum(len(batch.x_0) for batch in batches)
     all_steps = steps_of(base)
-    layers = reader_layers(all_steps)
-    squares = {
-        unit.name: LeastSquares(
-            layers[unit.name], num_rows=num_images * unit.pixels, seed=derive_seed(unit.name)
-        )
-        for unit in units
-    }
-    last = max(i for i, step in enumerate(all_steps) if step.name in squares)
+    layers, names = reader_layers(all_steps), {unit.name for unit in units}
+    squares: dict[str, dict[str, LeastSquares]] = {name: {} for name in names}
+    last = max(i for i, step in enumerate(all_steps) if step.name in names)
     for number, batch in enumerate(batches):
         state = first_state(base, batch, schedule)
         for step in all_steps[: last + 1]:
-            if step.name not in squares:
+            readers = layers[step.name] if step.name in names else {}
+            with ExitStack() as stack:
+                hooks = {
+                    key: stack.enter_context(ActivationHook(layer))
+                    for key, layer in readers.items()
+                }
                 state = step(state)
-                continue
-            with ActivationHook(squares[step.name].layer) as hook:
-                state = step(state)
-            squares[step.name].add(hook.input, hook.output, weights.images[step.name][number])
+            for key, hook in hooks.items():
+                if key not in squares[step.name]:
+                    rows = num_images * (hook.output[0].numel() // len(readers[key].weight))
+                    squares[step.name][key] = LeastSquares(
+                        readers[key], num_rows=rows, seed=derive_seed(step.name)
+                    )
+                image_weights = weights.images[key][number]
+                squares[step.name][key].add(hook.input, hook.output, image_weights)
     for unit in units:
         yield unit, squares.pop(unit.name)
 
 
-def reader_layers(all_steps: Sequence[Step]) -> dict[str, ReadLayer]:
-    """Return the output layer of every step; in a unit's block it reads the unit."""
-    layers = {step.name: step.module.get_submodule(step.output_layer) for step in all_steps}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, ReadLayer)}
+def reader_layers(all_steps: Sequence[Step]) -> dict[str, dict[str, ReadLayer]]:
+    """Return the output layers of every step, by their keys; in a unit's block they read it."""
+    return {
+        step.name: {
+            step.key(stream): layer
+            for stream, name in step.output_layers.items()
+            if isinstance(layer := step.module.get_submodule(name), ReadLayer)
+        }
+        for step in all_steps
+    }
+
+
+@contextmanager
+def swapped_readers(layers: Iterable[ReadLayer], weights: Sequence[Weights]) -> Iterator[None]:
+    """Replace the weights of the layers that read a unit within the context."""
+    with ExitStack() as stack:
+        for layer, (weight, bias) in zip(layers, weights, strict=True):
+            stack.enter_context(swapped_weights(layer, weight, bias))
+        yield
 
 
 def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor:

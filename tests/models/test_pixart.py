@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
     build_network,
@@ -65,7 +66,7 @@ def noised(config: NetworkConfig, size: int, tokens: int = 5, seed: int = 0) -> 
     shape = (size, 4, side, side)
     captions = torch.randn(size, tokens, config["caption_channels"], generator=generator)
     x_0, epsilon = (torch.randn(shape, generator=generator) for _ in range(2))
-    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, captions)
+    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, Captions(captions))
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def by_diffusers(network: PixArtTransformer2DModel, batch: NoisedBatch) -> Tenso
     size = torch.full((len(batch.x_0), 2), 8.0 * batch.x_0.shape[-1])
     told = {"resolution": size, "aspect_ratio": torch.ones(len(size), 1)}
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
-    return network(batch.x_t(SCHEDULE), batch.labels, timesteps, told).sample
+    return network(batch.x_t(SCHEDULE), batch.labels.states, timesteps, told).sample
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_additional_conditions": True, "patch_size": 4}])

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import (
     build_network,
@@ -85,7 +86,7 @@ def noised(size: int, seed: int = 0) -> NoisedBatch:
     generator = torch.Generator().manual_seed(seed)
     x_0, epsilon = (torch.randn(size, 4, 8, 8, generator=generator) for _ in range(2))
     captions = torch.randn(size, 5, 12, generator=generator)
-    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, captions)
+    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, Captions(captions))
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def by_steps(network: UNet2DConditionModel, batch: NoisedBatch) -> Tensor:
 def test_the_steps_are_the_forward_pass(config):
     network, batch = random_unet(config), noised(3)
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
-    expected = network(batch.x_t(SCHEDULE), timesteps, batch.labels).sample
+    expected = network(batch.x_t(SCHEDULE), timesteps, batch.labels.states).sample
     torch.testing.assert_close(by_steps(network, batch), expected, rtol=1e-4, atol=1e-4)
 
 

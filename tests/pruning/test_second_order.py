@@ -22,9 +22,9 @@ def solutions_of(base: UNet2DModel, share: float = 1.0) -> Solutions:
     for unit in units:
         layer = reader_of(base, unit)
         own = (layer.weight.detach(), layer.bias.detach())
-        for width, found in solved[unit.name].items():
+        for width, (found,) in solved[unit.name].items():
             weight, bias = (torch.lerp(o, f, share) for o, f in zip(own, found, strict=True))
-            solved[unit.name][width] = (weight, bias)
+            solved[unit.name][width] = [(weight, bias)]
     return solved
 
 
@@ -33,7 +33,7 @@ def predictions(base: UNet2DModel, solutions: Solutions) -> Tensor:
     """What is predicted with each cut alone: ``(cuts, images, values)``."""
     found = []
     for unit in units_of(base.config):
-        for weights in solutions[unit.name].values():
+        for (weights,) in solutions[unit.name].values():
             with swapped_weights(reader_of(base, unit), *weights):
                 found.append(torch.cat([b.predict(base, SCHEDULE) for b in PROBED]).flatten(1))
     return torch.stack(found).double()

@@ -111,7 +111,7 @@ def test_the_growth_is_that_of_cutting_a_unit_alone_and_solving_behind_it(name):
         assert sorted(grown[unit.name]) == levels(unit, 2)
         for width, growth in grown[unit.name].items():
             kept = kept_at(unit, width, scores)
-            pruned = cut_with(base, unit, kept, solutions[unit.name][width])
+            pruned = cut_with(base, unit, kept, *solutions[unit.name][width])
             assert growth == pytest.approx(loss_of(pruned) - before, abs=2e-6)
 
 
@@ -128,7 +128,7 @@ def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
         refitted = cut_alone(base, unit, kept)
         choice = keep_everything(units) | {unit.name: kept}
         refit(base, refitted, kept_outputs(base, units, choice), SEEN, SCHEDULE, weights_of(base))
-        layer, found = reader_of(refitted, unit), solutions[unit.name][width]
+        layer, (found,) = reader_of(refitted, unit), solutions[unit.name][width]
         whole = torch.zeros_like(found[0])
         whole[:, unit.channel_indices(kept)] = layer.weight.detach()
         ours = cut_with(base, unit, kept, found)
@@ -161,7 +161,7 @@ def test_weights_of_what_is_cut_are_zero():
     masked = masked_units(base, UNITS, scores, num_levels=2)
     for unit in UNITS:
         for found, ranked in ((solved, solved_scores), (masked, scores)):
-            for width, weights in found[unit.name].items():
+            for width, (weights,) in found[unit.name].items():
                 kept = kept_at(unit, width, ranked)
                 gone = tuple(step for step in range(unit.width) if step not in kept)
                 assert not columns_of(unit, gone, weights).any()
@@ -180,7 +180,7 @@ def test_solving_behind_a_unit_costs_less_than_just_cutting_it():
 
     for unit in UNITS:
         width = levels(unit, 2)[0]
-        assert off_by(unit, solved[unit.name][width]) < off_by(unit, masked[unit.name][width])
+        assert off_by(unit, *solved[unit.name][width]) < off_by(unit, *masked[unit.name][width])
 
 
 def test_the_statistics_macs_are_counted_for_every_unit():
@@ -213,7 +213,7 @@ def test_the_bases_weights_are_put_back():
 def test_weights_that_do_not_fit_leave_the_base_as_it_was():
     base = random_unet()
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    wrong: Solutions = {UNITS[0].name: {1: (torch.zeros(1, 1, 1, 1), torch.zeros(1))}}
+    wrong: Solutions = {UNITS[0].name: {1: [(torch.zeros(1, 1, 1, 1), torch.zeros(1))]}}
     with pytest.raises(RuntimeError):
         measure_units(base, wrong, HELD_OUT, SCHEDULE)
     assert_same(base.state_dict(), before)
@@ -224,7 +224,7 @@ def test_the_bases_own_weights_make_the_loss_grow_by_nothing():
     own: Solutions = {}
     for unit in UNITS:
         layer = reader_of(base, unit)
-        own[unit.name] = {1: (layer.weight.detach().clone(), layer.bias.detach().clone())}
+        own[unit.name] = {1: [(layer.weight.detach().clone(), layer.bias.detach().clone())]}
     grown = measure_units(base, own, HELD_OUT, SCHEDULE)
     assert grown == {unit.name: {1: 0.0} for unit in UNITS}
 

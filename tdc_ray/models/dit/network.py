@@ -12,7 +12,7 @@ from torch.nn import functional
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.network import build_transformer, load_transformer
-from tdc_ray.models.transformers.steps import gated_step, transformer_steps
+from tdc_ray.models.transformers.steps import gated_step, modulation_of, transformer_steps
 
 
 def build_dit(config: NetworkConfig) -> DiTTransformer2DModel:
@@ -82,18 +82,15 @@ def steps(dit: DiTTransformer2DModel) -> list[Step]:
             gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, partial(gate, 0)),
             gated_step(f"{name}.ff", block.ff, block.norm3, partial(gate, 1)),
         ]
-    return transformer_steps(dit, blocks, "proj_out_2", partial(_end_modulation, dit.proj_out_1))
+    modulation = partial(_end_modulation, dit.proj_out_1)
+    return transformer_steps(dit, blocks, "proj_out_2", dit.norm_out, modulation)
 
 
 def _modulation(
     layer: nn.Linear, block: int, half: int, embeddings: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return shift, scale and gate of a block's attention (0) or feed-forward (1)."""
-    weight, bias = layer.weight.chunk(2)[half], layer.bias.chunk(2)[half]
-    shift, scale, gate = functional.linear(
-        functional.silu(embeddings[:, block]), weight, bias
-    ).chunk(3, dim=1)
-    return shift, scale, gate
+    return modulation_of(layer, half, embeddings[:, block])
 
 
 def _end_modulation(layer: nn.Linear, embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.steps import CrossStep, gated_step, transformer_steps
 
@@ -19,17 +20,18 @@ def ends(pixart: PixArtTransformer2DModel) -> Ends:
 
 
 def start(
-    pixart: PixArtTransformer2DModel, x_t: Tensor, timesteps: Tensor, captions: Tensor | None
+    pixart: PixArtTransformer2DModel, x_t: Tensor, timesteps: Tensor, captions: Captions
 ) -> State:
-    """Return the state before the first step, of ``captions``' states, ``(B, S, C)``."""
+    """Return the state before the first step."""
     count, _, height, width = x_t.shape
     sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
     size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
     blocks, end = pixart.adaln_single(timesteps, size, batch_size=count, hidden_dtype=pixart.dtype)
     embedding = torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
+    context = captions.states
     if pixart.caption_projection is not None:
-        captions = pixart.caption_projection(captions)
-    return State(x_t, embedding, context=captions)
+        context = pixart.caption_projection(context)
+    return State(x_t, embedding, context=context)
 
 
 def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
@@ -39,11 +41,13 @@ def steps(pixart: PixArtTransformer2DModel) -> list[Step]:
         name, gate = f"transformer_blocks.{index}", partial(_modulation, block.scale_shift_table)
         blocks += [
             gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
-            CrossStep(name=f"{name}.attn2", module=block.attn2, output_layer="to_out.0"),
+            CrossStep(
+                name=f"{name}.attn2", module=block.attn2, output_layers={"hidden": "to_out.0"}
+            ),
             gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
         ]
     modulation = partial(_end_modulation, pixart.scale_shift_table)
-    return transformer_steps(pixart, blocks, "proj_out", modulation)
+    return transformer_steps(pixart, blocks, "proj_out", pixart.norm_out, modulation)
 
 
 def _modulation(table: Tensor, half: int, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,33 @@ def feed_forward_unit(name: str, width: int, tokens: int) -> Unit:
     return Unit(name, "feed-forward", width, 1, tokens)
 
 
+def check_inner(kind: SpaceKind) -> None:
+    """Check that what is to be pruned are inner units alone.
+
+    Raises:
+        UnsupportedModelError: The stream is to be pruned, too.
+    """
+    if kind == "full":
+        raise UnsupportedModelError(
+            "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
+            "heads and feed-forwards."
+        )
+
+
+def num_patches(sample_size: int, patch_size: int) -> int:
+    """Return the number of patches of a square image, which are a transformer's tokens.
+
+    Raises:
+        UnsupportedModelError: Patches do not tile it.
+    """
+    if sample_size % patch_size:
+        raise UnsupportedModelError(
+            f"a sample_size of {sample_size} is no multiple of the patch_size {patch_size}: set "
+            "one that is in the model's config.json."
+        )
+    return (sample_size // patch_size) ** 2
+
+
 def block_units(
     settings: TransformerSettings, kind: SpaceKind, *attentions: str
 ) -> tuple[Unit, ...]:
@@ -86,19 +113,9 @@ def block_units(
     Raises:
         UnsupportedModelError: The stream is to be pruned, too, or patches do not tile the images.
     """
-    if kind == "full":
-        raise UnsupportedModelError(
-            "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
-            "heads and feed-forwards."
-        )
-    sample_size, patch_size = settings.sample_size, settings.patch_size
-    if sample_size % patch_size:
-        raise UnsupportedModelError(
-            f"a sample_size of {sample_size} is no multiple of the patch_size {patch_size}: set "
-            "one that is in the model's config.json."
-        )
+    check_inner(kind)
     heads, size = settings.num_attention_heads, settings.attention_head_dim
-    tokens, units = (sample_size // patch_size) ** 2, []
+    tokens, units = num_patches(settings.sample_size, settings.patch_size), []
     for name in (f"transformer_blocks.{index}" for index in range(settings.num_layers)):
         units += [attention_unit(f"{name}.{one}", heads, size, tokens) for one in attentions]
         units.append(feed_forward_unit(f"{name}.ff", 4 * heads * size, tokens))

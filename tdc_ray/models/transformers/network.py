@@ -21,7 +21,7 @@ def completed(network: Any) -> Any:
     """Name the channels that a config leaves open; compute positions, also on the meta device."""
     network.register_to_config(out_channels=network.out_channels)
     patches = network.pos_embed
-    if patches.pos_embed.is_meta:
+    if patches.pos_embed.is_meta and patches.pos_embed_max_size is None:  # else it is saved
         positions = get_2d_sincos_pos_embed(
             network.inner_dim,
             patches.height,

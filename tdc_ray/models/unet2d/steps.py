@@ -51,7 +51,7 @@ def steps(unet: UNet2DModel) -> list[Step]:
         return Step(
             name=name or names[module],
             module=module,
-            output_layer=output_layer(module),
+            output_layers={"hidden": output_layer(module)},
             residual_scale=residual_scale(module),
             reads_embedding=isinstance(module, ResnetBlock2D),
             reads_skip=reads_skip,

@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
@@ -36,10 +37,8 @@ def ends(unet: UNet2DConditionModel) -> Ends:
     return Ends(unet.conv_in, unet.conv_norm_out, unet.conv_out)
 
 
-def start(
-    unet: UNet2DConditionModel, x_t: Tensor, timesteps: Tensor, captions: Tensor | None
-) -> State:
-    """Return the state before the first step, of ``captions``' states, ``(B, S, C)``.
+def start(unet: UNet2DConditionModel, x_t: Tensor, timesteps: Tensor, captions: Captions) -> State:
+    """Return the state before the first step.
 
     Raises:
         UnsupportedModelError: The UNet takes more than these: a caption as a whole, and sizes.
@@ -48,7 +47,7 @@ def start(
         raise UnsupportedModelError("a UNet with an addition_embed_type cannot run in steps yet.")
     embedding = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
     centred = 2 * x_t - 1 if unet.config["center_input_sample"] else x_t
-    return State(centred, embedding, context=captions)
+    return State(centred, embedding, context=captions.states)
 
 
 def steps(unet: UNet2DConditionModel) -> list[Step]:
@@ -82,7 +81,7 @@ def _step(
     return Step(
         name=name,
         module=module,
-        output_layer=output_layer(module),
+        output_layers={"hidden": output_layer(module)},
         residual_scale=residual_scale(module),
         reads_embedding=isinstance(module, ResnetBlock2D),
         reads_skip=reads_skip,
@@ -104,20 +103,31 @@ def _parts(name: str, module: nn.Module) -> list[Step]:
     if not isinstance(module, Transformer2DModel):
         return [_step(name, module)]
     entry = nn.Sequential(module.norm, module.proj_in)
-    parts: list[Step] = [_EnterStep(name=f"{name}.proj_in", module=entry, output_layer="1")]
+    parts: list[Step] = [
+        _EnterStep(name=f"{name}.proj_in", module=entry, output_layers={"hidden": "1"})
+    ]
     for index, block in enumerate(module.transformer_blocks):
         inner = f"{name}.transformer_blocks.{index}"
         own = _NormedStep(
-            name=f"{inner}.attn1", module=block.attn1, norm=block.norm1, output_layer="to_out.0"
+            name=f"{inner}.attn1",
+            module=block.attn1,
+            norm=block.norm1,
+            output_layers={"hidden": "to_out.0"},
         )
         cross = replace(
             own, name=f"{inner}.attn2", module=block.attn2, norm=block.norm2, reads_context=True
         )
         feed_forward = replace(
-            own, name=f"{inner}.ff", module=block.ff, norm=block.norm3, output_layer="net.2"
+            own,
+            name=f"{inner}.ff",
+            module=block.ff,
+            norm=block.norm3,
+            output_layers={"hidden": "net.2"},
         )
         parts += [own, cross, feed_forward]
-    exit_step = _ExitStep(name=f"{name}.proj_out", module=module.proj_out, output_layer="")
+    exit_step = _ExitStep(
+        name=f"{name}.proj_out", module=module.proj_out, output_layers={"hidden": ""}
+    )
     return [*parts, exit_step]
 
 

@@ -12,6 +12,7 @@ from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import steps_of
 from tdc_ray.models.forward import max_batch_size
+from tdc_ray.models.step import Step, Stream
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import atomic_path, fetch
@@ -22,14 +23,17 @@ CHANNELS = "|channels"
 
 @dataclass(frozen=True, slots=True)
 class ErrorWeights:
-    """How much an error in the output of a step, before its gate, changes the network's."""
+    """How much an error in an output of a step, before its gate, changes the network's.
+
+    Outputs go by their keys (:meth:`Step.key`).
+    """
 
     images: Mapping[str, Sequence[Tensor]]
-    """For every step of the network a tensor ``(B,)`` for each batch; their mean over all is 1."""
+    """For every output a tensor ``(B,)`` for each batch; their mean over all is 1."""
 
     channels: Mapping[str, Tensor]
-    """For steps with inner units ``(M, M)``: how much errors in two channels of the output do
-    together, the mean over images and positions, up to a factor."""
+    """For outputs of steps with inner units ``(M, M)``: how much errors in two channels do
+    together, the sum over images and positions, up to a factor that all share."""
 
 
 @torch.no_grad()
@@ -62,19 +66,24 @@ def error_weights(
         norms: dict[str, list[Tensor]] = {}
         for part, direction in zip(batch.split(size), directions, strict=True):
             with torch.enable_grad():
-                state, hidden = first_state(base, part, schedule), []
+                state = first_state(base, part, schedule)
+                outputs: list[tuple[Step, Stream, Tensor]] = []
                 for step in all_steps:
                     state = step(state)
-                    hidden.append(state.hidden)
-                gradients = torch.autograd.grad((state.hidden * direction).sum(), hidden)
-            for step, of_output in zip(all_steps, gradients, strict=True):
-                gate = step.gate(state)
-                gradient = of_output if gate is None else of_output * gate[:, :, None, None]
-                norms.setdefault(step.name, []).append(gradient.flatten(1).square().mean(1))
+                    outputs += [(step, s, getattr(state, s)) for s in step.output_layers]
+                values = [value for *_, value in outputs]
+                gradients = torch.autograd.grad((state.hidden * direction).sum(), values)
+            for (step, stream, _), of_output in zip(outputs, gradients, strict=True):
+                key, gate = step.key(stream), step.gate(state, stream)
+                gradient = of_output if stream == "hidden" else of_output.transpose(1, 2)
+                gradient = gradient.flatten(2)  # (B, M, positions)
+                if gate is not None:
+                    gradient = gradient * gate[:, :, None]
+                norms.setdefault(key, []).append(gradient.flatten(1).square().mean(1))
                 if step.name in units:
                     of_channels = gradient.movedim(1, 0).flatten(1)  # (M, images * positions)
                     products = of_channels @ of_channels.T
-                    channels[step.name] = channels.get(step.name, 0.0) + products
+                    channels[key] = channels.get(key, 0.0) + products
         for name, parts in norms.items():
             weights.setdefault(name, []).append(torch.cat(parts))
     for of_step in weights.values():

@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.execution.device import exact_products
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import steps_of
-from tdc_ray.models.step import State, Step, is_cut
+from tdc_ray.models.step import State, Step, Stream, is_cut
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
@@ -65,19 +66,22 @@ def refit(
     pruned_states, cut_before = base_states, False
     for base_step, step in zip(steps_of(base), steps_of(pruned), strict=True):
         base_after = [buffer.keep(_after(base_step, state, device)) for state in base_states]
+        streams = {name: stream for stream, name in step.output_layers.items()}
         for name in _to_solve(base_step, step, cut_before=cut_before):
             layer = step.module.get_submodule(name)
             assert isinstance(layer, ReadLayer)
+            stream = streams.get(name, next(iter(step.output_layers)))
             macs += _solve(
                 layer,
                 name,
                 base_step,
                 step,
+                stream,
                 base_states,
                 pruned_states,
-                base_after if name == step.output_layer else None,
+                base_after if name in streams else None,
                 kept_of.get(layer),
-                weights.images[step.name],
+                weights.images[step.key(stream)],
             )
         cut_before = cut_before or is_cut(base_step, step)
         pruned_states = (
@@ -97,31 +101,48 @@ class SpillBuffer:
         """Bytes of the tensors in memory, by their identity."""
 
     def keep(self, state: State) -> State:
-        """Return a state whose newest tensor, the only one that may be new, is kept."""
-        hidden = state.hidden
-        size = hidden.numel() * hidden.element_size()
+        """Return a state whose hidden and context, the only tensors that may be new, are kept."""
+        hidden, context = self._keep(state.hidden), state.context
+        if context is not None:
+            context = self._keep(context)
+        skips = tuple(hidden if skip is state.hidden else skip for skip in state.skips)
+        return replace(state, hidden=hidden, context=context, skips=skips)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._bytes:
+            return tensor
+        size = tensor.numel() * tensor.element_size()
         if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
-            kept = _in_file(hidden)
-            skips = tuple(kept if skip is hidden else skip for skip in state.skips)
-            return replace(state, hidden=kept, skips=skips)
-        self._bytes[id(hidden)] = size
-        weakref.finalize(hidden, self._bytes.pop, id(hidden), None)
-        return state
+            tensor, size = _in_file(tensor), 0
+        self._bytes[id(tensor)] = size
+        weakref.finalize(tensor, self._bytes.pop, id(tensor), None)
+        return tensor
 
 
 def _on(state: State, device: torch.device) -> State:
     """Copy a state to a device."""
     skips = tuple(skip.to(device) for skip in state.skips)
-    return replace(state, hidden=state.hidden.to(device), skips=skips)
+    context = None if state.context is None else state.context.to(device)
+    return replace(state, hidden=state.hidden.to(device), context=context, skips=skips)
 
 
 def _after(step: Step, state: State, device: torch.device) -> State:
-    """Run a step; skips that it does not read stay where they are kept."""
+    """Run a step; what it passes on stays where it is kept."""
     copied = _on(state, device)
     after = step(copied)
-    kept = {id(copy): skip for copy, skip in zip(copied.skips, state.skips, strict=True)}
-    skips = tuple(kept.get(id(skip), skip) for skip in after.skips)
-    return replace(after, skips=skips)
+    copies = (copied.hidden, copied.context, *copied.skips)
+    originals = (state.hidden, state.context, *state.skips)
+    kept: dict[int, Any] = dict(zip(map(id, copies), originals, strict=True))
+
+    def original(tensor: Any) -> Any:
+        return kept.get(id(tensor), tensor)
+
+    return replace(
+        after,
+        hidden=original(after.hidden),
+        context=original(after.context),
+        skips=tuple(map(original, after.skips)),
+    )
 
 
 def _in_file(tensor: Tensor) -> Tensor:
@@ -143,6 +164,7 @@ def _solve(
     name: str,
     base_step: Step,
     step: Step,
+    stream: Stream,
     base_states: Sequence[State],
     pruned_states: Sequence[State],
     base_after: Sequence[State] | None,
@@ -156,6 +178,7 @@ def _solve(
         name: Its name within the step.
         base_step: The step of the base.
         step: That of the pruned network.
+        stream: What an output layer adds to.
         base_states: Input of the base's step.
         pruned_states: Input of the pruned one.
         base_after: Output of the base's step, where the layer is the step's output layer: the
@@ -169,18 +192,19 @@ def _solve(
     is_linear, squares = isinstance(layer, nn.Linear), None
     for index, state in enumerate(pruned_states):
         with ActivationHook(layer) as hook:
-            output = step(_on(state, device)).hidden
-        gate = None if base_after is None else step.gate(state)
+            output = getattr(step(_on(state, device)), stream)
+        gate = None if base_after is None else step.gate(state, stream)
         if base_after is None or gate is not None:
             with ActivationHook(base_step.module.get_submodule(name)) as base_hook:
                 base_step(_on(base_states[index], device))
             target = _select(base_hook.output, kept, dim=2 if is_linear else 1)
             if gate is not None:
-                before = base_states[index].hidden.to(device) - state.hidden.to(device)
-                target = target + _ungated(step.in_layer(before), gate)
+                of_base, of_pruned = (getattr(s, stream) for s in (base_states[index], state))
+                before = of_base.to(device) - of_pruned.to(device)
+                target = target + _ungated(step.in_layer(before, stream), gate)
         else:
-            base_output = _select(base_after[index].hidden.to(device), kept, dim=1)
-            target = hook.output + step.in_layer(base_output - output)
+            base_output = _select(getattr(base_after[index], stream).to(device), kept, dim=1)
+            target = hook.output + step.in_layer(base_output - output, stream)
         if squares is None:
             num_rows = num_images * (target[0].numel() // len(layer.weight))
             squares = LeastSquares(layer, num_rows=num_rows, seed=derive_seed(step.name, name))
@@ -208,15 +232,15 @@ def _ungated(missing: Tensor, gate: Tensor) -> Tensor:
 
 
 def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:
-    """Return a step's layers that read what was pruned, by name, its output layer last."""
-    whole, last = _layers(base.module), step.output_layer
+    """Return a step's layers that read what was pruned, by name, its output layers last."""
+    whole, last = _layers(base.module), [*step.output_layers.values()]
     shrunk = [
         name
         for name, layer in _layers(step.module).items()
         if layer.weight.shape[1] < whole[name].weight.shape[1]
     ]
-    outputs = [last] if cut_before or last in shrunk else []
-    return [name for name in shrunk if name != last] + outputs
+    outputs = [name for name in last if cut_before or name in shrunk]
+    return [name for name in shrunk if name not in last] + outputs
 
 
 def _layers(module: nn.Module) -> dict[str, ReadLayer]:

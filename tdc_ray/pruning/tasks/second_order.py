@@ -89,6 +89,10 @@ def _probing_macs(base: LoadedBase, solutions: Solutions) -> int:
     for layer in base.layers:
         _, polynomial = macs_polynomials([layer], base.space.units)
         macs[layer.name] = polynomial.total(base.space.full)
-    readers = {step.name: f"{step.name}.{step.output_layer}" for step in steps_of(base.network)}
-    changes = sum(len(cuts) * macs[readers[name]] for name, cuts in solutions.items())
+    changes = sum(
+        len(solutions[step.name]) * macs[f"{step.name}.{layer}"]
+        for step in steps_of(base.network)
+        if step.name in solutions
+        for layer in step.output_layers.values()
+    )
     return (1 + base.context.prune.num_probes) * base.space.macs_base + changes

@@ -215,5 +215,7 @@ def _measuring_macs(base: LoadedBase, widths: Scheme, solutions: Solutions) -> f
     for layer in reversed(base.layers):
         _, macs = macs_polynomials([layer], base.space.units)
         total += macs.total(widths)
-        behind[layer.name.rpartition(".")[0]] = total  # in the end, where the block begins
+        for name in solutions:
+            if layer.name.startswith(f"{name}."):
+                behind[name] = total  # in the end, where the block begins
     return float(sum(behind[name] * len(by_width) for name, by_width in solutions.items()))

@@ -29,6 +29,8 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
+    PIXART_CLASS,
+    SD3_CLASS,
     FirstStageConfig,
     NetworkConfig,
     class_name,
@@ -51,6 +53,9 @@ FLOW: PredictionType = "flow_prediction"
 
 TRANSFORMERS = (DIT_CLASS,)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
+
+TEXT_TRANSFORMERS = (PIXART_CLASS, SD3_CLASS)
+"""Those that are found, to be refused for what they are: there are no captions."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -161,7 +166,8 @@ def is_unet(folder: Path) -> bool:
         CheckpointError: The config is no JSON object.
     """
     document = json_object(folder / "config.json")
-    return "block_out_channels" in document or class_name(document) in TRANSFORMERS
+    known = (*TRANSFORMERS, *TEXT_TRANSFORMERS)
+    return "block_out_channels" in document or class_name(document) in known
 
 
 def _check_prediction(base: PretrainedBase, predicts: PredictionType | None) -> None:

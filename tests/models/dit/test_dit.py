@@ -116,7 +116,7 @@ def test_a_pruned_one_computes_what_the_whole_one_does_without_what_is_pruned(co
     for unit in units:
         gone = unit.channel_indices(i for i in range(unit.width) if i not in kept[unit.name])
         step = readers[unit.name]
-        step.module.get_submodule(step.output_layer).weight[:, gone] = 0
+        step.module.get_submodule(step.output_layers["hidden"]).weight[:, gone] = 0
     expected = network(*inputs).sample
     torch.testing.assert_close(pruned(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
 

@@ -32,32 +32,36 @@ def least_error(squares: LeastSquares, columns: list[int]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("linear", "channels"),
-    [(True, 2), (False, 2), (True, 1)],
-    ids=["attention", "residual", "feed-forward"],
+    ("linear", "channels", "num_readers"),
+    [(True, 2, 1), (False, 2, 1), (True, 1, 1), (True, 2, 2)],
+    ids=["attention", "residual", "feed-forward", "joint-attention"],
 )
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10**6))
-def test_reconstruction_eliminates_as_brute_force_does(linear, channels, seed):
-    unit, squares = unit_and_squares(seed, linear=linear, channels=channels)
+def test_reconstruction_eliminates_as_brute_force_does(linear, channels, num_readers, seed):
+    made = [
+        unit_and_squares(seed + number, linear=linear, channels=channels)
+        for number in range(num_readers)
+    ]
+    unit, readers = made[0][0], [squares for _, squares in made]
     taps = 1 if linear else 9
 
     def columns(steps: set[int]) -> list[int]:
         size = unit.channels * taps
         return [step * size + place for step in sorted(steps) for place in range(size)]
 
+    def least(steps: set[int]) -> float:
+        return sum(least_error(squares, columns(steps)) for squares in readers) if steps else 0.0
+
     left, expected = set(range(unit.width)), [0.0] * unit.width
-    start = least_error(squares, columns(left))
+    start = least(left)
     while left:
-        errors = {
-            step: (least_error(squares, columns(left - {step})) if len(left) > 1 else 0.0) - start
-            for step in left
-        }
+        errors = {step: least(left - {step}) - start for step in left}
         gone = min(errors, key=errors.__getitem__)
         expected[gone] = errors[gone]
         left.remove(gone)
-    alike = torch.eye(len(squares.layer.weight))
-    assert reconstruction_scores(unit, squares, alike) == pytest.approx(expected, rel=1e-6)
+    pairs = [(squares, torch.eye(len(squares.layer.weight))) for squares in readers]
+    assert reconstruction_scores(unit, pairs) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
@@ -67,7 +71,7 @@ def test_a_step_that_is_a_copy_of_another_goes_first_and_costs_nothing():
     inputs[..., 4:] = inputs[..., :2]
     squares = LeastSquares(layer, num_rows=1, seed=0)
     squares.add(inputs, layer(inputs).detach())
-    scores = reconstruction_scores(unit, squares, torch.eye(5))
+    scores = reconstruction_scores(unit, [(squares, torch.eye(5))])
     assert min(scores[0], scores[2]) < 1e-3 * min(scores[1], max(scores[0], scores[2]))
 
 
@@ -78,7 +82,7 @@ def test_a_step_that_nothing_reads_costs_nothing():
     inputs = torch.randn(20, 36, 8)
     silent = LeastSquares(squares.layer, num_rows=1, seed=0)
     silent.add(inputs, squares.layer(inputs).detach())
-    scores = reconstruction_scores(unit, silent, torch.eye(len(squares.layer.weight)))
+    scores = reconstruction_scores(unit, [(silent, torch.eye(len(squares.layer.weight)))])
     assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
 
 
@@ -92,10 +96,10 @@ def test_an_error_in_outputs_that_change_nothing_costs_nothing():
     read.add(inputs, squares.layer(inputs).detach())
     weights = torch.eye(outputs)
     weights[-1, -1] = 0.0
-    scores = reconstruction_scores(unit, read, weights)
+    scores = reconstruction_scores(unit, [(read, weights)])
     assert scores[1] < 1e-6 * min(scores[:1] + scores[2:])
-    alike = reconstruction_scores(unit, read, torch.zeros(outputs, outputs))
-    assert alike == reconstruction_scores(unit, read, torch.eye(outputs))
+    alike = reconstruction_scores(unit, [(read, torch.zeros(outputs, outputs))])
+    assert alike == reconstruction_scores(unit, [(read, torch.eye(outputs))])
 
 
 def test_errors_in_two_outputs_that_cancel_cost_nothing():
@@ -106,5 +110,5 @@ def test_errors_in_two_outputs_that_cancel_cost_nothing():
     inputs = torch.randn(20, 36, 6)
     squares = LeastSquares(layer, num_rows=1, seed=0)
     squares.add(inputs, layer(inputs).detach())
-    scores = reconstruction_scores(unit, squares, torch.ones(2, 2))
+    scores = reconstruction_scores(unit, [(squares, torch.ones(2, 2))])
     assert scores[0] < 1e-6 * min(scores[1:])

@@ -7,7 +7,6 @@ from torch import Tensor
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.models.families import family_of, steps_of
-from tdc_ray.models.forward import swapped_weights
 from tdc_ray.models.step import run
 from tdc_ray.models.surgery import kept_outputs
 from tdc_ray.models.units import keep_everything
@@ -16,7 +15,12 @@ from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import _ungated, refit
 from tdc_ray.pruning.second_order import quadratic_model
-from tdc_ray.pruning.sensitivity import measure_units, reader_layers, solve_units
+from tdc_ray.pruning.sensitivity import (
+    measure_units,
+    reader_layers,
+    solve_units,
+    swapped_readers,
+)
 from tdc_ray.pruning.space import space_of
 from tests.small import TINY_DIT, assert_same, random_dit
 
@@ -88,8 +92,8 @@ def test_gradients_behind_gates_are_those_of_the_layers_outputs():
     *before, step, end = steps_of(base)
     state = run(before, state)
     error = torch.randn(4, 32, 16) * 1e-2
-    gate = step.gate(state)
-    handle = step.module.get_submodule(step.output_layer).register_forward_hook(
+    gate = step.gate(state, "hidden")
+    handle = step.module.get_submodule(step.output_layers["hidden"]).register_forward_hook(
         lambda _, __, output: output + error.transpose(1, 2)
     )
     moved = step(state).hidden
@@ -98,7 +102,7 @@ def test_gradients_behind_gates_are_those_of_the_layers_outputs():
     torch.testing.assert_close(moved - step(state).hidden, expected, rtol=1e-3, atol=1e-5)
     images = end(step(state)).hidden
     layer = end.module(end.norm(torch.zeros(4, 16, 32)))
-    assert end.in_layer(images).shape == layer.shape
+    assert end.in_layer(images, "hidden").shape == layer.shape
 
 
 def test_sensitivities_of_heads_and_widths_are_measured_and_predicted():
@@ -118,6 +122,6 @@ def test_sensitivities_of_heads_and_widths_are_measured_and_predicted():
     wanted, layers = outputs_of(base, batches), reader_layers(steps_of(base))
     for place, (name, width) in enumerate(cuts):
         assert measured[name][width] != 0
-        with swapped_weights(layers[name], *solutions[name][width]):
+        with swapped_readers(layers[name].values(), solutions[name][width]):
             moved = float((outputs_of(base, batches) - wanted).square().mean())
         assert model.products[place][place] == pytest.approx(moved, rel=0.3)

@@ -1,29 +1,34 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.item import ItemResult, load_result
+from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.noised import noised_batches, run_all
 from tdc_ray.pruning.sensitivity import levels
+from tdc_ray.pruning.space import space_of
 from tdc_ray.pruning.tasks.scores import ScoreJob, score_units
 from tdc_ray.pruning.tasks.sensitivities import (
     SensitivityJob,
     SensitivityResult,
     StreamJob,
+    _measuring_macs,
     measure_sensitivities,
     measure_stream,
 )
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
     TINY,
+    TINY_DIT,
     context_of,
     group_of,
     make_run_dir,
@@ -143,3 +148,12 @@ def test_sensitivities_survive_their_file_with_widths_as_text(run_dir, tmp_path)
     result = sensitivities_of(run_dir, CONFIG, UNITS[0].name)
     ItemResult(result).save(tmp_path / "result.json")
     assert load_result(tmp_path / "result.json", SensitivityResult).value == result
+
+
+@pytest.mark.parametrize(("unit", "first"), [("attn1", "attn1.to_q"), ("ff", "ff.net.0.proj")])
+def test_macs_behind_a_transformers_unit_are_those_from_its_first_layer_on(unit, first):
+    layers, space = network_structure(TINY_DIT).layers, space_of(TINY_DIT)
+    base, block = SimpleNamespace(layers=layers, space=space), "transformer_blocks.1"
+    place = [layer.name for layer in layers].index(f"{block}.{first}")
+    found = _measuring_macs(base, space.full, {f"{block}.{unit}": {1: [], 2: []}})
+    assert found == 2 * sum(layer.macs for layer in layers[place:])
