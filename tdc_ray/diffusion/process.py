@@ -12,7 +12,7 @@ from torch import Tensor
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.prediction import PREDICTIONS, Prediction
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
-from tdc_ray.models.denoiser import DenoiserOutput
+from tdc_ray.models.denoiser import DenoiserOutput, conditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,8 @@ class NoisedBatch:
     """Integers in [0, T), ``(B,)``."""
 
     labels: Tensor | None = None
-    """Classes, ``(B,)``; None for networks that are not conditioned on them."""
+    """Classes, ``(B,)``, or states of captions, ``(B, S, C)``; None for networks that are not
+    conditioned on them."""
 
     perturbation: Tensor | None = None
     """Added to the noise that the network sees, and not to its target (arXiv:2301.11706),
@@ -177,8 +178,7 @@ class NoisedBatch:
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
         """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
-        labels = {} if self.labels is None else {"class_labels": self.labels}
-        output: Tensor = model(self.x_t(schedule), timesteps, **labels).sample
+        output: Tensor = model(self.x_t(schedule), timesteps, **conditions(self.labels)).sample
         return output
 
 

@@ -88,6 +88,8 @@ def sample(
     generators: Sequence[torch.Generator],
     *,
     class_labels: Tensor | None = None,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sample one image per generator.
@@ -102,6 +104,8 @@ def sample(
         spec: Shape, steps, guidance, precision.
         generators: One per image.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
+        prompt_embeds: States of the prompts, ``(B, S, C)``, for those conditioned on text.
+        negative_prompt_embeds: States of what guidance leads away from, ``(B, S, C)``.
         on_step: Called after each step.
 
     Returns:
@@ -120,11 +124,8 @@ def sample(
     num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
     winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
     channels_last = winograd or device.type == "cuda"
-    labels = None if class_labels is None else class_labels.to(device)
+    labels = _labels(spec, class_labels, prompt_embeds, negative_prompt_embeds)
     guided = labels is not None and spec.guidance_scale != 1.0
-    if labels is not None and guided:
-        assert spec.null_class is not None
-        labels = torch.cat([labels, torch.full_like(labels, spec.null_class)])  # -> (2B,)
     finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
     for step in scheduler.timesteps:
         timestep = step.item()
@@ -154,6 +155,21 @@ def to_uint8(images: Tensor) -> Tensor:
     """Convert images in [-1, 1], ``(B, C, H, W)``, to pixels: uint8, ``(B, H, W, C)``, on CPU."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _labels(
+    spec: SamplingSpec, classes: Tensor | None, prompts: Tensor | None, negative: Tensor | None
+) -> Tensor | None:
+    """Return what denoisers are told, ``(B, ...)``; with guidance as for :func:`_guide`."""
+    labels, null = (prompts, negative) if classes is None else (classes, None)
+    if labels is None:
+        return None
+    if spec.guidance_scale != 1.0:
+        if classes is not None and spec.null_class is not None:
+            null = torch.full_like(labels, spec.null_class)
+        assert null is not None
+        labels = torch.cat([labels, null])
+    return labels.to(spec.device, spec.dtype if labels.is_floating_point() else None)
 
 
 def _guide(output: Tensor, scale: float, num_channels: int) -> Tensor:

@@ -28,12 +28,10 @@ class Denoiser(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def __call__(
-        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
-    ) -> DenoiserOutput:
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> DenoiserOutput:
         """Predict the noise of images ``(B, C, H, W)`` at timesteps ``(B,)``.
 
-        ``class_labels``, ``(B,)``, are for networks that embed classes (:func:`has_classes`).
+        What else it is told is named by :func:`conditions`.
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -62,6 +60,19 @@ class Denoiser(Protocol):
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
+
+
+def conditions(labels: Tensor | None) -> dict[str, Tensor]:
+    """Return what a network is called with beside images and timesteps.
+
+    Args:
+        labels: Classes, int64, ``(B,)``, or the states of captions, floats, ``(B, S, C)``. None
+            for a network that is unconditional.
+    """
+    if labels is None:
+        return {}
+    name = "encoder_hidden_states" if labels.is_floating_point() else "class_labels"
+    return {name: labels}
 
 
 def has_classes(network: Denoiser) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_ray.models.denoiser import Denoiser, has_classes
-from tdc_ray.models.families import family_of
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import blank_labels, family_of
 from tdc_ray.models.network_config import image_size
 
 MAX_REPEATS = 200
@@ -67,11 +67,11 @@ def time_passes(
 
 
 def _random_batch(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return noise, timesteps and, for a network that embeds them, classes."""
+    """Return noise, timesteps and, for a network that reads them, labels."""
     config, device = network.config, network.device
     shape = (batch_size, config["in_channels"], *image_size(config))
-    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
-    return torch.randn(shape, device=device), zeros + 1, zeros if has_classes(network) else None
+    timesteps = torch.ones(batch_size, dtype=torch.long, device=device)
+    return torch.randn(shape, device=device), timesteps, blank_labels(network, batch_size)
 
 
 def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[float]:

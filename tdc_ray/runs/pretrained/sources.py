@@ -5,6 +5,7 @@ a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusio
 CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`` without objects.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from tdc_ray.models.network_config import (
     NetworkConfig,
     class_name,
     image_size,
+    reads_text,
 )
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -315,7 +317,19 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "missing."
         )
     kind = index["scheduler"][-1]
-    return _with_scheduler(source, network, path, first_stage, kind)
+    base = _with_scheduler(source, network, path, first_stage, kind)
+    return _with_guidance(base, index.get("_class_name")) if reads_text(base.unet) else base
+
+
+def _with_guidance(base: PretrainedBase, pipeline: object) -> PretrainedBase:
+    """Sample a base that is told prompts with the guidance that its pipeline has by default."""
+    call: Any = getattr(getattr(diffusers, str(pipeline), None), "__call__", None)  # noqa: B004
+    scale = call and inspect.signature(call).parameters.get("guidance_scale")
+    if not scale:
+        return base
+    stages = base.settings.model_dump(exclude_unset=True)
+    stages.setdefault("sampler", {})["guidance_scale"] = scale.default
+    return replace(base, settings=read_settings(base.source, stages))
 
 
 def _with_scheduler(
@@ -579,8 +593,8 @@ def _from_hub(name: str) -> Path:
     try:
         downloaded = snapshot_download(
             name,
-            allow_patterns=["*.json", "*.safetensors"],
-            ignore_patterns=["*.fp16.*", "*non_ema*"],
+            allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+            ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
