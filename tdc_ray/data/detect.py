@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source
 from tdc_ray.data.sources import parquet, webdataset
@@ -33,7 +33,7 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         ConfigError: The path holds no data of a known kind, or of several kinds.
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
-    path = Path(source).expanduser()
+    path, none = Path(source).expanduser(), dict[str, Any].fromkeys(OF_BASE)
     if source in (*BUNDLED, BASE_SAMPLES):
         if path.exists():
             raise ConfigError(
@@ -42,11 +42,9 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
             )
         drawn = {name: getattr(data, name) for name in OF_BASE if source == BASE_SAMPLES}
         # In two steps, as each is checked.
-        bundled = replace(
-            data, source="digits", path=None, labels_from_folders=False, **dict.fromkeys(OF_BASE)
-        )
+        bundled = replace(data, source="digits", path=None, labels_from_folders=False, **none)
         return replace(bundled, source=cast(Source, source), **drawn)
-    data = replace(data, **dict.fromkeys(OF_BASE))
+    data = replace(data, **none)
     kinds = _kinds(path)
     if not kinds:
         raise ConfigError(

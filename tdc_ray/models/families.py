@@ -151,7 +151,7 @@ def family_of(network: Denoiser) -> Family:
     return row_of(FAMILIES, type(network).__name__)
 
 
-def reads_captions(network: nn.Module) -> bool:
+def reads_captions(network: Denoiser | nn.Module) -> bool:
     """Whether a network is told the states of captions."""
     return type(network).__name__ in TEXT_CLASSES
 
@@ -167,7 +167,8 @@ def blank_labels(network: Denoiser, count: int) -> Tensor | None:
         return None
     if has_classes(network):
         return torch.zeros(count, dtype=torch.long, device=network.device)
-    shape = (count, CAPTION_TOKENS, network.config["cross_attention_dim"])
+    config: Any = network.config
+    shape = (count, CAPTION_TOKENS, config["cross_attention_dim"])
     return torch.zeros(shape, device=network.device)
 
 

@@ -18,7 +18,7 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True)
 class PruneCommand:
-    """Prune any saved UNet2DModel, UNet2DConditionModel or DiT to a share of its macs, or to a time.
+    """Prune a saved UNet2DModel, UNet2DConditionModel or DiT to a share of its macs or to a time.
 
     What was pruned is refitted.
 
