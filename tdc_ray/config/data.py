@@ -22,6 +22,9 @@ Source = Literal[
 BASE_SAMPLES: Source = "base"
 """Images that are drawn from the base itself."""
 
+OF_BASE = ("num_images", "prompts")
+"""Settings of images that are drawn from the base alone."""
+
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
 
@@ -45,6 +48,10 @@ class DataConfig:
     num_images: PositiveInt | None = None
     """How many images are drawn from the base (source base). None means as many as the search and
     the refit of a group ask for, each once, and those that are held out for losses."""
+
+    prompts: str | None = None
+    """Text file of prompts, one a line, for a base that is conditioned on text (source base):
+    image i is drawn for prompt i modulo their number. None means 48 that come along."""
 
     image_size: ImageSize = 8
     """What images are brought to, in pixels: 64 for a square, or HEIGHTxWIDTH such as 48x64 (in
@@ -98,6 +105,11 @@ class DataConfig:
             raise ConfigError(
                 f"data.num_images goes with data.source base, got {self.num_images} with "
                 f"{self.source}, of which all images are taken. Leave it out, or set --data base."
+            )
+        if self.prompts is not None and self.source != BASE_SAMPLES:
+            raise ConfigError(
+                f"data.prompts goes with data.source base, got {self.prompts} with {self.source}: "
+                "captions of images are not read yet. Leave it out, or set --data base."
             )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(

@@ -159,6 +159,7 @@ class RunConfig:
 
 PATHS = (
     "data.path",
+    "data.prompts",
     "data.cache_dir",
     "data.first_stage",
     "model.base",
@@ -171,7 +172,7 @@ PATHS = (
 """Settings that are paths, or may be."""
 
 LATER_FIELDS = {
-    "data": ("num_images",),
+    "data": ("num_images", "prompts"),
     "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",

@@ -15,7 +15,7 @@ class ImageBatch(NamedTuple):
     """uint8 images, or float32 latents, ``(B, C, H, W)``."""
 
     labels: Tensor
-    """int64 ``(B,)``, -1 where there are none."""
+    """int64 ``(B,)``, -1 where there are none; or states of prompts, float32 ``(B, S, C)``."""
 
 
 class ImageDataset(Protocol):

@@ -3,9 +3,9 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig, Source
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source
 from tdc_ray.data.sources import parquet, webdataset
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
@@ -34,19 +34,18 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
     path = Path(source).expanduser()
+    none: dict[str, Any] = dict.fromkeys(OF_BASE)
     if source in (*BUNDLED, BASE_SAMPLES):
         if path.exists():
             raise ConfigError(
                 f"{name} {source} is the name of a source without a path and of one that exists: "
                 f"write ./{source} for the path, or remove it."
             )
-        count = data.num_images if source == BASE_SAMPLES else None
+        drawn = {name: getattr(data, name) for name in OF_BASE if source == BASE_SAMPLES}
         # In two steps, as each is checked.
-        bundled = replace(
-            data, source="digits", path=None, labels_from_folders=False, num_images=None
-        )
-        return replace(bundled, source=cast(Source, source), num_images=count)
-    data = replace(data, num_images=None)
+        bundled = replace(data, source="digits", path=None, labels_from_folders=False, **none)
+        return replace(bundled, source=cast(Source, source), **drawn)
+    data = replace(data, **none)
     kinds = _kinds(path)
     if not kinds:
         raise ConfigError(

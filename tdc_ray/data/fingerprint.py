@@ -20,6 +20,7 @@ LOCATION_FIELDS = (
     "source",
     "path",
     "num_images",
+    "prompts",
     "num_workers",
     "max_corrupt",
     "cache_dir",

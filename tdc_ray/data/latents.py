@@ -13,7 +13,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.sources.base import BASE_SHARD, BaseSamples
+from tdc_ray.data.sources.base import BaseSamples
 from tdc_ray.data.tensor_shards import missing_shards, read_rows, shard_path
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
@@ -73,17 +73,17 @@ class EncodeResult:
 class LatentImages:
     """Latents and labels of a dataset, in shards of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, dataset: ImageDataset, shard: int = SHARD) -> None:
-        """Wrap the folder of the shards, of so many images each, and the dataset of the images."""
+    def __init__(self, folder: Path, dataset: ImageDataset) -> None:
+        """Wrap the folder of the shards, and the dataset of the images."""
         self.num_classes = dataset.num_classes
-        self._folder, self._length, self._shard = folder, len(dataset), shard
+        self._folder, self._length = folder, len(dataset)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
         """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
-        return read_rows(self._folder, "latents", indices, self._shard)
+        return read_rows(self._folder, "latents", indices, SHARD)
 
     def fingerprint(self) -> str:
         """Return a name for the content, by first stage and images."""
@@ -172,11 +172,10 @@ def shard_inputs(job: EncodeJob) -> Inputs:
 
 
 @functools.lru_cache(maxsize=1)  # a worker does many items on the same data
-def _open_latents(data: DataConfig, folder: Path) -> LatentImages:
+def _open_latents(data: DataConfig, folder: Path) -> ImageDataset:
     images = load_dataset(data)
     if isinstance(images, BaseSamples):
-        images.check()
-        return LatentImages(fetch(folder), images, BASE_SHARD)
+        return images.latents()
     if missing := missing_shards(folder, len(images), SHARD):
         raise DataError(
             f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "

@@ -33,6 +33,7 @@ from tdc_ray.diffusion.sampling import (
     to_uint8,
 )
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.families import reads_captions
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
@@ -43,7 +44,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Image generation, unconditional or by classes, with one expert per group of timesteps.
+    """Image generation, unconditional, by classes or text, with an expert per group of timesteps.
 
     ``pipeline.scheduler`` may be any diffusers scheduler of the experts' prediction type and noise
     process; ``DDPMScheduler.from_config(pipeline.scheduler.config)`` makes one.
@@ -101,11 +102,19 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             use_clipped_model_output=use_clipped_model_output,
         )
 
+    @property
+    def _first_used(self) -> UNet2DModel:
+        return self.experts.for_timestep(self.experts.spans[-1][1])
+
     @cached_property
     def null_class(self) -> int | None:
         """The class that stands for none, where the experts embed one."""
-        first_used = self.experts.for_timestep(self.experts.spans[-1][1])
-        return null_class(num_class_embeds(first_used.config), self.num_classes)
+        return null_class(num_class_embeds(self._first_used.config), self.num_classes)
+
+    @cached_property
+    def reads_prompts(self) -> bool:
+        """Whether the experts are conditioned on text."""
+        return reads_captions(self._first_used)
 
     @torch.inference_mode()
     def __call__(
@@ -119,6 +128,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         seed: int = 0,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
         use_clipped_model_output: bool | None = None,
     ) -> ImagePipelineOutput:
         """Sample images.
@@ -135,6 +146,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 classes; None means that image ``i`` is of class ``i`` modulo their number.
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
+            prompt_embeds: States of prompts, as the ``encode_prompt`` of the base's own pipeline
+                returns them, ``(B, S, C)``, for experts that are conditioned on text.
+            negative_prompt_embeds: The same of what guidance leads away from, such as "".
             use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image;
                 None means as planned.
 
@@ -151,6 +165,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
+        self._check_prompts(prompt_embeds, batch_size, needed=True)
+        self._check_prompts(negative_prompt_embeds, batch_size, needed=spec.guidance_scale != 1)
         if use_clipped_model_output is not None:
             spec = replace(spec, use_clipped_model_output=use_clipped_model_output)
         set_timesteps(self.scheduler, spec.num_inference_steps)
@@ -163,6 +179,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 spec,
                 generators,
                 class_labels=labels,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
                 on_step=bar.update,
             )
         if self.first_stage is not None:
@@ -205,8 +223,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             raise ConfigError(f"num_inference_steps must be in [1, {longest}], got {steps}.")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         null = self.null_class
-        if scale < 0 or (scale != 1 and null is None):
-            rule = "at least 0" if null is not None else "1 for experts without a null class"
+        can_guide = null is not None or self.reads_prompts
+        if scale < 0 or (scale != 1 and not can_guide):
+            rule = "at least 0" if can_guide else "1 for experts without a null class"
             raise ConfigError(f"guidance_scale must be {rule}, got {scale}.")
         return SamplingSpec(
             shape=self.shape,
@@ -220,6 +239,22 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             dtype=self.experts.dtype,
             winograd=self.winograd,
         )
+
+    def _check_prompts(
+        self, states: torch.Tensor | None, batch_size: int, *, needed: bool
+    ) -> None:
+        """Refuse states of prompts that are missing, are for others, or are not one per image."""
+        if not self.reads_prompts:
+            if states is not None:
+                raise ConfigError("prompt_embeds must be None: the experts are told no text.")
+        elif (states is None and needed) or (states is not None and len(states) != batch_size):
+            got = "none" if states is None else len(states)
+            raise ConfigError(
+                "prompt_embeds, and with guidance negative_prompt_embeds, must be one per image, "
+                f"got {got} for batch_size {batch_size}: the encode_prompt of the base's own "
+                "pipeline makes them. Or put tdc_ray.ExpertDenoiser into that pipeline as its "
+                "unet, which then takes words."
+            )
 
     def _check_start(self, steps: int) -> None:
         """Refuse steps that begin with noise where the scheduler expects an image.

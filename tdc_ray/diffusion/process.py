@@ -13,7 +13,7 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.prediction import PREDICTIONS, Prediction
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.models.captions import Captions
-from tdc_ray.models.denoiser import DenoiserOutput
+from tdc_ray.models.denoiser import DenoiserOutput, Labels, conditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class NoisedBatch:
     timesteps: Tensor
     """Integers in [0, T), ``(B,)``."""
 
-    labels: Tensor | Captions | None = None
+    labels: Labels = None
     """Classes, ``(B,)``, or captions; None for networks that are conditioned on neither."""
 
     perturbation: Tensor | None = None
@@ -177,10 +177,9 @@ class NoisedBatch:
         return schedule.prediction.target(self.x_0, self.epsilon, *rates)
 
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
-        """Compute the output of a ``Denoiser`` that takes no captions, ``(B, C or 2C, H, W)``."""
+        """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
-        labels = {} if self.labels is None else {"class_labels": self.labels}
-        output: Tensor = model(self.x_t(schedule), timesteps, **labels).sample
+        output: Tensor = model(self.x_t(schedule), timesteps, **conditions(self.labels)).sample
         return output
 
 
@@ -193,7 +192,7 @@ def _apply(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tenso
     return None if tensor is None else function(tensor)
 
 
-def _join_labels(parts: Sequence[Tensor | Captions | None]) -> Tensor | Captions | None:
+def _join_labels(parts: Sequence[Labels]) -> Labels:
     captions = [part for part in parts if isinstance(part, Captions)]
     if captions:
         return Captions.join(captions)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tdc_ray.diffusion.samplers import reads_variance, set_timesteps
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.captions import Captions
+from tdc_ray.models.denoiser import Denoiser, Labels
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
@@ -88,6 +89,8 @@ def sample(
     generators: Sequence[torch.Generator],
     *,
     class_labels: Tensor | None = None,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sample one image per generator.
@@ -102,6 +105,8 @@ def sample(
         spec: Shape, steps, guidance, precision.
         generators: One per image.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
+        prompt_embeds: States of the prompts, ``(B, S, C)``, for those conditioned on text.
+        negative_prompt_embeds: States of what guidance leads away from, ``(B, S, C)``.
         on_step: Called after each step.
 
     Returns:
@@ -120,11 +125,8 @@ def sample(
     num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
     winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
     channels_last = winograd or device.type == "cuda"
-    labels = None if class_labels is None else class_labels.to(device)
+    labels = _labels(spec, class_labels, prompt_embeds, negative_prompt_embeds)
     guided = labels is not None and spec.guidance_scale != 1.0
-    if labels is not None and guided:
-        assert spec.null_class is not None
-        labels = torch.cat([labels, torch.full_like(labels, spec.null_class)])  # -> (2B,)
     finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
     for step in scheduler.timesteps:
         timestep = step.item()
@@ -154,6 +156,24 @@ def to_uint8(images: Tensor) -> Tensor:
     """Convert images in [-1, 1], ``(B, C, H, W)``, to pixels: uint8, ``(B, H, W, C)``, on CPU."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _labels(
+    spec: SamplingSpec, classes: Tensor | None, prompts: Tensor | None, negative: Tensor | None
+) -> Labels:
+    """Return what denoisers are told, of B images; with guidance as for :func:`_guide`."""
+    guided = spec.guidance_scale != 1.0
+    if prompts is not None:
+        if guided:
+            assert negative is not None
+            prompts = torch.cat([prompts, negative])  # -> (2B, S, C)
+        return Captions(prompts.to(spec.device, spec.dtype))
+    if classes is None:
+        return None
+    if guided:
+        assert spec.null_class is not None
+        classes = torch.cat([classes, torch.full_like(classes, spec.null_class)])  # -> (2B,)
+    return classes.to(spec.device)
 
 
 def _guide(output: Tensor, scale: float, num_channels: int) -> Tensor:

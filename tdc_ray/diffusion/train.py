@@ -23,6 +23,8 @@ from tdc_ray.diffusion.loss import Teacher, denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.item import Report
+from tdc_ray.models.denoiser import Labels
+from tdc_ray.models.families import labels_for
 from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
@@ -233,7 +235,7 @@ def train(
             timesteps=torch.randint(
                 timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
             ),
-            labels=_class_labels(state.unet, labels, label_dropout, seed_parts),
+            labels=_labels(state.unet, labels, label_dropout, seed_parts),
         )
         if gamma := config.input_perturbation:  # drawn last: without it nothing else changes
             noise = torch.randn(x_0.shape, generator=generator, device=device)
@@ -255,17 +257,15 @@ def train(
             save(state)
 
 
-def _class_labels(
+def _labels(
     unet: UNet2DModel, labels: Tensor, label_dropout: float, seed_parts: tuple[int, int, int]
-) -> Tensor | None:
-    """Replace some labels, at random, by the null class; None for a UNet that takes none."""
-    if (num_classes := num_class_embeds(unet.config)) is None:
-        return None
-    if label_dropout:
+) -> Labels:
+    """Replace some classes, at random, by the null class; None for a UNet that reads no labels."""
+    if label_dropout and (num_classes := num_class_embeds(unet.config)) is not None:
         generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
         dropped = torch.rand(len(labels), generator=generator) < label_dropout
         labels = labels.masked_fill(dropped, num_classes - 1)
-    return labels.to(unet.device)
+    return labels_for(unet, labels.to(unet.device))
 
 
 def _backward(

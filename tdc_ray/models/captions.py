@@ -1,4 +1,4 @@
-"""What networks that are conditioned on text read of captions."""
+"""What networks that are conditioned on text read of captions, or prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

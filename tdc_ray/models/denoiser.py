@@ -6,6 +6,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 
@@ -28,12 +29,10 @@ class Denoiser(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def __call__(
-        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None
-    ) -> DenoiserOutput:
+    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> DenoiserOutput:
         """Predict the noise of images ``(B, C, H, W)`` at timesteps ``(B,)``.
 
-        ``class_labels``, ``(B,)``, are for networks that embed classes (:func:`has_classes`).
+        What else it is told is named by :func:`conditions`.
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -62,6 +61,20 @@ class Denoiser(Protocol):
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
+
+
+Labels = Tensor | Captions | None
+"""What a network is told of the images of a batch: classes, int64, ``(B,)``, or captions; None for
+one that is unconditional."""
+
+
+def conditions(labels: Labels) -> dict[str, Tensor]:
+    """Return what a network is called with beside images and timesteps."""
+    if labels is None:
+        return {}
+    if isinstance(labels, Tensor):
+        return {"class_labels": labels}
+    return {"encoder_hidden_states": labels.states}
 
 
 def has_classes(network: Denoiser) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import (
@@ -17,17 +17,20 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.captions import Captions
+from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
 from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.dit import network as dit
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
+    DEFAULT_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
     SD3_CLASS,
+    TEXT_CLASSES,
     NetworkConfig,
     class_name,
     row_of,
@@ -53,11 +56,10 @@ from tdc_ray.models.unet2d.unet import (
     unet_config,
 )
 from tdc_ray.models.unet2d_condition import network as condition
+from tdc_ray.models.unet2d_condition.layers import CAPTION_TOKENS
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.storage.object_store import display_path
-
-Conditioning = Literal["classes", "captions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,21 +86,17 @@ class Family:
 
     ends: Callable[[Denoiser], Ends]
     start: Callable[[Denoiser, Tensor, Tensor, Any], State]
-    """Returns the state before the first step, of noised images, timesteps and what it takes."""
+    """Returns the state before the first step, of noised images, timesteps and labels: classes,
+    ``(B,)``, or captions."""
 
     steps: Callable[[Denoiser], list[Step]]
     """Splits the forward pass so that every inner unit lies within a step of its name."""
-
-    takes: Conditioning = "classes"
-    """What it is conditioned on, if on anything beside the timestep: classes, ``(B,)``, or
-    :class:`Captions`, which no command has yet."""
 
 
 def _transformer(
     kind: type[ModelMixin],
     module: Any,
     *,
-    takes: Conditioning = "classes",
     build: Callable[[NetworkConfig], Denoiser] | None = None,
     load: Callable[[Path], Denoiser] | None = None,
     cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser] = cut_units,
@@ -120,7 +118,6 @@ def _transformer(
         ends=module.ends,
         start=module.start,
         steps=module.steps,
-        takes=takes,
     )
 
 
@@ -137,12 +134,11 @@ FAMILIES: Mapping[str, Family] = {
         steps=steps,
     ),
     DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
-    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart, takes="captions"),
-    SD3_CLASS: _transformer(SD3Transformer2DModel, sd3, takes="captions"),
+    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart),
+    SD3_CLASS: _transformer(SD3Transformer2DModel, sd3),
     CONDITION_CLASS: _transformer(
         UNet2DConditionModel,
         condition,
-        takes="captions",
         build=condition.build_unet,
         load=condition.load_unet,
         cut=cut,
@@ -151,9 +147,39 @@ FAMILIES: Mapping[str, Family] = {
 """Rows by the network's class."""
 
 
+BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS)
+"""Classes of networks that commands can make experts of."""
+
+
 def family_of(network: Denoiser) -> Family:
     """Return the row of a network's class."""
     return row_of(FAMILIES, type(network).__name__)
+
+
+def reads_captions(network: Denoiser | nn.Module) -> bool:
+    """Whether a network is told captions."""
+    return type(network).__name__ in TEXT_CLASSES
+
+
+def labels_for(network: Denoiser, labels: Tensor) -> Labels:
+    """Return what a network is told of images.
+
+    Args:
+        network: The network.
+        labels: Those of the images: classes, or the states of captions, ``(B, S, C)``.
+    """
+    if reads_captions(network):
+        return Captions(labels)
+    return labels if has_classes(network) else None
+
+
+def blank_labels(network: Denoiser, count: int) -> Labels:
+    """Return what stands for the labels of so many images where it does not matter: zeros."""
+    config: Any = network.config
+    if reads_captions(network):
+        states = torch.zeros(count, CAPTION_TOKENS, config["cross_attention_dim"])
+        return Captions(states.to(network.device))
+    return labels_for(network, torch.zeros(count, dtype=torch.long, device=network.device))
 
 
 def steps_of(network: Denoiser) -> list[Step]:
@@ -201,11 +227,16 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    known = [name for name, family in FAMILIES.items() if family.takes == "classes"]
-    if kind not in known:
+    if kind not in BASES:
         raise ConfigError(
-            f"{display_path(folder)} holds a {kind}: only a {' or '.join(known)} can be a base "
-            "or be pruned (none that is conditioned on text)."
+            f"{display_path(folder)} holds a {kind}: only a {' or '.join(BASES)} can be a base "
+            "or be pruned."
+        )
+    if document.get("addition_embed_type") is not None:
+        raise ConfigError(
+            f"{display_path(folder)} has an addition_embed_type, as Stable Diffusion XL does: it "
+            "is told more than the states of a prompt, which no command has yet. UNets of Stable "
+            "Diffusion 1 and 2 can be a base or be pruned."
         )
     try:
         config = FAMILIES[kind].given_config(folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.denoiser import Denoiser, Labels, conditions
 from tdc_ray.models.families import FAMILIES, family_of
 from tdc_ray.models.network_config import image_size
 
@@ -50,7 +50,7 @@ def predict(
     denoiser: Denoiser,
     x_t: Tensor,
     timesteps: Tensor,
-    class_labels: Tensor | None = None,
+    labels: Labels = None,
     *,
     num_channels: int | None = None,
 ) -> Tensor:
@@ -64,15 +64,14 @@ def predict(
         denoiser: Of a class of ``families``; any other module gets all images at once.
         x_t: Noised images, ``(B, C, H, W)``.
         timesteps: As the network sees them, ``(B,)``.
-        class_labels: ``(B,)`` for denoisers that are conditioned on classes.
+        labels: For denoisers that are conditioned on classes or captions.
         num_channels: Channels of the output that are read; None means all.
 
     Returns:
         ``(B, num_channels, H, W)``, float32.
     """
     if type(denoiser).__name__ not in FAMILIES:
-        labels = {} if class_labels is None else {"class_labels": class_labels}
-        output: Tensor = denoiser(x_t, timesteps, **labels).sample
+        output: Tensor = denoiser(x_t, timesteps, **conditions(labels)).sample
         return output[:, :num_channels].float()
     size = max_batch_size(denoiser, (x_t.shape[-2], x_t.shape[-1]))
     with output_layers_in_fp32(denoiser, num_channels):
@@ -80,7 +79,7 @@ def predict(
             denoiser(
                 x_t[first : first + size],
                 timesteps[first : first + size],
-                class_labels=None if class_labels is None else class_labels[first : first + size],
+                **{name: told[first : first + size] for name, told in conditions(labels).items()},
             )
             .sample[:, :num_channels]
             .float()

@@ -13,6 +13,9 @@ DEFAULT_CLASS = "UNet2DModel"
 DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
 
+TEXT_CLASSES = (PIXART_CLASS, SD3_CLASS, CONDITION_CLASS)
+"""Classes of networks that are told captions."""
+
 
 class NetworkConfig(TypedDict, total=False):
     """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out.
@@ -121,6 +124,11 @@ def num_class_embeds(config: Mapping[str, Any]) -> int | None:
         return int(given) + 1
     embeds: int | None = config.get("num_class_embeds")
     return embeds
+
+
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether a network of a config is told captions, or prompts."""
+    return class_name(config) in TEXT_CLASSES
 
 
 def image_size(config: NetworkConfig) -> tuple[int, int]:

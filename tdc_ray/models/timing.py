@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_ray.models.denoiser import Denoiser, has_classes
-from tdc_ray.models.families import family_of
+from tdc_ray.models.denoiser import Denoiser, Labels
+from tdc_ray.models.families import blank_labels, family_of
 from tdc_ray.models.network_config import image_size
 
 MAX_REPEATS = 200
@@ -66,15 +66,15 @@ def time_passes(
     return [StepTimes(sum(times), dict(zip(names, times[1:], strict=True))) for times in medians]
 
 
-def _random_batch(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return noise, timesteps and, for a network that embeds them, classes."""
+def _random_batch(network: Denoiser, batch_size: int) -> tuple[Tensor, Tensor, Labels]:
+    """Return noise, timesteps and, for a network that reads them, labels."""
     config, device = network.config, network.device
     shape = (batch_size, config["in_channels"], *image_size(config))
-    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
-    return torch.randn(shape, device=device), zeros + 1, zeros if has_classes(network) else None
+    timesteps = torch.ones(batch_size, dtype=torch.long, device=device)
+    return torch.randn(shape, device=device), timesteps, blank_labels(network, batch_size)
 
 
-def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Tensor | None]) -> list[float]:
+def _pass(network: Denoiser, batch: tuple[Tensor, Tensor, Labels]) -> list[float]:
     """Return the seconds up to the first step, and of each step."""
     family, (mark, seconds) = family_of(network), _clock(network.device)
     all_steps = family.steps(network)

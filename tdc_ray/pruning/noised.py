@@ -22,8 +22,8 @@ from tdc_ray.data.batches import (
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
-from tdc_ray.models.denoiser import Denoiser, has_classes
-from tdc_ray.models.families import family_of, steps_of
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import family_of, labels_for, steps_of
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, num_untouched, run
@@ -75,10 +75,9 @@ def noised_batches(
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
         part = slice(start, start + len(x_0))
         start += len(x_0)
-        tensors = [x_0, noise[part], timesteps.start + offsets[part]]
-        if has_classes(network):
-            tensors.append(labels)
-        yield NoisedBatch(*(tensor.to(network.device) for tensor in tensors))
+        told = labels_for(network, labels)
+        batch = NoisedBatch(x_0, noise[part], timesteps.start + offsets[part], told)
+        yield batch.to(network.device)
 
 
 def noised_indices(

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.prompts import prompt_states
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup
+from tdc_ray.diffusion.sampling import image_labels
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -15,6 +19,20 @@ def pipeline_index(
     return PipelineIndex.of(
         config.data, config.diffusion, config.sampler, config.conditioning, experts
     )
+
+
+def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Tensor]:
+    """Return what a pipeline is told of the images ``first`` to ``first + count - 1``.
+
+    Of models conditioned on classes, or on text, image i is of class, or prompt, i modulo their
+    number: in every batch, model and run.
+    """
+    if (classes := image_labels(config.conditioning.num_classes, first, count)) is not None:
+        return {"class_labels": classes}
+    if (states := prompt_states(config.data)) is None:
+        return {}
+    prompts = states.of_images(first, count)
+    return {"prompt_embeds": prompts, "negative_prompt_embeds": states.empty.expand_as(prompts)}
 
 
 def save_index(run_dir: RunDir, config: RunConfig, groups: Sequence[TimestepGroup]) -> None:

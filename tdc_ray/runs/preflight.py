@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
-from tdc_ray.config.data import DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
@@ -13,7 +13,13 @@ from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
+from tdc_ray.models.network_config import (
+    NetworkConfig,
+    class_name,
+    image_size,
+    num_class_embeds,
+    reads_text,
+)
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_features, check_labels
@@ -98,14 +104,31 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: The data is missing or malformed.
         ConfigError: Model, labels and guidance are not compatible.
     """
+    check_told(config.data, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
+    if reads_text(network):  # guidance leads away from the empty prompt
+        return
     check_conditioning(
         config.conditioning,
         guidance_scale=config.sampler.guidance_scale,
         num_class_embeds=num_class_embeds(network),
         num_data_classes=dataset.num_classes,
     )
+
+
+def check_told(data: DataConfig, network: NetworkConfig) -> None:
+    """Check that images come with prompts where a network reads them.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if reads_text(network) and data.source != BASE_SAMPLES:
+        raise ConfigError(
+            f"data.source must be base for a {class_name(network)}, which is told prompts, got "
+            f"{data.source}: captions of images are not read yet. Set --data base, with "
+            "--data.prompts FILE for prompts of your own."
+        )
 
 
 def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:

@@ -18,7 +18,7 @@ from tdc_ray.storage.object_store import display_path
 
 @dataclass(frozen=True, kw_only=True)
 class PruneCommand:
-    """Prune any saved UNet2DModel or DiTTransformer2DModel to a share of its macs, or to a time.
+    """Prune a saved UNet2DModel, UNet2DConditionModel or DiT to a share of its macs or to a time.
 
     What was pruned is refitted.
 
@@ -29,8 +29,8 @@ class PruneCommand:
     """
 
     model_dir: Positional[Path]
-    """Folder of a diffusers UNet2DModel or DiTTransformer2DModel or of a pipeline with one, or a
-    run directory; or its URI."""
+    """Folder of a diffusers UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel, or of a
+    pipeline with one, or a run directory; or its URI."""
     config: Settings
     out: Path
     """Where the pruned model and report.json go."""

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
+from tdc_ray.data.prompts import load_states
 from tdc_ray.data.tensor_shards import missing_shards, read_rows
 from tdc_ray.errors import ConfigError, DataError
 from tdc_ray.storage.files import exists, fetch, read_json
@@ -34,25 +35,36 @@ class SamplesInfo:
     shape: tuple[int, int, int]
     """``(C, H, W)`` of an image."""
 
+    num_prompts: int | None = None
+    """None means that the base is not conditioned on text."""
+
 
 _ADAPTER = TypeAdapter(SamplesInfo)
 
 
 class BaseSamples:
-    """Images of a base, in shards of which only what is asked for is read."""
+    """Images of a base, or their latents, in shards of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, info: SamplesInfo) -> None:
-        """Wrap the folder of the shards, which may be yet to be drawn."""
+    def __init__(self, folder: Path, info: SamplesInfo, tensor: str = "images") -> None:
+        """Wrap the folder of the shards, which may be yet to be drawn; one tensor is read."""
         self.num_classes = info.num_classes
-        self._folder, self._length = folder, info.num_images
+        self._folder, self._info, self._tensor = folder, info, tensor
         self._is_whole = False
 
+    def latents(self) -> "BaseSamples":
+        """Return the latents that the images were decoded from, with the same labels."""
+        return BaseSamples(self._folder, self._info, "latents")
+
     def __len__(self) -> int:
-        return self._length
+        return self._info.num_images
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
+        """Fetch a batch; where images were drawn for prompts, the labels are these's states."""
         self.check()
-        return read_rows(self._folder, "images", indices, BASE_SHARD)
+        batch = read_rows(self._folder, self._tensor, indices, BASE_SHARD)
+        if self._info.num_prompts is None:
+            return batch
+        return ImageBatch(batch.images, load_states(self._folder).prompts[batch.labels])
 
     def check(self) -> None:
         """Check that all images are there.

@@ -24,10 +24,11 @@ from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import diffusion_key, images_key
 from tdc_ray.data.latents import training_data
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.load import images_fingerprint, load_dataset
+from tdc_ray.data.prompts import prompt_states
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
 from tdc_ray.diffusion.plan import TimestepGroup
-from tdc_ray.diffusion.sampling import image_generators, image_labels
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
@@ -44,7 +45,7 @@ from tdc_ray.runs.evaluation.features import (
     train_classifier,
 )
 from tdc_ray.runs.evaluation.metrics import Moments, distance, drawn, moments_of, other_metrics
-from tdc_ray.runs.pipelines import pipeline_index
+from tdc_ray.runs.pipelines import image_conditions, pipeline_index
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.run_dir import RunDir
 
@@ -327,8 +328,8 @@ def sample_images(job: SampleJob, report: Report) -> SampleResult:
     for first in range(job.first, job.first + job.count, size):
         count = min(size, job.first + job.count - first)
         generators = image_generators(job.config.evaluate.seed, first, count)
-        labels = image_labels(job.config.conditioning.num_classes, first, count)
-        output = pipeline(count, generators, output_type="np", class_labels=labels)
+        told = image_conditions(job.config, first, count)
+        output = pipeline(count, generators, output_type="np", **told)
         pixels.append(output.images)
         report({}, first + count - job.first)
     images = np.concatenate(pixels)
@@ -347,6 +348,8 @@ def sample_inputs(job: SampleJob) -> Inputs:
     if (group := job.swapped) is not None:
         expert = weights_digest(run_dir.expert(group.index))
         other = {**other, "swapped": [expert, group.first, group.last]}
+    if prompt_states(config.data) is not None:
+        other = {**other, "prompts_of": images_fingerprint(config.data)}
     return {
         **other,
         "stage": "sample",

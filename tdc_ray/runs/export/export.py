@@ -74,6 +74,11 @@ def _export_denoiser(run_dir: RunDir, folder: Path) -> None:
 
 def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
     pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
+    if pipeline.reads_prompts:
+        raise ConfigError(
+            "experts that are told prompts are exported with --denoiser: the base's own pipeline, "
+            "which has the text encoder, draws with them."
+        )
     (folder / EXPERTS_DIR).mkdir(parents=True)
     index = PipelineIndex.load(run_dir.experts)
     for expert in index.experts:

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from diffusers import UNet2DModel
 
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.models.denoiser import has_classes
+from tdc_ray.models.denoiser import Denoiser, conditions
+from tdc_ray.models.families import blank_labels
 from tdc_ray.models.network_config import image_size
 
 _NUMBERS = 2048
@@ -17,7 +17,7 @@ _LEAST = 0.5
 
 
 @torch.inference_mode()
-def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | None:
+def prediction_doubt(unet: Denoiser, diffusion: DiffusionConfig) -> str | None:
     """Compare what a network outputs for pure noise with the noise; return a doubt in words.
 
     At the last timestep there is nothing but noise: a network that predicts epsilon outputs its
@@ -32,8 +32,8 @@ def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | Non
     count = math.ceil(_NUMBERS / math.prod(shape))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.full((count,), last * diffusion.timestep_scale)
-    labels = torch.zeros(count, dtype=torch.long) if has_classes(unet) else None
-    output = unet(noise, timesteps, class_labels=labels).sample[:, :channels]
+    told = conditions(blank_labels(unet, count))
+    output = unet(noise, timesteps, **told).sample[:, :channels]
     correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
     has_noise = diffusion.prediction_type in ("epsilon", "flow_prediction")
     if (correlation >= _LEAST) == has_noise:

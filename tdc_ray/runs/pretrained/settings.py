@@ -42,6 +42,7 @@ class _Sampler(_Some):
     clip_sample: bool | None = None
     set_alpha_to_one: bool | None = None
     of_base: dict[str, Any] | None = None
+    guidance_scale: float | None = None
 
 
 class _Conditioning(_Some):

@@ -5,6 +5,7 @@ a name on the Hugging Face hub, or a checkpoint file of openai/improved-diffusio
 CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`` without objects.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,12 +30,12 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
-    PIXART_CLASS,
-    SD3_CLASS,
+    TEXT_CLASSES,
     FirstStageConfig,
     NetworkConfig,
     class_name,
     image_size,
+    reads_text,
 )
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -53,9 +54,6 @@ FLOW: PredictionType = "flow_prediction"
 
 TRANSFORMERS = (DIT_CLASS,)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
-
-TEXT_TRANSFORMERS = (PIXART_CLASS, SD3_CLASS)
-"""Those that are found, to be refused for what they are: there are no captions."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
@@ -166,7 +164,8 @@ def is_unet(folder: Path) -> bool:
         CheckpointError: The config is no JSON object.
     """
     document = json_object(folder / "config.json")
-    known = (*TRANSFORMERS, *TEXT_TRANSFORMERS)
+    # Those of text are found, too, to be refused for what they are.
+    known = (*TRANSFORMERS, *TEXT_CLASSES)
     return "block_out_channels" in document or class_name(document) in known
 
 
@@ -321,7 +320,19 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "missing."
         )
     kind = index["scheduler"][-1]
-    return _with_scheduler(source, network, path, first_stage, kind)
+    base = _with_scheduler(source, network, path, first_stage, kind)
+    return _with_guidance(base, index.get("_class_name")) if reads_text(base.unet) else base
+
+
+def _with_guidance(base: PretrainedBase, pipeline: object) -> PretrainedBase:
+    """Sample a base that is told prompts with the guidance that its pipeline has by default."""
+    call: Any = getattr(getattr(diffusers, str(pipeline), None), "__call__", None)  # noqa: B004
+    scale = call and inspect.signature(call).parameters.get("guidance_scale")
+    if not scale:
+        return base
+    stages = base.settings.model_dump(exclude_unset=True)
+    stages.setdefault("sampler", {})["guidance_scale"] = scale.default
+    return replace(base, settings=read_settings(base.source, stages))
 
 
 def _with_scheduler(
@@ -585,8 +596,8 @@ def _from_hub(name: str) -> Path:
     try:
         downloaded = snapshot_download(
             name,
-            allow_patterns=["*.json", "*.safetensors"],
-            ignore_patterns=["*.fp16.*", "*non_ema*"],
+            allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+            ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(

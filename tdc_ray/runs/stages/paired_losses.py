@@ -25,8 +25,8 @@ from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.schedule import FloatArray
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Inputs, Report, WorkItem
-from tdc_ray.models.denoiser import Denoiser, has_classes
-from tdc_ray.models.families import load_network
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import labels_for, load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.saved_expert import CONFIG_FILE, load_expert
@@ -156,14 +156,13 @@ def unseen_batches(
     for start, first in firsts:
         images, labels = dataset.__getitems__(indices[first - start :][:DRAWN_AT_ONCE])
         x_0 = to_minus_one_one(images)
-        tensors = [
+        batch = NoisedBatch(
             x_0,
             torch.randn(x_0.shape, generator=generator),
             timesteps.start + offsets[first : first + len(x_0)],
-        ]
-        if has_classes(models[0]):
-            tensors.append(labels)
-        yield from NoisedBatch(*(tensor.to(device) for tensor in tensors)).split(size)
+            labels_for(models[0], labels),
+        )
+        yield from batch.to(device).split(size)
 
 
 def paired_difference(path: Path) -> LossDifference:

@@ -18,7 +18,8 @@ from tdc_ray.diffusion.step_schedule import (
     choose_networks,
     stitched,
 )
-from tdc_ray.models.denoiser import Denoiser, has_classes
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import labels_for
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 from tdc_ray.runs.step_schedule.networks import Problem
@@ -180,7 +181,7 @@ def _squared_errors(
                 x_0,
                 torch.randn(x_0.shape, generator=generator),
                 torch.full((num_images,), timestep),
-                labels if has_classes(loaded) else None,
+                labels_for(loaded, labels),
             )
             errors[step, place] = _errors_of(loaded, batch, schedule)
     return errors

@@ -1,0 +1,83 @@
+"""The text encoder of a diffusers pipeline, which turns prompts into states."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
+from tdc_ray.models.diffusers_folder import MALFORMED
+from tdc_ray.storage.files import exists, fetch
+from tdc_ray.storage.object_store import display_path
+
+TEXT_ENCODER = "text_encoder"
+"""Folder of a pipeline that has its text encoder, beside ``tokenizer``."""
+
+NOT_NEEDED = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder", "scheduler")
+"""Parts of a pipeline that prompts do not go through."""
+
+AT_ONCE = 16
+"""Prompts that are encoded at once."""
+
+
+def text_pipeline(network: Path) -> Path:
+    """Return the pipeline that a network lies in and that has a text encoder.
+
+    Raises:
+        ConfigError: There is none, or the library that reads it is missing.
+    """
+    for place in (network.absolute(), network.resolve()):
+        if exists(place.parent / TEXT_ENCODER / "config.json"):
+            break
+    else:
+        raise ConfigError(
+            f"{display_path(network)} is conditioned on text and has no {TEXT_ENCODER} beside it: "
+            "give the whole pipeline, as diffusers saves it."
+        )
+    if find_spec("transformers") is None:
+        raise ConfigError(
+            f"the text encoder of {display_path(place.parent)} needs transformers: pip install "
+            "'tdc-ray[text]'."
+        )
+    return place.parent
+
+
+@torch.inference_mode()
+def encode_prompts(pipeline: Path, prompts: Sequence[str]) -> Tensor:
+    """Return the states of prompts, by the pipeline's own ``encode_prompt``.
+
+    Returns:
+        ``(N, S, C)``, float32.
+
+    Raises:
+        CheckpointError: The pipeline's text encoder is missing or malformed.
+    """
+    try:
+        loaded = DiffusionPipeline.from_pretrained(
+            fetch(pipeline),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # True needs accelerate, and warns without it
+            requires_safety_checker=False,
+            **dict.fromkeys(NOT_NEEDED),
+        )
+        parts = [
+            loaded.encode_prompt(
+                list(prompts[first : first + AT_ONCE]),
+                device=torch.device("cpu"),
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )[0].float()
+            for first in range(0, len(prompts), AT_ONCE)
+        ]
+    except (OSError, *MALFORMED) as error:
+        if is_from_outside(error):
+            raise
+        raise CheckpointError(
+            f"{display_path(pipeline)} has no text encoder that can be used: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return torch.cat(parts)

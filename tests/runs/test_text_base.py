@@ -1,0 +1,190 @@
+"""A base that is told prompts: a tiny Stable Diffusion with random weights, through the method."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from tdc_ray.cli.main import run_command
+from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.errors import ConfigError
+from tdc_ray.models.families import given_config
+from tdc_ray.models.text_encoder import encode_prompts
+from tdc_ray.runs.pretrained.sources import resolve_base
+
+transformers = pytest.importorskip("transformers")
+
+PROMPTS = ("a red square", "a blue circle", "a cat")
+FEW = ("--prune.num-images", "16", "--prune.num-refit-images", "16", "--prune.num-levels", "1")
+FEW += ("--prune.num-rounds", "1", "--prune.num-candidates", "2", "--data.num-images", "20")
+FEW += ("--sampler.num-inference-steps", "4")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=len(words) - 2,
+            eos_token_id=len(words) - 1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipe")
+    (folder / "prompts.txt").write_text("\n\n".join(PROMPTS))
+    return folder / "pipe"
+
+
+def test_states_are_those_of_the_pipelines_own_text_encoder(pipeline):
+    loaded = StableDiffusionPipeline.from_pretrained(pipeline)
+    for prompt, states in zip(PROMPTS, encode_prompts(pipeline, PROMPTS), strict=True):
+        expected, _ = loaded.encode_prompt(prompt, torch.device("cpu"), 1, False)
+        assert torch.equal(states, expected[0])
+
+
+def test_the_base_brings_its_first_stage_noise_and_guidance(pipeline):
+    settings = resolve_base(str(pipeline)).settings
+    assert settings.data.first_stage == str(pipeline / "vae")
+    assert settings.sampler.guidance_scale == 7.5
+    assert settings.diffusion.beta_schedule == "scaled_linear"
+
+
+def prune(pipeline: Path, out: Path, *arguments: str) -> int:
+    command = ["prune", str(pipeline), "--out", str(out), "--data", "base", "--macs", "0.8"]
+    command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
+    return run_command([*command, "--evaluate.cache-dir", str(out.parent / "cache"), *arguments])
+
+
+def test_it_is_pruned_on_images_that_it_draws_for_prompts(pipeline, tmp_path):
+    assert prune(pipeline, tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["macs"] <= report["macs_limit"] < report["macs_base"]
+    # Of random weights a cut may lower the loss: the refit brings it back to the base's.
+    base = report["loss_base"]
+    assert abs(report["loss_refit"] - base) < abs(report["loss_cut"] - base)
+    (samples,) = (tmp_path / "cache/base_samples").iterdir()
+    states = load_states(samples)
+    assert torch.equal(states.prompts, encode_prompts(pipeline, PROMPTS))
+    assert torch.equal(states.empty, encode_prompts(pipeline, [""])[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--data", "digits"), "data.source must be base for a UNet2DConditionModel"),
+        (("--data.prompts", "nowhere.txt"), "nowhere.txt does not exist"),
+    ],
+)
+def test_what_it_cannot_be_told_is_refused(pipeline, tmp_path, capsys, changes, message):
+    command = ["prune", str(pipeline), "--out", str(tmp_path / "out"), "--data", "base"]
+    assert run_command([*command, *FEW[:-4], *changes]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_experts_of_it_draw_within_its_own_pipeline(ray_cluster, pipeline, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["run", "--base", str(pipeline), "--data", "base", "--finetune.num-steps", "4"]
+    command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
+    command += ["--plan.num-groups", "2", "--evaluate.num-images", "8", "--run-dir", str(run)]
+    command += ["--evaluate.cache-dir", str(tmp_path / "cache")]
+    assert run_command(command) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["tdc"]["macs"] < results["base"]["macs"]
+    with np.load(run / "evaluation/tdc/0000000.npz") as drawn:
+        assert drawn["arr_0"].shape == (8, 16, 16, 3)
+
+    assert run_command(["export", str(run), str(tmp_path / "plain")]) != 0
+    assert "with --denoiser" in capsys.readouterr().err
+    experts = ProgressivePipeline.from_pretrained(run)
+    experts.set_progress_bar_config(disable=True)
+    with pytest.raises(ConfigError, match="prompt_embeds, and with guidance"):
+        experts(1)
+    states = encode_prompts(pipeline, [PROMPTS[0], ""])
+    told = {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+    own = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    own.set_progress_bar_config(disable=True)
+    own.unet = ExpertDenoiser.from_pretrained(run / "experts")
+    own.scheduler = experts.scheduler
+    noise = {"generator": [torch.Generator().manual_seed(1)], "num_inference_steps": 4}
+    image = own(PROMPTS[0], height=16, width=16, output_type="np", **noise).images
+    expected = experts(1, output_type="np", **noise, **told).images
+    assert np.abs(255 * image - expected).max() <= 1
+
+
+def test_prompts_come_along_and_are_checked(tmp_path):
+    assert len(read_prompts(None)) == 48
+    assert BUNDLED.read_text().isascii()
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ConfigError, match="must hold a prompt a line"):
+        read_prompts(str(tmp_path / "empty.txt"))
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="in UTF-8, one prompt a line"):
+        read_prompts(str(tmp_path / "bytes.txt"))
+
+
+def test_a_unet_of_stable_diffusion_xl_is_refused(tmp_path):
+    config = {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="more than the states of a prompt"):
+        given_config(tmp_path)
