@@ -252,6 +252,8 @@ class LanguageModel:
                 "temperature": config.temperature,
             }
             body = {name: value for name, value in fields.items() if value is not None}
+            if config.stream:
+                body |= {"stream": True, "stream_options": {"include_usage": True}}
             answer, asked, problem = self._ask(body | format_fields(form))
             if problem is not None:
                 is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]
