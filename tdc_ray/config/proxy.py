@@ -40,7 +40,11 @@ class ProxyConfig:
     """Most tokens of one reply."""
 
     timeout_s: PositiveFloat = 120.0
-    """Longest wait for one reply, in seconds."""
+    """Longest wait for one reply, or with stream for its next part, in seconds."""
+
+    stream: bool = False
+    """Have replies sent in parts as they come, so that a server may take longer than timeout_s for
+    a reply as long as it is not silent."""
 
     max_retries: NonNegativeInt = 4
     """How often a request is sent again after a timeout, 429 or 5xx; a Retry-After of up to two

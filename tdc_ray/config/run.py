@@ -185,7 +185,7 @@ LATER_FIELDS = {
     "budget": ("hours", "train_macs", "epochs"),
     "prune": ("rivals",),
     "sampler": LATER_SAMPLER_FIELDS,
-    "proxy": ("base_url", "max_predictions"),
+    "proxy": ("base_url", "max_predictions", "stream"),
     "evaluate": ("metrics", "features_model"),
 }
 """Settings that came after the first run directories were named by their digest."""

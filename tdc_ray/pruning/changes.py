@@ -1,25 +1,27 @@
 """Changes to the knapsack's scheme, and what the knapsack makes of them.
 
 Whoever doubts the predictions says where: a unit's width within bounds, a predicted cost times a
-factor, cost moved from one block to another. The knapsack makes the best scheme under them, which
-is legal and within the limit whatever was said: a change that contradicts an earlier one, or with
-which no scheme is near the limit, is dropped, and every one that is dropped is named.
+factor, a block's cost within bounds, cost moved from one block to another. The knapsack makes the
+best scheme under them, which is legal and within the limit whatever was said: a change that
+contradicts an earlier one, or with which no scheme is near the limit, is dropped, and every one
+that is dropped is named.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 from pydantic import ValidationInfo as Info
 
 from tdc_ray.models.units import Unit
-from tdc_ray.pruning.knapsack import knapsack, step_worth
+from tdc_ray.pruning.knapsack import FactorArray, knapsack, step_worth
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.pruning.predictor import Predictor
 from tdc_ray.pruning.proxy import ProposalRequest
-from tdc_ray.pruning.space import Scheme
+from tdc_ray.pruning.space import Scheme, Space
 
 LEAST_FACTOR, MOST_FACTOR = 0.1, 10.0
 """Range of a distrust factor."""
@@ -36,6 +38,13 @@ MAX_NOTE = 300
 
 MAX_HYPOTHESIS = 300
 """Most characters of a hypothesis that are kept."""
+
+
+Curves = Mapping[str, FactorArray]
+"""As of `loss_curves`."""
+
+WidthBounds = Mapping[str, tuple[int, int]]
+"""For units the least and the most width."""
 
 
 def _each(kind: type[BaseModel]) -> BeforeValidator:
@@ -101,6 +110,17 @@ class Move(BaseModel):
         return f"{self.points:g} points from {self.from_block} to {self.to_block}"
 
 
+class Share(BaseModel):
+    """The least and the most that the units of a block may cost."""
+
+    block: Name = Field(description="name of a block")
+    least: FiniteFloat = Field(description="in % of the base's cost; 0: no bound")
+    most: FiniteFloat = Field(description="in % of the base's cost; 100: no bound")
+
+    def __str__(self) -> str:
+        return f"{self.least:g} to {self.most:g} points for {self.block}"
+
+
 class Change(BaseModel):
     """Changes to the knapsack's scheme, and the hypothesis behind them."""
 
@@ -113,6 +133,7 @@ class Change(BaseModel):
     bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)
     distrust: Annotated[list[Distrust], _each(Distrust)] = Field(default_factory=list)
     moves: Annotated[list[Move], _each(Move)] = Field(default_factory=list)
+    shares: Annotated[list[Share], _each(Share)] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +174,7 @@ class Planner:
         """Make the best scheme under changes.
 
         Args:
-            change: The changes; earlier ones win, bounds before moves.
+            change: The changes; earlier ones win, bounds before moves before shares.
             dropped: What was dropped of them already.
         """
         notes, curves = list(dropped), dict(self.predictor.curves)
@@ -167,18 +188,10 @@ class Planner:
                 curves |= {name: doubt.factor * curves[name] for name in names}
         space = self._space
         for text, bounds in self._bounds(change, notes):
-            legal = dict(space.legal)
-            for name, (least, most) in bounds.items():
-                legal[name] = tuple(width for width in legal[name] if least <= width <= most)
-            tighter = replace(space, legal=legal)
-            if not all(legal.values()):
-                notes.append(f"{text}: no legal width is left, or it contradicts an earlier one")
-            elif space.cost(tighter.smallest) > self._limit:
-                notes.append(f"{text}: no scheme would be within the limit")
-            elif space.cost(tighter.widest) < min(self._limit, space.cost(space.widest)):
-                notes.append(f"{text}: a part of the limit would be left over")
-            else:
-                space = tighter
+            space = self._tightened(space, text, bounds, notes)
+        for share in change.shares:
+            if bounds := self._share(space, share, curves, notes):
+                space = self._tightened(space, str(share), bounds, notes)
         scheme = knapsack(space, curves, self._limit, self.predictor.factors)
         predicted = self.predictor
         return Planned(
@@ -187,6 +200,11 @@ class Planner:
             predicted.standard_error(scheme),
             tuple(note[:MAX_NOTE] for note in notes),
         )
+
+    def points(self, scheme: Scheme) -> dict[str, float]:
+        """Return what the units of every block add to the cost, in % of the base's."""
+        base = self._space.cost_base
+        return {name: 100 * self._cost(us, scheme) / base for name, us in self.blocks.items()}
 
     def is_worth_measuring(self, planned: Planned) -> bool:
         """Whether a scheme is not predicted to be far worse than the knapsack's."""
@@ -201,11 +219,56 @@ class Planner:
         return self._block(where)
 
     def _block(self, name: str) -> list[str]:
-        return self.blocks.get(name.strip(), [])
+        """Return the names of the units of a block, or of all blocks down, or up."""
+        name = name.strip()
+        if name in ("down", "up"):
+            return [
+                unit for block, us in self.blocks.items() if block.startswith(name) for unit in us
+            ]
+        return self.blocks.get(name, [])
 
-    def _bounds(
-        self, change: Change, notes: list[str]
-    ) -> Iterator[tuple[str, Mapping[str, tuple[int, int]]]]:
+    def _cost(self, names: Sequence[str], scheme: Scheme) -> int:
+        """Return what units add to a scheme's cost."""
+        costs = self._space.costs
+        return sum(costs.marginal_cost(name, 0, scheme[name], scheme) for name in names)
+
+    def _tightened(self, space: Space, text: str, bounds: WidthBounds, notes: list[str]) -> Space:
+        """Keep units within bounds, unless no scheme near the limit would be left."""
+        legal = dict(space.legal)
+        for name, (least, most) in bounds.items():
+            legal[name] = tuple(width for width in legal[name] if least <= width <= most)
+        tighter = replace(space, legal=legal)
+        if not all(legal.values()):
+            notes.append(f"{text}: no legal width is left, or it contradicts an earlier one")
+        elif space.cost(tighter.smallest) > self._limit:
+            notes.append(f"{text}: no scheme would be within the limit")
+        elif space.cost(tighter.widest) < min(self._limit, space.cost(space.widest)):
+            notes.append(f"{text}: a part of the limit would be left over")
+        else:
+            return tighter
+        return space
+
+    def _share(self, space: Space, share: Share, curves: Curves, notes: list[str]) -> WidthBounds:
+        """Return bounds of a block's units within which every scheme gives the block its share."""
+        names, base = self._block(share.block), self._space.cost_base
+        if not names:
+            notes.append(f"{share}: there is no such block")
+            return {}
+        if any(unit.kind == "stream" for unit in space.units):
+            notes.append(f"{share}: blocks have no shares where a stream's width is cut, too")
+            return {}
+        walk = partial(self._walk, space, curves, within=True)
+        room = share.most / 100 * base - self._cost(names, space.smallest)
+        upper, _ = walk(space.smallest, names, room, wider=True)
+        taken = self._cost(names, space.smallest | upper)
+        room = taken - share.least / 100 * base
+        if room < 0 or taken > share.most / 100 * base:
+            notes.append(f"{share}: the nearest that it can have are {100 * taken / base:.4g}")
+            return {}
+        lower, _ = walk(space.smallest | upper, names, room, wider=False)
+        return {name: (lower[name], upper[name]) for name in names}
+
+    def _bounds(self, change: Change, notes: list[str]) -> Iterator[tuple[str, WidthBounds]]:
         """Yield the least and most widths of units that each bound and move implies."""
         for bound in change.bounds:
             if 0 <= bound.unit < len(self._space.units):
@@ -214,14 +277,15 @@ class Planner:
                 notes.append(f"{bound}: there is no such unit")
         for move in change.moves:
             giving, taking = map(self._block, (move.from_block, move.to_block))
-            if not giving or not taking or giving == taking:
+            if not giving or not taking or set(giving) & set(taking):
                 notes.append(f"{move}: there are no two such blocks")
             elif move.points <= 0:
                 notes.append(f"{move}: it must be above 0")
             else:
                 cost = move.points / 100 * self._space.cost_base
-                narrower, saved = self._walk(giving, cost, wider=False)
-                wider, spent = self._walk(taking, min(cost, saved), wider=True)
+                walk = partial(self._walk, self._space, self.predictor.curves, self.start.scheme)
+                narrower, saved = walk(giving, cost, wider=False)
+                wider, spent = walk(taking, min(cost, saved), wider=True)
                 if spent < 0.5 * cost:
                     moved = f"{100 * spent / self._space.cost_base:.3g}"
                     notes.append(f"{move}: only {moved} points could be moved")
@@ -229,15 +293,22 @@ class Planner:
                 yield str(move), bounds | {name: (width, 10**9) for name, width in wider.items()}
 
     def _walk(
-        self, names: Sequence[str], cost: float, *, wider: bool
+        self,
+        space: Space,
+        curves: Curves,
+        start: Scheme,
+        names: Sequence[str],
+        cost: float,
+        *,
+        wider: bool,
+        within: bool = False,
     ) -> tuple[dict[str, int], float]:
-        """Widen, or narrow, units of the knapsack's scheme by about some cost.
+        """Widen, or narrow, some units of a scheme by about a cost, or by at most as much.
 
         Returns:
             Their widths, and the cost that it came to.
         """
-        space, scheme = self._space, dict(self.start.scheme)
-        worth = step_worth(space, self.predictor.curves, self.predictor.factors)
+        scheme, worth = dict(start), step_worth(space, curves, self.predictor.factors)
         step, sign, done = space.next_wider if wider else space.next_narrower, 1 - 2 * wider, 0.0
         while done < cost:
             options = []
@@ -245,13 +316,13 @@ class Planner:
                 width = step(name, scheme[name])
                 low, high = sorted((scheme[name], width))
                 marginal = space.costs.marginal_cost(name, low, high, scheme)
-                if marginal:
+                if marginal and not (within and done + marginal > cost):
                     value = sum(worth[name][low:high]) / marginal
                     options.append((sign * value, name, width, marginal))
             if not options:
                 break
             _, name, width, marginal = min(options)
-            if done and done + marginal / 2 > cost:  # further off than without it
+            if not within and done and done + marginal / 2 > cost:  # further off than without it
                 break
             scheme[name], done = width, done + marginal
         return {name: scheme[name] for name in names}, done

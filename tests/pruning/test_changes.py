@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.changes import MAX_NOTE, Bound, Change, Distrust, Move, Planner
+from tdc_ray.pruning.changes import MAX_NOTE, Bound, Change, Distrust, Move, Planner, Share
 from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.space import Space, space_of
 from tests.pruning.requests import NAMES, SPACE, entry, task
@@ -23,7 +23,7 @@ PLANNER = Planner(REQUEST, ())
 FULL = space_of(architecture("tiny"), "full")
 
 numbers = st.integers(-2, len(NAMES) + 1)
-places = st.sampled_from([*map(str, range(14)), *PLANNER.blocks, "mids", "²", ""])
+places = st.sampled_from([*map(str, range(14)), *PLANNER.blocks, "up", "mids", "²", ""])
 values = st.floats(-5, 40)
 changes = st.builds(
     Change,
@@ -32,6 +32,7 @@ changes = st.builds(
     ),
     distrust=st.lists(st.builds(Distrust, where=places, factor=values)),
     moves=st.lists(st.builds(Move, from_block=places, to_block=places, points=values), max_size=3),
+    shares=st.lists(st.builds(Share, block=places, least=values, most=values), max_size=3),
 )
 
 
@@ -50,6 +51,11 @@ def test_whatever_is_said_the_scheme_is_legal_and_within_the_limit(change, share
     assert space.cost(planned.scheme) <= limit
     steps = max(max(space.step_costs(unit.name)) for unit in space.units)
     assert limit - space.cost(planned.scheme) < steps  # nothing but a part of a step is left over
+    points = planner.points(planned.scheme)
+    for share in change.shares:
+        if not any(note.startswith(str(share)) for note in planned.dropped):
+            taken = sum(p for block, p in points.items() if block.startswith(share.block.strip()))
+            assert share.least - 1e-9 <= taken <= share.most + 1e-9
 
 
 def test_without_changes_it_is_the_knapsack():
@@ -108,8 +114,43 @@ def test_a_move_takes_points_from_one_block_to_another():
             for scheme in (PLANNER.start.scheme, planned.scheme)
         )
         assert 100 * (after - before) / SPACE.cost_base == pytest.approx(expected, abs=1.5)
+    planned = PLANNER.plan(Change(moves=[Move(from_block="down", to_block="mid", points=5)]))
+    before, after = (PLANNER.points(one.scheme) for one in (PLANNER.start, planned))
+    moved = {name: after[name] - before[name] for name in before}
+    assert sum(moved[name] for name in moved if "down" in name) == pytest.approx(-5, abs=1.5)
+    assert moved["mid"] == pytest.approx(5, abs=1.5)
+    overlap = PLANNER.plan(Change(moves=[Move(from_block="up", to_block="up 1", points=1)]))
+    assert "there are no two such blocks" in overlap.dropped[0]
     far = PLANNER.plan(Change(moves=[Move(from_block="mid", to_block="up 1", points=80)]))
     assert "points could be moved" in far.dropped[0]
+
+
+@pytest.mark.parametrize("block", ["mid", "up 1", "up"])
+def test_a_share_is_kept_exactly_and_the_rest_is_the_best_under_it(block):
+    def taken(scheme: dict[str, int]) -> float:
+        return sum(p for name, p in PLANNER.points(scheme).items() if name.startswith(block))
+
+    usual = taken(PLANNER.start.scheme)
+    less = PLANNER.plan(Change(shares=[Share(block=block, least=0, most=usual - 3)]))
+    more = PLANNER.plan(Change(shares=[Share(block=block, least=usual + 3, most=100)]))
+    assert (less.dropped, more.dropped) == ((), ())
+    assert usual - 4.5 < taken(less.scheme) <= usual - 3
+    assert usual + 3 <= taken(more.scheme) < usual + 4.5
+    same = Share(block=block, least=usual - 1e-6, most=usual + 1e-6)
+    kept = PLANNER.plan(Change(shares=[same]))
+    assert kept.scheme == PLANNER.start.scheme
+
+
+def test_a_share_that_no_widths_have_is_dropped_and_said():
+    for least, most in ((0, 0), (99, 100), (8, 7)):
+        planned = PLANNER.plan(Change(shares=[Share(block="mid", least=least, most=most)]))
+        assert "points for mid: the nearest that it can have are" in planned.dropped[0]
+        assert planned.scheme == PLANNER.start.scheme
+    (note,) = PLANNER.plan(Change(shares=[Share(block="out", least=0, most=9)])).dropped
+    assert note == "0 to 9 points for out: there is no such block"
+    planner = Planner(replace(REQUEST, space=FULL, sensitivities={}), ())
+    (note,) = planner.plan(Change(shares=[Share(block="mid", least=0, most=9)])).dropped
+    assert "no shares where a stream's width is cut" in note
 
 
 def test_a_change_that_cannot_be_read_discards_itself_alone():

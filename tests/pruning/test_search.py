@@ -2,7 +2,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import ConfigError, LimitError
-from tdc_ray.execution.chain import Chains, run_chain
+from tdc_ray.execution.chain import Chain, Chains, run_chain
 from tdc_ray.execution.item import AnyItem, ItemResult, run_item
 from tdc_ray.models.units import keep_everything
 from tdc_ray.pruning.criteria.registry import CRITERIA
@@ -26,9 +26,17 @@ from tdc_ray.pruning.llm.transcripts import (
 )
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.proxies.language_model import AskJob
-from tdc_ray.pruning.result import SearchResult, contribution_notes, schemes_by_source
+from tdc_ray.pruning.race import race
+from tdc_ray.pruning.result import (
+    Candidate,
+    SearchCost,
+    SearchResult,
+    contribution_notes,
+    schemes_by_source,
+)
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import is_tight, space_of
+from tdc_ray.pruning.tasks.candidates import CandidateResult
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import (
     TINY,
@@ -574,6 +582,43 @@ def test_what_a_language_model_contributed_is_said(found, run_dir, tmp_path):
     chosen = choice.entry.source == "llm"
     assert ("1 of 1 pruned experts" in note) is chosen
     assert ("no expert is the language model's: 1 of its" in note) is not chosen
+
+
+def answered(chain: Chain[Any], answer: Callable[[Sequence[AnyItem]], Sequence[Any]]) -> Any:
+    """What a chain returns whose items are answered by a function."""
+    try:
+        items = next(chain)
+        while True:
+            items = chain.send(answer(items))
+    except StopIteration as ended:
+        return ended.value
+
+
+def test_the_best_that_is_no_language_models_is_a_finalist_and_wins_where_it_is_better(
+    found, tmp_path
+):
+    """Six candidates; the model's are ahead wherever it can tell, and behind on fresh noise."""
+    task, choice = found("offline")
+    distances = {"second": (1.0, 2.0, 3.0), "final": (2.0, 1.0)}
+    memory, candidates = MemoryBank(tmp_path / "memory.jsonl"), []
+    for number, source in enumerate(["llm", "llm/repaired", "llm", *3 * ["offline"]]):
+        entry = dataclasses.replace(
+            choice.entry, candidate=number, source=source, distance=float(number), final=None
+        )
+        memory.add(entry)
+        candidates.append(Candidate(entry, choice.kept))
+    heats: list[list[int]] = []
+
+    def measured(items: Sequence[AnyItem]) -> list[CandidateResult]:
+        heats.append([int(item.key.split("candidate-")[1][0]) for item in items])
+        return [
+            CandidateResult(loss_cut=1.0, loss_refit=1.0, macs=0.0, seconds=0.0, distance=distance)
+            for distance in distances[items[0].job.heat.name]
+        ]
+
+    ranked = answered(race(task, memory, SearchCost(), candidates), measured)
+    assert heats == [[0, 1, 3], [0, 3]]
+    assert [one.entry.candidate for one in ranked] == [3, 0, 1, 2, 4, 5]
 
 
 NONSENSE = {

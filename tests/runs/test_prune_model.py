@@ -455,6 +455,10 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
     memory = next(tmp_path.glob("search/*/memory.jsonl")).read_text().splitlines()
     sources = {json.loads(line)["source"] for line in memory}
     assert source in sources
+    assert report["source"] in sources
+    assert report["schemes"].keys() == sources
+    nothing = "the language model contributed nothing" in report["notes"][0]
+    assert nothing is (source == "offline")
     if source == "offline":
         assert sources == {"offline"}
         assert "the offline proxy took over" in " ".join(report["notes"])

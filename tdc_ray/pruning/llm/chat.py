@@ -3,7 +3,8 @@
 The openai client times attempts out, and repeats them after its own waits or Retry-After. Left to
 this module are a bound on all of a request's time, the attempts that a server may charge for, and
 a check of the answer: the client fills its types with whatever a server sends, and its strict
-mode refuses what lenient servers leave out.
+mode refuses what lenient servers leave out. A streamed reply is received whole, too, so that the
+client's timeout bounds each silence, and its attempts cover a stream that breaks off.
 
 The key comes from the environment alone. A server's text that could hold the key is left out, and
 nothing is raised from within an ``except``, so that no traceback has it.
@@ -43,6 +44,9 @@ SECONDS_TO_CHECK = 10.0
 MAX_PROBLEM_CHARS = 500
 """Most characters of a server's text that are kept."""
 
+STREAMED = ("stream", "stream_options")
+"""Fields of a request that ask for a stream."""
+
 NO_KEY = "none"
 """Stands for the key of a server that needs none."""
 
@@ -56,7 +60,7 @@ class _Part(BaseModel):
 
 
 class _Function(BaseModel):
-    name: str = ""
+    name: Annotated[str, BeforeValidator(_as_text)] = ""
     arguments: Annotated[str, BeforeValidator(_as_text)] = ""
     """Some servers send an object in place of its JSON."""
 
@@ -64,6 +68,13 @@ class _Function(BaseModel):
 class _ToolCall(BaseModel):
     id: str | None = None
     function: _Function
+
+
+class _CallPart(_ToolCall):
+    """What an event adds to a call."""
+
+    index: int | None = None
+    function: _Function = Field(default_factory=_Function)
 
 
 class _Message(BaseModel):
@@ -84,6 +95,28 @@ class _Completion(BaseModel):
     )
     usage: Annotated[_Tokens | Any, Field(union_mode="left_to_right")] = None
     """A reply is good whatever its server counts."""
+
+
+class _Delta(BaseModel):
+    content: str | list[_Part] | None = None
+    tool_calls: list[_CallPart] | None = None
+    refusal: str | None = None
+
+
+class _Event(BaseModel):
+    """What an event adds to a streamed reply."""
+
+    delta: _Delta = Field(
+        default_factory=_Delta, validation_alias=AliasPath("choices", 0, "delta")
+    )
+    finish_reason: str | None = Field(
+        default=None, validation_alias=AliasPath("choices", 0, "finish_reason")
+    )
+    usage: Any = None
+
+
+BROKEN_OFF = "broken off"
+"""Stands for the finish_reason of a stream that ended without one."""
 
 
 def server_host(base_url: str | None) -> str:
@@ -173,7 +206,7 @@ def send(
     """Send a request and read the response.
 
     Args:
-        request: Its body.
+        request: Its body; may ask for a stream.
         base_url: Address of the server; None means the one that the environment names.
         timeout_s: Longest silence of the server before the client tries again.
         max_retries: How often it does, then and after 429 and 5xx.
@@ -184,7 +217,11 @@ def send(
     attempts = _Attempts()
     hooks: dict[str, list[Any]] = {"request": [attempts.begin], "response": [attempts.end]}
 
-    async def post() -> str:
+    # The client itself is to wait for the whole body, and knows no stream.
+    streaming = {name: request[name] for name in STREAMED if name in request}
+    others = {name: value for name, value in request.items() if name not in STREAMED}
+
+    async def post() -> tuple[str, bool]:
         async with (
             asyncio.timeout(max_seconds),  # ends the client's waits, too, as no thread could
             openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
@@ -196,12 +233,14 @@ def send(
                 http_client=http,
             ) as client,
         ):
-            response = await client.chat.completions.with_raw_response.create(**request)
-            return str(response.text)
+            create = client.chat.completions.with_raw_response.create
+            response = await create(**others, extra_body=streaming)
+            kind = response.headers.get("Content-Type", "")  # not all servers can stream
+            return str(response.text), kind.startswith("text/event-stream")
 
     status, usage = 0, None
     try:
-        body = asyncio.run(post())
+        body, is_stream = asyncio.run(post())
     except openai.APIStatusError as error:
         status, usage = error.status_code, TokenUsage(calls=1)
         if status in (401, 403):  # the body may show a part of the key
@@ -215,7 +254,7 @@ def send(
     except (openai.OpenAIError, OSError, ValueError, ImportError) as error:
         problem = f"the request failed: {type(error).__name__}: {error}"
     else:
-        return replace(_read(body), unanswered=attempts.unanswered - 1)
+        return replace(_read(body, is_stream=is_stream), unanswered=attempts.unanswered - 1)
     problem = _without_address(redact(problem), _address(base_url))[:MAX_PROBLEM_CHARS]
     return Answer(problem=problem, usage=usage, unanswered=attempts.unanswered, status=status)
 
@@ -241,15 +280,15 @@ class _Attempts:
         self.unanswered -= response.status_code != 200  # a 200 may still break off
 
 
-def _read(body: str) -> Answer:
+def _read(body: str, *, is_stream: bool) -> Answer:
     """Check an answer."""
     try:
-        completion = _Completion.model_validate_json(body)
+        completion = _joined(body) if is_stream else _Completion.model_validate_json(body)
     except ValidationError:
         return Answer(problem="the server's answer is no chat completion.")
     counted, message = completion.usage, completion.message
     usage = TokenUsage(calls=1, **dict(counted)) if isinstance(counted, _Tokens) else None
-    text, problem = message.content or "", None
+    text, problem = _text_of(message.content), None
     calls = tuple(
         ToolCall(
             id=call.id or f"call_{number}",
@@ -258,17 +297,55 @@ def _read(body: str) -> Answer:
         )
         for number, call in enumerate(message.tool_calls or ())
     )
-    if isinstance(text, list):
-        text = "".join(part.text or "" for part in text)
     if message.refusal:
         text, problem = message.refusal, "it is a refusal, but changes were asked for."
     elif completion.finish_reason == "length":
         problem = "it was cut off at the most tokens that a reply may have."
+    elif completion.finish_reason == BROKEN_OFF:
+        problem = "the server broke it off."
     elif completion.finish_reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip() and not calls:
         problem = "it is empty."
     return Answer(text=redact(text), calls=calls, problem=problem, usage=usage)
+
+
+def _text_of(content: str | list[_Part] | None) -> str:
+    if isinstance(content, list):
+        return "".join(part.text or "" for part in content)
+    return content or ""
+
+
+def _joined(body: str) -> _Completion:
+    """Join the events of a stream to what the reply would have been in one piece.
+
+    Raises:
+        ValidationError: An event is none of a chat completion's.
+    """
+    text = refusal = ""
+    calls: list[_CallPart] = []
+    latest: dict[int | None, _CallPart] = {}
+    finish_reason, usage = BROKEN_OFF, None
+    for line in re.split(r"\r\n|\r|\n", body):
+        name, _, data = line.partition(":")
+        if name != "data" or data.strip() == "[DONE]":  # comments keep the connection alive
+            continue
+        event = _Event.model_validate_json(data)
+        text += _text_of(event.delta.content)
+        refusal += event.delta.refusal or ""
+        finish_reason = event.finish_reason or finish_reason
+        usage = event.usage or usage
+        for part in event.delta.tool_calls or ():
+            call = latest.get(part.index)
+            # Some servers send every call whole, and all under one index.
+            if call is None or (part.id and call.id and part.id != call.id):
+                call = latest[part.index] = _CallPart(id=part.id)
+                calls.append(call)
+            call.function.name = call.function.name or part.function.name
+            call.function.arguments += part.function.arguments
+    message = {"content": text, "refusal": refusal, "tool_calls": [c.model_dump() for c in calls]}
+    choice = {"message": message, "finish_reason": finish_reason}
+    return _Completion.model_validate({"choices": [choice], "usage": usage})
 
 
 def _without_address(text: str, url: str) -> str:

@@ -108,6 +108,8 @@ Changes:
 - distrust: a factor ({least:g} to {most:g}) on what cuts of a unit (by number) or of a block (by
   name) are predicted to cost; above 1: they cost more than predicted.
 - moves: points of {name} from one block to another (by name), as against the knapsack's scheme.
+- shares: the least and the most points of {name} that a block (by name) takes.
+For a block's name, down and up stand for all such blocks together.
 Changes that contradict earlier ones, or the limit, are dropped, and you are told which.
 Call the tools predict and measure. If you have none, answer with one JSON object (letters stand
 for your values, lists may be empty):
@@ -117,7 +119,8 @@ for your values, lists may be empty):
 EXAMPLE = (
     '{"reasoning": "...", "hypothesis": "...", "bounds": [{"unit": N, "least": W, "most": W}], '
     '"distrust": [{"where": "N or block", "factor": F}], "moves": [{"from_block": "block", '
-    '"to_block": "block", "points": P}], "action": "predict or measure"}'
+    '"to_block": "block", "points": P}], "shares": [{"block": "block", "least": P, "most": P}], '
+    '"action": "predict or measure"}'
 )
 
 MIN_RANGE = 4
@@ -223,10 +226,21 @@ def planned_result(request: ProposalRequest, planner: Planner, planned: Planned)
         "cost_in_percent": float(_points(space.cost(planned.scheme), space)),
         "limit_in_percent": float(_points(request.limit, space)),
         "widths_changed": changed,
+        "points_changed": _points_changed(planner, planned.scheme),
     }
     if planned.dropped:
         result["dropped"] = list(planned.dropped)
     return result
+
+
+def _points_changed(planner: Planner, scheme: Scheme) -> dict[str, list[float | None]]:
+    """Return what blocks take in the knapsack's scheme and in another, where that differs."""
+    before, after = planner.points(planner.start.scheme), planner.points(scheme)
+    return {
+        name: [_rounded(before[name], 4), _rounded(after[name], 4)]
+        for name in before
+        if before[name] != after[name]
+    }
 
 
 def measured_result(request: ProposalRequest, entry: MemoryEntry) -> dict[str, Any]:
@@ -313,13 +327,7 @@ def _step(request: ProposalRequest, planner: Planner, number: int, other: int) -
 def _legend(request: ProposalRequest, memory: Sequence[MemoryEntry], planner: Planner) -> str:
     space, scale = request.space, planner.predictor.scale
     own = [entry for entry in memory if entry.group == request.group]
-    blocks = []
-    for name, units in planner.blocks.items():
-        cost = sum(
-            space.costs.marginal_cost(u, 0, planner.start.scheme[u], planner.start.scheme)
-            for u in units
-        )
-        blocks.append(f"{name}: {_points(cost, space)}")
+    points = planner.points(planner.start.scheme)
     by_distance = any(e.loss_refit is not None and e.distance is not None for e in own)
     return LEGEND.format(
         name=WORDS[space.quantity],
@@ -334,7 +342,7 @@ def _legend(request: ProposalRequest, memory: Sequence[MemoryEntry], planner: Pl
         scale=f" All of them were multiplied by {scale:.4g}, as measurements tell."
         if scale != 1
         else " No measurement has corrected them yet: the standard errors are assumed.",
-        blocks="; ".join(blocks),
+        blocks="; ".join(f"{name}: {share:.4g}" for name, share in points.items()),
     )
 
 

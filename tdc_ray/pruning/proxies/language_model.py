@@ -2,7 +2,8 @@
 
 It predicts as often as it likes and has schemes measured until the round's measurements are
 spent: as many as the offline proxy has. The first of a search are the offline proxy's best
-guesses, so that a model that answers nonsense leaves the search where that one would be.
+guesses, and the best of its schemes is a finalist (`pruning.race`): a model that answers nonsense
+takes measurements from it, but what is chosen is no worse than the best that it had measured.
 """
 
 import json
@@ -251,6 +252,8 @@ class LanguageModel:
                 "temperature": config.temperature,
             }
             body = {name: value for name, value in fields.items() if value is not None}
+            if config.stream:
+                body |= {"stream": True, "stream_options": {"include_usage": True}}
             answer, asked, problem = self._ask(body | format_fields(form))
             if problem is not None:
                 is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -61,9 +61,10 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions"
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.begin()
-        self.ended = False
+        self.ended, request = False, json.loads(body)
+        self.streams = request.get("stream", False)
         try:
-            self.server.next_step(json.loads(body))(self)
+            self.server.next_step(request)(self)
         finally:
             self.end()
 
@@ -89,6 +90,24 @@ class Handler(BaseHTTPRequestHandler):
         self.end()
         self.end_headers()
         self.wfile.write(content)
+
+    def complete(self, body: str) -> None:
+        """Send a good answer, in parts if they were asked for."""
+        if self.streams:
+            self.stream(events(body))
+        else:
+            self.answer(200, body)
+
+    def stream(self, parts: Iterable[str], pause: float = 0.0) -> None:
+        """Send events, with a pause before each."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.end_headers()
+        for part in parts:
+            self.server.closing.wait(pause)
+            self.wfile.write(f"{part}\n\n".encode())
+            self.wfile.flush()
+        self.end()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -121,8 +140,46 @@ def completion(
     return json.dumps(top | {"choices": [choice]})
 
 
+def events(body: str, size: int = 40) -> list[str]:
+    """An answer as the events of a stream, whose texts come in pieces of some characters."""
+    whole = json.loads(body)
+    (choice,) = whole["choices"]
+
+    def pieces(text: str) -> list[str]:
+        return [text[start : start + size] for start in range(0, len(text), size)]
+
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    for name in ("content", "refusal"):
+        deltas += [{name: piece} for piece in pieces(choice["message"][name] or "")]
+    for index, call in enumerate(choice["message"].get("tool_calls", ())):
+        function = call["function"]
+        begun = {**call, "index": index, "function": {**function, "arguments": ""}}
+        deltas.append({"tool_calls": [begun]})
+        for piece in pieces(function["arguments"]):
+            part = {"index": index, "function": {"name": None, "arguments": piece}}
+            deltas.append({"tool_calls": [part]})
+    chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": choice["finish_reason"]}]})
+    chunks.append({"choices": [], "usage": whole["usage"]})
+    return [f"data: {json.dumps(chunk)}" for chunk in chunks] + ["data: [DONE]"]
+
+
+def streams(*parts: str, pause: float = 0.0) -> Step:
+    return lambda handler: handler.stream(parts, pause)
+
+
+def falls_silent(*parts: str) -> Step:
+    """Sends some events and no more, without an end."""
+
+    def step(handler: Handler) -> None:
+        handler.stream(parts)
+        is_silent(handler)
+
+    return step
+
+
 def says(content: object, **how: Any) -> Step:
-    return lambda handler: handler.answer(200, completion(content, **how))
+    return lambda handler: handler.complete(completion(content, **how))
 
 
 def fails(status: int, body: str = '{"error": {"message": "no"}}', **headers: str) -> Step:
@@ -141,7 +198,7 @@ def echoes_key(status: int) -> Step:
 
 
 def says_key(handler: Handler) -> None:
-    handler.answer(200, completion(f"Your key is {handler.headers['Authorization']}."))
+    handler.complete(completion(f"Your key is {handler.headers['Authorization']}."))
 
 
 def after(seconds: float, step: Step) -> Step:
@@ -200,7 +257,7 @@ def calling(*calls: tuple[str, object], text: str | None = None, ids: bool = Tru
     def step(handler: Handler) -> None:
         body = json.loads(completion(text, finish_reason="tool_calls"))
         body["choices"][0]["message"]["tool_calls"] = made
-        handler.answer(200, json.dumps(body))
+        handler.complete(json.dumps(body))
 
     return step
 

@@ -6,7 +6,7 @@ import pytest
 
 from tdc_ray.models.network_config import DIT_CLASS
 from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.pruning.changes import Planner
+from tdc_ray.pruning.changes import Change, Planner, Share
 from tdc_ray.pruning.llm.answer import Answer, ToolCall
 from tdc_ray.pruning.llm.prompt import (
     MAX_QUOTED_CHARS,
@@ -122,6 +122,11 @@ def test_a_prediction_tells_what_changed_and_what_was_dropped():
     assert told["predicted_increase"] == told["knapsack_increase"] > told["standard_error"] > 0
     assert told["cost_in_percent"] <= told["limit_in_percent"] == 70
     assert (told["widths_changed"], told["dropped"]) == ({}, ["x: y"])
+    assert told["points_changed"] == {}
+    moved = planner.plan(Change(shares=[Share(block="mid", least=0, most=6)]))
+    before, after = planned_result(TASK, planner, moved)["points_changed"]["mid"]
+    assert before > 6 >= after > 0
+    assert f"mid: {before:.4g}" in content()
     came_to = measured_result(TASK, MEMORY[0])
     assert came_to["measured_increase"] == 0.0061234
     assert (came_to["predicted_increase"], came_to["images"]) == (0.004, 45)

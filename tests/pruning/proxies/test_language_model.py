@@ -36,7 +36,9 @@ from tests.pruning.llm.openai_server import (
     calling,
     completion,
     echoes_key,
+    events,
     fails,
+    falls_silent,
     hangs_up,
     is_silent,
     refuses_format,
@@ -44,6 +46,7 @@ from tests.pruning.llm.openai_server import (
     says,
     says_key,
     serving,
+    streams,
     trickles,
 )
 from tests.pruning.requests import NAMES, SPACE, TASK, entry, task
@@ -186,6 +189,52 @@ def test_a_bad_answer_is_survived(case, tmp_path, monkeypatch):
     assert result.schemes == SCHEMES
     assert len(server.requests) == num_requests
     assert budget.spent.tokens <= 100_000
+
+
+def call_event(number: int) -> str:
+    """An event that holds a whole call of measure, each under the same index."""
+    function = {"name": "measure", "arguments": json.dumps(pin(0, 8 - number))}
+    delta = {"tool_calls": [{"index": 0, "id": f"call_{number}", "function": function}]}
+    return f"data: {json.dumps({'choices': [{'delta': delta}]})}"
+
+
+WHOLE = events(completion(GOOD))
+STREAMED = {
+    "text": ([says(GOOD)], 1),
+    "calls of tools": ([calling(("predict", pin(1, 7)), ("measure", pin(0, 7)))], 1),
+    "calls under one index": ([streams(call_event(1), call_event(2), *WHOLE[-3:])], 1),
+    "comments and other ends of lines": ([streams(": ping", "event: x\r", *WHOLE, "\r")], 1),
+    "all the same in one piece": ([fails(200, completion(GOOD))], 1),
+    "a refusal": ([says(None, refusal="I must not, for it is bad."), says(GOOD)], 2),
+    "cut off": ([says(GOOD[:60], finish_reason="length"), says(GOOD)], 2),
+    "no end": ([streams(*WHOLE[:-3]), says(GOOD)], 2),
+    "an error in the midst": ([streams(*WHOLE[:2], 'data: {"error": {}}'), says(GOOD)], 2),
+    "no JSON": ([streams(*WHOLE[:2], "data: oops"), says(GOOD)], 2),
+    "silence in the midst": ([falls_silent(*WHOLE[:2]), says(GOOD)], 2),
+    "no tools": ([refuses_tools(says(GOOD))], 2),
+}
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_a_streamed_answer_is_as_good_as_a_whole_one(case, tmp_path, monkeypatch):
+    script, num_requests = STREAMED[case]
+    job = job_in(tmp_path, stream=True, timeout_s=1.0 if "silence" in case else 20.0)
+    result, server = run(job, monkeypatch, *script)
+    assert result.error is None
+    assert result.schemes[0] == SCHEMES[0]
+    assert len(server.requests) == num_requests
+    assert server.requests[-1]["stream_options"] == {"include_usage": True}
+    if num_requests == 1:
+        assert (result.prompt_tokens, result.completion_tokens) == (1000, 200)
+    if case == "calls under one index":
+        assert [scheme[NAMES[0]] for scheme in result.schemes] == [7, 6]
+
+
+def test_a_stream_may_take_longer_than_the_timeout(tmp_path, monkeypatch):
+    slow, started = streams(*events(completion(GOOD), 20), pause=0.12), time.monotonic()
+    result, server = run(job_in(tmp_path, stream=True, timeout_s=1.2), monkeypatch, slow)
+    assert time.monotonic() - started > 1.2
+    assert (result.error, result.schemes, len(server.requests)) == (None, SCHEMES, 1)
 
 
 def test_silence_is_survived(tmp_path, monkeypatch):
