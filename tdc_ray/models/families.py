@@ -197,12 +197,7 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    known = [name for name, family in FAMILIES.items() if family.takes == "classes"]
-    if kind not in known:
-        raise ConfigError(
-            f"{display_path(folder)} holds a {kind}: only a {' or '.join(known)} can be a base "
-            "or be pruned (none that is conditioned on text)."
-        )
+    check_class(kind, f"{display_path(folder)} holds")
     try:
         config = FAMILIES[kind].given_config(folder)
         _build_on_meta(config)
@@ -212,6 +207,24 @@ def given_config(folder: Path) -> NetworkConfig:
             f"{error}"
         ) from error
     return config
+
+
+def check_class(kind: str, where: str) -> None:
+    """Check that networks of a class can be a base, and be pruned.
+
+    Args:
+        kind: The class's name.
+        where: The error's first words, such as ``FOLDER holds``.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    known = [name for name, family in FAMILIES.items() if family.takes == "classes"]
+    if kind not in known:
+        raise ConfigError(
+            f"{where} a {kind}: only a {' or '.join(known)} can be a base or be pruned (none that "
+            "is conditioned on text)."
+        )
 
 
 def check_buildable(config: NetworkConfig, name: str) -> None:
