@@ -106,8 +106,8 @@ class OffloadedExperts(nn.Module):
 def _index_of(spans: Sequence[Span], timestep: float) -> int:
     """Return the place of the span that is nearest to a timestep; of two, the noisier one.
 
-    Fractions fall between spans, or up to 1 outside of all: flow matching counts to T, and half
-    precision rounds to it.
+    Of a plan's spans that one holds ``schedule.nearest_timestep``. Fractions may also lie up to 1
+    outside of all: flow matching counts to T, and half precision rounds to it.
     """
     distance, place = min(
         (max(first - timestep, timestep - last, 0), -i) for i, (first, last) in enumerate(spans)

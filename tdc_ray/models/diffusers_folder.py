@@ -38,53 +38,54 @@ OWN_WEIGHTS_FILE = "tdc_unet.safetensors"
 diffusers refuses to load."""
 
 
-def weight_files(folder: Path, kind: str = "model") -> list[Path]:
-    """Return the safetensors that diffusers loads, or those that are for this package alone.
+def weight_files(folder: Path, kind: str = "model") -> tuple[str | None, list[Path]]:
+    """Return the safetensors that are loaded, and the variant that they are of.
+
+    Those without a variant are, as in diffusers, or those for this package alone; a variant, such
+    as fp16, where a folder has no others.
 
     Args:
         folder: The folder of a model.
         kind: The model's class, for the error.
 
     Raises:
-        CheckpointError: There are none, or all are of variants, which are loaded by name alone.
+        CheckpointError: There are none, or several variants alone.
     """
     if exists(own := folder / OWN_WEIGHTS_FILE):
-        return [own]
-    files, variants = [], set()
+        return None, [own]
+    found: dict[str | None, list[Path]] = {}
     for path in listing(folder, "*.safetensors"):
         if (name := _WEIGHTS.fullmatch(path.name)) is not None:
-            variant = name[1] or name[2]
-            if variant is None:
-                files.append(path)
-            else:
-                variants.add(variant)
-    if variants and not files:
-        raise CheckpointError(
-            f"{display_path(folder)} holds only the variant {', '.join(sorted(variants))} of its "
-            "weights: save it without one, by diffusers' from_pretrained(FOLDER, "
-            f'variant="{min(variants)}").save_pretrained(OTHER), and give that folder.'
-        )
-    if not files:
+            found.setdefault(name[1] or name[2], []).append(path)
+    if not found:
         raise CheckpointError(
             f"{display_path(folder)} holds no {kind} in safetensors. (Weights in a .bin file that "
             "you trust are brought over by diffusers' from_pretrained(FOLDER, "
-            "use_safetensors=False).save_pretrained(OTHER); variants such as fp16 are not fetched "
-            "from the hub, and brought over by variant=NAME.)"
+            "use_safetensors=False).save_pretrained(OTHER).)"
         )
-    return files
+    if None not in found and len(found) > 1:
+        names = sorted(filter(None, found))
+        raise CheckpointError(
+            f"{display_path(folder)} holds only variants of its weights, {', '.join(names)}: save "
+            f'the one to take by diffusers\' from_pretrained(FOLDER, variant="{names[0]}")'
+            ".save_pretrained(OTHER), and give that folder."
+        )
+    variant = None if None in found else next(iter(found))
+    return variant, found[variant]
 
 
 def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
-    """Load a model of one of diffusers' classes, in eval mode, on the CPU.
+    """Load a model of one of diffusers' classes, in float32 and eval mode, on the CPU.
 
     Raises:
         CheckpointError: The folder does not hold it, in safetensors, with all of its weights.
     """
     place = display_path(folder)
-    weight_files(folder, kind.__name__)
+    variant, _ = weight_files(folder, kind.__name__)
     try:
         model, info = kind.from_pretrained(
             fetch(folder),
+            variant=variant,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,  # True needs accelerate, and warns without it
@@ -103,4 +104,4 @@ def load_pretrained(kind: type[ModelMixin], folder: Path) -> ModelMixin:
             f"{place} holds the weights {listed(sorted(unknown))}, which the network of its "
             "config.json does not have: mend that, or remove them."
         )
-    return model.eval()
+    return model.float().eval()

@@ -227,17 +227,7 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    if kind not in BASES:
-        raise ConfigError(
-            f"{display_path(folder)} holds a {kind}: only a {' or '.join(BASES)} can be a base "
-            "or be pruned."
-        )
-    if document.get("addition_embed_type") is not None:
-        raise ConfigError(
-            f"{display_path(folder)} has an addition_embed_type, as Stable Diffusion XL does: it "
-            "is told more than the states of a prompt, which no command has yet. UNets of Stable "
-            "Diffusion 1 and 2 can be a base or be pruned."
-        )
+    check_class(kind, document, f"{display_path(folder)} holds")
     try:
         config = FAMILIES[kind].given_config(folder)
         _build_on_meta(config)
@@ -247,6 +237,29 @@ def given_config(folder: Path) -> NetworkConfig:
             f"{error}"
         ) from error
     return config
+
+
+def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
+    """Check that networks of a class can be a base, and be pruned.
+
+    Args:
+        kind: The class's name.
+        config: The network's config.
+        where: The error's first words, such as ``FOLDER holds``.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    if kind not in BASES:
+        raise ConfigError(
+            f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
+        )
+    if config.get("addition_embed_type") is not None:
+        raise ConfigError(
+            f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is told "
+            "more than the states of a prompt, which no command has yet. UNets of Stable Diffusion "
+            "1 and 2 can be a base or be pruned."
+        )
 
 
 def check_buildable(config: NetworkConfig, name: str) -> None:

@@ -1,6 +1,7 @@
 """Refuses weights that are no numbers: a network that has one computes nothing else."""
 
 import functools
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,21 +13,29 @@ from tdc_ray.models.diffusers_folder import weight_files
 from tdc_ray.storage.files import fetch
 from tdc_ray.storage.object_store import display_path
 
+logger = logging.getLogger(__name__)
+
 _LFS = b"version https://git-lfs"
 """How a file begins that Git LFS has not fetched."""
 
 
 def check_finite(paths: Iterable[Path]) -> None:
-    """Check that weights are numbers; a file that has not changed is read once.
+    """Check that weights are numbers, and log a variant that is taken.
+
+    A file that has not changed is read once.
 
     Args:
         paths: Folders of diffusers, or checkpoint files.
 
     Raises:
-        CheckpointError: A tensor holds NaN or infinity, or a file is missing or damaged.
+        CheckpointError: A tensor holds NaN or infinity, or a file is missing, damaged or of one of
+            several variants.
     """
     for path in paths:
-        for file in weight_files(path) if fetch(path).is_dir() else [path]:
+        variant, files = weight_files(path) if fetch(path).is_dir() else (None, [path])
+        if variant is not None:
+            _log_variant(path, variant)
+        for file in files:
             if not fetch(file).exists():
                 raise CheckpointError(f"{display_path(file)} does not exist.")
             state = file.stat()
@@ -35,6 +44,15 @@ def check_finite(paths: Iterable[Path]) -> None:
                     f"{name} of {display_path(file)} holds NaN or infinity: its training "
                     "diverged, or the file is damaged. Give another."
                 )
+
+
+@functools.cache  # of a run, what is checked and what is imported are the same
+def _log_variant(folder: Path, variant: str) -> None:
+    logger.warning(
+        "%s holds only the variant %s of its weights: it is taken, in float32",
+        display_path(folder),
+        variant,
+    )
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.image_size import size_text
 from tdc_ray.errors import CheckpointError, ConfigError, StorageError
-from tdc_ray.models.diffusers_folder import load_pretrained
+from tdc_ray.models.diffusers_folder import load_pretrained, weight_files
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.network_config import FirstStageConfig, NetworkConfig, image_size
 from tdc_ray.storage.digest import cached_file_digest, json_digest
@@ -135,12 +135,22 @@ def first_stage_digest(folder: Path) -> str:
         for name, value in _config(folder).items()
         if name not in _IRRELEVANT and value is not None
     }
-    path = fetch(resolve_path(folder) / WEIGHTS_FILE)
-    if not path.exists():
+    return json_digest([config, cached_file_digest(fetch(_weights_file(folder)))])[:16]
+
+
+def _weights_file(folder: Path) -> Path:
+    """Return the file of a first stage's weights.
+
+    Raises:
+        CheckpointError: There is none, or more than one.
+    """
+    _, files = weight_files(resolve_path(folder), "first stage")
+    if len(files) > 1:
         raise CheckpointError(
-            f"{display_path(folder)} holds no first stage: {WEIGHTS_FILE} is missing."
+            f"{display_path(folder)} must hold its weights in one file, got {len(files)}: save it "
+            'by diffusers\' save_pretrained(OTHER, max_shard_size="100GB"), and give that folder.'
         )
-    return json_digest([config, cached_file_digest(path)])[:16]
+    return files[0]
 
 
 def copy_first_stage(folder: Path, to: Path) -> None:
@@ -150,11 +160,11 @@ def copy_first_stage(folder: Path, to: Path) -> None:
         StorageError: There is another one.
     """
     if not exists(to / CONFIG_FILE):  # which comes last
-        folder = fetch(resolve_path(folder))
         with atomic_path(to) as temporary:
             temporary.mkdir()
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copyfile(folder / name, temporary / name)
+            # under the name that diffusers loads unasked
+            shutil.copyfile(fetch(_weights_file(folder)), temporary / WEIGHTS_FILE)
+            shutil.copyfile(fetch(resolve_path(folder)) / CONFIG_FILE, temporary / CONFIG_FILE)
     if first_stage_digest(to) != first_stage_digest(folder):
         raise StorageError(
             f"data.first_stage {folder} is no longer the one that {display_path(to)} is a copy "

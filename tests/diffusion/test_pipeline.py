@@ -23,6 +23,7 @@ from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import keep_everything
+from tdc_ray.runs.export.templates.experts import Experts as ExportedExperts
 from tdc_ray.runs.pipelines import pipeline_index
 from tests.small import (
     TINY,
@@ -204,12 +205,14 @@ def test_a_moved_folder_of_experts_still_loads(saved, tmp_path):
     assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path / "elsewhere")), expected)
 
 
-def test_a_step_uses_the_expert_of_its_timestep():
-    unets = [random_unet(seed=seed) for seed in range(4)]
-    pipeline, groups = live(unets), groups_of(CONFIG)
-    for timestep in range(1000):
-        (place,) = (g.index for g in groups if timestep in g.timesteps)
-        assert pipeline.experts.for_timestep(timestep) is unets[place]
+def test_a_step_uses_the_expert_of_its_group_as_the_plan_and_an_export_count():
+    plan = plan_groups(CONFIG.diffusion, CONFIG.plan, CONFIG.sampler)
+    unets = [random_unet(seed=seed) for seed in range(len(plan.groups))]
+    ours = live(unets).experts
+    exported = ExportedExperts(unets, [(group.first, group.last) for group in plan.groups])
+    for timestep in [*range(1000), *np.arange(0.25, 999, 0.25).tolist()]:
+        expert = unets[plan.group_of(timestep).index]
+        assert ours.for_timestep(timestep) is exported.for_timestep(timestep) is expert
 
 
 def test_a_timestep_without_an_expert_is_an_error_that_names_it():

@@ -131,6 +131,15 @@ def test_a_copy_is_made_once_and_another_first_stage_is_refused(tmp_path):
         copy_first_stage(other, copy)
 
 
+def test_a_variant_alone_is_copied_under_the_name_that_diffusers_loads(tmp_path):
+    folder, copy = make_first_stage(tmp_path / "one"), tmp_path / "run" / "first_stage"
+    expected = first_stage_digest(folder)
+    (folder / WEIGHTS_FILE).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    copy_first_stage(folder, copy)
+    assert first_stage_digest(folder) == first_stage_digest(copy) == expected
+    AutoencoderKL.from_pretrained(copy, use_safetensors=True, low_cpu_mem_usage=False)
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -174,7 +183,7 @@ def test_a_spoilt_folder_is_one_error_that_says_what_is_wrong(tmp_path, spoil, m
 
 def test_a_digest_needs_weights(tmp_path):
     (make_first_stage(tmp_path) / WEIGHTS_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS_FILE} is missing"):
+    with pytest.raises(CheckpointError, match="holds no first stage in safetensors"):
         first_stage_digest(tmp_path)
 
 

@@ -1,12 +1,13 @@
 """``tdc_ray.load_base``: a base of any kind, and the settings that follow from it."""
 
+import copy
 import logging
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from tdc_ray.cli.api.folder import TemporaryFolder
 from tdc_ray.config.compare import CompareConfig
@@ -15,7 +16,7 @@ from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler, set_timesteps
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.families import load_network
+from tdc_ray.models.families import check_class, load_network, save_network
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.runs.pipelines import pipeline_index
@@ -83,7 +84,7 @@ class Base:
 
 
 def load_base(
-    source: str | Path | DiffusionPipeline | UNet2DModel,
+    source: str | Path | DiffusionPipeline | ModelMixin,
     *,
     scheduler: SchedulerMixin | None = None,
     settings: RunConfig | None = None,
@@ -92,10 +93,11 @@ def load_base(
     """Load a base that experts are to be made of.
 
     Args:
-        source: A name on the Hugging Face hub, a folder of diffusers (a pipeline or a UNet), a run
-            directory, what ``tdc-ray import`` wrote, ``openai:FILE`` or ``compvis:FILE``; or a
-            pipeline or a ``UNet2DModel`` in memory, of which a copy is taken.
-        scheduler: The noise process of a UNet in memory.
+        source: A name on the Hugging Face hub, a folder of diffusers (a pipeline or a network), a
+            run directory, what ``tdc-ray import`` wrote, ``openai:FILE`` or ``compvis:FILE``; or a
+            pipeline or a network in memory (``UNet2DModel``, ``DiTTransformer2DModel``), of which
+            a copy is taken.
+        scheduler: The noise process of a network in memory.
         settings: What the base does not say, and what experts are made by, such as
             ``tdc_ray.preset("cifar10")``. None means those of the run that trained it, or else of
             the preset ``digits``, as on the command line.
@@ -111,20 +113,20 @@ def load_base(
     if isinstance(source, str | Path):
         if scheduler is not None:
             raise ConfigError(
-                "scheduler goes with a UNet2DModel in memory: load it by diffusers, and give both."
+                "scheduler goes with a network in memory: load it by diffusers, and give both."
             )
         found = resolve_base(str(source), predicts)
     else:
         temporary = TemporaryFolder()
-        _save(source, scheduler, temporary.path)
+        saved = _save(source, scheduler, temporary.path)
         found = replace(
-            resolve_base(str(temporary.path), predicts),
+            resolve_base(str(saved), predicts),
             source=f"{type(source).__name__} in memory",
         )
     if settings is None and (missing := missing_settings(found.settings)):
         raise ConfigError(
             f"{found.source} does not say {', '.join(missing)}: give settings that do, such as "
-            "tdc_ray.preset(NAME) of the preset that it was trained with, or the UNet2DModel in "
+            "tdc_ray.preset(NAME) of the preset that it was trained with, or the network in "
             "memory and its scheduler."
         )
     trained = None if found.folder is None else run_config_of(found.folder)
@@ -178,22 +180,43 @@ def base_of(
 
 
 def _save(
-    source: DiffusionPipeline | UNet2DModel, scheduler: SchedulerMixin | None, folder: Path
-) -> None:
-    """Save a model in memory as a pipeline of diffusers."""
+    source: DiffusionPipeline | ModelMixin, scheduler: SchedulerMixin | None, folder: Path
+) -> Path:
+    """Save what a base needs of a model in memory, as diffusers does; return where it is.
+
+    Raises:
+        ConfigError: It cannot be a base, or its noise process is missing or told twice.
+    """
     if isinstance(source, ProgressivePipeline):
         raise ConfigError("the base must be one network, got a ProgressivePipeline of experts.")
-    if isinstance(source, UNet2DModel):
+    if isinstance(source, DiffusionPipeline):
+        if scheduler is not None:
+            raise ConfigError("scheduler goes with a network alone: a pipeline has its own.")
+        parts = source.components
+    elif isinstance(source, ModelMixin):
         if scheduler is None:
             raise ConfigError(
-                "scheduler must be given with a UNet2DModel in memory: it says the noise process."
+                f"scheduler must be given with a {type(source).__name__} in memory: it says the "
+                "noise process."
             )
-        source = DDPMPipeline(source, scheduler)
-    elif scheduler is not None:
-        raise ConfigError("scheduler goes with a UNet2DModel alone: a pipeline has its own.")
-    if not isinstance(source, DiffusionPipeline):
+        parts = {"unet": source, "scheduler": scheduler}
+    else:
         raise ConfigError(
-            "the base must be a path, a name on the hub, a pipeline of diffusers or a "
-            f"UNet2DModel, got a {type(source).__name__}."
+            "the base must be a path, a name on the hub, or a pipeline or a network of diffusers, "
+            f"got a {type(source).__name__}."
         )
-    source.save_pretrained(folder)
+    for name in ("unet", "transformer"):
+        if (network := parts.get(name)) is not None:
+            network = getattr(network, "_orig_mod", network)  # of torch.compile
+            kind = type(network).__name__
+            check_class(
+                kind, network.config, f"the base, a {type(source).__name__} in memory, has"
+            )
+            save_network(copy.deepcopy(network), folder / name)  # it changes the memory's layout
+    for name in ("scheduler", "vqvae", "vae", "text_encoder", "tokenizer"):
+        if (part := parts.get(name)) is not None:
+            part.save_pretrained(folder / name)
+    if not isinstance(source, DiffusionPipeline):
+        return folder / "unet"
+    source.save_config(folder)
+    return folder

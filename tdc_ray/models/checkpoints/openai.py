@@ -1,10 +1,12 @@
-"""Checkpoints of openai/improved-diffusion: their architecture, and where each tensor goes.
+"""Checkpoints of OpenAI's improved- and guided-diffusion: architecture, and tensors' places.
 
-A checkpoint is the plain state dict of ``UNetModel`` (improved_diffusion/unet.py). CompVis' latent
-diffusion has the same network under the same names. Some things do not show in the shapes: the
-attentions' heads and the order of their q, k and v, and the size of the images.
+A checkpoint is the plain state dict of ``UNetModel`` (unet.py), which in guided-diffusion (ADM)
+may sample between levels by residual blocks. CompVis' latent diffusion has the same network under
+the same names. Some things do not show in the shapes: the attentions' heads and the order of their
+q, k and v, and the size of the images.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +15,14 @@ from torch import Tensor
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.state_dicts import Shapes, StateDict, check_tensors, shape_of
 from tdc_ray.models.network_config import NetworkConfig, num_heads_of
-from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
+from tdc_ray.models.unet2d.architectures import (
+    ATTN_DOWN,
+    ATTN_UP,
+    DOWN,
+    RESNET_DOWN,
+    RESNET_UP,
+    UP,
+)
 from tdc_ray.models.unet2d.unet import build_unet
 
 COMMON: NetworkConfig = {
@@ -60,22 +69,23 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
         CheckpointError: The tensors are not those of such a network; the first is named.
     """
     width, in_channels, *_ = shape_of(state, "input_blocks.0.0.weight", 4)
+    layers_by_resnet = _layers_between_residual_samplers(state)
     levels: list[list[tuple[int, bool]]] = [[]]  # channels of residual blocks, with attention?
-    number = 1
-    while True:
+    for number in itertools.count(1):
         block = f"input_blocks.{number}"
         if f"{block}.0.op.weight" in state:
             levels.append([])
-        elif (conv := f"{block}.0.in_layers.2.weight") in state:
-            levels[-1].append((len(state[conv]), f"{block}.1.qkv.weight" in state))
-        else:
+        elif (conv := f"{block}.0.in_layers.2.weight") not in state:
             break
-        number += 1
+        elif layers_by_resnet and number % (layers_by_resnet + 1) == 0:
+            levels.append([])
+        else:
+            levels[-1].append((len(state[conv]), f"{block}.1.qkv.weight" in state))
     if any(len(level) != len(levels[0]) or len(set(level)) != 1 for level in levels):
         raise CheckpointError(
             "its input_blocks must be levels of equally many residual blocks, alike within a "
-            "level, with a convolution (.0.op) between levels. Found, as (channels, has "
-            f"attention): {levels}."
+            "level, with a convolution (.0.op) or a residual block (resblock_updown) between "
+            f"levels. Found, as (channels, has attention): {levels}."
         )
     channels, attends = zip(*(level[0] for level in levels), strict=True)
     if width != channels[0] or any(count % COMMON["norm_num_groups"] for count in channels):
@@ -83,21 +93,45 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
             f"its channels must be multiples of {COMMON['norm_num_groups']}, and as many in "
             f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
         )
+    embedded_width = shape_of(state, "time_embed.0.weight", 2)[1]
+    if embedded_width != width:
+        raise CheckpointError(
+            f"its timesteps are embedded in {embedded_width} channels, and the first level has "
+            f"{width}: they must be as many (channel_mult begins with 1), which those of ADM's "
+            "512x512 are not."
+        )
     embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight", 2)
+    down, up = (RESNET_DOWN, RESNET_UP) if layers_by_resnet else (DOWN, UP)
     settings: NetworkConfig = {
         **COMMON,
         "in_channels": in_channels,
         "out_channels": shape_of(state, "out.2.weight", 4)[0],
         "layers_per_block": len(levels[0]),
         "block_out_channels": channels,
-        "down_block_types": tuple(ATTN_DOWN if a else DOWN for a in attends),
-        "up_block_types": tuple(ATTN_UP if a else UP for a in reversed(attends)),
+        "down_block_types": tuple(ATTN_DOWN if a else down for a in attends),
+        "up_block_types": tuple(ATTN_UP if a else up for a in reversed(attends)),
         "resnet_time_scale_shift": "scale_shift" if embedded == 2 * channels[0] else "default",
     }
+    if layers_by_resnet:
+        settings |= {"downsample_type": "resnet", "upsample_type": "resnet"}
     if "label_emb.weight" in state:
         settings["num_class_embeds"] = len(state["label_emb.weight"])
     check_tensors(state, original_shapes(settings))
     return settings
+
+
+def _layers_between_residual_samplers(state: StateDict) -> int:
+    """Return how many residual blocks a level has on the way down; 0 if none samples between.
+
+    On the way up a level has one more, and the sampler is a further part of the last one's.
+    """
+    number = 0
+    while f"output_blocks.{number}.0.in_layers.2.weight" in state:
+        parts = (f"output_blocks.{number}.{part}.in_layers.2.weight" for part in (1, 2))
+        if any(part in state for part in parts):
+            return number
+        number += 1
+    return 0
 
 
 def original_names(config: NetworkConfig) -> dict[str, str]:
@@ -113,6 +147,7 @@ def original_names(config: NetworkConfig) -> dict[str, str]:
             blocks[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{number}.0"
             blocks[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{number}.1"
             number += 1
+        blocks[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{number}.0"
         blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
         number += 1
     for level, kind in enumerate(config["up_block_types"]):
@@ -121,7 +156,9 @@ def original_names(config: NetworkConfig) -> dict[str, str]:
             blocks[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
             blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
         position = 2 if kind == ATTN_UP else 1
-        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{number}.{position}.conv"
+        sampler = f"output_blocks.{number}.{position}"
+        blocks[f"up_blocks.{level}.upsamplers.0"] = sampler
+        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"{sampler}.conv"
     return {name: _original_name(name, blocks) for name in _diffusers_shapes(config)}
 
 

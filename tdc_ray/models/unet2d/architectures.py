@@ -14,6 +14,7 @@ from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 DOWN, ATTN_DOWN = "DownBlock2D", "AttnDownBlock2D"
 UP, ATTN_UP = "UpBlock2D", "AttnUpBlock2D"
+RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 
 
 def iddpm_unet(**changes: Unpack[NetworkConfig]) -> NetworkConfig:

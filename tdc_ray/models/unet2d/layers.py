@@ -6,7 +6,14 @@ from typing import Literal
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Channels, Layer, total
 from tdc_ray.models.network_config import NetworkConfig, image_size, num_heads_of
-from tdc_ray.models.unet2d.architectures import ATTN_DOWN, ATTN_UP, DOWN, UP
+from tdc_ray.models.unet2d.architectures import (
+    ATTN_DOWN,
+    ATTN_UP,
+    DOWN,
+    RESNET_DOWN,
+    RESNET_UP,
+    UP,
+)
 from tdc_ray.models.unet2d.shapes import AttentionBlock, Block, ResidualBlock, conv, linear, norm
 
 _DEFAULTS: NetworkConfig = {
@@ -23,14 +30,7 @@ _DEFAULTS: NetworkConfig = {
     "time_embedding_type": "positional",
     "class_embed_type": None,
 }
-_BLOCK_KINDS = (
-    DOWN,
-    ATTN_DOWN,
-    UP,
-    ATTN_UP,
-    "ResnetDownsampleBlock2D",
-    "ResnetUpsampleBlock2D",
-)
+_BLOCK_KINDS = (DOWN, ATTN_DOWN, UP, ATTN_UP, RESNET_DOWN, RESNET_UP)
 
 _KNOWN_VALUES: Mapping[str, tuple[object, ...]] = {
     "mid_block_type": (None, "UNetMidBlock2D"),
@@ -182,8 +182,7 @@ class _UNetWalker:
         attention_kind: str,
         setting: Literal["downsample_type", "upsample_type"],
     ) -> bool:
-        resnet_kinds = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        return kind in resnet_kinds or (
+        return kind in (RESNET_DOWN, RESNET_UP) or (
             kind == attention_kind and self.config[setting] == "resnet"
         )
 

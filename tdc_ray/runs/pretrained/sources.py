@@ -590,22 +590,36 @@ def images_of(first_stage: Path, size: int | tuple[int, int] | None) -> dict[str
 
 
 def _from_hub(name: str) -> Path:
-    """Download a repository's settings and safetensors, or find them in the hub's cache."""
+    """Download a repository's settings and safetensors, or find them in the hub's cache.
+
+    Variants are left out, but for networks that have their weights in variants alone.
+    """
     if HUB_NAME.fullmatch(name) is None:
         raise CheckpointError(f"{name} does not exist, and is no name on the hub (owner/name).")
     try:
-        downloaded = snapshot_download(
-            name,
-            allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
-            ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"],
+        downloaded = Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+                ignore_patterns=["*.fp16*", "*non_ema*", "safety_checker/*"],
+            )
         )
+        networks = [path.parent for path in downloaded.rglob("config.json")]
+        lacking = [
+            (network.relative_to(downloaded) / "diffusion_pytorch_model*").as_posix()
+            for network in networks
+            if not listing(network, "*.safetensors")
+        ]
+        if lacking:
+            patterns = [lack + suffix for lack in lacking for suffix in (".json", ".safetensors")]
+            snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor available from the Hugging Face hub: "
             f"{str(error).splitlines()[0].rstrip('.')}. Download it where there is a network, and "
             "give its folder."
         ) from error
-    return Path(downloaded)
+    return downloaded
 
 
 def json_object(path: Path) -> dict[str, Any]:

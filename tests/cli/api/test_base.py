@@ -2,15 +2,31 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    UNet2DConditionModel,
+)
 
 import tdc_ray as tdc
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.run import to_json
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.unet2d.unet import load_unet, save_unet
+from tdc_ray.models.first_stage import load_autoencoder
+from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
 from tdc_ray.storage.files import write_json
-from tests.small import TINY, assert_same, make_run_dir, random_unet, sizes, small_config
+from tests.small import (
+    TINY,
+    assert_same,
+    make_first_stage,
+    make_run_dir,
+    random_dit,
+    random_unet,
+    sizes,
+    small_config,
+)
 
 NOISE = DDPMScheduler(600, beta_end=0.03)
 
@@ -39,6 +55,32 @@ def test_a_model_in_memory_is_copied(tmp_path):
         one.save_pretrained(tmp_path / "saved")
         assert_same(load_unet(tmp_path / "saved/unet").state_dict(), random_unet().state_dict())
     assert tdc.load_base(tmp_path / "saved").config.diffusion == base.config.diffusion
+
+
+def test_a_dit_in_memory_is_copied_with_its_first_stage(tmp_path):
+    vae = load_autoencoder(make_first_stage(tmp_path / "vae"), "AutoencoderKL")
+    dit = random_dit()
+    alone = tdc.load_base(dit, scheduler=NOISE)
+    of_latents = tdc.load_base(DiTPipeline(dit, vae, NOISE))
+    assert of_latents.config.data.first_stage is not None
+    assert of_latents.config.data.image_size == 16
+    for one in (alone, of_latents):
+        network = one.to_pipeline().experts[0]
+        assert_same(network.state_dict(), dit.state_dict())
+
+
+def test_heads_and_layout_in_memory_are_kept():
+    unet = build_unet({**TINY, "num_heads": 4}).to(memory_format=torch.channels_last)
+    base = tdc.load_base(unet, scheduler=NOISE)
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert base.network["num_heads"] == 4
+
+
+def test_a_network_of_captions_is_refused_before_it_is_saved():
+    unet = UNet2DConditionModel((8, 8), block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    unet.save_pretrained = None
+    with pytest.raises(ConfigError, match=r"in memory, has a UNet2DConditionModel: .* on text"):
+        tdc.load_base(unet, scheduler=NOISE)
 
 
 def test_a_base_samples_as_a_pipeline_of_one_expert():
@@ -114,7 +156,7 @@ def bare_unet(folder):
             ConfigError,
             "a pipeline has its own",
         ),
-        (lambda _: {"source": 7}, ConfigError, "or a UNet2DModel, got a int"),
+        (lambda _: {"source": 7}, ConfigError, "a network of diffusers, got a int"),
         (
             lambda _: {
                 "source": random_unet(),

@@ -1,12 +1,13 @@
-"""The networks of improved-diffusion and of CompVis' VQ first stage in short, to hold conversions
-against; their modules' names are the checkpoints' keys."""
+"""The networks of improved-diffusion, guided-diffusion (openai/guided-diffusion, MIT, unet.py) and
+of CompVis' VQ first stage in short, to hold conversions against; their modules' names are the
+checkpoints' keys."""
 
 import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -14,9 +15,11 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, time: int, *, scale_shift: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, time: int, *, scale_shift: bool, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
+        self.scale_shift, self.scale = scale_shift, scale
         self.in_layers = nn.Sequential(
             norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
         )
@@ -29,13 +32,19 @@ class Residual(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h, embedded = self.in_layers(x), self.emb_layers(emb)[:, :, None, None]
+        h, x = self.resample(self.in_layers[:-1](x)), self.resample(x)
+        h, embedded = self.in_layers[-1](h), self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = embedded.chunk(2, dim=1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
             h = self.out_layers(h + embedded)
         return self.skip_connection(x) + h
+
+    def resample(self, x: Tensor) -> Tensor:
+        if self.scale == 2:
+            return interpolate(x, scale_factor=2, mode="nearest")
+        return avg_pool2d(x, 2) if self.scale == 0.5 else x
 
 
 class Attention(nn.Module):
@@ -100,6 +109,7 @@ class OpenAIUNet(nn.Module):
         out_channels: int = 6,
         scale_shift: bool = True,
         num_classes: int | None = None,
+        resblock_updown: bool = False,
     ) -> None:
         super().__init__()
         self.width, time = channels[0], 4 * channels[0]
@@ -109,8 +119,8 @@ class OpenAIUNet(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, time)
 
-        def residual(inputs: int, outputs: int) -> Residual:
-            return Residual(inputs, outputs, time, scale_shift=scale_shift)
+        def residual(inputs: int, outputs: int, scale: float = 1.0) -> Residual:
+            return Residual(inputs, outputs, time, scale_shift=scale_shift, scale=scale)
 
         def attend(width: int, heads: int) -> Attention:
             return Attention(
@@ -126,7 +136,7 @@ class OpenAIUNet(nn.Module):
                 now = width
                 skips.append(now)
             if level < len(channels) - 1:
-                blocks.append([Down(now)])
+                blocks.append([residual(now, now, 0.5) if resblock_updown else Down(now)])
                 skips.append(now)
         self.input_blocks = nn.ModuleList(map(nn.ModuleList, blocks))
         self.middle_block = nn.ModuleList(
@@ -138,7 +148,8 @@ class OpenAIUNet(nn.Module):
                 attention = (
                     [attend(width, heads_upsample or heads)] if level in attention_at else []
                 )
-                last = [Up(width)] if level and layer == layers else []
+                last = [residual(width, width, 2) if resblock_updown else Up(width)]
+                last = last if level and layer == layers else []
                 blocks.append([residual(now + skips.pop(), width), *attention, *last])
                 now = width
         self.output_blocks = nn.ModuleList(map(nn.ModuleList, blocks))

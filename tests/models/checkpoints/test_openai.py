@@ -63,6 +63,8 @@ def difference_of(original: OpenAIUNet, unet: UNet2DModel) -> float:
         {"channels": (32, 64, 96), "layers": 1, "attention_at": (1, 2), "heads": 2},
         {"channels": (32, 32, 64), "attention_at": ()},
         {"channels": (64,), "attention_at": (0,), "in_channels": 1, "out_channels": 2},
+        {"resblock_updown": True, "num_classes": 3},
+        {"resblock_updown": True, "channels": (32, 32, 64), "layers": 3, "scale_shift": False},
     ],
     ids=str,
 )

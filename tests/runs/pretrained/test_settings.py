@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.deprecated import LDMPipeline  # as hub repositories of 2022 have it
+from huggingface_hub.utils import filter_repo_objects
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
@@ -42,7 +44,12 @@ from tdc_ray.errors import (
 from tdc_ray.models.first_stage import copy_first_stage, load_first_stage
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.preflight import check
-from tdc_ray.runs.pretrained.importer import check_compatible, import_base, with_first_stage
+from tdc_ray.runs.pretrained.importer import (
+    check_compatible,
+    check_weights,
+    import_base,
+    with_first_stage,
+)
 from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.prediction import prediction_doubt
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
@@ -515,14 +522,53 @@ def test_weights_that_are_cut_short_are_refused_by_file(tmp_path):
         import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
 
 
-@pytest.mark.parametrize("shard", ["", "-00001-of-00001"])
-def test_weights_of_a_variant_alone_are_refused_by_the_variant(tmp_path, shard):
+@pytest.mark.parametrize("size", ["1GB", "100KB"])
+def test_weights_of_a_variant_alone_are_taken_in_float32_and_the_variant_is_named(
+    tmp_path, caplog, size
+):
+    source, unet = save_pipeline(tmp_path / "p"), random_unet().half()
+    (tmp_path / "p/unet/diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(tmp_path / "p/unet", variant="fp16", max_shard_size=size)
+    base = resolve_base(source)
+    import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+    assert_same(output_of(load_unet(tmp_path / "base/unet")), output_of(unet.float()))
+    assert "p/unet holds only the variant fp16 of its weights: it is taken" in caplog.text
+    caplog.clear()
+    unet.save_pretrained(tmp_path / "p/unet")  # without a variant, as diffusers prefers it
+    check_weights(base)
+    assert not caplog.records
+
+
+def test_several_variants_alone_are_refused_with_how_to_choose(tmp_path):
     source = save_pipeline(tmp_path / "p")
     file = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
-    file.rename(file.with_name(f"diffusion_pytorch_model.fp16{shard}.safetensors"))
+    shutil.copy(file, file.with_suffix(".non_ema.safetensors"))
+    file.rename(file.with_suffix(".ema.safetensors"))
     base = resolve_base(source)
-    with pytest.raises(CheckpointError, match=r'only the variant fp16 .*variant="fp16"'):
+    with pytest.raises(CheckpointError, match=r'variants .*, ema, non_ema: .*variant="ema"'):
         import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
+
+
+def test_variants_are_downloaded_of_networks_that_have_nothing_else(tmp_path, monkeypatch):
+    save_pipeline(tmp_path / "remote")
+    weights = "diffusion_pytorch_model.fp16.safetensors"
+    (tmp_path / "remote/unet/diffusion_pytorch_model.safetensors").rename(
+        tmp_path / "remote/unet" / weights
+    )
+    make_first_stage(tmp_path / "remote/vae")
+    (tmp_path / "remote/vae" / weights).touch()
+
+    def download(_name, **patterns):
+        files = [file for file in (tmp_path / "remote").rglob("*") if file.is_file()]
+        names = [file.relative_to(tmp_path / "remote").as_posix() for file in files]
+        for name in filter_repo_objects(names, **patterns):
+            (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "remote" / name, tmp_path / "local" / name)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr("tdc_ray.runs.pretrained.sources.snapshot_download", download)
+    check_weights(resolve_base("owner/name"))
+    assert not (tmp_path / "local/vae" / weights).exists()
 
 
 def test_a_size_that_the_levels_cannot_halve_is_refused_before_work(tmp_path):

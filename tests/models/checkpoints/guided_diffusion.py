@@ -1,0 +1,190 @@
+"""Imports of networks of openai/guided-diffusion (ADM), held against the original code.
+
+    git clone https://github.com/openai/guided-diffusion DIR
+    python -m tests.models.checkpoints.guided_diffusion DIR experiments/results/adm_import.json
+
+The original builds the networks of its README's diffusion models, narrower and with random weights
+(none stays at its initial 0), and one at its full width. What ``tdc-ray import openai:FILE`` makes
+of their files computes the same in float32; so many parameters as the wide ones has what is told
+by their shapes.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from tdc_ray.cli.parse import parse
+from tdc_ray.errors import CheckpointError
+from tdc_ray.models.checkpoints.openai import config_from_state_dict
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.unet import load_unet
+from tdc_ray.storage.files import write_json
+from tdc_ray.storage.provenance import commit, machine
+
+SHARED = {"attention_resolutions": "32,16,8", "learn_sigma": True}
+SHARED |= {"resblock_updown": True, "use_scale_shift_norm": True}
+RELEASED: Mapping[str, dict[str, Any]] = {
+    "64x64": {
+        "image_size": 64,
+        "class_cond": True,
+        "num_channels": 192,
+        "num_head_channels": 64,
+        "num_res_blocks": 3,
+        "use_new_attention_order": True,
+    },
+    "128x128": {"image_size": 128, "class_cond": True, "num_channels": 256, "num_heads": 4},
+    "256x256": {
+        "image_size": 256,
+        "class_cond": True,
+        "num_channels": 256,
+        "num_head_channels": 64,
+    },
+    "256x256 (not class conditional, LSUN)": {
+        "image_size": 256,
+        "num_channels": 256,
+        "num_head_channels": 64,
+    },
+    "512x512": {
+        "image_size": 512,
+        "class_cond": True,
+        "num_channels": 256,
+        "num_head_channels": 64,
+    },
+}
+"""Flags of the README's diffusion models, beside :data:`SHARED`."""
+
+NOISE = (
+    "--diffusion.num-train-timesteps 1000 --diffusion.beta-schedule linear "
+    "--diffusion.beta-start 0.0001 --diffusion.beta-end 0.02 "
+    "--diffusion.no-rescale-timesteps"
+)
+"""The noise process, which no file says; outputs do not depend on it."""
+
+NARROW = 64
+"""``num_channels`` of the narrow ones."""
+
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "64x64, heads first": {"use_new_attention_order": False},
+    "64x64, convolutions between levels": {"resblock_updown": False},
+    "64x64, no scale_shift, no variance": {"use_scale_shift_norm": False, "learn_sigma": False},
+    "64x64, other heads on the way up": {
+        "num_head_channels": -1,
+        "num_heads": 2,
+        "num_heads_upsample": 4,
+    },
+}
+"""Changes of the narrow 64x64 one."""
+
+
+def create(original: Any, flags: Mapping[str, Any]) -> nn.Module:
+    """Build a network by the original's own defaults and flags."""
+    network, _ = original.create_model_and_diffusion(
+        **{**original.model_and_diffusion_defaults(), **SHARED, **flags}
+    )
+    return network.eval()
+
+
+def fill(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw all weights anew, for outputs about as large as noise; no layer is left at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            is_scale = name.endswith("weight")  # of a norm
+            parameter.data = is_scale + 0.1 * drawn
+        else:
+            parameter.data = drawn / parameter[0].numel() ** 0.5
+    return network
+
+
+def flags_of(flags: Mapping[str, Any]) -> list[str]:
+    """Return what an import has to be told."""
+    size = str(flags["image_size"])
+    told = ["--data.image-size", size, *NOISE.split()]
+    if flags.get("num_head_channels", -1) > 0:
+        told += ["--model.num-head-channels", str(flags["num_head_channels"])]
+    else:
+        told += ["--model.num-heads", str(flags["num_heads"])]
+    if flags.get("num_heads_upsample", -1) > 0:
+        told += ["--model.num-heads-upsample", str(flags["num_heads_upsample"])]
+    if flags.get("use_new_attention_order"):
+        told += ["--model.use-new-attention-order"]
+    return told
+
+
+@torch.inference_mode()
+def compared(original: Any, flags: Mapping[str, Any]) -> dict[str, float]:
+    """Import a network, and compare its outputs with the original's."""
+    network = fill(create(original, flags))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.pt"
+        torch.save(network.state_dict(), file)
+        arguments = ["import", f"openai:{file}", f"{folder}/base", *flags_of(flags)]
+        parse(arguments).execute(Console(quiet=True))
+        imported = load_unet(Path(folder) / "base/unet")
+    size, generator = flags["image_size"], torch.Generator().manual_seed(1)
+    timesteps = torch.tensor([3.0, 980.0])
+    x = torch.randn(2, 3, size, size, generator=generator)
+    labels = torch.tensor([7, 993]) if flags.get("class_cond") else None
+    expected: Tensor = network(x, timesteps, labels)
+    found: Tensor = imported(x, timesteps, class_labels=labels).sample
+    return {
+        "num_params": sum(one.numel() for one in network.parameters()),
+        "std": expected.std().item(),
+        "max_difference": (found - expected).abs().max().item(),
+    }
+
+
+def told(original: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Derive a wide network's config from its shapes, and count its parameters."""
+    with torch.device("meta"):
+        network = create(original, flags)
+    found: dict[str, Any] = {"num_params": sum(one.numel() for one in network.parameters())}
+    try:
+        config = config_from_state_dict(network.state_dict())
+    except CheckpointError as error:
+        return found | {"refused": str(error)}
+    config["sample_size"] = flags["image_size"]
+    return found | {"num_params_told": network_structure(config).num_params}
+
+
+def main() -> None:
+    """Compare all, and write the differences."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("original", type=Path, help="a checkout of openai/guided-diffusion")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.original))
+    original = importlib.import_module("guided_diffusion.script_util")
+    usable = {name: flags for name, flags in RELEASED.items() if "512" not in name}
+    cases = {
+        f"{name}, narrow": {**flags, "num_channels": NARROW} for name, flags in usable.items()
+    }
+    narrow = cases["64x64, narrow"]
+    cases |= {name: {**narrow, **changes} for name, changes in OTHERS.items()}
+    cases["64x64, full width"] = RELEASED["64x64"]
+    record: dict[str, Any] = {
+        "command": f"python -m tests.models.checkpoints.guided_diffusion DIR {arguments.out}",
+        "original": "openai/guided-diffusion 22e0df8183507e13a7813f8d38d51b072ca1e67c",
+        "commit": commit(),
+        "machine": machine(),
+        "torch": torch.__version__,
+        "imports": {},
+        "released": {name: told(original, flags) for name, flags in RELEASED.items()},
+    }
+    for name, flags in cases.items():
+        record["imports"][name] = compared(original, {**SHARED, **flags})
+        Console().print(name, record["imports"][name])
+        write_json(arguments.out, record)
+
+
+if __name__ == "__main__":
+    main()
