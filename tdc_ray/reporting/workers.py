@@ -49,9 +49,12 @@ def print_status(console: Console, status: RunStatus) -> None:
 
 
 def print_simulated(
-    console: Console, results: Sequence[SimulationResult], macs_per_second: float
+    console: Console,
+    results: Sequence[SimulationResult],
+    macs_per_second: float,
+    notes: Sequence[str],
 ) -> None:
-    """Print the time on a cluster of each size, and the assumed speed of its workers."""
+    """Print the time on a cluster of each size, the assumed speed of its workers, and notes."""
     table = table_of(
         results,
         [
@@ -71,3 +74,5 @@ def print_simulated(
         f"at {macs_per_second:.3g} macs per second (--macs-per-second)",
         soft_wrap=True,
     )
+    for note in notes:
+        console.print(note, soft_wrap=True)

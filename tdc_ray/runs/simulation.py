@@ -40,8 +40,8 @@ from tdc_ray.storage.run_dir import RunDir
 def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[SimulationResult]:
     """Simulate stage 2 of a run, or of several side by side, for every number of workers.
 
-    Budgets that are shared by models of the loss are not known: every limit is then their mean,
-    all fine-tunes have the same steps, and no group waits for the models of the others.
+    Budgets that are shared by models of the loss are not known (:func:`assumptions`), and no group
+    waits for the models of the others.
 
     Raises:
         LimitError: A group's limit is below the smallest pruned model.
@@ -77,6 +77,16 @@ def simulate_run(config: RunConfig, simulation: SimulationConfig) -> list[Simula
         ).run()
         for num_workers in simulation.workers
     ]
+
+
+def assumptions(config: RunConfig) -> list[str]:
+    """Return what a simulation takes for budgets that a run shares after stage 1."""
+    notes = []
+    if config.measures_limits:
+        notes.append("every group's limit is the mean: plan.schedule measured sets it in the run")
+    if config.finetune.allocation == "excess":
+        notes.append("all fine-tunes are alike: finetune.allocation excess sets them in the run")
+    return notes
 
 
 def search_seconds(

@@ -8,7 +8,7 @@ from tdc_ray.cli.parse import parse
 from tdc_ray.config.simulation import SimulationConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.timeline import load_history
-from tdc_ray.runs.simulation import simulate_run
+from tdc_ray.runs.simulation import assumptions, simulate_run
 from tdc_ray.storage.files import read_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import small_config
@@ -83,8 +83,17 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 def test_the_command_prints_a_table_and_writes_it(tmp_path: Path, capsys):
     path = tmp_path / "simulated.json"
-    flags = ["--preset", "digits-smoke", "--workers", "3", "7", "--json", str(path)]
-    assert run_command(["simulate", *flags]) == 0
+    flags = ["--preset", "digits-smoke", "--plan.schedule", "measured"]
+    assert run_command(["simulate", *flags, "--workers", "3", "7", "--json", str(path)]) == 0
     assert [one["num_workers"] for one in read_json(path)["simulated"]] == [3, 7]
     assert read_json(path)["settings"]["finetune"]["num_steps"] == CONFIG.finetune.num_steps
-    assert "at 1e+12 macs per second" in capsys.readouterr().out
+    out, (note,) = capsys.readouterr().out, read_json(path)["notes"]
+    assert "at 1e+12 macs per second" in out
+    assert note.startswith("every group's limit is the mean: plan.schedule measured")
+    assert note in out
+
+
+def test_what_is_assumed_of_shared_budgets_is_said():
+    assert assumptions(CONFIG) == []
+    (note,) = assumptions(small_config(finetune={"allocation": "excess"}))
+    assert note.startswith("all fine-tunes are alike: finetune.allocation excess")

@@ -33,11 +33,12 @@ class SimulateCommand:
         if self.json is not None:
             check_output_file("--json", self.json)
         from tdc_ray.reporting.workers import print_simulated
-        from tdc_ray.runs.simulation import simulate_run
+        from tdc_ray.runs.simulation import assumptions, simulate_run
         from tdc_ray.storage.files import write_json
 
-        results = simulate_run(self.config, self.simulation)
-        print_simulated(console, results, self.simulation.macs_per_second)
+        results, notes = simulate_run(self.config, self.simulation), assumptions(self.config)
+        print_simulated(console, results, self.simulation.macs_per_second, notes)
         if self.json is not None:
-            document = [asdict(result) for result in results]
-            write_json(self.json, {"settings": to_json(self.config), "simulated": document})
+            simulated = [asdict(result) for result in results]
+            document = {"settings": to_json(self.config), "simulated": simulated, "notes": notes}
+            write_json(self.json, document)
