@@ -118,6 +118,7 @@ def _handlers_kept() -> Iterator[None]:
 
 def _receive(number: int, _frame: object) -> None:
     if _state.received is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         _kill_below(os.getpid())
         os._exit(128 + number)
     _state.received = number
