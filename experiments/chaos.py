@@ -222,12 +222,10 @@ class LocalCluster:
         self._start()
 
     def _start(self) -> None:
-        head = {"num_cpus": 0, "include_dashboard": False, **self._where}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster, self._nodes = Cluster(), list[Any]()
+        self._add_node(num_cpus=0, include_dashboard=False)
         self.host = Host(self.address) if self._two_hosts else None
-        self._nodes: list[Any] = [
-            self._add_node() for _ in range(self._num_nodes - self._two_hosts)
-        ]
+        self._nodes += [self._add_node() for _ in range(self._num_nodes - self._two_hosts)]
 
     def _end(self) -> None:
         if self.host is not None:
@@ -239,13 +237,14 @@ class LocalCluster:
         self._nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def _add_node(self, attempts: int = 3) -> Any:
+    def _add_node(self, attempts: int = 10, **how: Any) -> Any:
+        """Add a node of one CPU; the first one is the head."""
         try:
-            return self._cluster.add_node(num_cpus=1, **self._where)
+            return self._cluster.add_node(**({"num_cpus": 1} | how | self._where))
         except Exception as error:  # Ray's own, after 30 s: too little on a busy machine
             if attempts == 1 or "timed out during startup" not in str(error):
                 raise
-            return self._add_node(attempts - 1)
+            return self._add_node(attempts - 1, **how)
 
 
 class Disturbed:
