@@ -21,6 +21,7 @@ import ray
 import torch
 import tyro
 from output import provenance
+from processes import private_mb
 
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
@@ -53,8 +54,7 @@ class Worker:
 
     def private_mb(self) -> float:
         """Memory that no other process shares, in MB."""
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+        return private_mb()
 
     def load(self, run_dir: RunDir, config: RunConfig) -> None:
         """Load the base."""

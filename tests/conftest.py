@@ -64,6 +64,12 @@ def same_logging() -> Iterator[None]:
     ours.setLevel(levels[1])
 
 
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments can be imported."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+
+
 @pytest.fixture(scope="session")
 def common_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of a test run have."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from tdc_ray.errors import TdcError
-from tdc_ray.execution.interrupts import end_at_interrupts, handle_interrupts, received_signal
+from tdc_ray.execution.interrupts import handle_interrupts, ignore_interrupts, received_signal
 
 BROKEN_PIPE = 141
 """Exit code of a command whose output is no longer read, as of one that SIGPIPE ends."""
@@ -43,10 +43,10 @@ def main() -> None:
         if received_signal() is None:
             os.write(2, b"interrupted\n")
     finally:
+        ignore_interrupts()
         if (number := received_signal()) is not None:
             # Whatever it was turned into on its way; and libraries that it cut crash as they end.
             os._exit(128 + number)
-    end_at_interrupts()
     if code == BROKEN_PIPE:
         for stream in (sys.stdout, sys.stderr):  # what they hold back is lost
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

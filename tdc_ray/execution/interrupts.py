@@ -1,17 +1,23 @@
-"""Ctrl-C and SIGTERM: the first one unwinds the work, wherever that is; a second ends the process.
+"""Ctrl-C and SIGTERM: the first one unwinds the work, wherever that is; a second ends it at once.
 
 Python raises an exception where a signal meets it, which is lost where a library catches all, or
 calls back into Python from C. So it is raised again each second until it is on its way up.
 """
 
+import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 RAISED_AGAIN_EVERY_S = 1.0
+
+RESTORED_EVERY_S = 0.01
+"""How often C code's handlers are replaced by ours while interrupts are deferred."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,10 +53,10 @@ def handle_interrupts(say: Callable[[int], None]) -> None:
         signal.signal(number, _receive)
 
 
-def end_at_interrupts() -> None:
-    """Let SIGINT and SIGTERM end the process at once from now on."""
+def ignore_interrupts() -> None:
+    """Ignore SIGINT and SIGTERM from now on: the work is done, and its exit code is known."""
     for number in _state.handled:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def received_signal() -> int | None:
@@ -75,20 +81,45 @@ def interrupts_deferred() -> Iterator[None]:
     _state.deferring = True
     signal.signal = signal_of_others  # type: ignore[assignment]
     try:
-        yield
+        with _handlers_kept():
+            yield
     finally:
         signal.signal = original
-        for (
-            number
-        ) in _state.handled:  # Ray's C++ replaces SIGTERM's by one that aborts (ray#37288)
-            signal.signal(number, _receive)
         _state.deferring = False
     if _state.received is not None:
         _raise_unless_unwinding()
 
 
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Keep Python's handlers in place of C code's.
+
+    As it starts (ray#37288) and as it ends, Ray's C++ sets others of SIGTERM, which end all.
+    """
+    python, over = ctypes.pythonapi, threading.Event()
+    python.PyOS_getsig.restype = ctypes.c_void_p
+    handlers = {number: ctypes.c_void_p(python.PyOS_getsig(number)) for number in _state.handled}
+
+    def restore() -> None:
+        is_over = False
+        while not is_over:
+            is_over = over.wait(RESTORED_EVERY_S)
+            for number, handler in handlers.items():
+                python.PyOS_setsig(number, handler)
+
+    thread = threading.Thread(target=restore, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _receive(number: int, _frame: object) -> None:
     if _state.received is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _kill_below(os.getpid())
         os._exit(128 + number)
     _state.received = number
     if _state.say is not None:
@@ -96,6 +127,22 @@ def _receive(number: int, _frame: object) -> None:
             _state.say(number)
     signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_EVERY_S, RAISED_AGAIN_EVERY_S)
     _raise_unless_unwinding()
+
+
+def _kill_below(parent: int) -> None:
+    """Kill all processes below one, each stopped before so that it starts no more; on Linux.
+
+    Ray's workers would outlive it while they start.
+    """
+    pids = list[int]()
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        with suppress(OSError):  # the thread is gone
+            pids += map(int, path.read_text().split())
+    for pid in pids:
+        with suppress(OSError):  # it is gone, or another user's
+            os.kill(pid, signal.SIGSTOP)
+            _kill_below(pid)
+            os.kill(pid, signal.SIGKILL)
 
 
 def _raise_unless_unwinding(*_: object) -> None:

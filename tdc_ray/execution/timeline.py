@@ -71,6 +71,9 @@ class Span:
     outcome: str = "running"
     """``done``, ``running``, or a failure's name, such as ``worker_lost``."""
 
+    macs: float = 0.0
+    """Expected macs of the item; 0 in timelines of older versions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stay:
@@ -152,7 +155,9 @@ def load_history(path: Path) -> History:
             names = ("chain", "stage", "item", "attempt")
             details = {name: event[name] for name in names}
             workers = tuple(event["workers"])
-            running[event["task"]] = Span(phase, workers=workers, started=time, **details)
+            macs = event.get("macs", 0.0)
+            span = Span(phase, workers=workers, started=time, macs=macs, **details)
+            running[event["task"]] = span
         elif kind == "end":
             if ended := running.pop(event["task"], None):
                 spans.append(replace(ended, ended=time, outcome=event["outcome"]))

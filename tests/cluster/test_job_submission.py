@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tdc_ray.execution.timeline import load_history
 from tdc_ray.storage.run_dir import RunDir
-from tests.chaos import ran_twice
 from tests.processes import children
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -100,7 +100,9 @@ def info(address: str, name: str):
 
 
 @pytest.mark.slow
-def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_path):
+def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_path, importable):
+    from chaos import ran_twice
+
     pid, address = head
     run_dir = tmp_path / "run"
     flags = ["--run-dir", str(run_dir), "--evaluate.cache-dir", str(cache_dir)]
@@ -134,7 +136,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on(head, cache_dir, tmp_p
     assert "stage 2: 4 groups" in again.stdout  # its progress is streamed
     assert info(address, "two").driver_exit_code == 0
     assert (run_dir / "results.json").exists()
-    assert ran_twice(RunDir(run_dir)) == []
+    assert ran_twice(load_history(RunDir(run_dir).timeline)) == []
 
 
 @pytest.mark.slow

@@ -79,6 +79,21 @@ finally:
     assert outcome(code) == (128 + number, ["said"])
 
 
+def test_a_second_one_ends_what_the_process_started():
+    code = """
+import subprocess
+shell = subprocess.Popen(["sh", "-c", "sleep 100 & wait"], start_new_session=True)
+while not open(f"/proc/{shell.pid}/task/{shell.pid}/children").read():
+    time.sleep(0.01)
+try:
+    send()
+finally:
+    send()
+"""
+    # Which hold the pipe open that this waits for the end of.
+    assert outcome(code) == (128 + signal.SIGINT, ["said"])
+
+
 def test_an_interrupt_waits_for_the_end_of_a_block_that_must_not_be_cut():
     code = """
 def ours(): return signal.getsignal(signal.SIGTERM)
@@ -100,15 +115,18 @@ except KeyboardInterrupt:
 def test_a_handler_that_c_code_puts_in_place_meanwhile_is_replaced():
     code = """
 import ctypes
-with interrupts_deferred():
-    ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(0))  # as Ray's does: it ends all
 try:
-    send(signal.SIGTERM)
+    with interrupts_deferred():
+        # As Ray's does: it ends all.
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(0))
+        time.sleep(0.2)
+        send(signal.SIGTERM)
+        print("whole")
 except KeyboardInterrupt:
     print("stopped")
     os._exit(0)
 """
-    assert outcome(code) == (0, ["said", "stopped"])
+    assert outcome(code) == (0, ["said", "whole", "stopped"])
 
 
 def test_what_is_ignored_stays_so():
@@ -117,19 +135,24 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 interrupts.handle_interrupts(lambda number: print("said"))
 with interrupts_deferred():
     send()
-interrupts.end_at_interrupts()
+interrupts.ignore_interrupts()
 send()
 print("on")
 """
     assert outcome(code) == (0, ["on"])
 
 
-def test_at_the_end_an_interrupt_ends_the_process():
-    code = """
-interrupts.end_at_interrupts()
-send(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_comes_as_the_process_ends_leaves_its_exit_code(number):
+    code = f"""
+import atexit, sys
+from tdc_ray.cli.main import main
+sys.argv = ["tdc-ray", "--version"]
+atexit.register(send, {int(number)})
+main()
 """
-    assert outcome(code) == (-signal.SIGTERM, [])
+    code, printed = outcome(code)
+    assert (code, printed[0]) == (0, "tdc-ray")
 
 
 def test_who_handles_no_interrupts_sees_no_change():

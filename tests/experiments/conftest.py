@@ -26,12 +26,6 @@ def shared_storage(ray_cluster, common_dir) -> Path:
 
 
 @pytest.fixture
-def importable(monkeypatch) -> None:
-    """Experiments can be imported."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-
-
-@pytest.fixture
 def storage(shared_storage, importable) -> Path:
     """The storage, for a test that imports experiments."""
     return shared_storage

@@ -190,6 +190,7 @@ class Pool:
             item=item.key,
             workers=assignment.workers,
             attempt=assignment.attempt,
+            macs=item.cost,
         )
         if item.service is not None:
             actor = self._service_actors[item.service]
