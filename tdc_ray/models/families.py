@@ -257,8 +257,8 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
     if config.get("addition_embed_type") is not None:
         raise ConfigError(
             f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is told "
-            "more than the states of a prompt, which no command has yet. Those of Stable Diffusion "
-            "1 and 2 can be a base or be pruned."
+            "more than the states of a prompt, which no command has yet. Those of Stable "
+            "Diffusion 1 and 2 can be a base or be pruned."
         )
 
 
