@@ -55,6 +55,9 @@ def encode_prompts(pipeline: Path, prompts: Sequence[str]) -> Tensor:
     Raises:
         CheckpointError: The pipeline's text encoder is missing or malformed.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     try:
         loaded = DiffusionPipeline.from_pretrained(
             fetch(pipeline),

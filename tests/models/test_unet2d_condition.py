@@ -8,14 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
-from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import (
     build_network,
     family_of,
-    given_config,
-    save_network,
     steps_of,
 )
 from tdc_ray.models.network_config import CONDITION_CLASS, NetworkConfig
@@ -179,9 +177,3 @@ def test_what_is_not_known_is_refused():
             network_structure({**TINY, **changes})
     with pytest.raises(UnsupportedModelError, match=r"set prune\.space to inner"):
         network_structure(TINY, "full")
-
-
-def test_no_command_takes_one_yet(tmp_path):
-    save_network(random_unet(), tmp_path)
-    with pytest.raises(ConfigError, match="conditioned on text"):
-        given_config(tmp_path)

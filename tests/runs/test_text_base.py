@@ -1,6 +1,7 @@
 """A base that is told prompts: a tiny Stable Diffusion with random weights, through the method."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+import tdc_ray as tdc
 from tdc_ray.cli.main import run_command
 from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
@@ -138,6 +140,21 @@ def test_what_it_cannot_be_told_is_refused(pipeline, tmp_path, capsys, changes, 
     command = ["prune", str(pipeline), "--out", str(tmp_path / "out"), "--data", "base"]
     assert run_command([*command, *FEW[:-4], *changes]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_a_pipeline_in_memory_takes_its_experts_back(pipeline, tmp_path):
+    loaded = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    settings = tdc.preset("digits")
+    settings = replace(settings, evaluate=replace(settings.evaluate, cache_dir=str(tmp_path)))
+    base = tdc.load_base(loaded, settings=settings)
+    plan = tdc.plan_groups(base.scheduler, num_groups=2, min_macs_share=0.7)
+    few = {"num_images": 8, "num_refit_images": 8, "num_levels": 1, "method": "magnitude"}
+    experts = tdc.prune(base, plan, "base", progress=False, **few)
+    assert min(group.macs for group in experts.groups) < 0.9 * base.macs
+    loaded.unet = experts.to_denoiser()
+    size = {"height": 16, "width": 16, "num_inference_steps": 2}
+    assert np.isfinite(loaded(PROMPTS[0], output_type="np", **size).images).all()
 
 
 @pytest.mark.ray

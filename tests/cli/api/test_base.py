@@ -7,7 +7,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
-    UNet2DConditionModel,
+    PixArtTransformer2DModel,
 )
 
 import tdc_ray as tdc
@@ -76,11 +76,13 @@ def test_heads_and_layout_in_memory_are_kept():
     assert base.network["num_heads"] == 4
 
 
-def test_a_network_of_captions_is_refused_before_it_is_saved():
-    unet = UNet2DConditionModel((8, 8), block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
-    unet.save_pretrained = None
-    with pytest.raises(ConfigError, match=r"in memory, has a UNet2DConditionModel: .* on text"):
-        tdc.load_base(unet, scheduler=NOISE)
+def test_a_network_of_no_known_class_is_refused_before_it_is_saved():
+    network = PixArtTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, num_layers=1, caption_channels=8
+    )
+    network.save_pretrained = None
+    with pytest.raises(ConfigError, match=r"in memory, has a PixArtTransformer2DModel: only"):
+        tdc.load_base(network, scheduler=NOISE)
 
 
 def test_a_base_samples_as_a_pipeline_of_one_expert():

@@ -583,7 +583,7 @@ def test_a_size_that_the_levels_cannot_halve_is_refused_before_work(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel: only"),
+        ({"_class_name": "UNet3DConditionModel"}, "holds a UNet3DConditionModel: only"),
         ({"in_channels": 6}, "found 6 in and 1 out"),
         ({"in_channels": 4, "out_channels": 4}, "1 or 3 channels, got 4"),
     ],
@@ -958,7 +958,7 @@ def test_a_base_that_predicts_something_else_than_it_says_is_doubted():
     velocity = replace(CONFIG.diffusion, prediction_type="v_prediction")
     assert prediction_doubt(unet, velocity) is None
 
-    unet.forward = lambda x, timesteps, class_labels: UNet2DOutput(sample=0.9 * x)
+    unet.forward = lambda x, timesteps: UNet2DOutput(sample=0.9 * x)
     assert prediction_doubt(unet, CONFIG.diffusion) is None
     assert "by 1.00, and" in prediction_doubt(unet, velocity)
 
