@@ -38,7 +38,7 @@ class DataConfig:
     photographs, in colour; folder: all images below `path` that Pillow decodes, in links too; npz:
     a file or a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as
     torchvision unpacks it; imagefolder: the images that a Hugging Face `metadata.jsonl` or
-    `metadata.csv` below `path` names, with its labels; parquet: a file or a folder of files with a
+    `metadata.csv` below `path` names, with its labels, or captions; parquet: a file or a folder of files with a
     column of encoded images; webdataset: a tar file or a folder of them. Of the last three the
     split train, if there are splits. base: no images are needed, they are drawn from the base."""
 
@@ -83,6 +83,10 @@ class DataConfig:
     tar files are indexed, once. On a cluster either a place that all nodes see, or each node fills
     its own."""
 
+    text_encoder: str | None = None
+    """Folder of a diffusers pipeline whose text encoder reads prompts, and captions: the column
+    `text` of source imagefolder's metadata. A base that is told prompts brings its own along."""
+
     first_stage: str | None = None
     """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
 
@@ -108,8 +112,8 @@ class DataConfig:
             )
         if self.prompts is not None and self.source != BASE_SAMPLES:
             raise ConfigError(
-                f"data.prompts goes with data.source base, got {self.prompts} with {self.source}: "
-                "captions of images are not read yet. Leave it out, or set --data base."
+                f"data.prompts goes with data.source base, got {self.prompts} with {self.source}, "
+                "whose captions are read. Leave it out, or set --data base."
             )
         if self.labels_from_folders and self.source != "folder":
             raise ConfigError(

@@ -161,6 +161,7 @@ PATHS = (
     "data.path",
     "data.prompts",
     "data.cache_dir",
+    "data.text_encoder",
     "data.first_stage",
     "model.base",
     "model.config",
@@ -172,7 +173,7 @@ PATHS = (
 """Settings that are paths, or may be."""
 
 LATER_FIELDS = {
-    "data": ("num_images", "prompts"),
+    "data": ("num_images", "prompts", "text_encoder"),
     "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",

@@ -24,6 +24,7 @@ LOCATION_FIELDS = (
     "num_workers",
     "max_corrupt",
     "cache_dir",
+    "text_encoder",
     "first_stage",
 )
 """Settings of the data that no key holds: the fingerprint of the images replaces them."""

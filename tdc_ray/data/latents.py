@@ -13,19 +13,25 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
+from tdc_ray.data.prompts import STATES_FILE, PromptStates, encoding_of_prompts, load_states
 from tdc_ray.data.sources.base import BaseSamples
+from tdc_ray.data.sources.encoded import Names
 from tdc_ray.data.tensor_shards import missing_shards, read_rows, shard_path
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
-from tdc_ray.execution.item import Inputs, Report, WorkItem
+from tdc_ray.execution.item import AnyItem, Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.models.text_encoder import check_text_encoder, encode_prompts, text_encoder_digest
 from tdc_ray.storage.digest import json_digest
-from tdc_ray.storage.files import atomic_path, fetch, remove
+from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 VERSION = 1
 """Changes whenever what is in a shard does, so that cached ones are made again."""
+
+MOST_PROMPTS = 1024
+"""Captions that images are drawn for where captioned ones are learnt: the first ones."""
 
 SHARD = 1024
 """Images whose latents are in one file: 50 MB of FFHQ's."""
@@ -42,6 +48,11 @@ class TrainingData:
     latents: Path | None = None
     """Folder of the latents' shards; None means the images themselves."""
 
+    @property
+    def is_captioned(self) -> bool:
+        """Whether the states of captions lie beside the latents."""
+        return self.data.text_encoder is not None and self.data.source != BASE_SAMPLES
+
     def open(self) -> ImageDataset:
         """Open the images, or the latents that :func:`prepare_latents` computed.
 
@@ -51,6 +62,15 @@ class TrainingData:
         if self.latents is None:
             return load_dataset(self.data)
         return _open_latents(self.data, self.latents)
+
+    def prompts(self) -> PromptStates | None:
+        """Return the states of the prompts that images are drawn for; None if for none."""
+        folder = self.latents
+        if folder is None and self.data.source == BASE_SAMPLES and self.data.path is not None:
+            folder = resolve_path(self.data.path)
+        if folder is None or not exists(folder / STATES_FILE):
+            return None
+        return load_states(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +93,17 @@ class EncodeResult:
 class LatentImages:
     """Latents and labels of a dataset, in shards of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, dataset: ImageDataset) -> None:
-        """Wrap the folder of the shards, and the dataset of the images."""
+    def __init__(self, folder: Path, dataset: ImageDataset, labels: str) -> None:
+        """Wrap the folder of the shards, the dataset of the images, and the name of the labels."""
         self.num_classes = dataset.num_classes
-        self._folder, self._length = folder, len(dataset)
+        self._folder, self._length, self._labels = folder, len(dataset), labels
 
     def __len__(self) -> int:
         return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
-        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``."""
-        return read_rows(self._folder, "latents", indices, SHARD)
+        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``, or captions' states."""
+        return read_rows(self._folder, "latents", indices, SHARD, self._labels)
 
     def fingerprint(self) -> str:
         """Return a name for the content, by first stage and images."""
@@ -106,6 +126,8 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
         return TrainingData(data, resolve_path(data.path))
     digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
     document = [VERSION, SHARD, digest, images_fingerprint(data), data.image_size, shape]
+    if data.text_encoder is not None:
+        document.append(text_encoder_digest(resolve_path(data.text_encoder)))
     key = json_digest(document)[:16]
     return TrainingData(data, resolve_path(cache_dir).expanduser() / "latents" / key)
 
@@ -115,7 +137,7 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
     data, folder = training.data, training.latents
     if folder is None or data.source == BASE_SAMPLES:
         return
-    count, items = len(load_dataset(data)), []
+    count, items = len(load_dataset(data)), list[AnyItem]()
     for first in missing_shards(folder, count, SHARD):
         path = shard_path(folder, first)
         result_path = path.with_suffix(".json")
@@ -134,8 +156,14 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
                 result_type=EncodeResult,
             )
         )
+    encoded = sum(item.num_steps for item in items)
+    if training.is_captioned and not exists(folder / STATES_FILE):
+        captions = captions_of(data)
+        drawn = [captions[number] for number in range(min(count, MOST_PROMPTS))]
+        pipeline = check_text_encoder(data.text_encoder)
+        items.append(encoding_of_prompts("latents/prompts", drawn, pipeline, folder))
     if items:
-        logger.info("latents of %d images go to %s", sum(i.num_steps for i in items), folder)
+        logger.info("latents of %d images go to %s", encoded, folder)
         yield from results_of(items)
 
 
@@ -148,12 +176,18 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
     assert job.data.first_stage is not None
     device, dataset = worker_device(), load_dataset(job.data)
     first_stage = load_first_stage(Path(job.data.first_stage)).to(device)
-    latents, labels = [], []
+    latents, labels, states = [], [], []
+    captions = None
+    if TrainingData(job.data).is_captioned:
+        captions, pipeline = captions_of(job.data), check_text_encoder(job.data.text_encoder)
     for start in range(0, job.count, BATCH):
         numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
         images, classes = dataset.__getitems__(numbers)
         latents.append(first_stage.encode(to_minus_one_one(images.to(device))).cpu())
         labels.append(classes)
+        if captions is not None:
+            texts = [captions[number] for number in classes.tolist()]
+            states.append(encode_prompts(pipeline, texts))
         if not latents[-1].isfinite().all():
             raise DataError(
                 f"data.first_stage {job.data.first_stage} encodes to latents that are not finite "
@@ -161,9 +195,27 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
             )
         report({}, start + len(numbers))
     tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
+    if states:
+        tensors["captions"] = torch.cat(states)
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
     return EncodeResult(job.count)
+
+
+def captions_of(data: DataConfig) -> Names:
+    """Return the captions of a dataset's images.
+
+    Raises:
+        DataError: It is of a source whose captions are not read.
+    """
+    captions: Names | None = getattr(load_dataset(data), "captions", None)
+    if captions is None:
+        raise DataError(
+            f"data.source {data.source} has no captions that are read, which a base that is told "
+            "prompts needs: write metadata.jsonl with the columns file_name and text, or set "
+            "--data base."
+        )
+    return captions
 
 
 def shard_inputs(job: EncodeJob) -> Inputs:
@@ -182,4 +234,5 @@ def _open_latents(data: DataConfig, folder: Path) -> ImageDataset:
             f"missing in {display_path(folder)}: tdc-ray run computes them. evaluate.cache_dir "
             "must lie where all nodes see it."
         )
-    return LatentImages(fetch(folder), images)
+    labels = "captions" if TrainingData(data).is_captioned else "labels"
+    return LatentImages(fetch(folder), images, labels)

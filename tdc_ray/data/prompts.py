@@ -1,22 +1,24 @@
 """Prompts that a base conditioned on text is told, and the states that its text encoder makes."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.errors import ConfigError
-from tdc_ray.storage.files import exists, fetch
+from tdc_ray.execution.item import Report, WorkItem
+from tdc_ray.models.text_encoder import encode_prompts
+from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 
 STATES_FILE = "prompt_states.safetensors"
-"""File beside the base's samples: ``prompts``, ``(N, S, C)``, and ``empty``, ``(S, C)``."""
+"""File beside images, or latents: ``prompts``, ``(N, S, C)``, and ``empty``, ``(S, C)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +60,58 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
     return prompts
 
 
-def prompt_states(data: DataConfig) -> PromptStates | None:
-    """Return the states of the prompts that images were drawn for.
-
-    None means that they are no samples of a base that is conditioned on text.
-    """
-    if data.source != BASE_SAMPLES or data.path is None:
-        return None
-    folder = resolve_path(data.path)
-    return load_states(folder) if exists(folder / STATES_FILE) else None
-
-
 @functools.lru_cache(maxsize=1)
 def load_states(folder: Path) -> PromptStates:
-    """Load the states that lie beside a base's samples."""
+    """Load the states in a folder."""
     return PromptStates(**load_file(fetch(folder / STATES_FILE)))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePromptsJob:
+    """Encode prompts by a pipeline's text encoder into a file of states."""
+
+    pipeline: Path
+    prompts: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """How many prompts were encoded."""
+
+    num_prompts: int
+
+
+def encoding_of_prompts(
+    key: str, prompts: Sequence[str], pipeline: Path, folder: Path
+) -> WorkItem[EncodePromptsJob, EncodedPrompts]:
+    """Return the work of encoding prompts, and the empty one, into a folder.
+
+    Args:
+        key: Of the work.
+        prompts: The prompts.
+        pipeline: Has the text encoder.
+        folder: Gets the states.
+    """
+    path = folder / STATES_FILE
+    result_path = path.with_suffix(".json")
+    remove(result_path)  # without the states it is no result
+    return WorkItem(
+        key=key,
+        function=encode_into,
+        job=EncodePromptsJob(pipeline, tuple(prompts), path),
+        result_path=result_path,
+        cost=float(len(prompts)),
+        files=(path,),
+        result_type=EncodedPrompts,
+    )
+
+
+def encode_into(job: EncodePromptsJob, report: Report) -> EncodedPrompts:
+    """Encode prompts into a file, which appears when it is whole."""
+    *states, empty = encode_prompts(job.pipeline, [*job.prompts, ""])
+    report({}, 1)
+    tensors = {"prompts": torch.stack(states), "empty": empty.clone()}
+    with atomic_path(job.path) as temporary:
+        save_file(tensors, temporary)
+    return EncodedPrompts(len(states))

@@ -28,22 +28,25 @@ def missing_shards(folder: Path, count: int, size: int) -> list[int]:
     return [first for first in range(0, count, size) if shard_path(folder, first) not in shards]
 
 
-def read_rows(folder: Path, name: str, indices: Sequence[int], size: int) -> ImageBatch:
-    """Read some rows of a tensor ``(N, C, H, W)`` and of ``labels``, ``(N,)``.
+def read_rows(
+    folder: Path, name: str, indices: Sequence[int], size: int, labels: str = "labels"
+) -> ImageBatch:
+    """Read some rows of a tensor ``(N, C, H, W)`` and of their labels.
 
     Args:
         folder: Where the shards are.
         name: Of the tensor.
         indices: Which rows, counted over all shards.
         size: Images of a shard.
+        labels: Name of the tensor of labels: classes, ``(N,)``, or states of captions.
     """
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     for shard in {index // size for index in indices}:
         with safe_open(shard_path(folder, shard * size), framework="pt") as file:  # memory-mapped
-            tensor, labels = file.get_slice(name), file.get_slice("labels")
+            tensor, told = file.get_slice(name), file.get_slice(labels)
             for index in indices:
                 if index // size == shard:
                     row = index % size
-                    rows[index] = (tensor[row].clone(), labels[row : row + 1].clone())
+                    rows[index] = (tensor[row].clone(), told[row : row + 1].clone())
     parts, classes = zip(*(rows[index] for index in indices), strict=True)
     return ImageBatch(torch.stack(parts), torch.cat(classes))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.diffusers_folder import MALFORMED
+from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.storage.files import exists, fetch
-from tdc_ray.storage.object_store import display_path
+from tdc_ray.storage.object_store import display_path, resolve_path
 
 TEXT_ENCODER = "text_encoder"
 """Folder of a pipeline that has its text encoder, beside ``tokenizer``."""
@@ -23,26 +24,33 @@ AT_ONCE = 16
 """Prompts that are encoded at once."""
 
 
-def text_pipeline(network: Path) -> Path:
-    """Return the pipeline that a network lies in and that has a text encoder.
+def check_text_encoder(pipeline: str | None) -> Path:
+    """Check that there is a text encoder, and the library that reads it; return its pipeline.
 
     Raises:
-        ConfigError: There is none, or the library that reads it is missing.
+        ConfigError: One of the two is missing.
     """
-    for place in (network.absolute(), network.resolve()):
-        if exists(place.parent / TEXT_ENCODER / "config.json"):
-            break
-    else:
+    if pipeline is None:
         raise ConfigError(
-            f"{display_path(network)} is conditioned on text and has no {TEXT_ENCODER} beside it: "
-            "give the whole pipeline, as diffusers saves it."
+            "data.text_encoder must be given for a base that is told prompts and lies in no "
+            "pipeline: set --data.text-encoder to the folder of one, as diffusers saves it."
+        )
+    folder = resolve_path(pipeline)
+    if not exists(folder / TEXT_ENCODER / "config.json"):
+        raise ConfigError(
+            f"data.text_encoder {pipeline} must be the folder of a pipeline, as diffusers saves "
+            f"it: it has no {TEXT_ENCODER}/config.json."
         )
     if find_spec("transformers") is None:
         raise ConfigError(
-            f"the text encoder of {display_path(place.parent)} needs transformers: pip install "
-            "'tdc-ray[text]'."
+            f"the text encoder of {pipeline} needs transformers: pip install 'tdc-ray[text]'."
         )
-    return place.parent
+    return folder
+
+
+def text_encoder_digest(pipeline: Path) -> str:
+    """Return a digest of a pipeline's text encoder."""
+    return weights_digest(pipeline / TEXT_ENCODER)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.data.latents import training_data
 from tdc_ray.data.survey import images_summary
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.execution.item import ItemResult, load_result
@@ -144,7 +145,7 @@ def collect_results(
             weights="EMA" if pretrained is None else f"{pretrained.weights} (base), EMA (experts)",
             precision=config.evaluate.precision,
             num_classes=num_classes,
-            labels=None if num_classes is None else f"image i is of class i mod {num_classes}",
+            labels=_labels(config),
             guidance_scale=sampler.guidance_scale,
             other_metrics=metrics_text(config.evaluate.num_images)
             if outcome.tdc.metrics
@@ -167,6 +168,15 @@ def collect_results(
         comparison=outcome.comparison,
         images=images_summary(config.data),
     )
+
+
+def _labels(config: RunConfig) -> str | None:
+    """Return what says of which class, or prompt, an image is."""
+    num_classes = config.conditioning.num_classes
+    if num_classes is not None:
+        return f"image i is of class i mod {num_classes}"
+    prompts = training_data(config.data, config.evaluate.cache_dir).prompts()
+    return None if prompts is None else f"image i is of prompt i mod {len(prompts.prompts)}"
 
 
 def item_results(run_dir: RunDir) -> list[ItemResult[dict[str, Any]]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.prompts import prompt_states
+from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import image_labels
@@ -29,7 +29,8 @@ def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Ten
     """
     if (classes := image_labels(config.conditioning.num_classes, first, count)) is not None:
         return {"class_labels": classes}
-    if (states := prompt_states(config.data)) is None:
+    states = training_data(config.data, config.evaluate.cache_dir).prompts()
+    if states is None:
         return {}
     prompts = states.of_images(first, count)
     return {"prompt_embeds": prompts, "negative_prompt_embeds": states.empty.expand_as(prompts)}

@@ -7,6 +7,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
+from tdc_ray.data.latents import captions_of
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
@@ -15,11 +16,11 @@ from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import (
     NetworkConfig,
-    class_name,
     image_size,
     num_class_embeds,
     reads_text,
 )
+from tdc_ray.models.text_encoder import check_text_encoder
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_features, check_labels
@@ -118,17 +119,22 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
 
 
 def check_told(data: DataConfig, network: NetworkConfig) -> None:
-    """Check that images come with prompts where a network reads them.
+    """Check that images come with prompts, or captions, where a network reads them.
 
     Raises:
         ConfigError: They do not.
+        DataError: They are missing or malformed.
     """
-    if reads_text(network) and data.source != BASE_SAMPLES:
-        raise ConfigError(
-            f"data.source must be base for a {class_name(network)}, which is told prompts, got "
-            f"{data.source}: captions of images are not read yet. Set --data base, with "
-            "--data.prompts FILE for prompts of your own."
-        )
+    if not reads_text(network):
+        return
+    check_text_encoder(data.text_encoder)
+    if data.source != BASE_SAMPLES:
+        if data.first_stage is None:
+            raise ConfigError(
+                "data.first_stage must be given with captions, whose states are kept beside "
+                "latents. Set --data.first-stage, or --data base."
+            )
+        captions_of(data)
 
 
 def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:

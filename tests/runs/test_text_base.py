@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 
 import tdc_ray as tdc
 from tdc_ray.cli.main import run_command
+from tdc_ray.cli.parse import parse
+from tdc_ray.data.detect import data_config
+from tdc_ray.data.latents import training_data
 from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
@@ -129,10 +134,49 @@ def test_it_is_pruned_on_images_that_it_draws_for_prompts(pipeline, tmp_path):
     assert torch.equal(states.empty, encode_prompts(pipeline, [""])[0])
 
 
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares of a brightness, and captions that name it, not in the order of their files."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rows = []
+    for number in range(24):
+        pixels = np.full((16, 16, 3), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+        rows.append({"file_name": f"{number:02}.png", "text": f"{'ab'[number % 2]} {number}"})
+    lines = [json.dumps(row) for row in reversed(rows)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_it_is_pruned_on_captioned_images(pipeline, captioned, tmp_path):
+    command = ["prune", str(pipeline), "--out", str(tmp_path / "out"), "--macs", "0.8"]
+    command += ["--data", str(captioned), "--evaluate.cache-dir", str(tmp_path), *FEW[:-4]]
+    assert run_command(command) == 0
+    data = data_config(str(captioned), parse(command).config.data)
+    training = training_data(data, str(tmp_path))
+    latents, states = training.open().__getitems__([0, 7, 3])
+    expected = encode_prompts(pipeline, ["a 0", "b 7", "b 3"])
+    assert torch.equal(states, expected)
+    assert len(latents.flatten(1).unique(dim=0)) == 3
+    assert torch.equal(training.prompts().of_images(0, 25)[[7, 24]], expected[[1, 0]])
+
+
+def test_an_image_without_a_caption_is_refused_by_name(pipeline, captioned, tmp_path, capsys):
+    copytree(captioned, tmp_path / "copy")
+    text = (tmp_path / "copy/metadata.jsonl").read_text().replace('"text": "b 5"', '"text": null')
+    (tmp_path / "copy/metadata.jsonl").write_text(text)
+    command = ["prune", str(pipeline), "--out", str(tmp_path / "out"), "--data"]
+    assert run_command([*command, str(tmp_path / "copy")]) != 0
+    assert "05.png has none" in capsys.readouterr().err
+    (tmp_path / "copy/metadata.jsonl").unlink()
+    assert run_command([*command, str(tmp_path / "copy")]) != 0
+    assert "data.source folder has no captions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--data", "digits"), "data.source must be base for a UNet2DConditionModel"),
+        (("--data", "digits"), "data.source digits has no captions"),
         (("--data.prompts", "nowhere.txt"), "nowhere.txt does not exist"),
     ],
 )

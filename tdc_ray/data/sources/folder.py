@@ -77,10 +77,14 @@ class FolderImages(EncodedImages):
         labels: Tensor,
         num_classes: int | None,
         left_out: Counter[str],
+        captions: Names | None = None,
     ) -> None:
-        """Wrap the paths of files, relative to ``root``; the rest as in ``EncodedImages``."""
+        """Wrap the paths of files, relative to ``root``; the rest as in ``EncodedImages``.
+
+        Of captioned images the labels are the numbers of their captions.
+        """
         super().__init__(root, config, labels, num_classes, left_out)
-        self._paths = paths
+        self._paths, self.captions = paths, captions
 
     def encoded(self, index: int) -> Path:
         """Return an image's file."""
@@ -103,6 +107,9 @@ class FolderImages(EncodedImages):
             digest.update(b" as shown")
         if self.config.source == "imagefolder":
             digest.update(self.labels.numpy().data)
+        if self.captions is not None:
+            for index in range(len(self)):
+                digest.update(f"{self.captions[index]}\n".encode())
         for index in range(len(self)):
             path = root / self.name(index)
             stat = path.stat()

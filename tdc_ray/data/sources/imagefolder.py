@@ -1,7 +1,7 @@
 """A Hugging Face image folder: files that ``metadata.jsonl`` or ``metadata.csv`` name, labelled.
 
 Its column ``file_name`` is a path below the folder of the metadata file, ``label`` a number or a
-name. Of the splits of a data set the part to train on is read.
+name, ``text`` a caption. Of the splits of a data set the part to train on is read.
 """
 
 import csv
@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import torch
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.sources.encoded import MAX_NAMED, Names, class_labels
@@ -23,7 +25,13 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 OTHER_SPLIT, UNNAMED = "of another split than train", "not named by metadata"
 """Reasons why a file is left out."""
 
+CAPTION = "text"
+"""Column of the captions, as ``datasets`` and the training scripts of diffusers name it."""
+
 Label = int | str | None
+
+Row = tuple[Label, str | None]
+"""Label and caption."""
 
 
 def open(config: DataConfig) -> FolderImages:
@@ -57,14 +65,17 @@ def list_images(config: DataConfig) -> FolderImages:
     for name in METADATA:
         del left_out[Path(name).suffix]
     takes_train = is_split(found)
-    paths, labels = Names(), []
+    paths, captions, labels = Names(), Names(), []
     for path in found:
         if takes_train and not in_train(path):
             left_out[OTHER_SPLIT] += 1
             rows.pop(path, None)
         elif path in rows:
             paths.append(path)
-            labels.append(rows.pop(path))
+            label, caption = rows.pop(path)
+            labels.append(label)
+            if config.text_encoder is not None:
+                captions.append(_caption(caption, path, root))
         else:
             left_out[UNNAMED] += 1
     if rows:
@@ -74,6 +85,10 @@ def list_images(config: DataConfig) -> FolderImages:
             f"that are not read: {names}. Put them there, or remove their rows."
         )
     check_found(root, len(paths), left_out)
+    if config.text_encoder is not None:  # an image's label is the number of its caption
+        return FolderImages(
+            root, config, paths, torch.arange(len(paths)), None, left_out, captions
+        )
     numbers, num_classes = class_labels(labels, root)
     return FolderImages(root, config, paths, numbers, num_classes, left_out)
 
@@ -88,24 +103,38 @@ def metadata_files(root: Path) -> list[str]:
     return [path for path in file_paths(root, suffixes) if Path(path).name in METADATA]
 
 
-def _all_rows(root: Path, files: Iterable[str]) -> dict[str, Label]:
-    """Read all metadata: labels by the images' paths, relative to ``root``.
+def _caption(caption: str | None, path: str, root: Path) -> str:
+    """Return an image's caption.
+
+    Raises:
+        DataError: It has none.
+    """
+    if caption is None:
+        raise DataError(
+            f"metadata in {root} must have a caption, the column {CAPTION}, for every image with "
+            f'data.text_encoder: {path} has none. Write it, "" for none.'
+        )
+    return caption
+
+
+def _all_rows(root: Path, files: Iterable[str]) -> dict[str, Row]:
+    """Read all metadata: labels and captions by the images' paths, relative to ``root``.
 
     Raises:
         DataError: A file is malformed, or an image is named twice.
     """
-    rows: dict[str, Label] = {}
+    rows: dict[str, Row] = {}
     for file in files:
-        for name, label in _rows(root / file):
+        for name, row in _rows(root / file):
             path = (PurePosixPath(file).parent / name).as_posix()
             if path in rows:
                 raise DataError(f"metadata in {root} names {path} twice. Remove one of its rows.")
-            rows[path] = label
+            rows[path] = row
     return rows
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Label]]:
-    """Yield the path and the label of every row.
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the path, and label and caption, of every row.
 
     Raises:
         DataError: The file is malformed, or a path leads out of its folder.
@@ -113,7 +142,11 @@ def _rows(file: Path) -> Iterator[tuple[str, Label]]:
     read = _csv_rows if file.suffix == ".csv" else _json_rows
     try:
         for number, row in read(file):
-            yield _path(row.get("file_name"), file, number), _label(row.get("label"), file, number)
+            label, text = _label(row.get("label"), file, number), row.get(CAPTION)
+            if isinstance(text, str):
+                text.encode()  # JSON may hold halves of characters
+            caption = text if isinstance(text, str) else None
+            yield _path(row.get("file_name"), file, number), (label, caption)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}. Mend it.") from error
 

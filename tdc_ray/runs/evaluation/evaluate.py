@@ -24,8 +24,7 @@ from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.fingerprint import diffusion_key, images_key
 from tdc_ray.data.latents import training_data
-from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.prompts import prompt_states
+from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import image_generators
@@ -348,8 +347,9 @@ def sample_inputs(job: SampleJob) -> Inputs:
     if (group := job.swapped) is not None:
         expert = weights_digest(run_dir.expert(group.index))
         other = {**other, "swapped": [expert, group.first, group.last]}
-    if prompt_states(config.data) is not None:
-        other = {**other, "prompts_of": images_fingerprint(config.data)}
+    if config.data.text_encoder is not None:
+        training = training_data(config.data, config.evaluate.cache_dir)
+        other = {**other, "prompts_of": images_key(training)}
     return {
         **other,
         "stage": "sample",

@@ -44,6 +44,10 @@ from tdc_ray.storage.run_dir import FIRST_STAGE_DIR
 logger = logging.getLogger(__name__)
 
 
+OTHERS = ("data.first_stage", "data.text_encoder")
+"""Settings of a base that a run may have otherwise."""
+
+
 def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     """Check that a run's settings are those that a base was trained with; return its UNet's.
 
@@ -55,8 +59,8 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     unused = ("diffusion.beta_start", "diffusion.beta_end") if is_unused else ()
     for name, expected in base.settings.by_name().items():
         stage, _, setting = name.partition(".")
-        # Another first stage may be named, and another sampler.
-        if name == "data.first_stage" or stage == "sampler" or name in unused:
+        # Another first stage or text encoder may be named, and another sampler.
+        if name in (*OTHERS, *unused) or stage == "sampler":
             continue
         value = getattr(getattr(config, stage), setting)
         same = math.isclose(value, expected) if isinstance(expected, float) else value == expected

@@ -52,6 +52,7 @@ class _Conditioning(_Some):
 class _Data(_Some):
     num_channels: int | None = None
     image_size: ImageSize | None = None
+    text_encoder: str | None = None
     first_stage: str | None = None
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import diffusers
 import numpy as np
-from diffusers import AutoencoderKL, SchedulerMixin, VQModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import BetaSchedule, PredictionType
@@ -37,6 +37,7 @@ from tdc_ray.models.network_config import (
     image_size,
     reads_text,
 )
+from tdc_ray.models.text_encoder import TEXT_ENCODER
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -208,7 +209,7 @@ def noise_settings(
         include={
             "diffusion": True,
             "sampler": True if with_sampler else {"clip_sample"},
-            "data": {"first_stage"},
+            "data": {"first_stage", "text_encoder"},
         },
         exclude_unset=True,
     )
@@ -321,17 +322,17 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         )
     kind = index["scheduler"][-1]
     base = _with_scheduler(source, network, path, first_stage, kind)
-    return _with_guidance(base, index.get("_class_name")) if reads_text(base.unet) else base
+    return _told_prompts(base, folder, index) if reads_text(base.unet) else base
 
 
-def _with_guidance(base: PretrainedBase, pipeline: object) -> PretrainedBase:
-    """Sample a base that is told prompts with the guidance that its pipeline has by default."""
-    call: Any = getattr(getattr(diffusers, str(pipeline), None), "__call__", None)  # noqa: B004
-    scale = call and inspect.signature(call).parameters.get("guidance_scale")
-    if not scale:
-        return base
+def _told_prompts(base: PretrainedBase, folder: Path, index: Mapping[str, Any]) -> PretrainedBase:
+    """Add a pipeline's text encoder, and the guidance that it has by default."""
     stages = base.settings.model_dump(exclude_unset=True)
-    stages.setdefault("sampler", {})["guidance_scale"] = scale.default
+    if exists(folder / TEXT_ENCODER / "config.json"):
+        stages["data"]["text_encoder"] = display_path(folder.resolve())
+    pipeline: Any = getattr(diffusers, str(index.get("_class_name")), DiffusionPipeline)
+    if scale := inspect.signature(pipeline.__call__).parameters.get("guidance_scale"):
+        stages["sampler"]["guidance_scale"] = scale.default
     return replace(base, settings=read_settings(base.source, stages))
 
 

@@ -8,7 +8,6 @@ on no other, so that an interrupted drawing resumes with the shards that are the
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tdc_ray.config.data import BASE_SAMPLES
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.fingerprint import diffusion_key
-from tdc_ray.data.prompts import STATES_FILE, prompt_states, read_prompts
+from tdc_ray.data.prompts import STATES_FILE, encoding_of_prompts, read_prompts
 from tdc_ray.data.sources.base import BASE_SHARD, SAMPLES_FILE
 from tdc_ray.data.tensor_shards import missing_shards, shard_path
 from tdc_ray.diffusion.pipeline import base_pipeline
@@ -35,7 +34,7 @@ from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape, load_first_stage
 from tdc_ray.models.network_config import reads_text
 from tdc_ray.models.precision import DTYPES
-from tdc_ray.models.text_encoder import TEXT_ENCODER, encode_prompts, text_pipeline
+from tdc_ray.models.text_encoder import check_text_encoder, text_encoder_digest
 from tdc_ray.runs.pipelines import image_conditions, pipeline_index
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.seeds import derive_seed
@@ -61,22 +60,6 @@ class DrawJob:
     first: int
     count: int
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeJob:
-    """Encode prompts by a pipeline's text encoder into a file of states."""
-
-    pipeline: Path
-    prompts: tuple[str, ...]
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeResult:
-    """How many prompts were encoded."""
-
-    num_prompts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,35 +114,27 @@ def with_base_samples(config: RunConfig, base: PretrainedBase | Path | None) -> 
         "precision": config.evaluate.precision,
         "batch_size": _batch_size(config),
     }
-    pipeline = _text_pipeline(base)
-    if pipeline is None and data.prompts is not None:
+    if _reads_text(base):
+        prompts = read_prompts(data.prompts)
+        drawn["num_prompts"] = len(prompts)
+        encoder = text_encoder_digest(check_text_encoder(data.text_encoder))
+        document |= {"prompts": prompts, "text_encoder": encoder}
+    elif data.prompts is not None:
         raise ConfigError(
             f"data.prompts goes with a base that is conditioned on text, got {data.prompts} with "
             "one that is not. Leave it out."
         )
-    if pipeline is not None:
-        prompts = read_prompts(data.prompts)
-        drawn["num_prompts"] = len(prompts)
-        document |= {"prompts": prompts, "text_encoder": weights_digest(pipeline / TEXT_ENCODER)}
     cache = resolve_path(config.evaluate.cache_dir).expanduser()
     folder = cache / FOLDER / json_digest(document)[:16]
-    if not exists(folder / SAMPLES_FILE) or (pipeline and not exists(folder / STATES_FILE)):
-        where = {} if pipeline is None else {"pipeline": display_path(pipeline)}
-        write_json(folder / SAMPLES_FILE, document | where)
+    if not exists(folder / SAMPLES_FILE):
+        write_json(folder / SAMPLES_FILE, document)
     data = replace(data, path=display_path(folder), num_images=count)
     return replace(config, data=data)
 
 
-def _text_pipeline(base: PretrainedBase | Path) -> Path | None:
-    """Return the pipeline with the text encoder of a base; None means that it reads no text.
-
-    Raises:
-        ConfigError: It reads text, and its text encoder is not there.
-    """
+def _reads_text(base: PretrainedBase | Path) -> bool:
     folder = base if isinstance(base, Path) else base.folder
-    if folder is None or not reads_text(load_config(folder)):
-        return None
-    return text_pipeline(folder)
+    return folder is not None and reads_text(load_config(folder))
 
 
 def _num_images(config: RunConfig) -> int:
@@ -186,9 +161,11 @@ def draw_base_samples(config: RunConfig, unet: Path) -> Chain[None]:
     path, count, items = config.data.path, config.data.num_images, []
     assert path is not None and count is not None  # noqa: PT018  # with_base_samples
     folder, passes = resolve_path(path), _num_passes(config)
-    samples = _samples(config)
-    if "prompts" in samples and not exists(folder / STATES_FILE):
-        yield from _encode(folder, samples["prompts"], resolve_path(samples["pipeline"]))
+    prompts = _samples(config).get("prompts")
+    if prompts is not None and not exists(folder / STATES_FILE):
+        pipeline = check_text_encoder(config.data.text_encoder)
+        key = "base_samples/prompts"
+        yield from results_of([encoding_of_prompts(key, prompts, pipeline, folder)])
     for first in missing_shards(folder, count, BASE_SHARD):
         shard = shard_path(folder, first)
         result_path = shard.with_suffix(".json")
@@ -221,33 +198,6 @@ def draw_base_samples(config: RunConfig, unet: Path) -> Chain[None]:
         yield from results_of(items)
 
 
-def _encode(folder: Path, prompts: Sequence[str], pipeline: Path) -> Chain[None]:
-    """Encode the prompts that images are drawn for, and the empty one."""
-    path = folder / STATES_FILE
-    result_path = path.with_suffix(".json")
-    remove(result_path)  # without the states it is no result
-    item = WorkItem(
-        key="base_samples/prompts",
-        function=encode_into,
-        job=EncodeJob(pipeline, tuple(prompts), path),
-        result_path=result_path,
-        cost=float(len(prompts)),
-        files=(path,),
-        result_type=EncodeResult,
-    )
-    yield from results_of([item])
-
-
-def encode_into(job: EncodeJob, report: Report) -> EncodeResult:
-    """Encode prompts into a file, which appears when it is whole."""
-    *prompts, empty = encode_prompts(job.pipeline, [*job.prompts, ""])
-    report({}, 1)
-    states = {"prompts": torch.stack(prompts), "empty": empty.clone()}
-    with atomic_path(job.path) as temporary:
-        save_file(states, temporary)
-    return EncodeResult(len(prompts))
-
-
 @torch.inference_mode()
 def draw_images(job: DrawJob, report: Report) -> DrawResult:
     """Draw some images into a shard, which appears when it is whole; latents stay beside them.
@@ -264,8 +214,8 @@ def draw_images(job: DrawJob, report: Report) -> DrawResult:
     stage = config.data.first_stage
     first_stage = None if stage is None else load_first_stage(Path(stage)).to(device)
     seed, size = derive_seed(config.seed, "base samples"), _batch_size(config)
-    states, kinds = prompt_states(config.data), config.conditioning.num_classes
-    kinds = kinds if states is None else len(states.prompts)
+    prompts, kinds = _samples(config).get("prompts"), config.conditioning.num_classes
+    kinds = kinds if prompts is None else len(prompts)
     parts: dict[str, list[torch.Tensor]] = {"images": [], "labels": [], "latents": []}
     for start in range(job.first, job.first + job.count, size):
         count = min(size, job.first + job.count - start)
