@@ -38,9 +38,10 @@ class DataConfig:
     photographs, in colour; folder: all images below `path` that Pillow decodes, in links too; npz:
     a file or a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as
     torchvision unpacks it; imagefolder: the images that a Hugging Face `metadata.jsonl` or
-    `metadata.csv` below `path` names, with its labels, or captions; parquet: a file or a folder of files with a
-    column of encoded images; webdataset: a tar file or a folder of them. Of the last three the
-    split train, if there are splits. base: no images are needed, they are drawn from the base."""
+    `metadata.csv` below `path` names, with its labels, or captions; parquet: a file or a folder of
+    files with a column of encoded images; webdataset: a tar file or a folder of them. Of the last
+    three the split train, if there are splits. base: no images are needed, they are drawn from the
+    base."""
 
     path: str | None = None
     """Where the images are; every source but digits, photos and base needs it."""
