@@ -39,6 +39,7 @@ def steps(sd3: SD3Transformer2DModel) -> list[Step]:
         name = f"transformer_blocks.{index}"
         image = partial(modulation_of, block.norm1.linear)
         outputs: dict[Stream, str] = {"hidden": "to_out.0"}
+        context: Callable[[Tensor], tuple[Tensor, ...]]
         if block.context_pre_only:
             context = partial(_shift_and_scale, block.norm1_context.linear)
         else:

@@ -55,7 +55,7 @@ TRANSFORMERS = (DIT_CLASS,)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
 
 TEXT_TRANSFORMERS = (PIXART_CLASS, SD3_CLASS)
-"""Those that are found, to be refused for what they are: there are no captions."""
+"""Classes that are recognised, so as to be refused by name: no command has captions."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""
