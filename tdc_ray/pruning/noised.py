@@ -22,8 +22,10 @@ from tdc_ray.data.batches import (
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
+from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.families import family_of, labels_for, steps_of
+from tdc_ray.models.families import family_of, labels_for, reads_captions, steps_of
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, num_untouched, run
@@ -34,7 +36,16 @@ Purpose = Literal["scores", "refit", "choice", "held-out", "judge"]
 
 
 def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) -> State:
-    """Return the state of a batch before the network's first step."""
+    """Return the state of a batch before the network's first step.
+
+    Raises:
+        UnsupportedModelError: The network reads captions, and the batch has none.
+    """
+    if reads_captions(network) and not isinstance(batch.labels, Captions):
+        raise UnsupportedModelError(
+            f"a {type(network).__name__} reads captions, and the images have none: give "
+            "NoisedBatch.labels as Captions."
+        )
     timesteps = schedule.model_timesteps(batch.timesteps)
     return family_of(network).start(network, batch.x_t(schedule), timesteps, batch.labels)
 

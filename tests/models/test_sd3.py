@@ -270,6 +270,24 @@ def test_contradictory_settings_are_refused(changes, message):
         network_structure({**SD3, **changes})
 
 
+@pytest.mark.parametrize("has_pooled", [True, False])
+def test_captions_are_split_and_joined_with_their_images(has_pooled):
+    batch = noised(5)
+    if not has_pooled:
+        batch = replace(batch, labels=Captions(batch.labels.states))
+    again = NoisedBatch.join([*batch.split(2)]).labels
+    assert torch.equal(again.states, batch.labels.states)
+    if has_pooled:
+        assert torch.equal(again.pooled, batch.labels.pooled)
+    else:
+        assert again.pooled is None
+
+
+def test_without_captions_it_is_not_run():
+    with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel reads captions"):
+        by_steps(random_sd3(SD3), replace(noised(2), labels=None))
+
+
 def test_its_stream_cannot_be_pruned():
     with pytest.raises(UnsupportedModelError, match=r"set prune\.space to inner"):
         network_structure(SD3, "full")

@@ -98,7 +98,7 @@ class SpillBuffer:
 
     def __init__(self) -> None:
         self._bytes: dict[int, int] = {}
-        """Bytes of the tensors in memory, by their identity."""
+        """Bytes in memory of tensors that are kept, by their identity; 0 for those in files."""
 
     def keep(self, state: State) -> State:
         """Return a state whose hidden and context, the only tensors that may be new, are kept."""
