@@ -39,7 +39,6 @@ MAX_NOTE = 300
 MAX_HYPOTHESIS = 300
 """Most characters of a hypothesis that are kept."""
 
-
 Curves = Mapping[str, FactorArray]
 """As of `loss_curves`."""
 
