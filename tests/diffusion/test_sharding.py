@@ -1,7 +1,7 @@
 """Trainings whose ranks share weights, moments and averages (FSDP2), against those of DDP."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,22 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
-from tdc_ray.config.compute import Sharding
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.moments import MOMENTS
 from tdc_ray.diffusion.sharding import sharding_mesh
 from tdc_ray.diffusion.train import TrainState, start_state, update
 from tdc_ray.errors import CheckpointError
 from tdc_ray.execution.device import WorkerRank
+from tdc_ray.models.denoiser import Denoiser, has_classes
+from tdc_ray.models.structure import network_structure
+from tdc_ray.models.training_memory import training_memory
 from tdc_ray.runs.stages.base_worker import sample_grid, train_base
-from tests.small import assert_same, random_dit, random_unet, small_config
+from tests.small import TINY, assert_same, random_dit, random_unet, small_config
 
 NUM_STEPS, START_SHARE = 4, 0.25
+
+Job = tuple[str, RunConfig, Path | None]
+"""A training's name, its settings, and the checkpoint that it resumes from."""
 
 
 @pytest.fixture
@@ -41,24 +47,28 @@ def config_of(dropout: float = 0.1, **base: Any) -> RunConfig:
     )
 
 
-def sharing(config: RunConfig, sharding: Sharding = "full") -> RunConfig:
-    compute = dataclasses.replace(config.compute, sharding=sharding)
+def sharing(config: RunConfig) -> RunConfig:
+    compute = dataclasses.replace(config.compute, sharding="full")
     return dataclasses.replace(config, compute=compute)
 
 
+LABELS, TIMESTEPS = torch.tensor([0, 3, 9, 10]), torch.tensor([0, 10, 500, 999])
+
+
+def backward(unet: Denoiser) -> None:
+    """Compute gradients on fixed images, of a denoiser that may be conditioned on classes."""
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = {"class_labels": LABELS} if has_classes(unet) else {}
+    output = unet(x, TIMESTEPS, **labels).sample
+    (output[:, :1] - x).square().mean().backward()
+
+
 def steps_of(state: TrainState, config: RunConfig) -> TrainState:
-    """Take two steps on fixed images of an unconditional denoiser, or one of ten classes."""
-    generator = torch.Generator().manual_seed(0)
+    """Take two steps."""
     for _ in range(2):
-        x = torch.randn(4, 1, 8, 8, generator=generator)
-        labels = {} if "num_embeds_ada_norm" not in state.unet.config else {"class_labels": LABELS}
-        output = state.unet(x, TIMESTEPS, **labels).sample
-        (output[:, :1] - x).square().mean().backward()
+        backward(state.unet)
         update(state, config.base)
     return state
-
-
-LABELS, TIMESTEPS = torch.tensor([0, 3, 9, 10]), torch.tensor([0, 10, 500, 999])
 
 
 @pytest.mark.parametrize("make", [random_unet, random_dit])
@@ -93,12 +103,11 @@ def test_a_file_of_another_model_is_refused_where_the_state_is_shared(group, tmp
         state.load(tmp_path / "state.pt")
 
 
-def run_rank(
-    rank: int, world_size: int, folder: Path, jobs: list[tuple[str, RunConfig, Path | None]]
-) -> None:
-    """Train the base as one rank by each of the jobs: name, settings, what it resumes from.
+def run_rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
+    """Train the base as one of the ranks, by each of the jobs.
 
-    Checkpoints, metrics and the average with its grid go into ``folder``, named by the job.
+    Checkpoints, and the average with its grid and the losses, go into ``folder`` under the job's
+    name, and so does what the first rank held of a shared state.
     """
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / f"store-{world_size}"), world_size)
@@ -121,12 +130,24 @@ def run_rank(
             if rank == 0:
                 grid = sample_grid(unet, config, num_images=2)
                 torch.save((unet.state_dict(), grid, losses), folder / f"{name}.pt")
+    state = start_state(random_unet(), jobs[0][1].base, mesh=sharding_mesh(worker))
+    backward(state.unet)
+    gradients = held([one.grad for one in state.unet.parameters()])
+    update(state, jobs[0][1].base)
+    if rank == 0:
+        moments = [held([one[name] for one in state.optimizer.state.values()]) for name in MOMENTS]
+        weights, averages = held(state.unet.parameters()), held(state.ema.shadow_params)
+        torch.save((weights, gradients, sum(moments), averages), folder / f"held-{world_size}.pt")
     distributed.destroy_process_group()
 
 
-def run_ranks(world_size: int, folder: Path, jobs: dict[str, tuple[RunConfig, Path | None]]):
-    arguments = [(name, *job) for name, job in jobs.items()]
-    torch.multiprocessing.spawn(run_rank, args=(world_size, folder, arguments), nprocs=world_size)
+def held(tensors: Iterable[Any]) -> int:
+    """Bytes of a rank's shards."""
+    return sum(tensor.to_local().nbytes for tensor in tensors)
+
+
+def run_ranks(world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
+    torch.multiprocessing.spawn(run_rank, (world_size, folder, jobs), nprocs=world_size)
 
 
 def loaded(folder: Path, name: str) -> Any:
@@ -136,18 +157,15 @@ def loaded(folder: Path, name: str) -> Any:
 @pytest.mark.slow
 def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(tmp_path):
     config, bf16 = config_of(), config_of(dropout=0.0, precision="bf16")
-    run_ranks(
-        2,
-        tmp_path,
-        {
-            "ddp": (config, None),
-            "shared": (sharing(config), None),
-            "resumed": (sharing(config), tmp_path / "shared-2.pt"),
-            "of-ddp": (sharing(config), tmp_path / "ddp-2.pt"),
-            "ddp-bf16": (bf16, None),
-            "bf16": (sharing(bf16), None),
-        },
-    )
+    jobs = [
+        ("ddp", config, None),
+        ("shared", sharing(config), None),
+        ("resumed", sharing(config), tmp_path / "shared-2.pt"),
+        ("of-ddp", sharing(config), tmp_path / "ddp-2.pt"),
+        ("ddp-bf16", bf16, None),
+        ("bf16", sharing(bf16), None),
+    ]
+    run_ranks(2, tmp_path, jobs)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
     ddp = loaded(tmp_path, "ddp")
     close(loaded(tmp_path, "shared")[0], ddp[0])
@@ -156,14 +174,16 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
     assert_same(loaded(tmp_path, "resumed-4"), loaded(tmp_path, "shared-4"))
     assert_same(loaded(tmp_path, "resumed")[:2], loaded(tmp_path, "shared")[:2])
     assert loaded(tmp_path, "bf16")[2] == pytest.approx(loaded(tmp_path, "ddp-bf16")[2], rel=1e-2)
-    run_ranks(
-        3,
-        tmp_path,
-        {
-            "three-ddp": (config, tmp_path / "ddp-2.pt"),
-            "three-shared": (sharing(config), tmp_path / "shared-2.pt"),
-        },
-    )
+    jobs = [
+        ("three-ddp", config, tmp_path / "ddp-2.pt"),
+        ("three-shared", sharing(config), tmp_path / "shared-2.pt"),
+    ]
+    run_ranks(3, tmp_path, jobs)
     three = loaded(tmp_path, "three-ddp")
     close(loaded(tmp_path, "three-shared")[0], three[0])
     assert loaded(tmp_path, "three-shared")[2] == pytest.approx(three[2], rel=1e-4)
+    for workers in (2, 3):
+        memory = training_memory(network_structure(TINY), workers, "full", "fp32")
+        counted = (memory.weights, memory.gradients, memory.moments, memory.averages)
+        # the first rank's shards are the larger ones where dimensions do not divide evenly
+        assert loaded(tmp_path, f"held-{workers}") == pytest.approx(counted, rel=0.03)
