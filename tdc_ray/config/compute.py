@@ -1,8 +1,18 @@
 """The workers of a run: ``--compute.*``."""
 
+from typing import Literal
+
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, settings
 
-RESULT_FIELDS = ("num_base_workers", "cpus_per_base_worker", "workers_per_finetune", "tf32")
+Sharding = Literal["none", "full"]
+
+RESULT_FIELDS = (
+    "num_base_workers",
+    "sharding",
+    "cpus_per_base_worker",
+    "workers_per_finetune",
+    "tf32",
+)
 """Those of these settings that change the results, and so the run directory."""
 
 
@@ -11,11 +21,15 @@ class ComputeConfig:
     """The workers of a run, and what each takes of the cluster.
 
     Of these, the workers of the base and of a fine-tune (each draws noise of its own), the CPUs
-    of a base worker (the last bits of sums) and TF32 change what is computed.
+    of a base worker and the sharding (the last bits of sums) and TF32 change what is computed.
     """
 
     num_base_workers: PositiveInt = 1
-    """Ray Train workers of stage 1; each holds the whole model (data parallel)."""
+    """Ray Train workers of stage 1 (data parallel)."""
+
+    sharding: Sharding = "none"
+    """What each of these holds of weights, gradients, Adam's moments and averages: all (none, that
+    is DDP), or a share, and the weights of a block while that computes (full, that is FSDP2)."""
 
     cpus_per_base_worker: PositiveInt = 1
     """CPUs, and so threads, of a base worker."""

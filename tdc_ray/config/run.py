@@ -81,6 +81,7 @@ class RunConfig:
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)
         self._check_models_of_all_groups()
+        self._check_sharding()
         self._check_finetune_workers()
         self._check_comparison_workers()
         rule = "None where images are not square, as clean-fid's statistics are of squares"
@@ -109,6 +110,16 @@ class RunConfig:
         rule = "equal or timesteps with prune.method none, which cuts nothing that costs"
         fits = not excess or self.prune.method != "none"
         require("finetune", self.finetune, "allocation", rule, ok=fits)
+
+    def _check_sharding(self) -> None:
+        """Refuse to share a base among workers where there is one, or that is compiled."""
+        if self.compute.sharding == "none":
+            return
+        rule = f"at least 2 with compute.sharding {self.compute.sharding}"
+        several = self.compute.num_base_workers > 1
+        require("compute", self.compute, "num_base_workers", rule, ok=several)
+        rule = f"none with compute.sharding {self.compute.sharding}"
+        require("base", self.base, "compile", rule, ok=self.base.compile == "none")
 
     def _check_finetune_workers(self) -> None:
         """Refuse batches that the workers of a fine-tune cannot share evenly."""
@@ -188,6 +199,7 @@ LATER_FIELDS = {
     "sampler": LATER_SAMPLER_FIELDS,
     "proxy": ("base_url", "max_predictions", "stream"),
     "evaluate": ("metrics", "features_model"),
+    "compute": ("sharding",),
 }
 """Settings that came after the first run directories were named by their digest."""
 

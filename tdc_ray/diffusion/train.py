@@ -1,6 +1,7 @@
 """The one training loop, for the base and for the experts."""
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.train import LearningRateSchedule, TrainConfig
@@ -21,7 +24,9 @@ from tdc_ray.data.batches import augment, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.diffusion.loss import Teacher, denoising_loss, loss_weights
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
+from tdc_ray.diffusion.sharding import gathered, shard, shard_like
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
+from tdc_ray.execution.device import worker_rank
 from tdc_ray.execution.item import Report
 from tdc_ray.models.denoiser import Labels
 from tdc_ray.models.families import labels_for
@@ -47,6 +52,7 @@ _UNREADABLE = (
     EOFError,
     UnpicklingError,
     LookupError,
+    AttributeError,
     TypeError,
     ValueError,
     RuntimeError,
@@ -66,6 +72,10 @@ class TrainState:
     start: list[Tensor] | None = None
     """The weights before the first step, where they are needed after the last."""
 
+    structure: UNet2DModel | None = None
+    """Where ranks share the weights (`sharding`): the network as it is without, its weights on the
+    meta device. None where every rank holds all."""
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -73,7 +83,7 @@ class TrainState:
         return device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as tensors and plain values."""
+        """Return everything as tensors, sharded ones if ranks share them, and plain values."""
         states = {name: getattr(self, name).state_dict() for name in _PARTS}
         start = {} if self.start is None else {"start": self.start}
         return states | {"step": self.step} | start
@@ -89,9 +99,15 @@ class TrainState:
                 weights.copy_(saved)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint file, atomically."""
-        with atomic_path(path) as temporary:
-            torch.save(self.state_dict(), temporary)
+        """Write a checkpoint file, atomically: every rank calls it, the first one writes.
+
+        It is of one format whether or not ranks share the state, so that any number of ranks
+        resumes from it, sharing it or not.
+        """
+        state = gathered(self.state_dict())
+        if worker_rank().rank == 0:
+            with atomic_path(path) as temporary:
+                torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
         """Read a checkpoint file; it is never unpickled.
@@ -100,17 +116,41 @@ class TrainState:
             CheckpointError: It cannot be read or does not fit the model.
         """
         with reading_checkpoint(path):
-            state = torch.load(fetch(path), map_location=self.device, weights_only=True)
+            if self.structure is None:
+                state = torch.load(fetch(path), map_location=self.device, weights_only=True)
+            else:  # mapped, as a rank needs but its share of every tensor
+                state = torch.load(fetch(path), map_location="cpu", mmap=True, weights_only=True)
+                self._shard(state)
             self.load_state_dict(state)
+
+    def _shard(self, state: dict[str, Any]) -> None:
+        """Replace the tensors of a checkpoint by this rank's shards."""
+        weights, parameters = self.unet.state_dict(), list(self.unet.parameters())
+        for name, value in state["unet"].items():
+            state["unet"][name] = shard_like(value, weights.get(name))
+        moments = state["optimizer"]["state"]
+        for number, values in moments.items():
+            for name, value in values.items():
+                values[name] = shard_like(value, parameters[number])
+        for holder, name in ((state["ema"], "shadow_params"), (state, "start")):
+            if name in holder:
+                pairs = zip(holder[name], parameters, strict=True)
+                holder[name] = [shard_like(value, parameter) for value, parameter in pairs]
 
     @contextlib.contextmanager
     def ema_weights(self, start_share: float = 0.0) -> Iterator[UNet2DModel]:
         """Yield the UNet with its averaged weights (EMA), in eval mode.
 
+        Where ranks share the weights all of them enter: the first gets a whole copy with the
+        averages, the others the sharded UNet, which a rank cannot run alone.
+
         Args:
             start_share: Share of the weights before the first step in those that are yielded: both
                 are interpolated linearly (WiSE-FT, arXiv:2109.01903, equation 1).
         """
+        if self.structure is not None:
+            yield self._whole_average(self.structure, start_share)
+            return
         parameters = list(self.unet.parameters())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -125,6 +165,22 @@ class TrainState:
         finally:
             self.ema.restore(parameters)
             self.unet.train()
+
+    def _whole_average(self, structure: UNet2DModel, start_share: float) -> UNet2DModel:
+        """Gather averaged weights that ranks share, for the first."""
+        averages = gathered(self.ema.shadow_params)
+        starts = gathered(self.start) if start_share else averages
+        if worker_rank().rank != 0:
+            return self.unet
+        network = copy.deepcopy(structure)
+        weights = {
+            name: average.lerp(start, start_share)
+            for (name, _), average, start in zip(
+                network.named_parameters(), averages, starts, strict=True
+            )
+        }
+        network.load_state_dict(weights, strict=False, assign=True)  # its buffers are there
+        return network.to(self.device).eval()
 
 
 @contextlib.contextmanager
@@ -144,16 +200,28 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
         ) from error
 
 
-def start_state(unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = False) -> TrainState:
-    """Prepare a UNet, already on its device, for its first step.
+def start_state(
+    unet: UNet2DModel,
+    config: TrainConfig,
+    *,
+    keep_start: bool = False,
+    mesh: DeviceMesh | None = None,
+) -> TrainState:
+    """Prepare a UNet, already on its device unless there is a mesh, for its first step.
 
     Args:
         unet: What is trained.
         config: How.
         keep_start: Keep the weights that it starts from, which :meth:`TrainState.ema_weights` can
             then average with.
+        mesh: The ranks that share the weights, and all that the state holds of them, all of which
+            call this with the same UNet. None means that each holds everything.
     """
-    in_layout(unet, config.precision)
+    structure = None
+    if mesh is None:
+        in_layout(unet, config.precision)
+    else:  # FSDP gathers contiguous weights alone
+        structure = cast(UNet2DModel, shard(unet, mesh, config.precision))
     parameters = list(unet.parameters())
     device = parameters[0].device
     return TrainState(
@@ -166,13 +234,14 @@ def start_state(unet: UNet2DModel, config: TrainConfig, *, keep_start: bool = Fa
             min_decay=0.0 if config.ema_warmup else config.ema_decay,
             update_after_step=0 if config.ema_warmup else -1,
             use_ema_warmup=config.ema_warmup,
-            foreach=True,
+            foreach=mesh is None,  # it copies no shards
         ),
         optimizer=torch.optim.AdamW(
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         start=[one.detach().clone() for one in parameters] if keep_start else None,
+        structure=structure,
     )
 
 
@@ -199,7 +268,8 @@ def train(
 
     Args:
         state: What is trained; holds the bare UNet.
-        model: The same UNet, wrapped for data parallel training where there are several ranks.
+        model: The same UNet, wrapped for data parallel training where there are several ranks
+            that do not share its weights.
         images: The rank's batches, from ``state.step`` on.
         schedule: The noise schedule, on the device of the model.
         config: Steps, learning rate, precision.
@@ -212,7 +282,7 @@ def train(
         report: Gets ``loss`` (weighted, mean since the last report), ``grad_norm``,
             ``learning_rate`` and ``images_per_second`` (of this rank) every ``config.log_every``
             steps.
-        save: Called every ``config.checkpoint_every`` steps and after the last one.
+        save: Called every ``config.checkpoint_every`` steps and after the last one, on every rank.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite.
@@ -309,6 +379,8 @@ def update(state: TrainState, config: TrainConfig) -> Tensor:
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for p in state.unet.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # a rank has the norm of its shards
+        norm = norm.full_tensor()
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(state.unet.parameters(), config.max_grad_norm, norm)
     state.scaler.step(state.optimizer)

@@ -13,10 +13,12 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import Objective
 from tdc_ray.data.summary import summary_lines
 from tdc_ray.diffusion.plan import Plan
+from tdc_ray.models.training_memory import TrainingMemory
 from tdc_ray.pruning.memory import MemoryEntry
 from tdc_ray.reporting.models import LONGER_BASE, ModelRow, model_rows
 from tdc_ray.reporting.paper import PAPER
 from tdc_ray.reporting.text import (
+    bytes_text,
     conclusions,
     interval_text,
     limit_text,
@@ -97,6 +99,19 @@ def print_plan(
         )
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def print_training_memory(console: Console, memory: TrainingMemory, num_workers: int) -> None:
+    """Print what the base's training takes of each worker's memory."""
+    workers = "one worker" if num_workers == 1 else f"each of {num_workers} workers"
+    exchanged = f", up to {bytes_text(memory.exchanged)} while they exchange"
+    console.print(
+        f"training the base, {workers} holds {bytes_text(memory.kept)} (weights "
+        f"{bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, moments "
+        f"{bytes_text(memory.moments)}, averages {bytes_text(memory.averages)})"
+        f"{exchanged if memory.exchanged else ''}, and activations",
+        soft_wrap=True,
+    )
 
 
 def print_results(console: Console, results: Results) -> None:

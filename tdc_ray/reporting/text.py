@@ -127,6 +127,11 @@ def macs_text(macs: float) -> str:
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.2f} M"
 
 
+def bytes_text(count: float) -> str:
+    """Format bytes with three digits, as decimal multiples."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def millions_text(count: float) -> str:
     """Format a number of parameters in millions."""
     return f"{count / 1e6:.2f} M"

@@ -30,6 +30,7 @@ def test_plan_prints_the_groups_and_writes_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "0.8305 F = 6.76 G macs" in printed
     assert "the paper's mean of the experts, for k = 0.5 and N = 10: 6.56 G" in printed
+    assert "training the base, one worker holds 1.05 GB (weights 210 MB, gradients" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
     sizes = [group["last"] - group["first"] + 1 for group in plan["groups"]]
     assert sizes == [4, 13, 35, 87, 164, 190, 160, 132, 114, 101]

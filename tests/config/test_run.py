@@ -450,6 +450,16 @@ def test_the_base_batch_is_split_evenly_over_its_workers():
         RunConfig(base=TrainConfig(batch_size=64), compute=ComputeConfig(num_base_workers=3))
 
 
+def test_a_base_is_shared_by_several_workers_and_not_compiled():
+    shared = ComputeConfig(sharding="full", num_base_workers=2)
+    other = RunConfig(compute=shared)
+    assert "compute.sharding none -> full" in differences(RunConfig(), other)
+    with pytest.raises(ConfigError, match=r"num_base_workers must be at least 2 .*full, got 1"):
+        changed(other, "compute.num_base_workers", 1)
+    with pytest.raises(ConfigError, match=r"base\.compile must be none .*full, got default"):
+        changed(other, "base.compile", "default")
+
+
 def test_experts_are_fine_tuned_by_one_worker_so_their_batch_is_not_split():
     config = RunConfig(
         base=TrainConfig(batch_size=6),
@@ -563,6 +573,7 @@ def test_settings_that_are_new_leave_the_digests_of_old_runs_as_they_are(monkeyp
     for config in (RunConfig(), other):
         digest(config)
     assert not {"metrics", "features_model"} & set(hashed[0]["evaluate"])
+    assert "sharding" not in hashed[0]["compute"]
     assert hashed[1]["evaluate"]["metrics"] == ("kid",)
     [difference] = differences(RunConfig(), other)
     assert difference == "evaluate.metrics ('kid', 'precision-recall') -> ('kid',)"

@@ -210,7 +210,8 @@ def test_the_base_is_trained_on_noised_latents(config):
         return recorders[0]
 
     def save(state):
-        grids.append(sample_grid(state, short, 2))
+        with state.ema_weights() as unet:
+            grids.append(sample_grid(unet, short, 2))
 
     train_base(short, ALONE, resume_from=None, wrap=wrap, report=nothing, save=save)
     order = derive_seed(short.seed, "base", "order")

@@ -117,7 +117,8 @@ def test_what_save_does_with_the_state_does_not_change_the_training():
 
     def save(state: TrainState) -> None:
         torch.rand(3)
-        grids.append(sample_grid(state, config, num_images=2))
+        with state.ema_weights() as unet:
+            grids.append(sample_grid(unet, config, num_images=2))
 
     state = train_base(
         config, ALONE, resume_from=None, wrap=lambda u: u, report=lambda *_: None, save=save

@@ -431,8 +431,8 @@ def test_base_and_experts_are_scored_on_images_of_the_same_classes(tmp_path):
 def test_a_grid_of_samples_is_of_all_classes_and_guided(tmp_path):
     config = config_of(guidance_scale=3.0, label_dropout=0.5)
     state = run_base(config, tmp_path)
-    grid = sample_grid(state, config, num_images=4)
     with state.ema_weights() as unet:
+        grid = sample_grid(unet, config, num_images=4)
         pipeline = base_pipeline(unet, pipeline_index(config))
         pipeline.set_progress_bar_config(disable=True)
         assert_same(torch.from_numpy(pipeline(4, output_type="np").images), grid)

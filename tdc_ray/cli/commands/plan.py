@@ -67,8 +67,9 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
     """Print the settings that a plan follows from, and the plan; return the plan."""
     from tdc_ray.diffusion.plan import plan_groups
     from tdc_ray.models.structure import network_structure
+    from tdc_ray.models.training_memory import training_memory
     from tdc_ray.models.unet2d.architectures import base_unet
-    from tdc_ray.reporting.console import print_plan
+    from tdc_ray.reporting.console import print_plan, print_training_memory
 
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
     if base is None:
@@ -79,8 +80,12 @@ def show_plan(config: RunConfig, base: "PretrainedBase | None", console: Console
 
         unet = check_compatible(base, config)
         notes = base_notes(base, config.diffusion, config.sampler)
-    macs = network_structure(unet).macs
-    print_plan(console, plan, config.preset, config.plan, config.prune.objective, macs)
+    structure = network_structure(unet)
+    print_plan(console, plan, config.preset, config.plan, config.prune.objective, structure.macs)
+    if base is None:
+        number, sharding = config.compute.num_base_workers, config.compute.sharding
+        memory = training_memory(structure, number, sharding, config.base.precision)
+        print_training_memory(console, memory, number)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
     return plan

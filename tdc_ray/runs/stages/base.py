@@ -21,7 +21,7 @@ from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
 from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult
-from tdc_ray.runs.stages.data_key import run_data_key
+from tdc_ray.runs.stages.data_key import base_workers_key, run_data_key
 from tdc_ray.runs.stages.finetune import NO_BASE_CHECKPOINT
 from tdc_ray.storage.files import exists, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -129,8 +129,7 @@ def base_inputs(config: RunConfig) -> Inputs:
         "version": VERSION,
         "unet": base_unet(config.model, config.conditioning),
         "dropout": config.model.dropout,
-        "workers": config.compute.num_base_workers,
-        "cpus": config.compute.cpus_per_base_worker,
+        **base_workers_key(config.compute),
         **run_data_key(config),
         **training_key(config.base),
     }

@@ -18,6 +18,7 @@ from tdc_ray.data.batches import batches
 from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.pipeline import base_pipeline
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.sharding import sharding_mesh
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.execution.device import WorkerRank, configure_worker
 from tdc_ray.execution.events import EventSink, Reported, ignore, reporter
@@ -48,6 +49,8 @@ class BaseResult:
 def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) -> None:
     """Train as one of the workers, from the last checkpoint on; the first worker saves the base.
 
+    All of them gather what is saved and sampled, where they share it.
+
     Raises:
         NonFiniteLossError: Training diverged.
         CheckpointError: The checkpoint does not fit.
@@ -61,13 +64,13 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
     worker = WorkerRank(rank, context.get_world_size(), ray.train.torch.get_device())
 
     def save(state: TrainState) -> None:
-        if rank != 0:
-            ray.train.report({"step": state.step})
-            return
-        events(Reported(key, state.step, {}, sample_grid(state, config).numpy()))
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE_FILE)
-            ray.train.report({"step": state.step}, checkpoint=Checkpoint.from_directory(folder))
+            with state.ema_weights() as unet:
+                if rank == 0:
+                    events(Reported(key, state.step, {}, sample_grid(unet, config).numpy()))
+            file = Checkpoint.from_directory(folder) if rank == 0 else None
+            ray.train.report({"step": state.step}, checkpoint=file)
 
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
@@ -80,18 +83,17 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
             report=reporter(events if rank == 0 else ignore, key),
             save=save,
         )
-    if rank == 0:
-        _finish(run_dir, config, state, time.perf_counter() - started)
-
-
-def _finish(run_dir: RunDir, config: RunConfig, state: TrainState, seconds: float) -> None:
-    """Save the averaged weights, then the result: a base that has one is finished."""
-    unet_config = base_unet(config.model, config.conditioning)
     with state.ema_weights() as unet:
-        save_network(unet, run_dir.base_unet)
-    structure = network_structure(unet_config)
-    train_macs = 3.0 * structure.macs * state.step * config.base.batch_size
-    result = BaseResult(structure.macs, structure.num_params, state.step, train_macs, seconds)
+        if rank == 0:
+            save_network(unet, run_dir.base_unet)
+            _save_result(run_dir, config, state.step, time.perf_counter() - started)
+
+
+def _save_result(run_dir: RunDir, config: RunConfig, steps: int, seconds: float) -> None:
+    """Save the result, after the weights: a base that has one is finished."""
+    structure = network_structure(base_unet(config.model, config.conditioning))
+    train_macs = 3.0 * structure.macs * steps * config.base.batch_size
+    result = BaseResult(structure.macs, structure.num_params, steps, train_macs, seconds)
     ItemResult(result).save(run_dir.base_result)
 
 
@@ -110,7 +112,7 @@ def train_base(
         config: The run's settings.
         worker: This worker.
         resume_from: A checkpoint file of an earlier attempt; a finished one takes no step.
-        wrap: Wraps the UNet for data parallel training.
+        wrap: Wraps the UNet for data parallel training, unless the workers share it.
         report: Called with metrics and the step.
         save: Called with the state to save, on every rank.
 
@@ -123,7 +125,8 @@ def train_base(
     unet = build_network(
         {**base_unet(config.model, config.conditioning), "dropout": config.model.dropout}
     )
-    state = start_state(unet.to(worker.device), config.base)
+    mesh = sharding_mesh(worker) if config.compute.sharding == "full" else None
+    state = start_state(unet if mesh else unet.to(worker.device), config.base, mesh=mesh)
     if resume_from is not None:
         state.load(resume_from)
     images = batches(
@@ -138,7 +141,7 @@ def train_base(
     )
     train(
         state,
-        wrap(unet),
+        unet if mesh else wrap(unet),
         images,
         noise_schedule(config.diffusion).to(worker.device),
         config.base,
@@ -153,10 +156,9 @@ def train_base(
     return state
 
 
-def sample_grid(state: TrainState, config: RunConfig, num_images: int = 16) -> Tensor:
-    """Sample a few images with the averaged weights: uint8, ``(B, H, W, C)``."""
-    with state.ema_weights() as unet:
-        pipeline = base_pipeline(unet, pipeline_index(config)).to(state.device)
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(num_images, seed=config.evaluate.seed, output_type="np").images
+def sample_grid(unet: UNet2DModel, config: RunConfig, num_images: int = 16) -> Tensor:
+    """Sample a few images by a base: uint8, ``(B, H, W, C)``."""
+    pipeline = base_pipeline(unet, pipeline_index(config)).to(unet.device)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(num_images, seed=config.evaluate.seed, output_type="np").images
     return torch.from_numpy(images)

@@ -330,7 +330,7 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
         label_dropout=context.conditioning.label_dropout,
         teacher=Teacher(base.network, share) if (share := job.train.distillation_share) else None,
         report=report,
-        save=lambda current: current.save(job.checkpoint) if rank.rank == 0 else None,
+        save=lambda current: current.save(job.checkpoint),
     )
 
 

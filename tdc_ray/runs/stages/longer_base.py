@@ -19,6 +19,7 @@ from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.fingerprint import training_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.diffusion.sharding import sharding_mesh
 from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import CheckpointError, StorageFailedError
 from tdc_ray.execution.device import WorkerRank, all_gather, worker_rank
@@ -26,7 +27,7 @@ from tdc_ray.execution.item import Inputs, Report, WorkItem, base_resources
 from tdc_ray.models.families import load_config, load_network, save_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.structure import network_structure
-from tdc_ray.runs.stages.data_key import run_data_key
+from tdc_ray.runs.stages.data_key import base_workers_key, run_data_key
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.files import exists
 from tdc_ray.storage.object_store import display_path
@@ -122,8 +123,7 @@ def longer_base_inputs(job: LongerBaseJob) -> Inputs:
         "continues": job.continues is not None,
         "average_with_start": config.finetune.average_with_start,
         "held_out_share": config.prune.held_out_share,
-        "workers": config.compute.num_base_workers,
-        "cpus": config.compute.cpus_per_base_worker,
+        **base_workers_key(config.compute),
         **run_data_key(config),
         **training_key(job.train),
     }
@@ -150,9 +150,9 @@ def train_longer_base(job: LongerBaseJob, report: Report) -> LongerBaseResult | 
     started, rank = time.perf_counter(), worker_rank()
     state = _start(job, rank)
     _train(state, job, rank, report)
-    if rank.rank != 0:
-        return None
     with state.ema_weights(job.config.finetune.average_with_start) as averaged:
+        if rank.rank != 0:
+            return None
         save_network(averaged, job.run_dir.longer_base)
     return LongerBaseResult(
         steps=job.num_steps,
@@ -168,15 +168,19 @@ def _macs_of(job: LongerBaseJob) -> float:
 
 
 def _start(job: LongerBaseJob, rank: WorkerRank) -> TrainState:
-    unet = load_network(job.run_dir.base_unet).to(rank.device)
-    start = None
-    if job.config.finetune.average_with_start:
-        start = [parameter.detach().clone() for parameter in unet.parameters()]
-    state = start_state(unet, job.train)
+    unet = load_network(job.run_dir.base_unet)
+    mesh = sharding_mesh(rank) if job.config.compute.sharding == "full" else None
+    state = start_state(
+        unet if mesh else unet.to(rank.device),
+        job.train,
+        keep_start=job.config.finetune.average_with_start > 0,
+        mesh=mesh,
+    )
+    start = state.start
     if exists(job.checkpoint):
-        state.start = start  # which the checkpoint holds, too
         state.load(job.checkpoint)
     elif job.continues is not None:
+        state.start = None  # which stage 1's checkpoint does not hold
         state.load(job.continues)
         if state.step != job.first_step:
             raise CheckpointError(
@@ -197,7 +201,7 @@ def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Repo
     config, device = job.config, rank.device
     longer = job.train
     model: nn.Module = state.unet
-    if rank.world_size > 1:
+    if rank.world_size > 1 and state.structure is None:
         model = nn.parallel.DistributedDataParallel(state.unet)
     dataset = training_data(config.data, config.evaluate.cache_dir).open()
     indices, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
@@ -224,5 +228,5 @@ def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Repo
         rank=rank.rank,
         label_dropout=config.conditioning.label_dropout,
         report=report,
-        save=lambda current: current.save(job.checkpoint) if rank.rank == 0 else None,
+        save=lambda current: current.save(job.checkpoint),
     )

@@ -73,9 +73,12 @@ def two_ranks_by_hand(config) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_workers_take_the_mean_of_their_gradients(ray_cluster, smoke_config, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_workers_take_the_mean_of_their_gradients(
+    ray_cluster, smoke_config, tmp_path, sharding
+):
     config = short(smoke_config, num_steps=3, num_warmup_steps=0)
-    compute = replace(config.compute, num_base_workers=2)
+    compute = replace(config.compute, num_base_workers=2, sharding=sharding)
     trained = weights(train(replace(config, compute=compute), tmp_path))
     for name, value in two_ranks_by_hand(config).items():
         torch.testing.assert_close(trained[name], value, atol=1e-5, rtol=1e-3)

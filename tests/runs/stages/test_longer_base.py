@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.data.batches import held_out_split
 from tdc_ray.data.load import load_dataset
+from tdc_ray.diffusion.sharding import sharding_mesh
 from tdc_ray.errors import CheckpointError
 from tdc_ray.execution.cache import ResultCache, key_of
 from tdc_ray.execution.device import WorkerRank
@@ -21,6 +25,7 @@ from tdc_ray.runs.stages.longer_base import (
     longer_base_item,
     smaller_micro_batch,
     steps_for,
+    train_longer_base,
 )
 from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, assert_same, group_of, make_run_dir, sizes, small_config
@@ -86,6 +91,36 @@ def test_it_goes_on_with_step_optimizer_and_average(trained, tmp_path):
     afresh, other = train_on(trained, tmp_path / "afresh", continues=False)
     assert not other.continued
     assert any(not torch.equal(afresh[name], value) for name, value in weights.items())
+
+
+def test_a_base_that_workers_share_is_trained_on_as_one_that_each_holds(
+    trained, tmp_path, monkeypatch
+):
+    meshes = []
+
+    def mesh_of(worker):
+        meshes.append(sharding_mesh(worker))
+        return meshes[-1]
+
+    monkeypatch.setattr("tdc_ray.runs.stages.longer_base.sharding_mesh", mesh_of)
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    weights = []
+    try:
+        for sharding in ("none", "full"):
+            run_dir = RunDir(tmp_path / sharding, given_base=trained.base_unet)
+            config = dataclasses.replace(
+                config_of(),
+                compute=ComputeConfig(num_base_workers=2, sharding=sharding),
+                finetune=FinetuneConfig(average_with_start=0.5),
+            )
+            job = LongerBaseJob(run_dir, config, 2, last_checkpoint(trained, None))
+            train_longer_base(job, ignore)
+            weights.append(load_unet(run_dir.longer_base).state_dict())
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert len(meshes) == 1
 
 
 def test_without_a_step_it_is_the_base(trained, tmp_path):
