@@ -27,6 +27,15 @@ from tests.small import TINY, small_config
 CONFIG = RunConfig()
 
 
+def test_losses_of_different_noise_processes_are_no_objective():
+    config = small_config(evaluate={"features": "none"})
+    space = parse_space(["diffusion.beta_schedule=linear,squaredcos_cap_v2"], config)
+    with pytest.raises(ConfigError, match=r"without score .* diffusion\.beta_schedule varied"):
+        check_space(space, config, SweepConfig())
+    check_space(space, config, SweepConfig(objectives=("macs",)))
+    check_space(parse_space(["k=0.5,0.7"], config), config, SweepConfig())
+
+
 def test_fields_are_varied_by_name_over_values_and_ranges():
     texts = [
         "plan.min_macs_share=0.3,0.5",
