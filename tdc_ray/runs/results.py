@@ -250,7 +250,7 @@ class LossDifference:
     """Denoising losses of TDC and of what it is compared with, on the same images and noise.
 
     The images are held out: no fine-tune and no choice of the search has seen them, and a base
-    that is trained on is not by them.
+    that is trained on for the comparison does not.
     """
 
     loss_tdc: float

@@ -27,10 +27,13 @@ from tests.small import TINY, small_config
 CONFIG = RunConfig()
 
 
-def test_losses_of_different_noise_processes_are_no_objective():
+@pytest.mark.parametrize(
+    "varied", ["diffusion.beta_schedule=linear,squaredcos_cap_v2", "sampler.sampler=ddim,ddpm"]
+)
+def test_losses_of_different_noise_processes_or_samplers_are_no_objective(varied):
     config = small_config(evaluate={"features": "none"})
-    space = parse_space(["diffusion.beta_schedule=linear,squaredcos_cap_v2"], config)
-    with pytest.raises(ConfigError, match=r"without score .* diffusion\.beta_schedule varied"):
+    space = parse_space([varied], config)
+    with pytest.raises(ConfigError, match=rf"without score .* {varied.partition('=')[0]} varied"):
         check_space(space, config, SweepConfig())
     check_space(space, config, SweepConfig(objectives=("macs",)))
     check_space(parse_space(["k=0.5,0.7"], config), config, SweepConfig())
