@@ -12,6 +12,7 @@ from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
+from tdc_ray.errors import ConfigError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.ray.pool import Pool
 from tdc_ray.models.unet2d.unet import build_unet, save_unet, unet_config
@@ -83,6 +84,8 @@ def scores_of(
     config, folder = with_absolute_paths(config), folder.resolve()
     claim(folder, config)
     spec = choose_features(config.data, config.evaluate, folder / "features.json")
+    if spec is None:
+        raise ConfigError("evaluate.features must be some where images are scored, got none.")
     reference = RunDir(folder / "reference")
     pool.run({"features": prepare_features(reference, config.data, config.evaluate, spec)})
     chains = {}

@@ -7,7 +7,7 @@ from pydantic import Field
 from tdc_ray.config.train import FixedPrecision
 from tdc_ray.config.validation import PositiveInt, require, settings
 
-Features = Literal["auto", "inception", "classifier", "clip", "dinov2"]
+Features = Literal["auto", "inception", "classifier", "clip", "dinov2", "none"]
 Metric = Literal["kid", "precision-recall"]
 
 HUB_MODELS = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2-large"}
@@ -19,7 +19,8 @@ class EvaluateConfig:
     """How the base and the experts are scored."""
 
     num_images: Annotated[int, Field(ge=2)] = 50_000
-    """Images sampled from each model."""
+    """Images sampled from each model and scored. With features none: noised images of each group
+    that losses are of, and 64 images at most are sampled, to be seen."""
 
     batch_size: PositiveInt = 250
     """Images sampled at once."""
@@ -33,8 +34,9 @@ class EvaluateConfig:
 
     features: Features = "auto"
     """What measures all scores, and names them. auto: Inception where its weights are available,
-    else a small classifier trained on the data's labels; clip and dinov2: transformers' (an
-    extra: pip install 'tdc-ray[features]')."""
+    else a small classifier trained on the data's labels, else none; clip and dinov2: transformers'
+    (an extra: pip install 'tdc-ray[features]'); none: no image is scored, and models are compared
+    by their denoising loss on held-out images."""
 
     features_model: str | None = None
     """The network of clip or dinov2: a folder with config.json and model.safetensors, or a name on
@@ -64,5 +66,8 @@ class EvaluateConfig:
         known = self.features_model is None or self.features in HUB_MODELS
         rule = "left out, or features clip or dinov2: others do not read it"
         require("evaluate", self, "features_model", rule, ok=known)
+        named = self.features == "none" and self.reference is not None
+        rule = "left out with features none, where no image is scored"
+        require("evaluate", self, "reference", rule, ok=not named)
         once = len(set(self.metrics)) == len(self.metrics)
         require("evaluate", self, "metrics", "none of them twice", ok=once)

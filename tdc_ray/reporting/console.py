@@ -28,7 +28,13 @@ from tdc_ray.reporting.text import (
     percent_text,
     timesteps_text,
 )
-from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
+from tdc_ray.runs.results import (
+    ComparisonResult,
+    GroupResult,
+    LossDifference,
+    Results,
+    score_text,
+)
 from tdc_ray.runs.sweep.results import SettingSummary, SweepResults
 from tdc_ray.storage.object_store import display_path
 
@@ -121,7 +127,7 @@ def print_results(console: Console, results: Results) -> None:
         rows,
         [
             ("model", lambda row: row.label),
-            (results.metric, lambda row: f"{row.score:.3f}"),
+            (results.metric, lambda row: score_text(row.score)),
             ("FLOPs (MACs)", lambda row: macs_text(row.macs)),
             ("params", lambda row: millions_text(row.num_params)),
             ("img/s", lambda row: _rate(row.images_per_second)),
@@ -208,7 +214,7 @@ def _comparison_table(results: Results, comparison: ComparisonResult) -> Table:
         (str(group.index), group) for group in comparison.groups
     ]
     rows.append(("all", comparison.mean))
-    swaps = {str(swap.index): f"{swap.score:.3f}" for swap in comparison.swaps}
+    swaps = {str(swap.index): score_text(swap.score) for swap in comparison.swaps}
     columns: list[TextColumn[tuple[str, LossDifference]]] = [
         ("group", lambda row: row[0]),
         ("TDC", lambda row: f"{row[1].loss_tdc:#.4g}"),
@@ -307,7 +313,8 @@ def print_sweep(console: Console, results: SweepResults) -> None:
 
     def score(setting: SettingSummary) -> str:
         spread = setting.spread.get("score")
-        return f"{setting.mean['score']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        mean = score_text(setting.mean["score"])
+        return mean + ("" if spread is None else f" ± {score_text(spread)}")
 
     def of_done(text: Callable[[SettingSummary], str]) -> Callable[[SettingSummary], str]:
         return lambda setting: text(setting) if setting.mean else "-"

@@ -8,7 +8,7 @@ from tdc_ray.reporting.console import TextColumn, table_of
 from tdc_ray.reporting.models import LONGER_BASE
 from tdc_ray.reporting.text import macs_text, millions_text, short_names
 from tdc_ray.runs.overview import RunOverview, differing
-from tdc_ray.runs.results import Results
+from tdc_ray.runs.results import Results, score_text
 
 NAME_WIDTH = 20
 """Characters of a run's name in a line, at least."""
@@ -20,8 +20,8 @@ def print_runs(console: Console, runs: Sequence[RunOverview]) -> None:
     columns: list[TextColumn[RunOverview]] = [
         ("run", lambda run: names[id(run)]),
         ("progress", lambda run: run.progress),
-        ("base", _of_results(lambda r: f"{r.base.score:.3f}")),
-        ("TDC", _of_results(lambda r: f"{r.tdc.score:.3f}")),
+        ("base", _of_results(lambda r: score_text(r.base.score))),
+        ("TDC", _of_results(lambda r: score_text(r.tdc.score))),
         ("macs / base", _of_results(lambda r: f"{r.tdc.macs / r.base.macs:.3f}")),
     ]
     table = table_of(runs, columns, left=("run", "progress"))
@@ -70,15 +70,15 @@ def _other_score(name: str) -> Callable[[RunOverview], str]:
 
 
 def _of_comparison(results: Results) -> str:
-    return "" if results.comparison is None else f"{results.comparison.score:.3f}"
+    return "" if results.comparison is None else score_text(results.comparison.score)
 
 
 _RESULTS: Sequence[TextColumn[RunOverview]] = (
     ("progress", lambda run: run.progress),
     ("metric", _of_results(lambda r: r.metric)),
-    ("base", _of_results(lambda r: f"{r.base.score:.3f}")),
+    ("base", _of_results(lambda r: score_text(r.base.score))),
     (LONGER_BASE, _of_results(_of_comparison)),
-    ("TDC", _of_results(lambda r: f"{r.tdc.score:.3f}")),
+    ("TDC", _of_results(lambda r: score_text(r.tdc.score))),
     ("base: FLOPs (MACs)", _of_results(lambda r: macs_text(r.base.macs))),
     ("TDC: FLOPs (MACs)", _of_results(lambda r: macs_text(r.tdc.macs))),
     ("base: params", _of_results(lambda r: millions_text(r.base.num_params))),

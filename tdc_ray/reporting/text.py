@@ -5,7 +5,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
+from tdc_ray.runs.results import (
+    ComparisonResult,
+    GroupResult,
+    LossDifference,
+    Results,
+    score_text,
+)
 from tdc_ray.storage.object_store import display_path
 
 
@@ -24,20 +30,23 @@ def conclusions(results: Results) -> list[str]:
     """Return sentences on what a run showed and what it did not."""
     base, tdc, evaluation = results.base, results.tdc, results.evaluation
     better = "better" if tdc.score < base.score else "not better"
-    labels = ""
-    if evaluation.labels is not None:
-        labels = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
+    if results.losses is not None:
+        better = verdict(results.losses)
     lines = [
-        f"Shown: {results.metric} {tdc.score:.3f} against the base's {base.score:.3f} ({better}; "
-        f"lower is better) at {tdc.macs / base.macs:.3f} of its macs per step, on "
-        f"{evaluation.num_images} images, {evaluation.num_inference_steps} {evaluation.sampler} "
-        f"steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {labels}{evaluation.weights} "
-        f"weights in {evaluation.precision}, against {evaluation.reference}.",
+        f"Shown: {results.metric} {score_text(tdc.score)} against the base's "
+        f"{score_text(base.score)} ({better}; lower is better) at {tdc.macs / base.macs:.3f} of "
+        f"its macs per step, {_conditions(results)}.",
         _cost(results),
         *([] if results.comparison is None else _compared(results, results.comparison)),
         "One training seed shows no spread.",
     ]
-    if results.metric != "fid":
+    if results.losses is not None:
+        lines.append(
+            "No image was scored (evaluate.features none): a loss does not tell how images look, "
+            "so look at the samples, and compare it only with runs on the same data and noise "
+            "process. tdc-ray sample and tdc-ray score make a score afterwards."
+        )
+    elif results.metric != "fid":
         lines.append(
             f"{results.metric} is a Frechet distance on features of {evaluation.features}: it is "
             "no FID and can be compared only with runs on the same data."
@@ -46,8 +55,29 @@ def conclusions(results: Results) -> list[str]:
         lines.append(
             "No data set was used: scores say how near the images are to the base's own, not to "
             "what it was trained on."
+            if results.losses is None
+            else "No data set was used: the losses are on the base's own images, not on what it "
+            "was trained on."
         )
     return lines + [f"Note: {note}" for note in results.prune.notes]
+
+
+def _conditions(results: Results) -> str:
+    """Write what scores depend on, or losses in their place."""
+    evaluation, losses = results.evaluation, results.losses
+    if losses is not None:
+        return (
+            f"{percent_text(losses, losses.difference)} ({interval_text(losses)}, 95 %), over all "
+            f"timesteps alike, on {evaluation.reference}, with {evaluation.weights} weights"
+        )
+    labels = ""
+    if evaluation.labels is not None:
+        labels = f"{evaluation.labels}, guidance {evaluation.guidance_scale:g}, "
+    return (
+        f"on {evaluation.num_images} images, {evaluation.num_inference_steps} "
+        f"{evaluation.sampler} steps, eta {evaluation.eta:g}, seed {evaluation.seed}, {labels}"
+        f"{evaluation.weights} weights in {evaluation.precision}, against {evaluation.reference}"
+    )
 
 
 def _cost(results: Results) -> str:
@@ -91,8 +121,8 @@ def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
     mean = comparison.mean
     return [
         f"At equal macs: the base trained on by {added:,} steps, which cost what TDC spent beyond "
-        f"stage 1, search included ({how}), has {results.metric} {other:.3f}; TDC is {better} at "
-        f"{score:.3f}.",
+        f"stage 1, search included ({how}), has {results.metric} {score_text(other)}; TDC is "
+        f"{better} at {score_text(score)}.",
         f"Losses of TDC against it on {comparison.num_images} held-out images that neither was "
         "trained on after stage 1 and no choice has seen, each noised "
         f"{comparison.num_noised // comparison.num_images} times in every group: over all "

@@ -15,6 +15,7 @@ from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
+from tdc_ray.runs.evaluation.evaluate import num_sampled
 from tdc_ray.runs.evaluation.features import (
     CLASSIFIER_BATCH,
     CLASSIFIER_STEPS,
@@ -79,7 +80,7 @@ class Timing:
     """In proportion to the images of pruning."""
 
     evaluation: float
-    """Sampling and features, in proportion to the images of the evaluation."""
+    """Sampling and features, or losses, in proportion to the images of the evaluation."""
 
     reference: float
     """A classifier, or the features of the training images."""
@@ -292,7 +293,7 @@ def timing_of(
     config: RunConfig,
     network: NetworkConfig,
     plan: Plan,
-    spec: FeatureSpec,
+    spec: FeatureSpec | None,
     base: StepTimesResult,
     experts: Sequence[StepTimesResult],
     macs_base: int,
@@ -304,7 +305,7 @@ def timing_of(
         config: The settings.
         network: The base's config.
         plan: The groups and their limits.
-        spec: The features that images are scored by.
+        spec: The features that images are scored by. None means that none is scored.
         base: The times of the base, alone.
         experts: The times of an expert of the mean limit, on all workers at once.
         macs_base: Of a forward pass of the base.
@@ -336,14 +337,21 @@ def timing_of(
         losses = len(groups) * config.compare.num_images * num_passes / workers
         compared = losses + workers * search  # it trains by as many macs, on one worker
         num_passes += base_pass * (1 + len(groups) * config.compare.swaps)
-    known = config.evaluate.reference is not None or exists(spec.moments_path)
-    num_features = 0 if known else len(load_dataset(config.data))
-    features = classifier = 0.0
-    if spec.kind != "classifier":
-        features = FEATURE_MACS[spec.kind] / macs_per_second
-    elif not exists(spec.path):
-        seen = 3 * CLASSIFIER_STEPS * CLASSIFIER_BATCH
-        classifier = seen * classifier_macs(config.data.shape) / macs_per_second
+    reference = 0.0
+    if spec is None:  # losses of one base or both beside TDC's, and samples to be seen
+        pairs = len(groups) * (1 if config.compare.kind == "none" else 2)
+        of_image = pairs * (base_pass + expert_pass)
+        grids += num_sampled(config.evaluate, spec) * passes * num_passes / workers
+    else:
+        features = 0.0
+        if spec.kind != "classifier":
+            features = FEATURE_MACS[spec.kind] / macs_per_second
+        elif not exists(spec.path):
+            seen = 3 * CLASSIFIER_STEPS * CLASSIFIER_BATCH
+            reference = seen * classifier_macs(config.data.shape) / macs_per_second
+        if config.evaluate.reference is None and not exists(spec.moments_path):
+            reference += len(load_dataset(config.data)) * features / workers
+        of_image = passes * num_passes + 2 * features
     saves = NUM_CHECKPOINTS * (trains_base(config) + -(-len(groups) // workers))
     saved = saves * CHECKPOINT_BYTES * network_structure(network).num_params / BYTES_PER_SECOND
     timed = config.prune.latency_batch_size * (base_pass + expert_pass)
@@ -352,8 +360,8 @@ def timing_of(
         finetunes=tuning,
         comparison=comparison,
         search=search,
-        evaluation=images * (passes * num_passes + 2 * features) / workers,
-        reference=classifier + num_features * features / workers,
+        evaluation=images * of_image / workers,
+        reference=reference,
         other=grids
         + compared
         + saved

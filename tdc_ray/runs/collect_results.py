@@ -13,11 +13,13 @@ from tdc_ray.execution.item import ItemResult, load_result
 from tdc_ray.execution.timeline import WorkerUsage
 from tdc_ray.models.first_stage import first_stage_digest
 from tdc_ray.pruning.result import contribution_notes, schemes_by_source
-from tdc_ray.runs.evaluation.evaluate import Score
+from tdc_ray.runs.evaluation.evaluate import Score, num_sampled
 from tdc_ray.runs.evaluation.features import FeatureSpec
+from tdc_ray.runs.evaluation.held_out import mean_losses
 from tdc_ray.runs.evaluation.metrics import metrics_text
 from tdc_ray.runs.pretrained.sources import BASE_FILE
 from tdc_ray.runs.results import (
+    HELD_OUT_LOSS,
     ComparisonResult,
     EvaluationResult,
     ModelResult,
@@ -48,9 +50,11 @@ class RunOutcome:
     times: TimesResult
     base: Score
     tdc: Score
-    spec: FeatureSpec
+    spec: FeatureSpec | None
+    """None means that no image was scored."""
+
     reference: str
-    """What the images were compared with, in words."""
+    """What the images were compared with, or the losses are of, in words."""
 
     usage: Sequence[WorkerUsage]
     """Usage of the pool's workers, by phase."""
@@ -73,6 +77,7 @@ def collect_results(
         seconds: How long this attempt took.
     """
     plan, experts, prune, sampler = outcome.plan, outcome.experts, config.prune, config.sampler
+    spec = outcome.spec
     base = load_result(run_dir.base_result, BaseResult).value
     searched = [expert.search_result for expert in experts]
     costs = [result.cost for result in searched]
@@ -84,7 +89,7 @@ def collect_results(
         preset=config.preset,
         seed=config.seed,
         dataset=config.data.name,
-        metric=outcome.spec.metric,
+        metric=HELD_OUT_LOSS if spec is None else spec.metric,
         base=ModelResult(
             score=outcome.base.score,
             macs=float(base.macs),
@@ -139,9 +144,9 @@ def collect_results(
             num_inference_steps=sampler.num_inference_steps,
             eta=sampler.eta,
             seed=config.evaluate.seed,
-            num_images=config.evaluate.num_images,
+            num_images=num_sampled(config.evaluate, spec),
             reference=outcome.reference,
-            features=outcome.spec.extractor,
+            features="none" if spec is None else spec.extractor,
             weights="EMA" if pretrained is None else f"{pretrained.weights} (base), EMA (experts)",
             precision=config.evaluate.precision,
             num_classes=num_classes,
@@ -166,6 +171,7 @@ def collect_results(
         reuse=_reuse(run_dir) if outcome.has_cache else None,
         times=outcome.times,
         comparison=outcome.comparison,
+        losses=mean_losses(run_dir, config, plan.groups, "base") if spec is None else None,
         images=images_summary(config.data),
     )
 

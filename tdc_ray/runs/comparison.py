@@ -3,7 +3,7 @@
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.run import RunConfig
@@ -12,8 +12,16 @@ from tdc_ray.execution.cache import ResultCache
 from tdc_ray.execution.chain import Chain, result_of, results_of
 from tdc_ray.execution.item import load_result
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.runs.evaluation.evaluate import evaluate, score
+from tdc_ray.runs.evaluation.evaluate import Score, evaluate, score, unscored_samples
 from tdc_ray.runs.evaluation.features import FeatureSpec
+from tdc_ray.runs.evaluation.held_out import (
+    loss_chains,
+    loss_items,
+    losses_path,
+    mean_losses,
+    score_by_loss,
+    swapped_losses,
+)
 from tdc_ray.runs.results import ComparisonResult, GroupDifference, Results, SwapResult
 from tdc_ray.runs.stages.base import last_checkpoint
 from tdc_ray.runs.stages.base_worker import BaseResult
@@ -25,11 +33,9 @@ from tdc_ray.runs.stages.longer_base import (
     steps_for,
 )
 from tdc_ray.runs.stages.paired_losses import (
-    PairedJob,
     PairedResult,
     mean_difference,
     paired_difference,
-    paired_item,
 )
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
@@ -70,27 +76,14 @@ def train_and_measure(
     job = LongerBaseJob(run_dir, config, steps, last_checkpoint(run_dir, cache))
     trained = yield from result_of(longer_base_item(job))
     remove(job.checkpoint)  # its result exists now
-    items = [
-        paired_item(
-            f"longer-base/losses-{expert.group.index:02d}",
-            PairedJob(
-                config,
-                expert.group,
-                run_dir.expert(expert.group.index),
-                run_dir.longer_base,
-                _losses_path(run_dir, config, expert.group),
-            ),
-            (expert.macs, base.macs),
-        )
-        for expert in experts
-    ]
+    items = loss_items(run_dir, config, experts, "longer-base", base.macs)
     return LongerBase(trained, (yield from results_of(items)))
 
 
 def finish_comparison(
     run_dir: RunDir,
     config: RunConfig,
-    spec: FeatureSpec,
+    spec: FeatureSpec | None,
     experts: Sequence[Expert],
     longer: LongerBase,
     pool: Pool,
@@ -99,15 +92,11 @@ def finish_comparison(
     base = load_result(run_dir.base_result, BaseResult).value
     groups = [expert.group for expert in experts]
     swaps = groups if config.compare.swaps else []
-    models = [
-        evaluate(run_dir, config, spec, "longer-base", base.macs, swapped)
-        for swapped in (None, *swaps)
-    ]
-    shards = pool.run(dict(ChainMap(*map(dict, models))), "comparison")
-    first, *swapped_models = ([shards[name] for name in model] for model in models)
-    own = score(run_dir, first, spec, config.evaluate.metrics)
-    others = [score(run_dir, model).score for model in swapped_models]
-    paths = [_losses_path(run_dir, config, group) for group in groups]
+    if spec is None:
+        own, others = _losses(run_dir, config, experts, base.macs, pool)
+    else:
+        own, others = _scores(run_dir, config, spec, swaps, base.macs, pool)
+    paths = [losses_path(run_dir, config, group, "longer-base") for group in groups]
     return ComparisonResult(
         kind=config.compare.kind,
         score=own.score,
@@ -130,5 +119,33 @@ def finish_comparison(
     )
 
 
-def _losses_path(run_dir: RunDir, config: RunConfig, group: TimestepGroup) -> Path:
-    return run_dir.comparison / f"losses-{group.index:02d}-{config.compare.num_images}.npy"
+def _scores(
+    run_dir: RunDir,
+    config: RunConfig,
+    spec: FeatureSpec,
+    swaps: Sequence[TimestepGroup],
+    macs: float,
+    pool: Pool,
+) -> tuple[Score, list[float]]:
+    """Score images of the base trained on, and of it with each swapped group's expert put in."""
+    models = [
+        evaluate(run_dir, config, spec, "longer-base", macs, swapped) for swapped in (None, *swaps)
+    ]
+    shards = pool.run(dict(ChainMap(*map(dict, models))), "comparison")
+    first, *swapped_models = ([shards[name] for name in model] for model in models)
+    own = score(run_dir, first, spec, config.evaluate.metrics)
+    return own, [score(run_dir, model).score for model in swapped_models]
+
+
+def _losses(
+    run_dir: RunDir, config: RunConfig, experts: Sequence[Expert], macs: float, pool: Pool
+) -> tuple[Score, list[float]]:
+    """Measure the same by losses, where no image is scored; a swap's follows from the others."""
+    losses = loss_chains(run_dir, config, experts, "longer-base", macs)
+    chains: dict[str, Any] = {**losses}
+    chains["samples"] = unscored_samples(run_dir, config, "longer-base", macs)
+    done = pool.run(chains, "comparison")
+    groups = [expert.group for expert in experts]
+    loss = mean_losses(run_dir, config, groups, "longer-base").loss_base
+    own = score_by_loss(done["samples"], loss, [done[name] for name in losses])
+    return own, swapped_losses(run_dir, config, groups) if config.compare.swaps else []

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 
+HELD_OUT_LOSS = "held_out_loss"
+"""The metric where no image is scored: the denoising loss over all timesteps alike."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelResult:
@@ -176,10 +179,10 @@ class EvaluationResult:
     """Images sampled from each model."""
 
     reference: str
-    """What the images are compared with."""
+    """What the images are compared with; of held-out losses the images that they are of."""
 
     features: str
-    """The extractor of the features."""
+    """The extractor of the features; ``none`` where no image is scored."""
 
     weights: str
     """The weights that were sampled from."""
@@ -246,8 +249,8 @@ class ReuseResult:
 class LossDifference:
     """Denoising losses of TDC and of what it is compared with, on the same images and noise.
 
-    The images are held out: no fine-tune and no choice of the search has seen them, and the base
-    is not trained on by them.
+    The images are held out: no fine-tune and no choice of the search has seen them, and a base
+    that is trained on for the comparison does not.
     """
 
     loss_tdc: float
@@ -327,7 +330,7 @@ class Results:
     seed: int
     dataset: str
     metric: str
-    """``fid`` for Inception's features and nothing else."""
+    """``fid`` for Inception's features and nothing else; ``held_out_loss`` without features."""
 
     base: ModelResult
     tdc: ModelResult
@@ -353,11 +356,19 @@ class Results:
     comparison: ComparisonResult | None = None
     """None means that it was not asked for."""
 
+    losses: LossDifference | None = None
+    """Of TDC and the base, which are their scores; None where images are scored."""
+
     images: ImagesSummary | None = None
     """Which images were learnt, and what was done to them; None in results of older versions."""
 
 
 _ADAPTER = TypeAdapter(Results)
+
+
+def score_text(score: float) -> str:
+    """Format a score: with three decimals, and losses, which are below 1, with four digits."""
+    return f"{score:#.4g}" if abs(score) < 1 else f"{score:.3f}"
 
 
 def save_results(path: Path, results: Results) -> None:

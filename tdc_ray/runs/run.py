@@ -53,11 +53,19 @@ from tdc_ray.runs.comparison import (
 from tdc_ray.runs.evaluation.evaluate import (
     Score,
     evaluate,
+    num_sampled,
     prepare_features,
     save_real_images,
     score,
+    unscored_samples,
 )
 from tdc_ray.runs.evaluation.features import FeatureSpec, choose_features
+from tdc_ray.runs.evaluation.held_out import (
+    held_out_text,
+    loss_chains,
+    mean_losses,
+    score_by_loss,
+)
 from tdc_ray.runs.events import (
     CandidateMeasured,
     ImagesSampled,
@@ -258,7 +266,7 @@ def _time(
     network: NetworkConfig,
     space: Space,
     plan: Plan,
-    spec: FeatureSpec,
+    spec: FeatureSpec | None,
     workers: Pool,
     hiring_seconds: float,
 ) -> Timing:
@@ -356,7 +364,7 @@ def _make_experts(
     config: RunConfig,
     space: Space,
     plan: Plan,
-    spec: FeatureSpec,
+    spec: FeatureSpec | None,
     memory: MemoryBank,
     pool: Pool,
 ) -> tuple[list[Expert], str]:
@@ -374,9 +382,11 @@ def _make_experts(
         search.name: make_expert(search, memory, train, config.compute)
         for search, train in zip(searches, trains, strict=True)
     }
-    features = prepare_features(context.run_dir, config.data, config.evaluate, spec)
-    done = pool.run(chains | {"features": features}, "experts")
-    return [done[search.name] for search in searches], done["features"]
+    if spec is not None:
+        chains["features"] = prepare_features(context.run_dir, config.data, config.evaluate, spec)
+    done = pool.run(chains, "experts")
+    reference = held_out_text(config) if spec is None else done["features"]
+    return [done[search.name] for search in searches], reference
 
 
 def _evaluate(
@@ -385,19 +395,30 @@ def _evaluate(
     space: Space,
     plan: Plan,
     experts: Sequence[Expert],
-    spec: FeatureSpec,
+    spec: FeatureSpec | None,
     pool: Pool,
     longer: Chain[LongerBase] | None,
 ) -> tuple[Score, Score, LongerBase | None]:
     """Score the base and the experts on the same noise, while the base trains on if it does."""
-    logger.info("evaluation: %d images of each model", config.evaluate.num_images)
+    logger.info("evaluation: %d images of each model", num_sampled(config.evaluate, spec))
     tdc_macs = mean_over_sampling_steps(plan, [expert.macs for expert in experts])
+    chains: dict[str, Any] = {} if longer is None else {"longer-base": longer}
+    if spec is None:
+        losses = loss_chains(run_dir, config, experts, "base", space.macs_base)
+        chains |= losses
+        chains["base"] = unscored_samples(run_dir, config, "base", space.macs_base)
+        chains["tdc"] = unscored_samples(run_dir, config, "tdc", tdc_macs)
+        done = pool.run(chains, "evaluation")
+        mean = mean_losses(run_dir, config, plan.groups, "base")
+        measured = [done[name] for name in losses]
+        return (
+            score_by_loss(done["base"], mean.loss_base, measured),
+            score_by_loss(done["tdc"], mean.loss_tdc, measured),
+            done.get("longer-base"),
+        )
     base = evaluate(run_dir, config, spec, "base", space.macs_base)
     tdc = evaluate(run_dir, config, spec, "tdc", tdc_macs)
-    chains: dict[str, Any] = {**base, **tdc}
-    if longer is not None:
-        chains["longer-base"] = longer
-    done = pool.run(chains, "evaluation")
+    done = pool.run({**chains, **base, **tdc}, "evaluation")
     return (
         score(run_dir, [done[name] for name in base], spec, config.evaluate.metrics),
         score(run_dir, [done[name] for name in tdc], spec, config.evaluate.metrics),

@@ -431,5 +431,6 @@ def test_ls_and_compare_show_runs_finished_or_not_side_by_side(finished_run, tmp
 def test_ls_and_compare_refuse_what_holds_no_runs(tmp_path, capsys):
     assert run_command(["ls", str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
-    assert run_command(["compare", str(tmp_path)]) == 1
-    assert "at least two run directories, got 1" in capsys.readouterr().err
+    for named in ("run", "run/../run"):
+        assert run_command(["compare", "run", named]) == 1
+        assert f"two different run directories, got run, {named}." in capsys.readouterr().err

@@ -1,9 +1,12 @@
 """How differences are written, and what they are said to show."""
 
+from dataclasses import replace
+
 import pytest
 
-from tdc_ray.reporting.text import interval_text, percent_text, verdict
-from tdc_ray.runs.results import LossDifference
+from tdc_ray.reporting.text import conclusions, interval_text, percent_text, verdict
+from tdc_ray.runs.results import HELD_OUT_LOSS, LossDifference, score_text
+from tests.runs.test_results import MODEL, RESULTS
 
 
 def difference_of(low: float, high: float, loss_base: float = 0.5) -> LossDifference:
@@ -27,3 +30,22 @@ def test_differences_are_written_as_shares_of_the_bases_loss():
     assert interval_text(found) == "-2.00 to +4.00 %"
     assert percent_text(found, 5.0) == "+1000 %"
     assert percent_text(difference_of(0.1, 0.3, loss_base=0.0), 0.2) == "+2.00e-01"
+
+
+@pytest.mark.parametrize(
+    ("score", "text"), [(12.3456, "12.346"), (0.012345, "0.01235"), (0.0, "0.000")]
+)
+def test_scores_are_written_with_digits_enough_for_losses(score, text):
+    assert score_text(score) == text
+
+
+def test_losses_in_place_of_scores_are_said_to_be_losses():
+    base, tdc = (replace(MODEL, score=score) for score in (0.05, 0.0525))
+    losses = difference_of(-0.0005, 0.0055, loss_base=0.05)
+    results = replace(RESULTS, metric=HELD_OUT_LOSS, base=base, tdc=tdc, losses=losses)
+    text = " ".join(conclusions(results))
+    assert "held_out_loss 0.05250 against the base's 0.05000 (undecided; lower" in text
+    assert "+5.00 % (-1.00 to +11.00 %, 95 %)" in text
+    assert "No image was scored" in text
+    assert "FID" not in text
+    assert "No image was scored" not in " ".join(conclusions(RESULTS))

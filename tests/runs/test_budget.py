@@ -195,11 +195,13 @@ def test_work_is_shared_by_the_workers(workers, seconds):
     assert makespan([1.0, 4.0, 3.0, 2.0], workers) == pytest.approx(max(seconds, 4.0), abs=1.0)
 
 
-def timing(config, *, workers=2, step=0.1):
+def timing(config, *, workers=2, step=0.1, features="classifier"):
     network = base_unet(config.model, config.conditioning)
     space, plan = space_and_plan(config, network)
     one = StepTimesResult(step_seconds=step, pass_seconds=1e-4, seconds=6.0)
-    spec = find_features(config.data, config.evaluate, "classifier")
+    spec = None
+    if features != "none":
+        spec = find_features(config.data, config.evaluate, features)
     return timing_of(config, network, plan, spec, one, [one] * workers, space.macs_base, 5.0)
 
 
@@ -240,6 +242,16 @@ def test_a_classifier_that_is_not_in_the_cache_is_allowed_for(tmp_path):
     macs = 3 * 600 * 64 * 9 * 32 * (1 + 64) * 8 * 8
     assert fresh == pytest.approx(macs / macs_per_second)
     assert timing(config).reference == 0
+
+
+def test_where_no_image_is_scored_losses_and_a_few_samples_are_allowed_for():
+    found = timing(small_config(), features="none")
+    assert found.evaluation == pytest.approx(200 * 4 * 2e-4 / 2)  # of two models, on four groups
+    samples = 64 * 10 * 2e-4 / 2
+    assert found.other - timing(small_config()).other == pytest.approx(samples)
+    assert found.reference == 0
+    compared = timing(small_config(compare={"kind": "equal-macs"}), features="none")
+    assert compared.evaluation == pytest.approx(2 * found.evaluation)
 
 
 def test_what_a_comparison_trains_on_is_allowed_for():

@@ -1,6 +1,8 @@
 """One command on a folder as people have them: experts, a grid, scores, and what was done."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.data.load import images_fingerprint, load_dataset
 from tdc_ray.data.survey import cached_survey, images_summary
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.run_dir import RunDir
 from tests.images import random_pixels
 
@@ -19,7 +22,7 @@ TINY_STEPS = """--base.num-steps 4 --base.num-warmup-steps 1 --base.precision fp
 --finetune.num-steps 2 --finetune.num-warmup-steps 1 --finetune.precision fp32
 --prune.num-images 16 --prune.num-refit-images 16 --prune.num-candidates 1 --plan.num-groups 2
 --sampler.num-inference-steps 4 --evaluate.num-images 20 --evaluate.batch-size 20
---evaluate.features classifier --compute.num-actors 1""".split()  # noqa: SIM905  # as one types
+--compute.num-actors 1""".split()  # noqa: SIM905  # as one types
 
 
 def save(path, pixels):
@@ -49,7 +52,8 @@ def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
     ray_cluster, folder, tmp_path, monkeypatch, capsys, cache_dir
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = ["run", "--data", folder.name, *TINY_STEPS, "--evaluate.cache-dir", str(cache_dir)]
+    arguments = ["run", "--data", folder.name, *TINY_STEPS, "--evaluate.features", "classifier"]
+    arguments += ["--evaluate.cache-dir", str(cache_dir)]
     assert run_command(arguments) == 0
     printed = capsys.readouterr().out
     (root,) = (tmp_path / "runs").iterdir()
@@ -92,3 +96,52 @@ def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
     printed = capsys.readouterr().out
     assert "are not those at the first start: 21 images of 2 classes then, 22 images" in printed
     assert [one.name for one in (tmp_path / "runs").iterdir()] == [root.name]
+
+
+def test_images_without_labels_or_network_become_experts_that_are_compared_by_losses(
+    ray_cluster, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    download = "tdc_ray.runs.evaluation.features.check_download_inception"
+    monkeypatch.setattr(download, None)  # calling it is an error
+    for index in range(24):
+        save(tmp_path / f"pictures/{index}.png", random_pixels(8, 8, 3, seed=index))
+    arguments = ["run", "--data", "pictures", *TINY_STEPS, "--evaluate.features", "none"]
+    arguments += ["--evaluate.cache-dir", str(tmp_path), "--run-dir", "a"]
+    assert run_command(arguments) == 0
+    printed, results = capsys.readouterr().out, load_results(tmp_path / "a/results.json")
+    assert "No image was scored" in printed
+    assert f"held_out_loss {results.tdc.score:#.4g}" in printed
+    losses, evaluation = results.losses, results.evaluation
+    assert (results.base.score, results.tdc.score) == (losses.loss_base, losses.loss_tdc)
+    assert 0 < results.tdc.score < 2
+    assert (evaluation.features, evaluation.num_images) == ("none", 20)
+    assert results.tdc.images_per_second > 0
+    for model in ("base", "tdc"):
+        assert (tmp_path / f"a/samples-{model}.png").is_file()
+    assert not list(tmp_path.rglob("*features.npz"))
+
+    assert run_command([*arguments, "--compare", "equal-macs", "--compare.swaps"]) == 0
+    compared = load_results(tmp_path / "a/results.json")
+    assert comparable(replace(compared, comparison=None)) == comparable(results)
+    longer = compared.comparison
+    assert longer.score != compared.base.score
+    for swap in longer.swaps:
+        assert swap.score != longer.score
+    assert run_command(arguments) == 0
+    assert load_results(tmp_path / "a/results.json") == compared
+
+    shutil.copytree("a", "b")
+    capsys.readouterr()
+    score = f"{compared.tdc.score:#.4g}"
+    for command in (["ls", "."], ["compare", "a", "b"], ["status", "a"]):
+        assert run_command(command) == 0
+        assert score in capsys.readouterr().out
+    assert run_command(["report", "a", "--out", "page"]) == 0
+    assert score in (tmp_path / "page/report.md").read_text()
+    assert run_command(["export", "a", "out"]) == 0
+    assert score in (tmp_path / "out/README.md").read_text()
+    for command in (["score", "pictures", "--reference", "a"], ["schedule", "a", "--score"]):
+        budget = ["--macs", "0.9"] if command[0] == "schedule" else []
+        assert run_command([*command, *budget]) == 1
+        assert "cannot be scored with evaluate.features none" in capsys.readouterr().err

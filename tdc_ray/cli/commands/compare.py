@@ -16,19 +16,21 @@ class CompareCommand:
     """Put runs side by side: the settings that differ, scores and costs."""
 
     runs: Positional[tuple[Path, ...]]
-    """Run directories, or their URIs; two or more."""
+    """Run directories, or their URIs; two or more, each shown once."""
     verbose: bool = False
     """Log more, and show where an error came from."""
 
     def execute(self, console: Console) -> None:
         """Print the tables."""
-        if len(self.runs) < 2:
+        runs = list(dict.fromkeys(resolve_path(run).resolve() for run in self.runs))
+        if len(runs) < 2:
+            named = ", ".join(map(str, self.runs))
             raise ConfigError(
-                f"tdc-ray compare needs at least two run directories, got {len(self.runs)}."
+                f"tdc-ray compare needs at least two different run directories, got {named}."
             )
         for run in self.runs:
             check_input(run, "a run directory")
         from tdc_ray.reporting.overview import print_comparison
         from tdc_ray.runs.overview import load_overview
 
-        print_comparison(console, [load_overview(resolve_path(run)) for run in self.runs])
+        print_comparison(console, [load_overview(run) for run in runs])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from tdc_ray.reporting.text import duration, macs_text, millions_text
+from tdc_ray.runs.results import score_text
 
 Kind = Literal[
     "text",
@@ -174,7 +175,7 @@ def cell_text(value: Value, kind: Kind) -> str:
         case "millions":
             return millions_text(value)
         case "score":
-            return f"{value:.3f}"
+            return score_text(value)
         case "share":
             return f"{value:.1%}"
         case "decimal":

@@ -32,7 +32,7 @@ from tdc_ray.reporting.html.scores import run_points, score_over_macs
 from tdc_ray.reporting.html.time_tables import times_blocks
 from tdc_ray.reporting.models import LONGER_BASE
 from tdc_ray.reporting.text import conclusions, duration, macs_text, millions_text
-from tdc_ray.runs.results import ComparisonResult, Results, ReuseResult
+from tdc_ray.runs.results import ComparisonResult, Results, ReuseResult, score_text
 from tdc_ray.runs.status import RunStatus
 
 MAX_NARROW = 6
@@ -111,12 +111,12 @@ def _summary(results: Results) -> list[Block]:
             f"{tdc.train_macs / base.train_macs:.2f} times the base's, with the search "
             f"{spent / base.train_macs:.2f} times"
         )
-    against = f"base {base.score:.3f}; lower is better"
+    against = f"base {score_text(base.score)}; lower is better"
     if results.comparison is not None:
-        against = f"{LONGER_BASE} {results.comparison.score:.3f}, {against}"
+        against = f"{LONGER_BASE} {score_text(results.comparison.score)}, {against}"
     tiles = KeyNumbers(
         [
-            (results.metric, f"{tdc.score:.3f}", against),
+            (results.metric, score_text(tdc.score), against),
             (
                 "macs of a step",
                 macs_text(tdc.macs),

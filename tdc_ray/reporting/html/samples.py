@@ -41,7 +41,7 @@ def samples_block(samples: Mapping[str, Pixels], real: Pixels | None = None) -> 
         ],
         is_small=size <= SMALL,
         title="Samples, place by place from the same noise" if is_pair else "Samples",
-        caption=f"The first {columns**2} of the images that were scored, unselected.{caption}",
+        caption=f"The first {columns**2} of each model's images, unselected.{caption}",
     )
 
 

@@ -12,6 +12,7 @@ from tdc_ray.reporting.html.comparison_tables import (
 from tdc_ray.reporting.html.load import RunData, SweepData
 from tdc_ray.reporting.html.run_sections import run_parts
 from tdc_ray.reporting.html.scores import run_points, score_over_macs, trial_points
+from tdc_ray.runs.results import score_text
 from tdc_ray.runs.sweep.results import finished_settings
 
 MAX_RUNS = 12
@@ -71,8 +72,8 @@ def _sweep(
     if best is not None:
         settings = setting_text(sweep, best)
         if "score" in best.spread:
-            settings += f"; ± {best.spread['score']:.3f} over {best.num_done} seeds"
-        tiles.append((f"best {sweep.metric}", f"{best.mean['score']:.3f}", settings))
+            settings += f"; ± {score_text(best.spread['score'])} over {best.num_done} seeds"
+        tiles.append((f"best {sweep.metric}", score_text(best.mean["score"]), settings))
     if sweep.pareto:
         tiles.append(("Pareto front", str(len(sweep.pareto)), ", ".join(sweep.pareto[:6])))
     blocks: list[Block] = [KeyNumbers(tiles)]

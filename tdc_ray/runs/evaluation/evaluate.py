@@ -54,6 +54,9 @@ Which = Literal["base", "tdc", "longer-base"]
 VERSION = 1
 """Rises whenever images or features change, so that cached ones are made again."""
 
+NUM_UNSCORED = 64
+"""Most images of a model that are sampled to be seen, where none is scored."""
+
 MAX_SHARDS = 64
 """Most shards that the images of one model are sampled in."""
 
@@ -239,6 +242,19 @@ def evaluate(
     return {f"{job.name}/{job.first:07d}": _shard(job, spec, macs) for job in jobs}
 
 
+def unscored_samples(
+    run_dir: RunDir, config: RunConfig, which: Which, macs: float
+) -> Chain[SampleResult]:
+    """Sample some images of one model, to be seen; see :func:`evaluate`."""
+    count = num_sampled(config.evaluate, None)
+    return result_of(_sample_item(SampleJob(run_dir, config, which, 0, count), macs))
+
+
+def num_sampled(config: EvaluateConfig, spec: FeatureSpec | None) -> int:
+    """Return how many images of each model are sampled: those to be scored, or some to be seen."""
+    return min(config.num_images, NUM_UNSCORED) if spec is None else config.num_images
+
+
 def score(
     run_dir: RunDir,
     shards: Sequence[Shard],
@@ -299,7 +315,7 @@ def load_pipeline(
     if which == "tdc":
         pipeline = ProgressivePipeline.from_pretrained(run_dir.experts)
     else:
-        unet, index = load_network(_folder_of(run_dir, which)), pipeline_index(config)
+        unet, index = load_network(model_folder(run_dir, which)), pipeline_index(config)
         pipeline = base_pipeline(unet, index)
         if swapped is not None:
             expert = load_expert(run_dir.expert(swapped.index))
@@ -308,7 +324,8 @@ def load_pipeline(
     return pipeline
 
 
-def _folder_of(run_dir: RunDir, which: Which) -> Path:
+def model_folder(run_dir: RunDir, which: Which) -> Path:
+    """Return the folder of a model's weights."""
     folders: Mapping[Which, Path] = {
         "base": run_dir.base_unet,
         "tdc": run_dir.experts,
@@ -354,7 +371,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
         **other,
         "stage": "sample",
         "version": VERSION,
-        "model": weights_digest(_folder_of(run_dir, job.which)),
+        "model": weights_digest(model_folder(run_dir, job.which)),
         "first_stage": None if stage is None else first_stage_digest(Path(stage)),
         "shape": input_shape(config.data),
         "diffusion": diffusion_key(config.diffusion),
@@ -491,20 +508,23 @@ def train_classifier_item(job: FeatureJob, report: Report) -> ClassifierResult:
     return ClassifierResult(accuracy)
 
 
-def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
+def _sample_item(job: SampleJob, macs: float) -> WorkItem[SampleJob, SampleResult]:
     path = _samples_path(job)
-    steps = job.config.sampler.num_inference_steps
-    item = WorkItem(
+    return WorkItem(
         key=f"evaluate-{job.name}/{job.first:07d}",
         function=sample_images,
         job=job,
         result_path=path.with_suffix(".json"),
-        cost=macs * steps * job.count,
+        cost=macs * job.config.sampler.num_inference_steps * job.count,
         num_steps=job.count,
         inputs=sample_inputs,
         files=(path,),
         result_type=SampleResult,
     )
+
+
+def _shard(job: SampleJob, spec: FeatureSpec, macs: float) -> Chain[Shard]:
+    item, path = _sample_item(job, macs), _samples_path(job)
     sampled = yield from result_of(item)
     moments_path, config = path.with_suffix(".moments.npz"), job.config
     features_path = path.with_suffix(".features.npz") if config.evaluate.metrics else None

@@ -53,6 +53,9 @@ INCEPTION_REMEDY = (
     f"Download {inception_url} where there is a network, and name its folder by "
     "--evaluate.inception-path."
 )
+UNSCORED_REMEDY = (
+    "Or let no image be scored, and models be compared by their losses: --evaluate.features none."
+)
 DOWNLOAD_TIMEOUT_S = 20.0
 CLASSIFIER_VERSION = 1
 """Rises whenever the classifier or its training changes, so that cached ones are trained again."""
@@ -101,7 +104,7 @@ Extractor = Callable[[Tensor], FloatArray]
 """Computes features, float64 ``(B, D)``, of uint8 images ``(B, C, H, W)``."""
 
 
-def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> FeatureSpec:
+def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> FeatureSpec | None:
     """Choose the features of a run, once: what the network or the cache has may change.
 
     Args:
@@ -109,13 +112,17 @@ def choose_features(data: DataConfig, evaluate: EvaluateConfig, path: Path) -> F
         evaluate: The requested features, and the folders that may have them.
         path: File of the choice, for later calls.
 
+    Returns:
+        The features. None means that no image is scored: as requested, or by ``auto`` where
+        neither Inception's weights nor labels for a classifier are available.
+
     Raises:
         ConfigError: A classifier is requested, and there are no labels.
-        EvaluationError: Neither Inception's weights nor labels for a classifier are available.
+        EvaluationError: The requested features are not available.
     """
     wanted = read_json(path)["features"] if exists(path) else evaluate.features
-    spec = find_features(data, evaluate, wanted)
-    write_json(path, {"features": spec.kind})
+    spec = _available_features(data, evaluate, wanted)
+    write_json(path, {"features": "none" if spec is None else spec.kind})
     return spec
 
 
@@ -129,7 +136,8 @@ def check_labels(data: DataConfig, evaluate: EvaluateConfig) -> None:
         raise ConfigError(
             "evaluate.features must not be classifier where not all images have labels, got "
             f"classifier (data.source {data.source}). Give --evaluate.features auto: Inception's "
-            "weights are looked for in --evaluate.inception-path, in the cache and on the network."
+            "weights are looked for in --evaluate.inception-path, in the cache and on the "
+            f"network. {UNSCORED_REMEDY}"
         )
 
 
@@ -137,7 +145,7 @@ def check_features(data: DataConfig, evaluate: EvaluateConfig) -> None:
     """Check the network that is named or in the cache, if features may be its.
 
     Inception is fetched into the cache where nothing else can measure: images without labels
-    have no classifier.
+    have no classifier. Where it cannot be, ``auto`` scores nothing, and a warning says so.
 
     Raises:
         EvaluationError: It is not there where it is named, or it is damaged or another one, or
@@ -145,16 +153,22 @@ def check_features(data: DataConfig, evaluate: EvaluateConfig) -> None:
     """
     if evaluate.features in ("clip", "dinov2"):
         check_folder(evaluate.features, evaluate)
-    elif evaluate.features != "classifier":
+    elif evaluate.features in ("auto", "inception"):
         named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir).expanduser()
         if named is not None or exists(cache / INCEPTION_FILE):
             _inception_folder(named, cache)
-        elif evaluate.features == "inception" or load_dataset(data).num_classes is None:
-            find_features(data, evaluate, evaluate.features)
+            return
+        needs_it = evaluate.features == "inception" or load_dataset(data).num_classes is None
+        if needs_it and _available_features(data, evaluate, evaluate.features) is None:
+            logger.warning(
+                "no image will be scored: models are compared by their denoising loss on held-out "
+                "images, and samples are drawn to be seen. %s",
+                _missing(data),
+            )
 
 
 def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> FeatureSpec:
-    """Find what images are scored on: Inception, or a classifier of the data's labels.
+    """Find what images are scored on, where they must be.
 
     Args:
         data: The training images.
@@ -163,8 +177,35 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
 
     Raises:
         ConfigError: A classifier is asked for, and there are no labels.
-        EvaluationError: Neither Inception's weights nor labels for a classifier are available.
+        EvaluationError: Features are not available, or ``wanted`` is ``none``.
     """
+    spec = _available_features(data, evaluate, wanted)
+    if spec is None and wanted == "none":
+        raise EvaluationError(
+            "Images cannot be scored with evaluate.features none, where models are compared by "
+            "their losses. Score samples against the training images: tdc-ray score IMAGES "
+            "--reference TRAINING_IMAGES."
+        )
+    if spec is None:
+        raise EvaluationError(_missing(data))
+    return spec
+
+
+def _missing(data: DataConfig) -> str:
+    """Write why images without labels have no features, and what provides some."""
+    by_folder = " Subfolders may be labels: --data.labels-from-folders."
+    return (
+        f"{INCEPTION_FILE} is not available and data.source {data.source} has no labels to train "
+        f"a classifier on. {INCEPTION_REMEDY}{by_folder if data.source == 'folder' else ''}"
+    )
+
+
+def _available_features(
+    data: DataConfig, evaluate: EvaluateConfig, wanted: str
+) -> FeatureSpec | None:
+    """Return the features that are wanted; None for ``none``, or where ``auto`` finds none."""
+    if wanted == "none":
+        return None
     check_labels(data, evaluate)
     dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
     is_drawn = data.source == BASE_SAMPLES  # a score against the base's own samples is no FID
@@ -188,15 +229,10 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
         if wanted == "inception":
             raise EvaluationError(
                 f"evaluate.features is inception, but {INCEPTION_FILE} is neither in {cache} nor "
-                f"on the network. {INCEPTION_REMEDY}"
+                f"on the network. {INCEPTION_REMEDY} {UNSCORED_REMEDY}"
             )
     if dataset.num_classes is None:
-        by_folder = " Subfolders may be labels: --data.labels-from-folders."
-        raise EvaluationError(
-            f"{INCEPTION_FILE} is not available and data.source {data.source} has no labels to "
-            f"train a classifier on. {INCEPTION_REMEDY}"
-            f"{by_folder if data.source == 'folder' else ''}"
-        )
+        return None
     key = hashlib.sha256(f"{fingerprint} {CLASSIFIER_VERSION}".encode()).hexdigest()[:16]
     return FeatureSpec(
         f"fd_{data.name}_cnn",

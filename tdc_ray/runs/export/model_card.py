@@ -1,7 +1,7 @@
 """The model card of exported experts: what they are, how they were made, how to sample."""
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.runs.results import Results
+from tdc_ray.runs.results import Results, score_text
 
 CARD = """\
 ---
@@ -35,9 +35,12 @@ timesteps, learning
 
 | model | {results.metric} (lower is better) | macs of a step |
 | --- | --- | --- |
-| base | {results.base.score:.3f} | {results.base.macs:,.0f} |
-| these experts | {results.tdc.score:.3f} | {results.tdc.macs:,.0f} |
+| base | {scores[0]} | {results.base.macs:,.0f} |
+| these experts | {scores[1]} | {results.tdc.macs:,.0f} |
 
+"""
+
+SCORED = """\
 On {scored.num_images} images, {scored.num_inference_steps} {scored.sampler} steps, \
 eta {scored.eta:g}, seed {scored.seed},
 {scored.weights} weights in {scored.precision}, against {scored.reference}; \
@@ -45,6 +48,14 @@ features: {scored.features}.
 {not_fid}One training seed and one sampling seed: no spread is known.
 
 """
+
+UNSCORED = """\
+The denoising loss over all timesteps, {scored.weights} weights,
+on {scored.reference}.
+No image was scored. One training seed: no spread is known.
+
+"""
+"""What stands in place of ``SCORED`` where the metric is a loss."""
 
 PIPELINE = """\
 ## How to sample
@@ -98,8 +109,10 @@ def model_card(results: Results, config: RunConfig, *, denoiser: bool = False) -
     origin = f"a base trained on {results.dataset} for {base.train_steps} steps"
     if given is not None:
         origin = f"the base `{given.source}` ({given.weights} weights)"
-    return (CARD + (DENOISER if denoiser else PIPELINE)).format(
+    how = SCORED if results.losses is None else UNSCORED
+    return (CARD + how + (DENOISER if denoiser else PIPELINE)).format(
         results=results,
+        scores=[score_text(model.score) for model in (base, results.tdc)],
         plan=results.plan,
         prune=results.prune,
         tune=config.finetune,

@@ -19,7 +19,7 @@ from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, save_expert
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.evaluation.evaluate import evaluate, prepare_features, score
-from tdc_ray.runs.evaluation.features import choose_features
+from tdc_ray.runs.evaluation.features import FeatureSpec, find_features
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.step_schedule.measure import Judgement, MeasuredSteps, judge, measure_steps
@@ -125,6 +125,8 @@ def schedule_run(
             f"{display_path(out)}, which is something else. Name another."
         )
     config = from_json(read_json(run_dir.config))
+    if with_score:
+        _features_of(run_dir, config)
     if spec.num_inference_steps is not None:
         sampler = replace(config.sampler, num_inference_steps=spec.num_inference_steps)
         config = replace(config, sampler=sampler)
@@ -191,14 +193,17 @@ def write_pipeline(
         pipeline_index(config).model_copy(update={"experts": entries}).save(folder)
 
 
+def _features_of(run_dir: RunDir, config: RunConfig) -> FeatureSpec:
+    """Return the features of a run; raise where it has none."""
+    return find_features(config.data, config.evaluate, read_json(run_dir.features)["features"])
+
+
 def score_pipeline(
     run_dir: RunDir, config: RunConfig, out: Path, macs: float
 ) -> tuple[str, float]:
     """Score the pipeline as the run's models were: from the same noise, on the same features."""
-    scored = RunDir(out)
+    scored, spec = RunDir(out), _features_of(run_dir, config)
     remove(scored.samples)  # of another choice
-    write_json(scored.features, read_json(run_dir.features))
-    spec = choose_features(config.data, config.evaluate, scored.features)
     run_chain(prepare_features(scored, config.data, config.evaluate, spec))
     shards = [run_chain(chain) for chain in evaluate(scored, config, spec, "tdc", macs).values()]
     return spec.metric, score(scored, shards).score

@@ -137,6 +137,13 @@ def check_space(
     if sweep_config.search == "grid":  # a value may be legal beside others alone
         for params in grid(space) if points is None else points:
             with_params(config, params, config.seed)
+    unlike = [name for name in space if name.startswith(("diffusion.", "sampler."))]
+    if config.evaluate.features == "none" and "score" in sweep_config.objectives and unlike:
+        raise ConfigError(
+            "sweep.objectives must be without score where evaluate.features is none and "
+            f"{', '.join(unlike)} varied: a loss compares neither noise processes nor samplers. "
+            "Give --objectives macs, or other features."
+        )
     bases = [name for name in space if name.startswith(("base.", "model."))]
     if sweep_config.stop_early and (not bases or set(bases) & set(CHANGE_THE_LOSS)):
         raise ConfigError(

@@ -25,6 +25,7 @@ from tdc_ray.runs.evaluation.features import (
     FeatureSpec,
     check_features,
     choose_features,
+    find_features,
     load_extractor,
     ready_statistics,
     train_classifier,
@@ -64,7 +65,7 @@ def npz_of(path: Path, *, labels: bool, channels: int = 1) -> DataConfig:
     return DataConfig(source="npz", path=str(path), num_channels=channels)
 
 
-def choose(config: RunConfig) -> FeatureSpec:
+def choose(config: RunConfig) -> FeatureSpec | None:
     with tempfile.TemporaryDirectory() as folder:
         return choose_features(config.data, config.evaluate, Path(folder) / "features.json")
 
@@ -143,7 +144,9 @@ def test_data_of_other_content_has_a_classifier_and_moments_of_its_own(tmp_path)
 def test_without_labels_there_is_no_classifier(tmp_path):
     data = npz_of(tmp_path / "a.npz", labels=False)
     config = dataclasses.replace(digits(tmp_path, features="classifier"), data=data)
-    message = r"evaluate\.features must not be classifier .* got classifier \(data\.source npz\)"
+    message = (
+        r"evaluate\.features must not be classifier .* got classifier \(data\.source npz\).*none"
+    )
     with pytest.raises(ConfigError, match=message):
         choose(config)
     with pytest.raises(ConfigError, match=message):
@@ -177,21 +180,35 @@ def test_inception_that_is_asked_for_and_not_to_be_had_is_an_error(tmp_path):
 
 
 @pytest.mark.usefixtures("without_network")
-def test_neither_inception_nor_labels_is_an_error(tmp_path):
+def test_auto_scores_nothing_where_there_is_neither_inception_nor_a_label(tmp_path, caplog):
     data = npz_of(tmp_path / "a.npz", labels=False)
     config = dataclasses.replace(digits(tmp_path, features="auto"), data=data)
+    check_features(config.data, config.evaluate)
+    assert "no image will be scored" in caplog.text
+    assert "--evaluate.inception-path" in caplog.text
+    decided = tmp_path / "features.json"
+    assert choose_features(config.data, config.evaluate, decided) is None
+    evaluate = dataclasses.replace(config.evaluate, features="classifier")
+    assert choose_features(config.data, evaluate, decided) is None  # once, as all features
     with pytest.raises(
         EvaluationError, match=f"Download https://.*{INCEPTION_FILE}.*inception-path"
     ):
-        choose(config)
-    with pytest.raises(EvaluationError, match="inception-path"):
-        check(config)
-    with pytest.raises(EvaluationError, match="inception-path"):
-        check(digits(tmp_path, features="inception"))
+        find_features(config.data, config.evaluate, "auto")
+
+
+def test_none_needs_no_network_and_cannot_score(tmp_path, caplog):
+    config = digits(tmp_path, features="none")
+    check_features(config.data, config.evaluate)
+    assert choose(config) is None
+    assert not caplog.text
+    with pytest.raises(EvaluationError, match=r"be scored with evaluate\.features none"):
+        find_features(config.data, config.evaluate, "none")
+    with pytest.raises(ConfigError, match=r"evaluate\.reference must be left out .*got cifar10"):
+        EvaluateConfig(features="none", reference="cifar10")
 
 
 @pytest.mark.usefixtures("without_network")
-def test_without_inception_and_labels_a_dry_run_and_a_run_are_refused_before_work(
+def test_a_dry_run_and_a_run_without_the_features_they_ask_for_are_refused_before_work(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -199,9 +216,9 @@ def test_without_inception_and_labels_a_dry_run_and_a_run_are_refused_before_wor
     Image.new("RGB", (8, 8)).save(tmp_path / "img" / "1.png")
     for more in (["--dry-run"], []):
         own = ["--data", "img", "--evaluate.cache-dir", "cache", *more]
-        assert run_command(["run", *own]) == 1
+        assert run_command(["run", *own, "--evaluate.features", "inception"]) == 1
         printed = capsys.readouterr()
-        assert f"{INCEPTION_FILE} is not available" in printed.err
+        assert "--evaluate.features none" in printed.err
         assert "would run" not in printed.out
         written = [path.name for path in Path("runs").rglob("*.*")]
         assert written == ([] if more else ["run.log"])  # the log alone

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind
 from tdc_ray.runs.export.export import export_run
+from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.pipelines import pipeline_index
-from tdc_ray.runs.results import save_results
+from tdc_ray.runs.results import LossDifference, save_results
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 from tests.runs.test_results import RESULTS
@@ -248,6 +250,16 @@ def test_the_card_tells_what_from_what_and_how(tmp_path):
         RESULTS.groups
     )
     assert ("is no FID" in card) == (RESULTS.metric != "fid")
+
+
+def test_the_card_of_losses_tells_that_no_image_was_scored():
+    losses = LossDifference(loss_tdc=0.05, loss_base=0.06, difference=-0.01, low=-0.02, high=0.0)
+    base, tdc = (replace(RESULTS.tdc, score=score) for score in (0.06, 0.05))
+    results = replace(RESULTS, metric="held_out_loss", base=base, tdc=tdc, losses=losses)
+    card = model_card(results, small_config())
+    assert "| base | 0.06000 |" in card
+    assert "No image was scored" in card
+    assert "FID" not in card
 
 
 def test_as_a_denoiser_it_goes_into_a_pipeline_of_diffusers(tmp_path):

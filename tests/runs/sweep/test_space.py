@@ -27,6 +27,18 @@ from tests.small import TINY, small_config
 CONFIG = RunConfig()
 
 
+@pytest.mark.parametrize(
+    "varied", ["diffusion.beta_schedule=linear,squaredcos_cap_v2", "sampler.sampler=ddim,ddpm"]
+)
+def test_losses_of_different_noise_processes_or_samplers_are_no_objective(varied):
+    config = small_config(evaluate={"features": "none"})
+    space = parse_space([varied], config)
+    with pytest.raises(ConfigError, match=rf"without score .* {varied.partition('=')[0]} varied"):
+        check_space(space, config, SweepConfig())
+    check_space(space, config, SweepConfig(objectives=("macs",)))
+    check_space(parse_space(["k=0.5,0.7"], config), config, SweepConfig())
+
+
 def test_fields_are_varied_by_name_over_values_and_ranges():
     texts = [
         "plan.min_macs_share=0.3,0.5",
