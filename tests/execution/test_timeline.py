@@ -40,6 +40,13 @@ def test_events_are_kept_in_lines_and_read_back(tmp_path):
     assert stay.left >= stay.joined
 
 
+def test_macs_are_those_of_the_item_and_0_in_older_timelines(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    time, event, details = start(1, 1, "a", "a1", "v")
+    write(path, DRIVER, PHASE, (time, event, details | {"macs": 7.0}), start(2, 2, "b", "b1", "v"))
+    assert [span.macs for span in load_history(path).spans] == [7.0, 0.0]
+
+
 def test_nothing_is_kept_without_a_file(tmp_path):
     timeline = Timeline(None)
     timeline.add("join")
