@@ -102,19 +102,22 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             use_clipped_model_output=use_clipped_model_output,
         )
 
-    @property
-    def _first_used(self) -> UNet2DModel:
-        return self.experts.for_timestep(self.experts.spans[-1][1])
-
     @cached_property
+    def _of_experts(self) -> tuple[int | None, bool]:
+        """What the expert that is used first says of all: null class, and whether it reads text."""
+        network = self.experts.for_timestep(self.experts.spans[-1][1])
+        null = null_class(num_class_embeds(network.config), self.num_classes)
+        return null, reads_captions(network)
+
+    @property
     def null_class(self) -> int | None:
         """The class that stands for none, where the experts embed one."""
-        return null_class(num_class_embeds(self._first_used.config), self.num_classes)
+        return self._of_experts[0]
 
-    @cached_property
+    @property
     def reads_prompts(self) -> bool:
         """Whether the experts are conditioned on text."""
-        return reads_captions(self._first_used)
+        return self._of_experts[1]
 
     @torch.inference_mode()
     def __call__(
