@@ -104,7 +104,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     @cached_property
     def _of_experts(self) -> tuple[int | None, bool]:
-        """What the expert that is used first says of all: null class, and whether it reads text."""
+        """What the first expert that is used says of all: null class, and whether they read text."""
         network = self.experts.for_timestep(self.experts.spans[-1][1])
         null = null_class(num_class_embeds(network.config), self.num_classes)
         return null, reads_captions(network)
