@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DModel
 
 from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.denoiser import has_classes
 from tdc_ray.models.network_config import image_size
 
@@ -31,11 +32,12 @@ def prediction_doubt(unet: UNet2DModel, diffusion: DiffusionConfig) -> str | Non
     shape = (channels, *image_size(unet.config))
     count = math.ceil(_NUMBERS / math.prod(shape))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-    timesteps = torch.full((count,), last * diffusion.timestep_scale)
+    timesteps = noise_schedule(diffusion).model_timesteps(torch.full((count,), last))
     labels = torch.zeros(count, dtype=torch.long) if has_classes(unet) else None
     output = unet(noise, timesteps, class_labels=labels).sample[:, :channels]
     correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
     has_noise = diffusion.prediction_type in ("epsilon", "flow_prediction")
+    has_noise = has_noise and not diffusion.is_edm  # whose output there is the image
     if (correlation >= _LEAST) == has_noise:
         return None
     return (
