@@ -4,12 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tdc_ray.config.validation import NonNegativeFloat, require, settings
+from tdc_ray.config.validation import NonNegativeFloat, PositiveFloat, require, settings
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
-LATER_DIFFUSION_FIELDS = ("prediction_type", "rescale_betas_zero_snr")
+EDM_FIELDS = ("sigma_data", "sigma_min", "sigma_max")
+"""Settings of EDM's noise process, which its schedulers in diffusers have under these names."""
+
+LATER_DIFFUSION_FIELDS = ("prediction_type", "rescale_betas_zero_snr", *EDM_FIELDS)
 """Settings that came after the first run directories and caches were named."""
 
 
@@ -41,6 +44,18 @@ class DiffusionConfig:
     of rectified flow (arXiv:2209.03003), noise minus image, whose process has no betas: images and
     noise are mixed linearly."""
 
+    sigma_data: PositiveFloat | None = None
+    """Standard deviation of the images, 0.5 in EDM's paper (arXiv:2206.00364), whose noise process
+    this turns on: no betas, sigma times noise is added to the image, the network sees both scaled
+    to variance 1 and ln(sigma) / 4 for a timestep, and outputs EDM's F (prediction_type epsilon,
+    as diffusers' EDM schedulers call it) or its negative (v_prediction). None: betas."""
+
+    sigma_min: PositiveFloat = 0.002
+    """Sigma at timestep 0, with sigma_data; those between are spaced as EDM's samplers do."""
+
+    sigma_max: PositiveFloat = 80.0
+    """Sigma at the last timestep, with sigma_data."""
+
     learned_sigma: bool = False
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
 
@@ -62,6 +77,25 @@ class DiffusionConfig:
         )
         tells = not self.rescale_betas_zero_snr or self.prediction_type != "epsilon"
         require("diffusion", self, "prediction_type", rule, ok=tells)
+        self._check_edm()
+
+    def _check_edm(self) -> None:
+        """Refuse settings that do not go with EDM's noise process."""
+        ok = self.sigma_min < self.sigma_max
+        require("diffusion", self, "sigma_max", f"above sigma_min = {self.sigma_min}", ok=ok)
+        if not self.is_edm:
+            return
+        ok = self.prediction_type in ("epsilon", "v_prediction")
+        rule = "epsilon or v_prediction with diffusion.sigma_data, which has EDM's F"
+        require("diffusion", self, "prediction_type", rule, ok=ok)
+        rule = "False with diffusion.sigma_data, whose process has no betas or whole timesteps"
+        for name in ("rescale_betas_zero_snr", "learned_sigma", "rescale_timesteps"):
+            require("diffusion", self, name, rule, ok=not getattr(self, name))
+
+    @property
+    def is_edm(self) -> bool:
+        """Whether the noise process and the network's preconditioning are EDM's, without betas."""
+        return self.sigma_data is not None
 
     @property
     def is_flow(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdc_ray.diffusion.expert_set import ExpertSet, Span
 from tdc_ray.diffusion.pipeline import load_each_once
 from tdc_ray.diffusion.pipeline_index import PipelineIndex, experts_folder
+from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.saved_denoiser import (
@@ -295,7 +296,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             folder = experts_folder(folder)
             index = PipelineIndex.load(folder)
             folders = [folder / entry.folder for entry in index.experts]
-            experts, spans = load_each_once(folders), index.spans
+            experts, spans = load_each_once(folders), as_seen(index.diffusion, index.spans)
             share_equal_weights(experts)
             described = [SavedExpert.load(fetch(place)) for place in folders]
             kept, base = [one.kept for one in described], described[0].unet

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
 from tdc_ray.config.conditioning import null_class
-from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts, Span
+from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
 from tdc_ray.diffusion.pipeline_index import (
     EXPERTS_FILE,
     INDEX_FILE,
@@ -32,6 +32,7 @@ from tdc_ray.diffusion.sampling import (
     sample,
     to_uint8,
 )
+from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import reads_captions
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
@@ -104,7 +105,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     @cached_property
     def _of_experts(self) -> tuple[int | None, bool]:
-        """What the first expert that is used says of all: null class, and whether they read text."""
+        """What the first one that is used says of all: null class, and whether they read text."""
         network = self.experts.for_timestep(self.experts.spans[-1][1])
         null = null_class(num_class_embeds(network.config), self.num_classes)
         return null, reads_captions(network)
@@ -343,8 +344,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             clips = self.use_clipped_model_output
             sampler = replace(sampler, use_clipped_model_output=clips)
         with atomic_path(folder) as temporary:
-            for entry, place in zip(index.experts, self._loaded.folders, strict=True):
-                unet = self.experts.for_timestep(entry.first)
+            seen = [first for first, _ in as_seen(index.diffusion, index.spans)]
+            for entry, first, place in zip(index.experts, seen, self._loaded.folders, strict=True):
+                unet = self.experts.for_timestep(first)
                 saved = SavedExpert.load(fetch(place))
                 if _shapes(unet) != _shapes(saved.build()):
                     raise ConfigError(
@@ -406,10 +408,11 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             checked_timesteps(index.diffusion, own)
             index = index.model_copy(update={"sampler": own})
         folders = [folder / expert.folder for expert in index.experts]
+        spans = as_seen(index.diffusion, index.spans)
         experts = (
-            OffloadedExperts(folders, index.spans)
+            OffloadedExperts(folders, spans)
             if offload
-            else ExpertSet(load_each_once(folders), index.spans)
+            else ExpertSet(load_each_once(folders), spans)
         )
         pipeline = _assemble(experts.to(torch_dtype), index, folder)
         pipeline.winograd = winograd
@@ -454,18 +457,20 @@ def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:
 
 def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:
     """Create a pipeline whose only expert is the base, which serves every timestep."""
-    experts = ExpertSet([unet], [(0, index.diffusion.num_timesteps - 1)])
+    whole = (0, index.diffusion.num_timesteps - 1)
+    experts = ExpertSet([unet], as_seen(index.diffusion, [whole]))
     return _assemble(experts, index, Path())
 
 
 def swapped_pipeline(
-    unet: UNet2DModel, expert: UNet2DModel, span: Span, index: PipelineIndex
+    unet: UNet2DModel, expert: UNet2DModel, span: tuple[int, int], index: PipelineIndex
 ) -> ProgressivePipeline:
     """Create a pipeline of a base that an expert replaces on its timesteps."""
     (first, last), end = span, index.diffusion.num_timesteps - 1
     parts = [(unet, (0, first - 1)), (expert, span), (unet, (last + 1, end))]
     serving = [part for part in parts if part[1][0] <= part[1][1]]
-    experts = ExpertSet([network for network, _ in serving], [one for _, one in serving])
+    spans = as_seen(index.diffusion, [one for _, one in serving])
+    experts = ExpertSet([network for network, _ in serving], spans)
     return _assemble(experts, index, Path())
 
 

@@ -4,11 +4,12 @@ All that the losses need to know of it is here; diffusers' schedulers convert by
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from tdc_ray.config.diffusion import PredictionType
+from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.config.train import LossWeight
 
 
@@ -99,13 +100,49 @@ class Flow:
         return snr / (1 + snr.sqrt()).square()
 
 
+@dataclass(frozen=True, slots=True)
+class Preconditioned:
+    """What is left to EDM's network F (arXiv:2206.00364, equation 8), or its negative.
+
+    The denoised image is ``c_skip * x + c_out * F``. The mean squared error of F is that of the
+    image times EDM's weight, 1 / c_out^2.
+    """
+
+    sigma_data: float
+    sign: int
+    """1, or -1 for the negative: the velocity, for data of standard deviation 1."""
+
+    def target(self, x_0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """Compute ``(x_0 - c_skip * x) / c_out``."""
+        return self.sign * (noise / self.sigma_data * x_0 - self.sigma_data * signal * epsilon)
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """Compute the denoised image; ``x_t`` is ``signal * x``."""
+        skipped = self.sigma_data**2 * signal * x_t
+        return skipped + self.sign * self.sigma_data * noise * output
+
+    def per_epsilon(self, snr: Tensor) -> Tensor:
+        """Compute ``(sigma_data * signal)^2``: F has the noise times that root."""
+        of_data = self.sigma_data**2 * snr
+        return of_data / (1 + of_data)
+
+
 PREDICTIONS: Mapping[PredictionType, Prediction] = {
     "epsilon": Epsilon(),
     "v_prediction": Velocity(),
     "sample": Sample(),
     "flow_prediction": Flow(),
 }
-"""By ``diffusion.prediction_type``."""
+"""By ``diffusion.prediction_type``, for networks without EDM's preconditioning."""
+
+
+def prediction_of(diffusion: DiffusionConfig) -> Prediction:
+    """Return what a network of these settings predicts."""
+    if diffusion.sigma_data is not None:
+        return Preconditioned(
+            diffusion.sigma_data, 1 if diffusion.prediction_type == "epsilon" else -1
+        )
+    return PREDICTIONS[diffusion.prediction_type]
 
 
 def weights_of_loss(prediction: Prediction, kind: LossWeight, snr: Tensor, gamma: float) -> Tensor:

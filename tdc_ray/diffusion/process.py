@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.diffusion.prediction import PREDICTIONS, Prediction
+from tdc_ray.diffusion.prediction import Prediction, prediction_of
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
 from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import DenoiserOutput, Labels, conditions
@@ -21,10 +21,10 @@ class NoiseSchedule:
     """What noising and the losses need of every timestep; tensors of shape ``(T,)``, float32."""
 
     signal: Tensor
-    """The signal's rate: sqrt(alphas_cumprod), or 1 - s of rectified flow."""
+    """The signal's rate: sqrt(alphas_cumprod), 1 - s of rectified flow, or EDM's c_in."""
 
     noise: Tensor
-    """The noise's rate: sqrt(1 - alphas_cumprod), or s."""
+    """The noise's rate: sqrt(1 - alphas_cumprod), s, or sigma times c_in."""
 
     snr: Tensor
     """(signal / noise)^2"""
@@ -32,7 +32,7 @@ class NoiseSchedule:
     posterior_signal: Tensor
     """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equation 7).
 
-    This and the next three are empty for rectified flow, which learns no variance."""
+    This and the next three are empty without betas, where no variance is learned."""
 
     posterior_sample: Tensor
     """Weight of x_t in that mean."""
@@ -45,6 +45,9 @@ class NoiseSchedule:
 
     timestep_scale: float
     """What a timestep is multiplied with before the network sees it."""
+
+    conditioning: Tensor | None
+    """What the network sees in place of a timestep: EDM's c_noise; None means nothing else."""
 
     learned_sigma: bool
     vlb_weight: float
@@ -81,7 +84,9 @@ class NoiseSchedule:
         return signal * x_0 + noise * epsilon
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Scale timesteps as the network was taught to see them."""
+        """Return timesteps as the network was taught to see them."""
+        if self.conditioning is not None:
+            return self.conditioning[timesteps]
         return timesteps if self.timestep_scale == 1.0 else timesteps * self.timestep_scale
 
 
@@ -107,9 +112,10 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
         min_log_variance=_tensor(np.log(posterior_variance)),
         max_log_variance=_tensor(np.log(beta)),
         timestep_scale=config.timestep_scale,
+        conditioning=None if process.conditioning is None else _tensor(process.conditioning),
         learned_sigma=config.learned_sigma,
         vlb_weight=config.vlb_weight,
-        prediction=PREDICTIONS[config.prediction_type],
+        prediction=prediction_of(config),
     )
 
 

@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
+from tdc_ray.config.diffusion import EDM_FIELDS, DiffusionConfig, PredictionType
 from tdc_ray.config.sampler import BASE, Sampler, SamplerConfig
 from tdc_ray.config.validation import require
-from tdc_ray.diffusion.schedule import NoiseProcess, betas_of, nearest_timestep
+from tdc_ray.diffusion.schedule import KARRAS_RHO, NoiseProcess, betas_of, nearest_timestep
 from tdc_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-
-KARRAS_RHO = 7.0
-"""EDM's, and diffusers'."""
 
 QUADRATIC_SHARE = 0.8
 """Share of the timesteps that DDIM's code spaces quadratically (ermongroup/ddim)."""
@@ -46,6 +43,9 @@ SETTING_OF = {
     "set_alpha_to_one": "--sampler.set-alpha-to-one",
 }
 """Flags of what schedulers have as settings, too."""
+
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Classes of diffusers for networks with EDM's preconditioning; their timesteps are c_noise."""
 
 NEEDED = {
     "timestep_type": "discrete",
@@ -177,7 +177,7 @@ def sampling_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tu
         ScheduleError: The betas are no noise schedule.
         ConfigError: The sampler cannot take so many steps, or there is none with these settings.
     """
-    if _is_short(sampler) and not diffusion.is_flow:
+    if _is_short(sampler) and not diffusion.is_flow and not diffusion.is_edm:
         row = SAMPLERS[sampler.sampler]
         return tuple(row.timesteps(NoiseProcess.of(diffusion), sampler))
     scheduler = make_scheduler(diffusion, sampler)
@@ -232,6 +232,8 @@ def checked_timesteps(diffusion: DiffusionConfig, sampler: SamplerConfig) -> tup
 def timesteps_of(scheduler: "SchedulerMixin") -> tuple[float, ...]:
     """Return the timesteps that a scheduler is set to, as it visits them; whole ones are ints.
 
+    Of EDM's, which visit c_noise, they are the nearest of training.
+
     Raises:
         ConfigError: They are no way from noise to an image, or the first comes twice, which
             schedulers that look their step up by the timestep would begin with the second of.
@@ -248,7 +250,17 @@ def timesteps_of(scheduler: "SchedulerMixin") -> tuple[float, ...]:
             f"{len(timesteps)}: it would begin with timestep {timesteps[0]:g} twice. Use another "
             "spacing, or DDIMScheduler."
         )
+    if name in EDM_SCHEDULERS:
+        seen = edm_process(scheduler).conditioning
+        assert seen is not None
+        return tuple(int(np.abs(seen - step).argmin()) for step in timesteps)
     return tuple(int(step) if step == int(step) else step for step in timesteps)
+
+
+def edm_process(scheduler: "SchedulerMixin") -> NoiseProcess:
+    """Return the noise process of one of diffusers' EDM schedulers."""
+    names = ("num_train_timesteps", *EDM_FIELDS)
+    return NoiseProcess.edm(**{name: scheduler.config[name] for name in names})
 
 
 def set_timesteps(scheduler: "SchedulerMixin", num_steps: int) -> None:
@@ -280,6 +292,8 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sched
 
     if diffusion.is_flow:
         return _flow_scheduler(diffusion, sampler)
+    if diffusion.is_edm:
+        return _edm_scheduler(diffusion, sampler)
     process, row = NoiseProcess.of(diffusion), SAMPLERS[sampler.sampler]
     arguments: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_train_timesteps,
@@ -338,24 +352,60 @@ def _flow_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sche
             f"DPMSolverMultistepScheduler, got None ({sampler.name} steps by betas)."
         )
     kind = _class_of(sampler)
-    taken = inspect.signature(kind).parameters
-    if "use_flow_sigmas" not in taken and not is_flow_class(kind):
+    if "use_flow_sigmas" not in inspect.signature(kind).parameters and not is_flow_class(kind):
         raise ConfigError(
             f"sampler.scheduler {kind.__name__} cannot sample rectified flow: it has no "
             "use_flow_sigmas. Use FlowMatchEulerDiscreteScheduler, for example."
         )
-    started = (sampler.of_base or {}) | {
+    ours = {
         "num_train_timesteps": diffusion.num_train_timesteps,
         "prediction_type": diffusion.prediction_type,
         "use_flow_sigmas": True,
     }
-    arguments = {name: value for name, value in started.items() if name in taken}
-    arguments |= _asked(kind, sampler)
+    arguments = _without_betas(kind, sampler, ours)
     with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
         scheduler, trial = kind(**arguments), kind(**arguments)
     _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
     _check_steps(scheduler, diffusion, sampler)
     return scheduler
+
+
+def _edm_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "SchedulerMixin":
+    """Build the diffusers scheduler of the settings for a network with EDM's preconditioning.
+
+    Raises:
+        ConfigError: There is none, or it lacks a setting that is asked for.
+    """
+    kind = None if sampler.scheduler is None else _class_of(sampler)
+    if kind is None or kind.__name__ not in EDM_SCHEDULERS:
+        raise ConfigError(
+            f"sampler.scheduler must be {' or '.join(EDM_SCHEDULERS)} with diffusion.sigma_data, "
+            f"got {sampler.scheduler} ({sampler.name})."
+        )
+    for name in (one.partition("=")[0] for one in sampler.options):
+        if name in EDM_FIELDS:
+            flag = f"--diffusion.{name.replace('_', '-')}"
+            raise ConfigError(f"sampler.options cannot set {name}: {flag} does.")
+    names = ("num_train_timesteps", "prediction_type", *EDM_FIELDS)
+    ours = {name: getattr(diffusion, name) for name in names}
+    arguments = _without_betas(kind, sampler, ours)
+    with _refused_by(f"sampler.scheduler {kind.__name__} cannot have these settings"):
+        scheduler = kind(**arguments)
+    _check_steps(scheduler, diffusion, sampler)
+    return scheduler
+
+
+def _without_betas(kind: Any, sampler: SamplerConfig, ours: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a scheduler's class: the base's, in place of them ours, and flags'.
+
+    Raises:
+        ConfigError: A flag asks for what the class lacks.
+    """
+    taken = inspect.signature(kind).parameters
+    started = (sampler.of_base or {}) | ours
+    return {name: value for name, value in started.items() if name in taken} | _asked(
+        kind, sampler
+    )
 
 
 def is_flow_class(kind: type) -> bool:

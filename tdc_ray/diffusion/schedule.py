@@ -16,6 +16,9 @@ FloatArray = NDArray[np.float64]
 MAX_BETA = 0.999
 """Largest beta of the cosine schedule (Nichol and Dhariwal, arXiv:2102.09672, section 3.2)."""
 
+KARRAS_RHO = 7.0
+"""EDM's, and diffusers'."""
+
 COSINE_OFFSET = 0.008
 """The small offset s of the cosine schedule (arXiv:2102.09672, equation 17)."""
 
@@ -26,7 +29,7 @@ class NoiseProcess:
 
     betas: FloatArray | None
     """Variance of the noise that each timestep adds, unitless, inside (0, 1) (1 at the end); None
-    for rectified flow."""
+    for rectified flow and EDM."""
 
     alphas_cumprod: FloatArray
     """Share of an image's variance that is left at each timestep (DDPM's alpha-bar), unitless,
@@ -41,6 +44,9 @@ class NoiseProcess:
     noise: FloatArray
     """What standard normal noise is multiplied with before it is added."""
 
+    conditioning: FloatArray | None = None
+    """What the network sees of a timestep, rising; None means the timestep itself."""
+
     @classmethod
     def of(cls, config: DiffusionConfig) -> "NoiseProcess":
         """Compute the noise process of the settings.
@@ -50,6 +56,10 @@ class NoiseProcess:
         """
         if config.is_flow:
             return cls.flow(config.num_train_timesteps)
+        if config.sigma_data is not None:
+            return cls.edm(
+                config.num_train_timesteps, config.sigma_data, config.sigma_min, config.sigma_max
+            )
         values = betas_of(config)
         return cls.from_betas(zero_terminal(values) if config.rescale_betas_zero_snr else values)
 
@@ -79,6 +89,26 @@ class NoiseProcess:
         s = np.maximum(np.arange(num_train_timesteps + 1), 0.25) / num_train_timesteps
         ratio = ((1 - s) / s) ** 2
         return cls(None, ratio / (1 + ratio), ratio, 1 - s, s)
+
+    @classmethod
+    def edm(
+        cls, num_train_timesteps: int, sigma_data: float, sigma_min: float, sigma_max: float
+    ) -> "NoiseProcess":
+        """Compute EDM's process, as its networks see it (arXiv:2206.00364, table 1).
+
+        Their input is c_in (x_0 + sigma epsilon) with c_in = 1 / sqrt(sigma^2 + sigma_data^2),
+        their conditioning c_noise = ln(sigma) / 4. SNR is that of images as they are, sigma^-2.
+
+        Args:
+            num_train_timesteps: T, at least 2: how many sigmas, spaced as its equation 5.
+            sigma_data: Standard deviation of the images.
+            sigma_min: The first sigma.
+            sigma_max: The last.
+        """
+        low, high = (sigma ** (1 / KARRAS_RHO) for sigma in (sigma_min, sigma_max))
+        sigmas = np.linspace(low, high, num_train_timesteps) ** KARRAS_RHO
+        c_in, ratio = 1 / np.sqrt(sigmas**2 + sigma_data**2), sigmas**-2
+        return cls(None, ratio / (1 + ratio), ratio, c_in, sigmas * c_in, np.log(sigmas) / 4)
 
     @property
     def snr_db(self) -> FloatArray:
@@ -198,6 +228,16 @@ def nearest_timestep(timestep: float) -> int:
 def nearest_timesteps(timesteps: Sequence[float]) -> list[int]:
     """Return the timestep of training that is nearest to each."""
     return [nearest_timestep(timestep) for timestep in timesteps]
+
+
+def as_seen(
+    diffusion: DiffusionConfig, spans: Sequence[tuple[int, int]]
+) -> Sequence[tuple[float, float]]:
+    """Return first and last timesteps of training as schedulers and networks see them."""
+    seen = NoiseProcess.of(diffusion).conditioning if diffusion.is_edm else None
+    if seen is None:
+        return spans
+    return [(float(seen[first]), float(seen[last])) for first, last in spans]
 
 
 def recognise(values: FloatArray) -> tuple[BetaSchedule, float, float] | None:

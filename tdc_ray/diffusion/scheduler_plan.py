@@ -10,7 +10,9 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.diffusion.samplers import (
+    EDM_SCHEDULERS,
     begins_near_the_end,
+    edm_process,
     is_flow_class,
     nearest_steps,
     timesteps_of,
@@ -84,6 +86,8 @@ def process_of(scheduler: "SchedulerMixin") -> NoiseProcess:
     """
     if is_flow_class(type(scheduler)) or scheduler.config.get("use_flow_sigmas"):
         return NoiseProcess.flow(scheduler.config["num_train_timesteps"])
+    if type(scheduler).__name__ in EDM_SCHEDULERS:
+        return edm_process(scheduler)
     if not hasattr(scheduler, "betas"):
         raise ConfigError(
             f"the scheduler must have betas, got a {type(scheduler).__name__}: give one of a base "

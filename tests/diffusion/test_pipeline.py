@@ -11,12 +11,14 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from tdc_ray.config.run import RunConfig
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.expert_set import ExpertSet
-from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import image_generators
+from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models import winograd
 from tdc_ray.models.saved_expert import load_expert, save_expert
@@ -45,7 +47,8 @@ def groups_of(config: RunConfig) -> tuple[TimestepGroup, ...]:
 
 def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:
     """A pipeline of experts that are in memory, made as a user would make it."""
-    experts = ExpertSet(unets, [(group.first, group.last) for group in groups_of(config)])
+    spans = [(group.first, group.last) for group in groups_of(config)]
+    experts = ExpertSet(unets, as_seen(config.diffusion, spans))
     return ProgressivePipeline(
         experts,
         make_scheduler(config.diffusion, config.sampler),
@@ -97,8 +100,9 @@ def saved(tmp_path) -> Path:
             },
             plan={"num_groups": 7},
         ),
+        small_config(diffusion={"sigma_data": 0.5}, sampler={"scheduler": "EDMEulerScheduler"}),
     ],
-    ids=["ddim", "eta", "ddpm", "pndm", "latent-like", "velocity", "cosine"],
+    ids=["ddim", "eta", "ddpm", "pndm", "latent-like", "velocity", "cosine", "edm"],
 )
 def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_path, config):
     base, groups = random_unet(), groups_of(config)
@@ -110,6 +114,31 @@ def test_experts_that_are_copies_of_the_base_draw_the_images_of_the_base(tmp_pat
         save_expert(tmp_path / name, base, TINY, keep_everything(UNITS))
     pipeline_index(config, dict(zip(names, groups, strict=True))).save(tmp_path)
     assert_same(images_of(ProgressivePipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_experts_of_edm_serve_the_conditioning_of_their_timesteps(tmp_path):
+    config = small_config(
+        diffusion={"sigma_data": 0.5}, sampler={"scheduler": "EDMEulerScheduler"}
+    )
+    groups = groups_of(config)
+    unets = [random_unet(seed=group.index) for group in groups]
+    expected = images_of(live(unets, config))
+    names = [str(group.index) for group in groups]
+    for name, unet in zip(names, unets, strict=True):
+        save_expert(tmp_path / "a" / name, unet, TINY, keep_everything(UNITS))
+    index = pipeline_index(config, dict(zip(names, groups, strict=True)))
+    index.save(tmp_path / "a")
+    pipeline = ProgressivePipeline.from_pretrained(tmp_path / "a")
+    assert_same(images_of(pipeline), expected)
+    pipeline.save_pretrained(tmp_path / "b")
+    again = ProgressivePipeline.from_pretrained(tmp_path / "b", offload=True)
+    assert_same(images_of(again), expected)
+    denoiser = ExpertDenoiser.from_pretrained(tmp_path / "a")
+    assert denoiser.experts.spans == pipeline.experts.spans
+    span = (groups[1].first, groups[1].last)
+    parts = [unets[0], unets[1], *[unets[0]] * (len(groups) - 2)]
+    swapped = swapped_pipeline(unets[0], unets[1], span, index)
+    assert_same(images_of(swapped), images_of(live(parts, config)))
 
 
 def test_epsilon_follows_the_clipped_image_as_the_settings_or_the_call_say(saved, tmp_path):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
@@ -89,7 +89,7 @@ def test_a_scheduler_that_was_not_set_visits_all_timesteps():
 @pytest.mark.parametrize(
     ("scheduler", "settings", "error", "words"),
     [
-        (EDMEulerScheduler(), {}, ConfigError, "must have betas, got a EDMEuler"),
+        (CMStochasticIterativeScheduler(), {}, ConfigError, "must have betas, got a CMStochastic"),
         (
             set_to(EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1), 1000),
             {},

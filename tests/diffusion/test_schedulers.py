@@ -4,6 +4,7 @@ import inspect
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import SchedulerMixin
@@ -14,12 +15,14 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.expert_set import ExpertSet
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.diffusion.samplers import make_scheduler
+from tdc_ray.diffusion.samplers import EDM_SCHEDULERS, make_scheduler
 from tdc_ray.diffusion.sampling import image_generators
+from tdc_ray.diffusion.schedule import NoiseProcess, as_seen
 from tdc_ray.errors import ConfigError
 from tests.small import assert_same, random_unet
 
 LINEAR = DiffusionConfig()
+EDM = DiffusionConfig(sigma_data=0.5)
 STEPS = 5
 
 FLOW = "it is for flow matching"
@@ -62,6 +65,15 @@ below until it is looked at."""
 
 NAMES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
 SAMPLED = [SamplerConfig(scheduler=name) for name in NAMES if name not in EXCLUDED]
+EDM_SAMPLED = [
+    SamplerConfig(scheduler="EDMEulerScheduler"),
+    SamplerConfig(scheduler="EDMEulerScheduler", options=("sigma_schedule=exponential",)),
+    SamplerConfig(scheduler="EDMDPMSolverMultistepScheduler"),
+    SamplerConfig(
+        scheduler="EDMDPMSolverMultistepScheduler",
+        options=("algorithm_type=sde-dpmsolver++", "rho=5"),
+    ),
+]
 SPACED = [
     SamplerConfig(spacing="trailing"),
     SamplerConfig(sampler="dpmsolver++", spacing="linspace"),
@@ -107,21 +119,25 @@ def loop_of_diffusers(unet, scheduler: SchedulerMixin, count: int) -> torch.Tens
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__")  # NumPy's, of KDPM2's and DEIS's own code
-@pytest.mark.parametrize("how", [*SAMPLED, *SPACED], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [*SAMPLED, *SPACED, *EDM_SAMPLED], ids=lambda how: how.name)
 def test_copies_of_the_base_draw_the_images_that_the_loop_of_diffusers_draws(how):
     how = replace(how, num_inference_steps=STEPS, use_clipped_model_output=False)
-    plan = plan_groups(LINEAR, PlanConfig(num_groups=4), how)
-    unet, scheduler = random_unet(), make_scheduler(LINEAR, how)
-    expected = loop_of_diffusers(unet, make_scheduler(LINEAR, how), count=2)
+    diffusion = EDM if how.scheduler in EDM_SCHEDULERS else LINEAR
+    plan = plan_groups(diffusion, PlanConfig(num_groups=4), how)
+    unet, scheduler = random_unet(), make_scheduler(diffusion, how)
+    expected = loop_of_diffusers(unet, make_scheduler(diffusion, how), count=2)
     assert expected.isfinite().all()
     asked: list[float] = []
     for spans in ([(0, 999)], [(group.first, group.last) for group in plan.groups]):
-        experts = Recorder([random_unet() for _ in spans], spans)
+        experts = Recorder([random_unet() for _ in spans], as_seen(diffusion, spans))
         pipeline = ProgressivePipeline(experts, scheduler, shape=(1, 8, 8))
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(2, num_inference_steps=STEPS, output_type="pt").images
         assert_same(images, expected)
         asked = experts.asked[1:]  # the first is asked for its null class
+    if diffusion is EDM:
+        seen = NoiseProcess.of(EDM).conditioning
+        asked = [int(np.abs(seen - c_noise).argmin()) for c_noise in asked]
     assert tuple(asked) == plan.sampling_timesteps
     counts = [sum(plan.group_of(step) is group for step in asked) for group in plan.groups]
     assert counts == [group.num_sampling_steps for group in plan.groups]

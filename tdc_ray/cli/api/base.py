@@ -47,7 +47,9 @@ class Base:
 
     def __repr__(self) -> str:
         data, noise = self.config.data, self.config.diffusion
-        process = "rectified flow" if noise.is_flow else f"{noise.beta_schedule} betas"
+        process = f"{noise.beta_schedule} betas"
+        if noise.is_flow or noise.is_edm:
+            process = "rectified flow" if noise.is_flow else "EDM"
         return (
             f"Base({self.pretrained.source!r}, images of {data.shape}, {self.macs} macs, "
             f"{noise.num_train_timesteps} timesteps of {process})"

@@ -93,7 +93,7 @@ class SampleCommand:
         )
         precision = self.precision
         if precision == "auto":
-            network = pipeline.experts.for_timestep(0)
+            network = pipeline.experts.for_timestep(pipeline.experts.spans[0][0])
             channels = len(family_of(network).ends(network).first.weight)
             job = ProbeJob(channels=channels, size=pipeline.shape[1:], trains=False)
             precision = benchmark_precision(job, lambda *_: None).precision

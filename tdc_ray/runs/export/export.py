@@ -73,6 +73,13 @@ def _export_denoiser(run_dir: RunDir, folder: Path) -> None:
 
 
 def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
+    index = PipelineIndex.load(run_dir.experts)
+    if index.diffusion.is_edm:
+        raise ConfigError(
+            "export --denoiser must be set for experts with EDM's preconditioning "
+            "(diffusion.sigma_data), got False: what is exported as a pipeline serves whole "
+            "timesteps alone."
+        )
     pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
     if pipeline.reads_prompts:
         raise ConfigError(
@@ -80,7 +87,6 @@ def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
             "which has the text encoder, draws with them."
         )
     (folder / EXPERTS_DIR).mkdir(parents=True)
-    index = PipelineIndex.load(run_dir.experts)
     for expert in index.experts:
         _export_expert(run_dir.experts / expert.folder, folder / EXPERTS_DIR / expert.folder)
     document = index.to_json()

@@ -55,9 +55,14 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
         ConfigError: They are not, or the number of heads is not known.
         CheckpointError: The number of heads does not fit the channels.
     """
-    is_unused = config.diffusion.beta_schedule == "squaredcos_cap_v2" or config.diffusion.is_flow
+    diffusion = config.diffusion
+    has_no_ends = diffusion.is_flow or diffusion.is_edm
+    is_unused = diffusion.beta_schedule == "squaredcos_cap_v2" or has_no_ends
     unused = ("diffusion.beta_start", "diffusion.beta_end") if is_unused else ()
-    for name, expected in base.settings.by_name().items():
+    known = base.settings.by_name()
+    if "diffusion.prediction_type" in known:
+        known.setdefault("diffusion.sigma_data", None)  # not of EDM
+    for name, expected in known.items():
         stage, _, setting = name.partition(".")
         # Another first stage or text encoder may be named, and another sampler.
         if name in (*OTHERS, *unused) or stage == "sampler":

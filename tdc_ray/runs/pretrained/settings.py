@@ -33,6 +33,9 @@ class _Diffusion(_Some):
     rescale_timesteps: bool | None = None
     rescale_betas_zero_snr: bool | None = None
     prediction_type: PredictionType | None = None
+    sigma_data: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
     learned_sigma: bool | None = None
 
 
@@ -141,7 +144,7 @@ def missing_settings(settings: PretrainedSettings) -> list[str]:
     """Return the names of the settings of the noise process that a base does not have."""
     diffusion = settings.diffusion
     unused: tuple[str, ...] = ()
-    if diffusion.prediction_type == "flow_prediction":
+    if diffusion.prediction_type == "flow_prediction" or diffusion.sigma_data is not None:
         unused = ("beta_schedule", "beta_start", "beta_end")
     elif diffusion.beta_schedule == "squaredcos_cap_v2":
         unused = ("beta_start", "beta_end")

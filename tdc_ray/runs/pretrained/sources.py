@@ -7,7 +7,7 @@ CompVis/latent-diffusion. Weights are read from safetensors, or by ``torch.load`
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -17,11 +17,11 @@ import numpy as np
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
-from tdc_ray.config.diffusion import BetaSchedule, PredictionType
+from tdc_ray.config.diffusion import EDM_FIELDS, BetaSchedule, PredictionType
 from tdc_ray.config.model import HUB_NAME
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.config.sampler import BASE
-from tdc_ray.diffusion.samplers import NEEDED, SETTING_OF, is_flow_class
+from tdc_ray.diffusion.samplers import EDM_SCHEDULERS, NEEDED, SETTING_OF, is_flow_class
 from tdc_ray.diffusion.schedule import recognise
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
@@ -52,6 +52,7 @@ SCHEDULER_FILE = "scheduler_config.json"
 PREDICTION = "prediction_type"
 ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
+EDM = "sigma_data"
 
 TRANSFORMERS = (DIT_CLASS,)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
@@ -271,11 +272,13 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
                 # which 0.1.0 did not write
                 PREDICTION: document["diffusion"].get(PREDICTION, "epsilon"),
                 ZERO_SNR: document["diffusion"].get(ZERO_SNR, False),
+                **_edm_fields(document["diffusion"]),
             },
             "sampler": {name: document["sampler"][name] for name in SAMPLER}
             | _own_scheduler(document.get("scheduler")),
         }
-        if stages["diffusion"][PREDICTION] == FLOW and "of_base" in stages["sampler"]:
+        without_betas = stages["diffusion"][PREDICTION] == FLOW or EDM in stages["diffusion"]
+        if without_betas and "of_base" in stages["sampler"]:
             stages["sampler"]["scheduler"] = BASE
         first_stage = folder / FIRST_STAGE_DIR if document["first_stage"] else None
         origin = {name: document[name] for name in ("source", "files")}
@@ -367,7 +370,8 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
     config = from_json(read_json(run_dir.config))
     noise = (*NOISE, PREDICTION, ZERO_SNR)
     stages = {
-        "diffusion": {name: getattr(config.diffusion, name) for name in noise},
+        "diffusion": {name: getattr(config.diffusion, name) for name in noise}
+        | _edm_fields(asdict(config.diffusion)),
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
@@ -495,6 +499,8 @@ def _scheduler_settings(source: str, config: Mapping[str, Any]) -> Stages:
             )
     if is_flow_class(getattr(diffusers, name)):
         return _flow_settings(config)
+    if name in EDM_SCHEDULERS:
+        return _edm_settings(config)
     if config.get("variance_type") == "learned":
         raise ConfigError(
             f"{source} has variance_type learned: only learned_range is supported. Give another "
@@ -548,6 +554,26 @@ def _flow_settings(config: Mapping[str, Any]) -> Stages:
         },
         "sampler": {"scheduler": BASE} | _own_scheduler(config),
     }
+
+
+def _edm_settings(config: Mapping[str, Any]) -> Stages:
+    """Read the settings of one of EDM's schedulers, which alone can sample its base."""
+    return {
+        "diffusion": {
+            "num_train_timesteps": config["num_train_timesteps"],
+            PREDICTION: config[PREDICTION],
+            "rescale_timesteps": False,
+            **_edm_fields(config),
+        },
+        "sampler": {"scheduler": BASE} | _own_scheduler(config),
+    }
+
+
+def _edm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of EDM's noise process, if it is that."""
+    if config.get(EDM) is None:
+        return {}
+    return {name: config[name] for name in EDM_FIELDS}
 
 
 def _own_scheduler(config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
@@ -263,6 +265,36 @@ def test_a_base_of_rectified_flow_comes_with_its_scheduler(tmp_path, scheduler):
         assert type(made) is type(scheduler)
         name = "shift" if hasattr(scheduler, "shift") else "flow_shift"
         assert made.config[name] == 3.0
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(sigma_data=1.0, sigma_max=50.0, prediction_type="v_prediction", rho=5.0),
+        EDMDPMSolverMultistepScheduler(sigma_min=0.01, solver_order=3),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_base_of_edm_comes_with_its_scheduler(tmp_path, scheduler):
+    source, out = save_pipeline(tmp_path / "p", scheduler), str(tmp_path / "base")
+    assert run_command(["import", source, out]) == 0
+    for named in (source, out):
+        assert missing_settings(resolve_base(named).settings) == []
+        config = parse(["plan", "--base", named, "--data", "digits"]).config
+        made = make_scheduler(config.diffusion, config.sampler)
+        assert type(made) is type(scheduler)
+        assert all(made.config[name] == scheduler.config[name] for name in made.config)
+        other = replace(config, diffusion=replace(config.diffusion, sigma_data=0.7))
+        with pytest.raises(ConfigError, match=r"diffusion\.sigma_data must be .* as was found"):
+            check_compatible(resolve_base(named), other)
+
+
+def test_a_base_of_betas_is_none_of_edm(tmp_path):
+    base = resolve_base(save_pipeline(tmp_path / "p"))
+    config = apply_settings(base.settings, CONFIG, with_data=True)
+    edm = replace(config, diffusion=replace(config.diffusion, sigma_data=0.5))
+    with pytest.raises(ConfigError, match=r"diffusion\.sigma_data must be None, as was found"):
+        check_compatible(base, edm)
 
 
 def test_a_base_without_signal_at_the_end_is_imported_as_such(tmp_path):
