@@ -21,7 +21,7 @@ class ComputeConfig:
     """The workers of a run, and what each takes of the cluster.
 
     Of these, the workers of the base and of a fine-tune (each draws noise of its own), the CPUs
-    of a base worker and the sharding (the last bits of sums) and TF32 change what is computed.
+    of a base worker (the last bits of sums), sharding and TF32 change what is computed.
     """
 
     num_base_workers: PositiveInt = 1

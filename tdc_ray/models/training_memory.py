@@ -30,7 +30,7 @@ class TrainingMemory:
     """The weights' exponential moving averages."""
 
     exchanged: int
-    """What workers exchange, at most: gradients a second time (DDP's buckets), or weights and
+    """What workers exchange: gradients a second time (DDP's buckets), or, roughly, weights and
     gradients, in the precision of computing, of two blocks and of what lies outside of blocks:
     one block computes, the next is being gathered (FSDP)."""
 

@@ -110,7 +110,7 @@ def print_plan(
 def print_training_memory(console: Console, memory: TrainingMemory, num_workers: int) -> None:
     """Print what the base's training takes of each worker's memory."""
     workers = "one worker" if num_workers == 1 else f"each of {num_workers} workers"
-    exchanged = f", up to {bytes_text(memory.exchanged)} while they exchange"
+    exchanged = f", about {bytes_text(memory.exchanged)} while they exchange"
     console.print(
         f"training the base, {workers} holds {bytes_text(memory.kept)} (weights "
         f"{bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, moments "

@@ -66,7 +66,7 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
     def save(state: TrainState) -> None:
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE_FILE)
-            with state.ema_weights() as unet:
+            with state.ema_weights() as unet:  # gathered by now: the others wait in the report
                 if rank == 0:
                     events(Reported(key, state.step, {}, sample_grid(unet, config).numpy()))
             file = Checkpoint.from_directory(folder) if rank == 0 else None
@@ -141,7 +141,7 @@ def train_base(
     )
     train(
         state,
-        unet if mesh else wrap(unet),
+        state.unet if mesh else wrap(state.unet),
         images,
         noise_schedule(config.diffusion).to(worker.device),
         config.base,
