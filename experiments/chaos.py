@@ -20,9 +20,10 @@ nothing disturbed. The kinds:
 
 A run is lost if it does not end, or with other results. Repeated are the macs of attempts at items
 that a fault cut, by their share of the time that the item took in the end, and those of finished
-items that ran again. A fault is over when a result is there that was not; further ones may come
-before. Runs are drawn by their number, and the same command goes on after the last one; with a URI
-as `--storage` they are in an object store (where `storage` fails only before the upload).
+items that ran again. A fault is over when a result is there that was not; half of the
+others wait for that. Runs are drawn by their number, and the same command goes on after the last
+one; with a URI as `--storage` they are in an object store (where `storage` fails only before the
+upload).
 
 Hardware and hours: 2 CPU cores, some 15 seconds a fault. The paper has no such table.
 """
@@ -71,6 +72,9 @@ HOST_KINDS = ("host", "link")
 NUM_NODES = 2
 PAUSE_S = 6.0
 """Mean time between two faults."""
+
+PATIENT_SHARE = 0.5
+"""Share of the faults that come only when the one before is over: a start takes much longer."""
 
 SECONDS_CUT_OFF = 40.0
 """Longer than Ray waits for a node that is silent."""
@@ -350,7 +354,7 @@ def one_run(
     command = [*COMMAND, "--run-dir", display_path(run_dir), *flags]
     run = Disturbed(cluster, command, log, control)
     try:
-        next_fault = started + draw.expovariate(1 / PAUSE_S)
+        next_fault, patient = started + draw.expovariate(1 / PAUSE_S), False
         while True:
             ended = run.ended()
             if ended or time.monotonic() > looked + SECONDS_BETWEEN_LOOKS:
@@ -361,12 +365,13 @@ def one_run(
                 num_results = max(count, num_results)
             if ended:
                 break
-            if wanted and time.monotonic() > next_fault:
+            if wanted and time.monotonic() > next_fault and not (patient and failed_at):
                 now = time.monotonic()
                 if run.fail(wanted[0], draw):
                     done[wanted.pop(0)] += 1
                     failed_at = failed_at or now
                 next_fault = time.monotonic() + draw.expovariate(1 / PAUSE_S)
+                patient = draw.random() < PATIENT_SHARE
             time.sleep(0.05)
     finally:
         run.driver.kill()
@@ -460,7 +465,7 @@ def prepared(flags: ChaosFlags, folder: Path) -> Iterator[tuple[LocalCluster, Co
 
 
 def main(flags: ChaosFlags) -> None:
-    """Disturb runs, after those of an earlier call, and write what came of all."""
+    """Disturb runs, after those of an earlier call, and write after each what came of all."""
     if flags.smoke:
         smoke = {"faults": 3, "per_run": 1, "kinds": ("storage", "actor", "clock")}
         flags = dataclasses.replace(flags, **smoke)
@@ -486,8 +491,7 @@ def main(flags: ChaosFlags) -> None:
             control.reset()
             append_json_line(outcomes_file, dataclasses.asdict(outcome))
             outcomes.append(outcome)
-            print(outcome, flush=True)
-    write(folder, outcomes)
+            write(folder, outcomes)
 
 
 def write(folder: Path, outcomes: Sequence[Outcome]) -> None:
