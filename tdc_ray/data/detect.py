@@ -16,6 +16,15 @@ from tdc_ray.errors import ConfigError
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
 """By the suffix of the files."""
 
+UNPACKED_BY = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip",
+    ".tar.zst": "unzstd",
+    ".tar.xz": "unxz",
+    ".tar.bz2": "bunzip2",
+}
+"""Commands that make tar files of compressed ones, by their names' ends."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,8 +109,12 @@ def _kinds(path: Path) -> list[Source]:
 def _hint(path: Path) -> str:
     """Write what to do with a file that is nearly of a known kind."""
     names = [path] if not path.is_dir() else sorted(path.iterdir())
-    if any(one.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst")) for one in names):
-        return ", with a compressed tar file: uncompress it"
+    if packed := [one.name for one in names if one.name.lower().endswith(tuple(UNPACKED_BY))]:
+        command = next(to for end, to in UNPACKED_BY.items() if packed[0].lower().endswith(end))
+        return (
+            f", with a compressed tar file, whose images cannot be read one by one: {command} "
+            f"{packed[0]}"
+        )
     is_saved = any(one.name == "dataset_dict.json" for one in names)  # by datasets' save_to_disk
     if is_saved or any(one.suffix.lower() == ".arrow" for one in names):
         return ", with Arrow files: write them as parquet, by the dataset's to_parquet"

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -16,10 +17,15 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.data.shapes import stored_shapes
 from tdc_ray.errors import ConfigError, DataError, EvaluationError
 from tdc_ray.execution.chain import run_chain
-from tdc_ray.runs.evaluation.evaluate import features_of, named_metrics, prepare_features
+from tdc_ray.runs.evaluation.evaluate import (
+    Which,
+    features_of,
+    named_metrics,
+    prepare_features,
+)
 from tdc_ray.runs.evaluation.features import find_features
 from tdc_ray.runs.evaluation.metrics import distance, drawn
-from tdc_ray.storage.files import exists, fetch, read_json
+from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
@@ -176,7 +182,7 @@ def open_images(path: Path, like: DataConfig) -> ImageDataset:
     """Open the images to score, all of the shape that the reference is brought to.
 
     Raises:
-        ConfigError: The path holds no images.
+        ConfigError: The path holds no images, or those of several models.
         DataError: One of them is of another shape, or cannot be read.
     """
     shape = DataConfig(
@@ -185,6 +191,16 @@ def open_images(path: Path, like: DataConfig) -> ImageDataset:
         max_corrupt=0,
         cache_dir=like.cache_dir,
     )
+    run_dir = RunDir(resolve_path(path))
+    if exists(run_dir.config) and exists(run_dir.timeline):
+        folders = sorted({file.parent for file in listing(run_dir.samples, "*/*.npz")})
+        names = " or ".join(
+            display_path(folder) for folder in folders if folder.name in get_args(Which)
+        )
+        way_out = f"name the samples of one, {names}" if names else "finish it, or name others"
+        raise ConfigError(
+            f"IMAGES must be images of one model, and {display_path(path)} is a run: {way_out}."
+        )
     data = _named(str(fetch(resolve_path(path))), shape, "IMAGES")
     for name, stored in stored_shapes(data):
         if stored != like.shape:

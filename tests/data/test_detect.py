@@ -89,7 +89,8 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
     ("name", "message"),
     [
         ("a.txt", r"--data must be digits or photos, a folder of images, .* got .*data\.$"),
-        ("a.tar.gz", r"got .*, with a compressed tar file: uncompress it\.$"),
+        ("a.tar.gz", r"got .*, with a compressed tar file, .* one by one: gunzip a\.tar\.gz\.$"),
+        ("a.TAR.ZST", r"got .*: unzstd a\.TAR\.ZST\.$"),
         ("dataset_dict.json", r"got .*, with Arrow files: write them as parquet"),
         ("data-0.arrow", r"got .*, with Arrow files: write them as parquet"),
     ],

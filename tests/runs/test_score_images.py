@@ -5,6 +5,10 @@ import pytest
 from PIL import Image
 
 from tdc_ray.cli.main import run_command
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.run import RunConfig, to_json
+from tdc_ray.runs.score_images import open_images
+from tdc_ray.storage.files import write_json
 from tests.images import random_pixels
 
 
@@ -39,6 +43,22 @@ def test_a_runs_own_images_get_the_runs_own_score(finished_run, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "50 images are too few for the covariance of 64 features" in printed
     assert f"the run's own scores are of {len(images)} images, this one of 50" in printed
+
+
+def test_a_runs_samples_are_named_by_their_folder(tmp_path, capsys):
+    write_json(tmp_path / "config.json", to_json(RunConfig()))
+    (tmp_path / "timeline.jsonl").touch()
+    arguments = ["score", str(tmp_path), "--reference", "digits"]
+    assert run_command(arguments) == 1
+    assert f"{tmp_path} is a run: finish it, or name others" in capsys.readouterr().err
+    for which in ("base", "tdc"):
+        (tmp_path / "evaluation" / which).mkdir(parents=True)
+        write(tmp_path / "evaluation" / which / "0000000.npz", 9, 8, 8, 1)
+    folder = tmp_path / "evaluation"
+    np.savez(folder / "tdc" / "0000000.features.npz", features=np.zeros((9, 64)))
+    assert run_command(arguments) == 1
+    assert f"name the samples of one, {folder}/base or {folder}/tdc." in capsys.readouterr().err
+    assert len(open_images(folder / "tdc", DataConfig())) == 9
 
 
 def test_training_images_alone_are_a_reference_and_are_at_no_distance_from_themselves(
@@ -99,9 +119,6 @@ def test_a_file_that_is_no_image_or_of_another_size_is_named(tmp_path, capsys):
 
 
 def test_what_a_run_has_decided_is_refused(tmp_path, capsys):
-    from tdc_ray.config.run import RunConfig, to_json
-    from tdc_ray.storage.files import write_json
-
     write_json(tmp_path / "config.json", to_json(RunConfig()))
     arguments = ["score", "digits", "--reference", str(tmp_path), "--data.image-size", "16"]
     assert run_command(arguments) == 1

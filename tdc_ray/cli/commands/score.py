@@ -22,8 +22,8 @@ class ScoreCommand:
     """
 
     images: Positional[Path]
-    """An npz file (images or arr_0, uint8, NHWC), a folder of npz files, or a folder of images; or
-    its URI."""
+    """An npz file (images or arr_0, uint8, NHWC), a folder of npz files such as
+    RUN_DIR/evaluation/tdc, or a folder of images; or its URI."""
     reference: str
     """What they are compared with: a run directory, whose features and training images are taken;
     or training images: digits, photos, an npz file, a folder of npz files or of images, or

@@ -73,9 +73,15 @@ def npz_paths(path: Path) -> list[Path]:
 
 
 def npz_in(folder: Path) -> list[Path]:
-    """Return the npz files of a folder in the order of their numbers."""
-    paths = (path for path in folder.iterdir() if path.suffix.lower() == ".npz")
-    return sorted((path for path in paths if not is_hidden(path.name)), key=_natural)
+    """Return the npz files of a folder in the order of their numbers.
+
+    What a run's evaluation writes beside its images, their features and moments, is left out.
+    """
+    paths = [path for path in folder.iterdir() if path.suffix.lower() == ".npz"]
+    stems = {path.stem for path in paths}
+    beside = {stem + end for stem in stems for end in (".features", ".moments")}
+    images = (path for path in paths if path.stem not in beside and not is_hidden(path.name))
+    return sorted(images, key=_natural)
 
 
 class _Readable:

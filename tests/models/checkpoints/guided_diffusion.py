@@ -4,9 +4,9 @@
     python -m tests.models.checkpoints.guided_diffusion DIR experiments/results/adm_import.json
 
 The original builds the networks of its README's diffusion models, narrower and with random weights
-(none stays at its initial 0), and one at its full width. What ``tdc-ray import openai:FILE`` makes
-of their files computes the same in float32; so many parameters as the wide ones has what is told
-by their shapes.
+(none stays at its initial 0), and what ``tdc-ray import openai:FILE`` makes of their files is held
+against them in float32. At their full width, without weights, the parameters are counted that a
+network of the config that their shapes tell has.
 """
 
 import argparse
@@ -68,11 +68,12 @@ NOISE = (
 )
 """The noise process, which no file says; outputs do not depend on it."""
 
-NARROW = 64
-"""``num_channels`` of the narrow ones."""
+NARROW = {"num_channels": 32, "num_head_channels": 32}
+"""Of the narrow ones; the 128x128 one has 4 heads, however wide."""
 
 OTHERS: Mapping[str, dict[str, Any]] = {
-    "64x64, heads first": {"use_new_attention_order": False},
+    "64x64, not class conditional": {"class_cond": False},
+    "64x64, heads before q, k and v": {"use_new_attention_order": False},
     "64x64, convolutions between levels": {"resblock_updown": False},
     "64x64, no scale_shift, no variance": {"use_scale_shift_norm": False, "learn_sigma": False},
     "64x64, other heads on the way up": {
@@ -130,9 +131,8 @@ def compared(original: Any, flags: Mapping[str, Any]) -> dict[str, float]:
         arguments = ["import", f"openai:{file}", f"{folder}/base", *flags_of(flags)]
         parse(arguments).execute(Console(quiet=True))
         imported = load_unet(Path(folder) / "base/unet")
-    size, generator = flags["image_size"], torch.Generator().manual_seed(1)
     timesteps = torch.tensor([3.0, 980.0])
-    x = torch.randn(2, 3, size, size, generator=generator)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))  # a part of larger
     labels = torch.tensor([7, 993]) if flags.get("class_cond") else None
     expected: Tensor = network(x, timesteps, labels)
     found: Tensor = imported(x, timesteps, class_labels=labels).sample
@@ -164,13 +164,10 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.original))
     original = importlib.import_module("guided_diffusion.script_util")
-    usable = {name: flags for name, flags in RELEASED.items() if "512" not in name}
-    cases = {
-        f"{name}, narrow": {**flags, "num_channels": NARROW} for name, flags in usable.items()
-    }
-    narrow = cases["64x64, narrow"]
-    cases |= {name: {**narrow, **changes} for name, changes in OTHERS.items()}
-    cases["64x64, full width"] = RELEASED["64x64"]
+    names = ("64x64", "128x128", "256x256")
+    cases = {name: {**RELEASED[name], **NARROW} for name in names}
+    cases["128x128"]["num_head_channels"] = -1
+    cases |= {name: {**cases["64x64"], **changes} for name, changes in OTHERS.items()}
     record: dict[str, Any] = {
         "command": f"python -m tests.models.checkpoints.guided_diffusion DIR {arguments.out}",
         "original": "openai/guided-diffusion 22e0df8183507e13a7813f8d38d51b072ca1e67c",

@@ -210,3 +210,6 @@ def test_other_networks_are_no_such_checkpoint():
     odd["input_blocks.0.0.weight"] = torch.zeros(48, 3, 3, 3)
     with pytest.raises(CheckpointError, match="found 48, then"):
         config_from_state_dict(odd)
+    wide = reference().state_dict() | {"time_embed.0.weight": torch.zeros(128, 64)}
+    with pytest.raises(CheckpointError, match=r"embedded in 64 channels, and .*has 32: .*512x512"):
+        config_from_state_dict(wide)
