@@ -6,11 +6,12 @@
 Bases are pruned to 0.7 F on all timesteps, and on groups 0, 3, 4 and 6 of 10: by every score as a
 uniform ratio, as a global ranking and as a global ranking per mac, and by the offline proxy with
 sensitivities that a quadratic model predicts, also beside rivals (global rankings by Taylor and
-Diff-Pruning), and with measured ones. All losses are means over 4 x 1,024 noised images, of the
-half of the held-out images that no choice is made by. The best of each search is held against two
-refitted baselines, by the paired difference with Student's 95 % interval over the images, the
-noise of each averaged before: the one that is chosen as the search chooses, on the other half of
-the held-out images, and the one that turns out best on these very images, which favours it.
+Diff-Pruning, or, where asked for, a uniform ratio), and with measured ones. All losses are means
+over 4 x 1,024 noised images, of the half of the held-out images that no choice is made by. The
+best of each search is held against two refitted baselines, by the paired difference with Student's
+95 % interval over the images, the noise of each averaged before: the one that is chosen as the
+search chooses, on the other half of the held-out images, and the one that turns out best on these
+very images, which favours it.
 
 Hardware and hours: `digits` about 1 on 2 CPU cores; interrupted, it resumes.
 
@@ -30,7 +31,7 @@ from common import Flags, base_of, claim, commits_of, parse_flags, workers
 from numpy.typing import NDArray
 from output import write_record, write_table
 
-from tdc_ray.config.prune import ScoreMethod
+from tdc_ray.config.prune import Rival, ScoreMethod
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
 from tdc_ray.models.families import family_of
@@ -60,10 +61,15 @@ AIMS = (
 
 LossArray = NDArray[np.float64]
 
-Search = Literal["second-order", "second-order with rivals", "measured"]
+Search = Literal[
+    "second-order", "second-order with rivals", "second-order with uniform", "measured"
+]
 """A search by the offline proxy."""
 
-RIVALS: tuple[ScoreMethod, ...] = ("taylor", "diff-pruning")
+RIVALS: Mapping[str, tuple[Rival, ...]] = {
+    "second-order with rivals": ("taylor", "diff-pruning"),
+    "second-order with uniform": ("uniform",),
+}
 
 Losses = dict[str, LossArray]
 """Losses above the base's of every noised image, or of every image, by names such as
@@ -102,8 +108,8 @@ def search_of(
     match name:
         case "measured":
             prune = replace(config.prune, method="offline", sensitivity="measured")
-        case "second-order" | "second-order with rivals":
-            rivals = RIVALS if name == "second-order with rivals" else ()
+        case "second-order" | "second-order with rivals" | "second-order with uniform":
+            rivals = RIVALS.get(name, ())
             prune = replace(
                 config.prune, method="offline", sensitivity="second-order", rivals=rivals
             )

@@ -12,6 +12,7 @@ ProxyMethod = Literal["offline", "llm"]
 ScoreMethod = Literal["random", "magnitude", "lamp", "taylor", "diff-pruning"]
 SearchMethod = Literal[ProxyMethod, ScoreMethod]
 PruneMethod = Literal[SearchMethod, "none"]
+Rival = Literal[ScoreMethod, "uniform"]
 Objective = Literal["macs", "latency"]
 Sensitivity = Literal["second-order", "measured"]
 
@@ -58,9 +59,10 @@ class PruneConfig:
     num_candidates: PositiveInt = 3
     """Pruning schemes per round."""
 
-    rivals: tuple[ScoreMethod, ...] = ()
-    """Criteria whose schemes compete with those of the offline proxy or the language model: the
-    lowest scores of all units go first, until the limit is met. Each is a candidate more."""
+    rivals: tuple[Rival, ...] = ()
+    """What competes with the schemes of the offline proxy or the language model. A criterion: the
+    lowest scores of all units go first, until the limit is met; uniform: every unit keeps the same
+    share, of the channels that the search ranks highest. Each is a candidate more."""
 
     halving_steps: NonNegativeInt = 0
     """Successive halving: after the rounds the best half of the candidates is fine-tuned for this
@@ -117,7 +119,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         distinct = len(set(self.rivals)) == len(self.rivals)
-        require("prune", self, "rivals", "names of criteria, each once", ok=distinct)
+        require("prune", self, "rivals", "names, each once", ok=distinct)
         rivalled = not self.rivals or self.method in get_args(ProxyMethod)
         require("prune", self, "rivals", f"empty with prune.method {self.method}", ok=rivalled)
         searches = self.objective == "macs" or self.method != "none"

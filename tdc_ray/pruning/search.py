@@ -11,7 +11,12 @@ from tdc_ray.pruning.joint_increase import JointIncrease
 from tdc_ray.pruning.knapsack import extend_sensitivities, knapsack, loss_curves
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.predictor import Predictor
-from tdc_ray.pruning.proxies.by_score import baseline_schemes, global_scheme, sorted_scores
+from tdc_ray.pruning.proxies.by_score import (
+    baseline_schemes,
+    global_scheme,
+    sorted_scores,
+    uniform_scheme,
+)
 from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Proxy, Sensitivities
 from tdc_ray.pruning.quadratic_model import QuadraticModel
@@ -118,17 +123,21 @@ class _Rounds:
                 if round_.left:
                     yield from proxies[name](search, round_, self.cost)
             candidates += round_.candidates
-        candidates += yield from self._rivals(heat)
+        candidates += yield from self._rivals(heat, scores)
         return candidates
 
-    def _rivals(self, heat: Heat) -> Chain[list[Candidate]]:
-        """Measure a scheme of each rival criterion, of the channels that it ranks highest."""
+    def _rivals(self, heat: Heat, own: Scores) -> Chain[list[Candidate]]:
+        """Measure each rival's scheme; uniform has no ranking of channels but the search's own."""
         proposals: list[Proposal] = []
         choices: list[KeptIndices] = []
-        for method in self._prune.rivals:
-            scores = yield from self._scores(method, f"scores-{method}")
-            scheme = global_scheme(self._space, self._search.limit, sorted_scores(scores))
-            proposals.append(Proposal(f"{method}/global", scheme))
+        for rival in self._prune.rivals:
+            if rival == "uniform":
+                scores, scheme_for, source = own, uniform_scheme, "uniform"
+            else:
+                scores = yield from self._scores(rival, f"scores-{rival}")
+                scheme_for, source = global_scheme, f"{rival}/global"
+            scheme = scheme_for(self._space, self._search.limit, sorted_scores(scores))
+            proposals.append(Proposal(source, scheme))
             choices += self.kept(proposals[-1:], scores)
         return (yield from self.measure(self._prune.num_rounds, proposals, choices, heat))
 

@@ -183,6 +183,17 @@ def test_a_rivals_scheme_is_that_of_its_criterion_and_wins_where_it_is_better(ru
     assert result.entry == min(finals, key=lambda entry: entry.final.distance)
 
 
+def test_the_uniform_rival_has_the_channels_that_the_search_ranks_highest(run_dir, found):
+    few = {"num_rounds": 1, "num_candidates": 1, "num_passes": 1}
+    config = config_of("offline", refit="none", rivals=("uniform",), **few)
+    candidates = find(task_of(run_dir, config)).candidates
+    kept = {one.entry.source: one.kept for one in candidates}
+    _, by_taylor = found("taylor")  # which ranks channels where nothing is refitted
+    (same,) = (one for one in by_taylor.candidates if one.entry.source == "taylor/uniform")
+    assert kept.keys() == {"offline", "uniform"}
+    assert kept["uniform"] == same.kept != kept["offline"]
+
+
 def test_a_criterion_has_no_rivals():
     with pytest.raises(ConfigError, match=r"prune\.rivals must be"):
         config_of("magnitude", rivals=("taylor",))
