@@ -31,7 +31,7 @@ VERSION = 1
 """Changes whenever what is in a shard does, so that cached ones are made again."""
 
 MOST_PROMPTS = 1024
-"""Captions that images are drawn for where captioned ones are learnt: the first ones."""
+"""Captions that images are drawn for where captioned ones are learnt, evenly spread."""
 
 SHARD = 1024
 """Images whose latents are in one file: 50 MB of FFHQ's."""
@@ -156,14 +156,15 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
                 result_type=EncodeResult,
             )
         )
-    encoded = sum(item.num_steps for item in items)
+    if items:
+        logger.info("latents of %d images go to %s", sum(i.num_steps for i in items), folder)
     if training.is_captioned and not exists(folder / STATES_FILE):
         captions = captions_of(data)
-        drawn = [captions[number] for number in range(min(count, MOST_PROMPTS))]
+        most = min(count, MOST_PROMPTS)
+        drawn = [captions[number * count // most] for number in range(most)]
         pipeline = check_text_encoder(data.text_encoder)
         items.append(encoding_of_prompts("latents/prompts", drawn, pipeline, folder))
     if items:
-        logger.info("latents of %d images go to %s", encoded, folder)
         yield from results_of(items)
 
 
@@ -176,18 +177,12 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
     assert job.data.first_stage is not None
     device, dataset = worker_device(), load_dataset(job.data)
     first_stage = load_first_stage(Path(job.data.first_stage)).to(device)
-    latents, labels, states = [], [], []
-    captions = None
-    if TrainingData(job.data).is_captioned:
-        captions, pipeline = captions_of(job.data), check_text_encoder(job.data.text_encoder)
+    latents, labels = [], []
     for start in range(0, job.count, BATCH):
         numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
         images, classes = dataset.__getitems__(numbers)
         latents.append(first_stage.encode(to_minus_one_one(images.to(device))).cpu())
         labels.append(classes)
-        if captions is not None:
-            texts = [captions[number] for number in classes.tolist()]
-            states.append(encode_prompts(pipeline, texts))
         if not latents[-1].isfinite().all():
             raise DataError(
                 f"data.first_stage {job.data.first_stage} encodes to latents that are not finite "
@@ -195,8 +190,11 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
             )
         report({}, start + len(numbers))
     tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
-    if states:
-        tensors["captions"] = torch.cat(states)
+    if TrainingData(job.data).is_captioned:
+        captions = captions_of(job.data)
+        texts = [captions[number] for number in tensors["labels"].tolist()]
+        pipeline = check_text_encoder(job.data.text_encoder)
+        tensors["captions"] = encode_prompts(pipeline, texts, device)
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
     return EncodeResult(job.count)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdc_ray.errors import ConfigError
+from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.text_encoder import encode_prompts
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
@@ -46,7 +47,7 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
     if not exists(file):
         raise ConfigError(f"data.prompts {path} does not exist. Set --data.prompts to a file.")
     try:
-        lines = fetch(file).read_text("utf-8").splitlines()
+        lines = fetch(file).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.prompts must be a text file in UTF-8, one prompt a line, got "
@@ -109,7 +110,7 @@ def encoding_of_prompts(
 
 def encode_into(job: EncodePromptsJob, report: Report) -> EncodedPrompts:
     """Encode prompts into a file, which appears when it is whole."""
-    *states, empty = encode_prompts(job.pipeline, [*job.prompts, ""])
+    *states, empty = encode_prompts(job.pipeline, [*job.prompts, ""], worker_device())
     report({}, 1)
     tensors = {"prompts": torch.stack(states), "empty": empty.clone()}
     with atomic_path(job.path) as temporary:

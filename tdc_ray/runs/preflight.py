@@ -105,7 +105,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: The data is missing or malformed.
         ConfigError: Model, labels and guidance are not compatible.
     """
-    check_told(config.data, network)
+    check_told(config.data, config.conditioning, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
     if reads_text(network):  # guidance leads away from the empty prompt
@@ -118,15 +118,25 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
     )
 
 
-def check_told(data: DataConfig, network: NetworkConfig) -> None:
+def check_told(data: DataConfig, conditioning: ConditioningConfig, network: NetworkConfig) -> None:
     """Check that images come with prompts, or captions, where a network reads them.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: They do not, or a network reads none.
         DataError: They are missing or malformed.
     """
     if not reads_text(network):
+        if data.text_encoder is not None:
+            raise ConfigError(
+                "data.text_encoder goes with a base that is told prompts, got "
+                f"{data.text_encoder} with one that is not. Leave it out."
+            )
         return
+    if conditioning.num_classes is not None:
+        raise ConfigError(
+            "conditioning.num_classes must be None for a base that is told prompts, got "
+            f"{conditioning.num_classes}. Leave it out."
+        )
     check_text_encoder(data.text_encoder)
     if data.source != BASE_SAMPLES:
         if data.first_stage is None:

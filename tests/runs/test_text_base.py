@@ -1,6 +1,7 @@
 """A base that is told prompts: a tiny Stable Diffusion with random weights, through the method."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -15,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import tdc_ray as tdc
 from tdc_ray.cli.main import run_command
@@ -26,7 +28,7 @@ from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import given_config
-from tdc_ray.models.text_encoder import encode_prompts
+from tdc_ray.models.text_encoder import encode_prompts, text_encoder_digest
 from tdc_ray.runs.pretrained.sources import resolve_base
 
 transformers = pytest.importorskip("transformers")
@@ -108,7 +110,31 @@ def test_states_are_those_of_the_pipelines_own_text_encoder(pipeline):
         assert torch.equal(states, expected[0])
 
 
-def test_the_base_brings_its_first_stage_noise_and_guidance(pipeline):
+def test_a_text_encoder_in_half_precision_alone_computes_in_float32(pipeline, tmp_path, caplog):
+    copytree(pipeline, tmp_path / "half")
+    path = tmp_path / "half/text_encoder/model.safetensors"
+    halves = {name: weights.half() for name, weights in load_file(path).items()}
+    save_file(halves, path.with_name("model.fp16.safetensors"), {"format": "pt"})
+    path.unlink()
+    states = encode_prompts(tmp_path / "half", ["a" * 100, PROMPTS[0]])
+    assert states.dtype == torch.float32
+    assert (states[1] - encode_prompts(pipeline, PROMPTS[:1])[0]).abs().max() < 0.01
+    assert "1 of 2 prompts are cut to 77 tokens" in caplog.text
+
+
+def test_the_states_kept_depend_on_the_tokenizer(pipeline, tmp_path):
+    before = text_encoder_digest(pipeline)
+    copytree(pipeline, tmp_path / "other")
+    assert text_encoder_digest(tmp_path / "other") == before
+    (tmp_path / "other/tokenizer/added.txt").write_text("x")
+    assert text_encoder_digest(tmp_path / "other") != before
+
+
+def test_the_base_brings_its_first_stage_noise_and_guidance(pipeline, tmp_path):
+    assert run_command(["import", str(pipeline), str(tmp_path / "base")]) == 0
+    imported = resolve_base(str(tmp_path / "base")).settings
+    assert imported.data.text_encoder == str(pipeline)
+    assert imported.sampler.guidance_scale == 7.5
     settings = resolve_base(str(pipeline)).settings
     assert settings.data.first_stage == str(pipeline / "vae")
     assert settings.sampler.guidance_scale == 7.5
@@ -163,11 +189,17 @@ def test_it_is_pruned_on_captioned_images(pipeline, captioned, tmp_path):
 
 def test_an_image_without_a_caption_is_refused_by_name(pipeline, captioned, tmp_path, capsys):
     copytree(captioned, tmp_path / "copy")
-    text = (tmp_path / "copy/metadata.jsonl").read_text().replace('"text": "b 5"', '"text": null')
-    (tmp_path / "copy/metadata.jsonl").write_text(text)
+    rows = (tmp_path / "copy/metadata.jsonl").read_text()
     command = ["prune", str(pipeline), "--out", str(tmp_path / "out"), "--data"]
-    assert run_command([*command, str(tmp_path / "copy")]) != 0
-    assert "05.png has none" in capsys.readouterr().err
+    for text, words in (
+        ("null", "05.png has none"),
+        ("5", "text in line 19 of .*/metadata.jsonl must be a text, got 5"),
+        ('"\\ud800"', "in line 19 of .* must be a text"),
+    ):
+        changed = rows.replace('"text": "b 5"', f'"text": {text}')
+        (tmp_path / "copy/metadata.jsonl").write_text(changed)
+        assert run_command([*command, str(tmp_path / "copy")]) != 0
+        assert re.search(words, capsys.readouterr().err)
     (tmp_path / "copy/metadata.jsonl").unlink()
     assert run_command([*command, str(tmp_path / "copy")]) != 0
     assert "data.source folder has no captions" in capsys.readouterr().err
@@ -178,6 +210,7 @@ def test_an_image_without_a_caption_is_refused_by_name(pipeline, captioned, tmp_
     [
         (("--data", "digits"), "data.source digits has no captions"),
         (("--data.prompts", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("--conditioning.num-classes", "3"), "num_classes must be None for a base that is told"),
     ],
 )
 def test_what_it_cannot_be_told_is_refused(pipeline, tmp_path, capsys, changes, message):
@@ -240,6 +273,8 @@ def test_prompts_come_along_and_are_checked(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ConfigError, match="must hold a prompt a line"):
         read_prompts(str(tmp_path / "empty.txt"))
+    (tmp_path / "marked.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
+    assert read_prompts(str(tmp_path / "marked.txt")) == ("a cat", "a\u2028dog")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="in UTF-8, one prompt a line"):
         read_prompts(str(tmp_path / "bytes.txt"))

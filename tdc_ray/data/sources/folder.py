@@ -1,6 +1,7 @@
 """The image files below a folder, decoded when they are asked for."""
 
 import hashlib
+import json
 import logging
 import os
 from array import array
@@ -109,7 +110,7 @@ class FolderImages(EncodedImages):
             digest.update(self.labels.numpy().data)
         if self.captions is not None:
             for index in range(len(self)):
-                digest.update(f"{self.captions[index]}\n".encode())
+                digest.update(json.dumps(self.captions[index]).encode())
         for index in range(len(self)):
             path = root / self.name(index)
             stat = path.stat()

@@ -6,6 +6,7 @@ name, ``text`` a caption. Of the splits of a data set the part to train on is re
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,8 @@ OTHER_SPLIT, UNNAMED = "of another split than train", "not named by metadata"
 
 CAPTION = "text"
 """Column of the captions, as ``datasets`` and the training scripts of diffusers name it."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Label = int | str | None
 
@@ -142,10 +145,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Row]]:
     read = _csv_rows if file.suffix == ".csv" else _json_rows
     try:
         for number, row in read(file):
-            label, text = _label(row.get("label"), file, number), row.get(CAPTION)
-            if isinstance(text, str):
-                text.encode()  # JSON may hold halves of characters
-            caption = text if isinstance(text, str) else None
+            label = _label(row.get("label"), file, number)
+            caption = _text(row.get(CAPTION), file, number)
             yield _path(row.get("file_name"), file, number), (label, caption)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}. Mend it.") from error
@@ -162,7 +163,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 row = json.loads(line)
@@ -184,6 +185,17 @@ def _path(name: object, file: Path, number: int) -> str:
             f"got {name!r}."
         )
     return path.as_posix()
+
+
+def _text(caption: object, file: Path, number: int) -> str | None:
+    """Return a row's caption.
+
+    Raises:
+        DataError: It is no text: JSON may hold halves of characters, too.
+    """
+    if caption is None or (isinstance(caption, str) and not _SURROGATE.search(caption)):
+        return caption
+    raise DataError(f"{CAPTION} in line {number} of {file} must be a text, got {caption!r}.")
 
 
 def _label(label: object, file: Path, number: int) -> Label:

@@ -19,7 +19,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.network_config import NetworkConfig, image_size, sample_size
+from tdc_ray.models.network_config import NetworkConfig, image_size, reads_text, sample_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import (
     ARCHITECTURES,
@@ -122,6 +122,10 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         "sampler": {name: sampler[name] for name in SAMPLER},
         "first_stage": None if first_stage is None else FIRST_STAGE_DIR,
     }
+    if reads_text(settings):
+        scale = config.sampler.guidance_scale
+        told = {"text_encoder": config.data.text_encoder, "guidance_scale": scale}
+        document["prompts"] = told
     with atomic_path(folder.absolute()) as temporary:
         save_network(unet, temporary / "unet")
         if first_stage is not None:

@@ -277,6 +277,9 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
             "sampler": {name: document["sampler"][name] for name in SAMPLER}
             | _own_scheduler(document.get("scheduler")),
         }
+        if (prompts := document.get("prompts")) is not None:
+            stages["sampler"]["guidance_scale"] = prompts["guidance_scale"]
+            stages["data"] = {"text_encoder": prompts["text_encoder"]}
         without_betas = stages["diffusion"][PREDICTION] == FLOW or EDM in stages["diffusion"]
         if without_betas and "of_base" in stages["sampler"]:
             stages["sampler"]["scheduler"] = BASE
@@ -633,7 +636,7 @@ def _from_hub(name: str) -> Path:
         )
         networks = [path.parent for path in downloaded.rglob("config.json")]
         lacking = [
-            (network.relative_to(downloaded) / "diffusion_pytorch_model*").as_posix()
+            (network.relative_to(downloaded) / "*model*").as_posix()  # of a text encoder, too
             for network in networks
             if not listing(network, "*.safetensors")
         ]
