@@ -25,7 +25,7 @@ for that. Runs are drawn by their number, and the same command goes on after the
 one; with a URI as `--storage` they are in an object store (where `storage` fails only before the
 upload).
 
-Hardware and hours: 2 CPU cores; 20 minutes a run where 20 to 130 processes shared them.
+Hardware and hours: 2 CPU cores; 20 minutes a run at a load of 20 to 130.
 The paper has no such table.
 """
 
