@@ -79,8 +79,10 @@ def sample(driver: str, num_items: int) -> Sample:
 
 def slope(samples: Sequence[Sample], quantity: str) -> tuple[float, float]:
     """Fit a line; return its slope per 1,000 items, and half of the slope's 95 % interval."""
-    xs = [one["items"] / 1000 for one in samples]
-    fit = linregress(xs, [one[quantity] for one in samples])
+    xs, ys = [one["items"] / 1000 for one in samples], [one[quantity] for one in samples]
+    if len(set(ys)) == 1:  # of which linregress makes a slope of 0 and an error of NaN
+        return 0.0, 0.0
+    fit = linregress(xs, ys)
     return float(fit.slope), float(t.ppf(0.975, len(xs) - 2) * fit.stderr)
 
 

@@ -52,6 +52,8 @@ def test_growth_is_that_of_the_driver_with_the_most_samples(importable):
     assert found["slope_per_1000"] == pytest.approx(1.0)
     assert found["half_interval"] == pytest.approx(0.0, abs=1e-6)
     assert (found["first"], found["last"]) == (7.4, 10.8)
+    flat = fitted(samples("flat", 20, 0.0))["actors_mb"]
+    assert (flat["slope_per_1000"], flat["half_interval"]) == (0.0, 0.0)
 
 
 @pytest.mark.slow
