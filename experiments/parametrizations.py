@@ -1,6 +1,6 @@
 """Does it matter what the network predicts? The same training in every parametrization.
 
-    python experiments/parametrizations.py --preset digits --architecture tiny --base-steps 4000
+    python experiments/parametrizations.py --preset digits --architecture tiny --base-steps 2000
     python experiments/parametrizations.py --smoke
 
 A base for every training seed and prediction (`--predictions`): noise, velocity and image on the
@@ -11,8 +11,8 @@ that the prediction implies, on the same images and noise, at the noise levels (
 preset's betas, all timesteps alike: DDPM's L_simple, whatever the network outputs. Rectified
 flow sees these levels at its own times, between those of its training.
 
-Hardware and hours: the first command takes about 20 minutes for two seeds on one CPU core;
-interrupted, it resumes.
+Hardware and hours: the first command takes about 20 minutes a seed on one CPU core that others use
+too; interrupted, it resumes.
 
 The paper does not have this: its networks predict epsilon.
 """
