@@ -164,7 +164,8 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
         ("bf16", sharing(bf16), None),
     ]
     run_ranks(2, tmp_path, jobs)
-    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    # Adam takes a step of about the learning rate, 1e-3, where gradients are all rounding, too
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=5e-4)
     (shared, losses), (ddp, ddp_losses) = loaded(tmp_path, "shared"), loaded(tmp_path, "ddp")
     close(shared, ddp)
     assert losses == pytest.approx(ddp_losses, rel=1e-4)
