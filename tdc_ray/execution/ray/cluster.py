@@ -91,6 +91,13 @@ def connected(
             raise ClusterError(NO_CLUSTER.format(address)) from error
         except RuntimeError as error:  # the cluster has another version of Ray or of Python
             raise ClusterError(f"Ray cannot be used at {address}: {error}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own for a node that starts too slowly
+                raise
+            raise ClusterError(
+                f"Ray did not start, as happens on a busy machine: {error} Run the same command "
+                "again."
+            ) from error
         yield
     finally:
         with interrupts_deferred():
