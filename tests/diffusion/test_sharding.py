@@ -39,9 +39,10 @@ def group() -> Iterator[WorkerRank]:
 
 
 def config_of(dropout: float = 0.1, **base: Any) -> RunConfig:
+    """Four steps in parts of two images: of one, layouts and so what dropout draws may differ."""
     steps = {"num_steps": NUM_STEPS, "batch_size": 12, "checkpoint_every": 2, "log_every": 1}
     return small_config(
-        base={**steps, "num_warmup_steps": 2, "micro_batch_size": 3, **base},
+        base={**steps, "num_warmup_steps": 2, "micro_batch_size": 2, **base},
         model={"dropout": dropout},
         compute={"num_base_workers": 2},
     )
@@ -164,8 +165,7 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
         ("bf16", sharing(bf16), None),
     ]
     run_ranks(2, tmp_path, jobs)
-    # Adam takes a step of about the learning rate, 1e-3, where gradients are all rounding, too
-    close = partial(torch.testing.assert_close, rtol=1e-3, atol=5e-4)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
     (shared, losses), (ddp, ddp_losses) = loaded(tmp_path, "shared"), loaded(tmp_path, "ddp")
     close(shared, ddp)
     assert losses == pytest.approx(ddp_losses, rel=1e-4)
@@ -184,4 +184,4 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
         memory = training_memory(network_structure(TINY), workers, "full", "fp32")
         counted = (memory.weights, memory.gradients, memory.moments, memory.averages)
         # the first rank's shards are the larger ones where dimensions do not divide evenly
-        assert loaded(tmp_path, f"held-{workers}") == pytest.approx(counted, rel=0.03)
+        assert loaded(tmp_path, f"held-{workers}") == pytest.approx(counted, rel=0.05)
