@@ -1,5 +1,6 @@
 """How noise is added and what the network predicts of it: ``--diffusion.*``."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -51,7 +52,8 @@ class DiffusionConfig:
     as diffusers' EDM schedulers call it) or its negative (v_prediction). None: betas."""
 
     sigma_min: PositiveFloat = 0.002
-    """Sigma at timestep 0, with sigma_data; those between are spaced as EDM's samplers do."""
+    """Sigma at timestep 0, with sigma_data; those between are spaced as EDM's samplers do, and
+    drawn equally often (EDM's own training draws log-normal ones)."""
 
     sigma_max: PositiveFloat = 80.0
     """Sigma at the last timestep, with sigma_data."""
@@ -81,10 +83,16 @@ class DiffusionConfig:
 
     def _check_edm(self) -> None:
         """Refuse settings that do not go with EDM's noise process."""
+        if not self.is_edm:
+            for name in ("sigma_min", "sigma_max"):
+                default = type(self).__dataclass_fields__[name].default
+                rule = "left out without diffusion.sigma_data"
+                require("diffusion", self, name, rule, ok=getattr(self, name) == default)
+            return
+        for name in EDM_FIELDS:
+            require("diffusion", self, name, "finite", ok=math.isfinite(getattr(self, name)))
         ok = self.sigma_min < self.sigma_max
         require("diffusion", self, "sigma_max", f"above sigma_min = {self.sigma_min}", ok=ok)
-        if not self.is_edm:
-            return
         ok = self.prediction_type in ("epsilon", "v_prediction")
         rule = "epsilon or v_prediction with diffusion.sigma_data, which has EDM's F"
         require("diffusion", self, "prediction_type", rule, ok=ok)

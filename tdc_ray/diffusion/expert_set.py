@@ -106,13 +106,16 @@ class OffloadedExperts(nn.Module):
 def _index_of(spans: Sequence[Span], timestep: float) -> int:
     """Return the place of the span that is nearest to a timestep; of two, the noisier one.
 
-    Of a plan's spans that one holds ``schedule.nearest_timestep``. Fractions may also lie up to 1
-    outside of all: flow matching counts to T, and half precision rounds to it.
+    Of a plan's spans that one holds ``schedule.nearest_timestep``. Fractions may also lie outside
+    of all, by 1 or by a hundredth of the timesteps' range if that is less (EDM's is 3): flow
+    matching counts to T, and half precision rounds to it.
     """
+    edges = [edge for span in spans for edge in span]
+    tolerance = 0 if isinstance(timestep, int) else min(1, (max(edges) - min(edges)) / 100)
     distance, place = min(
         (max(first - timestep, timestep - last, 0), -i) for i, (first, last) in enumerate(spans)
     )
-    if not distance <= (0 if isinstance(timestep, int) else 1):  # NaN, too
+    if not distance <= tolerance:  # NaN, too
         raise ConfigError(
             f"no expert serves timestep {timestep}: the experts' timesteps are {tuple(spans)}. "
             "Use a scheduler with the number of timesteps that the experts were trained for."

@@ -1,6 +1,7 @@
 """FSDP2: the weights of a training, and so all that follows them, split over its ranks."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,9 +36,11 @@ def shard(network: nn.Module, mesh: DeviceMesh, precision: Precision) -> nn.Modu
     }
     structure = copy.deepcopy(network, memo)
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32)
+    # The whole network's inputs are not rounded: timesteps are among them.
+    of_all = replace(policy, cast_forward_inputs=False)
     for name, module in reversed(list(network.named_modules())):  # inner ones first
         if not name or is_sharding_unit(name):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy if name else of_all)
     return structure
 
 

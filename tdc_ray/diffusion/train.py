@@ -92,11 +92,24 @@ class TrainState:
         """Restore what :meth:`state_dict` returned."""
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
+        if self.structure is None:
+            self._bring_moments_into_layout()
         self.ema.to(self.device)
         self.step = state["step"]
         if self.start is not None:
             for weights, saved in zip(self.start, state["start"], strict=True):
                 weights.copy_(saved)
+
+    def _bring_moments_into_layout(self) -> None:
+        """Copy moments whose memory is ordered otherwise than the weights'.
+
+        Those of ranks that share the state, or of another device, are; AdamW's fused kernels pair
+        numbers by their place in memory.
+        """
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint file, atomically: every rank calls it, the first one writes.

@@ -73,5 +73,7 @@ def training_memory(
     sizes = unit_sizes(structure)
     outside = sizes.pop("", 0)
     numbers = outside + sum(size for _, size in sizes.most_common(2))
-    width = 2 if precision in ("bf16", "fp16") else _FLOAT
-    return TrainingMemory(share, share, 2 * share, share, 2 * width * numbers)
+    # Gathered weights, their gradients, and in half precision the float32 that gradients are
+    # summed in.
+    bytes_each = 2 + 2 + _FLOAT if precision in ("bf16", "fp16") else 2 * _FLOAT
+    return TrainingMemory(share, share, 2 * share, share, bytes_each * numbers)

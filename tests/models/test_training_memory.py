@@ -38,4 +38,4 @@ def test_workers_that_share_a_training_hold_less_of_it_and_as_much_of_its_larges
     sizes = unit_sizes(structure)
     outside = sizes.pop("")
     largest = sum(size for _, size in sizes.most_common(2))
-    assert two.exchanged == eight.exchanged == 4 * (outside + largest)  # weights, gradients: bf16
+    assert two.exchanged == eight.exchanged == 8 * (outside + largest)  # bf16, bf16 and fp32

@@ -66,9 +66,10 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
     def save(state: TrainState) -> None:
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE_FILE)
-            with state.ema_weights() as unet:  # gathered by now: the others wait in the report
-                if rank == 0:
-                    events(Reported(key, state.step, {}, sample_grid(unet, config).numpy()))
+            if rank == 0 or state.structure is not None:  # all gather what they share
+                with state.ema_weights() as unet:
+                    if rank == 0:  # the others wait in the report
+                        events(Reported(key, state.step, {}, sample_grid(unet, config).numpy()))
             file = Checkpoint.from_directory(folder) if rank == 0 else None
             ray.train.report({"step": state.step}, checkpoint=file)
 
