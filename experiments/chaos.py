@@ -59,6 +59,7 @@ from output import provenance, write_table
 from processes import workers
 from ray.cluster_utils import Cluster
 
+from tdc_ray.errors import ConfigError
 from tdc_ray.execution.timeline import History, load_history
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -477,6 +478,10 @@ def main(flags: ChaosFlags) -> None:
         flags = dataclasses.replace(flags, **smoke)
     storage = resolve_path(flags.storage) / "chaos"
     folder = Path("runs/chaos") if is_remote(storage) else storage  # of logs and what is shared
+    if unknown := set(flags.kinds) - set(KINDS) - set(HOST_KINDS):
+        raise ConfigError(f"--kinds must be of {', '.join(KINDS)}, got {', '.join(unknown)}.")
+    if not flags.two_hosts and set(flags.kinds) & set(HOST_KINDS):
+        raise ConfigError(f"--kinds {' '.join(HOST_KINDS)} need --two-hosts.")
     outcomes_file = folder / "outcomes.jsonl"
     lines = read_json_lines(outcomes_file) if exists(outcomes_file) else []
     outcomes = [Outcome(**line) for line in lines]

@@ -28,6 +28,7 @@ from scheduling import chain
 from scipy.stats import linregress, t
 
 from tdc_ray.config.compute import ComputeConfig
+from tdc_ray.errors import ConfigError
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
@@ -125,6 +126,8 @@ def soak(flags: SoakFlags, folder: Path, samples: list[Sample]) -> None:
 
 def main(flags: SoakFlags) -> None:
     """Run, fit and write."""
+    if flags.items < 5 * NUM_PER_SAMPLE:
+        raise ConfigError(f"--items must be at least {5 * NUM_PER_SAMPLE}, got {flags.items}.")
     folder = flags.storage / "soak"
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "samples.jsonl"

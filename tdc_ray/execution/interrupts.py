@@ -9,12 +9,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 RAISED_AGAIN_EVERY_S = 1.0
+
+SAME_WITHIN_S = 0.2
+"""A second signal as soon after the first is the same interrupt."""
 
 RESTORED_EVERY_S = 0.01
 """How often C code's handlers are replaced by ours while interrupts are deferred."""
@@ -30,6 +34,9 @@ class _State:
 
     received: int | None = None
     """The first signal."""
+
+    received_at = 0.0
+    """When it came, by ``time.monotonic``."""
 
     handled: tuple[signal.Signals, ...] = ()
     deferring = False
@@ -118,10 +125,12 @@ def _handlers_kept() -> Iterator[None]:
 
 def _receive(number: int, _frame: object) -> None:
     if _state.received is not None:
+        if time.monotonic() - _state.received_at < SAME_WITHIN_S:
+            return  # GNU timeout, for one, signals its child and then its child's group
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         _kill_below(os.getpid())
         os._exit(128 + number)
-    _state.received = number
+    _state.received, _state.received_at = number, time.monotonic()
     if _state.say is not None:
         with suppress(OSError):  # nobody listens: | head has ended, too
             _state.say(number)

@@ -42,9 +42,9 @@ def conclusions(results: Results) -> list[str]:
     ]
     if results.losses is not None:
         lines.append(
-            "No image was scored (evaluate.features none): a loss does not tell how images look, "
-            "so look at the samples, and compare it only with runs on the same data and noise "
-            "process. tdc-ray sample and tdc-ray score make a score afterwards."
+            "No image was scored, as there were no features to score by: a loss does not tell how "
+            "images look, so look at the samples, and compare it only with runs on the same data "
+            "and noise process. tdc-ray sample and tdc-ray score make a score afterwards."
         )
     elif results.metric != "fid":
         lines.append(
@@ -108,6 +108,9 @@ def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
     """Write how TDC stands beside the base trained on, in score and in losses."""
     score, other = results.tdc.score, comparison.score
     better = "better" if score < other else "worse" if score > other else "the same"
+    if results.losses is not None:
+        found = verdict(comparison.mean)
+        better = {"lower": "better", "higher": "worse", "undecided": "undecided"}[found]
     how = (
         "its optimizer and averaged weights carried on from stage 1"
         if comparison.continued

@@ -7,6 +7,8 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
+from tdc_ray.data.batches import halves, held_out_split
+from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.latents import captions_of
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.survey import log_summary
@@ -28,6 +30,9 @@ from tdc_ray.runs.pretrained.importer import check_compatible, check_weights
 from tdc_ray.runs.pretrained.sources import PretrainedBase
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
+
+LEAST_JUDGED = 2
+"""Images that losses are compared on, at least."""
 
 
 def check(
@@ -108,6 +113,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
     check_told(config.data, config.conditioning, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
+    check_held_out(config, dataset)
     if reads_text(network):  # guidance leads away from the empty prompt
         return
     check_conditioning(
@@ -116,6 +122,26 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
         num_class_embeds=num_class_embeds(network),
         num_data_classes=dataset.num_classes,
     )
+
+
+def check_held_out(config: RunConfig, dataset: ImageDataset) -> None:
+    """Check that losses that are compared have an interval: there are two images at least.
+
+    Raises:
+        ConfigError: They have none.
+    """
+    wanted = config.evaluate.features
+    by_loss = wanted == "none" or (wanted == "auto" and dataset.num_classes is None)
+    if not by_loss and config.compare.kind == "none":
+        return
+    _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
+    if len(halves(held_out)[1]) < LEAST_JUDGED:
+        raise ConfigError(
+            f"prune.held_out_share must hold out at least {2 * LEAST_JUDGED} of the "
+            f"{len(dataset)} images, on which losses are compared, got "
+            f"{config.prune.held_out_share}, which holds out {len(held_out)}. Raise "
+            "--prune.held-out-share, or give more images."
+        )
 
 
 def check_told(data: DataConfig, conditioning: ConditioningConfig, network: NetworkConfig) -> None:

@@ -278,6 +278,7 @@ def _time(
     num_experts = workers.num_workers(actor_resources(config.compute))
     share = mean_limit(config, plan)
     base, experts = step_times(run_dir, config, network, share, num_experts)
+    logger.info("timing steps of the base, then of experts, for --hours")
     began = time.perf_counter()
     alone = workers.run({"base": base}, "step times")["base"]
     between = time.perf_counter()

@@ -9,6 +9,7 @@ import os, signal, time
 from tdc_ray.execution import interrupts
 from tdc_ray.execution.interrupts import interrupts_deferred, received_signal
 interrupts.RAISED_AGAIN_EVERY_S = 0.1
+same_within, interrupts.SAME_WITHIN_S = interrupts.SAME_WITHIN_S, 0.0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's inherits another
 interrupts.handle_interrupts(lambda number: print("said", flush=True))
 
@@ -77,6 +78,21 @@ finally:
     print("never")
 """
     assert outcome(code) == (128 + number, ["said"])
+
+
+def test_one_that_is_sent_to_the_process_and_to_its_group_is_one():
+    code = """
+interrupts.SAME_WITHIN_S = same_within
+try:
+    try:
+        send(signal.SIGTERM)
+    finally:
+        send(signal.SIGTERM)
+        print("clean")
+except KeyboardInterrupt:
+    print("stopped", received_signal())
+"""
+    assert outcome(code) == (0, ["said", "clean", "stopped", "15"])
 
 
 def test_a_second_one_ends_what_the_process_started():

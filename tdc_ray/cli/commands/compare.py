@@ -24,7 +24,7 @@ class CompareCommand:
         """Print the tables."""
         runs = list(dict.fromkeys(resolve_path(run).resolve() for run in self.runs))
         if len(runs) < 2:
-            named = ", ".join(map(str, self.runs))
+            named = ", ".join(map(str, self.runs)) or "none"
             raise ConfigError(
                 f"tdc-ray compare needs at least two different run directories, got {named}."
             )

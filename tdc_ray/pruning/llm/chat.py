@@ -113,10 +113,11 @@ class _Event(BaseModel):
         default=None, validation_alias=AliasPath("choices", 0, "finish_reason")
     )
     usage: Any = None
+    error: Any = None
 
 
 BROKEN_OFF = "broken off"
-"""Stands for the finish_reason of a stream that ended without one."""
+"""Stands for the finish_reason of a stream that ended without one; an error may follow."""
 
 
 def server_host(base_url: str | None) -> str:
@@ -301,8 +302,8 @@ def _read(body: str, *, is_stream: bool) -> Answer:
         text, problem = message.refusal, "it is a refusal, but changes were asked for."
     elif completion.finish_reason == "length":
         problem = "it was cut off at the most tokens that a reply may have."
-    elif completion.finish_reason == BROKEN_OFF:
-        problem = "the server broke it off."
+    elif (reason := completion.finish_reason or "").startswith(BROKEN_OFF):
+        problem = redact(f"the server broke it off{reason.removeprefix(BROKEN_OFF)}.")
     elif completion.finish_reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip() and not calls:
@@ -334,6 +335,8 @@ def _joined(body: str) -> _Completion:
         text += _text_of(event.delta.content)
         refusal += event.delta.refusal or ""
         finish_reason = event.finish_reason or finish_reason
+        if event.error:
+            finish_reason = f"{BROKEN_OFF}: {event.error}"[:MAX_PROBLEM_CHARS]
         usage = event.usage or usage
         for part in event.delta.tool_calls or ():
             call = latest.get(part.index)

@@ -208,7 +208,10 @@ STREAMED = {
     "a refusal": ([says(None, refusal="I must not, for it is bad."), says(GOOD)], 2),
     "cut off": ([says(GOOD[:60], finish_reason="length"), says(GOOD)], 2),
     "no end": ([streams(*WHOLE[:-3]), says(GOOD)], 2),
-    "an error in the midst": ([streams(*WHOLE[:2], 'data: {"error": {}}'), says(GOOD)], 2),
+    "an error in the midst": (
+        [streams(*WHOLE[:2], 'data: {"error": {"message": "out of memory"}}'), says(GOOD)],
+        2,
+    ),
     "no JSON": ([streams(*WHOLE[:2], "data: oops"), says(GOOD)], 2),
     "silence in the midst": ([falls_silent(*WHOLE[:2]), says(GOOD)], 2),
     "no tools": ([refuses_tools(says(GOOD))], 2),
