@@ -108,6 +108,9 @@ def test_images_without_labels_or_network_become_experts_that_are_compared_by_lo
         save(tmp_path / f"pictures/{index}.png", random_pixels(8, 8, 3, seed=index))
     arguments = ["run", "--data", "pictures", *TINY_STEPS, "--evaluate.features", "none"]
     arguments += ["--evaluate.cache-dir", str(tmp_path), "--run-dir", "a"]
+    assert run_command(arguments) == 1
+    assert "must hold out at least 4 of the 24 images" in capsys.readouterr().err
+    arguments += ["--prune.held-out-share", "0.25"]
     assert run_command(arguments) == 0
     printed, results = capsys.readouterr().out, load_results(tmp_path / "a/results.json")
     assert "No image was scored" in printed
@@ -142,7 +145,8 @@ def test_images_without_labels_or_network_become_experts_that_are_compared_by_lo
     assert score in (tmp_path / "page/report.md").read_text()
     assert run_command(["export", "a", "out"]) == 0
     assert score in (tmp_path / "out/README.md").read_text()
-    for command in (["score", "pictures", "--reference", "a"], ["schedule", "a", "--score"]):
-        budget = ["--macs", "0.9"] if command[0] == "schedule" else []
-        assert run_command([*command, *budget]) == 1
-        assert "cannot be scored with evaluate.features none" in capsys.readouterr().err
+    assert run_command(["schedule", "a", "--score", "--macs", "0.9"]) == 1
+    assert "cannot be scored with evaluate.features none" in capsys.readouterr().err
+    score = ["score", "pictures", "--reference", "a", "--evaluate.features", "classifier"]
+    assert run_command(score) == 1
+    assert "must not be classifier where not all images have labels" in capsys.readouterr().err

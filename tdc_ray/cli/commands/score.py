@@ -85,8 +85,11 @@ class ScoreCommand:
                 labels_from_folders=self.labels_from_folders,
             )
         else:
-            self._refuse_for_a_run()
-            reference = replace(reference, evaluate=replace(reference.evaluate, **changes))
+            is_scored = reference.features != "none"
+            self._refuse_for_a_run(is_scored=is_scored)
+            features = reference.features if is_scored else self.features or "auto"
+            evaluate = replace(reference.evaluate, **changes)
+            reference = replace(reference, evaluate=evaluate, features=features)
         check_features_model(reference.evaluate)
         score = score_images(self.images, reference)
         console.print(
@@ -104,8 +107,11 @@ class ScoreCommand:
             write_json(resolve_path(self.out), asdict(score))
             console.print(f"written: {display_path(self.out)}", soft_wrap=True)
 
-    def _refuse_for_a_run(self) -> None:
+    def _refuse_for_a_run(self, *, is_scored: bool) -> None:
         """Refuse what a run has decided already.
+
+        Args:
+            is_scored: Whether its images are, by features that it chose.
 
         Raises:
             ConfigError: It was given.
@@ -116,7 +122,7 @@ class ScoreCommand:
             ("evaluate.features", self.features),
             ("evaluate.features-model", self.features_model),
         ):
-            if value is not None:
+            if value is not None and (is_scored or not flag.startswith("evaluate")):
                 raise ConfigError(
                     f"--{flag} must be left out where the reference is a run, got {value}: images "
                     "are scored as the run's own. Name its training images to score otherwise."

@@ -183,8 +183,7 @@ def find_features(data: DataConfig, evaluate: EvaluateConfig, wanted: str) -> Fe
     if spec is None and wanted == "none":
         raise EvaluationError(
             "Images cannot be scored with evaluate.features none, where models are compared by "
-            "their losses. Score samples against the training images: tdc-ray score IMAGES "
-            "--reference TRAINING_IMAGES."
+            "their losses. Samples are scored by tdc-ray score IMAGES --reference RUN."
         )
     if spec is None:
         raise EvaluationError(_missing(data))
