@@ -97,6 +97,16 @@ def parse_space(texts: Sequence[str], config: RunConfig) -> dict[str, Domain]:
     return space
 
 
+CHANGE_WHAT_LOSSES_ARE_OF = (
+    "data.",
+    "diffusion.",
+    "evaluate.features",
+    "prune.held_out_share",
+    "sampler.",
+)
+"""Fields, or how their names begin, whose values have losses that cannot be compared."""
+
+
 def check_space(
     space: Mapping[str, Domain],
     config: RunConfig,
@@ -137,11 +147,13 @@ def check_space(
     if sweep_config.search == "grid":  # a value may be legal beside others alone
         for params in grid(space) if points is None else points:
             with_params(config, params, config.seed)
-    unlike = [name for name in space if name.startswith(("diffusion.", "sampler."))]
-    if config.evaluate.features == "none" and "score" in sweep_config.objectives and unlike:
+    unlike = [name for name in space if name.startswith(CHANGE_WHAT_LOSSES_ARE_OF)]
+    varied = space.get("evaluate.features")
+    features = varied.values if isinstance(varied, Choices) else (config.evaluate.features,)
+    if "none" in features and "score" in sweep_config.objectives and unlike:
         raise ConfigError(
             "sweep.objectives must be without score where evaluate.features is none and "
-            f"{', '.join(unlike)} varied: a loss compares neither noise processes nor samplers. "
+            f"{', '.join(unlike)} varied: losses are compared on the same images and noise alone. "
             "Give --objectives macs, or other features."
         )
     bases = [name for name in space if name.startswith(("base.", "model."))]
