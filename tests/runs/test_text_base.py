@@ -241,6 +241,7 @@ def test_experts_of_it_draw_within_its_own_pipeline(ray_cluster, pipeline, tmp_p
     command = ["run", "--base", str(pipeline), "--data", "base", "--finetune.num-steps", "4"]
     command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
     command += ["--plan.num-groups", "2", "--evaluate.num-images", "8", "--run-dir", str(run)]
+    command += ["--prune.held-out-share", "0.25"]
     command += ["--evaluate.cache-dir", str(tmp_path / "cache"), "--evaluate.features", "none"]
     assert run_command(command) == 0
     results = json.loads((run / "results.json").read_text())
