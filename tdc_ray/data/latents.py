@@ -209,8 +209,8 @@ def captions_of(data: DataConfig) -> Names:
     captions: Names | None = getattr(load_dataset(data), "captions", None)
     if captions is None:
         raise DataError(
-            f"data.source {data.source} has no captions that are read, which a base that is told "
-            "prompts needs: write metadata.jsonl with the columns file_name and text, or set "
+            f"data.source {data.source} has no captions that are read, which a base conditioned "
+            "on text needs: write metadata.jsonl with the columns file_name and text, or set "
             "--data base."
         )
     return captions

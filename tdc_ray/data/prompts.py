@@ -1,4 +1,4 @@
-"""Prompts that a base conditioned on text is told, and the states that its text encoder makes."""
+"""Prompts for a base conditioned on text, and the states that its text encoder makes of them."""
 
 import functools
 from collections.abc import Sequence

@@ -43,10 +43,10 @@ def read_rows(
     rows: dict[int, tuple[Tensor, Tensor]] = {}
     for shard in {index // size for index in indices}:
         with safe_open(shard_path(folder, shard * size), framework="pt") as file:  # memory-mapped
-            tensor, told = file.get_slice(name), file.get_slice(labels)
+            tensor, wanted = file.get_slice(name), file.get_slice(labels)
             for index in indices:
                 if index // size == shard:
                     row = index % size
-                    rows[index] = (tensor[row].clone(), told[row : row + 1].clone())
+                    rows[index] = (tensor[row].clone(), wanted[row : row + 1].clone())
     parts, classes = zip(*(rows[index] for index in indices), strict=True)
     return ImageBatch(torch.stack(parts), torch.cat(classes))

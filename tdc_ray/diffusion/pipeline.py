@@ -250,7 +250,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         """Refuse states of prompts that are missing, are for others, or are not one per image."""
         if not self.reads_prompts:
             if states is not None:
-                raise ConfigError("prompt_embeds must be None: the experts are told no text.")
+                raise ConfigError(
+                    "prompt_embeds must be None: the experts are not conditioned on text."
+                )
         elif (states is None and needed) or (states is not None and len(states) != batch_size):
             got = "none" if states is None else len(states)
             raise ConfigError(

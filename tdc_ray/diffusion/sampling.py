@@ -161,7 +161,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def _labels(
     spec: SamplingSpec, classes: Tensor | None, prompts: Tensor | None, negative: Tensor | None
 ) -> Labels:
-    """Return what denoisers are told, of B images; with guidance as for :func:`_guide`."""
+    """Return the labels of B images; with guidance as :func:`_guide` expects them."""
     guided = spec.guidance_scale != 1.0
     if prompts is not None:
         if guided:

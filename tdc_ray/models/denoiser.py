@@ -32,7 +32,7 @@ class Denoiser(Protocol):
     def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> DenoiserOutput:
         """Predict the noise of images ``(B, C, H, W)`` at timesteps ``(B,)``.
 
-        What else it is told is named by :func:`conditions`.
+        What else it takes is named by :func:`conditions`.
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -64,8 +64,7 @@ class Denoiser(Protocol):
 
 
 Labels = Tensor | Captions | None
-"""What a network is told of the images of a batch: classes, int64, ``(B,)``, or captions; None for
-one that is unconditional."""
+"""What a network is conditioned on: classes, int64, ``(B,)``, or captions; None for nothing."""
 
 
 def conditions(labels: Labels) -> dict[str, Tensor]:

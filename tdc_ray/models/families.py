@@ -157,12 +157,12 @@ def family_of(network: Denoiser) -> Family:
 
 
 def reads_captions(network: Denoiser | nn.Module) -> bool:
-    """Whether a network is told captions."""
+    """Whether a network is conditioned on captions."""
     return type(network).__name__ in TEXT_CLASSES
 
 
 def labels_for(network: Denoiser, labels: Tensor) -> Labels:
-    """Return what a network is told of images.
+    """Return what a network is conditioned on.
 
     Args:
         network: The network.
@@ -256,9 +256,9 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
         )
     if config.get("addition_embed_type") is not None:
         raise ConfigError(
-            f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is told "
-            "more than the states of a prompt, which no command has yet. Those of Stable "
-            "Diffusion 1 and 2 can be a base or be pruned."
+            f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is "
+            "conditioned on more than the states of a prompt, which no command has yet. Those of "
+            "Stable Diffusion 1 and 2 can be a base or be pruned."
         )
 
 

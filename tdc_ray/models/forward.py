@@ -79,7 +79,9 @@ def predict(
             denoiser(
                 x_t[first : first + size],
                 timesteps[first : first + size],
-                **{name: told[first : first + size] for name, told in conditions(labels).items()},
+                **{
+                    name: whole[first : first + size] for name, whole in conditions(labels).items()
+                },
             )
             .sample[:, :num_channels]
             .float()

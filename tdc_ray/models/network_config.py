@@ -14,7 +14,7 @@ DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
 
 TEXT_CLASSES = (PIXART_CLASS, SD3_CLASS, CONDITION_CLASS)
-"""Classes of networks that are told captions."""
+"""Classes of networks that are conditioned on captions."""
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -127,7 +127,7 @@ def num_class_embeds(config: Mapping[str, Any]) -> int | None:
 
 
 def reads_text(config: Mapping[str, Any]) -> bool:
-    """Whether a network of a config is told captions, or prompts."""
+    """Whether a network of a config is conditioned on captions."""
     return class_name(config) in TEXT_CLASSES
 
 

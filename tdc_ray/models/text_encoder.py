@@ -38,7 +38,7 @@ def check_text_encoder(pipeline: str | None) -> Path:
     """
     if pipeline is None:
         raise ConfigError(
-            "data.text_encoder must be given for a base that is told prompts and lies in no "
+            "data.text_encoder must be given for a base conditioned on text that lies in no "
             "pipeline: set --data.text-encoder to the folder of one, as diffusers saves it."
         )
     folder = resolve_path(pipeline)

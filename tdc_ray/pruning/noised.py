@@ -86,8 +86,8 @@ def noised_batches(
             noise = torch.randn((count, *x_0.shape[1:]), generator=generator)
         part = slice(start, start + len(x_0))
         start += len(x_0)
-        told = labels_for(network, labels)
-        batch = NoisedBatch(x_0, noise[part], timesteps.start + offsets[part], told)
+        wanted = labels_for(network, labels)
+        batch = NoisedBatch(x_0, noise[part], timesteps.start + offsets[part], wanted)
         yield batch.to(network.device)
 
 

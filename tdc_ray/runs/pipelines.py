@@ -22,13 +22,15 @@ def pipeline_index(
 
 
 def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Tensor]:
-    """Return what a pipeline is told of the images ``first`` to ``first + count - 1``.
+    """Return classes, or prompts' states, of the images ``first`` to ``first + count - 1``.
 
     Of models conditioned on classes, or on text, image i is of class, or prompt, i modulo their
     number: in every batch, model and run.
     """
     if (classes := image_labels(config.conditioning.num_classes, first, count)) is not None:
         return {"class_labels": classes}
+    if config.data.text_encoder is None:
+        return {}
     states = training_data(config.data, config.evaluate.cache_dir).prompts()
     if states is None:
         return {}

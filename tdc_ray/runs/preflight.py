@@ -110,7 +110,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: The data is missing or malformed.
         ConfigError: Model, labels and guidance are not compatible.
     """
-    check_told(config.data, config.conditioning, network)
+    check_prompts(config.data, config.conditioning, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
     check_held_out(config, dataset)
@@ -144,7 +144,9 @@ def check_held_out(config: RunConfig, dataset: ImageDataset) -> None:
         )
 
 
-def check_told(data: DataConfig, conditioning: ConditioningConfig, network: NetworkConfig) -> None:
+def check_prompts(
+    data: DataConfig, conditioning: ConditioningConfig, network: NetworkConfig
+) -> None:
     """Check that images come with prompts, or captions, where a network reads them.
 
     Raises:
@@ -154,13 +156,13 @@ def check_told(data: DataConfig, conditioning: ConditioningConfig, network: Netw
     if not reads_text(network):
         if data.text_encoder is not None:
             raise ConfigError(
-                "data.text_encoder goes with a base that is told prompts, got "
+                "data.text_encoder goes with a base conditioned on text, got "
                 f"{data.text_encoder} with one that is not. Leave it out."
             )
         return
     if conditioning.num_classes is not None:
         raise ConfigError(
-            "conditioning.num_classes must be None for a base that is told prompts, got "
+            "conditioning.num_classes must be None for a base conditioned on text, got "
             f"{conditioning.num_classes}. Leave it out."
         )
     check_text_encoder(data.text_encoder)

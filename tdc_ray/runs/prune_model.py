@@ -31,7 +31,7 @@ from tdc_ray.pruning.result import contribution_notes, schemes_by_source
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
-from tdc_ray.runs.preflight import check_shape, check_told
+from tdc_ray.runs.preflight import check_prompts, check_shape
 from tdc_ray.runs.pretrained.sources import TRANSFORMERS, is_unet
 from tdc_ray.runs.stages.base_samples import draw_base_samples, drawing_macs, with_base_samples
 from tdc_ray.runs.stages.expert import pruning_context
@@ -250,7 +250,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: It is missing or malformed.
     """
     check_shape(config.data, network, "this model")
-    check_told(config.data, config.conditioning, network)
+    check_prompts(config.data, config.conditioning, network)
     dataset, embeds = load_dataset(config.data), num_class_embeds(network)
     log_summary(config.data)
     if embeds and not dataset.num_classes:

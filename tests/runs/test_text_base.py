@@ -1,4 +1,4 @@
-"""A base that is told prompts: a tiny Stable Diffusion with random weights, through the method."""
+"""A base conditioned on text: a tiny Stable Diffusion with random weights, through the method."""
 
 import json
 import re
@@ -210,7 +210,10 @@ def test_an_image_without_a_caption_is_refused_by_name(pipeline, captioned, tmp_
     [
         (("--data", "digits"), "data.source digits has no captions"),
         (("--data.prompts", "nowhere.txt"), "nowhere.txt does not exist"),
-        (("--conditioning.num-classes", "3"), "num_classes must be None for a base that is told"),
+        (
+            ("--conditioning.num-classes", "3"),
+            "num_classes must be None for a base conditioned on text",
+        ),
     ],
 )
 def test_what_it_cannot_be_told_is_refused(pipeline, tmp_path, capsys, changes, message):

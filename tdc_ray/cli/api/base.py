@@ -187,7 +187,7 @@ def _save(
     """Save what a base needs of a model in memory, as diffusers does; return where it is.
 
     Raises:
-        ConfigError: It cannot be a base, or its noise process is missing or told twice.
+        ConfigError: It cannot be a base, or its noise process is missing or given twice.
     """
     if isinstance(source, ProgressivePipeline):
         raise ConfigError("the base must be one network, got a ProgressivePipeline of experts.")

@@ -344,8 +344,8 @@ def sample_images(job: SampleJob, report: Report) -> SampleResult:
     for first in range(job.first, job.first + job.count, size):
         count = min(size, job.first + job.count - first)
         generators = image_generators(job.config.evaluate.seed, first, count)
-        told = image_conditions(job.config, first, count)
-        output = pipeline(count, generators, output_type="np", **told)
+        conditions = image_conditions(job.config, first, count)
+        output = pipeline(count, generators, output_type="np", **conditions)
         pixels.append(output.images)
         report({}, first + count - job.first)
     images = np.concatenate(pixels)

@@ -83,7 +83,7 @@ def _export_pipeline(run_dir: RunDir, folder: Path) -> None:
     pipeline = ProgressivePipeline.from_pretrained(run_dir.root)
     if pipeline.reads_prompts:
         raise ConfigError(
-            "experts that are told prompts are exported with --denoiser: the base's own pipeline, "
+            "experts conditioned on text are exported with --denoiser: the base's own pipeline, "
             "which has the text encoder, draws with them."
         )
     (folder / EXPERTS_DIR).mkdir(parents=True)

@@ -124,8 +124,8 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
     }
     if reads_text(settings):
         scale = config.sampler.guidance_scale
-        told = {"text_encoder": config.data.text_encoder, "guidance_scale": scale}
-        document["prompts"] = told
+        encoder = config.data.text_encoder
+        document["prompts"] = {"text_encoder": encoder, "guidance_scale": scale}
     with atomic_path(folder.absolute()) as temporary:
         save_network(unet, temporary / "unet")
         if first_stage is not None:

@@ -33,8 +33,8 @@ def prediction_doubt(unet: Denoiser, diffusion: DiffusionConfig) -> str | None:
     count = math.ceil(_NUMBERS / math.prod(shape))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     timesteps = noise_schedule(diffusion).model_timesteps(torch.full((count,), last))
-    told = conditions(blank_labels(unet, count))
-    output = unet(noise, timesteps, **told).sample[:, :channels]
+    labels = blank_labels(unet, count)
+    output = unet(noise, timesteps, **conditions(labels)).sample[:, :channels]
     correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
     has_noise = diffusion.prediction_type in ("epsilon", "flow_prediction")
     has_noise = has_noise and not diffusion.is_edm  # whose output there is the image

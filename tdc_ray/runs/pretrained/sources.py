@@ -328,10 +328,12 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
         )
     kind = index["scheduler"][-1]
     base = _with_scheduler(source, network, path, first_stage, kind)
-    return _told_prompts(base, folder, index) if reads_text(base.unet) else base
+    return _with_text_encoder(base, folder, index) if reads_text(base.unet) else base
 
 
-def _told_prompts(base: PretrainedBase, folder: Path, index: Mapping[str, Any]) -> PretrainedBase:
+def _with_text_encoder(
+    base: PretrainedBase, folder: Path, index: Mapping[str, Any]
+) -> PretrainedBase:
     """Add a pipeline's text encoder, and the guidance that it has by default."""
     stages = base.settings.model_dump(exclude_unset=True)
     if exists(folder / TEXT_ENCODER / "config.json"):

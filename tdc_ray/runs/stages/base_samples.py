@@ -220,8 +220,8 @@ def draw_images(job: DrawJob, report: Report) -> DrawResult:
     for start in range(job.first, job.first + job.count, size):
         count = min(size, job.first + job.count - start)
         generators = image_generators(seed, start, count)
-        told = image_conditions(config, start, count)
-        samples = pipeline(count, generators, output_type="pt", **told).images
+        conditions = image_conditions(config, start, count)
+        samples = pipeline(count, generators, output_type="pt", **conditions).images
         images = samples
         if first_stage is not None:
             parts["latents"].append(samples.cpu())
