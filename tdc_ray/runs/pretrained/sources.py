@@ -260,6 +260,8 @@ def _imported(source: str, folder: Path, unet: Path | None = None) -> Pretrained
     if not exists(folder / BASE_FILE):
         return None
     document = json_object(folder / BASE_FILE)
+    if not {"format", "diffusion"} & document.keys():  # what a run says of its longer base
+        return None
     if document.get("format") != FORMAT:
         raise CheckpointError(
             f"{display_path(folder / BASE_FILE)} has format {document.get('format')}, expected "

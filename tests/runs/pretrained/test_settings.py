@@ -423,7 +423,10 @@ def test_a_unet_in_a_run_or_an_import_has_its_noise_process(tmp_path):
     )
     write_json(run_dir.config, to_json(config))
     write_json(run_dir.base_result, {})
-    assert resolve_base(str(run_dir.base_unet)).settings.diffusion.num_train_timesteps == 50
+    save_unet(random_unet(seed=7), run_dir.longer_base)
+    write_json(run_dir.longer_base.parent / "base.json", {"steps": 4, "macs_spent": 1.0})
+    for unet in (run_dir.base_unet, run_dir.longer_base):
+        assert resolve_base(str(unet)).settings.diffusion.num_train_timesteps == 50
     base = resolve_base(save_pipeline(tmp_path / "p"))
     import_base(base, apply_settings(base.settings, CONFIG, with_data=True), tmp_path / "base")
     assert resolve_base(str(tmp_path / "base/unet")).settings.diffusion.num_train_timesteps == 500
