@@ -75,7 +75,7 @@ def losses_of(flags: PlateauFlags, seed: int) -> dict[int, Losses]:
 def main(flags: PlateauFlags) -> None:
     """Run all seeds; write table, plot and record after each of them."""
     if flags.smoke:
-        flags = replace(flags, steps=(20, 40, 60), num_noised=180)
+        flags = replace(flags, steps=(10, 20, 30, 40, 60), num_noised=180)
     folder = flags.storage / f"plateau-{flags.variant}"
     found: dict[int, dict[int, Losses]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all

@@ -103,6 +103,7 @@ def test_losses_are_compared_on_every_setting_and_held_against_the_aims(storage,
         ("equal_compute", "digits-smoke", "EqualFlags", "row"),
         ("step_schedules", "digits-smoke", "StepFlags", "schedule"),
         ("two_stage", "digits-smoke", "StagesFlags", "strategy, share"),
+        ("plateau", "digits-smoke", "PlateauFlags", "steps"),
     ],
 )
 def test_smoke_writes_table_plot_and_what_made_them(
