@@ -55,7 +55,7 @@ class ConfigError(TdcError):
         if len(self.args) < 2:
             return super().__str__()
         problems = [f"  {problem}" for problem in self.args]
-        return "\n".join([f"{len(problems)} settings are wrong:", *problems])
+        return "\n".join([f"{len(problems)} errors in the settings:", *problems])
 
 
 class ScheduleError(TdcError):

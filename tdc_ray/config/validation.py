@@ -66,7 +66,7 @@ def config_error(error: ValidationError, stage: str = "") -> ConfigError:
     problems: list[str] = []
     for one in error.errors(include_url=False):
         problems += one["ctx"]["problems"] if one["type"] == _RULES else [_problem(one, stage)]
-    return ConfigError(*dict.fromkeys(problems))
+    return ConfigError(*problems)
 
 
 def _problem(error: ErrorDetails, stage: str) -> str:

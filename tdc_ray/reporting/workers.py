@@ -48,16 +48,12 @@ def print_status(console: Console, status: RunStatus) -> None:
 
 def print_start(console: Console, start: StartStatus) -> None:
     """Print how far the start of a run is."""
-    if start.driver is None:
-        console.print(
-            "ended before its settings were written; the command that began it starts it again"
-        )
-        return
     console.print(
-        "starting: its settings are written once workers are there and, with --hours, steps timed",
+        "starting: settings are written once workers are there and, with --hours, steps are timed",
         soft_wrap=True,
     )
-    console.print(f"driver: {start.driver}", soft_wrap=True)
+    driver = start.driver or "none; the command that began the run begins it again"
+    console.print(f"driver: {driver}", soft_wrap=True)
     _print_running(console, start.running)
 
 

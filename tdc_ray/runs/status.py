@@ -80,8 +80,10 @@ def start_status(run_dir: RunDir) -> StartStatus | None:
     Raises:
         StorageError: A file of it is damaged.
     """
+    if exists(run_dir.config):
+        return None
     driver = lease_holder(run_dir.root)
-    if exists(run_dir.config) or (driver is None and not exists(run_dir.log)):
+    if driver is None and not exists(run_dir.log):
         return None
     return StartStatus(driver=driver, running=_running(load_history(run_dir.timeline)))
 

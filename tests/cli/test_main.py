@@ -99,7 +99,7 @@ def test_bad_input_is_one_line_with_setting_rule_and_value(
 def test_wrong_settings_are_listed_together(arguments, names, capsys):
     assert run_command(arguments) == 1
     first, *others = capsys.readouterr().err.splitlines()
-    assert first == f"error: {len(names)} settings are wrong:"
+    assert first == f"error: {len(names)} errors in the settings:"
     for line, name in zip(others, names, strict=True):
         assert line.startswith(f"  {name}")
 

@@ -629,7 +629,7 @@ def test_all_that_is_wrong_is_refused_together_and_each_by_its_name():
     with pytest.raises(ConfigError) as refused:
         from_json(document)
     assert [problem.split(" ", 1)[0] for problem in refused.value.args] == names
-    assert str(refused.value).startswith("5 settings are wrong:\n  model.width must be left")
+    assert str(refused.value).startswith("5 errors in the settings:\n  model.width must be left")
     assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
 
 

@@ -169,7 +169,9 @@ def test_what_cannot_work_is_said_before_any_work(smoke_config, tmp_path):
     with pytest.raises(DataError, match=r"none\.npz does not exist"):
         run(replace(smoke_config, data=missing), tmp_path / "b", Console(quiet=True))
     other = replace(smoke_config.data, image_size=16, num_channels=3)
-    both = r"(?s)2 settings are wrong.*data\.image_size must be 8.*data\.num_channels must be 1"
+    both = (
+        r"(?s)2 errors in the settings.*data\.image_size must be 8.*data\.num_channels must be 1"
+    )
     with pytest.raises(ConfigError, match=both):
         run(replace(smoke_config, data=other), tmp_path / "c", Console(quiet=True))
     assert not list(tmp_path.iterdir())

@@ -69,9 +69,11 @@ def test_a_run_whose_steps_are_timed_is_told_before_it_has_settings(tmp_path, ca
         timeline.flush()
         assert run_command(["status", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
-    assert "starting: its settings are written once" in printed
+    assert "starting: settings are written once" in printed
     assert f"driver: process {os.getpid()} on host" in printed
     assert "under way: step-times/base on worker 0, for 0 s" in printed
     (tmp_path / "run.log").touch()
     assert run_command(["status", str(tmp_path)]) == 0
-    assert "ended before its settings were written" in capsys.readouterr().out
+    assert (
+        "driver: none; the command that began the run begins it again" in capsys.readouterr().out
+    )
