@@ -3,7 +3,7 @@
 ::
 
     TdcError
-    ├── ConfigError            a setting is out of its range, or two settings disagree
+    ├── ConfigError            settings are out of their range, or disagree
     ├── ScheduleError          betas or alphas_cumprod that are no noise schedule
     ├── DataError              a dataset is missing, malformed or does not fit the model
     │   └── CorruptFileError   a file of it cannot be read
@@ -49,7 +49,13 @@ class TdcError(Exception):
 
 
 class ConfigError(TdcError):
-    """A setting is out of its range, or two settings disagree."""
+    """Settings are out of their range, or disagree: an argument for each that is wrong."""
+
+    def __str__(self) -> str:
+        if len(self.args) < 2:
+            return super().__str__()
+        problems = [f"  {problem}" for problem in self.args]
+        return "\n".join([f"{len(problems)} errors in the settings:", *problems])
 
 
 class ScheduleError(TdcError):

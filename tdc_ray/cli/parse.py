@@ -5,13 +5,13 @@ arguments are read twice: at first for what decides the defaults, with no check 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -69,8 +69,10 @@ REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
 HELP_ALL = "--help-all"
 
+T = TypeVar("T")
+
 UNCHECKED = ConstructorRegistry()
-"""Reads settings whose checks need the right defaults: a plain namespace holds them."""
+"""Reads settings into plain namespaces: checks need the right defaults, and all the settings."""
 
 
 class Command(Protocol):
@@ -106,8 +108,8 @@ def parse(arguments: Sequence[str]) -> Command:
     flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
     command: Command
     if named := commands.get(next(iter(arguments), "")):
-        name = arguments[0]
-        command = tyro.cli(type(named), args=flags[1:], prog=f"tdc-ray {name}", default=named)
+        command = _read(named, flags, None if _asks_for_help(arguments) else UNCHECKED)
+        command = _with_checked_settings(command, named)
     else:
         kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
         union: Any = reduce(or_, kinds)
@@ -278,15 +280,16 @@ def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:
     """
     from tdc_ray.runs.own_images import own_images, own_run_dir, undetected  # imports torch
 
-    if any(argument == "-h" or argument.startswith("--help") for argument in arguments):
+    if _asks_for_help(arguments):
         return undetected(data)
     given = _given(arguments)
-    asked = _first_reading(arguments, undetected(data), registry=None)
+    asked = _first_reading(arguments, undetected(data))
+    config = _checked(asked.config, RunConfig)
     if isinstance(asked, SweepCommand):
-        return own_images(asked.config, data, given)
+        return own_images(config, data, given)
     folder = asked.run_dir if isinstance(asked, RunCommand) else asked.out_dir
-    folder = resolve_path(folder or own_run_dir(_with_file(asked.config), data, given))
-    return own_images(asked.config, data, given, folder)
+    folder = resolve_path(folder or own_run_dir(_with_file(config), data, given))
+    return own_images(config, data, given, folder)
 
 
 def _with_data(data: str, config: RunConfig) -> RunConfig:
@@ -321,31 +324,62 @@ def _with_file(config: RunConfig) -> RunConfig:
     return replace(config, model=with_file(config.model))
 
 
-def _first_reading(
-    arguments: Sequence[str],
-    config: RunConfig | None = None,
-    registry: ConstructorRegistry | None = UNCHECKED,
-) -> Any:
+def _first_reading(arguments: Sequence[str], config: RunConfig | None = None) -> Any:
     """Return a command that has a run's settings, these unchecked; of other commands None.
 
     Args:
         arguments: The command line.
         config: What flags are read onto; None means a preset whose name shows if it is named.
-        registry: Makes the settings; None means that they are checked.
     """
-    name = arguments[0] if arguments else ""
     config = config or replace(preset("digits"), preset="")
-    command: Any = _commands(config).get(name)
+    command: Any = _commands(config).get(next(iter(arguments), ""))
     if not isinstance(getattr(command, "config", None), RunConfig):
         return None
     required = {key: value for key, value in REQUIRED.items() if hasattr(command, key)}
+    flags = [one for one in arguments if one not in ("-h", "--help", HELP_ALL)]
+    return _read(replace(command, **required), flags, UNCHECKED)
+
+
+def _read(command: Any, arguments: Sequence[str], registry: ConstructorRegistry | None) -> Any:
+    """Return a command with the values of its flags; a registry of None shows help of settings."""
     return tyro.cli(
         type(command),
-        args=[one for one in arguments[1:] if one not in ("-h", "--help", HELP_ALL)],
-        prog=f"tdc-ray {name}",
-        default=replace(command, **required),
+        args=arguments[1:],
+        prog=f"tdc-ray {arguments[0]}",
+        default=command,
         registry=registry,
     )
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(argument == "-h" or argument.startswith("--help") for argument in arguments)
+
+
+def _with_checked_settings(command: Any, like: Any) -> Any:
+    """Check what was read unchecked, all of it at once; ``like`` has settings of the same types.
+
+    Raises:
+        ConfigError: Settings are out of their range, or disagree.
+    """
+    read = {one.name: getattr(command, one.name) for one in fields(command)}
+    checked = {
+        name: _checked(values, type(getattr(like, name)))
+        for name, values in read.items()
+        if isinstance(values, SimpleNamespace)
+    }
+    return replace(command, **checked)
+
+
+def _checked(values: SimpleNamespace, kind: type[T]) -> T:
+    return kind(**_nested(values))
+
+
+def _nested(values: SimpleNamespace) -> dict[str, Any]:
+    """Return the values of settings, those of their stages as dictionaries."""
+    return {
+        name: _nested(value) if isinstance(value, SimpleNamespace) else value
+        for name, value in vars(values).items()
+    }
 
 
 def _of_base(

@@ -8,8 +8,7 @@ from pydantic import Field
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.image_size import size_text
 from tdc_ray.config.train import TrainConfig
-from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, refuse, require, settings
 
 EightChannels = Annotated[int, Field(ge=8, multiple_of=8)]
 """GroupNorm has 8 groups."""
@@ -69,12 +68,12 @@ class AutoencoderConfig:
         require("train", self.train, "compile", "none for an autoencoder", ok=plain)
         factor = self.downsampling
         if self.data.height % factor or self.data.width % factor:
-            raise ConfigError(
+            refuse(
                 f"data.image_size must be a multiple of {factor} for block_out_channels "
                 f"{self.block_out_channels}, got {size_text(self.data.image_size)}."
             )
         if self.data.first_stage is not None:
-            raise ConfigError(
+            refuse(
                 "data.first_stage must be None where a first stage is trained, got "
                 f"{self.data.first_stage}."
             )

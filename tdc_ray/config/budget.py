@@ -4,8 +4,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from tdc_ray.config.validation import PositiveFloat, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import PositiveFloat, refuse, settings
 
 STEP_FIELDS = ("num_steps", "num_warmup_steps", "ema_warmup", "checkpoint_every")
 """Settings of training that a budget decides."""
@@ -35,7 +34,7 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         if len(self._given) > 1:
-            raise ConfigError(
+            refuse(
                 f"only one of --hours, --train-macs and --epochs may be given, got "
                 f"{' and '.join(self._given)}."
             )

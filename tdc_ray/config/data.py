@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from tdc_ray.config.image_size import ImageSize, size_text
-from tdc_ray.config.validation import NonNegativeInt, PositiveInt, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import NonNegativeInt, PositiveInt, refuse, require, settings
 
 Source = Literal[
     "digits",
@@ -96,30 +95,28 @@ class DataConfig:
         fits = self.crop_padding < min(self.height, self.width)
         require("data", self, "crop_padding", rule, ok=fits)
         if self.source not in (*BUNDLED, BASE_SAMPLES) and self.path is None:
-            raise ConfigError(
+            refuse(
                 f"data.path must be given for data.source {self.source}: where are the images? "
                 "Set --data.path."
             )
         if self.source in BUNDLED and self.path is not None:
-            raise ConfigError(
+            refuse(
                 f"data.path goes with data.source npz, folder, cifar10, imagefolder, parquet or "
                 f"webdataset, got {self.path} with {self.source}. Set --data.source, or give the "
                 "path by --data alone, which finds it out."
             )
         if self.num_images is not None and self.source != BASE_SAMPLES:
-            raise ConfigError(
+            refuse(
                 f"data.num_images goes with data.source base, got {self.num_images} with "
                 f"{self.source}, of which all images are taken. Leave it out, or set --data base."
             )
         if self.prompts is not None and self.source != BASE_SAMPLES:
-            raise ConfigError(
+            refuse(
                 f"data.prompts goes with data.source base, got {self.prompts} with {self.source}, "
                 "whose captions are read. Leave it out, or set --data base."
             )
         if self.labels_from_folders and self.source != "folder":
-            raise ConfigError(
-                f"data.labels_from_folders goes with data.source folder, got {self.source}."
-            )
+            refuse(f"data.labels_from_folders goes with data.source folder, got {self.source}.")
 
     @property
     def height(self) -> int:

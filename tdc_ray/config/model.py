@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Fixed, Suppress, arg
 
-from tdc_ray.config.validation import PositiveFloat, PositiveInt, Share, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import PositiveFloat, PositiveInt, Share, refuse, require, settings
 
 FILE_KINDS = ("openai", "compvis")
 """Prefixes of bases that are checkpoint files of other projects."""
@@ -75,7 +74,7 @@ class ModelConfig:
         require("model", self, "config", rule, ok=self.config is None or self.base is None)
         if self.attentions and self.base is None:
             name, value = next(iter(self.attentions.items()))
-            raise ConfigError(
+            refuse(
                 f"model.{name} goes with model.base, got {value} without one: "
                 "model.architecture has its own."
             )

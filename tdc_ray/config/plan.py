@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tdc_ray.config.validation import PositiveInt, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import PositiveInt, refuse, require, settings
 
 FlopsSchedule = Literal["snr", "constant", "uni-increasing", "uni-decreasing", "measured"]
 
@@ -38,7 +37,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if self.match_snr_mean and self.schedule not in ("uni-increasing", "uni-decreasing"):
-            raise ConfigError(
+            refuse(
                 "plan.match_snr_mean goes with plan.schedule uni-increasing or uni-decreasing, "
                 f"got {self.schedule}; constant has the SNR schedule's mean already."
             )

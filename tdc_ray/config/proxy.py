@@ -7,9 +7,9 @@ from tdc_ray.config.validation import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    refuse,
     settings,
 )
-from tdc_ray.errors import ConfigError
 
 
 @settings("proxy")
@@ -85,13 +85,13 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         if self.base_url is not None and "@" in self.base_url:
-            raise ConfigError(
+            refuse(
                 "proxy.base_url must have no user or password, for settings are saved with a run: "
                 "set OPENAI_API_KEY, or OPENAI_BASE_URL, in the environment."
             )
         prices = (self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
         if self.max_cost is not None and not any(prices):
-            raise ConfigError(
+            refuse(
                 f"proxy.max_cost {self.max_cost} needs prices: set "
                 "--proxy.price-per-million-prompt-tokens and "
                 "--proxy.price-per-million-completion-tokens."

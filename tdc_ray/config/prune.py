@@ -5,8 +5,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from tdc_ray.config.train import Precision
-from tdc_ray.config.validation import NonNegativeInt, PositiveInt, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import NonNegativeInt, PositiveInt, refuse, require, settings
 
 ProxyMethod = Literal["offline", "llm"]
 ScoreMethod = Literal["random", "magnitude", "lamp", "taylor", "diff-pruning"]
@@ -125,7 +124,7 @@ class PruneConfig:
         searches = self.objective == "macs" or self.method != "none"
         require("prune", self, "objective", "macs with prune.method none", ok=searches)
         if self.objective == "latency" and self.space != "inner":
-            raise ConfigError(
+            refuse(
                 f"prune.space must be inner with prune.objective latency, got {self.space}: the "
                 "time that a stream's width takes depends on the widths of all that read it. Use "
                 "--prune.space inner, or --prune.objective macs."

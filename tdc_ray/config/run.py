@@ -21,8 +21,7 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.sampler import LATER_SAMPLER_FIELDS, SamplerConfig
 from tdc_ray.config.train import FinetuneConfig, TrainConfig
-from tdc_ray.config.validation import config_error, require, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import config_error, refuse, require, settings
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
@@ -63,13 +62,13 @@ class RunConfig:
         rule = f"a multiple of compute.num_base_workers = {workers}"
         require("base", self.base, "batch_size", rule, ok=self.base.batch_size % workers == 0)
         if self.sampler.scheduler is None and self.sampler.sampler != "ddim" and self.sampler.eta:
-            raise ConfigError(
+            refuse(
                 f"sampler.eta goes with sampler.sampler ddim, got {self.sampler.eta} with "
                 f"{self.sampler.sampler}. Leave it at 0."
             )
         clips, sampler = self.sampler.use_clipped_model_output, self.sampler.sampler
         if self.sampler.scheduler is None and sampler != "ddim" and clips:
-            raise ConfigError(
+            refuse(
                 "sampler.use_clipped_model_output goes with sampler.sampler ddim, got it with "
                 f"{sampler}. Leave it out."
             )
@@ -162,7 +161,7 @@ class RunConfig:
             ("data.crop_padding", self.data.crop_padding, "latents are cached as they are"),
         ):
             if value:
-                raise ConfigError(
+                refuse(
                     f"{setting} must be {type(value)()} with data.first_stage, got {value}: "
                     f"{reason}."
                 )

@@ -2,8 +2,7 @@
 
 from typing import Literal
 
-from tdc_ray.config.validation import PositiveInt, settings
-from tdc_ray.errors import ConfigError
+from tdc_ray.config.validation import PositiveInt, refuse, settings
 
 Search = Literal["grid", "random", "tpe"]
 Objective = Literal["score", "macs", "train_macs"]
@@ -48,4 +47,4 @@ class SweepConfig:
         for name in ("objectives", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"sweep.{name} must be some, none of them twice, got {values}.")
+                refuse(f"sweep.{name} must be some, none of them twice, got {values}.")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from tdc_ray.execution.simulator import SimulationResult
+from tdc_ray.execution.timeline import Span
 from tdc_ray.reporting.console import print_results, table_of
 from tdc_ray.reporting.text import loss_text, timesteps_text
-from tdc_ray.runs.status import RunStatus
+from tdc_ray.runs.status import RunStatus, StartStatus
 
 
 def print_status(console: Console, status: RunStatus) -> None:
@@ -31,10 +32,7 @@ def print_status(console: Console, status: RunStatus) -> None:
     console.print(table)
     for name, reason in status.failed.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
-    for span in status.running:
-        seconds = time.time() - span.started
-        where = ", ".join(span.workers) or "language model"
-        console.print(f"under way: {span.item} on {where}, for {seconds:.0f} s", soft_wrap=True)
+    _print_running(console, status.running)
     for part in status.usage:
         console.print(
             f"{part.phase}: {part.num_workers} workers, {part.utilisation:.0%} used, "
@@ -46,6 +44,24 @@ def print_status(console: Console, status: RunStatus) -> None:
         console.print("not finished; the command that began it resumes it", soft_wrap=True)
     else:
         print_results(console, status.results)
+
+
+def print_start(console: Console, start: StartStatus) -> None:
+    """Print how far the start of a run is."""
+    console.print(
+        "starting: settings are written once workers are there and, with --hours, steps are timed",
+        soft_wrap=True,
+    )
+    driver = start.driver or "none; the command that began the run begins it again"
+    console.print(f"driver: {driver}", soft_wrap=True)
+    _print_running(console, start.running)
+
+
+def _print_running(console: Console, spans: Sequence[Span]) -> None:
+    for span in spans:
+        seconds = time.time() - span.started
+        where = ", ".join(span.workers) or "language model"
+        console.print(f"under way: {span.item} on {where}, for {seconds:.0f} s", soft_wrap=True)
 
 
 def print_simulated(

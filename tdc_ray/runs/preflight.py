@@ -7,6 +7,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
+from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.data.batches import halves, held_out_split
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.latents import captions_of
@@ -65,6 +66,7 @@ def check(
     return unet, space, plan
 
 
+@errors_together()
 def check_network(config: RunConfig, pretrained: PretrainedBase | None) -> NetworkConfig:
     """Check that the base denoises what the settings of data and noise process say.
 
@@ -96,7 +98,7 @@ def check_network(config: RunConfig, pretrained: PretrainedBase | None) -> Netwo
     check_shape(data, unet, name)
     learned_sigma = unet["out_channels"] == 2 * unet["in_channels"]
     if diffusion.learned_sigma != learned_sigma:
-        raise ConfigError(
+        refuse(
             f"diffusion.learned_sigma must be {learned_sigma} for {name}, got "
             f"{diffusion.learned_sigma}."
         )
@@ -175,6 +177,7 @@ def check_prompts(
         captions_of(data)
 
 
+@errors_together()
 def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
     """Check that images, or their latents, have the shape that a model takes.
 
@@ -191,7 +194,7 @@ def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
         ("data.num_channels", data.num_channels, network["in_channels"]),
     ):
         if value != expected:
-            raise ConfigError(
+            refuse(
                 f"{setting} must be {expected} for {name}, got {value}. Set --"
                 f"{setting.replace('_', '-')} to that, or use another model."
             )
@@ -242,6 +245,7 @@ def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str
         )
 
 
+@errors_together()
 def check_conditioning(
     config: ConditioningConfig,
     *,
@@ -278,7 +282,7 @@ def check_conditioning(
             ("sampler.guidance_scale", guidance_scale, 1),
         ):
             if value != none:
-                raise ConfigError(
+                refuse(
                     f"{name} must be {none} for a base without a null class, got {value}. Train "
                     "a base with --conditioning.num-classes and --conditioning.label-dropout "
                     "above 0."

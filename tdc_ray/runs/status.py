@@ -63,6 +63,31 @@ class RunStatus:
     """None means that the run is not finished."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartStatus:
+    """A run that has no settings yet: they follow once its steps have been timed."""
+
+    driver: str | None
+    """As of :class:`RunStatus`; None means that the start ended before there were settings."""
+
+    running: Sequence[Span]
+    """Items that the driver runs, or ran when it died."""
+
+
+def start_status(run_dir: RunDir) -> StartStatus | None:
+    """Return how far the start of a run is; None where there are settings, or no run.
+
+    Raises:
+        StorageError: A file of it is damaged.
+    """
+    if exists(run_dir.config):
+        return None
+    driver = lease_holder(run_dir.root)
+    if driver is None and not exists(run_dir.log):
+        return None
+    return StartStatus(driver=driver, running=_running(load_history(run_dir.timeline)))
+
+
 def status(run_dir: RunDir) -> RunStatus:
     """Compute the progress of a run.
 
@@ -84,11 +109,15 @@ def status(run_dir: RunDir) -> RunStatus:
         base=_base(run_dir, config),
         groups=[_group(run_dir, group, entries, history) for group in plan.groups],
         failed={name: why for name, why in history.failed.items() if name not in groups},
-        running=[span for span in history.spans if span.ended is None],
+        running=_running(history),
         num_workers=sum(stay.left is None for stay in history.stays),
         usage=usage(history),
         results=load_results(run_dir.results) if exists(run_dir.results) else None,
     )
+
+
+def _running(history: History) -> list[Span]:
+    return [span for span in history.spans if span.ended is None]
 
 
 def _base(run_dir: RunDir, config: RunConfig) -> str:

@@ -83,6 +83,28 @@ def test_bad_input_is_one_line_with_setting_rule_and_value(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (
+            ["run", "--plan.min-macs-share", "1.5", "--sampler.eta", "2", "--compare.swaps"],
+            ["plan.min_macs_share", "sampler.eta", "compare.swaps"],
+        ),
+        (["sample", "x", "--num-images", "0", "--batch-size", "0"], ["sample.num", "sample.ba"]),
+        (
+            ["prune", "x", "--out", "y", "--macs", "2", "--milliseconds", "0"],
+            ["prune.ma", "prune.mi", "give"],
+        ),
+    ],
+)
+def test_wrong_settings_are_listed_together(arguments, names, capsys):
+    assert run_command(arguments) == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == f"error: {len(names)} errors in the settings:"
+    for line, name in zip(others, names, strict=True):
+        assert line.startswith(f"  {name}")
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["run", "--data.source", "folder", "--data.path", "nowhere"],

@@ -616,3 +616,26 @@ def test_a_number_of_heads_without_a_base_is_refused():
     ):
         with pytest.raises(ConfigError, match=words):
             ModelConfig(**flags)
+
+
+def test_all_that_is_wrong_is_refused_together_and_each_by_its_name():
+    document = {
+        "base": {"num_steps": -1},
+        "sampler": {"eta": 2},
+        "model": {"num_heads": 4, "config": "a.json", "width": 2.0},
+        "compare": {"kind": "none", "swaps": True},
+    }
+    names = ["model.width", "model.num_heads", "base.num_steps", "sampler.eta", "compare.swaps"]
+    with pytest.raises(ConfigError) as refused:
+        from_json(document)
+    assert [problem.split(" ", 1)[0] for problem in refused.value.args] == names
+    assert str(refused.value).startswith("5 errors in the settings:\n  model.width must be left")
+    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+
+
+def test_stages_that_disagree_are_refused_together():
+    stages = {"plan": PlanConfig(num_groups=2000), "compute": ComputeConfig(num_base_workers=7)}
+    with pytest.raises(ConfigError) as refused:
+        RunConfig(**stages, sampler=SamplerConfig(sampler="ddpm", eta=0.5))
+    names = ["plan.num_groups", "base.batch_size", "sampler.eta"]
+    assert [problem.split(" ", 1)[0] for problem in refused.value.args] == names

@@ -9,6 +9,7 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import default_run_dir, differences, from_json, to_json
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.structure import network_structure
+from tdc_ray.models.timing import StepTimes
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.budget import (
     IMAGES_SHARE,
@@ -25,6 +26,7 @@ from tdc_ray.runs.budget import (
 from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.evaluation.features import find_features
 from tdc_ray.runs.preflight import space_and_plan
+from tdc_ray.runs.stages import step_times
 from tdc_ray.runs.stages.step_times import StepTimesJob, StepTimesResult, measure_steps
 from tdc_ray.storage.files import write_json
 from tests.small import TINY, small_config
@@ -269,6 +271,33 @@ def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir
     assert 0 < found.step_seconds < 5
     assert 0 < found.pass_seconds < 1
     assert found.seconds > 4 * found.step_seconds
+
+
+@pytest.mark.parametrize(("hours", "fewest", "images"), [(1e-9, 1, 1), (1.0, 3, 64)])
+def test_timing_itself_takes_a_share_of_the_hours(hours, fewest, images, cache_dir, monkeypatch):
+    cached = small_config(evaluate={"cache_dir": str(cache_dir), "batch_size": 64})
+    config = replace(cached, budget=BudgetConfig(hours=hours))
+    steps, passes = [], []
+
+    def train(*arguments, report, **others):
+        def noted(metrics, step):
+            steps.append(step)
+            report(metrics, step)
+
+        step_times_train(*arguments, report=noted, **others)
+
+    def time_passes(_, batch_size, **__):
+        passes.append(batch_size)
+        return [StepTimes(1.0, {})]
+
+    step_times_train = step_times.train
+    monkeypatch.setattr(step_times, "train", train)
+    monkeypatch.setattr(step_times, "time_passes", time_passes)
+    monkeypatch.setattr(step_times, "MAX_SECONDS", 0.0)
+    found = measure_steps(StepTimesJob(config, TINY, None), lambda *_: None)
+    assert len(steps) == fewest
+    assert passes == [images]
+    assert found.step_seconds > 0
 
 
 # --- what a later call keeps ---------------------------------------------------------------------

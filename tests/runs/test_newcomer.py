@@ -1,4 +1,4 @@
-"""One command on a folder as people have them: experts, a grid, scores, and what was done."""
+"""One command on a folder as people have them: experts, a grid, scores; in Python, the same."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tdc_ray as tdc
 from tdc_ray.cli.main import run_command
 from tdc_ray.data.load import images_fingerprint, load_dataset
 from tdc_ray.data.survey import cached_survey, images_summary
@@ -16,7 +17,7 @@ from tdc_ray.runs.results import comparable, load_results
 from tdc_ray.storage.run_dir import RunDir
 from tests.images import random_pixels
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TINY_STEPS = """--base.num-steps 4 --base.num-warmup-steps 1 --base.precision fp32
 --finetune.num-steps 2 --finetune.num-warmup-steps 1 --finetune.precision fp32
@@ -87,6 +88,19 @@ def test_a_folder_of_mixed_images_becomes_experts_a_grid_and_scores(
     pipeline = ProgressivePipeline.from_pretrained(RunDir(root).experts)
     drawn = pipeline(2, class_labels=[0, 1], num_inference_steps=2, output_type="np").images
     assert drawn.shape == (2, size, size, 3)
+
+    # In Python, the same folder comes to experts that draw the same images, of equal score.
+    base = tdc.load_base(root)
+    plan = tdc.plan_groups(base.scheduler, num_groups=2, schedule="measured")
+    experts = tdc.finetune(tdc.prune(base, plan, folder), folder, num_steps=2)
+    drawn = experts.to_pipeline()(20, class_labels=[0, 1] * 10, output_type="np").images
+    with np.load(root / "evaluation/tdc/0000000.npz") as file:
+        assert (file["arr_0"] == drawn).all()
+    np.savez("drawn.npz", arr_0=drawn)
+    score = ["score", "drawn.npz", "--reference", str(root), "--out", "score.json"]
+    assert run_command(score) == 0
+    found = json.loads((tmp_path / "score.json").read_text())
+    assert found["score"] == pytest.approx(results["tdc"]["score"], rel=1e-6)
 
     # An image that is added is noticed, and the same command remains the same run.
     save(folder / "dog/new.png", random_pixels(90, 90, 3))

@@ -168,9 +168,12 @@ def test_what_cannot_work_is_said_before_any_work(smoke_config, tmp_path):
     missing = replace(smoke_config.data, source="npz", path=str(tmp_path / "none.npz"))
     with pytest.raises(DataError, match=r"none\.npz does not exist"):
         run(replace(smoke_config, data=missing), tmp_path / "b", Console(quiet=True))
-    wrong_size = replace(smoke_config, data=replace(smoke_config.data, image_size=16))
-    with pytest.raises(ConfigError, match=r"data\.image_size must be 8"):
-        run(wrong_size, tmp_path / "c", Console(quiet=True))
+    other = replace(smoke_config.data, image_size=16, num_channels=3)
+    both = (
+        r"(?s)2 errors in the settings.*data\.image_size must be 8.*data\.num_channels must be 1"
+    )
+    with pytest.raises(ConfigError, match=both):
+        run(replace(smoke_config, data=other), tmp_path / "c", Console(quiet=True))
     assert not list(tmp_path.iterdir())
 
 

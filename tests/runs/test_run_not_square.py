@@ -13,7 +13,8 @@ from tdc_ray.cli.main import run_command
 from tests.images import random_pixels
 from tests.runs.test_newcomer import TINY_STEPS, save
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# A command after another: on a machine busy with others more than ten minutes.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_images_keep_their_shape_from_the_folder_to_the_export_and_the_score(

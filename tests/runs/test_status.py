@@ -59,3 +59,21 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(StorageError, match=r"is no run directory: it has no config\.json"):
         status(RunDir(tmp_path))
+
+
+def test_a_run_whose_steps_are_timed_is_told_before_it_has_settings(tmp_path, capsys):
+    with hold_lease(tmp_path):
+        timeline = Timeline(tmp_path / "timeline.jsonl")
+        item = {"chain": "base", "stage": 0, "item": "step-times/base", "attempt": 1}
+        timeline.add("start", task=0, workers=["worker 0"], **item)
+        timeline.flush()
+        assert run_command(["status", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+    assert "starting: settings are written once" in printed
+    assert f"driver: process {os.getpid()} on host" in printed
+    assert "under way: step-times/base on worker 0, for 0 s" in printed
+    (tmp_path / "run.log").touch()
+    assert run_command(["status", str(tmp_path)]) == 0
+    assert (
+        "driver: none; the command that began the run begins it again" in capsys.readouterr().out
+    )

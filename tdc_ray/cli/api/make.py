@@ -15,7 +15,7 @@ from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, digest, with_absolute_paths, with_data
 from tdc_ray.config.train import FinetuneConfig
-from tdc_ray.config.validation import require
+from tdc_ray.config.validation import errors_together, refuse, require
 from tdc_ray.data.images import images_config
 from tdc_ray.data.load import current_fingerprint
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan
@@ -155,13 +155,12 @@ def _changed(stage: str, config: Stage, changes: Mapping[str, Any]) -> Stage:
         ConfigError: There is no such setting, or it is out of its range.
     """
     known = [field.name for field in fields(config)]
-    for name in changes:
-        if name not in known:
-            near = nearest(stage, name, known)
-            hint = f"did you mean {near}? " if near else ""
-            raise ConfigError(
-                f"there is no setting {stage}.{name}: {hint}Settings: {', '.join(known)}."
-            )
+    with errors_together():
+        for name in changes:
+            if name not in known:
+                near = nearest(stage, name, known)
+                hint = f"did you mean {near}? " if near else ""
+                refuse(f"there is no setting {stage}.{name}: {hint}Settings: {', '.join(known)}.")
     return replace(config, **changes)
 
 

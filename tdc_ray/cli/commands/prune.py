@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from tdc_ray.cli.commands.settings import Settings
 from tdc_ray.cli.paths import check_named_data, check_output_folder, check_settings
 from tdc_ray.config.prune import SearchMethod
-from tdc_ray.config.validation import require
+from tdc_ray.config.validation import errors_together, refuse, require
 from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import display_path
 
@@ -52,15 +52,16 @@ class PruneCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    @errors_together()
     def __post_init__(self) -> None:
         share = self.macs
         require("prune", self, "macs", "in (0, 1]", ok=share is None or 0 < share <= 1)
         time = self.milliseconds
         require("prune", self, "milliseconds", "above 0", ok=time is None or 0 < time < math.inf)
         if share is not None and time is not None:
-            raise ConfigError("give --macs or --milliseconds, not both.")
+            refuse("give --macs or --milliseconds, not both.")
         if self.timesteps is not None and self.group is not None:
-            raise ConfigError("give --timesteps or --group, not both.")
+            refuse("give --timesteps or --group, not both.")
 
     def execute(self, console: Console) -> None:
         """Prune, and print the size and the losses of the pruned model."""

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.sampler import Spacing
 from tdc_ray.config.train import Precision
-from tdc_ray.config.validation import require
+from tdc_ray.config.validation import errors_together, require
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 
@@ -55,6 +55,7 @@ class SampleCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    @errors_together()
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)

@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.paths import check_input, check_output_folder
-from tdc_ray.config.validation import require
+from tdc_ray.config.validation import errors_together, require
 from tdc_ray.storage.object_store import display_path
 
 
@@ -48,13 +48,14 @@ class ScheduleCommand:
         Raises:
             ConfigError: An argument is out of its range.
         """
-        require("schedule", self, "macs", "in (0, 1]", ok=0 < self.macs <= 1)
-        shares = all(0 < width < 1 for width in self.widths or ())
-        require("schedule", self, "widths", "in (0, 1)", ok=shares)
-        require("schedule", self, "num_images", "at least 2", ok=self.num_images >= 2)
-        steps = self.num_inference_steps
-        rule = "at least 1"
-        require("schedule", self, "num_inference_steps", rule, ok=steps is None or steps >= 1)
+        with errors_together():
+            require("schedule", self, "macs", "in (0, 1]", ok=0 < self.macs <= 1)
+            shares = all(0 < width < 1 for width in self.widths or ())
+            require("schedule", self, "widths", "in (0, 1)", ok=shares)
+            require("schedule", self, "num_images", "at least 2", ok=self.num_images >= 2)
+            steps = self.num_inference_steps
+            rule = "at least 1"
+            require("schedule", self, "num_inference_steps", rule, ok=steps is None or steps >= 1)
         out = self.out or self.run / "schedules" / f"{self.macs:g}"
         check_input(self.run, "a finished run directory")
         for network in self.networks:

@@ -22,8 +22,13 @@ class StatusCommand:
     def execute(self, console: Console) -> None:
         """Print the progress of the run."""
         check_input(self.run, "a run directory")
-        from tdc_ray.reporting.workers import print_status
-        from tdc_ray.runs.status import status
+        from tdc_ray.reporting.workers import print_start, print_status
+        from tdc_ray.runs.status import start_status, status
         from tdc_ray.storage.run_dir import RunDir
 
-        print_status(console, status(RunDir(resolve_path(self.run))))
+        run_dir = RunDir(resolve_path(self.run))
+        start = start_status(run_dir)
+        if start is not None:
+            print_start(console, start)
+        else:
+            print_status(console, status(run_dir))

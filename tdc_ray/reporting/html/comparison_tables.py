@@ -13,20 +13,25 @@ from tdc_ray.reporting.paper import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.runs.results import Results
+from tdc_ray.runs.results import HELD_OUT_LOSS, Results
 from tdc_ray.runs.sweep.results import SettingSummary, SweepResults, TrialRow
 
 
 def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
     """Return a row for each run."""
-    datasets = dict.fromkeys(DATASETS[paper_dataset(run.preset)] for run in runs)
-    note = "The paper's FID is that of its own data"
-    if not all(is_of_the_paper(run.preset) for run in runs):
+    scored = [run for run in runs if run.results and run.results.metric != HELD_OUT_LOSS]
+    datasets = dict.fromkeys(DATASETS[paper_dataset(run.preset)] for run in scored)
+    note = "The paper's FID is that of its own data" if scored else ""
+    if not all(is_of_the_paper(run.preset) for run in scored):
         note += ", and CIFAR-10's where it has none: only the order can be compared"
 
     def of(value: Callable[[Results], Value]) -> Callable[[RunData], Value]:
         return lambda run: None if run.results is None else value(run.results)
 
+    fid: list[tuple[str, Kind, Callable[[RunData], Value]]] = []
+    if scored:
+        name = f"the paper's FID of TDC ({', '.join(datasets)})"
+        fid = [(name, "number", of(_fid_of_the_paper))]
     return table_of(
         "runs",
         "Runs",
@@ -47,14 +52,16 @@ def runs_table(runs: Sequence[RunData], links: Mapping[str, str]) -> Table:
             ("TDC: train macs", "power", of(lambda r: r.tdc.train_macs)),
             ("search macs", "power", of(lambda r: r.prune.search_macs)),
             ("wall", "seconds", of(lambda r: r.seconds.wall)),
-            (f"the paper's FID of TDC ({', '.join(datasets)})", "number", of(_fid_of_the_paper)),
+            *fid,
         ],
         links=[links.get(run.name) for run in runs],
-        note=f"{note}.",
+        note=note and f"{note}.",
     )
 
 
-def _fid_of_the_paper(results: Results) -> float:
+def _fid_of_the_paper(results: Results) -> float | None:
+    if results.metric == HELD_OUT_LOSS:
+        return None
     label = NO_PRUNING if results.prune.method == "none" else "TDC"
     return TABLE_1[paper_dataset(results.preset)][label].fid
 
@@ -77,7 +84,7 @@ def trials_table(data: SweepData, links: Mapping[str, str]) -> Table:
         ("Pareto front", "text", lambda trial: "yes" if data.is_best(trial) else ""),
     ]
     varied = next(iter(labels)) if len(labels) == 1 else ""
-    paper = SWEPT.get(varied)
+    paper = None if data.sweep.metric == HELD_OUT_LOSS else SWEPT.get(varied)
     if paper is not None:
         fid = "the paper's FID (CIFAR-10)"
         columns.append((fid, "number", lambda trial: paper.get(trial.params.get(varied))))

@@ -18,7 +18,13 @@ from tdc_ray.reporting.paper import (
     paper_dataset,
 )
 from tdc_ray.reporting.text import percent_text, timesteps_text, verdict
-from tdc_ray.runs.results import ComparisonResult, GroupResult, LossDifference, Results
+from tdc_ray.runs.results import (
+    HELD_OUT_LOSS,
+    ComparisonResult,
+    GroupResult,
+    LossDifference,
+    Results,
+)
 from tdc_ray.runs.status import GroupStatus, RunStatus
 
 
@@ -39,6 +45,9 @@ def models_table(results: Results) -> Table:
         return name, "loss", of(lambda model: model.metrics.get(name))
 
     others = [other(name) for name in results.tdc.metrics]
+    fid: list[tuple[str, Kind, Callable[[str], Value]]] = []
+    if results.metric != HELD_OUT_LOSS:  # which is no distance between images
+        fid = [("the paper's FID", "number", theirs(lambda row: row.fid))]
     note = "The paper's TDC rows are for k = 0.5 and N = 10."
     if not is_of_the_paper(results.preset):
         note += (
@@ -52,7 +61,7 @@ def models_table(results: Results) -> Table:
         [
             ("model", "text", lambda label: label),
             (results.metric, "score", of(lambda model: model.score)),
-            ("the paper's FID", "number", theirs(lambda row: row.fid)),
+            *fid,
             *others,
             ("FLOPs (MACs)", "macs", of(lambda model: model.macs)),
             ("the paper's FLOPs (MACs)", "macs", theirs(lambda row: row.macs)),

@@ -356,17 +356,24 @@ def _inception_folder(named: str | None, cache: Path) -> Path | None:
         _check_inception_file(resolve_path(named) / INCEPTION_FILE)
         return resolve_path(named)
     if not exists(cache / INCEPTION_FILE):
-        try:
-            with _timeout(), tempfile.TemporaryDirectory() as folder:
-                check_download_inception(folder)
-                torch.jit.load(Path(folder) / INCEPTION_FILE)  # fails on an incomplete download
-                with atomic_path(cache / INCEPTION_FILE) as temporary:
-                    shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
-        except (OSError, RuntimeError, StorageError) as error:
-            logger.warning("%s cannot be downloaded: %s", INCEPTION_FILE, error)
+        _download_inception(cache)
+        if not exists(cache / INCEPTION_FILE):
             return None
     _check_inception_file(cache / INCEPTION_FILE)
     return cache
+
+
+@functools.cache
+def _download_inception(cache: Path) -> None:
+    """Download Inception's weights if they can be; a process tries once, for it may take long."""
+    try:
+        with _timeout(), tempfile.TemporaryDirectory() as folder:
+            check_download_inception(folder)
+            torch.jit.load(Path(folder) / INCEPTION_FILE)  # fails on an incomplete download
+            with atomic_path(cache / INCEPTION_FILE) as temporary:
+                shutil.copyfile(Path(folder) / INCEPTION_FILE, temporary)
+    except (OSError, RuntimeError, StorageError) as error:
+        logger.warning("%s cannot be downloaded: %s", INCEPTION_FILE, error)
 
 
 def _check_inception_file(path: Path) -> None:

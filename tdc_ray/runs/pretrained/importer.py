@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, VQModel
 from tdc_ray.config.image_size import size_text
 from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
@@ -62,17 +63,19 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
     known = base.settings.by_name()
     if "diffusion.prediction_type" in known:
         known.setdefault("diffusion.sigma_data", None)  # not of EDM
-    for name, expected in known.items():
-        stage, _, setting = name.partition(".")
-        # Another first stage or text encoder may be named, and another sampler.
-        if name in (*OTHERS, *unused) or stage == "sampler":
-            continue
-        value = getattr(getattr(config, stage), setting)
-        same = math.isclose(value, expected) if isinstance(expected, float) else value == expected
-        if not same:
+    with errors_together():
+        for name, expected in known.items():
+            stage, _, setting = name.partition(".")
+            # Another first stage or text encoder may be named, and another sampler.
+            if name in (*OTHERS, *unused) or stage == "sampler":
+                continue
+            value = getattr(getattr(config, stage), setting)
+            is_float = isinstance(expected, float)
+            if math.isclose(value, expected) if is_float else value == expected:
+                continue
             if setting == "image_size":
                 expected, value = size_text(expected), size_text(value)
-            raise ConfigError(
+            refuse(
                 f"{name} must be {expected}, as was found in the base {base.source}, got {value}. "
                 f"Set --{name.replace('_', '-')} to that, or give another base."
             )

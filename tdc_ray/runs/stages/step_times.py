@@ -35,6 +35,10 @@ MIN_STEPS, MAX_STEPS = 2, 100
 MAX_SECONDS, SHARE = 5.0, 0.01
 """Seconds of further steps, and most of the hours that they may take."""
 
+MAX_SHARE = 0.05
+"""Share of the hours after which no more steps are begun, and most of it that forward passes take:
+on a busy machine even the fewest steps may last long."""
+
 PASS_IMAGES = 64
 """Most images of a forward pass that is timed."""
 
@@ -118,7 +122,9 @@ def measure_steps(job: StepTimesJob, report: Report) -> StepTimesResult:
             teacher = Teacher(base.eval(), share)
     seconds = _step_seconds(config, network, settings, workers, teacher)
     report({"milliseconds": 1e3 * seconds}, 1)
-    batch_size = min(config.evaluate.batch_size, PASS_IMAGES)
+    # A step is about as long as three passes, of which there are as many: one is not timed.
+    affordable = _affordable_seconds(config) / seconds * settings.batch_size / workers
+    batch_size = max(1, math.floor(min(config.evaluate.batch_size, PASS_IMAGES, affordable)))
     (times,) = time_passes([network.eval()], batch_size, min_repeats=2, min_seconds=0.5)
     each = times.total / batch_size
     return StepTimesResult(seconds, each, time.perf_counter() - started)
@@ -141,13 +147,19 @@ def _step_seconds(
     workers: int,
     teacher: Teacher | None,
 ) -> float:
-    """Return the mean seconds of a training step, but for the first, which allocates memory."""
+    """Return the mean seconds of a training step, but for the first, which allocates memory.
+
+    The first counts where there is time for no other.
+    """
     timed = replace(settings, num_steps=MAX_STEPS + 2, checkpoint_every=2 * MAX_STEPS, log_every=1)
-    marks: list[float] = []
+    began, marks = time.perf_counter(), list[float]()
 
     enough = min(MAX_SECONDS, SHARE * 3600 * (config.budget.hours or math.inf))
+    most = _affordable_seconds(config)
 
     def go_on(_batch: object) -> bool:
+        if marks and marks[-1] - began > most:
+            return False
         return len(marks) <= MIN_STEPS or marks[-1] - marks[0] < enough
 
     images = batches(
@@ -173,4 +185,11 @@ def _step_seconds(
         report=lambda _metrics, _step: marks.append(time.perf_counter()),
         save=lambda _state: None,
     )
+    if len(marks) == 1:
+        return marks[0] - began
     return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def _affordable_seconds(config: RunConfig) -> float:
+    """Return the seconds that steps, and that passes, may take."""
+    return MAX_SHARE * 3600 * (config.budget.hours or math.inf)

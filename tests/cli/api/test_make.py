@@ -204,6 +204,11 @@ def prune(base: tdc.Base, plan: tdc.Plan, **changes: object) -> tdc.Experts:
     [
         ({"halving_steps": 5}, ConfigError, "prune.halving_steps must be 0 for tdc_ray.prune"),
         ({"methods": "taylor"}, ConfigError, r"no setting prune\.methods: did you mean method\?"),
+        (
+            {"methods": 1, "round": 2},
+            ConfigError,
+            r"(?s)2 errors.*prune\.methods: .*prune\.round: ",
+        ),
         ({"num_images": 0}, ConfigError, "prune.num_images must be at least 1, got 0"),
         (
             {"images": "nowhere"},

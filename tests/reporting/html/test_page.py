@@ -163,6 +163,15 @@ def test_names_from_files_stay_text(tmp_path):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
+def test_losses_stand_beside_no_fid_of_the_paper(tmp_path):
+    losses = [finished(tmp_path / name, metric="held_out_loss") for name in "ab"]
+    write_report(losses, tmp_path / "losses")
+    assert "the paper's FID" not in (tmp_path / "losses/report.md").read_text()
+    write_report([losses[0], finished(tmp_path / "scored")], tmp_path / "both")
+    name = "the paper's FID of TDC (CIFAR-10)"
+    assert [bool(row[name]) for row in rows_of(tmp_path / "both", "runs")] == [False, True]
+
+
 def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
     finished(tmp_path / "sweep" / "a", preset="digits")
     rows = []
@@ -187,6 +196,10 @@ def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
     assert [row["the paper's FID (CIFAR-10)"] for row in found] == ["3.91", "3.76", "3.88"]
     assert found[2]["error"] == "no disk"
     assert "#run-0" in page.linked
+    losses = [replace(row, metric="held_out_loss") for row in rows]
+    save_sweep(tmp_path / "sweep", with_rows(sweep, losses))
+    write_report([tmp_path / "sweep"])
+    assert "paper" not in str(rows_of(tmp_path / "sweep" / "report", "trials"))
     rows[0] = replace(rows[0], run_dir="../elsewhere")
     save_sweep(tmp_path / "sweep", with_rows(sweep, rows))
     with pytest.raises(StorageError, match=r"trial a must lie below the sweep's folder"):

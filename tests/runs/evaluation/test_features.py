@@ -188,6 +188,7 @@ def test_auto_scores_nothing_where_there_is_neither_inception_nor_a_label(tmp_pa
     assert "--evaluate.inception-path" in caplog.text
     decided = tmp_path / "features.json"
     assert choose_features(config.data, config.evaluate, decided) is None
+    assert caplog.text.count("cannot be downloaded") == 1  # a download that fails may take long
     evaluate = dataclasses.replace(config.evaluate, features="classifier")
     assert choose_features(config.data, evaluate, decided) is None  # once, as all features
     with pytest.raises(
