@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from common import Flags, base_of, claim, commits_of, parse_flags
@@ -68,6 +68,8 @@ ByImage = NDArray[np.float64]
 
 TWICE = "offline, twice the measurements"
 
+PartnerName = Literal["random", "greedy", "nonsense", "oracle", "oracle of the judge"]
+
 Partner = Callable[[Round, Planner, np.random.Generator], Change]
 """Suggests changes for one measurement."""
 
@@ -96,6 +98,8 @@ class PartnerFlags(Flags):
     """Rounds of a search."""
     num_candidates: int = 3
     """Measurements of a round."""
+    partners: tuple[PartnerName, ...] = get_args(PartnerName)
+    """Which partners; the oracles take nearly all of the time."""
 
 
 def randomly(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
@@ -262,15 +266,22 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
 
     search = searched("offline", offline_proxy)
     searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
-    partners = {"random": randomly, "greedy": greedily, "nonsense": nonsensically}
-    for name, partner in partners.items():
-        searched(name, scripted(partner, seed))
+    ignorant: dict[PartnerName, Partner] = {
+        "random": randomly,
+        "greedy": greedily,
+        "nonsense": nonsensically,
+    }
+    for name, partner in ignorant.items():
+        if name in flags.partners:
+            searched(name, scripted(partner, seed))
     few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
-    oracles = {
+    oracles: dict[PartnerName, Knowledge] = {
         "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank),
         "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss),
     }
     for name, known in oracles.items():
+        if name not in flags.partners:
+            continue
         searched(name, scripted(all_knowing(known), seed))
         own = f"{name}, its own choice"
         results[own] = results[name]

@@ -23,9 +23,9 @@ class PruneConfig:
 
     method: PruneMethod = "offline"
     """Who proposes the schemes. offline: a search over measured sensitivities that needs no key;
-    llm: a language model (see proxy); random, magnitude, lamp, taylor, diff-pruning: the best of a
-    uniform ratio, a global ranking and one per mac by this score, one round; none: TDC without
-    pruning, every expert keeps the base's widths."""
+    llm: a language model beside it (see proxy); random, magnitude, lamp, taylor, diff-pruning: the
+    best of a uniform ratio, a global ranking and one per mac by this score, one round; none: TDC
+    without pruning, every expert keeps the base's widths."""
 
     space: Literal["inner", "full"] = "inner"
     """What can be pruned. inner: residual blocks' inner widths and attention heads; full: the

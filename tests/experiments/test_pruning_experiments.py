@@ -44,12 +44,15 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
 @pytest.mark.usefixtures("importable")
 def test_a_language_model_is_asked_as_its_flags_say():
     from common import ProxyFlags
+    from proxy_cost import offline_at_equal_measurements
     from tdc_pruners import PrunerFlags
 
     llm = ProxyConfig(model="qwen3", timeout_s=900.0)
     for flags in (ProxyFlags(proxy="llm", llm=llm), PrunerFlags(proxy="llm", llm=llm)):
         config = flags.config(0)
         assert (config.prune.method, config.proxy) == ("llm", llm)
+        alone = offline_at_equal_measurements(config.prune)
+        assert (alone.method, alone.max_candidates) == ("offline", config.prune.max_candidates)
     assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
 
 
