@@ -155,6 +155,13 @@ def nonsensically(round_: Round, planner: Planner, draw: np.random.Generator) ->
     )
 
 
+IGNORANT: Mapping[PartnerName, Partner] = {
+    "random": randomly,
+    "greedy": greedily,
+    "nonsense": nonsensically,
+}
+
+
 def all_knowing(known: Knowledge) -> Partner:
     """Return the partner that adds the pin after which it knows the scheme to be best."""
     pins: list[Bound] = []
@@ -187,8 +194,7 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
-        knows_losses = partner not in (randomly, greedily, nonsensically)
-        for _ in range(ORACLE_TRIES if knows_losses else MAX_TRIES):
+        for _ in range(MAX_TRIES if partner in IGNORANT.values() else ORACLE_TRIES):
             if not round_.left:
                 return
             planner = Planner(round_.request, [*round_.memory, *round_.measured])
@@ -266,26 +272,19 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
 
     search = searched("offline", offline_proxy)
     searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
-    ignorant: dict[PartnerName, Partner] = {
-        "random": randomly,
-        "greedy": greedily,
-        "nonsense": nonsensically,
-    }
-    for name, partner in ignorant.items():
-        if name in flags.partners:
-            searched(name, scripted(partner, seed))
     few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
     oracles: dict[PartnerName, Knowledge] = {
         "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank),
         "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss),
     }
-    for name, known in oracles.items():
-        if name not in flags.partners:
-            continue
-        searched(name, scripted(all_knowing(known), seed))
-        own = f"{name}, its own choice"
-        results[own] = results[name]
-        schemes[own] = min((one.kept for one in results[name].candidates), key=known)
+    for name in flags.partners:
+        known = oracles.get(name)
+        partner = IGNORANT[name] if known is None else all_knowing(known)
+        searched(name, scripted(partner, seed))
+        if known is not None:
+            own = f"{name}, its own choice"
+            results[own] = results[name]
+            schemes[own] = min((one.kept for one in results[name].candidates), key=known)
     by_image = judged(search, schemes, many)
     return {
         name: Found(by_image[name], len(result.candidates), _final_rank(result, schemes[name]))
@@ -295,8 +294,8 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
 
 def _final_rank(result: SearchResult, kept: KeptIndices) -> float | None:
     """Return a finalist's rank, the lowest of which a search chooses; None of others."""
-    (one,) = (one.entry for one in result.candidates if one.kept == kept)
-    return None if one.final is None else one.final.rank
+    finals = [one.entry.final for one in result.candidates if one.kept == kept]
+    return min((final.rank for final in finals if final is not None), default=None)
 
 
 def compared(one: Sequence[ByImage], offline: Sequence[ByImage]) -> list[dict[str, float]]:

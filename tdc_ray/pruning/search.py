@@ -117,7 +117,7 @@ class _Rounds:
                 model=model,
                 pruned_elsewhere=pruned_elsewhere,
             )
-            # The offline proxy does what it would alone: another's schemes come on top.
+            # The offline proxy does what it would alone: a language model's schemes come on top.
             alone = [entry for entry in visible if not entry.is_by_llm]
             own = _Round(self, request, alone, scores, heat)
             yield from proxies["offline"](search, own, self.cost)
