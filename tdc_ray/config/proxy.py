@@ -65,8 +65,8 @@ class ProxyConfig:
     """Most concurrent calls, over the whole cluster."""
 
     max_total_tokens: PositiveInt | None = 2_000_000
-    """Most tokens, prompts and replies, of all calls over the whole cluster; then the offline
-    proxy's schemes are all. None means no bound."""
+    """Most tokens, prompts and replies, of all calls over the whole cluster; then rounds go on
+    without the model. None means no bound."""
 
     max_cost: PositiveFloat | None = None
     """Most that all calls may cost, in the currency of the two prices; None means no bound."""
