@@ -4,7 +4,9 @@
     python experiments/partner_bound.py --smoke
 
 A base is pruned to 0.7 F by partners that answer as a language model does, with changes of the
-knapsack's scheme, and have as many schemes measured as the offline proxy has. They follow a
+knapsack's scheme, and have as many schemes measured as the offline proxy has, beside its own. So
+what they gain is held against the offline proxy alone, behind which no search by a partner may
+end, and against the offline proxy with twice the measurements: as many as both. They follow a
 script:
 
 - `random` pins units a step beside the knapsack's.
@@ -31,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any, Literal, get_args
 
 import numpy as np
 from common import Flags, base_of, claim, commits_of, parse_flags
@@ -47,10 +50,9 @@ from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import Measured, load_base, measure, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.noised import Purpose, noised_indices, run_all
-from tdc_ray.pruning.proxies.language_model import measure_first_guesses
 from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.proxy import Proposal, Proxy, Round
-from tdc_ray.pruning.result import SearchCost
+from tdc_ray.pruning.result import SearchCost, SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 
@@ -64,11 +66,26 @@ SMOKE_IMAGES = 64
 
 ByImage = NDArray[np.float64]
 
+TWICE = "offline, twice the measurements"
+
+PartnerName = Literal["random", "greedy", "nonsense", "oracle", "oracle of the judge"]
+
 Partner = Callable[[Round, Planner, np.random.Generator], Change]
 """Suggests changes for one measurement."""
 
 Knowledge = Callable[[KeptIndices], float]
 """What an oracle knows of a sub-model: lower is better."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search by a partner came to."""
+
+    by_image: ByImage
+    """The loss above the base's and the distance of every judged image: ``(2, images)``."""
+    num_measured: int
+    rank: float | None
+    """By which finalists are chosen, on held-out images and noise: the lowest wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +98,8 @@ class PartnerFlags(Flags):
     """Rounds of a search."""
     num_candidates: int = 3
     """Measurements of a round."""
+    partners: tuple[PartnerName, ...] = get_args(PartnerName)
+    """Which partners; the oracles take nearly all of the time."""
 
 
 def randomly(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
@@ -136,6 +155,13 @@ def nonsensically(round_: Round, planner: Planner, draw: np.random.Generator) ->
     )
 
 
+IGNORANT: Mapping[PartnerName, Partner] = {
+    "random": randomly,
+    "greedy": greedily,
+    "nonsense": nonsensically,
+}
+
+
 def all_knowing(known: Knowledge) -> Partner:
     """Return the partner that adds the pin after which it knows the scheme to be best."""
     pins: list[Bound] = []
@@ -168,14 +194,12 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
-        yield from measure_first_guesses(round_)
-        knows_losses = partner not in (randomly, greedily, nonsensically)
-        for _ in range(ORACLE_TRIES if knows_losses else MAX_TRIES):
+        for _ in range(MAX_TRIES if partner in IGNORANT.values() else ORACLE_TRIES):
             if not round_.left:
                 return
             planner = Planner(round_.request, [*round_.memory, *round_.measured])
             planned = planner.plan(partner(round_, planner, draw))
-            if planner.is_worth_measuring(planned):
+            if planner.objection(planned) is None:
                 yield from round_.measure([Proposal("llm", planned.scheme)])
 
     return proxy
@@ -225,47 +249,53 @@ def judged(
     return by_name
 
 
-def search_by_all(
-    flags: PartnerFlags, seed: int, setting: str
-) -> tuple[dict[str, ByImage], dict[str, int]]:
-    """Search a seed's base by every partner.
-
-    Returns:
-        What :func:`judged` finds of each, and how many schemes each had measured.
-    """
+def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Found]:
+    """Search a seed's base by every partner, and judge what each search came to."""
     config, base = flags.config(seed), base_of(flags, seed)
     prune = replace(config.prune, num_rounds=flags.num_rounds, num_candidates=flags.num_candidates)
     config = replace(config, prune=prune)
     place = flags.storage / f"partner_bound-{flags.variant}" / f"seed-{seed}"
     claim(place, config)
     schemes: dict[str, KeptIndices] = {}
-    counts: dict[str, int] = {}
+    results: dict[str, SearchResult] = {}
 
-    def searched(name: str, proxy: Proxy) -> GroupSearch:
+    def searched(name: str, proxy: Proxy, **changes: Any) -> GroupSearch:
         search = search_of(config, base, place / name.replace(" ", "-"), setting, "second-order")
         method: ProxyMethod = "offline" if proxy is offline_proxy else "llm"
-        context = replace(search.context, prune=replace(search.context.prune, method=method))
-        search = replace(search, context=context)
-        memory, proxies = MemoryBank(context.run_dir.memory), {"offline": offline_proxy}
-        result = run_chain(search_submodel(search, memory, {**proxies, method: proxy}))
-        schemes[name], counts[name] = result.kept, len(result.candidates)
-        if name in oracles:
-            kept = [candidate.kept for candidate in result.candidates]
-            schemes[f"{name}, its own choice"] = min(kept, key=oracles[name])
-            counts[f"{name}, its own choice"] = counts[name]
+        prune = replace(search.context.prune, method=method, **changes)
+        search = replace(search, context=replace(search.context, prune=prune))
+        memory = MemoryBank(search.context.run_dir.memory)
+        proxies: dict[ProxyMethod, Proxy] = {"offline": offline_proxy, method: proxy}
+        results[name] = run_chain(search_submodel(search, memory, proxies))
+        schemes[name] = results[name].kept
         return search
 
-    oracles: dict[str, Knowledge] = {}
     search = searched("offline", offline_proxy)
-    partners = {"random": randomly, "greedy": greedily, "nonsense": nonsensically}
-    for name, partner in partners.items():
-        searched(name, scripted(partner, seed))
+    searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
     few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
-    oracles["oracle"] = knowledge_of(search, "held-out", few, lambda one: one.rank)
-    oracles["oracle of the judge"] = knowledge_of(search, "judge", few, lambda one: one.loss)
-    for name, known in oracles.items():
-        searched(name, scripted(all_knowing(known), seed))
-    return judged(search, schemes, many), counts
+    oracles: dict[PartnerName, Knowledge] = {
+        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank),
+        "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss),
+    }
+    for name in flags.partners:
+        known = oracles.get(name)
+        partner = IGNORANT[name] if known is None else all_knowing(known)
+        searched(name, scripted(partner, seed))
+        if known is not None:
+            own = f"{name}, its own choice"
+            results[own] = results[name]
+            schemes[own] = min((one.kept for one in results[name].candidates), key=known)
+    by_image = judged(search, schemes, many)
+    return {
+        name: Found(by_image[name], len(result.candidates), _final_rank(result, schemes[name]))
+        for name, result in results.items()
+    }
+
+
+def _final_rank(result: SearchResult, kept: KeptIndices) -> float | None:
+    """Return a finalist's rank, the lowest of which a search chooses; None of others."""
+    finals = [one.entry.final for one in result.candidates if one.kept == kept]
+    return min((final.rank for final in finals if final is not None), default=None)
 
 
 def compared(one: Sequence[ByImage], offline: Sequence[ByImage]) -> list[dict[str, float]]:
@@ -290,39 +320,40 @@ def compared(one: Sequence[ByImage], offline: Sequence[ByImage]) -> list[dict[st
 def main(flags: PartnerFlags) -> None:
     """Search by every partner, judge, and write the table after each seed."""
     folder = flags.storage / f"partner_bound-{flags.variant}"
-    found: dict[str, dict[str, list[ByImage]]] = {}
-    counts: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[str, list[Found]]] = {}
     for seed in flags.seeds:
         for setting in flags.settings:
-            by_name, measured = search_by_all(flags, seed, setting)
-            for name, values in by_name.items():
-                found.setdefault(setting, {}).setdefault(name, []).append(values)
-                counts.setdefault(setting, {}).setdefault(name, []).append(measured[name])
-            write_all(folder, flags, found, counts)
+            for name, one in search_by_all(flags, seed, setting).items():
+                found.setdefault(setting, {}).setdefault(name, []).append(one)
+            write_all(folder, flags, found)
 
 
 def write_all(
     folder: Path,
     flags: PartnerFlags,
-    found: Mapping[str, Mapping[str, Sequence[ByImage]]],
-    counts: Mapping[str, Mapping[str, Sequence[int]]],
+    found: Mapping[str, Mapping[str, Sequence[Found]]],
 ) -> None:
     """Write what there is so far."""
     rows, record = [], {}
     for setting, by_name in found.items():
-        for name, values in by_name.items():
-            both = compared(values, by_name["offline"])
-            row = [setting, name, f"{mean(counts[setting][name]):.3g}"]
+        images = {name: [one.by_image for one in seeds] for name, seeds in by_name.items()}
+        for name, seeds in by_name.items():
+            both = compared(images[name], images["offline"])
+            against_twice = compared(images[name], images[TWICE])
+            row = [setting, name, f"{mean(one.num_measured for one in seeds):.3g}"]
             for one in both:
                 row.append(f"{one['mean']:.4g}")
                 interval = f"{one['difference']:+.2g} [{one['low']:.2g}, {one['high']:.2g}]"
                 row.append("" if name == "offline" else interval)
-            rows.append([*row, str(len(values))])
-            loss, distance = (np.stack([seed.mean(axis=1) for seed in values]).T).tolist()
+            rows.append([*row, str(len(seeds))])
+            loss, distance = (np.stack([one.mean(axis=1) for one in images[name]]).T).tolist()
             record[f"{setting}, {name}"] = {
                 "loss above the base's": both[0] | {"seeds": loss},
                 "distance": both[1] | {"seeds": distance},
-                "measured": counts[setting][name],
+                "loss, against twice offline": against_twice[0],
+                "distance, against twice offline": against_twice[1],
+                "measured": [one.num_measured for one in seeds],
+                "final rank": [one.rank for one in seeds],
             }
     against = "less offline's, 95 %"
     columns = ["timesteps", "partner", "measured", "loss above the base's", f"loss {against}"]

@@ -1,10 +1,20 @@
 """What a proxy's proposals took, and what they gain over the offline proxy's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.pruning.result import SearchResult, schemes_by_source
+
+
+def offline_at_equal_measurements(prune: PruneConfig) -> PruneConfig:
+    """Return the offline proxy's settings with as many measurements as a search has in all.
+
+    A language model has its own beside the offline proxy's, so that is twice as many.
+    """
+    return replace(prune, method="offline", num_candidates=prune.max_per_round)
 
 
 def excess_loss(result: SearchResult) -> float:

@@ -5,9 +5,10 @@
 
 Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and standard deviation of
 the loss in every round, after pruning and after the refit, over the candidates of all seeds.
-`--proxy llm --llm.model NAME` asks a language model instead of the offline proxy; the table's note
-then has its tokens, their price, and what its best scheme gains over the offline proxy's at equal
-measurements, on held-out images and noise. What any model could gain: partner_bound.py.
+`--proxy llm --llm.model NAME` asks a language model beside the offline proxy; the table's note
+then has its tokens, their price, and what the best scheme gains over the offline proxy's at equal
+measurements, twice as many of that one alone, on held-out images and noise. What any model could
+gain: partner_bound.py.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.
 
@@ -19,7 +20,7 @@ from dataclasses import replace
 
 from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
-from proxy_cost import proxy_cost, proxy_note
+from proxy_cost import offline_at_equal_measurements, proxy_cost, proxy_note
 from stages import all_timesteps
 
 from tdc_ray.config.prune import ProxyMethod
@@ -39,11 +40,11 @@ def main(flags: ProxyFlags) -> None:
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
-        prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
+        own = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
         for method in methods:
             root = folder / f"seed-{seed}" / ("" if method == flags.proxy else method)
-            config = replace(config, prune=replace(prune, method=method))
-            task = all_timesteps(config, base, root, MACS_SHARE)
+            prune = own if method == flags.proxy else offline_at_equal_measurements(own)
+            task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
             memory = MemoryBank(task.context.run_dir.memory)
             chains[f"{method} {seed}"] = search_submodel(task, memory)
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:

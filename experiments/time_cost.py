@@ -6,10 +6,10 @@
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
 measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
 --llm.model NAME` asks a language model; the table's note then has its tokens, their price, and
-what its experts gain over the offline proxy's before the fine-tune, at equal measurements. Two
-rows more: what it takes to choose a network for every sampling step at 0.6 F, by `tdc-ray
-schedule` and by a predictor and evolution in the manner of OMS-DPM (`step_schedules.py`), with the
-score of each.
+what its experts gain over the offline proxy's before the fine-tune, at equal measurements (twice
+as many of that one alone). Two rows more: what it takes to choose a network for every sampling
+step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner of OMS-DPM
+(`step_schedules.py`), with the score of each.
 
 Hardware and hours: `digits` takes about 30 minutes a seed on 2 CPU cores.
 
@@ -23,6 +23,7 @@ from statistics import mean
 
 from common import ProxyFlags, parse_flags, run_once
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
+from proxy_cost import offline_at_equal_measurements
 from step_schedules import Row, StepFlags, in_little, rows_of_run
 
 from tdc_ray.runs.results import GroupResult, Results
@@ -49,7 +50,8 @@ def seconds_of(results: Results) -> dict[str, float]:
 
 def gain_over_offline(flags: ProxyFlags, folder: Path, seed: int, results: Results) -> float:
     """Return the mean excess loss of a run's refitted experts less that of the offline proxy's."""
-    config = replace(flags, proxy="offline").config(seed)
+    config = flags.config(seed)
+    config = replace(config, prune=offline_at_equal_measurements(config.prune))
     offline = run_once(config, folder / f"seed-{seed}-offline", flags.store)
 
     def excess(group: GroupResult) -> float:

@@ -51,22 +51,22 @@ class ProxyConfig:
     minutes is used."""
 
     max_replies: PositiveInt = 3
-    """Replies of which nothing can be used before the offline proxy takes over, for each time that
-    the model is asked: a bad one is answered with what was wrong with it."""
+    """Replies of which nothing can be used before the round goes on without the model, for each
+    time that it is asked: a bad one is answered with what was wrong with it."""
 
     max_predictions: PositiveInt = 12
     """Replies that only predict before the model has to have something measured."""
 
     max_seconds: PositiveFloat = 900.0
-    """Longest time that the model is asked until it has something measured; then the offline proxy
-    takes over."""
+    """Longest time that the model is asked until it has something measured; then the round goes on
+    without it."""
 
     max_concurrent: PositiveInt = 4
     """Most concurrent calls, over the whole cluster."""
 
     max_total_tokens: PositiveInt | None = 2_000_000
-    """Most tokens, prompts and replies, of all calls over the whole cluster; then the offline
-    proxy takes over. None means no bound."""
+    """Most tokens, prompts and replies, of all calls over the whole cluster; then rounds go on
+    without the model. None means no bound."""
 
     max_cost: PositiveFloat | None = None
     """Most that all calls may cost, in the currency of the two prices; None means no bound."""

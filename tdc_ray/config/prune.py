@@ -22,9 +22,9 @@ class PruneConfig:
 
     method: PruneMethod = "offline"
     """Who proposes the schemes. offline: a search over measured sensitivities that needs no key;
-    llm: a language model (see proxy); random, magnitude, lamp, taylor, diff-pruning: the best of a
-    uniform ratio, a global ranking and one per mac by this score, one round; none: TDC without
-    pruning, every expert keeps the base's widths."""
+    llm: a language model beside it (see proxy); random, magnitude, lamp, taylor, diff-pruning: the
+    best of a uniform ratio, a global ranking and one per mac by this score, one round; none: TDC
+    without pruning, every expert keeps the base's widths."""
 
     space: Literal["inner", "full"] = "inner"
     """What can be pruned. inner: residual blocks' inner widths and attention heads; full: the
@@ -56,7 +56,7 @@ class PruneConfig:
     """Rounds of propose, prune, refit, measure, remember (the paper's R)."""
 
     num_candidates: PositiveInt = 3
-    """Pruning schemes per round."""
+    """Pruning schemes per round. A language model has as many of its own measured beside them."""
 
     rivals: tuple[Rival, ...] = ()
     """What competes with the schemes of the offline proxy or the language model. A criterion: the
@@ -106,9 +106,14 @@ class PruneConfig:
     size of the model's activations."""
 
     @property
+    def max_per_round(self) -> int:
+        """Candidates of a round, at most: the offline proxy's, and a language model's own."""
+        return self.num_candidates * (2 if self.method == "llm" else 1)
+
+    @property
     def max_candidates(self) -> int:
         """Candidates of a search by a proxy, at most."""
-        return self.num_rounds * self.num_candidates + len(self.rivals)
+        return self.num_rounds * self.max_per_round + len(self.rivals)
 
     @property
     def models_loss(self) -> bool:

@@ -205,9 +205,13 @@ class Planner:
         base = self._space.cost_base
         return {name: 100 * self._cost(us, scheme) / base for name, us in self.blocks.items()}
 
-    def is_worth_measuring(self, planned: Planned) -> bool:
-        """Whether a scheme is not predicted to be far worse than the knapsack's."""
-        return planned.increase <= MOST_WORSE * self.start.increase or self.start.increase <= 0
+    def objection(self, planned: Planned) -> str | None:
+        """Return why a scheme is not worth a measurement, or None."""
+        if planned.scheme == self.start.scheme:
+            return "nothing is changed: it is the knapsack's own scheme"
+        if planned.increase > MOST_WORSE * self.start.increase > 0:
+            return "it is predicted to be far worse than the knapsack's"
+        return None
 
     def _units(self, where: str) -> list[str]:
         """Return the names of a block's units, or of the unit of a number."""

@@ -91,6 +91,11 @@ class MemoryEntry(Ranked):
         return self.loss - loss_base if by_loss else self.rank
 
     @property
+    def is_by_llm(self) -> bool:
+        """Whether a language model proposed it."""
+        return self.source.startswith("llm")
+
+    @property
     def key(self) -> tuple[int, int, int]:
         """Group, round and candidate, which no two entries share."""
         return (self.group, self.round, self.candidate)

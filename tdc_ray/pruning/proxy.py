@@ -67,15 +67,16 @@ class Proposal:
 
 
 class Round(Protocol):
-    """One round of a group's search: what a proxy is asked, and its measurements."""
+    """One round of a group's search: what a proxy is asked, and its own measurements."""
 
     request: ProposalRequest
     memory: Sequence[MemoryEntry]
-    """Entries that the group sees of earlier rounds."""
+    """Entries that the proxy sees: of earlier rounds, and beside the offline proxy what that one
+    had measured in this round."""
 
     @property
     def measured(self) -> list[MemoryEntry]:
-        """Entries of this round so far."""
+        """Entries of the proxy in this round so far."""
         ...
 
     @property

@@ -7,8 +7,8 @@ After a refit, which aims at the base's prediction, candidates rank by how far t
 On the digits base the loss increased by about three times that mean square for each of three
 schemes, and was known to within a tenth of the precision. Without a refit they rank by the loss.
 
-The best that no language model proposed runs to the end, so that a model's scheme is chosen only
-where it is ahead of that one on the held-out images, too.
+A language model's candidates race by themselves, and its finalists meet the others': these are
+the same as without it, so what is chosen is never behind what would have been without it.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from tdc_ray.pruning.tasks.candidates import (
 )
 
 NUM_FINALISTS = 2
-"""Candidates that the last heat decides between."""
+"""Candidates that the last heat decides between, and as many of a language model's."""
 
 
 def first_heat(num_candidates: int) -> Heat:
@@ -54,11 +54,16 @@ def race(
     ranked = sorted(candidates, key=lambda one: _order(one.entry.rank, one))
     if ranked[0].entry.noise == FINAL.purpose:
         return ranked
-    better = _best(ranked, max(NUM_FINALISTS, (len(ranked) + 1) // 2))
-    if len(better) > NUM_FINALISTS:
-        results = yield from _measured(search, cost, better, SECOND)
-        better.sort(key=lambda one: _order(results[one.entry.key].rank, one))
-    better = _best(better, NUM_FINALISTS)
+    sides = []
+    for by_llm in (False, True):
+        side = [one for one in ranked if one.entry.is_by_llm == by_llm]
+        sides.append(side[: max(NUM_FINALISTS, (len(side) + 1) // 2)])
+    undecided = [side for side in sides if len(side) > NUM_FINALISTS]
+    if undecided:
+        results = yield from _measured(search, cost, [c for s in undecided for c in s], SECOND)
+        for side in undecided:
+            side.sort(key=lambda one: _order(results[one.entry.key].rank, one))
+    better = [one for side in sides for one in side[:NUM_FINALISTS]]
     others = [one for one in ranked if one not in better]
     results = yield from _measured(search, cost, better, FINAL)
     better.sort(key=lambda one: _order(results[one.entry.key].rank, one))
@@ -76,15 +81,6 @@ def race(
         # What a later fine-tune came to is in the memory bank already when a search is resumed.
         finalists.append(Candidate(replace(entry, loss_tuned=None), one.kept))
     return finalists + others
-
-
-def _best(ranked: Sequence[Candidate], number: int) -> list[Candidate]:
-    """Return the first; where all are a language model's, the best other takes the last place."""
-    own = [one for one in ranked if not one.entry.source.startswith("llm")]
-    best = list(ranked[:number])
-    if own and own[0] not in best:
-        best[-1] = own[0]
-    return best
 
 
 def _measured(

@@ -89,8 +89,8 @@ def contribution_notes(results: Sequence[SearchResult]) -> tuple[str, ...]:
     asked = sum(number for source, number in found.items() if source.startswith("llm"))
     if not asked:
         return ("the language model contributed nothing: no scheme that was measured is its own",)
-    chosen = [result.entry.source for result in results if result.entry is not None]
-    own = sum(source.startswith("llm") for source in chosen)
+    chosen = [result.entry for result in results if result.entry is not None]
+    own = sum(entry.is_by_llm for entry in chosen)
     if not own:
         return (
             f"no expert is the language model's: {asked} of its schemes were measured, and others "

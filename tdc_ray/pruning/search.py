@@ -90,7 +90,7 @@ class _Rounds:
     ) -> Chain[list[Candidate]]:
         """Learn what cuts cost, then let the proxy propose, round by round."""
         search, prune, group = self._search, self._prune, self._search.group
-        heat = first_heat(prune.max_candidates)
+        heat = first_heat(prune.num_rounds * prune.num_candidates + len(prune.rivals))
         loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
         scores, sensitivities, model, pruned_elsewhere = yield from (
             self._modelled() if prune.models_loss else self._measured()
@@ -117,12 +117,16 @@ class _Rounds:
                 model=model,
                 pruned_elsewhere=pruned_elsewhere,
             )
-            round_ = _Round(self, request, visible, scores, heat)
-            names: tuple[ProxyMethod, ...] = (method, "offline")  # which adds what others lack
-            for name in dict.fromkeys(names):
-                if round_.left:
-                    yield from proxies[name](search, round_, self.cost)
-            candidates += round_.candidates
+            # The offline proxy does what it would alone: a language model's schemes come on top.
+            alone = [entry for entry in visible if not entry.is_by_llm]
+            own = _Round(self, request, alone, scores, heat)
+            yield from proxies["offline"](search, own, self.cost)
+            candidates += own.candidates
+            if method != "offline":
+                seen = [*visible, *own.measured]
+                beside = _Round(self, request, seen, scores, heat, start=prune.num_candidates)
+                yield from proxies[method](search, beside, self.cost)
+                candidates += beside.candidates
         candidates += yield from self._rivals(heat, scores)
         return candidates
 
@@ -233,9 +237,9 @@ class _Rounds:
             choices: What each keeps of the units.
             heat: What they are measured on.
             predictor: What would have been predicted of them; None means nothing.
-            start: Schemes of the round that were measured before.
+            start: Place of the first among the schemes of the round.
         """
-        search, space, first = self._search, self._space, 1 + number * self._prune.num_candidates
+        search, space, first = self._search, self._space, 1 + number * self._prune.max_per_round
         items = [
             candidate_item(search, f"round-{number}-candidate-{index}", kept, first + index, heat)
             for index, kept in enumerate(choices, start)
@@ -269,7 +273,7 @@ class _Rounds:
 
 
 class _Round:
-    """One round: a `Round` of the proxies."""
+    """One round of one proxy: a `Round`."""
 
     def __init__(
         self,
@@ -278,14 +282,16 @@ class _Round:
         memory: Sequence[MemoryEntry],
         scores: Scores,
         heat: Heat,
+        *,
+        start: int = 0,
     ) -> None:
         self.request, self.memory = request, memory
         self.candidates: list[Candidate] = []
-        self._rounds, self._scores, self._heat = rounds, scores, heat
+        self._rounds, self._scores, self._heat, self._start = rounds, scores, heat, start
 
     @property
     def measured(self) -> list[MemoryEntry]:
-        """Entries of this round so far."""
+        """Entries of the proxy in this round so far."""
         return [candidate.entry for candidate in self.candidates]
 
     @property
@@ -303,7 +309,7 @@ class _Round:
             if proposal.scheme not in tried:
                 tried.append(dict(proposal.scheme))
                 fresh.append(proposal)
-        fresh, start = fresh[: self.left], len(self.candidates)
+        fresh, start = fresh[: self.left], self._start + len(self.candidates)
         choices = self._rounds.kept(fresh, self._scores)
         candidates = yield from self._rounds.measure(
             request.round, fresh, choices, self._heat, Predictor.of(request, known), start

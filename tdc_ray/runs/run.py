@@ -218,7 +218,7 @@ def run(
                 plan = _measure_limits(context, space, plan, pool)
                 check_limits(config.prune, space, plan)
                 events(PlanMade(plan))
-            memory = _open_memory(run_dir, config.prune.num_candidates, events)
+            memory = _open_memory(run_dir, config.prune.max_per_round, events)
             experts, reference = _make_experts(context, config, space, plan, spec, memory, pool)
             save_index(run_dir, config, plan.groups)
             times = expert_times(run_dir, plan, config.prune.latency_batch_size)
@@ -340,11 +340,11 @@ def _open_cache(root: Path | None, run_dir: RunDir) -> ResultCache | None:
     return ResultCache(resolve_path(root).resolve(), display_path(run_dir.root))
 
 
-def _open_memory(run_dir: RunDir, num_candidates: int, events: EventSink) -> MemoryBank:
+def _open_memory(run_dir: RunDir, max_per_round: int, events: EventSink) -> MemoryBank:
     """Open the memory bank; emit its entries, and later every new one."""
 
     def emit(entry: MemoryEntry) -> None:
-        events(CandidateMeasured(entry, 1 + entry.round * num_candidates + entry.candidate))
+        events(CandidateMeasured(entry, 1 + entry.round * max_per_round + entry.candidate))
 
     memory = MemoryBank(run_dir.memory, emit)
     for entry in sorted(memory.all(), key=lambda one: (one.round, one.candidate)):

@@ -11,8 +11,19 @@ import pytest
 from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
+from tdc_ray.execution.chain import run_chain
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.result import SearchResult
+from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.results import LossDifference
-from tests.small import latent_config, make_first_stage, small_config, training_of
+from tests.small import (
+    latent_config,
+    make_first_stage,
+    make_run_dir,
+    small_config,
+    task_of,
+    training_of,
+)
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -44,13 +55,35 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
 @pytest.mark.usefixtures("importable")
 def test_a_language_model_is_asked_as_its_flags_say():
     from common import ProxyFlags
+    from proxy_cost import offline_at_equal_measurements
     from tdc_pruners import PrunerFlags
 
     llm = ProxyConfig(model="qwen3", timeout_s=900.0)
     for flags in (ProxyFlags(proxy="llm", llm=llm), PrunerFlags(proxy="llm", llm=llm)):
         config = flags.config(0)
         assert (config.prune.method, config.proxy) == ("llm", llm)
+        alone = offline_at_equal_measurements(config.prune)
+        assert (alone.method, alone.max_candidates) == ("offline", config.prune.max_candidates)
     assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
+
+
+@pytest.mark.usefixtures("importable")
+def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(tmp_path):
+    from partner_bound import nonsensically, offline_proxy, scripted
+
+    proxies = {"offline": offline_proxy, "llm": scripted(nonsensically, 0)}
+    run_dir, results = make_run_dir(tmp_path), dict[str, SearchResult]()
+    for method in proxies:
+        few = {"num_images": 32, "num_refit_images": 32, "num_rounds": 2, "num_candidates": 2}
+        config = small_config(plan={"min_macs_share": 0.3}, prune={"method": method, **few})
+        memory = MemoryBank(tmp_path / f"{method}.jsonl")
+        results[method] = run_chain(search_submodel(task_of(run_dir, config), memory, proxies))
+    nonsense, offline = results["llm"], results["offline"]
+    measured = [one for one in nonsense.candidates if one.entry.is_by_llm]
+    assert 0 < len(measured) <= len(offline.candidates)
+    others = tuple(one for one in nonsense.candidates if not one.entry.is_by_llm)
+    assert others == offline.candidates
+    assert nonsense.entry.final.rank <= offline.entry.final.rank
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_without_changes_it_is_the_knapsack():
     alone = knapsack(SPACE, loss_curves(SPACE, STEEP), REQUEST.limit)
     assert PLANNER.start.scheme == alone
     assert PLANNER.plan(Change()).dropped == ()
+    assert "the knapsack's own" in PLANNER.objection(PLANNER.plan(Change()))
 
 
 def test_a_pin_holds_and_the_rest_is_the_best_under_it():
@@ -70,7 +71,7 @@ def test_a_pin_holds_and_the_rest_is_the_best_under_it():
     assert planned.scheme[NAMES[6]] == width + 2
     assert planned.dropped == ()
     assert planned.increase > PLANNER.start.increase
-    assert PLANNER.is_worth_measuring(planned)
+    assert PLANNER.objection(planned) is None
 
 
 def test_contradictory_changes_are_dropped_one_by_one_and_said():

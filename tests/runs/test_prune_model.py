@@ -461,7 +461,7 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
     assert nothing is (source == "offline")
     if source == "offline":
         assert sources == {"offline"}
-        assert "the offline proxy took over" in " ".join(report["notes"])
+        assert "the language model was given up" in " ".join(report["notes"])
     else:
         again = json.loads((tmp_path / "replayed" / "report.json").read_text())
         assert again["widths"] == report["widths"]

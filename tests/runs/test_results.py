@@ -67,7 +67,7 @@ RESULTS = Results(
         proxy_seconds=3.5,
         refit="least-squares",
         space="full",
-        notes=("group-00, round 1: the offline proxy took over: no answer",),
+        notes=("group-00, round 1: the language model was given up: no answer",),
     ),
     evaluation=EvaluationResult(
         sampler="ddim",

@@ -73,7 +73,7 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, 
     assert results.prune.schemes["llm"] > 0
     assert "the language model" in results.prune.notes[0]
     assert all(group.macs <= group.macs_limit for group in results.groups)
-    assert any("the offline proxy took over" in note for note in results.prune.notes)
+    assert any("the language model was given up" in note for note in results.prune.notes)
     assert 0 < results.prune.prompt_tokens <= 1000 * asked
     transcripts = list((tmp_path / "run" / "proxy").iterdir())
     assert transcripts

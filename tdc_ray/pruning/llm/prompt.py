@@ -100,9 +100,9 @@ FORM = """
 # Answer
 predict is free (up to {predictions} replies between two measurements): it tells what the
 knapsack makes of changes, and what that is predicted to cost, without distrust. measure takes one
-of the measurements left. Not measured are schemes that this group has measured, and those
-predicted to cost more than {worse:g} times the knapsack's. Without any change the knapsack's own
-scheme is made.
+of the measurements left. Not measured are schemes that this group has measured, the knapsack's
+own, and those predicted to cost more than {worse:g} times as much as that. Without any change the
+knapsack's own scheme is made.
 Changes:
 - bounds: a unit (by number) keeps at least and at most some width; the same twice pins it.
 - distrust: a factor ({least:g} to {most:g}) on what cuts of a unit (by number) or of a block (by

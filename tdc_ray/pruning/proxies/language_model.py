@@ -1,9 +1,9 @@
 """The proxy that asks a language model for changes of the knapsack's scheme.
 
 It predicts as often as it likes and has schemes measured until the round's measurements are
-spent: as many as the offline proxy has. The first of a search are the offline proxy's best
-guesses, and the best of its schemes is a finalist (`pruning.race`): a model that answers nonsense
-takes measurements from it, but what is chosen is no worse than the best that it had measured.
+spent: as many as the offline proxy has, whose schemes are all measured before, as they would be
+without it (`pruning.search`). So nonsense takes nothing from the offline proxy, and what is chosen
+is never behind what that one alone would have found (`pruning.race`).
 """
 
 import json
@@ -47,7 +47,6 @@ from tdc_ray.pruning.llm.transcripts import (
     transcript_path,
 )
 from tdc_ray.pruning.memory import MemoryEntry
-from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Round
 from tdc_ray.pruning.result import SearchCost
 from tdc_ray.pruning.space import Scheme, fit_to_limit
@@ -60,15 +59,10 @@ UNKNOWN_FORMAT = (400, 404, 422)
 LLM_SERVICE = "llm"
 """Name of the pool's service that makes the calls; see `LLMGateway`."""
 
-NUM_GUESSES = 2
-"""The offline proxy's best guesses that a search begins with, at most: its knapsack and, where the
-loss is modelled, the best joint scheme."""
-
 
 def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
     """Let a language model have schemes measured; without a usable reply the reason is noted."""
     context, request = search.context, round_.request
-    yield from measure_first_guesses(round_)
     conversation, measured = Conversation(), list[MemoryEntry]()
     while round_.left:
         asking = replace(request, num_candidates=round_.left)
@@ -100,21 +94,12 @@ def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -
         where = f"{search.name}, round {request.round}"
         cost.notes += [f"{where}: a change of the language model: {note}" for note in reply.notes]
         if reply.error is not None:
-            cost.notes.append(f"{where}: the offline proxy took over: {reply.error}")
+            cost.notes.append(f"{where}: the language model was given up: {reply.error}")
             return
         measured = yield from round_.measure(_proposals(request, reply))
         if not measured:
             return
         conversation = reply.conversation
-
-
-def measure_first_guesses(round_: Round) -> Chain[None]:
-    """Measure the offline proxy's best guesses, in the first round of a search."""
-    request = round_.request
-    if request.round == 0 and request.num_rounds * request.num_candidates > 1:
-        number = max(1, min(NUM_GUESSES, request.num_candidates - 1))
-        guesses = propose_offline(request, round_.memory)[:number]
-        yield from round_.measure([Proposal("offline", scheme) for scheme in guesses])
 
 
 def _proposals(request: ProposalRequest, reply: "ProposalReply") -> list[Proposal]:
@@ -317,10 +302,11 @@ class LanguageModel:
         for one in asked:
             planned = planner.plan(one.change, one.dropped)
             result = planned_result(request, planner, planned)
+            objection = planner.objection(planned)
             if _key(planned.scheme) in tried:
                 result["not_measured"] = "this group has measured this scheme already"
-            elif one.action == "measure" and not planner.is_worth_measuring(planned):
-                result["not_measured"] = "it is predicted to be far worse than the knapsack's"
+            elif one.action == "measure" and objection is not None:
+                result["not_measured"] = objection
             elif one.action == "measure" and len(chosen) == request.num_candidates:
                 result["not_measured"] = "no measurement is left in this round"
             elif one.action == "measure":
