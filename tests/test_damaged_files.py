@@ -5,6 +5,7 @@ each kind (`FUZZ_EXAMPLES` says otherwise), and with `FUZZ_RECORD=FILE` writes w
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -35,7 +36,7 @@ from tdc_ray.config.train import TrainConfig
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources.image_file import read_header, read_pixels
-from tdc_ray.diffusion.train import start_state
+from tdc_ray.diffusion.train import TrainState, start_state
 from tdc_ray.execution.timeline import Timeline, load_history, usage, worker_rows
 from tdc_ray.models.checkpoints.state_dicts import load_state_dict
 from tdc_ray.models.saved_expert import WEIGHTS_FILE, load_expert
@@ -54,14 +55,14 @@ from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.runs.sweep.study import STUDY_FILE, reconcile
 from tests.images import random_pixels
 from tests.runs.sweep.test_study import DISTRIBUTIONS, study_in, sweep_of
-from tests.small import random_unet
+from tests.small import TINY, random_unet
 from tests.test_malformed_files import make_expert, malformed, refusal
 
 MAX_CPU_SECONDS = 10.0
 """Of reading one file of a few kilobytes; beyond it counts as a hang."""
 
 MAX_GROWTH = 64 * 2**20
-"""Bytes by which the process may grow over all files of a kind, each of at most 100 kB."""
+"""Bytes by which the process may grow for a file of at most 150 kB; its peaks of before count."""
 
 MAX_GROWTH_OF_IMAGES = 3 * 2**30
 """Headers may ask for the pixels that Pillow allows, 179 million: four bytes each, and copies."""
@@ -269,8 +270,10 @@ def make_weights(folder: Path) -> list[Path]:
     return [folder / "expert" / WEIGHTS_FILE]
 
 
-def train_state():
-    return start_state(random_unet(), TrainConfig(), keep_start=True)
+@functools.cache
+def train_state() -> TrainState:
+    config = {**TINY, "block_out_channels": (8, 8), "layers_per_block": 1}
+    return start_state(random_unet(config), TrainConfig(), keep_start=True)
 
 
 def make_checkpoint(folder: Path) -> list[Path]:
