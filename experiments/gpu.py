@@ -12,7 +12,7 @@ with peak memory. `sampling`: DDIM steps of our pipeline and of diffusers'. `sea
 macs per second of `tdc-ray prune`, measurements and refits included. `experts`: forward passes of
 experts cut at random (channel multiples 8, 16, 32) to 0.8, 0.6 and 0.5 of the base's macs,
 compiled, at batch 128, 16, 1, beside the base's, and how much of the macs saved is time saved.
-`compiled`: the training steps again, compiled.
+`compiled` and `compiled sampling`: training steps and DDIM steps again, compiled.
 
 Hardware and hours: at most eight minutes on one GPU of the H200's class; nothing is downloaded. It
 was written without a GPU and has run on a CPU alone (`--smoke`).
@@ -261,7 +261,7 @@ def in_precision(
     return way(*arguments, precision)
 
 
-def sampling(flags: GpuFlags) -> Measurements:
+def sampling(flags: GpuFlags, *, compiles: bool = False) -> Measurements:
     """Time DDIM steps of our pipeline and of diffusers' DDIMPipeline."""
     config = preset("digits-smoke" if flags.smoke else "cifar10")
     count, steps = (2, 2) if flags.smoke else (128, 20)
@@ -273,9 +273,12 @@ def sampling(flags: GpuFlags) -> Measurements:
         kind = "bf16: " if precision == "bf16" else ""
         peer = ddim_pipeline(unet, make_scheduler(config.diffusion, config.sampler))
         peer = peer.to(DEVICE)
+        if compiles:
+            peer.unet = compiled(peer.unet, flags)
         with torch.autocast(DEVICE.type, torch.bfloat16) if kind else nullcontext():
             theirs = seconds_of(lambda: ddim_images(peer, count, steps), flags)
         ours = our_base(unet, config, kind).to(DEVICE)
+        ours.compile_mode = "default" if compiles and not flags.smoke else "none"
         return {
             **seconds_of(lambda: our_images(ours, count, steps), flags),
             "diffusers_seconds": theirs["seconds"],
@@ -320,6 +323,7 @@ SECTIONS: dict[str, Callable[[GpuFlags], Measurements]] = {
     "search": search,
     "experts": experts,
     "compiled": partial(training, compiles=True),
+    "compiled sampling": partial(sampling, compiles=True),
 }
 
 

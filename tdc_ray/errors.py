@@ -29,8 +29,9 @@ from collections.abc import Mapping
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when memory is exhausted, on a GPU and on a CPU."""
 
-_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-"""Errors of the system that are about a path; libraries raise such without a number."""
+_OF_THE_FILE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+"""Errors of the system that are about a path, or a place in the file that its content names;
+libraries raise such without a number."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -40,7 +41,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def is_from_outside(error: BaseException) -> bool:
     """Whether an error that reading a file led to says nothing about what is in the file."""
-    failed = isinstance(error, OSError) and error.errno not in _NOT_THERE
+    failed = isinstance(error, OSError) and error.errno not in _OF_THE_FILE
     return failed or isinstance(error, StorageFailedError) or is_out_of_memory(error)
 
 

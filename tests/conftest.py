@@ -27,7 +27,9 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.storage.files import locked
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=50_000)
+# Tests of files take a fifth of them.
+num_examples = 5 * int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=num_examples)
 hypothesis.settings.load_profile("tests")
 
 

@@ -1,6 +1,7 @@
-"""Files from outside that are malformed in any way end in one of our errors, and in no other.
+"""Documents from outside that are malformed in any way end in one of our errors, and in no other.
 
-`pytest tests/test_malformed_files.py --hypothesis-profile fuzz` tries 10,000 of each kind.
+`pytest tests/test_malformed_files.py --hypothesis-profile fuzz` tries 10,000 of each kind; other
+files are in `test_damaged_files.py`.
 """
 
 import json
@@ -9,21 +10,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdc_ray.config.data import DataConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import from_json, to_json
-from tdc_ray.data.detect import data_config
-from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.errors import TdcError
 from tdc_ray.models.config_file import read_network
-from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, load_expert, save_expert
+from tdc_ray.models.saved_expert import CONFIG_FILE, load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.runs.pretrained.sources import resolve_base
@@ -136,47 +133,5 @@ def reader(request, tmp_path_factory):
 def test_documents_are_read_or_refused_by_an_error_of_ours(reader, data):
     folder, path, document, read = reader
     path.write_text(data.draw(malformed(document)))
-    error = refusal(read, folder)
-    assert error is None or str(error).strip()
-
-
-def make_npz(folder: Path) -> None:
-    folder.mkdir()
-    images = np.arange(12 * 8 * 8 * 3, dtype=np.uint8).reshape(12, 8, 8, 3)
-    np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 3)
-
-
-def read_npz(folder: Path) -> None:
-    dataset = load_dataset(data_config(str(folder / "images.npz"), DataConfig()))
-    dataset.__getitems__(range(len(dataset)))
-
-
-FILES: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], object]]] = {
-    "weights": (make_expert, WEIGHTS_FILE, load_expert),
-    "npz": (make_npz, "images.npz", read_npz),
-}
-
-
-@pytest.fixture(scope="module", params=FILES)
-def file_reader(request, tmp_path_factory):
-    make, name, read = FILES[request.param]
-    folder = tmp_path_factory.mktemp("outside") / "files"
-    make(folder)
-    return folder, folder / name, (folder / name).read_bytes(), read
-
-
-@pytest.mark.filterwarnings("ignore")  # of libraries, about such values
-@settings(max_examples=settings.default.max_examples // 5)
-@given(data=st.data())
-def test_damaged_files_are_read_or_refused_by_an_error_of_ours(file_reader, data):
-    folder, path, content, read = file_reader
-    damaged = bytearray(content)
-    ends = st.integers(0, 400) | st.integers(1, 400).map(lambda back: len(content) - back)
-    for _ in range(data.draw(st.integers(0, 3))):
-        place = data.draw(ends | st.integers(0, len(content) - 1)) % len(content)
-        damaged[place] = data.draw(st.integers(0, 255))
-    # Another file: the one that is read before may still be mapped.
-    path.unlink()
-    path.write_bytes(damaged[: data.draw(st.just(len(content)) | ends)])
     error = refusal(read, folder)
     assert error is None or str(error).strip()

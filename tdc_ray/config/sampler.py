@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from tyro.conf import Fixed, Suppress
 
+from tdc_ray.config.train import Compile
 from tdc_ray.config.validation import NonNegativeFloat, PositiveInt, require, settings
 
 Sampler = Literal["ddim", "ddpm", "pndm", "dpmsolver++"]
@@ -21,6 +22,7 @@ LATER_SAMPLER_FIELDS = (
     "options",
     "of_base",
     "use_clipped_model_output",
+    "compile",
 )
 """Settings that came after the first run directories and cached images were named."""
 
@@ -83,6 +85,11 @@ class SamplerConfig:
     use_clipped_model_output: bool | None = None
     """DDIM derives epsilon anew from the clipped image (diffusers' name). None means as
     improved-diffusion with `sampler`: it does; as diffusers' pipelines with `scheduler`: not."""
+
+    compile: Compile = "none"
+    """torch.compile's mode for the denoisers that images are drawn by, each compiled before its
+    first step, which takes minutes; none: not at all. reduce-overhead uses CUDA graphs, for
+    batches so small that launching kernels counts. Images differ by rounding."""
 
     def __post_init__(self) -> None:
         rule = "NAME=VALUE, each"

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
 from tdc_ray.config.conditioning import null_class
+from tdc_ray.config.train import Compile
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
 from tdc_ray.diffusion.pipeline_index import (
     EXPERTS_FILE,
@@ -34,6 +35,8 @@ from tdc_ray.diffusion.sampling import (
 )
 from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import ConfigError
+from tdc_ray.models.compiled import CompiledDenoiser
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import reads_captions
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.network_config import num_class_embeds
@@ -92,6 +95,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.use_clipped_model_output = use_clipped_model_output
         self.winograd = False
+        self.compile_mode: Compile = "none"
+        self._compiled: dict[tuple[Denoiser, Compile], CompiledDenoiser] = {}
         self._loaded: _Loaded | None = None
         self.register_to_config(  # by which diffusers tells settings from components
             shape=shape,
@@ -173,12 +178,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self._check_prompts(negative_prompt_embeds, batch_size, needed=spec.guidance_scale != 1)
         if use_clipped_model_output is not None:
             spec = replace(spec, use_clipped_model_output=use_clipped_model_output)
+        self._check_compile()
         set_timesteps(self.scheduler, spec.num_inference_steps)
         if num_inference_steps is not None:
             self._check_start(spec.num_inference_steps)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             images = sample(
-                self.experts.for_timestep,
+                self._denoiser_for,
                 self.scheduler,
                 spec,
                 generators,
@@ -195,6 +201,30 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if output_type == "np":
             return ImagePipelineOutput(images=pixels)
         return ImagePipelineOutput(images=self.numpy_to_pil(pixels / 255.0))
+
+    def _denoiser_for(self, timestep: float) -> Denoiser | CompiledDenoiser:
+        """Return the expert that serves a timestep, compiled where that is asked for."""
+        network = self.experts.for_timestep(timestep)
+        if self.compile_mode == "none":
+            return network
+        key = (network, self.compile_mode)
+        if key not in self._compiled:
+            self._compiled[key] = CompiledDenoiser(*key)
+        return self._compiled[key]
+
+    def _check_compile(self) -> None:
+        """Refuse to compile what would not stay compiled."""
+        if self.compile_mode == "none":
+            return
+        for name, asked in (
+            ("offload", isinstance(self.experts, OffloadedExperts)),
+            ("winograd", self.winograd),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"compile_mode must be none with {name}, got {self.compile_mode}: leave one "
+                    "of them out."
+                )
 
     def _generators(
         self,
@@ -384,6 +414,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         torch_dtype: torch.dtype = torch.float32,
         offload: bool = False,
         winograd: bool = False,
+        compile_mode: Compile = "none",
         sampler: Mapping[str, Any] | None = None,
     ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
@@ -396,6 +427,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd: On CPUs, in float32: 3 x 3 convolutions by Winograd's algorithm. Wide experts
                 take less time by it, and their images differ by rounding; a first stage's own
                 convolutions stay. The attribute ``winograd`` may be set later, too.
+            compile_mode: torch.compile's mode for the experts (``none``: not at all), each of
+                which is compiled before its first step. The attribute ``compile_mode`` may be set
+                later, too.
             sampler: Fields of ``SamplerConfig`` in place of the run's own, such as
                 ``{"scheduler": "EulerDiscreteScheduler"}``.
 
@@ -417,7 +451,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             else ExpertSet(load_each_once(folders), spans)
         )
         pipeline = _assemble(experts.to(torch_dtype), index, folder)
-        pipeline.winograd = winograd
+        pipeline.winograd, pipeline.compile_mode = winograd, compile_mode
         stage = index.first_stage
         named = None if stage is None else display_path(folder / stage)
         pipeline._loaded = _Loaded(

@@ -14,12 +14,13 @@ from torch import Tensor
 from tdc_ray.diffusion.samplers import reads_variance, set_timesteps
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.captions import Captions
+from tdc_ray.models.compiled import CompiledDenoiser
 from tdc_ray.models.denoiser import Denoiser, Labels
 from tdc_ray.models.forward import predict
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
-DenoiserFor = Callable[[float], Denoiser]
+DenoiserFor = Callable[[float], Denoiser | CompiledDenoiser]
 """Returns the denoiser that serves a timestep, which may lie between two of training."""
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -28,6 +27,7 @@ from tdc_ray.diffusion.sharding import gathered, shard, shard_like
 from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.device import worker_rank
 from tdc_ray.execution.item import Report
+from tdc_ray.models.checkpoints.state_dicts import UNREADABLE
 from tdc_ray.models.denoiser import Labels
 from tdc_ray.models.families import labels_for
 from tdc_ray.models.network_config import num_class_embeds
@@ -46,18 +46,6 @@ DECAYS: Mapping[LearningRateSchedule, Callable[[float], float]] = {
 }
 """The learning rate's share that is left, by the share of the steps after the warm-up that are
 done: diffusers' schedules of these names (whose warm-up would begin at 0)."""
-
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    UnpicklingError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-)
-"""What torch raises for files that are damaged, or hold something other than a checkpoint."""
 
 
 @dataclass(slots=True)
@@ -205,7 +193,7 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if is_from_outside(error):
             raise
         raise CheckpointError(

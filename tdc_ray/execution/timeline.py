@@ -6,10 +6,12 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from tdc_ray.errors import StorageError
 from tdc_ray.storage.files import append_json_line, read_json_lines
@@ -123,10 +125,35 @@ class WorkerUsage:
     """Share of the workers' time that they spent on items."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """What a line says of one event; which of the fields are set depends on its kind."""
+
+    event: str
+    time: FiniteFloat
+    driver: str | None = None
+    name: str = ""
+    worker: str = ""
+    node: str = ""
+    task: int = -1
+    chain: str = ""
+    stage: int = 0
+    item: str = ""
+    workers: tuple[str, ...] = ()
+    attempt: int = 1
+    macs: FiniteFloat = 0.0
+    outcome: str = ""
+    reason: str = ""
+
+
+_ADAPTER = TypeAdapter(list[_Event])
+
+
 def load_history(path: Path) -> History:
     """Read what a :class:`Timeline` wrote; what a killed driver left open ends with it.
 
-    Lines may be torn: ends without a start are left out.
+    Lines may be torn: ends without a start are left out. Lines that hold something else than
+    events are left out with a warning: a timeline is for reading, and no work depends on it.
     """
     spans: list[Span] = []
     stays: list[Stay] = []
@@ -134,39 +161,52 @@ def load_history(path: Path) -> History:
     present: dict[str, Stay] = {}
     failed: dict[str, str] = {}
     phase, last, driver = "", 0.0, None
-    for event in (event for events in read_json_lines(path) for event in events):
-        kind, time = event["event"], event["time"]
+    for event in _read(path):
+        kind, time = event.event, event.time
         if kind == "driver":
-            driver = event.get("driver")
+            driver = event.driver
             spans += [replace(one, ended=last, outcome="driver_lost") for one in running.values()]
             stays += [replace(one, left=last) for one in present.values()]
             for of_driver in (running, present, failed):
                 of_driver.clear()
-        elif event.get("driver") != driver:
+        elif event.driver != driver:
             continue  # of a driver that was suspended and wrote after another took over
         elif kind == "phase":
-            phase = event["name"]
+            phase = event.name
         elif kind == "join":
-            present[event["worker"]] = Stay(event["worker"], event["node"], time)
+            present[event.worker] = Stay(event.worker, event.node, time)
         elif kind == "leave":
-            if stay := present.pop(event["worker"], None):
+            if stay := present.pop(event.worker, None):
                 stays.append(replace(stay, left=time))
         elif kind == "start":
-            names = ("chain", "stage", "item", "attempt")
-            details = {name: event[name] for name in names}
-            workers = tuple(event["workers"])
-            macs = event.get("macs", 0.0)
-            span = Span(phase, workers=workers, started=time, macs=macs, **details)
-            running[event["task"]] = span
+            running[event.task] = Span(
+                phase=phase,
+                chain=event.chain,
+                stage=event.stage,
+                item=event.item,
+                workers=event.workers,
+                attempt=event.attempt,
+                started=time,
+                macs=event.macs,
+            )
         elif kind == "end":
-            if ended := running.pop(event["task"], None):
-                spans.append(replace(ended, ended=time, outcome=event["outcome"]))
+            if ended := running.pop(event.task, None):
+                spans.append(replace(ended, ended=time, outcome=event.outcome))
         elif kind == "failed":
-            failed[event["chain"]] = event["reason"]
+            failed[event.chain] = event.reason
         last = time
     spans += running.values()
     stays += present.values()
     return History(tuple(sorted(spans, key=lambda span: span.started)), tuple(stays), failed)
+
+
+def _read(path: Path) -> Iterator[_Event]:
+    """Yield the events of all lines that hold some."""
+    for line in read_json_lines(path):
+        try:
+            yield from _ADAPTER.validate_python(line)
+        except ValidationError as error:
+            logger.warning("a line of %s holds no events: left out (%s)", path, error)
 
 
 def worker_rows(history: History) -> tuple[list[Stay], list[tuple[int, Span]]]:

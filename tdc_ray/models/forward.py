@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from tdc_ray.models.compiled import CompiledDenoiser
 from tdc_ray.models.denoiser import Denoiser, Labels, conditions
 from tdc_ray.models.families import FAMILIES, family_of
 from tdc_ray.models.network_config import image_size
@@ -47,7 +48,7 @@ def max_batch_size(
 
 
 def predict(
-    denoiser: Denoiser,
+    denoiser: Denoiser | CompiledDenoiser,
     x_t: Tensor,
     timesteps: Tensor,
     labels: Labels = None,
@@ -70,24 +71,22 @@ def predict(
     Returns:
         ``(B, num_channels, H, W)``, float32.
     """
-    if type(denoiser).__name__ not in FAMILIES:
-        output: Tensor = denoiser(x_t, timesteps, **conditions(labels)).sample
+    network = denoiser.network if isinstance(denoiser, CompiledDenoiser) else denoiser
+
+    def output_of(images: slice) -> Tensor:
+        named = {name: whole[images] for name, whole in conditions(labels).items()}
+        if isinstance(denoiser, CompiledDenoiser):
+            output = denoiser(x_t[images], timesteps[images], named)
+        else:
+            output = denoiser(x_t[images], timesteps[images], **named).sample
         return output[:, :num_channels].float()
-    size = max_batch_size(denoiser, (x_t.shape[-2], x_t.shape[-1]))
-    with output_layers_in_fp32(denoiser, num_channels):
-        chunks = [
-            denoiser(
-                x_t[first : first + size],
-                timesteps[first : first + size],
-                **{
-                    name: whole[first : first + size] for name, whole in conditions(labels).items()
-                },
-            )
-            .sample[:, :num_channels]
-            .float()
-            for first in range(0, len(x_t), size)
-        ]
-    return torch.cat(chunks)
+
+    if type(network).__name__ not in FAMILIES:
+        return output_of(slice(None))
+    size = max_batch_size(network, (x_t.shape[-2], x_t.shape[-1]))
+    with output_layers_in_fp32(network, num_channels):
+        starts = range(0, len(x_t), size)
+        return torch.cat([output_of(slice(first, first + size)) for first in starts])
 
 
 @contextlib.contextmanager

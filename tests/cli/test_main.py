@@ -68,6 +68,10 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
             ["sample", "nowhere", "--winograd", "--precision", "bf16"],
             ["sample.precision must be fp32 with --winograd, got bf16"],
         ),
+        (
+            ["sample", "nowhere", "--offload", "--compile", "default"],
+            ["sample.compile must be none with --offload or --winograd, got default"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_setting_rule_and_value(

@@ -30,9 +30,10 @@ def test_images_and_runs_of_before_keep_their_names():
         {"karras_sigmas": True},
         {"options": ("solver_order=3",)},
         {"use_clipped_model_output": False},
+        {"compile": "default"},
     )
     names = {digest(RunConfig(sampler=SamplerConfig(**change))) for change in changed}
-    assert len(names | {digest(RunConfig())}) == 6
+    assert len(names | {digest(RunConfig())}) == 7
     by_base = [SamplerConfig(scheduler="base", of_base=one) for one in (OF_BASE, None)]
     assert sampler_key(by_base[0]) != sampler_key(by_base[1])
 

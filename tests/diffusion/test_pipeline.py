@@ -202,6 +202,30 @@ def test_by_winograds_algorithm_the_images_are_the_same_but_for_rounding(saved, 
     assert_same(images_of(pipeline), expected)
 
 
+def test_every_expert_is_compiled_once_and_draws_the_same_images(saved, monkeypatch):
+    modes = []
+
+    def compiled(function, *, mode, dynamic):
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    expected = images_of(ProgressivePipeline.from_pretrained(saved))
+    pipeline = ProgressivePipeline.from_pretrained(saved, compile_mode="default")
+    for _ in range(2):
+        torch.testing.assert_close(images_of(pipeline), expected)
+    assert modes == ["default"] * len(pipeline.experts)
+    pipeline.compile_mode = "none"
+    assert_same(images_of(pipeline), expected)
+
+
+@pytest.mark.parametrize("other", ["offload", "winograd"])
+def test_what_would_not_stay_compiled_is_refused(saved, other):
+    pipeline = ProgressivePipeline.from_pretrained(saved, compile_mode="default", **{other: True})
+    with pytest.raises(ConfigError, match=f"compile_mode must be none with {other}"):
+        pipeline(1)
+
+
 def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monkeypatch):
     read = []
 

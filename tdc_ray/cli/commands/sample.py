@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.sampler import Spacing
-from tdc_ray.config.train import Precision
+from tdc_ray.config.train import Compile, Precision
 from tdc_ray.config.validation import errors_together, require
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -50,6 +50,9 @@ class SampleCommand:
     winograd: bool = False
     """On CPUs, in fp32: 3 x 3 convolutions by Winograd's algorithm. Wide models take less time by
     it, and their images are off by rounding, some 1e-4 of the largest value."""
+    compile: Annotated[Compile, arg(aliases=("--sampler.compile",))] = "none"
+    """torch.compile's mode for the denoisers, each compiled before its first step, which takes
+    minutes; reduce-overhead uses CUDA graphs. Images are off by rounding."""
     out_dir: Path | None = None
     """Where samples.png and samples.npz go; default: RUN/samples."""
     verbose: bool = False
@@ -61,6 +64,9 @@ class SampleCommand:
             require("sample", self, name, "at least 1", ok=getattr(self, name) >= 1)
         full = self.precision == "fp32"
         require("sample", self, "precision", "fp32 with --winograd", ok=full or not self.winograd)
+        plain = not (self.offload or self.winograd)
+        rule = "none with --offload or --winograd"
+        require("sample", self, "compile", rule, ok=plain or self.compile == "none")
 
     def execute(self, console: Console) -> None:
         """Sample and write the images."""
@@ -90,7 +96,11 @@ class SampleCommand:
         if changes and self.num_inference_steps is not None:
             changes["num_inference_steps"] = self.num_inference_steps
         pipeline = ProgressivePipeline.from_pretrained(
-            self.run, offload=self.offload, winograd=self.winograd, sampler=changes
+            self.run,
+            offload=self.offload,
+            winograd=self.winograd,
+            compile_mode=self.compile,
+            sampler=changes,
         )
         precision = self.precision
         if precision == "auto":

@@ -3,6 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for workers that are alive and silent; the pool ends the wait for dead ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,11 @@ class Rank:
 
 @contextlib.contextmanager
 def as_rank(rank: Rank) -> Iterator[None]:
-    """Join the process group; ``device.worker_rank`` returns this rank until the block ends."""
+    """Join the process group; ``device.worker_rank`` returns this rank until the block ends.
+
+    After an error the process cannot join another: leaving a group that failed may block, and
+    torch then names the next one differently than other processes do, which wait for each other.
+    """
     import torch  # the driver, which imports this, may do without
     from torch import distributed
 
@@ -26,8 +34,7 @@ def as_rank(rank: Rank) -> Iterator[None]:
         init_method=f"tcp://{rank.address}",
         rank=rank.index,
         world_size=rank.count,
+        timeout=COLLECTIVE_TIMEOUT,
     )
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()

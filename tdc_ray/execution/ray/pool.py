@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import StorageFailedError, TdcError, WorkFailedError, is_out_of_memory
@@ -19,7 +25,12 @@ from tdc_ray.execution.ray.cluster import is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
 from tdc_ray.execution.ray.event_collector import EventCollector
 from tdc_ray.execution.ray.service import Service, start_service
-from tdc_ray.execution.ray.workers import WorkerGroup, check_capacity, needs
+from tdc_ray.execution.ray.workers import (
+    SECONDS_TO_ANSWER,
+    WorkerGroup,
+    check_capacity,
+    needs,
+)
 from tdc_ray.execution.retry import Action, Failure
 from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import Timeline
@@ -234,7 +245,10 @@ class Pool:
             scheduler.finish(running.assignment, result)
 
     def _fail(self, running: _Running, scheduler: Scheduler[T]) -> None:
-        """Determine why an item failed, stop its other workers, and let the scheduler decide."""
+        """Determine why an item failed, stop its workers, and let the scheduler decide.
+
+        An item's only worker stays, unless it was lost; several (see ``as_rank``) are replaced.
+        """
         assignment, refs = running.assignment, list(running.pending)
         done, silent = ray.wait(refs, num_returns=len(refs), timeout=SECONDS_TO_FAIL)
         errors = {ref: error for ref in done if (error := _error_of(ref)) is not None}
@@ -248,11 +262,12 @@ class Pool:
         if not isinstance(cause, RayTaskError) and (lost or assignment.item.service):
             reason = f"its worker died {assignment.attempt} times: {cause}"
             what = "lost its worker"
-        for name in lost:
+        stopped = lost if len(assignment.workers) == 1 else assignment.workers
+        for name in stopped:
             self._workers.stop(name)
-        self._workers.mark_idle(name for name in assignment.workers if name not in lost)
+        self._workers.mark_idle(name for name in assignment.workers if name not in stopped)
         self._end(assignment, failure.value)
-        action = scheduler.fail(assignment, failure, reason, lost)
+        action = scheduler.fail(assignment, failure, reason, stopped)
         key, attempt = assignment.item.key, assignment.attempt
         logger.warning("%s %s (attempt %d); %s", key, what, attempt, CONSEQUENCES[action])
 
@@ -274,9 +289,9 @@ def _ranks(actors: list[Any]) -> list[Rank | None]:
     if len(actors) == 1:
         return [None]
     try:
-        address: str = ray.get(actors[0].address.remote())
-    except RayActorError:
-        address = ""  # it died: so the items fail, too, and are handled as others
+        address: str = ray.get(actors[0].address.remote(), timeout=SECONDS_TO_ANSWER)
+    except (RayActorError, GetTimeoutError):
+        address = ""  # it died or hangs: so the items fail, too, and are handled as others
     return [Rank(index, len(actors), address) for index in range(len(actors))]
 
 

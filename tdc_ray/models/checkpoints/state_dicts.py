@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -55,8 +56,10 @@ _CONTAINERS = {
 }
 """Containers that are made with arguments and filled afterwards."""
 
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
     AssertionError,
     AttributeError,
     EOFError,
@@ -88,7 +91,7 @@ def load_state_dict(path: Path) -> StateDict:
             logger.info("%s: left out what is no tensor (%s)", path, ", ".join(objects))
         with safe_globals([(_CONTAINERS.get(name, _LeftOut), name) for name in objects]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         _, _, reason = str(error).rpartition("WeightsUnpickler error:")  # advice precedes it
         raise CheckpointError(
             f"{path} is no checkpoint of PyTorch whose tensors can be read without running code "

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -51,11 +51,21 @@ class LLMExchange:
     """Of the question: 1 asked for whole schemes."""
 
 
+T = TypeVar("T")
+
 VERSION = 2
 """Of the question that is asked now."""
 
 
-_ADAPTER = TypeAdapter(LLMExchange)
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A message of a request, as far as it is shown."""
+
+    role: str
+    content: str | None = None
+
+
+_ADAPTER, _MESSAGES = TypeAdapter(LLMExchange), TypeAdapter(list[_Message])
 
 
 def transcript_path(folder: Path, group: int, round_: int) -> Path:
@@ -109,12 +119,14 @@ def transcript_text(path: Path) -> str:
             f"## Call {number}: {exchange.error or 'its answer was taken'}\n\n"
             f"{exchange.usage.tokens:,} tokens, {exchange.seconds:.1f} s"
         )
-        messages = [*exchange.request["messages"], {"role": "reply", "content": exchange.reply}]
-        for call in exchange.calls:
-            messages.append({"role": f"calls {call.name}", "content": call.arguments})
+        messages = [
+            *_validated(_MESSAGES, exchange.request.get("messages"), path),
+            _Message("reply", exchange.reply),
+            *(_Message(f"calls {call.name}", call.arguments) for call in exchange.calls),
+        ]
         for message in messages:
-            quoted = (message.get("content") or "").replace("\n", "\n    ")
-            parts.append(f"**{message['role']}**\n\n    {quoted}")
+            quoted = (message.content or "").replace("\n", "\n    ")
+            parts.append(f"**{message.role}**\n\n    {quoted}")
     return "\n\n".join(parts)
 
 
@@ -148,8 +160,12 @@ def total_usage(folder: Path) -> TokenUsage:
 
 
 def _read(path: Path) -> list[LLMExchange]:
+    return [_validated(_ADAPTER, line, path) for line in read_json_lines(path)]
+
+
+def _validated(adapter: TypeAdapter[T], value: object, path: Path) -> T:
     try:
-        return [_ADAPTER.validate_python(line) for line in read_json_lines(path)]
+        return adapter.validate_python(value)
     except ValidationError as error:
         raise StorageError(
             f"{display_path(path)} holds a line that is no exchange: {error}"

@@ -321,6 +321,7 @@ def load_pipeline(
             expert = load_expert(run_dir.expert(swapped.index))
             pipeline = swapped_pipeline(unet, expert, (swapped.first, swapped.last), index)
     pipeline.experts.to(DTYPES[config.evaluate.precision])
+    pipeline.compile_mode = config.sampler.compile
     return pipeline
 
 

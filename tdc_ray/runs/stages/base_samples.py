@@ -209,6 +209,7 @@ def draw_images(job: DrawJob, report: Report) -> DrawResult:
     index = pipeline_index(config).model_copy(update={"first_stage": None})  # latents are wanted
     pipeline = base_pipeline(load_network(job.unet), index)
     pipeline.experts.to(DTYPES[config.evaluate.precision])
+    pipeline.compile_mode = config.sampler.compile
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     stage = config.data.first_stage

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.sweep.results import SweepResults
 from tdc_ray.runs.sweep.space import Choices, Domain
 from tdc_ray.storage.files import cut_at_torn_line
@@ -26,6 +26,17 @@ STUDY_VARIABLE = "TDC_RAY_STUDY"
 """Environment variable: the database URL of Optuna's study, where no setting gives one."""
 
 STUDY_FILE = "study.log"
+
+_NO_JOURNAL = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    optuna.exceptions.OptunaError,
+)
+"""What Optuna raises as it replays lines that are no operations of its own."""
 
 
 def reconcile(
@@ -80,13 +91,21 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
     Raises:
         ConfigError: The database cannot be opened.
+        StorageError: The file in the folder holds something else than a study.
     """
     url = url or os.environ.get(STUDY_VARIABLE)
     if url is None:
         if is_remote(folder):  # what sweep.json knows is added anew
             return optuna.storages.InMemoryStorage()
-        cut_at_torn_line(folder / STUDY_FILE)  # what sweep.json knows is added anew
-        return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+        path = folder / STUDY_FILE
+        cut_at_torn_line(path)  # what sweep.json knows is added anew
+        try:
+            return JournalStorage(JournalFileBackend(str(path)))
+        except _NO_JOURNAL as error:
+            raise StorageError(
+                f"{path} is no journal of Optuna's: {type(error).__name__}: {error}. Remove it, "
+                "and the sweep goes on with what sweep.json holds."
+            ) from error
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 

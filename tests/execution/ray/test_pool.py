@@ -223,32 +223,59 @@ def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
     assert (tmp_path / "rank-1").exists()
 
 
-def test_one_of_two_workers_that_dies_takes_the_other_along_and_both_start_again(pool, tmp_path):
+def test_the_wait_of_two_workers_for_each_other_ends_when_one_dies_or_hangs(pool, tmp_path):
     def work(job, report):
         import os
         import signal
+        import time
+        from datetime import timedelta
 
         import torch
         from torch import distributed
+        from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
         from tdc_ray.execution.device import worker_rank
+        from tdc_ray.execution.ray.data_parallel import COLLECTIVE_TIMEOUT
 
-        folder, _name, _number = job
-        first = folder / "first"
-        if worker_rank().rank == 1 and not first.exists():
-            first.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        folder, _name, number = job
+        with open(folder / "pids", "a") as file:  # noqa: PTH123
+            file.write(f"{os.getpid()} ")
+        waiting, failed = folder / f"waiting-{number}", folder / f"failed-{number}"
+        if not failed.exists():
+            group = _get_default_group()
+            assert group._get_backend(torch.device("cpu")).options._timeout == COLLECTIVE_TIMEOUT
+            if worker_rank().rank == 0:
+                if number == 2:  # nothing but this ends the wait for one that hangs
+                    _set_pg_timeout(timedelta(seconds=2), group)
+                waiting.touch()
+            else:
+                while not waiting.exists():
+                    time.sleep(0.05)
+                time.sleep(0.2)  # the other one waits in all_reduce by now
+                failed.touch()
+                os.kill(os.getpid(), signal.SIGKILL if number == 1 else signal.SIGSTOP)
         total = torch.ones(1)
         distributed.all_reduce(total)
         return {"value": total.item()}
 
-    def wide():
-        item = dataclasses.replace(item_of(tmp_path, "wide", work, 1), num_workers=2)
+    def wide(number):
+        item = dataclasses.replace(item_of(tmp_path, "wide", work, number), num_workers=2)
         (result,) = yield [item]
         return result["value"]
 
-    assert pool.run({"wide": wide()}) == {"wide": 2.0}
-    assert (tmp_path / "first").exists()
+    for number in (1, 2):
+        assert pool.run({"wide": wide(number)}) == {"wide": 2.0}
+        pool.timeline.flush()
+        first, second = load_history(pool.timeline_path).spans[-2:]
+        assert (first.item, first.outcome, second.outcome) == (
+            f"wide/{number}",
+            "worker_lost",
+            "done",
+        )
+        assert first.ended - (tmp_path / f"failed-{number}").stat().st_mtime < 30.0
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 8
+    assert len(set(pids)) == 6  # both are replaced: a group that failed is not joined again
 
 
 def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_path):
@@ -277,7 +304,6 @@ def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_p
     assert (tmp_path / "sizes").read_text() == "8 4 2 "
 
 
-@pytest.mark.timeout(90)  # seen to hang: gloo may wait for a worker that is gone already
 def test_of_two_workers_the_error_of_the_one_that_failed_first_counts(pool, tmp_path):
     def work(job, report):
         import torch
