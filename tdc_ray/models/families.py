@@ -10,42 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    ModelMixin,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
 from tdc_ray.models.diffusers_folder import MALFORMED
-from tdc_ray.models.dit import network as dit
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
     DIT_CLASS,
-    PIXART_CLASS,
-    SD3_CLASS,
-    TEXT_CLASSES,
     NetworkConfig,
     class_name,
     row_of,
 )
-from tdc_ray.models.pixart import network as pixart
-from tdc_ray.models.sd3 import network as sd3
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.structure import network_structure
+from tdc_ray.models.structure import TEXT_CLASSES, caption_size, network_structure
 from tdc_ray.models.surgery import cut_units
-from tdc_ray.models.transformers.network import (
-    build_transformer,
-    load_transformer,
-    save_transformer,
-    transformer_config,
-)
+from tdc_ray.models.transformers import network as transformers
+from tdc_ray.models.transformers.steps import transformer_steps
+from tdc_ray.models.transformers.table import TRANSFORMERS
+from tdc_ray.models.transformers.transformer import Transformer
 from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import (
@@ -56,7 +42,6 @@ from tdc_ray.models.unet2d.unet import (
     unet_config,
 )
 from tdc_ray.models.unet2d_condition import network as condition
-from tdc_ray.models.unet2d_condition.layers import CAPTION_TOKENS
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.storage.object_store import display_path
@@ -93,33 +78,34 @@ class Family:
     """Splits the forward pass so that every inner unit lies within a step of its name."""
 
 
-def _transformer(
-    kind: type[ModelMixin],
-    module: Any,
-    *,
-    build: Callable[[NetworkConfig], Denoiser] | None = None,
-    load: Callable[[Path], Denoiser] | None = None,
-    cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser] = cut_units,
-) -> Family:
-    """Make the row of a class with transformers, whose module has ends, start and steps."""
+def _checked(load: Callable[[Path], NetworkConfig]) -> Callable[[Path], NetworkConfig]:
+    """Make a function that checks types, ranges and known values of the config that it loads."""
 
     def given_config(folder: Path) -> NetworkConfig:
-        config = transformer_config(kind, folder)
-        network_structure(config)  # checks types, ranges and known values
+        config = load(folder)
+        network_structure(config)
         return config
 
+    return given_config
+
+
+def _transformer(transformer: Transformer) -> Family:
+    """Make the row of a class of transformers."""
+    load_config = partial(transformers.transformer_config, transformer)
     return Family(
-        build=build or partial(build_transformer, kind),
-        load=load or partial(load_transformer, kind),
-        save=save_transformer,
-        load_config=partial(transformer_config, kind),
-        given_config=given_config,
-        cut=cut,
-        ends=module.ends,
-        start=module.start,
-        steps=module.steps,
+        build=partial(transformers.build_transformer, transformer),
+        load=partial(transformers.load_transformer, transformer),
+        save=transformers.save_transformer,
+        load_config=load_config,
+        given_config=_checked(load_config),
+        cut=cut_units,
+        ends=partial(transformers.transformer_ends, transformer),
+        start=partial(transformers.first_state, transformer),
+        steps=partial(transformer_steps, transformer),
     )
 
+
+_condition_config = partial(transformers.config_in, kind=UNet2DConditionModel)
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(
@@ -133,15 +119,17 @@ FAMILIES: Mapping[str, Family] = {
         start=start,
         steps=steps,
     ),
-    DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
-    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart),
-    SD3_CLASS: _transformer(SD3Transformer2DModel, sd3),
-    CONDITION_CLASS: _transformer(
-        UNet2DConditionModel,
-        condition,
+    **{name: _transformer(one) for name, one in TRANSFORMERS.items()},
+    CONDITION_CLASS: Family(
         build=condition.build_unet,
         load=condition.load_unet,
+        save=transformers.save_transformer,
+        load_config=_condition_config,
+        given_config=_checked(_condition_config),
         cut=cut,
+        ends=condition.ends,
+        start=condition.start,
+        steps=condition.steps,
     ),
 }
 """Rows by the network's class."""
@@ -175,10 +163,11 @@ def labels_for(network: Denoiser, labels: Tensor) -> Labels:
 
 def blank_labels(network: Denoiser, count: int) -> Labels:
     """Return what stands for the labels of so many images where it does not matter: zeros."""
-    config: Any = network.config
     if reads_captions(network):
-        states = torch.zeros(count, CAPTION_TOKENS, config["cross_attention_dim"])
-        return Captions(states.to(network.device))
+        size = caption_size(type(network).__name__, network.config)
+        states = torch.zeros(count, size.tokens, size.channels, device=network.device)
+        pooled = None if size.pooled is None else states.new_zeros(count, size.pooled)
+        return Captions(states, pooled)
     return labels_for(network, torch.zeros(count, dtype=torch.long, device=network.device))
 
 

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tdc_ray.models.dit import layers as dit
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
-    DIT_CLASS,
-    PIXART_CLASS,
-    SD3_CLASS,
+    CaptionSize,
     NetworkConfig,
     class_name,
     row_of,
 )
-from tdc_ray.models.pixart import layers as pixart
-from tdc_ray.models.sd3 import layers as sd3
+from tdc_ray.models.transformers.table import TRANSFORMERS
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.unet2d_condition import layers as condition
@@ -56,12 +53,27 @@ STRUCTURES: Mapping[
     ],
 ] = {
     "UNet2DModel": (all_layers, units_of),
-    DIT_CLASS: (dit.all_layers, dit.units_of),
-    PIXART_CLASS: (pixart.all_layers, pixart.units_of),
-    SD3_CLASS: (sd3.all_layers, sd3.units_of),
+    **{name: (one.all_layers, one.units_of) for name, one in TRANSFORMERS.items()},
     CONDITION_CLASS: (condition.all_layers, condition.units_of),
 }
 """By the network's class: the functions that derive its layers and its units from a config."""
+
+TEXT_CLASSES = (CONDITION_CLASS, *(name for name, one in TRANSFORMERS.items() if one.captions))
+"""Classes of networks that are conditioned on captions."""
+
+
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether a network of a config is conditioned on captions."""
+    return class_name(config) in TEXT_CLASSES
+
+
+def caption_size(name: str, config: NetworkConfig) -> CaptionSize:
+    """Return how large the captions are of a network of a class that is conditioned on them."""
+    if name == CONDITION_CLASS:
+        return condition.caption_size(config)
+    transformer = TRANSFORMERS[name]
+    assert transformer.captions is not None
+    return transformer.captions(transformer.settings_of(config))
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:

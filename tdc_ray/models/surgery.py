@@ -139,7 +139,10 @@ def cut_inner(network: Denoiser, unit: Unit, kept: tuple[int, ...]) -> nn.Module
 def update_attributes(module: nn.Module) -> None:
     """Set a module's width attributes to the widths of its weights: forward passes read them."""
     if isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+        if module.groups > 1:  # every channel by itself
+            module.groups = len(module.weight)
+        module.out_channels, inputs = module.weight.shape[:2]
+        module.in_channels = inputs * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.GroupNorm):

@@ -16,12 +16,8 @@ from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import (
-    NetworkConfig,
-    image_size,
-    num_class_embeds,
-    reads_text,
-)
+from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
+from tdc_ray.models.structure import reads_text
 from tdc_ray.models.text_encoder import check_text_encoder
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
