@@ -1,6 +1,7 @@
 """What can be done with a network: one row for each class of networks.
 
-A class without a row is an ``UnsupportedModelError`` everywhere here.
+Those of diffusers' classes without a row are traced (``models.traced``); any other class is an
+``UnsupportedModelError`` everywhere here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +17,19 @@ from torch import Tensor, nn
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
-from tdc_ray.models.diffusers_folder import MALFORMED
+from tdc_ray.models.diffusers_folder import MALFORMED, load_pretrained
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
     DIT_CLASS,
     NetworkConfig,
     class_name,
-    row_of,
 )
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.structure import TEXT_CLASSES, caption_size, network_structure
 from tdc_ray.models.surgery import cut_units
+from tdc_ray.models.traced import network as traced
+from tdc_ray.models.traced.graph import check_denoiser, takes_captions, takes_images_alone
 from tdc_ray.models.transformers import network as transformers
 from tdc_ray.models.transformers.steps import transformer_steps
 from tdc_ray.models.transformers.table import TRANSFORMERS
@@ -141,12 +143,36 @@ BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS)
 
 def family_of(network: Denoiser) -> Family:
     """Return the row of a network's class."""
-    return row_of(FAMILIES, type(network).__name__)
+    return _family(type(network).__name__)
+
+
+def _family(name: str) -> Family:
+    """Return the row of a class; one of diffusers' that has none is traced.
+
+    Raises:
+        UnsupportedModelError: diffusers has no such class, or it is none of a denoiser.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    kind = check_denoiser(name, FAMILIES)
+    load_config = partial(transformers.config_in, kind=kind)
+    return Family(
+        build=partial(traced.build, kind),
+        load=partial(load_pretrained, kind),
+        save=transformers.save_transformer,
+        load_config=load_config,
+        given_config=_checked(load_config),
+        cut=cut_units,
+        ends=traced.ends,
+        start=traced.start,
+        steps=traced.steps,
+    )
 
 
 def reads_captions(network: Denoiser | nn.Module) -> bool:
     """Whether a network is conditioned on captions."""
-    return type(network).__name__ in TEXT_CLASSES
+    name = type(network).__name__
+    return name in TEXT_CLASSES or (name not in FAMILIES and takes_captions(type(network)))
 
 
 def labels_for(network: Denoiser, labels: Tensor) -> Labels:
@@ -178,7 +204,7 @@ def steps_of(network: Denoiser) -> list[Step]:
 
 def build_network(config: NetworkConfig) -> Denoiser:
     """Build a network with random weights on the current default device."""
-    return row_of(FAMILIES, class_name(config)).build(config)
+    return _family(class_name(config)).build(config)
 
 
 def load_network(folder: Path) -> Denoiser:
@@ -218,7 +244,7 @@ def given_config(folder: Path) -> NetworkConfig:
     kind = class_name(document)
     check_class(kind, document, f"{display_path(folder)} holds")
     try:
-        config = FAMILIES[kind].given_config(folder)
+        config = _family(kind).given_config(folder)
         _build_on_meta(config)
     except MALFORMED as error:
         raise CheckpointError(
@@ -239,7 +265,7 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    if kind not in BASES:
+    if kind not in BASES and (kind in FAMILIES or not takes_images_alone(kind)):
         raise ConfigError(
             f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
         )
@@ -273,4 +299,4 @@ def _build_on_meta(config: NetworkConfig) -> None:
 
 def _family_in(folder: Path) -> Family:
     path = fetch(folder) / "config.json"
-    return row_of(FAMILIES, class_name(read_json(path) if path.exists() else {}))
+    return _family(class_name(read_json(path) if path.exists() else {}))

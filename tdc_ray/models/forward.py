@@ -100,6 +100,7 @@ def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterat
     """
     ends = family_of(network).ends(network)
     norm, last = ends.last_norm, ends.last
+    assert norm is not None
     assert last.bias is not None
     few = num_channels if isinstance(last, nn.Conv2d) else None
     weight, bias = last.weight.data[:few].float(), last.bias.data[:few].float()

@@ -137,12 +137,12 @@ SANA: NetworkConfig = {
     "_class_name": SANA_CLASS,
     "in_channels": 4,
     "out_channels": 4,
-    "num_attention_heads": 6,
-    "attention_head_dim": 4,
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,  # linear attention jumps where all of a query's are below 0
     "num_layers": 2,
     "num_cross_attention_heads": 4,
-    "cross_attention_head_dim": 6,
-    "cross_attention_dim": 24,
+    "cross_attention_head_dim": 12,
+    "cross_attention_dim": 48,
     "caption_channels": 16,
     "sample_size": 8,
 }

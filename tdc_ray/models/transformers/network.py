@@ -88,7 +88,7 @@ def config_in(folder: Path, kind: Any) -> NetworkConfig:
     defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
     document = read_json(fetch(folder) / "config.json")
     config = defaults | {key: value for key, value in document.items() if key in defaults}
-    if config["out_channels"] is None:
+    if config.get("out_channels", 0) is None:
         config["out_channels"] = config["in_channels"]
     return cast("NetworkConfig", {"_class_name": kind.__name__, **config})
 
