@@ -66,7 +66,7 @@ def timed_space(path: Path, network: NetworkConfig, space: Space, batch_size: in
     Raises:
         ConfigError: The network's units do not run by themselves.
     """
-    if not all(unit.has_step for unit in space.units):
+    if not space.has_steps:
         raise ConfigError(
             f"prune.objective must be macs for a {class_name(network)}, got latency: it has no "
             "description here (models.traced), by which the times of its parts could be measured."

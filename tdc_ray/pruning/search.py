@@ -76,7 +76,6 @@ class _Rounds:
     def __init__(self, search: GroupSearch, memory: MemoryBank) -> None:
         self._search, self._memory, self.cost = search, memory, SearchCost()
         self._space, self._prune = search.space, search.context.prune
-        self._has_steps = all(unit.has_step for unit in search.space.units)
 
     def by_score(self, method: ScoreMethod) -> Chain[list[Candidate]]:
         """Measure the schemes that follow from a score, in one round."""
@@ -94,7 +93,7 @@ class _Rounds:
         heat = first_heat(prune.max_candidates)
         loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
         scores, sensitivities, model, pruned_elsewhere = yield from (
-            self._modelled() if prune.models_loss and self._has_steps else self._measured()
+            self._modelled() if prune.models_loss and self._space.has_steps else self._measured()
         )
         shared = prune.memory == "shared" and len(search.participants) > 1
         candidates: list[Candidate] = []
@@ -163,7 +162,7 @@ class _Rounds:
     def _measured(self) -> Chain[Predictions]:
         """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
         search, prune, space = self._search, self._prune, self._space
-        has_others = not self._has_steps
+        has_others = not space.has_steps
         scores: Scores = {}
         if prune.refit == "none" or has_others:
             by_taylor = yield from self._scores("taylor")

@@ -31,6 +31,7 @@ from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import refit
 from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.preflight import space_and_plan
 from tdc_ray.runs.prune_model import prune_model
 from tests.models.configs import CONFIGS
 from tests.models.counting import count_macs
@@ -194,6 +195,13 @@ def test_a_saved_one_is_pruned(method, tmp_path):
 def test_times_of_its_units_are_not_measured(tmp_path):
     with pytest.raises(ConfigError, match=r"prune\.objective must be macs for a UNet2DModel"):
         next(timed_space(tmp_path / "times", TINY, space_of(TINY), 1))
+
+
+@pytest.mark.usefixtures("undescribed")
+def test_its_limits_are_not_measured():
+    config = small_config(plan={"schedule": "measured"}, prune={"method": "offline"})
+    with pytest.raises(ConfigError, match=r"plan\.schedule must not be measured for a UNet2DMo"):
+        space_and_plan(config, TINY)
 
 
 @pytest.mark.parametrize(
