@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.dit.config_file import DiTConfigFile
 from tdc_ray.models.network_config import DEFAULT_CLASS, DIT_CLASS, class_name
+from tdc_ray.models.transformers.dit import DiTSettings
 from tdc_ray.models.unet2d.config_file import HEADS_FILE, UNetConfigFile
 from tdc_ray.storage.files import exists, read_bytes, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -24,7 +24,7 @@ LARGEST_FILE = 1_000_000
 
 FILES: Mapping[str, type[BaseModel]] = {
     "UNet2DModel": UNetConfigFile,
-    DIT_CLASS: DiTConfigFile,
+    DIT_CLASS: DiTSettings,
 }
 """By the network's class, the types and ranges of its settings."""
 

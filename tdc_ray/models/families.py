@@ -1,6 +1,7 @@
 """What can be done with a network: one row for each class of networks.
 
-A class without a row is an ``UnsupportedModelError`` everywhere here.
+Those of diffusers' classes without a row are traced (``models.traced``); any other class is an
+``UnsupportedModelError`` everywhere here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,42 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    ModelMixin,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
-from tdc_ray.models.diffusers_folder import MALFORMED
-from tdc_ray.models.dit import network as dit
+from tdc_ray.models.diffusers_folder import MALFORMED, load_pretrained
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
     DIT_CLASS,
-    PIXART_CLASS,
-    SD3_CLASS,
-    TEXT_CLASSES,
     NetworkConfig,
     class_name,
-    row_of,
 )
-from tdc_ray.models.pixart import network as pixart
-from tdc_ray.models.sd3 import network as sd3
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.structure import network_structure
+from tdc_ray.models.structure import TEXT_CLASSES, caption_size, network_structure
 from tdc_ray.models.surgery import cut_units
-from tdc_ray.models.transformers.network import (
-    build_transformer,
-    load_transformer,
-    save_transformer,
-    transformer_config,
-)
+from tdc_ray.models.traced import network as traced
+from tdc_ray.models.traced.graph import check_denoiser, takes_captions, takes_images_alone
+from tdc_ray.models.transformers import network as transformers
+from tdc_ray.models.transformers.steps import transformer_steps
+from tdc_ray.models.transformers.table import TRANSFORMERS
+from tdc_ray.models.transformers.transformer import Transformer
 from tdc_ray.models.unet2d.steps import ends, start, steps
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import (
@@ -56,7 +44,6 @@ from tdc_ray.models.unet2d.unet import (
     unet_config,
 )
 from tdc_ray.models.unet2d_condition import network as condition
-from tdc_ray.models.unet2d_condition.layers import CAPTION_TOKENS
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.storage.object_store import display_path
@@ -93,33 +80,34 @@ class Family:
     """Splits the forward pass so that every inner unit lies within a step of its name."""
 
 
-def _transformer(
-    kind: type[ModelMixin],
-    module: Any,
-    *,
-    build: Callable[[NetworkConfig], Denoiser] | None = None,
-    load: Callable[[Path], Denoiser] | None = None,
-    cut: Callable[[Denoiser, Sequence[Unit], KeptIndices], Denoiser] = cut_units,
-) -> Family:
-    """Make the row of a class with transformers, whose module has ends, start and steps."""
+def _checked(load: Callable[[Path], NetworkConfig]) -> Callable[[Path], NetworkConfig]:
+    """Make a function that checks types, ranges and known values of the config that it loads."""
 
     def given_config(folder: Path) -> NetworkConfig:
-        config = transformer_config(kind, folder)
-        network_structure(config)  # checks types, ranges and known values
+        config = load(folder)
+        network_structure(config)
         return config
 
+    return given_config
+
+
+def _transformer(transformer: Transformer) -> Family:
+    """Make the row of a class of transformers."""
+    load_config = partial(transformers.transformer_config, transformer)
     return Family(
-        build=build or partial(build_transformer, kind),
-        load=load or partial(load_transformer, kind),
-        save=save_transformer,
-        load_config=partial(transformer_config, kind),
-        given_config=given_config,
-        cut=cut,
-        ends=module.ends,
-        start=module.start,
-        steps=module.steps,
+        build=partial(transformers.build_transformer, transformer),
+        load=partial(transformers.load_transformer, transformer),
+        save=transformers.save_transformer,
+        load_config=load_config,
+        given_config=_checked(load_config),
+        cut=cut_units,
+        ends=partial(transformers.transformer_ends, transformer),
+        start=partial(transformers.first_state, transformer),
+        steps=partial(transformer_steps, transformer),
     )
 
+
+_condition_config = partial(transformers.config_in, kind=UNet2DConditionModel)
 
 FAMILIES: Mapping[str, Family] = {
     "UNet2DModel": Family(
@@ -133,15 +121,17 @@ FAMILIES: Mapping[str, Family] = {
         start=start,
         steps=steps,
     ),
-    DIT_CLASS: _transformer(DiTTransformer2DModel, dit, build=dit.build_dit, load=dit.load_dit),
-    PIXART_CLASS: _transformer(PixArtTransformer2DModel, pixart),
-    SD3_CLASS: _transformer(SD3Transformer2DModel, sd3),
-    CONDITION_CLASS: _transformer(
-        UNet2DConditionModel,
-        condition,
+    **{name: _transformer(one) for name, one in TRANSFORMERS.items()},
+    CONDITION_CLASS: Family(
         build=condition.build_unet,
         load=condition.load_unet,
+        save=transformers.save_transformer,
+        load_config=_condition_config,
+        given_config=_checked(_condition_config),
         cut=cut,
+        ends=condition.ends,
+        start=condition.start,
+        steps=condition.steps,
     ),
 }
 """Rows by the network's class."""
@@ -153,12 +143,36 @@ BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS)
 
 def family_of(network: Denoiser) -> Family:
     """Return the row of a network's class."""
-    return row_of(FAMILIES, type(network).__name__)
+    return _family(type(network).__name__)
+
+
+def _family(name: str) -> Family:
+    """Return the row of a class; one of diffusers' that has none is traced.
+
+    Raises:
+        UnsupportedModelError: diffusers has no such class, or it is none of a denoiser.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    kind = check_denoiser(name, FAMILIES)
+    load_config = partial(transformers.config_in, kind=kind)
+    return Family(
+        build=partial(traced.build, kind),
+        load=partial(load_pretrained, kind),
+        save=transformers.save_transformer,
+        load_config=load_config,
+        given_config=_checked(load_config),
+        cut=cut_units,
+        ends=traced.ends,
+        start=traced.start,
+        steps=traced.steps,
+    )
 
 
 def reads_captions(network: Denoiser | nn.Module) -> bool:
     """Whether a network is conditioned on captions."""
-    return type(network).__name__ in TEXT_CLASSES
+    name = type(network).__name__
+    return name in TEXT_CLASSES or (name not in FAMILIES and takes_captions(type(network)))
 
 
 def labels_for(network: Denoiser, labels: Tensor) -> Labels:
@@ -175,10 +189,11 @@ def labels_for(network: Denoiser, labels: Tensor) -> Labels:
 
 def blank_labels(network: Denoiser, count: int) -> Labels:
     """Return what stands for the labels of so many images where it does not matter: zeros."""
-    config: Any = network.config
     if reads_captions(network):
-        states = torch.zeros(count, CAPTION_TOKENS, config["cross_attention_dim"])
-        return Captions(states.to(network.device))
+        size = caption_size(type(network).__name__, network.config)
+        states = torch.zeros(count, size.tokens, size.channels, device=network.device)
+        pooled = None if size.pooled is None else states.new_zeros(count, size.pooled)
+        return Captions(states, pooled)
     return labels_for(network, torch.zeros(count, dtype=torch.long, device=network.device))
 
 
@@ -189,7 +204,7 @@ def steps_of(network: Denoiser) -> list[Step]:
 
 def build_network(config: NetworkConfig) -> Denoiser:
     """Build a network with random weights on the current default device."""
-    return row_of(FAMILIES, class_name(config)).build(config)
+    return _family(class_name(config)).build(config)
 
 
 def load_network(folder: Path) -> Denoiser:
@@ -229,7 +244,7 @@ def given_config(folder: Path) -> NetworkConfig:
     kind = class_name(document)
     check_class(kind, document, f"{display_path(folder)} holds")
     try:
-        config = FAMILIES[kind].given_config(folder)
+        config = _family(kind).given_config(folder)
         _build_on_meta(config)
     except MALFORMED as error:
         raise CheckpointError(
@@ -250,7 +265,7 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    if kind not in BASES:
+    if kind not in BASES and (kind in FAMILIES or not takes_images_alone(kind)):
         raise ConfigError(
             f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
         )
@@ -284,4 +299,4 @@ def _build_on_meta(config: NetworkConfig) -> None:
 
 def _family_in(folder: Path) -> Family:
     path = fetch(folder) / "config.json"
-    return row_of(FAMILIES, class_name(read_json(path) if path.exists() else {}))
+    return _family(class_name(read_json(path) if path.exists() else {}))

@@ -99,6 +99,7 @@ def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterat
     """
     ends = family_of(network).ends(network)
     norm, last = ends.last_norm, ends.last
+    assert norm is not None
     assert last.bias is not None
     few = num_channels if isinstance(last, nn.Conv2d) else None
     weight, bias = last.weight.data[:few].float(), last.bias.data[:few].float()
@@ -114,13 +115,20 @@ def output_layers_in_fp32(network: Denoiser, num_channels: int | None) -> Iterat
 
 @contextlib.contextmanager
 def swapped_weights(
-    layer: nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm, weight: Tensor, bias: Tensor
+    layer: nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> Iterator[None]:
-    """Replace the weights of a layer, which has a bias, within the context."""
-    assert layer.bias is not None
-    before = layer.weight.data, layer.bias.data
-    layer.weight.data, layer.bias.data = weight, bias
+    """Replace the weights of a layer, and its bias if it has one, within the context."""
+    values = [(layer.weight, weight)]
+    if layer.bias is not None:
+        assert bias is not None
+        values.append((layer.bias, bias))
+    before = [parameter.data for parameter, _ in values]
+    for parameter, value in values:
+        parameter.data = value
     try:
         yield
     finally:
-        layer.weight.data, layer.bias.data = before
+        for (parameter, _), value in zip(values, before, strict=True):
+            parameter.data = value

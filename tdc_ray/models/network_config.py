@@ -1,7 +1,7 @@
 """Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from tdc_ray.errors import UnsupportedModelError
 
@@ -10,11 +10,7 @@ Row = TypeVar("Row")
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
-DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
-SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
-
-TEXT_CLASSES = (PIXART_CLASS, SD3_CLASS, CONDITION_CLASS)
-"""Classes of networks that are conditioned on captions."""
+DIT_CLASS, CONDITION_CLASS = "DiTTransformer2DModel", "UNet2DConditionModel"
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -60,6 +56,17 @@ class NetworkConfig(TypedDict, total=False):
     """Heads of the attentions on the way up, where they are not ``num_heads``."""
 
     _class_name: str
+
+
+class CaptionSize(NamedTuple):
+    """How large the captions are that a network is conditioned on."""
+
+    tokens: int
+    """Tokens that macs are counted for."""
+
+    channels: int
+    pooled: int | None = None
+    """Channels of the caption as a whole; None for networks that do not read it."""
 
 
 class FirstStageConfig(TypedDict, total=False):
@@ -124,11 +131,6 @@ def num_class_embeds(config: Mapping[str, Any]) -> int | None:
         return int(given) + 1
     embeds: int | None = config.get("num_class_embeds")
     return embeds
-
-
-def reads_text(config: Mapping[str, Any]) -> bool:
-    """Whether a network of a config is conditioned on captions."""
-    return class_name(config) in TEXT_CLASSES
 
 
 def image_size(config: NetworkConfig) -> tuple[int, int]:

@@ -34,8 +34,8 @@ class State:
 class Ends:
     """The layers at both ends of a network."""
 
-    first: nn.Conv2d
-    last_norm: nn.GroupNorm | nn.LayerNorm
+    first: nn.Conv2d | nn.Linear
+    last_norm: nn.GroupNorm | nn.LayerNorm | None
     last: nn.Conv2d | nn.Linear
     """A convolution has an output for each channel, a linear layer for each pixel of a patch."""
 

@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from tdc_ray.models.dit import layers as dit
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
-    DIT_CLASS,
-    PIXART_CLASS,
-    SD3_CLASS,
+    CaptionSize,
     NetworkConfig,
     class_name,
-    row_of,
 )
-from tdc_ray.models.pixart import layers as pixart
-from tdc_ray.models.sd3 import layers as sd3
+from tdc_ray.models.transformers.table import TRANSFORMERS
 from tdc_ray.models.unet2d.layers import all_layers
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.unet2d_condition import layers as condition
@@ -48,29 +45,49 @@ class NetworkStructure:
         return sum(layer.num_params for layer in self.layers)
 
 
-STRUCTURES: Mapping[
-    str,
-    tuple[
-        Callable[[NetworkConfig], Sequence[Layer]],
-        Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
-    ],
-] = {
+Structure = tuple[
+    Callable[[NetworkConfig], Sequence[Layer]],
+    Callable[[NetworkConfig, SpaceKind], tuple[Unit, ...]],
+]
+"""The functions that derive a network's layers and its units from its config."""
+
+STRUCTURES: Mapping[str, Structure] = {
     "UNet2DModel": (all_layers, units_of),
-    DIT_CLASS: (dit.all_layers, dit.units_of),
-    PIXART_CLASS: (pixart.all_layers, pixart.units_of),
-    SD3_CLASS: (sd3.all_layers, sd3.units_of),
+    **{name: (one.all_layers, one.units_of) for name, one in TRANSFORMERS.items()},
     CONDITION_CLASS: (condition.all_layers, condition.units_of),
 }
-"""By the network's class: the functions that derive its layers and its units from a config."""
+"""By the network's class."""
+
+TEXT_CLASSES = (CONDITION_CLASS, *(name for name, one in TRANSFORMERS.items() if one.captions))
+"""Classes of networks that are conditioned on captions."""
+
+
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether a network of a config is conditioned on captions."""
+    return class_name(config) in TEXT_CLASSES
+
+
+def caption_size(name: str, config: NetworkConfig) -> CaptionSize:
+    """Return how large the captions are of a network of a class that is conditioned on them."""
+    if name == CONDITION_CLASS:
+        return condition.caption_size(config)
+    if name not in TRANSFORMERS:
+        from tdc_ray.models.traced.graph import caption_size_of
+
+        return caption_size_of(config)
+    transformer = TRANSFORMERS[name]
+    assert transformer.captions is not None
+    return transformer.captions(transformer.settings_of(config))
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:
     """Return the structure of a network, with the inner units alone or those of the stream too.
 
     Raises:
-        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
+        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind, or its
+            units cannot be traced.
     """
-    layers, units = row_of(STRUCTURES, class_name(config))
+    layers, units = _row(class_name(config))
     return NetworkStructure(layers(config), units(config, kind))
 
 
@@ -78,9 +95,24 @@ def layers_of(name: str, config: NetworkConfig) -> Sequence[Layer]:
     """Return the layers of a network of a class, in the order of the forward pass.
 
     Raises:
-        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind.
+        UnsupportedModelError: The network's class, or a block of it, is of an unknown kind, or its
+            units cannot be traced.
     """
-    return row_of(STRUCTURES, name)[0](config)
+    return _row(name)[0](config)
+
+
+def _row(name: str) -> Structure:
+    """Return the functions of a class; one of diffusers' that has no row is traced.
+
+    Raises:
+        UnsupportedModelError: diffusers has no such class, or it is none of a denoiser.
+    """
+    if name in STRUCTURES:
+        return STRUCTURES[name]
+    from tdc_ray.models.traced.graph import check_denoiser, layers_by_name, units_by_name
+
+    check_denoiser(name, STRUCTURES)
+    return partial(layers_by_name, name), partial(units_by_name, name)
 
 
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.layer import channel_offsets
+from tdc_ray.models.layer import Layer, channel_offsets
 from tdc_ray.models.structure import layers_of
 from tdc_ray.models.units import KeptIndices, Unit
 
@@ -57,20 +57,25 @@ class CoupledParameter:
         return torch.cat([offset + channels for offset in self.offsets])
 
 
-def coupled_parameters(network: Denoiser, unit: Unit) -> list[CoupledParameter]:
+def coupled_parameters(
+    network: Denoiser, unit: Unit, layers: Sequence[Layer] | None = None
+) -> list[CoupledParameter]:
     """Return the parameters that have a unit's channels.
 
     Args:
         network: An unpruned network; for an inner unit, others may have been pruned.
         unit: One of its units.
+        layers: Those of the network; None means as its class and config say.
 
     Raises:
         UnsupportedModelError: The network has no such unit.
     """
     count = unit.width * unit.channels
+    if layers is None:
+        layers = layers_of(type(network).__name__, network.config)
     coupled = [
         CoupledParameter(layer.name, network.get_submodule(layer.name), name, dim, offsets, count)
-        for layer in layers_of(type(network).__name__, network.config)
+        for layer in layers
         for name, dim, channels in (
             ("weight", 0, layer.outputs),
             ("bias", 0, layer.outputs if layer.has_bias else ()),
@@ -104,7 +109,12 @@ def kept_outputs(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) ->
     return outputs
 
 
-def cut_units(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) -> Denoiser:
+def cut_units(
+    network: Denoiser,
+    units: Sequence[Unit],
+    kept: KeptIndices,
+    layers: Sequence[Layer] | None = None,
+) -> Denoiser:
     """Return a copy of a network, all of whose units are inner ones, without what is not kept.
 
     diffusers' ``save_pretrained``, which would write a config without its widths, refuses it.
@@ -113,11 +123,12 @@ def cut_units(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) -> De
         network: An unpruned network, which is not changed. It may be on the meta device.
         units: Its units.
         kept: What stays of each of them; at least one step.
+        layers: Those of the network; None means as its class and config say.
     """
     pruned = copy.deepcopy(network)
     narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
     for unit in narrower:
-        cut_inner(pruned, unit, kept[unit.name])
+        cut_inner(pruned, unit, kept[unit.name], layers)
     for module in pruned.modules():
         update_attributes(module)
     if narrower:
@@ -125,21 +136,30 @@ def cut_units(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) -> De
     return pruned
 
 
-def cut_inner(network: Denoiser, unit: Unit, kept: tuple[int, ...]) -> nn.Module:
-    """Remove the steps of an inner unit that are not kept, in place; return its block."""
+def cut_inner(
+    network: Denoiser,
+    unit: Unit,
+    kept: tuple[int, ...],
+    layers: Sequence[Layer] | None = None,
+) -> None:
+    """Remove the steps of an inner unit that are not kept, in place; see :func:`cut_units`."""
     channels = torch.tensor(unit.channel_indices(kept))
-    for coupled in coupled_parameters(network, unit):
+    for coupled in coupled_parameters(network, unit, layers):
         coupled.keep(channels)
+        if isinstance(coupled.module, nn.GroupNorm):
+            coupled.module.num_groups = len(kept)
     block = network.get_submodule(unit.name)
     if isinstance(block, Attention):
         block.heads = block.sliceable_head_dim = len(kept)
-    return block
 
 
 def update_attributes(module: nn.Module) -> None:
     """Set a module's width attributes to the widths of its weights: forward passes read them."""
     if isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+        if module.groups > 1:  # every channel by itself
+            module.groups = len(module.weight)
+        module.out_channels, inputs = module.weight.shape[:2]
+        module.in_channels = inputs * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.GroupNorm):

@@ -9,6 +9,8 @@ Stream units are the width of the residual stream itself, from where a convoluti
 where the next one does; whatever adds to it or reads it, skip connections too, is pruned with it.
 A step has one channel of each of its GroupNorm groups, so that norms of the stream keep their
 groups; a norm that reads a skip beside it has other groups once its parts are narrower.
+
+Traced units are the heads and channels of networks that have no description (``models.traced``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,7 +34,7 @@ class Unit:
     """Dotted name of the block in the network; for a stream, of the module that starts it, after
     ``stream:``."""
 
-    kind: Literal["residual", "attention", "feed-forward", "stream"]
+    kind: Literal["residual", "attention", "feed-forward", "stream", "traced"]
 
     width: int
     """How many steps there are: GroupNorm groups, heads, channels of a feed-forward, or slices of
@@ -46,6 +48,11 @@ class Unit:
 
     multiple: int = 1
     """The number of channels that are kept should be a multiple of it."""
+
+    @property
+    def has_step(self) -> bool:
+        """Whether it lies within a step of its name (``models.step``), which runs by itself."""
+        return self.kind not in ("stream", "traced")
 
     @property
     def legal_widths(self) -> tuple[int, ...]:

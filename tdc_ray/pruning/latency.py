@@ -14,11 +14,12 @@ from statistics import median
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from tdc_ray.errors import ConfigError
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.families import build_network, family_of
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig, class_name
 from tdc_ray.models.timing import device_name, time_passes
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.costs import LatencyTable
@@ -61,7 +62,15 @@ def timed_space(path: Path, network: NetworkConfig, space: Space, batch_size: in
         network: The base's config.
         space: The base's space.
         batch_size: Images of a forward pass.
+
+    Raises:
+        ConfigError: The network's units do not run by themselves.
     """
+    if not space.has_steps:
+        raise ConfigError(
+            f"prune.objective must be macs for a {class_name(network)}, got latency: it has no "
+            "description here (models.traced), by which the times of its parts could be measured."
+        )
     passes = 2 * MAX_LEVELS * MIN_REPEATS * batch_size
     item = WorkItem(
         key="latency",

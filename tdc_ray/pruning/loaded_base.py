@@ -161,7 +161,7 @@ def save_refit_weights(base: LoadedBase) -> float:
 def _weigh(
     base: LoadedBase, model: PrunedModel, batches: Sequence[NoisedBatch]
 ) -> tuple[ErrorWeights, float]:
-    units = [unit.name for unit in base.space.units if unit.kind != "stream"]
+    units = [unit.name for unit in base.space.units if unit.has_step]
     weights = error_weights(model.network, batches, base.schedule, units)
     passes = ERROR_WEIGHT_PASSES * base.space.macs(widths_of(model.kept))
     keys = {
@@ -172,7 +172,7 @@ def _weigh(
     products = sum(
         unit.pixels * len(weights.channels[keys[unit.name]]) ** 2
         for unit in base.space.units
-        if unit.kind != "stream"
+        if unit.has_step
     )
     return weights, float(_count(batches) * (passes + products))
 
@@ -218,6 +218,8 @@ def _macs_before(base: LoadedBase, pruned: Denoiser) -> int:
     """Count the macs of an image before the first pruned step."""
     base_steps = steps_of(base.network)
     first = num_untouched(base_steps, steps_of(pruned))
+    if first == 0:
+        return 0
     names = tuple(f"{step.name}." for step in base_steps[first:])
     layers = itertools.takewhile(lambda layer: not f"{layer.name}.".startswith(names), base.layers)
     _, macs = macs_polynomials(list(layers), base.space.units)

@@ -93,7 +93,7 @@ class _Rounds:
         heat = first_heat(prune.num_rounds * prune.num_candidates + len(prune.rivals))
         loss_base = yield from self._loss_of("base", keep_everything(self._space.units), heat)
         scores, sensitivities, model, pruned_elsewhere = yield from (
-            self._modelled() if prune.models_loss else self._measured()
+            self._modelled() if prune.models_loss and self._space.has_steps else self._measured()
         )
         shared = prune.memory == "shared" and len(search.participants) > 1
         candidates: list[Candidate] = []
@@ -166,18 +166,18 @@ class _Rounds:
     def _measured(self) -> Chain[Predictions]:
         """Measure sensitivities on the base, then on knapsacks of these towards the limit."""
         search, prune, space = self._search, self._prune, self._space
-        has_streams = any(unit.kind == "stream" for unit in space.units)
+        has_others = not space.has_steps
         scores: Scores = {}
-        if prune.refit == "none" or has_streams:
+        if prune.refit == "none" or has_others:
             by_taylor = yield from self._scores("taylor")
             scores = {
                 unit.name: by_taylor[unit.name]
                 for unit in space.units
-                if prune.refit == "none" or unit.kind == "stream"
+                if prune.refit == "none" or not unit.has_step
             }
         kept: KeptIndices = keep_everything(space.units)
-        loss = 0.0  # which streams alone are compared with
-        if has_streams:
+        loss = 0.0  # which units without a step of their own alone are compared with
+        if has_others:
             loss = yield from self._loss_of("sensitivities-0-start", kept, WHOLE)
         items = sensitivity_items(search, 0, kept, scores, loss, NUM_SHARES)
         sensitivities: Sensitivities = {}
@@ -195,7 +195,7 @@ class _Rounds:
             curves = loss_curves(space, sensitivities)
             start = knapsack(space, curves, limit)
             kept = select_top(space.units, scores, start)
-            if has_streams:
+            if has_others:
                 name = f"sensitivities-{number}-start"
                 loss = yield from self._loss_of(name, kept, WHOLE)
             further: dict[str, dict[int, float]] = {}

@@ -28,8 +28,9 @@ from tdc_ray.pruning.refit.least_squares import (
 )
 from tdc_ray.seeds import derive_seed
 
-Weights = tuple[Tensor, Tensor]
-"""Weights of a layer that reads a unit, in its shape, with 0 for what is pruned, and the bias."""
+Weights = tuple[Tensor, Tensor | None]
+"""Weights of a layer that reads a unit, in its shape, with 0 for what is pruned, and the bias, if
+it has one."""
 
 Solutions = dict[str, dict[int, list[Weights]]]
 """For every unit and width, the weights of each layer that reads the unit."""
@@ -107,7 +108,7 @@ def _masked(layer: ReadLayer, kept: Tensor) -> Weights:
     matrix = torch.zeros_like(layer_matrix(layer))
     matrix[kept] = layer_matrix(layer)[kept]
     weights = matrix.T.reshape(layer.weight.shape).to(layer.weight.dtype)
-    return weights, _bias(layer).detach().clone()
+    return weights, None if layer.bias is None else layer.bias.detach().clone()
 
 
 @torch.inference_mode()
@@ -225,8 +226,3 @@ def _columns(unit: Unit, scores: Scores, width: int, layer: ReadLayer) -> Tensor
     taps = layer.weight[0, 0].numel()
     channels = torch.tensor(unit.channel_indices(kept), device=layer.weight.device)
     return (channels[:, None] * taps + torch.arange(taps, device=channels.device)).flatten()
-
-
-def _bias(layer: ReadLayer) -> Tensor:
-    assert layer.bias is not None  # as every layer that reads a unit has
-    return layer.bias

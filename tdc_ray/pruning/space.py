@@ -47,6 +47,11 @@ class Space:
         """The scheme that prunes nothing."""
         return {unit.name: unit.width for unit in self.units}
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether every unit lies within a step of its name, which runs by itself."""
+        return all(unit.has_step for unit in self.units)
+
     def macs(self, scheme: Scheme) -> int:
         """Return the macs of the network pruned by a scheme, without building it."""
         return self.macs_table.total(scheme)

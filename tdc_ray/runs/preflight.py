@@ -17,12 +17,8 @@ from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan, plan_groups
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
-from tdc_ray.models.network_config import (
-    NetworkConfig,
-    image_size,
-    num_class_embeds,
-    reads_text,
-)
+from tdc_ray.models.network_config import NetworkConfig, class_name, image_size, num_class_embeds
+from tdc_ray.models.structure import reads_text
 from tdc_ray.models.text_encoder import check_text_encoder
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
@@ -201,8 +197,18 @@ def check_shape(data: DataConfig, network: NetworkConfig, name: str) -> None:
 
 
 def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Plan]:
-    """Return what can be pruned of a run's base, and the groups of its timesteps."""
+    """Return what can be pruned of a run's base, and the groups of its timesteps.
+
+    Raises:
+        ConfigError: Limits are to be measured, for which the base would need a description.
+    """
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
+    if config.models_all_groups and not space.has_steps:
+        raise ConfigError(
+            f"plan.schedule must not be measured for a {class_name(network)}, which has no "
+            "description here (models.traced), by which its loss could be modelled: set "
+            "plan.schedule to snr."
+        )
     return space, plan_groups(config.diffusion, config.plan, config.sampler)
 
 

@@ -45,7 +45,7 @@ def test_a_network_of_an_unknown_class_is_refused_wherever_it_comes_from(tmp_pat
         lambda: network_structure(unknown),
         lambda: family_of(torch.nn.Linear(1, 1)),
     ):
-        with pytest.raises(UnsupportedModelError, match="known are UNet2DModel"):
+        with pytest.raises(UnsupportedModelError, match=r"takes no timestep|no such model"):
             refused()
 
 

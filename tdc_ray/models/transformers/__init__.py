@@ -1,4 +1,6 @@
-"""What transformers have in common: layers and units of their blocks, and these as steps.
+"""Transformers of diffusers: a file for each class, and what the classes have in common.
 
-``layers`` imports no torch, so that planning stays quick. May be used by models.
+A class's file describes it as a :class:`transformer.Transformer`; ``table`` lists these. None of
+these files imports torch but inside functions that run a network, so that planning stays quick.
+May be used by models.
 """

@@ -1,36 +1,64 @@
-"""Saves and loads transformers of diffusers, and completes what their configs leave open."""
+"""Builds, saves, loads and runs transformers of diffusers by their descriptions."""
 
 import inspect
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.embeddings import LabelEmbedding, get_2d_sincos_pos_embed
+from torch import Tensor, nn
 
 from tdc_ray.models.diffusers_folder import load_pretrained
 from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.step import Ends, State
+from tdc_ray.models.transformers.transformer import Transformer
 from tdc_ray.storage.files import atomic_path, fetch, read_json
 
 
-def build_transformer(kind: Any, config: NetworkConfig) -> Any:
-    """Build a transformer of a class with random weights on the current default device."""
-    return completed(kind(**{key: value for key, value in config.items() if key[0] != "_"}))
+def build_transformer(transformer: Transformer, config: NetworkConfig) -> Any:
+    """Build a network with random weights on the current default device."""
+    arguments = {key: value for key, value in config.items() if key[0] != "_"}
+    network = _completed(transformer, _class_of(transformer)(**arguments))
+    if transformer.zero_at_first is not None:
+        _start_at_zero(transformer, network)
+    return network
 
 
-def completed(network: Any) -> Any:
-    """Name the channels that a config leaves open; compute positions, also on the meta device."""
-    network.register_to_config(out_channels=network.out_channels)
-    patches = network.pos_embed
-    if patches.pos_embed.is_meta and patches.pos_embed_max_size is None:  # else it is saved
-        positions = get_2d_sincos_pos_embed(
-            network.inner_dim,
+def _start_at_zero(transformer: Transformer, network: Any) -> None:
+    """Initialize as adaLN-Zero begins (arXiv:2212.09748)."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    assert transformer.zero_at_first is not None
+    for layer in transformer.zero_at_first(network):
+        nn.init.zeros_(layer.weight)
+
+
+def _completed(transformer: Transformer, network: Any) -> Any:
+    """Name the channels that a config leaves open; compute positions, also on the meta device.
+
+    The dropout of labels is left to the training loop: every block would draw other ones.
+    """
+    config = network.config
+    network.register_to_config(out_channels=config["out_channels"] or config["in_channels"])
+    patches = network.get_submodule(transformer.ends.patches)
+    positions = patches.pos_embed
+    if positions is not None and positions.is_meta and patches.pos_embed_max_size is None:
+        computed = get_2d_sincos_pos_embed(  # which are not saved
+            patches.proj.out_channels,
             patches.height,
             base_size=patches.base_size,
             interpolation_scale=patches.interpolation_scale,
             output_type="pt",
             device=torch.device("cpu"),
         )
-        patches.pos_embed = positions.float()[None]
+        patches.pos_embed = computed.float()[None]
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
     return network
 
 
@@ -41,20 +69,51 @@ def save_transformer(network: Any, folder: Path) -> None:
         network.save_pretrained(temporary)
 
 
-def load_transformer(kind: Any, folder: Path) -> Any:
-    """Load a saved transformer of a class, in eval mode, on the CPU.
+def load_transformer(transformer: Transformer, folder: Path) -> Any:
+    """Load a saved network, in eval mode, on the CPU.
 
     Raises:
-        CheckpointError: The folder holds none in safetensors.
+        CheckpointError: The folder holds none of the class in safetensors.
     """
-    return completed(load_pretrained(kind, folder))
+    return _completed(transformer, load_pretrained(_class_of(transformer), folder))
 
 
-def transformer_config(kind: Any, folder: Path) -> NetworkConfig:
+def transformer_config(transformer: Transformer, folder: Path) -> NetworkConfig:
     """Load a saved one's config without its weights; diffusers' defaults fill what it lacks."""
+    return config_in(folder, _class_of(transformer))
+
+
+def config_in(folder: Path, kind: Any) -> NetworkConfig:
+    """Load the config of a class of diffusers; its defaults fill what the file lacks."""
     defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
     document = read_json(fetch(folder) / "config.json")
     config = defaults | {key: value for key, value in document.items() if key in defaults}
-    if config["out_channels"] is None:
+    if config.get("out_channels", 0) is None:
         config["out_channels"] = config["in_channels"]
     return cast("NetworkConfig", {"_class_name": kind.__name__, **config})
+
+
+def _class_of(transformer: Transformer) -> Any:
+    return getattr(diffusers, transformer.name)
+
+
+def transformer_ends(transformer: Transformer, network: Any) -> Ends:
+    """Return the layers at both ends."""
+    patches, norm, output = map(network.get_submodule, transformer.ends)
+    return Ends(patches.proj, norm, output)
+
+
+def first_state(
+    transformer: Transformer, network: Any, x_t: Tensor, timesteps: Tensor, labels: Any
+) -> State:
+    """Return the state before the first step.
+
+    Args:
+        transformer: The network's description.
+        network: The network.
+        x_t: Noised images, ``(B, C, H, W)``.
+        timesteps: As the network sees them, ``(B,)``.
+        labels: Classes, ``(B,)``, or captions.
+    """
+    embedding, context = transformer.embed(network, x_t, timesteps, labels)
+    return State(x_t, embedding, context=context)

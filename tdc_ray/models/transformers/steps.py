@@ -1,17 +1,24 @@
 """The forward pass of transformers with adaptive norms as steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tdc_ray.models.step import State, Step, Stream
+from tdc_ray.models.transformers.transformer import Transformer
 
 Modulation = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the embeddings of a batch, ``(B, L, E)``: shift, scale and gate, each ``(B, C)``."""
+
+Shift = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The same without a gate."""
 
 
 def to_tokens(hidden: Tensor) -> Tensor:
@@ -46,12 +53,39 @@ def modulation_of(layer: nn.Linear, part: int, embedding: Tensor) -> tuple[Tenso
     return shift, scale, gate
 
 
+def shift_of(
+    layer: nn.Linear, embedding: Tensor, *, scale_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return shift and scale by a layer of an embedding, ``(B, E)``."""
+    one, other = layer(functional.silu(embedding)).chunk(2, dim=1)
+    return (other, one) if scale_first else (one, other)
+
+
+def stacked(embeddings: Iterable[Tensor]) -> Tensor:
+    """Stack embeddings ``(B, E)`` of several blocks: ``(B, L, E)``."""
+    return torch.stack([*embeddings], dim=1)
+
+
+def single_embedding(layer: nn.Module, timesteps: Tensor, size: Any, dtype: Any) -> Tensor:
+    """Embed timesteps by an ``AdaLayerNormSingle``: six vectors for blocks, one for the end."""
+    blocks, end = layer(timesteps, size, batch_size=len(timesteps), hidden_dtype=dtype)
+    return torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
+
+
+def single_shift(table: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shift and scale before the last layer, by a table, ``(2, C)``."""
+    shift, scale = (table + embedding[:, 6:]).unbind(1)
+    return shift, scale
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedStep(Step):
     """An attention or a feed-forward behind a norm that is scaled and shifted, and its gate."""
 
     norm: nn.Module
     modulation: Modulation
+    on_grid: bool = False
+    """Whether the module takes tokens as ``(B, C, h, w)``: it has convolutions."""
 
     def __call__(self, state: State) -> State:
         """Run the step."""
@@ -59,10 +93,19 @@ class GatedStep(Step):
         (stream,) = self.output_layers
         tokens = state.context if stream == "context" else to_tokens(state.hidden)
         assert tokens is not None
-        tokens = gate[:, None] * self.module(adaptive(self.norm, tokens, shift, scale)) + tokens
+        tokens = (
+            gate[:, None] * self._run(adaptive(self.norm, tokens, shift, scale), state) + tokens
+        )
         if stream == "context":
             return replace(state, context=tokens)
         return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
+
+    def _run(self, tokens: Tensor, state: State) -> Tensor:
+        """Run the module, if it convolves on the grid of tokens."""
+        if not self.on_grid:
+            output: Tensor = self.module(tokens)
+            return output
+        return to_tokens(self.module(to_grid(tokens, *state.hidden.shape[2:])))
 
     def gate(self, state: State, stream: Stream) -> Tensor:
         """Return what the output layer's channels are multiplied with, ``(B, C)``."""
@@ -77,14 +120,16 @@ def gated_step(
     modulation: Modulation,
     stream: Stream = "hidden",
 ) -> GatedStep:
-    """Make the step of an ``Attention`` or a ``FeedForward`` of a stream."""
-    layer = "to_out.0" if isinstance(module, Attention) else "net.2"
+    """Make the step of an ``Attention``, a ``FeedForward`` or a ``GLUMBConv`` of a stream."""
+    on_grid = isinstance(module, GLUMBConv)
+    layer = "to_out.0" if isinstance(module, Attention) else "conv_point" if on_grid else "net.2"
     return GatedStep(
         name=name,
         module=module,
         output_layers={stream: layer},
         norm=norm,
         modulation=modulation,
+        on_grid=on_grid,
     )
 
 
@@ -97,6 +142,52 @@ class CrossStep(Step):
         tokens = to_tokens(state.hidden)
         tokens = self.module(tokens, encoder_hidden_states=state.context) + tokens
         return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointStep(GatedStep):
+    """An attention of image and context to both, each behind a norm and a gate of its own."""
+
+    context_norm: nn.Module
+    context_modulation: Callable[[Tensor], tuple[Tensor, ...]]
+    """Shift and scale, and a gate where it adds to the context."""
+
+    leaves_input: bool
+    """A second attention reads its input, too, which waits as a skip."""
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        shift, scale, gate = self.modulation(state.embedding)
+        context_shift, context_scale, *context_gates = self.context_modulation(state.embedding)
+        tokens, context = to_tokens(state.hidden), state.context
+        assert context is not None
+        added, added_to_context = self.module(
+            adaptive(self.norm, tokens, shift, scale),
+            adaptive(self.context_norm, context, context_shift, context_scale),
+        )
+        hidden = to_grid(gate[:, None] * added + tokens, *state.hidden.shape[2:])
+        for context_gate in context_gates:
+            context = context_gate[:, None] * added_to_context + context
+        skips = (*state.skips, state.hidden) if self.leaves_input else state.skips
+        return replace(state, hidden=hidden, context=context, skips=skips)
+
+    def gate(self, state: State, stream: Stream) -> Tensor:
+        """Return what the output layer's channels are multiplied with, ``(B, C)``."""
+        modulation = self.modulation if stream == "hidden" else self.context_modulation
+        return modulation(state.embedding)[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DualStep(GatedStep):
+    """A second attention of the image to itself, which reads what the joint one before it does."""
+
+    def __call__(self, state: State) -> State:
+        """Run the step."""
+        shift, scale, gate = self.modulation(state.embedding)
+        source = adaptive(self.norm, to_tokens(state.skips[-1]), shift, scale)
+        tokens = gate[:, None] * self.module(source) + to_tokens(state.hidden)
+        hidden = to_grid(tokens, *state.hidden.shape[2:])
+        return replace(state, hidden=hidden, skips=state.skips[:-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +209,7 @@ class UnpatchStep(Step):
     """The last norm, which is scaled and shifted, and the linear layer to pixels of patches."""
 
     norm: nn.Module
-    modulation: Callable[[Tensor], tuple[Tensor, Tensor]]
+    modulation: Shift
     patch_size: int
 
     def __call__(self, state: State) -> State:
@@ -139,35 +230,78 @@ class UnpatchStep(Step):
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def transformer_steps(
-    network: Any,
-    blocks: Sequence[Step],
-    last: str,
-    norm: nn.Module,
-    modulation: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> list[Step]:
-    """Put the steps of a transformer's blocks between those from and to patches.
+def single_blocks(network: Any) -> list[Step]:
+    """Split blocks of attention, cross-attention and feed-forward with one adaptive norm."""
+    steps: list[Step] = []
+    for index, block in enumerate(network.transformer_blocks):
+        name = f"transformer_blocks.{index}"
+        gate = partial(_single_modulation, block.scale_shift_table)
+        cross = CrossStep(
+            name=f"{name}.attn2", module=block.attn2, output_layers={"hidden": "to_out.0"}
+        )
+        steps += [
+            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
+            cross,
+            gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
+        ]
+    return steps
 
-    Args:
-        network: The transformer.
-        blocks: Steps of its blocks, in order.
-        last: Name of the linear layer to pixels of patches.
-        norm: Before that layer.
-        modulation: Shift and scale between the two, of the embeddings of a batch.
-    """
-    size = network.config["patch_size"]
+
+def _single_modulation(
+    table: Tensor, part: int, embedding: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return shift, scale and gate of a block's attention (0) or feed-forward (1)."""
+    shift, scale, gate = (table + embedding[:, :6]).chunk(2, dim=1)[part].unbind(1)
+    return shift, scale, gate
+
+
+def joint_step(name: str, block: Any) -> "JointStep":
+    """Make the step of the attention of both streams of a ``JointTransformerBlock``."""
+    outputs: dict[Stream, str] = {"hidden": "to_out.0"}
+    context: Callable[[Tensor], tuple[Tensor, ...]]
+    if block.context_pre_only:
+        context = partial(shift_of, block.norm1_context.linear, scale_first=True)
+    else:
+        outputs["context"] = "to_add_out"
+        context = partial(modulation_of, block.norm1_context.linear, 0)
+    return JointStep(
+        name=name,
+        module=block.attn,
+        output_layers=outputs,
+        norm=block.norm1.norm,
+        modulation=partial(modulation_of, block.norm1.linear, 0),
+        context_norm=block.norm1_context.norm,
+        context_modulation=context,
+        leaves_input=block.use_dual_attention,
+    )
+
+
+def dual_step(name: str, block: Any) -> "DualStep":
+    """Make the step of the image's second attention of a ``JointTransformerBlock``."""
+    return DualStep(
+        name=name,
+        module=block.attn2,
+        output_layers={"hidden": "to_out.0"},
+        norm=block.norm1.norm,
+        modulation=partial(modulation_of, block.norm1.linear, 2),
+    )
+
+
+def transformer_steps(transformer: Transformer, network: Any) -> list[Step]:
+    """Split the forward pass into steps; one after the other they return the network's output."""
+    ends, size = transformer.ends, network.config["patch_size"]
     first = PatchStep(
-        name="pos_embed",
-        module=network.pos_embed,
+        name=ends.patches,
+        module=network.get_submodule(ends.patches),
         output_layers={"hidden": "proj"},
         patch_size=size,
     )
-    end = UnpatchStep(
-        name=last,
-        module=network.get_submodule(last),
+    last = UnpatchStep(
+        name=ends.output,
+        module=network.get_submodule(ends.output),
         output_layers={"hidden": ""},
-        norm=norm,
-        modulation=modulation,
+        norm=network.get_submodule(ends.norm),
+        modulation=transformer.last_shift(network),
         patch_size=size,
     )
-    return [first, *blocks, end]
+    return [first, *transformer.blocks(network), last]

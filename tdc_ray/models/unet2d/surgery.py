@@ -29,9 +29,7 @@ def cut(unet: UNet2DModel, units: Sequence[Unit], kept: KeptIndices) -> UNet2DMo
     cut_streams(pruned, [unit for unit in narrower if unit.kind == "stream"], kept)
     for unit in narrower:
         if unit.kind != "stream":
-            block = cut_inner(pruned, unit, kept[unit.name])
-            if isinstance(block, ResnetBlock2D):
-                block.norm2.num_groups = len(kept[unit.name])
+            cut_inner(pruned, unit, kept[unit.name])
     for module in pruned.modules():
         update_attributes(module)
         _update_own_attributes(module)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import NetworkConfig, image_size
+from tdc_ray.models.network_config import CaptionSize, NetworkConfig, image_size
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     attention_unit,
@@ -64,6 +64,11 @@ _DEFAULTS: Mapping[str, Any] = {
     "addition_embed_type": None,
     "projection_class_embeddings_input_dim": None,
 }
+
+
+def caption_size(config: NetworkConfig) -> CaptionSize:
+    """Return how large a network's captions are."""
+    return CaptionSize(CAPTION_TOKENS, {**_DEFAULTS, **config}["cross_attention_dim"])
 
 
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:

@@ -63,7 +63,7 @@ COLUMNS = (
 LEGEND = """
 unit: its number, in the order of the forward pass. kind: residual = inner width of a block;
   attention = heads; feed-forward = a transformer's inner channels; stream = width of the residual
-  stream, which many blocks share.
+  stream, which many blocks share; traced = heads, or channels that one layer reads.
 width: the knapsack's. next down, next up: the next legal width: what it adds to the {name}, in
   points (% of the base's), and to the increase, with the standard error of that.{mark}
   An increase of 0 means that the prediction did not rise above its noise, not that it is free.

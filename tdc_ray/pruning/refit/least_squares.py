@@ -48,7 +48,10 @@ class ActivationHook:
 
 
 class LeastSquares:
-    """Normal equations of ``outputs = weights @ inputs + bias`` for one layer, in float64."""
+    """Normal equations of ``outputs = weights @ inputs + bias`` for one layer, in float64.
+
+    Without a bias if the layer has none.
+    """
 
     def __init__(self, layer: ReadLayer, *, num_rows: int, seed: int) -> None:
         """Start without rows.
@@ -97,7 +100,7 @@ class LeastSquares:
             part = slice(first, first + size)
             rows = _rows(self.layer, inputs[part], positions)
             targets = outputs[part][:, positions].flatten(0, 1)
-            if self._num_rows == 0:
+            if self._num_rows == 0 and self.layer.bias is not None:
                 self._origin = rows.mean(0)
             rows -= self._origin
             counts = (
@@ -125,7 +128,7 @@ class LeastSquares:
 
         The ridge pulls the weights towards those that the layer has.
         """
-        mean = self._inputs / self._count
+        mean = self._mean
         upper = self._gram.triu()
         gram = (upper + upper.triu(1).T) / self._count - torch.outer(mean, mean)
         cross = self._cross / self._count - torch.outer(mean, self._outputs / self._count)
@@ -133,8 +136,13 @@ class LeastSquares:
         gram.diagonal().add_(ridge)
         return gram, cross + ridge * layer_matrix(self.layer)
 
-    def solve(self, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Solve for weights, in the layer's shape, and bias.
+    @property
+    def _mean(self) -> Tensor:
+        """What the inputs are centred by, beside the origin: their mean, or 0 without a bias."""
+        return self._inputs / self._count * (self.layer.bias is not None)
+
+    def solve(self, columns: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Solve for weights, in the layer's shape, and bias; None if the layer has none.
 
         Args:
             columns: The inputs to solve with; the weights of the others are 0. None means all.
@@ -145,10 +153,12 @@ class LeastSquares:
         factor = torch.linalg.cholesky(gram[columns][:, columns])
         weights = torch.zeros_like(cross)
         weights[columns] = torch.cholesky_solve(cross[columns], factor)
-        mean = self._inputs / self._count + self._origin.double()
-        bias = self._outputs / self._count - mean @ weights
         shape, dtype = self.layer.weight.shape, self.layer.weight.dtype
-        return weights.T.reshape(shape).to(dtype), bias.to(dtype)
+        bias = None
+        if self.layer.bias is not None:
+            mean = self._mean + self._origin.double()
+            bias = (self._outputs / self._count - mean @ weights).to(dtype)
+        return weights.T.reshape(shape).to(dtype), bias
 
 
 def layer_matrix(layer: ReadLayer) -> Tensor:

@@ -212,7 +212,7 @@ def _solve(
     assert squares is not None
     weight, bias = squares.solve()
     layer.weight.copy_(weight)
-    if layer.bias is not None:
+    if bias is not None:
         layer.bias.copy_(bias)
     return squares.macs
 
@@ -223,12 +223,13 @@ def _ungated(missing: Tensor, gate: Tensor) -> Tensor:
     Where an image's gate nearly shuts a channel, which is open for other images, it is less.
 
     Args:
-        missing: The error, ``(B, N, C)``.
+        missing: The error, ``(B, N, C)`` or ``(B, C, H, W)``.
         gate: ``(B, C)``
     """
     square = gate.square()
     floor = (GATE_RIDGE * square.mean(0)).clamp(min=torch.finfo(gate.dtype).tiny)
-    return missing * (gate / (square + floor))[:, None]
+    factor = gate / (square + floor)
+    return missing * (factor[:, None] if missing.ndim == 3 else factor[:, :, None, None])
 
 
 def _to_solve(base: Step, step: Step, *, cut_before: bool) -> list[str]:

@@ -53,7 +53,10 @@ class SensitivityJob:
 
 @dataclass(frozen=True, slots=True)
 class StreamJob:
-    """Measure the sensitivities of one unit of the stream, whose every width is a candidate."""
+    """Measure the sensitivities of one unit of the stream, or one that was traced.
+
+    Its every width is a candidate.
+    """
 
     context: PruningContext
     group: TimestepGroup
@@ -172,8 +175,8 @@ def sensitivity_items(
     """
     prune, of_group = search.context.prune, (search.context, search.group)
     units = [unit for unit in search.space.units if len(kept[unit.name]) > 1]
-    inner = [unit.name for unit in units if unit.kind != "stream"]
-    streams = [unit.name for unit in units if unit.kind == "stream"]
+    inner = [unit.name for unit in units if unit.has_step]
+    streams = [unit.name for unit in units if not unit.has_step]
     macs, refitting = search.space.macs(widths_of(kept)), 3 * prune.num_refit_images
     behind = search.cost_behind(prune.max_candidates)
     items: list[SensitivityItem] = []

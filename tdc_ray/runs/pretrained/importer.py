@@ -20,8 +20,8 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.network_config import NetworkConfig, image_size, reads_text, sample_size
-from tdc_ray.models.structure import network_structure
+from tdc_ray.models.network_config import NetworkConfig, image_size, sample_size
+from tdc_ray.models.structure import network_structure, reads_text
 from tdc_ray.models.unet2d.architectures import (
     ARCHITECTURES,
     architecture,

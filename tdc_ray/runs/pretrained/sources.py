@@ -30,13 +30,12 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
-    TEXT_CLASSES,
     FirstStageConfig,
     NetworkConfig,
     class_name,
     image_size,
-    reads_text,
 )
+from tdc_ray.models.structure import TEXT_CLASSES, reads_text
 from tdc_ray.models.text_encoder import TEXT_ENCODER
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json

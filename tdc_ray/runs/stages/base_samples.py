@@ -32,8 +32,8 @@ from tdc_ray.execution.item import Inputs, Report, WorkItem
 from tdc_ray.models.families import load_config, load_network
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.first_stage import first_stage_digest, input_shape, load_first_stage
-from tdc_ray.models.network_config import reads_text
 from tdc_ray.models.precision import DTYPES
+from tdc_ray.models.structure import reads_text
 from tdc_ray.models.text_encoder import check_text_encoder, text_encoder_digest
 from tdc_ray.runs.pipelines import image_conditions, pipeline_index
 from tdc_ray.runs.pretrained.sources import PretrainedBase

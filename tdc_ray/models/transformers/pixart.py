@@ -1,0 +1,124 @@
+"""``PixArtTransformer2DModel`` (arXiv:2310.00426): conditioned on captions by cross-attention."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from tdc_ray.models.config_types import Width
+from tdc_ray.models.layer import Channels, Layer
+from tdc_ray.models.network_config import CaptionSize
+from tdc_ray.models.transformers.layers import (
+    attention_layers,
+    block_names,
+    block_units,
+    embedder_layers,
+    feed_forward_layers,
+    linear,
+    output_layer,
+    patch_layer,
+    two_linear,
+    vectors,
+)
+from tdc_ray.models.transformers.settings import BasicTransformerSettings
+from tdc_ray.models.transformers.transformer import Ends, Transformer
+from tdc_ray.models.units import Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tdc_ray.models.captions import Captions
+    from tdc_ray.models.step import Step
+    from tdc_ray.models.transformers.steps import Shift
+
+CAPTION_TOKENS = 120
+"""Tokens of a caption that macs are counted for, as PixArt-alpha has them."""
+
+PIXELS_OF_LATENT = 8
+"""Side of the square of pixels that a latent stands for, in which its image is measured."""
+
+
+class PixArtSettings(BasicTransformerSettings):
+    """The arguments of ``diffusers.PixArtTransformer2DModel``, with its defaults."""
+
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    out_channels: Width | None = 8
+    sample_size: Width = 128
+    norm_eps: float = 1e-6
+    cross_attention_dim: Width = 1152
+    interpolation_scale: int | None = None
+    use_additional_conditions: bool | None = None
+    caption_channels: Width | None = None
+    attention_type: Literal["default"] | None = "default"
+
+
+def _units(pixart: PixArtSettings) -> Iterator[Unit]:
+    heads = (pixart.num_attention_heads, pixart.attention_head_dim)
+    return block_units(pixart, {"attn1": heads, "attn2": heads}, 4 * pixart.width)
+
+
+def _layers(pixart: PixArtSettings, units: Mapping[str, Unit]) -> Iterator[Layer]:
+    width, stream, has_bias = pixart.width, Channels(pixart.width), pixart.attention_bias
+    yield patch_layer("pos_embed", pixart)
+    yield from embedder_layers("adaln_single.emb.timestep_embedder", width)
+    extra = pixart.use_additional_conditions
+    if pixart.sample_size == 128 if extra is None else extra:
+        for name, times in (("resolution", 2), ("aspect_ratio", 1)):
+            yield from embedder_layers(
+                f"adaln_single.emb.{name}_embedder", width // 3, times=times
+            )
+    yield linear("adaln_single.linear", stream, Channels(6 * width))
+    if pixart.caption_channels is not None:
+        states = Channels(pixart.caption_channels)
+        yield from two_linear("caption_projection", states, stream, tokens=CAPTION_TOKENS)
+    context = (Channels(pixart.cross_attention_dim), CAPTION_TOKENS)
+    for block in block_names(pixart):
+        yield vectors(f"{block}.scale_shift_table", stream, 6)
+        for norm in ("norm1", "norm2") if pixart.norm_elementwise_affine else ():
+            yield vectors(f"{block}.{norm}", stream, has_bias=True)
+        yield from attention_layers(units[f"{block}.attn1"], stream, has_bias=has_bias)
+        cross = units[f"{block}.attn2"]
+        yield from attention_layers(cross, stream, has_bias=has_bias, context=context)
+        yield from feed_forward_layers(units[f"{block}.ff"], stream, pixart.activation_fn)
+    yield vectors("scale_shift_table", stream, 2)
+    yield output_layer("proj_out", pixart)
+
+
+def _embed(
+    pixart: Any, x_t: "Tensor", timesteps: "Tensor", captions: "Captions"
+) -> "tuple[Tensor, Tensor]":
+    from tdc_ray.models.transformers.steps import single_embedding
+
+    count, _, height, width = x_t.shape
+    sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
+    size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    context = captions.states
+    if pixart.caption_projection is not None:
+        context = pixart.caption_projection(context)
+    return single_embedding(pixart.adaln_single, timesteps, size, pixart.dtype), context
+
+
+def _blocks(pixart: Any) -> "Sequence[Step]":
+    from tdc_ray.models.transformers.steps import single_blocks
+
+    return single_blocks(pixart)
+
+
+def _last_shift(pixart: Any) -> "Shift":
+    from tdc_ray.models.transformers.steps import single_shift
+
+    return partial(single_shift, pixart.scale_shift_table)
+
+
+PIXART = Transformer(
+    name="PixArtTransformer2DModel",
+    settings_of=PixArtSettings.of,
+    units=_units,
+    layers=_layers,
+    ends=Ends("pos_embed", "norm_out", "proj_out"),
+    embed=_embed,
+    blocks=_blocks,
+    last_shift=_last_shift,
+    captions=lambda pixart: CaptionSize(
+        CAPTION_TOKENS, pixart.caption_channels or pixart.cross_attention_dim
+    ),
+)
