@@ -17,20 +17,19 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.captions import Captions
-from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
+from tdc_ray.models.denoiser import Denoiser, has_classes
 from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.dit import network as dit
+from tdc_ray.models.labels import Captions, Labels
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
     SD3_CLASS,
-    TEXT_CLASSES,
     NetworkConfig,
     class_name,
     row_of,
@@ -38,7 +37,7 @@ from tdc_ray.models.network_config import (
 from tdc_ray.models.pixart import network as pixart
 from tdc_ray.models.sd3 import network as sd3
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.structure import network_structure
+from tdc_ray.models.structure import caption_shapes, network_structure
 from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.transformers.network import (
     build_transformer,
@@ -56,7 +55,6 @@ from tdc_ray.models.unet2d.unet import (
     unet_config,
 )
 from tdc_ray.models.unet2d_condition import network as condition
-from tdc_ray.models.unet2d_condition.layers import CAPTION_TOKENS
 from tdc_ray.models.units import KeptIndices, Unit
 from tdc_ray.storage.files import fetch, read_json
 from tdc_ray.storage.object_store import display_path
@@ -156,29 +154,23 @@ def family_of(network: Denoiser) -> Family:
     return row_of(FAMILIES, type(network).__name__)
 
 
-def reads_captions(network: Denoiser | nn.Module) -> bool:
-    """Whether a network is conditioned on captions."""
-    return type(network).__name__ in TEXT_CLASSES
+def captions_read(network: Denoiser) -> Mapping[str, tuple[int, ...]]:
+    """Return what a network reads of a caption: shapes by its arguments' names, if it does."""
+    return caption_shapes(type(network).__name__, network.config)
 
 
-def labels_for(network: Denoiser, labels: Tensor) -> Labels:
-    """Return what a network is conditioned on.
-
-    Args:
-        network: The network.
-        labels: Those of the images: classes, or the states of captions, ``(B, S, C)``.
-    """
-    if reads_captions(network):
-        return Captions(labels)
-    return labels if has_classes(network) else None
+def labels_for(network: Denoiser, labels: Tensor | Captions) -> Labels:
+    """Return what a network is conditioned on, of the labels of images."""
+    if isinstance(labels, Tensor):
+        return labels if has_classes(network) else None
+    return {name: labels[name] for name in captions_read(network)}
 
 
 def blank_labels(network: Denoiser, count: int) -> Labels:
     """Return what stands for the labels of so many images where it does not matter: zeros."""
-    config: Any = network.config
-    if reads_captions(network):
-        states = torch.zeros(count, CAPTION_TOKENS, config["cross_attention_dim"])
-        return Captions(states.to(network.device))
+    if shapes := captions_read(network):
+        device = network.device
+        return {name: torch.zeros(count, *one, device=device) for name, one in shapes.items()}
     return labels_for(network, torch.zeros(count, dtype=torch.long, device=network.device))
 
 
@@ -227,7 +219,7 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    check_class(kind, document, f"{display_path(folder)} holds")
+    check_class(kind, f"{display_path(folder)} holds")
     try:
         config = FAMILIES[kind].given_config(folder)
         _build_on_meta(config)
@@ -239,12 +231,11 @@ def given_config(folder: Path) -> NetworkConfig:
     return config
 
 
-def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
+def check_class(kind: str, where: str) -> None:
     """Check that networks of a class can be a base, and be pruned.
 
     Args:
         kind: The class's name.
-        config: The network's config.
         where: The error's first words, such as ``FOLDER holds``.
 
     Raises:
@@ -253,12 +244,6 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
     if kind not in BASES:
         raise ConfigError(
             f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
-        )
-    if config.get("addition_embed_type") is not None:
-        raise ConfigError(
-            f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is "
-            "conditioned on more than the states of a prompt, which no command has yet. Those of "
-            "Stable Diffusion 1 and 2 can be a base or be pruned."
         )
 
 

@@ -1,13 +1,15 @@
 """A denoiser's forward pass for sampling: in chunks, read channels alone, last layers in fp32."""
 
 import contextlib
+import operator
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.models.denoiser import Denoiser, Labels, conditions
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import FAMILIES, family_of
+from tdc_ray.models.labels import Labels, conditions, map_labels
 from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
@@ -71,22 +73,16 @@ def predict(
         ``(B, num_channels, H, W)``, float32.
     """
     if type(denoiser).__name__ not in FAMILIES:
-        output: Tensor = denoiser(x_t, timesteps, **conditions(labels)).sample
+        output: Tensor = denoiser(x_t, timestep=timesteps, **conditions(labels)).sample
         return output[:, :num_channels].float()
     size = max_batch_size(denoiser, (x_t.shape[-2], x_t.shape[-1]))
     with output_layers_in_fp32(denoiser, num_channels):
-        chunks = [
-            denoiser(
-                x_t[first : first + size],
-                timesteps[first : first + size],
-                **{
-                    name: whole[first : first + size] for name, whole in conditions(labels).items()
-                },
-            )
-            .sample[:, :num_channels]
-            .float()
-            for first in range(0, len(x_t), size)
-        ]
+        chunks = []
+        for first in range(0, len(x_t), size):
+            part = operator.itemgetter(slice(first, first + size))
+            told = conditions(map_labels(part, labels))
+            output = denoiser(part(x_t), timestep=part(timesteps), **told).sample
+            chunks.append(output[:, :num_channels].float())
     return torch.cat(chunks)
 
 

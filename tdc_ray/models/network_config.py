@@ -16,6 +16,9 @@ SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
 TEXT_CLASSES = (PIXART_CLASS, SD3_CLASS, CONDITION_CLASS)
 """Classes of networks that are conditioned on captions."""
 
+STATES = "encoder_hidden_states"
+"""What all of these read of a caption, beside what one or another does: a state of each token."""
+
 
 class NetworkConfig(TypedDict, total=False):
     """Keyword arguments of ``diffusers.UNet2DModel``, which has defaults for those left out.

@@ -83,6 +83,22 @@ def layers_of(name: str, config: NetworkConfig) -> Sequence[Layer]:
     return row_of(STRUCTURES, name)[0](config)
 
 
+CAPTION_SHAPES: Mapping[str, Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]]] = {
+    PIXART_CLASS: pixart.caption_shapes,
+    SD3_CLASS: sd3.caption_shapes,
+    CONDITION_CLASS: condition.caption_shapes,
+}
+"""By the network's class, if it is conditioned on text: what it reads of a caption."""
+
+
+def caption_shapes(name: str, config: NetworkConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return what a network of a class reads of a caption: shapes by its arguments' names.
+
+    As many tokens as macs are counted for; nothing, if it is not conditioned on text.
+    """
+    return CAPTION_SHAPES[name](config) if name in CAPTION_SHAPES else {}
+
+
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:
     """Return the units among which those that are kept were chosen."""
     kind: SpaceKind = "full" if any(name.startswith(STREAM) for name in kept) else "inner"

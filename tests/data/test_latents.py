@@ -196,9 +196,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.unet, self.seen = unet, []
 
-    def forward(self, x_t, timesteps, **arguments):
-        self.seen.append((x_t.detach().clone(), timesteps))
-        return self.unet(x_t, timesteps, **arguments)
+    def forward(self, x_t, timestep, **arguments):
+        self.seen.append((x_t.detach().clone(), timestep))
+        return self.unet(x_t, timestep, **arguments)
 
 
 def test_the_base_is_trained_on_noised_latents(config):

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
     build_network,
@@ -19,7 +18,7 @@ from tdc_ray.models.families import (
     save_network,
     steps_of,
 )
-from tdc_ray.models.network_config import PIXART_CLASS, NetworkConfig
+from tdc_ray.models.network_config import PIXART_CLASS, STATES, NetworkConfig
 from tdc_ray.models.pixart.layers import CAPTION_TOKENS
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.step import run
@@ -66,7 +65,7 @@ def noised(config: NetworkConfig, size: int, tokens: int = 5, seed: int = 0) -> 
     shape = (size, 4, side, side)
     captions = torch.randn(size, tokens, config["caption_channels"], generator=generator)
     x_0, epsilon = (torch.randn(shape, generator=generator) for _ in range(2))
-    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, Captions(captions))
+    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, {STATES: captions})
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def by_diffusers(network: PixArtTransformer2DModel, batch: NoisedBatch) -> Tenso
     size = torch.full((len(batch.x_0), 2), 8.0 * batch.x_0.shape[-1])
     told = {"resolution": size, "aspect_ratio": torch.ones(len(size), 1)}
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
-    return network(batch.x_t(SCHEDULE), batch.labels.states, timesteps, told).sample
+    return network(batch.x_t(SCHEDULE), batch.labels[STATES], timesteps, told).sample
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_additional_conditions": True, "patch_size": 4}])

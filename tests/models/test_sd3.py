@@ -12,7 +12,6 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
     build_network,
@@ -22,7 +21,7 @@ from tdc_ray.models.families import (
     save_network,
     steps_of,
 )
-from tdc_ray.models.network_config import SD3_CLASS, NetworkConfig
+from tdc_ray.models.network_config import SD3_CLASS, STATES, NetworkConfig
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.sd3.layers import CAPTION_TOKENS
 from tdc_ray.models.step import run
@@ -97,7 +96,7 @@ def noised(size: int, tokens: int = 5, seed: int = 0, width: int = 8) -> NoisedB
     def randn(*shape: int) -> Tensor:
         return torch.randn(size, *shape, generator=generator)
 
-    captions = Captions(randn(tokens, 16), randn(20))
+    captions = {STATES: randn(tokens, 16), "pooled_projections": randn(20)}
     x_0, epsilon = randn(4, 8, width), randn(4, 8, width)
     return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, captions)
 
@@ -110,8 +109,8 @@ def by_steps(network: SD3Transformer2DModel, batch: NoisedBatch) -> Tensor:
 @torch.no_grad()
 def by_diffusers(network: SD3Transformer2DModel, batch: NoisedBatch) -> Tensor:
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
-    captions = batch.labels
-    return network(batch.x_t(SCHEDULE), captions.states, captions.pooled, timesteps).sample
+    states, pooled = batch.labels[STATES], batch.labels["pooled_projections"]
+    return network(batch.x_t(SCHEDULE), states, pooled, timesteps).sample
 
 
 def error(
@@ -270,17 +269,12 @@ def test_contradictory_settings_are_refused(changes, message):
         network_structure({**SD3, **changes})
 
 
-@pytest.mark.parametrize("has_pooled", [True, False])
-def test_captions_are_split_and_joined_with_their_images(has_pooled):
+def test_captions_are_split_and_joined_with_their_images():
     batch = noised(5)
-    if not has_pooled:
-        batch = replace(batch, labels=Captions(batch.labels.states))
     again = NoisedBatch.join([*batch.split(2)]).labels
-    assert torch.equal(again.states, batch.labels.states)
-    if has_pooled:
-        assert torch.equal(again.pooled, batch.labels.pooled)
-    else:
-        assert again.pooled is None
+    assert again.keys() == batch.labels.keys()
+    for name, tensor in batch.labels.items():
+        assert torch.equal(again[name], tensor)
 
 
 def test_without_captions_it_is_not_run():

@@ -9,19 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import (
+    blank_labels,
     build_network,
     family_of,
     steps_of,
 )
-from tdc_ray.models.network_config import CONDITION_CLASS, NetworkConfig
+from tdc_ray.models.labels import conditions
+from tdc_ray.models.network_config import CONDITION_CLASS, STATES, NetworkConfig
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.step import run
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.surgery import kept_outputs
-from tdc_ray.models.unet2d_condition.layers import CAPTION_TOKENS
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import error_weights
 from tdc_ray.pruning.refit.refit import refit
@@ -68,6 +68,12 @@ LINEAR: NetworkConfig = {
     "attention_head_dim": [2, 4],
     "transformer_layers_per_block": [2, 1],
 }
+XL: NetworkConfig = {
+    **TINY,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 2,
+    "projection_class_embeddings_input_dim": 20,
+}
 SCHEDULE = noise_schedule(DiffusionConfig())
 
 
@@ -83,8 +89,12 @@ def random_unet(config: NetworkConfig = TINY) -> UNet2DConditionModel:
 def noised(size: int, seed: int = 0) -> NoisedBatch:
     generator = torch.Generator().manual_seed(seed)
     x_0, epsilon = (torch.randn(size, 4, 8, 8, generator=generator) for _ in range(2))
-    captions = torch.randn(size, 5, 12, generator=generator)
-    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, Captions(captions))
+    captions = {
+        STATES: torch.randn(size, 5, 12, generator=generator),
+        "text_embeds": torch.randn(size, 8, generator=generator),
+        "time_ids": 64 * torch.rand(size, 6, generator=generator),
+    }
+    return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, captions)
 
 
 @torch.no_grad()
@@ -92,21 +102,21 @@ def by_steps(network: UNet2DConditionModel, batch: NoisedBatch) -> Tensor:
     return run(steps_of(network), first_state(network, batch, SCHEDULE)).hidden
 
 
-@pytest.mark.parametrize("config", [TINY, LINEAR], ids=["convolutions", "linear layers"])
+@pytest.mark.parametrize("config", [TINY, LINEAR, XL], ids=["convolutions", "linear", "XL"])
 @torch.no_grad()
 def test_the_steps_are_the_forward_pass(config):
     network, batch = random_unet(config), noised(3)
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
-    expected = network(batch.x_t(SCHEDULE), timesteps, batch.labels.states).sample
+    told = {"encoder_hidden_states": batch.labels[STATES], "added_cond_kwargs": batch.labels}
+    expected = network(batch.x_t(SCHEDULE), timesteps, **told).sample
     torch.testing.assert_close(by_steps(network, batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def count_macs(network: UNet2DConditionModel, config: NetworkConfig) -> float:
     side, network = config["sample_size"], network.to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        told = {"text_embeds": torch.ones(1, 1280), "time_ids": torch.ones(1, 6)}
-        captions = torch.ones(1, CAPTION_TOKENS, config["cross_attention_dim"])
-        network(torch.ones(1, 4, side, side), torch.ones(1), captions, added_cond_kwargs=told)
+        told = conditions(blank_labels(network, 1))
+        network(torch.ones(1, 4, side, side), torch.ones(1), **told)
     return counter.get_total_flops() / 2
 
 
@@ -140,7 +150,7 @@ def test_macs_and_parameters_are_those_that_torch_counts(config):
     assert structure.macs == count_macs(network, config)
 
 
-@pytest.mark.parametrize("config", [TINY, LINEAR], ids=["convolutions", "linear layers"])
+@pytest.mark.parametrize("config", [TINY, LINEAR, XL], ids=["convolutions", "linear", "XL"])
 def test_a_pruned_one_is_as_large_as_the_table_says_and_loads_again(config, tmp_path):
     network, space = random_unet(config), space_of(config)
     kept = random_kept(space.units, 4)

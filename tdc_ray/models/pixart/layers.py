@@ -1,11 +1,11 @@
 """The layers and units of any ``PixArtTransformer2DModel``, from its config without torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tdc_ray.models.config_types import Width
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import STATES, NetworkConfig
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     block_units,
@@ -43,6 +43,12 @@ def settings_of(config: NetworkConfig) -> PixArtSettings:
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
     """Return the heads of both attentions and the feed-forward's width of every block."""
     return block_units(settings_of(config), kind, "attn1", "attn2")
+
+
+def caption_shapes(config: NetworkConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return what it reads of a caption."""
+    pixart = settings_of(config)
+    return {STATES: (CAPTION_TOKENS, pixart.caption_channels or pixart.cross_attention_dim)}
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:

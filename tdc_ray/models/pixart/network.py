@@ -6,7 +6,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from tdc_ray.models.captions import Captions
+from tdc_ray.models.labels import Captions
+from tdc_ray.models.network_config import STATES
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.steps import CrossStep, gated_step, transformer_steps
 
@@ -28,7 +29,7 @@ def start(
     size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
     blocks, end = pixart.adaln_single(timesteps, size, batch_size=count, hidden_dtype=pixart.dtype)
     embedding = torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
-    context = captions.states
+    context = captions[STATES]
     if pixart.caption_projection is not None:
         context = pixart.caption_projection(context)
     return State(x_t, embedding, context=context)

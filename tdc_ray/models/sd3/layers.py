@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tdc_ray.models.config_types import Size, Width
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import STATES, NetworkConfig
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     attention_unit,
@@ -94,6 +94,13 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
             context = feed_forward_unit(f"{name}.ff_context", 4 * sd3.width, CAPTION_TOKENS)
             units.append(context)
     return tuple(units)
+
+
+def caption_shapes(config: NetworkConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return what it reads of a caption: states of its tokens, and the caption as a whole."""
+    sd3 = settings_of(config)
+    states = (CAPTION_TOKENS, sd3.joint_attention_dim)
+    return {STATES: states, "pooled_projections": (sd3.pooled_projection_dim,)}
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:

@@ -8,7 +8,8 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tdc_ray.models.captions import Captions
+from tdc_ray.models.labels import Captions
+from tdc_ray.models.network_config import STATES
 from tdc_ray.models.step import Ends, State, Step, Stream
 from tdc_ray.models.transformers.steps import (
     GatedStep,
@@ -28,8 +29,8 @@ def ends(sd3: SD3Transformer2DModel) -> Ends:
 
 def start(sd3: SD3Transformer2DModel, x_t: Tensor, timesteps: Tensor, captions: Captions) -> State:
     """Return the state before the first step."""
-    embedding = sd3.time_text_embed(timesteps, captions.pooled)
-    return State(x_t, embedding, context=sd3.context_embedder(captions.states))
+    embedding = sd3.time_text_embed(timesteps, captions["pooled_projections"])
+    return State(x_t, embedding, context=sd3.context_embedder(captions[STATES]))
 
 
 def steps(sd3: SD3Transformer2DModel) -> list[Step]:

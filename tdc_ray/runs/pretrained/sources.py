@@ -632,7 +632,7 @@ def _from_hub(name: str) -> Path:
         downloaded = Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+                allow_patterns=["*.json", "*.safetensors", "tokenizer*/*"],
                 ignore_patterns=["*.fp16*", "*non_ema*", "safety_checker/*"],
             )
         )
