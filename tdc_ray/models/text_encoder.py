@@ -1,10 +1,12 @@
 """The text encoders of a diffusers pipeline: what networks read of prompts."""
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,8 +64,13 @@ _DEFAULT = _Encoding({STATES: (0, 1)})
 
 _ENCODINGS: Mapping[str, _Encoding] = {
     "StableDiffusionXL": _Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
+    "StableDiffusion3": _Encoding({STATES: (0, 1), "pooled_projections": (2, 3)}),
 }
 """By what the name of a pipeline's class begins with; others are as Stable Diffusion's."""
+
+
+_OTHER_PROMPTS = {"prompt_2", "prompt_3"}
+"""Prompts of one encoder alone; None means the same for all."""
 
 
 def _encoding_of(name: str) -> _Encoding:
@@ -118,7 +125,8 @@ def text_encoder_digest(pipeline: Path) -> str:
     others = (*_parts(pipeline, f"{TEXT_ENCODER}_"), *_parts(pipeline, f"{TOKENIZER}_"))
     if others:
         files = [path for name in others for path in listing(pipeline / name, "*")]
-        settings = [value for value in _index(pipeline).values() if not isinstance(value, list)]
+        index = _index(pipeline).items()
+        settings = {k: v for k, v in index if k[0] != "_" and not isinstance(v, list)}
         document += [[cached_file_digest(fetch(path)) for path in files], settings]
     return json_digest(document)
 
@@ -151,7 +159,7 @@ def encode_prompts(
     # Of a variant alone, as of networks (`diffusers_folder`); diffusers names it after the stem.
     plain = [path for path in listing(folder / TEXT_ENCODER, "*.safetensors") if _is_plain(path)]
     parts = {name for name, value in _index(folder).items() if isinstance(value, list)}
-    needed = {name for name in parts if name.startswith((TEXT_ENCODER, TOKENIZER))}
+    needed = {*_parts(folder, TEXT_ENCODER), *_parts(folder, TOKENIZER)}
     try:
         loaded = DiffusionPipeline.from_pretrained(
             folder,
@@ -163,6 +171,9 @@ def encode_prompts(
             **dict.fromkeys(parts - needed),
         )
         loaded.to(device, torch.float32)
+        if exists(folder / "transformer/config.json"):  # whose widths have zeros in place of T5's
+            config = read_json(folder / "transformer/config.json")
+            loaded.transformer = SimpleNamespace(config=SimpleNamespace(**config))
         _warn_of_cut(loaded.tokenizer, prompts)
         encoded = [
             _encode(loaded, prompts[first : first + AT_ONCE], size, device, 0)
@@ -186,11 +197,13 @@ def _encode(
 ) -> Captions:
     """Encode prompts (place 0), or what guidance leads away from with them (place 1)."""
     encoding = _encoding_of(type(loaded).__name__)
+    taken = inspect.signature(loaded.encode_prompt).parameters
     outputs = loaded.encode_prompt(
         list(prompts),
         device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=place == 1,
+        **dict.fromkeys(_OTHER_PROMPTS & taken.keys()),
     )
     sizes = _sizes(size)
     return {

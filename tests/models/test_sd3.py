@@ -11,12 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
-from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
     build_network,
     family_of,
-    given_config,
     load_network,
     save_network,
     steps_of,
@@ -40,7 +39,6 @@ from tdc_ray.pruning.sensitivity import (
     swapped_readers,
 )
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.pretrained.sources import resolve_base
 from tests.small import assert_same, random_kept, widths_of
 
 SD3: NetworkConfig = {  # the kind of Stable Diffusion 3
@@ -287,16 +285,13 @@ def test_its_stream_cannot_be_pruned():
         network_structure(SD3, "full")
 
 
-def test_no_command_takes_one_yet(tmp_path):
+def test_a_saved_one_loads_in_diffusers(tmp_path):
     network = random_sd3(SD35)
     assert not has_classes(network)
     save_network(network, tmp_path)
     assert_same(load_network(tmp_path).state_dict(), network.state_dict())
     plain = SD3Transformer2DModel.from_pretrained(tmp_path)
     assert_same(plain.state_dict(), network.state_dict())
-    for refused in (lambda: given_config(tmp_path), lambda: resolve_base(str(tmp_path))):
-        with pytest.raises(ConfigError, match=r"SD3Transformer2DModel: only a "):
-            refused()
 
 
 def test_pruned_experts_stand_in_for_it_and_load_again(tmp_path):

@@ -41,7 +41,10 @@ class Kind:
     guidance: float
 
 
-KINDS = {"xl": Kind(text_pipelines.stable_diffusion_xl, "unet", 5.0)}
+KINDS = {
+    "xl": Kind(text_pipelines.stable_diffusion_xl, "unet", 5.0),
+    "sd3": Kind(text_pipelines.stable_diffusion_3, "transformer", 7.0),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -102,6 +105,16 @@ def test_what_is_encoded_follows_all_encoders(pipeline):
     assert text_encoder_digest(pipeline) != before
     file.unlink()
     assert text_encoder_digest(pipeline) == before
+
+
+def test_without_t5_its_states_are_zeros(tmp_path):
+    pipeline = text_pipelines.save(text_pipelines.stable_diffusion_3, tmp_path)
+    own = DiffusionPipeline.from_pretrained(pipeline, text_encoder_3=None, tokenizer_3=None)
+    own.save_pretrained(tmp_path / "small")
+    states = encode_prompts(tmp_path / "small", PROMPTS, (16, 16)).prompts
+    expected, _, pooled, _ = own.encode_prompt([*PROMPTS], None, None)
+    assert torch.equal(states["encoder_hidden_states"], expected)
+    assert torch.equal(states["pooled_projections"], pooled)
 
 
 @pytest.mark.ray

@@ -30,6 +30,7 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
+    SD3_CLASS,
     TEXT_CLASSES,
     FirstStageConfig,
     NetworkConfig,
@@ -54,7 +55,7 @@ ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
 EDM = "sigma_data"
 
-TRANSFORMERS = (DIT_CLASS,)
+TRANSFORMERS = (DIT_CLASS, SD3_CLASS)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
@@ -309,8 +310,8 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            f"pipelines of a unet or {TRANSFORMERS[0]} and a scheduler (and a vqvae or vae) can "
-            "be a base."
+            f"pipelines of a unet, {' or '.join(TRANSFORMERS)} and a scheduler (and a vqvae or "
+            "vae) can be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     network = unet or folders[denoiser]
