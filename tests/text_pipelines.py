@@ -9,8 +9,11 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -136,6 +139,25 @@ def stable_diffusion_3(folder: Path) -> DiffusionPipeline:
             pos_embed_max_size=8,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def pixart(_: Path) -> DiffusionPipeline:
+    """Of 256 x 256 pixels: what is told of sizes goes with 128 latents a side."""
+    return PixArtAlphaPipeline(
+        vae=autoencoder(),
+        text_encoder=t5(16),
+        tokenizer=t5_tokenizer(),
+        transformer=PixArtTransformer2DModel(
+            sample_size=128,
+            patch_size=16,
+            num_layers=2,
+            num_attention_heads=4,
+            attention_head_dim=12,
+            cross_attention_dim=48,
+            caption_channels=16,
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
     )
 
 

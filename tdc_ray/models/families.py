@@ -145,7 +145,7 @@ FAMILIES: Mapping[str, Family] = {
 """Rows by the network's class."""
 
 
-BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, SD3_CLASS)
+BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, PIXART_CLASS, SD3_CLASS)
 """Classes of networks that commands can make experts of."""
 
 

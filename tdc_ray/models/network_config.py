@@ -99,11 +99,13 @@ def num_heads_of(config: NetworkConfig, module: str, channels: int) -> int:
 def class_name(config: Mapping[str, Any]) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``.
 
-    Released DiTs name the class that all transformers had once.
+    Released DiTs and PixArts name the class that all transformers had once.
     """
     name = str(config.get("_class_name", DEFAULT_CLASS))
-    is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    return DIT_CLASS if is_dit else name
+    if name != "Transformer2DModel":
+        return name
+    by_norm = {"ada_norm_zero": DIT_CLASS, "ada_norm_single": PIXART_CLASS}
+    return by_norm.get(str(config.get("norm_type")), name)
 
 
 def row_of(table: Mapping[str, Row], name: str) -> Row:

@@ -65,12 +65,15 @@ _DEFAULT = _Encoding({STATES: (0, 1)})
 _ENCODINGS: Mapping[str, _Encoding] = {
     "StableDiffusionXL": _Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
     "StableDiffusion3": _Encoding({STATES: (0, 1), "pooled_projections": (2, 3)}),
+    "PixArt": _Encoding(
+        {STATES: (0, 2), "encoder_attention_mask": (1, 3)}, ("resolution", "aspect_ratio")
+    ),
 }
 """By what the name of a pipeline's class begins with; others are as Stable Diffusion's."""
 
 
-_OTHER_PROMPTS = {"prompt_2", "prompt_3"}
-"""Prompts of one encoder alone; None means the same for all."""
+_OF_CALL = ("prompt_2", "prompt_3", "clean_caption", "max_sequence_length")
+"""Arguments of ``encode_prompt`` that a pipeline hands on from its call, by the defaults there."""
 
 
 def _encoding_of(name: str) -> _Encoding:
@@ -174,7 +177,7 @@ def encode_prompts(
         if exists(folder / "transformer/config.json"):  # whose widths have zeros in place of T5's
             config = read_json(folder / "transformer/config.json")
             loaded.transformer = SimpleNamespace(config=SimpleNamespace(**config))
-        _warn_of_cut(loaded.tokenizer, prompts)
+        _warn_of_cut(loaded, prompts)
         encoded = [
             _encode(loaded, prompts[first : first + AT_ONCE], size, device, 0)
             for first in range(0, len(prompts), AT_ONCE)
@@ -197,13 +200,14 @@ def _encode(
 ) -> Captions:
     """Encode prompts (place 0), or what guidance leads away from with them (place 1)."""
     encoding = _encoding_of(type(loaded).__name__)
-    taken = inspect.signature(loaded.encode_prompt).parameters
+    taken = inspect.signature(loaded.encode_prompt).parameters.keys()
+    call = inspect.signature(loaded.__call__).parameters
     outputs = loaded.encode_prompt(
         list(prompts),
         device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=place == 1,
-        **dict.fromkeys(_OTHER_PROMPTS & taken.keys()),
+        **{name: call[name].default for name in _OF_CALL if name in taken},
     )
     sizes = _sizes(size)
     return {
@@ -215,7 +219,11 @@ def _encode(
 def _sizes(size: tuple[int, int]) -> Mapping[str, Sequence[float]]:
     """Return what a network is told of images of a height and a width that nothing is cut off."""
     height, width = map(float, size)
-    return {"time_ids": (height, width, 0.0, 0.0, height, width)}
+    return {
+        "time_ids": (height, width, 0.0, 0.0, height, width),
+        "resolution": (height, width),
+        "aspect_ratio": (height / width,),
+    }
 
 
 def _index(pipeline: Path) -> Mapping[str, Any]:
@@ -235,10 +243,12 @@ def _is_plain(path: Path) -> bool:
     return "fp16" not in path.name
 
 
-def _warn_of_cut(tokenizer: Any, prompts: Sequence[str]) -> None:
+def _warn_of_cut(loaded: Any, prompts: Sequence[str]) -> None:
     """Say how many prompts have too many tokens; diffusers would print each of them."""
     diffusers_logging.get_logger("diffusers.pipelines").setLevel(logging.ERROR)
-    most = tokenizer.model_max_length
-    num_cut = sum(len(ids) > most for ids in tokenizer(list(prompts)).input_ids)
+    most = loaded.tokenizer.model_max_length
+    if length := inspect.signature(loaded.__call__).parameters.get("max_sequence_length"):
+        most = min(most, length.default)  # of T5
+    num_cut = sum(len(ids) > most for ids in loaded.tokenizer(list(prompts)).input_ids)
     if num_cut:
         logger.warning("%d of %d prompts are cut to %d tokens", num_cut, len(prompts), most)

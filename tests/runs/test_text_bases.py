@@ -1,8 +1,7 @@
 """Bases that read more of a prompt than states of its tokens: tiny ones with random weights."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tdc_ray.cli.main import run_command
+import tdc_ray as tdc
 from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
-from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
+from tdc_ray.diffusion.pipeline import base_pipeline
+from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import load_network
-from tdc_ray.models.text_encoder import PromptStates, encode_prompts, text_encoder_digest
+from tdc_ray.models.text_encoder import (
+    PromptStates,
+    check_captions_read,
+    encode_prompts,
+    text_encoder_digest,
+)
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.pretrained.settings import apply_settings
 from tdc_ray.runs.pretrained.sources import images_of, resolve_base
@@ -26,10 +31,7 @@ pytest.importorskip("transformers")
 from tests import text_pipelines
 from tests.text_pipelines import PROMPTS
 
-SIZE = {"height": 16, "width": 16}
-FEW = ("--prune.num-images", "8", "--prune.num-refit-images", "8", "--prune.num-levels", "1")
-FEW += ("--prune.num-rounds", "1", "--prune.num-candidates", "2", "--data.num-images", "16")
-FEW += ("--sampler.num-inference-steps", "4")
+EXACT = {"use_resolution_binning": False}
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,23 @@ class Kind:
     make: Callable[[Path], DiffusionPipeline]
     network: str
     guidance: float
+    size: int = 16
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    @property
+    def sized(self) -> dict[str, Any]:
+        return {"height": self.size, "width": self.size, **self.call}
 
 
 KINDS = {
     "xl": Kind(text_pipelines.stable_diffusion_xl, "unet", 5.0),
     "sd3": Kind(text_pipelines.stable_diffusion_3, "transformer", 7.0),
+    "pixart": Kind(text_pipelines.pixart, "transformer", 4.5, 256, EXACT),
 }
 
 
@@ -84,9 +98,9 @@ def test_its_own_pipeline_draws_the_same(kind, pipeline):
     ours.set_progress_bar_config(disable=True)
     own, prompts = load(pipeline), list(PROMPTS[:2])
     own.scheduler = ours.scheduler
-    few = {"num_inference_steps": 4, "output_type": "latent", **SIZE}
+    few = {"num_inference_steps": 4, "output_type": "latent", **kind.sized}
     expected = own(prompts, generator=seeded(), **few).images
-    states = told(encode_prompts(pipeline, prompts, (16, 16)))
+    states = told(encode_prompts(pipeline, prompts, kind.sides))
     drawn = ours(2, seeded(), 4, output_type="pt", **states).images
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
     for name, tensor in states["prompt_embeds"].items():
@@ -100,11 +114,18 @@ def test_its_own_pipeline_draws_the_same(kind, pipeline):
 
 def test_what_is_encoded_follows_all_encoders(pipeline):
     before = text_encoder_digest(pipeline)
-    file = pipeline / "tokenizer_2/added.txt"
+    file = pipeline / f"{'tokenizer_2' if (pipeline / 'tokenizer_2').exists() else 'tokenizer'}/x"
     file.write_text("x")
     assert text_encoder_digest(pipeline) != before
     file.unlink()
     assert text_encoder_digest(pipeline) == before
+
+
+def test_a_pipeline_for_other_networks_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    check_captions_read(tmp_path, ["encoder_hidden_states"])
+    with pytest.raises(ConfigError, match="networks that read text_embeds and time_ids, as this"):
+        check_captions_read(tmp_path, ["encoder_hidden_states", "text_embeds", "time_ids"])
 
 
 def test_without_t5_its_states_are_zeros(tmp_path):
@@ -117,24 +138,28 @@ def test_without_t5_its_states_are_zeros(tmp_path):
     assert torch.equal(states["pooled_projections"], pooled)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
-def test_experts_of_it_draw_within_its_own_pipeline(ray_cluster, kind, pipeline, tmp_path):
-    run = tmp_path / "run"
-    command = ["run", "--base", str(pipeline), "--data", "base", "--finetune.num-steps", "2"]
-    command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
-    command += ["--plan.num-groups", "2", "--evaluate.num-images", "8", "--run-dir", str(run)]
-    command += ["--prune.held-out-share", "0.25", "--evaluate.cache-dir", str(tmp_path / "cache")]
-    assert run_command([*command, "--evaluate.features", "none"]) == 0
-    results = json.loads((run / "results.json").read_text())
-    assert results["tdc"]["macs"] < results["base"]["macs"]
-    experts = ProgressivePipeline.from_pretrained(run)
-    experts.set_progress_bar_config(disable=True)
-    prompts, few = list(PROMPTS[:2]), {"num_inference_steps": 4, "output_type": "np"}
-    states = told(encode_prompts(pipeline, prompts, (16, 16)))
-    drawn = experts(2, seeded(), **few, **states).images
+def test_experts_of_it_draw_within_its_own_pipeline(kind, pipeline, tmp_path):
+    """Pruned, refitted and fine-tuned on images that it draws for prompts."""
+    settings = preset("digits")
+    settings = replace(
+        settings,
+        evaluate=replace(settings.evaluate, cache_dir=str(tmp_path)),
+        sampler=replace(settings.sampler, num_inference_steps=4),
+    )
     own = load(pipeline)
-    setattr(own, kind.network, ExpertDenoiser.from_pretrained(run / "experts"))
-    own.scheduler = experts.scheduler
-    images = own(prompts, generator=seeded(), **few, **SIZE).images
+    base = tdc.load_base(own, settings=settings)
+    plan = tdc.plan_groups(base.scheduler, num_groups=2, min_macs_share=0.7)
+    few = {"num_images": 8, "num_refit_images": 8, "num_rounds": 1, "num_candidates": 2}
+    pruned = tdc.prune(base, plan, "base", progress=False, num_levels=1, **few)
+    assert min(group.macs for group in pruned.groups) < 0.9 * base.macs
+    experts = tdc.finetune(pruned, "base", num_steps=2, batch_size=4, progress=False)
+    ours = experts.to_pipeline()
+    ours.set_progress_bar_config(disable=True)
+    prompts, few = list(PROMPTS[:2]), {"num_inference_steps": 4, "output_type": "np"}
+    states = told(encode_prompts(pipeline, prompts, kind.sides))
+    drawn = ours(2, seeded(), **few, **states).images
+    setattr(own, kind.network, experts.to_denoiser())
+    own.scheduler = ours.scheduler
+    images = own(prompts, generator=seeded(), **few, **kind.sized).images
     assert np.abs(255 * images - drawn).max() <= 1

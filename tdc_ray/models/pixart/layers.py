@@ -33,6 +33,12 @@ class PixArtSettings(TransformerSettings):
     caption_channels: Width | None = None
     attention_type: Literal["default"] | None = "default"
 
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether it is told the images' resolution and aspect ratio."""
+        extra = self.use_additional_conditions
+        return self.sample_size == 128 if extra is None else extra
+
 
 def settings_of(config: NetworkConfig) -> PixArtSettings:
     """Return a network's settings, with diffusers' defaults for those left out."""
@@ -46,9 +52,12 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
 
 
 def caption_shapes(config: NetworkConfig) -> Mapping[str, tuple[int, ...]]:
-    """Return what it reads of a caption."""
+    """Return what it reads of a caption: states and which of them count; and sizes, if it does."""
     pixart = settings_of(config)
-    return {STATES: (CAPTION_TOKENS, pixart.caption_channels or pixart.cross_attention_dim)}
+    width = pixart.caption_channels or pixart.cross_attention_dim
+    states = {STATES: (CAPTION_TOKENS, width), "encoder_attention_mask": (CAPTION_TOKENS,)}
+    sizes = {"resolution": (2,), "aspect_ratio": (1,)} if pixart.reads_sizes else {}
+    return {**states, **sizes}
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:
@@ -61,8 +70,7 @@ def _walk(pixart: PixArtSettings, units: Sequence[Unit]) -> Iterator[Layer]:
     stream, area = Channels(width), pixart.patch_size**2
     yield Layer("pos_embed.proj", (Channels(pixart.in_channels),), (stream,), area, tokens)
     yield from embedder_layers("adaln_single.emb.timestep_embedder", width)
-    extra = pixart.use_additional_conditions
-    if pixart.sample_size == 128 if extra is None else extra:
+    if pixart.reads_sizes:
         for name, times in (("resolution", 2), ("aspect_ratio", 1)):
             yield from embedder_layers(
                 f"adaln_single.emb.{name}_embedder", width // 3, times=times

@@ -11,8 +11,8 @@ from tdc_ray.models.network_config import STATES
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.steps import CrossStep, gated_step, transformer_steps
 
-PIXELS_OF_LATENT = 8
-"""Side of the square of pixels that a latent stands for, in which its image is measured."""
+MASKED = -10000.0
+"""What is added to the scores of tokens that do not count, as diffusers does."""
 
 
 def ends(pixart: PixArtTransformer2DModel) -> Ends:
@@ -24,15 +24,17 @@ def start(
     pixart: PixArtTransformer2DModel, x_t: Tensor, timesteps: Tensor, captions: Captions
 ) -> State:
     """Return the state before the first step."""
-    count, _, height, width = x_t.shape
-    sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
-    size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
-    blocks, end = pixart.adaln_single(timesteps, size, batch_size=count, hidden_dtype=pixart.dtype)
+    count = len(x_t)
+    sizes = {name: captions.get(name) for name in ("resolution", "aspect_ratio")}
+    blocks, end = pixart.adaln_single(
+        timesteps, sizes, batch_size=count, hidden_dtype=pixart.dtype
+    )
     embedding = torch.cat([blocks.unflatten(1, (6, -1)), end[:, None]], dim=1)
     context = captions[STATES]
     if pixart.caption_projection is not None:
         context = pixart.caption_projection(context)
-    return State(x_t, embedding, context=context)
+    mask = captions["encoder_attention_mask"].to(x_t.dtype)
+    return State(x_t, embedding, context=context, context_bias=MASKED * (1 - mask[:, None]))
 
 
 def steps(pixart: PixArtTransformer2DModel) -> list[Step]:

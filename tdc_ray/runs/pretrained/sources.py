@@ -30,6 +30,7 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
+    PIXART_CLASS,
     SD3_CLASS,
     TEXT_CLASSES,
     FirstStageConfig,
@@ -55,7 +56,7 @@ ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
 EDM = "sigma_data"
 
-TRANSFORMERS = (DIT_CLASS, SD3_CLASS)
+TRANSFORMERS = (DIT_CLASS, PIXART_CLASS, SD3_CLASS)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
@@ -464,6 +465,8 @@ def _settings(
     data = known.setdefault("data", {})
     if first_stage is not None:
         known.setdefault("sampler", {})["clip_sample"] = False  # latents lie outside [-1, 1]
+        if outputs == 2 * inputs:
+            known["diffusion"]["vlb_weight"] = 0.0  # L_vlb is of pixels
         if isinstance(first_stage, Path):
             data["first_stage"] = display_path(first_stage.resolve())
         return read_settings(source, known)
