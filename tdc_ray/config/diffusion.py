@@ -62,7 +62,8 @@ class DiffusionConfig:
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
 
     vlb_weight: NonNegativeFloat = 0.001
-    """Weight of L_vlb in L_hybrid (Nichol and Dhariwal, arXiv:2102.09672, equation 16)."""
+    """Weight of L_vlb in L_hybrid (Nichol and Dhariwal, arXiv:2102.09672, equation 16); with 0
+    the variance that a network predicts is not trained, as with latents, where it must be."""
 
     rescale_timesteps: bool = False
     """Feed the network t * 1000 / T in place of t, as improved-diffusion does."""

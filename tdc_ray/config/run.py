@@ -154,9 +154,10 @@ class RunConfig:
         """Refuse what is right for pixels and wrong for latents."""
         if self.data.first_stage is None:
             return
+        vlb_weight = self.diffusion.vlb_weight if self.diffusion.learned_sigma else 0.0
         for setting, value, reason in (
             ("sampler.clip_sample", self.sampler.clip_sample, "latents lie outside [-1, 1]"),
-            ("diffusion.learned_sigma", self.diffusion.learned_sigma, "L_vlb is of 8-bit pixels"),
+            ("diffusion.vlb_weight", vlb_weight, "L_vlb is of 8-bit pixels"),
             ("data.horizontal_flip", self.data.horizontal_flip, "latents are cached as they are"),
             ("data.crop_padding", self.data.crop_padding, "latents are cached as they are"),
         ):

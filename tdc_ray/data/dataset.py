@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tdc_ray.models.labels import Captions
+
 
 class ImageBatch(NamedTuple):
     """Some images and their labels; a tuple, which a DataLoader can pin in memory."""
@@ -14,8 +16,8 @@ class ImageBatch(NamedTuple):
     images: Tensor
     """uint8 images, or float32 latents, ``(B, C, H, W)``."""
 
-    labels: Tensor
-    """int64 ``(B,)``, -1 where there are none; or states of prompts, float32 ``(B, S, C)``."""
+    labels: Tensor | Captions
+    """int64 ``(B,)``, -1 where there are none; or what a network reads of captions."""
 
 
 class ImageDataset(Protocol):

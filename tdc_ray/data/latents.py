@@ -13,16 +13,21 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.prompts import STATES_FILE, PromptStates, encoding_of_prompts, load_states
+from tdc_ray.data.prompts import STATES_FILE, encoding_of_prompts, load_states
 from tdc_ray.data.sources.base import BaseSamples
 from tdc_ray.data.sources.encoded import Names
-from tdc_ray.data.tensor_shards import missing_shards, read_rows, shard_path
+from tdc_ray.data.tensor_shards import CLASSES, missing_shards, named, read_rows, shard_path
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import AnyItem, Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
-from tdc_ray.models.text_encoder import check_text_encoder, encode_prompts, text_encoder_digest
+from tdc_ray.models.text_encoder import (
+    PromptStates,
+    check_text_encoder,
+    encode_prompts,
+    text_encoder_digest,
+)
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -32,6 +37,9 @@ VERSION = 1
 
 MOST_PROMPTS = 1024
 """Captions that images are drawn for where captioned ones are learnt, evenly spread."""
+
+CAPTIONS = "captions"
+"""Name of what stands in a shard for its images' captions."""
 
 SHARD = 1024
 """Images whose latents are in one file: 50 MB of FFHQ's."""
@@ -102,7 +110,7 @@ class LatentImages:
         return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
-        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``, or captions' states."""
+        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``, or captions."""
         return read_rows(self._folder, "latents", indices, SHARD, self._labels)
 
     def fingerprint(self) -> str:
@@ -162,8 +170,7 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
         captions = captions_of(data)
         most = min(count, MOST_PROMPTS)
         drawn = [captions[number * count // most] for number in range(most)]
-        pipeline = check_text_encoder(data.text_encoder)
-        items.append(encoding_of_prompts("latents/prompts", drawn, pipeline, folder))
+        items.append(encoding_of_prompts("latents/prompts", drawn, data, folder))
     if items:
         yield from results_of(items)
 
@@ -194,7 +201,8 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
         captions = captions_of(job.data)
         texts = [captions[number] for number in tensors["labels"].tolist()]
         pipeline = check_text_encoder(job.data.text_encoder)
-        tensors["captions"] = encode_prompts(pipeline, texts, device)
+        size = (job.data.height, job.data.width)
+        tensors |= named(CAPTIONS, encode_prompts(pipeline, texts, size, device).prompts)
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
     return EncodeResult(job.count)
@@ -232,5 +240,5 @@ def _open_latents(data: DataConfig, folder: Path) -> ImageDataset:
             f"missing in {display_path(folder)}: tdc-ray run computes them. evaluate.cache_dir "
             "must lie where all nodes see it."
         )
-    labels = "captions" if TrainingData(data).is_captioned else "labels"
+    labels = CAPTIONS if TrainingData(data).is_captioned else CLASSES
     return LatentImages(fetch(folder), images, labels)

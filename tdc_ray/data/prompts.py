@@ -7,34 +7,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from tdc_ray.config.data import DataConfig
+from tdc_ray.data.tensor_shards import named, unnamed
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
-from tdc_ray.models.text_encoder import encode_prompts
+from tdc_ray.models.labels import Captions, map_captions
+from tdc_ray.models.text_encoder import PromptStates, check_text_encoder, encode_prompts
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 
 STATES_FILE = "prompt_states.safetensors"
-"""File beside images, or latents: ``prompts``, ``(N, S, C)``, and ``empty``, ``(S, C)``."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptStates:
-    """What a text encoder makes of prompts."""
-
-    prompts: Tensor
-    """``(N, S, C)``, float32."""
-
-    empty: Tensor
-    """Of the empty prompt, which guidance leads away from, ``(S, C)``."""
-
-    def of_images(self, first: int, count: int) -> Tensor:
-        """Return those of the images ``first`` to ``first + count - 1``: i mod N."""
-        return self.prompts[torch.arange(first, first + count) % len(self.prompts)]
+"""File beside images, or latents, of their ``PromptStates``."""
 
 
 def read_prompts(path: str | None) -> tuple[str, ...]:
@@ -64,7 +51,14 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1)
 def load_states(folder: Path) -> PromptStates:
     """Load the states in a folder."""
-    return PromptStates(**load_file(fetch(folder / STATES_FILE)))
+    tensors = load_file(fetch(folder / STATES_FILE))
+    return PromptStates(unnamed("prompts", tensors), unnamed("empty", tensors))
+
+
+def states_of_images(states: PromptStates, first: int, count: int) -> Captions:
+    """Return those of the images ``first`` to ``first + count - 1``: of prompt i mod N."""
+    numbers = torch.arange(first, first + count) % states.num_prompts
+    return map_captions(lambda tensor: tensor[numbers], states.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +67,7 @@ class EncodePromptsJob:
 
     pipeline: Path
     prompts: tuple[str, ...]
+    size: tuple[int, int]
     path: Path
 
 
@@ -84,23 +79,24 @@ class EncodedPrompts:
 
 
 def encoding_of_prompts(
-    key: str, prompts: Sequence[str], pipeline: Path, folder: Path
+    key: str, prompts: Sequence[str], data: DataConfig, folder: Path
 ) -> WorkItem[EncodePromptsJob, EncodedPrompts]:
     """Return the work of encoding prompts, and the empty one, into a folder.
 
     Args:
         key: Of the work.
         prompts: The prompts.
-        pipeline: Has the text encoder.
+        data: Names the pipeline that has the text encoder, and the size of the images.
         folder: Gets the states.
     """
+    pipeline = check_text_encoder(data.text_encoder)
     path = folder / STATES_FILE
     result_path = path.with_suffix(".json")
     remove(result_path)  # without the states it is no result
     return WorkItem(
         key=key,
         function=encode_into,
-        job=EncodePromptsJob(pipeline, tuple(prompts), path),
+        job=EncodePromptsJob(pipeline, tuple(prompts), (data.height, data.width), path),
         result_path=result_path,
         cost=float(len(prompts)),
         files=(path,),
@@ -110,9 +106,9 @@ def encoding_of_prompts(
 
 def encode_into(job: EncodePromptsJob, report: Report) -> EncodedPrompts:
     """Encode prompts into a file, which appears when it is whole."""
-    *states, empty = encode_prompts(job.pipeline, [*job.prompts, ""], worker_device())
+    states = encode_prompts(job.pipeline, job.prompts, job.size, worker_device())
     report({}, 1)
-    tensors = {"prompts": torch.stack(states), "empty": empty.clone()}
+    tensors = {**named("prompts", states.prompts), **named("empty", states.empty)}
     with atomic_path(job.path) as temporary:
         save_file(tensors, temporary)
-    return EncodedPrompts(len(states))
+    return EncodedPrompts(states.num_prompts)

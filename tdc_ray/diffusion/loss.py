@@ -88,7 +88,7 @@ def loss_per_image(
     simple = (predicted - target).square().mean(dim=(1, 2, 3))
     if weights is not None:
         simple = weights[batch.timesteps] * simple
-    if not variance:
+    if not variance or not schedule.vlb_weight:
         return simple
     bits = _vlb_bits(schedule, predicted.detach(), (variance[0] + 1) / 2, batch)
     return simple + schedule.vlb_weight * schedule.num_train_timesteps * bits

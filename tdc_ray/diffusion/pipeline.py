@@ -37,9 +37,10 @@ from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.compiled import CompiledDenoiser
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.families import reads_captions
+from tdc_ray.models.families import captions_read
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
-from tdc_ray.models.network_config import num_class_embeds
+from tdc_ray.models.labels import Captions
+from tdc_ray.models.network_config import STATES, num_class_embeds
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -109,11 +110,11 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         )
 
     @cached_property
-    def _of_experts(self) -> tuple[int | None, bool]:
-        """What the first one that is used says of all: null class, and whether they read text."""
+    def _of_experts(self) -> tuple[int | None, Sequence[str]]:
+        """What the first one that is used says of all: null class, and what it reads of text."""
         network = self.experts.for_timestep(self.experts.spans[-1][1])
         null = null_class(num_class_embeds(network.config), self.num_classes)
-        return null, reads_captions(network)
+        return null, tuple(captions_read(network))
 
     @property
     def null_class(self) -> int | None:
@@ -123,7 +124,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     @property
     def reads_prompts(self) -> bool:
         """Whether the experts are conditioned on text."""
-        return self._of_experts[1]
+        return bool(self._of_experts[1])
 
     @torch.inference_mode()
     def __call__(
@@ -137,8 +138,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         seed: int = 0,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | Captions | None = None,
+        negative_prompt_embeds: torch.Tensor | Captions | None = None,
         use_clipped_model_output: bool | None = None,
     ) -> ImagePipelineOutput:
         """Sample images.
@@ -156,7 +157,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
             prompt_embeds: States of prompts, as the ``encode_prompt`` of the base's own pipeline
-                returns them, ``(B, S, C)``, for experts that are conditioned on text.
+                returns them, ``(B, S, C)``, for experts that are conditioned on text; for those
+                that read more, a dictionary by the names of their arguments, such as
+                ``encoder_hidden_states`` and ``text_embeds``.
             negative_prompt_embeds: The same of what guidance leads away from, such as "".
             use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image;
                 None means as planned.
@@ -174,8 +177,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
-        self._check_prompts(prompt_embeds, batch_size, needed=True)
-        self._check_prompts(negative_prompt_embeds, batch_size, needed=spec.guidance_scale != 1)
+        is_guided = spec.guidance_scale != 1
+        prompts = self._prompts(prompt_embeds, batch_size, needed=True)
+        negative = self._prompts(negative_prompt_embeds, batch_size, needed=is_guided)
         if use_clipped_model_output is not None:
             spec = replace(spec, use_clipped_model_output=use_clipped_model_output)
         self._check_compile()
@@ -189,8 +193,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 spec,
                 generators,
                 class_labels=labels,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
+                prompts=prompts,
+                negative_prompts=negative,
                 on_step=bar.update,
             )
         if self.first_stage is not None:
@@ -274,23 +278,30 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd=self.winograd,
         )
 
-    def _check_prompts(
-        self, states: torch.Tensor | None, batch_size: int, *, needed: bool
-    ) -> None:
-        """Refuse states of prompts that are missing, are for others, or are not one per image."""
-        if not self.reads_prompts:
-            if states is not None:
+    def _prompts(
+        self, given: torch.Tensor | Captions | None, batch_size: int, *, needed: bool
+    ) -> Captions | None:
+        """Return what experts read of prompts, by name; refuse what is missing or too much."""
+        names = self._of_experts[1]
+        if not names:
+            if given is not None:
                 raise ConfigError(
                     "prompt_embeds must be None: the experts are not conditioned on text."
                 )
-        elif (states is None and needed) or (states is not None and len(states) != batch_size):
-            got = "none" if states is None else len(states)
+            return None
+        if given is None and not needed:
+            return None
+        told = {STATES: given} if isinstance(given, torch.Tensor) else given or {}
+        counts = {name: len(told[name]) for name in names if name in told}
+        if counts != dict.fromkeys(names, batch_size):
             raise ConfigError(
                 "prompt_embeds, and with guidance negative_prompt_embeds, must be one per image, "
-                f"got {got} for batch_size {batch_size}: the encode_prompt of the base's own "
-                "pipeline makes them. Or put tdc_ray.ExpertDenoiser into that pipeline as its "
-                "unet, which then takes words."
+                f"with {' and '.join(names)}, got {counts or 'none'} for batch_size {batch_size}: "
+                "the encode_prompt of the base's own pipeline makes them. Or put "
+                "tdc_ray.ExpertDenoiser into that pipeline as its unet or transformer, which then "
+                "takes words."
             )
+        return {name: told[name] for name in names}
 
     def _check_start(self, steps: int) -> None:
         """Refuse steps that begin with noise where the scheduler expects an image.

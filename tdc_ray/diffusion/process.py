@@ -12,8 +12,8 @@ from torch import Tensor
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.prediction import Prediction, prediction_of
 from tdc_ray.diffusion.schedule import FloatArray, NoiseProcess
-from tdc_ray.models.captions import Captions
-from tdc_ray.models.denoiser import DenoiserOutput, Labels, conditions
+from tdc_ray.models.denoiser import DenoiserOutput
+from tdc_ray.models.labels import Labels, conditions, join_labels, map_labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,13 @@ class NoisedBatch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         """Apply a function to each of the tensors."""
-        labels = self.labels
+        perturbation = self.perturbation
         return NoisedBatch(
             function(self.x_0),
             function(self.epsilon),
             function(self.timesteps),
-            labels.map(function) if isinstance(labels, Captions) else _apply(function, labels),
-            _apply(function, self.perturbation),
+            map_labels(function, self.labels),
+            None if perturbation is None else function(perturbation),
         )
 
     @staticmethod
@@ -166,7 +166,7 @@ class NoisedBatch:
             torch.cat([batch.x_0 for batch in batches]),
             torch.cat([batch.epsilon for batch in batches]),
             torch.cat([batch.timesteps for batch in batches]),
-            _join_labels([batch.labels for batch in batches]),
+            join_labels([batch.labels for batch in batches]),
             _join([batch.perturbation for batch in batches]),
         )
 
@@ -185,24 +185,14 @@ class NoisedBatch:
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
         """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
-        output: Tensor = model(self.x_t(schedule), timesteps, **conditions(self.labels)).sample
+        told = conditions(self.labels)
+        output: Tensor = model(self.x_t(schedule), timestep=timesteps, **told).sample
         return output
 
 
 def at(values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the values ``(T,)`` of timesteps ``(B,)``, to broadcast: ``(B, 1, 1, 1)``."""
     return values[timesteps][:, None, None, None]
-
-
-def _apply(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else function(tensor)
-
-
-def _join_labels(parts: Sequence[Labels]) -> Labels:
-    captions = [part for part in parts if isinstance(part, Captions)]
-    if captions:
-        return Captions.join(captions)
-    return _join([part for part in parts if isinstance(part, Tensor)])
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:

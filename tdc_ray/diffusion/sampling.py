@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tdc_ray.diffusion.samplers import reads_variance, set_timesteps
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.compiled import CompiledDenoiser
-from tdc_ray.models.denoiser import Denoiser, Labels
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.forward import predict
+from tdc_ray.models.labels import Captions, Labels, join_captions, map_captions
 from tdc_ray.models.winograd import WinogradConvolutions
 from tdc_ray.seeds import derive_seed
 
@@ -90,8 +90,8 @@ def sample(
     generators: Sequence[torch.Generator],
     *,
     class_labels: Tensor | None = None,
-    prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
+    prompts: Captions | None = None,
+    negative_prompts: Captions | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sample one image per generator.
@@ -106,8 +106,8 @@ def sample(
         spec: Shape, steps, guidance, precision.
         generators: One per image.
         class_labels: ``(B,)`` for denoisers that are conditioned on classes.
-        prompt_embeds: States of the prompts, ``(B, S, C)``, for those conditioned on text.
-        negative_prompt_embeds: States of what guidance leads away from, ``(B, S, C)``.
+        prompts: What those conditioned on text read of the images' prompts.
+        negative_prompts: The same of what guidance leads away from.
         on_step: Called after each step.
 
     Returns:
@@ -126,7 +126,7 @@ def sample(
     num_channels = None if _reads_variance(scheduler) else channels  # of (B, 2C, H, W)
     winograd = spec.winograd and device.type == "cpu" and spec.dtype == torch.float32
     channels_last = winograd or device.type == "cuda"
-    labels = _labels(spec, class_labels, prompt_embeds, negative_prompt_embeds)
+    labels = _labels(spec, class_labels, prompts, negative_prompts)
     guided = labels is not None and spec.guidance_scale != 1.0
     finite = torch.ones((), dtype=torch.bool, device=device)  # read once: steps need not wait
     for step in scheduler.timesteps:
@@ -160,15 +160,18 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _labels(
-    spec: SamplingSpec, classes: Tensor | None, prompts: Tensor | None, negative: Tensor | None
+    spec: SamplingSpec,
+    classes: Tensor | None,
+    prompts: Captions | None,
+    negative_prompts: Captions | None,
 ) -> Labels:
     """Return the labels of B images; with guidance as :func:`_guide` expects them."""
     guided = spec.guidance_scale != 1.0
     if prompts is not None:
         if guided:
-            assert negative is not None
-            prompts = torch.cat([prompts, negative])  # -> (2B, S, C)
-        return Captions(prompts.to(spec.device, spec.dtype))
+            assert negative_prompts is not None
+            prompts = join_captions([prompts, negative_prompts])  # -> (2B, ...)
+        return map_captions(lambda tensor: tensor.to(spec.device, spec.dtype), prompts)
     if classes is None:
         return None
     if guided:

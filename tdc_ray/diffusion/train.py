@@ -28,8 +28,8 @@ from tdc_ray.errors import CheckpointError, NonFiniteLossError, is_from_outside
 from tdc_ray.execution.device import worker_rank
 from tdc_ray.execution.item import Report
 from tdc_ray.models.checkpoints.state_dicts import UNREADABLE
-from tdc_ray.models.denoiser import Labels
 from tdc_ray.models.families import labels_for
+from tdc_ray.models.labels import Captions, Labels, map_labels
 from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
@@ -329,14 +329,18 @@ def train(
 
 
 def _labels(
-    unet: UNet2DModel, labels: Tensor, label_dropout: float, seed_parts: tuple[int, int, int]
+    unet: UNet2DModel,
+    labels: Tensor | Captions,
+    label_dropout: float,
+    seed_parts: tuple[int, int, int],
 ) -> Labels:
     """Replace some classes, at random, by the null class; None for a UNet that reads no labels."""
-    if label_dropout and (num_classes := num_class_embeds(unet.config)) is not None:
+    num_classes = num_class_embeds(unet.config)
+    if label_dropout and num_classes is not None and isinstance(labels, Tensor):
         generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
         dropped = torch.rand(len(labels), generator=generator) < label_dropout
         labels = labels.masked_fill(dropped, num_classes - 1)
-    return labels_for(unet, labels.to(unet.device))
+    return map_labels(lambda tensor: tensor.to(unet.device), labels_for(unet, labels))
 
 
 def _backward(

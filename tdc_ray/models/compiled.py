@@ -1,11 +1,13 @@
 """A denoiser that torch.compile compiles for sampling, for one number of images at a time."""
 
-from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.labels import Labels, conditions, map_labels
 
 
 class CompiledDenoiser:
@@ -20,21 +22,21 @@ class CompiledDenoiser:
         self.network = network
         self._num_images = 0
 
-        def forward(x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-            return network(x_t, timesteps, **conditions).sample
+        def forward(x_t: Tensor, timesteps: Tensor, named: dict[str, Any]) -> Tensor:
+            return network(x_t, timestep=timesteps, **named).sample
 
         # What is compiled is kept by its code, at most 8 variants of each: every expert, whose
         # widths are its own, has a copy.
         forward.__code__ = forward.__code__.replace()
         self._forward = torch.compile(forward, mode=mode, dynamic=False)
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, x_t: Tensor, timesteps: Tensor, labels: Labels) -> Tensor:
         """Return the network's output, ``(B, C, H, W)``, for what the network takes."""
         count = len(x_t)
         self._num_images = max(self._num_images, count)
-        missing = self._num_images - count
-        filled = {name: _filled(whole, missing) for name, whole in conditions.items()}
-        output = self._forward(_filled(x_t, missing), _filled(timesteps, missing), filled)
+        fill = partial(_filled, missing=self._num_images - count)
+        named = conditions(map_labels(fill, labels))
+        output = self._forward(fill(x_t), fill(timesteps), named)
         return output[:count].clone()  # a CUDA graph's output is where its next one will be
 
 

@@ -1,12 +1,11 @@
 """What the rest of the package needs of a network, whatever its class."""
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
 
@@ -29,10 +28,10 @@ class Denoiser(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def __call__(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> DenoiserOutput:
+    def __call__(self, sample: Tensor, *, timestep: Tensor, **conditions: Any) -> DenoiserOutput:
         """Predict the noise of images ``(B, C, H, W)`` at timesteps ``(B,)``.
 
-        What else it takes is named by :func:`conditions`.
+        What else it takes is named by ``labels.conditions``.
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -61,19 +60,6 @@ class Denoiser(Protocol):
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
-
-
-Labels = Tensor | Captions | None
-"""What a network is conditioned on: classes, int64, ``(B,)``, or captions; None for nothing."""
-
-
-def conditions(labels: Labels) -> dict[str, Tensor]:
-    """Return what a network is called with beside images and timesteps."""
-    if labels is None:
-        return {}
-    if isinstance(labels, Tensor):
-        return {"class_labels": labels}
-    return {"encoder_hidden_states": labels.states}
 
 
 def has_classes(network: Denoiser) -> bool:

@@ -12,24 +12,26 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.captions import Captions
-from tdc_ray.models.denoiser import Denoiser, Labels, has_classes
+from tdc_ray.models.denoiser import Denoiser, has_classes
 from tdc_ray.models.diffusers_folder import MALFORMED, load_pretrained
+from tdc_ray.models.labels import Captions, Labels
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
     DIT_CLASS,
+    PIXART_CLASS,
+    SD3_CLASS,
     NetworkConfig,
     class_name,
 )
 from tdc_ray.models.step import Ends, State, Step
-from tdc_ray.models.structure import TEXT_CLASSES, caption_size, network_structure
+from tdc_ray.models.structure import caption_shapes, network_structure
 from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.traced import network as traced
-from tdc_ray.models.traced.graph import check_denoiser, takes_captions, takes_images_alone
+from tdc_ray.models.traced.graph import check_denoiser, takes_images_alone
 from tdc_ray.models.transformers import network as transformers
 from tdc_ray.models.transformers.steps import transformer_steps
 from tdc_ray.models.transformers.table import TRANSFORMERS
@@ -137,7 +139,7 @@ FAMILIES: Mapping[str, Family] = {
 """Rows by the network's class."""
 
 
-BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS)
+BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, PIXART_CLASS, SD3_CLASS)
 """Classes of networks that commands can make experts of."""
 
 
@@ -169,31 +171,23 @@ def _family(name: str) -> Family:
     )
 
 
-def reads_captions(network: Denoiser | nn.Module) -> bool:
-    """Whether a network is conditioned on captions."""
-    name = type(network).__name__
-    return name in TEXT_CLASSES or (name not in FAMILIES and takes_captions(type(network)))
+def captions_read(network: Denoiser) -> Mapping[str, tuple[int, ...]]:
+    """Return what a network reads of a caption: shapes by its arguments' names, if it does."""
+    return caption_shapes(type(network).__name__, network.config)
 
 
-def labels_for(network: Denoiser, labels: Tensor) -> Labels:
-    """Return what a network is conditioned on.
-
-    Args:
-        network: The network.
-        labels: Those of the images: classes, or the states of captions, ``(B, S, C)``.
-    """
-    if reads_captions(network):
-        return Captions(labels)
-    return labels if has_classes(network) else None
+def labels_for(network: Denoiser, labels: Tensor | Captions) -> Labels:
+    """Return what a network is conditioned on, of the labels of images."""
+    if isinstance(labels, Tensor):
+        return labels if has_classes(network) else None
+    return {name: labels[name] for name in captions_read(network)}
 
 
 def blank_labels(network: Denoiser, count: int) -> Labels:
     """Return what stands for the labels of so many images where it does not matter: zeros."""
-    if reads_captions(network):
-        size = caption_size(type(network).__name__, network.config)
-        states = torch.zeros(count, size.tokens, size.channels, device=network.device)
-        pooled = None if size.pooled is None else states.new_zeros(count, size.pooled)
-        return Captions(states, pooled)
+    if shapes := captions_read(network):
+        device = network.device
+        return {name: torch.zeros(count, *one, device=device) for name, one in shapes.items()}
     return labels_for(network, torch.zeros(count, dtype=torch.long, device=network.device))
 
 
@@ -242,7 +236,7 @@ def given_config(folder: Path) -> NetworkConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{display_path(path)} must hold a JSON object.")
     kind = class_name(document)
-    check_class(kind, document, f"{display_path(folder)} holds")
+    check_class(kind, f"{display_path(folder)} holds")
     try:
         config = _family(kind).given_config(folder)
         _build_on_meta(config)
@@ -254,12 +248,11 @@ def given_config(folder: Path) -> NetworkConfig:
     return config
 
 
-def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
+def check_class(kind: str, where: str) -> None:
     """Check that networks of a class can be a base, and be pruned.
 
     Args:
         kind: The class's name.
-        config: The network's config.
         where: The error's first words, such as ``FOLDER holds``.
 
     Raises:
@@ -268,12 +261,6 @@ def check_class(kind: str, config: Mapping[str, Any], where: str) -> None:
     if kind not in BASES and (kind in FAMILIES or not takes_images_alone(kind)):
         raise ConfigError(
             f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
-        )
-    if config.get("addition_embed_type") is not None:
-        raise ConfigError(
-            f"{where} a {kind} with an addition_embed_type, as Stable Diffusion XL's: it is "
-            "conditioned on more than the states of a prompt, which no command has yet. Those of "
-            "Stable Diffusion 1 and 2 can be a base or be pruned."
         )
 
 

@@ -1,14 +1,16 @@
 """A denoiser's forward pass for sampling: in chunks, read channels alone, last layers in fp32."""
 
 import contextlib
+import operator
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from tdc_ray.models.compiled import CompiledDenoiser
-from tdc_ray.models.denoiser import Denoiser, Labels, conditions
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import FAMILIES, family_of
+from tdc_ray.models.labels import Labels, conditions, map_labels
 from tdc_ray.models.network_config import image_size
 
 BYTES_ON_CPU = 2**24
@@ -74,11 +76,12 @@ def predict(
     network = denoiser.network if isinstance(denoiser, CompiledDenoiser) else denoiser
 
     def output_of(images: slice) -> Tensor:
-        named = {name: whole[images] for name, whole in conditions(labels).items()}
+        part = operator.itemgetter(images)
+        told = map_labels(part, labels)
         if isinstance(denoiser, CompiledDenoiser):
-            output = denoiser(x_t[images], timesteps[images], named)
+            output = denoiser(part(x_t), part(timesteps), told)
         else:
-            output = denoiser(x_t[images], timesteps[images], **named).sample
+            output = denoiser(part(x_t), timestep=part(timesteps), **conditions(told)).sample
         return output[:, :num_channels].float()
 
     if type(network).__name__ not in FAMILIES:

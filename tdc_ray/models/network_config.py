@@ -1,7 +1,7 @@
 """Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tdc_ray.errors import UnsupportedModelError
 
@@ -10,7 +10,18 @@ Row = TypeVar("Row")
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
-DIT_CLASS, CONDITION_CLASS = "DiTTransformer2DModel", "UNet2DConditionModel"
+DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
+
+STATES = "encoder_hidden_states"
+"""What all networks that read captions read, beside what one or another does: a state of each
+token."""
+
+MASK = "encoder_attention_mask"
+"""Which tokens count, 1 or 0: what some read, too."""
+
+CaptionShapes = Mapping[str, tuple[int, ...]]
+"""What a network reads of a caption: shapes by the names of its arguments."""
 
 
 class NetworkConfig(TypedDict, total=False):
@@ -58,17 +69,6 @@ class NetworkConfig(TypedDict, total=False):
     _class_name: str
 
 
-class CaptionSize(NamedTuple):
-    """How large the captions are that a network is conditioned on."""
-
-    tokens: int
-    """Tokens that macs are counted for."""
-
-    channels: int
-    pooled: int | None = None
-    """Channels of the caption as a whole; None for networks that do not read it."""
-
-
 class FirstStageConfig(TypedDict, total=False):
     """Keyword arguments of ``diffusers.VQModel`` and ``AutoencoderKL`` that are read here."""
 
@@ -103,11 +103,13 @@ def num_heads_of(config: NetworkConfig, module: str, channels: int) -> int:
 def class_name(config: Mapping[str, Any]) -> str:
     """Return the name of the network's class; configs without one are of a ``UNet2DModel``.
 
-    Released DiTs name the class that all transformers had once.
+    Released DiTs and PixArts name the class that all transformers had once.
     """
     name = str(config.get("_class_name", DEFAULT_CLASS))
-    is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    return DIT_CLASS if is_dit else name
+    if name != "Transformer2DModel":
+        return name
+    by_norm = {"ada_norm_zero": DIT_CLASS, "ada_norm_single": PIXART_CLASS}
+    return by_norm.get(str(config.get("norm_type")), name)
 
 
 def row_of(table: Mapping[str, Row], name: str) -> Row:

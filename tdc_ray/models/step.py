@@ -29,6 +29,9 @@ class State:
     """What cross-attentions read, such as states of a caption, and joint attentions change:
     ``(B, S, C)``."""
 
+    context_bias: Tensor | None = None
+    """Added to the scores of cross-attentions, ``(B, 1, S)``; None means nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ends:

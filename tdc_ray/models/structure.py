@@ -8,7 +8,7 @@ from typing import Any
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
-    CaptionSize,
+    CaptionShapes,
     NetworkConfig,
     class_name,
 )
@@ -67,17 +67,22 @@ def reads_text(config: Mapping[str, Any]) -> bool:
     return class_name(config) in TEXT_CLASSES
 
 
-def caption_size(name: str, config: NetworkConfig) -> CaptionSize:
-    """Return how large the captions are of a network of a class that is conditioned on them."""
-    if name == CONDITION_CLASS:
-        return condition.caption_size(config)
-    if name not in TRANSFORMERS:
-        from tdc_ray.models.traced.graph import caption_size_of
+def caption_shapes(name: str, config: NetworkConfig) -> CaptionShapes:
+    """Return what a network of a class reads of a caption.
 
-        return caption_size_of(config)
-    transformer = TRANSFORMERS[name]
-    assert transformer.captions is not None
-    return transformer.captions(transformer.settings_of(config))
+    As many tokens as macs are counted for; nothing, if it is not conditioned on captions.
+    """
+    if name == CONDITION_CLASS:
+        return condition.caption_shapes(config)
+    if name in TRANSFORMERS:
+        transformer = TRANSFORMERS[name]
+        read = transformer.captions
+        return {} if read is None else read(transformer.settings_of(config))
+    if name in STRUCTURES:
+        return {}
+    from tdc_ray.models.traced.graph import caption_shapes_by_name
+
+    return caption_shapes_by_name(name, config)
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:

@@ -1,28 +1,31 @@
-"""The text encoder of a diffusers pipeline, which turns prompts into states."""
+"""The text encoders of a diffusers pipeline: what networks read of prompts."""
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.fingerprint import weights_digest
+from tdc_ray.models.labels import Captions, join_captions
+from tdc_ray.models.network_config import STATES
 from tdc_ray.storage.digest import cached_file_digest, json_digest
-from tdc_ray.storage.files import fetch, listing
+from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
-"""Folders of a pipeline that prompts go through."""
+"""What the names of a pipeline's parts begin with that prompts go through."""
 
-NOT_NEEDED = ("unet", "vae", "safety_checker", "feature_extractor", "image_encoder", "scheduler")
-"""Parts of a pipeline that prompts do not go through."""
+INDEX_FILE = "model_index.json"
 
 AT_ONCE = 16
 """Prompts that are encoded at once."""
@@ -30,11 +33,58 @@ AT_ONCE = 16
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptStates:
+    """What a pipeline's text encoders make of prompts; float32, on the CPU."""
+
+    prompts: Captions
+
+    empty: Captions
+    """Of what guidance leads away from by default, such as the empty prompt: without batch."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts[STATES])
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """What pipelines of a kind hand to their network."""
+
+    outputs: Mapping[str, tuple[int, int]]
+    """By the network's argument: its place in what ``encode_prompt`` returns, and the place of
+    that which guidance leads away from."""
+
+    sizes: tuple[str, ...] = ()
+    """Arguments that follow from the images' size (:func:`_sizes`)."""
+
+
+_DEFAULT = _Encoding({STATES: (0, 1)})
+
+_ENCODINGS: Mapping[str, _Encoding] = {
+    "StableDiffusionXL": _Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
+    "StableDiffusion3": _Encoding({STATES: (0, 1), "pooled_projections": (2, 3)}),
+    "PixArt": _Encoding(
+        {STATES: (0, 2), "encoder_attention_mask": (1, 3)}, ("resolution", "aspect_ratio")
+    ),
+}
+"""By what the name of a pipeline's class begins with; others are as Stable Diffusion's."""
+
+
+_OF_CALL = ("prompt_2", "prompt_3", "clean_caption", "max_sequence_length")
+"""Arguments of ``encode_prompt`` that a pipeline hands on from its call, by the defaults there."""
+
+
+def _encoding_of(name: str) -> _Encoding:
+    return next((one for kind, one in _ENCODINGS.items() if name.startswith(kind)), _DEFAULT)
+
+
 def check_text_encoder(pipeline: str | None) -> Path:
-    """Check that there is a text encoder, and the library that reads it; return its pipeline.
+    """Check that there are text encoders, and the library that reads them; return their pipeline.
 
     Raises:
-        ConfigError: One of the two is missing.
+        ConfigError: One of them is missing.
     """
     if pipeline is None:
         raise ConfigError(
@@ -42,11 +92,12 @@ def check_text_encoder(pipeline: str | None) -> Path:
             "pipeline: set --data.text-encoder to the folder of one, as diffusers saves it."
         )
     folder = resolve_path(pipeline)
-    if not listing(folder / TEXT_ENCODER, "*.safetensors"):
-        raise ConfigError(
-            f"data.text_encoder {pipeline} must be the folder of a pipeline, as diffusers saves "
-            f"it: its {TEXT_ENCODER} has no safetensors."
-        )
+    for name in dict.fromkeys([TEXT_ENCODER, *_parts(folder, TEXT_ENCODER)]):
+        if not listing(folder / name, "*.safetensors"):
+            raise ConfigError(
+                f"data.text_encoder {pipeline} must be the folder of a pipeline, as diffusers "
+                f"saves it: its {name} has no safetensors."
+            )
     if find_spec("transformers") is None:
         raise ConfigError(
             f"the text encoder of {pipeline} needs transformers: pip install 'tdc-ray[text]'."
@@ -54,30 +105,54 @@ def check_text_encoder(pipeline: str | None) -> Path:
     return folder
 
 
+def check_captions_read(pipeline: Path, names: Sequence[str]) -> None:
+    """Check that a pipeline hands to its network what another reads of captions.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    name = str(_index(pipeline).get("_class_name"))
+    encoding = _encoding_of(name)
+    if missing := [one for one in names if one not in (*encoding.outputs, *encoding.sizes)]:
+        raise ConfigError(
+            f"data.text_encoder must be the folder of a pipeline for networks that read "
+            f"{' and '.join(missing)}, as this base does, got {display_path(pipeline)}, a {name}. "
+            "Set --data.text-encoder to that of the base's own."
+        )
+
+
 def text_encoder_digest(pipeline: Path) -> str:
-    """Return a digest of a pipeline's text encoder and tokenizer."""
+    """Return a digest of a pipeline's text encoders and tokenizers."""
     words = [cached_file_digest(fetch(path)) for path in listing(pipeline / TOKENIZER, "*")]
-    return json_digest([weights_digest(pipeline / TEXT_ENCODER), words])
+    document: list[Any] = [weights_digest(pipeline / TEXT_ENCODER), words]
+    others = (*_parts(pipeline, f"{TEXT_ENCODER}_"), *_parts(pipeline, f"{TOKENIZER}_"))
+    if others:
+        files = [path for name in others for path in listing(pipeline / name, "*")]
+        index = _index(pipeline).items()
+        settings = {k: v for k, v in index if k[0] != "_" and not isinstance(v, list)}
+        document += [[cached_file_digest(fetch(path)) for path in files], settings]
+    return json_digest(document)
 
 
 @torch.inference_mode()
 def encode_prompts(
-    pipeline: Path, prompts: Sequence[str], device: torch.device | None = None
-) -> Tensor:
-    """Return the states of prompts, by the pipeline's own ``encode_prompt``.
+    pipeline: Path,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    device: torch.device | None = None,
+) -> PromptStates:
+    """Return what prompts are to a network, by the pipeline's own ``encode_prompt``.
 
     Prompts of more tokens than the encoder takes are cut, as there, and a warning says how many.
 
     Args:
-        pipeline: Has the text encoder.
+        pipeline: Has the text encoders.
         prompts: The prompts.
-        device: What computes; None means the CPU, which the states end on in any case.
-
-    Returns:
-        ``(N, S, C)``, float32.
+        size: Height and width of the images, in pixels.
+        device: What computes; None means the CPU.
 
     Raises:
-        CheckpointError: The pipeline's text encoder is missing or malformed.
+        CheckpointError: The pipeline's text encoders are missing or malformed.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -86,6 +161,8 @@ def encode_prompts(
     folder = fetch(pipeline)
     # Of a variant alone, as of networks (`diffusers_folder`); diffusers names it after the stem.
     plain = [path for path in listing(folder / TEXT_ENCODER, "*.safetensors") if _is_plain(path)]
+    parts = {name for name, value in _index(folder).items() if isinstance(value, list)}
+    needed = {*_parts(folder, TEXT_ENCODER), *_parts(folder, TOKENIZER)}
     try:
         loaded = DiffusionPipeline.from_pretrained(
             folder,
@@ -93,20 +170,19 @@ def encode_prompts(
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,  # True needs accelerate, and warns without it
-            requires_safety_checker=False,
-            **dict.fromkeys(NOT_NEEDED),
+            **({"requires_safety_checker": False} if "safety_checker" in parts else {}),
+            **dict.fromkeys(parts - needed),
         )
         loaded.to(device, torch.float32)
-        _warn_of_cut(loaded.tokenizer, prompts)
-        parts = [
-            loaded.encode_prompt(
-                list(prompts[first : first + AT_ONCE]),
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )[0].cpu()
+        if exists(folder / "transformer/config.json"):  # whose widths have zeros in place of T5's
+            config = read_json(folder / "transformer/config.json")
+            loaded.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+        _warn_of_cut(loaded, prompts)
+        encoded = [
+            _encode(loaded, prompts[first : first + AT_ONCE], size, device, 0)
             for first in range(0, len(prompts), AT_ONCE)
         ]
+        empty = _encode(loaded, [""], size, device, 1)
     except (OSError, *MALFORMED) as error:
         if is_from_outside(error):
             raise
@@ -114,17 +190,65 @@ def encode_prompts(
             f"{display_path(pipeline)} has no text encoder that can be used: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return torch.cat(parts)
+    return PromptStates(
+        join_captions(encoded), {name: tensor[0].clone() for name, tensor in empty.items()}
+    )
+
+
+def _encode(
+    loaded: Any, prompts: Sequence[str], size: tuple[int, int], device: torch.device, place: int
+) -> Captions:
+    """Encode prompts (place 0), or what guidance leads away from with them (place 1)."""
+    encoding = _encoding_of(type(loaded).__name__)
+    taken = inspect.signature(loaded.encode_prompt).parameters.keys()
+    call = inspect.signature(loaded.__call__).parameters
+    outputs = loaded.encode_prompt(
+        list(prompts),
+        device=device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=place == 1,
+        **{name: call[name].default for name in _OF_CALL if name in taken},
+    )
+    sizes = _sizes(size)
+    return {
+        **{name: outputs[both[place]].float().cpu() for name, both in encoding.outputs.items()},
+        **{name: torch.tensor([sizes[name]] * len(prompts)) for name in encoding.sizes},
+    }
+
+
+def _sizes(size: tuple[int, int]) -> Mapping[str, Sequence[float]]:
+    """Return what a network is told of images of a height and a width that nothing is cut off."""
+    height, width = map(float, size)
+    return {
+        "time_ids": (height, width, 0.0, 0.0, height, width),
+        "resolution": (height, width),
+        "aspect_ratio": (height / width,),
+    }
+
+
+def _index(pipeline: Path) -> Mapping[str, Any]:
+    """Return what a pipeline says of its parts; nothing if it does not."""
+    path = pipeline / INDEX_FILE
+    document = read_json(fetch(path)) if exists(path) else {}
+    return document if isinstance(document, dict) else {}
+
+
+def _parts(pipeline: Path, prefix: str) -> list[str]:
+    """Return the parts of a pipeline that are there and whose names begin so."""
+    found = _index(pipeline).items()
+    return sorted(name for name, kind in found if name.startswith(prefix) and any(kind))
 
 
 def _is_plain(path: Path) -> bool:
     return "fp16" not in path.name
 
 
-def _warn_of_cut(tokenizer: Any, prompts: Sequence[str]) -> None:
+def _warn_of_cut(loaded: Any, prompts: Sequence[str]) -> None:
     """Say how many prompts have too many tokens; diffusers would print each of them."""
     diffusers_logging.get_logger("diffusers.pipelines").setLevel(logging.ERROR)
-    most = tokenizer.model_max_length
-    num_cut = sum(len(ids) > most for ids in tokenizer(list(prompts)).input_ids)
+    most = loaded.tokenizer.model_max_length
+    if length := inspect.signature(loaded.__call__).parameters.get("max_sequence_length"):
+        most = min(most, length.default)  # of T5
+    num_cut = sum(len(ids) > most for ids in loaded.tokenizer(list(prompts)).input_ids)
     if num_cut:
         logger.warning("%d of %d prompts are cut to %d tokens", num_cut, len(prompts), most)

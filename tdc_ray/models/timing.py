@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdc_ray.models.denoiser import Denoiser, Labels
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import blank_labels, family_of
+from tdc_ray.models.labels import Labels
 from tdc_ray.models.network_config import image_size
 
 MAX_REPEATS = 200

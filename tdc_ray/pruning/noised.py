@@ -4,7 +4,7 @@ Rounds choose by losses on images that fine-tunes may see, too, and noise of the
 are measured on held-out images and noise that no choice before theirs has seen.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +23,8 @@ from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule
 from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import Denoiser
-from tdc_ray.models.families import family_of, labels_for, reads_captions, steps_of
+from tdc_ray.models.families import captions_read, family_of, labels_for, steps_of
 from tdc_ray.models.forward import max_batch_size
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, num_untouched, run
@@ -39,12 +38,13 @@ def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) 
     """Return the state of a batch before the network's first step.
 
     Raises:
-        UnsupportedModelError: The network reads captions, and the batch has none.
+        UnsupportedModelError: The network reads more of captions than the batch has.
     """
-    if reads_captions(network) and not isinstance(batch.labels, Captions):
+    told = batch.labels if isinstance(batch.labels, Mapping) else {}
+    if missing := captions_read(network).keys() - told.keys():
         raise UnsupportedModelError(
-            f"a {type(network).__name__} reads captions, and the images have none: give "
-            "NoisedBatch.labels as Captions."
+            f"a {type(network).__name__} reads captions, and the images have none: "
+            f"NoisedBatch.labels must have {', '.join(sorted(missing))}."
         )
     timesteps = schedule.model_timesteps(batch.timesteps)
     return family_of(network).start(network, batch.x_t(schedule), timesteps, batch.labels)

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.latents import training_data
+from tdc_ray.data.prompts import states_of_images
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import image_labels
+from tdc_ray.models.labels import Captions
 from tdc_ray.storage.run_dir import RunDir
 
 
@@ -21,8 +23,8 @@ def pipeline_index(
     )
 
 
-def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Tensor]:
-    """Return classes, or prompts' states, of the images ``first`` to ``first + count - 1``.
+def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Tensor | Captions]:
+    """Return classes, or prompts, of the images ``first`` to ``first + count - 1``.
 
     Of models conditioned on classes, or on text, image i is of class, or prompt, i modulo their
     number: in every batch, model and run.
@@ -34,8 +36,9 @@ def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Ten
     states = training_data(config.data, config.evaluate.cache_dir).prompts()
     if states is None:
         return {}
-    prompts = states.of_images(first, count)
-    return {"prompt_embeds": prompts, "negative_prompt_embeds": states.empty.expand_as(prompts)}
+    prompts = states_of_images(states, first, count)
+    empty = {name: states.empty[name].expand_as(tensor) for name, tensor in prompts.items()}
+    return {"prompt_embeds": prompts, "negative_prompt_embeds": empty}
 
 
 def save_index(run_dir: RunDir, config: RunConfig, groups: Sequence[TimestepGroup]) -> None:

@@ -18,8 +18,8 @@ from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.families import check_buildable
 from tdc_ray.models.first_stage import check_latents
 from tdc_ray.models.network_config import NetworkConfig, class_name, image_size, num_class_embeds
-from tdc_ray.models.structure import reads_text
-from tdc_ray.models.text_encoder import check_text_encoder
+from tdc_ray.models.structure import caption_shapes, reads_text
+from tdc_ray.models.text_encoder import check_captions_read, check_text_encoder
 from tdc_ray.models.unet2d.architectures import LATENT, base_unet
 from tdc_ray.pruning.space import REMEDY, Space, space_of
 from tdc_ray.runs.evaluation.features import check_features, check_labels
@@ -163,7 +163,8 @@ def check_prompts(
             "conditioning.num_classes must be None for a base conditioned on text, got "
             f"{conditioning.num_classes}. Leave it out."
         )
-    check_text_encoder(data.text_encoder)
+    pipeline = check_text_encoder(data.text_encoder)
+    check_captions_read(pipeline, tuple(caption_shapes(class_name(network), network)))
     if data.source != BASE_SAMPLES:
         if data.first_stage is None:
             raise ConfigError(

@@ -196,9 +196,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.unet, self.seen = unet, []
 
-    def forward(self, x_t, timesteps, **arguments):
-        self.seen.append((x_t.detach().clone(), timesteps))
-        return self.unet(x_t, timesteps, **arguments)
+    def forward(self, x_t, timestep, **arguments):
+        self.seen.append((x_t.detach().clone(), timestep))
+        return self.unet(x_t, timestep, **arguments)
 
 
 def test_the_base_is_trained_on_noised_latents(config):
@@ -298,7 +298,10 @@ def test_a_model_of_latents_is_pruned_on_them(config, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"sampler": {"clip_sample": True}}, r"sampler\.clip_sample must be False .*got True"),
-        ({"diffusion": {"learned_sigma": True}}, r"diffusion\.learned_sigma must be False"),
+        (
+            {"diffusion": {"learned_sigma": True}},
+            r"diffusion\.vlb_weight must be 0\.0 .*got 0\.001",
+        ),
         ({"data": {"horizontal_flip": True}}, r"data\.horizontal_flip must be False"),
         ({"data": {"crop_padding": 2}}, r"data\.crop_padding must be 0 .*got 2"),
     ],

@@ -58,9 +58,9 @@ class Recorder(nn.Module):
         self.unet = unet
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Any:
-        self.seen.append((x.clone(), timesteps))
-        return self.unet(x, timesteps)
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        self.seen.append((x.clone(), timestep))
+        return self.unet(x, timestep)
 
 
 @torch.no_grad()
@@ -199,8 +199,8 @@ class FirstHalf(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.unet(x, timesteps).sample.chunk(2, dim=1)[0])
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.unet(x, timestep).sample.chunk(2, dim=1)[0])
 
 
 def with_other_variance(unet: nn.Module) -> nn.Module:

@@ -10,11 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_ray.config.diffusion import DiffusionConfig, PredictionType
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.families import blank_labels, build_network, steps_of
-from tdc_ray.models.network_config import CONDITION_CLASS, NetworkConfig
+from tdc_ray.models.labels import Captions
+from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
+    MASK,
+    PIXART_CLASS,
+    SD3_CLASS,
+    STATES,
+    NetworkConfig,
+)
 from tdc_ray.models.step import run
-from tdc_ray.models.structure import caption_size
+from tdc_ray.models.structure import caption_shapes
 from tdc_ray.pruning.noised import first_state
 
 Call = Callable[[Any, Tensor, Tensor, Captions], Any]
@@ -52,9 +59,12 @@ class Case:
         def randn(*shape: int) -> Tensor:
             return torch.randn(size, *shape, generator=generator)
 
-        captions = caption_size(self.config["_class_name"], self.config)
-        pooled = None if captions.pooled is None else randn(captions.pooled)
-        labels = Captions(randn(tokens, captions.channels), pooled)
+        labels = {
+            name: randn(tokens, *shape[1:]) if name == STATES else randn(*shape)
+            for name, shape in caption_shapes(self.config["_class_name"], self.config).items()
+        }
+        if MASK in labels:  # captions of 1, 2, ... tokens
+            labels[MASK] = (torch.arange(tokens) <= torch.arange(size)[:, None]).float()
         x_0, epsilon = (randn(self.config["in_channels"], 8, width) for _ in range(2))
         return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, labels)
 
@@ -87,25 +97,22 @@ def count_macs(network: Any, call: Call) -> float:
 
 
 def call_pixart(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) -> Any:
-    sizes = 8.0 * x_t.new_tensor([x_t.shape[-2:]] * len(x_t))
-    told = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
-    return network(x_t, captions.states, timesteps, told)
+    told = {name: captions.get(name) for name in ("resolution", "aspect_ratio")}
+    return network(x_t, captions[STATES], timesteps, told, encoder_attention_mask=captions[MASK])
 
 
 def call_sd3(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) -> Any:
-    return network(x_t, captions.states, captions.pooled, timesteps)
+    return network(x_t, captions[STATES], captions["pooled_projections"], timesteps)
 
 
 def call_sana(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) -> Any:
-    return network(x_t, captions.states, timesteps)
+    return network(x_t, captions[STATES], timesteps, encoder_attention_mask=captions[MASK])
 
 
 def call_unet(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) -> Any:
-    told = {"text_embeds": x_t.new_ones(len(x_t), 1280), "time_ids": x_t.new_ones(len(x_t), 6)}
-    return network(x_t, timesteps, captions.states, added_cond_kwargs=told)
+    return network(x_t, timesteps, captions[STATES], added_cond_kwargs=captions)
 
 
-PIXART_CLASS, SD3_CLASS = "PixArtTransformer2DModel", "SD3Transformer2DModel"
 SANA_CLASS = "SanaTransformer2DModel"
 
 PIXART: NetworkConfig = {
@@ -164,6 +171,12 @@ LINEAR: NetworkConfig = {
     "attention_head_dim": [2, 4],
     "transformer_layers_per_block": [2, 1],
 }
+XL: NetworkConfig = {
+    **UNET,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 2,
+    "projection_class_embeddings_input_dim": 20,
+}
 
 _PARTS, _FLOW = ("attn1", "attn2", "ff"), "flow_prediction"
 _SIZES = {"use_additional_conditions": True, "patch_size": 4}
@@ -178,5 +191,6 @@ CASES: dict[str, Case] = {
     "sana, all weights": Case({**SANA, **_OPEN, "patch_size": 2}, call_sana, _PARTS, _FLOW),
     "unet": Case(UNET, call_unet, ("resnets.0", *_PARTS), scale=0.05),
     "unet, linear": Case(LINEAR, call_unet, ("resnets.0", *_PARTS), scale=0.05),
+    "unet, xl": Case(XL, call_unet, ("resnets.0", *_PARTS), scale=0.05),
 }
 """One or more of every class."""

@@ -17,7 +17,7 @@ from tdc_ray.models.families import (
     save_network,
     steps_of,
 )
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import PIXART_CLASS, SD3_CLASS, NetworkConfig
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.structure import TEXT_CLASSES, network_structure
 from tdc_ray.models.surgery import kept_outputs
@@ -35,9 +35,7 @@ from tdc_ray.pruning.sensitivity import (
 from tdc_ray.pruning.space import space_of
 from tests.models.captioned import (
     CASES,
-    PIXART_CLASS,
     SANA_CLASS,
-    SD3_CLASS,
     Case,
     count_macs,
 )
@@ -263,7 +261,7 @@ def test_pruned_experts_stand_in_for_it_and_load_again(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3.5", "sana"])
-def test_no_command_takes_one_that_is_described_alone(name, tmp_path):
+def test_a_saved_one_loads_here_and_in_diffusers(name, tmp_path):
     case = CASES[name]
     network, batch = case.network(), case.noised(2)
     assert not has_classes(network)
@@ -271,9 +269,22 @@ def test_no_command_takes_one_that_is_described_alone(name, tmp_path):
     for loaded in (load_network(tmp_path), type(network).from_pretrained(tmp_path)):
         assert_same(loaded.state_dict(), network.state_dict())
         assert torch.equal(case.by_diffusers(loaded, batch), case.by_diffusers(network, batch))
-    assert type(network).__name__ not in BASES
-    with pytest.raises(ConfigError, match=f"holds a {type(network).__name__}: only a "):
+
+
+def test_no_command_takes_one_that_is_described_alone(tmp_path):
+    save_network(CASES["sana"].network(), tmp_path)
+    assert SANA_CLASS not in BASES
+    with pytest.raises(ConfigError, match=f"holds a {SANA_CLASS}: only a "):
         given_config(tmp_path)
+
+
+def test_a_pixart_loads_under_the_name_that_all_transformers_had(tmp_path):
+    network = CASES["pixart"].network()
+    save_network(network, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace(PIXART_CLASS, "Transformer2DModel"))
+    assert given_config(tmp_path)["_class_name"] == PIXART_CLASS
+    assert_same(load_network(tmp_path).state_dict(), network.state_dict())
 
 
 def test_streams_cannot_be_pruned(case):

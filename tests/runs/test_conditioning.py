@@ -174,9 +174,9 @@ class Told(nn.Module):
         super().__init__()
         self.unet, self.seen = unet, []
 
-    def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Any:
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
         self.seen.append(class_labels.tolist())
-        return self.unet(x, timesteps, class_labels=class_labels)
+        return self.unet(x, timestep, class_labels=class_labels)
 
 
 def told(config: RunConfig, *, seed: int = 0, first: int = 0, **settings: Any) -> list[list[int]]:
@@ -325,12 +325,12 @@ class Bound(nn.Module):
         super().__init__()
         self.unet, self.labels, self.scale = unet, labels, scale
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> SimpleNamespace:
-        cond = self.unet(x, timesteps, class_labels=self.labels).sample
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        cond = self.unet(x, timestep, class_labels=self.labels).sample
         if self.scale is None:
             return SimpleNamespace(sample=cond)
         nulls = torch.full_like(self.labels, NULL)
-        uncond = self.unet(x, timesteps, class_labels=nulls).sample
+        uncond = self.unet(x, timestep, class_labels=nulls).sample
         guided = uncond[:, :1] + self.scale * (cond[:, :1] - uncond[:, :1])
         return SimpleNamespace(sample=torch.cat([guided, cond[:, 1:]], dim=1))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -9,12 +10,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,17 +19,18 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import training_data
-from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts
+from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts, states_of_images
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import ConfigError, UnsupportedModelError
 from tdc_ray.models.families import given_config
+from tdc_ray.models.network_config import STATES
 from tdc_ray.models.text_encoder import encode_prompts, text_encoder_digest
 from tdc_ray.runs.pretrained.sources import resolve_base
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+from tests.text_pipelines import PROMPTS, save, stable_diffusion
 
-PROMPTS = ("a red square", "a blue circle", "a cat")
 FEW = ("--prune.num-images", "16", "--prune.num-refit-images", "16", "--prune.num-levels", "1")
 FEW += ("--prune.num-rounds", "1", "--prune.num-candidates", "2", "--data.num-images", "20")
 FEW += ("--sampler.num-inference-steps", "4")
@@ -41,71 +38,16 @@ FEW += ("--sampler.num-inference-steps", "4")
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    torch.manual_seed(0)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
-    )
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=len(words) - 2,
-            eos_token_id=len(words) - 1,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "pipe")
-    (folder / "prompts.txt").write_text("\n\n".join(PROMPTS))
-    return folder / "pipe"
+    return save(stable_diffusion, tmp_path_factory.mktemp("text"))
+
+
+def states_of(pipeline: Path, prompts: Sequence[str]) -> torch.Tensor:
+    return encode_prompts(pipeline, prompts, (16, 16)).prompts[STATES]
 
 
 def test_states_are_those_of_the_pipelines_own_text_encoder(pipeline):
     loaded = StableDiffusionPipeline.from_pretrained(pipeline)
-    for prompt, states in zip(PROMPTS, encode_prompts(pipeline, PROMPTS), strict=True):
+    for prompt, states in zip(PROMPTS, states_of(pipeline, PROMPTS), strict=True):
         expected, _ = loaded.encode_prompt(prompt, torch.device("cpu"), 1, False)
         assert torch.equal(states, expected[0])
 
@@ -116,9 +58,9 @@ def test_a_text_encoder_in_half_precision_alone_computes_in_float32(pipeline, tm
     halves = {name: weights.half() for name, weights in load_file(path).items()}
     save_file(halves, path.with_name("model.fp16.safetensors"), {"format": "pt"})
     path.unlink()
-    states = encode_prompts(tmp_path / "half", ["a" * 100, PROMPTS[0]])
+    states = states_of(tmp_path / "half", ["a" * 100, PROMPTS[0]])
     assert states.dtype == torch.float32
-    assert (states[1] - encode_prompts(pipeline, PROMPTS[:1])[0]).abs().max() < 0.01
+    assert (states[1] - states_of(pipeline, PROMPTS[:1])[0]).abs().max() < 0.01
     assert "1 of 2 prompts are cut to 77 tokens" in caplog.text
 
 
@@ -156,8 +98,8 @@ def test_it_is_pruned_on_images_that_it_draws_for_prompts(pipeline, tmp_path):
     assert abs(report["loss_refit"] - base) < abs(report["loss_cut"] - base)
     (samples,) = (tmp_path / "cache/base_samples").iterdir()
     states = load_states(samples)
-    assert torch.equal(states.prompts, encode_prompts(pipeline, PROMPTS))
-    assert torch.equal(states.empty, encode_prompts(pipeline, [""])[0])
+    assert torch.equal(states.prompts[STATES], states_of(pipeline, PROMPTS))
+    assert torch.equal(states.empty[STATES], states_of(pipeline, [""])[0])
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +122,12 @@ def test_it_is_pruned_on_captioned_images(pipeline, captioned, tmp_path):
     assert run_command(command) == 0
     data = data_config(str(captioned), parse(command).config.data)
     training = training_data(data, str(tmp_path))
-    latents, states = training.open().__getitems__([0, 7, 3])
-    expected = encode_prompts(pipeline, ["a 0", "b 7", "b 3"])
-    assert torch.equal(states, expected)
+    latents, captions = training.open().__getitems__([0, 7, 3])
+    expected = states_of(pipeline, ["a 0", "b 7", "b 3"])
+    assert torch.equal(captions[STATES], expected)
     assert len(latents.flatten(1).unique(dim=0)) == 3
-    assert torch.equal(training.prompts().of_images(0, 25)[[7, 24]], expected[[1, 0]])
+    drawn = states_of_images(training.prompts(), 0, 25)[STATES]
+    assert torch.equal(drawn[[7, 24]], expected[[1, 0]])
 
 
 def test_an_image_without_a_caption_is_refused_by_name(pipeline, captioned, tmp_path, capsys):
@@ -258,7 +201,7 @@ def test_experts_of_it_draw_within_its_own_pipeline(ray_cluster, pipeline, tmp_p
     experts.set_progress_bar_config(disable=True)
     with pytest.raises(ConfigError, match="prompt_embeds, and with guidance"):
         experts(1)
-    states = encode_prompts(pipeline, [PROMPTS[0], ""])
+    states = states_of(pipeline, [PROMPTS[0], ""])
     told = {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
     own = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
     own.set_progress_bar_config(disable=True)
@@ -284,8 +227,8 @@ def test_prompts_come_along_and_are_checked(tmp_path):
         read_prompts(str(tmp_path / "bytes.txt"))
 
 
-def test_a_unet_of_stable_diffusion_xl_is_refused(tmp_path):
-    config = {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time"}
+def test_a_unet_that_reads_images_too_is_refused(tmp_path):
+    config = {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_image"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="more than the states of a prompt"):
+    with pytest.raises(UnsupportedModelError, match="addition_embed_type text_image"):
         given_config(tmp_path)

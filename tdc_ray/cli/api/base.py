@@ -19,6 +19,7 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.models.families import check_class, load_network, save_network
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
+from tdc_ray.models.text_encoder import TEXT_ENCODER, TOKENIZER
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.pretrained.importer import (
     check_compatible,
@@ -30,6 +31,9 @@ from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase, images_of, resolve_base
 from tdc_ray.runs.prune_model import run_config_of
+
+SAVED = ("scheduler", "vqvae", "vae", TEXT_ENCODER, TOKENIZER)
+"""What the names of a pipeline's parts begin with that a base needs beside its network."""
 
 logger = logging.getLogger(__name__)
 
@@ -211,12 +215,10 @@ def _save(
         if (network := parts.get(name)) is not None:
             network = getattr(network, "_orig_mod", network)  # of torch.compile
             kind = type(network).__name__
-            check_class(
-                kind, network.config, f"the base, a {type(source).__name__} in memory, has"
-            )
+            check_class(kind, f"the base, a {type(source).__name__} in memory, has")
             save_network(copy.deepcopy(network), folder / name)  # it changes the memory's layout
-    for name in ("scheduler", "vqvae", "vae", "text_encoder", "tokenizer"):
-        if (part := parts.get(name)) is not None:
+    for name, part in parts.items():
+        if part is not None and name.startswith(SAVED):
             part.save_pretrained(folder / name)
     if not isinstance(source, DiffusionPipeline):
         return folder / "unet"

@@ -14,6 +14,7 @@ from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.prompts import load_states
 from tdc_ray.data.tensor_shards import missing_shards, read_rows
 from tdc_ray.errors import ConfigError, DataError
+from tdc_ray.models.labels import map_captions
 from tdc_ray.storage.files import exists, fetch, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -64,7 +65,8 @@ class BaseSamples:
         batch = read_rows(self._folder, self._tensor, indices, BASE_SHARD)
         if self._info.num_prompts is None:
             return batch
-        return ImageBatch(batch.images, load_states(self._folder).prompts[batch.labels])
+        numbers, prompts = batch.labels, load_states(self._folder).prompts
+        return ImageBatch(batch.images, map_captions(lambda tensor: tensor[numbers], prompts))
 
     def check(self) -> None:
         """Check that all images are there.

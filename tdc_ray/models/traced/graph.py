@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import CaptionSize, NetworkConfig, image_size, num_class_embeds
+from tdc_ray.models.network_config import (
+    STATES,
+    CaptionShapes,
+    NetworkConfig,
+    image_size,
+    num_class_embeds,
+)
 from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.units import SpaceKind, Unit
 
@@ -101,7 +107,7 @@ def check_denoiser(name: str, known: Collection[str]) -> type[ModelMixin]:
 
 def takes_captions(kind: type[Any]) -> bool:
     """Whether a class's networks are conditioned on captions."""
-    return "encoder_hidden_states" in _arguments(kind)
+    return STATES in _arguments(kind)
 
 
 def takes_images_alone(name: str) -> bool:
@@ -124,18 +130,21 @@ def call(network: Any, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) ->
         timesteps: ``(B,)``
         labels: Classes, ``(B,)``, or the states of captions, ``(B, S, C)``.
     """
-    name = "encoder_hidden_states" if takes_captions(type(network)) else "class_labels"
+    name = STATES if takes_captions(type(network)) else "class_labels"
     conditions = {} if labels is None else {name: labels}
     output: Tensor = network(x_t, timestep=timesteps, **conditions).sample
     return output
 
 
-def caption_size_of(config: Mapping[str, Any]) -> CaptionSize:
-    """Return how large a network's captions are.
+def caption_shapes_by_name(name: str, config: Mapping[str, Any]) -> CaptionShapes:
+    """Return what a network of a class reads of a caption; nothing, if it takes none.
 
     Raises:
-        UnsupportedModelError: Its config does not say.
+        UnsupportedModelError: Its config does not say how wide captions are.
     """
+    kind = class_of(name)
+    if kind is None or not takes_captions(kind):
+        return {}
     found = [config.get(name) for name in WIDTHS_OF_CAPTIONS]
     channels = next((value for value in found if isinstance(value, int)), None)
     if channels is None:
@@ -143,7 +152,7 @@ def caption_size_of(config: Mapping[str, Any]) -> CaptionSize:
             "the config of a network that is conditioned on captions must say how wide they are, "
             f"by one of {', '.join(WIDTHS_OF_CAPTIONS)}."
         )
-    return CaptionSize(CAPTION_TOKENS, channels)
+    return {STATES: (CAPTION_TOKENS, channels)}
 
 
 def layers_by_name(name: str, config: NetworkConfig) -> Sequence[Layer]:
@@ -208,9 +217,8 @@ def _traced(name: str, document: str) -> Traced:
 def _inputs(kind: type[ModelMixin], config: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return an image, a timestep and a label for a network of a class."""
     labels = None
-    if takes_captions(kind):
-        size = caption_size_of(config)
-        labels = torch.randn(1, size.tokens, size.channels)
+    if captions := caption_shapes_by_name(kind.__name__, config):
+        labels = torch.randn(1, *captions[STATES])
     elif num_class_embeds(config) is not None:
         labels = torch.zeros(1, dtype=torch.long)
     images = torch.randn(1, config["in_channels"], *image_size(config))

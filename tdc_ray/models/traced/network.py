@@ -1,15 +1,14 @@
 """Runs a network that has no description, as a single step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from tdc_ray.models.captions import Captions
-from tdc_ray.models.denoiser import Labels
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.labels import Labels
+from tdc_ray.models.network_config import STATES, NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.traced.graph import call, traced
 
@@ -31,7 +30,7 @@ def ends(network: Any) -> Ends:
 def start(network: Any, x_t: Tensor, timesteps: Tensor, labels: Labels) -> State:
     """Return the state before the step, which holds what the network is called with."""
     del network
-    context = labels.states if isinstance(labels, Captions) else labels
+    context = labels[STATES] if isinstance(labels, Mapping) else labels
     return State(x_t, timesteps, context=context)
 
 

@@ -1,6 +1,7 @@
 """Builds, saves, loads and runs transformers of diffusers by their descriptions."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +11,13 @@ from diffusers.models.embeddings import LabelEmbedding, get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from tdc_ray.models.diffusers_folder import load_pretrained
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import MASK, NetworkConfig
 from tdc_ray.models.step import Ends, State
 from tdc_ray.models.transformers.transformer import Transformer
 from tdc_ray.storage.files import atomic_path, fetch, read_json
+
+MASKED = -10000.0
+"""What is added to the scores of tokens that do not count, as diffusers does."""
 
 
 def build_transformer(transformer: Transformer, config: NetworkConfig) -> Any:
@@ -116,4 +120,7 @@ def first_state(
         labels: Classes, ``(B,)``, or captions.
     """
     embedding, context = transformer.embed(network, x_t, timesteps, labels)
-    return State(x_t, embedding, context=context)
+    bias = None
+    if isinstance(labels, Mapping) and MASK in labels:
+        bias = MASKED * (1 - labels[MASK].to(x_t.dtype)[:, None])
+    return State(x_t, embedding, context=context, context_bias=bias)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tdc_ray.models.config_types import Width
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import CaptionSize
+from tdc_ray.models.network_config import MASK, STATES, CaptionShapes
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     block_names,
@@ -26,15 +26,15 @@ from tdc_ray.models.units import Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tdc_ray.models.captions import Captions
+    from tdc_ray.models.labels import Captions
     from tdc_ray.models.step import Step
     from tdc_ray.models.transformers.steps import Shift
 
 CAPTION_TOKENS = 120
 """Tokens of a caption that macs are counted for, as PixArt-alpha has them."""
 
-PIXELS_OF_LATENT = 8
-"""Side of the square of pixels that a latent stands for, in which its image is measured."""
+SIZES: CaptionShapes = {"resolution": (2,), "aspect_ratio": (1,)}
+"""What some are told of an image: height and width, and the one over the other."""
 
 
 class PixArtSettings(BasicTransformerSettings):
@@ -50,6 +50,12 @@ class PixArtSettings(BasicTransformerSettings):
     caption_channels: Width | None = None
     attention_type: Literal["default"] | None = "default"
 
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether it is told the images' resolution and aspect ratio."""
+        extra = self.use_additional_conditions
+        return self.sample_size == 128 if extra is None else extra
+
 
 def _units(pixart: PixArtSettings) -> Iterator[Unit]:
     heads = (pixart.num_attention_heads, pixart.attention_head_dim)
@@ -60,8 +66,7 @@ def _layers(pixart: PixArtSettings, units: Mapping[str, Unit]) -> Iterator[Layer
     width, stream, has_bias = pixart.width, Channels(pixart.width), pixart.attention_bias
     yield patch_layer("pos_embed", pixart)
     yield from embedder_layers("adaln_single.emb.timestep_embedder", width)
-    extra = pixart.use_additional_conditions
-    if pixart.sample_size == 128 if extra is None else extra:
+    if pixart.reads_sizes:
         for name, times in (("resolution", 2), ("aspect_ratio", 1)):
             yield from embedder_layers(
                 f"adaln_single.emb.{name}_embedder", width // 3, times=times
@@ -83,15 +88,19 @@ def _layers(pixart: PixArtSettings, units: Mapping[str, Unit]) -> Iterator[Layer
     yield output_layer("proj_out", pixart)
 
 
+def _captions(pixart: PixArtSettings) -> CaptionShapes:
+    width = pixart.caption_channels or pixart.cross_attention_dim
+    sizes = SIZES if pixart.reads_sizes else {}
+    return {STATES: (CAPTION_TOKENS, width), MASK: (CAPTION_TOKENS,), **sizes}
+
+
 def _embed(
     pixart: Any, x_t: "Tensor", timesteps: "Tensor", captions: "Captions"
 ) -> "tuple[Tensor, Tensor]":
     from tdc_ray.models.transformers.steps import single_embedding
 
-    count, _, height, width = x_t.shape
-    sizes = x_t.new_tensor([[PIXELS_OF_LATENT * height, PIXELS_OF_LATENT * width]] * count)
-    size = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
-    context = captions.states
+    del x_t
+    size, context = {name: captions.get(name) for name in SIZES}, captions[STATES]
     if pixart.caption_projection is not None:
         context = pixart.caption_projection(context)
     return single_embedding(pixart.adaln_single, timesteps, size, pixart.dtype), context
@@ -118,7 +127,5 @@ PIXART = Transformer(
     embed=_embed,
     blocks=_blocks,
     last_shift=_last_shift,
-    captions=lambda pixart: CaptionSize(
-        CAPTION_TOKENS, pixart.caption_channels or pixart.cross_attention_dim
-    ),
+    captions=_captions,
 )

@@ -12,7 +12,7 @@ from pydantic import Field
 from tdc_ray.config.validation import Share
 from tdc_ray.models.config_types import Size, Width
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import CaptionSize
+from tdc_ray.models.network_config import MASK, STATES
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     block_names,
@@ -31,7 +31,7 @@ from tdc_ray.models.units import Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tdc_ray.models.captions import Captions
+    from tdc_ray.models.labels import Captions
     from tdc_ray.models.step import Step
     from tdc_ray.models.transformers.steps import Shift
 
@@ -108,7 +108,7 @@ def _embed(
     from tdc_ray.models.transformers.steps import single_embedding
 
     del x_t
-    context = sana.caption_norm(sana.caption_projection(captions.states))
+    context = sana.caption_norm(sana.caption_projection(captions[STATES]))
     return single_embedding(sana.time_embed, timesteps, None, sana.dtype), context
 
 
@@ -133,5 +133,8 @@ SANA = Transformer(
     embed=_embed,
     blocks=_blocks,
     last_shift=_last_shift,
-    captions=lambda sana: CaptionSize(CAPTION_TOKENS, sana.caption_channels),
+    captions=lambda sana: {
+        STATES: (CAPTION_TOKENS, sana.caption_channels),
+        MASK: (CAPTION_TOKENS,),
+    },
 )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tdc_ray.models.config_types import Size, Width
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import CaptionSize
+from tdc_ray.models.network_config import STATES, CaptionShapes
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     attention_unit,
@@ -29,7 +29,7 @@ from tdc_ray.models.units import Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tdc_ray.models.captions import Captions
+    from tdc_ray.models.labels import Captions
     from tdc_ray.models.step import Step
     from tdc_ray.models.transformers.steps import Shift
 
@@ -108,12 +108,17 @@ def _layers(sd3: SD3Settings, units: Mapping[str, Unit]) -> Iterator[Layer]:
     yield output_layer("proj_out", sd3)
 
 
+def _captions(sd3: SD3Settings) -> CaptionShapes:
+    states = (CAPTION_TOKENS, sd3.joint_attention_dim)
+    return {STATES: states, "pooled_projections": (sd3.pooled_projection_dim,)}
+
+
 def _embed(
     sd3: Any, x_t: "Tensor", timesteps: "Tensor", captions: "Captions"
 ) -> "tuple[Tensor, Tensor]":
     del x_t
-    embedding = sd3.time_text_embed(timesteps, captions.pooled)
-    return embedding, sd3.context_embedder(captions.states)
+    embedding = sd3.time_text_embed(timesteps, captions["pooled_projections"])
+    return embedding, sd3.context_embedder(captions[STATES])
 
 
 def _blocks(sd3: Any) -> "Sequence[Step]":
@@ -148,7 +153,5 @@ SD3 = Transformer(
     embed=_embed,
     blocks=_blocks,
     last_shift=_last_shift,
-    captions=lambda sd3: CaptionSize(
-        CAPTION_TOKENS, sd3.joint_attention_dim, sd3.pooled_projection_dim
-    ),
+    captions=_captions,
 )

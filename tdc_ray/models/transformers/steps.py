@@ -140,7 +140,9 @@ class CrossStep(Step):
     def __call__(self, state: State) -> State:
         """Run the step."""
         tokens = to_tokens(state.hidden)
-        tokens = self.module(tokens, encoder_hidden_states=state.context) + tokens
+        context, bias = state.context, state.context_bias
+        added = self.module(tokens, encoder_hidden_states=context, attention_mask=bias)
+        tokens = added + tokens
         return replace(state, hidden=to_grid(tokens, *state.hidden.shape[2:]))
 
 

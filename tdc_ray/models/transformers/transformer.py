@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import Layer
-from tdc_ray.models.network_config import CaptionSize
+from tdc_ray.models.network_config import CaptionShapes
 from tdc_ray.models.units import SpaceKind, Unit
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Transformer:
     last_shift: Callable[[Any], "Shift"]
     """Returns what shifts and scales the output of the last norm of a network."""
 
-    captions: Callable[[Any], CaptionSize] | None = None
+    captions: Callable[[Any], CaptionShapes] | None = None
     """By settings; None for networks that are not conditioned on captions."""
 
     zero_at_first: Callable[[Any], Iterable["nn.Linear"]] | None = None

@@ -5,7 +5,7 @@ from typing import Any
 
 from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import Channels, Layer
-from tdc_ray.models.network_config import CaptionSize, NetworkConfig, image_size
+from tdc_ray.models.network_config import STATES, CaptionShapes, NetworkConfig, image_size
 from tdc_ray.models.transformers.layers import (
     attention_layers,
     attention_unit,
@@ -20,6 +20,9 @@ from tdc_ray.models.units import SpaceKind, Unit
 
 CAPTION_TOKENS = 77
 """Tokens of a caption that macs are counted for: CLIP's."""
+
+NUM_TIME_IDS = 6
+"""What XL's is told of an image: height and width before it was cut, where, and those after."""
 
 _KNOWN: Mapping[str, tuple[object, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -62,13 +65,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "num_attention_heads": None,
     "use_linear_projection": False,
     "addition_embed_type": None,
+    "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
 }
-
-
-def caption_size(config: NetworkConfig) -> CaptionSize:
-    """Return how large a network's captions are."""
-    return CaptionSize(CAPTION_TOKENS, {**_DEFAULTS, **config}["cross_attention_dim"])
 
 
 def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ...]:
@@ -82,6 +81,17 @@ def units_of(config: NetworkConfig, kind: SpaceKind = "inner") -> tuple[Unit, ..
             "the stream of a UNet2DConditionModel cannot be pruned: set prune.space to inner."
         )
     return tuple(part for part in _Walker(config).walk() if isinstance(part, Unit))
+
+
+def caption_shapes(config: NetworkConfig) -> CaptionShapes:
+    """Return what it reads of a caption; XL's reads the caption as a whole, and sizes, too."""
+    full: dict[str, Any] = {**_DEFAULTS, **config}
+    states = {STATES: (CAPTION_TOKENS, full["cross_attention_dim"])}
+    if full["addition_embed_type"] is None:
+        return states
+    embedded = full["projection_class_embeddings_input_dim"]
+    pooled = embedded - NUM_TIME_IDS * full["addition_time_embed_dim"]
+    return {**states, "text_embeds": (pooled,), "time_ids": (NUM_TIME_IDS,)}
 
 
 def all_layers(config: NetworkConfig) -> Sequence[Layer]:

@@ -9,10 +9,9 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tdc_ray.errors import UnsupportedModelError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.diffusers_folder import load_pretrained
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.labels import Captions, conditions
+from tdc_ray.models.network_config import STATES, NetworkConfig
 from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.transformers.steps import to_grid, to_tokens
 from tdc_ray.models.unet2d.blocks import output_layer, residual_scale
@@ -38,16 +37,12 @@ def ends(unet: UNet2DConditionModel) -> Ends:
 
 
 def start(unet: UNet2DConditionModel, x_t: Tensor, timesteps: Tensor, captions: Captions) -> State:
-    """Return the state before the first step.
-
-    Raises:
-        UnsupportedModelError: The UNet takes more than these: a caption as a whole, and sizes.
-    """
-    if unet.config["addition_embed_type"] is not None:
-        raise UnsupportedModelError("a UNet with an addition_embed_type cannot run in steps yet.")
+    """Return the state before the first step."""
     embedding = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
+    if unet.config["addition_embed_type"] is not None:
+        embedding = embedding + unet.get_aug_embed(embedding, **conditions(captions))
     centred = 2 * x_t - 1 if unet.config["center_input_sample"] else x_t
-    return State(centred, embedding, context=captions.states)
+    return State(centred, embedding, context=captions[STATES])
 
 
 def steps(unet: UNet2DConditionModel) -> list[Step]:

@@ -20,7 +20,13 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import downsampling, load_autoencoder
-from tdc_ray.models.network_config import NetworkConfig, image_size, sample_size
+from tdc_ray.models.network_config import (
+    SD3_CLASS,
+    NetworkConfig,
+    class_name,
+    image_size,
+    sample_size,
+)
 from tdc_ray.models.structure import network_structure, reads_text
 from tdc_ray.models.unet2d.architectures import (
     ARCHITECTURES,
@@ -79,7 +85,13 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
                 f"{name} must be {expected}, as was found in the base {base.source}, got {value}. "
                 f"Set --{name.replace('_', '-')} to that, or give another base."
             )
-    return _unet_settings(base, config)
+    settings = _unet_settings(base, config)
+    if config.model.dropout and class_name(settings) == SD3_CLASS:
+        raise ConfigError(
+            f"model.dropout must be 0 for {base.source}, a {SD3_CLASS}, which has no dropout, got "
+            f"{config.model.dropout}."
+        )
+    return settings
 
 
 def check_weights(base: PretrainedBase) -> None:
@@ -108,7 +120,8 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
-    unet = build_network({**settings, "dropout": config.model.dropout})
+    dropout = config.model.dropout
+    unet = build_network({**settings, "dropout": dropout} if dropout else settings)
     unet.load_state_dict(weights)
     if (doubt := prediction_doubt(unet.eval(), config.diffusion)) is not None:
         logger.warning("%s: %s", base.source, doubt)

@@ -6,8 +6,9 @@ import torch
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.process import noise_schedule
-from tdc_ray.models.denoiser import Denoiser, conditions
+from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import blank_labels
+from tdc_ray.models.labels import conditions
 from tdc_ray.models.network_config import image_size
 
 _NUMBERS = 2048
@@ -33,8 +34,8 @@ def prediction_doubt(unet: Denoiser, diffusion: DiffusionConfig) -> str | None:
     count = math.ceil(_NUMBERS / math.prod(shape))
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     timesteps = noise_schedule(diffusion).model_timesteps(torch.full((count,), last))
-    labels = blank_labels(unet, count)
-    output = unet(noise, timesteps, **conditions(labels)).sample[:, :channels]
+    told = conditions(blank_labels(unet, count))
+    output = unet(noise, timestep=timesteps, **told).sample[:, :channels]
     correlation = torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1].item()
     has_noise = diffusion.prediction_type in ("epsilon", "flow_prediction")
     has_noise = has_noise and not diffusion.is_edm  # whose output there is the image

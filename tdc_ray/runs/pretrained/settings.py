@@ -37,6 +37,7 @@ class _Diffusion(_Some):
     sigma_min: float | None = None
     sigma_max: float | None = None
     learned_sigma: bool | None = None
+    vlb_weight: float | None = None
 
 
 class _Sampler(_Some):

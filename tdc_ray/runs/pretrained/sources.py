@@ -30,6 +30,8 @@ from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling
 from tdc_ray.models.network_config import (
     DIT_CLASS,
+    PIXART_CLASS,
+    SD3_CLASS,
     FirstStageConfig,
     NetworkConfig,
     class_name,
@@ -53,7 +55,7 @@ ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
 EDM = "sigma_data"
 
-TRANSFORMERS = (DIT_CLASS,)
+TRANSFORMERS = (DIT_CLASS, PIXART_CLASS, SD3_CLASS)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
@@ -310,8 +312,8 @@ def _pipeline(source: str, folder: Path, unet: Path | None = None) -> Pretrained
     if not {denoiser, "scheduler"} <= parts:
         raise ConfigError(
             f"{source} is a {index.get('_class_name')} of {', '.join(sorted(parts))}: only "
-            f"pipelines of a unet or {TRANSFORMERS[0]} and a scheduler (and a vqvae or vae) can "
-            "be a base."
+            f"pipelines of a unet, {' or '.join(TRANSFORMERS)} and a scheduler (and a vqvae or "
+            "vae) can be a base."
         )
     folders = {name: folder / name if (folder / name).is_dir() else folder for name in parts}
     network = unet or folders[denoiser]
@@ -464,6 +466,8 @@ def _settings(
     data = known.setdefault("data", {})
     if first_stage is not None:
         known.setdefault("sampler", {})["clip_sample"] = False  # latents lie outside [-1, 1]
+        if outputs == 2 * inputs:
+            known["diffusion"]["vlb_weight"] = 0.0  # L_vlb is of pixels
         if isinstance(first_stage, Path):
             data["first_stage"] = display_path(first_stage.resolve())
         return read_settings(source, known)
@@ -633,7 +637,7 @@ def _from_hub(name: str) -> Path:
         downloaded = Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+                allow_patterns=["*.json", "*.safetensors", "tokenizer*/*"],
                 ignore_patterns=["*.fp16*", "*non_ema*", "safety_checker/*"],
             )
         )

@@ -163,9 +163,8 @@ def draw_base_samples(config: RunConfig, unet: Path) -> Chain[None]:
     folder, passes = resolve_path(path), _num_passes(config)
     prompts = _samples(config).get("prompts")
     if prompts is not None and not exists(folder / STATES_FILE):
-        pipeline = check_text_encoder(config.data.text_encoder)
         key = "base_samples/prompts"
-        yield from results_of([encoding_of_prompts(key, prompts, pipeline, folder)])
+        yield from results_of([encoding_of_prompts(key, prompts, config.data, folder)])
     for first in missing_shards(folder, count, BASE_SHARD):
         shard = shard_path(folder, first)
         result_path = shard.with_suffix(".json")

@@ -8,7 +8,6 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.diffusion.plan import one_group
 from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.captions import Captions
 from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import (
     FAMILIES,
@@ -19,7 +18,7 @@ from tdc_ray.models.families import (
     save_network,
     steps_of,
 )
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import STATES, NetworkConfig
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.step import run
 from tdc_ray.models.structure import STRUCTURES, network_structure
@@ -73,7 +72,7 @@ def noised(config: NetworkConfig, size: int, seed: int = 0) -> NoisedBatch:
     x_0, epsilon = (torch.randn(shape, generator=generator) for _ in range(2))
     labels = None
     if config is AURA:
-        labels = Captions(torch.randn(size, 5, 16, generator=generator))
+        labels = {STATES: torch.randn(size, 5, 16, generator=generator)}
     return NoisedBatch(x_0, epsilon, torch.arange(size) * 7 + 200, labels)
 
 
@@ -159,7 +158,7 @@ def test_a_class_that_has_no_description_is_cut_saved_and_loaded(tmp_path, caplo
     assert {unit.width for unit in units} == {4}
     timesteps = SCHEDULE.model_timesteps(batch.timesteps)
     with torch.no_grad():
-        expected = network(batch.x_t(SCHEDULE), batch.labels.states, timesteps).sample
+        expected = network(batch.x_t(SCHEDULE), batch.labels[STATES], timesteps).sample
     assert torch.equal(by_steps(network, batch), expected)
     save_network(network, tmp_path / "whole")
     assert torch.equal(by_steps(load_network(tmp_path / "whole"), batch), expected)
