@@ -719,7 +719,7 @@ def test_settings_that_disagree_with_the_base_are_refused_with_both_values(tmp_p
         with pytest.raises(ConfigError, match=words):
             check_compatible(base, changed)
     both = replace(config, data=replace(config.data, image_size=16, num_channels=3))
-    with pytest.raises(ConfigError, match=r"(?s)2 errors.*image_size must.*num_channels must"):
+    with pytest.raises(ConfigError, match=r"(?s)2 errors.*num_channels must.*image_size must"):
         check_compatible(base, both)
     otherwise = replace(config, sampler=replace(config.sampler, clip_sample=False))
     check_compatible(base, otherwise)  # how to sample is the user's
