@@ -25,12 +25,7 @@ from tdc_ray.execution.ray.cluster import is_alive, node_resources
 from tdc_ray.execution.ray.data_parallel import Rank
 from tdc_ray.execution.ray.event_collector import EventCollector
 from tdc_ray.execution.ray.service import Service, start_service
-from tdc_ray.execution.ray.workers import (
-    SECONDS_TO_ANSWER,
-    WorkerGroup,
-    check_capacity,
-    needs,
-)
+from tdc_ray.execution.ray.workers import WorkerGroup, check_capacity, needs
 from tdc_ray.execution.retry import Action, Failure
 from tdc_ray.execution.scheduler import Assignment, Scheduler
 from tdc_ray.execution.timeline import Timeline
@@ -54,6 +49,9 @@ SECONDS_UNTIL_GONE = 0.3
 
 SECONDS_TO_FAIL = 5.0
 """Longest time that the other workers of an item take to fail after one of them did."""
+
+SECONDS_TO_MEET = 30.0
+"""Longest time that the first of an item's workers takes to say where the others find it."""
 
 CONSEQUENCES = {
     Action.RETRY: "it starts again",
@@ -289,7 +287,7 @@ def _ranks(actors: list[Any]) -> list[Rank | None]:
     if len(actors) == 1:
         return [None]
     try:
-        address: str = ray.get(actors[0].address.remote(), timeout=SECONDS_TO_ANSWER)
+        address: str = ray.get(actors[0].address.remote(), timeout=SECONDS_TO_MEET)
     except (RayActorError, GetTimeoutError):
         address = ""  # it died or hangs: so the items fail, too, and are handled as others
     return [Rank(index, len(actors), address) for index in range(len(actors))]

@@ -27,16 +27,15 @@ STUDY_VARIABLE = "TDC_RAY_STUDY"
 
 STUDY_FILE = "study.log"
 
-_NO_JOURNAL = (
+_MALFORMED = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     LookupError,
     TypeError,
     ValueError,
-    optuna.exceptions.OptunaError,
 )
-"""What Optuna raises as it replays lines that are no operations of its own."""
+"""What comes of lines that are no operations of Optuna's, as they are replayed and read."""
 
 
 def reconcile(
@@ -46,14 +45,20 @@ def reconcile(
 
     Trials that were running when a driver died have failed. Settings that are done and missing, as
     after a loss of the study's file, are added.
+
+    Raises:
+        StorageError: The study holds something else than trials.
     """
     waiting = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state is TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        if trial.state is TrialState.WAITING:
-            waiting.append(dict(trial.system_attrs.get("fixed_params", {})))
-    known = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
+    try:
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state is TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+            if trial.state is TrialState.WAITING:
+                waiting.append(dict(trial.system_attrs.get("fixed_params", {})))
+        known = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
+    except _MALFORMED as error:
+        raise StorageError(_no_study(f"the study {study.study_name}", error)) from error
     for setting in results.settings:
         if dict(setting.params) not in known and setting.num_done == len(results.seeds):
             study.add_trial(
@@ -73,6 +78,14 @@ def distribution(domain: Domain) -> BaseDistribution:
     if domain.whole:
         return IntDistribution(int(domain.low), int(domain.high), log=domain.log)
     return FloatDistribution(domain.low, domain.high, log=domain.log)
+
+
+def _no_study(name: str, error: Exception) -> str:
+    return (
+        f"{name} holds something else than Optuna's trials ({type(error).__name__}: {error}). "
+        f"Remove {STUDY_FILE} from the sweep's folder, or name another database: the sweep goes "
+        "on with what sweep.json holds."
+    )
 
 
 class _Database(RDBStorage):
@@ -101,11 +114,8 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         cut_at_torn_line(path)  # what sweep.json knows is added anew
         try:
             return JournalStorage(JournalFileBackend(str(path)))
-        except _NO_JOURNAL as error:
-            raise StorageError(
-                f"{path} is no journal of Optuna's: {type(error).__name__}: {error}. Remove it, "
-                "and the sweep goes on with what sweep.json holds."
-            ) from error
+        except (*_MALFORMED, optuna.exceptions.OptunaError) as error:
+            raise StorageError(_no_study(str(path), error)) from error
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 

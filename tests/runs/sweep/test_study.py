@@ -115,3 +115,20 @@ def test_a_folder_with_other_settings_or_fields_is_refused(tmp_path):
         open_results(tmp_path, other, SPACE, HOW)
     with pytest.raises(StorageError, match=r"varies plan\.min_macs_share"):
         open_results(tmp_path, RunConfig(), {"plan.num_groups": Range(2, 4, whole=True)}, HOW)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"op_code": 4}',
+        '{"op_code": 9, "worker_id": "w", "trial_id": 0, "system_attr": {"fixed_params": "x"}}',
+    ],
+)
+def test_a_journal_whose_lines_mean_nothing_is_one_error_with_the_way_out(line, tmp_path):
+    study_in(tmp_path).enqueue_trial({"plan.min_macs_share": 0.4})
+    with (tmp_path / STUDY_FILE).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(
+        StorageError, match=r"something else than Optuna's trials .*Remove study\.log"
+    ):
+        reconcile(study_in(tmp_path), sweep_of(tmp_path), DISTRIBUTIONS)
