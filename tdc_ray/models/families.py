@@ -29,7 +29,12 @@ from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.structure import TEXT_CLASSES, caption_size, network_structure
 from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.traced import network as traced
-from tdc_ray.models.traced.graph import check_denoiser, takes_captions, takes_images_alone
+from tdc_ray.models.traced.graph import (
+    check_denoiser,
+    class_of,
+    takes_captions,
+    takes_images_alone,
+)
 from tdc_ray.models.transformers import network as transformers
 from tdc_ray.models.transformers.steps import transformer_steps
 from tdc_ray.models.transformers.table import TRANSFORMERS
@@ -172,7 +177,10 @@ def _family(name: str) -> Family:
 def reads_captions(network: Denoiser | nn.Module) -> bool:
     """Whether a network is conditioned on captions."""
     name = type(network).__name__
-    return name in TEXT_CLASSES or (name not in FAMILIES and takes_captions(type(network)))
+    if name in FAMILIES:
+        return name in TEXT_CLASSES
+    kind = class_of(name)
+    return kind is not None and takes_captions(kind)
 
 
 def labels_for(network: Denoiser, labels: Tensor) -> Labels:
