@@ -1,11 +1,9 @@
 """Configs of networks: the keyword arguments that diffusers' classes are built with."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 from tdc_ray.errors import UnsupportedModelError
-
-Row = TypeVar("Row")
 
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
@@ -110,17 +108,6 @@ def class_name(config: Mapping[str, Any]) -> str:
         return name
     by_norm = {"ada_norm_zero": DIT_CLASS, "ada_norm_single": PIXART_CLASS}
     return by_norm.get(str(config.get("norm_type")), name)
-
-
-def row_of(table: Mapping[str, Row], name: str) -> Row:
-    """Return a network class's row of a table.
-
-    Raises:
-        UnsupportedModelError: It has none.
-    """
-    if name not in table:
-        raise UnsupportedModelError(f"a {name} is not supported; known are {', '.join(table)}.")
-    return table[name]
 
 
 def num_class_embeds(config: Mapping[str, Any]) -> int | None:

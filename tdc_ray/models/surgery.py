@@ -156,7 +156,7 @@ def cut_inner(
 def update_attributes(module: nn.Module) -> None:
     """Set a module's width attributes to the widths of its weights: forward passes read them."""
     if isinstance(module, nn.Conv2d):
-        if module.groups > 1:  # every channel by itself
+        if 1 < module.groups == module.out_channels:  # every channel by itself
             module.groups = len(module.weight)
         module.out_channels, inputs = module.weight.shape[:2]
         module.in_channels = inputs * module.groups

@@ -103,8 +103,10 @@ def cut_responses(
 def _changes(layer: ReadLayer, cuts: Sequence[Weights]) -> tuple[ReadLayer, Weights]:
     """Return a layer with what its cuts add to its weights, one below the other."""
     weights = torch.cat([weight - layer.weight.detach() for weight, _ in cuts])
-    biases = [bias - layer.bias.detach() for _, bias in cuts if bias is not None]
-    return layer, (weights, torch.cat(biases) if biases else None)
+    if layer.bias is None:
+        return layer, (weights, None)
+    before = layer.bias.detach()
+    return layer, (weights, torch.cat([bias - before for _, bias in cuts if bias is not None]))
 
 
 def _responses(

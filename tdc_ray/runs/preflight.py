@@ -206,9 +206,9 @@ def space_and_plan(config: RunConfig, network: NetworkConfig) -> tuple[Space, Pl
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     if config.models_all_groups and not space.has_steps:
         raise ConfigError(
-            f"plan.schedule must not be measured for a {class_name(network)}, which has no "
-            "description here (models.traced), by which its loss could be modelled: set "
-            "plan.schedule to snr."
+            "plan.schedule must not be measured, nor finetune.allocation excess, for a "
+            f"{class_name(network)}, which has no description here (models.traced), by which its "
+            "loss could be modelled: set plan.schedule to snr and finetune.allocation to equal."
         )
     return space, plan_groups(config.diffusion, config.plan, config.sampler)
 

@@ -116,7 +116,6 @@ def takes_images_alone(name: str) -> bool:
     return kind is not None and "timestep" in _arguments(kind) and not takes_captions(kind)
 
 
-@lru_cache
 def _arguments(kind: type[Any]) -> Collection[str]:
     return inspect.signature(kind.forward).parameters
 
@@ -346,7 +345,8 @@ class _Tracer:
                 return None
             if isinstance(module, ReadLayer) and (not is_written or _is_grouped(module)):
                 return None
-            if module.weight is None or len(offsets) * channels != len(module.weight):
+            weight = module.get_parameter("weight") if list(module.parameters()) else None
+            if weight is None or len(offsets) * channels != len(weight):
                 return None
             dims[self._names[module], 0] = offsets
         return dims

@@ -212,7 +212,7 @@ def _solve(
     assert squares is not None
     weight, bias = squares.solve()
     layer.weight.copy_(weight)
-    if bias is not None:
+    if layer.bias is not None and bias is not None:
         layer.bias.copy_(bias)
     return squares.macs
 

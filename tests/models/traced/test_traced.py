@@ -199,7 +199,7 @@ def test_times_of_its_units_are_not_measured(tmp_path):
 @pytest.mark.usefixtures("undescribed")
 def test_its_limits_are_not_measured():
     config = small_config(plan={"schedule": "measured"}, prune={"method": "offline"})
-    with pytest.raises(ConfigError, match=r"plan\.schedule must not be measured for a UNet2DMo"):
+    with pytest.raises(ConfigError, match=r"plan\.schedule must not be measured, nor"):
         space_and_plan(config, TINY)
 
 
