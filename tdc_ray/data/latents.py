@@ -188,6 +188,7 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
     for start in range(0, job.count, BATCH):
         numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
         images, classes = dataset.__getitems__(numbers)
+        assert isinstance(classes, torch.Tensor)  # numbers of captions, too
         latents.append(first_stage.encode(to_minus_one_one(images.to(device))).cpu())
         labels.append(classes)
         if not latents[-1].isfinite().all():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
@@ -66,6 +67,7 @@ class BaseSamples:
         if self._info.num_prompts is None:
             return batch
         numbers, prompts = batch.labels, load_states(self._folder).prompts
+        assert isinstance(numbers, Tensor)
         return ImageBatch(batch.images, map_captions(lambda tensor: tensor[numbers], prompts))
 
     def check(self) -> None:

@@ -312,6 +312,7 @@ def train_classifier(
     images = batches(dataset, batch_size=CLASSIFIER_BATCH, seed=0, num_steps=CLASSIFIER_STEPS)
     right = total = 0
     for step, (batch, labels) in enumerate(images):
+        assert isinstance(labels, Tensor)
         logits = classifier(to_minus_one_one(batch))
         loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()

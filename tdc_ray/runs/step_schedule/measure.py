@@ -21,6 +21,7 @@ from tdc_ray.diffusion.step_schedule import (
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import labels_for
 from tdc_ray.models.forward import max_batch_size
+from tdc_ray.models.labels import Captions
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 from tdc_ray.runs.step_schedule.networks import Problem
 from tdc_ray.seeds import derive_seed
@@ -126,8 +127,8 @@ def judge(
 
 def _images(
     config: RunConfig, data: TrainingData, half: int, num_images: int
-) -> tuple[Tensor, Tensor]:
-    """Return images in [-1, 1] of one half of those that are held out, and their classes."""
+) -> tuple[Tensor, Tensor | Captions]:
+    """Return images in [-1, 1] of one half of those that are held out, and their labels."""
     dataset = data.open()
     batch = dataset.__getitems__(_chosen(config, len(dataset), half, num_images))
     return to_minus_one_one(batch.images), batch.labels
