@@ -208,7 +208,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     def _denoiser_for(self, timestep: float) -> Denoiser | CompiledDenoiser:
         """Return the expert that serves a timestep, compiled where that is asked for."""
-        network = self.experts.for_timestep(timestep)
+        network: Denoiser = self.experts.for_timestep(timestep)
         if self.compile_mode == "none":
             return network
         key = (network, self.compile_mode)
