@@ -356,7 +356,10 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def _with_checked_settings(command: Any, like: Any) -> Any:
-    """Check what was read unchecked, all of it at once; ``like`` has settings of the same types.
+    """Check what was read unchecked; ``like`` has settings of the same types.
+
+    All of a part is checked at once; the parts, such as ``config`` and ``sweep``, and then the
+    command's own flags, are checked one after the other.
 
     Raises:
         ConfigError: Settings are out of their range, or disagree.

@@ -76,6 +76,11 @@ class RunConfig:
             rule = "ddim, ddpm or dpmsolver++ with diffusion.prediction_type sample"
             fits = self.diffusion.prediction_type != "sample"
             require("sampler", self.sampler, "sampler", rule, ok=fits)
+        if self.budget.hours is not None and self.sampler.compile != "none":
+            refuse(
+                "sampler.compile must be none with --hours, which times no compiled sampling, got "
+                f"{self.sampler.compile}. Leave one of them out."
+            )
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)

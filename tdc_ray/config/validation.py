@@ -64,7 +64,11 @@ def settings(stage: str = "") -> Callable[[type[T]], type[T]]:
 def config_error(error: ValidationError, stage: str = "") -> ConfigError:
     """Return all of the errors, each by the setting's dotted name, with its rule and value."""
     problems: list[str] = []
-    for one in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    inner = {one["loc"][:length] for one in errors for length in range(len(one["loc"]))}
+    for one in errors:
+        if one["loc"] and one["loc"] in inner:  # such as a length without the items refused
+            continue
         problems += one["ctx"]["problems"] if one["type"] == _RULES else [_problem(one, stage)]
     return ConfigError(*problems)
 
@@ -86,15 +90,23 @@ def errors_together() -> Iterator[None]:
         ConfigError: Something was refused.
     """
     problems: list[str] = []
+    cause: ConfigError | None = None
     token = _collected.set(problems)
     try:
         yield
     except ConfigError as error:
+        if not problems:
+            raise
         problems += error.args
+        cause = error
+    except Exception as error:
+        for problem in problems:
+            error.add_note(problem)
+        raise
     finally:
         _collected.reset(token)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*problems) from cause
 
 
 def refuse(problem: str) -> None:

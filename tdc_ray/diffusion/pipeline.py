@@ -450,6 +450,10 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         """
         folder = experts_folder(resolve_path(path))
         index = PipelineIndex.load(folder)
+        if sampler and "compile" in sampler:
+            raise ConfigError(
+                f"sampler must be without compile, got {sampler['compile']}: give compile_mode."
+            )
         if sampler:
             own = replace(index.sampler, **sampler)
             checked_timesteps(index.diffusion, own)

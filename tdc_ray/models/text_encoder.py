@@ -17,7 +17,7 @@ from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.diffusers_folder import MALFORMED
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.labels import Captions, join_captions
-from tdc_ray.models.network_config import STATES
+from tdc_ray.models.network_config import STATES, CaptionShapes
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -59,12 +59,17 @@ class _Encoding:
     sizes: tuple[str, ...] = ()
     """Arguments that follow from the images' size (:func:`_sizes`)."""
 
+    states_of: str | None = None
+    """The encoder that alone says how wide states are; None means that all do, side by side."""
+
 
 _DEFAULT = _Encoding({STATES: (0, 1)})
 
 _ENCODINGS: Mapping[str, _Encoding] = {
     "StableDiffusionXL": _Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
-    "StableDiffusion3": _Encoding({STATES: (0, 1), "pooled_projections": (2, 3)}),
+    "StableDiffusion3": _Encoding(
+        {STATES: (0, 1), "pooled_projections": (2, 3)}, states_of="text_encoder_3"
+    ),
     "PixArt": _Encoding(
         {STATES: (0, 2), "encoder_attention_mask": (1, 3)}, ("resolution", "aspect_ratio")
     ),
@@ -74,6 +79,10 @@ _ENCODINGS: Mapping[str, _Encoding] = {
 
 _OF_CALL = ("prompt_2", "prompt_3", "clean_caption", "max_sequence_length")
 """Arguments of ``encode_prompt`` that a pipeline hands on from its call, by the defaults there."""
+
+
+WIDTHS = ("hidden_size", "d_model")
+"""Settings that say how wide a text encoder's states are: CLIP's, and T5's."""
 
 
 def _encoding_of(name: str) -> _Encoding:
@@ -98,33 +107,74 @@ def check_text_encoder(pipeline: str | None) -> Path:
                 f"data.text_encoder {pipeline} must be the folder of a pipeline, as diffusers "
                 f"saves it: its {name} has no safetensors."
             )
-    if find_spec("transformers") is None:
+    needed = ["transformers"]
+    for name in _parts(folder, TOKENIZER):
+        if exists(folder / name / "spiece.model") and not exists(folder / name / "tokenizer.json"):
+            needed = ["transformers", "sentencepiece", "google.protobuf"]
+    if missing := [name for name in needed if not _is_installed(name)]:
         raise ConfigError(
-            f"the text encoder of {pipeline} needs transformers: pip install 'tdc-ray[text]'."
+            f"the text encoder of {pipeline} needs {' and '.join(missing)}: "
+            "pip install 'tdc-ray[text]'."
         )
     return folder
 
 
-def check_captions_read(pipeline: Path, names: Sequence[str]) -> None:
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even what it lies in
+        return False
+
+
+def check_captions_read(pipeline: Path, shapes: CaptionShapes) -> None:
     """Check that a pipeline hands to its network what another reads of captions.
+
+    Args:
+        pipeline: Has the text encoders.
+        shapes: What the network reads (``structure.caption_shapes``).
 
     Raises:
         ConfigError: It does not.
     """
     name = str(_index(pipeline).get("_class_name"))
     encoding = _encoding_of(name)
-    if missing := [one for one in names if one not in (*encoding.outputs, *encoding.sizes)]:
+    if missing := [one for one in shapes if one not in (*encoding.outputs, *encoding.sizes)]:
         raise ConfigError(
             f"data.text_encoder must be the folder of a pipeline for networks that read "
             f"{' and '.join(missing)}, as this base does, got {display_path(pipeline)}, a {name}. "
             "Set --data.text-encoder to that of the base's own."
         )
+    width = _states_width(pipeline, encoding)
+    if width is not None and STATES in shapes and width != shapes[STATES][-1]:
+        raise ConfigError(
+            f"data.text_encoder must be of states {shapes[STATES][-1]} wide, which this base "
+            f"reads, got {display_path(pipeline)}, a {name}, whose are {width} wide. Set "
+            "--data.text-encoder to the pipeline of the base's own."
+        )
+
+
+def _states_width(pipeline: Path, encoding: _Encoding) -> int | None:
+    """Return how wide a pipeline's states are, by its encoders' configs; None if unknown."""
+    index, total = _index(pipeline), 0
+    for name in _parts(pipeline, TEXT_ENCODER):
+        if encoding.states_of in (None, name):
+            path = pipeline / name / "config.json"
+            config = read_json(fetch(path)) if exists(path) else {}
+            known = str(index[name][-1]).startswith(("CLIPText", "T5Encoder"))
+            widths = [config[key] for key in WIDTHS if key in config] if known else []
+            if not (widths and isinstance(widths[0], int)):
+                return None
+            total += widths[0]
+    return total or None
 
 
 def text_encoder_digest(pipeline: Path) -> str:
     """Return a digest of a pipeline's text encoders and tokenizers."""
     words = [cached_file_digest(fetch(path)) for path in listing(pipeline / TOKENIZER, "*")]
     document: list[Any] = [weights_digest(pipeline / TEXT_ENCODER), words]
+    name = str(_index(pipeline).get("_class_name"))
+    if _encoding_of(name) is not _DEFAULT:  # two of a kind may differ in how many tokens they take
+        document.append(name)
     others = (*_parts(pipeline, f"{TEXT_ENCODER}_"), *_parts(pipeline, f"{TOKENIZER}_"))
     if others:
         files = [path for name in others for path in listing(pipeline / name, "*")]
@@ -160,7 +210,8 @@ def encode_prompts(
     device = device or torch.device("cpu")
     folder = fetch(pipeline)
     # Of a variant alone, as of networks (`diffusers_folder`); diffusers names it after the stem.
-    plain = [path for path in listing(folder / TEXT_ENCODER, "*.safetensors") if _is_plain(path)]
+    folders = {TEXT_ENCODER, *_parts(folder, TEXT_ENCODER)}
+    plain = all(any(map(_is_plain, listing(folder / n, "*.safetensors"))) for n in folders)
     parts = {name for name, value in _index(folder).items() if isinstance(value, list)}
     needed = {*_parts(folder, TEXT_ENCODER), *_parts(folder, TOKENIZER)}
     try:
@@ -236,7 +287,12 @@ def _index(pipeline: Path) -> Mapping[str, Any]:
 def _parts(pipeline: Path, prefix: str) -> list[str]:
     """Return the parts of a pipeline that are there and whose names begin so."""
     found = _index(pipeline).items()
-    return sorted(name for name, kind in found if name.startswith(prefix) and any(kind))
+    return sorted(name for name, kind in found if name.startswith(prefix) and _is_there(kind))
+
+
+def _is_there(kind: object) -> bool:
+    """Whether what a pipeline says of a part is library and class, not null."""
+    return isinstance(kind, list) and any(kind)
 
 
 def _is_plain(path: Path) -> bool:
@@ -244,11 +300,21 @@ def _is_plain(path: Path) -> bool:
 
 
 def _warn_of_cut(loaded: Any, prompts: Sequence[str]) -> None:
-    """Say how many prompts have too many tokens; diffusers would print each of them."""
+    """Say how many prompts have too many tokens; diffusers would print each of them.
+
+    Of several tokenizers that counts which takes the most.
+    """
     diffusers_logging.get_logger("diffusers.pipelines").setLevel(logging.ERROR)
-    most = loaded.tokenizer.model_max_length
-    if length := inspect.signature(loaded.__call__).parameters.get("max_sequence_length"):
-        most = min(most, length.default)  # of T5
-    num_cut = sum(len(ids) > most for ids in loaded.tokenizer(list(prompts)).input_ids)
+    length = inspect.signature(loaded.__call__).parameters.get("max_sequence_length")
+    by_most = {}
+    for name in loaded.config:
+        if not name.startswith(TOKENIZER):
+            continue
+        tokenizer = getattr(loaded, name)
+        if tokenizer is not None and getattr(loaded, name.replace(TOKENIZER, TEXT_ENCODER)):
+            most = tokenizer.model_max_length
+            by_most[min(most, length.default) if length else most] = tokenizer  # that of T5
+    most = max(by_most)
+    num_cut = sum(len(ids) > most for ids in by_most[most](list(prompts)).input_ids)
     if num_cut:
         logger.warning("%d of %d prompts are cut to %d tokens", num_cut, len(prompts), most)

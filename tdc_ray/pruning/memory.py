@@ -129,13 +129,14 @@ class MemoryBank:
         self._entries = {entry.key: entry for entry in entries}
 
     def add(self, entry: MemoryEntry) -> None:
-        """Add an entry; of the same scheme under the same key the first is kept.
+        """Add an entry; of the same scheme and source under the same key the first is kept.
 
-        Another scheme replaces it: with a shared bank a group that failed before may change the
-        results of others.
+        Another replaces it: with a shared bank a group that failed before may change the results
+        of others, and in unfinished runs of older versions other proxies had the key.
         """
         before = self._entries.get(entry.key)
-        if before is None or before.widths != entry.widths:
+        is_new = before is None or before.widths != entry.widths or before.source != entry.source
+        if is_new:
             self._write(entry)
             self._listener(entry)
 

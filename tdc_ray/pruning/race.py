@@ -100,6 +100,10 @@ def _measured(
     return dict(zip(keys, results, strict=True))
 
 
-def _order(rank: float, candidate: Candidate) -> tuple[bool, float, tuple[int, int, int]]:
-    """Return what candidates are sorted by; what is no number counts as the highest."""
-    return isnan(rank), rank, candidate.entry.key
+def _order(rank: float, candidate: Candidate) -> tuple[bool, float, bool, tuple[int, int, int]]:
+    """Return what candidates are sorted by; what is no number counts as the highest.
+
+    Of equals a language model's come last: to be chosen they have to be better.
+    """
+    entry = candidate.entry
+    return isnan(rank), 0.0 if isnan(rank) else rank, entry.is_by_llm, entry.key

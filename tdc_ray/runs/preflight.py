@@ -164,7 +164,7 @@ def check_prompts(
             f"{conditioning.num_classes}. Leave it out."
         )
     pipeline = check_text_encoder(data.text_encoder)
-    check_captions_read(pipeline, tuple(caption_shapes(class_name(network), network)))
+    check_captions_read(pipeline, caption_shapes(class_name(network), network))
     if data.source != BASE_SAMPLES:
         if data.first_stage is None:
             raise ConfigError(
@@ -243,7 +243,8 @@ def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str
         before = from_json(read_json(path))
     except ConfigError as error:
         raise StorageError(
-            f"{display_path(path)} is of another version: {error} Choose another {another}."
+            f"{display_path(path)} is of another version: {' '.join(error.args)} Choose another "
+            f"{another}."
         ) from error
     if changed := differences(before, config):
         raise StorageError(

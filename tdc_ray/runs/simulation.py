@@ -21,6 +21,8 @@ from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.pruning.group import GroupSearch, group_searches
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.language_model import AskJob, ProposalReply
+from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import Space
 from tdc_ray.pruning.tasks.candidates import CandidateResult
@@ -184,9 +186,18 @@ def _stages(chain: Chain[Any], space: Space) -> list[_Stage]:
         except StopIteration:
             return stages
         items = [] if isinstance(stage, Barrier) else stage
-        results = [item.fallback_result or assumed[item.result_type] for item in items]
+        results = [_assumed(item) or assumed[item.result_type] for item in items]
         if all(item.service is None for item in items):
             stages.append(stage)
+
+
+def _assumed(item: AnyItem) -> Any:
+    """Return a service's result: of a language model as many schemes as it may have measured."""
+    if not isinstance(job := item.job, AskJob):
+        return item.fallback_result
+    schemes = tuple(propose_offline(job.request, job.memory))
+    count = len(schemes)
+    return ProposalReply(schemes, hypotheses=("",) * count, repaired=(False,) * count)
 
 
 def _dry_run(search: GroupSearch, stages: Sequence[_Stage], prefix: str) -> Chain[None]:

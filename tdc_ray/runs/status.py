@@ -82,9 +82,9 @@ def start_status(run_dir: RunDir) -> StartStatus | None:
     """
     if exists(run_dir.config):
         return None
-    driver = lease_holder(run_dir.root)
-    if driver is None and not exists(run_dir.log):
+    if not exists(run_dir.timeline):  # other folders have leases, too, and refused runs a log
         return None
+    driver = lease_holder(run_dir.root)
     return StartStatus(driver=driver, running=_running(load_history(run_dir.timeline)))
 
 

@@ -29,6 +29,7 @@ from tdc_ray.config.run import (
 )
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import FinetuneConfig, TrainConfig
+from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import ConfigError
 
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
@@ -631,6 +632,26 @@ def test_all_that_is_wrong_is_refused_together_and_each_by_its_name():
     assert [problem.split(" ", 1)[0] for problem in refused.value.args] == names
     assert str(refused.value).startswith("5 errors in the settings:\n  model.width must be left")
     assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+
+
+def test_an_error_that_ends_a_check_is_itself_and_has_what_was_refused_before():
+    only = ConfigError("a must be 1, got 2.")
+    with pytest.raises(ConfigError) as refused, errors_together():
+        raise only
+    assert refused.value is only
+
+    @errors_together()
+    def ends_by(error):
+        refuse("b must be 1, got 3.")
+        raise error
+
+    with pytest.raises(ConfigError) as refused:
+        ends_by(only)
+    assert refused.value.args == ("b must be 1, got 3.", "a must be 1, got 2.")
+    assert refused.value.__cause__ is only
+    with pytest.raises(KeyError) as failed:
+        ends_by(KeyError("c"))
+    assert failed.value.__notes__ == ["b must be 1, got 3."]
 
 
 def test_stages_that_disagree_are_refused_together():

@@ -226,6 +226,11 @@ def test_what_would_not_stay_compiled_is_refused(saved, other):
         pipeline(1)
 
 
+def test_the_samplers_own_setting_of_compile_is_refused(saved):
+    with pytest.raises(ConfigError, match=r"without compile, got default: give compile_mode"):
+        ProgressivePipeline.from_pretrained(saved, sampler={"compile": "default"})
+
+
 def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monkeypatch):
     read = []
 

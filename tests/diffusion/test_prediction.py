@@ -40,12 +40,12 @@ class Best:
         self.signal, self.noise = schedule.signal.double(), schedule.noise.double()
         self.prediction, self.diffusion = schedule.prediction, diffusion
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor) -> SimpleNamespace:
+    def __call__(self, x_t: Tensor, *, timestep: Tensor) -> SimpleNamespace:
         if self.diffusion.is_flow:
-            noise = timesteps.double() / self.diffusion.num_train_timesteps
+            noise = timestep.double() / self.diffusion.num_train_timesteps
             signal = 1 - noise
         else:
-            signal, noise = self.signal[timesteps.long()], self.noise[timesteps.long()]
+            signal, noise = self.signal[timestep.long()], self.noise[timestep.long()]
         signal, noise = signal[:, None, None, None], noise[:, None, None, None]
         x_t = x_t.double()
         variance = DEVIATION**2

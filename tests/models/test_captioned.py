@@ -11,6 +11,7 @@ from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
     BASES,
     build_network,
+    captions_read,
     family_of,
     given_config,
     load_network,
@@ -285,6 +286,17 @@ def test_a_pixart_loads_under_the_name_that_all_transformers_had(tmp_path):
     path.write_text(path.read_text().replace(PIXART_CLASS, "Transformer2DModel"))
     assert given_config(tmp_path)["_class_name"] == PIXART_CLASS
     assert_same(load_network(tmp_path).state_dict(), network.state_dict())
+
+
+def test_settings_of_its_file_that_a_class_does_not_know_are_kept_and_do_not_matter(tmp_path):
+    """As released PixArt-alpha's have them."""
+    case = CASES["pixart"]
+    save_network(case.network(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("{", '{ "double_self_attention": false,', 1))
+    loaded = load_network(tmp_path)
+    assert "double_self_attention" in loaded.config
+    assert captions_read(loaded) == captions_read(case.network())
 
 
 def test_streams_cannot_be_pruned(case):

@@ -77,6 +77,16 @@ def test_an_entry_added_twice_is_there_once_as_it_first_was(tmp_path):
     assert MemoryBank(path).all() == [entry(loss=0.5)]
 
 
+def test_the_same_scheme_by_another_proxy_replaces_an_entry(tmp_path):
+    bank = MemoryBank(tmp_path / "memory.jsonl")
+    by_llm, offline = (
+        dataclasses.replace(entry(loss=0.5), source=source) for source in ("llm", "offline")
+    )
+    bank.add(by_llm)
+    bank.add(offline)
+    assert bank.all() == MemoryBank(bank.path).all() == [offline]
+
+
 @pytest.mark.parametrize("torn", ['{"group": 0, "rou', "{", json.dumps({"group": 1})])
 def test_a_torn_last_line_does_not_count_and_is_dropped_by_the_next(tmp_path, torn):
     path = tmp_path / "memory.jsonl"

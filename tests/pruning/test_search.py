@@ -606,15 +606,19 @@ def answered(chain: Chain[Any], answer: Callable[[Sequence[AnyItem]], Sequence[A
 def test_whatever_a_language_model_has_measured_it_never_ends_behind_the_race_without_it(
     seed, found, tmp_path
 ):
-    """Every heat ranks at random, so that who leads in one may be last in the next."""
+    """Every heat ranks at random, with ties: who leads in one may be last in the next."""
     task, choice = found("offline")
     draw, memory = random.Random(seed), MemoryBank(tmp_path / "memory.jsonl")
     distances: dict[str, float] = {}
     candidates: list[Candidate] = []
+
+    def drawn() -> float:
+        return draw.choice([0.25, 0.5, 0.75])
+
     for number in range(12):
         source = "offline" if number % 2 else draw.choice(["llm", "llm/repaired"])
         entry = dataclasses.replace(
-            choice.entry, candidate=number, source=source, distance=draw.random(), final=None
+            choice.entry, candidate=number, source=source, distance=drawn(), final=None
         )
         memory.add(entry)
         candidates.append(Candidate(entry, choice.kept))
@@ -626,7 +630,7 @@ def test_whatever_a_language_model_has_measured_it_never_ends_behind_the_race_wi
                 loss_refit=1.0,
                 macs=0.0,
                 seconds=0.0,
-                distance=distances.setdefault(item.key, draw.random()),
+                distance=distances.setdefault(item.key, drawn()),
             )
             for item in items
         ]

@@ -360,6 +360,10 @@ def test_a_budget_is_a_flag_of_run(flags, expected):
             r"--train-macs sets the steps",
         ),
         (["run", "--hours", "2", "--epochs", "9"], r"only one of --hours"),
+        (
+            ["run", "--hours", "2", "--sampler.compile", "default"],
+            r"sampler\.compile must be none with --hours, .* got default\. Leave one of them out",
+        ),
         (["plan", "--hours", "2"], r"--hours goes with tdc-ray run alone"),
         (["simulate", "--budget.epochs", "2"], r"--epochs goes with tdc-ray run alone"),
     ],

@@ -42,6 +42,16 @@ def test_every_kind_of_search_can_be_simulated(prune):
     assert found.unfinished == {}
 
 
+def test_a_language_model_measures_as_many_schemes_as_the_offline_proxy():
+    one, both = (
+        simulate_run(small_config(prune={"method": method}), SimulationConfig(workers=(1,)))[0]
+        for method in ("offline", "llm")
+    )
+    prune = small_config(prune={"method": "llm"}).prune
+    more = prune.num_rounds * prune.num_candidates
+    assert both.num_items - one.num_items >= more * small_config().plan.num_groups
+
+
 @pytest.mark.ray
 def test_the_items_are_those_of_a_run_and_its_costs_are_taken(finished_run, smoke_config):
     spans = [

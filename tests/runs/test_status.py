@@ -6,7 +6,7 @@ import pytest
 from tdc_ray.cli.main import run_command
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.timeline import Timeline
-from tdc_ray.runs.status import status
+from tdc_ray.runs.status import start_status, status
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.run_dir import RunDir
 
@@ -57,6 +57,9 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "run.log").touch()  # as a run that was refused leaves it
+    with hold_lease(tmp_path):  # as a sweep has it
+        assert start_status(RunDir(tmp_path)) is None
     with pytest.raises(StorageError, match=r"is no run directory: it has no config\.json"):
         status(RunDir(tmp_path))
 
@@ -72,7 +75,6 @@ def test_a_run_whose_steps_are_timed_is_told_before_it_has_settings(tmp_path, ca
     assert "starting: settings are written once" in printed
     assert f"driver: process {os.getpid()} on host" in printed
     assert "under way: step-times/base on worker 0, for 0 s" in printed
-    (tmp_path / "run.log").touch()
     assert run_command(["status", str(tmp_path)]) == 0
     assert (
         "driver: none; the command that began the run begins it again" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Bases that read more of a prompt than states of its tokens: tiny ones with random weights."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,14 +17,17 @@ from tdc_ray.config.presets import preset
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import base_pipeline
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.families import load_network
+from tdc_ray.models.families import build_network, given_config, load_network
+from tdc_ray.models.structure import caption_shapes
 from tdc_ray.models.text_encoder import (
     PromptStates,
     check_captions_read,
+    check_text_encoder,
     encode_prompts,
     text_encoder_digest,
 )
 from tdc_ray.runs.pipelines import pipeline_index
+from tdc_ray.runs.pretrained.importer import with_dropout
 from tdc_ray.runs.pretrained.settings import apply_settings
 from tdc_ray.runs.pretrained.sources import images_of, resolve_base
 
@@ -123,9 +127,47 @@ def test_what_is_encoded_follows_all_encoders(pipeline):
 
 def test_a_pipeline_for_other_networks_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    check_captions_read(tmp_path, ["encoder_hidden_states"])
+    states = {"encoder_hidden_states": (77, 16)}
+    check_captions_read(tmp_path, states)
     with pytest.raises(ConfigError, match="networks that read text_embeds and time_ids, as this"):
-        check_captions_read(tmp_path, ["encoder_hidden_states", "text_embeds", "time_ids"])
+        check_captions_read(tmp_path, {**states, "text_embeds": (16,), "time_ids": (6,)})
+
+
+def test_states_of_another_width_are_refused(kind, pipeline):
+    network = given_config(pipeline / kind.network)
+    shapes = caption_shapes(network["_class_name"], network)
+    check_captions_read(pipeline, shapes)
+    with pytest.raises(ConfigError, match="must be of states 7 wide, which this base reads"):
+        check_captions_read(pipeline, {**shapes, "encoder_hidden_states": (77, 7)})
+
+
+def test_without_a_dropout_its_network_is_built_without_one(kind, pipeline):
+    settings = dict(given_config(pipeline / kind.network))
+    settings.pop("dropout", None)
+    network = build_network(with_dropout(settings, 0.0))
+    assert type(network).__name__ == settings["_class_name"]
+
+
+def test_pixart_alpha_and_sigma_share_no_states(tmp_path):
+    pipeline = text_pipelines.save(text_pipelines.pixart, tmp_path)
+    before, index = text_encoder_digest(pipeline), pipeline / "model_index.json"
+    index.write_text(index.read_text().replace("PixArtAlpha", "PixArtSigma"))
+    assert text_encoder_digest(pipeline) != before
+
+
+def test_only_prompts_that_are_too_long_for_every_encoder_are_reported(tmp_path, caplog):
+    pipeline = text_pipelines.save(text_pipelines.stable_diffusion_3, tmp_path)
+    encode_prompts(pipeline, ["a" * 100, "a" * 300], (16, 16))
+    assert "1 of 2 prompts are cut to 256 tokens" in caplog.text
+
+
+def test_what_reads_the_words_of_t5_must_be_installed(tmp_path, monkeypatch):
+    pipeline = text_pipelines.save(text_pipelines.pixart, tmp_path)
+    (pipeline / "tokenizer/tokenizer.json").unlink(missing_ok=True)
+    (pipeline / "tokenizer/spiece.model").write_text("")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match=r"needs sentencepiece: pip install 'tdc-ray\[text\]'"):
+        check_text_encoder(str(pipeline))
 
 
 def test_without_t5_its_states_are_zeros(tmp_path):

@@ -59,6 +59,7 @@ _CONTAINERS = {
 UNREADABLE = (
     pickle.UnpicklingError,
     struct.error,
+    zipfile.BadZipFile,
     ArithmeticError,
     AssertionError,
     AttributeError,

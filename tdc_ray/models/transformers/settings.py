@@ -25,8 +25,11 @@ class TransformerSettings(BaseModel):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Return the settings of a config, with diffusers' defaults for those left out."""
-        known: Any = {key: value for key, value in config.items() if not key.startswith("_")}
+        """Return the settings of a config, with diffusers' defaults for those left out.
+
+        A network that diffusers loaded keeps settings of its file that its class does not know.
+        """
+        known: Any = {key: config[key] for key in cls.model_fields if key in config}
         return cls(**known)
 
     @property

@@ -74,7 +74,8 @@ def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -
             conversation,
             tuple(measured),
         )
-        name = f"round-{request.round}-ask" + f"-{conversation.turn}" * (conversation.turn > 0)
+        turn = f"-{conversation.turn}" * (conversation.turn > 0)
+        name = f"round-{request.round}-beside{turn}"  # 0.1.0 asked otherwise under "-ask"
         item = WorkItem(
             key=search.key(name),
             function=propose_by_llm,
@@ -143,6 +144,9 @@ class Conversation:
     pending: tuple[str | None, ...] = ()
     """For every scheme of the last turn the id of the tool call that waits for its losses; None
     without tools."""
+
+    schemes: tuple[Scheme, ...] = ()
+    """The schemes of the last turn."""
 
     form: Form | None = None
     """The form that the server takes; None: not known."""
@@ -256,7 +260,8 @@ class LanguageModel:
             messages = [*messages, assistant_message(answer), *results, *_unread(answer, asked)]
             if chosen:
                 pending = tuple(one.call for one, _ in chosen)
-                said = Conversation(tuple(messages), pending, form, said.turn + 1)
+                schemes = tuple(planned.scheme for _, planned in chosen)
+                said = Conversation(tuple(messages), pending, schemes, form, said.turn + 1)
                 return self._reply(chosen, said)
             if left == 0:
                 raise ProxyError(
@@ -281,9 +286,14 @@ class LanguageModel:
 
     def _results_so_far(self) -> list[Message]:
         """Return the messages that tell how the schemes of the last turn measured."""
-        job = self._job
-        pairs = zip(job.conversation.pending, job.measured, strict=False)
-        return [result_message(call, measured_result(job.request, e)) for call, e in pairs]
+        job, messages = self._job, list[Message]()
+        entries = {_key(entry.widths): entry for entry in job.measured}
+        for call, scheme in zip(job.conversation.pending, job.conversation.schemes, strict=True):
+            entry = entries.get(_key(scheme))
+            known: dict[str, Any] = {"not_measured": "this group has measured this scheme already"}
+            result = known if entry is None else measured_result(job.request, entry)
+            messages.append(result_message(call, result))
+        return messages
 
     def _decide(
         self, planner: Planner, asked: list[Request], left: int

@@ -101,8 +101,7 @@ def load_run(root: Path, name: str) -> RunData:
     """
     run_dir = RunDir(root)
     results = _results(run_dir.results)
-    with _damage(run_dir.timeline, "holds what is no event", KeyError, TypeError):
-        history = load_history(run_dir.timeline)
+    history = load_history(run_dir.timeline)
     progress = plan = None
     if results is None:
         with (

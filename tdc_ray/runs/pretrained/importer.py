@@ -120,8 +120,7 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
         first_stage = _first_stage(base, settings, config.data.first_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{base.source} cannot be imported: {error}") from error
-    dropout = config.model.dropout
-    unet = build_network({**settings, "dropout": dropout} if dropout else settings)
+    unet = build_network(with_dropout(settings, config.model.dropout))
     unet.load_state_dict(weights)
     if (doubt := prediction_doubt(unet.eval(), config.diffusion)) is not None:
         logger.warning("%s: %s", base.source, doubt)
@@ -148,6 +147,11 @@ def import_base(base: PretrainedBase, config: RunConfig, folder: Path) -> Networ
             first_stage.save_pretrained(temporary / FIRST_STAGE_DIR)
         write_json(temporary / BASE_FILE, document)
     return settings
+
+
+def with_dropout(settings: NetworkConfig, dropout: float) -> NetworkConfig:
+    """Return a network's settings with the dropout of its training; not all classes take one."""
+    return {**settings, "dropout": dropout} if dropout else settings
 
 
 def _unet_settings(base: PretrainedBase, config: RunConfig) -> NetworkConfig:

@@ -167,7 +167,7 @@ def is_unet(folder: Path) -> bool:
         CheckpointError: The config is no JSON object.
     """
     document = json_object(folder / "config.json")
-    # Those of text are found, too, to be refused for what they are.
+    # Those that no command takes, such as SANA's, are found, too, to be refused for what they are.
     known = (*TRANSFORMERS, *TEXT_CLASSES)
     return "block_out_channels" in document or class_name(document) in known
 

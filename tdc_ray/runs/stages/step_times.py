@@ -26,6 +26,7 @@ from tdc_ray.models.families import build_network, family_of
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.timing import time_passes
 from tdc_ray.pruning.space import fit_to_limit, space_of
+from tdc_ray.runs.pretrained.importer import with_dropout
 from tdc_ray.storage.files import remove
 from tdc_ray.storage.run_dir import RunDir
 
@@ -112,7 +113,7 @@ def _chain(
 def measure_steps(job: StepTimesJob, report: Report) -> StepTimesResult:
     """Train a network of random weights for some steps, then time its forward passes."""
     started, config, device = time.perf_counter(), job.config, worker_device()
-    base = build_network({**job.network, "dropout": config.model.dropout}).to(device)
+    base = build_network(with_dropout(job.network, config.model.dropout)).to(device)
     network, settings, workers = base, config.base, config.compute.num_base_workers
     teacher = None
     if job.limit_share is not None:
@@ -149,16 +150,21 @@ def _step_seconds(
 ) -> float:
     """Return the mean seconds of a training step, but for the first, which allocates memory.
 
-    The first counts where there is time for no other.
+    The first counts where there is time for no other, unless it compiles the network.
     """
     timed = replace(settings, num_steps=MAX_STEPS + 2, checkpoint_every=2 * MAX_STEPS, log_every=1)
-    began, marks = time.perf_counter(), list[float]()
+    began, marks = 0.0, list[float]()
+    counted = 0 if settings.compile == "none" else 1  # the first step that may count
 
     enough = min(MAX_SECONDS, SHARE * 3600 * (config.budget.hours or math.inf))
     most = _affordable_seconds(config)
 
     def go_on(_batch: object) -> bool:
-        if marks and marks[-1] - began > most:
+        nonlocal began
+        if len(marks) <= counted:  # the loader has started, and the network is compiled
+            began = time.perf_counter()
+            return True
+        if marks[-1] - began > most:
             return False
         return len(marks) <= MIN_STEPS or marks[-1] - marks[0] < enough
 

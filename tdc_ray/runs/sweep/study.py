@@ -49,16 +49,21 @@ def reconcile(
     Raises:
         StorageError: The study holds something else than trials.
     """
-    waiting = []
+    running, waiting, known = list[int](), list[dict[str, Any]](), list[dict[str, Any]]()
     try:
-        for trial in study.get_trials(deepcopy=False):
+        for trial in study.trials:
             if trial.state is TrialState.RUNNING:
-                study.tell(trial.number, state=TrialState.FAIL)
+                running.append(trial.number)
             if trial.state is TrialState.WAITING:
                 waiting.append(dict(trial.system_attrs.get("fixed_params", {})))
-        known = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
+            if trial.state is TrialState.COMPLETE:
+                known.append(trial.params)
     except _MALFORMED as error:
-        raise StorageError(_no_study(f"the study {study.study_name}", error)) from error
+        in_file = isinstance(study._storage, JournalStorage)
+        name = f"the study {study.study_name}"
+        raise StorageError(_no_study(name, error, in_file=in_file)) from error
+    for number in running:
+        study.tell(number, state=TrialState.FAIL)
     for setting in results.settings:
         if dict(setting.params) not in known and setting.num_done == len(results.seeds):
             study.add_trial(
@@ -80,11 +85,11 @@ def distribution(domain: Domain) -> BaseDistribution:
     return FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
-def _no_study(name: str, error: Exception) -> str:
+def _no_study(name: str, error: Exception, *, in_file: bool = True) -> str:
+    remedy = f"Remove {STUDY_FILE} from the sweep's folder, or name" if in_file else "Name"
     return (
         f"{name} holds something else than Optuna's trials ({type(error).__name__}: {error}). "
-        f"Remove {STUDY_FILE} from the sweep's folder, or name another database: the sweep goes "
-        "on with what sweep.json holds."
+        f"{remedy} another database: the sweep goes on with what sweep.json holds."
     )
 
 

@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiTPipeline,
-    PixArtTransformer2DModel,
-)
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
 
 import tdc_ray as tdc
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.run import to_json
 from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.models.families import build_network
 from tdc_ray.models.first_stage import load_autoencoder
 from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
 from tdc_ray.storage.files import write_json
+from tests.models.captioned import SANA
 from tests.small import (
     TINY,
     assert_same,
@@ -77,11 +73,9 @@ def test_heads_and_layout_in_memory_are_kept():
 
 
 def test_a_network_of_no_known_class_is_refused_before_it_is_saved():
-    network = PixArtTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, num_layers=1, caption_channels=8
-    )
+    network = build_network(SANA)
     network.save_pretrained = None
-    with pytest.raises(ConfigError, match=r"in memory, has a PixArtTransformer2DModel: only"):
+    with pytest.raises(ConfigError, match=r"in memory, has a SanaTransformer2DModel: only"):
         tdc.load_base(network, scheduler=NOISE)
 
 

@@ -168,7 +168,7 @@ def test_a_class_that_has_no_description_is_cut_saved_and_loaded(tmp_path, caplo
     loaded = load_expert(tmp_path / "expert")
     assert torch.equal(by_steps(loaded, batch), by_steps(pruned, batch))
     with pytest.raises(ConfigError, match="has a AuraFlowTransformer2DModel: only a "):
-        check_class("AuraFlowTransformer2DModel", AURA, "it has")  # it reads captions
+        check_class("AuraFlowTransformer2DModel", "it has")  # it reads captions
 
 
 @pytest.mark.parametrize(

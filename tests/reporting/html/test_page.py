@@ -208,10 +208,6 @@ def test_a_sweep_has_a_row_for_each_trial_and_its_pareto_front(tmp_path):
 
 def test_what_is_damaged_is_one_clear_error(tmp_path, capsys):
     run = finished(tmp_path / "run")
-    (run / "timeline.jsonl").write_text('[{"time": 1}]\n')
-    with pytest.raises(StorageError, match=r"timeline\.jsonl holds what is no event"):
-        write_report([run])
-    (run / "timeline.jsonl").unlink()
     (run / "evaluation" / "base").mkdir(parents=True)
     np.savez(run / "evaluation" / "base" / "0000000.npz", arr_0=np.zeros((2, 4, 4, 7), np.uint8))
     with pytest.raises(StorageError, match=r"must hold uint8 images of shape"):

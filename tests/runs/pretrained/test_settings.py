@@ -996,7 +996,7 @@ def test_a_base_that_predicts_something_else_than_it_says_is_doubted():
     velocity = replace(CONFIG.diffusion, prediction_type="v_prediction")
     assert prediction_doubt(unet, velocity) is None
 
-    unet.forward = lambda x, timesteps: UNet2DOutput(sample=0.9 * x)
+    unet.forward = lambda x, timestep: UNet2DOutput(sample=0.9 * x)
     assert prediction_doubt(unet, CONFIG.diffusion) is None
     assert "by 1.00, and" in prediction_doubt(unet, velocity)
 

@@ -117,6 +117,18 @@ def test_a_folder_with_other_settings_or_fields_is_refused(tmp_path):
         open_results(tmp_path, RunConfig(), {"plan.num_groups": Range(2, 4, whole=True)}, HOW)
 
 
+def test_what_fails_as_a_study_is_told_is_no_damage_of_it(tmp_path, monkeypatch):
+    study = study_in(tmp_path)
+    study.ask(DISTRIBUTIONS)
+
+    def tell(*_, **__):
+        raise ValueError("no space")
+
+    monkeypatch.setattr(study, "tell", tell)
+    with pytest.raises(ValueError, match="no space"):
+        reconcile(study, sweep_of(tmp_path), DISTRIBUTIONS)
+
+
 @pytest.mark.parametrize(
     "line",
     [
