@@ -34,7 +34,7 @@ CAPTION_TOKENS = 120
 """Tokens of a caption that macs are counted for, as PixArt-alpha has them."""
 
 SIZES: CaptionShapes = {"resolution": (2,), "aspect_ratio": (1,)}
-"""What some are told of an image: height and width, and the one over the other."""
+"""What some take of an image: height and width, and the one over the other."""
 
 
 class PixArtSettings(BasicTransformerSettings):
@@ -52,7 +52,7 @@ class PixArtSettings(BasicTransformerSettings):
 
     @property
     def reads_sizes(self) -> bool:
-        """Whether it is told the images' resolution and aspect ratio."""
+        """Whether it takes the images' resolution and aspect ratio."""
         extra = self.use_additional_conditions
         return self.sample_size == 128 if extra is None else extra
 

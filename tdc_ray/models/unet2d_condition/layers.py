@@ -22,7 +22,7 @@ CAPTION_TOKENS = 77
 """Tokens of a caption that macs are counted for: CLIP's."""
 
 NUM_TIME_IDS = 6
-"""What XL's is told of an image: height and width before it was cut, where, and those after."""
+"""What XL's takes of an image: height and width before it was cut, where, and those after."""
 
 _KNOWN: Mapping[str, tuple[object, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
