@@ -143,7 +143,7 @@ def stable_diffusion_3(folder: Path) -> DiffusionPipeline:
 
 
 def pixart(_: Path) -> DiffusionPipeline:
-    """Of 256 x 256 pixels: what is told of sizes goes with 128 latents a side."""
+    """Of 256 x 256 pixels: sizes are embedded where a network has 128 latents a side."""
     return PixArtAlphaPipeline(
         vae=autoencoder(),
         text_encoder=t5(16),

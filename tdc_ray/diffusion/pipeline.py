@@ -291,8 +291,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             return None
         if given is None and not needed:
             return None
-        told = {STATES: given} if isinstance(given, torch.Tensor) else given or {}
-        counts = {name: len(told[name]) for name in names if name in told}
+        states = {STATES: given} if isinstance(given, torch.Tensor) else given or {}
+        counts = {name: len(states[name]) for name in names if name in states}
         if counts != dict.fromkeys(names, batch_size):
             raise ConfigError(
                 "prompt_embeds, and with guidance negative_prompt_embeds, must be one per image, "
@@ -301,7 +301,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 "tdc_ray.ExpertDenoiser into that pipeline as its unet or transformer, which then "
                 "takes words."
             )
-        return {name: told[name] for name in names}
+        return {name: states[name] for name in names}
 
     def _check_start(self, steps: int) -> None:
         """Refuse steps that begin with noise where the scheduler expects an image.

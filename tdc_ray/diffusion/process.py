@@ -185,8 +185,8 @@ class NoisedBatch:
     def predict(self, model: Callable[..., DenoiserOutput], schedule: NoiseSchedule) -> Tensor:
         """Compute the output of a ``Denoiser``, ``(B, C or 2C, H, W)``."""
         timesteps = schedule.model_timesteps(self.timesteps)
-        told = conditions(self.labels)
-        output: Tensor = model(self.x_t(schedule), timestep=timesteps, **told).sample
+        named = conditions(self.labels)
+        output: Tensor = model(self.x_t(schedule), timestep=timesteps, **named).sample
         return output
 
 

@@ -24,6 +24,7 @@ from tdc_ray.models.network_config import (
     DIT_CLASS,
     PIXART_CLASS,
     SD3_CLASS,
+    CaptionShapes,
     NetworkConfig,
     class_name,
 )
@@ -171,8 +172,8 @@ def _family(name: str) -> Family:
     )
 
 
-def captions_read(network: Denoiser) -> Mapping[str, tuple[int, ...]]:
-    """Return what a network reads of a caption: shapes by its arguments' names, if it does."""
+def captions_read(network: Denoiser) -> CaptionShapes:
+    """Return what a network reads of a caption: nothing, if it is not conditioned on any."""
     return caption_shapes(type(network).__name__, network.config)
 
 

@@ -77,11 +77,11 @@ def predict(
 
     def output_of(images: slice) -> Tensor:
         part = operator.itemgetter(images)
-        told = map_labels(part, labels)
+        taken = map_labels(part, labels)
         if isinstance(denoiser, CompiledDenoiser):
-            output = denoiser(part(x_t), part(timesteps), told)
+            output = denoiser(part(x_t), part(timesteps), taken)
         else:
-            output = denoiser(part(x_t), timestep=part(timesteps), **conditions(told)).sample
+            output = denoiser(part(x_t), timestep=part(timesteps), **conditions(taken)).sample
         return output[:, :num_channels].float()
 
     if type(network).__name__ not in FAMILIES:

@@ -268,7 +268,7 @@ def _encode(
 
 
 def _sizes(size: tuple[int, int]) -> Mapping[str, Sequence[float]]:
-    """Return what a network is told of images of a height and a width that nothing is cut off."""
+    """Return what a network takes of images of a height and a width that nothing is cut off."""
     height, width = map(float, size)
     return {
         "time_ids": (height, width, 0.0, 0.0, height, width),

@@ -40,8 +40,8 @@ def first_state(network: Denoiser, batch: NoisedBatch, schedule: NoiseSchedule) 
     Raises:
         UnsupportedModelError: The network reads more of captions than the batch has.
     """
-    told = batch.labels if isinstance(batch.labels, Mapping) else {}
-    if missing := captions_read(network).keys() - told.keys():
+    given = batch.labels if isinstance(batch.labels, Mapping) else {}
+    if missing := captions_read(network).keys() - given.keys():
         raise UnsupportedModelError(
             f"a {type(network).__name__} reads captions, and the images have none: "
             f"NoisedBatch.labels must have {', '.join(sorted(missing))}."

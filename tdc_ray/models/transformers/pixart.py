@@ -1,7 +1,6 @@
 """``PixArtTransformer2DModel`` (arXiv:2310.00426): conditioned on captions by cross-attention."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from tdc_ray.models.config_types import Width
@@ -20,15 +19,18 @@ from tdc_ray.models.transformers.layers import (
     vectors,
 )
 from tdc_ray.models.transformers.settings import BasicTransformerSettings
-from tdc_ray.models.transformers.transformer import Ends, Transformer
+from tdc_ray.models.transformers.transformer import (
+    Ends,
+    Transformer,
+    single_blocks,
+    single_last_shift,
+)
 from tdc_ray.models.units import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tdc_ray.models.labels import Captions
-    from tdc_ray.models.step import Step
-    from tdc_ray.models.transformers.steps import Shift
 
 CAPTION_TOKENS = 120
 """Tokens of a caption that macs are counted for, as PixArt-alpha has them."""
@@ -106,18 +108,6 @@ def _embed(
     return single_embedding(pixart.adaln_single, timesteps, size, pixart.dtype), context
 
 
-def _blocks(pixart: Any) -> "Sequence[Step]":
-    from tdc_ray.models.transformers.steps import single_blocks
-
-    return single_blocks(pixart)
-
-
-def _last_shift(pixart: Any) -> "Shift":
-    from tdc_ray.models.transformers.steps import single_shift
-
-    return partial(single_shift, pixart.scale_shift_table)
-
-
 PIXART = Transformer(
     name="PixArtTransformer2DModel",
     settings_of=PixArtSettings.of,
@@ -125,7 +115,7 @@ PIXART = Transformer(
     layers=_layers,
     ends=Ends("pos_embed", "norm_out", "proj_out"),
     embed=_embed,
-    blocks=_blocks,
-    last_shift=_last_shift,
+    blocks=single_blocks,
+    last_shift=single_last_shift,
     captions=_captions,
 )

@@ -3,8 +3,7 @@
 SANA 1.5 and Sprint, which normalize queries and keys across heads, are not described.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -25,15 +24,18 @@ from tdc_ray.models.transformers.layers import (
     vectors,
 )
 from tdc_ray.models.transformers.settings import TransformerSettings
-from tdc_ray.models.transformers.transformer import Ends, Transformer
+from tdc_ray.models.transformers.transformer import (
+    Ends,
+    Transformer,
+    single_blocks,
+    single_last_shift,
+)
 from tdc_ray.models.units import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tdc_ray.models.labels import Captions
-    from tdc_ray.models.step import Step
-    from tdc_ray.models.transformers.steps import Shift
 
 CAPTION_TOKENS = 300
 """Tokens of a caption that macs are counted for, as diffusers' pipeline makes them."""
@@ -112,18 +114,6 @@ def _embed(
     return single_embedding(sana.time_embed, timesteps, None, sana.dtype), context
 
 
-def _blocks(sana: Any) -> "Sequence[Step]":
-    from tdc_ray.models.transformers.steps import single_blocks
-
-    return single_blocks(sana)
-
-
-def _last_shift(sana: Any) -> "Shift":
-    from tdc_ray.models.transformers.steps import single_shift
-
-    return partial(single_shift, sana.scale_shift_table)
-
-
 SANA = Transformer(
     name="SanaTransformer2DModel",
     settings_of=SanaSettings.of,
@@ -131,8 +121,8 @@ SANA = Transformer(
     layers=_layers,
     ends=Ends("patch_embed", "norm_out.norm", "proj_out"),
     embed=_embed,
-    blocks=_blocks,
-    last_shift=_last_shift,
+    blocks=single_blocks,
+    last_shift=single_last_shift,
     captions=lambda sana: {
         STATES: (CAPTION_TOKENS, sana.caption_channels),
         MASK: (CAPTION_TOKENS,),

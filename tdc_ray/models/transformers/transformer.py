@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdc_ray.errors import UnsupportedModelError
@@ -87,3 +88,17 @@ def check_inner(kind: SpaceKind) -> None:
             "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
             "heads and feed-forwards."
         )
+
+
+def single_blocks(network: Any) -> "Sequence[Step]":
+    """Split the blocks of a network whose adaptive norm serves all of them (adaLN-single)."""
+    from tdc_ray.models.transformers import steps
+
+    return steps.single_blocks(network)
+
+
+def single_last_shift(network: Any) -> "Shift":
+    """Return what shifts and scales the output of the last norm of such a network."""
+    from tdc_ray.models.transformers import steps
+
+    return partial(steps.single_shift, network.scale_shift_table)
