@@ -70,6 +70,8 @@ class Flags:
     """Steps of the base; default: the preset's."""
     schedule: FlopsSchedule | None = "snr"
     """How the limits move with t, as in the paper's tables. None: the preset's."""
+    held_out_of_base: bool = False
+    """Stage 1 leaves out the images that losses are compared on: no network has seen them."""
     steps_share: float = 1.0
     """Share of the preset's steps, and of the images that are measured and scored, which sizes the
     experiment for the machine (0.25: for 2 CPU cores). With --smoke always 1."""
@@ -104,13 +106,15 @@ class Flags:
             config = replace(config, model=replace(config.model, architecture=self.architecture))
         if self.base_steps is not None:
             config = replace(config, base=replace(config.base, num_steps=self.base_steps))
-        return config
+        prune = replace(config.prune, held_out_of_base=self.held_out_of_base)
+        return replace(config, prune=prune)
 
     @property
     def variant(self) -> str:
         """The preset, and what of the base is not the preset's: a part of folder names."""
         steps = None if self.base_steps is None else f"base-{self.base_steps}"
-        return "-".join(filter(None, (self.preset, self.architecture, steps)))
+        held_out = "held-out" if self.held_out_of_base else None
+        return "-".join(filter(None, (self.preset, self.architecture, steps, held_out)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ trained on by what its fine-tunes would have taken. `--budgets 0.5 1 2` gives ev
 totals: TDC's with so many times the preset's fine-tune steps.
 
 Beside the scores every row has its held-out loss against the base trained on, over all timesteps
-alike, on the same images and noise: images that no fine-tune and no choice has seen. Stage 1 sees
-them; the smaller network sees them for as many macs as stage 1 takes. `--base-steps` sets how far
-the base is trained: at its plateau the held-out loss falls by less than 1 % over the last
-doubling.
+alike, on the same images and noise: images that no fine-tune and no choice has seen, and with
+`--held-out-of-base` no network at all. Without it stage 1 sees them, and the smaller network for
+as many macs as stage 1 takes. `--base-steps` sets how far the base is trained: at its plateau the
+held-out loss falls by less than 1 % over the last doubling.
 
 Hardware and hours: `digits` takes about an hour a seed on 2 CPU cores (an estimate from macs).
 
@@ -45,6 +45,7 @@ from tdc_ray.config.compare import CompareConfig
 from tdc_ray.config.plan import FlopsSchedule
 from tdc_ray.config.prune import PruneMethod
 from tdc_ray.config.run import RunConfig
+from tdc_ray.config.train import Allocation
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.reporting.text import verdict
@@ -76,6 +77,8 @@ class EqualFlags(Flags):
     """How TDC's limits move with t; default: the preset's."""
     mean_macs_share: float | None = None
     """Mean of a measured schedule's limits over the sampling steps; default: that of SNR's."""
+    allocation: Allocation | None = None
+    """How the fine-tunes of TDC's groups share their steps; default: the preset's."""
     rows: tuple[Name, ...] = ROWS
     """Ways to spend the macs; TDC and the base trained on are always among them."""
     num_noised: int = 4096
@@ -87,6 +90,9 @@ class EqualFlags(Flags):
         compare = CompareConfig(kind="equal-macs", num_images=self.num_noised)
         if self.method is not None:
             config = replace(config, prune=replace(config.prune, method=self.method))
+        if self.allocation is not None:
+            finetune = replace(config.finetune, allocation=self.allocation)
+            config = replace(config, finetune=finetune)
         plan = replace(config.plan, mean_macs_share=self.mean_macs_share)
         config = replace(config, plan=plan)
         if self.smoke:  # whose search takes more than all training
@@ -262,9 +268,10 @@ def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
     share = None if flags.mean_macs_share is None else f"{flags.mean_macs_share:g}"
-    chosen = flags.architecture, flags.method, flags.schedule, share
+    chosen = flags.architecture, flags.method, flags.schedule, share, flags.allocation
     parts = [flags.preset, *filter(None, chosen)]
-    folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}"
+    held_out = "-held-out" if flags.held_out_of_base else ""
+    folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}{held_out}"
     found: dict[float, dict[int, tuple[Results, dict[str, Row]]]] = {}
     with connected(local_cpus(flags.config(flags.seeds[0]).compute)):  # one Ray for all
         for seed in flags.seeds:

@@ -75,10 +75,11 @@ def without_pruning(config: RunConfig, budget: Budget, num_groups: int) -> RunCo
     """Return the settings of TDC without pruning whose fine-tunes take all of the budget."""
     finetune = config.finetune
     steps = steps_of(budget.beyond, num_groups * budget.macs, finetune.batch_size)
+    allocation = "equal" if finetune.allocation == "excess" else finetune.allocation
     return replace(
         config,
         prune=replace(config.prune, method="none", objective="macs"),
-        finetune=replace(finetune, num_steps=steps, allocation="equal"),
+        finetune=replace(finetune, num_steps=steps, allocation=allocation),
         compare=CompareConfig(),
     )
 
@@ -88,6 +89,7 @@ def training_free(config: RunConfig, base: Path) -> RunConfig:
     return replace(
         config,
         model=ModelConfig(base=str(base)),
+        prune=replace(config.prune, held_out_of_base=False),
         finetune=replace(config.finetune, num_steps=0, optimizer_state="new"),
         compare=CompareConfig(),
     )
@@ -130,7 +132,7 @@ def pruned_for_all(config: RunConfig, budget: Budget, base: Path, root: Path) ->
 def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> Chain[Network]:
     """Train a network of TDC's macs from random weights: every unit narrower by the same share.
 
-    It sees all images for as many macs as stage 1 takes, then those that fine-tunes see.
+    It sees the images of stage 1 for as many macs as that takes, then those that fine-tunes see.
     """
     config = replace(config, prune=replace(config.prune, refit="none"))
     untrained = untrained_like(base, root / "untrained" / "unet", config.seed)
@@ -146,11 +148,12 @@ def from_scratch(config: RunConfig, budget: Budget, base: Path, root: Path) -> C
     )
     # The learning rate falls where that of the base trained on does.
     last = replace(last, num_warmup_steps=first.num_steps, lr_schedule=config.finetune.lr_schedule)
-    # In the first part no image but one is held out, as in stage 1.
-    prune = replace(search.context.prune, held_out_share=1e-9)
-    with_all = replace(search, context=replace(search.context, prune=prune))
+    as_base = search
+    if not search.context.prune.held_out_of_base:  # no image but one is held out, as in stage 1
+        prune = replace(search.context.prune, held_out_share=1e-9)
+        as_base = replace(search, context=replace(search.context, prune=prune))
     parts = [
-        short_finetune_item(with_all, "scratch", kept, first, config.compute),
+        short_finetune_item(as_base, "scratch", kept, first, config.compute),
         short_finetune_item(search, "scratch", kept, last, config.compute, first.num_steps),
     ]
     spent = 0.0

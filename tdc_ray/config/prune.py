@@ -97,6 +97,10 @@ class PruneConfig:
     """Share of the images that no fine-tune sees, in (0, 0.5]: one half is what the losses that a
     search chooses by are measured on, the other judges what came of it."""
 
+    held_out_of_base: bool = False
+    """Whether stage 1 does not train on the images of `held_out_share` either, so that losses are
+    of images that no network has seen. False: it trains on all, as in the paper."""
+
     precision: Precision = "fp32"
     """Precision of the forward passes that losses and sensitivities are measured by, as in
     training; pruning and refits stay in fp32."""

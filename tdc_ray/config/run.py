@@ -84,6 +84,9 @@ class RunConfig:
         rule = "new with model.base, which comes without its optimizer"
         known = self.model.base is None or self.finetune.optimizer_state == "new"
         require("finetune", self.finetune, "optimizer_state", rule, ok=known)
+        rule = "False with model.base, which is trained already"
+        untrained = self.model.base is None or not self.prune.held_out_of_base
+        require("prune", self.prune, "held_out_of_base", rule, ok=untrained)
         self._check_models_of_all_groups()
         self._check_sharding()
         self._check_finetune_workers()
@@ -200,7 +203,7 @@ LATER_FIELDS = {
         "use_new_attention_order",
     ),
     "budget": ("hours", "train_macs", "epochs"),
-    "prune": ("rivals",),
+    "prune": ("rivals", "held_out_of_base"),
     "sampler": LATER_SAMPLER_FIELDS,
     "proxy": ("base_url", "max_predictions", "stream"),
     "evaluate": ("metrics", "features_model"),

@@ -17,6 +17,7 @@ SEARCH_FIELDS = (
     "num_rounds",
     "num_candidates",
     "rivals",
+    "held_out_of_base",
     "halving_steps",
     "sensitivity",
     "num_probes",

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from tdc_ray.config.data import DataConfig
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import LearningRateSchedule, TrainConfig
-from tdc_ray.data.batches import batches
+from tdc_ray.data.batches import batches, held_out_split
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.loss import loss_weights
 from tdc_ray.diffusion.process import noise_schedule
@@ -255,6 +257,25 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     assert norm == same_norm  # reported as it was before clipping
     assert float(all_of_it.norm()) == pytest.approx(0.1 * norm, rel=1e-4)
     assert float(cut.norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("held_out_of_base", [False, True])
+def test_stage_1_leaves_out_the_images_that_are_held_out_where_asked(tmp_path, held_out_of_base):
+    images = load_dataset(DataConfig()).images[:40, 0].numpy()
+    prune = {"held_out_of_base": held_out_of_base}
+    base = {"num_steps": 3, "batch_size": 16}
+    found = []
+    for name in ("same", "other"):
+        path = tmp_path / f"{name}.npz"
+        config = small_config(data={"source": "npz", "path": str(path)}, prune=prune, base=base)
+        _, held_out = held_out_split(images, config.prune.held_out_share, config.seed)
+        if name == "other":
+            images[held_out] = 255 - images[held_out]
+        np.savez(path, images=images)
+        state, _ = run_base(config)
+        found.append(state.unet.state_dict())
+    same = all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert same == held_out_of_base
 
 
 def averages_by_step(**base: Any) -> list[tuple[list[Tensor], list[Tensor]]]:

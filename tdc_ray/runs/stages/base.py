@@ -129,10 +129,17 @@ def base_inputs(config: RunConfig) -> Inputs:
         "version": VERSION,
         "unet": base_unet(config.model, config.conditioning),
         "dropout": config.model.dropout,
+        **_held_out_key(config),
         **base_workers_key(config.compute),
         **run_data_key(config),
         **training_key(config.base),
     }
+
+
+def _held_out_key(config: RunConfig) -> Inputs:
+    """Return what is held out of stage 1, if anything is: keys are older than the choice."""
+    prune = config.prune
+    return {"held_out_share": prune.held_out_share} if prune.held_out_of_base else {}
 
 
 def base_item(run_dir: RunDir, config: RunConfig) -> WorkItem[RunConfig, BaseResult]:

@@ -126,7 +126,7 @@ def _load(folder: Path) -> Denoiser:
 def unseen_images(config: RunConfig) -> Sequence[int]:
     """Return the indices of the images that no fine-tune and no choice of a search has seen.
 
-    No more of them than ``compare.num_images``.
+    Stage 1 has, unless ``prune.held_out_of_base``. No more of them than ``compare.num_images``.
     """
     dataset = training_data(config.data, config.evaluate.cache_dir).open()
     _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)

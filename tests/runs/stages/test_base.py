@@ -20,6 +20,8 @@ def test_results_from_before_other_predictions_are_found_again(monkeypatch):
     configs = before, replace(before, diffusion=diffusion)
     bases = [base_inputs(config) for config in configs]
     assert json_digest(bases[0]) == KEY != json_digest(bases[1])
+    held_out = replace(before, prune=replace(before.prune, held_out_of_base=True))
+    assert json_digest(base_inputs(held_out)) != KEY
     run_dir = RunDir(Path("run"))
     jobs = [evaluate.SampleJob(run_dir, config, "base", 0, 4) for config in configs]
     keys = [evaluate.sample_inputs(job)["diffusion"] for job in jobs]
