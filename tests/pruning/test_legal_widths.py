@@ -124,5 +124,7 @@ def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
 
 
 def test_a_time_limit_on_streams_is_refused():
-    with pytest.raises(ConfigError, match=r"prune\.space must be inner .* got full.*macs"):
+    with pytest.raises(
+        ConfigError, match=r"prune\.space must be inner or depth .* got full.*macs"
+    ):
         PruneConfig(objective="latency", space="full")
