@@ -23,6 +23,8 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
+from tdc_ray.models.families import build_network, family_of
+from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -31,6 +33,7 @@ from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
 from tdc_ray.pruning.noised import noised_batches
+from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, Values, fit_to_limit, space_of
 from tdc_ray.pruning.tasks.candidates import CandidateJob, measure_candidate
@@ -145,6 +148,48 @@ def measuring(flags: SpeedFlags) -> list[Row]:
                 values=(same,),
             ),
         ]
+
+
+DIT: NetworkConfig = {  # DiT-S (arXiv:2212.09748) of ten blocks
+    "_class_name": DIT_CLASS,
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 10,
+    "sample_size": 32,
+}
+BLOCKS = (3, 5, 7)
+"""Those that go by depth: three of ten leave about 0.7 of the macs."""
+
+
+def depth(flags: SpeedFlags) -> list[Row]:
+    """Time forward passes of a transformer pruned to as many macs by width and by depth."""
+    config = {**DIT, "attention_head_dim": 8, "sample_size": 8} if flags.smoke else DIT
+    torch.manual_seed(0)
+    base, space = build_network(config).eval(), space_of(config, "depth")
+    gone = tuple(f"transformer_blocks.{index}." for index in BLOCKS)
+    by_depth = {n: 0 if n.startswith(gone) else width for n, width in space.full.items()}
+    limit, scores = space.macs(by_depth), random_scores(space.units, 0)
+    schemes = {
+        "base": space.full,
+        "by width": uniform_scheme(space_of(config), limit, sorted_scores(scores)),
+        "by width, multiples of 64": uniform_scheme(
+            space_of(config, "inner", 64), limit, sorted_scores(scores)
+        ),
+        "by depth": by_depth,
+    }
+    section, ways, macs = f"DiT at {limit / space.macs_base:.2f} F", {}, []
+    for name, scheme in schemes.items():
+        kept = select_top(space.units, scores, scheme)
+        network = family_of(base).cut(base, space.units, kept)
+        noise = torch.randn(1, 4, config["sample_size"], config["sample_size"])
+        step = torch.full((1,), 500)
+        ways[name] = partial(torch.inference_mode()(network), noise, step, class_labels=step)
+        share = space.macs(scheme) / space.macs_base
+        row = Row(section=section, name=f"macs, {name}", unit="F", values=(share,))
+        macs.append(replace(row, precision=""))
+    return [*compared(section, ways, flags.repeats, against="base", batch=1), *macs]
 
 
 def random_values(space: Space, seed: int) -> Values:

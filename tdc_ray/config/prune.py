@@ -26,9 +26,10 @@ class PruneConfig:
     best of a uniform ratio, a global ranking and one per mac by this score, one round; none: TDC
     without pruning, every expert keeps the base's widths."""
 
-    space: Literal["inner", "full"] = "inner"
+    space: Literal["inner", "full", "depth"] = "inner"
     """What can be pruned. inner: residual blocks' inner widths and attention heads; full: the
-    residual stream's width too."""
+    residual stream's width too; depth: a transformer's attentions and feed-forwards as a whole
+    too, and with all of them the block."""
 
     channel_multiple: PositiveInt = 1
     """The channels that a pruned unit keeps are a multiple of this wherever there are so many, as
@@ -122,7 +123,7 @@ class PruneConfig:
     @property
     def models_loss(self) -> bool:
         """Whether a quadratic model of the loss stands in for measured sensitivities."""
-        fits = self.refit == "least-squares" and self.space == "inner"
+        fits = self.refit == "least-squares" and self.space != "full"
         return fits and self.sensitivity == "second-order"
 
     def __post_init__(self) -> None:
@@ -132,9 +133,9 @@ class PruneConfig:
         require("prune", self, "rivals", f"empty with prune.method {self.method}", ok=rivalled)
         searches = self.objective == "macs" or self.method != "none"
         require("prune", self, "objective", "macs with prune.method none", ok=searches)
-        if self.objective == "latency" and self.space != "inner":
+        if self.objective == "latency" and self.space == "full":
             refuse(
-                f"prune.space must be inner with prune.objective latency, got {self.space}: the "
+                "prune.space must be inner or depth with prune.objective latency, got full: the "
                 "time that a stream's width takes depends on the widths of all that read it. Use "
                 "--prune.space inner, or --prune.objective macs."
             )

@@ -111,9 +111,11 @@ class RunConfig:
         """Refuse budgets that are shared by models of the loss where none are made."""
         excess = self.finetune.allocation == "excess"
         setting = "finetune.allocation excess" if excess else "plan.schedule measured"
-        is_inner = self.prune.space == "inner" or not self.models_all_groups
-        rule = f"inner with {setting}, as only inner widths have a quadratic model of the loss"
-        require("prune", self.prune, "space", rule, ok=is_inner)
+        has_model = self.prune.space != "full" or not self.models_all_groups
+        rule = (
+            f"inner or depth with {setting}: a stream's width has no quadratic model of the loss"
+        )
+        require("prune", self.prune, "space", rule, ok=has_model)
         rule = "equal or timesteps with prune.method none, which cuts nothing that costs"
         fits = not excess or self.prune.method != "none"
         require("finetune", self.finetune, "allocation", rule, ok=fits)

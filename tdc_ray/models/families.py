@@ -103,7 +103,7 @@ def _transformer(transformer: Transformer) -> Family:
         save=transformers.save_transformer,
         load_config=load_config,
         given_config=_checked(load_config),
-        cut=cut_units,
+        cut=partial(cut_units, remove=partial(transformers.remove_branches, transformer)),
         ends=partial(transformers.transformer_ends, transformer),
         start=partial(transformers.first_state, transformer),
         steps=partial(transformer_steps, transformer),

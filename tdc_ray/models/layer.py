@@ -15,7 +15,10 @@ class Channels:
     count: int
 
     unit: str | None = None
-    """Name of the unit that they belong to; None means that they are never pruned."""
+    """Name of the unit that they belong to; None means that they are never narrowed."""
+
+    branches: tuple[str, ...] = ()
+    """Units of branches that an output serves: with the last of these it goes as a whole."""
 
 
 @dataclass(frozen=True, slots=True)

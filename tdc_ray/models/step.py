@@ -111,6 +111,6 @@ def num_untouched(base: Sequence[Step], pruned: Sequence[Step]) -> int:
 
 
 def is_cut(base: Step, step: Step) -> bool:
-    """Whether a step has fewer channels than the base's."""
-    pairs = zip(base.module.parameters(), step.module.parameters(), strict=True)
-    return any(one.shape != other.shape for one, other in pairs)
+    """Whether a step has fewer channels than the base's, or was removed."""
+    shapes, others = ([p.shape for p in one.module.parameters()] for one in (base, step))
+    return shapes != others

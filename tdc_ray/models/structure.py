@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.layer import STREAM, Layer
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
@@ -86,13 +87,19 @@ def caption_shapes(name: str, config: NetworkConfig) -> CaptionShapes:
 
 
 def network_structure(config: NetworkConfig, kind: SpaceKind = "inner") -> NetworkStructure:
-    """Return the structure of a network, with the inner units alone or those of the stream too.
+    """Return the structure of a network, with the units of a space.
 
     Raises:
         UnsupportedModelError: The network's class, or a block of it, is of an unknown kind, or its
-            units cannot be traced.
+            units cannot be traced, or not pruned as the space has it.
     """
-    layers, units = _row(class_name(config))
+    name = class_name(config)
+    if kind == "depth" and name not in TRANSFORMERS:
+        raise UnsupportedModelError(
+            f"prune.space must not be depth for a {name}: branches are removed as a whole of "
+            f"{', '.join(TRANSFORMERS)} alone. Set prune.space to inner."
+        )
+    layers, units = _row(name)
     return NetworkStructure(layers(config), units(config, kind))
 
 
@@ -122,5 +129,7 @@ def _row(name: str) -> Structure:
 
 def units_for(config: NetworkConfig, kept: KeptIndices) -> tuple[Unit, ...]:
     """Return the units among which those that are kept were chosen."""
-    kind: SpaceKind = "full" if any(name.startswith(STREAM) for name in kept) else "inner"
+    kind: SpaceKind = "inner" if all(kept.values()) else "depth"
+    if any(name.startswith(STREAM) for name in kept):
+        kind = "full"
     return network_structure(config, kind).units

@@ -1,7 +1,7 @@
 """Which tensors of a network have a unit's channels, and how they are cut, whatever its class."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -97,11 +97,12 @@ def kept_outputs(network: Denoiser, units: Sequence[Unit], kept: KeptIndices) ->
         kept: What stays of each of them.
 
     Returns:
-        Indices of the base's output channels, in order, by the layer's dotted name.
+        Indices of the base's output channels, in order, by the layer's dotted name; without the
+        layers of branches that are removed.
     """
     outputs = {}
     for unit in units:
-        if len(kept[unit.name]) < unit.width:
+        if 0 < len(kept[unit.name]) < unit.width:
             channels = torch.tensor(unit.channel_indices(kept[unit.name]))
             for coupled in coupled_parameters(network, unit):
                 if coupled.dim == 0 and isinstance(coupled.module, nn.Conv2d | nn.Linear):
@@ -114,6 +115,7 @@ def cut_units(
     units: Sequence[Unit],
     kept: KeptIndices,
     layers: Sequence[Layer] | None = None,
+    remove: Callable[[Denoiser, Collection[str]], None] | None = None,
 ) -> Denoiser:
     """Return a copy of a network, all of whose units are inner ones, without what is not kept.
 
@@ -122,13 +124,18 @@ def cut_units(
     Args:
         network: An unpruned network, which is not changed. It may be on the meta device.
         units: Its units.
-        kept: What stays of each of them; at least one step.
+        kept: What stays of each of them.
         layers: Those of the network; None means as its class and config say.
+        remove: Removes branches, of which nothing is kept, by the names of their units, in place;
+            None where at least one step of every unit is.
     """
     pruned = copy.deepcopy(network)
     narrower = [unit for unit in units if len(kept[unit.name]) < unit.width]
+    if remove is not None:
+        remove(pruned, [unit.name for unit in narrower if not kept[unit.name]])
     for unit in narrower:
-        cut_inner(pruned, unit, kept[unit.name], layers)
+        if kept[unit.name]:
+            cut_inner(pruned, unit, kept[unit.name], layers)
     for module in pruned.modules():
         update_attributes(module)
     if narrower:

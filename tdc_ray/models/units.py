@@ -10,6 +10,9 @@ where the next one does; whatever adds to it or reads it, skip connections too, 
 A step has one channel of each of its GroupNorm groups, so that norms of the stream keep their
 groups; a norm that reads a skip beside it has other groups once its parts are narrower.
 
+In the space ``depth`` inner units may keep nothing: then the whole branch goes, with its norm, its
+modulation and its last bias, and a block goes with the last of its branches.
+
 Traced units are the heads and channels of networks that have no description (``models.traced``).
 """
 
@@ -22,8 +25,8 @@ from tdc_ray.storage.digest import json_digest
 KeptIndices = Mapping[str, tuple[int, ...]]
 """For every unit, which of its steps (groups, heads, slices of the stream) are kept, rising."""
 
-SpaceKind = Literal["inner", "full"]
-"""Inner units alone, or the stream's too."""
+SpaceKind = Literal["inner", "full", "depth"]
+"""Inner units alone, or the stream's too, or inner units of branches that may go as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ class Unit:
     multiple: int = 1
     """The number of channels that are kept should be a multiple of it."""
 
+    least: int = 1
+    """The fewest steps that may be kept; 0 where the whole branch may go."""
+
     @property
     def has_step(self) -> bool:
         """Whether it lies within a step of its name (``models.step``), which runs by itself."""
@@ -57,7 +63,7 @@ class Unit:
     @property
     def legal_widths(self) -> tuple[int, ...]:
         """Widths that it may keep, rising: those whose channels are a multiple, and its own."""
-        narrower = range(1, self.width)
+        narrower = range(self.least, self.width)
         return (*(w for w in narrower if w * self.channels % self.multiple == 0), self.width)
 
     def channel_indices(self, steps: Iterable[int]) -> list[int]:

@@ -292,7 +292,7 @@ class Planner:
                 if spent < 0.5 * cost:
                     moved = f"{100 * spent / self._space.cost_base:.3g}"
                     notes.append(f"{move}: only {moved} points could be moved")
-                bounds = {name: (1, width) for name, width in narrower.items()}
+                bounds = {name: (0, width) for name, width in narrower.items()}
                 yield str(move), bounds | {name: (width, 10**9) for name, width in wider.items()}
 
     def _walk(

@@ -72,14 +72,16 @@ def step_costs(
     """Return the cost of each of a unit's steps, all else unpruned.
 
     Steps between two legal widths share the difference of these; those of the least legal width,
-    which are always kept, count as the ones above them.
+    which are always kept, count as the ones above them. A branch that may go has none of these:
+    what goes with it as a whole is saved by its first step.
     """
     between = [
         costs.marginal_cost(unit, start, stop, full) / (stop - start)
         for start, stop in pairwise(legal)
     ]
-    first = between[0] if between else costs.marginal_cost(unit, 0, legal[0], full) / legal[0]
-    steps = [first] * legal[0]
+    steps = legal[0] * between[:1]
+    if not between and legal[0] > 0:
+        steps = [costs.marginal_cost(unit, 0, legal[0], full) / legal[0]] * legal[0]
     for (start, stop), cost in zip(pairwise(legal), between, strict=True):
         steps += [cost] * (stop - start)
     return steps

@@ -35,19 +35,22 @@ class JointIncrease:
         products = SHARED * np.array(model.products).reshape(num_levels, num_levels)
         for unit in space.units:
             levels = model.levels.get(unit.name, ())
-            share = np.zeros((unit.width, num_levels))
+            share = np.zeros((unit.width + 1 - unit.least, num_levels))
             for place in range(len(levels)):
                 at_levels = np.eye(len(levels) + 1)[place]  # the last is the whole unit
                 widths = [*levels, unit.width]
-                share[:, known + place] = np.interp(range(1, unit.width + 1), widths, at_levels)
+                every = range(unit.least, unit.width + 1)
+                share[:, known + place] = np.interp(every, widths, at_levels)
             parts.append(share)
             own = slice(known, known + len(levels))
             products[own, own] /= SHARED
             known = own.stop
         between = np.concatenate(parts)  # (all units' widths, levels)
         self._products = between @ products @ between.T
-        firsts = np.cumsum([0, *(unit.width for unit in space.units)])
-        self._first = {u.name: int(row) for u, row in zip(space.units, firsts, strict=False)}
+        firsts = np.cumsum([0, *map(len, parts)])
+        self._first = {  # the rows of width 0, whether or not there is one
+            u.name: int(row) - u.least for u, row in zip(space.units, firsts, strict=False)
+        }
 
     def of(self, scheme: Scheme) -> float:
         """Predict the increase of the loss with a scheme."""
@@ -58,7 +61,7 @@ class JointIncrease:
         """Predict the increase of the loss with every unit cut alone, at every legal width."""
         alone = self._products.diagonal()
         return {
-            name: {width: float(alone[row + width - 1]) for width in self._space.legal[name][:-1]}
+            name: {width: float(alone[row + width]) for width in self._space.legal[name][:-1]}
             for name, row in self._first.items()
         }
 
@@ -83,14 +86,14 @@ class JointIncrease:
         products, with_all = self._products, self._products[:, self._rows(scheme)].sum(1)
 
         def fall(name: str, width: int) -> float:
-            before, after = self._first[name] + scheme[name] - 1, self._first[name] + width - 1
+            before, after = self._first[name] + scheme[name], self._first[name] + width
             own = products[before, before] + products[after, after] - 2 * products[before, after]
             return float(2 * (with_all[before] - with_all[after]) - own)
 
         return fall
 
     def _rows(self, scheme: Scheme) -> list[int]:
-        return [row + scheme[name] - 1 for name, row in self._first.items()]
+        return [row + scheme[name] for name, row in self._first.items()]
 
 
 def exchange(space: Space, increase: JointIncrease, scheme: Scheme, limit: int) -> dict[str, int]:

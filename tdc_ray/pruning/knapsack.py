@@ -12,14 +12,14 @@ FactorArray = NDArray[np.float64]
 
 
 def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorArray]:
-    """Return the increase of the loss at every width of every unit, from 1 to its full width.
+    """Return the increase of the loss at every width of every unit, from 0 to its full width.
 
     It is interpolated between measured widths; against noise it never falls as a unit becomes
     narrower. Units that were not measured have no increase; NaN and infinity count as the largest
     finite increase.
 
     Returns:
-        For every unit ``(width,)``; the last is 0.
+        For every unit ``(width + 1,)``; the last is 0.
     """
     curves = {}
     increases = [loss for by_width in sensitivities.values() for loss in by_width.values()]
@@ -30,7 +30,7 @@ def loss_curves(space: Space, sensitivities: Sensitivities) -> dict[str, FactorA
         for width, increase in sensitivities.get(unit.name, {}).items():
             measured[width] = increase if np.isfinite(increase) else largest
         widths = sorted(measured)
-        between = np.interp(np.arange(1, unit.width + 1), widths, [measured[w] for w in widths])
+        between = np.interp(np.arange(unit.width + 1), widths, [measured[w] for w in widths])
         rising = np.maximum.accumulate(np.maximum(between[::-1], 0.0))
         curves[unit.name] = rising[::-1]
     return curves
@@ -61,9 +61,9 @@ def extend_sensitivities(
         joined[name] = dict(known)
         if below := further.get(name):
             width = start[name]
-            until = float(curves[name][width - 1])
+            until = float(curves[name][width])
             joined[name] = {w: increase for w, increase in known.items() if w > width}
-            if width < len(curves[name]):
+            if width < len(curves[name]) - 1:
                 joined[name][width] = until
             joined[name] |= {w: until + increase for w, increase in below.items()}
     return joined
@@ -106,19 +106,21 @@ def step_worth(
 
 
 def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) -> FactorArray:
-    """Return the slopes of a curve's lower convex hull between widths: ``(width,)``.
+    """Return by how much a curve's lower convex hull falls with every step: ``(width,)``.
 
     The hull is that of the legal widths, over the cost of their steps. Steps that are never
     removed have the value of the first that may be.
     """
-    cost = np.cumsum(costs / costs[0])  # with even steps 1, 2, ...
+    if not len(costs):  # nothing is ever kept
+        return costs
+    cost = np.concatenate([np.zeros(1), np.cumsum(costs / costs[0])])  # with even steps 0, 1, ...
     points: list[int] = []
-    for point in (width - 1 for width in legal):
+    for point in legal:
         while len(points) > 1 and _is_above(curve, cost, points[-2], points[-1], point):
             points.pop()
         points.append(point)
     hull = np.interp(cost, cost[points], curve[points])
-    falls = np.concatenate([np.zeros(1), -np.diff(hull)])
+    falls = -np.diff(hull)
     falls[: legal[0]] = falls[legal[0]] if len(legal) > 1 else 0.0
     return falls
 

@@ -137,12 +137,16 @@ def latency_table(measured: LatencyResult, units: Sequence[Unit]) -> LatencyTabl
 
 
 def _schemes(space: Space) -> list[dict[str, int]]:
-    """Return at most so many schemes that cover all narrower legal widths of every unit."""
-    most = min(MAX_LEVELS, max(len(legal) for legal in space.legal.values()))
+    """Return at most so many schemes that cover all narrower legal widths of every unit.
+
+    All units are there in each: one that is gone takes no time.
+    """
+    present = {name: [w for w in legal if w] for name, legal in space.legal.items()}
+    most = min(MAX_LEVELS, max(map(len, present.values())))
     return [
         {
             name: legal[round((len(legal) - 1) * level / max(1, most - 1))]
-            for name, legal in space.legal.items()
+            for name, legal in present.items()
         }
         for level in range(max(1, most - 1))
     ]

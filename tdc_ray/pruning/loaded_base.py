@@ -172,7 +172,7 @@ def _weigh(
     products = sum(
         unit.pixels * len(weights.channels[keys[unit.name]]) ** 2
         for unit in base.space.units
-        if unit.has_step
+        if unit.has_step and unit.name in keys  # not of a branch that is gone
     )
     return weights, float(_count(batches) * (passes + products))
 

@@ -92,10 +92,10 @@ class Predictor:
             other: The width after.
         """
         curve = self.curves[self.space.units[number].name]
-        piece = self.scale * float(curve[other - 1] - curve[width - 1])
+        piece = self.scale * float(curve[other] - curve[width])
         return piece * float(self.positive[number]), abs(piece) * float(self.spreads[number])
 
 
 def _pieces(space: Space, curves: Mapping[str, FactorArray], scheme: Scheme) -> list[float]:
     """Return every unit's own increase at its width in a scheme."""
-    return [curves[unit.name][scheme[unit.name] - 1] for unit in space.units]
+    return [curves[unit.name][scheme[unit.name]] for unit in space.units]

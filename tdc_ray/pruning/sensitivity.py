@@ -79,6 +79,8 @@ def solve_units(
         solutions[unit.name] = {
             width: [
                 squares.solve(_columns(unit, scores, width, squares.layer))
+                if width
+                else _removed(squares.layer)
                 for squares in readers.values()
             ]
             for width in levels(unit, num_levels)
@@ -94,7 +96,7 @@ def masked_units(
     return {
         unit.name: {
             width: [
-                _masked(layer, _columns(unit, scores, width, layer))
+                _masked(layer, _columns(unit, scores, width, layer)) if width else _removed(layer)
                 for layer in layers[unit.name].values()
             ]
             for width in levels(unit, num_levels)
@@ -109,6 +111,12 @@ def _masked(layer: ReadLayer, kept: Tensor) -> Weights:
     matrix[kept] = layer_matrix(layer)[kept]
     weights = matrix.T.reshape(layer.weight.shape).to(layer.weight.dtype)
     return weights, None if layer.bias is None else layer.bias.detach().clone()
+
+
+def _removed(layer: ReadLayer) -> Weights:
+    """Return weights with which a layer outputs nothing, as where its branch is removed."""
+    bias = None if layer.bias is None else torch.zeros_like(layer.bias)
+    return torch.zeros_like(layer.weight), bias
 
 
 @torch.inference_mode()

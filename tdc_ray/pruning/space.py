@@ -13,7 +13,7 @@ from tdc_ray.models.units import SpaceKind, Unit
 from tdc_ray.pruning.costs import Costs, LatencyTable, Quantity, cost_text, step_costs
 
 Scheme = Mapping[str, int]
-"""How many steps (groups, heads, slices) every unit keeps: at least 1, at most its width."""
+"""How many steps (groups, heads, slices) every unit keeps, at most its width; 0: it is gone."""
 
 Values = Mapping[str, Sequence[float]]
 """For every unit, the value of its 1st, 2nd, ... step: falling, 0 or more."""
@@ -26,7 +26,8 @@ class Space:
     """All schemes of one network.
 
     In the inner space macs add up over the units. With the stream's widths they multiply: the
-    saving of a step depends on the others' widths, though never on the unit's own.
+    saving of a step depends on the others' widths, though never on the unit's own. Where branches
+    may go, the last one of a block saves what they have in common, too.
     """
 
     units: tuple[Unit, ...]
@@ -213,7 +214,8 @@ class _Queue:
     """Pops names by rising key, where the keys of waiting names may rise meanwhile.
 
     Narrowing a unit never raises the cost of the others' steps, so that their value per cost does
-    not fall; widening is the same for the negative.
+    not fall; widening is the same for the negative. (The last branch of a block saves more when
+    the others are gone: it may be popped later than it should.)
     """
 
     def __init__(self, key: Callable[[str], float], names: Iterable[str]) -> None:

@@ -376,7 +376,9 @@ def test_measured_limits_and_steps_by_excess_need_a_model_of_inner_widths():
         {"plan": PlanConfig(schedule="measured")},
         {"finetune": FinetuneConfig(allocation="excess")},
     ):
-        with pytest.raises(ConfigError, match=r"prune\.space must be inner with .* got full"):
+        with pytest.raises(
+            ConfigError, match=r"prune\.space must be inner or depth with .* got full"
+        ):
             RunConfig(prune=PruneConfig(space="full"), **budgets)
 
 

@@ -1,6 +1,7 @@
 """Widths in multiples of channels, and limits of time, over random schemes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,13 +13,14 @@ from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.changes import Bound, Change, Planner
 from tdc_ray.pruning.costs import LatencyTable
 from tdc_ray.pruning.knapsack import loss_curves, step_worth
-from tdc_ray.pruning.latency import LatencyResult, latency_table
+from tdc_ray.pruning.latency import LatencyResult, _schemes, latency_table
 from tdc_ray.pruning.llm.prompt import messages_for
 from tdc_ray.pruning.proxies.by_score import BASELINES, sorted_scores
 from tdc_ray.pruning.proxies.offline import propose_offline
 from tdc_ray.pruning.sensitivity import levels
 from tdc_ray.pruning.space import Space, fit_to_limit, is_tight, space_of
 from tests.pruning.requests import task
+from tests.small import TINY_DIT
 
 
 def timed(space: Space, seed: int) -> Space:
@@ -34,8 +36,11 @@ def timed(space: Space, seed: int) -> Space:
 INNER = [space_of(architecture(name), "inner", m) for name in ("tiny", "digits") for m in (8, 16)]
 SPACES = [*INNER, space_of(architecture("iddpm-cifar10"), "inner", 64)]
 SPACES += [space_of(architecture("digits"), "full", 16)]
+DEPTH = [space_of(TINY_DIT, "depth"), space_of(TINY_DIT, "depth", 16)]
+SPACES += DEPTH
 SPACES += [
-    timed(space, seed) for seed, space in enumerate([space_of(architecture("tiny")), *INNER])
+    timed(space, seed)
+    for seed, space in enumerate([space_of(architecture("tiny")), *INNER, *DEPTH])
 ]
 
 spaces, seeds = st.sampled_from(SPACES), st.integers(0, 2**32)
@@ -78,7 +83,7 @@ def test_all_schemes_that_are_proposed_or_repaired_are_legal_and_tight(space, se
         assert fit_to_limit(space, scheme, asked.limit, values) == scheme
 
 
-@pytest.mark.parametrize("space", SPACES[:6])
+@pytest.mark.parametrize("space", [*SPACES[:6], *DEPTH])
 def test_units_are_measured_at_legal_widths_alone(space):
     assert any(levels(unit, 4) for unit in space.units)
     for unit in space.units:
@@ -110,6 +115,32 @@ def test_a_language_model_is_told_legal_widths_and_kept_to_them():
     assert_legal_and_tight(space, planned.scheme, asked.limit)
 
 
+def test_branches_that_may_go_are_measured_without_and_a_language_model_is_told():
+    space = DEPTH[1]
+    assert {unit.kind: space.legal[unit.name] for unit in space.units} == {
+        "attention": (0, 2, 4),
+        "feed-forward": (*range(0, 129, 16),),
+    }
+    assert all(0 in levels(unit, 4) for unit in space.units)
+    assert space.smallest == dict.fromkeys(space.full, 0)
+    asked = replace(task_of(space, 0), limit=space.cost_base // 2)
+    planner = Planner(asked, [])
+    text = messages_for(asked, [], planner, max_entries=0, max_predictions=0)[1]["content"]
+    assert "\n0 | transformer 0 | attention | 4x4 | 0, 2, 4 | " in text
+    assert "At width 0 the attention or feed-forward is removed as a whole" in text
+    gone = planner.plan(Change(bounds=[Bound(unit=0, least=0, most=0)]))
+    assert not gone.dropped
+    assert gone.scheme[space.units[0].name] == 0
+    assert_legal_and_tight(
+        replace(space, legal={**space.legal, space.units[0].name: (0,)}), gone.scheme, asked.limit
+    )
+
+
+def test_times_are_measured_where_all_branches_are_there():
+    assert all(widths > 0 for scheme in _schemes(DEPTH[0]) for widths in scheme.values())
+    assert _schemes(DEPTH[0]) == _schemes(space_of(TINY_DIT))
+
+
 def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
     units = space_of(architecture("tiny")).units[:1]
     name = units[0].name
@@ -124,5 +155,7 @@ def test_measured_times_rise_with_the_width_and_lie_on_lines_in_between():
 
 
 def test_a_time_limit_on_streams_is_refused():
-    with pytest.raises(ConfigError, match=r"prune\.space must be inner .* got full.*macs"):
+    with pytest.raises(
+        ConfigError, match=r"prune\.space must be inner or depth .* got full.*macs"
+    ):
         PruneConfig(objective="latency", space="full")

@@ -13,8 +13,10 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from tdc_ray.cli.main import run_command
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.errors import CheckpointError
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.families import save_network
 from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.storage.files import write_json
 from tests.small import TINY_DIT, random_dit
@@ -51,6 +53,17 @@ def test_a_pipeline_with_a_dit_is_a_base(pipeline_folder, tmp_path):
     (tmp_path / "p/transformer/config.json").unlink()
     with pytest.raises(CheckpointError, match=r"p is incomplete: .*p/transformer, which has its"):
         resolve_base(str(tmp_path / "p"))
+
+
+@pytest.mark.slow
+def test_whole_blocks_go_where_no_width_would_meet_the_limit(pipeline_folder, tmp_path):
+    arguments = ("--macs", "0.1", "--prune.space", "depth", "--prune.sensitivity", "measured")
+    report = prune(pipeline_folder, tmp_path, *arguments)
+    least = space_of(TINY_DIT).macs(space_of(TINY_DIT).smallest)
+    assert report["macs"] <= report["macs_limit"] < least
+    assert 0 in report["widths"].values()
+    pruned = load_expert(tmp_path)
+    assert count_params(pruned) == report["num_params"] < report["num_params_base"]
 
 
 @pytest.mark.parametrize("method", ["offline", "taylor"])

@@ -1,6 +1,7 @@
 """``DiTTransformer2DModel`` (arXiv:2212.09748): conditioned on classes by adaLN-Zero."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tdc_ray.errors import UnsupportedModelError
@@ -14,6 +15,7 @@ from tdc_ray.models.transformers.layers import (
     linear,
     output_layer,
     patch_layer,
+    serving,
     vectors,
 )
 from tdc_ray.models.transformers.settings import BasicTransformerSettings
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tdc_ray.models.step import Step
-    from tdc_ray.models.transformers.steps import Modulation, Shift
+    from tdc_ray.models.transformers.steps import Shift
 
 ACTIVATIONS = (
     "gelu",
@@ -62,14 +64,19 @@ def _layers(dit: DiTSettings, units: Mapping[str, Unit]) -> Iterator[Layer]:
     stream, classes = Channels(dit.width), dit.num_embeds_ada_norm + 1
     yield patch_layer("pos_embed", dit)
     for index, block in enumerate(block_names(dit)):
-        times = 1 if index else 2  # the first block's embedding serves the end, too
-        embedder = f"{block}.norm1.emb"
-        yield from embedder_layers(f"{embedder}.timestep_embedder", dit.width, times=times)
-        yield vectors(f"{embedder}.class_embedder.embedding_table", stream, classes)
-        yield linear(f"{block}.norm1.linear", stream, Channels(6 * dit.width))
+        branches, embedder = (f"{block}.attn1", f"{block}.ff"), f"{block}.norm1.emb"
+        embedding = serving(stream, *branches)
+        if index == 0:  # the first block's embedding serves the end, too
+            timestep = [*embedder_layers(f"{embedder}.timestep_embedder", embedding)]
+            yield from (replace(layer, has_weight=False) for layer in timestep)
+            embedding = stream
+        yield from embedder_layers(f"{embedder}.timestep_embedder", embedding)
+        yield vectors(f"{embedder}.class_embedder.embedding_table", embedding, classes)
+        modulation = (serving(Channels(3 * dit.width), branch) for branch in branches)
+        yield linear(f"{block}.norm1.linear", stream, *modulation)
         yield from attention_layers(units[f"{block}.attn1"], stream, has_bias=dit.attention_bias)
         if dit.norm_elementwise_affine:
-            yield vectors(f"{block}.norm3", stream, has_bias=True)
+            yield vectors(f"{block}.norm3", serving(stream, f"{block}.ff"), has_bias=True)
         yield from feed_forward_layers(units[f"{block}.ff"], stream, dit.activation_fn)
     yield linear("proj_out_1", stream, Channels(2 * dit.width))
     yield output_layer("proj_out_2", dit)
@@ -78,31 +85,35 @@ def _layers(dit: DiTSettings, units: Mapping[str, Unit]) -> Iterator[Layer]:
 def _embed(
     dit: Any, x_t: "Tensor", timesteps: "Tensor", class_labels: "Tensor | None"
 ) -> "tuple[Tensor, None]":
-    """Embed timesteps and classes, ``(B,)``, for every block: ``(B, L, E)``."""
+    """Embed timesteps and classes, ``(B,)``, for every block: ``(B, L, E)``.
+
+    A block that was removed has none: that of the one before, which nothing reads, stands there.
+    """
     from tdc_ray.models.transformers.steps import stacked
 
     del x_t
-    return stacked(
-        block.norm1.emb(timesteps, class_labels, hidden_dtype=dit.dtype)
-        for block in dit.transformer_blocks
-    ), None
+    embeddings: list[Tensor] = []
+    for block in dit.transformer_blocks:
+        if block.norm1.emb is not None:
+            embedding = block.norm1.emb(timesteps, class_labels, hidden_dtype=dit.dtype)
+        embeddings.append(embedding)
+    return stacked(embeddings), None
 
 
 def _blocks(dit: Any) -> "Sequence[Step]":
-    from tdc_ray.models.transformers.steps import gated_step, modulation_of
+    from tdc_ray.models.transformers.steps import dit_block
 
-    def gate(index: int, part: int) -> "Modulation":
-        layer = dit.transformer_blocks[index].norm1.linear
-        return lambda embeddings: modulation_of(layer, part, embeddings[:, index])
+    return [
+        step
+        for index, block in enumerate(dit.transformer_blocks)
+        for step in dit_block(f"transformer_blocks.{index}", block, index)
+    ]
 
-    steps: list[Step] = []
-    for index, block in enumerate(dit.transformer_blocks):
-        name = f"transformer_blocks.{index}"
-        steps += [
-            gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, gate(index, 0)),
-            gated_step(f"{name}.ff", block.ff, block.norm3, gate(index, 1)),
-        ]
-    return steps
+
+def _remaining_block(block: Any, gone: Collection[str], is_first: bool) -> "nn.Module":  # noqa: FBT001
+    from tdc_ray.models.transformers.remaining import RemainingDiTBlock
+
+    return RemainingDiTBlock(block, gone, keeps_embedding=is_first)  # which serves the end, too
 
 
 def _last_shift(dit: Any) -> "Shift":
@@ -126,6 +137,7 @@ DIT = Transformer(
     ends=Ends("pos_embed", "norm_out", "proj_out_2"),
     embed=_embed,
     blocks=_blocks,
+    remaining_block=_remaining_block,
     last_shift=_last_shift,
     zero_at_first=_zero_at_first,
 )

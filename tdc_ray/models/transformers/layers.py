@@ -1,6 +1,7 @@
 """Attentions and feed-forwards of transformers as layers, and what can be pruned of them."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.transformers.settings import TransformerSettings
@@ -18,6 +19,11 @@ def linear(
 ) -> Layer:
     """Describe a ``Linear`` that is applied to every token, or once."""
     return Layer(name, (inputs,), outputs, pixels=tokens, has_bias=has_bias)
+
+
+def serving(channels: Channels, *branches: str) -> Channels:
+    """Return outputs that go with the last of the units of some branches."""
+    return replace(channels, branches=branches)
 
 
 def vectors(name: str, channels: Channels, count: int = 1, *, has_bias: bool = False) -> Layer:
@@ -46,9 +52,9 @@ def two_linear(
     yield linear(f"{name}.linear_2", outputs, outputs, tokens=tokens)
 
 
-def embedder_layers(name: str, width: int, *, times: int = 1) -> Iterator[Layer]:
+def embedder_layers(name: str, outputs: Channels, *, times: int = 1) -> Iterator[Layer]:
     """Split a ``TimestepEmbedding`` into its layers; it may serve an image several times."""
-    return two_linear(name, Channels(FREQUENCIES), Channels(width), tokens=times)
+    return two_linear(name, Channels(FREQUENCIES), outputs, tokens=times)
 
 
 def attention_layers(
@@ -82,7 +88,7 @@ def attention_layers(
     if has_norms:
         yield from _head_norms(unit, "norm_q", "norm_k")
     yield _products(unit, summed, tokens)
-    yield linear(f"{name}.to_out.0", inner, stream, tokens=tokens)
+    yield linear(f"{name}.to_out.0", inner, serving(stream, name), tokens=tokens)
 
 
 def joint_attention_layers(
@@ -112,12 +118,13 @@ def joint_attention_layers(
         yield linear(f"{name}.{one}", stream, inner, tokens=of_caption)
     yield _products(unit, sum(tokens), sum(tokens))
     if not is_last:
-        yield linear(f"{name}.to_add_out", inner, stream, tokens=of_caption)
-    yield linear(f"{name}.to_out.0", inner, stream, tokens=of_image)
+        yield linear(f"{name}.to_add_out", inner, serving(stream, name), tokens=of_caption)
+    yield linear(f"{name}.to_out.0", inner, serving(stream, name), tokens=of_image)
 
 
 def _head_norms(unit: Unit, *names: str) -> Iterator[Layer]:
-    return (vectors(f"{unit.name}.{name}", Channels(unit.channels)) for name in names)
+    channels = serving(Channels(unit.channels), unit.name)
+    return (vectors(f"{unit.name}.{name}", channels) for name in names)
 
 
 def _products(unit: Unit, summed: int, tokens: int) -> Layer:
@@ -132,7 +139,7 @@ def feed_forward_layers(unit: Unit, stream: Channels, activation: str) -> Iterat
     name, inner = unit.name, Channels(unit.width * unit.channels, unit.name)
     outputs = (inner, inner) if activation in TWO_HALVES else (inner,)
     yield linear(f"{name}.net.0.proj", stream, *outputs, tokens=unit.pixels)
-    yield linear(f"{name}.net.2", inner, stream, tokens=unit.pixels)
+    yield linear(f"{name}.net.2", inner, serving(stream, name), tokens=unit.pixels)
 
 
 def attention_unit(name: str, num_heads: int, head_dim: int, tokens: int) -> Unit:

@@ -1,7 +1,7 @@
 """Builds, saves, loads and runs transformers of diffusers by their descriptions."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,6 +99,19 @@ def config_in(folder: Path, kind: Any) -> NetworkConfig:
 
 def _class_of(transformer: Transformer) -> Any:
     return getattr(diffusers, transformer.name)
+
+
+def remove_branches(transformer: Transformer, network: Any, units: Collection[str]) -> None:
+    """Remove branches of a network in place, by the names of their units."""
+    gone: dict[str, list[str]] = {}
+    for name in units:
+        block, _, branch = name.rpartition(".")
+        gone.setdefault(block, []).append(branch)
+    for name, branches in gone.items():
+        blocks, _, index = name.rpartition(".")
+        block, is_first = network.get_submodule(name), index == "0"
+        remaining = transformer.remaining_block(block, branches, is_first)
+        network.get_submodule(blocks)[int(index)] = remaining
 
 
 def transformer_ends(transformer: Transformer, network: Any) -> Ends:

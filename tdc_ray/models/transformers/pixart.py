@@ -15,6 +15,7 @@ from tdc_ray.models.transformers.layers import (
     linear,
     output_layer,
     patch_layer,
+    serving,
     two_linear,
     vectors,
 )
@@ -22,6 +23,7 @@ from tdc_ray.models.transformers.settings import BasicTransformerSettings
 from tdc_ray.models.transformers.transformer import (
     Ends,
     Transformer,
+    remaining_single_block,
     single_blocks,
     single_last_shift,
 )
@@ -67,11 +69,11 @@ def _units(pixart: PixArtSettings) -> Iterator[Unit]:
 def _layers(pixart: PixArtSettings, units: Mapping[str, Unit]) -> Iterator[Layer]:
     width, stream, has_bias = pixart.width, Channels(pixart.width), pixart.attention_bias
     yield patch_layer("pos_embed", pixart)
-    yield from embedder_layers("adaln_single.emb.timestep_embedder", width)
+    yield from embedder_layers("adaln_single.emb.timestep_embedder", stream)
     if pixart.reads_sizes:
         for name, times in (("resolution", 2), ("aspect_ratio", 1)):
             yield from embedder_layers(
-                f"adaln_single.emb.{name}_embedder", width // 3, times=times
+                f"adaln_single.emb.{name}_embedder", Channels(width // 3), times=times
             )
     yield linear("adaln_single.linear", stream, Channels(6 * width))
     if pixart.caption_channels is not None:
@@ -79,9 +81,10 @@ def _layers(pixart: PixArtSettings, units: Mapping[str, Unit]) -> Iterator[Layer
         yield from two_linear("caption_projection", states, stream, tokens=CAPTION_TOKENS)
     context = (Channels(pixart.cross_attention_dim), CAPTION_TOKENS)
     for block in block_names(pixart):
-        yield vectors(f"{block}.scale_shift_table", stream, 6)
-        for norm in ("norm1", "norm2") if pixart.norm_elementwise_affine else ():
-            yield vectors(f"{block}.{norm}", stream, has_bias=True)
+        gated = {"norm1": f"{block}.attn1", "norm2": f"{block}.ff"}
+        yield vectors(f"{block}.scale_shift_table", serving(stream, *gated.values()), 6)
+        for norm, branch in gated.items() if pixart.norm_elementwise_affine else ():
+            yield vectors(f"{block}.{norm}", serving(stream, branch), has_bias=True)
         yield from attention_layers(units[f"{block}.attn1"], stream, has_bias=has_bias)
         cross = units[f"{block}.attn2"]
         yield from attention_layers(cross, stream, has_bias=has_bias, context=context)
@@ -116,6 +119,7 @@ PIXART = Transformer(
     ends=Ends("pos_embed", "norm_out", "proj_out"),
     embed=_embed,
     blocks=single_blocks,
+    remaining_block=remaining_single_block,
     last_shift=single_last_shift,
     captions=_captions,
 )

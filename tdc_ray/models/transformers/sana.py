@@ -20,6 +20,7 @@ from tdc_ray.models.transformers.layers import (
     linear,
     output_layer,
     patch_layer,
+    serving,
     two_linear,
     vectors,
 )
@@ -27,6 +28,7 @@ from tdc_ray.models.transformers.settings import TransformerSettings
 from tdc_ray.models.transformers.transformer import (
     Ends,
     Transformer,
+    remaining_single_block,
     single_blocks,
     single_last_shift,
 )
@@ -78,19 +80,20 @@ def _units(sana: SanaSettings) -> Iterator[Unit]:
 def _layers(sana: SanaSettings, units: Mapping[str, Unit]) -> Iterator[Layer]:
     stream, context = Channels(sana.width), (Channels(sana.cross_attention_dim), CAPTION_TOKENS)
     yield patch_layer("patch_embed", sana)
-    yield from embedder_layers("time_embed.emb.timestep_embedder", sana.width)
+    yield from embedder_layers("time_embed.emb.timestep_embedder", stream)
     yield linear("time_embed.linear", stream, Channels(6 * sana.width))
     states = Channels(sana.caption_channels)
     yield from two_linear("caption_projection", states, stream, tokens=CAPTION_TOKENS)
     yield vectors("caption_norm", stream)
     for block in block_names(sana):
-        yield vectors(f"{block}.scale_shift_table", stream, 6)
+        gated = serving(stream, f"{block}.attn1", f"{block}.ff")
+        yield vectors(f"{block}.scale_shift_table", gated, 6)
         heads, cross = units[f"{block}.attn1"], units[f"{block}.attn2"]
         bias = sana.attention_bias
         yield from attention_layers(heads, stream, has_bias=bias, is_linear=True)
         yield from attention_layers(cross, stream, has_bias=True, context=context)
         if sana.norm_elementwise_affine:
-            yield vectors(f"{block}.norm2", stream, has_bias=True)
+            yield vectors(f"{block}.norm2", serving(stream, f"{block}.ff"), has_bias=True)
         yield from _gated_convolutions(units[f"{block}.ff"], stream)
     yield vectors("scale_shift_table", stream, 2)
     yield output_layer("proj_out", sana)
@@ -122,6 +125,7 @@ SANA = Transformer(
     ends=Ends("patch_embed", "norm_out.norm", "proj_out"),
     embed=_embed,
     blocks=single_blocks,
+    remaining_block=remaining_single_block,
     last_shift=single_last_shift,
     captions=lambda sana: {
         STATES: (CAPTION_TOKENS, sana.caption_channels),

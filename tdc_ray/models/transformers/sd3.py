@@ -1,6 +1,6 @@
 """``SD3Transformer2DModel`` (arXiv:2403.03206): attentions of image and caption to both."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -20,6 +20,7 @@ from tdc_ray.models.transformers.layers import (
     linear,
     output_layer,
     patch_layer,
+    serving,
     two_linear,
 )
 from tdc_ray.models.transformers.settings import TransformerSettings
@@ -27,7 +28,7 @@ from tdc_ray.models.transformers.transformer import Ends, Transformer
 from tdc_ray.models.units import Unit
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tdc_ray.models.labels import Captions
     from tdc_ray.models.step import Step
@@ -86,16 +87,21 @@ def _units(sd3: SD3Settings) -> Iterator[Unit]:
 def _layers(sd3: SD3Settings, units: Mapping[str, Unit]) -> Iterator[Layer]:
     width, stream, embed = sd3.width, Channels(sd3.width), "time_text_embed"
     yield patch_layer("pos_embed", sd3)
-    yield from embedder_layers(f"{embed}.timestep_embedder", width)
+    yield from embedder_layers(f"{embed}.timestep_embedder", stream)
     yield from two_linear(f"{embed}.text_embedder", Channels(sd3.pooled_projection_dim), stream)
     states = Channels(sd3.joint_attention_dim)
     yield linear("context_embedder", states, stream, tokens=CAPTION_TOKENS)
     for block in block_names(sd3):
         second, of_caption = units.get(f"{block}.attn2"), units.get(f"{block}.ff_context")
-        yield linear(f"{block}.norm1.linear", stream, Channels((9 if second else 6) * width))
-        modulation = Channels((6 if of_caption else 2) * width)
-        yield linear(f"{block}.norm1_context.linear", stream, modulation)
         heads, normed = units[f"{block}.attn"], sd3.qk_norm is not None
+        for norm, *others in (
+            ("norm1", units[f"{block}.ff"], second),
+            ("norm1_context", of_caption),
+        ):
+            branches = [heads, *(unit for unit in others if unit is not None)]
+            rows = Channels((3 if len(branches) > 1 else 2) * width)  # the last has no gate
+            modulation = (serving(rows, unit.name) for unit in branches)
+            yield linear(f"{block}.{norm}.linear", stream, *modulation)
         yield from joint_attention_layers(
             heads, stream, (sd3.tokens, CAPTION_TOKENS), has_norms=normed, is_last=not of_caption
         )
@@ -122,20 +128,20 @@ def _embed(
 
 
 def _blocks(sd3: Any) -> "Sequence[Step]":
-    from tdc_ray.models.transformers.steps import dual_step, gated_step, joint_step, modulation_of
+    from tdc_ray.models.transformers.steps import joint_block
 
-    steps: list[Step] = []
-    for index, block in enumerate(sd3.transformer_blocks):
-        name, gate = f"transformer_blocks.{index}", partial(modulation_of, block.norm1.linear, 1)
-        steps.append(joint_step(f"{name}.attn", block))
-        if block.use_dual_attention:
-            steps.append(dual_step(f"{name}.attn2", block))
-        steps.append(gated_step(f"{name}.ff", block.ff, block.norm2, gate))
-        if not block.context_pre_only:
-            gate = partial(modulation_of, block.norm1_context.linear, 1)
-            norm, layer = block.norm2_context, block.ff_context
-            steps.append(gated_step(f"{name}.ff_context", layer, norm, gate, "context"))
-    return steps
+    return [
+        step
+        for index, block in enumerate(sd3.transformer_blocks)
+        for step in joint_block(f"transformer_blocks.{index}", block)
+    ]
+
+
+def _remaining_block(block: Any, gone: Collection[str], is_first: bool) -> "nn.Module":  # noqa: FBT001
+    from tdc_ray.models.transformers.remaining import RemainingJointBlock
+
+    del is_first
+    return RemainingJointBlock(block, gone)
 
 
 def _last_shift(sd3: Any) -> "Shift":
@@ -152,6 +158,7 @@ SD3 = Transformer(
     ends=Ends("pos_embed", "norm_out.norm", "proj_out"),
     embed=_embed,
     blocks=_blocks,
+    remaining_block=_remaining_block,
     last_shift=_last_shift,
     captions=_captions,
 )

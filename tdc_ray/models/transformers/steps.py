@@ -113,14 +113,21 @@ class GatedStep(Step):
         return self.modulation(state.embedding)[2]
 
 
+def is_removed(branch: nn.Module) -> bool:
+    """Whether a branch of a block was removed (``models.transformers.remaining``)."""
+    return isinstance(branch, nn.Identity)
+
+
 def gated_step(
     name: str,
     module: nn.Module,
     norm: nn.Module,
     modulation: Modulation,
     stream: Stream = "hidden",
-) -> GatedStep:
+) -> Step:
     """Make the step of an ``Attention``, a ``FeedForward`` or a ``GLUMBConv`` of a stream."""
+    if is_removed(module):
+        return Step(name=name, module=module, output_layers={})
     on_grid = isinstance(module, GLUMBConv)
     layer = "to_out.0" if isinstance(module, Attention) else "conv_point" if on_grid else "net.2"
     return GatedStep(
@@ -232,33 +239,74 @@ class UnpatchStep(Step):
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
+def dit_block(name: str, block: Any, index: int) -> list[Step]:
+    """Split a block of attention and feed-forward whose adaptive norm is its own (adaLN-Zero).
+
+    Args:
+        name: Its dotted name.
+        block: The block.
+        index: Which of the embeddings is its own.
+    """
+
+    def gate(part: int) -> Modulation:
+        return lambda embeddings: modulation_of(block.norm1.linear, part, embeddings[:, index])
+
+    before_ff = int(not is_removed(block.attn1))  # what is removed has no part of the modulation
+    return [
+        gated_step(f"{name}.attn1", block.attn1, block.norm1.norm, gate(0)),
+        gated_step(f"{name}.ff", block.ff, block.norm3, gate(before_ff)),
+    ]
+
+
 def single_blocks(network: Any) -> list[Step]:
     """Split blocks of attention, cross-attention and feed-forward with one adaptive norm."""
-    steps: list[Step] = []
-    for index, block in enumerate(network.transformer_blocks):
-        name = f"transformer_blocks.{index}"
-        gate = partial(_single_modulation, block.scale_shift_table)
-        cross = CrossStep(
-            name=f"{name}.attn2", module=block.attn2, output_layers={"hidden": "to_out.0"}
-        )
-        steps += [
-            gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
-            cross,
-            gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
-        ]
-    return steps
+    return [
+        step
+        for index, block in enumerate(network.transformer_blocks)
+        for step in single_block(f"transformer_blocks.{index}", block)
+    ]
 
 
-def _single_modulation(
-    table: Tensor, part: int, embedding: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def single_block(name: str, block: Any) -> list[Step]:
+    """Split such a block."""
+    gate = partial(_single_modulation, block)
+    outputs: dict[Stream, str] = {} if is_removed(block.attn2) else {"hidden": "to_out.0"}
+    cross = CrossStep if outputs else Step
+    return [
+        gated_step(f"{name}.attn1", block.attn1, block.norm1, partial(gate, 0)),
+        cross(name=f"{name}.attn2", module=block.attn2, output_layers=outputs),
+        gated_step(f"{name}.ff", block.ff, block.norm2, partial(gate, 1)),
+    ]
+
+
+def _single_modulation(block: Any, part: int, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return shift, scale and gate of a block's attention (0) or feed-forward (1)."""
-    shift, scale, gate = (table + embedding[:, :6]).chunk(2, dim=1)[part].unbind(1)
+    all_six = block.scale_shift_table + embedding[:, :6]
+    shift, scale, gate = all_six.chunk(2, dim=1)[part].unbind(1)
     return shift, scale, gate
 
 
-def joint_step(name: str, block: Any) -> "JointStep":
-    """Make the step of the attention of both streams of a ``JointTransformerBlock``."""
+def joint_block(name: str, block: Any) -> list[Step]:
+    """Split a ``JointTransformerBlock``."""
+    before_ff = int(not is_removed(block.attn))  # what is removed has no part of the modulation
+    gate = partial(modulation_of, block.norm1.linear, before_ff)
+    steps = [_joint_step(f"{name}.attn", block)]
+    if block.use_dual_attention:
+        part = before_ff + int(not is_removed(block.ff))
+        steps.append(_dual_step(f"{name}.attn2", block, part))
+    steps.append(gated_step(f"{name}.ff", block.ff, block.norm2, gate))
+    if not block.context_pre_only:
+        gate = partial(modulation_of, block.norm1_context.linear, before_ff)
+        norm, layer = block.norm2_context, block.ff_context
+        steps.append(gated_step(f"{name}.ff_context", layer, norm, gate, "context"))
+    return steps
+
+
+def _joint_step(name: str, block: Any) -> Step:
+    """Make the step of the attention of both streams."""
+    leaves_input = block.use_dual_attention and not is_removed(block.attn2)
+    if is_removed(block.attn):
+        return Step(name=name, module=block.attn, output_layers={}, leaves_skip=leaves_input)
     outputs: dict[Stream, str] = {"hidden": "to_out.0"}
     context: Callable[[Tensor], tuple[Tensor, ...]]
     if block.context_pre_only:
@@ -274,18 +322,20 @@ def joint_step(name: str, block: Any) -> "JointStep":
         modulation=partial(modulation_of, block.norm1.linear, 0),
         context_norm=block.norm1_context.norm,
         context_modulation=context,
-        leaves_input=block.use_dual_attention,
+        leaves_input=leaves_input,
     )
 
 
-def dual_step(name: str, block: Any) -> "DualStep":
-    """Make the step of the image's second attention of a ``JointTransformerBlock``."""
+def _dual_step(name: str, block: Any, part: int) -> Step:
+    """Make the step of the image's second attention, with a part of the block's modulation."""
+    if is_removed(block.attn2):
+        return Step(name=name, module=block.attn2, output_layers={})
     return DualStep(
         name=name,
         module=block.attn2,
         output_layers={"hidden": "to_out.0"},
         norm=block.norm1.norm,
-        modulation=partial(modulation_of, block.norm1.linear, 2),
+        modulation=partial(modulation_of, block.norm1.linear, part),
     )
 
 

@@ -1,7 +1,7 @@
 """How a class of transformers is described."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,6 +52,10 @@ class Transformer:
     blocks: Callable[[Any], Sequence["Step"]]
     """Splits the blocks of a network into steps."""
 
+    remaining_block: Callable[[Any, Collection[str], bool], "nn.Module"]
+    """Returns what stays of a block, without some branches by their names in it; whether it is the
+    first one."""
+
     last_shift: Callable[[Any], "Shift"]
     """Returns what shifts and scales the output of the last norm of a network."""
 
@@ -69,7 +73,8 @@ class Transformer:
             UnsupportedModelError: The stream is to be pruned, too, or a setting is not supported.
         """
         check_inner(kind)
-        return tuple(self.units(self.settings_of(config)))
+        least = 0 if kind == "depth" else 1
+        return tuple(replace(unit, least=least) for unit in self.units(self.settings_of(config)))
 
     def all_layers(self, config: Mapping[str, Any]) -> Sequence[Layer]:
         """Return the layers of a network by its config, in the order of the forward pass."""
@@ -86,7 +91,7 @@ def check_inner(kind: SpaceKind) -> None:
     if kind == "full":
         raise UnsupportedModelError(
             "a transformer's stream cannot be pruned: set prune.space to inner, which has its "
-            "heads and feed-forwards."
+            "heads and feed-forwards, or to depth, in which these may go as a whole."
         )
 
 
@@ -95,6 +100,14 @@ def single_blocks(network: Any) -> "Sequence[Step]":
     from tdc_ray.models.transformers import steps
 
     return steps.single_blocks(network)
+
+
+def remaining_single_block(block: Any, gone: Collection[str], is_first: bool) -> "nn.Module":  # noqa: FBT001
+    """Return what stays of a block of such a network without some branches."""
+    from tdc_ray.models.transformers.remaining import RemainingSingleBlock
+
+    del is_first
+    return RemainingSingleBlock(block, gone)
 
 
 def single_last_shift(network: Any) -> "Shift":

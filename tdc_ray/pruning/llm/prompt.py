@@ -63,7 +63,7 @@ COLUMNS = (
 LEGEND = """
 unit: its number, in the order of the forward pass. kind: residual = inner width of a block;
   attention = heads; feed-forward = a transformer's inner channels; stream = width of the residual
-  stream, which many blocks share; traced = heads, or channels that one layer reads.
+  stream, which many blocks share; traced = heads, or channels that one layer reads.{removed}
 width: the knapsack's. next down, next up: the next legal width: what it adds to the {name}, in
   points (% of the base's), and to the increase, with the standard error of that.{mark}
   An increase of 0 means that the prediction did not rise above its noise, not that it is free.
@@ -75,6 +75,11 @@ Cuts were predicted {how}.{scale}
 # Blocks, with their {name} in the knapsack's scheme in points
 {blocks}
 """
+
+REMOVED = (
+    "\n  At width 0 the attention or feed-forward is removed as a whole, and with all of them the "
+    "block."
+)
 
 MARK = (
     "\n  * marks steps whose cost was measured on models that were cut elsewhere too, the others "
@@ -332,6 +337,7 @@ def _legend(request: ProposalRequest, memory: Sequence[MemoryEntry], planner: Pl
     return LEGEND.format(
         name=WORDS[space.quantity],
         mark=MARK if request.pruned_elsewhere else "",
+        removed="" if all(unit.least for unit in space.units) else REMOVED,
         increase="mean square of how far a model's prediction is from the uncut base's, by which "
         "schemes are ranked"
         if by_distance or request.model is not None

@@ -20,7 +20,7 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
 
     def scheme_at(share: float) -> dict[str, int]:
         return {
-            unit.name: space.floor_width(unit.name, int(share * unit.width))
+            unit.name: space.floor_width(unit.name, max(1, int(share * unit.width)))
             for unit in space.units
         }
 

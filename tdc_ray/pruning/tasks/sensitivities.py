@@ -174,7 +174,7 @@ def sensitivity_items(
         num_shares: Items for the inner units; each runs the images through the whole model.
     """
     prune, of_group = search.context.prune, (search.context, search.group)
-    units = [unit for unit in search.space.units if len(kept[unit.name]) > 1]
+    units = [unit for unit in search.space.units if len(kept[unit.name]) > unit.least]
     inner = [unit.name for unit in units if unit.has_step]
     streams = [unit.name for unit in units if not unit.has_step]
     macs, refitting = search.space.macs(widths_of(kept)), 3 * prune.num_refit_images

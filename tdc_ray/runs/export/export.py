@@ -18,6 +18,7 @@ from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.models.network_config import DEFAULT_CLASS, HEADS
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.runs.export.model_card import model_card
 from tdc_ray.runs.results import load_results
 from tdc_ray.storage.files import (
@@ -108,8 +109,8 @@ def _export_expert(source: Path, folder: Path) -> None:
     fetch(source)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
-    unet = SavedExpert.load(source).unet
-    arguments = {name: value for name, value in unet.items() if name not in HEADS}
+    saved = SavedExpert.load(source)
+    arguments = {name: value for name, value in saved.unet.items() if name not in HEADS}
     kind = str(arguments.pop("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
         whole = getattr(diffusers, kind)(**arguments)
@@ -118,19 +119,32 @@ def _export_expert(source: Path, folder: Path) -> None:
         "unet": arguments,
         "attributes": _differences(whole, load_expert(source)),
     }
+    if removed := _removed_branches(saved.kept):
+        document["removed"] = removed
     write_json(folder / MODULES_FILE, document)
+
+
+def _removed_branches(kept: KeptIndices) -> dict[str, list[str]]:
+    """Return by the names of blocks which of their branches were removed as a whole."""
+    removed: dict[str, list[str]] = {}
+    for unit, steps in kept.items():
+        if not steps:
+            block, _, branch = unit.rpartition(".")
+            removed.setdefault(block, []).append(branch)
+    return removed
 
 
 def _differences(whole: nn.Module, pruned: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the plain numbers that pruning has changed, by module and attribute."""
     changed = {}
-    for (name, before), after in zip(whole.named_modules(), pruned.modules(), strict=True):
+    for name, after in pruned.named_modules():
+        before = vars(whole.get_submodule(name))
         numbers = {
             key: value
             for key, value in vars(after).items()
-            if isinstance(value, int | float) and value != vars(before).get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            if value != before.get(key)
         }
-        numbers.pop("training", None)  # a bool is an int
         if numbers:
             changed[name] = numbers
     return changed

@@ -118,9 +118,7 @@ def growth(task: ProposalRequest, scheme: Scheme, **factors: float) -> float:
     """The measured growth of the loss, were units to add up, some of them times a factor."""
     names = {task.space.units[int(name[1:])].name: factor for name, factor in factors.items()}
     curves = loss_curves(task.space, task.sensitivities)
-    return sum(
-        names.get(name, 1.0) * float(curves[name][width - 1]) for name, width in scheme.items()
-    )
+    return sum(names.get(name, 1.0) * float(curves[name][width]) for name, width in scheme.items())
 
 
 # --- proposals -------------------------------------------------------------------------------
@@ -254,23 +252,23 @@ def test_curves_never_fall_while_a_unit_gets_narrower(space, seed):
     sensitivities = random_sensitivities(space, seed)
     for unit in space.units:
         curve = loss_curves(space, sensitivities)[unit.name]
-        assert curve.shape == (unit.width,)
+        assert curve.shape == (unit.width + 1,)
         assert curve[-1] == 0
         assert np.all(np.diff(curve) <= 0)
         for width, grown in sensitivities[unit.name].items():
-            assert curve[width - 1] >= grown
+            assert curve[width] >= grown
 
 
 def test_curves_go_through_what_was_measured_and_straight_between():
     unit = next(unit for unit in SPACES["inner"].units if unit.width == 8)
     curve = loss_curves(SPACES["inner"], {unit.name: {2: 0.6, 5: 0.3}})[unit.name]
-    assert curve == pytest.approx([0.6, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert curve == pytest.approx([0.6, 0.6, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 
 
 def test_a_fall_by_noise_is_taken_out():
     unit = next(unit for unit in SPACES["inner"].units if unit.width == 8)
     curve = loss_curves(SPACES["inner"], {unit.name: {1: 0.1, 4: 0.4, 6: -0.2}})[unit.name]
-    assert curve == pytest.approx([0.4, 0.4, 0.4, 0.4, 0.1, 0.0, 0.0, 0.0])
+    assert curve == pytest.approx([0.4, 0.4, 0.4, 0.4, 0.4, 0.1, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("growth", [math.nan, math.inf])
@@ -279,7 +277,7 @@ def test_a_growth_that_is_no_number_counts_as_the_largest_that_is(growth):
     odd, other = (unit for unit in space.units[:2] if unit.width == 8)
     sensitivities = {odd.name: {1: growth, 4: 0.1}, other.name: {1: 0.7, 4: 0.2}}
     curve = loss_curves(space, sensitivities)[odd.name]
-    assert (curve[0], curve[3]) == (0.7, 0.1)
+    assert (curve[1], curve[4]) == (0.7, 0.1)
     task = task_of(space, 0.5, even_sensitivities(space) | sensitivities)
     first = propose(task)
     memory = [remembered(task, scheme, 0.1 + n, candidate=n) for n, scheme in enumerate(first)]
@@ -452,11 +450,11 @@ def test_what_was_measured_on_a_cut_model_follows_what_led_there():
     curves = loss_curves(space, known)
     start = {**widths, name: 3, other: 1}
     found = extend_sensitivities(known, curves, start, {name: {1: 5.0, 2: 1.0}, third: {1: 7.0}})
-    until = curves[name][3 - 1]
+    until = curves[name][3]
     assert 0 < until < 4.0
     assert found == {
         name: {1: until + 5.0, 2: until + 1.0, 3: until},  # wider than 3 nothing was measured
         other: {1: 1.0},  # as narrow as can be: not measured again
         third: {1: 7.0},  # unpruned in the pruned model: measured anew
     }
-    assert loss_curves(space, found)[name].tolist()[2] == until
+    assert loss_curves(space, found)[name].tolist()[3] == until

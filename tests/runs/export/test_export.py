@@ -21,12 +21,15 @@ from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.diffusion.sampling import image_generators
+from tdc_ray.models.families import family_of
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.units import units_of
 from tdc_ray.models.units import SpaceKind
-from tdc_ray.runs.export.export import export_run
+from tdc_ray.pruning.space import space_of
+from tdc_ray.runs.export.export import _export_expert, export_run
 from tdc_ray.runs.export.model_card import model_card
+from tdc_ray.runs.export.templates import experts
 from tdc_ray.runs.pipelines import pipeline_index
 from tdc_ray.runs.results import LossDifference, save_results
 from tdc_ray.storage.files import write_json
@@ -34,14 +37,36 @@ from tdc_ray.storage.run_dir import RunDir
 from tests.runs.test_results import RESULTS
 from tests.small import (
     TINY,
+    TINY_DIT,
+    assert_same,
     latent_config,
     make_first_stage,
+    random_dit,
     random_kept,
     random_unet,
     small_config,
 )
 
 FEW = {"num_inference_steps": 4}
+
+
+@torch.no_grad()
+def test_an_expert_without_branches_and_blocks_is_exported(tmp_path):
+    config = {**TINY_DIT, "num_layers": 4, "norm_elementwise_affine": True}
+    base, units = random_dit(config), space_of(config, "depth").units
+    kept = random_kept(units, 1)
+    for name in ("0.attn1", "0.ff", "1.attn1", "2.ff", "3.attn1", "3.ff"):
+        kept[f"transformer_blocks.{name}"] = ()
+    pruned = family_of(base).cut(base, units, kept)
+    save_expert(tmp_path / "expert", pruned, config, kept)
+    _export_expert(tmp_path / "expert", tmp_path / "exported")
+    loaded = copy.deepcopy(experts.load_expert(tmp_path / "exported"))
+    assert_same(loaded.state_dict(), pruned.state_dict())
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([1, 2])
+    for network in (loaded, loaded.train()):
+        assert torch.equal(network(*inputs).sample, pruned(*inputs).sample)
+
+
 BLOCK = """
 import sys
 for name in {blocked!r}:

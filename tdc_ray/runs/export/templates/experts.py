@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
 PARAMETERS = ("weight", "bias")
 
@@ -34,6 +36,8 @@ def load_expert(folder: str | Path) -> nn.Module:
                 setattr(module, key, nn.Parameter(tensors.pop(f"{name}.{key}")))
         for key, value in document["attributes"].get(name, {}).items():
             setattr(module, key, value)
+    for name, branches in document.get("removed", {}).items():
+        _remove(unet.get_submodule(name), branches)
     left = [*tensors, *(name for name, value in unet.named_parameters() if value.is_meta)]
     if left:
         raise ValueError(f"{folder}: weights and modules.json do not fit: {', '.join(left)}.")
@@ -44,6 +48,33 @@ def load_expert(folder: str | Path) -> nn.Module:
     unet.save_pretrained = _refuse_to_save
     network: nn.Module = unet.eval()
     return network
+
+
+def _remove(block: Any, branches: Sequence[str]) -> None:
+    """Remove attention, feed-forward or both of a DiT's block, and weights that the file lacks."""
+    for module in block.modules():
+        for key, value in list(module.named_parameters(recurse=False)):
+            if value.is_meta:
+                setattr(module, key, None)
+    block.removed, block.forward = tuple(branches), MethodType(_remaining_forward, block)
+
+
+def _remaining_forward(
+    block: Any,
+    hidden_states: torch.Tensor,
+    *_: Any,
+    timestep: torch.Tensor,
+    class_labels: torch.Tensor,
+    **__: Any,
+) -> torch.Tensor:
+    """Run the only branch that is left, if one is, with its part of the modulation."""
+    for branch, norm in (("attn1", block.norm1.norm), ("ff", block.norm3)):
+        if branch not in block.removed:
+            emb = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+            shift, scale, gate = block.norm1.linear(functional.silu(emb)).chunk(3, dim=1)
+            tokens = norm(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+            hidden_states = hidden_states + gate[:, None] * getattr(block, branch)(tokens)
+    return hidden_states
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
